@@ -1,0 +1,121 @@
+"""What the rest of fewstep may ask of a model. The only protocol that a new backbone must satisfy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.prediction import Row, Split, row_named, split
+from ..core.schedule import Schedule, expand
+from ..core.solvers import Denoise
+
+Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
+
+
+class Backbone(Protocol):
+    """A pretrained denoiser with its process and its way to and from what a person sees.
+
+    `module` is the frozen network; `predict` runs any network of its architecture (the student, the fake score), so the
+    quirks of a family stay in its own file. `shape` is that of one state: latents [C, H, W], images, or points [D].
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def row(self) -> Row: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Raw network output m = a x0 + b eps, [B, ...] in float32. x [B, ...], t [B] float64 on the schedule's times."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditions of these prompts, each tensor [len(prompts), ...]; the empty prompt is the unconditional one."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] from clean states [B, ...]; points and other data come back as they are."""
+        ...
+
+
+def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
+    """`(x, t) -> (x0, eps)` of one network under fixed conditions, without guidance."""
+
+    def denoise(x: Tensor, t: Tensor) -> Split:
+        return _split(backbone, backbone.predict(module, x, t, cond), x, t)
+
+    return denoise
+
+
+def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float) -> Denoise:
+    """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; w = 1 is one half only.
+
+    Guidance is affine, so mixing raw outputs equals mixing x0 or eps.
+    """
+    if scale == 1.0:
+        return denoiser(backbone, module, cond)
+
+    def denoise(x: Tensor, t: Tensor) -> Split:
+        both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in cond.items()}
+        m_null, m_cond = backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return _split(backbone, m_null + scale * (m_cond - m_null), x, t)
+
+    return denoise
+
+
+def _split(backbone: Backbone, m: Tensor, x: Tensor, t: Tensor) -> Split:
+    alpha, sigma = expand(backbone.schedule.alpha(t), x), expand(backbone.schedule.sigma(t), x)
+    return split(m, x, alpha, sigma, backbone.row)
+
+
+def rows(cond: Cond, index: slice | Tensor) -> Cond:
+    """The conditions of some rows of the batch."""
+    return {k: v[index] for k, v in cond.items()}
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Any torch network of one's own: `module(x, t)` or, with conditions, `module(x, t, **cond)`.
+
+    `prediction` names the row (`x0, eps, v, flow, edm`); `shape` is that of one state. `conditions` maps a prompt to the
+    keyword arguments of the network; without it the model is unconditional and prompts are ignored.
+    """
+
+    module: nn.Module
+    schedule: Schedule
+    shape: tuple[int, ...]
+    prediction: str = "eps"
+    conditions: "Conditions | None" = None
+    name: str = "own-network"
+
+    def __post_init__(self) -> None:
+        row_named(self.prediction)
+
+    @property
+    def row(self) -> Row:
+        return row_named(self.prediction)
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        dtype = next(module.parameters()).dtype
+        return module(x.to(dtype), t.to(dtype), **cond).float() if cond else module(x.to(dtype), t.to(dtype)).float()
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        return {} if self.conditions is None else self.conditions(prompts)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Conditions(Protocol):
+    """Prompts to conditions, each tensor [len(prompts), ...]."""
+
+    def __call__(self, prompts: Sequence[str]) -> Cond: ...
+
+

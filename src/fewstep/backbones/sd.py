@@ -1,0 +1,70 @@
+"""Stable Diffusion 1.x, 2.x and their fine-tunes: one text encoder, a conditional U-Net, an image autoencoder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from ..core.prediction import Row, row_named
+from ..core.schedule import VP, Schedule
+from .base import Cond
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """A `StableDiffusionPipeline` as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]`."""
+
+    pipe: StableDiffusionPipeline
+    name: str
+    schedule: Schedule
+
+    @property
+    def module(self) -> nn.Module:
+        return self.pipe.unet
+
+    @property
+    def row(self) -> Row:
+        return row_named(PREDICTIONS[self.pipe.scheduler.config.prediction_type])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        size = self.pipe.unet.config.sample_size
+        return (self.pipe.unet.config.in_channels, size, size)
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        dtype = cond["text"].dtype
+        return module(x.to(dtype), t.to(torch.float32), encoder_hidden_states=cond["text"], return_dict=False)[0].float()
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        with torch.no_grad():
+            return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+
+    def decode(self, x: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        with torch.no_grad():
+            images = torch.cat([vae.decode(z / vae.config.scaling_factor, return_dict=False)[0] for z in x.to(vae.dtype).split(32)])
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_sd(folder: str | Path, name: str | None = None, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    """A `StableDiffusionPipeline` from a folder or a hub id. Raises ValueError with one line when it is neither."""
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    return StableDiffusion(pipe, name or Path(folder).name, VP(pipe.scheduler.alphas_cumprod.double()))
+
+
+def is_sd(folder: Path) -> bool:
+    """Whether `folder/model_index.json` names a StableDiffusionPipeline."""
+    index = folder / "model_index.json"
+    return index.exists() and json.loads(index.read_text()).get("_class_name") == "StableDiffusionPipeline"

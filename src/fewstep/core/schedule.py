@@ -1,0 +1,109 @@
+"""Forward process `x_t = alpha(t) x0 + sigma(t) eps` and its transitions. All times and coefficients are float64."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """Two functions of time, and the times between which they are meant.
+
+    `t_clean` is the time of data (alpha 1, sigma 0), `t_max` that of pure noise, `resolution` the spacing of the times
+    that a network knows (1 for a table of integers, 0 for a continuum).
+    """
+
+    @property
+    def t_clean(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    @property
+    def resolution(self) -> float: ...
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class EDM:
+    """`alpha = 1, sigma = t` (Karras et al. 2022, arXiv 2206.00364)."""
+
+    t_max: float = 80.0
+    t_clean: float = 0.0
+    resolution: float = 0.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+
+@dataclass(frozen=True)
+class Flow:
+    """`alpha = 1 - t, sigma = t` (rectified flow, arXiv 2209.03003)."""
+
+    t_max: float = 1.0
+    t_clean: float = 0.0
+    resolution: float = 0.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+
+@dataclass(frozen=True)
+class VP:
+    """A table of cumulative products `alpha_bar [T]`: `alpha = sqrt(alpha_bar)`, `sigma = sqrt(1 - alpha_bar)`.
+
+    `t` is an index 0 .. T-1, and -1 is clean data. A K-step grid therefore lands on `T i / K - 1`.
+    """
+
+    alpha_bar: Tensor
+
+    def __post_init__(self) -> None:
+        if self.alpha_bar.ndim != 1 or not bool((self.alpha_bar.diff() <= 0).all()):
+            raise ValueError("schedule: alpha_bar must be a decreasing list of numbers; pass the scheduler's alphas_cumprod")
+
+    @property
+    def t_clean(self) -> float:
+        return -1.0
+
+    @property
+    def t_max(self) -> float:
+        return len(self.alpha_bar) - 1.0
+
+    @property
+    def resolution(self) -> float:
+        return 1.0
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        table = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar.double().cpu()]).to(t.device)
+        return table[(t + 1).round().long()]
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._alpha_bar(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._alpha_bar(t)).sqrt()
+
+
+def expand(a: Tensor, x: Tensor) -> Tensor:
+    """`[B] -> [B, 1, ..., 1]` in the dtype of `x [B, ...]`, to multiply it."""
+    return a.to(x).reshape(a.shape + (1,) * (x.ndim - a.ndim))
+
+
+def diffuse(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """`q(x_t | x0)`: `alpha_t x0 + sigma_t eps`. x0, eps [B, ...]; t [B]."""
+    return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
+
+
+def transition(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`(r, beta)` of `q(x_t | x_s) = N(r x_s, beta^2)` for t noisier than s: `r = alpha_t/alpha_s`, `beta^2 = sigma_t^2 - r^2 sigma_s^2`.
+
+    s, t [B]; float64. `beta` is exactly zero at t = s.
+    """
+    r = schedule.alpha(t) / schedule.alpha(s)
+    return r, (schedule.sigma(t) ** 2 - (r * schedule.sigma(s)) ** 2).clamp(min=0).sqrt()

@@ -1,0 +1,74 @@
+"""EfficientNet-lite0 features: the space in which pictures are compared.
+
+The network is that of `tensorflow/tpu/models/official/efficientnet/lite` (Tan & Le, arXiv:1905.11946, without squeeze-and-excitation,
+ReLU6 for swish). The shipped weights have every batch normalisation folded into the convolution before it (`zoo/features/README.md`).
+"""
+
+from functools import cache
+from importlib.resources import as_file, files
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WIDTH = 1280
+STAGES = (  # repeats, kernel, stride of the first block, expansion, channels
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding: ceil(size / stride) outputs, the odd pixel of padding right and below."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (k, _), (s, _) = self.kernel_size, self.stride
+        height, width = (max((-(-n // s) - 1) * s + k - n, 0) for n in x.shape[2:])
+        x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        return super().forward(x)
+
+
+class MBConv(nn.Module):
+    """Inverted residual: 1x1 expansion, depthwise k x k, 1x1 projection; the input is added where the shapes agree."""
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = channels * expansion
+        self.expand = SameConv(channels, inner, 1) if expansion > 1 else None
+        self.depthwise = SameConv(inner, inner, kernel, stride, groups=inner)
+        self.project = SameConv(inner, out, 1)
+        self.residual = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Features [B, 1280] (mean over space of the last ReLU6) of images [B, 3, H, W] in [0, 1], resized to `size` x `size`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.stem = SameConv(3, 32, 3, 2)
+        blocks, channels = [], 32
+        for repeats, kernel, stride, expansion, out in STAGES:
+            for i in range(repeats):
+                blocks.append(MBConv(channels, out, kernel, stride if i == 0 else 1, expansion))
+                channels = out
+        self.blocks = nn.Sequential(*blocks)
+        self.head = SameConv(channels, WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        x = (255 * x - 127) / 128
+        x = self.blocks(F.relu6(self.stem(x)))
+        return F.relu6(self.head(x)).mean((2, 3))

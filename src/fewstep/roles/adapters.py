@@ -1,0 +1,84 @@
+"""LoRA adapters of one frozen network: which layers carry them, and a switch that never touches `requires_grad`.
+
+PEFT's own `set_adapter` and `disable_adapters` toggle `requires_grad`, which silently drops the gradient of a student whose
+forward pass came before another role's. The switch here changes nothing but which adapter the layers add.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
+
+
+def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]:
+    """Full names of the layers of `kind` (all, linear, conv, attention) that can carry LoRA. Names containing a `skip` are left out."""
+    if kind not in (*KINDS, "attention"):
+        raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join([*KINDS, 'attention'])}")
+    layers = [(n, m) for n, m in module.named_modules() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)]
+    if kind == "attention":
+        layers = [(n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")]
+    if not layers:
+        raise ValueError(f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.share=false for full weights")
+    return [n for n, _ in layers]
+
+
+def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:
+    """Inject a zero-effect LoRA adapter (B = 0) into the named layers. The base weights stay where they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name)
+
+
+def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that carry adapters, to be found once and switched often."""
+    return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def switch(layers: Sequence[BaseTunerLayer], name: str | None) -> None:
+    """Make `name` the adapter that the layers add; None is the bare base network."""
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+
+
+def adapter_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The trainable tensors of one adapter by full name, in a fixed order."""
+    return {n: p for n, p in module.named_parameters() if f".{name}." in n or n.endswith(f".{name}")}
+
+
+def adapter_state(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """One adapter's weights in PEFT's file format: `layer.lora_A.weight`, `layer.lora_B.weight`."""
+    return get_peft_model_state_dict(module, adapter_name=name)
+
+
+def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Put weights in PEFT's file format into adapter `name`. Raises ValueError when any of them finds no place."""
+    result = set_peft_model_state_dict(module, dict(state), adapter_name=name)
+    placed = adapter_state(module, name)
+    if result.unexpected_keys or set(placed) != set(state):
+        odd = sorted(set(placed) ^ set(state))[:3]
+        raise ValueError(f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json")
+
+
+@contextmanager
+def values(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run with other values in these parameters, then put the old ones back."""
+    kept = {n: p.detach().clone() for n, p in parameters.items()}
+    try:
+        assign(parameters, replacement)
+        yield
+    finally:
+        assign(parameters, kept)
+
+
+def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into parameters of the same names."""
+    with torch.no_grad():
+        for n, p in parameters.items():
+            p.copy_(tensors[n])

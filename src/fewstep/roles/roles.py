@@ -1,0 +1,105 @@
+"""Teacher, student and fake score: three adapters' worth of one frozen network, or three networks."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..backbones.base import Backbone, Cond, denoiser, guided
+from ..core.prediction import Split
+from ..core.solvers import Denoise
+from . import adapters
+
+Role = Literal["teacher", "student", "fake"]
+TRAINED: tuple[Role, ...] = ("student", "fake")
+
+
+@dataclass(frozen=True)
+class RolesConfig:
+    """`share`: LoRA adapters on one copy of the weights; otherwise full copies, all weights trained."""
+
+    share: bool = True
+    rank: int = 32
+    alpha: float | None = None  # None: alpha = rank, so that a LoRA is right at strength 1.0
+    targets: str = "all"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"roles.rank: got {self.rank}, allowed are whole numbers from 1; 32 is a good start")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The networks of one run. Make one with `make_roles`."""
+
+    backbone: Backbone
+    networks: Mapping[Role, nn.Module]
+    trained: Mapping[Role, Mapping[str, nn.Parameter]]  # student, fake -> name -> parameter
+    layers: tuple[BaseTunerLayer, ...]  # empty for full copies
+    config: RolesConfig
+    average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
+
+    def denoise(self, role: Role, cond: Cond) -> Denoise:
+        """This role without guidance."""
+        return self._as(role, denoiser(self.backbone, self.networks[role], cond))
+
+    def teacher(self, cond: Cond, null: Cond, scale: float) -> Denoise:
+        """The frozen teacher under classifier-free guidance."""
+        return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale))
+
+    def _as(self, role: Role, inner: Denoise) -> Denoise:
+        def denoise(x: Tensor, t: Tensor) -> Split:
+            self.activate(role)
+            return inner(x, t)
+
+        return denoise
+
+    def activate(self, role: Role) -> None:
+        """Let the shared network be this role until another is activated; nothing to do for copies."""
+        adapters.switch(self.layers, None if role == "teacher" else role)
+
+    def update_average(self, decay: float) -> None:
+        """`average <- decay average + (1 - decay) student`."""
+        for name, p in self.trained["student"].items():
+            self.average[name].lerp_(p.detach().float(), 1 - decay)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the student has its averaged weights: for pictures, evaluation and export."""
+        return adapters.values(self.trained["student"], self.average)
+
+    def student_state(self) -> dict[str, Tensor]:
+        """The student's weights as they are now: LoRA in PEFT's file format, or the whole network."""
+        network = self.networks["student"]
+        state = adapters.adapter_state(network, "student") if self.config.share else network.state_dict()
+        return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+
+def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0) -> Roles:
+    """Student and fake score that start as the teacher, bit for bit.
+
+    Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen. Copies: two deep copies.
+    """
+    base = backbone.module.requires_grad_(False).eval()
+    if not config.share:
+        networks: dict[Role, nn.Module] = {"teacher": base, "student": copy.deepcopy(base), "fake": copy.deepcopy(base)}
+        trained = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in TRAINED}
+        layers: tuple[BaseTunerLayer, ...] = ()
+    else:
+        names = adapters.targets(base, config.targets, config.skip)
+        for i, role in enumerate(TRAINED):
+            adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
+        networks = {"teacher": base, "student": base, "fake": base}
+        layers = tuple(adapters.adapter_layers(base))
+        trained = {r: adapters.adapter_parameters(base, r) for r in TRAINED}
+        for parameters in trained.values():
+            for p in parameters.values():
+                p.requires_grad_(True)
+    average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
+    roles = Roles(backbone, networks, trained, layers, config, average)
+    roles.activate("teacher")
+    return roles

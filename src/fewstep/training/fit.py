@@ -1,0 +1,77 @@
+"""Supervised fitting of one set of weights to a loss: the loop behind every teacher in the zoo."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Warm-up, constant, then linear decay to zero over the last `decay` steps; EMA of the weights."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    decay: int = 1000
+    ema: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    checkpoint_every: int = 500
+    bf16: bool = False
+
+    def lr_at(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        fall = min(1.0, (self.steps - step) / max(1, self.decay))
+        return self.lr * rise * fall
+
+
+@dataclass(frozen=True)
+class FitStep:
+    step: int
+    loss: float
+    seconds: float
+
+
+def fit(module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], config: FitConfig, run: Path) -> Iterator[FitStep]:
+    """Train `module` on `loss_at(step)`, keep its average in `ema`, and resume from `run` when checkpoints are there.
+
+    `loss_at` must depend on nothing but the step and the weights (see `state.seeded`), so that a resumed run is the
+    straight run bit for bit. Raises FloatingPointError at the first non-finite loss; the last checkpoint stays.
+    """
+    names = [n for n, _ in module.named_parameters()]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    start = 0
+    if (found := latest_checkpoint(run)) is not None:
+        groups, state = found
+        module.load_state_dict(groups["module"])
+        ema.load_state_dict(groups["ema"])
+        load_optimizer_tensors(optimizer, names, groups["optimizer"])
+        start = state["step"]
+    began = time.monotonic()
+    for step in range(start, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(step)
+        loss = loss_at(step)
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(f"loss is {value} at step {step}; lower train.lr or set train.bf16=false, then run the same command again")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+        optimizer.step()
+        # The early average forgets faster, so that it is never a memory of the initialisation.
+        rate = min(config.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - rate)
+        done = step + 1
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            groups = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
+            save_checkpoint(run, done, groups, {"loss": value})
+        yield FitStep(done, value, time.monotonic() - began)

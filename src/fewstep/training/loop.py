@@ -1,0 +1,147 @@
+"""The one training loop: a generator that yields after every iteration and resumes bit for bit from its checkpoints."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from ..methods.matching import Loss, Matching, losses
+from ..roles.adapters import assign
+from ..roles.roles import TRAINED, Role, Roles
+from .prompts import Embeddings
+from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Iterations include the fake score's warm-up. `lr` is the student's; `fake_lr` the fake score's."""
+
+    iterations: int
+    batch: int
+    lr: float
+    fake_lr: float
+    ema: float = 0.98
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    checkpoint_every: int = 100
+    seed: int = 0
+    precision: str = "no"  # accelerate's mixed precision: no, bf16, fp16
+
+    def __post_init__(self) -> None:
+        for option in ("iterations", "batch", "checkpoint_every"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
+        for option in ("lr", "fake_lr"):
+            if not getattr(self, option) > 0:
+                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema: got {self.ema}, allowed are numbers from 0 (off) up to, not including, 1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one iteration did. `metrics` are plain numbers; `roles` gives access to every network."""
+
+    iteration: int
+    metrics: Mapping[str, float]
+    seconds: float  # of this iteration alone
+    roles: Roles
+
+
+def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None) -> Iterator[Step]:
+    """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
+
+    With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
+    by (seed, iteration, rank), so the resumed run is the straight run bit for bit on the same machine. Raises ValueError
+    when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss (the last checkpoint stays).
+    """
+    accelerator = Accelerator(mixed_precision=config.precision)
+    device, rank = accelerator.device, accelerator.process_index
+    optimizers = {r: _optimizer(roles, r, config) for r in TRAINED}
+    start = _resume(roles, optimizers, run, _fingerprint(roles, method, config))
+    null = data.unconditional(device)
+    for i in range(start, config.iterations):
+        began = time.perf_counter()
+        rng = seeded(config.seed, i, "draw", rank, device)
+        cond = data.draw(config.batch, seeded(config.seed, i, "prompts", rank), device)
+        metrics: dict[str, Tensor] = {}
+        with accelerator.autocast():
+            for loss in losses(method, roles, cond, null, config.batch, rng, warming_up=i < method.warmup):
+                metrics |= loss.metrics
+                metrics[f"{loss.role}_grad"] = _update(accelerator, loss, roles, optimizers, config, i)
+        if i >= method.warmup:
+            # A young average forgets faster, so that it is never a memory of the start.
+            done = i - method.warmup + 1
+            roles.update_average(min(config.ema, done / (done + 9)))
+        if run is not None and accelerator.is_main_process and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
+            save_run(roles, optimizers, run, i + 1, _fingerprint(roles, method, config))
+        yield Step(i + 1, {k: float(v) for k, v in metrics.items()}, time.perf_counter() - began, roles)
+
+
+def _update(accelerator: Accelerator, loss: Loss, roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], config: TrainConfig, i: int) -> Tensor:
+    """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call."""
+    if not bool(torch.isfinite(loss.value)):
+        raise FloatingPointError(
+            f"the {loss.role} loss is {loss.value.item()} at iteration {i + 1}; the last checkpoint is intact: lower train.{'fake_lr' if loss.role == 'fake' else 'lr'}, then run again"
+        )
+    parameters = list(roles.trained[loss.role].values())
+    optimizers[loss.role].zero_grad(set_to_none=True)
+    grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
+    for p, g in zip(parameters, grads, strict=True):
+        p.grad = torch.zeros_like(p) if g is None else g
+    if accelerator.num_processes > 1:
+        flat = reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "mean")
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = g.view_as(p)
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    optimizers[loss.role].step()
+    return norm
+
+
+def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Optimizer:
+    lr = config.fake_lr if role == "fake" else config.lr
+    return torch.optim.AdamW(roles.trained[role].values(), lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def _fingerprint(roles: Roles, method: Matching, config: TrainConfig) -> str:
+    """A hash of every setting that a resumed run must share; the length of the run may grow."""
+    settings: dict[str, Any] = {"method": asdict(method), "train": asdict(config), "roles": asdict(roles.config), "base": roles.backbone.name}
+    for free in ("iterations", "checkpoint_every"):
+        settings["train"].pop(free)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, fingerprint: str) -> Path:
+    """Both trained roles, the average and both optimisers, as one atomic checkpoint."""
+    groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
+    for role in TRAINED:
+        groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
+        groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], list(roles.trained[role]))
+    return save_checkpoint(run, iteration, groups, {"fingerprint": fingerprint})
+
+
+def _resume(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path | None, fingerprint: str) -> int:
+    """Put the newest checkpoint's state back and return its iteration, or 0 where there is none."""
+    found = None if run is None else latest_checkpoint(run)
+    if found is None:
+        return 0
+    groups, state = found
+    if state.get("fingerprint") != fingerprint:
+        raise ValueError(f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again")
+    for role in TRAINED:
+        assign(roles.trained[role], groups[role])
+        load_optimizer_tensors(optimizers[role], list(roles.trained[role]), groups[f"optimizer_{role}"])
+    for name, tensor in roles.average.items():
+        tensor.copy_(groups["average"][name])
+    return int(state["step"])
+
+

@@ -1,0 +1,119 @@
+"""Prompts: read from a text file, JSONL, CSV or a hub data set; encoded once, cached on disk, drawn evenly."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..backbones.base import Backbone, Cond
+
+COLUMNS = ("prompt", "caption", "text")
+
+
+def read_prompts(source: str, column: str | None = None) -> list[str]:
+    """Prompts of `source`, stripped, in order, without empty lines and repetitions.
+
+    `.txt`: one a line; `.jsonl`: objects; `.csv`/`.tsv`: a header row; anything else: a hub data set id (needs the package
+    `datasets`). Raises ValueError when the file is missing, the column is not there, or nothing is left.
+    """
+    path = Path(source)
+    if path.suffix == ".txt":
+        found = _text(path).splitlines()
+    elif path.suffix == ".jsonl":
+        found = _column([_object(line, i, path) for i, line in enumerate(_text(path).splitlines(), 1) if line.strip()], column, path)
+    elif path.suffix in (".csv", ".tsv"):
+        found = _column(list(csv.DictReader(_text(path).splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")), column, path)
+    else:
+        found = _hub(source, column)
+    prompts = list(dict.fromkeys(p.strip() for p in found if p.strip()))
+    if not prompts:
+        raise ValueError(f"prompts: {source} has no prompt in it; write one a line")
+    return prompts
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"prompts: cannot read {path} ({error.strerror}); pass a .txt, .jsonl, .csv or .tsv file, or a hub data set id") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _object(line: str, number: int, path: Path) -> Mapping[str, object]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"prompts: line {number} of {path} is not JSON ({error})") from error
+    return value if isinstance(value, dict) else {"prompt": value}
+
+
+def _column(records: Sequence[Mapping[str, object]], column: str | None, path: Path | str) -> list[str]:
+    if not records:
+        return []
+    names = list(records[0])
+    name = column or next((c for c in COLUMNS if c in names), None)
+    if name is None or name not in names:
+        raise ValueError(f"prompts: {path} has no column {column or ' or '.join(COLUMNS)}; it has {', '.join(map(str, names))}; pass --set prompts.column=NAME")
+    return [str(r.get(name) or "") for r in records]
+
+
+def _hub(source: str, column: str | None) -> list[str]:
+    if "/" not in source or Path(source).suffix or Path(source).exists():
+        raise ValueError(f"prompts: got {source!r}, allowed are a .txt, .jsonl, .csv or .tsv file, or a hub data set id such as owner/name")
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ValueError("prompts: a hub data set needs the package `datasets`; run: pip install datasets") from error
+    data = load_dataset(source, split="train")
+    return _column([{n: r[n] for n in data.column_names} for r in data], column, source)
+
+
+class Embeddings:
+    """Conditions of a list of prompts and of the empty prompt, encoded once and kept on the CPU."""
+
+    def __init__(self, cond: Cond, null: Cond, count: int, encoded: int) -> None:
+        self.cond, self.null, self.count = cond, null, count
+        self.encoded = encoded  # prompts that went through the encoder this time: 0 where the cache served
+
+    def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Cond:
+        """Conditions of `batch` prompts drawn at random."""
+        rows = torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu()
+        return {k: v[rows].to(device) for k, v in self.cond.items()}
+
+    def unconditional(self, device: torch.device) -> Cond:
+        """The condition of the empty prompt, [1, ...]."""
+        return {k: v.to(device) for k, v in self.null.items()}
+
+
+def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = 64) -> Embeddings:
+    """Encode prompts once. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache)."""
+    key = hashlib.sha256(json.dumps([identity, list(prompts)]).encode()).hexdigest()[:24]
+    path = None if cache is None else cache / f"{key}.safetensors"
+    if path is not None and path.exists():
+        try:
+            tensors = load_file(path)
+            return _embeddings(tensors, len(prompts), 0)
+        except SafetensorError:
+            path.unlink()  # a truncated cache is rebuilt, it holds nothing that cannot be made again
+    parts = [backbone.encode(list(prompts[i : i + chunk])) for i in range(0, len(prompts), chunk)]
+    tensors = {f"cond.{k}": torch.cat([p[k] for p in parts]).cpu().contiguous() for k in parts[0]}
+    tensors |= {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
+    if path is not None and tensors:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    return _embeddings(tensors, len(prompts), len(prompts))
+
+
+def _embeddings(tensors: Mapping[str, Tensor], count: int, encoded: int) -> Embeddings:
+    cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
+    null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
+    return Embeddings(cond, null, count, encoded)

@@ -1,0 +1,82 @@
+"""Noto emoji with their names: captions and 64x64 pictures from the npm package `emoji-datasource-google`.
+
+The package is fetched by name with `npm pack` and checked against a SHA-256; its images are Apache-2.0 (Google), its
+`emoji.json` MIT. The shipped teacher needs none of this: only training it again does.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+TONES = {"1F3FB": "light skin tone", "1F3FC": "medium-light skin tone", "1F3FD": "medium skin tone", "1F3FE": "medium-dark skin tone", "1F3FF": "dark skin tone"}
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One picture: `name` is shared by all skin tones of an emoji, `caption` is the prompt, `held_out` is never trained on."""
+
+    name: str
+    caption: str
+    tone: str
+    file: str
+    held_out: bool
+
+
+def fetch(package: str, version: str, sha256: str, folder: Path) -> Path:
+    """The package's archive in `folder`, downloaded if it is not there. Raises ValueError on a wrong checksum or without npm."""
+    archive = folder / f"{package}-{version}.tgz"
+    if not archive.exists():
+        if shutil.which("npm") is None:
+            raise ValueError(f"data.package: {archive} is not there and npm is not installed; install npm, or put the archive of {package}@{version} at that path")
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"data.sha256: {archive} has {found}, expected {sha256}; delete the file and run the same command again")
+    return archive
+
+
+def catalogue(entries: list[dict], hold_out: float) -> list[Emoji]:
+    """All emoji with a Google picture. A fraction `hold_out` of the single-tone variants, chosen by hash, is held out."""
+    result = []
+    for entry in entries:
+        if not entry.get("has_img_google"):
+            continue
+        name = " ".join(entry["name"].lower().split())
+        result.append(Emoji(name, name, "", entry["image"], False))
+        for code, variant in entry.get("skin_variations", {}).items():
+            if not variant.get("has_img_google"):
+                continue
+            tones = list(dict.fromkeys(TONES[c] for c in code.split("-")))
+            caption = f"{name}, {' and '.join(tones)}"
+            chance = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little") / 2**32
+            result.append(Emoji(name, caption, tones[0] if len(tones) == 1 else "", variant["image"], len(tones) == 1 and chance < hold_out))
+    return result
+
+
+def load(archive: Path, hold_out: float) -> tuple[list[Emoji], Tensor]:
+    """(emoji, images uint8 [N, 3, 64, 64] composited on white) in the order of the package's catalogue."""
+    with tarfile.open(archive) as tar:
+        wanted = (m for m in tar if m.name.startswith("package/img/google/64/") or m.name == "package/emoji.json")
+        blobs = {m.name: file.read() for m in wanted if (file := tar.extractfile(m)) is not None}
+    emoji = catalogue(json.loads(blobs["package/emoji.json"]), hold_out)
+    images = [_on_white(blobs[f"package/img/google/64/{e.file}"]) for e in emoji]
+    return emoji, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _on_white(png: bytes) -> np.ndarray:
+    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    if picture.size != (64, 64):
+        picture = picture.resize((64, 64), Image.Resampling.LANCZOS)
+    background = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return np.asarray(Image.alpha_composite(background, picture).convert("RGB"))

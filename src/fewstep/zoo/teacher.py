@@ -1,0 +1,185 @@
+"""How the bundled text-to-image teacher was trained: codec first, then text encoder and U-Net on cached latents."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ..backbones import miniature
+from ..training.fit import FitConfig, FitStep, fit
+from ..training.state import seeded, write_json
+from . import emoji_data
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Strict):
+    package: str
+    version: str
+    sha256: str
+    folder: str = "data"
+    hold_out: float = 0.05
+
+
+class CodecConfig(Strict):
+    channels: list[int]
+    latent: int
+    kl: float
+    fit: FitConfig
+
+
+class TextConfig(Strict):
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    length: int
+
+
+class DenoiserConfig(Strict):
+    channels: list[int]
+    attention: list[bool]
+    drop_caption: float
+    fit: FitConfig
+
+
+class TeacherConfig(Strict):
+    """`recipes/emoji-teacher.yaml`."""
+
+    kind: Literal["teacher"]
+    seed: int
+    data: DataConfig
+    codec: CodecConfig
+    text: TextConfig
+    denoiser: DenoiserConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    emoji: list[emoji_data.Emoji]
+    images: Tensor  # [N, 3, 64, 64] in [-1, 1]
+
+
+def load_data(config: DataConfig) -> Data:
+    archive = emoji_data.fetch(config.package, config.version, config.sha256, Path(config.folder))
+    emoji, images = emoji_data.load(archive, config.hold_out)
+    return Data(emoji, images.float() / 127.5 - 1)
+
+
+def train_codec(config: TeacherConfig, data: Data, run: Path) -> Iterator[FitStep]:
+    """Fit the autoencoder: L1 on pixels and on their differences, plus a small KL; horizontal flips."""
+    vae = miniature.autoencoder(config.codec.channels, config.codec.latent, data.images.shape[-1])
+    average = copy.deepcopy(vae)
+    train = torch.tensor([i for i, e in enumerate(data.emoji) if not e.held_out])
+
+    def loss_at(step: int) -> Tensor:
+        rng = seeded(config.seed, step, "codec")
+        x = data.images[train[torch.randint(len(train), (config.codec.fit.batch,), generator=rng)]]
+        flip = torch.rand(len(x), generator=rng) < 0.5
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.codec.fit.bf16):
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
+            y = vae.decode(z).sample.float()
+        edges = F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        return F.l1_loss(y, x) + edges + config.codec.kl * kl
+
+    torch.manual_seed(config.seed)
+    yield from fit(vae, average, loss_at, config.codec.fit, run / "codec")
+    with torch.no_grad():
+        z = torch.cat([average.encode(x).latent_dist.mean for x in data.images.split(64)])
+    average.register_to_config(scaling_factor=float(1 / z.std()))
+    average.eval().save_pretrained(run / "vae")
+
+
+class TextToNoise(nn.Module):
+    """Text encoder and U-Net as one module, so that both are trained by one loss."""
+
+    def __init__(self, text: nn.Module, unet: nn.Module) -> None:
+        super().__init__()
+        self.text, self.unet = text, unet
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.unet(x, t, self.text(tokens)[0], return_dict=False)[0]
+
+
+def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Iterator[FitStep]:
+    """Fit text encoder and U-Net to `v` at uniform times on cached latents; names are drawn evenly, then a skin tone."""
+    vae = miniature.AutoencoderKL.from_pretrained(run / "vae").eval()
+    tokenizer = miniature.word_tokenizer([e.caption for e in data.emoji], config.text.vocabulary, config.text.length)
+    torch.manual_seed(config.seed)
+    text = miniature.text_encoder(tokenizer, config.text.width, config.text.layers, config.text.heads)
+    with torch.no_grad():
+        posteriors = [vae.encode(x).latent_dist for x in data.images.split(64)]
+        mean = torch.cat([p.mean for p in posteriors]) * vae.config.scaling_factor
+        std = torch.cat([p.std for p in posteriors]) * vae.config.scaling_factor
+    size = mean.shape[-1]
+    net = miniature.unet(config.denoiser.channels, config.denoiser.attention, config.codec.latent, size, config.text.width)
+    model = TextToNoise(text, net)
+    average = copy.deepcopy(model)
+    tokens = tokenizer([e.caption for e in data.emoji], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+    alpha_bar = miniature.scheduler().alphas_cumprod
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    by_name = _by_name(data.emoji)
+    batch, drop = config.denoiser.fit.batch, config.denoiser.drop_caption
+
+    def loss_at(step: int) -> Tensor:
+        rng = seeded(config.seed, step, "denoiser")
+        names = torch.randint(len(by_name), (batch,), generator=rng).tolist()
+        plain, pick = torch.rand(batch, generator=rng).tolist(), torch.rand(batch, generator=rng).tolist()
+        rows = torch.tensor([_variant(by_name[n], p, q) for n, p, q in zip(names, plain, pick, strict=True)])
+        x0 = mean[rows] + std[rows] * torch.randn((batch, *mean.shape[1:]), generator=rng)
+        # Stratified times: one per slice of [0, T), which halves the noise of the loss at no cost.
+        t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha)).long()
+        eps = torch.randn(x0.shape, generator=rng)
+        a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
+        captions = torch.where((torch.rand(batch, generator=rng) < drop)[:, None], empty, tokens[rows])
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.denoiser.fit.bf16):
+            v = model(a * x0 + s * eps, t, captions)
+        return F.mse_loss(v.float(), a * eps - s * x0)
+
+    yield from fit(model, average, loss_at, config.denoiser.fit, run / "denoiser")
+    save_teacher(run, vae, average, tokenizer)
+
+
+def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: object) -> Path:
+    """Write the averaged weights as a half-precision `StableDiffusionPipeline` folder, `run/teacher`."""
+    pipe = miniature.pipeline(vae, average.text, tokenizer, average.unet).to(dtype=torch.float16)  # type: ignore[arg-type]
+    pipe.save_pretrained(run / "teacher")
+    return run / "teacher"
+
+
+def train_teacher(config: TeacherConfig, run: Path) -> Iterator[tuple[str, FitStep]]:
+    """Both stages in order, each resuming where it stopped; ends with `run/teacher`, an ordinary pipeline folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "run.json", config.model_dump())
+    data = load_data(config.data)
+    if not (run / "vae" / "config.json").exists():
+        yield from (("codec", s) for s in train_codec(config, data, run))
+    yield from (("denoiser", s) for s in train_denoiser(config, data, run))
+
+
+def _by_name(emoji: list[emoji_data.Emoji]) -> list[list[int]]:
+    """Row numbers per name, the plain picture first; held-out variants left out."""
+    rows: dict[str, list[int]] = {}
+    for i, e in enumerate(emoji):
+        if not e.held_out:
+            rows.setdefault(e.name, []).append(i)
+    return list(rows.values())
+
+
+def _variant(rows: list[int], plain: float, pick: float) -> int:
+    """The plain picture half of the time, otherwise one of its skin tones."""
+    return rows[0] if len(rows) == 1 or plain < 0.5 else rows[1 + int(pick * (len(rows) - 1))]
