@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class Backbone(Protocol):
     def row(self) -> Row: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The diffusers scheduler's settings, for export; empty where the model is no diffusers pipeline."""
+        ...
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Raw network output m = a x0 + b eps, [B, ...] in float32. x [B, ...], t [B] float64 on the schedule's times."""
@@ -101,6 +105,10 @@ class Denoiser:
     @property
     def row(self) -> Row:
         return row_named(self.prediction)
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return {}
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(module.parameters()).dtype

@@ -1,9 +1,9 @@
 """Stable Diffusion 1.x, 2.x and their fine-tunes: one text encoder, a conditional U-Net, an image autoencoder."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -37,6 +37,10 @@ class StableDiffusion:
         size = self.pipe.unet.config.sample_size
         return (self.pipe.unet.config.in_channels, size, size)
 
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return dict(self.pipe.scheduler.config)
+
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = cond["text"].dtype
         return module(x.to(dtype), t.to(torch.float32), encoder_hidden_states=cond["text"], return_dict=False)[0].float()
@@ -55,16 +59,10 @@ class StableDiffusion:
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def load_sd(folder: str | Path, name: str | None = None, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+def load_sd(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """A `StableDiffusionPipeline` from a folder or a hub id. Raises ValueError with one line when it is neither."""
     pipe = StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
-    return StableDiffusion(pipe, name or Path(folder).name, VP(pipe.scheduler.alphas_cumprod.double()))
-
-
-def is_sd(folder: Path) -> bool:
-    """Whether `folder/model_index.json` names a StableDiffusionPipeline."""
-    index = folder / "model_index.json"
-    return index.exists() and json.loads(index.read_text()).get("_class_name") == "StableDiffusionPipeline"
+    return StableDiffusion(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))

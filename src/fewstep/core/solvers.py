@@ -40,7 +40,8 @@ def ddim(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, before: Est
 def dpmpp(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, before: Estimate | None = None) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, alg. 2): DDIM with x0 extrapolated in half the log signal-to-noise ratio.
 
-    Without a previous estimate, from pure noise (infinite log-SNR step), and into clean data it is DDIM, as in diffusers.
+    Without a previous estimate and into clean data it is DDIM, as in diffusers; so it is after pure noise (an infinite step in
+    log-SNR), where diffusers puts alpha_bar = 2^-24 and extrapolates a little.
     """
     if before is None:
         return ddim(schedule, here, t, t_next)

@@ -17,8 +17,8 @@ def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
     if not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps}, allowed are 1 to {most}; few-step students use 1 to 8")
     u = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    t = schedule.t_clean + span * (shift * u / (1 + (shift - 1) * u))
-    return t.round() if schedule.resolution else t
+    passed = span * (shift * u / (1 + (shift - 1) * u))
+    return schedule.t_clean + (passed.round() if schedule.resolution else passed)
 
 
 def karras(schedule: Schedule, steps: int, t_min: float, rho: float = 7.0) -> Tensor:

@@ -56,9 +56,9 @@ class Matching:
         if not 0 <= self.tau_min < 1:
             raise ValueError(f"method.tau_min: got {self.tau_min}, allowed are fractions from 0 up to, not including, 1")
 
-    def times(self, schedule: Schedule) -> Tensor:
-        """The student's grid, `[K + 1]`."""
-        return timegrid.uniform(schedule, self.steps, self.shift)
+    def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
+        """The student's grid, `[K + 1]`, for its own step count or another."""
+        return timegrid.uniform(schedule, steps or self.steps, self.shift)
 
 
 class Draw(NamedTuple):

@@ -4,6 +4,7 @@ PEFT's own `set_adapter` and `disable_adapters` toggle `requires_grad`, which si
 forward pass came before another role's. The switch here changes nothing but which adapter the layers add.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -29,7 +30,8 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
 
 def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:
     """Inject a zero-effect LoRA adapter (B = 0) into the named layers. The base weights stay where they are."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are the point
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name)
 

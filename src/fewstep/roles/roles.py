@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -77,6 +77,10 @@ class Roles:
         network = self.networks["student"]
         state = adapters.adapter_state(network, "student") if self.config.share else network.state_dict()
         return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+    def adapter_settings(self) -> dict[str, Any]:
+        """PEFT's settings of the student's adapter, for the header of its file; empty for a full student."""
+        return self.networks["student"].peft_config["student"].to_dict() if self.config.share else {}  # type: ignore[union-attr,operator,index]
 
 
 def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0) -> Roles:

@@ -55,6 +55,7 @@ class Step:
     metrics: Mapping[str, float]
     seconds: float  # of this iteration alone
     roles: Roles
+    method: Matching
 
 
 def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None) -> Iterator[Step]:
@@ -67,7 +68,8 @@ def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfi
     accelerator = Accelerator(mixed_precision=config.precision)
     device, rank = accelerator.device, accelerator.process_index
     optimizers = {r: _optimizer(roles, r, config) for r in TRAINED}
-    start = _resume(roles, optimizers, run, _fingerprint(roles, method, config))
+    fingerprint = _fingerprint(roles, method, config)
+    start = _resume(roles, optimizers, run, fingerprint)
     null = data.unconditional(device)
     for i in range(start, config.iterations):
         began = time.perf_counter()
@@ -83,8 +85,15 @@ def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfi
             done = i - method.warmup + 1
             roles.update_average(min(config.ema, done / (done + 9)))
         if run is not None and accelerator.is_main_process and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
-            save_run(roles, optimizers, run, i + 1, _fingerprint(roles, method, config))
-        yield Step(i + 1, {k: float(v) for k, v in metrics.items()}, time.perf_counter() - began, roles)
+            save_run(roles, optimizers, run, i + 1, fingerprint)
+        saved = run is None or (i + 1) % config.checkpoint_every == 0
+        try:
+            yield Step(i + 1, {k: float(v) for k, v in metrics.items()}, time.perf_counter() - began, roles, method)
+        except GeneratorExit:
+            # The caller stops here: nothing of what was trained is lost.
+            if run is not None and not saved and accelerator.is_main_process:
+                save_run(roles, optimizers, run, i + 1, fingerprint)
+            raise
 
 
 def _update(accelerator: Accelerator, loss: Loss, roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], config: TrainConfig, i: int) -> Tensor:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..atomic import write_json
+
 PREFIX = "checkpoint-"
 
 
@@ -24,13 +26,6 @@ def seeded(seed: int, step: int, stream: str, rank: int = 0, device: str | torch
     """A generator that depends on nothing but its arguments, so that a resumed run draws what the straight run drew."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}/{stream}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

@@ -1,0 +1,142 @@
+"""The public functions: load a teacher, distil it, sample, load a student. The command line is written against these."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backbones.base import Backbone, Denoiser, guided
+from .backbones.files import FewStepPipeline, Serving, few_step_pipeline, load_lora, load_network
+from .backbones.generate import trajectory
+from .backbones.load import fingerprint, load_teacher, pipeline_of
+from .core import timegrid
+from .core.solvers import State, update_named
+from .export.card import StudentCard, read_card
+from .methods.matching import Matching
+from .roles.roles import RolesConfig, make_roles
+from .roles.student import Student, with_lora
+from .training.loop import Step, TrainConfig
+from .training.loop import distill as train
+from .training.prompts import embed
+
+
+def TDM(steps: int = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
+    """Trajectory Distribution Matching with the defaults of `Matching`; `settings` are its other fields."""
+    return Matching(steps=steps, guidance=guidance, **settings)
+
+
+def distill(
+    teacher: Backbone,
+    method: Matching,
+    prompts: Sequence[str] = ("",),
+    *,
+    iterations: int,
+    batch: int = 16,
+    lr: float = 1e-5,
+    fake_lr: float = 1e-4,
+    ema: float = 0.98,
+    share: bool = True,
+    rank: int = 32,
+    seed: int = 0,
+    out: str | Path | None = None,
+    checkpoint_every: int = 100,
+) -> Iterator[Step]:
+    """Distil `teacher` and yield after every iteration: stop, log or look at any step.
+
+    With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
+    """
+    roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed)
+    config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
+    folder = None if out is None else Path(out)
+    data = embed(teacher, list(prompts), None if folder is None else folder / "embeddings", fingerprint(teacher.module))
+    yield from train(roles, method, data, config, folder)
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A student from its folder, ready to sample, with its card."""
+
+    student: Student
+    card: StudentCard
+
+
+def load_student(folder: str | Path, base: str | Path | Backbone | None = None) -> LoadedStudent:
+    """Read a student onto its base (by default the one its card names). Raises ValueError with one line.
+
+    Another base of the same architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    backbone = load_teacher(card.base if base is None else base) if base is None or isinstance(base, str | Path) else base
+    if card.weights == "full":
+        return LoadedStudent(Student(backbone, load_network(folder, backbone.module), (), "student"), card)
+    assert card.rank is not None and card.alpha is not None
+    return LoadedStudent(with_lora(backbone, load_lora(folder), card.rank, card.alpha), card)
+
+
+def load(base: Any, student: str | Path) -> FewStepPipeline:
+    """A diffusers pipeline that is right at `pipe(prompt)`: scheduler, times, steps and guidance come from the student.
+
+    `base` is a pipeline, or what `load_teacher` takes.
+    """
+    folder = Path(student)
+    card = read_card(folder)
+    pipe = pipeline_of(base)
+    return few_step_pipeline(pipe, folder, Serving(card.steps), card.weights == "full")
+
+
+def sample(
+    model: Backbone | LoadedStudent | Step, prompts: Sequence[str], seeds: Sequence[int] | None = None, *, steps: int | None = None, guidance: float = 1.0, solver: str = "ddim"
+) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1], one per prompt (plain states for backbones without a picture).
+
+    A step or a student takes its own steps and no guidance; a teacher takes `steps` (default 50) and `guidance`.
+    Seeds default to 0, 1, 2, ...; a seed gives the same picture in any batch.
+    """
+    states = sample_states(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
+    return backbone_of(model).decode(states[-1].x)
+
+
+def sample_states(
+    model: Backbone | LoadedStudent | Step, prompts: Sequence[str], seeds: Sequence[int] | None = None, *, steps: int | None = None, guidance: float = 1.0, solver: str = "ddim"
+) -> list[State]:
+    """As `sample`, but the whole trajectory: K + 1 states with the clean estimate that led to each."""
+    if not prompts:
+        raise ValueError("prompts: got none; pass at least one")
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts; pass one seed a prompt")
+    backbone = backbone_of(model)
+    with torch.no_grad():
+        cond = backbone.encode(prompts)
+        null = backbone.encode([""])
+    if isinstance(model, Step):
+        with model.roles.averaged():
+            return trajectory(backbone, model.roles.denoise("student", cond), seeds, model.method.times(backbone.schedule, steps), update_named(solver))
+    if isinstance(model, LoadedStudent):
+        count = steps or model.card.steps[0]
+        return trajectory(backbone, model.student.denoise(cond), seeds, _student_grid(model.card, backbone, count), update_named(solver))
+    return trajectory(backbone, guided(backbone, backbone.module, cond, null, guidance), seeds, _grid(backbone, steps or 50), update_named(solver))
+
+
+def backbone_of(model: Backbone | LoadedStudent | Step) -> Backbone:
+    """The backbone behind anything that samples."""
+    if isinstance(model, Step):
+        return model.roles.backbone
+    return model.student.backbone if isinstance(model, LoadedStudent) else model
+
+
+def _grid(backbone: Backbone, steps: int) -> Tensor:
+    return timegrid.uniform(backbone.schedule, steps)
+
+
+def _student_grid(card: StudentCard, backbone: Backbone, steps: int) -> Tensor:
+    """The trained times of this step count, or a uniform grid for a count that was not trained."""
+    known = card.timesteps.get(str(steps))
+    return _grid(backbone, steps) if known is None else timegrid.check(backbone.schedule, torch.tensor(known, dtype=torch.float64))
+
+
+__all__ = ["TDM", "Denoiser", "LoadedStudent", "Matching", "Step", "backbone_of", "distill", "load", "load_student", "load_teacher", "sample", "sample_states"]

@@ -1,0 +1,99 @@
+"""A student as files that diffusers loads, and the pipeline that is right without a word from its user."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin, StableDiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a student wants to be called: step counts served, the first one the default; guidance is baked in."""
+
+    steps: tuple[int, ...]
+
+
+def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: str) -> SchedulerMixin:
+    """A stock scheduler that visits exactly the trained times for every step count served.
+
+    DDIM on trailing times is exact where the step count divides the table; DPM-Solver++ of order 1 is the same rule and is
+    exact for any. `config` is that of the teacher's scheduler.
+    """
+    shared = {k: v for k, v in config.items() if k in _SHARED}
+    if solver == "ddim" and all(config["num_train_timesteps"] % k == 0 for k in steps):
+        return DDIMScheduler(**shared, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, steps_offset=1)
+    return DPMSolverMultistepScheduler(**shared, timestep_spacing="trailing", solver_order=1 if solver == "ddim" else 2, steps_offset=1)
+
+
+_SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+
+
+def save_lora(folder: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """`folder/pytorch_lora_weights.safetensors` in diffusers' format, with the adapter's settings in its header."""
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=dict(state), unet_lora_adapter_metadata=plain)
+    return folder / LORA_FILE
+
+
+def save_network(folder: Path, module: nn.Module) -> None:
+    """A full student: the whole network in diffusers' format."""
+    module.save_pretrained(folder)  # type: ignore[operator]
+
+
+class FewStepPipeline(StableDiffusionPipeline):
+    """A Stable Diffusion pipeline whose defaults are the student's: `pipe(prompt)` takes its steps, without guidance."""
+
+    serving = Serving((4,))
+
+    def __call__(self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any) -> Any:
+        """As `StableDiffusionPipeline.__call__`, to which `options` go; warns when asked for other steps or for guidance."""
+        steps = num_inference_steps or self.serving.steps[0]
+        if steps not in self.serving.steps:
+            warnings.warn(f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.serving.steps))}", stacklevel=2)
+        if guidance_scale > 1:
+            warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
+        return super().__call__(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
+
+
+def few_step_pipeline(base: DiffusionPipeline, student: Path, serving: Serving, full: bool, adapter: str = "fewstep") -> FewStepPipeline:
+    """`base` with the student in `student/` on it: LoRA at strength 1.0 or whole network, its scheduler, its steps."""
+    pipe = FewStepPipeline(**base.components, requires_safety_checker=False)
+    pipe.serving = serving
+    pipe.set_progress_bar_config(disable=True)
+    index = (student / "scheduler" / "scheduler_config.json").read_text()
+    scheduler = DDIMScheduler if '"DDIMScheduler"' in index else DPMSolverMultistepScheduler
+    pipe.scheduler = scheduler.from_pretrained(student / "scheduler")
+    if full:
+        pipe.unet = type(pipe.unet).from_pretrained(student / "unet", torch_dtype=pipe.unet.dtype).to(pipe.unet.device)
+    else:
+        pipe.load_lora_weights(str(student), adapter_name=adapter)
+    return pipe
+
+
+def load_lora(folder: Path) -> dict[str, Tensor]:
+    """The LoRA of a student folder in PEFT's file format (layer names without the `unet.` prefix).
+
+    Raises ValueError when the file is missing or damaged.
+    """
+    path = folder / LORA_FILE
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
+    return {k.removeprefix("unet."): v for k, v in state.items()}
+
+
+def load_network(folder: Path, like: nn.Module) -> nn.Module:
+    """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing or damaged."""
+    try:
+        return type(like).from_pretrained(folder / "unet").requires_grad_(False).eval()  # type: ignore[attr-defined]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"student: {folder / 'unet'} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error

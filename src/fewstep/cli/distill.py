@@ -1,0 +1,249 @@
+"""`fewstep distill`: from a recipe to a student, its pictures, its numbers and its report."""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .. import __version__
+from ..api import load_teacher
+from ..atomic import write_json
+from ..backbones.base import Backbone, guided
+from ..backbones.generate import pictures, trajectory
+from ..backbones.load import BUNDLED, fingerprint, quiet
+from ..core import timegrid
+from ..core.solvers import update_named
+from ..export.card import StudentCard
+from ..export.final import write_final
+from ..report.grids import write_grid
+from ..report.pictures import Pictures, Trajectory, save_pictures
+from ..report.run import PICTURES, render_run
+from ..methods.matching import Matching
+from ..roles.roles import Roles, make_roles
+from ..training.loop import Step, distill
+from ..training.monitor import drift, look
+from ..training.prompts import embed, read_prompts
+from ..training.state import latest_checkpoint
+from .evaluate import evaluate_student
+from .progress import console, meter
+from .recipe import DistillRecipe, read_recipe
+from .signals import stop_request
+
+
+def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bool) -> None:
+    """Train, preview, export, evaluate, report; every part is skipped where its result is there already."""
+    quiet()
+    recipe = read_recipe(source, overrides, DistillRecipe)
+    run = out or Path("runs") / recipe.name
+    teacher = load_teacher(recipe.teacher)
+    prompts = training_prompts(recipe)
+    if dry_run:
+        print_plan(recipe, teacher, prompts)
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    base_hash = fingerprint(teacher.module)
+    write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
+    data = embed(teacher, prompts, run / "embeddings", base_hash)
+    preview = Preview(recipe, teacher, run)
+    roles = make_roles(teacher, recipe.roles, recipe.train.seed)
+    print_roles(roles)
+    found = latest_checkpoint(run)
+    start = 0 if found is None else int(found[1]["step"])
+    log = MetricsLog(run / "metrics.jsonl", start)
+    if start:
+        console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
+    else:
+        preview.show(roles, 0, recipe.method)
+    stopped = False
+    with stop_request() as request, meter(recipe.name, recipe.train.iterations, start) as bar:
+        for step in distill(roles, recipe.method, data, recipe.train, run):
+            log.add(step)
+            bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
+            if step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations:
+                for warning in preview.show(roles, step.iteration, recipe.method):
+                    console.print(f"iteration {step.iteration}: {warning}")
+                    log.note(step.iteration, {"warnings": [warning]})
+            if request.asked and step.iteration < recipe.train.iterations:
+                stopped = True
+                break
+    if stopped:
+        console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
+        sys.exit(130)
+    finish(recipe, roles, preview, run, base_hash, log.seconds)
+
+
+def training_prompts(recipe: DistillRecipe) -> list[str]:
+    """The recipe's prompts; `bundled` means those that came with a bundled teacher."""
+    if recipe.prompts.source != "bundled":
+        return read_prompts(recipe.prompts.source, recipe.prompts.column)
+    shipped = BUNDLED / recipe.teacher / "prompts.txt"
+    if not shipped.is_file():
+        raise ValueError(f"prompts: teacher {recipe.teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id")
+    return read_prompts(str(shipped))
+
+
+class Preview:
+    """The run's fixed pictures: the teacher's row once, the student's row every time."""
+
+    def __init__(self, recipe: DistillRecipe, teacher: Backbone, run: Path) -> None:
+        self.recipe, self.teacher, self.folder = recipe, teacher, run / "samples"
+        self.prompts = recipe.preview.prompts or training_prompts(recipe)[:8]
+        self.seeds = [recipe.preview.seed + i for i in range(len(self.prompts))]
+        self.cond, self.null = teacher.encode(self.prompts), teacher.encode([""])
+        times = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
+        denoise = guided(teacher, teacher.module, self.cond, self.null, recipe.method.guidance)
+        self.reference = pictures(teacher, denoise, self.seeds, times)
+
+    def show(self, roles: Roles, iteration: int, method: Matching) -> list[str]:
+        """Write `samples/step_N.png`; returns the monitor's warnings."""
+        with roles.averaged():
+            denoise = roles.denoise("student", self.cond)
+            own = pictures(self.teacher, denoise, self.seeds, method.times(self.teacher.schedule), update_named(method.solver))
+        labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", f"student, {method.steps} steps"]
+        write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, own]), labels, self.prompts)
+        return drift(look(own), look(self.reference)) if iteration else []
+
+    def compare(self, roles: Roles, method: Matching) -> Pictures:
+        """The report's pictures: teacher guided, teacher at the student's cost, student; and both few-step trajectories."""
+        teacher, steps = self.teacher, method.steps
+        times = method.times(teacher.schedule)
+        few = trajectory(teacher, guided(teacher, teacher.module, self.cond, self.null, 1.0), self.seeds, times)
+        own = trajectory(teacher, roles.denoise("student", self.cond), self.seeds, times, update_named(method.solver))
+        rows = {
+            f"teacher, {self.recipe.preview.teacher_steps} guided steps ({2 * self.recipe.preview.teacher_steps} evaluations)": self.reference,
+            f"teacher, {steps} steps ({steps} evaluations)": teacher.decode(few[-1].x),
+            f"student, {steps} steps ({steps} evaluations)": teacher.decode(own[-1].x),
+        }
+        shown = min(4, len(self.prompts))
+        paths = {
+            f"{who}, {steps} steps": Trajectory(times[:-1].tolist(), torch.stack([teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None], 1))
+            for who, states in (("teacher", few), ("student", own))
+        }
+        return Pictures(self.prompts, rows, paths)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one line an iteration. On resuming, lines after the checkpoint are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path, self.iteration, self.seconds = path, start, 0.0
+        kept = [r for r in _records(path) if r["iteration"] <= start]
+        self.seconds = max((r.get("seconds", 0.0) for r in kept), default=0.0)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        temporary.replace(path)
+
+    def add(self, step: Step) -> None:
+        self.iteration, self.seconds = step.iteration, self.seconds + step.seconds
+        self.note(step.iteration, {"seconds": round(self.seconds, 4), **step.metrics})
+
+    def note(self, iteration: int, values: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Readable lines; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, base_hash: str, seconds: float) -> None:
+    """Export the averaged student, measure it, write the report, and say what to do next."""
+    method, schedule = recipe.method, roles.backbone.schedule
+    count = str(method.steps)
+    rank = recipe.roles.rank if recipe.roles.share else None
+    card = StudentCard(
+        name=f"{Path(recipe.teacher).name}-{method.name}-{count}step", method=method.name, base=recipe.teacher, base_hash=base_hash,
+        steps=(method.steps,), timesteps={count: method.times(schedule).tolist()}, solver={count: method.solver},
+        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights="lora" if recipe.roles.share else "full",
+        rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher == "emoji" else "other",
+        iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
+    )  # fmt: skip
+    with roles.averaged():
+        state = roles.student_state()
+        write_final(run / "final", roles.backbone, card, roles.networks["student"], state if recipe.roles.share else None, roles.adapter_settings())
+        save_pictures(run / PICTURES, preview.compare(roles, method))
+    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
+    report = render_run(run)
+    print_ending(run, report, result, seconds)
+
+
+def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float) -> None:
+    """Where things are, the three numbers that matter, and the next command."""
+    console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}")
+    if result is not None:
+        rows = result["rows"]
+        student, best = rows[-1], rows[0]
+        console.print(f"quality  FD to real {student['fd_real']:.1f} in {student['nfe']} network calls, teacher {best['fd_real']:.1f} in {best['nfe']}")
+        console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
+    console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
+    console.print(f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine")
+
+
+def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> None:
+    """What `--dry-run` prints."""
+    roles = make_roles(teacher, recipe.roles, recipe.train.seed)
+    console.print(yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False), markup=False)
+    print_roles(roles)
+    rng = torch.Generator().manual_seed(recipe.train.seed)
+    first = [prompts[i] for i in torch.randint(len(prompts), (min(recipe.train.batch, 8),), generator=rng).tolist()]
+    console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
+    console.print(f"times: {recipe.method.times(teacher.schedule).tolist()}")
+
+
+def print_roles(roles: Roles) -> None:
+    """Trainable parameters and bytes per role, counted by storage."""
+    base = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for n in roles.networks.values() for p in n.parameters()}
+    console.print(f"weights of all roles: {sum(base.values()) / 2**20:.1f} MiB in memory ({'one shared network' if roles.config.share else 'three networks'})")
+    for role, parameters in roles.trained.items():
+        count = sum(p.numel() for p in parameters.values())
+        size = sum(p.numel() * p.element_size() for p in parameters.values())
+        console.print(f"  {role}: {count / 1e6:.2f}M trainable in {len(parameters)} tensors, {size / 2**20:.1f} MiB, AdamW state {2 * size / 2**20:.1f} MiB")
+
+
+def next_commands(recipe: DistillRecipe) -> list[tuple[str, str]]:
+    """What one does with a finished student."""
+    prompt = shlex.quote(recipe.preview.prompts[0] if recipe.preview.prompts else "a prompt")
+    return [
+        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample runs/{recipe.name} -p {prompt} --compare"),
+        ("Measure it under the full protocol", f"fewstep evaluate runs/{recipe.name}"),
+        ("Distil a pipeline of your own", "fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
+    ]
+
+
+def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: list[str]) -> dict[str, Any]:
+    """`run.json`."""
+    return {
+        "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": json.loads(recipe.model_dump_json()),
+        "base_hash": base_hash, "seed": recipe.train.seed, "hardware": hardware(), "versions": versions(), "next_commands": next_commands(recipe), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"fewstep": __version__, "python": platform.python_version()} | {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")}
+
+
+def hardware() -> str:
+    """The device's name as a person would say it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def command_line() -> str:
+    return shlex.join(["fewstep", *sys.argv[1:]])
+

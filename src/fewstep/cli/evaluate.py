@@ -1,0 +1,64 @@
+"""`fewstep evaluate`: a student beside its teacher under a named protocol."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..api import LoadedStudent, backbone_of, load_student, sample
+from ..atomic import write_json
+from ..backbones.base import Backbone
+from ..backbones.load import quiet
+from .progress import console, meter
+from .sample import student_folder
+
+TEACHER_STEPS = 50
+
+
+def run_evaluate(source: str, protocol: str, out: Path | None) -> None:
+    """Evaluate, write JSON, print the table."""
+    quiet()
+    folder = student_folder(source)
+    if folder is None:
+        raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
+    result = evaluate_student(folder, protocol, folder / "evaluation")
+    path = out or folder / "eval.json"
+    write_json(path, result)
+    print_table(result)
+    console.print(str(path.resolve()))
+
+
+def evaluate_student(folder: Path, protocol: str, cache: Path) -> dict[str, Any]:
+    """Rows teacher@50 guided, teacher@K guided, teacher@K unguided, student@K for every K served; also `folder/eval.json`."""
+    from ..evaluation.protocols import Row, evaluate, protocol_named  # seconds to import, and not every run evaluates
+
+    rules = protocol_named(protocol)
+    student = load_student(folder)
+    teacher, scale = backbone_of(student), student.card.teacher_guidance
+    rows = [Row("teacher", TEACHER_STEPS, scale, 2 * TEACHER_STEPS, _sampler(teacher, TEACHER_STEPS, scale))]
+    for k in student.card.steps:
+        rows += [
+            Row("teacher", k, scale, 2 * k, _sampler(teacher, k, scale)),
+            Row("teacher", k, 1.0, k, _sampler(teacher, k, 1.0)),
+            Row("student", k, 1.0, k, _sampler(student, k, 1.0)),
+        ]
+    with meter("evaluating", rules.total(len(rows))) as bar:
+        result = evaluate(rows, rules, cache, progress=lambda done: bar.advance(done, {}))
+    write_json(folder / "eval.json", result)
+    return result
+
+
+def _sampler(model: Backbone | LoadedStudent, steps: int, guidance: float) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        return sample(model, list(prompts), list(seeds), steps=steps, guidance=guidance)
+
+    return draw
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The rows as a person reads them."""
+    names = ["model", "steps", "guidance", "nfe", "n", "fd_real", "fd_teacher", "retrieval_top1", "retrieval_top5", "diversity", "seconds_per_image"]
+    console.print("  ".join(f"{n:>10}" for n in names))
+    for row in result["rows"]:
+        console.print("  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names))

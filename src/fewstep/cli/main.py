@@ -1,0 +1,110 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` is immediate."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(name="fewstep", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME by default.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")]
+
+
+@app.callback()
+def about() -> None:
+    """Turn a pretrained diffusion model into a generator that needs 1 to 4 steps, from prompts alone."""
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    set_: Set = None,
+    out: Out = None,
+    teacher: Annotated[str | None, typer.Option(help="Bundled name, diffusers folder or hub id; the recipe's by default.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe, the memory it needs and the first batch; train nothing.")] = False,
+) -> None:
+    """Train a few-step student. The same command again resumes where the last one stopped."""
+    from .distill import run_distill
+
+    overrides = [*(set_ or []), *([f"teacher={teacher}"] if teacher else []), *([f"prompts.source={prompts}"] if prompts else [])]
+    run_distill(recipe, overrides, out, dry_run)
+
+
+@app.command()
+def sample(
+    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/), a bundled teacher, a diffusers folder or a hub id.")],
+    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw. May be repeated.")],
+    steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Pictures per prompt.")] = 1,
+    compare: Annotated[bool, typer.Option("--compare", help="Put the teacher's pictures beside, same prompts and seeds.")] = False,
+    base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
+    solver: Annotated[str, typer.Option(help="ddim or dpmpp.")] = "ddim",
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("sample.png"),
+) -> None:
+    """Draw pictures with a student or a teacher."""
+    from .sample import run_sample
+
+    run_sample(student, prompt, steps, guidance, seed, count, compare, base, solver, out)
+
+
+@app.command()
+def evaluate(
+    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
+    protocol: Annotated[str, typer.Option(help="Which protocol: how many prompts and seeds, which reference.")] = "emoji-full",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write; eval.json in the student's folder by default.")] = None,
+) -> None:
+    """Measure a student beside its teacher and write eval.json."""
+    from .evaluate import run_evaluate
+
+    run_evaluate(student, protocol, out)
+
+
+@app.command()
+def inspect(file: Annotated[str, typer.Argument(help="A student or teacher folder, a run, or a .safetensors file.")]) -> None:
+    """Print what a file is: base, method, steps, times, rank, hashes."""
+    from .inspect import run_inspect
+
+    run_inspect(file)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and what is missing with the command that installs it."""
+    from .doctor import run_doctor
+
+    run_doctor()
+
+
+@app.command("train-teacher")
+def train_teacher(
+    recipe: Annotated[str, typer.Argument(help="A shipped teacher recipe's name, or a YAML file.")],
+    set_: Set = None,
+    out: Out = None,
+) -> None:
+    """Train one of the bundled teachers again, from its data. Resumes."""
+    from .train_teacher import run_train_teacher
+
+    run_train_teacher(recipe, set_ or [], out)
+
+
+def run() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command resumes from the last checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,117 @@
+"""Recipes: one YAML file, checked strictly, with dotted overrides. Every mistake is one line that names the option."""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..methods.matching import Matching
+from ..recipes_path import recipe_path
+from ..roles.roles import RolesConfig
+from ..training.loop import TrainConfig
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PromptsConfig(Strict):
+    """`source` as in `training.prompts.read_prompts`, or `bundled` for the prompts that came with a bundled teacher."""
+
+    source: str = "bundled"
+    column: str | None = None
+
+
+class PreviewConfig(Strict):
+    """Fixed prompts and seeds of the pictures that a run shows; `teacher_steps` of its top row."""
+
+    prompts: list[str] = Field(default_factory=list)
+    seed: int = 0
+    every: int = Field(default=100, ge=1)
+    teacher_steps: int = Field(default=50, ge=1)
+
+
+class DistillRecipe(Strict):
+    """`fewstep distill RECIPE`."""
+
+    kind: Literal["distill"]
+    name: str
+    teacher: str
+    prompts: PromptsConfig = PromptsConfig()
+    method: Matching
+    roles: RolesConfig
+    train: TrainConfig
+    preview: PreviewConfig = PreviewConfig()
+    evaluate: str | None = None  # a protocol's name
+
+
+def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:
+    """The recipe named or filed as `source`, with `a.b=c` overrides. Raises ValueError with one line."""
+    path = recipe_path(source)
+    return validate(override(_yaml(path), overrides), model, str(path))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"recipe: cannot read {path} ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe: {path} is not YAML ({' '.join(str(error).split())}); correct it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"recipe: {path} holds no settings; start from a shipped one, e.g. recipes/demo.yaml")
+    return value
+
+
+def override(value: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`value` with each `a.b=c` put in its place; c is read as YAML."""
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set: got {item!r}, allowed is OPTION=VALUE, e.g. --set train.lr=1e-5")
+        place: Any = value
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise ValueError(f"--set: {key} leads into a plain value; check the recipe's keys with --dry-run")
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set: the value of {key} is not YAML ({text!r})") from error
+    return value
+
+
+def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
+    """`value` as a recipe of this kind. Raises ValueError with the first mistake, on one line."""
+    kinds = {"distill": "fewstep distill", "teacher": "fewstep train-teacher", "pixel-teacher": "fewstep train-teacher"}
+    kind, expected = value.get("kind"), model.model_fields["kind"].annotation
+    if kind in kinds and kind not in str(expected):
+        raise ValueError(f"recipe: {source} is of kind {kind}; run: {kinds[kind]} {source}")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error":  # our own text names the option already
+            raise ValueError(str(first["ctx"]["error"])) from error
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            raise ValueError(f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}") from error
+        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
+
+
+def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The options that the part of the recipe at `location` takes."""
+    annotation: Any = model
+    for part in location:
+        fields = getattr(annotation, "model_fields", None) or getattr(annotation, "__dataclass_fields__", {})
+        field = fields.get(str(part))
+        annotation = None if field is None else getattr(field, "annotation", None) or getattr(field, "type", None)
+    fields = getattr(annotation, "model_fields", None) or getattr(annotation, "__dataclass_fields__", {})
+    return sorted(fields)

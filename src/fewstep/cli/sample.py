@@ -1,0 +1,70 @@
+"""`fewstep sample`: pictures from a student or a teacher, the teacher's beside on request."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from ..api import Backbone, LoadedStudent, load_student, load_teacher, sample
+from ..backbones.load import quiet
+from ..export.card import FILE
+from ..report.grids import write_grid
+from .progress import console
+
+
+def student_folder(source: str) -> Path | None:
+    """The student's folder when `source` is one, or a run that has one; None when it must be a teacher."""
+    path = Path(source)
+    candidates = [path, path / "final"]
+    return next((p for p in candidates if (p / FILE).is_file()), None)
+
+
+def open_model(source: str, base: str | None = None) -> Backbone | LoadedStudent:
+    """A student or a teacher. Raises ValueError with one line when it is neither."""
+    folder = student_folder(source)
+    if folder is not None:
+        return load_student(folder, base)
+    if (Path(source) / "run.json").is_file():
+        raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
+    return load_teacher(source)
+
+
+def run_sample(
+    source: str, prompts: list[str], steps: int | None, guidance: float | None, seed: int, count: int, compare: bool, base: str | None, solver: str, out: Path
+) -> None:
+    """Draw, write one PNG grid (a row per model), and print its path and the time a picture took."""
+    quiet()
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
+    if count < 1:
+        raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
+    if any(not p.strip() for p in prompts):
+        raise ValueError("--prompt: got an empty prompt; say what to draw, e.g. -p rocket")
+    model = open_model(source, base)
+    wanted = [p for p in prompts for _ in range(count)]
+    seeds = [seed + i for _ in prompts for i in range(count)]
+    pictures, labels = [], []
+    if isinstance(model, LoadedStudent):
+        if guidance not in (None, 1.0):
+            raise ValueError(f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {model.card.teacher_guidance:g}); leave it out")
+        taken = steps or model.card.steps[0]
+        if taken not in model.card.steps:
+            console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")
+        if compare:
+            pictures.append(_timed(model.student.backbone, wanted, seeds, 50, model.card.teacher_guidance, "ddim"))
+            labels.append(f"teacher, 50 steps, guidance {model.card.teacher_guidance:g}")
+        pictures.append(_timed(model, wanted, seeds, taken, 1.0, solver))
+        labels.append(f"student, {taken} steps")
+    else:
+        taken, scale = steps or 50, 1.0 if guidance is None else guidance
+        pictures.append(_timed(model, wanted, seeds, taken, scale, solver))
+        labels.append(f"teacher, {taken} steps, guidance {scale:g}")
+    write_grid(out, torch.stack(pictures), labels, wanted)
+    console.print(str(out.resolve()))
+
+
+def _timed(model: Backbone | LoadedStudent, prompts: list[str], seeds: list[int], steps: int, guidance: float, solver: str) -> torch.Tensor:
+    began = time.perf_counter()
+    result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
+    console.print(f"{'student' if isinstance(model, LoadedStudent) else 'teacher'}: {steps} steps, {(time.perf_counter() - began) / len(prompts):.3f} s a picture")
+    return result

@@ -1,0 +1,30 @@
+"""Ctrl-C and SIGTERM as a request: the loop finishes its iteration, saves and leaves. A second one interrupts at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """`asked` turns true at the first signal."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listen while the block runs, then put the old handlers back."""
+    request = StopRequest()
+    old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,52 @@
+"""`fewstep.json`: everything a student needs to be used right, beside its weights. Versioned; nothing else is authoritative."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FORMAT = 1
+FILE = "fewstep.json"
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """What a student is. `timesteps` and `solver` per step count, as strings of the count (JSON keys); guidance is `baked`."""
+
+    name: str
+    method: str
+    base: str
+    base_hash: str
+    steps: tuple[int, ...]
+    timesteps: dict[str, list[float]]
+    solver: dict[str, str]
+    prediction: str
+    weights: str  # lora | full
+    rank: int | None
+    alpha: float | None
+    teacher_guidance: float
+    licence: str
+    iterations: int
+    train_seconds: float
+    hardware: str
+    version: str
+    guidance: str = "baked"
+    format: int = FORMAT
+
+
+def read_card(folder: Path) -> StudentCard:
+    """The card of a student folder. Raises ValueError with one line when there is none or it is of another format."""
+    path = folder / FILE
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"student: {folder} has no {FILE}; pass the final/ folder of a run") from error
+    except ValueError as error:
+        raise ValueError(f"student: {path} is damaged ({error}); export the run again") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else value
+        raise ValueError(f"student: {path} has format {found}, this version reads {FORMAT}; install the fewstep that wrote it")
+    try:
+        card = StudentCard(**value)
+    except TypeError as error:
+        raise ValueError(f"student: {path} does not fit format {FORMAT} ({error}); export the run again") from error
+    return StudentCard(**{**asdict(card), "steps": tuple(card.steps)})

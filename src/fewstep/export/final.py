@@ -1,0 +1,42 @@
+"""The `final/` folder of a run: weights, scheduler, card, model card. Written beside, then renamed into place."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..atomic import write_json
+from ..backbones.base import Backbone
+from ..backbones.files import LORA_FILE, save_lora, save_network, student_scheduler
+from .card import FILE, StudentCard
+from .model_card import model_card
+
+
+def write_final(folder: Path, backbone: Backbone, card: StudentCard, network: nn.Module, lora: Mapping[str, Tensor] | None, metadata: Mapping[str, Any]) -> Path:
+    """Write the student to `folder`, replacing an older one only when everything is there.
+
+    `lora` is the adapter in PEFT's file format, or None for a full student, whose `network` is saved whole. The LoRA is
+    written twice: under diffusers' standard name and under a name of its own, for programs that only know files.
+    """
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        if lora is None:
+            save_network(beside / "unet", network)
+        else:
+            save_lora(beside, lora, metadata)
+            os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
+        student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])]).save_pretrained(beside / "scheduler")
+        write_json(beside / FILE, asdict(card))
+        (beside / "README.md").write_text(model_card(card, folder.name))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"cannot write {folder}: {error}; free some space, then run the same command again: training is not repeated") from error
+    return folder

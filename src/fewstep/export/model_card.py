@@ -1,0 +1,52 @@
+"""The README.md of a student: how to call it, what it was made from, what it cost. Its snippet is run by a test."""
+
+from .card import StudentCard
+
+
+def model_card(card: StudentCard, folder: str) -> str:
+    """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in."""
+    steps = card.steps[0]
+    times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
+    served = " or ".join(map(str, card.steps))
+    load = (
+        f'pipe.load_lora_weights("{folder}")'
+        if card.weights == "lora"
+        else f'pipe.unet = type(pipe.unet).from_pretrained("{folder}", subfolder="unet")'
+    )
+    kind = f"LoRA of rank {card.rank}, alpha {card.alpha:g}; load it at strength 1.0" if card.weights == "lora" else "all weights of the network"
+    scheduler = "DDIMScheduler" if card.solver[str(steps)] == "ddim" and all(1000 % k == 0 for k in card.steps) else "DPMSolverMultistepScheduler"
+    return f"""---
+license: {card.licence}
+base_model: {card.base}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, {"lora, " if card.weights == "lora" else ""}few-step, {card.method}]
+---
+# {card.name}
+
+A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}, from prompts alone.
+
+| | |
+|---|---|
+| steps | {served} |
+| timesteps | {times} |
+| solver | {card.solver[str(steps)]} |
+| guidance | {card.guidance}: call it with `guidance_scale=1.0`; a negative prompt has no effect (the teacher was guided at {card.teacher_guidance:g}) |
+| weights | {kind} |
+| base weights | SHA-256 {card.base_hash}... |
+| cost | {card.iterations} iterations, {card.train_seconds / 60:.1f} minutes on {card.hardware} |
+
+```python
+import torch
+from diffusers import {scheduler}, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{card.base}")
+{load}
+pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.
+
+The licence of the base model applies to this student.
+"""

@@ -1,0 +1,78 @@
+"""A run as one HTML file that needs nothing else: pictures, numbers, curves, cost, and what to do next."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from torch import Tensor
+
+from .files import write_atomically
+from .live import Metrics
+from .pictures import Pictures, png, to_pil
+from .plots import charts
+from .summary import Cost, Headline
+from .table import Row, table
+from .words import duration
+
+COLUMNS = 8  # prompts beside each other on a wide page
+PIXELATED = 160  # pictures up to this many pixels are enlarged pixel by pixel; larger ones are scaled smoothly
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report shows; what is empty is left out of the page.
+
+    `rows` and `protocol` are those of eval.json, `metrics` the records of metrics.jsonl, `samples` the grids of
+    `samples/` as (iteration, PNG bytes), `next_commands` pairs of (what it does, command).
+    """
+
+    title: str
+    summary: Sequence[Headline] = ()
+    rows: Sequence[Row] = ()
+    protocol: str = ""
+    pictures: Pictures = field(default_factory=Pictures)
+    samples: Sequence[tuple[int, bytes]] = ()
+    metrics: Sequence[Metrics] = ()
+    cost: Cost | None = None
+    warnings: Sequence[str] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    next_commands: Sequence[tuple[str, str]] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_report(path: Path, report: Report) -> Path:
+    """Write the report as one self-contained file; it appears complete or not at all. Returns `path`."""
+    return write_atomically(path, render(report).encode())
+
+
+def render(report: Report) -> str:
+    """The report as HTML. Every text is escaped; nothing is loaded from anywhere."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
+    prompts = list(enumerate(report.pictures.prompts))
+    return template.render(
+        report=report,
+        table=table(report.rows),
+        charts=charts(report.metrics, report.rows),
+        blocks=[prompts[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS)],
+        recipe=yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True) if report.recipe else "",
+        source=source,
+        data_url=data_url,
+        pixelated=PIXELATED,
+        duration=duration,
+    )
+
+
+def source(picture: Tensor) -> str:
+    """`[3, H, W]` in [0, 1] as a `data:` address with its exact pixels."""
+    return data_url(png(to_pil(picture)))
+
+
+def data_url(data: bytes) -> str:
+    """PNG bytes as a `data:` address."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()

@@ -1,0 +1,89 @@
+"""The pictures of a run: what each model draws for the same prompts and noise, kept as exact 8-bit pixels."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .files import write_atomically
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Clean estimates `[P, K, 3, H, W]` in [0, 1] of the first P prompts, made at `times` (K numbers, from noise to clean)."""
+
+    times: Sequence[float]
+    estimates: Tensor
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """`rows`: label -> `[P, 3, H, W]` in [0, 1], column p drawn for `prompts[p]`; `trajectories`: label -> clean estimates.
+
+    Labels are shown as they are and say what was counted: "teacher, 50 guided steps (100 evaluations)". Raises ValueError
+    where a shape does not fit the prompts.
+    """
+
+    prompts: Sequence[str] = ()
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for label, images in self.rows.items():
+            if images.ndim != 4 or images.shape[:2] != (len(self.prompts), 3):
+                raise ValueError(f"pictures: row {label!r} is {list(images.shape)}, allowed is [{len(self.prompts)}, 3, H, W]: one picture for each prompt")
+        for label, t in self.trajectories.items():
+            shape = t.estimates.shape
+            if t.estimates.ndim != 5 or shape[1:3] != (len(t.times), 3) or shape[0] > len(self.prompts):
+                allowed = f"[P, {len(t.times)}, 3, H, W] with at most {len(self.prompts)} prompts"
+                raise ValueError(f"pictures: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] -> {0, ..., 255}, rounded to the nearest, values outside clamped; not-a-number becomes black."""
+    return (images.detach().float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """`[3, H, W]` in [0, 1] as an 8-bit RGB picture."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy(), "RGB")
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture's pixels as PNG, lossless."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save_pictures(path: Path, pictures: Pictures) -> Path:
+    """Write uint8 tensors `row/LABEL` and `trajectory/LABEL`; prompts, order of labels and times stand in the metadata."""
+    tensors = {f"row/{label}": to_uint8(images).contiguous() for label, images in pictures.rows.items()}
+    tensors |= {f"trajectory/{label}": to_uint8(t.estimates).contiguous() for label, t in pictures.trajectories.items()}
+    about = {
+        "prompts": list(pictures.prompts),
+        "rows": list(pictures.rows),
+        "trajectories": {label: list(t.times) for label, t in pictures.trajectories.items()},
+    }
+    return write_atomically(path, save(tensors, metadata={"pictures": json.dumps(about, ensure_ascii=False)}))
+
+
+def load_pictures(path: Path) -> Pictures:
+    """Inverse of `save_pictures`; the 8-bit values come back exactly. Raises ValueError where the file is not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["pictures"])
+            rows = {label: file.get_tensor(f"row/{label}").float() / 255 for label in about["rows"]}
+            trajectories = {
+                label: Trajectory(tuple(times), file.get_tensor(f"trajectory/{label}").float() / 255) for label, times in about["trajectories"].items()
+            }
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"pictures {path}: damaged, or not written by save_pictures ({error}); delete it and run `fewstep evaluate` again") from error
+    return Pictures(tuple(about["prompts"]), rows, trajectories)

@@ -1,0 +1,278 @@
+"""Charts of a run as inline SVG.
+
+Colours are written as CSS variables with the light colour as fallback, and text as text in the page's own font, so one drawing serves
+a light and a dark page. Figures are plain objects; pyplot and its global state are never touched.
+"""
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from .live import Metrics, series
+from .table import Row
+from .words import finite
+
+
+INK, MUTED, LINE = "#1d1d20", "#6a6a72", "#e5e2dc"
+STUDENT, FAKE, TEACHER = "#2457c5", "#b8570f", "#77777f"
+SEGMENTS = ("#4a3a8f", "#2f68b0", "#1f8a8f", "#3c9a5f", "#8a8f1f", "#c0801a")  # from noise to clean
+VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", STUDENT: "student", FAKE: "fake", TEACHER: "teacher"}
+VARIABLES |= {colour: f"segment-{i}" for i, colour in enumerate(SEGMENTS)}
+
+WIDTH, HEIGHT = 400, 230  # units of the SVG; one unit is about one pixel on a phone
+FONT = 11
+POINTS = 600  # of one drawn line
+
+
+CLEANING = (  # what matplotlib writes for a file of its own and a page does without
+    (r"^.*?<svg[^>]*>", ""),
+    (r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", ""),
+    (r'<g id="[^"]*"/>', ""),
+    (r'<g id="[^"]*">', "<g>"),
+    (r"font: ([\d.]+px) [^;\"]*", r"font-size: \1"),
+    (r"font-family: [^;\"]*; ", ""),
+    (r"xlink:href", "href"),
+    (r"\s*\n\s*", "\n"),
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with the words around it: `caption` says what is seen and how to read it."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def charts(metrics: Sequence[Metrics], rows: Sequence[Row]) -> list[Chart]:
+    """Every chart for which there is something to show; empty without metrics and rows."""
+    drawn: list[tuple[str, str, Figure | None]] = [
+        (
+            "Quality against cost",
+            "Fréchet distance to real images, lower is better, against network evaluations per image. A guided step counts two.",
+            quality_cost(rows),
+        ),
+        (
+            "Distance to real images while training",
+            "Fréchet distance of the student, lower is better. Dashed: the teacher, with its network evaluations per image.",
+            quality(metrics, rows, "fd_real"),
+        ),
+        (
+            "Prompt match while training",
+            "Share of the student's images whose nearest real image is the one of their own prompt, higher is better. Dashed: the teacher, with its network evaluations per image.",
+            quality(metrics, rows, "retrieval_top1", percent=True),
+        ),
+        (
+            "Matching gap by segment",
+            "Root mean square difference between what the fake score and the teacher expect, for each step of the student. Falling means that "
+            "the student's images look more and more like the teacher's; step 1 starts from noise.",
+            gaps(metrics),
+        ),
+        (
+            "Losses",
+            "Faint: every iteration. Strong: average over a tenth of them. These need not fall: the student and the fake score chase each other, "
+            "so judge by the images and the distances above.",
+            losses(metrics),
+        ),
+        ("Gradient norms", "Before clipping. A steady climb is the first sign that a learning rate is too high.", gradients(metrics)),
+    ]
+    return [Chart(title, caption, to_svg(figure, title)) for title, caption, figure in drawn if figure is not None]
+
+
+def losses(metrics: Sequence[Metrics]) -> Figure | None:
+    """Losses of the student and the fake score, one above the other: their scales have nothing in common."""
+    found = [(name, colour, *series(metrics, key)) for name, colour, key in (("student", STUDENT, "student_loss"), ("fake score", FAKE, "fake_loss"))]
+    found = [f for f in found if len(f[2]) > 1]
+    if not found:
+        return None
+    figure = _figure()
+    for i, axes in enumerate(np.atleast_1d(figure.subplots(len(found), 1, sharex=True))):
+        name, colour, x, y = found[i]
+        _style(axes, "", "iteration" if i == len(found) - 1 else "")
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        _curve(axes, x, y, colour)
+        _label_ends(axes, [(name, colour, float(smooth(y)[-1]))])
+        _focus(axes, [y])
+    return figure
+
+
+def gaps(metrics: Sequence[Metrics]) -> Figure | None:
+    """The matching gap of each segment, logarithmic: `rms |f_fake - f_teacher|`, keys `gap_0` (from noise) to `gap_{K-1}`."""
+    keys = sorted({key for m in metrics for key in m if re.fullmatch(r"gap_\d+", key)}, key=lambda key: int(key[4:]))
+    colours = [SEGMENTS[round(i * (len(SEGMENTS) - 1) / max(len(keys) - 1, 1))] for i in range(len(keys))]
+    return _logarithmic(metrics, [(f"step {int(key[4:]) + 1}", colour, key) for key, colour in zip(keys, colours, strict=True)])
+
+
+def gradients(metrics: Sequence[Metrics]) -> Figure | None:
+    """Gradient norms of both trained roles, logarithmic."""
+    return _logarithmic(metrics, [("student", STUDENT, "student_grad"), ("fake score", FAKE, "fake_grad")])
+
+
+def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: bool = False) -> Figure | None:
+    """`key` of the student at every evaluation; horizontal lines are the teacher of `rows` with the fewest and the most evaluations."""
+    x, y = series(metrics, f"quality.{key}")
+    if len(x) < 2:
+        return None
+    factor = 100 if percent else 1
+    axes = _axes("%" if percent else "", "iteration")
+    values = [factor * v for v in y]
+    axes.plot(x, values, color=STUDENT, lw=1.8, marker="o", ms=4, mec="none")
+    teachers = sorted((r for r in rows if r.get("model") == "teacher" and finite(r.get(key)) and finite(r.get("nfe"))), key=lambda r: r["nfe"])
+    levels = [(f"teacher ({r['nfe']:g})", factor * r[key]) for r in (teachers if len(teachers) < 3 else (teachers[0], teachers[-1]))]
+    for _, level in levels:
+        axes.axhline(level, color=TEACHER, lw=1, dashes=(4, 3))
+    axes.margins(y=0.12)
+    _label_ends(axes, [("student", STUDENT, values[-1]), *((name, TEACHER, level) for name, level in levels)])
+    return axes.figure
+
+
+def quality_cost(rows: Sequence[Row]) -> Figure | None:
+    """`fd_real` against network evaluations per image, one line for each model with and without guidance."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if finite(row.get("nfe")) and finite(row.get("fd_real")) and row["nfe"] > 0:
+            guided = finite(row.get("guidance")) and row["guidance"] > 1 and row.get("model") == "teacher"
+            lines.setdefault(f"{row['model']}, guided" if guided else str(row["model"]), []).append((float(row["nfe"]), float(row["fd_real"])))
+    if sum(map(len, lines.values())) < 2:
+        return None
+    axes = _axes("", "network evaluations per image")
+    axes.set_xscale("log")
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    axes.set_xticks([x for i, x in enumerate(ticks) if i == 0 or x / ticks[i - 1] > 1.2 or i == len(ticks) - 1])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    others = iter((FAKE, *SEGMENTS))
+    ends = []
+    for name, points in lines.items():
+        colour = TEACHER if name.startswith("teacher") else STUDENT if name == "student" else next(others)
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(x, y, color=colour, lw=1.6, marker="o" if name != "teacher" else "s", ms=5.5, mec="none", dashes=(4, 3) if name == "teacher" else (None, None))
+        ends.append((name, colour, y[-1]))
+    axes.margins(x=0.08, y=0.12)
+    _label_ends(axes, ends)
+    return axes.figure
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Average over a window of about a tenth of all values, centred on each; the window shrinks at both ends."""
+    y = np.asarray(values, float)
+    total, here = np.concatenate(([0.0], y.cumsum())), np.arange(len(y))
+    half = len(y) // 20
+    low, high = np.maximum(here - half, 0), np.minimum(here + half + 1, len(y))
+    return (total[high] - total[low]) / (high - low)
+
+
+def thin(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `points` of a line: the lowest and the highest of each stretch, so that no spike is lost."""
+    xs, ys = np.asarray(x, float), np.asarray(y, float)
+    if len(xs) <= points:
+        return xs, ys
+    stretches = np.array_split(np.arange(len(xs)), points // 2)
+    kept = np.unique([i for s in stretches for i in (s[ys[s].argmin()], s[ys[s].argmax()])])
+    return xs[kept], ys[kept]
+
+
+def to_svg(figure: Figure, title: str) -> str:
+    """The figure as one `<svg>` element for use inside a page; `title` is read out to those who cannot see it."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a model's name may hold a dollar sign
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    for pattern, new in CLEANING:
+        svg = re.sub(pattern, new, svg, flags=re.DOTALL)
+    svg = re.sub("|".join(VARIABLES), lambda m: f"var(--{VARIABLES[m[0]]}, {m[0]})", svg)
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{svg.strip()}'
+
+
+def _figure() -> Figure:
+    return Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
+
+
+def _axes(unit: str, across: str) -> Axes:
+    axes = _figure().subplots()
+    _style(axes, unit, across)
+    return axes
+
+
+def _style(axes: Axes, unit: str, across: str) -> None:
+    axes.patch.set_visible(False)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(LINE)
+    axes.grid(axis="y", color=LINE, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=FONT, length=0, pad=5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}{unit and ' ' + unit}"))
+    if across:
+        axes.set_xlabel(across, color=MUTED, fontsize=FONT, loc="left")
+
+
+def _curve(axes: Axes, x: Sequence[int], y: Sequence[float], colour: str) -> None:
+    """Every value faint, the running average strong."""
+    axes.plot(*thin(x, y), color=colour, lw=0.8, alpha=0.28)
+    axes.plot(*thin(x, list(smooth(y))), color=colour, lw=1.8, solid_capstyle="round")
+
+
+def _logarithmic(metrics: Sequence[Metrics], wanted: Sequence[tuple[str, str, str]]) -> Figure | None:
+    found = []
+    for name, colour, key in wanted:
+        x, y = series(metrics, key)
+        positive = [(i, v) for i, v in zip(x, y, strict=True) if v > 0]
+        if len(positive) > 1:
+            found.append((name, colour, [i for i, _ in positive], [v for _, v in positive]))
+    if not found:
+        return None
+    axes = _axes("", "iteration")
+    axes.set_yscale("log")
+    for _, colour, x, y in found:
+        _curve(axes, x, y, colour)
+    _focus(axes, [y for *_, y in found])
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    _label_ends(axes, [(name, colour, float(smooth(y)[-1])) for name, colour, _, y in found])
+    return axes.figure
+
+
+def _focus(axes: Axes, values: Sequence[Sequence[float]]) -> None:
+    """Keep a few wild values from flattening the rest: the view holds all averages and 98 % of the raw values."""
+    averages = [smooth(v) for v in values]
+    low = min([float(np.quantile(v, 0.01)) for v in values] + [float(a.min()) for a in averages])
+    high = max([float(np.quantile(v, 0.99)) for v in values] + [float(a.max()) for a in averages])
+    if axes.get_yscale() == "log":
+        room = (high / low) ** 0.06 if high > low else 1.3
+        axes.set_ylim(low / room, high * room)
+    else:
+        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
+    """Names at the right end of their lines, moved apart where they would overlap. `ends` are (name, colour, last value)."""
+    axes.get_ylim()  # limits are worked out when they are asked for
+    to_share = axes.transScale + axes.transLimits
+    height = axes.get_subplotspec().get_gridspec().nrows * 0.085 if axes.get_subplotspec() is not None else 0.085
+    places = [(float(to_share.transform((1, value))[1]), name, colour) for name, colour, value in ends]
+    apart: list[float] = []
+    for share, _, _ in sorted(places):
+        apart.append(max(share, apart[-1] + height) if apart else max(share, 0.0))
+    for i in reversed(range(len(apart))):
+        apart[i] = min(apart[i], apart[i + 1] - height if i + 1 < len(apart) else 1.0)
+    for y, (_, name, colour) in zip(apart, sorted(places), strict=True):
+        axes.text(1.02, y, name, color=colour, fontsize=FONT, va="center", transform=axes.transAxes)
+

@@ -1,0 +1,79 @@
+"""A report made again from the files of a run folder."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .html import Report, write_report
+from .live import read_metrics
+from .pictures import Pictures, load_pictures
+from .summary import Cost, headlines
+
+PICTURES = "pictures.safetensors"
+SHOWN_SAMPLES = 4
+
+
+def render_run(run: Path) -> Path:
+    """Write `run/report.html` from whatever the folder holds by now; returns its path.
+
+    Reads run.json (`title`, `recipe`, `versions`, `hardware`, `next_commands`, all optional), metrics.jsonl, final/eval.json,
+    samples/*.png and pictures.safetensors. Raises ValueError where the folder is no run or a file is damaged.
+    """
+    if not (run / "run.json").exists():
+        raise ValueError(f"run {run}: there is no run.json, allowed are folders that `fewstep distill` made")
+    return write_report(run / "report.html", read_run(run))
+
+
+def read_run(run: Path) -> Report:
+    """The report of a run folder; parts whose files are not there yet are empty."""
+    about, evaluation = _read_json(run / "run.json"), _read_json(run / "final" / "eval.json")
+    metrics = read_metrics(run / "metrics.jsonl")
+    rows = evaluation.get("rows", [])
+    seconds = [m["seconds"] for m in metrics if "seconds" in m]
+    cost = Cost(seconds[-1], metrics[-1]["iteration"], about.get("hardware", "")) if seconds else None
+    pictures = load_pictures(run / PICTURES) if (run / PICTURES).exists() else Pictures()
+    return Report(
+        title=about.get("title", run.resolve().name),
+        summary=headlines(rows, cost),
+        rows=rows,
+        protocol=evaluation.get("protocol", ""),
+        pictures=pictures,
+        samples=[(int(p.stem.rpartition("_")[2]), p.read_bytes()) for p in _spread(sorted((run / "samples").glob("step_*[0-9].png")))],
+        metrics=metrics,
+        cost=cost,
+        warnings=[f"Iteration {m['iteration']:,}: {text}" for m in metrics for text in m.get("warnings", ())],
+        recipe=about.get("recipe", {}),
+        next_commands=[(caption, command) for caption, command in about.get("next_commands", next_commands(run, pictures.prompts))],
+        versions={**about.get("versions", {}), **evaluation.get("versions", {})},
+    )
+
+
+def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
+    """What one does with a finished student, as commands to copy."""
+    final, prompt = shlex.quote(str(run / "final")), shlex.quote(prompts[0] if prompts else "a prompt of your own")
+    return [
+        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {final} -p {prompt} --compare"),
+        ("Write it for diffusers and ComfyUI; each file is loaded again and compared", f"fewstep export {final} {shlex.quote(str(run / 'export'))}"),
+        ("Look at it in the browser, with a blind vote", f"fewstep studio {shlex.quote(str(run))}"),
+    ]
+
+
+def _spread(paths: Sequence[Path]) -> list[Path]:
+    """At most four of them: the first, the last and some between, evenly spaced."""
+    if len(paths) <= SHOWN_SAMPLES:
+        return list(paths)
+    return [paths[round(i * (len(paths) - 1) / (SHOWN_SAMPLES - 1))] for i in range(SHOWN_SAMPLES)]
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it and run the command that made it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; delete it and run the command that made it again")
+    return value

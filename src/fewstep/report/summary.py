@@ -1,0 +1,74 @@
+"""The three numbers that matter: quality against the teacher, speed-up, cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .table import Row
+from .words import duration, finite, times
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One large number and the sentence that says how it was counted."""
+
+    value: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the training took: wall-clock seconds, iterations and the machine in words ("2 CPU cores", "1 x H100 80 GB")."""
+
+    seconds: float
+    iterations: int
+    hardware: str = ""
+
+
+def headlines(rows: Sequence[Row], cost: Cost | None) -> list[Headline]:
+    """At most three headlines from the rows of eval.json and the cost; one for which a number is missing is left out.
+
+    The teacher at its best is its row with the most evaluations; the student's row is the one with the most steps.
+    """
+    student, teacher = _most(rows, "student", "steps"), _most(rows, "teacher", "nfe")
+    found = [_quality(rows, student, teacher), _speed(student, teacher), _training(cost)]
+    return [h for h in found if h is not None]
+
+
+def _most(rows: Sequence[Row], model: str, key: str) -> Row | None:
+    return max((r for r in rows if r.get("model") == model and finite(r.get(key))), key=lambda r: r[key], default=None)
+
+
+def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> Headline | None:
+    """How much of the gap between the teacher at the student's cost and the teacher at its best is closed."""
+    if student is None or teacher is None or not finite(student.get("fd_real")) or not finite(teacher.get("fd_real")):
+        return None
+    ours, goal = student["fd_real"], teacher["fd_real"]
+    equal = [r for r in rows if r.get("model") == "teacher" and r is not teacher and r.get("nfe") == student.get("nfe") and finite(r.get("fd_real"))]
+    if equal and equal[0]["fd_real"] > goal:
+        start = equal[0]["fd_real"]
+        lost = f"of the quality that the teacher loses at {_evaluations(student)} is won back."
+        distances = f"Fréchet distance to real images: student {ours:.1f}, teacher {start:.1f} at the same cost and {goal:.1f} with {_evaluations(teacher)}."
+        return Headline(f"{100 * (start - ours) / (start - goal):.0f} %", f"{lost} {distances}")
+    return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better; the teacher has {goal:.1f} with {_evaluations(teacher)}.")
+
+
+def _speed(student: Row | None, teacher: Row | None) -> Headline | None:
+    if student is None or teacher is None:
+        return None
+    counted = f"{_evaluations(student)} for an image instead of {teacher['nfe']:g}" if finite(student.get("nfe")) else ""
+    slow, fast = teacher.get("seconds_per_image"), student.get("seconds_per_image")
+    if finite(slow) and finite(fast) and slow and fast:
+        return Headline(times(slow / fast), f"faster than the teacher: {duration(fast)} for an image instead of {duration(slow)}" + (f", {counted.replace(' for an image', '')}." if counted else "."))
+    if counted and student["nfe"] > 0:
+        return Headline(times(teacher["nfe"] / student["nfe"]), f"fewer network evaluations: {counted}.")
+    return None
+
+
+def _training(cost: Cost | None) -> Headline | None:
+    if cost is None:
+        return None
+    return Headline(duration(cost.seconds), f"of training, {cost.iterations:,} iterations" + (f", on {cost.hardware}." if cost.hardware else "."))
+
+
+def _evaluations(row: Row) -> str:
+    return f"{row['nfe']:g} network evaluation{'s' if row['nfe'] != 1 else ''}"

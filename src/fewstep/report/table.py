@@ -1,0 +1,70 @@
+"""The rows of `eval.json` as a table: headings with units, formatted numbers, the best of each column marked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .words import finite
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`better` says which values are good, None where neither end is; `factor` turns a stored value into the shown unit."""
+
+    key: str
+    heading: str
+    digits: int = 0
+    better: Literal["low", "high"] | None = None
+    unit: str = ""
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` is what eval.json holds, `text` what is shown."""
+
+    text: str
+    value: float | None = None
+    best: bool = False
+
+
+COLUMNS = (
+    Column("model", "Model"),
+    Column("steps", "Steps"),
+    Column("guidance", "Guidance", 1),
+    Column("nfe", "Network evaluations"),
+    Column("n", "Images measured"),
+    Column("fd_real", "FD to real images", 1, "low"),
+    Column("fd_teacher", "FD to teacher", 1, "low"),
+    Column("retrieval_top1", "Prompt match, top 1", 1, "high", "%", 100),
+    Column("retrieval_top5", "Prompt match, top 5", 1, "high", "%", 100),
+    Column("diversity", "Diversity", 2),
+    Column("seconds_per_image", "Time per image", 3, "low", "s"),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """`cells[r][c]` belongs to `columns[c]`; columns that no row fills are left out."""
+
+    columns: tuple[Column, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows in their own order. A value that is missing or not finite is shown as a dash and is never the best."""
+    columns = tuple(c for c in COLUMNS if any(row.get(c.key) is not None for row in rows))
+    return Table(columns, tuple(tuple(_cell(c, row, rows) for c in columns) for row in rows))
+
+
+def _cell(column: Column, row: Row, rows: Sequence[Row]) -> Cell:
+    value = row.get(column.key)
+    if isinstance(value, str):
+        return Cell(value)
+    if not finite(value):
+        return Cell("–")
+    others = [r[column.key] for r in rows if finite(r.get(column.key))]
+    best = len(others) > 1 and ((column.better == "low" and value == min(others)) or (column.better == "high" and value == max(others)))
+    return Cell(f"{value * column.factor:,.{column.digits}f}{column.unit and chr(0xA0) + column.unit}", value, best)

@@ -1,0 +1,229 @@
+"""`fewstep distill` as its user runs it: to the end, stopped and resumed, and with every mistake that comes to mind."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fewstep.atomic import write_json
+from fewstep.backbones import miniature
+from fewstep.cli import main
+from fewstep.training import loop, state
+
+RECIPE = {
+    "kind": "distill",
+    "name": "tiny",
+    "teacher": "",
+    "prompts": {"source": ""},
+    "method": {"steps": 4, "guidance": 2.0, "warmup": 1},
+    "roles": {"rank": 2},
+    "train": {"iterations": 5, "batch": 4, "lr": 1.0e-3, "fake_lr": 1.0e-2, "checkpoint_every": 2},
+    "preview": {"every": 5, "prompts": ["red cat", "blue dog"], "teacher_steps": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion pipeline of random weights, saved to a folder."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    torch.manual_seed(0)
+    tokenizer = miniature.word_tokenizer(["red cat", "blue dog"], 600, 8)
+    vae, text = miniature.autoencoder([8, 16], 4, 16), miniature.text_encoder(tokenizer, 32, 1, 4)
+    miniature.pipeline(vae, text, tokenizer, miniature.unet([32, 32], [False, True], 4, 8, 32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe file of a five-iteration run; the working folder is a new one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("red cat\nblue dog\n\nred cat\n")
+    value = {**RECIPE, "teacher": str(teacher), "prompts": {"source": "prompts.txt"}}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line in this process; returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["fewstep", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main.run()
+    return int(left.value.code or 0)
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a user's mistake prints."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_run_leaves_everything_it_promises(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fewstep(monkeypatch, "distill", recipe) == 0
+    run = Path("runs/tiny")
+    names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    assert {"run.json", "metrics.jsonl", "report.html", "samples/step_000000.png", "samples/step_000005.png", "pictures.safetensors"} <= names
+    assert {f"final/{n}" for n in ("pytorch_lora_weights.safetensors", "tiny-tdm-4step-lora.safetensors", "scheduler/scheduler_config.json", "fewstep.json", "README.md")} <= names
+    assert {"checkpoint-000004", "checkpoint-000005"} == {p.name for p in run.glob("checkpoint-*")}
+    assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl", ".tmp"))]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records if "fake_loss" in r] == [1, 2, 3, 4, 5]
+    assert all({"student_loss", "student_grad", "fake_grad", "seconds"} <= r.keys() for r in records[1:] if "fake_loss" in r)
+    card = json.loads((run / "final" / "fewstep.json").read_text())
+    assert card["timesteps"] == {"4": [999.0, 749.0, 499.0, 249.0, -1.0]}
+    assert card["guidance"] == "baked"
+
+
+def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fewstep(monkeypatch, "distill", recipe, "--out", "straight") == 0
+    update = loop._update
+    asked: list[bool] = []
+
+    def interrupt(*arguments: object) -> torch.Tensor:
+        if arguments[-1] == 2 and not asked:  # in the third iteration, as a Ctrl-C would come
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", interrupt)
+        assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 130
+    assert "stopped after iteration 3" in capsys.readouterr().out
+    assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 0
+    assert "resuming stopped at iteration 3 of 5" in capsys.readouterr().out
+    straight, resumed = weights(Path("straight")), weights(Path("stopped"))
+    assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
+    losses = [[(r["iteration"], r["fake_loss"]) for r in map(json.loads, Path(d, "metrics.jsonl").read_text().splitlines()) if "fake_loss" in r] for d in ("straight", "stopped")]
+    assert losses[0] == losses[1]
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fewstep(monkeypatch, "distill", recipe, "--out", "straight") == 0
+    update = loop._update
+
+    def die(*arguments: object) -> torch.Tensor:
+        if arguments[-1] == 3:
+            raise MemoryError
+        return update(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", die)
+        patch.setattr("sys.argv", ["fewstep", "distill", str(recipe), "--out", "killed"])
+        with pytest.raises(MemoryError):
+            main.run()
+    assert [p.name for p in Path("killed").glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert fewstep(monkeypatch, "distill", recipe, "--out", "killed") == 0
+    assert all(torch.equal(v, weights(Path("killed"))[k]) for k, v in weights(Path("straight")).items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "method.steps=0"], "method.steps: got 0"),
+        (["--set", "method.steps=2000"], "steps: got 2000, allowed are 1 to 1000"),
+        (["--set", "method.stepz=4"], "method.stepz: unknown option"),
+        (["--set", "method.loss=l3"], "method.loss: got 'l3', allowed are l2, huber, huber-elementwise"),
+        (["--set", "train.lr=fast"], "train.lr: input should be a valid number"),
+        (["--set", "train.lr=-1"], "train.lr: got -1.0"),
+        (["--set", "train.batch=0"], "train.batch: got 0"),
+        (["--set", "roles.rank=0"], "roles.rank: got 0"),
+        (["--set", "roles.targets=everything"], "roles.targets: got 'everything'"),
+        (["--set", "novalue"], "--set: got 'novalue'"),
+        (["--set", "extra=1"], "extra: unknown option"),
+        (["--prompts", "missing.txt"], "prompts: cannot read missing.txt"),
+        (["--prompts", "empty.txt"], "prompts: empty.txt has no prompt in it"),
+        (["--prompts", "table.csv"], "has no column prompt or caption or text; it has a, b"),
+        (["--teacher", "nowhere"], "teacher: got 'nowhere'"),
+        (["--teacher", "."], "teacher: . is no diffusers pipeline"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    Path("empty.txt").write_text("\n  \n")
+    Path("table.csv").write_text("a,b\n1,2\n")
+    assert fewstep(monkeypatch, "distill", recipe, *arguments) == 2
+    assert expected in error_of(capsys)
+    assert not Path("runs").exists() or not list(Path("runs").rglob("checkpoint-*"))
+
+
+def test_a_truncated_teacher_is_one_line(recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    file = next((broken / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    assert fewstep(monkeypatch, "distill", recipe, "--teacher", broken) == 2
+    assert "cannot be loaded" in error_of(capsys)
+
+
+def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fewstep(monkeypatch, "distill", recipe) == 0
+    run = Path("runs/tiny")
+    file = run / "checkpoint-000005" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert fewstep(monkeypatch, "distill", recipe) == 2
+    message = error_of(capsys)
+    assert "checkpoint-000005 is damaged" in message
+    assert "to go on from checkpoint-000004" in message
+    import shutil
+
+    shutil.rmtree(run / "checkpoint-000005")
+    before = weights(run)
+    assert fewstep(monkeypatch, "distill", recipe) == 0
+    assert all(torch.equal(v, weights(run)[k]) for k, v in before.items())
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write = state.save_file
+    calls = 0
+
+    def fill_up(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 6:  # the second checkpoint
+            full()
+        write(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_file", fill_up)
+        assert fewstep(monkeypatch, "distill", recipe) == 2
+    assert "No space left on device" in error_of(capsys)
+    assert [p.name for p in Path("runs/tiny").glob("*checkpoint*")] == ["checkpoint-000002"]
+    assert fewstep(monkeypatch, "distill", recipe) == 0
+
+
+def test_other_settings_do_not_resume(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fewstep(monkeypatch, "distill", recipe) == 0
+    assert fewstep(monkeypatch, "distill", recipe, "--set", "train.lr=5e-3") == 2
+    assert "other settings" in error_of(capsys)
+
+
+def test_dry_run_trains_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fewstep(monkeypatch, "distill", recipe, "--dry-run", "--set", "train.batch=3") == 0
+    text = capsys.readouterr().out
+    assert "batch: 3" in text
+    assert "one shared network" in text
+    assert "[999.0, 749.0, 499.0, 249.0, -1.0]" in text
+    assert not Path("runs").exists()
+
+
+def test_a_recipe_of_another_kind_names_its_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fewstep(monkeypatch, "distill", "emoji-teacher") == 2
+    assert "run: fewstep train-teacher" in error_of(capsys)
+    write_json(Path("x.yaml"), [])
+    assert fewstep(monkeypatch, "distill", "x.yaml") == 2
+    assert "holds no settings" in error_of(capsys)

@@ -1,0 +1,133 @@
+"""A finished student in its user's hands: sample, inspect, the model card's snippet, `fewstep.load`."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fewstep
+from fewstep.backbones.generate import pictures
+from fewstep.methods.matching import Matching
+from fewstep.roles.roles import RolesConfig, make_roles
+from tests.cli.test_distill import error_of, recipe, teacher
+from tests.cli.test_distill import fewstep as command
+
+__all__ = ["recipe", "teacher"]  # fixtures
+
+
+@pytest.fixture
+def final(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A student that differs from its teacher, on disk."""
+    assert command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02") == 0
+    return Path("runs/tiny/final")
+
+
+def as_tensor(images: list[Image.Image]) -> Tensor:
+    import numpy as np
+
+    return torch.stack([torch.from_numpy(np.asarray(i)).permute(2, 0, 1) / 255 for i in images])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_model_cards_snippet_draws_what_sample_draws(recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", f"roles.share={str(share).lower()}") == 0
+    final = Path("runs/tiny/final")
+    snippet = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    monkeypatch.chdir(final.parent)
+    names: dict[str, Image.Image] = {}
+    exec(snippet[1].replace("a prompt", "red cat"), names)
+    own = fewstep.sample(fewstep.load_student("final"), ["red cat"], [0])
+    base = fewstep.sample(fewstep.load_student("final").student.backbone, ["red cat"], [0], steps=4)
+    assert (own - base).abs().max() > 0.02  # the student is not the teacher
+    assert (as_tensor([names["image"]]) - own).abs().max() <= 0.5 / 255 + 1e-4
+
+
+def test_load_is_right_without_a_word(final: Path, teacher: Path) -> None:
+    pipe = fewstep.load(teacher, final)
+    assert pipe.scheduler.timesteps is not None
+    images = pipe(["red cat", "blue dog"], generator=[torch.Generator().manual_seed(s) for s in (3, 4)], output_type="pt").images
+    own = fewstep.sample(fewstep.load_student(final), ["red cat", "blue dog"], [3, 4])
+    assert (images - own).abs().max() <= 1e-4
+    assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    with pytest.warns(UserWarning, match="num_inference_steps: got 7"):
+        pipe("red cat", num_inference_steps=7)
+    with pytest.warns(UserWarning, match="guidance is baked"):
+        pipe("red cat", guidance_scale=5.0)
+
+
+def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> None:
+    """In-memory pictures of the averaged student equal those of the student read back."""
+    from fewstep.export.card import StudentCard
+    from fewstep.export.final import write_final
+
+    backbone = fewstep.load_teacher(teacher)
+    roles = make_roles(backbone, RolesConfig(rank=4, alpha=2.0))
+    for p in roles.trained["student"].values():
+        p.data.normal_(0, 0.05)
+    method = Matching(steps=2)
+    memory = pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], method.times(backbone.schedule))
+    card = StudentCard(
+        name="x", method="tdm", base=str(teacher), base_hash="", steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, prediction="v_prediction",
+        weights="lora", rank=4, alpha=2.0, teacher_guidance=1.0, licence="other", iterations=0, train_seconds=0, hardware="", version="0",
+    )  # fmt: skip
+    write_final(tmp_path / "final", backbone, card, backbone.module, roles.student_state(), roles.adapter_settings())
+    assert torch.allclose(fewstep.sample(fewstep.load_student(tmp_path / "final"), ["red cat"], [0]), memory, atol=1e-5)
+    pipe = fewstep.load(teacher, tmp_path / "final")
+    image = pipe("red cat", generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert (image - memory).abs().max() <= 1e-4  # alpha differs from rank: the file's own settings keep the scale
+
+
+def test_sample_writes_a_picture(final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "-p", "blue dog", "--compare", "-o", "out.png") == 0
+    assert Image.open("out.png").size[0] > 2 * 96
+    assert "student: 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["sample", "runs/tiny", "-p", "x", "--steps", "0"], "--steps: got 0"),
+        (["sample", "runs/tiny", "-p", " "], "--prompt: got an empty prompt"),
+        (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
+        (["sample", "nothing", "-p", "x"], "teacher: got 'nothing'"),
+        (["inspect", "nothing"], "inspect: there is no nothing"),
+        (["sample", "runs/tiny", "-p", "x", "--solver", "euler"], "solver: got 'euler', allowed are ddim, dpmpp"),
+        (["evaluate", "runs"], "runs is no student folder"),
+    ],
+)
+def test_mistakes_are_one_line(final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    capsys.readouterr()
+    assert command(monkeypatch, *arguments) == 2
+    assert expected in error_of(capsys)
+
+
+def test_a_truncated_student_is_one_line(final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = final / "pytorch_lora_weights.safetensors"
+    data = file.read_bytes()
+    file.unlink()  # it shares its bytes with the file of the long name
+    file.write_bytes(data[:500])
+    capsys.readouterr()
+    assert command(monkeypatch, "sample", final, "-p", "x") == 2
+    assert "missing or damaged" in error_of(capsys)
+    assert command(monkeypatch, "inspect", file) == 2
+    assert "missing or damaged" in error_of(capsys)
+
+
+def test_inspect_and_doctor(final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert command(monkeypatch, "inspect", final) == 0
+    text = capsys.readouterr().out
+    assert "tdm" in text
+    assert "999.0, 749.0" in text
+    assert command(monkeypatch, "inspect", final / "pytorch_lora_weights.safetensors") == 0
+    assert re.search(r"rank +2", capsys.readouterr().out)
+    assert command(monkeypatch, "inspect", teacher) == 0
+    assert "UNet2DConditionModel" in capsys.readouterr().out
+    assert command(monkeypatch, "inspect", "runs/tiny") == 0
+    assert "checkpoint-000005" in capsys.readouterr().out
+    assert command(monkeypatch, "doctor") == 0
+    assert "torch" in capsys.readouterr().out
