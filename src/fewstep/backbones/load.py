@@ -13,10 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from .base import Backbone
 from .sd import StableDiffusion, load_sd
+from .unconditional import PixelModel, load_pixel_model
 
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
 Loader = Callable[[str | Path, str, torch.dtype], Backbone]
-LOADERS: dict[str, Loader] = {"StableDiffusionPipeline": load_sd}  # pipeline class in model_index.json -> loader
+LOADERS: dict[str, Loader] = {"StableDiffusionPipeline": load_sd, "DDPMPipeline": load_pixel_model}  # pipeline class in model_index.json -> loader
 
 
 def bundled() -> list[str]:
@@ -76,6 +77,6 @@ def pipeline_of(base: str | Path | Backbone | DiffusionPipeline) -> DiffusionPip
     if isinstance(base, DiffusionPipeline):
         return base
     backbone = load_teacher(base) if isinstance(base, str | Path) else base
-    if not isinstance(backbone, StableDiffusion):
+    if not isinstance(backbone, StableDiffusion | PixelModel):
         raise ValueError(f"base: {backbone.name} is no diffusers pipeline; sample it with fewstep.sample")
     return backbone.pipe

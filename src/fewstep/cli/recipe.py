@@ -56,6 +56,11 @@ def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:
     return validate(override(_yaml(path), overrides), model, str(path))
 
 
+def kind_of(source: str) -> str:
+    """The `kind` that a recipe states."""
+    return str(_yaml(recipe_path(source)).get("kind"))
+
+
 def _yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -23,7 +23,8 @@ def write_grid(path: Path, images: Tensor, labels: Sequence[str], prompts: Seque
     appears complete or not at all. Raises ValueError where labels or prompts do not fit the tensor.
     """
     if images.ndim != 5 or images.shape[:3] != (len(labels), len(prompts), 3):
-        raise ValueError(f"grid: images are {list(images.shape)}, allowed is [{len(labels)}, {len(prompts)}, 3, H, W]: a row for each label, a column for each prompt")
+        allowed = f"[{len(labels)}, {len(prompts)}, 3, H, W]: a row for each label, a column for each prompt"
+        raise ValueError(f"grid: images are {list(images.shape)}, allowed is {allowed}")
     return write_atomically(path, png(draw_grid(images, labels, prompts)))
 
 
@@ -62,6 +63,13 @@ def wrap(text: str, width: int, lines: int, font: ImageFont.FreeTypeFont | Image
     return textwrap.wrap(text, characters, max_lines=lines, placeholder="…")
 
 
-def _text(pen: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, ink: tuple[int, int, int]) -> None:
+def _text(
+    pen: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    lines: Sequence[str],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    ink: tuple[int, int, int],
+) -> None:
     for i, line in enumerate(lines):
         pen.text((x, y + i * LINE), line, ink, font)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [records[i] for i in sorted(records)]
 
 
-def series(metrics: list[Metrics] | list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def series(metrics: Sequence[Metrics], key: str) -> tuple[list[int], list[float]]:
     """(iterations, values) of the records that have a finite `key`; `quality.fd_real` reaches into `quality`."""
     outer, _, inner = key.rpartition(".")
     found = [(m["iteration"], (m.get(outer) or {} if outer else m).get(inner)) for m in metrics]

@@ -38,7 +38,8 @@ class Pictures:
     def __post_init__(self) -> None:
         for label, images in self.rows.items():
             if images.ndim != 4 or images.shape[:2] != (len(self.prompts), 3):
-                raise ValueError(f"pictures: row {label!r} is {list(images.shape)}, allowed is [{len(self.prompts)}, 3, H, W]: one picture for each prompt")
+                allowed = f"[{len(self.prompts)}, 3, H, W]: one image for each prompt"
+                raise ValueError(f"pictures: row {label!r} is {list(images.shape)}, allowed is {allowed}")
         for label, t in self.trajectories.items():
             shape = t.estimates.shape
             if t.estimates.ndim != 5 or shape[1:3] != (len(t.times), 3) or shape[0] > len(self.prompts):
@@ -59,7 +60,7 @@ def to_pil(image: Tensor) -> Image.Image:
 def png(picture: Image.Image) -> bytes:
     """The picture's pixels as PNG, lossless."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -82,8 +83,11 @@ def load_pictures(path: Path) -> Pictures:
             about = json.loads((file.metadata() or {})["pictures"])
             rows = {label: file.get_tensor(f"row/{label}").float() / 255 for label in about["rows"]}
             trajectories = {
-                label: Trajectory(tuple(times), file.get_tensor(f"trajectory/{label}").float() / 255) for label, times in about["trajectories"].items()
+                label: Trajectory(tuple(times), file.get_tensor(f"trajectory/{label}").float() / 255)
+                for label, times in about["trajectories"].items()
             }
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"pictures {path}: damaged, or not written by save_pictures ({error}); delete it and run `fewstep evaluate` again") from error
+        raise ValueError(
+            f"pictures {path}: damaged, or not written by save_pictures ({error}); delete it and run `fewstep evaluate` again"
+        ) from error
     return Pictures(tuple(about["prompts"]), rows, trajectories)

@@ -1,14 +1,15 @@
 """Charts of a run as inline SVG.
 
 Colours are written as CSS variables with the light colour as fallback, and text as text in the page's own font, so one drawing serves
-a light and a dark page. Figures are plain objects; pyplot and its global state are never touched.
+a light and a dark page. Figures are plain objects; pyplot is never imported, and matplotlib's settings differ only while an SVG is written.
 """
 
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from matplotlib import rc_context
@@ -21,7 +22,6 @@ from .live import Metrics, series
 from .table import Row
 from .words import finite
 
-
 INK, MUTED, LINE = "#1d1d20", "#6a6a72", "#e5e2dc"
 STUDENT, FAKE, TEACHER = "#2457c5", "#b8570f", "#77777f"
 SEGMENTS = ("#4a3a8f", "#2f68b0", "#1f8a8f", "#3c9a5f", "#8a8f1f", "#c0801a")  # from noise to clean
@@ -31,7 +31,6 @@ VARIABLES |= {colour: f"segment-{i}" for i, colour in enumerate(SEGMENTS)}
 WIDTH, HEIGHT = 400, 230  # units of the SVG; one unit is about one pixel on a phone
 FONT = 11
 POINTS = 600  # of one drawn line
-
 
 CLEANING = (  # what matplotlib writes for a file of its own and a page does without
     (r"^.*?<svg[^>]*>", ""),
@@ -54,55 +53,49 @@ class Chart:
     svg: str
 
 
+WORDS = {
+    "Quality against cost": "Fréchet distance to real images, lower is better, against network evaluations per image. "
+    "A guided step counts two.",
+    "Distance to real images while training": "Fréchet distance of the student, lower is better. "
+    "Dashed: the teacher, with its network evaluations per image.",
+    "Prompt match while training": "Share of the student's images whose nearest real image is the one of their own prompt, higher is "
+    "better. Dashed: the teacher, with its network evaluations per image.",
+    "Matching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
+    "Falling means that the student's images look more and more like the teacher's; step 1 starts from noise.",
+    "Losses": "Faint: every iteration. Strong: average over a tenth of them. These need not fall: the student and the fake score chase "
+    "each other, so judge by the images and the distances above.",
+    "Gradient norms": "Before clipping. A steady climb is the first sign that a learning rate is too high.",
+}
+
+
 def charts(metrics: Sequence[Metrics], rows: Sequence[Row]) -> list[Chart]:
     """Every chart for which there is something to show; empty without metrics and rows."""
-    drawn: list[tuple[str, str, Figure | None]] = [
-        (
-            "Quality against cost",
-            "Fréchet distance to real images, lower is better, against network evaluations per image. A guided step counts two.",
-            quality_cost(rows),
-        ),
-        (
-            "Distance to real images while training",
-            "Fréchet distance of the student, lower is better. Dashed: the teacher, with its network evaluations per image.",
-            quality(metrics, rows, "fd_real"),
-        ),
-        (
-            "Prompt match while training",
-            "Share of the student's images whose nearest real image is the one of their own prompt, higher is better. Dashed: the teacher, with its network evaluations per image.",
-            quality(metrics, rows, "retrieval_top1", percent=True),
-        ),
-        (
-            "Matching gap by segment",
-            "Root mean square difference between what the fake score and the teacher expect, for each step of the student. Falling means that "
-            "the student's images look more and more like the teacher's; step 1 starts from noise.",
-            gaps(metrics),
-        ),
-        (
-            "Losses",
-            "Faint: every iteration. Strong: average over a tenth of them. These need not fall: the student and the fake score chase each other, "
-            "so judge by the images and the distances above.",
-            losses(metrics),
-        ),
-        ("Gradient norms", "Before clipping. A steady climb is the first sign that a learning rate is too high.", gradients(metrics)),
-    ]
-    return [Chart(title, caption, to_svg(figure, title)) for title, caption, figure in drawn if figure is not None]
+    figures = (
+        quality_cost(rows),
+        quality(metrics, rows, "fd_real"),
+        quality(metrics, rows, "retrieval_top1", percent=True),
+        gaps(metrics),
+        losses(metrics),
+        gradients(metrics),
+    )
+    named = zip(WORDS.items(), figures, strict=True)
+    return [Chart(title, caption, to_svg(figure, title)) for (title, caption), figure in named if figure is not None]
 
 
 def losses(metrics: Sequence[Metrics]) -> Figure | None:
     """Losses of the student and the fake score, one above the other: their scales have nothing in common."""
-    found = [(name, colour, *series(metrics, key)) for name, colour, key in (("student", STUDENT, "student_loss"), ("fake score", FAKE, "fake_loss"))]
-    found = [f for f in found if len(f[2]) > 1]
+    wanted = (("student", STUDENT, "student_loss"), ("fake score", FAKE, "fake_loss"))
+    found = [f for f in ((name, colour, *series(metrics, key)) for name, colour, key in wanted) if len(f[2]) > 1]
     if not found:
         return None
     figure = _figure()
     for i, axes in enumerate(np.atleast_1d(figure.subplots(len(found), 1, sharex=True))):
         name, colour, x, y = found[i]
         _style(axes, "", "iteration" if i == len(found) - 1 else "")
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         _curve(axes, x, y, colour)
-        _label_ends(axes, [(name, colour, float(smooth(y)[-1]))])
         _focus(axes, [y])
+        _label_ends(axes, [(name, colour, float(smooth(y)[-1]))])
     return figure
 
 
@@ -127,7 +120,8 @@ def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: 
     axes = _axes("%" if percent else "", "iteration")
     values = [factor * v for v in y]
     axes.plot(x, values, color=STUDENT, lw=1.8, marker="o", ms=4, mec="none")
-    teachers = sorted((r for r in rows if r.get("model") == "teacher" and finite(r.get(key)) and finite(r.get("nfe"))), key=lambda r: r["nfe"])
+    known = [r for r in rows if r.get("model") == "teacher" and finite(r.get(key)) and finite(r.get("nfe"))]
+    teachers = sorted(known, key=lambda r: r["nfe"])
     levels = [(f"teacher ({r['nfe']:g})", factor * r[key]) for r in (teachers if len(teachers) < 3 else (teachers[0], teachers[-1]))]
     for _, level in levels:
         axes.axhline(level, color=TEACHER, lw=1, dashes=(4, 3))
@@ -142,7 +136,8 @@ def quality_cost(rows: Sequence[Row]) -> Figure | None:
     for row in rows:
         if finite(row.get("nfe")) and finite(row.get("fd_real")) and row["nfe"] > 0:
             guided = finite(row.get("guidance")) and row["guidance"] > 1 and row.get("model") == "teacher"
-            lines.setdefault(f"{row['model']}, guided" if guided else str(row["model"]), []).append((float(row["nfe"]), float(row["fd_real"])))
+            name = f"{row['model']}, guided" if guided else str(row["model"])
+            lines.setdefault(name, []).append((float(row["nfe"]), float(row["fd_real"])))
     if sum(map(len, lines.values())) < 2:
         return None
     axes = _axes("", "network evaluations per image")
@@ -151,12 +146,14 @@ def quality_cost(rows: Sequence[Row]) -> Figure | None:
     axes.set_xticks([x for i, x in enumerate(ticks) if i == 0 or x / ticks[i - 1] > 1.2 or i == len(ticks) - 1])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    others = iter((FAKE, *SEGMENTS))
+    others = cycle((FAKE, *SEGMENTS))
     ends = []
     for name, points in lines.items():
         colour = TEACHER if name.startswith("teacher") else STUDENT if name == "student" else next(others)
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, color=colour, lw=1.6, marker="o" if name != "teacher" else "s", ms=5.5, mec="none", dashes=(4, 3) if name == "teacher" else (None, None))
+        axes.plot(
+            x, y, color=colour, lw=1.6, ls="--" if name == "teacher" else "-", marker="s" if name == "teacher" else "o", ms=5.5, mec="none"
+        )
         ends.append((name, colour, y[-1]))
     axes.margins(x=0.08, y=0.12)
     _label_ends(axes, ends)
@@ -215,7 +212,7 @@ def _style(axes: Axes, unit: str, across: str) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, labelsize=FONT, length=0, pad=5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}{unit and ' ' + unit}"))
     if across:
         axes.set_xlabel(across, color=MUTED, fontsize=FONT, loc="left")
@@ -275,4 +272,3 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
         apart[i] = min(apart[i], apart[i + 1] - height if i + 1 < len(apart) else 1.0)
     for y, (_, name, colour) in zip(apart, sorted(places), strict=True):
         axes.text(1.02, y, name, color=colour, fontsize=FONT, va="center", transform=axes.transAxes)
-

@@ -12,7 +12,7 @@ from .pictures import Pictures, load_pictures
 from .summary import Cost, headlines
 
 PICTURES = "pictures.safetensors"
-SHOWN_SAMPLES = 4
+SHOWN_SAMPLES = 3
 
 
 def render_run(run: Path) -> Path:
@@ -22,7 +22,7 @@ def render_run(run: Path) -> Path:
     samples/*.png and pictures.safetensors. Raises ValueError where the folder is no run or a file is damaged.
     """
     if not (run / "run.json").exists():
-        raise ValueError(f"run {run}: there is no run.json, allowed are folders that `fewstep distill` made")
+        raise ValueError(f"run {run}: there is no run.json, allowed are folders that `fewstep distill RECIPE` made; run that first")
     return write_report(run / "report.html", read_run(run))
 
 
@@ -55,13 +55,16 @@ def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     final, prompt = shlex.quote(str(run / "final")), shlex.quote(prompts[0] if prompts else "a prompt of your own")
     return [
         ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {final} -p {prompt} --compare"),
-        ("Write it for diffusers and ComfyUI; each file is loaded again and compared", f"fewstep export {final} {shlex.quote(str(run / 'export'))}"),
+        (
+            "Write it for diffusers and ComfyUI; each file is loaded again and compared",
+            f"fewstep export {final} {shlex.quote(str(run / 'export'))}",
+        ),
         ("Look at it in the browser, with a blind vote", f"fewstep studio {shlex.quote(str(run))}"),
     ]
 
 
 def _spread(paths: Sequence[Path]) -> list[Path]:
-    """At most four of them: the first, the last and some between, evenly spaced."""
+    """At most three of them: the first, the middle one and the last."""
     if len(paths) <= SHOWN_SAMPLES:
         return list(paths)
     return [paths[round(i * (len(paths) - 1) / (SHOWN_SAMPLES - 1))] for i in range(SHOWN_SAMPLES)]

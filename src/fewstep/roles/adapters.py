@@ -7,10 +7,11 @@ forward pass came before another role's. The switch here changes nothing but whi
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
@@ -36,13 +37,36 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name)
 
 
-def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
+def adapter_layers(module: nn.Module) -> list[LoraLayer]:
     """The layers that carry adapters, to be found once and switched often."""
-    return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    return [m for m in module.modules() if isinstance(m, LoraLayer)]
 
 
-def switch(layers: Sequence[BaseTunerLayer], name: str | None) -> None:
-    """Make `name` the adapter that the layers add; None is the bare base network."""
+def remove_adapters(module: nn.Module, stems: Sequence[str]) -> None:
+    """Put the plain layers back where earlier runs left adapters called `stem` or `stem_2`; whoever held these is told by `switch`.
+
+    Raises ValueError when there are others: they are part of the teacher, which has to be the network's own weights.
+    """
+    carrying = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
+    if foreign := {name for m in carrying.values() for name in m.lora_A if name.partition("_")[0] not in stems}:
+        raise ValueError(f"teacher: its network carries the adapter {min(foreign)}; fuse it into the weights first: pipe.fuse_lora(), then pipe.unload_lora_weights()")
+    for path, layer in carrying.items():
+        parent, _, child = path.rpartition(".")
+        setattr(module.get_submodule(parent), child, layer.get_base_layer())
+        layer.lora_A.clear()
+    vars(module).pop("peft_config", None)
+
+
+def unused_name(module: nn.Module, stem: str) -> str:
+    """`stem`, or `stem_2`, `stem_3`, ... where the network already carries an adapter of that name."""
+    taken = {name for m in module.modules() if isinstance(m, LoraLayer) for name in m.lora_A}
+    return next(name for name in (stem, *(f"{stem}_{i}" for i in count(2))) if name not in taken)
+
+
+def switch(layers: Sequence[LoraLayer], name: str | None) -> None:
+    """Make `name` the adapter that the layers add; None is the bare base network. Raises ValueError when it was taken out since."""
+    if name is not None and layers and not any(name in layer.lora_A for layer in layers):
+        raise ValueError("student: its network has gone to another run on the same teacher; load the teacher again to keep both")
     for layer in layers:
         layer._disable_adapters = name is None
         if name is not None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
@@ -40,7 +40,7 @@ class Roles:
     backbone: Backbone
     networks: Mapping[Role, nn.Module]
     trained: Mapping[Role, Mapping[str, nn.Parameter]]  # student, fake -> name -> parameter
-    layers: tuple[BaseTunerLayer, ...]  # empty for full copies
+    layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
 
@@ -55,12 +55,18 @@ class Roles:
     def _as(self, role: Role, inner: Denoise) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
             self.activate(role)
-            return inner(x, t)
+            try:
+                return inner(x, t)
+            finally:
+                self.activate("teacher")
 
         return denoise
 
     def activate(self, role: Role) -> None:
-        """Let the shared network be this role until another is activated; nothing to do for copies."""
+        """Let the shared network be this role until another is activated; nothing to do for copies.
+
+        Between two calls of a role it is the teacher, so that whoever holds the backbone finds what it was.
+        """
         adapters.switch(self.layers, None if role == "teacher" else role)
 
     def update_average(self, decay: float) -> None:
@@ -86,13 +92,15 @@ class Roles:
 def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0) -> Roles:
     """Student and fake score that start as the teacher, bit for bit.
 
-    Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen. Copies: two deep copies.
+    Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
+    the same backbone are taken out. Copies: two deep copies.
     """
+    adapters.remove_adapters(backbone.module, TRAINED)
     base = backbone.module.requires_grad_(False).eval()
     if not config.share:
         networks: dict[Role, nn.Module] = {"teacher": base, "student": copy.deepcopy(base), "fake": copy.deepcopy(base)}
         trained = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in TRAINED}
-        layers: tuple[BaseTunerLayer, ...] = ()
+        layers: tuple[LoraLayer, ...] = ()
     else:
         names = adapters.targets(base, config.targets, config.skip)
         for i, role in enumerate(TRAINED):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone, Cond, denoiser
@@ -18,7 +18,7 @@ class Student:
 
     backbone: Backbone
     network: nn.Module
-    layers: tuple[BaseTunerLayer, ...]
+    layers: tuple[LoraLayer, ...]
     adapter: str
 
     def denoise(self, cond: Cond) -> Denoise:
@@ -35,9 +35,13 @@ class Student:
         return denoise
 
 
-def with_lora(backbone: Backbone, state: Mapping[str, Tensor], rank: int, alpha: float, adapter: str = "student") -> Student:
-    """Attach a LoRA in PEFT's file format to the backbone's own network. Raises ValueError when it does not fit."""
+def with_lora(backbone: Backbone, state: Mapping[str, Tensor], rank: int, alpha: float) -> Student:
+    """Attach a LoRA in PEFT's file format to the backbone's own network, beside those that are there.
+
+    Raises ValueError when it does not fit.
+    """
     module = backbone.module
+    adapter = adapters.unused_name(module, "student")
     names = sorted({k.rsplit(".lora_", 1)[0] for k in state})
     known = {n.replace(".base_layer", "") for n, _ in module.named_modules()}
     if missing := [n for n in names if n not in known]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class FitStep:
     seconds: float
 
 
-def fit(module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], config: FitConfig, run: Path) -> Iterator[FitStep]:
+def fit(module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], config: FitConfig, run: Path) -> Generator[FitStep, None, None]:
     """Train `module` on `loss_at(step)`, keep its average in `ema`, and resume from `run` when checkpoints are there.
 
     `loss_at` must depend on nothing but the step and the weights (see `state.seeded`), so that a resumed run is the
@@ -71,7 +71,17 @@ def fit(module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], con
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - rate)
         done = step + 1
-        if done % config.checkpoint_every == 0 or done == config.steps:
+
+        def save(done: int = done, value: float = value) -> None:
             groups = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
             save_checkpoint(run, done, groups, {"loss": value})
-        yield FitStep(done, value, time.monotonic() - began)
+
+        saved = done % config.checkpoint_every == 0 or done == config.steps
+        if saved:
+            save()
+        try:
+            yield FitStep(done, value, time.monotonic() - began)
+        except GeneratorExit:  # the caller stops here: nothing of what was trained is lost
+            if not saved:
+                save()
+            raise

@@ -1,7 +1,7 @@
 """How the bundled text-to-image teacher was trained: codec first, then text encoder and U-Net on cached latents."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,7 +77,7 @@ def load_data(config: DataConfig) -> Data:
     return Data(emoji, images.float() / 127.5 - 1)
 
 
-def train_codec(config: TeacherConfig, data: Data, run: Path) -> Iterator[FitStep]:
+def train_codec(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
     """Fit the autoencoder: L1 on pixels and on their differences, squares of coarse colours, a small KL; horizontal flips.
 
     L1 alone gives up rare colours (greens came out brown): the mean square over 8x8 blocks does not let it.
@@ -119,7 +119,7 @@ class TextToNoise(nn.Module):
         return self.unet(x, t, self.text(tokens)[0], return_dict=False)[0]
 
 
-def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Iterator[FitStep]:
+def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
     """Fit text encoder and U-Net to `v` at uniform times on cached latents; names are drawn evenly, then a skin tone."""
     vae = miniature.AutoencoderKL.from_pretrained(run / "vae").eval()
     tokenizer = miniature.word_tokenizer([e.caption for e in data.emoji], config.text.vocabulary, config.text.length)
@@ -166,7 +166,7 @@ def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: obj
     return run / "teacher"
 
 
-def train_teacher(config: TeacherConfig, run: Path) -> Iterator[tuple[str, FitStep]]:
+def train_teacher(config: TeacherConfig, run: Path) -> Generator[tuple[str, FitStep], None, None]:
     """Both stages in order, each resuming where it stopped; ends with `run/teacher`, an ordinary pipeline folder."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", config.model_dump())

@@ -1,0 +1,87 @@
+"""Pixel-space models: diffusers' `UNet2DModel`, unconditional or with classes, as `DDPMPipeline` folders."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from torch import Tensor, nn
+
+from ..core.prediction import Row, row_named
+from ..core.schedule import VP, Schedule
+from .base import Cond
+from .sd import PREDICTIONS
+
+LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
+
+
+@dataclass(frozen=True)
+class PixelModel:
+    """States are pictures [C, H, W] in [-1, 1]. With classes a prompt is a class name and the empty prompt is no class."""
+
+    pipe: DDPMPipeline
+    labels: tuple[str, ...]
+    name: str
+    schedule: Schedule
+
+    @property
+    def module(self) -> nn.Module:
+        return self.pipe.unet
+
+    @property
+    def row(self) -> Row:
+        return row_named(PREDICTIONS[self.pipe.scheduler.config.prediction_type])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        size = self.pipe.unet.config.sample_size
+        return (self.pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return dict(self.pipe.scheduler.config)
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        dtype = next(module.parameters()).dtype
+        return module(x.to(dtype), t.to(torch.float32), class_labels=cond.get("label"), return_dict=False)[0].float()
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        if not self.labels:
+            return {}
+        numbers = {name: i for i, name in enumerate(self.labels)} | {"": len(self.labels)}
+        if unknown := [p for p in prompts if p not in numbers]:
+            raise ValueError(f"prompts: {self.name} knows no {unknown[0]!r}; its classes are {', '.join(self.labels)}")
+        return {"label": torch.tensor([numbers[p] for p in prompts], device=self.pipe.device)}
+
+    def decode(self, x: Tensor) -> Tensor:
+        pictures = (x.float() / 2 + 0.5).clamp(0, 1)
+        return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
+
+
+def load_pixel_model(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> PixelModel:
+    """A `DDPMPipeline` folder, with `labels.json` beside it where the model has classes."""
+    pipe = DDPMPipeline.from_pretrained(str(folder), torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.requires_grad_(False).eval()
+    names = Path(folder) / LABELS
+    labels = tuple(json.loads(names.read_text())) if names.is_file() else ()
+    return PixelModel(pipe, labels, name, VP(pipe.scheduler.alphas_cumprod.double()))
+
+
+def pixel_unet(channels: Sequence[int], attention: Sequence[bool], in_channels: int, size: int, classes: int, groups: int = 8) -> UNet2DModel:
+    """A small pixel U-Net with `classes` labels and one more for none, random weights."""
+    return UNet2DModel(
+        sample_size=size, in_channels=in_channels, out_channels=in_channels, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=groups,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention), attention_head_dim=8,
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)), num_class_embeds=classes + 1 if classes else None,
+        resnet_time_scale_shift="scale_shift",
+    )  # fmt: skip
+
+
+def save_pixel_model(folder: Path, net: UNet2DModel, scheduler: DDIMScheduler, labels: Sequence[str]) -> None:
+    """The model as an ordinary pipeline folder in half precision, class names beside."""
+    DDPMPipeline(unet=net.eval().half(), scheduler=scheduler).save_pretrained(folder)
+    (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")
