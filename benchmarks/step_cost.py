@@ -26,7 +26,14 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.state import seeded
 
 
-def iteration(roles: Roles, method: Matching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+def iteration(
+    roles: Roles,
+    method: Matching,
+    cond: dict[str, Tensor],
+    null: dict[str, Tensor],
+    batch: int,
+    optimizers: dict[str, torch.optim.Optimizer],
+) -> None:
     """One whole iteration as the training loop makes it."""
     for loss in losses(method, roles, cond, null, batch, seeded(0, 0, "draw"), warming_up=False):
         parameters = list(roles.trained[loss.role].values())
@@ -89,7 +96,14 @@ def main() -> None:
             },
             a.repeats,
         )
-        found.append({"roles": "shared LoRA" if share else "copies", "batch": a.batch, **{k: round(v, 4) for k, v in best.items()}, "ratio": round(best["iteration"] / best["bare"], 3)})
+        found.append(
+            {
+                "roles": "shared LoRA" if share else "copies",
+                "batch": a.batch,
+                **{k: round(v, 4) for k, v in best.items()},
+                "ratio": round(best["iteration"] / best["bare"], 3),
+            }
+        )
         print(found[-1], flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     hardware = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

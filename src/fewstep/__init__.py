@@ -1,9 +1,9 @@
 """fewstep: turn a pretrained diffusion model into a generator of 1 to 4 steps, from prompts alone.
 
-    teacher = fewstep.load_teacher("emoji")
-    for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, iterations=400, out="runs/mine"):
-        print(step.iteration, step.metrics)
-    pipe = fewstep.load("emoji", "runs/mine/final")
+teacher = fewstep.load_teacher("emoji")
+for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, iterations=400, out="runs/mine"):
+    print(step.iteration, step.metrics)
+pipe = fewstep.load("emoji", "runs/mine/final")
 """
 
 from importlib import import_module
@@ -14,7 +14,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import TDM, Denoiser, LoadedStudent, Matching, Step, distill, load, load_student, load_teacher, sample, sample_states
 
-__all__ = ["TDM", "Denoiser", "LoadedStudent", "Matching", "Step", "distill", "load", "load_student", "load_teacher", "sample", "sample_states"]
+__all__ = [
+    "TDM",
+    "Denoiser",
+    "LoadedStudent",
+    "Matching",
+    "Step",
+    "distill",
+    "load",
+    "load_student",
+    "load_teacher",
+    "sample",
+    "sample_states",
+]
 
 
 def __getattr__(name: str) -> Any:

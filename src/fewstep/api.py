@@ -89,7 +89,13 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
 
 
 def sample(
-    model: Backbone | LoadedStudent | Step, prompts: Sequence[str], seeds: Sequence[int] | None = None, *, steps: int | None = None, guidance: float = 1.0, solver: str = "ddim"
+    model: Backbone | LoadedStudent | Step,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    *,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    solver: str = "ddim",
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1], one per prompt (plain states for backbones without a picture).
 
@@ -101,7 +107,13 @@ def sample(
 
 
 def sample_states(
-    model: Backbone | LoadedStudent | Step, prompts: Sequence[str], seeds: Sequence[int] | None = None, *, steps: int | None = None, guidance: float = 1.0, solver: str = "ddim"
+    model: Backbone | LoadedStudent | Step,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    *,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    solver: str = "ddim",
 ) -> list[State]:
     """As `sample`, but the whole trajectory: K + 1 states with the clean estimate that led to each."""
     if not prompts:
@@ -115,11 +127,15 @@ def sample_states(
         null = backbone.encode([""])
     if isinstance(model, Step):
         with model.roles.averaged():
-            return trajectory(backbone, model.roles.denoise("student", cond), seeds, model.method.times(backbone.schedule, steps), update_named(solver))
+            return trajectory(
+                backbone, model.roles.denoise("student", cond), seeds, model.method.times(backbone.schedule, steps), update_named(solver)
+            )
     if isinstance(model, LoadedStudent):
         count = steps or model.card.steps[0]
         return trajectory(backbone, model.student.denoise(cond), seeds, _student_grid(model.card, backbone, count), update_named(solver))
-    return trajectory(backbone, guided(backbone, backbone.module, cond, null, guidance), seeds, _grid(backbone, steps or 50), update_named(solver))
+    return trajectory(
+        backbone, guided(backbone, backbone.module, cond, null, guidance), seeds, _grid(backbone, steps or 50), update_named(solver)
+    )
 
 
 def backbone_of(model: Backbone | LoadedStudent | Step) -> Backbone:
@@ -139,4 +155,17 @@ def _student_grid(card: StudentCard, backbone: Backbone, steps: int) -> Tensor:
     return _grid(backbone, steps) if known is None else timegrid.check(backbone.schedule, torch.tensor(known, dtype=torch.float64))
 
 
-__all__ = ["TDM", "Denoiser", "LoadedStudent", "Matching", "Step", "backbone_of", "distill", "load", "load_student", "load_teacher", "sample", "sample_states"]
+__all__ = [
+    "TDM",
+    "Denoiser",
+    "LoadedStudent",
+    "Matching",
+    "Step",
+    "backbone_of",
+    "distill",
+    "load",
+    "load_student",
+    "load_teacher",
+    "sample",
+    "sample_states",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.atomic import write_json
 from fewstep.backbones import miniature
@@ -72,8 +72,24 @@ def test_a_run_leaves_everything_it_promises(recipe: Path, monkeypatch: pytest.M
     assert fewstep(monkeypatch, "distill", recipe) == 0
     run = Path("runs/tiny")
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
-    assert {"run.json", "metrics.jsonl", "report.html", "samples/step_000000.png", "samples/step_000005.png", "pictures.safetensors"} <= names
-    assert {f"final/{n}" for n in ("pytorch_lora_weights.safetensors", "tiny-tdm-4step-lora.safetensors", "scheduler/scheduler_config.json", "fewstep.json", "README.md")} <= names
+    assert {
+        "run.json",
+        "metrics.jsonl",
+        "report.html",
+        "samples/step_000000.png",
+        "samples/step_000005.png",
+        "pictures.safetensors",
+    } <= names
+    assert {
+        f"final/{n}"
+        for n in (
+            "pytorch_lora_weights.safetensors",
+            "tiny-tdm-4step-lora.safetensors",
+            "scheduler/scheduler_config.json",
+            "fewstep.json",
+            "README.md",
+        )
+    } <= names
     assert {"checkpoint-000004", "checkpoint-000005"} == {p.name for p in run.glob("checkpoint-*")}
     assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl", ".tmp"))]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -103,7 +119,10 @@ def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pyte
     assert "resuming stopped at iteration 3 of 5" in capsys.readouterr().out
     straight, resumed = weights(Path("straight")), weights(Path("stopped"))
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
-    losses = [[(r["iteration"], r["fake_loss"]) for r in map(json.loads, Path(d, "metrics.jsonl").read_text().splitlines()) if "fake_loss" in r] for d in ("straight", "stopped")]
+    losses = [
+        [(r["iteration"], r["fake_loss"]) for r in map(json.loads, Path(d, "metrics.jsonl").read_text().splitlines()) if "fake_loss" in r]
+        for d in ("straight", "stopped")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -147,7 +166,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pyt
         (["--teacher", "."], "teacher: . is no diffusers pipeline"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_and_exit_code_2(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
     Path("empty.txt").write_text("\n  \n")
     Path("table.csv").write_text("a,b\n1,2\n")
     assert fewstep(monkeypatch, "distill", recipe, *arguments) == 2
@@ -155,7 +176,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(recipe: Path, monkeypatch: pytest
     assert not Path("runs").exists() or not list(Path("runs").rglob("checkpoint-*"))
 
 
-def test_a_truncated_teacher_is_one_line(recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_teacher_is_one_line(
+    recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     broken = tmp_path / "broken"
@@ -166,7 +189,9 @@ def test_a_truncated_teacher_is_one_line(recipe: Path, teacher: Path, tmp_path: 
     assert "cannot be loaded" in error_of(capsys)
 
 
-def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe) == 0
     run = Path("runs/tiny")
     file = run / "checkpoint-000005" / "student.safetensors"
@@ -183,11 +208,12 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(recipe: Path, monke
     assert all(torch.equal(v, weights(run)[k]) for k, v in before.items())
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    write = state.save_file
     calls = 0
 
     def fill_up(*arguments: object) -> None:
@@ -195,7 +221,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(recipe: Path, mon
         calls += 1
         if calls > 6:  # the second checkpoint
             full()
-        write(*arguments)  # type: ignore[arg-type]
+        save_file(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "save_file", fill_up)
@@ -220,7 +246,9 @@ def test_dry_run_trains_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, c
     assert not Path("runs").exists()
 
 
-def test_a_recipe_of_another_kind_names_its_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_of_another_kind_names_its_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert fewstep(monkeypatch, "distill", "emoji-teacher") == 2
     assert "run: fewstep train-teacher" in error_of(capsys)

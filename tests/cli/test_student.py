@@ -99,7 +99,9 @@ def test_sample_writes_a_picture(final: Path, monkeypatch: pytest.MonkeyPatch, c
         (["evaluate", "runs"], "runs is no student folder"),
     ],
 )
-def test_mistakes_are_one_line(final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+def test_mistakes_are_one_line(
+    final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
     capsys.readouterr()
     assert command(monkeypatch, *arguments) == 2
     assert expected in error_of(capsys)

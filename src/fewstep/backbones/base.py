@@ -125,5 +125,3 @@ class Conditions(Protocol):
     """Prompts to conditions, each tensor [len(prompts), ...]."""
 
     def __call__(self, prompts: Sequence[str]) -> Cond: ...
-
-

@@ -53,11 +53,15 @@ class FewStepPipeline(StableDiffusionPipeline):
 
     serving = Serving((4,))
 
-    def __call__(self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any) -> Any:
+    def __call__(
+        self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
+    ) -> Any:
         """As `StableDiffusionPipeline.__call__`, to which `options` go; warns when asked for other steps or for guidance."""
         steps = num_inference_steps or self.serving.steps[0]
         if steps not in self.serving.steps:
-            warnings.warn(f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.serving.steps))}", stacklevel=2)
+            warnings.warn(
+                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.serving.steps))}", stacklevel=2
+            )
         if guidance_scale > 1:
             warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
         return super().__call__(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
@@ -96,4 +100,6 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
     try:
         return type(like).from_pretrained(folder / "unet").requires_grad_(False).eval()  # type: ignore[attr-defined]
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"student: {folder / 'unet'} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
+        raise ValueError(
+            f"student: {folder / 'unet'} is missing or damaged ({str(error).splitlines()[0]}); export the run again"
+        ) from error

@@ -19,8 +19,7 @@ def starting_noise(backbone: Backbone, seeds: Sequence[int]) -> Tensor:
     A seed gives the same picture in any batch and on any device.
     """
     noise = [torch.randn((1, *backbone.shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
-    scale = float(backbone.schedule.sigma(torch.tensor([backbone.schedule.t_max], dtype=torch.float64)))
-    return torch.cat(noise).to(device_of(backbone.module)) * scale
+    return torch.cat(noise).to(device_of(backbone.module)) * backbone.schedule.start_std
 
 
 def trajectory(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, update: Update = ddim) -> list[State]:

@@ -17,7 +17,10 @@ from .unconditional import PixelModel, load_pixel_model
 
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
 Loader = Callable[[str | Path, str, torch.dtype], Backbone]
-LOADERS: dict[str, Loader] = {"StableDiffusionPipeline": load_sd, "DDPMPipeline": load_pixel_model}  # pipeline class in model_index.json -> loader
+LOADERS: dict[str, Loader] = {
+    "StableDiffusionPipeline": load_sd,
+    "DDPMPipeline": load_pixel_model,
+}  # pipeline class in model_index.json -> loader
 
 
 def bundled() -> list[str]:
@@ -33,11 +36,15 @@ def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32) -> Back
     folder = BUNDLED / str(source) if str(source) in bundled() else Path(source)
     if not folder.exists():
         if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-            raise ValueError(f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name")
+            raise ValueError(
+                f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name"
+            )
         return _load(str(source), load_sd, str(source), dtype)
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote")
+        raise ValueError(
+            f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote"
+        )
     try:
         family = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -4,7 +4,9 @@ Built from plain numbers, so that the bundled teacher is the very thing that `St
 loads, and so that tests can have one with random weights in milliseconds.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -29,8 +31,6 @@ def word_tokenizer(corpus: Sequence[str], vocabulary: int, length: int) -> CLIPT
 
 
 def _model_merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
 
@@ -53,7 +53,14 @@ def autoencoder(channels: Sequence[int], latent: int, size: int, groups: int = 8
     )  # fmt: skip
 
 
-def unet(channels: Sequence[int], attention: Sequence[bool], latent: int, size: int, text_width: int, groups: int = 16) -> UNet2DConditionModel:
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """An autoencoder that `save_pretrained` wrote, in eval mode."""
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
+def unet(
+    channels: Sequence[int], attention: Sequence[bool], latent: int, size: int, text_width: int, groups: int = 16
+) -> UNet2DConditionModel:
     """A conditional U-Net: cross attention where `attention` says so, and the pooled text added to the time embedding."""
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))

@@ -71,7 +71,9 @@ def load_pixel_model(folder: str | Path, name: str, dtype: torch.dtype = torch.f
     return PixelModel(pipe, labels, name, VP(pipe.scheduler.alphas_cumprod.double()))
 
 
-def pixel_unet(channels: Sequence[int], attention: Sequence[bool], in_channels: int, size: int, classes: int, groups: int = 8) -> UNet2DModel:
+def pixel_unet(
+    channels: Sequence[int], attention: Sequence[bool], in_channels: int, size: int, classes: int, groups: int = 8
+) -> UNet2DModel:
     """A small pixel U-Net with `classes` labels and one more for none, random weights."""
     return UNet2DModel(
         sample_size=size, in_channels=in_channels, out_channels=in_channels, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=groups,

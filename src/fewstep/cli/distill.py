@@ -21,10 +21,10 @@ from ..core import timegrid
 from ..core.solvers import update_named
 from ..export.card import StudentCard
 from ..export.final import write_final
+from ..methods.matching import Matching
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, Trajectory, save_pictures
 from ..report.run import PICTURES, render_run
-from ..methods.matching import Matching
 from ..roles.roles import Roles, make_roles
 from ..training.loop import Step, distill
 from ..training.monitor import drift, look
@@ -84,7 +84,9 @@ def training_prompts(recipe: DistillRecipe) -> list[str]:
         return read_prompts(recipe.prompts.source, recipe.prompts.column)
     shipped = BUNDLED / recipe.teacher / "prompts.txt"
     if not shipped.is_file():
-        raise ValueError(f"prompts: teacher {recipe.teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id")
+        raise ValueError(
+            f"prompts: teacher {recipe.teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
+        )
     return read_prompts(str(shipped))
 
 
@@ -122,7 +124,9 @@ class Preview:
         }
         shown = min(4, len(self.prompts))
         paths = {
-            f"{who}, {steps} steps": Trajectory(times[:-1].tolist(), torch.stack([teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None], 1))
+            f"{who}, {steps} steps": Trajectory(
+                times[:-1].tolist(), torch.stack([teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None], 1)
+            )
             for who, states in (("teacher", few), ("student", own))
         }
         return Pictures(self.prompts, rows, paths)
@@ -173,7 +177,9 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, b
     )  # fmt: skip
     with roles.averaged():
         state = roles.student_state()
-        write_final(run / "final", roles.backbone, card, roles.networks["student"], state if recipe.roles.share else None, roles.adapter_settings())
+        write_final(
+            run / "final", roles.backbone, card, roles.networks["student"], state if recipe.roles.share else None, roles.adapter_settings()
+        )
         save_pictures(run / PICTURES, preview.compare(roles, method))
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
     report = render_run(run)
@@ -186,10 +192,14 @@ def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds
     if result is not None:
         rows = result["rows"]
         student, best = rows[-1], rows[0]
-        console.print(f"quality  FD to real {student['fd_real']:.1f} in {student['nfe']} network calls, teacher {best['fd_real']:.1f} in {best['nfe']}")
+        console.print(
+            f"quality  FD to real {student['fd_real']:.1f} in {student['nfe']} network calls, teacher {best['fd_real']:.1f} in {best['nfe']}"
+        )
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
-    console.print(f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine")
+    console.print(
+        f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"
+    )
 
 
 def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> None:
@@ -206,11 +216,15 @@ def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> 
 def print_roles(roles: Roles) -> None:
     """Trainable parameters and bytes per role, counted by storage."""
     base = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for n in roles.networks.values() for p in n.parameters()}
-    console.print(f"weights of all roles: {sum(base.values()) / 2**20:.1f} MiB in memory ({'one shared network' if roles.config.share else 'three networks'})")
+    console.print(
+        f"weights of all roles: {sum(base.values()) / 2**20:.1f} MiB in memory ({'one shared network' if roles.config.share else 'three networks'})"
+    )
     for role, parameters in roles.trained.items():
         count = sum(p.numel() for p in parameters.values())
         size = sum(p.numel() * p.element_size() for p in parameters.values())
-        console.print(f"  {role}: {count / 1e6:.2f}M trainable in {len(parameters)} tensors, {size / 2**20:.1f} MiB, AdamW state {2 * size / 2**20:.1f} MiB")
+        console.print(
+            f"  {role}: {count / 1e6:.2f}M trainable in {len(parameters)} tensors, {size / 2**20:.1f} MiB, AdamW state {2 * size / 2**20:.1f} MiB"
+        )
 
 
 def next_commands(recipe: DistillRecipe) -> list[tuple[str, str]]:
@@ -234,7 +248,9 @@ def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: li
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {"fewstep": __version__, "python": platform.python_version()} | {p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")}
+    return {"fewstep": __version__, "python": platform.python_version()} | {
+        p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")
+    }
 
 
 def hardware() -> str:
@@ -246,4 +262,3 @@ def hardware() -> str:
 
 def command_line() -> str:
     return shlex.join(["fewstep", *sys.argv[1:]])
-

@@ -5,8 +5,26 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .progress import console
 
-CORE = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "pydantic", "typer", "rich", "torchmetrics", "matplotlib", "jinja2")
-OPTIONAL = {"datasets": "pip install datasets   # prompts from a hub data set", "gradio": "pip install 'fewstep[studio]'", "bitsandbytes": "pip install 'fewstep[train8bit]'"}
+CORE = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "pydantic",
+    "typer",
+    "rich",
+    "torchmetrics",
+    "matplotlib",
+    "jinja2",
+)
+OPTIONAL = {
+    "datasets": "pip install datasets   # prompts from a hub data set",
+    "gradio": "pip install 'fewstep[studio]'",
+    "bitsandbytes": "pip install 'fewstep[train8bit]'",
+}
 
 
 def run_doctor() -> None:

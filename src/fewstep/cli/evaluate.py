@@ -58,7 +58,19 @@ def _sampler(model: Backbone | LoadedStudent, steps: int, guidance: float) -> Ca
 
 def print_table(result: dict[str, Any]) -> None:
     """The rows as a person reads them."""
-    names = ["model", "steps", "guidance", "nfe", "n", "fd_real", "fd_teacher", "retrieval_top1", "retrieval_top5", "diversity", "seconds_per_image"]
+    names = [
+        "model",
+        "steps",
+        "guidance",
+        "nfe",
+        "n",
+        "fd_real",
+        "fd_teacher",
+        "retrieval_top1",
+        "retrieval_top5",
+        "diversity",
+        "seconds_per_image",
+    ]
     console.print("  ".join(f"{n:>10}" for n in names))
     for row in result["rows"]:
         console.print("  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names))

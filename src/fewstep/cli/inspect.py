@@ -28,10 +28,17 @@ def run_inspect(source: str) -> None:
     elif source in bundled() or (path / "model_index.json").is_file():
         teacher = load_teacher(source)
         count = sum(p.numel() for p in teacher.module.parameters())
-        values = {"teacher": teacher.name, "network": type(teacher.module).__name__, "parameters": f"{count / 1e6:.2f}M", "state": list(teacher.shape)}
+        values = {
+            "teacher": teacher.name,
+            "network": type(teacher.module).__name__,
+            "parameters": f"{count / 1e6:.2f}M",
+            "state": list(teacher.shape),
+        }
         values |= {"hash": fingerprint(teacher.module), **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")}}
     elif not path.exists():
-        raise ValueError(f"inspect: there is no {source}; pass a student, run or teacher folder, a .safetensors file, or one of {', '.join(bundled())}")
+        raise ValueError(
+            f"inspect: there is no {source}; pass a student, run or teacher folder, a .safetensors file, or one of {', '.join(bundled())}"
+        )
     else:
         raise ValueError(f"inspect: {source} is no student, run, teacher or .safetensors file; pass the final/ folder of a run")
     width = max(len(k) for k in values)
@@ -48,9 +55,18 @@ def safetensors_summary(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"inspect: {path} is missing or damaged ({str(error).splitlines()[0]})") from error
     ranks = sorted({s[0] for n, s in shapes.items() if n.endswith("lora_A.weight")})
-    values: dict[str, Any] = {"file": str(path), "tensors": len(names), "bytes": path.stat().st_size, "first key": names[0] if names else ""}
+    values: dict[str, Any] = {
+        "file": str(path),
+        "tensors": len(names),
+        "bytes": path.stat().st_size,
+        "first key": names[0] if names else "",
+    }
     if ranks:
-        values |= {"kind": "LoRA, diffusers format", "layers": sum(n.endswith("lora_A.weight") for n in names), "rank": ", ".join(map(str, ranks))}
+        values |= {
+            "kind": "LoRA, diffusers format",
+            "layers": sum(n.endswith("lora_A.weight") for n in names),
+            "rank": ", ".join(map(str, ranks)),
+        }
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     values |= {k.removeprefix("unet."): v for k, v in settings.items() if k.endswith((".r", ".lora_alpha"))}
     return values
@@ -60,5 +76,10 @@ def run_summary(path: Path) -> dict[str, Any]:
     """Where a run stands."""
     record = json.loads((path / "run.json").read_text())
     saved = checkpoints(path)
-    return {"run": str(path), "command": record.get("command"), "started": record.get("started"), "newest checkpoint": saved[-1].name if saved else "none yet",
-            "student": str(path / "final") if (path / "final").is_dir() else "not finished"}
+    return {
+        "run": str(path),
+        "command": record.get("command"),
+        "started": record.get("started"),
+        "newest checkpoint": saved[-1].name if saved else "none yet",
+        "student": str(path / "final") if (path / "final").is_dir() else "not finished",
+    }

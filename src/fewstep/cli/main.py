@@ -25,7 +25,9 @@ def distill(
     out: Out = None,
     teacher: Annotated[str | None, typer.Option(help="Bundled name, diffusers folder or hub id; the recipe's by default.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe, the memory it needs and the first batch; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, the memory it needs and the first batch; train nothing.")
+    ] = False,
 ) -> None:
     """Train a few-step student. The same command again resumes where the last one stopped."""
     from .distill import run_distill
@@ -36,7 +38,9 @@ def distill(
 
 @app.command()
 def sample(
-    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/), a bundled teacher, a diffusers folder or a hub id.")],
+    student: Annotated[
+        str, typer.Argument(help="A student folder (a run or its final/), a bundled teacher, a diffusers folder or a hub id.")
+    ],
     prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw. May be repeated.")],
     steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")] = None,
@@ -57,7 +61,9 @@ def sample(
 def evaluate(
     student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
     protocol: Annotated[str, typer.Option(help="Which protocol: how many prompts and seeds, which reference.")] = "emoji-full",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write; eval.json in the student's folder by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="JSON file to write; eval.json in the student's folder by default.")
+    ] = None,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""
     from .evaluate import run_evaluate

@@ -106,7 +106,9 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
         if first["type"] == "value_error":  # our own text names the option already
             raise ValueError(str(first["ctx"]["error"])) from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            raise ValueError(f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}") from error
+            raise ValueError(
+                f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
+            ) from error
         got = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
 

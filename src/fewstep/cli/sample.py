@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ..api import Backbone, LoadedStudent, load_student, load_teacher, sample
+from ..api import LoadedStudent, load_student, load_teacher, sample
+from ..backbones.base import Backbone
 from ..backbones.load import quiet
 from ..export.card import FILE
 from ..report.grids import write_grid
@@ -30,7 +31,16 @@ def open_model(source: str, base: str | None = None) -> Backbone | LoadedStudent
 
 
 def run_sample(
-    source: str, prompts: list[str], steps: int | None, guidance: float | None, seed: int, count: int, compare: bool, base: str | None, solver: str, out: Path
+    source: str,
+    prompts: list[str],
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    count: int,
+    compare: bool,
+    base: str | None,
+    solver: str,
+    out: Path,
 ) -> None:
     """Draw, write one PNG grid (a row per model), and print its path and the time a picture took."""
     quiet()
@@ -46,7 +56,9 @@ def run_sample(
     pictures, labels = [], []
     if isinstance(model, LoadedStudent):
         if guidance not in (None, 1.0):
-            raise ValueError(f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {model.card.teacher_guidance:g}); leave it out")
+            raise ValueError(
+                f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {model.card.teacher_guidance:g}); leave it out"
+            )
         taken = steps or model.card.steps[0]
         if taken not in model.card.steps:
             console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")
@@ -66,5 +78,7 @@ def run_sample(
 def _timed(model: Backbone | LoadedStudent, prompts: list[str], seeds: list[int], steps: int, guidance: float, solver: str) -> torch.Tensor:
     began = time.perf_counter()
     result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
-    console.print(f"{'student' if isinstance(model, LoadedStudent) else 'teacher'}: {steps} steps, {(time.perf_counter() - began) / len(prompts):.3f} s a picture")
+    console.print(
+        f"{'student' if isinstance(model, LoadedStudent) else 'teacher'}: {steps} steps, {(time.perf_counter() - began) / len(prompts):.3f} s a picture"
+    )
     return result

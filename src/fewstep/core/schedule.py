@@ -11,7 +11,8 @@ class Schedule(Protocol):
     """Two functions of time, and the times between which they are meant.
 
     `t_clean` is the time of data (alpha 1, sigma 0), `t_max` that of pure noise, `resolution` the spacing of the times
-    that a network knows (1 for a table of integers, 0 for a continuum).
+    that a network knows (1 for a table of integers, 0 for a continuum). `start_std` is the standard deviation of the noise
+    that sampling starts from, as diffusers starts: 1 for a table, also where it keeps a little signal at t_max.
     """
 
     @property
@@ -20,6 +21,8 @@ class Schedule(Protocol):
     def t_max(self) -> float: ...
     @property
     def resolution(self) -> float: ...
+    @property
+    def start_std(self) -> float: ...
     def alpha(self, t: Tensor) -> Tensor: ...
     def sigma(self, t: Tensor) -> Tensor: ...
 
@@ -31,6 +34,10 @@ class EDM:
     t_max: float = 80.0
     t_clean: float = 0.0
     resolution: float = 0.0
+
+    @property
+    def start_std(self) -> float:
+        return self.t_max
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
@@ -46,6 +53,10 @@ class Flow:
     t_max: float = 1.0
     t_clean: float = 0.0
     resolution: float = 0.0
+
+    @property
+    def start_std(self) -> float:
+        return self.t_max
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -77,6 +88,10 @@ class VP:
 
     @property
     def resolution(self) -> float:
+        return 1.0
+
+    @property
+    def start_std(self) -> float:
         return 1.0
 
     def _alpha_bar(self, t: Tensor) -> Tensor:

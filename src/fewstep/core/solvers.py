@@ -40,17 +40,20 @@ def ddim(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, before: Est
 def dpmpp(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, before: Estimate | None = None) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, alg. 2): DDIM with x0 extrapolated in half the log signal-to-noise ratio.
 
-    Without a previous estimate and into clean data it is DDIM, as in diffusers; so it is after pure noise (an infinite step in
+    Without a previous estimate (or one of the same time) and into clean data it is DDIM, as in diffusers; so it is after pure noise (an infinite step in
     log-SNR), where diffusers puts alpha_bar = 2^-24 and extrapolates a little.
     """
     if before is None:
         return ddim(schedule, here, t, t_next)
     lam = [torch.log(schedule.alpha(s)) - torch.log(schedule.sigma(s)) for s in (before.t, t, t_next)]
     h_last, h = lam[1] - lam[0], lam[2] - lam[1]
-    ratio = torch.where(torch.isfinite(h) & torch.isfinite(h_last), h / (2 * h_last), torch.zeros_like(h))
+    usable = torch.isfinite(h) & torch.isfinite(h_last) & (h_last != 0)
+    ratio = torch.where(usable, h / (2 * h_last), torch.zeros_like(h))
     x0 = here.x0 + expand(ratio, here.x0) * (here.x0 - before.x0)
     # (alpha_s - sigma_s/sigma_t alpha_t) x0 + sigma_s/sigma_t x_t, with x_t = alpha_t here.x0 + sigma_t here.eps
-    alpha, sigma, alpha_t, sigma_t = (expand(f, x0) for f in (schedule.alpha(t_next), schedule.sigma(t_next), schedule.alpha(t), schedule.sigma(t)))
+    alpha, sigma, alpha_t, sigma_t = (
+        expand(f, x0) for f in (schedule.alpha(t_next), schedule.sigma(t_next), schedule.alpha(t), schedule.sigma(t))
+    )
     return alpha * x0 + sigma * (here.eps + alpha_t / sigma_t * (here.x0 - x0))
 
 

@@ -32,8 +32,16 @@ def karras(schedule: Schedule, steps: int, t_min: float, rho: float = 7.0) -> Te
 
 def check(schedule: Schedule, times: Tensor) -> Tensor:
     """`times` if it is a grid of this schedule: decreasing, ending clean. Raises ValueError otherwise."""
-    if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()) or times[-1] != schedule.t_clean or times[0] > schedule.t_max:
-        raise ValueError(f"times: got {times.tolist()}, allowed are decreasing times from at most {schedule.t_max:g}, the last one {schedule.t_clean:g} (clean)")
+    if (
+        times.ndim != 1
+        or len(times) < 2
+        or not bool((times.diff() < 0).all())
+        or times[-1] != schedule.t_clean
+        or times[0] > schedule.t_max
+    ):
+        raise ValueError(
+            f"times: got {times.tolist()}, allowed are decreasing times from at most {schedule.t_max:g}, the last one {schedule.t_clean:g} (clean)"
+        )
     return times
 
 

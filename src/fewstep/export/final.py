@@ -16,7 +16,9 @@ from .card import FILE, StudentCard
 from .model_card import model_card
 
 
-def write_final(folder: Path, backbone: Backbone, card: StudentCard, network: nn.Module, lora: Mapping[str, Tensor] | None, metadata: Mapping[str, Any]) -> Path:
+def write_final(
+    folder: Path, backbone: Backbone, card: StudentCard, network: nn.Module, lora: Mapping[str, Tensor] | None, metadata: Mapping[str, Any]
+) -> Path:
     """Write the student to `folder`, replacing an older one only when everything is there.
 
     `lora` is the adapter in PEFT's file format, or None for a full student, whose `network` is saved whole. The LoRA is
@@ -38,5 +40,7 @@ def write_final(folder: Path, backbone: Backbone, card: StudentCard, network: nn
         os.replace(beside, folder)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"cannot write {folder}: {error}; free some space, then run the same command again: training is not repeated") from error
+        raise OSError(
+            f"cannot write {folder}: {error}; free some space, then run the same command again: training is not repeated"
+        ) from error
     return folder

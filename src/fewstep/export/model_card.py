@@ -13,8 +13,14 @@ def model_card(card: StudentCard, folder: str) -> str:
         if card.weights == "lora"
         else f'pipe.unet = type(pipe.unet).from_pretrained("{folder}", subfolder="unet")'
     )
-    kind = f"LoRA of rank {card.rank}, alpha {card.alpha:g}; load it at strength 1.0" if card.weights == "lora" else "all weights of the network"
-    scheduler = "DDIMScheduler" if card.solver[str(steps)] == "ddim" and all(1000 % k == 0 for k in card.steps) else "DPMSolverMultistepScheduler"
+    kind = (
+        f"LoRA of rank {card.rank}, alpha {card.alpha:g}; load it at strength 1.0"
+        if card.weights == "lora"
+        else "all weights of the network"
+    )
+    scheduler = (
+        "DDIMScheduler" if card.solver[str(steps)] == "ddim" and all(1000 % k == 0 for k in card.steps) else "DPMSolverMultistepScheduler"
+    )
     return f"""---
 license: {card.licence}
 base_model: {card.base}

@@ -4,6 +4,7 @@ One draw gives both updates: roll the student out to a segment, take its step `t
 state to a time tau inside the segment, and compare there what the fake score and the guided teacher believe.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -53,8 +54,15 @@ class Matching:
             raise ValueError(f"method.fake_target: got {self.fake_target!r}, allowed are {', '.join(FAKE_TARGETS)}")
         if self.fake_updates < 1:
             raise ValueError(f"method.fake_updates: got {self.fake_updates}, allowed are whole numbers from 1")
+        if self.warmup < 0:
+            raise ValueError(f"method.warmup: got {self.warmup}, allowed are whole numbers from 0 (off)")
         if not 0 <= self.tau_min < 1:
             raise ValueError(f"method.tau_min: got {self.tau_min}, allowed are fractions from 0 up to, not including, 1")
+        for option in ("shift", "snr_clip"):
+            if not 0 < getattr(self, option) < math.inf:
+                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"method.guidance: got {self.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """The student's grid, `[K + 1]`, for its own step count or another."""
@@ -90,14 +98,16 @@ def draw(method: Matching, roles: Roles, cond: Cond, batch: int, rng: torch.Gene
     def noise() -> Tensor:
         return torch.randn((batch, *shape), generator=rng, device=rng.device)
 
-    x = noise() * schedule.sigma(times[:1]).float().to(rng.device)
+    x = noise() * schedule.start_std
     segment = timegrid.draw_segments(batch, method.steps, rng)
-    start = segment_starts(lambda r: roles.denoise("student", rows(cond, r)), schedule, x, times, segment, update)
+    start, before = segment_starts(lambda r: roles.denoise("student", rows(cond, r)), schedule, x, times, segment, update)
     high, t = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
         here = roles.denoise("student", cond)(start, high)
-        x_m = update(schedule, here, high, t, None)
-    low = torch.maximum(t, torch.full_like(t, schedule.t_clean + method.tau_min * (schedule.t_max - schedule.t_clean)).minimum(high - schedule.resolution))
+        x_m = update(schedule, here, high, t, before)
+    low = torch.maximum(
+        t, torch.full_like(t, schedule.t_clean + method.tau_min * (schedule.t_max - schedule.t_clean)).minimum(high - schedule.resolution)
+    )
     tau = timegrid.draw_between(schedule, low, high, rng)
     e = noise()
     r, beta = transition(schedule, t, tau)

@@ -48,4 +48,3 @@ def loss_named(name: str) -> Loss:
 def dmd_normaliser(x0: Tensor, f_teacher: Tensor) -> Tensor:
     """`mean |x0_hat - f_phi(x_tau)|` per sample, [B] (DMD eq. 8): small where the teacher already agrees."""
     return (x0 - f_teacher).abs().flatten(1).mean(1).clamp(min=1e-6).detach()
-

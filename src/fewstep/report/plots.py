@@ -151,9 +151,8 @@ def quality_cost(rows: Sequence[Row]) -> Figure | None:
     for name, points in lines.items():
         colour = TEACHER if name.startswith("teacher") else STUDENT if name == "student" else next(others)
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(
-            x, y, color=colour, lw=1.6, ls="--" if name == "teacher" else "-", marker="s" if name == "teacher" else "o", ms=5.5, mec="none"
-        )
+        dash, marker = ("--", "s") if name == "teacher" else ("-", "o")
+        axes.plot(x, y, color=colour, lw=1.6, ls=dash, marker=marker, ms=5.5, mec="none")
         ends.append((name, colour, y[-1]))
     axes.margins(x=0.08, y=0.12)
     _label_ends(axes, ends)

@@ -43,20 +43,15 @@ def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> H
     if student is None or teacher is None or not finite(student.get("fd_real")) or not finite(teacher.get("fd_real")):
         return None
     ours, goal = student["fd_real"], teacher["fd_real"]
-    equal = [
-        r
-        for r in rows
-        if r.get("model") == "teacher" and r is not teacher and r.get("nfe") == student.get("nfe") and finite(r.get("fd_real"))
-    ]
-    if equal and equal[0]["fd_real"] > goal:
-        start = equal[0]["fd_real"]
+    teachers = [r for r in rows if r.get("model") == "teacher" and finite(r.get("fd_real"))]
+    start = max((r["fd_real"] for r in teachers if r.get("nfe") == student.get("nfe")), default=goal)
+    if start > goal:
         lost = f"of the quality that the teacher loses at {_evaluations(student)} is won back."
         compared = f"student {ours:.1f}, teacher {start:.1f} at the same cost and {goal:.1f} with {_evaluations(teacher)}"
         distances = f"Fréchet distance to real images: {compared}."
         return Headline(f"{100 * (start - ours) / (start - goal):.0f} %", f"{lost} {distances}")
-    return Headline(
-        f"{ours:.1f}", f"Fréchet distance to real images, lower is better; the teacher has {goal:.1f} with {_evaluations(teacher)}."
-    )
+    compared = f"the teacher has {goal:.1f} with {_evaluations(teacher)}"
+    return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better; {compared}.")
 
 
 def _speed(student: Row | None, teacher: Row | None) -> Headline | None:
@@ -66,18 +61,16 @@ def _speed(student: Row | None, teacher: Row | None) -> Headline | None:
     counted = f"{_evaluations(student)} instead of {teacher['nfe']:g}"
     slow, fast = teacher.get("seconds_per_image"), student.get("seconds_per_image")
     if finite(slow) and finite(fast) and slow > 0 and fast > 0:
-        return Headline(
-            times(slow / fast), f"faster than the teacher: {duration(fast)} for an image instead of {duration(slow)}, {counted}."
-        )
+        measured = f"{duration(fast)} for an image instead of {duration(slow)}"
+        return Headline(times(slow / fast), f"faster than the teacher: {measured}, {counted}.")
     return Headline(times(teacher["nfe"] / student["nfe"]), f"less work for an image: {counted}.")
 
 
 def _training(cost: Cost | None) -> Headline | None:
     if cost is None:
         return None
-    return Headline(
-        duration(cost.seconds), f"of training, {cost.iterations:,} iterations" + (f", on {cost.hardware}." if cost.hardware else ".")
-    )
+    where = f", on {cost.hardware}" if cost.hardware else ""
+    return Headline(duration(cost.seconds), f"of training, {cost.iterations:,} iterations{where}.")
 
 
 def _evaluations(row: Row) -> str:

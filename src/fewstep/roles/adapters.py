@@ -60,7 +60,7 @@ def remove_adapters(module: nn.Module, stems: Sequence[str]) -> None:
 def unused_name(module: nn.Module, stem: str) -> str:
     """`stem`, or `stem_2`, `stem_3`, ... where the network already carries an adapter of that name."""
     taken = {name for m in module.modules() if isinstance(m, LoraLayer) for name in m.lora_A}
-    return next(name for name in (stem, *(f"{stem}_{i}" for i in count(2))) if name not in taken)
+    return stem if stem not in taken else next(name for i in count(2) if (name := f"{stem}_{i}") not in taken)
 
 
 def switch(layers: Sequence[LoraLayer], name: str | None) -> None:

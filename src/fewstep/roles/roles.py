@@ -86,7 +86,7 @@ class Roles:
 
     def adapter_settings(self) -> dict[str, Any]:
         """PEFT's settings of the student's adapter, for the header of its file; empty for a full student."""
-        return self.networks["student"].peft_config["student"].to_dict() if self.config.share else {}  # type: ignore[union-attr,operator,index]
+        return self.networks["student"].peft_config["student"].to_dict() if self.config.share else {}  # type: ignore[union-attr,index]
 
 
 def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0) -> Roles:

@@ -40,7 +40,9 @@ class FitStep:
     seconds: float
 
 
-def fit(module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], config: FitConfig, run: Path) -> Generator[FitStep, None, None]:
+def fit(
+    module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], config: FitConfig, run: Path
+) -> Generator[FitStep, None, None]:
     """Train `module` on `loss_at(step)`, keep its average in `ema`, and resume from `run` when checkpoints are there.
 
     `loss_at` must depend on nothing but the step and the weights (see `state.seeded`), so that a resumed run is the
@@ -61,7 +63,9 @@ def fit(module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], con
             group["lr"] = config.lr_at(step)
         loss = loss_at(step)
         if not math.isfinite(value := loss.item()):
-            raise FloatingPointError(f"loss is {value} at step {step}; lower train.lr or set train.bf16=false, then run the same command again")
+            raise FloatingPointError(
+                f"loss is {value} at step {step}; lower train.lr or set train.bf16=false, then run the same command again"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), config.clip)

@@ -96,7 +96,9 @@ def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfi
             raise
 
 
-def _update(accelerator: Accelerator, loss: Loss, roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], config: TrainConfig, i: int) -> Tensor:
+def _update(
+    accelerator: Accelerator, loss: Loss, roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], config: TrainConfig, i: int
+) -> Tensor:
     """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call."""
     if not bool(torch.isfinite(loss.value)):
         raise FloatingPointError(
@@ -123,7 +125,12 @@ def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Opt
 
 def _fingerprint(roles: Roles, method: Matching, config: TrainConfig) -> str:
     """A hash of every setting that a resumed run must share; the length of the run may grow."""
-    settings: dict[str, Any] = {"method": asdict(method), "train": asdict(config), "roles": asdict(roles.config), "base": roles.backbone.name}
+    settings: dict[str, Any] = {
+        "method": asdict(method),
+        "train": asdict(config),
+        "roles": asdict(roles.config),
+        "base": roles.backbone.name,
+    }
     for free in ("iterations", "checkpoint_every"):
         settings["train"].pop(free)
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -145,12 +152,12 @@ def _resume(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run:
         return 0
     groups, state = found
     if state.get("fingerprint") != fingerprint:
-        raise ValueError(f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again")
+        raise ValueError(
+            f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again"
+        )
     for role in TRAINED:
         assign(roles.trained[role], groups[role])
         load_optimizer_tensors(optimizers[role], list(roles.trained[role]), groups[f"optimizer_{role}"])
     for name, tensor in roles.average.items():
         tensor.copy_(groups["average"][name])
     return int(state["step"])
-
-

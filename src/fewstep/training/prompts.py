@@ -41,7 +41,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"prompts: cannot read {path} ({error.strerror}); pass a .txt, .jsonl, .csv or .tsv file, or a hub data set id") from error
+        raise ValueError(
+            f"prompts: cannot read {path} ({error.strerror}); pass a .txt, .jsonl, .csv or .tsv file, or a hub data set id"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
@@ -60,7 +62,9 @@ def _column(records: Sequence[Mapping[str, object]], column: str | None, path: P
     names = list(records[0])
     name = column or next((c for c in COLUMNS if c in names), None)
     if name is None or name not in names:
-        raise ValueError(f"prompts: {path} has no column {column or ' or '.join(COLUMNS)}; it has {', '.join(map(str, names))}; pass --set prompts.column=NAME")
+        raise ValueError(
+            f"prompts: {path} has no column {column or ' or '.join(COLUMNS)}; it has {', '.join(map(str, names))}; pass --set prompts.column=NAME"
+        )
     return [str(r.get(name) or "") for r in records]
 
 
@@ -68,7 +72,7 @@ def _hub(source: str, column: str | None) -> list[str]:
     if "/" not in source or Path(source).suffix or Path(source).exists():
         raise ValueError(f"prompts: got {source!r}, allowed are a .txt, .jsonl, .csv or .tsv file, or a hub data set id such as owner/name")
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
+        from datasets import load_dataset
     except ImportError as error:
         raise ValueError("prompts: a hub data set needs the package `datasets`; run: pip install datasets") from error
     data = load_dataset(source, split="train")

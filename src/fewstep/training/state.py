@@ -65,7 +65,9 @@ def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tens
         os.replace(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write checkpoint {final}: {error}; free some space or choose another --out, then run the same command again") from error
+        raise OSError(
+            f"cannot write checkpoint {final}: {error}; free some space or choose another --out, then run the same command again"
+        ) from error
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -18,7 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-TONES = {"1F3FB": "light skin tone", "1F3FC": "medium-light skin tone", "1F3FD": "medium skin tone", "1F3FE": "medium-dark skin tone", "1F3FF": "dark skin tone"}
+TONES = {
+    "1F3FB": "light skin tone",
+    "1F3FC": "medium-light skin tone",
+    "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone",
+    "1F3FF": "dark skin tone",
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,17 @@ def fetch(package: str, version: str, sha256: str, folder: Path) -> Path:
     archive = folder / f"{package}-{version}.tgz"
     if not archive.exists():
         if shutil.which("npm") is None:
-            raise ValueError(f"data.package: {archive} is not there and npm is not installed; install npm, or put the archive of {package}@{version} at that path")
+            raise ValueError(
+                f"data.package: {archive} is not there and npm is not installed; install npm, or put the archive of {package}@{version} at that path"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            ["npm", "pack", "--silent", f"{package}@{version}"],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != sha256:
         raise ValueError(f"data.sha256: {archive} has {found}, expected {sha256}; delete the file and run the same command again")
@@ -60,7 +74,9 @@ def catalogue(entries: list[dict], hold_out: float) -> list[Emoji]:
             tones = list(dict.fromkeys(TONES[c] for c in code.split("-")))
             caption = f"{name}, {' and '.join(tones)}"
             chance = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little") / 2**32
-            result.append(Emoji(name, caption, tones[0] if len(tones) == 1 else "", variant["image"], len(tones) == 1 and chance < hold_out))
+            result.append(
+                Emoji(name, caption, tones[0] if len(tones) == 1 else "", variant["image"], len(tones) == 1 and chance < hold_out)
+            )
     return result
 
 

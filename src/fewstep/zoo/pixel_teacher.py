@@ -38,7 +38,9 @@ def load_idx(path: Path) -> Tensor:
     try:
         data = gzip.decompress(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"folder: cannot read {path} ({error.strerror or error}); install Debian's dataset-fashion-mnist, or set folder=PATH") from error
+        raise ValueError(
+            f"folder: cannot read {path} ({error.strerror or error}); install Debian's dataset-fashion-mnist, or set folder=PATH"
+        ) from error
     ranks = data[3]
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(ranks)]
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * ranks).reshape(shape).copy())

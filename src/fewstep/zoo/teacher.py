@@ -121,7 +121,7 @@ class TextToNoise(nn.Module):
 
 def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
     """Fit text encoder and U-Net to `v` at uniform times on cached latents; names are drawn evenly, then a skin tone."""
-    vae = miniature.AutoencoderKL.from_pretrained(run / "vae").eval()
+    vae = miniature.load_autoencoder(run / "vae").eval()
     tokenizer = miniature.word_tokenizer([e.caption for e in data.emoji], config.text.vocabulary, config.text.length)
     torch.manual_seed(config.seed)
     text = miniature.text_encoder(tokenizer, config.text.width, config.text.layers, config.text.heads)
@@ -157,11 +157,13 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
 
     yield from fit(model, average, loss_at, config.denoiser.fit, run / "denoiser")
     save_teacher(run, vae, average, tokenizer)
+    prompts = [e.caption for e in data.emoji if not e.held_out]
+    (run / "teacher" / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n")
 
 
 def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: object) -> Path:
     """Write the averaged weights as a half-precision `StableDiffusionPipeline` folder, `run/teacher`."""
-    pipe = miniature.pipeline(vae, average.text, tokenizer, average.unet).to(dtype=torch.float16)  # type: ignore[arg-type]
+    pipe = miniature.pipeline(vae, average.text, tokenizer, average.unet).to(dtype=torch.float16)
     pipe.save_pretrained(run / "teacher")
     return run / "teacher"
 

@@ -1,0 +1,93 @@
+"""What every method asks of a model: guidance by its formula, in one call, and any network behind the same protocol."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.base import Denoiser, denoiser, guided, rows
+from fewstep.core.prediction import ROWS, split
+from fewstep.core.schedule import EDM, Flow, expand
+
+from .. import tiny
+
+
+@contextmanager
+def batch_sizes(module: nn.Module) -> Iterator[list[int]]:
+    """The batch size of every call of `module`, as it happens."""
+    seen: list[int] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def state(n: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn((n, 2, 4, 4), generator=torch.Generator().manual_seed(0)), torch.tensor([999.0, 400, 19])[:n]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, 3.5, -1.0])
+def test_guidance_is_its_formula(scale: float) -> None:
+    backbone = tiny.denoiser()
+    x, t = state()
+    cond, null = backbone.encode(["red cat", "blue", "a"]), backbone.encode([""])
+    with torch.no_grad():
+        got = guided(backbone, backbone.module, cond, null, scale)(x, t)
+        yes = denoiser(backbone, backbone.module, cond)(x, t)
+        no = denoiser(backbone, backbone.module, {"label": null["label"].expand(3, 3)})(x, t)
+    torch.testing.assert_close(got.x0, no.x0 + scale * (yes.x0 - no.x0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.eps, no.eps + scale * (yes.eps - no.eps), rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_is_one_batched_call_and_half_of_it_without() -> None:
+    backbone = tiny.denoiser()
+    x, t = state()
+    cond, null = backbone.encode(["red cat", "blue", "a"]), backbone.encode([""])
+    with batch_sizes(backbone.module) as seen, torch.no_grad():
+        guided(backbone, backbone.module, cond, null, 3.5)(x, t)
+        got = guided(backbone, backbone.module, cond, null, 1.0)(x, t)
+        plain = denoiser(backbone, backbone.module, cond)(x, t)
+    assert seen == [6, 3, 3]
+    assert torch.equal(got.x0, plain.x0)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+def test_any_network_is_split_by_its_row(prediction: str) -> None:
+    backbone = tiny.denoiser(schedule=Flow(), prediction=prediction, conditional=False)
+    x, t = state()[0], torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    with torch.no_grad():
+        got = denoiser(backbone, backbone.module, {})(x, t)
+        raw = backbone.module(x, t.float())
+    alpha, sigma = expand(Flow().alpha(t), x), expand(Flow().sigma(t), x)
+    torch.testing.assert_close(got.x0, split(raw, x, alpha, sigma, ROWS[prediction]).x0)
+
+
+def test_own_network_takes_its_own_dtype_and_gives_float32() -> None:
+    net = tiny.Net().to(torch.bfloat16)
+    backbone = Denoiser(net, tiny.TABLE, (2, 4, 4), "v")
+    x, t = state()
+    with torch.no_grad():
+        assert backbone.predict(net, x, t, {}).dtype == torch.float32
+
+
+def test_own_network_without_conditions_ignores_prompts() -> None:
+    backbone = Denoiser(nn.Linear(2, 2), EDM(), (2,))
+    assert backbone.encode(["anything"]) == {}
+    assert backbone.scheduler_config == {}
+    x = torch.rand(2, 2)
+    assert backbone.decode(x) is x
+
+
+def test_unknown_prediction_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="prediction: got 'epsilon', allowed are"):
+        Denoiser(nn.Linear(2, 2), EDM(), (2,), "epsilon")
+
+
+def test_rows_of_conditions() -> None:
+    cond = {"text": torch.arange(6.0).reshape(3, 2), "ids": torch.arange(3)}
+    got = rows(cond, slice(1, None))
+    assert got["text"].tolist() == [[2, 3], [4, 5]]
+    assert got["ids"].tolist() == [1, 2]

@@ -1,0 +1,57 @@
+"""Every test runs offline and with one thread."""
+
+import ipaddress
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Before the first import of torch or the hub client, which read them once. No cache of this machine may help a test.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "fewstep-tests-hub")
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def _check_local(host: object) -> None:
+    """Fail the test unless `host` is this machine. `pytest.fail` is no `Exception`: no library swallows it and goes on."""
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in (None, "", "localhost", socket.gethostname()):
+        return
+    try:
+        local = ipaddress.ip_address(str(name)).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        pytest.fail(f"a test wants the network: {name}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Replace the two ways out of this process: connecting, and looking up a name."""
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def checked_connect(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            _check_local(address[0])
+        connect(self, address)
+
+    def checked_connect_ex(self: socket.socket, address: Any) -> int:
+        if self.family != socket.AF_UNIX:
+            _check_local(address[0])
+        return connect_ex(self, address)
+
+    def checked_getaddrinfo(host: Any, *args: Any, **options: Any) -> Any:
+        _check_local(host)
+        return getaddrinfo(host, *args, **options)
+
+    patch.setattr(socket.socket, "connect", checked_connect)
+    patch.setattr(socket.socket, "connect_ex", checked_connect_ex)
+    patch.setattr(socket, "getaddrinfo", checked_getaddrinfo)

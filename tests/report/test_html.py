@@ -1,0 +1,244 @@
+"""The page is whole HTML, loads nothing, holds exact pixels and exact numbers, and escapes what it is given."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.report.grids import write_grid
+from fewstep.report.html import Report, render, write_report
+from fewstep.report.pictures import Pictures, Trajectory, save_pictures, to_uint8
+from fewstep.report.run import next_commands, read_run, render_run
+from fewstep.report.summary import Cost, Headline
+
+STUDENT = "student, 4 steps (4 evaluations)"
+VOID = {"meta", "link", "img", "br", "input", "hr"}
+HOSTILE = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }} 🍎"
+
+
+@dataclass
+class Page(HTMLParser):
+    """Every element with its attributes, the nesting checked while reading."""
+
+    elements: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {k: v or "" for k, v in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def parsed(html: str) -> Page:
+    page = Page()
+    page.feed(html)
+    page.close()
+    assert page.open == [], "an element is not closed"
+    return page
+
+
+def full_report() -> Report:
+    rng = torch.Generator().manual_seed(0)
+    prompts = ["red apple", HOSTILE, *(f"prompt {i}" for i in range(8))]
+    labels = ("teacher, 50 guided steps (100 evaluations)", STUDENT)
+    rows = {label: torch.rand(10, 3, 8, 12, generator=rng) for label in labels}
+    paths = {
+        "teacher": Trajectory((1000.0, 500.0), torch.rand(2, 2, 3, 8, 12, generator=rng)),
+        "student": Trajectory((999.0, 499.0, 249.0), torch.rand(1, 3, 3, 8, 12, generator=rng)),
+    }
+    return Report(
+        title=HOSTILE,
+        summary=[Headline("93 %", "won back"), Headline("23×", HOSTILE)],
+        rows=[
+            {"model": "teacher", "steps": 50, "nfe": 100, "n": 1024, "fd_real": 136.94321, "fd_teacher": None, "retrieval_top1": 0.63125},
+            {"model": "student", "steps": 4, "nfe": 4, "n": 1024, "fd_real": 139.1, "fd_teacher": 12.25, "retrieval_top1": 0.6},
+            {"model": HOSTILE, "steps": 1, "nfe": 1, "n": 1024, "fd_real": float("nan"), "fd_teacher": 24.0, "retrieval_top1": 0.5},
+        ],
+        protocol=HOSTILE,
+        pictures=Pictures(prompts, rows, paths),
+        metrics=[{"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.1} for i in range(1, 20)],
+        cost=Cost(452.0, 400, HOSTILE),
+        warnings=[HOSTILE],
+        recipe={"name": HOSTILE, "train": {"lr": 1e-5}},
+        next_commands=[("Draw", "fewstep sample 'a b' -p \"x\" <y>")],
+        versions={"torch": HOSTILE},
+    )
+
+
+def decoded(source: str) -> np.ndarray:
+    head, _, data = source.partition(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+
+
+def test_the_page_is_whole_and_loads_nothing() -> None:
+    html = render(full_report())
+    page = parsed(html)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            if name in attributes and not (tag == "data" and name == "data"):
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes[name])
+    assert not re.search(r"https?:", html)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", html)
+    assert "default-src 'none'" in html
+
+
+def test_every_picture_decodes_to_its_exact_pixels() -> None:
+    report = full_report()
+    images = {i["alt"]: i for i in parsed(render(report)).all("img")}
+    expected = {f"{label}: {report.pictures.prompts[p]}": x for label, row in report.pictures.rows.items() for p, x in enumerate(row)}
+    for label, path in report.pictures.trajectories.items():
+        for p, row in enumerate(path.estimates):
+            expected |= {f"{label}, time {t:g}: {report.pictures.prompts[p]}": x for t, x in zip(path.times, row, strict=True)}
+    assert len(expected) == 2 * 10 + 2 * 2 + 3
+    assert images.keys() == expected.keys()
+    for alt, picture in expected.items():
+        assert (decoded(images[alt]["src"]) == to_uint8(picture).permute(1, 2, 0).numpy()).all(), alt
+        assert (images[alt]["width"], images[alt]["height"], images[alt]["class"]) == ("12", "8", "pixels")
+
+
+def test_large_pictures_are_not_drawn_as_pixels() -> None:
+    page = parsed(render(Report("t", pictures=Pictures(["p"], {"a": torch.zeros(1, 3, 512, 512)}))))
+    assert "class" not in page.all("img")[0]
+
+
+def test_the_table_holds_the_numbers_of_the_rows() -> None:
+    report = full_report()
+    page = parsed(render(report))
+    assert len(page.all("tr")) == 1 + len(report.rows)
+    numbers = [float(d["value"]) for d in page.all("data")]
+    expected = [v for row in report.rows for v in row.values() if isinstance(v, int | float) and v == v]
+    assert numbers == expected
+    text = "".join(page.text)
+    assert "136.9" in text
+    assert "63.1\xa0%" in text
+    assert text.count("(best)") == 3
+
+
+def test_every_given_text_is_escaped_and_shown() -> None:
+    html = render(full_report())
+    page = parsed(html)
+    assert len(page.all("script")) == 1
+    assert "<script>alert" not in html
+    text = "".join(page.text)
+    # Title twice, headline, warning, prompt, trajectory, protocol, model, hardware, recipe, version.
+    assert text.count("alert('x')") >= 11
+    assert "49" not in re.findall(r"\b49\b", text)
+    assert "fewstep sample 'a b' -p \"x\" <y>" in text
+
+
+@pytest.mark.parametrize(
+    ("part", "section"),
+    [
+        ("pictures", "images"),
+        ("pictures", "steps"),
+        ("rows", "quality"),
+        ("metrics", "training"),
+        ("next_commands", "next"),
+        ("cost", "made"),
+    ],
+)
+def test_an_empty_part_is_left_out(part: str, section: str) -> None:
+    whole = {s["id"] for s in parsed(render(full_report())).all("section")}
+    assert section in whole
+    values = {name: getattr(full_report(), name) for name in full_report().__dataclass_fields__ if name != part}
+    if part == "cost":
+        values |= {"recipe": {}, "versions": {}}
+    if part == "metrics":
+        values |= {"rows": []}
+    assert section not in {s["id"] for s in parsed(render(Report(**values))).all("section")}
+
+
+def test_an_empty_report_is_a_page() -> None:
+    page = parsed(render(Report("Nothing yet")))
+    assert "Nothing yet" in page.text
+    assert page.all("img") == page.all("section") == page.all("table") == []
+
+
+def test_the_report_is_written_in_one_piece(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "deep" / "report.html", full_report())
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    assert path.read_text(encoding="utf-8") == render(full_report())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = tmp_path / "my run"
+    (run / "final").mkdir(parents=True)
+    report = full_report()
+    about = {"title": "Emoji", "recipe": {"name": "demo"}, "hardware": "2 CPU cores", "versions": {"python": "3.11"}}
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "final" / "eval.json").write_text(json.dumps({"protocol": "emoji", "versions": {"torch": "2.13"}, "rows": report.rows}))
+    lines = [json.dumps({"iteration": i, "seconds": 2.0 * i, "fake_loss": 1.0}) for i in range(1, 11)]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 10, "warnings": ["colours drift"]}', '{"iterat']))
+    save_pictures(run / "pictures.safetensors", report.pictures)
+    for i in range(0, 600, 100):
+        write_grid(run / "samples" / f"step_{i:06d}.png", torch.full((1, 1, 3, 8, 8), i / 600), ["teacher"], ["p"])
+    return run
+
+
+def test_a_run_folder_becomes_the_same_report_again(run: Path) -> None:
+    report = read_run(run)
+    assert (report.title, report.cost, report.protocol) == ("Emoji", Cost(20.0, 10, "2 CPU cores"), "emoji")
+    assert report.warnings == ["Iteration 10: colours drift"]
+    assert report.versions == {"python": "3.11", "torch": "2.13"}
+    assert [i for i, _ in report.samples] == [0, 200, 500]
+    assert report.samples[-1][1] == (run / "samples" / "step_000500.png").read_bytes()
+    assert torch.equal(to_uint8(report.pictures.rows[STUDENT]), to_uint8(full_report().pictures.rows[STUDENT]))
+    assert render_run(run) == run / "report.html"
+    page = parsed((run / "report.html").read_text(encoding="utf-8"))
+    assert {s["id"] for s in page.all("section")} == {"images", "steps", "quality", "training", "progress", "next", "made"}
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        render_run(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    for empty in ("", '{"iteration": 1, "seconds"'):
+        (tmp_path / "metrics.jsonl").write_text(empty)
+        page = parsed(render_run(tmp_path).read_text(encoding="utf-8"))
+        assert [s["id"] for s in page.all("section")] == ["next"]
+
+
+def test_an_evaluation_without_rows_is_no_table(run: Path) -> None:
+    (run / "final" / "eval.json").write_text('{"protocol": "emoji", "rows": []}')
+    assert parsed(render_run(run).read_text(encoding="utf-8")).all("table") == []
+
+
+@pytest.mark.parametrize("broken", ["{", "[]"])
+def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
+    (run / "final" / "eval.json").write_text(broken)
+    with pytest.raises(ValueError, match=r"eval\.json"):
+        render_run(run)
+
+
+def test_commands_can_be_pasted_into_a_shell() -> None:
+    commands = dict(next_commands(Path("my runs/a"), ["it's red; rm -rf"]))
+    assert all(command.startswith("fewstep ") for command in commands.values())
+    sample = next(c for c in commands.values() if c.startswith("fewstep sample"))
+    assert sample == """fewstep sample 'my runs/a/final' -p 'it'"'"'s red; rm -rf' --compare"""

@@ -1,0 +1,167 @@
+"""LoRA on chosen layers, a switch that changes nothing else, and files that either fit or say so."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.roles import adapters
+
+from .. import tiny
+
+LAYERS = ["inp", "time", "label", "to_q", "out"]
+
+
+def net() -> nn.Module:
+    return tiny.denoiser().module.requires_grad_(False)
+
+
+def adapted(*names: str, rank: int = 2, alpha: float = 2) -> nn.Module:
+    module = net()
+    for i, name in enumerate(names):
+        adapters.add_adapter(module, name, rank, alpha, LAYERS, seed=i)
+    return module
+
+
+def randomise(module: nn.Module, name: str, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapters.adapter_parameters(module, name).values():
+            p.copy_(torch.randn(p.shape, generator=rng) / 4)
+
+
+def run(module: nn.Module, name: str | None) -> Tensor:
+    adapters.switch(adapters.adapter_layers(module), name)
+    x = torch.randn((2, 2, 4, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return module(x, torch.tensor([900.0, 10]), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "skip", "expected"),
+    [
+        ("all", (), LAYERS),
+        ("linear", (), ["time", "label", "to_q"]),
+        ("conv", (), ["inp", "out"]),
+        ("attention", (), ["to_q"]),
+        ("all", ("time", "out"), ["inp", "label", "to_q"]),
+    ],
+)
+def test_targets(kind: str, skip: tuple[str, ...], expected: list[str]) -> None:
+    assert adapters.targets(net(), kind, skip) == expected
+
+
+def test_targets_of_a_real_unet() -> None:
+    unet = tiny.pipeline().unet
+    attention = adapters.targets(unet, "attention")
+    assert attention
+    assert all(".attn" in n or "add_embedding" in n for n in attention)
+    assert len(adapters.targets(unet, "all")) == len(adapters.targets(unet, "linear")) + len(adapters.targets(unet, "conv"))
+
+
+def test_targets_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match=r"roles\.targets: got 'mlp', allowed are all, linear, conv, attention"):
+        adapters.targets(net(), "mlp")
+    with pytest.raises(ValueError, match=r"roles\.targets: the network has no conv layers to carry LoRA; .*roles\.share=false"):
+        adapters.targets(nn.Sequential(nn.Linear(2, 2)), "conv")
+
+
+def test_a_new_adapter_changes_nothing_and_its_start_depends_on_the_seed_alone() -> None:
+    with torch.no_grad():
+        bare = run(net(), None)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one = adapted("student")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(run(one, "student"), bare)
+    torch.manual_seed(6)
+    for a, b in zip(
+        adapters.adapter_state(one, "student").values(), adapters.adapter_state(adapted("student"), "student").values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 2.0), (2, 6.0), (3, 1.0)])
+def test_the_adapter_adds_alpha_over_rank_times_b_a(rank: int, alpha: float) -> None:
+    module = adapted("student", rank=rank, alpha=alpha)
+    randomise(module, "student", 1)
+    state = adapters.adapter_state(module, "student")
+    plain = net()
+    with torch.no_grad():
+        for name in LAYERS:
+            a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+            weight = plain.get_submodule(name).weight
+            weight += alpha / rank * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+    torch.testing.assert_close(run(module, "student"), run(plain, None), rtol=1e-5, atol=1e-5)
+
+
+def test_the_switch_selects_and_never_touches_requires_grad() -> None:
+    module = adapted("student", "fake")
+    for seed, name in enumerate(("student", "fake")):
+        randomise(module, name, seed)
+    for p in module.parameters():
+        p.requires_grad_(True)
+    outputs = [run(module, name) for name in (None, "student", "fake", None, "fake", "student")]
+    assert torch.equal(outputs[0], outputs[3])
+    assert torch.equal(outputs[1], outputs[5])
+    assert torch.equal(outputs[2], outputs[4])
+    assert len({o.sum().item() for o in outputs}) == 3
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_files_round_trip_and_name_no_adapter() -> None:
+    module = adapted("student", "fake")
+    randomise(module, "student", 1)
+    state = {k: v.clone() for k, v in adapters.adapter_state(module, "student").items()}
+    assert set(state) == {f"{n}.lora_{ab}.weight" for n in LAYERS for ab in "AB"}
+    wanted = run(module, "student")
+    adapters.load_adapter(module, "fake", state)
+    assert torch.equal(run(module, "fake"), wanted)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown"])
+def test_files_that_do_not_fit(damage: str) -> None:
+    module = adapted("student")
+    state = dict(adapters.adapter_state(module, "student"))
+    if damage == "missing":
+        del state["to_q.lora_A.weight"]
+    else:
+        state["elsewhere.lora_A.weight"] = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match=r"student: its LoRA does not fit this network .*load it on the base named in its fewstep\.json"):
+        adapters.load_adapter(module, "student", state)
+
+
+def test_values_come_back_even_after_an_error() -> None:
+    module = adapted("student")
+    parameters = adapters.adapter_parameters(module, "student")
+    kept = {n: p.detach().clone() for n, p in parameters.items()}
+    ones = {n: torch.ones_like(p) for n, p in kept.items()}
+
+    def within() -> None:
+        with adapters.values(parameters, ones):
+            assert all(torch.equal(p, ones[n]) for n, p in parameters.items())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        within()
+    assert all(torch.equal(p, kept[n]) for n, p in parameters.items())
+
+
+def test_removing_adapters_gives_the_plain_network_back() -> None:
+    module = adapted("student", "student_2", "fake")
+    randomise(module, "student", 1)
+    assert adapters.unused_name(module, "student") == "student_3"
+    layers = adapters.adapter_layers(module)
+    adapters.remove_adapters(module, ("student", "fake"))
+    assert list(module.state_dict()) == list(net().state_dict())
+    assert torch.equal(run(module, None), run(net(), None))
+    assert adapters.unused_name(module, "student") == "student"
+    with pytest.raises(ValueError, match="student: its network has gone to another run"):
+        adapters.switch(layers, "student")
+    adapters.switch(layers, None)
+
+
+def test_adapters_of_others_are_not_thrown_away() -> None:
+    module = adapted("style")
+    with pytest.raises(ValueError, match="teacher: its network carries the adapter style; fuse it into the weights first"):
+        adapters.remove_adapters(module, ("student", "fake"))
+    assert adapters.adapter_layers(module)
