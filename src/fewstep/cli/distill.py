@@ -66,9 +66,9 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
             if step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations:
-                for warning in preview.show(roles, step.iteration, recipe.method):
-                    console.print(f"iteration {step.iteration}: {warning}")
-                    log.note(step.iteration, {"warnings": [warning]})
+                if warnings := preview.show(roles, step.iteration, recipe.method):
+                    console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
+                    log.note(step.iteration, {"warnings": warnings})
             if request.asked and step.iteration < recipe.train.iterations:
                 stopped = True
                 break

@@ -17,7 +17,7 @@ from ..core import timegrid
 from ..core.schedule import Schedule, expand, transition
 from ..core.solvers import update_named
 from ..core.trajectory import segment_starts
-from ..core.weighting import min_snr
+from ..core.weighting import weighting_named
 from ..objectives.denoising import denoising, transition_target
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Role, Roles
@@ -43,11 +43,12 @@ class Matching:
     solver: str = "ddim"
     shift: float = 1.0
     tau_min: float = 0.02
+    fake_weight: str = "min-snr"
     snr_clip: float = 5.0
     name: str = "tdm"
 
     def __post_init__(self) -> None:
-        loss_named(self.loss), update_named(self.solver)
+        loss_named(self.loss), update_named(self.solver), weighting_named(self.fake_weight)
         if self.steps < 1:
             raise ValueError(f"method.steps: got {self.steps}, allowed are whole numbers from 1; few-step students use 1 to 8")
         if self.fake_target not in FAKE_TARGETS:
@@ -117,10 +118,11 @@ def draw(method: Matching, roles: Roles, cond: Cond, batch: int, rng: torch.Gene
 
 def fake_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor) -> Tensor:
     """Point 4: denoising regression of the fake score at x_tau (eq. 7), on the clean estimate or the transition noise."""
+    weight = weighting_named(method.fake_weight)(schedule, d.tau, method.snr_clip)
     if method.fake_target == "clean":
-        return denoising(f_fake, d.x0.detach(), min_snr(schedule, d.tau, method.snr_clip))
-    goal, weight = transition_target(schedule, d.x_tau, d.e, d.t, d.tau)
-    return denoising(f_fake, goal, weight * min_snr(schedule, d.tau, method.snr_clip))
+        return denoising(f_fake, d.x0.detach(), weight)
+    goal, precision = transition_target(schedule, d.x_tau, d.e, d.t, d.tau)
+    return denoising(f_fake, goal, precision * weight)
 
 
 def student_loss(method: Matching, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def write_grid(path: Path, images: Tensor, labels: Sequence[str], prompts: Seque
     """Write `images` `[rows, columns, 3, H, W]` in [0, 1] with `labels` at the left and `prompts` above, both wrapped.
 
     Pictures below 96 pixels are enlarged by a whole factor, nearest neighbour, so every pixel stays what it was. The file
-    appears complete or not at all. Raises ValueError where labels or prompts do not fit the tensor.
+    appears complete or not at all. Letters that Pillow's own font lacks (Chinese, say) are drawn as boxes; the report shows them. Raises ValueError where labels or prompts do not fit the tensor.
     """
     if images.ndim != 5 or images.shape[:3] != (len(labels), len(prompts), 3):
         allowed = f"[{len(labels)}, {len(prompts)}, 3, H, W]: a row for each label, a column for each prompt"

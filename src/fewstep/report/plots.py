@@ -62,7 +62,7 @@ WORDS = {
     "better. Dashed: the teacher, with its network evaluations per image.",
     "Matching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
     "Falling means that the student's images look more and more like the teacher's; step 1 starts from noise.",
-    "Losses": "Faint: every iteration. Strong: average over a tenth of them. These need not fall: the student and the fake score chase "
+    "Losses": "Faint: every iteration. Strong: average over a twentieth of them. These need not fall: the student and the fake score chase "
     "each other, so judge by the images and the distances above.",
     "Gradient norms": "Before clipping. A steady climb is the first sign that a learning rate is too high.",
 }
@@ -160,10 +160,10 @@ def quality_cost(rows: Sequence[Row]) -> Figure | None:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """Average over a window of about a tenth of all values, centred on each; the window shrinks at both ends."""
+    """Average over a window of about a twentieth of all values, centred on each; the window shrinks at both ends."""
     y = np.asarray(values, float)
     total, here = np.concatenate(([0.0], y.cumsum())), np.arange(len(y))
-    half = len(y) // 20
+    half = len(y) // 40
     low, high = np.maximum(here - half, 0), np.minimum(here + half + 1, len(y))
     return (total[high] - total[low]) / (high - low)
 

@@ -23,9 +23,13 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join([*KINDS, 'attention'])}")
     layers = [(n, m) for n, m in module.named_modules() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)]
     if kind == "attention":
-        layers = [(n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")]
+        layers = [
+            (n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
+        ]
     if not layers:
-        raise ValueError(f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.share=false for full weights")
+        raise ValueError(
+            f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.share=false for full weights"
+        )
     return [n for n, _ in layers]
 
 
@@ -34,7 +38,9 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are the point
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name)
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name
+        )
 
 
 def adapter_layers(module: nn.Module) -> list[LoraLayer]:
@@ -49,7 +55,9 @@ def remove_adapters(module: nn.Module, stems: Sequence[str]) -> None:
     """
     carrying = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
     if foreign := {name for m in carrying.values() for name in m.lora_A if name.partition("_")[0] not in stems}:
-        raise ValueError(f"teacher: its network carries the adapter {min(foreign)}; fuse it into the weights first: pipe.fuse_lora(), then pipe.unload_lora_weights()")
+        raise ValueError(
+            f"teacher: its network carries the adapter {min(foreign)}; fuse it into the weights first: pipe.fuse_lora(), then pipe.unload_lora_weights()"
+        )
     for path, layer in carrying.items():
         parent, _, child = path.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.get_base_layer())
@@ -89,7 +97,9 @@ def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
     placed = adapter_state(module, name)
     if result.unexpected_keys or set(placed) != set(state):
         odd = sorted(set(placed) ^ set(state))[:3]
-        raise ValueError(f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json")
+        raise ValueError(
+            f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json"
+        )
 
 
 @contextmanager

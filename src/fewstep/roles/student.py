@@ -45,7 +45,9 @@ def with_lora(backbone: Backbone, state: Mapping[str, Tensor], rank: int, alpha:
     names = sorted({k.rsplit(".lora_", 1)[0] for k in state})
     known = {n.replace(".base_layer", "") for n, _ in module.named_modules()}
     if missing := [n for n in names if n not in known]:
-        raise ValueError(f"student: the base network has no layer {missing[0]} ({len(missing)} of {len(names)} are missing); load it on the base named in its fewstep.json")
+        raise ValueError(
+            f"student: the base network has no layer {missing[0]} ({len(missing)} of {len(names)} are missing); load it on the base named in its fewstep.json"
+        )
     adapters.add_adapter(module, adapter, rank, alpha, names, seed=0)
     adapters.load_adapter(module, adapter, state)
     layers = tuple(adapters.adapter_layers(module))

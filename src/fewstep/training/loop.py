@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from ..backbones.generate import device_of
 from ..methods.matching import Loss, Matching, losses
 from ..roles.adapters import assign
 from ..roles.roles import TRAINED, Role, Roles
@@ -63,12 +64,13 @@ def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfi
 
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
     by (seed, iteration, rank), so the resumed run is the straight run bit for bit on the same machine. Raises ValueError
-    when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss (the last checkpoint stays).
+    when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss or gradient (the last checkpoint
+    stays). Trains on the device that the network is on.
     """
     accelerator = Accelerator(mixed_precision=config.precision)
-    device, rank = accelerator.device, accelerator.process_index
+    device, rank = device_of(roles.backbone.module), accelerator.process_index
     optimizers = {r: _optimizer(roles, r, config) for r in TRAINED}
-    fingerprint = _fingerprint(roles, method, config)
+    fingerprint = _fingerprint(roles, method, data, config)
     start = _resume(roles, optimizers, run, fingerprint)
     null = data.unconditional(device)
     for i in range(start, config.iterations):
@@ -100,10 +102,7 @@ def _update(
     accelerator: Accelerator, loss: Loss, roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], config: TrainConfig, i: int
 ) -> Tensor:
     """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call."""
-    if not bool(torch.isfinite(loss.value)):
-        raise FloatingPointError(
-            f"the {loss.role} loss is {loss.value.item()} at iteration {i + 1}; the last checkpoint is intact: lower train.{'fake_lr' if loss.role == 'fake' else 'lr'}, then run again"
-        )
+    _require_finite(loss.value, "loss", loss.role, i)
     parameters = list(roles.trained[loss.role].values())
     optimizers[loss.role].zero_grad(set_to_none=True)
     grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
@@ -114,8 +113,18 @@ def _update(
         for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    _require_finite(norm, "gradient", loss.role, i)
     optimizers[loss.role].step()
     return norm
+
+
+def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
+    """Raises FloatingPointError before anything is updated or saved that would carry the damage on."""
+    if not bool(torch.isfinite(value)):
+        option = "train.fake_lr" if role == "fake" else "train.lr"
+        raise FloatingPointError(
+            f"the {role} {what} is {value.item()} at iteration {i + 1}; the last checkpoint is intact: lower {option}, then run again"
+        )
 
 
 def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Optimizer:
@@ -123,13 +132,14 @@ def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Opt
     return torch.optim.AdamW(roles.trained[role].values(), lr=lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def _fingerprint(roles: Roles, method: Matching, config: TrainConfig) -> str:
-    """A hash of every setting that a resumed run must share; the length of the run may grow."""
+def _fingerprint(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig) -> str:
+    """A hash of every setting that a resumed run must share, prompts included; the length of the run may grow."""
     settings: dict[str, Any] = {
         "method": asdict(method),
         "train": asdict(config),
         "roles": asdict(roles.config),
         "base": roles.backbone.name,
+        "prompts": data.key,
     }
     for free in ("iterations", "checkpoint_every"):
         settings["train"].pop(free)

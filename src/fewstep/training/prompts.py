@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,9 @@ def read_prompts(source: str, column: str | None = None) -> list[str]:
     if path.suffix == ".txt":
         found = _text(path).splitlines()
     elif path.suffix == ".jsonl":
-        found = _column([_object(line, i, path) for i, line in enumerate(_text(path).splitlines(), 1) if line.strip()], column, path)
+        found = _column([_object(line, i, path) for i, line in enumerate(_text(path).split("\n"), 1) if line.strip()], column, path)
     elif path.suffix in (".csv", ".tsv"):
-        found = _column(list(csv.DictReader(_text(path).splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")), column, path)
+        found = _column(list(csv.DictReader(io.StringIO(_text(path)), delimiter="\t" if path.suffix == ".tsv" else ",")), column, path)
     else:
         found = _hub(source, column)
     prompts = list(dict.fromkeys(p.strip() for p in found if p.strip()))
@@ -39,7 +40,7 @@ def read_prompts(source: str, column: str | None = None) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark before the first column's name
     except OSError as error:
         raise ValueError(
             f"prompts: cannot read {path} ({error.strerror}); pass a .txt, .jsonl, .csv or .tsv file, or a hub data set id"
@@ -82,8 +83,9 @@ def _hub(source: str, column: str | None) -> list[str]:
 class Embeddings:
     """Conditions of a list of prompts and of the empty prompt, encoded once and kept on the CPU."""
 
-    def __init__(self, cond: Cond, null: Cond, count: int, encoded: int) -> None:
+    def __init__(self, cond: Cond, null: Cond, count: int, encoded: int, key: str) -> None:
         self.cond, self.null, self.count = cond, null, count
+        self.key = key  # a hash of the encoder's identity and the prompts
         self.encoded = encoded  # prompts that went through the encoder this time: 0 where the cache served
 
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Cond:
@@ -103,7 +105,7 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     if path is not None and path.exists():
         try:
             tensors = load_file(path)
-            return _embeddings(tensors, len(prompts), 0)
+            return _embeddings(tensors, len(prompts), 0, key)
         except SafetensorError:
             path.unlink()  # a truncated cache is rebuilt, it holds nothing that cannot be made again
     parts = [backbone.encode(list(prompts[i : i + chunk])) for i in range(0, len(prompts), chunk)]
@@ -114,10 +116,10 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary)
         temporary.replace(path)
-    return _embeddings(tensors, len(prompts), len(prompts))
+    return _embeddings(tensors, len(prompts), len(prompts), key)
 
 
-def _embeddings(tensors: Mapping[str, Tensor], count: int, encoded: int) -> Embeddings:
+def _embeddings(tensors: Mapping[str, Tensor], count: int, encoded: int, key: str) -> Embeddings:
     cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
     null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
-    return Embeddings(cond, null, count, encoded)
+    return Embeddings(cond, null, count, encoded, key)

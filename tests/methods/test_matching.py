@@ -1,0 +1,332 @@
+"""One iteration: where x_tau is drawn, what each update's loss is, whom it trains, and what it costs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.base import Backbone, Cond
+from fewstep.core import timegrid
+from fewstep.core.schedule import EDM, expand, transition
+from fewstep.core.solvers import sample, update_named
+from fewstep.core.weighting import min_snr
+from fewstep.methods.matching import Draw, Loss, Matching, draw, fake_loss, losses, student_loss
+from fewstep.objectives.denoising import transition_target
+from fewstep.objectives.reverse_kl import LOSSES
+from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
+
+from .. import tiny
+
+BATCH = 8
+
+
+def conditions(backbone: Backbone, batch: int = BATCH) -> tuple[Cond, Cond]:
+    return backbone.encode([["red cat", "blue dog", "a photo of a green house"][i % 3] for i in range(batch)]), backbone.encode([""])
+
+
+def trained(share: bool = True, backbone: Backbone | None = None, size: float = 0.1) -> Roles:
+    """Roles in general position: student and fake score have left the teacher."""
+    roles = make_roles(backbone or tiny.denoiser(), RolesConfig(share=share, rank=2))
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for role in TRAINED:
+            for p in roles.trained[role].values():
+                p += size * torch.randn(p.shape, generator=rng)
+    return roles
+
+
+def seed(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+def gradients(value: Tensor, roles: Roles, role: Role) -> list[Tensor | None]:
+    return list(torch.autograd.grad(value, list(roles.trained[role].values()), allow_unused=True, retain_graph=True))
+
+
+# Where x_tau is drawn
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
+    """Rollout and step with gradient, whatever the solver, are `sample` of the student under each sample's own condition."""
+    roles, method = trained(), Matching(steps=steps, solver=solver)
+    cond, _ = conditions(roles.backbone)
+    got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
+    noise = torch.randn((BATCH, *roles.backbone.shape), generator=seed())
+    with torch.no_grad():
+        walk = sample(roles.denoise("student", cond), tiny.TABLE, noise, method.times(tiny.TABLE), update_named(solver))
+        states = list(walk)
+    for i, k in enumerate(got.segment.tolist()):
+        clean = states[k + 1].x0
+        assert clean is not None
+        torch.testing.assert_close(got.x_m[i], states[k + 1].x[i], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.x0[i], clean[i], rtol=1e-4, atol=1e-4)
+    assert sorted(set(got.segment.tolist())) == list(range(steps))
+
+
+@pytest.mark.parametrize("backbone", [tiny.denoiser(), tiny.flow_denoiser()], ids=["table", "flow"])
+@pytest.mark.parametrize(("steps", "tau_min"), [(4, 0.02), (4, 0.0), (1, 0.1), (2, 0.6)])
+def test_tau_is_drawn_in_the_segment_and_away_from_clean_data(backbone: Backbone, steps: int, tau_min: float) -> None:
+    roles, method, schedule = make_roles(backbone, RolesConfig(rank=2)), Matching(steps=steps, tau_min=tau_min), backbone.schedule
+    cond, _ = conditions(backbone, 64)
+    times = method.times(schedule)
+    least = schedule.t_clean + tau_min * (schedule.t_max - schedule.t_clean)
+    for i in range(5):
+        d = draw(method, roles, cond, 64, seed(i), with_gradient=False)
+        high = times[d.segment]
+        assert torch.equal(d.t, times[d.segment + 1])
+        assert bool(((d.tau > d.t) & (d.tau <= high)).all())
+        assert bool(((d.tau >= least) | (d.tau == high)).all())
+        assert bool(torch.isfinite(d.x_tau).all())
+        if schedule.resolution:
+            assert torch.equal(d.tau, d.tau.round())
+
+
+def test_x_tau_is_the_transition_of_the_landing_state() -> None:
+    roles, method = trained(), Matching()
+    d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
+    r, beta = transition(tiny.TABLE, d.t, d.tau)
+    torch.testing.assert_close(d.x_tau, (expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e).detach())
+    assert not d.x_tau.requires_grad
+    assert d.x_m.requires_grad
+    assert d.x0.requires_grad
+    assert d.x_m.dtype == d.x_tau.dtype == torch.float32
+
+
+def test_a_draw_depends_on_its_generator_alone() -> None:
+    roles, method = trained(), Matching()
+    cond, _ = conditions(roles.backbone)
+    torch.manual_seed(1)
+    first = draw(method, roles, cond, BATCH, seed(), with_gradient=False)
+    torch.manual_seed(2)
+    again, other = (draw(method, roles, cond, BATCH, seed(i), with_gradient=False) for i in (0, 1))
+    assert torch.equal(first.x_tau, again.x_tau)
+    assert not torch.equal(first.x_tau, other.x_tau)
+    assert not first.x_m.requires_grad
+
+
+def test_the_rollout_starts_at_the_schedules_noise() -> None:
+    roles = make_roles(tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), RolesConfig(share=False))
+    seen: list[Tensor] = []
+    roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    draw(Matching(steps=1), roles, conditions(roles.backbone, 256)[0], 256, seed(), with_gradient=False)
+    assert seen[0].std().item() == pytest.approx(5, rel=0.02)
+
+
+# The losses
+
+
+def made_up_draw() -> tuple[Draw, Tensor, Tensor]:
+    roles, method = trained(), Matching()
+    d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
+    f_fake, f_teacher = torch.randn((2, *d.x_m.shape), generator=seed(7))
+    return d, f_fake, f_teacher
+
+
+def test_fake_loss_on_the_clean_estimate() -> None:
+    d, f_fake, _ = made_up_draw()
+    per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
+    expected = (min_snr(tiny.TABLE, d.tau, 5.0).float() * per_sample).mean()
+    torch.testing.assert_close(fake_loss(Matching(), tiny.TABLE, d, f_fake), expected)
+    assert not fake_loss(Matching(), tiny.TABLE, d, f_fake).requires_grad  # nothing reaches the student
+
+
+def test_fake_loss_on_the_transition_noise() -> None:
+    d, f_fake, _ = made_up_draw()
+    goal, weight = transition_target(tiny.TABLE, d.x_tau, d.e, d.t, d.tau)
+    per_sample = (f_fake - goal).square().flatten(1).mean(1)
+    expected = ((weight * min_snr(tiny.TABLE, d.tau, 2.0)).float() * per_sample).mean()
+    torch.testing.assert_close(fake_loss(Matching(fake_target="transition", snr_clip=2.0), tiny.TABLE, d, f_fake), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_student_loss_pulls_the_landing_state_against_the_difference(loss: str) -> None:
+    d, f_fake, f_teacher = made_up_draw()
+    value = student_loss(Matching(loss=loss), d, f_fake, f_teacher)
+    (got,) = torch.autograd.grad(value, d.x_m, retain_graph=True)
+    delta, n = f_fake - f_teacher, expand((d.x0.detach() - f_teacher).abs().flatten(1).mean(1), f_fake)
+    size = delta.numel() / BATCH
+    expected = {
+        "l2": delta / n,
+        "huber": delta / (delta.square().sum((1, 2, 3), keepdim=True) + 0.00054**2 * size).sqrt(),
+        "huber-elementwise": delta / n / ((delta / n).square() + 1e-6).sqrt(),
+    }[loss]
+    torch.testing.assert_close(got, expected / BATCH, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backbone", [tiny.denoiser, tiny.flow_denoiser, tiny.stable_diffusion], ids=["table", "flow", "sd"])
+def test_equal_roles_without_guidance_have_no_gradient_at_all(backbone: type, loss: str) -> None:
+    """Fake score = teacher, bit for bit: the matching gradient is exactly zero, not a small number."""
+    roles = make_roles(backbone(), RolesConfig(rank=2))
+    cond, null = conditions(roles.backbone, 4)
+    for item in losses(Matching(loss=loss, guidance=1.0), roles, cond, null, 4, seed(), warming_up=False):
+        if item.role == "student":
+            assert item.value.item() == 0
+            assert all(g is None or not bool(g.any()) for g in gradients(item.value, roles, "student"))
+            assert all(v == 0 for k, v in item.metrics.items() if k.startswith("gap_"))
+            return
+    pytest.fail("there was no student update")
+
+
+def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
+    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
+    cond, null = conditions(roles.backbone)
+    *_, last = losses(Matching(guidance=3.5), roles, cond, null, BATCH, seed(), warming_up=False)
+    assert any(g is not None and bool(g.any()) for g in gradients(last.value, roles, "student"))
+
+
+# Whom they train, in which order
+
+
+def updates(roles: Roles, method: Matching, warming_up: bool = False, batch: int = BATCH) -> Iterator[Loss]:
+    cond, null = conditions(roles.backbone, batch)
+    return losses(method, roles, cond, null, batch, seed(), warming_up)
+
+
+@pytest.mark.parametrize(
+    ("share_draw", "fake_updates", "warming_up", "expected"),
+    [
+        (True, 1, False, ["fake", "student"]),
+        (False, 1, False, ["fake", "student"]),
+        (True, 3, False, ["fake", "fake", "fake", "student"]),
+        (False, 3, False, ["fake", "fake", "fake", "student"]),
+        (True, 1, True, ["fake"]),
+        (False, 3, True, ["fake", "fake", "fake"]),
+    ],
+)
+def test_order_of_updates(share_draw: bool, fake_updates: int, warming_up: bool, expected: list[str]) -> None:
+    method = Matching(share_draw=share_draw, fake_updates=fake_updates)
+    assert [loss.role for loss in updates(trained(), method, warming_up)] == expected
+
+
+@pytest.mark.parametrize("share_draw", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_each_loss_trains_its_own_role_and_no_other(share: bool, share_draw: bool) -> None:
+    roles = trained(share)
+    for loss in updates(roles, Matching(share_draw=share_draw)):
+        other: Role = "student" if loss.role == "fake" else "fake"
+        if loss.role == "student":
+            assert all(g is None for g in gradients(loss.value, roles, other))
+        else:
+            assert not any(g is not None for g in gradients(loss.value, roles, other))
+        assert all(g is not None and bool(g.any()) for g in gradients(loss.value, roles, loss.role))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_fake_step_in_between_leaves_the_students_gradient_exact(share: bool) -> None:
+    """With a shared draw the caller changes the fake score while the student's graph waits."""
+    found = []
+    for step in (0.0, 10.0):
+        roles = trained(share)
+        for loss in updates(roles, Matching()):
+            if loss.role == "fake":
+                with torch.no_grad():
+                    for p, g in zip(roles.trained["fake"].values(), gradients(loss.value, roles, "fake"), strict=True):
+                        assert g is not None
+                        p -= step * g
+            else:
+                found.append(gradients(loss.value, roles, "student"))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
+
+
+@pytest.mark.parametrize("method", [Matching(), Matching(loss="l2", fake_target="transition"), Matching(share_draw=False, fake_updates=2)])
+def test_shared_and_copied_roles_have_the_same_first_iteration(method: Matching) -> None:
+    values = []
+    for share in (True, False):
+        roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+        values.append([(loss.role, {k: v.item() for k, v in loss.metrics.items()}) for loss in updates(roles, method)])
+    for (role, mine), (other, theirs) in zip(*values, strict=True):
+        assert role == other
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+# What it costs: method.md's count, in rows of the batch
+
+
+@contextmanager
+def batch_sizes(modules: Sequence[nn.Module]) -> Iterator[list[list[int]]]:
+    seen: list[list[int]] = [[] for _ in modules]
+    handles = [m.register_forward_pre_hook(lambda _, args, s=s: s.append(len(args[0]))) for m, s in zip(modules, seen, strict=True)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+ROLLOUT = [6, 4, 2]  # 8 samples, 2 a segment: those that go further than the first, second and third time
+
+
+@pytest.mark.parametrize(
+    ("method", "warming_up", "student", "teacher", "fake"),
+    [
+        (Matching(), False, [*ROLLOUT, 8], [16], [8]),
+        (Matching(guidance=1.0), False, [*ROLLOUT, 8], [8], [8]),
+        (Matching(share_draw=False), False, [*ROLLOUT, 8] * 2, [16], [8, 8]),
+        (Matching(fake_updates=3), False, [*ROLLOUT, 8] * 3, [16], [8] * 3),
+        (Matching(fake_updates=3, share_draw=False), False, [*ROLLOUT, 8] * 4, [16], [8] * 4),
+        (Matching(), True, [*ROLLOUT, 8], [], [8]),
+        (Matching(fake_updates=2), True, [*ROLLOUT, 8] * 2, [], [8, 8]),
+        (Matching(steps=1), False, [8], [16], [8]),
+        (Matching(steps=2), False, [4, 8], [16], [8]),
+    ],
+)
+def test_network_calls_of_an_iteration(method: Matching, warming_up: bool, student: list[int], teacher: list[int], fake: list[int]) -> None:
+    copies = make_roles(tiny.denoiser(), RolesConfig(share=False))
+    with batch_sizes([copies.networks[r] for r in ("student", "teacher", "fake")]) as seen:
+        list(updates(copies, method, warming_up))
+    assert seen == [student, teacher, fake]
+    shared = make_roles(tiny.denoiser(), RolesConfig(rank=2))
+    with batch_sizes([shared.backbone.module]) as (every,):
+        list(updates(shared, method, warming_up))
+    assert sorted(every) == sorted(student + teacher + fake)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_forward_passes_per_sample(steps: int) -> None:
+    """(K + 1)/2 for the student, 2 for the guided teacher, 1 for the fake score, which serves both updates."""
+    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
+    with batch_sizes([roles.backbone.module]) as (seen,):
+        list(updates(roles, Matching(steps=steps)))
+    assert sum(seen) / BATCH == (steps + 1) / 2 + 2 + 1
+
+
+def test_gap_of_every_segment_is_logged() -> None:
+    *_, last = updates(trained(), Matching())
+    assert set(last.metrics) == {"student_loss", "gap_0", "gap_1", "gap_2", "gap_3"}
+    *_, small = updates(trained(), Matching(), batch=2)
+    assert len(small.metrics) == 3
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"steps": 0}, "method.steps: got 0, allowed are whole numbers from 1"),
+        ({"guidance": float("nan")}, "method.guidance: got nan, allowed are numbers"),
+        ({"loss": "l1"}, "method.loss: got 'l1', allowed are l2, huber, huber-elementwise"),
+        ({"fake_target": "noisy"}, "method.fake_target: got 'noisy', allowed are clean, transition"),
+        ({"fake_updates": 0}, "method.fake_updates: got 0, allowed are whole numbers from 1"),
+        ({"warmup": -1}, "method.warmup: got -1, allowed are whole numbers from 0"),
+        ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp"),
+        ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),
+        ({"tau_min": 1.0}, "method.tau_min: got 1.0, allowed are fractions from 0 up to"),
+        ({"snr_clip": 0.0}, "method.snr_clip: got 0.0, allowed are numbers above 0"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        Matching(**settings)
+    assert expected in str(error.value)
+
+
+def test_times_are_the_uniform_grid_of_any_step_count() -> None:
+    method = Matching(steps=4, shift=2.0)
+    assert torch.equal(method.times(tiny.TABLE), timegrid.uniform(tiny.TABLE, 4, 2.0))
+    assert torch.equal(method.times(tiny.TABLE, 2), timegrid.uniform(tiny.TABLE, 2, 2.0))
