@@ -1,19 +1,21 @@
 """EfficientNet-lite0 features: the space in which pictures are compared.
 
-The network is that of `tensorflow/tpu/models/official/efficientnet/lite` (Tan & Le, arXiv:1905.11946, without squeeze-and-excitation,
-ReLU6 for swish). The shipped weights have every batch normalisation folded into the convolution before it (`zoo/features/README.md`).
+The network is that of `tensorflow/tpu/models/official/efficientnet/lite` (Tan & Le, arXiv:1905.11946, without squeeze-and-excitation and
+with ReLU6). The shipped weights have every batch normalisation folded into the convolution before it; `zoo/features/README.md` says how
+they were made, and what was measured to choose the size of the input.
 """
 
-from functools import cache
-from importlib.resources import as_file, files
-from typing import cast
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+WEIGHTS = Path(__file__).parents[1] / "zoo" / "features" / "efficientnet_lite0.safetensors"
+SIZE = 128
 WIDTH = 1280
+BATCH = 16  # larger ones fall out of a CPU's cache: half the speed at 64
 STAGES = (  # repeats, kernel, stride of the first block, expansion, channels
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -53,9 +55,12 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Features [B, 1280] (mean over space of the last ReLU6) of images [B, 3, H, W] in [0, 1], resized to `size` x `size`."""
+    """Features [B, 1280], the last ReLU6 averaged over space, of images [B, 3, H, W] in [0, 1].
 
-    def __init__(self, size: int) -> None:
+    Images are resized to `size` x `size` (bicubic, antialiased) and enter as `(RGB_255 - 127) / 128`.
+    """
+
+    def __init__(self, size: int = SIZE) -> None:
         super().__init__()
         self.size = size
         self.stem = SameConv(3, 32, 3, 2)
@@ -72,3 +77,16 @@ class EfficientNetLite0(nn.Module):
         x = (255 * x - 127) / 128
         x = self.blocks(F.relu6(self.stem(x)))
         return F.relu6(self.head(x)).mean((2, 3))
+
+
+def feature_network() -> EfficientNetLite0:
+    """The network with the shipped weights, float32, frozen."""
+    network = EfficientNetLite0()
+    network.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def features(network: nn.Module, images: Tensor) -> Tensor:
+    """Features [N, 1280] of images [N, 3, H, W] in [0, 1]."""
+    with torch.inference_mode():
+        return torch.cat([network(batch) for batch in images.split(BATCH)])
