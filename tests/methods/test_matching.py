@@ -11,7 +11,7 @@ from fewstep.backbones.base import Backbone, Cond
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, expand, transition
 from fewstep.core.solvers import sample, update_named
-from fewstep.core.weighting import min_snr
+from fewstep.core.weighting import min_snr, truncated_v
 from fewstep.methods.matching import Draw, Loss, Matching, draw, fake_loss, losses, student_loss
 from fewstep.objectives.denoising import transition_target
 from fewstep.objectives.reverse_kl import LOSSES
@@ -136,10 +136,17 @@ def test_fake_loss_on_the_clean_estimate() -> None:
 
 def test_fake_loss_on_the_transition_noise() -> None:
     d, f_fake, _ = made_up_draw()
-    goal, weight = transition_target(tiny.TABLE, d.x_tau, d.e, d.t, d.tau)
+    goal, weight = transition_target(tiny.TABLE, d.x_m.detach(), d.e, d.t, d.tau)
     per_sample = (f_fake - goal).square().flatten(1).mean(1)
     expected = ((weight * min_snr(tiny.TABLE, d.tau, 2.0)).float() * per_sample).mean()
     torch.testing.assert_close(fake_loss(Matching(fake_target="transition", snr_clip=2.0), tiny.TABLE, d, f_fake), expected)
+
+
+def test_fake_loss_weighted_like_v() -> None:
+    d, f_fake, _ = made_up_draw()
+    per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
+    expected = (truncated_v(tiny.TABLE, d.tau, 3.0).float() * per_sample).mean()
+    torch.testing.assert_close(fake_loss(Matching(fake_weight="v", snr_clip=3.0), tiny.TABLE, d, f_fake), expected)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -312,6 +319,7 @@ def test_gap_of_every_segment_is_logged() -> None:
         ({"guidance": float("nan")}, "method.guidance: got nan, allowed are numbers"),
         ({"loss": "l1"}, "method.loss: got 'l1', allowed are l2, huber, huber-elementwise"),
         ({"fake_target": "noisy"}, "method.fake_target: got 'noisy', allowed are clean, transition"),
+        ({"fake_weight": "snr"}, "method.fake_weight: got 'snr', allowed are min-snr, v"),
         ({"fake_updates": 0}, "method.fake_updates: got 0, allowed are whole numbers from 1"),
         ({"warmup": -1}, "method.warmup: got -1, allowed are whole numbers from 0"),
         ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp"),

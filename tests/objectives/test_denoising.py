@@ -38,7 +38,7 @@ def test_fake_score_of_a_gaussian_student(schedule: Schedule, tau: float) -> Non
     x = diffuse(schedule, x0, t, eps)
     probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     at0, at1 = student.denoise(schedule, probe, t[:2]).x0[:, 0].tolist()
-    f_star, _ = transition_target(schedule, x, eps, constant(schedule.t_clean), t)
+    f_star, _ = transition_target(schedule, x0, eps, constant(schedule.t_clean), t)
     for goal in (x0, f_star):  # from clean data the two targets are one
         slope, intercept = line(x, goal)
         assert slope == pytest.approx(at1 - at0, rel=0.01)
@@ -67,7 +67,7 @@ def test_transition_target_finds_the_score_where_the_clean_one_does_not(
 ) -> None:
     """The law of x_tau is Gaussian, so `f = (x_tau + sigma^2 score)/alpha` is a line. Its slope by least squares on either target:
 
-    (999, 499, 750): true 0.411, transition 0.41, clean 0.26; (749, 499, 600): 0.477, 0.48, 0.41; flow: 0.537, 0.54, 0.33.
+    (999, 499, 750): true 0.404, transition 0.405, clean 0.259; (749, 499, 600): 0.467, 0.464, 0.413; flow: 0.531, 0.531, 0.324.
     """
     rng = torch.Generator().manual_seed(0)
     x_m, x0 = landed(schedule, high, landing, rng)
@@ -76,7 +76,7 @@ def test_transition_target_finds_the_score_where_the_clean_one_does_not(
     x = r * x_m + beta * e
     alpha, sigma = schedule.alpha(t)[0], schedule.sigma(t)[0]
     true = ((1 - sigma**2 / (r[0] ** 2 * x_m.var() + beta[0] ** 2)) / alpha).item()
-    f_star, weight = transition_target(schedule, x, e, s, t)
+    f_star, weight = transition_target(schedule, x_m, e, s, t)
     assert bool((weight > 0).all())
     slopes = {"true": true, "transition": line(x, f_star)[0], "clean": line(x, x0)[0]}
     print({k: round(v, 3) for k, v in slopes.items()})
@@ -84,23 +84,27 @@ def test_transition_target_finds_the_score_where_the_clean_one_does_not(
     assert slopes["clean"] < 0.9 * true
 
 
-def test_transition_weight_is_the_share_of_fresh_noise() -> None:
+def test_transition_target_is_the_noise_in_x0_form_and_its_weight_the_share_of_fresh_noise() -> None:
     t, tau = torch.tensor([499.0, 499, 499]), torch.tensor([500.0, 600, 749])
-    x, e = torch.randn((2, 3, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    _, beta = transition(TABLE, t, tau)
-    share = beta / TABLE.sigma(tau)
-    f_star, weight = transition_target(TABLE, x, e, t, tau, floor=0.2)
+    x_m, e = torch.randn((2, 3, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    r, beta = transition(TABLE, t, tau)
+    sigma, alpha = TABLE.sigma(tau), TABLE.alpha(tau)
+    share = beta / sigma
+    f_star, weight = transition_target(TABLE, x_m, e, t, tau, floor=0.2)
     assert share[0] < 0.2 < share[1]
-    assert weight.tolist() == [0, share[1].item() ** 2, share[2].item() ** 2]
-    assert torch.equal(f_star[0], x[0])  # unused, and finite
+    assert weight.tolist() == pytest.approx([0, share[1].item() ** 2, share[2].item() ** 2])
+    assert torch.equal(f_star[0], x_m[0])  # unused, and finite
 
-    eps = expand(TABLE.sigma(tau) / beta, x) * e
-    torch.testing.assert_close(f_star[1:], ((x - expand(TABLE.sigma(tau), x) * eps) / expand(TABLE.alpha(tau), x))[1:])
+    x_tau = expand(r, x_m) * x_m + expand(beta, e) * e
+    eps = expand(sigma / beta, e) * e
+    torch.testing.assert_close(f_star[1:], ((x_tau - expand(sigma, e) * eps) / expand(alpha, e))[1:])
 
 
-def test_transition_target_is_finite_at_pure_noise_and_at_no_time() -> None:
+def test_transition_target_at_pure_noise_is_the_landing_state_made_clean() -> None:
+    """alpha_tau = 0: x_tau says nothing about x_m, and the target is `x_m/alpha_m`, whose mean is the best there is."""
     zero_snr = VP(torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64))
-    x = torch.ones(2, 3, dtype=torch.float64)
-    f_star, weight = transition_target(zero_snr, x, x, torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0]))
-    assert bool(torch.isfinite(f_star).all())
-    assert weight.tolist() == [1, 0]
+    x_m, e = torch.randn((2, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f_star, weight = transition_target(zero_snr, x_m, e, torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(f_star[0], x_m[0] / 0.5**0.5)
+    assert bool(torch.isfinite(f_star[1]).all())
+    assert weight.tolist() == pytest.approx([1, 0])

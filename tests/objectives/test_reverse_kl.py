@@ -31,7 +31,7 @@ def test_l2() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
 def test_huber(scale: float) -> None:
-    """Eq. 11: `sqrt(||delta||^2 + c^2 d) - c sqrt(d)` with c = 0.00054; c is given as 0.00054 sqrt(d) in the paper's letters."""
+    """Eq. 11: `sqrt(||delta||^2 + c^2) - c` with c = 0.00054 sqrt(d)."""
     x, delta, n = made_up(scale)
     c = 0.00054 * D**0.5
     square = delta.square().flatten(1).sum(1)

@@ -27,5 +27,5 @@ WEIGHTINGS: dict[str, Weighting] = {"min-snr": min_snr, "v": truncated_v}
 def weighting_named(name: str) -> Weighting:
     """A weighting by name. Raises ValueError listing the known ones."""
     if name not in WEIGHTINGS:
-        raise ValueError(f"weighting: got {name!r}, allowed are {', '.join(WEIGHTINGS)}")
+        raise ValueError(f"method.fake_weight: got {name!r}, allowed are {', '.join(WEIGHTINGS)}")
     return WEIGHTINGS[name]

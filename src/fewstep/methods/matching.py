@@ -121,7 +121,7 @@ def fake_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor) -> 
     weight = weighting_named(method.fake_weight)(schedule, d.tau, method.snr_clip)
     if method.fake_target == "clean":
         return denoising(f_fake, d.x0.detach(), weight)
-    goal, precision = transition_target(schedule, d.x_tau, d.e, d.t, d.tau)
+    goal, precision = transition_target(schedule, d.x_m.detach(), d.e, d.t, d.tau)
     return denoising(f_fake, goal, precision * weight)
 
 

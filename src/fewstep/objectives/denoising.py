@@ -11,20 +11,19 @@ def denoising(pred_x0: Tensor, target_x0: Tensor, weight: Tensor) -> Tensor:
 
 
 def transition_target(
-    schedule: Schedule, x_tau: Tensor, noise: Tensor, t: Tensor, tau: Tensor, floor: float = 0.1
+    schedule: Schedule, x_t: Tensor, noise: Tensor, t: Tensor, tau: Tensor, floor: float = 0.1
 ) -> tuple[Tensor, Tensor]:
     """Exact regression target for the score of `x_tau = r x_t + beta e`, and its weight: `(f*, (beta/sigma_tau)^2)`.
 
-    The score of a diffused sample is `-E[e | x_tau]/beta`, so in x0 form `f* = (x_tau - sigma_tau^2/beta e)/alpha_tau`.
-    It is unbiased whatever the law of x_t (TDM's clean target is exact only where `x_t | x0_hat ~ q`), its variance grows as
-    1/beta^2, hence the weight, zero where `beta/sigma_tau < floor`.
+    The score of a diffused sample is `-E[e | x_tau]/beta`, so in x0 form `f* = (x_tau - sigma_tau^2/beta e)/alpha_tau`, which is
+    `(x_t - r sigma_t^2/beta e)/alpha_t`: it holds at pure noise too. It is unbiased whatever the law of x_t (TDM's clean target
+    is exact only where `x_t | x0_hat ~ q`), its variance grows as 1/beta^2, hence the weight, zero where `beta/sigma_tau < floor`.
 
-    x_tau, noise [B, ...]; t, tau [B] with tau > t. Where alpha_tau = 0 the x0 form has no meaning: alpha_tau is floored.
+    x_t, noise e [B, ...]; t, tau [B] with tau > t and alpha_t > 0.
     """
-    _, beta = transition(schedule, t, tau)
-    sigma, alpha = schedule.sigma(tau), schedule.alpha(tau).clamp(min=1e-2)
-    usable = beta / sigma >= floor
-    scale = sigma**2 / beta.clamp(min=1e-12)
-    f_star = (x_tau - expand(scale, x_tau) * noise) / expand(alpha, x_tau)
-    weight = usable * (beta / sigma) ** 2
-    return f_star.where(expand(usable, x_tau).bool(), x_tau), weight
+    r, beta = transition(schedule, t, tau)
+    usable = beta / schedule.sigma(tau) >= floor
+    scale = r * schedule.sigma(t) ** 2 / beta.clamp(min=1e-12)
+    f_star = (x_t - expand(scale, x_t) * noise) / expand(schedule.alpha(t), x_t)
+    weight = usable * (beta / schedule.sigma(tau)) ** 2
+    return f_star.where(expand(usable, x_t).bool(), x_t), weight

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -35,15 +35,17 @@ class TrainConfig:
     clip: float = 1.0
     checkpoint_every: int = 100
     seed: int = 0
-    precision: str = "no"  # accelerate's mixed precision: no, bf16, fp16
+    precision: Literal["no", "bf16"] = "no"  # bf16: the networks compute in it, weights and losses stay float32
 
     def __post_init__(self) -> None:
         for option in ("iterations", "batch", "checkpoint_every"):
             if getattr(self, option) < 1:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
-        for option in ("lr", "fake_lr"):
+        for option in ("lr", "fake_lr", "clip"):
             if not getattr(self, option) > 0:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        if self.precision not in ("no", "bf16"):
+            raise ValueError(f"train.precision: got {self.precision!r}, allowed are no, bf16")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: got {self.ema}, allowed are numbers from 0 (off) up to, not including, 1")
 
@@ -67,7 +69,7 @@ def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfi
     when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss or gradient (the last checkpoint
     stays). Trains on the device that the network is on.
     """
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
     optimizers = {r: _optimizer(roles, r, config) for r in TRAINED}
     fingerprint = _fingerprint(roles, method, data, config)
@@ -78,7 +80,7 @@ def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfi
         rng = seeded(config.seed, i, "draw", rank, device)
         cond = data.draw(config.batch, seeded(config.seed, i, "prompts", rank), device)
         metrics: dict[str, Tensor] = {}
-        with accelerator.autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             for loss in losses(method, roles, cond, null, config.batch, rng, warming_up=i < method.warmup):
                 metrics |= loss.metrics
                 metrics[f"{loss.role}_grad"] = _update(accelerator, loss, roles, optimizers, config, i)

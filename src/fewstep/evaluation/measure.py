@@ -1,0 +1,110 @@
+"""Pictures of one generator become numbers, and those are kept: an interrupted measurement goes on where it stopped."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .alignment import colour_histogram
+from .features import feature_network, features
+from .reference import Reference
+from .speed import timed
+
+Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
+SAME = 0.02  # how far a picture that is drawn again may be from itself, as a share of its embedding's length
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of the first n pictures: `embeddings` [n, K], colour histograms `colours` [n, 125], and `seconds` per picture of each batch."""
+
+    embeddings: Tensor
+    colours: Tensor
+    seconds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def then(self, more: "Measured") -> "Measured":
+        pairs = ((self.embeddings, more.embeddings), (self.colours, more.colours), (self.seconds, more.seconds))
+        return Measured(*(torch.cat(pair) for pair in pairs))
+
+
+class Gauge:
+    """Draws and measures. The feature network stays on the CPU, so that the numbers do not depend on where the pictures were drawn."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.network, self.reference = feature_network(), reference
+        self.nothing = Measured(torch.empty(0, reference.gallery.shape[1]), torch.empty(0, reference.colours.shape[-1]), torch.empty(0))
+
+    def draw(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str) -> Measured:
+        """One batch, rounded to 8 bits as a saved PNG is. Raises ValueError naming the row where it is not pictures."""
+        images, seconds = timed(lambda: sampler(prompts, seeds))
+        if images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
+            raise ValueError(f"row {row}: its sampler returned {list(images.shape)}; return pictures [{len(prompts)}, 3, H, W], one a prompt")
+        if not images.isfinite().all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
+            raise ValueError(f"row {row}: its pictures go from {images.min():.3g} to {images.max():.3g}; return finite values in [0, 1]")
+        images = (images.float().clamp(0, 1) * 255).round() / 255
+        return Measured(self.reference.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds]))
+
+
+def measure(
+    gauge: Gauge,
+    sampler: Sampler,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch: int,
+    row: str,
+    kept: Sequence[Path],
+    keep: Path | None,
+    progress: Callable[[int], None],
+) -> Measured:
+    """Measure all pictures of one row, starting from the first file of `kept` whose first picture is drawn the same again.
+
+    What is new is written to `keep`, at the end and on the way out of an exception.
+    """
+    done = _kept(gauge, sampler, prompts, seeds, row, kept)
+    before = len(done)
+    progress(before)
+    try:
+        for start in range(before, len(prompts), batch):
+            part = slice(start, start + batch)
+            done = done.then(gauge.draw(sampler, prompts[part], seeds[part], row))
+            progress(len(done))
+    finally:
+        if keep is not None and len(done) > before:
+            _write(keep, done)
+    return done
+
+
+def _kept(gauge: Gauge, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str, files: Sequence[Path]) -> Measured:
+    files = [f for f in files if f.exists()]
+    if not files:
+        return gauge.nothing
+    again = gauge.draw(sampler, prompts[:1], seeds[:1], row).embeddings[0]
+    for file in files:
+        found = _read(file)
+        if (found.embeddings[0] - again).norm() <= SAME * again.norm():
+            return found
+    return gauge.nothing
+
+
+def _read(file: Path) -> Measured:
+    try:
+        tensors = load_file(file)
+        return Measured(tensors["embeddings"], tensors["colours"], tensors["seconds"])
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"evaluation {file} is damaged ({error}); delete it and run the same command again") from error
+
+
+def _write(file: Path, measured: Measured) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    save_file({"embeddings": measured.embeddings, "colours": measured.colours, "seconds": measured.seconds}, temporary)
+    os.replace(temporary, file)

@@ -1,0 +1,174 @@
+"""What generated emoji are compared with: the real ones, as features, so that measuring needs no download.
+
+`zoo/emoji_reference/` is written by `build_reference` and says in its README.md how. It holds one space, the embedding: the leading
+principal components of the square roots of EfficientNet-lite0 features (which are >= 0; the root keeps a few strong channels from deciding
+everything), in a unit in which the real emoji have a total variance of 100.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..atomic import write_json
+from .alignment import colour_histogram
+from .distances import principal_components
+from .features import SIZE, WEIGHTS, feature_network, features
+
+FOLDER = Path(__file__).parents[1] / "zoo" / "emoji_reference"
+TENSORS, TEXTS = "reference.safetensors", "reference.json"
+FORMAT = 1
+VARIANCE = 100.0
+
+
+class Captioned(Protocol):
+    """A row of the data set; `zoo.emoji_data.Emoji` is one. `tone` is empty for plain pictures and for mixed tones."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def tone(self) -> str: ...
+    @property
+    def held_out(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real emoji. `gallery` [N, K] are the embeddings of the plain ones, `names` and `labels` [N] theirs.
+
+    Pictures of one name, and names of one picture (the flags of France and of Clipperton), share a label. `colours` [M, T, 125] are the
+    histograms of the `toned` names in every one of `tones`, the first of which is none. `held_out` are captions never trained on.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    gallery: Tensor
+    names: tuple[str, ...]
+    labels: Tensor
+    toned: tuple[str, ...]
+    tones: tuple[str, ...]
+    colours: Tensor
+    held_out: tuple[str, ...]
+    sha256: str
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Embeddings [B, K] of EfficientNet-lite0 features [B, 1280]."""
+        return (features.sqrt() - self.mean) @ self.basis
+
+    def halfway_white(self, embeddings: Tensor) -> Tensor:
+        """Embeddings divided by the roots of their standard deviations: where cosines find names best (README.md there)."""
+        return embeddings / self.gallery.std(0).sqrt()
+
+    def label_of(self, names: Iterable[str]) -> Tensor:
+        """The labels of these names, [B]."""
+        first = {name: label for name, label in zip(reversed(self.names), reversed(self.labels.tolist()), strict=True)}
+        return torch.tensor([first[name] for name in names])
+
+
+def caption(name: str, tone: str) -> str:
+    """The prompt for a name in a skin tone."""
+    return f"{name}, {tone}"
+
+
+def without_tone(caption: str) -> tuple[str, str]:
+    """(name, tone): the inverse of `caption`."""
+    name, _, tone = caption.rpartition(", ")
+    return name, tone
+
+
+def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = FOLDER, components: int = 256) -> Path:
+    """Write the reference of `emoji` and their images uint8 [N, 3, H, W] into `folder`, as `reference.safetensors` and `reference.json`.
+
+    The shipped one is `build_reference(*fewstep.zoo.emoji_data.load(archive, 0.05))`.
+    """
+    plain = [i for i, e in enumerate(emoji) if not e.tone and e.caption == e.name]
+    variants: dict[str, dict[str, int]] = defaultdict(dict)
+    for i, e in enumerate(emoji):
+        if e.tone or e.caption == e.name:
+            variants[e.name].setdefault(e.tone, i)
+    tones = sorted({e.tone for e in emoji})
+    toned = [name for name, rows in variants.items() if set(rows) == set(tones)]
+    names = [emoji[i].name for i in plain]
+    roots = features(feature_network(), images[plain].float() / 255).sqrt()
+    pca = principal_components(roots, components)
+    mean = pca.mean.float()
+    basis = (pca.basis * (VARIANCE / pca.variance.sum()).sqrt()).half()
+    rows = [[variants[name][tone] for tone in tones] for name in toned]
+    histograms = [colour_histogram(images[r].float() / 255) for r in rows]
+    tensors = {
+        "mean": mean,
+        "basis": basis,
+        "gallery": ((roots - mean) @ basis.float()).half(),
+        "labels": torch.tensor(_labels(names, [images[i].numpy().tobytes() for i in plain]), dtype=torch.int32),
+        "colours": torch.stack(histograms).half() if rows else torch.empty(0, len(tones), 125).half(),
+    }
+    texts = {
+        "format": FORMAT,
+        "network_sha256": _sha256(WEIGHTS),
+        "network_input": SIZE,
+        "names": names,
+        "tones": tones,
+        "toned": toned,
+        "held_out": list(dict.fromkeys(e.caption for e in emoji if e.held_out)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{TENSORS}.tmp"
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+    os.replace(temporary, folder / TENSORS)
+    write_json(folder / TEXTS, texts)
+    return folder
+
+
+def load_reference(folder: Path = FOLDER) -> Reference:
+    """Read a reference. Raises ValueError with one line where it is missing, damaged, or made with another feature network."""
+    try:
+        texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
+        t = load_file(folder / TENSORS)
+        if (texts["format"], texts["network_sha256"], texts["network_input"]) != (FORMAT, _sha256(WEIGHTS), SIZE):
+            raise ValueError("it was made with another format or feature network")
+        return Reference(
+            mean=t["mean"].float(),
+            basis=t["basis"].float(),
+            gallery=t["gallery"].float(),
+            names=tuple(texts["names"]),
+            labels=t["labels"].long(),
+            toned=tuple(texts["toned"]),
+            tones=tuple(texts["tones"]),
+            colours=t["colours"].float(),
+            held_out=tuple(texts["held_out"]),
+            sha256=_sha256(folder / TENSORS, folder / TEXTS),
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"reference {folder}: cannot be used ({error}); install fewstep again, or write it anew with build_reference") from error
+
+
+def _labels(names: Sequence[str], pictures: Sequence[bytes]) -> list[int]:
+    """Numbers 0, 1, 2, ... in order of appearance; rows that share a name or a picture share one, also through a third."""
+    groups: dict[str | bytes, list[int]] = defaultdict(list)
+    for i, keys in enumerate(zip(names, pictures, strict=True)):
+        for key in keys:
+            groups[key].append(i)
+    label = list(range(len(names)))
+    for group in (g for g in groups.values() if len(g) > 1):
+        old = {label[i] for i in group}
+        label = [min(old) if n in old else n for n in label]
+    dense = {n: i for i, n in enumerate(dict.fromkeys(label))}
+    return [dense[n] for n in label]
+
+
+def _sha256(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,355 @@
+"""The training loop: what it changes and what not, bit-exact resuming, and every way to stop."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fewstep.backbones.base import Backbone
+from fewstep.methods.matching import Matching
+from fewstep.roles import adapters
+from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
+from fewstep.training import loop, state
+from fewstep.training.loop import Step, TrainConfig, distill
+from fewstep.training.prompts import Embeddings, embed
+from fewstep.training.state import checkpoints
+
+from .. import tiny
+
+METHOD = Matching(steps=2, guidance=2.0, warmup=2)
+CONFIG = TrainConfig(iterations=6, batch=4, lr=1e-3, fake_lr=1e-2, checkpoint_every=3)
+
+
+def parts(share: bool = True, backbone: Backbone | None = None) -> tuple[Roles, Embeddings]:
+    backbone = backbone or tiny.denoiser()
+    return make_roles(backbone, RolesConfig(share=share, rank=2)), embed(backbone, tiny.WORDS, None, "tiny")
+
+
+def run(
+    share: bool = True, method: Matching = METHOD, config: TrainConfig = CONFIG, out: Path | None = None, stop: int | None = None
+) -> tuple[Roles, list[Step]]:
+    roles, data = parts(share)
+    steps = []
+    for step in distill(roles, method, data, config, out):
+        steps.append(step)
+        if step.iteration == stop:
+            break
+    return roles, steps
+
+
+def metrics(steps: list[Step]) -> list[tuple[int, dict[str, float]]]:
+    return [(s.iteration, dict(s.metrics)) for s in steps]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {f"{p.stem}/{n}": t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of the base weights, adapters left out."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted((n.replace(".base_layer", ""), t) for n, t in module.state_dict().items() if "lora_" not in n):
+        sha.update(name.encode())
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+# What changes and what does not
+
+
+@pytest.mark.parametrize("backbone", [tiny.denoiser, tiny.flow_denoiser, tiny.stable_diffusion], ids=["table", "flow", "sd"])
+def test_training_leaves_the_base_as_it_was(backbone: type) -> None:
+    made = backbone()
+    before = digest(made.module)
+    roles, data = parts(backbone=made)
+    assert len(list(distill(roles, replace(METHOD, warmup=0), data, replace(CONFIG, iterations=3)))) == 3
+    assert digest(made.module) == before
+    assert all(bool(p.any()) for n, p in roles.trained["student"].items() if "lora_B" in n and "to_k" not in n and "to_q" not in n)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_warm_up_trains_the_fake_score_alone_and_then_both_move(share: bool) -> None:
+    roles, data = parts(share)
+    at = {r: {n: p.detach().clone() for n, p in roles.trained[r].items()} for r in TRAINED}
+    base = digest(roles.networks["teacher"])
+    for step in distill(roles, METHOD, data, CONFIG):
+        moved = {r: any(not torch.equal(p, at[r][n]) for n, p in roles.trained[r].items()) for r in TRAINED}
+        averaged = any(not torch.equal(v, at["student"][n]) for n, v in roles.average.items())
+        training = step.iteration > METHOD.warmup
+        assert moved == {"fake": True, "student": training}
+        assert averaged == training
+        assert ("student_loss" in step.metrics) == training
+        assert {"fake_loss", "fake_grad"} <= set(step.metrics)
+    assert digest(roles.networks["teacher"]) == base
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_one_update_moves_one_role(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from between the two updates of an iteration."""
+    roles, data = parts(share)
+    kept = {r: {n: p.detach().clone() for n, p in roles.trained[r].items()} for r in TRAINED}
+    seen = []
+    update = loop._update
+
+    def watched(*args: object) -> Tensor:
+        before = {r: {n: p.detach().clone() for n, p in roles.trained[r].items()} for r in TRAINED}
+        norm = update(*args)  # type: ignore[arg-type]
+        seen.append([r for r in TRAINED if any(not torch.equal(p, before[r][n]) for n, p in roles.trained[r].items())])
+        return norm
+
+    monkeypatch.setattr(loop, "_update", watched)
+    list(distill(roles, replace(METHOD, warmup=0, fake_updates=2), data, replace(CONFIG, iterations=2)))
+    assert seen == [["fake"], ["fake"], ["student"]] * 2
+    assert kept.keys() == {"student", "fake"}
+
+
+@pytest.mark.parametrize("ema", [0.98, 0.5, 0.0])
+def test_average_is_its_formula_from_the_first_student_update(ema: float) -> None:
+    roles, data = parts()
+    expected = {n: v.clone() for n, v in roles.average.items()}
+    for step in distill(roles, METHOD, data, replace(CONFIG, ema=ema)):
+        if step.iteration > METHOD.warmup:
+            done = step.iteration - METHOD.warmup
+            keep = min(ema, done / (done + 9))
+            expected = {n: keep * expected[n] + (1 - keep) * p.detach() for n, p in roles.trained["student"].items()}
+    for n, value in roles.average.items():
+        torch.testing.assert_close(value, expected[n], rtol=1e-6, atol=1e-8)
+    if ema == 0:
+        assert all(torch.equal(v, roles.trained["student"][n]) for n, v in roles.average.items())
+
+
+def test_the_first_update_is_adamw_on_the_clipped_gradient() -> None:
+    """betas (0, 0.999): the first step moves every weight by lr against the sign of its gradient."""
+    roles, data = parts()
+    start = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}
+    next(distill(roles, METHOD, data, CONFIG))
+    for n, p in roles.trained["fake"].items():
+        if "lora_B" in n:
+            moved = (p.detach() - start[n]).abs()
+            torch.testing.assert_close(moved, torch.full_like(moved, CONFIG.fake_lr), rtol=1e-2, atol=0)
+
+
+def test_gradients_are_clipped_and_logged_before_it() -> None:
+    _, steps = run(config=replace(CONFIG, clip=1e-6, iterations=3))
+    assert steps[-1].metrics["student_grad"] > 1e-6
+
+
+def test_a_step_shows_its_networks_and_its_time() -> None:
+    roles, steps = run(config=replace(CONFIG, iterations=1))
+    assert steps[0].roles is roles
+    assert steps[0].method is METHOD
+    assert steps[0].seconds > 0
+    assert all(isinstance(v, float) for v in steps[0].metrics.values())
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
+    (_, one), (_, again), (_, other) = (run(config=replace(CONFIG, seed=s)) for s in (0, 0, 1))
+    assert metrics(one) == metrics(again)
+    assert metrics(one) != metrics(other)
+
+
+# Stop and go on
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("stop", [3, 4])
+def test_resumed_is_straight_bit_for_bit(tmp_path: Path, share: bool, stop: int) -> None:
+    """Student, fake score, average, both optimisers and all metrics, wherever the caller breaks off."""
+    straight_roles, straight = run(share, out=tmp_path / "straight")
+    _, first = run(share, out=tmp_path / "stopped", stop=stop)
+    resumed_roles, second = run(share, out=tmp_path / "stopped")
+    assert metrics(straight) == metrics(first) + metrics(second)
+    assert [s.iteration for s in second] == list(range(stop + 1, 7))
+    for role in TRAINED:
+        for n, p in straight_roles.trained[role].items():
+            assert torch.equal(p, resumed_roles.trained[role][n])
+    assert all(torch.equal(v, resumed_roles.average[n]) for n, v in straight_roles.average.items())
+    one, two = (tensors(tmp_path / d / "checkpoint-000006") for d in ("straight", "stopped"))
+    assert {k.partition("/")[0] for k in one} == {"student", "fake", "average", "optimizer_student", "optimizer_fake"}
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """No farewell: the generator is never closed, as when the process dies, and iteration 4 is done again."""
+    _, straight = run()
+    roles, data = parts()
+    killed = distill(roles, METHOD, data, CONFIG, tmp_path)
+    for _ in range(4):
+        next(killed)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003"]
+    _, second = run(out=tmp_path)
+    assert metrics(second) == metrics(straight)[3:]
+    killed.close()
+
+
+def test_stopping_saves_where_it_stops(tmp_path: Path) -> None:
+    run(out=tmp_path, stop=5)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003", "checkpoint-000005"]
+
+
+def test_a_finished_run_has_nothing_to_do_and_can_be_made_longer(tmp_path: Path) -> None:
+    run(out=tmp_path)
+    assert run(out=tmp_path)[1] == []
+    longer = run(out=tmp_path, config=replace(CONFIG, iterations=8))[1]
+    assert [s.iteration for s in longer] == [7, 8]
+    assert metrics(longer) == metrics(run(config=replace(CONFIG, iterations=8))[1])[6:]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"method": replace(METHOD, loss="l2")},
+        {"method": replace(METHOD, steps=4)},
+        {"config": replace(CONFIG, lr=2e-3)},
+        {"config": replace(CONFIG, batch=8)},
+        {"config": replace(CONFIG, seed=1)},
+        {"share": False},
+    ],
+)
+def test_other_settings_do_not_go_on(tmp_path: Path, other: dict) -> None:
+    run(out=tmp_path, stop=3)
+    with pytest.raises(
+        ValueError, match=r"^run .*: its checkpoint was made with other settings; choose another --out, or delete the folder"
+    ):
+        run(out=tmp_path, **other)
+
+
+def test_other_prompts_rank_or_base_do_not_go_on(tmp_path: Path) -> None:
+    run(out=tmp_path, stop=3)
+    backbone = tiny.denoiser()
+    roles = make_roles(backbone, RolesConfig(rank=2))
+    for data in (embed(backbone, ["other"], None, "tiny"), embed(backbone, tiny.WORDS, None, "other base")):
+        with pytest.raises(ValueError, match="made with other settings"):
+            next(distill(roles, METHOD, data, CONFIG, tmp_path))
+    roles = make_roles(backbone, RolesConfig(rank=3))
+    with pytest.raises(ValueError, match="made with other settings"):
+        next(distill(roles, METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
+
+
+def test_a_truncated_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    run(out=tmp_path)
+    file = tmp_path / "checkpoint-000006" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(
+        ValueError, match=r"checkpoint-000006 is damaged or incomplete .*; delete that folder to go on from checkpoint-000003$"
+    ):
+        run(out=tmp_path)
+    for part in file.parent.iterdir():
+        part.unlink()
+    file.parent.rmdir()
+    assert [s.iteration for s in run(out=tmp_path)[1]] == [4, 5, 6]
+
+
+def test_a_full_disk_stops_with_the_older_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(out=tmp_path, stop=3)
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*checkpoint-000006: .*No space left on device.*; free some space"):
+        run(out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
+    monkeypatch.undo()
+    assert [s.iteration for s in run(out=tmp_path)[1]] == [4, 5, 6]
+
+
+# What goes wrong
+
+
+class Breaking(nn.Module):
+    """A network whose output is not a number from its n-th call on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls, self.last = inner, 0, 10**9
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x, t, label) * (float("nan") if self.calls > self.last else 1.0)
+
+
+@pytest.mark.parametrize(("role", "option"), [("fake", "train.fake_lr"), ("student", "train.lr")])
+def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role: str, option: str) -> None:
+    backbone = tiny.denoiser()
+    roles, data = parts(False, replace(backbone, module=Breaking(backbone.module)))
+    steps = distill(roles, METHOD, data, CONFIG, tmp_path)
+    for _ in range(4):
+        next(steps)
+    broken = roles.networks["teacher" if role == "student" else "fake"]
+    assert isinstance(broken, Breaking)
+    broken.last = 0
+    message = rf"^the {role} loss is nan at iteration 5; the last checkpoint is intact: lower {option}, then run again$"
+    with pytest.raises(FloatingPointError, match=message):
+        next(steps)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003"]
+    assert all(bool(torch.isfinite(p).all()) for r in TRAINED for p in roles.trained[r].values())
+
+
+def test_a_gradient_that_is_no_number_updates_nothing() -> None:
+    """A finite loss with an infinite slope: weights that were good stay good."""
+    roles, data = parts()
+    name, weight = next(iter(roles.trained["fake"].items()))
+    weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"^the fake gradient is (nan|inf) at iteration 1;"):
+        list(distill(roles, METHOD, data, CONFIG))
+    assert all(bool(torch.isfinite(p).all()) for p in roles.trained["fake"].values()), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"iterations": 0}, "train.iterations: got 0, allowed are whole numbers from 1"),
+        ({"batch": 0}, "train.batch: got 0, allowed are whole numbers from 1"),
+        ({"checkpoint_every": 0}, "train.checkpoint_every: got 0, allowed are whole numbers from 1"),
+        ({"lr": 0.0}, "train.lr: got 0.0, allowed are numbers above 0"),
+        ({"lr": float("nan")}, "train.lr: got nan, allowed are numbers above 0"),
+        ({"fake_lr": -1.0}, "train.fake_lr: got -1.0, allowed are numbers above 0"),
+        ({"clip": 0.0}, "train.clip: got 0.0, allowed are numbers above 0"),
+        ({"ema": 1.0}, "train.ema: got 1.0, allowed are numbers from 0 (off) up to, not including, 1"),
+        ({"precision": "half"}, "train.precision: got 'half', allowed are no, bf16"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        replace(CONFIG, **settings)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_batch_smaller_than_the_steps_trains(share: bool) -> None:
+    _, steps = run(share, method=replace(METHOD, steps=4), config=replace(CONFIG, batch=1))
+    assert len(steps) == 6
+
+
+def test_mixed_precision_trains_in_it() -> None:
+    """bfloat16 inside, float32 weights and losses: near the float32 run, and not the same."""
+    (_, full), (roles, half) = run(config=replace(CONFIG, iterations=3)), run(config=replace(CONFIG, iterations=3, precision="bf16"))
+    assert half[0].metrics["fake_loss"] != full[0].metrics["fake_loss"]
+    assert half[0].metrics["fake_loss"] == pytest.approx(full[0].metrics["fake_loss"], rel=0.05)
+    assert all(p.dtype == torch.float32 for r in TRAINED for p in roles.trained[r].values())
+
+
+def test_a_trained_student_is_the_same_on_its_way_out_and_back() -> None:
+    """PEFT's file format carries the averaged student whole."""
+    roles, _ = run()
+    with roles.averaged():
+        kept = roles.student_state()
+    other, _ = parts()
+    adapters.load_adapter(other.networks["student"], "student", kept)
+    assert all(torch.equal(p, roles.average[n]) for n, p in other.trained["student"].items())
+
+
+def test_steps_are_made_one_at_a_time() -> None:
+    roles, data = parts()
+    steps: Iterator[Step] = distill(roles, METHOD, data, CONFIG)
+    before = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}
+    assert all(torch.equal(p, before[n]) for n, p in roles.trained["fake"].items())
+    assert next(steps).iteration == 1
+    assert any(not torch.equal(p, before[n]) for n, p in roles.trained["fake"].items())

@@ -1,0 +1,157 @@
+"""Checkpoints come back bit for bit, or say what is wrong; a failed write leaves everything as it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fewstep.training import state as module
+from fewstep.training.state import (
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    seeded,
+)
+
+GROUPS = {
+    "student": {"a.weight": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.float16)},
+    "optimizer": {"a.weight.step": torch.tensor(3.0)},
+}
+
+
+def truncate(path: Path, keep: float = 0.5) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+def test_seeds_depend_on_all_their_arguments_and_nothing_else() -> None:
+    def first(*args: Any, **options: Any) -> float:
+        return torch.rand((), generator=seeded(*args, **options)).item()
+
+    torch.manual_seed(1)
+    assert first(0, 5, "draw") == first(0, 5, "draw")
+    assert len({first(0, 5, "draw"), first(1, 5, "draw"), first(0, 6, "draw"), first(0, 5, "prompts"), first(0, 5, "draw", rank=1)}) == 5
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 7, GROUPS, {"fingerprint": "x"})
+    assert folder.name == "checkpoint-000007"
+    assert sorted(p.name for p in folder.iterdir()) == ["optimizer.safetensors", "state.json", "student.safetensors"]
+    groups, state = load_checkpoint(folder)
+    assert (state["step"], state["fingerprint"]) == (7, "x")
+    assert {g: set(t) for g, t in groups.items()} == {g: set(t) for g, t in GROUPS.items()}
+    for group, tensors in GROUPS.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(groups[group][name], tensor)
+            assert groups[group][name].dtype == tensor.dtype
+
+
+def test_views_and_strides_are_no_obstacle(tmp_path: Path) -> None:
+    groups, _ = load_checkpoint(save_checkpoint(tmp_path, 1, {"g": {"t": torch.arange(6.0).reshape(2, 3).T}}, {}))
+    assert groups["g"]["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    for step in (2, 9, 10, 11):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000010", "checkpoint-000011"]
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found[1]["step"] == 11
+    save_checkpoint(tmp_path, 11, GROUPS, {"again": True})
+    assert (latest_checkpoint(tmp_path) or ({}, {}))[1]["again"]
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, remove, empty])
+@pytest.mark.parametrize("file", ["student.safetensors", "optimizer.safetensors", "state.json"])
+def test_damage_is_one_clear_error_and_the_older_one_is_whole(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+    older = save_checkpoint(tmp_path, 1, GROUPS, {})
+    damage(save_checkpoint(tmp_path, 2, GROUPS, {}) / file)
+    with pytest.raises(
+        ValueError,
+        match=r"^checkpoint .*checkpoint-000002 is damaged or incomplete .*; delete that folder to go on from checkpoint-000001$",
+    ):
+        latest_checkpoint(tmp_path)
+    assert load_checkpoint(older)[1]["step"] == 1
+
+
+def test_damage_of_the_only_checkpoint(tmp_path: Path) -> None:
+    truncate(save_checkpoint(tmp_path, 2, GROUPS, {}) / "student.safetensors")
+    with pytest.raises(ValueError, match=r"; delete that folder to start again$"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    save_checkpoint(tmp_path, 1, GROUPS, {})
+    written: list[Path] = []
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        written.append(path)
+        path.write_bytes(b"half")
+        if len(written) == 2:
+            raise error
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(
+        OSError, match=r"cannot write checkpoint .*checkpoint-000002: .*No space left on device.*; free some space or choose another --out"
+    ):
+        save_checkpoint(tmp_path, 2, GROUPS, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000001"]
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) is not None
+    save_checkpoint(tmp_path, 2, GROUPS, {})
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_no_obstacle(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, GROUPS, {})
+    left = tmp_path / ".checkpoint-000002.tmp"
+    left.mkdir()
+    (left / "student.safetensors").write_bytes(b"half")
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000001"]
+    save_checkpoint(tmp_path, 2, GROUPS, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000001", "checkpoint-000002"]
+
+
+def test_an_optimiser_goes_on_bit_for_bit() -> None:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        return net, torch.optim.AdamW(net.parameters(), lr=0.1, betas=(0.0, 0.999))
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, i: int) -> None:
+        optimizer.zero_grad()
+        net(torch.full((2, 3), float(i))).square().sum().backward()
+        optimizer.step()
+
+    net, optimizer = make()
+    names = [n for n, _ in net.named_parameters()]
+    for i in range(3):
+        step(net, optimizer, i)
+    kept = {n: p.detach().clone() for n, p in net.named_parameters()}
+    tensors = optimizer_tensors(optimizer, names)
+    assert set(tensors) == {f"{n}.{k}" for n in names for k in ("step", "exp_avg", "exp_avg_sq")}
+    other, fresh = make()
+    other.load_state_dict(kept)
+    load_optimizer_tensors(fresh, names, tensors)
+    for i in range(3, 6):
+        step(net, optimizer, i)
+        step(other, fresh, i)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert optimizer_tensors(make()[1], names) == {}
