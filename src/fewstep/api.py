@@ -1,6 +1,6 @@
 """The public functions: load a teacher, distil it, sample, load a student. The command line is written against these."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def distill(
     seed: int = 0,
     out: str | Path | None = None,
     checkpoint_every: int = 100,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Distil `teacher` and yield after every iteration: stop, log or look at any step.
 
     With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.

@@ -65,10 +65,10 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
         for step in distill(roles, recipe.method, data, recipe.train, run):
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
-            if step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations:
-                if warnings := preview.show(roles, step.iteration, recipe.method):
-                    console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
-                    log.note(step.iteration, {"warnings": warnings})
+            due = step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations
+            if due and (warnings := preview.show(roles, step.iteration, recipe.method)):
+                console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
+                log.note(step.iteration, {"warnings": warnings})
             if request.asked and step.iteration < recipe.train.iterations:
                 stopped = True
                 break

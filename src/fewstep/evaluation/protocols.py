@@ -20,7 +20,7 @@ from .distances import Moments, frechet_distance, kernel_distance, moments
 from .measure import Gauge, Measured, Sampler, measure
 from .reference import FOLDER, Reference, caption, load_reference, without_tone
 
-REFERENCE = "79163ce09e73330256fe9d9a62f0f9d701c232389389fc09a33f958bd02899c5"
+REFERENCE = "84e9c7e8eb8e802b26f42091a99c71d9d7d0e49a6caf747217330ffb9a03eecd"
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
 
 def _choose(option: str, prompts: Iterable[str], count: int) -> list[str]:
     there = sorted(set(prompts), key=_hash)
-    if not 0 <= count <= len(there):
-        raise ValueError(f"protocol.{option}: got {count}; choose 0..{len(there)}")
+    if not 1 <= count <= len(there):
+        raise ValueError(f"protocol.{option}: got {count}; choose 1..{len(there)}")
     return there[:count]
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +61,7 @@ class Step:
     method: Matching
 
 
-def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None) -> Iterator[Step]:
+def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None) -> Generator[Step, None, None]:
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
 
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
