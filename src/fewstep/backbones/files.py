@@ -76,7 +76,7 @@ def few_step_pipeline(base: DiffusionPipeline, student: Path, serving: Serving, 
     scheduler = DDIMScheduler if '"DDIMScheduler"' in index else DPMSolverMultistepScheduler
     pipe.scheduler = scheduler.from_pretrained(student / "scheduler")
     if full:
-        pipe.unet = type(pipe.unet).from_pretrained(student / "unet", torch_dtype=pipe.unet.dtype).to(pipe.unet.device)
+        pipe.unet = type(pipe.unet).from_pretrained(student / "unet").to(pipe.unet.device, pipe.unet.dtype)
     else:
         pipe.load_lora_weights(str(student), adapter_name=adapter)
     return pipe

@@ -4,35 +4,68 @@ Built from plain numbers, so that the bundled teacher is the very thing that `St
 loads, and so that tests can have one with random weights in milliseconds.
 """
 
-import json
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def word_tokenizer(corpus: Sequence[str], vocabulary: int, length: int) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer whose merges are learned on `corpus`; any other text still falls back to bytes."""
+    """A CLIP byte-pair tokenizer whose merges are learned on `corpus`; any other text still falls back to bytes.
+
+    Merges are learned here and not by the library's trainer, which breaks ties differently in every process.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    split = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, end_of_word_suffix="</w>", show_progress=False, initial_alphabet=alphabet)
-    bpe.train_from_iterator(corpus, trainer)
-    merges = [tuple(pair) for pair in _model_merges(bpe)]
+    merges = learn_merges(corpus, vocabulary - len(alphabet))
     pieces = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges] + [START, END]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, pad_token=END)
 
 
-def _model_merges(tokenizer: Tokenizer) -> list[list[str]]:
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A tokenizer that `save_pretrained` wrote."""
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def learn_merges(corpus: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """The `count` most frequent byte pairs in turn (Sennrich et al. 2016, arXiv 1508.07909); the alphabet decides ties."""
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    found = Counter(word for text in corpus for word, _ in split.pre_tokenize_str(text.lower()))
+    words = {tuple([*word[:-1], word[-1] + "</w>"]): n for word, n in found.items()}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, n in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {_merged(word, best): n for word, n in words.items()}
+    return merges
+
+
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """`word` with every occurrence of `pair` made one piece."""
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return tuple(out)
 
 
 def text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int) -> CLIPTextModel:

@@ -61,7 +61,7 @@ class StableDiffusion:
 
 def load_sd(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """A `StableDiffusionPipeline` from a folder or a hub id. Raises ValueError with one line when it is neither."""
-    pipe = StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None, requires_safety_checker=False).to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()

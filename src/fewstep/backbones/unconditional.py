@@ -63,7 +63,7 @@ class PixelModel:
 
 def load_pixel_model(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> PixelModel:
     """A `DDPMPipeline` folder, with `labels.json` beside it where the model has classes."""
-    pipe = DDPMPipeline.from_pretrained(str(folder), torch_dtype=dtype)
+    pipe = DDPMPipeline.from_pretrained(str(folder)).to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.requires_grad_(False).eval()
     names = Path(folder) / LABELS

@@ -83,7 +83,7 @@ def feature_network() -> EfficientNetLite0:
     """The network with the shipped weights, float32, frozen."""
     network = EfficientNetLite0()
     network.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def features(network: nn.Module, images: Tensor) -> Tensor:

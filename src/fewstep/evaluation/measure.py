@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .alignment import colour_histogram
 from .features import feature_network, features
+from .plan import Plan
 from .reference import Reference
 from .speed import timed
 
@@ -46,7 +47,7 @@ class Gauge:
         """One batch, rounded to 8 bits as a saved PNG is. Raises ValueError naming the row where it is not pictures."""
         images, seconds = timed(lambda: sampler(prompts, seeds))
         if images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
-            raise ValueError(f"row {row}: its sampler returned {list(images.shape)}; return pictures [{len(prompts)}, 3, H, W], one a prompt")
+            raise ValueError(f"row {row}: its sampler returned {list(images.shape)}; return pictures [{len(prompts)}, 3, H, W]")
         if not images.isfinite().all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
             raise ValueError(f"row {row}: its pictures go from {images.min():.3g} to {images.max():.3g}; return finite values in [0, 1]")
         images = (images.float().clamp(0, 1) * 255).round() / 255
@@ -56,8 +57,7 @@ class Gauge:
 def measure(
     gauge: Gauge,
     sampler: Sampler,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    plan: Plan,
     *,
     batch: int,
     row: str,
@@ -65,17 +65,17 @@ def measure(
     keep: Path | None,
     progress: Callable[[int], None],
 ) -> Measured:
-    """Measure all pictures of one row, starting from the first file of `kept` whose first picture is drawn the same again.
+    """Measure all pictures of the plan for one row, starting from the longest of `kept` whose first picture is drawn the same again.
 
     What is new is written to `keep`, at the end and on the way out of an exception.
     """
-    done = _kept(gauge, sampler, prompts, seeds, row, kept)
+    done = _kept(gauge, sampler, plan, row, kept)
     before = len(done)
     progress(before)
     try:
-        for start in range(before, len(prompts), batch):
+        for start in range(before, len(plan.prompts), batch):
             part = slice(start, start + batch)
-            done = done.then(gauge.draw(sampler, prompts[part], seeds[part], row))
+            done = done.then(gauge.draw(sampler, plan.prompts[part], plan.seeds[part], row))
             progress(len(done))
     finally:
         if keep is not None and len(done) > before:
@@ -83,16 +83,13 @@ def measure(
     return done
 
 
-def _kept(gauge: Gauge, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str, files: Sequence[Path]) -> Measured:
-    files = [f for f in files if f.exists()]
-    if not files:
+def _kept(gauge: Gauge, sampler: Sampler, plan: Plan, row: str, files: Sequence[Path]) -> Measured:
+    found = sorted((_read(f) for f in files if f.exists()), key=len, reverse=True)
+    if not found:
         return gauge.nothing
-    again = gauge.draw(sampler, prompts[:1], seeds[:1], row).embeddings[0]
-    for file in files:
-        found = _read(file)
-        if (found.embeddings[0] - again).norm() <= SAME * again.norm():
-            return found
-    return gauge.nothing
+    again = gauge.draw(sampler, plan.prompts[:1], plan.seeds[:1], row).embeddings[0]
+    same = (f for f in found if (f.embeddings[0] - again).norm() <= SAME * again.norm())
+    return next(same, gauge.nothing)
 
 
 def _read(file: Path) -> Measured:

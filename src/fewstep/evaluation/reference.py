@@ -48,7 +48,7 @@ class Reference:
     """The real emoji. `gallery` [N, K] are the embeddings of the plain ones, `names` and `labels` [N] theirs.
 
     Pictures of one name, and names of one picture (the flags of France and of Clipperton), share a label. `colours` [M, T, 125] are the
-    histograms of the `toned` names in every one of `tones`, the first of which is none. `held_out` are captions never trained on.
+    histograms of the `toned` names in every one of `tones`, the first of which is none. `held_out` are captions of these never trained on.
     """
 
     mean: Tensor
@@ -72,7 +72,7 @@ class Reference:
 
     def label_of(self, names: Iterable[str]) -> Tensor:
         """The labels of these names, [B]."""
-        first = {name: label for name, label in zip(reversed(self.names), reversed(self.labels.tolist()), strict=True)}
+        first = dict(zip(reversed(self.names), reversed(self.labels.tolist()), strict=True))
         return torch.tensor([first[name] for name in names])
 
 
@@ -98,20 +98,21 @@ def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = F
         if e.tone or e.caption == e.name:
             variants[e.name].setdefault(e.tone, i)
     tones = sorted({e.tone for e in emoji})
-    toned = [name for name, rows in variants.items() if set(rows) == set(tones)]
+    rows = {name: [of[tone] for tone in tones] for name, of in variants.items() if set(of) == set(tones)}
+    # A snowboarder shows no skin: its pictures are the same in all tones.
+    toned = [name for name, r in rows.items() if len({images[i].numpy().tobytes() for i in r}) == len(tones)]
     names = [emoji[i].name for i in plain]
     roots = features(feature_network(), images[plain].float() / 255).sqrt()
     pca = principal_components(roots, components)
     mean = pca.mean.float()
     basis = (pca.basis * (VARIANCE / pca.variance.sum()).sqrt()).half()
-    rows = [[variants[name][tone] for tone in tones] for name in toned]
-    histograms = [colour_histogram(images[r].float() / 255) for r in rows]
+    histograms = [colour_histogram(images[rows[name]].float() / 255) for name in toned]
     tensors = {
         "mean": mean,
         "basis": basis,
         "gallery": ((roots - mean) @ basis.float()).half(),
         "labels": torch.tensor(_labels(names, [images[i].numpy().tobytes() for i in plain]), dtype=torch.int32),
-        "colours": torch.stack(histograms).half() if rows else torch.empty(0, len(tones), 125).half(),
+        "colours": torch.stack(histograms).half() if toned else torch.empty(0, len(tones), 125).half(),
     }
     texts = {
         "format": FORMAT,
@@ -120,7 +121,7 @@ def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = F
         "names": names,
         "tones": tones,
         "toned": toned,
-        "held_out": list(dict.fromkeys(e.caption for e in emoji if e.held_out)),
+        "held_out": list(dict.fromkeys(e.caption for e in emoji if e.held_out and e.name in toned)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{TENSORS}.tmp"
@@ -150,7 +151,7 @@ def load_reference(folder: Path = FOLDER) -> Reference:
             sha256=_sha256(folder / TENSORS, folder / TEXTS),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"reference {folder}: cannot be used ({error}); install fewstep again, or write it anew with build_reference") from error
+        raise ValueError(f"reference {folder}: cannot be used ({error}); install fewstep again, or call build_reference") from error
 
 
 def _labels(names: Sequence[str], pictures: Sequence[bytes]) -> list[int]:

@@ -27,7 +27,7 @@ def look(pictures: Tensor) -> Look:
     return Look(
         brightness=float(x.mean()),
         saturation=float((x.amax(1) - x.amin(1)).mean()),
-        contrast=float(x.flatten(1).std(1).mean()),
+        contrast=float(x.mean(1).flatten(1).std(1).mean()),
         variety=float(variety),
     )
 

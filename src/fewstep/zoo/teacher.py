@@ -82,6 +82,7 @@ def train_codec(config: TeacherConfig, data: Data, run: Path) -> Generator[FitSt
 
     L1 alone gives up rare colours (greens came out brown): the mean square over 8x8 blocks does not let it.
     """
+    torch.manual_seed(config.seed)
     vae = miniature.autoencoder(config.codec.channels, config.codec.latent, data.images.shape[-1])
     average = copy.deepcopy(vae)
     train = torch.tensor([i for i, e in enumerate(data.emoji) if not e.held_out])
@@ -100,7 +101,6 @@ def train_codec(config: TeacherConfig, data: Data, run: Path) -> Generator[FitSt
         colour = F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
         return F.l1_loss(y, x) + edges + 4 * colour + config.codec.kl * kl
 
-    torch.manual_seed(config.seed)
     yield from fit(vae, average, loss_at, config.codec.fit, run / "codec")
     with torch.no_grad():
         z = torch.cat([average.encode(x).latent_dist.mean for x in data.images.split(64)])
@@ -122,7 +122,10 @@ class TextToNoise(nn.Module):
 def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
     """Fit text encoder and U-Net to `v` at uniform times on cached latents; names are drawn evenly, then a skin tone."""
     vae = miniature.load_autoencoder(run / "vae").eval()
-    tokenizer = miniature.word_tokenizer([e.caption for e in data.emoji], config.text.vocabulary, config.text.length)
+    if not (run / "tokenizer").exists():
+        words = [e.caption for e in data.emoji]
+        miniature.word_tokenizer(words, config.text.vocabulary, config.text.length).save_pretrained(run / "tokenizer")
+    tokenizer = miniature.load_tokenizer(run / "tokenizer")
     torch.manual_seed(config.seed)
     text = miniature.text_encoder(tokenizer, config.text.width, config.text.layers, config.text.heads)
     with torch.no_grad():

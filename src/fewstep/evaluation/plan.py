@@ -1,0 +1,81 @@
+"""What a protocol draws: prompts and seeds, the same for every row and for everyone."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .reference import Reference, caption
+
+
+@dataclass(frozen=True)
+class EmojiProtocol:
+    """How many pictures are drawn for what, and which reference they meet.
+
+    `names`: plain prompts with one picture each, for distance and retrieval. `repeated`: how many of these get `seeds` pictures, for
+    diversity. `toned`: prompts "name, skin tone" of the training set; `held_out`: such prompts that were kept out of it.
+    `reference`: the hash of the real emoji's features. `components`: how many of theirs enter the Frechet distance.
+    """
+
+    name: str
+    names: int
+    repeated: int
+    seeds: int
+    toned: int
+    held_out: int
+    reference: str
+    components: int = 48
+    batch: int = 16
+
+    def total(self, rows: int) -> int:
+        """Pictures drawn for that many rows."""
+        return rows * (self.names + self.repeated * (self.seeds - 1) + self.toned + self.held_out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All prompts and seeds of a row, and where its parts are: plain names, their repetitions prompt by prompt, toned, held out."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    plain: slice
+    again: slice
+    toned: slice
+    held_out: slice
+
+
+def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
+    """Prompts are ordered by their hash, so that each part of a small protocol is the beginning of that part of a large one.
+
+    A picture's seed is a hash of its prompt and of the number of the repetition. Raises ValueError for counts that cannot be had.
+    """
+    if protocol.seeds < 2:
+        raise ValueError(f"protocol.seeds: got {protocol.seeds}; diversity takes at least 2 pictures of a prompt")
+    names = _choose("names", reference.names, protocol.names)
+    repeated = _choose("repeated", names, protocol.repeated)
+    trained = {caption(n, t) for n in reference.toned for t in reference.tones if t} - set(reference.held_out)
+    parts = (
+        [(name, 0) for name in names],
+        [(name, k) for name in repeated for k in range(1, protocol.seeds)],
+        [(prompt, 0) for prompt in _choose("toned", trained, protocol.toned)],
+        [(prompt, 0) for prompt in _choose("held_out", reference.held_out, protocol.held_out)],
+    )
+    pictures = [picture for part in parts for picture in part]
+    ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
+    return Plan(
+        tuple(prompt for prompt, _ in pictures),
+        tuple(int(digest(f"{prompt}/{k}")[:8], 16) >> 1 for prompt, k in pictures),
+        *(slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)),
+    )
+
+
+def _choose(option: str, prompts: Iterable[str], count: int) -> list[str]:
+    there = sorted(set(prompts), key=digest)
+    if not 1 <= count <= len(there):
+        raise ValueError(f"protocol.{option}: got {count}; choose 1..{len(there)}")
+    return there[:count]
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a text, or of a value's JSON."""
+    return hashlib.sha256((value if isinstance(value, str) else json.dumps(value)).encode()).hexdigest()

@@ -1,0 +1,30 @@
+"""The drift monitor flags what goes wrong in practice, and stays silent on what does not."""
+
+import pytest
+import torch
+
+from fewstep.training.monitor import drift, look
+
+
+def pictures(seed: int = 0) -> torch.Tensor:
+    return torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(seed)).expand(8, 3, 16, 16).clone() * torch.linspace(0.3, 1, 16)
+
+
+def test_a_healthy_student_raises_nothing() -> None:
+    healthy = (pictures() + 0.03 * torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    assert drift(look(healthy), look(pictures())) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("brightness", lambda x: x * 0.4),
+        ("saturation", lambda x: x.mean(1, keepdim=True).expand_as(x)),
+        ("contrast", lambda x: x.mean((2, 3), keepdim=True).expand_as(x)),
+        ("variety", lambda x: x[:1].expand_as(x)),
+    ],
+)
+def test_each_way_of_going_wrong_is_named_with_a_cure(name: str, broken: object) -> None:
+    assert callable(broken)
+    found = drift(look(broken(pictures())), look(pictures()))
+    assert any(line.startswith(f"DRIFT {name} is ") and ";" in line for line in found)

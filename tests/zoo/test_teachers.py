@@ -1,0 +1,145 @@
+"""The bundled teachers' own training, on data of a few pictures: data, checksum, stages, resuming, the folder that results."""
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import fewstep
+from fewstep.training.fit import FitConfig
+from fewstep.zoo import emoji_data
+from fewstep.zoo.pixel_teacher import CLASSES, PixelTeacherConfig, load_idx, train_pixel_teacher
+from fewstep.zoo.teacher import TeacherConfig, train_teacher
+
+
+def png(colour: tuple[int, int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGBA", (64, 64), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Three emoji, one of them in five skin tones and one couple in two tones, laid out as the npm package is."""
+    tones = {code: {"image": f"hand-{code}.png", "has_img_google": True} for code in emoji_data.TONES}
+    couple = {"1F3FB-1F3FF": {"image": "couple-x.png", "has_img_google": True}}
+    entries = [
+        {"name": "RED CIRCLE", "image": "red.png", "has_img_google": True},
+        {"name": "WAVING  HAND", "image": "hand.png", "has_img_google": True, "skin_variations": tones},
+        {"name": "COUPLE", "image": "couple.png", "has_img_google": True, "skin_variations": couple},
+        {"name": "OTHER FONT ONLY", "image": "none.png", "has_img_google": False},
+    ]
+    files = {"package/emoji.json": json.dumps(entries).encode()}
+    names = ["red.png", "hand.png", "couple.png", "couple-x.png", *(v["image"] for v in tones.values())]
+    files |= {f"package/img/google/64/{n}": png((20 * i, 100, 50, 255 if i else 0)) for i, n in enumerate(names)}
+    path = tmp_path / "tiny-emoji-1.0.0.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_captions_and_pictures(archive: Path) -> None:
+    emoji, images = emoji_data.load(archive, 0.0)
+    captions = [e.caption for e in emoji]
+    assert captions[:2] == ["red circle", "waving hand"]
+    assert "waving hand, medium-dark skin tone" in captions
+    assert captions[-1] == "couple, light skin tone and dark skin tone"
+    assert emoji[-1].tone == ""  # two tones are no single one
+    assert images.shape == (9, 3, 64, 64)
+    assert (images[0] == 255).all()  # a transparent picture is white
+    assert images[1][:, 0, 0].tolist() == [20, 100, 50]
+
+
+def test_held_out_is_a_matter_of_the_caption_alone(archive: Path) -> None:
+    first, second = emoji_data.load(archive, 0.5)[0], emoji_data.load(archive, 0.5)[0]
+    held = {e.caption for e in first if e.held_out}
+    assert held == {e.caption for e in second if e.held_out}
+    assert held
+    assert all(e.tone for e in first if e.held_out)
+    assert not any(e.held_out for e in emoji_data.load(archive, 0.0)[0])
+
+
+def test_a_wrong_checksum_is_an_error(archive: Path) -> None:
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert emoji_data.fetch("tiny-emoji", "1.0.0", digest, archive.parent) == archive
+    with pytest.raises(ValueError, match=r"data.sha256: .*expected 0000"):
+        emoji_data.fetch("tiny-emoji", "1.0.0", "0000", archive.parent)
+
+
+def config(archive: Path, steps: int = 4) -> TeacherConfig:
+    fit = {"steps": steps, "batch": 4, "lr": 1e-3, "warmup": 1, "decay": 1, "checkpoint_every": 2}
+    return TeacherConfig.model_validate(
+        {
+            "kind": "teacher",
+            "seed": 0,
+            "data": {
+                "package": "tiny-emoji",
+                "version": "1.0.0",
+                "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
+                "folder": str(archive.parent),
+                "hold_out": 0.3,
+            },
+            "codec": {"channels": [8, 8, 8, 8], "latent": 4, "kl": 1e-4, "fit": fit},
+            "text": {"width": 32, "layers": 1, "heads": 4, "vocabulary": 600, "length": 16},
+            "denoiser": {"channels": [16, 16], "attention": [False, True], "drop_caption": 0.1, "fit": fit},
+        }
+    )
+
+
+def test_the_emoji_teacher_trains_resumes_and_is_a_pipeline(archive: Path, tmp_path: Path) -> None:
+    straight = list(train_teacher(config(archive), tmp_path / "straight"))
+    assert [(stage, s.step) for stage, s in straight] == [(stage, i) for stage in ("codec", "denoiser") for i in (1, 2, 3, 4)]
+    stopped = train_teacher(config(archive), tmp_path / "stopped")
+    for stage, step in stopped:
+        if (stage, step.step) == ("denoiser", 3):
+            stopped.close()
+    resumed = list(train_teacher(config(archive), tmp_path / "stopped"))
+    assert [(stage, s.step, s.loss) for stage, s in resumed] == [("denoiser", 4, straight[-1][1].loss)]
+    weights = [load_file(next((tmp_path / run / "teacher" / "unet").glob("*.safetensors"))) for run in ("straight", "stopped")]
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+    teacher = fewstep.load_teacher(tmp_path / "straight" / "teacher")
+    assert teacher.shape == (4, 8, 8)
+    assert fewstep.sample(teacher, ["red circle"], steps=2, guidance=2.0).shape == (1, 3, 64, 64)
+    prompts = (tmp_path / "straight" / "teacher" / "prompts.txt").read_text().splitlines()
+    held = {e.caption for e in emoji_data.load(archive, 0.3)[0] if e.held_out}
+    assert held
+    assert not held & set(prompts)
+
+
+def write_idx(path: Path, data: torch.Tensor) -> None:
+    head = bytes([0, 0, 8, data.ndim]) + b"".join(n.to_bytes(4, "big") for n in data.shape)
+    path.write_bytes(gzip.compress(head + data.to(torch.uint8).numpy().tobytes()))
+
+
+def test_the_pixel_teacher_trains_by_class(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (40, 28, 28))
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", torch.arange(40) % 10)
+    assert torch.equal(load_idx(tmp_path / "train-images-idx3-ubyte.gz").long(), images)
+    settings = PixelTeacherConfig(
+        kind="pixel-teacher",
+        seed=0,
+        folder=str(tmp_path),
+        channels=[8, 8],
+        attention=[False, False],
+        drop_label=0.1,
+        fit=FitConfig(steps=2, batch=4, lr=1e-3, warmup=1, decay=1),
+    )
+    assert len(list(train_pixel_teacher(settings, tmp_path / "run"))) == 2
+    teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
+    assert fewstep.sample(teacher, ["bag", "coat"], steps=2, guidance=3.0).shape == (2, 3, 28, 28)
+    with pytest.raises(ValueError, match=r"knows no 'hat'; its classes are t-shirt"):
+        teacher.encode(["hat"])
+    assert teacher.encode(["", CLASSES[0]])["label"].tolist() == [10, 0]
+    with pytest.raises(ValueError, match="install Debian's dataset-fashion-mnist"):
+        load_idx(tmp_path / "absent.gz")
