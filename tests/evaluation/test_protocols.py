@@ -103,6 +103,12 @@ def test_pictures_of_other_prompts_are_near_the_real_ones_and_found_out(result: 
     assert wrong["held_out_top1"] == 1.0  # the name is right, the tone is not
 
 
+def test_held_out_tones_are_counted_apart(world: World) -> None:
+    held_out = {b.caption: f"{b.name}, light skin tone" for b in world.blobs if b.held_out}
+    row = run(world, [student(world.draw(0.02, lambda prompt: held_out.get(prompt, prompt)))])["rows"][0]
+    assert (row["tone"], row["held_out_tone"]) == (1.0, 0.0)
+
+
 def test_a_generator_without_diversity_is_flagged(result: dict[str, Any]) -> None:
     collapsed = result["rows"][6]
     assert collapsed["diversity"] == pytest.approx(0, abs=1e-6)
@@ -204,6 +210,24 @@ def test_a_shipped_row_is_used_and_not_written(world: World, tmp_path: Path) -> 
     assert calls == [1]
     assert not cache.exists()
     assert {f.name: f.stat().st_mtime_ns for f in shipped.iterdir()} == before
+
+
+def test_the_longest_kept_row_is_used(world: World, tmp_path: Path) -> None:
+    shipped, cache, calls = tmp_path / "shipped", tmp_path / "cache", list[int]()
+    with pytest.raises(Stopped):
+        run(world, [student(counting(world.draw(0.02), [], stop_after=2))], cache)
+    expected = run(world, [student(world.draw(0.02))], shipped)
+    assert run(world, [student(counting(world.draw(0.02), calls))], cache, shipped=shipped) == expected
+    assert calls == [1]
+
+
+def test_rows_of_one_name_and_other_costs_are_kept_apart(world: World, tmp_path: Path) -> None:
+    calls: list[int] = []
+    rows = [Row("student", 4, 1.0, nfe, counting(world.draw(noise), calls)) for nfe, noise in ((4, 0.02), (7, 0.1))]
+    run(world, rows, tmp_path)
+    calls.clear()
+    run(world, rows, tmp_path)
+    assert calls == [1, 1]
 
 
 def test_another_protocol_does_not_take_kept_rows(world: World, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .reference import Reference
 from .speed import timed
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
-SAME = 0.02  # how far a picture that is drawn again may be from itself, as a share of its embedding's length
+SAME = 0.002  # how far a picture that is drawn again may be from itself, as a share of its embedding's length; in float32 it is 2e-6
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Distil a network of one's own: a small MLP that draws points on a ring, from 64 steps to 2.
+
+    python examples/own_network.py
+
+Nothing here is special to fewstep but the last function: any `torch.nn.Module` called as `module(x, t)` will do. About a minute
+on one CPU core. Expected: energy distance to the data (two draws of the data: 0.0008) teacher 2 steps 0.20, student 2 steps 0.0011.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import fewstep
+from fewstep.backbones.toy import Mixture
+from fewstep.core.schedule import Flow, diffuse, expand
+
+DATA, PROCESS, POINTS = Mixture.ring(), Flow(), 2000
+
+
+class RingNet(nn.Module):
+    """Predicts the clean point from x = (1 - t) x0 + t eps. The preconditioning is EDM's, written for these coordinates."""
+
+    def __init__(self, width: int = 128, spread: float = 0.5) -> None:
+        super().__init__()
+        self.spread = spread
+        self.layers = nn.Sequential(
+            *(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t[:, None]
+        size = (t**2 + (1 - t) ** 2 * self.spread**2).sqrt()
+        c = torch.log(t / (1.02 - t)) / 4
+        raw = self.layers(torch.cat([x / size, c, c.sin(), c.cos(), torch.ones_like(c)], 1))
+        return (1 - t) * self.spread**2 / size**2 * x + t * self.spread / size * raw
+
+
+def train_teacher(steps: int, batch: int = 512, lr: float = 5e-3) -> RingNet:
+    """An ordinary denoiser. The best answer is known for this data, so it is learned directly."""
+    torch.manual_seed(0)
+    net, rng = RingNet(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
+    for i in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 100) * (1 - i / steps)
+        t = torch.sigmoid(torch.randn(batch, generator=rng, dtype=torch.float64) - 1.4)
+        x = diffuse(PROCESS, DATA.draw(batch, rng), t, torch.randn((batch, 2), generator=rng, dtype=torch.float64))
+        weight = expand((t**2 + (1 - t) ** 2 / 4) / (t / 2) ** 2, x)  # one over the network's own scale, squared
+        loss = (weight * (net(x.float(), t.float()) - DATA.denoise(PROCESS, x, t).x0) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """`2 E|a - b| - E|a - a'| - E|b - b'|`: zero for equal laws; two draws of one law are a little above it."""
+    a, b = a.double(), b.double()
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+def mean_distance(points: list[Tensor]) -> float:
+    """Mean energy distance of these draws to as many draws of the data."""
+    fresh = [DATA.draw(POINTS, torch.Generator().manual_seed(100 + i)) for i in range(len(points))]
+    return sum(energy_distance(a, b) for a, b in zip(points, fresh, strict=True)) / len(points)
+
+
+def main(teacher_steps: int = 2000, iterations: int = 1500, draws: int = 16) -> tuple[dict[str, float], Tensor]:
+    """Train, distil, compare; returns the distances and points of the student."""
+    teacher = fewstep.Denoiser(train_teacher(teacher_steps), PROCESS, shape=(2,), prediction="x0", name="ring")
+    prompts, seeds = [""] * POINTS, [range(i * POINTS, (i + 1) * POINTS) for i in range(draws)]
+
+    method = fewstep.TDM(steps=2, guidance=1.0, loss="l2", fake_updates=3, warmup=50, snr_clip=50.0)
+    for step in fewstep.distill(teacher, method, iterations=iterations, batch=256, lr=5e-4, fake_lr=2e-3, ema=0.995, share=False):
+        if step.iteration % 250 == 0:
+            print(f"iteration {step.iteration}: {mean_distance([fewstep.sample(step, prompts)]):.4f}")
+
+    student = [fewstep.sample(step, prompts, s) for s in seeds]
+    distances = {
+        "data": mean_distance([DATA.draw(POINTS, torch.Generator().manual_seed(i)) for i in range(draws)]),
+        "teacher, 64 steps": mean_distance([fewstep.sample(teacher, prompts, s, steps=64) for s in seeds]),
+        "teacher, 2 steps": mean_distance([fewstep.sample(teacher, prompts, s, steps=2) for s in seeds]),
+        "student, 2 steps": mean_distance(student),
+    }
+    return distances, torch.cat(student)
+
+
+if __name__ == "__main__":
+    for name, distance in main()[0].items():
+        print(f"{name:18} {distance:.4f}")
