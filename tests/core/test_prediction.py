@@ -8,7 +8,7 @@ from fewstep.core.prediction import ROWS, Row, edm_row, row_named, split, target
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, diffuse, expand
 
 TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
-TIMES = {
+TIMES: dict[str, tuple[Schedule, Tensor]] = {
     "vp": (TABLE, torch.tensor([0.0, 19, 400, 749, 999])),
     "flow": (Flow(), torch.tensor([0.02, 0.25, 0.5, 0.75, 0.98], dtype=torch.float64)),
     "edm": (EDM(), torch.tensor([0.02, 0.5, 1, 10, 80], dtype=torch.float64)),

@@ -33,7 +33,7 @@ def trained(share: bool = True, backbone: Backbone | None = None, size: float = 
     with torch.no_grad():
         for role in TRAINED:
             for p in roles.trained[role].values():
-                p += size * torch.randn(p.shape, generator=rng)
+                p.add_(size * torch.randn(p.shape, generator=rng))
     return roles
 
 
@@ -234,7 +234,7 @@ def test_the_fake_step_in_between_leaves_the_students_gradient_exact(share: bool
                 with torch.no_grad():
                     for p, g in zip(roles.trained["fake"].values(), gradients(loss.value, roles, "fake"), strict=True):
                         assert g is not None
-                        p -= step * g
+                        p.sub_(step * g)
             else:
                 found.append(gradients(loss.value, roles, "student"))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)

@@ -89,8 +89,8 @@ def test_the_adapter_adds_alpha_over_rank_times_b_a(rank: int, alpha: float) -> 
     with torch.no_grad():
         for name in LAYERS:
             a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
-            weight = plain.get_submodule(name).weight
-            weight += alpha / rank * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+            weight = plain.get_parameter(f"{name}.weight")
+            weight.add_(alpha / rank * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape))
     torch.testing.assert_close(run(module, "student"), run(plain, None), rtol=1e-5, atol=1e-5)
 
 

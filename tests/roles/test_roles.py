@@ -26,7 +26,7 @@ def perturb(roles: Roles, role: Role, seed: int, size: float = 0.1) -> None:
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in roles.trained[role].values():
-            p += size * torch.randn(p.shape, generator=rng)
+            p.add_(size * torch.randn(p.shape, generator=rng))
 
 
 def storage_bytes(roles: Roles) -> int:
@@ -98,7 +98,7 @@ def merged_copies(shared: Roles, fresh: Backbone) -> Roles:
             for name in {k.rsplit(".lora_", 1)[0] for k in state}:
                 a, b = (state[f"{name}.lora_{ab}.weight"] for ab in "AB")
                 weight = copies.trained[role][f"{name}.weight"]
-                weight += (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+                weight.add_((b.flatten(1) @ a.flatten(1)).reshape(weight.shape))
     return copies
 
 

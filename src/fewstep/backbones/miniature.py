@@ -42,7 +42,7 @@ def learn_merges(corpus: Sequence[str], count: int) -> list[tuple[str, str]]:
         ]
     )
     found = Counter(word for text in corpus for word, _ in split.pre_tokenize_str(text.lower()))
-    words = {tuple([*word[:-1], word[-1] + "</w>"]): n for word, n in found.items()}
+    words = {(*word[:-1], word[-1] + "</w>"): n for word, n in found.items()}
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
