@@ -16,7 +16,7 @@ from ..api import load_teacher
 from ..atomic import write_json
 from ..backbones.base import Backbone, guided
 from ..backbones.generate import pictures, trajectory
-from ..backbones.load import BUNDLED, fingerprint, quiet
+from ..backbones.load import BUNDLED, bundled, fingerprint, quiet
 from ..core import timegrid
 from ..core.solvers import update_named
 from ..export.card import StudentCard
@@ -172,7 +172,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, b
         name=f"{Path(recipe.teacher).name}-{method.name}-{count}step", method=method.name, base=recipe.teacher, base_hash=base_hash,
         steps=(method.steps,), timesteps={count: method.times(schedule).tolist()}, solver={count: method.solver},
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights="lora" if recipe.roles.share else "full",
-        rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher == "emoji" else "other",
+        rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
     )  # fmt: skip
     with roles.averaged():
@@ -215,10 +215,10 @@ def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> 
 
 def print_roles(roles: Roles) -> None:
     """Trainable parameters and bytes per role, counted by storage."""
-    base = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for n in roles.networks.values() for p in n.parameters()}
-    console.print(
-        f"weights of all roles: {sum(base.values()) / 2**20:.1f} MiB in memory ({'one shared network' if roles.config.share else 'three networks'})"
-    )
+    adapters = {p.untyped_storage().data_ptr() for r in roles.trained.values() for p in r.values()} if roles.config.share else set()
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for n in roles.networks.values() for p in n.parameters()}
+    size = sum(n for pointer, n in storages.items() if pointer not in adapters)
+    console.print(f"network weights in memory: {size / 2**20:.1f} MiB ({'one shared network' if roles.config.share else 'three networks'})")
     for role, parameters in roles.trained.items():
         count = sum(p.numel() for p in parameters.values())
         size = sum(p.numel() * p.element_size() for p in parameters.values())

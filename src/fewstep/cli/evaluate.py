@@ -63,14 +63,15 @@ def print_table(result: dict[str, Any]) -> None:
         "steps",
         "guidance",
         "nfe",
-        "n",
         "fd_real",
         "fd_teacher",
         "retrieval_top1",
         "retrieval_top5",
-        "diversity",
+        "tone",
+        "held_out_tone",
+        "diversity_ratio",
         "seconds_per_image",
     ]
-    console.print("  ".join(f"{n:>10}" for n in names))
+    console.print("  ".join(f"{n[:10]:>10}" for n in names))
     for row in result["rows"]:
         console.print("  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names))

@@ -1,0 +1,50 @@
+"""Every shipped recipe says what it costs and can be run as it is; the help pages in docs/ are those of the program."""
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fewstep.cli import main
+from fewstep.cli.recipe import DistillRecipe, kind_of, read_recipe
+from fewstep.recipes_path import recipe_names, recipe_path
+from fewstep.zoo.pixel_teacher import PixelTeacherConfig
+from fewstep.zoo.teacher import TeacherConfig
+
+from ..project import ROOT
+from .test_distill import fewstep
+
+MODELS = {"distill": DistillRecipe, "teacher": TeacherConfig, "pixel-teacher": PixelTeacherConfig}
+COMMANDS = ("distill", "sample", "evaluate", "inspect", "doctor", "train-teacher")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
+    assert recipe_path(name).read_text().startswith("# ")
+    read_recipe(name, [], MODELS[kind_of(name)])
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if kind_of(n) == "distill"])
+def test_a_distillation_recipe_passes_its_dry_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fewstep(monkeypatch, "distill", name, "--dry-run") == 0
+    assert "times: [999.0, 749.0, 499.0, 249.0, -1.0]" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_pages_are_up_to_date() -> None:
+    """Write them anew with `FEWSTEP_WRITE_HELP=1 python -m pytest tests/cli/test_recipes.py`."""
+    runner, pages = CliRunner(), ["# The command line\n"]
+    for command in ("", *COMMANDS):
+        arguments = [*([command] if command else []), "--help"]
+        text = runner.invoke(main.app, arguments, prog_name="fewstep", env={"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}).stdout
+        pages.append(
+            f"## fewstep {command}".rstrip() + "\n\n```\n" + "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n```\n"
+        )
+    page, expected = ROOT / "docs" / "help.md", "\n".join(pages)
+    if os.environ.get("FEWSTEP_WRITE_HELP"):
+        page.write_text(expected)
+    assert page.read_text() == expected
