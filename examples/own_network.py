@@ -64,14 +64,14 @@ def mean_distance(points: list[Tensor]) -> float:
     return sum(energy_distance(a, b) for a, b in zip(points, fresh, strict=True)) / len(points)
 
 
-def main(teacher_steps: int = 2000, iterations: int = 800, draws: int = 16) -> tuple[dict[str, float], Tensor]:
+def main(teacher_steps: int = 2000, iterations: int = 600, draws: int = 16) -> tuple[dict[str, float], Tensor]:
     """Train, distil, compare; returns the distances and points of the student."""
     teacher = fewstep.Denoiser(train_teacher(teacher_steps), PROCESS, shape=(2,), prediction="x0", name="ring")
     prompts, seeds = [""] * POINTS, [range(i * POINTS, (i + 1) * POINTS) for i in range(draws)]
 
     method = fewstep.TDM(steps=2, guidance=1.0, shift=0.35, loss="l2", fake_updates=3, warmup=50, snr_clip=50.0)
     for step in fewstep.distill(teacher, method, iterations=iterations, batch=256, lr=3e-4, fake_lr=1e-3, ema=0.995, share=False):
-        if step.iteration % 100 == 0:
+        if step.iteration % 200 == 0:
             print(f"iteration {step.iteration}: {mean_distance([fewstep.sample(step, prompts)]):.4f}")
 
     student = [fewstep.sample(step, prompts, s) for s in seeds]

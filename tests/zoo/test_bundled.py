@@ -1,0 +1,38 @@
+"""The teacher that ships: an ordinary diffusers pipeline, small, and the same model to diffusers as to fewstep."""
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+import fewstep
+from fewstep.backbones.load import BUNDLED, bundled
+
+FOLDER = BUNDLED / "emoji"
+
+
+def test_it_ships_whole_and_small() -> None:
+    assert "emoji" in bundled()
+    files = [p for p in FOLDER.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 32e6
+    assert {"README.md", "LICENSE", "prompts.txt"} <= {p.name for p in files}
+    assert not [p for p in files if p.suffix not in (".safetensors", ".json", ".md", ".txt", "")]
+
+
+def test_plain_diffusers_draws_what_fewstep_draws() -> None:
+    """Guided DDIM in stock diffusers equals ours, picture by picture: schedule, guidance, noise and codec agree."""
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, seeds = ["red apple", "waving hand sign, dark skin tone"], [3, 4]
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    theirs = pipe(prompts, num_inference_steps=5, guidance_scale=3.0, generator=generators, output_type="pt").images
+    ours = fewstep.sample(fewstep.load_teacher("emoji"), prompts, seeds, steps=5, guidance=3.0)
+    assert (theirs - ours).abs().max() <= 1e-3
+    assert ours.std() > 0.1
+
+
+def test_its_prompts_fit_its_tokenizer() -> None:
+    teacher = fewstep.load_teacher("emoji")
+    prompts = (FOLDER / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == len(set(prompts)) > 3000
+    text = teacher.encode([prompts[0], prompts[0], ""])["text"]
+    assert torch.equal(text[0], text[1])
+    assert not torch.allclose(text[0], text[2], atol=1e-2)
