@@ -123,20 +123,28 @@ def test_average_is_its_formula_from_the_first_student_update(ema: float) -> Non
         assert all(torch.equal(v, roles.trained["student"][n]) for n, v in roles.average.items())
 
 
-def test_the_first_update_is_adamw_on_the_clipped_gradient() -> None:
-    """betas (0, 0.999): the first step moves every weight by lr against the sign of its gradient."""
+def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path) -> None:
+    """betas (0, 0.999): the first moment is the last gradient, the first step moves every weight by lr against its sign."""
     roles, data = parts()
     start = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}
-    next(distill(roles, METHOD, data, CONFIG))
-    for n, p in roles.trained["fake"].items():
-        if "lora_B" in n:
-            moved = (p.detach() - start[n]).abs()
-            torch.testing.assert_close(moved, torch.full_like(moved, CONFIG.fake_lr), rtol=1e-2, atol=0)
+    for step in distill(roles, METHOD, data, replace(CONFIG, checkpoint_every=1), tmp_path):
+        saved = tensors(tmp_path / f"checkpoint-{step.iteration:06d}")
+        for n, p in roles.trained["fake"].items():
+            assert p.grad is not None
+            assert torch.equal(saved[f"optimizer_fake/{n}.exp_avg"], p.grad)
+            if step.iteration == 1:
+                torch.testing.assert_close(saved[f"optimizer_fake/{n}.exp_avg_sq"], 0.001 * p.grad**2)
+                if "lora_B" in n:
+                    moved, felt = start[n] - p.detach(), p.grad.abs() > 1e-5  # far above Adam's epsilon
+                    torch.testing.assert_close(moved[felt], CONFIG.fake_lr * p.grad.sign()[felt], rtol=1e-2, atol=0)
 
 
 def test_gradients_are_clipped_and_logged_before_it() -> None:
-    _, steps = run(config=replace(CONFIG, clip=1e-6, iterations=3))
-    assert steps[-1].metrics["student_grad"] > 1e-6
+    roles, steps = run(config=replace(CONFIG, clip=1e-6, iterations=3))
+    for role in TRAINED:
+        norm = torch.stack([p.grad.norm() for p in roles.trained[role].values() if p.grad is not None]).norm().item()
+        assert 0 < norm <= 1.01e-6
+        assert steps[-1].metrics[f"{role}_grad"] > 1e-6
 
 
 def test_a_step_shows_its_networks_and_its_time() -> None:

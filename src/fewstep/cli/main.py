@@ -1,5 +1,6 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` is immediate."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -101,6 +102,7 @@ def train_teacher(
 
 def run() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notice about torchvision, at import, is of no use to anyone here
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app(standalone_mode=True)
