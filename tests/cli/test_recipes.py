@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from fewstep.cli import main
@@ -15,7 +16,7 @@ from fewstep.zoo.teacher import TeacherConfig
 from ..project import ROOT
 from .test_distill import fewstep
 
-MODELS = {"distill": DistillRecipe, "teacher": TeacherConfig, "pixel-teacher": PixelTeacherConfig}
+MODELS: dict[str, type[BaseModel]] = {"distill": DistillRecipe, "teacher": TeacherConfig, "pixel-teacher": PixelTeacherConfig}
 COMMANDS = ("distill", "sample", "evaluate", "inspect", "doctor", "train-teacher")
 
 

@@ -1,5 +1,6 @@
 """A student as files that diffusers loads, and the pipeline that is right without a word from its user."""
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class FewStepPipeline(StableDiffusionPipeline):
 
 def few_step_pipeline(base: DiffusionPipeline, student: Path, serving: Serving, full: bool, adapter: str = "fewstep") -> FewStepPipeline:
     """`base` with the student in `student/` on it: LoRA at strength 1.0 or whole network, its scheduler, its steps."""
-    pipe = FewStepPipeline(**base.components, requires_safety_checker=False)
+    # Modules of its own around the same weights: the LoRA goes on this pipeline, and whoever holds `base` keeps the teacher.
+    weights: dict[int, Any] = {id(t): t for t in (*base.unet.parameters(), *base.unet.buffers())}
+    pipe = FewStepPipeline(**{**base.components, "unet": copy.deepcopy(base.unet, weights)}, requires_safety_checker=False)
     pipe.serving = serving
     pipe.set_progress_bar_config(disable=True)
     index = (student / "scheduler" / "scheduler_config.json").read_text()
@@ -79,6 +82,7 @@ def few_step_pipeline(base: DiffusionPipeline, student: Path, serving: Serving, 
         pipe.unet = type(pipe.unet).from_pretrained(student / "unet").to(pipe.unet.device, pipe.unet.dtype)
     else:
         pipe.load_lora_weights(str(student), adapter_name=adapter)
+        pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
     return pipe
 
 
