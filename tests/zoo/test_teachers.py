@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -110,6 +111,8 @@ def test_the_emoji_teacher_trains_resumes_and_is_a_pipeline(archive: Path, tmp_p
     teacher = fewstep.load_teacher(tmp_path / "straight" / "teacher")
     assert teacher.shape == (4, 8, 8)
     assert fewstep.sample(teacher, ["red circle"], steps=2, guidance=2.0).shape == (1, 3, 64, 64)
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / "straight" / "teacher")
+    assert plain.text_encoder.dtype == plain.unet.dtype == torch.float32
     prompts = (tmp_path / "straight" / "teacher" / "prompts.txt").read_text().splitlines()
     held = {e.caption for e in emoji_data.load(archive, 0.3)[0] if e.held_out}
     assert held

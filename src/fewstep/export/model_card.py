@@ -1,5 +1,6 @@
 """The README.md of a student: how to call it, what it was made from, what it cost. Its snippet is run by a test."""
 
+from ..backbones.load import bundled
 from .card import StudentCard
 
 
@@ -20,6 +21,13 @@ def model_card(card: StudentCard, folder: str) -> str:
     )
     scheduler = (
         "DDIMScheduler" if card.solver[str(steps)] == "ddim" and all(1000 % k == 0 for k in card.steps) else "DPMSolverMultistepScheduler"
+    )
+    ships = card.base in bundled()
+    imports = f"import torch\nfrom diffusers import {scheduler}" + ("\n\nimport fewstep" if ships else ", StableDiffusionPipeline")
+    base = (
+        f'fewstep.load_teacher("{card.base}").pipe  # this base ships with fewstep'
+        if ships
+        else f'StableDiffusionPipeline.from_pretrained("{card.base}")'
     )
     return f"""---
 license: {card.licence}
@@ -43,10 +51,9 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 | cost | {card.iterations} iterations, {card.train_seconds / 60:.1f} minutes on {card.hardware} |
 
 ```python
-import torch
-from diffusers import {scheduler}, StableDiffusionPipeline
+{imports}
 
-pipe = StableDiffusionPipeline.from_pretrained("{card.base}")
+pipe = {base}
 {load}
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images[0]

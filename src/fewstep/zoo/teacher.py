@@ -1,6 +1,7 @@
 """How the bundled text-to-image teacher was trained: codec first, then text encoder and U-Net on cached latents."""
 
 import copy
+import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,9 @@ def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: obj
     """Write the averaged weights as a half-precision `StableDiffusionPipeline` folder, `run/teacher`."""
     pipe = miniature.pipeline(vae, average.text, tokenizer, average.unet).to(dtype=torch.float16)
     pipe.save_pretrained(run / "teacher")
+    # Half-precision files, read in single precision: otherwise transformers takes the text encoder as it lies, unlike the U-Net.
+    config = run / "teacher" / "text_encoder" / "config.json"
+    write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
     return run / "teacher"
 
 
