@@ -61,8 +61,10 @@ class StableDiffusion:
 
 def load_sd(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """A `StableDiffusionPipeline` from a folder or a hub id. Raises ValueError with one line when it is neither."""
-    pipe = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None, requires_safety_checker=False).to(dtype=dtype)
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
+        if part.dtype != dtype:
+            part.to(dtype=dtype)
     return StableDiffusion(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))

@@ -1,5 +1,6 @@
 """Pixel-space models: diffusers' `UNet2DModel`, unconditional or with classes, as `DDPMPipeline` folders."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,9 +64,11 @@ class PixelModel:
 
 def load_pixel_model(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> PixelModel:
     """A `DDPMPipeline` folder, with `labels.json` beside it where the model has classes."""
-    pipe = DDPMPipeline.from_pretrained(str(folder)).to(dtype=dtype)
+    pipe = DDPMPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.requires_grad_(False).eval()
+    if pipe.unet.dtype != dtype:
+        pipe.unet.to(dtype=dtype)
     names = Path(folder) / LABELS
     labels = tuple(json.loads(names.read_text())) if names.is_file() else ()
     return PixelModel(pipe, labels, name, VP(pipe.scheduler.alphas_cumprod.double()))
@@ -85,5 +88,5 @@ def pixel_unet(
 
 def save_pixel_model(folder: Path, net: UNet2DModel, scheduler: DDIMScheduler, labels: Sequence[str]) -> None:
     """The model as an ordinary pipeline folder in half precision, class names beside."""
-    DDPMPipeline(unet=net.eval().half(), scheduler=scheduler).save_pretrained(folder)
+    DDPMPipeline(unet=copy.deepcopy(net).eval().half(), scheduler=scheduler).save_pretrained(folder)
     (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")
