@@ -29,9 +29,3 @@ def test_time_is_per_picture(drawing: Callable[[Iterator[float]], Callable[[], T
     pictures, seconds = speed.timed(drawing(iter([2.0])))
     assert pictures.shape == (4, 3, 2, 2)
     assert seconds == 0.5
-
-
-def test_the_best_counts_and_the_first_does_not(drawing: Callable[[Iterator[float]], Callable[[], Tensor]]) -> None:
-    seconds = iter([1.0, 4.0, 2.0, 8.0])
-    assert speed.seconds_per_image(drawing(seconds), repeats=3) == 0.5
-    assert next(seconds, None) is None

@@ -52,12 +52,6 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     return float(_mean_of_pairs(kernel(x, x)) + _mean_of_pairs(kernel(y, y)) - 2 * kernel(x, y).mean())
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """`2 E|x - y| - E|x - x'| - E|y - y'|` (Szekely & Rizzo, 2013), unbiased. x [N, D], y [M, D]."""
-    x, y = x.double(), y.double()
-    return float(2 * torch.cdist(x, y).mean() - _mean_of_pairs(torch.cdist(x, x)) - _mean_of_pairs(torch.cdist(y, y)))
-
-
 def _mean_of_pairs(table: Tensor) -> Tensor:
     """Mean over i != j."""
     n = len(table)

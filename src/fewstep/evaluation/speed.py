@@ -11,9 +11,3 @@ def timed(draw: Callable[[], Tensor]) -> tuple[Tensor, float]:
     began = time.perf_counter()
     pictures = draw().cpu()
     return pictures, (time.perf_counter() - began) / len(pictures)
-
-
-def seconds_per_image(draw: Callable[[], Tensor], repeats: int = 5) -> float:
-    """The best of `repeats` after one call that is not counted: what else the machine does can only add to it."""
-    draw()
-    return min(timed(draw)[1] for _ in range(repeats))
