@@ -54,7 +54,7 @@ def test_average_and_steps_are_their_formulas(tmp_path: Path) -> None:
     net, average, loss_at = parts()
     hand, _, loss_hand = parts()
     expected = {n: p.detach().clone() for n, p in hand.named_parameters()}
-    optimizer = torch.optim.AdamW(hand.parameters(), betas=(0.9, 0.99), weight_decay=CONFIG.weight_decay)
+    optimizer = torch.optim.AdamW(hand.parameters(), betas=(0.9, 0.99), weight_decay=CONFIG.weight_decay, fused=True)
     rates = []
     for step in fit(net, average, loss_at, CONFIG, tmp_path):
         i = step.step - 1

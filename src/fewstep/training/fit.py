@@ -5,16 +5,21 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .muon import Muon, is_matrix
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Warm-up, constant, then linear decay to zero over the last `decay` steps; EMA of the weights."""
+    """Warm-up, constant, then linear decay to zero over the last `decay` steps; EMA of the weights.
+
+    `optimizer: muon` trains the weight matrices with Muon and the rest with AdamW, at the same rate.
+    """
 
     steps: int
     batch: int
@@ -26,6 +31,7 @@ class FitConfig:
     clip: float = 1.0
     checkpoint_every: int = 500
     bf16: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def lr_at(self, step: int) -> float:
         rise = min(1.0, (step + 1) / max(1, self.warmup))
@@ -48,28 +54,30 @@ def fit(
     `loss_at` must depend on nothing but the step and the weights (see `state.seeded`), so that a resumed run is the
     straight run bit for bit. Raises FloatingPointError at the first non-finite loss; the last checkpoint stays.
     """
-    names = [n for n, _ in module.named_parameters()]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    optimizers = _optimizers(module, config)
     start = 0
     if (found := latest_checkpoint(run)) is not None:
         groups, state = found
         module.load_state_dict(groups["module"])
         ema.load_state_dict(groups["ema"])
-        load_optimizer_tensors(optimizer, names, groups["optimizer"])
+        for optimizer, names in optimizers:
+            load_optimizer_tensors(optimizer, names, groups["optimizer"])
         start = state["step"]
     began = time.monotonic()
     for step in range(start, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(step)
+        for optimizer, _ in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step)
         loss = loss_at(step)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
                 f"loss is {value} at step {step}; lower train.lr or set train.bf16=false, then run the same command again"
             )
-        optimizer.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), config.clip)
-        optimizer.step()
+        for optimizer, _ in optimizers:
+            optimizer.step()
         # The early average forgets faster, so that it is never a memory of the initialisation.
         rate = min(config.ema, (step + 1) / (step + 10))
         with torch.no_grad():
@@ -77,8 +85,8 @@ def fit(
         done = step + 1
 
         def save(done: int = done, value: float = value) -> None:
-            groups = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
-            save_checkpoint(run, done, groups, {"loss": value})
+            moments = {k: v for optimizer, names in optimizers for k, v in optimizer_tensors(optimizer, names).items()}
+            save_checkpoint(run, done, {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": moments}, {"loss": value})
 
         saved = done % config.checkpoint_every == 0 or done == config.steps
         if saved:
@@ -89,3 +97,16 @@ def fit(
             if not saved:
                 save()
             raise
+
+
+def _optimizers(module: nn.Module, config: FitConfig) -> list[tuple[torch.optim.Optimizer, list[str]]]:
+    """Each optimiser with the names of its parameters; together they hold every parameter once."""
+    named = dict(module.named_parameters())
+    muon = [n for n, p in named.items() if config.optimizer == "muon" and is_matrix(module, n, p)]
+    rest = [n for n in named if n not in set(muon)]
+    decay = config.weight_decay
+    adamw = torch.optim.AdamW([named[n] for n in rest], lr=config.lr, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    optimizers: list[tuple[torch.optim.Optimizer, list[str]]] = [(adamw, rest)]
+    if muon:
+        optimizers.append((Muon([named[n] for n in muon], lr=config.lr, weight_decay=decay), muon))
+    return optimizers
