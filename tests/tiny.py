@@ -50,7 +50,7 @@ def denoiser(seed: int = 0, schedule: Schedule = TABLE, prediction: str = "v", c
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = Net()
-    return Denoiser(net, schedule, (2, 4, 4), prediction, Labels() if conditional else None)
+    return Denoiser(net, schedule, (2, 4, 4), prediction, Labels() if conditional else None, time_layer="time")
 
 
 def flow_denoiser(seed: int = 0) -> Denoiser:

@@ -9,23 +9,27 @@ import torch
 from torch import Tensor
 
 from .backbones.base import Backbone, Denoiser, guided
-from .backbones.files import FewStepPipeline, Serving, few_step_pipeline, load_lora, load_network
+from .backbones.files import FewStepPipeline, Serving, few_step_pipeline, load_lora, load_network, load_vectors
 from .backbones.generate import trajectory
 from .backbones.load import fingerprint, load_teacher, pipeline_of
 from .core import timegrid
-from .core.solvers import State, update_named
+from .core.solvers import State
 from .export.card import StudentCard, read_card
-from .methods.matching import Matching
+from .methods.matching import Matching, preset
 from .roles.roles import RolesConfig, make_roles
-from .roles.student import Student, with_lora
+from .roles.step_condition import attach, nearest, unfold
+from .roles.student import Student, with_lora, with_vectors, without_fold
 from .training.loop import Step, TrainConfig
 from .training.loop import distill as train
 from .training.prompts import embed
 
 
-def TDM(steps: int = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
-    """Trajectory Distribution Matching with the defaults of `Matching`; `settings` are its other fields."""
-    return Matching(steps=steps, guidance=guidance, **settings)
+def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
+    """Trajectory Distribution Matching with the defaults of `Matching`; `settings` are its other fields.
+
+    Several `steps` make one student for all of them (TDM-unify).
+    """
+    return preset("tdm" if isinstance(steps, int) else "tdm-unify", steps=steps, guidance=guidance, **settings)
 
 
 def distill(
@@ -48,7 +52,7 @@ def distill(
 
     With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
     """
-    roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed)
+    roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned)
     config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
     folder = None if out is None else Path(out)
     data = embed(teacher, list(prompts), None if folder is None else folder / "embeddings", fingerprint(teacher.module))
@@ -71,10 +75,16 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None) 
     folder = Path(folder)
     card = read_card(folder)
     backbone = load_teacher(card.base if base is None else base) if base is None or isinstance(base, str | Path) else base
+    vectors = load_vectors(folder) if card.time_layer else {}
     if card.weights == "full":
-        return LoadedStudent(Student(backbone, load_network(folder, backbone.module), (), "student"), card)
-    assert card.rank is not None and card.alpha is not None
-    return LoadedStudent(with_lora(backbone, load_lora(folder), card.rank, card.alpha), card)
+        student = Student(backbone, load_network(folder, backbone.module), (), "student")
+        if vectors:
+            unfold(student.network, card.time_layer, vectors[card.steps[0]])
+    else:
+        assert card.rank is not None and card.alpha is not None
+        state = load_lora(folder)
+        student = with_lora(backbone, without_fold(state, card.time_layer) if vectors else state, card.rank, card.alpha)
+    return LoadedStudent(with_vectors(student, vectors) if vectors else student, card)
 
 
 def load(base: Any, student: str | Path) -> FewStepPipeline:
@@ -84,8 +94,17 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     """
     folder = Path(student)
     card = read_card(folder)
-    pipe = pipeline_of(base)
-    return few_step_pipeline(pipe, folder, Serving(card.steps), card.weights == "full")
+    pipe = few_step_pipeline(pipeline_of(base), folder, Serving(card.steps), card.weights == "full")
+    if card.time_layer:
+        vectors = load_vectors(folder)
+        unfold(pipe.unet, card.time_layer, vectors[card.steps[0]], "fewstep")
+        condition = attach(pipe.unet, card.time_layer)
+
+        def tell(steps: int) -> None:
+            condition.active = nearest(vectors, steps)
+
+        pipe.tell = tell
+    return pipe
 
 
 def sample(
@@ -95,14 +114,16 @@ def sample(
     *,
     steps: int | None = None,
     guidance: float = 1.0,
-    solver: str = "ddim",
+    solver: str | None = None,
+    told: int | None = None,
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1], one per prompt (plain states for backbones without a picture).
 
-    A step or a student takes its own steps and no guidance; a teacher takes `steps` (default 50) and `guidance`.
-    Seeds default to 0, 1, 2, ...; a seed gives the same picture in any batch.
+    A step or a student takes its own steps, solver and no guidance; a teacher takes `steps` (default 50) and `guidance`.
+    Seeds default to 0, 1, 2, ...; a seed gives the same picture in any batch. A student of several step counts is told the one
+    it takes, or `told`.
     """
-    states = sample_states(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
+    states = sample_states(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, told=told)
     return backbone_of(model).decode(states[-1].x)
 
 
@@ -113,7 +134,8 @@ def sample_states(
     *,
     steps: int | None = None,
     guidance: float = 1.0,
-    solver: str = "ddim",
+    solver: str | None = None,
+    told: int | None = None,
 ) -> list[State]:
     """As `sample`, but the whole trajectory: K + 1 states with the clean estimate that led to each."""
     if not prompts:
@@ -126,16 +148,18 @@ def sample_states(
         cond = backbone.encode(prompts)
         null = backbone.encode([""])
     if isinstance(model, Step):
+        count = steps or model.method.counts[0]
+        times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
-            return trajectory(
-                backbone, model.roles.denoise("student", cond), seeds, model.method.times(backbone.schedule, steps), update_named(solver)
-            )
+            denoise = model.roles.denoise("student", cond, told or count)
+            return trajectory(backbone, denoise, seeds, times, solver or model.method.solver)
     if isinstance(model, LoadedStudent):
         count = steps or model.card.steps[0]
-        return trajectory(backbone, model.student.denoise(cond), seeds, _student_grid(model.card, backbone, count), update_named(solver))
-    return trajectory(
-        backbone, guided(backbone, backbone.module, cond, null, guidance), seeds, _grid(backbone, steps or 50), update_named(solver)
-    )
+        times = _student_grid(model.card, backbone, count)
+        own = model.card.solver.get(str(count), model.card.solver[str(model.card.steps[0])])
+        return trajectory(backbone, model.student.denoise(cond, told or count), seeds, times, solver or own)
+    denoise = guided(backbone, backbone.module, cond, null, guidance)
+    return trajectory(backbone, denoise, seeds, _grid(backbone, steps or 50), solver or "ddim")
 
 
 def backbone_of(model: Backbone | LoadedStudent | Step) -> Backbone:

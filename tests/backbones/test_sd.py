@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from fewstep.backbones.base import denoiser, guided
 from fewstep.backbones.files import student_scheduler
-from fewstep.backbones.generate import pictures, starting_noise, trajectory
+from fewstep.backbones.generate import noise_of, pictures, trajectory
 from fewstep.backbones.load import bundled, fingerprint, load_teacher, pipeline_of
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core import timegrid
@@ -72,7 +72,12 @@ def test_pictures_are_those_of_the_pipeline(backbone: StableDiffusion, process: 
 
 
 def test_a_seed_gives_the_same_noise_in_any_batch(backbone: StableDiffusion) -> None:
-    torch.testing.assert_close(starting_noise(backbone, [5, 6, 7])[1:2], starting_noise(backbone, [6]), rtol=0, atol=0)
+    generators = [torch.Generator().manual_seed(s) for s in (5, 6, 7)]
+    first, second = noise_of(generators, backbone.shape), noise_of(generators, backbone.shape)
+    alone = torch.Generator().manual_seed(6)
+    assert torch.equal(first[1:2], noise_of([alone], backbone.shape))
+    assert torch.equal(second[1:2], noise_of([alone], backbone.shape))
+    assert not torch.equal(first, second)
 
 
 def test_a_trajectory_has_every_state(backbone: StableDiffusion) -> None:

@@ -32,7 +32,7 @@ def test_a_distillation_recipe_passes_its_dry_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert fewstep(monkeypatch, "distill", name, "--dry-run") == 0
-    assert "times: [999.0, 749.0, 499.0, 249.0, -1.0]" in capsys.readouterr().out
+    assert "times, 4 steps: [999.0, 749.0, 499.0, 249.0, -1.0]" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -59,6 +59,71 @@ def test_load_is_right_without_a_word(final: Path, teacher: Path) -> None:
         pipe("red cat", guidance_scale=5.0)
 
 
+# One student of several step counts
+
+UNIFIED = ("--set", "train.lr=0.02", "--set", "method.name=tdm-unify", "--set", "method.steps=[4, 2, 1]")
+
+
+def plain_diffusers(teacher: Path, folder: Path, share: bool, steps: int) -> Tensor:
+    """The folder's files in a stock pipeline, without fewstep."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    if share:
+        pipe.load_lora_weights(str(folder))
+    else:
+        pipe.unet = type(pipe.unet).from_pretrained(folder, subfolder="unet")
+    pipe.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    generator = torch.Generator().manual_seed(0)
+    return pipe("red cat", num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="pt").images
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_student_of_several_step_counts(
+    recipe: Path, teacher: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever count it takes and however it is loaded, the pictures are those of the student that was told this count."""
+    assert command(monkeypatch, "distill", recipe, *UNIFIED, "--set", f"roles.share={str(share).lower()}") == 0
+    final = Path("runs/tiny/final")
+    student = fewstep.load_student(final)
+    assert student.card.steps == (4, 2, 1)
+    pipe = fewstep.load(teacher, final)
+    own = {k: fewstep.sample(student, ["red cat"], [0], steps=k) for k in (4, 2, 1)}
+    for k, wanted in own.items():
+        for _ in range(2):  # also after another count
+            images = pipe("red cat", num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="pt").images
+            assert (images - wanted).abs().max() <= 1e-4
+        assert command(monkeypatch, "export", final, f"single-{k}", "--steps", str(k)) == 0
+        assert (plain_diffusers(teacher, Path(f"single-{k}"), share, k) - wanted).abs().max() <= 1e-4
+        again = fewstep.load_student(f"single-{k}")
+        assert again.card.steps == (k,)
+        assert not (Path(f"single-{k}") / "step_condition.safetensors").exists()
+        assert (fewstep.sample(again, ["red cat"], [0]) - wanted).abs().max() <= 1e-4
+    assert (plain_diffusers(teacher, final, share, 4) - own[4]).abs().max() <= 1e-4
+    other = fewstep.sample(student, ["red cat"], [0], steps=2, told=1)
+    assert (other - own[2]).abs().max() > 1e-3  # the condition says something
+    capsys.readouterr()
+    assert command(monkeypatch, "export", final, "single-4") == 2
+    assert "DIR: single-4 is there already" in error_of(capsys)
+    assert command(monkeypatch, "export", final, "single-3", "--steps", "3") == 2
+    assert "--steps: got 3, this student serves 4, 2, 1" in error_of(capsys)
+    assert not Path("single-3").exists()
+
+
+def test_a_stochastic_student_is_the_same_in_diffusers(recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DMD2's student takes diffusers' LCM scheduler, with the same fresh noise."""
+    assert (
+        command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", "method.name=dmd2", "--set", "method.fake_updates=1")
+        == 0
+    )
+    student = fewstep.load_student("runs/tiny/final")
+    assert student.card.solver == {"4": "renoise"}
+    pipe = fewstep.load(teacher, "runs/tiny/final")
+    generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
+    images = pipe(["red cat", "blue dog"], generator=generators, output_type="pt").images
+    assert (images - fewstep.sample(student, ["red cat", "blue dog"], [3, 4])).abs().max() <= 1e-4
+
+
 def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> None:
     """In-memory pictures of the averaged student equal those of the student read back."""
     from fewstep.export.card import StudentCard

@@ -15,7 +15,7 @@ from fewstep.backbones.toy import Gaussian
 from fewstep.core import timegrid
 from fewstep.core.prediction import ROWS, Split, split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
-from fewstep.core.solvers import Denoise, State, Update, ddim, dpmpp, heun, renoise, sample, update_named
+from fewstep.core.solvers import Denoise, State, Update, ddim, dpmpp, heun, sample, update_named
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = (1, 2, 4, 5, 8)
@@ -162,7 +162,9 @@ def test_renoise_has_the_marginal_of_each_time() -> None:
     def denoise(x: Tensor, t: Tensor) -> Split:
         return Split(torch.full_like(x, point), torch.full_like(x, float("nan")))  # its noise is not used
 
-    states = list(renoise(denoise, schedule, x, times, torch.Generator().manual_seed(1)))
+    rng = torch.Generator().manual_seed(1)
+    fresh = update_named("renoise", lambda like: torch.randn(like.shape, generator=rng, dtype=like.dtype))
+    states = list(sample(denoise, schedule, x, times, fresh))
     for state in states[1:]:
         alpha, sigma = schedule.alpha(state.t)[0], schedule.sigma(state.t)[0]
         assert abs(state.x.mean() - alpha * point) <= 5 * sigma / len(x) ** 0.5 + 1e-12
@@ -172,5 +174,5 @@ def test_renoise_has_the_marginal_of_each_time() -> None:
 
 def test_unknown_solver_lists_the_known() -> None:
     assert update_named("dpmpp") is dpmpp
-    with pytest.raises(ValueError, match="solver: got 'euler', allowed are ddim, dpmpp"):
+    with pytest.raises(ValueError, match="solver: got 'euler', allowed are ddim, dpmpp, renoise"):
         update_named("euler")

@@ -1,6 +1,6 @@
 """One iteration: where x_tau is drawn, what each update's loss is, whom it trains, and what it costs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Backbone, Cond
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, expand, transition
-from fewstep.core.solvers import sample, update_named
+from fewstep.core.solvers import Denoise, sample, update_named
 from fewstep.core.weighting import min_snr, truncated_v
-from fewstep.methods.matching import Draw, Loss, Matching, draw, fake_loss, losses, student_loss
+from fewstep.methods.matching import PRESETS, Draw, Loss, Matching, draw, fake_loss, fisher_loss, losses, preset, student_loss
 from fewstep.objectives.denoising import transition_target
 from fewstep.objectives.reverse_kl import LOSSES
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
@@ -89,8 +89,7 @@ def test_x_tau_is_the_transition_of_the_landing_state() -> None:
     roles, method = trained(), Matching()
     d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     r, beta = transition(tiny.TABLE, d.t, d.tau)
-    torch.testing.assert_close(d.x_tau, (expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e).detach())
-    assert not d.x_tau.requires_grad
+    torch.testing.assert_close(d.x_tau, expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e)
     assert d.x_m.requires_grad
     assert d.x0.requires_grad
     assert d.x_m.dtype == d.x_tau.dtype == torch.float32
@@ -114,6 +113,133 @@ def test_the_rollout_starts_at_the_schedules_noise() -> None:
     roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     draw(Matching(steps=1), roles, conditions(roles.backbone, 256)[0], 256, seed(), with_gradient=False)
     assert seen[0].std().item() == pytest.approx(5, rel=0.02)
+
+
+# What is matched, and where
+
+
+def clean_draws(tau: str, steps: int = 4) -> tuple[Roles, Draw]:
+    roles = trained()
+    method = Matching(steps=steps, match="clean", tau=tau, tau_min=0.1, tau_max=0.9)  # type: ignore[arg-type]
+    return roles, draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=True)
+
+
+def test_matching_clean_samples_diffuses_the_clean_estimate() -> None:
+    _, d = clean_draws("segment")
+    assert d.x_m is d.x0
+    assert bool((d.t == tiny.TABLE.t_clean).all())
+    alpha, sigma = expand(tiny.TABLE.alpha(d.tau), d.x0), expand(tiny.TABLE.sigma(d.tau), d.x0)
+    torch.testing.assert_close(d.x_tau, alpha * d.x0 + sigma * d.e)
+
+
+def test_tau_over_its_segment_over_what_is_noisier_and_over_all_times() -> None:
+    times = Matching().times(tiny.TABLE)
+    least, most = 99, 899  # a tenth of 1000 from either end, counted from clean data at -1
+    found = {tau: clean_draws(tau)[1] for tau in ("segment", "above", "whole")}
+    landing = {tau: times[d.segment + 1] for tau, d in found.items()}
+    segment, above, whole = (found[tau] for tau in ("segment", "above", "whole"))
+    assert bool(((segment.tau > landing["segment"]) & (segment.tau <= times[segment.segment])).all())
+    assert bool((above.tau > landing["above"]).all())
+    assert bool((above.tau > times[above.segment]).any())
+    assert bool((whole.tau <= landing["whole"]).any())
+    for d in found.values():
+        assert bool(((d.tau > least) & (d.tau <= most)).all())
+    last = whole.tau[whole.segment == 3]
+    assert last.min() < 350
+    assert last.max() > 650
+
+
+def test_a_noisy_state_is_diffused_to_all_noisier_times() -> None:
+    roles, method = trained(), Matching(tau="above")
+    d = draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=False)
+    assert bool((d.tau > d.t).all())
+    assert d.tau[d.segment == 3].max() > 500
+    r, beta = transition(tiny.TABLE, d.t, d.tau)
+    torch.testing.assert_close(d.x_tau, expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e)
+
+
+def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
+    """With a student that always says 1, a state at time t is alpha + sigma e: its spread is sigma_t's and nothing is left of the start."""
+    backbone = tiny.denoiser(prediction="x0")
+    roles = make_roles(backbone, RolesConfig(share=False))
+    with torch.no_grad():
+        for p in roles.trained["student"].values():
+            p.zero_()
+    seen: list[Tensor] = []
+    roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    d = draw(Matching(solver="renoise"), roles, conditions(backbone, 400)[0], 400, seed(), with_gradient=True)
+    start = torch.randn((400, *backbone.shape), generator=seed())
+    for k in range(1, 4):
+        sigma = float(tiny.TABLE.sigma(torch.tensor(999.0 - 250 * k)))
+        x = seen[-1][d.segment == k]
+        assert x.std().item() == pytest.approx(sigma, rel=0.05)
+        assert abs(float((x * start[d.segment == k]).mean())) < 0.1 * sigma
+    assert d.x_m.requires_grad
+
+
+def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
+    method = Matching(steps=(4, 2, 1))
+    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2), counts=method.conditioned)
+    cond, null = conditions(roles.backbone)
+    counts = [draw(method, roles, cond, BATCH, seed(i), with_gradient=False).steps for i in range(150)]
+    assert min(counts.count(k) for k in (4, 2, 1)) > 30
+    told: list[tuple[str, int | None]] = []
+    denoise = roles.denoise
+    for i in range(6):
+        told.clear()
+        recording = Recording(denoise, told)
+        object.__setattr__(roles, "denoise", recording)
+        *_, last = losses(method, roles, cond, null, BATCH, seed(i), warming_up=False)
+        object.__delattr__(roles, "denoise")
+        (steps,) = {k for _, k in told}
+        assert steps == counts[i]
+        assert {r for r, _ in told} == {"student", "fake"}
+        assert {k for k in last.metrics if k.startswith("gap_")} == {f"gap_{steps}_{k}" for k in range(steps)}
+
+
+class Recording:
+    """`roles.denoise` that notes whom it was asked for."""
+
+    def __init__(self, inner: Callable[..., Denoise], told: list[tuple[str, int | None]]) -> None:
+        self.inner, self.told = inner, told
+
+    def __call__(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
+        self.told.append((role, steps))
+        return self.inner(role, cond, steps)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("share", [True, False])
+def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
+    method = preset(name)
+    backbone = tiny.denoiser()
+    roles = make_roles(backbone, RolesConfig(share=share, rank=2), counts=method.conditioned)
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for role in TRAINED:
+            for p in roles.trained[role].values():
+                p.add_(0.1 * torch.randn(p.shape, generator=rng))
+    found = []
+    for loss in updates(roles, method):
+        other: Role = "student" if loss.role == "fake" else "fake"
+        assert any(g is not None and bool(g.any()) for g in gradients(loss.value, roles, loss.role))
+        if loss.role == "fake":
+            assert not any(g is not None and bool(g.any()) for g in gradients(loss.value, roles, other))
+        with torch.no_grad():  # the caller steps at once
+            for p, g in zip(roles.trained[loss.role].values(), gradients(loss.value, roles, loss.role), strict=True):
+                if g is not None:
+                    p.sub_(0.01 * g)
+        found.append(loss.role)
+    assert found == ["fake"] * method.fake_updates + ["student"]
+    assert method.name == name
+
+
+def test_settings_beside_a_preset_win() -> None:
+    assert preset("dmd2", fake_updates=5, steps=2) == Matching(
+        steps=2, match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=5, loss="l2", share_draw=False, name="dmd2"
+    )
+    with pytest.raises(ValueError, match=r"method\.name: got 'lcm', allowed are tdm, tdm-unify"):
+        preset("lcm")
 
 
 # The losses
@@ -140,6 +266,43 @@ def test_fake_loss_on_the_transition_noise() -> None:
     per_sample = (f_fake - goal).square().flatten(1).mean(1)
     expected = ((weight * min_snr(tiny.TABLE, d.tau, 2.0)).float() * per_sample).mean()
     torch.testing.assert_close(fake_loss(Matching(fake_target="transition", snr_clip=2.0), tiny.TABLE, d, f_fake), expected)
+
+
+def test_without_the_importance_draw_the_fake_score_learns_around_the_clean_estimate() -> None:
+    """Its x_tau is diffused from x0_hat and its target is x0_hat; the student's gradient is taken where it was."""
+    method = Matching(fake_draw="clean", tau_min=0.0)
+    inputs: list[Tensor] = []
+    copies = trained(share=False)
+    copies.networks["fake"].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    first, last = updates(copies, method)
+    d = draw(method, copies, conditions(copies.backbone)[0], BATCH, seed(), with_gradient=False)
+    alpha, sigma = expand(tiny.TABLE.alpha(d.tau), d.x0), expand(tiny.TABLE.sigma(d.tau), d.x0)
+    torch.testing.assert_close(inputs[0], alpha * d.x0 + sigma * d.e)
+    torch.testing.assert_close(inputs[1], d.x_tau)
+    assert [first.role, last.role] == ["fake", "student"]
+
+
+def test_fisher_loss_is_its_formula() -> None:
+    d, f_fake, f_teacher = made_up_draw()
+    goal, weight = transition_target(tiny.TABLE, d.x_m, d.e, d.t, d.tau)
+    delta, n = f_teacher - f_fake, (d.x0 - f_teacher).abs().flatten(1).mean(1)
+    expected = (delta * (f_teacher - goal)).flatten(1).sum(1) - 0.7 * delta.square().flatten(1).sum(1)
+    found = fisher_loss(Matching(fisher_correction=0.7), tiny.TABLE, d, f_fake, f_teacher)
+    torch.testing.assert_close(found, (weight.float() * expected / n).mean())
+
+
+def test_fisher_goes_through_the_scores_inputs() -> None:
+    """Unlike reverse KL: the gradient is not that of fixed scores."""
+    roles = trained()
+    *_, loss = updates(roles, Matching(divergence="fisher"))
+    d = draw(Matching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
+    cond, null = conditions(roles.backbone)
+    with torch.no_grad():
+        fixed = roles.denoise("fake", cond)(d.x_tau, d.tau).x0, roles.teacher(cond, null, 3.5)(d.x_tau, d.tau).x0
+    still = fisher_loss(Matching(), tiny.TABLE, d, *fixed)
+    torch.testing.assert_close(loss.value, still, rtol=1e-4, atol=1e-4)  # the same value, another gradient
+    through, around = gradients(loss.value, roles, "student"), gradients(still, roles, "student")
+    assert any(not torch.allclose(a, b, rtol=0.05) for a, b in zip(through, around, strict=True) if a is not None and b is not None)
 
 
 def test_fake_loss_weighted_like_v() -> None:
@@ -278,6 +441,9 @@ ROLLOUT = [6, 4, 2]  # 8 samples, 2 a segment: those that go further than the fi
         (Matching(fake_updates=3, share_draw=False), False, [*ROLLOUT, 8] * 4, [16], [8] * 4),
         (Matching(), True, [*ROLLOUT, 8], [], [8]),
         (Matching(fake_updates=2), True, [*ROLLOUT, 8] * 2, [], [8, 8]),
+        (Matching(divergence="fisher"), False, [*ROLLOUT, 8], [16], [8, 8]),
+        (Matching(fake_draw="clean"), False, [*ROLLOUT, 8], [16], [8, 8]),
+        (Matching(match="clean", solver="renoise", tau="whole"), False, [*ROLLOUT, 8], [16], [8]),
         (Matching(steps=1), False, [8], [16], [8]),
         (Matching(steps=2), False, [4, 8], [16], [8]),
     ],
@@ -316,13 +482,22 @@ def test_gap_of_every_segment_is_logged() -> None:
     ("settings", "expected"),
     [
         ({"steps": 0}, "method.steps: got 0, allowed are whole numbers from 1"),
+        ({"steps": ()}, "method.steps: got (), allowed are whole numbers from 1, or a list of different ones"),
+        ({"steps": (4, 4)}, "method.steps: got (4, 4), allowed are"),
+        ({"steps": (4, 0)}, "method.steps: got (4, 0), allowed are"),
+        ({"divergence": "kl"}, "method.divergence: got 'kl', allowed are reverse-kl, fisher"),
+        ({"match": "noisy"}, "method.match: got 'noisy', allowed are landing, clean"),
+        ({"tau": "all"}, "method.tau: got 'all', allowed are segment, above, whole"),
+        ({"tau": "whole"}, "method.tau: got whole, which needs method.match=clean"),
+        ({"tau_max": 0.01}, "method.tau_max: got 0.01, allowed are fractions above method.tau_min (0.02) up to 1"),
+        ({"fake_draw": "noise"}, "method.fake_draw: got 'noise', allowed are landing, clean"),
         ({"guidance": float("nan")}, "method.guidance: got nan, allowed are numbers"),
         ({"loss": "l1"}, "method.loss: got 'l1', allowed are l2, huber, huber-elementwise"),
         ({"fake_target": "noisy"}, "method.fake_target: got 'noisy', allowed are clean, transition"),
         ({"fake_weight": "snr"}, "method.fake_weight: got 'snr', allowed are min-snr, v"),
         ({"fake_updates": 0}, "method.fake_updates: got 0, allowed are whole numbers from 1"),
         ({"warmup": -1}, "method.warmup: got -1, allowed are whole numbers from 0"),
-        ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp"),
+        ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, renoise"),
         ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),
         ({"tau_min": 1.0}, "method.tau_min: got 1.0, allowed are fractions from 0 up to"),
         ({"snr_clip": 0.0}, "method.snr_clip: got 0.0, allowed are numbers above 0"),
@@ -338,3 +513,7 @@ def test_times_are_the_uniform_grid_of_any_step_count() -> None:
     method = Matching(steps=4, shift=2.0)
     assert torch.equal(method.times(tiny.TABLE), timegrid.uniform(tiny.TABLE, 4, 2.0))
     assert torch.equal(method.times(tiny.TABLE, 2), timegrid.uniform(tiny.TABLE, 2, 2.0))
+    several = Matching(steps=(2, 4))
+    assert torch.equal(several.times(tiny.TABLE), timegrid.uniform(tiny.TABLE, 2))
+    assert (several.counts, several.conditioned) == ((2, 4), (2, 4))
+    assert Matching(steps=(2, 4), condition=False).conditioned == Matching(steps=(2,)).conditioned == Matching(steps=4).conditioned == ()

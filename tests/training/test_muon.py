@@ -56,6 +56,12 @@ def test_a_convolution_is_trained_as_the_matrix_of_its_unrolled_kernel() -> None
 
 def test_which_parameters_are_matrices() -> None:
     net = nn.ModuleDict(
-        {"embed": nn.Embedding(64, 64), "conv": nn.Conv2d(64, 64, 3), "out": nn.Conv2d(64, 3, 3), "norm": nn.GroupNorm(4, 64), "fc": nn.Linear(64, 64)}
+        {
+            "embed": nn.Embedding(64, 64),
+            "conv": nn.Conv2d(64, 64, 3),
+            "out": nn.Conv2d(64, 3, 3),
+            "norm": nn.GroupNorm(4, 64),
+            "fc": nn.Linear(64, 64),
+        }
     )
     assert {n for n, p in net.named_parameters() if is_matrix(net, n, p)} == {"conv.weight", "fc.weight"}

@@ -36,6 +36,11 @@ class Backbone(Protocol):
         """The diffusers scheduler's settings, for export; empty where the model is no diffusers pipeline."""
         ...
 
+    @property
+    def time_layer(self) -> str:
+        """The linear layer inside `module` whose output is the time embedding, where a step count can enter; empty if there is none."""
+        ...
+
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Raw network output m = a x0 + b eps, [B, ...] in float32. x [B, ...], t [B] float64 on the schedule's times."""
         ...
@@ -89,7 +94,8 @@ class Denoiser:
     """Any torch network of one's own: `module(x, t)` or, with conditions, `module(x, t, **cond)`.
 
     `prediction` names the row (`x0, eps, v, flow, edm`); `shape` is that of one state. `conditions` maps a prompt to the
-    keyword arguments of the network; without it the model is unconditional and prompts are ignored.
+    keyword arguments of the network; without it the model is unconditional and prompts are ignored. `time_layer` is the full
+    name of the linear layer whose output is the time embedding: students of several step counts are told theirs there.
     """
 
     module: nn.Module
@@ -98,6 +104,7 @@ class Denoiser:
     prediction: str = "eps"
     conditions: "Conditions | None" = None
     name: str = "own-network"
+    time_layer: str = ""
 
     def __post_init__(self) -> None:
         row_named(self.prediction)

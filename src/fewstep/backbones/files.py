@@ -2,17 +2,25 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+)
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
 
 
 @dataclass(frozen=True)
@@ -26,10 +34,18 @@ def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: s
     """A stock scheduler that visits exactly the trained times for every step count served.
 
     DDIM on trailing times is exact where the step count divides the table; DPM-Solver++ of order 1 is the same rule and is
-    exact for any. `config` is that of the teacher's scheduler.
+    exact for any. Stochastic students get diffusers' LCM scheduler, whose times are exact where the step count divides the table:
+    ValueError otherwise. `config` is that of the teacher's scheduler.
     """
     shared = {k: v for k, v in config.items() if k in _SHARED}
-    if solver == "ddim" and all(config["num_train_timesteps"] % k == 0 for k in steps):
+    divides = all(config["num_train_timesteps"] % k == 0 for k in steps)
+    if solver == "renoise":
+        if not divides:
+            raise ValueError(
+                f"method.steps: got {list(steps)}, students sampled with renoise are exported for divisors of {config['num_train_timesteps']}; choose among 1, 2, 4, 5, 8"
+            )
+        return LCMScheduler(**shared, original_inference_steps=config["num_train_timesteps"], clip_sample=False)
+    if solver == "ddim" and divides:
         return DDIMScheduler(**shared, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, steps_offset=1)
     return DPMSolverMultistepScheduler(**shared, timestep_spacing="trailing", solver_order=1 if solver == "ddim" else 2, steps_offset=1)
 
@@ -53,6 +69,7 @@ class FewStepPipeline(StableDiffusionPipeline):
     """A Stable Diffusion pipeline whose defaults are the student's: `pipe(prompt)` takes its steps, without guidance."""
 
     serving = Serving((4,))
+    tell: Callable[[int], None] = staticmethod(lambda steps: None)  # tells a student of several step counts the one it takes
 
     def __call__(
         self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
@@ -65,6 +82,7 @@ class FewStepPipeline(StableDiffusionPipeline):
             )
         if guidance_scale > 1:
             warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
+        self.tell(steps)
         return super().__call__(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
 
 
@@ -76,7 +94,7 @@ def few_step_pipeline(base: DiffusionPipeline, student: Path, serving: Serving, 
     pipe.serving = serving
     pipe.set_progress_bar_config(disable=True)
     index = (student / "scheduler" / "scheduler_config.json").read_text()
-    scheduler = DDIMScheduler if '"DDIMScheduler"' in index else DPMSolverMultistepScheduler
+    scheduler = next(s for s in (DDIMScheduler, LCMScheduler, DPMSolverMultistepScheduler) if f'"{s.__name__}"' in index)
     pipe.scheduler = scheduler.from_pretrained(student / "scheduler")
     if full:
         pipe.unet = type(pipe.unet).from_pretrained(student / "unet").to(pipe.unet.device, pipe.unet.dtype)
@@ -97,6 +115,21 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
     return {k.removeprefix("unet."): v for k, v in state.items()}
+
+
+def save_vectors(folder: Path, vectors: Mapping[int, Tensor]) -> None:
+    """One vector per step count."""
+    save_file({str(k): v.detach().float().cpu().contiguous() for k, v in vectors.items()}, folder / CONDITION_FILE)
+
+
+def load_vectors(folder: Path) -> dict[int, Tensor]:
+    """Inverse of `save_vectors`. Raises ValueError when the file is missing or damaged."""
+    try:
+        return {int(k): v for k, v in load_file(folder / CONDITION_FILE).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"student: {folder / CONDITION_FILE} is missing or damaged ({str(error).splitlines()[0]}); export the run again"
+        ) from error
 
 
 def load_network(folder: Path, like: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.solvers import Denoise, State, Update, ddim, sample
+from ..core.solvers import Denoise, State, sample, update_named
 from .base import Backbone
 
 
@@ -13,21 +13,21 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def starting_noise(backbone: Backbone, seeds: Sequence[int]) -> Tensor:
-    """One state of pure noise per seed, [len(seeds), ...], drawn on the CPU as diffusers draws it from a generator of that seed.
-
-    A seed gives the same picture in any batch and on any device.
-    """
-    noise = [torch.randn((1, *backbone.shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.cat(noise).to(device_of(backbone.module)) * backbone.schedule.start_std
+def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """The next state of noise of each generator, [len(generators), *shape], on the CPU: as diffusers draws from a list of generators."""
+    return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
 
 
-def trajectory(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, update: Update = ddim) -> list[State]:
-    """All K + 1 states from these seeds, without gradient."""
+def trajectory(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim") -> list[State]:
+    """All K + 1 states from these seeds, without gradient. A seed gives the same picture in any batch and on any device."""
+    device = device_of(backbone.module)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    x = noise_of(generators, backbone.shape).to(device) * backbone.schedule.start_std
+    update = update_named(solver, lambda like: noise_of(generators, like.shape[1:]).to(like))
     with torch.no_grad():
-        return list(sample(denoise, backbone.schedule, starting_noise(backbone, seeds), times, update))
+        return list(sample(denoise, backbone.schedule, x, times, update))
 
 
-def pictures(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, update: Update = ddim) -> Tensor:
+def pictures(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim") -> Tensor:
     """Decoded final states, [len(seeds), 3, H, W] in [0, 1] (or plain points for backbones without a picture)."""
-    return backbone.decode(trajectory(backbone, denoise, seeds, times, update)[-1].x)
+    return backbone.decode(trajectory(backbone, denoise, seeds, times, solver)[-1].x)

@@ -41,6 +41,10 @@ class StableDiffusion:
     def scheduler_config(self) -> Mapping[str, Any]:
         return dict(self.pipe.scheduler.config)
 
+    @property
+    def time_layer(self) -> str:
+        return "time_embedding.linear_2"
+
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = cond["text"].dtype
         return module(x.to(dtype), t.to(torch.float32), encoder_hidden_states=cond["text"], return_dict=False)[0].float()

@@ -45,6 +45,10 @@ class PixelModel:
     def scheduler_config(self) -> Mapping[str, Any]:
         return dict(self.pipe.scheduler.config)
 
+    @property
+    def time_layer(self) -> str:
+        return "time_embedding.linear_2"
+
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(module.parameters()).dtype
         return module(x.to(dtype), t.to(torch.float32), class_labels=cond.get("label"), return_dict=False)[0].float()

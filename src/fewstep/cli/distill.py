@@ -5,11 +5,13 @@ import platform
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from .. import __version__
 from ..api import load_teacher
@@ -18,7 +20,7 @@ from ..backbones.base import Backbone, guided
 from ..backbones.generate import pictures, trajectory
 from ..backbones.load import BUNDLED, bundled, fingerprint, quiet
 from ..core import timegrid
-from ..core.solvers import update_named
+from ..core.solvers import State
 from ..export.card import StudentCard
 from ..export.final import write_final
 from ..methods.matching import Matching
@@ -26,6 +28,7 @@ from ..report.grids import write_grid
 from ..report.pictures import Pictures, Trajectory, save_pictures
 from ..report.run import PICTURES, render_run
 from ..roles.roles import Roles, make_roles
+from ..roles.step_condition import folded_bias
 from ..training.loop import Step, distill
 from ..training.monitor import drift, look
 from ..training.prompts import embed, read_prompts
@@ -51,7 +54,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
     data = embed(teacher, prompts, run / "embeddings", base_hash)
     preview = Preview(recipe, teacher, run)
-    roles = make_roles(teacher, recipe.roles, recipe.train.seed)
+    roles = make_roles(teacher, recipe.roles, recipe.train.seed, recipe.method.conditioned)
     print_roles(roles)
     found = latest_checkpoint(run)
     start = 0 if found is None else int(found[1]["step"])
@@ -105,30 +108,30 @@ class Preview:
     def show(self, roles: Roles, iteration: int, method: Matching) -> list[str]:
         """Write `samples/step_N.png`; returns the monitor's warnings."""
         with roles.averaged():
-            denoise = roles.denoise("student", self.cond)
-            own = pictures(self.teacher, denoise, self.seeds, method.times(self.teacher.schedule), update_named(method.solver))
-        labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", f"student, {method.steps} steps"]
-        write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, own]), labels, self.prompts)
-        return drift(look(own), look(self.reference)) if iteration else []
+            rows = [self._student(roles, method, k)[-1].x for k in method.counts]
+        own = [self.teacher.decode(x) for x in rows]
+        labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", *(f"student, {k} steps" for k in method.counts)]
+        write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
+        return drift(look(own[0]), look(self.reference)) if iteration else []
+
+    def _student(self, roles: Roles, method: Matching, steps: int) -> list[State]:
+        times = method.times(self.teacher.schedule, steps)
+        return trajectory(self.teacher, roles.denoise("student", self.cond, steps), self.seeds, times, method.solver)
 
     def compare(self, roles: Roles, method: Matching) -> Pictures:
-        """The report's pictures: teacher guided, teacher at the student's cost, student; and both few-step trajectories."""
-        teacher, steps = self.teacher, method.steps
-        times = method.times(teacher.schedule)
-        few = trajectory(teacher, guided(teacher, teacher.module, self.cond, self.null, 1.0), self.seeds, times)
-        own = trajectory(teacher, roles.denoise("student", self.cond), self.seeds, times, update_named(method.solver))
-        rows = {
-            f"teacher, {self.recipe.preview.teacher_steps} guided steps ({2 * self.recipe.preview.teacher_steps} evaluations)": self.reference,
-            f"teacher, {steps} steps ({steps} evaluations)": teacher.decode(few[-1].x),
-            f"student, {steps} steps ({steps} evaluations)": teacher.decode(own[-1].x),
-        }
-        shown = min(4, len(self.prompts))
-        paths = {
-            f"{who}, {steps} steps": Trajectory(
-                times[:-1].tolist(), torch.stack([teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None], 1)
-            )
-            for who, states in (("teacher", few), ("student", own))
-        }
+        """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories."""
+        teacher, guided_steps = self.teacher, self.recipe.preview.teacher_steps
+        rows = {f"teacher, {guided_steps} guided steps ({2 * guided_steps} evaluations)": self.reference}
+        paths, shown = {}, min(4, len(self.prompts))
+        for steps in method.counts:
+            times = method.times(teacher.schedule, steps)
+            few = trajectory(teacher, guided(teacher, teacher.module, self.cond, self.null, 1.0), self.seeds, times)
+            for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
+                name = f"{who}, {steps} step{'s' if steps > 1 else ''}"
+                rows[f"{name} ({steps} evaluation{'s' if steps > 1 else ''})"] = teacher.decode(states[-1].x)
+                if steps == max(method.counts):
+                    clean = [teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None]
+                    paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
         return Pictures(self.prompts, rows, paths)
 
 
@@ -166,24 +169,36 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, base_hash: str, seconds: float) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
     method, schedule = recipe.method, roles.backbone.schedule
-    count = str(method.steps)
+    counts, default = method.counts, method.counts[0]
+    grids = {k: method.times(schedule, k) for k in counts}
     rank = recipe.roles.rank if recipe.roles.share else None
     card = StudentCard(
-        name=f"{Path(recipe.teacher).name}-{method.name}-{count}step", method=method.name, base=recipe.teacher, base_hash=base_hash,
-        steps=(method.steps,), timesteps={count: method.times(schedule).tolist()}, solver={count: method.solver},
+        name=f"{Path(recipe.teacher).name}-{method.name}-{'-'.join(map(str, sorted(counts)))}step", method=method.name, base=recipe.teacher, base_hash=base_hash,
+        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights="lora" if recipe.roles.share else "full",
         rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
+        time_layer=roles.backbone.time_layer if roles.counts else "",
     )  # fmt: skip
     with roles.averaged():
-        state = roles.student_state()
-        write_final(
-            run / "final", roles.backbone, card, roles.networks["student"], state if recipe.roles.share else None, roles.adapter_settings()
-        )
+        write_student(run / "final", card, roles, grids[default][:-1])
         save_pictures(run / PICTURES, preview.compare(roles, method))
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
     report = render_run(run)
     print_ending(run, report, result, seconds)
+
+
+def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) -> None:
+    """`final/`, whose weights alone are the student of the card's first step count, which visits these `times`."""
+    count, network, vectors = card.steps[0], roles.networks["student"], roles.vectors()
+    if roles.config.share:
+        told, settings = roles.told(count, times), roles.adapter_settings()
+        if told:
+            settings["target_modules"] = sorted({*settings["target_modules"], card.time_layer})
+        write_final(folder, roles.backbone, card, network, roles.student_state() | told, settings, vectors)
+        return
+    with folded_bias(network, card.time_layer, vectors[count]) if vectors else nullcontext():
+        write_final(folder, roles.backbone, card, network, None, {}, vectors)
 
 
 def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float) -> None:
@@ -204,13 +219,14 @@ def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds
 
 def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> None:
     """What `--dry-run` prints."""
-    roles = make_roles(teacher, recipe.roles, recipe.train.seed)
+    roles = make_roles(teacher, recipe.roles, recipe.train.seed, recipe.method.conditioned)
     console.print(yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False), markup=False)
     print_roles(roles)
     rng = torch.Generator().manual_seed(recipe.train.seed)
     first = [prompts[i] for i in torch.randint(len(prompts), (min(recipe.train.batch, 8),), generator=rng).tolist()]
     console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
-    console.print(f"times: {recipe.method.times(teacher.schedule).tolist()}")
+    for count in recipe.method.counts:
+        console.print(f"times, {count} steps: {recipe.method.times(teacher.schedule, count).tolist()}")
 
 
 def print_roles(roles: Roles) -> None:

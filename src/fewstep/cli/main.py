@@ -49,7 +49,7 @@ def sample(
     count: Annotated[int, typer.Option("-n", "--count", help="Pictures per prompt.")] = 1,
     compare: Annotated[bool, typer.Option("--compare", help="Put the teacher's pictures beside, same prompts and seeds.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
-    solver: Annotated[str, typer.Option(help="ddim or dpmpp.")] = "ddim",
+    solver: Annotated[str | None, typer.Option(help="ddim, dpmpp or renoise; a student brings its own.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("sample.png"),
 ) -> None:
     """Draw pictures with a student or a teacher."""
@@ -70,6 +70,19 @@ def evaluate(
     from .evaluate import run_evaluate
 
     run_evaluate(student, protocol, out)
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder to write.")],
+    steps: Annotated[int | None, typer.Option(help="Which of the student's step counts; its default one if not given.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
+) -> None:
+    """Write a student of several step counts as plain files for one of them, and compare them with it."""
+    from .export import run_export
+
+    run_export(student, folder, steps, base)
 
 
 @app.command()

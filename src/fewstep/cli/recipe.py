@@ -1,12 +1,12 @@
 """Recipes: one YAML file, checked strictly, with dotted overrides. Every mistake is one line that names the option."""
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..methods.matching import Matching
+from ..methods.matching import Matching, preset_settings
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.loop import TrainConfig
@@ -36,6 +36,13 @@ class PreviewConfig(Strict):
     teacher_steps: int = Field(default=50, ge=1)
 
 
+def _with_preset(value: Any) -> Any:
+    """A method's settings on top of what its name stands for."""
+    if not isinstance(value, dict) or "name" not in value:
+        return value
+    return {**preset_settings(value["name"]), **value}
+
+
 class DistillRecipe(Strict):
     """`fewstep distill RECIPE`."""
 
@@ -43,7 +50,7 @@ class DistillRecipe(Strict):
     name: str
     teacher: str
     prompts: PromptsConfig = PromptsConfig()
-    method: Matching
+    method: Annotated[Matching, BeforeValidator(_with_preset)]
     roles: RolesConfig
     train: TrainConfig
     preview: PreviewConfig = PreviewConfig()

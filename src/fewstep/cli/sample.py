@@ -39,7 +39,7 @@ def run_sample(
     count: int,
     compare: bool,
     base: str | None,
-    solver: str,
+    solver: str | None,
     out: Path,
 ) -> None:
     """Draw, write one PNG grid (a row per model), and print its path and the time a picture took."""
@@ -75,7 +75,9 @@ def run_sample(
     console.print(str(out.resolve()))
 
 
-def _timed(model: Backbone | LoadedStudent, prompts: list[str], seeds: list[int], steps: int, guidance: float, solver: str) -> torch.Tensor:
+def _timed(
+    model: Backbone | LoadedStudent, prompts: list[str], seeds: list[int], steps: int, guidance: float, solver: str | None
+) -> torch.Tensor:
     began = time.perf_counter()
     result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     console.print(

@@ -11,6 +11,7 @@ from .prediction import Split
 from .schedule import Schedule, expand
 
 Denoise = Callable[[Tensor, Tensor], Split]  # (x [B, ...], t [B]) -> (x0, eps)
+Noise = Callable[[Tensor], Tensor]  # fresh standard noise in the shape, dtype and device of its argument
 
 
 class Estimate(NamedTuple):
@@ -70,17 +71,6 @@ def sample(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, updat
         yield State(t, x, here.x0)
 
 
-def renoise(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, generator: torch.Generator) -> Iterator[State]:
-    """Stochastic few-step sampling: predict x0, add fresh noise for the next time (consistency models; DMD2)."""
-    t = times[0].to(x.device).expand(len(x))
-    yield State(t, x, None)
-    for t_next in times[1:]:
-        here, t = denoise(x, t), t_next.to(x.device).expand(len(x))
-        fresh = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
-        x = ddim(schedule, Split(here.x0, fresh), t, t)
-        yield State(t, x, here.x0)
-
-
 def heun(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> Iterator[State]:
     """Second order in the coordinates `x/alpha, sigma/alpha` (EDM, alg. 1); two network calls a step, one into clean data.
 
@@ -104,11 +94,23 @@ def heun(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> Iter
         yield State(t, x, x0)
 
 
+def renoising(noise: Noise) -> Update:
+    """`x_s = alpha_s x0_hat + sigma_s e` with fresh noise e: stochastic few-step sampling (consistency models; DMD2)."""
+
+    def renoise(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, before: Estimate | None = None) -> Tensor:
+        return ddim(schedule, Split(here.x0, noise(here.x0)), t, t_next)
+
+    return renoise
+
+
 UPDATES: dict[str, Update] = {"ddim": ddim, "dpmpp": dpmpp}
+STOCHASTIC: dict[str, Callable[[Noise], Update]] = {"renoise": renoising}
 
 
-def update_named(name: str) -> Update:
-    """The update rule of a deterministic solver. Raises ValueError listing the known ones."""
+def update_named(name: str, noise: Noise = torch.randn_like) -> Update:
+    """The update rule called `name`; `noise` is what a stochastic one draws. Raises ValueError listing the known ones."""
+    if name in STOCHASTIC:
+        return STOCHASTIC[name](noise)
     if name not in UPDATES:
-        raise ValueError(f"solver: got {name!r}, allowed are {', '.join(UPDATES)}")
+        raise ValueError(f"solver: got {name!r}, allowed are {', '.join([*UPDATES, *STOCHASTIC])}")
     return UPDATES[name]

@@ -10,7 +10,7 @@ FILE = "fewstep.json"
 
 @dataclass(frozen=True)
 class StudentCard:
-    """What a student is. `timesteps` and `solver` per step count, as strings of the count (JSON keys); guidance is `baked`."""
+    """What a student is. The first of `steps` is the default, and the one that its weights alone are right for. `timesteps` and `solver` per step count, as strings of the count (JSON keys); guidance is `baked`."""
 
     name: str
     method: str
@@ -30,6 +30,7 @@ class StudentCard:
     hardware: str
     version: str
     guidance: str = "baked"
+    time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
     format: int = FORMAT
 
 

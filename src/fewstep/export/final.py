@@ -5,24 +5,32 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
-from ..backbones.files import LORA_FILE, save_lora, save_network, student_scheduler
+from ..backbones.files import LORA_FILE, save_lora, save_network, save_vectors, student_scheduler
 from .card import FILE, StudentCard
 from .model_card import model_card
 
 
 def write_final(
-    folder: Path, backbone: Backbone, card: StudentCard, network: nn.Module, lora: Mapping[str, Tensor] | None, metadata: Mapping[str, Any]
+    folder: Path,
+    backbone: Backbone,
+    card: StudentCard,
+    network: nn.Module,
+    lora: Mapping[str, Tensor] | None,
+    metadata: Mapping[str, Any],
+    vectors: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> Path:
     """Write the student to `folder`, replacing an older one only when everything is there.
 
     `lora` is the adapter in PEFT's file format, or None for a full student, whose `network` is saved whole. The LoRA is
-    written twice: under diffusers' standard name and under a name of its own, for programs that only know files.
+    written twice: under diffusers' standard name and under a name of its own, for programs that only know files. Either is right by
+    itself for the card's first step count; `vectors` are what tells a student of several the others.
     """
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -33,9 +41,12 @@ def write_final(
         else:
             save_lora(beside, lora, metadata)
             os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
-        student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])]).save_pretrained(beside / "scheduler")
+        if vectors:
+            save_vectors(beside, vectors)
+        scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])])
+        scheduler.save_pretrained(beside / "scheduler")
         write_json(beside / FILE, asdict(card))
-        (beside / "README.md").write_text(model_card(card, folder.name))
+        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:

@@ -4,8 +4,8 @@ from ..backbones.load import bundled
 from .card import StudentCard
 
 
-def model_card(card: StudentCard, folder: str) -> str:
-    """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in."""
+def model_card(card: StudentCard, folder: str, scheduler: str) -> str:
+    """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler."""
     steps = card.steps[0]
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     served = " or ".join(map(str, card.steps))
@@ -19,15 +19,19 @@ def model_card(card: StudentCard, folder: str) -> str:
         if card.weights == "lora"
         else "all weights of the network"
     )
-    scheduler = (
-        "DDIMScheduler" if card.solver[str(steps)] == "ddim" and all(1000 % k == 0 for k in card.steps) else "DPMSolverMultistepScheduler"
-    )
     ships = card.base in bundled()
     imports = f"import torch\nfrom diffusers import {scheduler}" + ("\n\nimport fewstep" if ships else ", StableDiffusionPipeline")
     base = (
         f'fewstep.load_teacher("{card.base}").pipe  # this base ships with fewstep'
         if ships
         else f'StableDiffusionPipeline.from_pretrained("{card.base}")'
+    )
+    others = (
+        ""
+        if len(card.steps) == 1
+        else f"""
+The files alone are the student of {steps} steps. fewstep tells it the others: `fewstep.load("{card.base}", "{folder}")("a prompt", num_inference_steps={card.steps[-1]})`;
+`fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
     return f"""---
 license: {card.licence}
@@ -59,7 +63,7 @@ pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
 image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
-With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.
+With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.{others}
 
 The licence of the base model applies to this student.
 """

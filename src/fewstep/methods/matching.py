@@ -1,83 +1,144 @@
-"""Distribution matching along the student's own trajectory. TDM (alg. 1) is its first preset.
+"""Distribution matching along the student's own trajectory: TDM (alg. 1), its variants and its rivals as settings of one method.
 
-One draw gives both updates: roll the student out to a segment, take its step `t_{m+1} -> t_m` with gradient, diffuse the landing
-state to a time tau inside the segment, and compare there what the fake score and the guided teacher believe.
+Where on the path (the noisy landing state or the clean estimate, diffused over its segment or over all times) x which divergence
+x how many steps. One draw gives both updates: roll the student out to a segment, take its step `t_{m+1} -> t_m` with gradient,
+diffuse the matched state to a time tau, and compare there what the fake score and the guided teacher believe.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backbones.base import Cond, rows
 from ..core import timegrid
-from ..core.schedule import Schedule, expand, transition
+from ..core.schedule import Schedule, diffuse, expand, transition
 from ..core.solvers import update_named
 from ..core.trajectory import segment_starts
 from ..core.weighting import weighting_named
 from ..objectives.denoising import denoising, transition_target
+from ..objectives.fisher import fisher
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Role, Roles
 
-FAKE_TARGETS = ("clean", "transition")
+CHOICES = {
+    "divergence": ("reverse-kl", "fisher"),
+    "match": ("landing", "clean"),
+    "tau": ("segment", "above", "whole"),
+    "fake_draw": ("landing", "clean"),
+    "fake_target": ("clean", "transition"),
+}
 
 
 @dataclass(frozen=True)
 class Matching:
     """Settings of the method; the defaults are TDM's. Raises ValueError for settings that cannot be.
 
-    `tau_min` keeps tau away from clean data, as a fraction of the schedule; `warmup` iterations train the fake score alone;
-    `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its own.
+    `steps`: one count, or several of which every iteration draws one (TDM-unify, eq. 8), the first being the default when sampling;
+    `condition` tells student and fake score which. `match`: the noisy state that a step lands on, or the clean estimate that it
+    makes. `tau`: inside the step's own segment (eq. 5), from there up to pure noise, or over all times; `tau_min` and `tau_max`
+    keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
+    (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
+    own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`.
     """
 
-    steps: int = 4
+    steps: int | tuple[int, ...] = 4
+    condition: bool = True
     guidance: float = 3.5
+    divergence: Literal["reverse-kl", "fisher"] = "reverse-kl"
     loss: str = "huber"
+    fisher_correction: float = 0.5
+    match: Literal["landing", "clean"] = "landing"
+    tau: Literal["segment", "above", "whole"] = "segment"
+    tau_min: float = 0.02
+    tau_max: float = 1.0
+    fake_draw: Literal["landing", "clean"] = "landing"
     fake_target: Literal["clean", "transition"] = "clean"
     fake_updates: int = 1
+    fake_weight: str = "min-snr"
+    snr_clip: float = 5.0
     warmup: int = 100
     share_draw: bool = True
     solver: str = "ddim"
     shift: float = 1.0
-    tau_min: float = 0.02
-    fake_weight: str = "min-snr"
-    snr_clip: float = 5.0
     name: str = "tdm"
 
     def __post_init__(self) -> None:
         loss_named(self.loss), update_named(self.solver), weighting_named(self.fake_weight)
-        if self.steps < 1:
-            raise ValueError(f"method.steps: got {self.steps}, allowed are whole numbers from 1; few-step students use 1 to 8")
-        if self.fake_target not in FAKE_TARGETS:
-            raise ValueError(f"method.fake_target: got {self.fake_target!r}, allowed are {', '.join(FAKE_TARGETS)}")
+        if not self.counts or min(self.counts) < 1 or len(set(self.counts)) < len(self.counts):
+            raise ValueError(
+                f"method.steps: got {self.steps}, allowed are whole numbers from 1, or a list of different ones such as [4, 2, 1]; few-step students use 1 to 8"
+            )
+        for option, allowed in CHOICES.items():
+            if getattr(self, option) not in allowed:
+                raise ValueError(f"method.{option}: got {getattr(self, option)!r}, allowed are {', '.join(allowed)}")
         if self.fake_updates < 1:
             raise ValueError(f"method.fake_updates: got {self.fake_updates}, allowed are whole numbers from 1")
         if self.warmup < 0:
             raise ValueError(f"method.warmup: got {self.warmup}, allowed are whole numbers from 0 (off)")
         if not 0 <= self.tau_min < 1:
             raise ValueError(f"method.tau_min: got {self.tau_min}, allowed are fractions from 0 up to, not including, 1")
+        if not self.tau_min < self.tau_max <= 1:
+            raise ValueError(f"method.tau_max: got {self.tau_max}, allowed are fractions above method.tau_min ({self.tau_min}) up to 1")
+        if self.tau == "whole" and self.match != "clean":
+            raise ValueError("method.tau: got whole, which needs method.match=clean: a noisy state is diffused to noisier times only")
         for option in ("shift", "snr_clip"):
             if not 0 < getattr(self, option) < math.inf:
                 raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers above 0")
         if not math.isfinite(self.guidance):
             raise ValueError(f"method.guidance: got {self.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that the student serves, the default first."""
+        return (self.steps,) if isinstance(self.steps, int) else tuple(self.steps)
+
+    @property
+    def conditioned(self) -> tuple[int, ...]:
+        """The step counts that student and fake score are told apart; empty for one count alone or without the condition."""
+        return self.counts if self.condition and len(self.counts) > 1 else ()
+
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
-        """The student's grid, `[K + 1]`, for its own step count or another."""
-        return timegrid.uniform(schedule, steps or self.steps, self.shift)
+        """The student's grid, `[K + 1]`, for its default step count or another."""
+        return timegrid.uniform(schedule, steps or self.counts[0], self.shift)
+
+
+# What a name stands for; settings given beside it win. DMD2: TDM sec. 4.3 and app. F; the others from their papers.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tdm": {},
+    "tdm-unify": {"steps": (4, 2, 1)},
+    "tdm-fisher": {"divergence": "fisher"},
+    "dmd2": {"match": "clean", "solver": "renoise", "tau": "whole", "tau_max": 0.98, "fake_updates": 10, "loss": "l2", "share_draw": False},
+    "diff-instruct": {"steps": 1, "match": "clean", "tau": "whole", "tau_max": 0.98, "loss": "l2"},
+    "sid": {"divergence": "fisher", "fisher_correction": 1.0, "match": "clean", "solver": "renoise", "tau": "whole", "tau_max": 0.98},
+}
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """What a name stands for. Raises ValueError listing the known names."""
+    if name not in PRESETS:
+        raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def preset(name: str, **settings: Any) -> Matching:
+    """The method called `name` with `settings` changed. Raises ValueError listing the known names."""
+    return replace(Matching(**preset_settings(name), name=name), **settings)
 
 
 class Draw(NamedTuple):
-    """A landing state with everything that the two updates need. x_m and x0 may carry the student's gradient."""
+    """A matched state with everything that the two updates need. x_m, x0 and x_tau may carry the student's gradient."""
 
     cond: Cond
+    steps: int  # K of this iteration
     segment: Tensor  # [B] 0 .. K-1, 0 starts from noise
-    t: Tensor  # [B] landing time t_m
-    tau: Tensor  # [B] in (t_m, t_{m+1}]
-    x_m: Tensor
+    t: Tensor  # [B] time of x_m: the landing time, or that of clean data
+    tau: Tensor  # [B]
+    x_m: Tensor  # what is matched
     x0: Tensor  # the student's clean estimate
     e: Tensor  # transition noise
     x_tau: Tensor
@@ -91,74 +152,120 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def draw(method: Matching, roles: Roles, cond: Cond, batch: int, rng: torch.Generator, with_gradient: bool) -> Draw:
+def draw_steps(method: Matching, rng: torch.Generator) -> int:
+    """The step count of an iteration, evenly from the list."""
+    counts = method.counts
+    return counts[int(torch.randint(len(counts), (), generator=rng, device=rng.device))] if len(counts) > 1 else counts[0]
+
+
+def draw(
+    method: Matching, roles: Roles, cond: Cond, batch: int, rng: torch.Generator, with_gradient: bool, steps: int | None = None
+) -> Draw:
     """Points 1 to 3 of the algorithm. Deterministic in `rng`; independent of any data set."""
-    schedule, shape, update = roles.backbone.schedule, roles.backbone.shape, update_named(method.solver)
-    times = method.times(schedule).to(rng.device)
+    schedule, shape = roles.backbone.schedule, roles.backbone.shape
+    steps = steps or draw_steps(method, rng)
+    times = method.times(schedule, steps).to(rng.device)
 
-    def noise() -> Tensor:
-        return torch.randn((batch, *shape), generator=rng, device=rng.device)
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=rng, device=rng.device)
 
-    x = noise() * schedule.start_std
-    segment = timegrid.draw_segments(batch, method.steps, rng)
-    start, before = segment_starts(lambda r: roles.denoise("student", rows(cond, r)), schedule, x, times, segment, update)
-    high, t = times[segment], times[segment + 1]
+    update = update_named(method.solver, noise)
+    x = noise(torch.empty((batch, *shape))) * schedule.start_std
+    segment = timegrid.draw_segments(batch, steps, rng)
+    student = partial(roles.denoise, "student", steps=steps)
+    start, before = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, update)
+    high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
-        here = roles.denoise("student", cond)(start, high)
-        x_m = update(schedule, here, high, t, before)
-    low = torch.maximum(
-        t, torch.full_like(t, schedule.t_clean + method.tau_min * (schedule.t_max - schedule.t_clean)).minimum(high - schedule.resolution)
-    )
-    tau = timegrid.draw_between(schedule, low, high, rng)
-    e = noise()
+        here = student(cond)(start, high)
+        clean = method.match == "clean"
+        x_m = here.x0 if clean else update(schedule, here, high, landing, before)
+    tau = _draw_tau(method, schedule, landing, high, rng)
+    t = torch.full_like(landing, schedule.t_clean) if clean else landing
+    e = noise(x)
     r, beta = transition(schedule, t, tau)
-    x_tau = (expand(r, x) * x_m + expand(beta, x) * e).detach()
-    return Draw(cond, segment, t, tau, x_m, here.x0, e, x_tau)
+    with torch.set_grad_enabled(with_gradient):
+        x_tau = expand(r, x) * x_m + expand(beta, x) * e
+    return Draw(cond, steps, segment, t, tau, x_m, here.x0, e, x_tau)
+
+
+def _draw_tau(method: Matching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator) -> Tensor:
+    """tau `[B]` in (low, high]: the landing time or `tau_min`, whichever is noisier, and the segment's start or `tau_max`."""
+    span, step = schedule.t_max - schedule.t_clean, schedule.resolution
+    low = torch.full_like(landing, schedule.t_clean) if method.tau == "whole" else landing
+    top = high if method.tau == "segment" else torch.full_like(high, schedule.t_max)
+    most = torch.full_like(top, schedule.t_clean + method.tau_max * span)
+    if step:
+        most = most.round()
+    top = torch.where(most > low, top.minimum(most), top)
+    least = torch.full_like(low, schedule.t_clean + method.tau_min * span).minimum(top - step)
+    return timegrid.draw_between(schedule, torch.maximum(low, least), top, rng)
 
 
 def fake_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor) -> Tensor:
     """Point 4: denoising regression of the fake score at x_tau (eq. 7), on the clean estimate or the transition noise."""
     weight = weighting_named(method.fake_weight)(schedule, d.tau, method.snr_clip)
-    if method.fake_target == "clean":
+    if method.fake_target == "clean" or method.fake_draw == "clean":
         return denoising(f_fake, d.x0.detach(), weight)
     goal, precision = transition_target(schedule, d.x_m.detach(), d.e, d.t, d.tau)
     return denoising(f_fake, goal, precision * weight)
 
 
 def student_loss(method: Matching, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> Tensor:
-    """Point 5: reverse KL on the landing state (eq. 6, 11)."""
+    """Point 5 with reverse KL: on the matched state (eq. 6, 11)."""
     delta = (f_fake - f_teacher).detach()
     return loss_named(method.loss)(d.x_m, delta, dmd_normaliser(d.x0.detach(), f_teacher.detach())).mean()
+
+
+def fisher_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> Tensor:
+    """Point 5 with Fisher divergence (tab. 8): both estimates carry the gradient of the x_tau they were made at."""
+    f_cond, weight = transition_target(schedule, d.x_m, d.e, d.t, d.tau)
+    value = fisher(f_teacher, f_fake, f_cond, dmd_normaliser(d.x0.detach(), f_teacher.detach()), method.fisher_correction)
+    return (weight.to(value) * value).mean()
 
 
 def losses(method: Matching, roles: Roles, cond: Cond, null: Cond, batch: int, rng: torch.Generator, warming_up: bool) -> Iterator[Loss]:
     """The updates of one iteration in order; the caller takes each step before asking for the next.
 
-    With a shared draw the last fake update and the student's update come from one x_tau *and one forward pass* of the fake
-    score, taken before its step: network calls per iteration (K+1)/2 + 2 (student) + 2 (guided teacher) + 3 (fake).
+    With a shared draw the last fake update and the student's reverse-KL update come from one x_tau *and one forward pass* of the
+    fake score, taken before its step: network calls per iteration (K+1)/2 + 2 (student) + 2 (guided teacher) + 3 (fake). The
+    Fisher divergence needs the fake score's gradient in x_tau, so it shares x_tau alone and costs 3 + 2 x 2 calls more.
     """
     schedule = roles.backbone.schedule
-    own_draws = method.fake_updates if warming_up or not method.share_draw else method.fake_updates - 1
-    for _ in range(own_draws):
-        d = draw(method, roles, cond, batch, rng, with_gradient=False)
-        loss = fake_loss(method, schedule, d, roles.denoise("fake", cond)(d.x_tau, d.tau).x0)
-        yield Loss("fake", loss, {"fake_loss": loss.detach()})
+    steps = draw_steps(method, rng)
+    drawn = partial(draw, method, roles, cond, batch, rng, steps=steps)
+    fake, teacher = roles.denoise("fake", cond, steps), roles.teacher(cond, null, method.guidance)
+
+    def update_fake(d: Draw) -> Loss:
+        x_tau = diffuse(schedule, d.x0, d.tau, d.e) if method.fake_draw == "clean" else d.x_tau
+        loss = fake_loss(method, schedule, d, fake(x_tau.detach(), d.tau).x0)
+        return Loss("fake", loss, {"fake_loss": loss.detach()})
+
+    for _ in range(method.fake_updates if warming_up or not method.share_draw else method.fake_updates - 1):
+        yield update_fake(drawn(with_gradient=False))
     if warming_up:
         return
-    d = draw(method, roles, cond, batch, rng, with_gradient=True)
-    with torch.no_grad():
-        f_teacher = roles.teacher(cond, null, method.guidance)(d.x_tau, d.tau).x0
-    with torch.set_grad_enabled(method.share_draw):
-        f_fake = roles.denoise("fake", cond)(d.x_tau, d.tau).x0
-    value = student_loss(method, d, f_fake, f_teacher)
+    d = drawn(with_gradient=True)
+    one_pass = method.share_draw and method.divergence == "reverse-kl" and method.fake_draw == "landing"
+    if method.share_draw and not one_pass:
+        yield update_fake(d)
+    if method.divergence == "fisher":
+        f_teacher, f_fake = teacher(d.x_tau, d.tau).x0, fake(d.x_tau, d.tau).x0
+        value = fisher_loss(method, schedule, d, f_fake, f_teacher)
+    else:
+        with torch.no_grad():
+            f_teacher = teacher(d.x_tau, d.tau).x0
+        with torch.set_grad_enabled(one_pass):
+            f_fake = fake(d.x_tau.detach(), d.tau).x0
+        value = student_loss(method, d, f_fake, f_teacher)
     metrics = {"student_loss": value.detach(), **_gaps(method, d, f_fake, f_teacher)}
-    if method.share_draw:
+    if one_pass:
         loss = fake_loss(method, schedule, d, f_fake)
         yield Loss("fake", loss, {"fake_loss": loss.detach()})
     yield Loss("student", value, metrics)
 
 
 def _gaps(method: Matching, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> dict[str, Tensor]:
-    """`rms |f_psi - f_phi|` per segment, the size of the matching gradient before normalisation."""
+    """`rms |f_psi - f_phi|` per segment (and step count, where there are several): the matching gradient before normalisation."""
     gap = (f_fake - f_teacher).detach().square().flatten(1).mean(1)
-    return {f"gap_{k}": gap[d.segment == k].mean().sqrt() for k in range(method.steps) if bool((d.segment == k).any())}
+    count = f"{d.steps}_" if len(method.counts) > 1 else ""
+    return {f"gap_{count}{k}": gap[d.segment == k].mean().sqrt() for k in range(d.steps) if bool((d.segment == k).any())}

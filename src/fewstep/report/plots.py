@@ -100,10 +100,15 @@ def losses(metrics: Sequence[Metrics]) -> Figure | None:
 
 
 def gaps(metrics: Sequence[Metrics]) -> Figure | None:
-    """The matching gap of each segment, logarithmic: `rms |f_fake - f_teacher|`, keys `gap_0` (from noise) to `gap_{K-1}`."""
-    keys = sorted({key for m in metrics for key in m if re.fullmatch(r"gap_\d+", key)}, key=lambda key: int(key[4:]))
+    """The matching gap of each segment, logarithmic: `rms |f_fake - f_teacher|`, keys `gap_0` (from noise) to `gap_{K-1}`.
+
+    Of a student of several step counts the keys are `gap_K_0` ..., and the curves those of the largest K.
+    """
+    found = {key: [int(n) for n in key[4:].split("_")] for m in metrics for key in m if re.fullmatch(r"gap_(\d+_)?\d+", key)}
+    most = max((n[0] for n in found.values() if len(n) == 2), default=0)
+    keys = sorted((key for key, n in found.items() if len(n) == 1 or n[0] == most), key=lambda key: found[key])
     colours = [SEGMENTS[round(i * (len(SEGMENTS) - 1) / max(len(keys) - 1, 1))] for i in range(len(keys))]
-    return _logarithmic(metrics, [(f"step {int(key[4:]) + 1}", colour, key) for key, colour in zip(keys, colours, strict=True)])
+    return _logarithmic(metrics, [(f"step {found[key][-1] + 1}", colour, key) for key, colour in zip(keys, colours, strict=True)])
 
 
 def gradients(metrics: Sequence[Metrics]) -> Figure | None:

@@ -6,16 +6,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
 from ..core.prediction import Split
 from ..core.solvers import Denoise
-from . import adapters
+from . import adapters, step_condition
+from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
+CONDITION = "step_condition"  # the table's name among the trained parameters
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,20 @@ class Roles:
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
+    counts: tuple[int, ...] = ()  # step counts that student and fake score are told apart; usually none
+    conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
 
-    def denoise(self, role: Role, cond: Cond) -> Denoise:
-        """This role without guidance."""
-        return self._as(role, denoiser(self.backbone, self.networks[role], cond))
+    def denoise(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
+        """This role without guidance, told that it takes `steps` steps where it was made to be told (default: the first count)."""
+        return self._as(role, denoiser(self.backbone, self.networks[role], cond), steps)
 
     def teacher(self, cond: Cond, null: Cond, scale: float) -> Denoise:
         """The frozen teacher under classifier-free guidance."""
         return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale))
 
-    def _as(self, role: Role, inner: Denoise) -> Denoise:
+    def _as(self, role: Role, inner: Denoise, steps: int | None = None) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
-            self.activate(role)
+            self.activate(role, steps)
             try:
                 return inner(x, t)
             finally:
@@ -62,12 +67,20 @@ class Roles:
 
         return denoise
 
-    def activate(self, role: Role) -> None:
-        """Let the shared network be this role until another is activated; nothing to do for copies.
+    def activate(self, role: Role, steps: int | None = None) -> None:
+        """Let the shared network be this role, told its step count, until another is activated.
 
         Between two calls of a role it is the teacher, so that whoever holds the backbone finds what it was.
         """
         adapters.switch(self.layers, None if role == "teacher" else role)
+        for condition in self.conditions.values():
+            condition.active = None
+        if self.counts and role != "teacher":
+            self.conditions[role].active = step_condition.nearest(self.vectors(role), steps or self.counts[0])
+
+    def vectors(self, role: Role = "student") -> dict[int, Tensor]:
+        """What is added to the role's time embedding for each step count; empty where it is not told."""
+        return step_condition.vectors(self.counts, self.trained[role][CONDITION]) if self.counts else {}
 
     def update_average(self, decay: float) -> None:
         """`average <- decay average + (1 - decay) student`."""
@@ -79,30 +92,45 @@ class Roles:
         return adapters.values(self.trained["student"], self.average)
 
     def student_state(self) -> dict[str, Tensor]:
-        """The student's weights as they are now: LoRA in PEFT's file format, or the whole network."""
+        """The student's weights as they are now, without its step condition: LoRA in PEFT's file format, or the whole network."""
         network = self.networks["student"]
         state = adapters.adapter_state(network, "student") if self.config.share else network.state_dict()
         return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+    def told(self, count: int, times: Tensor) -> dict[str, Tensor]:
+        """What makes the shared student a plain LoRA for one step count with these `times`; empty where it is not told its count."""
+        if not (self.counts and self.config.share):
+            return {}
+        network = self.networks["student"]
+        self.activate("student", count)
+        try:
+            alpha = self.config.alpha or self.config.rank
+            return step_condition.folded_lora(self.backbone, network, self.vectors()[count], times, self.config.rank, alpha)
+        finally:
+            self.activate("teacher")
 
     def adapter_settings(self) -> dict[str, Any]:
         """PEFT's settings of the student's adapter, for the header of its file; empty for a full student."""
         return self.networks["student"].peft_config["student"].to_dict() if self.config.share else {}  # type: ignore[union-attr,index]
 
 
-def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0) -> Roles:
-    """Student and fake score that start as the teacher, bit for bit.
+def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0, counts: tuple[int, ...] = ()) -> Roles:
+    """Student and fake score that start as the teacher, bit for bit, also when they are told one of several step `counts`.
 
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
     the same backbone are taken out. Copies: two deep copies.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
     base = backbone.module.requires_grad_(False).eval()
+    if counts:
+        width = step_condition.width(base, backbone.time_layer)
     if not config.share:
         networks: dict[Role, nn.Module] = {"teacher": base, "student": copy.deepcopy(base), "fake": copy.deepcopy(base)}
         trained = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in TRAINED}
         layers: tuple[LoraLayer, ...] = ()
     else:
-        names = adapters.targets(base, config.targets, config.skip)
+        # Where the step count enters, it takes the adapter's place, so that at export it can become one.
+        names = adapters.targets(base, config.targets, (*config.skip, *([backbone.time_layer] if counts else [])))
         for i, role in enumerate(TRAINED):
             adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
         networks = {"teacher": base, "student": base, "fake": base}
@@ -111,7 +139,14 @@ def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0) -> Roles:
         for parameters in trained.values():
             for p in parameters.values():
                 p.requires_grad_(True)
+    conditions: dict[Role, StepCondition] = {}
+    if counts:
+        device = next(base.parameters()).device
+        for role in TRAINED:
+            shared = config.share and bool(conditions)
+            conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
+            trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(counts), width, device=device))}
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
-    roles = Roles(backbone, networks, trained, layers, config, average)
+    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions)
     roles.activate("teacher")
     return roles

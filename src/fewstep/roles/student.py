@@ -1,7 +1,8 @@
 """A finished student put back on its base network, beside the teacher that stays what it was."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -9,30 +10,71 @@ from torch import Tensor, nn
 from ..backbones.base import Backbone, Cond, denoiser
 from ..core.prediction import Split
 from ..core.solvers import Denoise
-from . import adapters
+from . import adapters, step_condition
+from .step_condition import StepCondition
 
 
 @dataclass(frozen=True)
 class Student:
-    """A student that samples. `layers` is empty for a full student, which has a network of its own."""
+    """A student that samples. `layers` is empty for a full student, which has a network of its own.
+
+    `vectors`: what is added to the time embedding for each step count, by `condition`; empty where one count is served.
+    """
 
     backbone: Backbone
     network: nn.Module
     layers: tuple[LoraLayer, ...]
     adapter: str
+    vectors: Mapping[int, Tensor] = field(default_factory=dict)
+    condition: StepCondition | None = None
 
-    def denoise(self, cond: Cond) -> Denoise:
-        """The student without guidance, which is baked in."""
+    def denoise(self, cond: Cond, steps: int | None = None) -> Denoise:
+        """The student without guidance, which is baked in, told that it takes `steps` steps (default: its first count)."""
         inner = denoiser(self.backbone, self.network, cond)
 
         def denoise(x: Tensor, t: Tensor) -> Split:
             adapters.switch(self.layers, self.adapter)
+            if self.condition is not None:
+                self.condition.active = step_condition.nearest(self.vectors, steps or next(iter(self.vectors)))
             try:
                 return inner(x, t)
             finally:
                 adapters.switch(self.layers, None)
+                if self.condition is not None:
+                    self.condition.active = None
 
         return denoise
+
+
+def with_vectors(student: Student, vectors: Mapping[int, Tensor]) -> Student:
+    """The student told its step count by these vectors. Its weights must not say one count already (see `without_fold`)."""
+    vectors = {k: v.to(next(student.network.parameters()).device) for k, v in vectors.items()}
+    return replace(student, vectors=vectors, condition=step_condition.attach(student.network, student.backbone.time_layer))
+
+
+def plain_lora(student: Student, count: int, times: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A LoRA that is the student of one step count by itself, in PEFT's file format, and PEFT's settings for its header.
+
+    `times` are those that this count visits.
+    """
+    settings = student.network.peft_config[student.adapter].to_dict()  # type: ignore[union-attr,index]
+    state = {k: v.detach().cpu().clone() for k, v in adapters.adapter_state(student.network, student.adapter).items()}
+    if not student.vectors:
+        return state, settings
+    layer = student.backbone.time_layer
+    adapters.switch(student.layers, student.adapter)
+    try:
+        fold = step_condition.folded_lora(
+            student.backbone, student.network, student.vectors[count], times, settings["r"], settings["lora_alpha"]
+        )
+    finally:
+        adapters.switch(student.layers, None)
+    return state | fold, settings | {"target_modules": sorted({*settings["target_modules"], layer})}
+
+
+def without_fold(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """A LoRA's weights without those that tell it one step count."""
+    return {k: v for k, v in state.items() if not k.startswith(f"{layer}.lora_")}
 
 
 def with_lora(backbone: Backbone, state: Mapping[str, Tensor], rank: int, alpha: float) -> Student:

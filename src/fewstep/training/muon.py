@@ -50,12 +50,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, mu, keep = group["lr"], group["momentum"], 1 - group["lr"] * group["weight_decay"]
-            shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+            shapes: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault((len(p), p[0].numel()), []).append(p)
             for (rows, columns), same in shapes.items():
-                gradients = [p.grad for p in same]
+                gradients = [p.grad for p in same if p.grad is not None]
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
                 torch._foreach_lerp_(momenta, gradients, 1 - mu)
                 ahead = torch._foreach_lerp(gradients, momenta, mu)

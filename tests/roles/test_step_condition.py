@@ -1,0 +1,148 @@
+"""The step count as a condition: nothing at first, its own for each role and count, and foldable into plain weights."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.base import Backbone, Denoiser
+from fewstep.core import timegrid
+from fewstep.roles import adapters
+from fewstep.roles.roles import CONDITION, TRAINED, Roles, RolesConfig, make_roles
+from fewstep.roles.step_condition import GAIN, attach, folded_bias, nearest, unfold
+from fewstep.roles.student import plain_lora, with_lora, with_vectors, without_fold
+
+from .. import tiny
+from .test_roles import given, perturb
+
+COUNTS = (2, 1)
+BACKBONES: dict[str, Callable[[], Backbone]] = {"own": tiny.denoiser, "sd": tiny.stable_diffusion}
+
+
+def make(name: str = "own", share: bool = True, alpha: float | None = None) -> Roles:
+    return make_roles(BACKBONES[name](), RolesConfig(share=share, rank=4, alpha=alpha), counts=COUNTS)
+
+
+def at_grid(roles: Roles, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """States at the times that this count visits."""
+    times = timegrid.uniform(roles.backbone.schedule, count)[:-1]
+    x = torch.randn((count, *roles.backbone.shape), generator=torch.Generator().manual_seed(1))
+    return x, times, dict(roles.backbone.encode(["red cat"] * count))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_it_is_nothing_at_first(name: str, share: bool) -> None:
+    roles = make(name, share)
+    x, t, cond, null = given(roles.backbone)
+    with torch.no_grad():
+        teacher = roles.teacher(cond, null, 1.0)(x, t).x0
+        for role in TRAINED:
+            for count in COUNTS:
+                found = roles.denoise(role, cond, count)(x, t).x0
+                assert torch.equal(found, teacher) if share else torch.allclose(found, teacher, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_each_role_and_count_has_its_own(share: bool) -> None:
+    roles = make(share=share)
+    x, t, cond, null = given(roles.backbone)
+    with torch.no_grad():
+        before = {(r, k): roles.denoise(r, cond, k)(x, t).x0 for r in TRAINED for k in COUNTS}
+        teacher = roles.teacher(cond, null, 1.0)(x, t).x0
+        roles.trained["student"][CONDITION][1].add_(0.1)  # told "1 step"
+        for (role, count), x0 in before.items():
+            assert torch.equal(roles.denoise(role, cond, count)(x, t).x0, x0) == ((role, count) != ("student", 1))
+        assert torch.equal(roles.teacher(cond, null, 1.0)(x, t).x0, teacher)
+        assert torch.equal(roles.denoise("student", cond)(x, t).x0, before["student", 2])  # the first count by default
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_it_is_trained_by_its_own_role_and_count(share: bool) -> None:
+    roles = make(share=share)
+    x, t, cond, _ = given(roles.backbone)
+    loss = roles.denoise("student", cond, 1)(x, t).x0.square().sum()
+    roles.denoise("fake", cond, 2)(x, t)  # another role in between
+    mine, other = torch.autograd.grad(loss, [roles.trained[r][CONDITION] for r in TRAINED], allow_unused=True)
+    assert other is None
+    assert bool(mine[COUNTS.index(1)].all())
+    assert not bool(mine[COUNTS.index(2)].any())
+
+
+def test_it_is_averaged_and_taken_along() -> None:
+    roles = make()
+    with torch.no_grad():
+        roles.trained["student"][CONDITION].add_(1.0)
+    roles.update_average(0.75)
+    torch.testing.assert_close(roles.average[CONDITION], torch.full((2, 8), 0.25))
+    with roles.averaged():
+        assert all(torch.equal(v, torch.full((8,), 0.25 * GAIN)) for v in roles.vectors().values())
+    assert list(roles.vectors()) == [2, 1]
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_folded_into_a_lora_it_is_the_student_of_that_count(name: str, count: int, alpha: float | None) -> None:
+    roles = make(name, alpha=alpha)
+    perturb(roles, "student", 0)
+    x, t, cond = at_grid(roles, count)
+    with torch.no_grad():
+        wanted = roles.denoise("student", cond, count)(x, t).x0
+        state = roles.student_state() | roles.told(count, t)
+        layer = roles.backbone.time_layer
+        assert {s.shape[0] for k, s in state.items() if "lora_A" in k} == {4}  # no layer of another rank
+        plain = with_lora(BACKBONES[name](), state, 4, alpha or 4)
+        torch.testing.assert_close(plain.denoise(cond)(x, t).x0, wanted, rtol=1e-4, atol=1e-4)
+        bare = with_lora(BACKBONES[name](), without_fold(state, layer), 4, alpha or 4)
+        assert (bare.denoise(cond)(x, t).x0 - wanted).abs().max() > 1e-3  # the fold is needed
+        student = with_vectors(bare, roles.vectors())
+        for k in COUNTS:
+            torch.testing.assert_close(student.denoise(cond, k)(x, t).x0, roles.denoise("student", cond, k)(x, t).x0, rtol=1e-5, atol=1e-5)
+        again, _ = plain_lora(student, count, t)
+        for key, tensor in state.items():
+            torch.testing.assert_close(again[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_folded_into_the_bias_it_is_the_student_of_that_count() -> None:
+    roles = make("sd", share=False)
+    perturb(roles, "student", 0, size=0.02)
+    network, layer = roles.networks["student"], roles.backbone.time_layer
+    x, t, cond = at_grid(roles, 2)
+    with torch.no_grad():
+        wanted = roles.denoise("student", cond, 2)(x, t).x0
+        with folded_bias(network, layer, roles.vectors()[2]):
+            folded = copy.deepcopy(network)
+        torch.testing.assert_close(roles.denoise("student", cond, 2)(x, t).x0, wanted, rtol=0, atol=0)
+        own = Roles(roles.backbone, {**roles.networks, "student": folded}, roles.trained, (), roles.config)
+        torch.testing.assert_close(own.denoise("student", cond)(x, t).x0, wanted, rtol=1e-5, atol=1e-5)
+        unfold(folded, layer, roles.vectors()[2])
+        torch.testing.assert_close(folded.get_submodule(layer).bias, network.get_submodule(layer).bias)
+
+
+def test_taking_out_a_folded_lora_leaves_other_adapters() -> None:
+    net = nn.Sequential(nn.Linear(3, 5))
+    for name in ("mine", "theirs"):
+        adapters.add_adapter(net, name, 2, 2, ["0"], seed=0)
+        adapters.load_adapter(net, name, {"0.lora_A.weight": torch.ones(2, 3), "0.lora_B.weight": torch.ones(5, 2)})
+    unfold(net, "0", torch.zeros(5), "mine")
+    assert not adapters.adapter_state(net, "mine")["0.lora_B.weight"].any()
+    assert adapters.adapter_state(net, "theirs")["0.lora_B.weight"].all()
+
+
+def test_nearest_count() -> None:
+    known = {4: torch.tensor(4), 1: torch.tensor(1)}
+    assert [int(nearest(known, k)) for k in (1, 2, 3, 4, 8)] == [1, 4, 4, 4, 4]
+
+
+def test_a_network_that_names_no_layer_is_told_what_to_do() -> None:
+    backbone = tiny.denoiser()
+    nameless = Denoiser(backbone.module, backbone.schedule, backbone.shape, "v")
+    with pytest.raises(
+        ValueError, match=r"^method.steps: several step counts need .*Denoiser\(time_layer=\.\.\.\), or set method.condition=false$"
+    ):
+        make_roles(nameless, RolesConfig(), counts=COUNTS)
+    with pytest.raises(ValueError, match="several step counts need"):
+        attach(backbone.module, "")
