@@ -55,7 +55,7 @@ def distill(
     roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned)
     config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
     folder = None if out is None else Path(out)
-    data = embed(teacher, list(prompts), None if folder is None else folder / "embeddings", fingerprint(teacher.module))
+    data = embed(teacher, list(prompts), None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders))
     yield from train(roles, method, data, config, folder)
 
 
@@ -67,14 +67,14 @@ class LoadedStudent:
     card: StudentCard
 
 
-def load_student(folder: str | Path, base: str | Path | Backbone | None = None) -> LoadedStudent:
-    """Read a student onto its base (by default the one its card names). Raises ValueError with one line.
+def load_student(folder: str | Path, base: str | Path | Backbone | None = None, device: str | torch.device = "cpu") -> LoadedStudent:
+    """Read a student onto its base: by default the one its card names, on `device`. Raises ValueError with one line.
 
     Another base of the same architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights.
     """
     folder = Path(folder)
     card = read_card(folder)
-    backbone = load_teacher(card.base if base is None else base) if base is None or isinstance(base, str | Path) else base
+    backbone = load_teacher(card.base if base is None else base, device=device) if base is None or isinstance(base, str | Path) else base
     vectors = load_vectors(folder) if card.time_layer else {}
     if card.weights == "full":
         student = Student(backbone, load_network(folder, backbone.module), (), "student")

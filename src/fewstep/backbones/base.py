@@ -37,6 +37,11 @@ class Backbone(Protocol):
         ...
 
     @property
+    def encoders(self) -> Sequence[nn.Module]:
+        """The networks that `encode` goes through."""
+        ...
+
+    @property
     def time_layer(self) -> str:
         """The linear layer inside `module` whose output is the time embedding, where a step count can enter; empty if there is none."""
         ...
@@ -64,11 +69,11 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
 
 
 def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float) -> Denoise:
-    """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; w = 1 is one half only.
+    """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; w = 1, or a model without conditions, is one half only.
 
     Guidance is affine, so mixing raw outputs equals mixing x0 or eps.
     """
-    if scale == 1.0:
+    if scale == 1.0 or not cond:
         return denoiser(backbone, module, cond)
 
     def denoise(x: Tensor, t: Tensor) -> Split:
@@ -116,6 +121,10 @@ class Denoiser:
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
         return {}
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return [self.conditions] if isinstance(self.conditions, nn.Module) else []
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(module.parameters()).dtype

@@ -135,7 +135,8 @@ def load_vectors(folder: Path) -> dict[int, Tensor]:
 def load_network(folder: Path, like: nn.Module) -> nn.Module:
     """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing or damaged."""
     try:
-        return type(like).from_pretrained(folder / "unet").requires_grad_(False).eval()  # type: ignore[attr-defined]
+        network = type(like).from_pretrained(folder / "unet")  # type: ignore[attr-defined]
+        return network.to(next(like.parameters()).device).requires_grad_(False).eval()
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
             f"student: {folder / 'unet'} is missing or damaged ({str(error).splitlines()[0]}); export the run again"

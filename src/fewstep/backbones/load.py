@@ -16,7 +16,7 @@ from .sd import StableDiffusion, load_sd
 from .unconditional import PixelModel, load_pixel_model
 
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
-Loader = Callable[[str | Path, str, torch.dtype], Backbone]
+Loader = Callable[[str | Path, str, torch.dtype], StableDiffusion | PixelModel]
 LOADERS: dict[str, Loader] = {
     "StableDiffusionPipeline": load_sd,
     "DDPMPipeline": load_pixel_model,
@@ -28,8 +28,8 @@ def bundled() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
-def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32) -> Backbone:
-    """A teacher by bundled name, folder, or hub id (`owner/name`).
+def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Backbone:
+    """A teacher by bundled name, folder, or hub id (`owner/name`), with all its networks on `device`.
 
     Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
     """
@@ -39,7 +39,7 @@ def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32) -> Back
             raise ValueError(
                 f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name"
             )
-        return _load(str(source), load_sd, str(source), dtype)
+        return _load(str(source), load_sd, str(source), dtype, device)
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
@@ -51,7 +51,7 @@ def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32) -> Back
         raise ValueError(f"teacher: {index} cannot be read ({error}); save the pipeline again") from error
     if family not in LOADERS:
         raise ValueError(f"teacher: {folder} is a {family}, supported are {', '.join(LOADERS)}; wrap your own network in fewstep.Denoiser")
-    return _load(folder, LOADERS[family], str(source), dtype)
+    return _load(folder, LOADERS[family], str(source), dtype, device)
 
 
 def quiet() -> None:
@@ -61,18 +61,20 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def _load(source: str | Path, loader: Loader, name: str, dtype: torch.dtype) -> Backbone:
+def _load(source: str | Path, loader: Loader, name: str, dtype: torch.dtype, device: str | torch.device) -> Backbone:
     try:
-        return loader(source, Path(name).name, dtype)
+        backbone = loader(source, Path(name).name, dtype)
     except Exception as error:  # diffusers raises a different type for each kind of damage
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ValueError(f"teacher: {source} cannot be loaded ({reason}); check the folder, or download it again") from error
+    backbone.pipe.to(device)
+    return backbone
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a network's own weights, adapters left out, independent of dtype down to half precision; first 16 digits."""
+def fingerprint(*modules: nn.Module) -> str:
+    """SHA-256 of networks' own weights, adapters left out, independent of dtype down to half precision; first 16 digits."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in (item for module in modules for item in sorted(module.state_dict().items())):
         if "lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())

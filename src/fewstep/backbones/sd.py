@@ -42,6 +42,10 @@ class StableDiffusion:
         return dict(self.pipe.scheduler.config)
 
     @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return [self.pipe.text_encoder]
+
+    @property
     def time_layer(self) -> str:
         return "time_embedding.linear_2"
 

@@ -46,6 +46,10 @@ class PixelModel:
         return dict(self.pipe.scheduler.config)
 
     @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return []
+
+    @property
     def time_layer(self) -> str:
         return "time_embedding.linear_2"
 

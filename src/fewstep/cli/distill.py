@@ -29,7 +29,7 @@ from ..report.pictures import Pictures, Trajectory, save_pictures
 from ..report.run import PICTURES, render_run
 from ..roles.roles import Roles, make_roles
 from ..roles.step_condition import folded_bias
-from ..training.loop import Step, distill
+from ..training.loop import Step, default_device, distill
 from ..training.monitor import drift, look
 from ..training.prompts import embed, read_prompts
 from ..training.state import latest_checkpoint
@@ -44,7 +44,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe)
     run = out or Path("runs") / recipe.name
-    teacher = load_teacher(recipe.teacher)
+    teacher = load_teacher(recipe.teacher, device=default_device())
     prompts = training_prompts(recipe)
     if dry_run:
         print_plan(recipe, teacher, prompts)
@@ -52,7 +52,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     run.mkdir(parents=True, exist_ok=True)
     base_hash = fingerprint(teacher.module)
     write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
-    data = embed(teacher, prompts, run / "embeddings", base_hash)
+    data = embed(teacher, prompts, run / "embeddings", fingerprint(teacher.module, *teacher.encoders))
     preview = Preview(recipe, teacher, run)
     roles = make_roles(teacher, recipe.roles, recipe.train.seed, recipe.method.conditioned)
     print_roles(roles)

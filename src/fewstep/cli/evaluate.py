@@ -10,6 +10,7 @@ from ..api import LoadedStudent, backbone_of, load_student, sample
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.load import quiet
+from ..training.loop import default_device
 from .progress import console, meter
 from .sample import student_folder
 
@@ -34,7 +35,7 @@ def evaluate_student(folder: Path, protocol: str, cache: Path) -> dict[str, Any]
     from ..evaluation.protocols import Row, evaluate, protocol_named  # seconds to import, and not every run evaluates
 
     rules = protocol_named(protocol)
-    student = load_student(folder)
+    student = load_student(folder, device=default_device())
     teacher, scale = backbone_of(student), student.card.teacher_guidance
     rows = [Row("teacher", TEACHER_STEPS, scale, 2 * TEACHER_STEPS, _sampler(teacher, TEACHER_STEPS, scale))]
     for k in student.card.steps:

@@ -12,6 +12,7 @@ from ..backbones.load import quiet
 from ..export.final import write_final
 from ..roles.step_condition import folded_bias
 from ..roles.student import plain_lora
+from ..training.loop import default_device
 from .progress import console
 from .sample import student_folder
 
@@ -26,7 +27,7 @@ def run_export(source: str, out: Path, steps: int | None, base: str | None) -> N
         raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
     if out.exists():
         raise ValueError(f"DIR: {out} is there already; choose another folder")
-    student = load_student(folder, base)
+    student = load_student(folder, base, default_device())
     count = steps or student.card.steps[0]
     if count not in student.card.steps:
         raise ValueError(f"--steps: got {count}, this student serves {', '.join(map(str, student.card.steps))}")

@@ -10,6 +10,7 @@ from ..backbones.base import Backbone
 from ..backbones.load import quiet
 from ..export.card import FILE
 from ..report.grids import write_grid
+from ..training.loop import default_device
 from .progress import console
 
 
@@ -24,10 +25,10 @@ def open_model(source: str, base: str | None = None) -> Backbone | LoadedStudent
     """A student or a teacher. Raises ValueError with one line when it is neither."""
     folder = student_folder(source)
     if folder is not None:
-        return load_student(folder, base)
+        return load_student(folder, base, default_device())
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
-    return load_teacher(source)
+    return load_teacher(source, device=default_device())
 
 
 def run_sample(

@@ -41,12 +41,12 @@ def ddim(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, before: Est
 def dpmpp(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, before: Estimate | None = None) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, alg. 2): DDIM with x0 extrapolated in half the log signal-to-noise ratio.
 
-    Without a previous estimate (or one of the same time) and into clean data it is DDIM, as in diffusers; so it is after pure noise (an infinite step in
-    log-SNR), where diffusers puts alpha_bar = 2^-24 and extrapolates a little.
+    Without a previous estimate (or one of the same time) and into clean data it is DDIM, as in diffusers. Pure noise counts as
+    alpha = 2^-12, as in diffusers, so that the step after it extrapolates a little.
     """
     if before is None:
         return ddim(schedule, here, t, t_next)
-    lam = [torch.log(schedule.alpha(s)) - torch.log(schedule.sigma(s)) for s in (before.t, t, t_next)]
+    lam = [torch.log(schedule.alpha(s).clamp(min=2**-12)) - torch.log(schedule.sigma(s)) for s in (before.t, t, t_next)]
     h_last, h = lam[1] - lam[0], lam[2] - lam[1]
     usable = torch.isfinite(h) & torch.isfinite(h_last) & (h_last != 0)
     ratio = torch.where(usable, h / (2 * h_last), torch.zeros_like(h))

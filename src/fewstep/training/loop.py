@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
@@ -59,6 +59,12 @@ class Step:
     seconds: float  # of this iteration alone
     roles: Roles
     method: Matching
+
+
+def default_device() -> torch.device:
+    """This process's own GPU, or the CPU."""
+    device = PartialState().device
+    return device if device.type in ("cuda", "xpu") else torch.device("cpu")  # times are float64, which Apple's GPUs do not know
 
 
 def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None) -> Generator[Step, None, None]:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     tensors |= {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and tensors:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may write it
         save_file(tensors, temporary)
         temporary.replace(path)
     return _embeddings(tensors, len(prompts), len(prompts), key)
