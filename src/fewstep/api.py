@@ -21,6 +21,7 @@ from .roles.step_condition import attach, nearest, unfold
 from .roles.student import Student, with_lora, with_vectors, without_fold
 from .training.loop import Step, TrainConfig
 from .training.loop import distill as train
+from .training.pictures import encode_pictures
 from .training.prompts import embed
 
 
@@ -47,16 +48,21 @@ def distill(
     seed: int = 0,
     out: str | Path | None = None,
     checkpoint_every: int = 100,
+    pictures: str | Path | None = None,
 ) -> Generator[Step, None, None]:
     """Distil `teacher` and yield after every iteration: stop, log or look at any step.
 
+    `pictures` (a folder of captioned ones, or webdataset shards) is for methods with an adversarial term alone.
     With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
     """
-    roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned)
+    against = method.counts if method.gan else ()
+    roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned, against)
     config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
     folder = None if out is None else Path(out)
-    data = embed(teacher, list(prompts), None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders))
-    yield from train(roles, method, data, config, folder)
+    cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
+    data = embed(teacher, list(prompts), cache, identity)
+    real = None if pictures is None else encode_pictures(teacher, str(pictures), cache, identity)
+    yield from train(roles, method, data, config, folder, real)
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,26 @@ class Backbone(Protocol):
         """The linear layer inside `module` whose output is the time embedding, where a step count can enter; empty if there is none."""
         ...
 
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        """Layers inside `module`, in the order in which they run, whose outputs [B, C, ...] or [B, N, C] tell pictures apart; may be empty."""
+        ...
+
+    @property
+    def picture_size(self) -> int:
+        """Height and width of the pictures that states decode to; 0 where they are no pictures."""
+        ...
+
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Raw network output m = a x0 + b eps, [B, ...] in float32. x [B, ...], t [B] float64 on the schedule's times."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditions of these prompts, each tensor [len(prompts), ...]; the empty prompt is the unconditional one."""
+        ...
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        """Clean states [B, ...] of pictures [B, 3, H, W] in [0, 1]: the inverse of `decode`, of real data for SFT and GAN."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
@@ -101,6 +115,7 @@ class Denoiser:
     `prediction` names the row (`x0, eps, v, flow, edm`); `shape` is that of one state. `conditions` maps a prompt to the
     keyword arguments of the network; without it the model is unconditional and prompts are ignored. `time_layer` is the full
     name of the linear layer whose output is the time embedding: students of several step counts are told theirs there.
+    `feature_layers` are those whose outputs a discriminator may read.
     """
 
     module: nn.Module
@@ -110,6 +125,7 @@ class Denoiser:
     conditions: "Conditions | None" = None
     name: str = "own-network"
     time_layer: str = ""
+    feature_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         row_named(self.prediction)
@@ -123,6 +139,10 @@ class Denoiser:
         return {}
 
     @property
+    def picture_size(self) -> int:
+        return self.shape[-1] if len(self.shape) == 3 else 0
+
+    @property
     def encoders(self) -> Sequence[nn.Module]:
         return [self.conditions] if isinstance(self.conditions, nn.Module) else []
 
@@ -132,6 +152,9 @@ class Denoiser:
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         return {} if self.conditions is None else self.conditions(prompts)
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        return pictures
 
     def decode(self, x: Tensor) -> Tensor:
         return x

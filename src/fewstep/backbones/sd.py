@@ -16,6 +16,14 @@ from .base import Cond
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
 
 
+def unet_features(unet: nn.Module) -> tuple[str, ...]:
+    """The last convolution block of every downward level, and the middle."""
+    levels = unet.get_submodule("down_blocks")
+    assert isinstance(levels, nn.ModuleList)
+    last = [f"down_blocks.{i}.resnets.{len(level.get_submodule('resnets')) - 1}" for i, level in enumerate(levels)]  # type: ignore[arg-type]
+    return (*last, "mid_block")
+
+
 @dataclass(frozen=True)
 class StableDiffusion:
     """A `StableDiffusionPipeline` as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]`."""
@@ -42,12 +50,20 @@ class StableDiffusion:
         return dict(self.pipe.scheduler.config)
 
     @property
+    def picture_size(self) -> int:
+        return self.pipe.unet.config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+
+    @property
     def encoders(self) -> Sequence[nn.Module]:
         return [self.pipe.text_encoder]
 
     @property
     def time_layer(self) -> str:
         return "time_embedding.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return unet_features(self.pipe.unet)
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = cond["text"].dtype
@@ -59,6 +75,12 @@ class StableDiffusion:
         mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
         with torch.no_grad():
             return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        with torch.no_grad():
+            means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(32)]
+        return torch.cat(means).float() * vae.config.scaling_factor
 
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.prediction import Row, row_named
 from ..core.schedule import VP, Schedule
 from .base import Cond
-from .sd import PREDICTIONS
+from .sd import PREDICTIONS, unet_features
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
@@ -46,12 +46,20 @@ class PixelModel:
         return dict(self.pipe.scheduler.config)
 
     @property
+    def picture_size(self) -> int:
+        return self.shape[-1]
+
+    @property
     def encoders(self) -> Sequence[nn.Module]:
         return []
 
     @property
     def time_layer(self) -> str:
         return "time_embedding.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return unet_features(self.pipe.unet)
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(module.parameters()).dtype
@@ -64,6 +72,10 @@ class PixelModel:
         if unknown := [p for p in prompts if p not in numbers]:
             raise ValueError(f"prompts: {self.name} knows no {unknown[0]!r}; its classes are {', '.join(self.labels)}")
         return {"label": torch.tensor([numbers[p] for p in prompts], device=self.pipe.device)}
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        grey = self.pipe.unet.config.in_channels == 1
+        return 2 * (pictures.mean(1, keepdim=True) if grey else pictures) - 1
 
     def decode(self, x: Tensor) -> Tensor:
         pictures = (x.float() / 2 + 0.5).clamp(0, 1)

@@ -31,6 +31,7 @@ from ..roles.roles import Roles, make_roles
 from ..roles.step_condition import folded_bias
 from ..training.loop import Step, default_device, distill
 from ..training.monitor import drift, look
+from ..training.pictures import encode_pictures
 from ..training.prompts import embed, read_prompts
 from ..training.state import latest_checkpoint
 from .evaluate import evaluate_student
@@ -52,9 +53,11 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     run.mkdir(parents=True, exist_ok=True)
     base_hash = fingerprint(teacher.module)
     write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
-    data = embed(teacher, prompts, run / "embeddings", fingerprint(teacher.module, *teacher.encoders))
+    identity = fingerprint(teacher.module, *teacher.encoders)
+    data = embed(teacher, prompts, run / "embeddings", identity)
+    real = None if recipe.data is None else encode_pictures(teacher, recipe.data.source, run / "embeddings", identity)
     preview = Preview(recipe, teacher, run)
-    roles = make_roles(teacher, recipe.roles, recipe.train.seed, recipe.method.conditioned)
+    roles = roles_of(recipe, teacher)
     print_roles(roles)
     found = latest_checkpoint(run)
     start = 0 if found is None else int(found[1]["step"])
@@ -65,7 +68,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
         preview.show(roles, 0, recipe.method)
     stopped = False
     with stop_request() as request, meter(recipe.name, recipe.train.iterations, start) as bar:
-        for step in distill(roles, recipe.method, data, recipe.train, run):
+        for step in distill(roles, recipe.method, data, recipe.train, run, real):
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
             due = step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations
@@ -79,6 +82,12 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
     finish(recipe, roles, preview, run, base_hash, log.seconds)
+
+
+def roles_of(recipe: DistillRecipe, teacher: Backbone) -> Roles:
+    """The networks that the recipe's method needs."""
+    method = recipe.method
+    return make_roles(teacher, recipe.roles, recipe.train.seed, method.conditioned, method.counts if method.gan else ())
 
 
 def training_prompts(recipe: DistillRecipe) -> list[str]:
@@ -219,7 +228,7 @@ def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds
 
 def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> None:
     """What `--dry-run` prints."""
-    roles = make_roles(teacher, recipe.roles, recipe.train.seed, recipe.method.conditioned)
+    roles = roles_of(recipe, teacher)
     console.print(yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False), markup=False)
     print_roles(roles)
     rng = torch.Generator().manual_seed(recipe.train.seed)

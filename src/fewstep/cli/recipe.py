@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..methods.matching import Matching, preset_settings
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
+from ..training.fit import FitConfig
 from ..training.loop import TrainConfig
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -43,8 +44,27 @@ def _with_preset(value: Any) -> Any:
     return {**preset_settings(value["name"]), **value}
 
 
+class DataConfig(Strict):
+    """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards."""
+
+    source: str
+
+
+class FinetuneRecipe(Strict):
+    """`fewstep train-teacher RECIPE` of kind finetune."""
+
+    kind: Literal["finetune"]
+    name: str
+    teacher: str
+    data: DataConfig
+    roles: RolesConfig
+    fit: FitConfig
+    drop_caption: float = Field(default=0.1, ge=0, le=1)
+    seed: int = 0
+
+
 class DistillRecipe(Strict):
-    """`fewstep distill RECIPE`."""
+    """`fewstep distill RECIPE`. `data` is for the adversarial term alone: everything else is trained from prompts."""
 
     kind: Literal["distill"]
     name: str
@@ -53,6 +73,7 @@ class DistillRecipe(Strict):
     method: Annotated[Matching, BeforeValidator(_with_preset)]
     roles: RolesConfig
     train: TrainConfig
+    data: DataConfig | None = None
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
 
@@ -101,7 +122,12 @@ def override(value: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
     """`value` as a recipe of this kind. Raises ValueError with the first mistake, on one line."""
-    kinds = {"distill": "fewstep distill", "teacher": "fewstep train-teacher", "pixel-teacher": "fewstep train-teacher"}
+    kinds = {
+        "distill": "fewstep distill",
+        "teacher": "fewstep train-teacher",
+        "pixel-teacher": "fewstep train-teacher",
+        "finetune": "fewstep train-teacher",
+    }
     kind, expected = value.get("kind"), model.model_fields["kind"].annotation
     if kind in kinds and kind not in str(expected):
         raise ValueError(f"recipe: {source} is of kind {kind}; run: {kinds[kind]} {source}")

@@ -1,13 +1,20 @@
 """`fewstep train-teacher`: the bundled teachers from their data, resumable."""
 
+import json
 from collections.abc import Generator
 from pathlib import Path
 
+from ..api import load_teacher
+from ..atomic import write_json
+from ..backbones.load import fingerprint, pipeline_of
+from ..training.finetune import finetune
 from ..training.fit import FitStep
+from ..training.loop import default_device
+from ..training.pictures import encode_pictures, read_pictures
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
 from .progress import console, meter
-from .recipe import kind_of, read_recipe
+from .recipe import FinetuneRecipe, kind_of, read_recipe
 from .signals import stop_request
 
 
@@ -18,6 +25,10 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
     if kind_of(source) == "pixel-teacher":
         pixels = read_recipe(source, overrides, PixelTeacherConfig)
         steps, stages = train_pixel_teacher(pixels, run), {"denoiser": pixels.fit.steps}
+    elif kind_of(source) == "finetune":
+        recipe = read_recipe(source, overrides, FinetuneRecipe)
+        run = out or Path("runs") / recipe.name
+        steps, stages = finetune_teacher(recipe, run), {"finetune": recipe.fit.steps}
     else:
         config = read_recipe(source, overrides, TeacherConfig)
         steps, stages = train_teacher(config, run), {"codec": config.codec.fit.steps, "denoiser": config.denoiser.fit.steps}
@@ -34,3 +45,17 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
                         return
                     current = next(steps, None)
     console.print(f"teacher  {run / 'teacher'}")
+
+
+def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, FitStep], None, None]:
+    """Fine-tune a teacher on real pictures; ends with `run/teacher`, an ordinary pipeline folder, and the captions as its prompts."""
+    teacher = load_teacher(recipe.teacher, device=default_device())
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "run.json", json.loads(recipe.model_dump_json()))
+    data = encode_pictures(teacher, recipe.data.source, run / "embeddings", fingerprint(teacher.module, *teacher.encoders))
+    training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
+    yield from (("finetune", step) for step in training)
+    pipeline_of(teacher).save_pretrained(run / "teacher")
+    (run / "teacher" / "prompts.txt").write_text(
+        "".join(f"{c}\n" for c in dict.fromkeys(p.caption for p in read_pictures(recipe.data.source)))
+    )

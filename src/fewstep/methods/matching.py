@@ -20,6 +20,7 @@ from ..core.schedule import Schedule, diffuse, expand, transition
 from ..core.solvers import update_named
 from ..core.trajectory import segment_starts
 from ..core.weighting import weighting_named
+from ..objectives.adversarial import game_named, gradient_penalty
 from ..objectives.denoising import denoising, transition_target
 from ..objectives.fisher import fisher
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
@@ -43,7 +44,8 @@ class Matching:
     makes. `tau`: inside the step's own segment (eq. 5), from there up to pure noise, or over all times; `tau_min` and `tau_max`
     keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
     (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
-    own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`.
+    own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`. `gan` is the weight of the adversarial
+    term (eq. 16), 0 for none: it needs real data; `gan_r1` is that of its gradient penalty.
     """
 
     steps: int | tuple[int, ...] = 4
@@ -52,6 +54,9 @@ class Matching:
     divergence: Literal["reverse-kl", "fisher"] = "reverse-kl"
     loss: str = "huber"
     fisher_correction: float = 0.5
+    gan: float = 0.0
+    gan_loss: str = "hinge"
+    gan_r1: float = 0.0
     match: Literal["landing", "clean"] = "landing"
     tau: Literal["segment", "above", "whole"] = "segment"
     tau_min: float = 0.02
@@ -68,7 +73,7 @@ class Matching:
     name: str = "tdm"
 
     def __post_init__(self) -> None:
-        loss_named(self.loss), update_named(self.solver), weighting_named(self.fake_weight)
+        loss_named(self.loss), update_named(self.solver), weighting_named(self.fake_weight), game_named(self.gan_loss)
         if not self.counts or min(self.counts) < 1 or len(set(self.counts)) < len(self.counts):
             raise ValueError(
                 f"method.steps: got {self.steps}, allowed are whole numbers from 1, or a list of different ones such as [4, 2, 1]; few-step students use 1 to 8"
@@ -89,6 +94,9 @@ class Matching:
         for option in ("shift", "snr_clip"):
             if not 0 < getattr(self, option) < math.inf:
                 raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        for option in ("gan", "gan_r1"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers from 0 (off)")
         if not math.isfinite(self.guidance):
             raise ValueError(f"method.guidance: got {self.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
 
@@ -142,6 +150,13 @@ class Draw(NamedTuple):
     x0: Tensor  # the student's clean estimate
     e: Tensor  # transition noise
     x_tau: Tensor
+
+
+class Real(NamedTuple):
+    """Real data of one batch: clean states [B, ...] and their conditions."""
+
+    x0: Tensor
+    cond: Cond
 
 
 class Loss(NamedTuple):
@@ -223,7 +238,38 @@ def fisher_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor, f
     return (weight.to(value) * value).mean()
 
 
-def losses(method: Matching, roles: Roles, cond: Cond, null: Cond, batch: int, rng: torch.Generator, warming_up: bool) -> Iterator[Loss]:
+def discriminator_loss(method: Matching, roles: Roles, d: Draw, real: Real) -> Tensor:
+    """Real data diffused to the same tau against the student's x_tau, on the teacher's features of both (eq. 16)."""
+    assert roles.discriminator is not None
+    judge, game = roles.discriminator, game_named(method.gan_loss)
+    with torch.no_grad():
+        theirs = judge.tokens(diffuse(roles.backbone.schedule, real.x0, d.tau, d.e), d.tau, real.cond)
+        ours = judge.tokens(d.x_tau, d.tau, d.cond)
+    theirs = [f.requires_grad_(method.gan_r1 > 0) for f in theirs]
+    logits = judge.logits(theirs, d.tau, d.steps)
+    value = game.real(logits) + game.fake(judge.logits(ours, d.tau, d.steps))
+    if method.gan_r1:
+        value = value + method.gan_r1 * gradient_penalty(list(torch.autograd.grad(logits.mean(1).sum(), theirs, create_graph=True)))
+    return value.mean()
+
+
+def adversarial_loss(method: Matching, roles: Roles, d: Draw) -> Tensor:
+    """The student's side of the game; its gradient goes through the teacher's features into x_tau."""
+    assert roles.discriminator is not None
+    judge = roles.discriminator
+    return game_named(method.gan_loss).student(judge.logits(judge.tokens(d.x_tau, d.tau, d.cond), d.tau, d.steps)).mean()
+
+
+def losses(
+    method: Matching,
+    roles: Roles,
+    cond: Cond,
+    null: Cond,
+    batch: int,
+    rng: torch.Generator,
+    warming_up: bool,
+    real: Real | None = None,
+) -> Iterator[Loss]:
     """The updates of one iteration in order; the caller takes each step before asking for the next.
 
     With a shared draw the last fake update and the student's reverse-KL update come from one x_tau *and one forward pass* of the
@@ -261,6 +307,12 @@ def losses(method: Matching, roles: Roles, cond: Cond, null: Cond, batch: int, r
     if one_pass:
         loss = fake_loss(method, schedule, d, f_fake)
         yield Loss("fake", loss, {"fake_loss": loss.detach()})
+    if method.gan:
+        assert real is not None
+        judged = discriminator_loss(method, roles, d, real)
+        yield Loss("discriminator", judged, {"discriminator_loss": judged.detach()})
+        adversarial = adversarial_loss(method, roles, d)
+        value, metrics = value + method.gan * adversarial, metrics | {"gan_loss": adversarial.detach()}
     yield Loss("student", value, metrics)
 
 

@@ -65,6 +65,13 @@ def remove_adapters(module: nn.Module, stems: Sequence[str]) -> None:
     vars(module).pop("peft_config", None)
 
 
+def merge(module: nn.Module, name: str) -> None:
+    """Add the adapter to the weights it stands beside, and take all adapters out; nothing happens without any."""
+    for layer in adapter_layers(module):
+        layer.merge(adapter_names=[name])
+    remove_adapters(module, (name,))
+
+
 def unused_name(module: nn.Module, stem: str) -> str:
     """`stem`, or `stem_2`, `stem_3`, ... where the network already carries an adapter of that name."""
     taken = {name for m in module.modules() if isinstance(m, LoraLayer) for name in m.lora_A}

@@ -14,9 +14,10 @@ from ..backbones.base import Backbone, Cond, denoiser, guided
 from ..core.prediction import Split
 from ..core.solvers import Denoise
 from . import adapters, step_condition
+from .discriminator import Discriminator, make_discriminator
 from .step_condition import StepCondition
 
-Role = Literal["teacher", "student", "fake"]
+Role = Literal["teacher", "student", "fake", "discriminator"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
 CONDITION = "step_condition"  # the table's name among the trained parameters
 
@@ -42,12 +43,13 @@ class Roles:
 
     backbone: Backbone
     networks: Mapping[Role, nn.Module]
-    trained: Mapping[Role, Mapping[str, nn.Parameter]]  # student, fake -> name -> parameter
+    trained: Mapping[Role, Mapping[str, nn.Parameter]]  # student, fake and, with a GAN, discriminator -> name -> parameter
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
     counts: tuple[int, ...] = ()  # step counts that student and fake score are told apart; usually none
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
+    discriminator: Discriminator | None = None
 
     def denoise(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
         """This role without guidance, told that it takes `steps` steps where it was made to be told (default: the first count)."""
@@ -114,9 +116,12 @@ class Roles:
         return self.networks["student"].peft_config["student"].to_dict() if self.config.share else {}  # type: ignore[union-attr,index]
 
 
-def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0, counts: tuple[int, ...] = ()) -> Roles:
+def make_roles(
+    backbone: Backbone, config: RolesConfig, seed: int = 0, counts: tuple[int, ...] = (), against: tuple[int, ...] = ()
+) -> Roles:
     """Student and fake score that start as the teacher, bit for bit, also when they are told one of several step `counts`.
 
+    `against` makes a discriminator of students of these step counts.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
     the same backbone are taken out. Copies: two deep copies.
     """
@@ -126,7 +131,7 @@ def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0, counts: t
         width = step_condition.width(base, backbone.time_layer)
     if not config.share:
         networks: dict[Role, nn.Module] = {"teacher": base, "student": copy.deepcopy(base), "fake": copy.deepcopy(base)}
-        trained = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in TRAINED}
+        trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in TRAINED}
         layers: tuple[LoraLayer, ...] = ()
     else:
         # Where the step count enters, it takes the adapter's place, so that at export it can become one.
@@ -147,6 +152,10 @@ def make_roles(backbone: Backbone, config: RolesConfig, seed: int = 0, counts: t
             conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
             trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(counts), width, device=device))}
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
-    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions)
+    adapters.switch(layers, None)
+    discriminator = make_discriminator(backbone, base, against, seed) if against else None
+    if discriminator is not None:
+        trained["discriminator"] = dict(discriminator.heads.named_parameters())
+    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator)
     roles.activate("teacher")
     return roles

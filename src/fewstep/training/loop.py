@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..backbones.generate import device_of
 from ..methods.matching import Loss, Matching, losses
 from ..roles.adapters import assign
-from ..roles.roles import TRAINED, Role, Roles
+from ..roles.roles import Role, Roles
+from .pictures import RealData
 from .prompts import Embeddings
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
 
@@ -67,7 +68,9 @@ def default_device() -> torch.device:
     return device if device.type in ("cuda", "xpu") else torch.device("cpu")  # times are float64, which Apple's GPUs do not know
 
 
-def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None) -> Generator[Step, None, None]:
+def distill(
+    roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None, real: RealData | None = None
+) -> Generator[Step, None, None]:
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
 
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
@@ -77,17 +80,20 @@ def distill(roles: Roles, method: Matching, data: Embeddings, config: TrainConfi
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
-    optimizers = {r: _optimizer(roles, r, config) for r in TRAINED}
-    fingerprint = _fingerprint(roles, method, data, config)
+    if (method.gan > 0) != (real is not None):
+        raise ValueError("method.gan: an adversarial term and real data go together; set both method.gan and data.source, or neither")
+    optimizers = {r: _optimizer(roles, r, config) for r in roles.trained}
+    fingerprint = _fingerprint(roles, method, data, config, real)
     start = _resume(roles, optimizers, run, fingerprint)
     null = data.unconditional(device)
     for i in range(start, config.iterations):
         began = time.perf_counter()
         rng = seeded(config.seed, i, "draw", rank, device)
         cond = data.draw(config.batch, seeded(config.seed, i, "prompts", rank), device)
+        pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", rank), device)
         metrics: dict[str, Tensor] = {}
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            for loss in losses(method, roles, cond, null, config.batch, rng, warming_up=i < method.warmup):
+            for loss in losses(method, roles, cond, null, config.batch, rng, i < method.warmup, pictures):
                 metrics |= loss.metrics
                 metrics[f"{loss.role}_grad"] = _update(accelerator, loss, roles, optimizers, config, i)
         if i >= method.warmup:
@@ -129,18 +135,18 @@ def _update(
 def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
     """Raises FloatingPointError before anything is updated or saved that would carry the damage on."""
     if not bool(torch.isfinite(value)):
-        option = "train.fake_lr" if role == "fake" else "train.lr"
+        option = "train.lr" if role == "student" else "train.fake_lr"
         raise FloatingPointError(
             f"the {role} {what} is {value.item()} at iteration {i + 1}; the last checkpoint is intact: lower {option}, then run again"
         )
 
 
 def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Optimizer:
-    lr = config.fake_lr if role == "fake" else config.lr
+    lr = config.lr if role == "student" else config.fake_lr
     return torch.optim.AdamW(roles.trained[role].values(), lr=lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def _fingerprint(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig) -> str:
+def _fingerprint(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, real: RealData | None) -> str:
     """A hash of every setting that a resumed run must share, prompts included; the length of the run may grow."""
     settings: dict[str, Any] = {
         "method": asdict(method),
@@ -148,6 +154,7 @@ def _fingerprint(roles: Roles, method: Matching, data: Embeddings, config: Train
         "roles": asdict(roles.config),
         "base": roles.backbone.name,
         "prompts": data.key,
+        "real": None if real is None else real.key,
     }
     for free in ("iterations", "checkpoint_every"):
         settings["train"].pop(free)
@@ -155,9 +162,9 @@ def _fingerprint(roles: Roles, method: Matching, data: Embeddings, config: Train
 
 
 def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, fingerprint: str) -> Path:
-    """Both trained roles, the average and both optimisers, as one atomic checkpoint."""
+    """Every trained role with its optimiser, and the average, as one atomic checkpoint."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
-    for role in TRAINED:
+    for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
         groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], list(roles.trained[role]))
     return save_checkpoint(run, iteration, groups, {"fingerprint": fingerprint})
@@ -173,7 +180,7 @@ def _resume(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run:
         raise ValueError(
             f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again"
         )
-    for role in TRAINED:
+    for role in roles.trained:
         assign(roles.trained[role], groups[role])
         load_optimizer_tensors(optimizers[role], list(roles.trained[role]), groups[f"optimizer_{role}"])
     for name, tensor in roles.average.items():

@@ -1,0 +1,101 @@
+"""Discriminator heads on frozen features of the teacher, told the noise level, the step count and, through the features, the prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones.base import Backbone, Cond
+
+
+class _Enough(Exception):  # noqa: N818 - no error: the last wanted feature is there, the rest of the network need not run
+    pass
+
+
+def features(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+    """Outputs of `backbone.feature_layers` at x [B, ...] and t [B], as tokens [B, N, C]; the network stops after the last one.
+
+    Gradients flow through x. Raises ValueError for a backbone that names no layers.
+    """
+    layers = backbone.feature_layers
+    if not layers:
+        raise ValueError(
+            "method.gan: this network names no layers to look at; name them in Denoiser(feature_layers=(...)), or set method.gan=0"
+        )
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        found[name] = output
+        if len(found) == len(layers):
+            raise _Enough
+
+    handles = [network.get_submodule(n).register_forward_hook(lambda _, __, output, n=n: keep(n, output)) for n in layers]
+    try:
+        backbone.predict(network, x, t, cond)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_tokens(found[n]).float() for n in layers]
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, C, ...] and [B, C] as [B, N, C]; [B, N, C] stays."""
+    if x.ndim == 3:
+        return x
+    return x[:, None] if x.ndim == 2 else x.flatten(2).mT
+
+
+class Heads(nn.Module):
+    """One small head per feature: normalised tokens -> logit per token, modulated by noise level and step count."""
+
+    def __init__(self, widths: Sequence[int], counts: int, width: int = 128) -> None:
+        super().__init__()
+        self.inputs = nn.ModuleList(nn.Sequential(nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, width)) for w in widths)
+        self.told = nn.ModuleList(nn.Linear(2 + counts, 2 * width) for _ in widths)
+        self.outputs = nn.ModuleList(nn.Linear(width, 1) for _ in widths)
+
+    def forward(self, tokens: Sequence[Tensor], told: Tensor) -> Tensor:
+        """Logits [B, N] of all tokens of all features; told [B, 2 + counts]."""
+        logits = []
+        for x, inner, modulation, out in zip(tokens, self.inputs, self.told, self.outputs, strict=True):
+            scale, shift = modulation(told)[:, None].chunk(2, dim=2)
+            logits.append(out(F.silu(inner(x) * (1 + scale) + shift))[..., 0])
+        return torch.cat(logits, 1)
+
+
+@dataclass(frozen=True)
+class Discriminator:
+    """Heads with the teacher whose features they read. `counts` are the step counts they are told apart."""
+
+    backbone: Backbone
+    network: nn.Module
+    heads: Heads
+    counts: tuple[int, ...]
+
+    def tokens(self, x: Tensor, tau: Tensor, cond: Cond) -> list[Tensor]:
+        """The teacher's features of diffused states x [B, ...] at tau [B]. The network has to be the teacher at the moment."""
+        return features(self.backbone, self.network, x, tau, cond)
+
+    def logits(self, tokens: Sequence[Tensor], tau: Tensor, steps: int) -> Tensor:
+        """[B, N]."""
+        schedule = self.backbone.schedule
+        angle = torch.atan2(schedule.sigma(tau), schedule.alpha(tau)).float()  # finite at both ends, unlike the log-SNR
+        count = torch.tensor([float(steps == k) for k in self.counts], device=angle.device).expand(len(angle), -1)
+        return self.heads(tokens, torch.cat([torch.stack([torch.cos(2 * angle), torch.sin(4 * angle)], 1), count], 1))
+
+
+def make_discriminator(backbone: Backbone, network: nn.Module, counts: Sequence[int], seed: int) -> Discriminator:
+    """Heads of the sizes that the backbone's features have, on its device."""
+    device = next(network.parameters()).device
+    cond = {k: v[:1] for k, v in backbone.encode([""]).items()}
+    with torch.no_grad():
+        t = torch.full((1,), backbone.schedule.t_max, dtype=torch.float64, device=device)
+        widths = [f.shape[2] for f in features(backbone, network, torch.zeros(1, *backbone.shape, device=device), t, cond)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = Heads(widths, len(counts)).to(device)
+    return Discriminator(backbone, network, heads, tuple(counts))

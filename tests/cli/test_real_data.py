@@ -1,0 +1,61 @@
+"""Real pictures on the command line: a teacher fine-tuned on them is a teacher, and the adversarial term takes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import fewstep
+from tests.cli.test_distill import error_of, recipe, teacher
+from tests.cli.test_distill import fewstep as command
+
+__all__ = ["recipe", "teacher"]  # fixtures
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("red cat", (255, 0, 0)), ("blue dog", (0, 0, 255))):
+        Image.new("RGB", (20, 16), colour).save(folder / f"{name.replace(' ', '_')}.png")
+    return folder
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_fine_tuned_teacher_is_a_teacher(
+    recipe: Path, teacher: Path, pictures: Path, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = {
+        "kind": "finetune", "name": "tuned", "teacher": str(teacher), "data": {"source": str(pictures)},
+        "roles": {"share": share, "rank": 2}, "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
+    }  # fmt: skip
+    Path("tuned.yaml").write_text(yaml.safe_dump(value))
+    assert command(monkeypatch, "train-teacher", "tuned.yaml") == 0
+    tuned = Path("runs/tuned/teacher")
+    assert (tuned / "prompts.txt").read_text().split("\n") == ["blue dog", "red cat", ""]
+    a, b = (fewstep.sample(fewstep.load_teacher(t), ["red cat"], [0], steps=3) for t in (teacher, tuned))
+    assert (a - b).abs().max() > 1e-3
+    assert command(monkeypatch, "distill", recipe, "--teacher", tuned, "--prompts", tuned / "prompts.txt", "--out", "runs/after") == 0
+
+
+def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.checkpoint_every=2")
+    assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/straight") == 0
+    assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts", "--set", "train.iterations=3") == 0
+    assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts") == 0
+    lines = [
+        [json.loads(line) for line in (Path("runs") / run / "metrics.jsonl").read_text().splitlines()] for run in ("straight", "parts")
+    ]
+    keys = ("iteration", "student_loss", "fake_loss", "discriminator_loss", "gan_loss")
+    straight, parts = ([[row.get(k) for k in keys] for row in rows if "fake_loss" in row] for rows in lines)
+    assert straight == parts
+    assert any(row[3] is not None for row in straight)
+
+
+def test_the_term_and_the_pictures_go_together(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1") == 2
+    assert "method.gan: an adversarial term and real data go together" in error_of(capsys)
+    assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", "--set", "data.source=nowhere") == 2
+    assert "data.source: there is no nowhere" in error_of(capsys)

@@ -1,0 +1,123 @@
+"""Real pictures from folders and shards: which caption, which pixels, encoded once, and one line for every mistake."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.backbones.base import Backbone, Denoiser
+from fewstep.training.pictures import Captioned, encode_pictures, read_pictures, to_tensor
+
+from .. import tiny
+
+
+def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "set"
+    (path / "more").mkdir(parents=True)
+    (path / "a_red_cat.png").write_bytes(png())
+    (path / "b.png").write_bytes(png((0, 255, 0)))
+    (path / "b.txt").write_text("blue dog\n")
+    (path / "more" / "c.PNG").write_bytes(png((0, 0, 255)))
+    (path / "metadata.jsonl").write_text(json.dumps({"file_name": "more/c.PNG", "text": "a photo of a green house"}) + "\n")
+    (path / "notes.md").write_text("not a picture")
+    return path
+
+
+def shard(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_captions_of_a_folder(folder: Path) -> None:
+    assert {p.name: p.caption for p in read_pictures(str(folder))} == {
+        "a_red_cat.png": "a red cat",
+        "b.png": "blue dog",
+        "more/c.PNG": "a photo of a green house",
+    }
+
+
+def test_captions_of_shards(tmp_path: Path) -> None:
+    shard(
+        tmp_path / "000.tar", {"x/1.png": png(), "x/1.txt": b"one", "x/2.png": png(), "x/2.json": b'{"caption": "two"}', "x/3.json": b"{}"}
+    )
+    one = shard(tmp_path / "001.tar", {"3.webp.png": png(), "4.jpg": png(), "4.json": b'{"text": "four"}'})
+    assert [p.caption for p in read_pictures(str(tmp_path))][:2] == ["one", "two"]
+    assert [p.caption for p in read_pictures(str(one))] == ["four"]
+
+
+def test_the_middle_is_cut_out_and_transparency_is_white() -> None:
+    wide = Image.new("RGB", (40, 20), (0, 0, 0))
+    wide.paste((255, 255, 255), (10, 0, 30, 20))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    assert bool((to_tensor(Captioned("wide", buffer.getvalue(), ""), 20) == 1).all())
+    clear = to_tensor(Captioned("clear", png((255, 0, 0, 0)), ""), 8)
+    assert clear.shape == (3, 8, 8)
+    assert bool((clear == 1).all())
+
+
+def test_they_are_encoded_once_and_stay_with_their_captions(folder: Path, tmp_path: Path) -> None:
+    backbone = tiny.stable_diffusion()
+    first = encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
+    assert first.x0.shape == (3, 4, 8, 8)
+    pictures = torch.stack([to_tensor(p, 16) for p in read_pictures(str(folder))])
+    torch.testing.assert_close(first.x0, backbone.picture_states(pictures))
+    again = encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
+    assert again.embeddings.encoded == 0
+    assert torch.equal(again.x0, first.x0)
+    assert again.key == first.key
+    real = first.draw(20, torch.Generator().manual_seed(0), torch.device("cpu"))
+    captions = backbone.encode([p.caption for p in read_pictures(str(folder))])["text"]
+    for x0, text in zip(real.x0, real.cond["text"], strict=True):
+        (row,) = {i for i in range(3) if torch.equal(first.x0[i], x0)}
+        torch.testing.assert_close(text, captions[row])
+    assert len({x.sum().item() for x in real.x0}) == 3
+    (folder / "b.txt").write_text("another")
+    assert encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny").key != first.key
+
+
+def test_latents_are_those_that_decode_back() -> None:
+    """`picture_states` inverts `decode`'s scaling: on the bundled teacher a picture comes back as itself."""
+    from fewstep.backbones.load import load_teacher
+
+    backbone = load_teacher("emoji")
+    disc = (torch.linspace(-1, 1, 64)[:, None].square() + torch.linspace(-1, 1, 64).square() > 0.5).float().expand(3, 64, 64)
+    back = backbone.decode(backbone.picture_states(disc[None]))
+    assert (back[0] - disc).abs().mean() < 0.08
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "not a tar", "bad listing", "no picture"])
+def test_mistakes_are_one_line(tmp_path: Path, case: str) -> None:
+    source, expected = tmp_path / "set", "data.source: "
+    if case != "missing":
+        source.mkdir()
+    if case == "not a tar":
+        (source / "a.tar").write_bytes(b"hello")
+    if case == "bad listing":
+        (source / "metadata.jsonl").write_text("{}\n")
+    if case == "no picture":
+        (source / "a.png").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        [to_tensor(p, 8) for p in read_pictures(str(source))]
+    assert str(error.value).startswith(expected)
+    with pytest.raises(ValueError, match="are no pictures; leave it out"):
+        encode_pictures(tiny_points(), str(source), None, "x")
+
+
+def tiny_points() -> Backbone:
+    return Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,))
