@@ -15,7 +15,8 @@ from .backbones.load import fingerprint, load_teacher, pipeline_of
 from .core import timegrid
 from .core.solvers import State
 from .export.card import StudentCard, read_card
-from .methods.matching import Matching, preset
+from .methods.matching import Matching
+from .methods.method import Method
 from .roles.roles import RolesConfig, make_roles
 from .roles.step_condition import attach, nearest, unfold
 from .roles.student import Student, with_lora, with_vectors, without_fold
@@ -30,12 +31,12 @@ def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any
 
     Several `steps` make one student for all of them (TDM-unify).
     """
-    return preset("tdm" if isinstance(steps, int) else "tdm-unify", steps=steps, guidance=guidance, **settings)
+    return Matching(steps=steps, guidance=guidance, name="tdm" if isinstance(steps, int) else "tdm-unify", **settings)
 
 
 def distill(
     teacher: Backbone,
-    method: Matching,
+    method: Method,
     prompts: Sequence[str] = ("",),
     *,
     iterations: int,
@@ -55,7 +56,7 @@ def distill(
     `pictures` (a folder of captioned ones, or webdataset shards) is for methods with an adversarial term alone.
     With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
     """
-    against = method.counts if method.gan else ()
+    against = method.counts if method.adversary else ()
     roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned, against)
     config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
     folder = None if out is None else Path(out)

@@ -54,8 +54,24 @@ def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monk
     assert any(row[3] is not None for row in straight)
 
 
+@pytest.mark.parametrize("name", ["lcm", "progressive"])
+def test_imitation_starts_from_the_teachers_own_pictures(recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = (
+        "--set",
+        f"method={{name: {name}, steps: 2}}",
+        "--set",
+        "data={source: teacher, count: 6, steps: 2}",
+        "--set",
+        "train.iterations=4",
+    )
+    assert command(monkeypatch, "distill", recipe, *how) == 0
+    student = fewstep.load_student("runs/tiny/final")
+    assert student.card.solver == {"2": "renoise" if name == "lcm" else "ddim"}
+    assert fewstep.sample(student, ["red cat"], [0]).shape == (1, 3, 16, 16)
+
+
 def test_the_term_and_the_pictures_go_together(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1") == 2
-    assert "method.gan: an adversarial term and real data go together" in error_of(capsys)
+    assert "data.source: method tdm needs pictures; pass a folder of captioned ones" in error_of(capsys)
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", "--set", "data.source=nowhere") == 2
     assert "data.source: there is no nowhere" in error_of(capsys)

@@ -23,7 +23,7 @@ from ..core import timegrid
 from ..core.solvers import State
 from ..export.card import StudentCard
 from ..export.final import write_final
-from ..methods.matching import Matching
+from ..methods.method import Method
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, Trajectory, save_pictures
 from ..report.run import PICTURES, render_run
@@ -31,8 +31,9 @@ from ..roles.roles import Roles, make_roles
 from ..roles.step_condition import folded_bias
 from ..training.loop import Step, default_device, distill
 from ..training.monitor import drift, look
-from ..training.pictures import encode_pictures
-from ..training.prompts import embed, read_prompts
+from ..training.pictures import RealData, encode_pictures
+from ..training.pool import teacher_pictures
+from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from .evaluate import evaluate_student
 from .progress import console, meter
@@ -55,7 +56,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
     identity = fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, prompts, run / "embeddings", identity)
-    real = None if recipe.data is None else encode_pictures(teacher, recipe.data.source, run / "embeddings", identity)
+    real = real_data(recipe, teacher, data, run / "embeddings", identity)
     preview = Preview(recipe, teacher, run)
     roles = roles_of(recipe, teacher)
     print_roles(roles)
@@ -84,10 +85,20 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     finish(recipe, roles, preview, run, base_hash, log.seconds)
 
 
+def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cache: Path, identity: str) -> RealData | None:
+    """The pictures that the recipe's method starts from, if it does."""
+    data = recipe.data
+    if data is None:
+        return None
+    if data.source == "teacher":
+        return teacher_pictures(teacher, prompts, data.count, data.steps, recipe.method.guidance, cache, recipe.train.seed)
+    return encode_pictures(teacher, data.source, cache, identity)
+
+
 def roles_of(recipe: DistillRecipe, teacher: Backbone) -> Roles:
     """The networks that the recipe's method needs."""
     method = recipe.method
-    return make_roles(teacher, recipe.roles, recipe.train.seed, method.conditioned, method.counts if method.gan else ())
+    return make_roles(teacher, recipe.roles, recipe.train.seed, method.conditioned, method.counts if method.adversary else ())
 
 
 def training_prompts(recipe: DistillRecipe) -> list[str]:
@@ -114,7 +125,7 @@ class Preview:
         denoise = guided(teacher, teacher.module, self.cond, self.null, recipe.method.guidance)
         self.reference = pictures(teacher, denoise, self.seeds, times)
 
-    def show(self, roles: Roles, iteration: int, method: Matching) -> list[str]:
+    def show(self, roles: Roles, iteration: int, method: Method) -> list[str]:
         """Write `samples/step_N.png`; returns the monitor's warnings."""
         with roles.averaged():
             rows = [self._student(roles, method, k)[-1].x for k in method.counts]
@@ -123,11 +134,11 @@ class Preview:
         write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
         return drift(look(own[0]), look(self.reference)) if iteration else []
 
-    def _student(self, roles: Roles, method: Matching, steps: int) -> list[State]:
+    def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:
         times = method.times(self.teacher.schedule, steps)
         return trajectory(self.teacher, roles.denoise("student", self.cond, steps), self.seeds, times, method.solver)
 
-    def compare(self, roles: Roles, method: Matching) -> Pictures:
+    def compare(self, roles: Roles, method: Method) -> Pictures:
         """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories."""
         teacher, guided_steps = self.teacher, self.recipe.preview.teacher_steps
         rows = {f"teacher, {guided_steps} guided steps ({2 * guided_steps} evaluations)": self.reference}

@@ -1,12 +1,15 @@
 """Recipes: one YAML file, checked strictly, with dotted overrides. Every mistake is one line that names the option."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from ..methods.matching import Matching, preset_settings
+from ..methods.imitation import Imitation
+from ..methods.matching import Matching
+from ..methods.presets import preset
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
@@ -37,17 +40,35 @@ class PreviewConfig(Strict):
     teacher_steps: int = Field(default=50, ge=1)
 
 
+METHODS: dict[str, type[Matching] | type[Imitation]] = {"matching": Matching, "imitation": Imitation}
+
+
 def _with_preset(value: Any) -> Any:
     """A method's settings on top of what its name stands for."""
-    if not isinstance(value, dict) or "name" not in value:
-        return value
-    return {**preset_settings(value["name"]), **value}
+    return {**asdict(preset(str(value.get("name", "tdm")))), **value} if isinstance(value, dict) else value
+
+
+def _kind_of_method(value: Any) -> str:
+    name = value.get("name", "tdm") if isinstance(value, dict) else value.name
+    return "imitation" if isinstance(preset(name), Imitation) else "matching"
+
+
+AnyMethod = Annotated[
+    Annotated[Matching, Tag("matching")] | Annotated[Imitation, Tag("imitation")],
+    Discriminator(_kind_of_method),
+    BeforeValidator(_with_preset),
+]
 
 
 class DataConfig(Strict):
-    """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards."""
+    """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards.
+
+    For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps.
+    """
 
     source: str
+    count: int = Field(default=1024, ge=1)
+    steps: int = Field(default=25, ge=1)
 
 
 class FinetuneRecipe(Strict):
@@ -64,13 +85,13 @@ class FinetuneRecipe(Strict):
 
 
 class DistillRecipe(Strict):
-    """`fewstep distill RECIPE`. `data` is for the adversarial term alone: everything else is trained from prompts."""
+    """`fewstep distill RECIPE`. `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
 
     kind: Literal["distill"]
     name: str
     teacher: str
     prompts: PromptsConfig = PromptsConfig()
-    method: Annotated[Matching, BeforeValidator(_with_preset)]
+    method: AnyMethod
     roles: RolesConfig
     train: TrainConfig
     data: DataConfig | None = None
@@ -135,7 +156,7 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"])
+        option = ".".join(str(part) for part in first["loc"] if part not in METHODS)
         if first["type"] == "value_error":  # our own text names the option already
             raise ValueError(str(first["ctx"]["error"])) from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -150,6 +171,9 @@ def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[s
     """The options that the part of the recipe at `location` takes."""
     annotation: Any = model
     for part in location:
+        if part in METHODS:
+            annotation = METHODS[str(part)]
+            continue
         fields = getattr(annotation, "model_fields", None) or getattr(annotation, "__dataclass_fields__", {})
         field = fields.get(str(part))
         annotation = None if field is None else getattr(field, "annotation", None) or getattr(field, "type", None)

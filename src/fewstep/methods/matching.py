@@ -7,9 +7,9 @@ diffuse the matched state to a time tau, and compare there what the fake score a
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from ..objectives.adversarial import game_named, gradient_penalty
 from ..objectives.denoising import denoising, transition_target
 from ..objectives.fisher import fisher
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
-from ..roles.roles import Role, Roles
+from ..roles.roles import Roles
+from .method import Loss, Real, Turn
 
 CHOICES = {
     "divergence": ("reverse-kl", "fisher"),
@@ -110,32 +111,23 @@ class Matching:
         """The step counts that student and fake score are told apart; empty for one count alone or without the condition."""
         return self.counts if self.condition and len(self.counts) > 1 else ()
 
+    @property
+    def adversary(self) -> bool:
+        """Whether there is an adversarial term."""
+        return self.gan > 0
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Real ones, for the adversarial term alone."""
+        return self.gan > 0
+
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """The student's grid, `[K + 1]`, for its default step count or another."""
         return timegrid.uniform(schedule, steps or self.counts[0], self.shift)
 
-
-# What a name stands for; settings given beside it win. DMD2: TDM sec. 4.3 and app. F; the others from their papers.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tdm": {},
-    "tdm-unify": {"steps": (4, 2, 1)},
-    "tdm-fisher": {"divergence": "fisher"},
-    "dmd2": {"match": "clean", "solver": "renoise", "tau": "whole", "tau_max": 0.98, "fake_updates": 10, "loss": "l2", "share_draw": False},
-    "diff-instruct": {"steps": 1, "match": "clean", "tau": "whole", "tau_max": 0.98, "loss": "l2"},
-    "sid": {"divergence": "fisher", "fisher_correction": 1.0, "match": "clean", "solver": "renoise", "tau": "whole", "tau_max": 0.98},
-}
-
-
-def preset_settings(name: str) -> dict[str, Any]:
-    """What a name stands for. Raises ValueError listing the known names."""
-    if name not in PRESETS:
-        raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def preset(name: str, **settings: Any) -> Matching:
-    """The method called `name` with `settings` changed. Raises ValueError listing the known names."""
-    return replace(Matching(**preset_settings(name), name=name), **settings)
+    def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
+        """The updates of one iteration in order."""
+        return losses(self, roles, turn.cond, turn.null, turn.batch, turn.rng, turn.iteration < self.warmup, turn.pictures)
 
 
 class Draw(NamedTuple):
@@ -150,21 +142,6 @@ class Draw(NamedTuple):
     x0: Tensor  # the student's clean estimate
     e: Tensor  # transition noise
     x_tau: Tensor
-
-
-class Real(NamedTuple):
-    """Real data of one batch: clean states [B, ...] and their conditions."""
-
-    x0: Tensor
-    cond: Cond
-
-
-class Loss(NamedTuple):
-    """One update to make: whose, by which loss, and what to log."""
-
-    role: Role
-    value: Tensor
-    metrics: dict[str, Tensor]
 
 
 def draw_steps(method: Matching, rng: torch.Generator) -> int:

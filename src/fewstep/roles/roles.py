@@ -89,6 +89,12 @@ class Roles:
         for name, p in self.trained["student"].items():
             self.average[name].lerp_(p.detach().float(), 1 - decay)
 
+    def keep_average_as_fake(self) -> None:
+        """The fake score becomes the student's average as it is now: a frozen copy to imitate."""
+        with torch.no_grad():
+            for p, a in zip(self.trained["fake"].values(), self.average.values(), strict=True):
+                p.copy_(a)
+
     def averaged(self) -> AbstractContextManager[None]:
         """Within it the student has its averaged weights: for pictures, evaluation and export."""
         return adapters.values(self.trained["student"], self.average)

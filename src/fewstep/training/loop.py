@@ -14,7 +14,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ..backbones.generate import device_of
-from ..methods.matching import Loss, Matching, losses
+from ..methods.method import Loss, Method, Turn
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
 from .pictures import RealData
@@ -59,7 +59,7 @@ class Step:
     metrics: Mapping[str, float]
     seconds: float  # of this iteration alone
     roles: Roles
-    method: Matching
+    method: Method
 
 
 def default_device() -> torch.device:
@@ -69,7 +69,7 @@ def default_device() -> torch.device:
 
 
 def distill(
-    roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, run: Path | None = None, real: RealData | None = None
+    roles: Roles, method: Method, data: Embeddings, config: TrainConfig, run: Path | None = None, real: RealData | None = None
 ) -> Generator[Step, None, None]:
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
 
@@ -80,8 +80,11 @@ def distill(
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
-    if (method.gan > 0) != (real is not None):
-        raise ValueError("method.gan: an adversarial term and real data go together; set both method.gan and data.source, or neither")
+    if method.wants_pictures != (real is not None):
+        raise ValueError(
+            f"data.source: method {method.name} {'needs pictures' if method.wants_pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
+            + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.wants_pictures else "leave data out")
+        )
     optimizers = {r: _optimizer(roles, r, config) for r in roles.trained}
     fingerprint = _fingerprint(roles, method, data, config, real)
     start = _resume(roles, optimizers, run, fingerprint)
@@ -93,7 +96,7 @@ def distill(
         pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", rank), device)
         metrics: dict[str, Tensor] = {}
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            for loss in losses(method, roles, cond, null, config.batch, rng, i < method.warmup, pictures):
+            for loss in method.losses(roles, Turn(i, config.iterations, config.batch, cond, null, pictures, rng)):
                 metrics |= loss.metrics
                 metrics[f"{loss.role}_grad"] = _update(accelerator, loss, roles, optimizers, config, i)
         if i >= method.warmup:
@@ -146,10 +149,10 @@ def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Opt
     return torch.optim.AdamW(roles.trained[role].values(), lr=lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def _fingerprint(roles: Roles, method: Matching, data: Embeddings, config: TrainConfig, real: RealData | None) -> str:
+def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainConfig, real: RealData | None) -> str:
     """A hash of every setting that a resumed run must share, prompts included; the length of the run may grow."""
     settings: dict[str, Any] = {
-        "method": asdict(method),
+        "method": repr(method),
         "train": asdict(config),
         "roles": asdict(roles.config),
         "base": roles.backbone.name,

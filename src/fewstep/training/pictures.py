@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..backbones.base import Backbone
-from ..methods.matching import Real
+from ..methods.method import Real
 from .prompts import Embeddings, embed
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -1,0 +1,130 @@
+"""Imitating the teacher's own path from diffused pictures: latent consistency models and progressive distillation."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core import timegrid
+from ..core.schedule import Schedule, diffuse
+from ..core.solvers import Denoise, ddim, update_named
+from ..core.weighting import weighting_named
+from ..objectives.regression import consistency_function, landing_target, metric_named
+from ..roles.roles import Roles
+from .method import Loss, Turn
+
+TARGETS = ("consistency", "progressive")
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """Settings of the method. Raises ValueError for settings that cannot be.
+
+    `consistency` (LCM, arXiv 2310.04378): at two neighbouring times of the guided teacher's `solver_steps`-step path, the student
+    says at the noisier one what its average says at the cleaner one. `progressive` (arXiv 2202.00512): in `stages` stages of equal
+    length, one student step lands where two steps of the stage before land, until `steps` are left.
+    """
+
+    steps: int = 4
+    guidance: float = 3.5
+    target: Literal["consistency", "progressive"] = "consistency"
+    loss: str = "huber"
+    solver_steps: int = 50
+    stages: int = 3
+    weight: str = "v"
+    snr_clip: float = 5.0
+    solver: str = "renoise"
+    shift: float = 1.0
+    name: str = "lcm"
+
+    def __post_init__(self) -> None:
+        metric_named(self.loss), update_named(self.solver), weighting_named(self.weight)
+        if self.target not in TARGETS:
+            raise ValueError(f"method.target: got {self.target!r}, allowed are {', '.join(TARGETS)}")
+        for option in ("steps", "solver_steps", "stages"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
+        for option in ("shift", "snr_clip"):
+            if not 0 < getattr(self, option) < math.inf:
+                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"method.guidance: got {self.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
+
+    @property
+    def warmup(self) -> int:
+        return 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return (self.steps,)
+
+    @property
+    def conditioned(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def adversary(self) -> bool:
+        return False
+
+    @property
+    def wants_pictures(self) -> bool:
+        return True
+
+    def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
+        return timegrid.uniform(schedule, steps or self.steps, self.shift)
+
+    def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
+        value = consistency_loss(self, roles, turn) if self.target == "consistency" else progressive_loss(self, roles, turn)
+        yield Loss("student", value, {"student_loss": value.detach()})
+
+
+def consistency_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
+    """`d(F(x_t, t), sg F_average(x_s, s))`, x_s one guided DDIM step of the teacher from x_t; on clean data F is the identity."""
+    assert turn.pictures is not None
+    schedule, (x_0, cond) = roles.backbone.schedule, turn.pictures
+    times = timegrid.uniform(schedule, method.solver_steps).to(turn.rng.device)
+    n = torch.randint(method.solver_steps, (turn.batch,), generator=turn.rng, device=turn.rng.device)
+    t, s = times[n], times[n + 1]
+    x_t = diffuse(schedule, x_0, t, torch.randn(x_0.shape, generator=turn.rng, device=turn.rng.device))
+    with torch.no_grad():
+        x_s = ddim(schedule, roles.teacher(cond, turn.null, method.guidance)(x_t, t), t, s)
+        # A network is not asked about clean data; there its answer counts for nothing.
+        known = s.clamp(min=schedule.t_clean + (schedule.resolution or 1e-3))
+        with roles.averaged():
+            goal = consistency_function(x_s, roles.denoise("student", cond)(x_s, known).x0, s, schedule.t_clean)
+    own = consistency_function(x_t, roles.denoise("student", cond)(x_t, t).x0, t, schedule.t_clean)
+    return metric_named(method.loss)(own, goal).mean()
+
+
+def stage_of(method: Imitation, iteration: int, iterations: int) -> tuple[int, bool]:
+    """(stage, whether it begins here), stages of equal length."""
+    stage = min(method.stages - 1, iteration * method.stages // max(iterations, 1))
+    return stage, iteration > 0 and stage > 0 and stage != min(method.stages - 1, (iteration - 1) * method.stages // iterations)
+
+
+def progressive_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
+    """Weighted regression on the clean estimate whose single step lands where two steps of the stage before land.
+
+    The stage before is the guided teacher, then the averaged student as it was when the stage began, kept as the `fake` role.
+    """
+    assert turn.pictures is not None
+    schedule, (x_0, cond) = roles.backbone.schedule, turn.pictures
+    stage, begins = stage_of(method, turn.iteration, turn.iterations)
+    if begins:
+        roles.keep_average_as_fake()
+    before: Denoise = roles.denoise("fake", cond) if stage else roles.teacher(cond, turn.null, method.guidance)
+    steps = method.steps * 2 ** (method.stages - 1 - stage)
+    fine = timegrid.uniform(schedule, 2 * steps, method.shift).to(turn.rng.device)
+    segment = timegrid.draw_segments(turn.batch, steps, turn.rng)
+    high, middle, low = fine[2 * segment], fine[2 * segment + 1], fine[2 * segment + 2]
+    x = diffuse(schedule, x_0, high, torch.randn(x_0.shape, generator=turn.rng, device=turn.rng.device))
+    with torch.no_grad():
+        x_middle = ddim(schedule, before(x, high), high, middle)
+        x_low = ddim(schedule, before(x_middle, middle), middle, low)
+        goal = landing_target(schedule, x, x_low, high, low)
+    own = roles.denoise("student", cond)(x, high).x0
+    weight = weighting_named(method.weight)(schedule, high, method.snr_clip)
+    return (weight.to(own) * metric_named(method.loss)(own, goal)).mean()

@@ -1,0 +1,29 @@
+"""What a method's name stands for: a few settings of `Matching` or `Imitation`. Settings given beside a name win."""
+
+from dataclasses import replace
+from typing import Any
+
+from .imitation import Imitation
+from .matching import Matching
+
+# DMD2 as in TDM sec. 4.3 and app. F; the others from their papers.
+PRESETS: dict[str, Matching | Imitation] = {
+    m.name: m
+    for m in (
+        Matching(),
+        Matching(steps=(4, 2, 1), name="tdm-unify"),
+        Matching(divergence="fisher", name="tdm-fisher"),
+        Matching(match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=10, loss="l2", share_draw=False, name="dmd2"),
+        Matching(steps=1, match="clean", tau="whole", tau_max=0.98, loss="l2", name="diff-instruct"),
+        Matching(divergence="fisher", fisher_correction=1.0, match="clean", solver="renoise", tau="whole", tau_max=0.98, name="sid"),
+        Imitation(),
+        Imitation(target="progressive", loss="l2", solver="ddim", name="progressive"),
+    )
+}
+
+
+def preset(name: str, **settings: Any) -> Matching | Imitation:
+    """The method called `name` with `settings` changed. Raises ValueError listing the known names."""
+    if name not in PRESETS:
+        raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **settings)

@@ -1,0 +1,45 @@
+"""Regression of a student's clean estimate on a target made by the teacher: consistency and progressive distillation."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..core.schedule import Schedule, expand
+
+Metric = Callable[[Tensor, Tensor], Tensor]  # (prediction, target) [B, ...] -> [B]
+
+
+def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
+    """`mean (a - b)^2` per sample."""
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
+    """`mean sqrt((a - b)^2 + c^2) - c` per sample (LCM's metric, arXiv 2310.04378)."""
+    return ((prediction - target).square() + c**2).sqrt().flatten(1).mean(1) - c
+
+
+METRICS: dict[str, Metric] = {"l2": mean_square, "huber": pseudo_huber}
+
+
+def metric_named(name: str) -> Metric:
+    """A metric by name. Raises ValueError listing the known ones."""
+    if name not in METRICS:
+        raise ValueError(f"method.loss: got {name!r}, allowed are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def consistency_function(x: Tensor, x0: Tensor, t: Tensor, clean: float, scaling: float = 10.0, sigma_data: float = 0.5) -> Tensor:
+    """`c_skip x + c_out x0_hat`, the identity on clean data (arXiv 2303.01469, eq. 5; LCM's scaling of the table's times).
+
+    x, x0 [B, ...]; t [B]; `clean` is the time of data.
+    """
+    s = scaling * (t - clean)
+    c_skip, c_out = sigma_data**2 / (s**2 + sigma_data**2), s / (s**2 + sigma_data**2).sqrt()
+    return expand(c_skip, x) * x + expand(c_out, x) * x0
+
+
+def landing_target(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The clean estimate whose DDIM step takes x_t at t to x_s at s (arXiv 2202.00512, app. G). x [B, ...]; t, s [B] with s cleaner."""
+    ratio = schedule.sigma(s) / schedule.sigma(t)
+    return (x_s - expand(ratio, x_t) * x_t) / expand(schedule.alpha(s) - ratio * schedule.alpha(t), x_t)

@@ -1,0 +1,143 @@
+"""Consistency and progressive distillation: what is compared with what, and who keeps the stage before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewstep.core import timegrid
+from fewstep.core.schedule import diffuse
+from fewstep.core.solvers import ddim
+from fewstep.methods.imitation import Imitation, consistency_loss, progressive_loss, stage_of
+from fewstep.methods.method import Real, Turn
+from fewstep.methods.presets import preset
+from fewstep.objectives.regression import METRICS, consistency_function
+from fewstep.roles.roles import Roles, RolesConfig, make_roles
+
+from .. import tiny
+from .test_matching import BATCH, conditions, gradients, seed, trained
+
+PROGRESSIVE = Imitation(target="progressive", loss="l2", solver="ddim", name="progressive", stages=3, steps=2)
+
+
+def turn(roles: Roles, iteration: int = 0, iterations: int = 9) -> Turn:
+    cond, null = conditions(roles.backbone)
+    pictures = Real(torch.randn((BATCH, *roles.backbone.shape), generator=seed(5)), cond)
+    return Turn(iteration, iterations, BATCH, cond, null, pictures, seed())
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", ["lcm", "progressive"])
+def test_only_the_student_is_trained(name: str, share: bool) -> None:
+    roles = trained(share)
+    (loss,) = preset(name).losses(roles, turn(roles, iteration=8))
+    assert loss.role == "student"
+    assert any(g is not None and bool(g.any()) for g in gradients(loss.value, roles, "student"))
+    assert not any(g is not None for g in gradients(loss.value, roles, "fake"))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_consistency_is_its_formula(metric: str) -> None:
+    """The goal comes from the average, one guided step of the teacher further; the student's own weights are as they were."""
+    roles, method = trained(), Imitation(loss=metric, solver_steps=10)
+    here = turn(roles)
+    assert here.pictures is not None
+    x_0, cond = here.pictures
+    times, rng = timegrid.uniform(tiny.TABLE, 10), seed()
+    n = torch.randint(10, (BATCH,), generator=rng)
+    t, s = times[n], times[n + 1]
+    x_t = diffuse(tiny.TABLE, x_0, t, torch.randn(x_0.shape, generator=rng))
+    with torch.no_grad():
+        x_s = ddim(tiny.TABLE, roles.teacher(cond, here.null, 3.5)(x_t, t), t, s)
+        own = consistency_function(x_t, roles.denoise("student", cond)(x_t, t).x0, t, -1.0)
+        current = roles.denoise("student", cond)(x_s, s.clamp(min=0)).x0
+        with roles.averaged():
+            average = roles.denoise("student", cond)(x_s, s.clamp(min=0)).x0
+        assert not torch.allclose(average, current)
+    expected = METRICS[metric](own, consistency_function(x_s, average, s, -1.0)).mean()
+    torch.testing.assert_close(consistency_loss(method, roles, here), expected)
+
+
+def test_the_last_consistency_goal_is_the_teachers_clean_state() -> None:
+    """Where the next time is clean data, the network is not asked: its answer counts for nothing."""
+    roles, method = trained(), Imitation(solver_steps=1)
+    before = consistency_loss(method, roles, turn(roles)).item()
+    roles.average.update({n: a + 1 for n, a in roles.average.items()})
+    assert consistency_loss(method, roles, turn(roles)).item() == before
+
+
+def test_a_perfect_student_of_a_straight_path_has_no_consistency_loss() -> None:
+    """A teacher that always says 0: every path leads to 0 and the student that says 0 is consistent."""
+    roles = make_roles(tiny.denoiser(prediction="x0"), RolesConfig(share=False))
+    with torch.no_grad():
+        for network in roles.networks.values():
+            for p in network.parameters():
+                p.zero_()
+        for a in roles.average.values():
+            a.zero_()
+    assert consistency_loss(Imitation(), roles, turn(roles)).item() < 1e-4
+
+
+def test_stages_are_of_equal_length_and_begin_once() -> None:
+    found = [stage_of(PROGRESSIVE, i, 9) for i in range(9)]
+    assert [s for s, _ in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [i for i, (_, begins) in enumerate(found) if begins] == [3, 6]
+    assert [stage_of(PROGRESSIVE, i, 2) for i in range(2)] == [(0, False), (1, True)]
+
+
+def test_one_step_lands_where_two_of_the_stage_before_land() -> None:
+    roles = trained()
+    here = turn(roles)
+    assert here.pictures is not None
+    x_0, cond = here.pictures
+    fine, rng = timegrid.uniform(tiny.TABLE, 16), seed()  # two steps at the end, four stages of halving above: 8 of the student
+    segment = timegrid.draw_segments(BATCH, 8, rng)
+    high, middle, low = (fine[2 * segment + i] for i in range(3))
+    x = diffuse(tiny.TABLE, x_0, high, torch.randn(x_0.shape, generator=rng))
+    with torch.no_grad():
+        teacher = roles.teacher(cond, here.null, 3.5)
+        x_middle = ddim(tiny.TABLE, teacher(x, high), high, middle)
+        x_low = ddim(tiny.TABLE, teacher(x_middle, middle), middle, low)
+        split = roles.denoise("student", cond)(x, high)
+        landed = ddim(tiny.TABLE, split, high, low)
+    loss = progressive_loss(replace(PROGRESSIVE, snr_clip=1e-9), roles, here)
+    factor = tiny.TABLE.alpha(low) - tiny.TABLE.sigma(low) / tiny.TABLE.sigma(high) * tiny.TABLE.alpha(high)
+    expected = ((landed - x_low).square().flatten(1).mean(1) / factor**2).mean() * 1e-9
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-3, atol=0)
+
+
+def test_the_next_stage_imitates_the_average_as_it_was() -> None:
+    roles = trained()
+    frozen = {n: a.clone() for n, a in roles.average.items()}
+    list(PROGRESSIVE.losses(roles, turn(roles, 3)))  # the second stage begins
+    assert all(torch.equal(p, a) for p, a in zip(roles.trained["fake"].values(), frozen.values(), strict=True))
+    with torch.no_grad():
+        for a in roles.average.values():
+            a.add_(1.0)
+    list(PROGRESSIVE.losses(roles, turn(roles, 4)))  # and goes on
+    assert all(torch.equal(p, a) for p, a in zip(roles.trained["fake"].values(), frozen.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target": "x"}, "method.target: got 'x', allowed are consistency, progressive"),
+        ({"steps": 0}, "method.steps: got 0, allowed are whole numbers from 1"),
+        ({"stages": 0}, "method.stages: got 0, allowed"),
+        ({"solver_steps": 0}, "method.solver_steps: got 0, allowed"),
+        ({"loss": "l1"}, "method.loss: got 'l1', allowed are l2, huber"),
+        ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),
+        ({"guidance": float("inf")}, "method.guidance: got inf, allowed are numbers"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        Imitation(**settings)
+    assert expected in str(error.value)
+
+
+def test_names() -> None:
+    assert preset("lcm") == Imitation()
+    assert preset("progressive", stages=3, steps=2) == PROGRESSIVE
+    with pytest.raises(ValueError, match=r"method\.name: got 'dmd3', allowed are tdm, tdm-unify"):
+        preset("dmd3")
