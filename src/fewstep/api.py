@@ -17,7 +17,7 @@ from .core.solvers import State
 from .export.card import StudentCard, read_card
 from .methods.matching import Matching
 from .methods.method import Method
-from .roles.roles import RolesConfig, make_roles
+from .roles.roles import Roles, RolesConfig, make_roles
 from .roles.step_condition import attach, nearest, unfold
 from .roles.student import Student, with_lora, with_vectors, without_fold
 from .training.loop import Step, TrainConfig
@@ -50,20 +50,38 @@ def distill(
     out: str | Path | None = None,
     checkpoint_every: int = 100,
     pictures: str | Path | None = None,
+    start: str | Path | None = None,
 ) -> Generator[Step, None, None]:
     """Distil `teacher` and yield after every iteration: stop, log or look at any step.
 
     `pictures` (a folder of captioned ones, or webdataset shards) is for methods with an adversarial term alone.
-    With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
+    `start` is a finished student to begin from. With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
     """
     against = method.counts if method.adversary else ()
     roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned, against)
+    if start is not None:
+        start_from(roles, Path(start))
     config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
     folder = None if out is None else Path(out)
     cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, list(prompts), cache, identity)
     real = None if pictures is None else encode_pictures(teacher, str(pictures), cache, identity)
     yield from train(roles, method, data, config, folder, real)
+
+
+def start_from(roles: Roles, folder: Path) -> None:
+    """Let the student of a run begin as the finished one in `folder`, told its step counts where both are.
+
+    Raises ValueError where it does not fit.
+    """
+    card = read_card(folder)
+    if (card.weights == "lora") != roles.config.share:
+        raise ValueError(f"start: {folder} is a student of weights {card.weights}; set roles.share={str(card.weights == 'lora').lower()}")
+    if card.time_layer or roles.counts:
+        raise ValueError(
+            f"start: {folder} serves steps {list(card.steps)}; only students of one step count can be started from, and for one"
+        )
+    roles.start_from(load_lora(folder) if roles.config.share else load_network(folder, roles.backbone.module).state_dict())
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,28 @@ def test_a_student_of_several_step_counts(
     assert not Path("single-3").exists()
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_a_run_may_begin_as_a_finished_student(
+    recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ("--set", f"roles.share={str(share).lower()}")
+    assert command(monkeypatch, "distill", recipe, *how, "--set", "train.lr=0.02") == 0
+    first = fewstep.sample(fewstep.load_student("runs/tiny/final"), ["red cat"], [0])
+    still = ("--set", "train.lr=1e-12", "--set", "start=runs/tiny", "--out", "runs/second")
+    assert command(monkeypatch, "distill", recipe, *how, *still) == 0
+    second = fewstep.sample(fewstep.load_student("runs/second/final"), ["red cat"], [0])
+    assert (first - second).abs().max() <= 1e-4  # nothing was trained since: the start, average included, is what came out
+    for options, expected in (
+        (("--set", "start=nowhere"), "start: nowhere is no student folder"),
+        (("--set", f"roles.share={str(not share).lower()}"), f"set roles.share={str(share).lower()}"),
+        (("--set", "method.steps=[4, 2]"), "start: runs/tiny/final serves steps [4]; only students of one step count"),
+        *([(("--set", "roles.rank=3"), "set roles.rank to that of the file")] if share else []),
+    ):
+        capsys.readouterr()
+        assert command(monkeypatch, "distill", recipe, *how, *still, "--out", "runs/third", *options) == 2
+        assert expected in error_of(capsys)
+
+
 def test_a_stochastic_student_is_the_same_in_diffusers(recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DMD2's student takes diffusers' LCM scheduler, with the same fresh noise."""
     assert (

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from .. import __version__
-from ..api import load_teacher
+from ..api import load_teacher, start_from
 from ..atomic import write_json
 from ..backbones.base import Backbone, guided
 from ..backbones.generate import pictures, trajectory
@@ -38,6 +38,7 @@ from ..training.state import latest_checkpoint
 from .evaluate import evaluate_student
 from .progress import console, meter
 from .recipe import DistillRecipe, read_recipe
+from .sample import student_folder
 from .signals import stop_request
 
 
@@ -96,9 +97,15 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
 
 
 def roles_of(recipe: DistillRecipe, teacher: Backbone) -> Roles:
-    """The networks that the recipe's method needs."""
+    """The networks that the recipe's method needs, where it says so begun as a finished student."""
     method = recipe.method
-    return make_roles(teacher, recipe.roles, recipe.train.seed, method.conditioned, method.counts if method.adversary else ())
+    roles = make_roles(teacher, recipe.roles, recipe.train.seed, method.conditioned, method.counts if method.adversary else ())
+    if recipe.start is not None:
+        folder = student_folder(recipe.start)
+        if folder is None:
+            raise ValueError(f"start: {recipe.start} is no student folder; pass a run or its final/ folder")
+        start_from(roles, folder)
+    return roles
 
 
 def training_prompts(recipe: DistillRecipe) -> list[str]:

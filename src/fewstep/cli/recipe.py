@@ -95,6 +95,7 @@ class DistillRecipe(Strict):
     roles: RolesConfig
     train: TrainConfig
     data: DataConfig | None = None
+    start: str | None = None  # a student folder to begin from, instead of the teacher
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
 

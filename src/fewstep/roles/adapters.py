@@ -100,6 +100,11 @@ def adapter_state(module: nn.Module, name: str) -> dict[str, Tensor]:
 
 def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
     """Put weights in PEFT's file format into adapter `name`. Raises ValueError when any of them finds no place."""
+    own = adapter_state(module, name)
+    if other := next((k for k in state if k in own and own[k].shape != state[k].shape), None):
+        raise ValueError(
+            f"student: its LoRA has {other} of shape {list(state[other].shape)}, here it is {list(own[other].shape)}; set roles.rank to that of the file"
+        )
     result = set_peft_model_state_dict(module, dict(state), adapter_name=name)
     placed = adapter_state(module, name)
     if result.unexpected_keys or set(placed) != set(state):

@@ -89,6 +89,24 @@ class Roles:
         for name, p in self.trained["student"].items():
             self.average[name].lerp_(p.detach().float(), 1 - decay)
 
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Let student and average begin as another student: its LoRA in PEFT's file format, or its whole network.
+
+        Raises ValueError where it does not fit.
+        """
+        network = self.networks["student"]
+        if self.config.share:
+            adapters.load_adapter(network, "student", state)
+        else:
+            own = network.state_dict()
+            if odd := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
+                raise ValueError(
+                    f"start: its weights do not fit this network (first in doubt: {odd[0]}); start from a student of the same base"
+                )
+            network.load_state_dict(state)
+        for name, p in self.trained["student"].items():
+            self.average[name].copy_(p.detach())
+
     def keep_average_as_fake(self) -> None:
         """The fake score becomes the student's average as it is now: a frozen copy to imitate."""
         with torch.no_grad():
