@@ -233,7 +233,7 @@ def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds
     console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}")
     if result is not None:
         rows = result["rows"]
-        student, best = rows[-1], rows[0]
+        student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
         console.print(
             f"quality  FD to real {student['fd_real']:.1f} in {student['nfe']} network calls, teacher {best['fd_real']:.1f} in {best['nfe']}"
         )

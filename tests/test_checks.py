@@ -1,0 +1,72 @@
+"""Every objective of the package passes the public check, and what the check is for is found by it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.checks import Inputs, check_objective
+from fewstep.objectives.adversarial import GAMES, gradient_penalty
+from fewstep.objectives.fisher import fisher
+from fewstep.objectives.regression import METRICS
+from fewstep.objectives.reverse_kl import LOSSES, dmd_normaliser
+
+Objective = Callable[..., Tensor]
+
+
+def states(*kinds: str) -> Inputs:
+    """`x`: [B, 2, 3]; `n`: positive [B]; `d`: logits [B, 5]."""
+
+    def draw(batch: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        made = {"x": (batch, 2, 3), "n": (batch,), "d": (batch, 5)}
+        return tuple(torch.rand(made[k], generator=rng) + 0.5 if k == "n" else torch.randn(made[k], generator=rng) for k in kinds)
+
+    return draw
+
+
+def penalty(x: Tensor, y: Tensor) -> Tensor:
+    return gradient_penalty([x, y])
+
+
+OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
+    **{f"reverse-kl {name}": (loss, states("x", "x", "n"), (0,)) for name, loss in LOSSES.items()},
+    **{f"regression {name}": (metric, states("x", "x"), (0, 1)) for name, metric in METRICS.items()},
+    **{f"{name} {side}": (getattr(game, side), states("d"), (0,)) for name, game in GAMES.items() for side in ("real", "fake", "student")},
+    "fisher": (fisher, states("x", "x", "x", "n"), (0, 1, 2)),
+    "r1": (penalty, states("x", "x"), (0, 1)),
+}
+
+
+def test_all_objectives_are_here() -> None:
+    assert dmd_normaliser(torch.ones(2, 3), torch.zeros(2, 3)).shape == (2,)  # a normaliser, not an objective
+    assert len(OBJECTIVES) == len(LOSSES) + len(METRICS) + 3 * len(GAMES) + 2
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_of_the_package_passes(name: str) -> None:
+    if name == "fisher":  # its normaliser is a constant by contract, detached where it is made
+        check_objective(lambda t, f, c, n: fisher(t, f, c, n.detach()), states("x", "x", "x", "n"), (0, 1, 2))
+        return
+    objective, inputs, trained = OBJECTIVES[name]
+    check_objective(objective, inputs, trained)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (lambda x, y: (x - y).square().mean(), r"returned \[\]; return one loss per sample, \[6\]"),
+        (lambda x, y: (x - y).square().flatten(1).mean(1).double(), "keep the dtype"),
+        (lambda x, y: (x - y).square().flatten(1).mean(1) / (x - y).abs().mean().detach(), "mixes samples"),
+        (lambda x, y: (x - y.detach()).square().flatten(1).mean(1) + torch.rand(len(x)), "another value the second time"),
+        (lambda x, y: (x - y).square().flatten(1).mean(1), "gives argument 1 a gradient"),
+        (lambda x, y: (x.detach() - y.detach()).square().flatten(1).mean(1) + 0 * x.flatten(1).sum(1), "gives argument 0 no gradient"),
+        (lambda x, y: (x - y.detach()).square().flatten(1).sum(1).sqrt(), "gradient that is not finite where everything is equal"),
+        (lambda x, y: (x - y.detach()).flatten(1).exp().sum(1), "is not finite on inputs of size 10,000"),
+        (lambda x, y: (x - y.detach()).square().flatten(1).mean(1) * torch.arange(len(x)), "depends on the order"),
+        (lambda x, y: (x - y.detach()).flatten(1).sum(1).log(), "is not finite on ordinary inputs"),
+    ],
+)
+def test_what_it_is_for_is_found(objective: Objective, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_objective(objective, states("x", "x"), (0,))
