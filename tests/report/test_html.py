@@ -15,7 +15,7 @@ from PIL import Image
 
 from fewstep.report.grids import write_grid
 from fewstep.report.html import Report, render, write_report
-from fewstep.report.pictures import Pictures, Trajectory, save_pictures, to_uint8
+from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_pictures, to_uint8
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
 
@@ -80,7 +80,7 @@ def full_report() -> Report:
             {"model": HOSTILE, "steps": 1, "nfe": 1, "n": 1024, "fd_real": float("nan"), "fd_teacher": 24.0, "retrieval_top1": 0.5},
         ],
         protocol=HOSTILE,
-        pictures=Pictures(prompts, rows, paths),
+        pictures=Pictures(prompts, rows, paths, StepGrid((1, 4), (1, 2, 4), torch.rand(1, 2, 3, 3, 8, 12, generator=rng))),
         metrics=[{"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.1} for i in range(1, 20)],
         cost=Cost(452.0, 400, HOSTILE),
         warnings=[HOSTILE],
@@ -115,7 +115,11 @@ def test_every_picture_decodes_to_its_exact_pixels() -> None:
     for label, path in report.pictures.trajectories.items():
         for p, row in enumerate(path.estimates):
             expected |= {f"{label}, time {t:g}: {report.pictures.prompts[p]}": x for t, x in zip(path.times, row, strict=True)}
-    assert len(expected) == 2 * 10 + 2 * 2 + 3
+    grid = report.pictures.grid
+    assert grid is not None
+    for told, row in zip(grid.told, grid.images[0], strict=True):
+        expected |= {f"told {told}, takes {n}: {report.pictures.prompts[0]}": x for n, x in zip(grid.taken, row, strict=True)}
+    assert len(expected) == 2 * 10 + 2 * 2 + 3 + 6
     assert images.keys() == expected.keys()
     for alt, picture in expected.items():
         assert (decoded(images[alt]["src"]) == to_uint8(picture).permute(1, 2, 0).numpy()).all(), alt
@@ -212,7 +216,7 @@ def test_a_run_folder_becomes_the_same_report_again(run: Path) -> None:
     assert torch.equal(to_uint8(report.pictures.rows[STUDENT]), to_uint8(full_report().pictures.rows[STUDENT]))
     assert render_run(run) == run / "report.html"
     page = parsed((run / "report.html").read_text(encoding="utf-8"))
-    assert {s["id"] for s in page.all("section")} == {"images", "steps", "quality", "training", "progress", "next", "made"}
+    assert {s["id"] for s in page.all("section")} == {"images", "steps", "counts", "quality", "training", "progress", "next", "made"}
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:

@@ -6,7 +6,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewstep.report.pictures import Pictures, Trajectory, load_pictures, save_pictures, to_uint8
+from fewstep.report.pictures import Pictures, StepGrid, Trajectory, load_pictures, save_pictures, to_uint8
+
+
+def test_a_grid_of_step_counts_comes_back(tmp_path: Path) -> None:
+    images = (torch.rand(2, 3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+    before = Pictures(("a", "b"), grid=StepGrid((1, 2, 4), (1, 4), images))
+    after = load_pictures(save_pictures(tmp_path / "p.safetensors", before)).grid
+    assert after is not None
+    assert (after.told, after.taken) == ((1, 2, 4), (1, 4))
+    assert torch.equal(after.images, images)
+    with pytest.raises(ValueError, match=r"the grid is \[2, 3, 2, 3, 4, 4\], allowed is \[P, 2, 2, 3, H, W\]"):
+        Pictures(("a", "b"), grid=StepGrid((1, 2), (1, 4), images))
 
 
 def some_pictures() -> Pictures:

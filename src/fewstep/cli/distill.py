@@ -17,6 +17,7 @@ from .. import __version__
 from ..api import load_teacher, start_from
 from ..atomic import write_json
 from ..backbones.base import Backbone, guided
+from ..backbones.base import rows as rows_of
 from ..backbones.generate import pictures, trajectory
 from ..backbones.load import BUNDLED, bundled, fingerprint, quiet
 from ..core import timegrid
@@ -25,7 +26,7 @@ from ..export.card import StudentCard
 from ..export.final import write_final
 from ..methods.method import Method
 from ..report.grids import write_grid
-from ..report.pictures import Pictures, Trajectory, save_pictures
+from ..report.pictures import Pictures, StepGrid, Trajectory, save_pictures
 from ..report.run import PICTURES, render_run
 from ..roles.roles import Roles, make_roles
 from ..roles.step_condition import folded_bias
@@ -159,7 +160,18 @@ class Preview:
                 if steps == max(method.counts):
                     clean = [teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
-        return Pictures(self.prompts, rows, paths)
+        return Pictures(self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts else None)
+
+    def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:
+        """A student of several step counts, told each and taking each."""
+        counts, cond = sorted(method.counts), rows_of(self.cond, slice(shown))
+
+        def draw(told: int, taken: int) -> Tensor:
+            times = method.times(self.teacher.schedule, taken)
+            return pictures(self.teacher, roles.denoise("student", cond, told), self.seeds[:shown], times, method.solver)
+
+        images = torch.stack([torch.stack([draw(told, taken) for taken in counts], 1) for told in counts], 1)
+        return StepGrid(counts, counts, images)
 
 
 class MetricsLog:

@@ -24,6 +24,15 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class StepGrid:
+    """One student of several step counts: pictures `[P, T, S, 3, H, W]` in [0, 1] of the first P prompts, told T counts, taking S (TDM fig. 10)."""
+
+    told: Sequence[int]
+    taken: Sequence[int]
+    images: Tensor
+
+
+@dataclass(frozen=True)
 class Pictures:
     """`rows`: label -> `[P, 3, H, W]` in [0, 1], column p drawn for `prompts[p]`; `trajectories`: label -> clean estimates.
 
@@ -34,6 +43,7 @@ class Pictures:
     prompts: Sequence[str] = ()
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
+    grid: StepGrid | None = None
 
     def __post_init__(self) -> None:
         for label, images in self.rows.items():
@@ -45,6 +55,9 @@ class Pictures:
             if t.estimates.ndim != 5 or shape[1:3] != (len(t.times), 3) or shape[0] > len(self.prompts):
                 allowed = f"[P, {len(t.times)}, 3, H, W] with at most {len(self.prompts)} prompts"
                 raise ValueError(f"pictures: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time")
+        if (g := self.grid) is not None and (g.images.ndim != 6 or g.images.shape[1:4] != (len(g.told), len(g.taken), 3)):
+            allowed = f"[P, {len(g.told)}, {len(g.taken)}, 3, H, W]: one image for each count told and taken"
+            raise ValueError(f"pictures: the grid is {list(g.images.shape)}, allowed is {allowed}")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -68,7 +81,11 @@ def save_pictures(path: Path, pictures: Pictures) -> Path:
     """Write uint8 tensors `row/LABEL` and `trajectory/LABEL`; prompts, order of labels and times stand in the metadata."""
     tensors = {f"row/{label}": to_uint8(images).contiguous() for label, images in pictures.rows.items()}
     tensors |= {f"trajectory/{label}": to_uint8(t.estimates).contiguous() for label, t in pictures.trajectories.items()}
+    grid = pictures.grid
+    if grid is not None:
+        tensors["grid"] = to_uint8(grid.images).contiguous()
     about = {
+        "grid": None if grid is None else [list(grid.told), list(grid.taken)],
         "prompts": list(pictures.prompts),
         "rows": list(pictures.rows),
         "trajectories": {label: list(t.times) for label, t in pictures.trajectories.items()},
@@ -86,8 +103,10 @@ def load_pictures(path: Path) -> Pictures:
                 label: Trajectory(tuple(times), file.get_tensor(f"trajectory/{label}").float() / 255)
                 for label, times in about["trajectories"].items()
             }
+            counts = about.get("grid")
+            grid = None if counts is None else StepGrid(tuple(counts[0]), tuple(counts[1]), file.get_tensor("grid").float() / 255)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"pictures {path}: damaged, or not written by save_pictures ({error}); delete it and run `fewstep evaluate` again"
         ) from error
-    return Pictures(tuple(about["prompts"]), rows, trajectories)
+    return Pictures(tuple(about["prompts"]), rows, trajectories, grid)
