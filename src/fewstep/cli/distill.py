@@ -36,7 +36,7 @@ from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
-from .evaluate import evaluate_student
+from .evaluate import check_protocols, evaluate_student, measure_step
 from .progress import console, meter
 from .recipe import DistillRecipe, read_recipe
 from .sample import student_folder
@@ -47,6 +47,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     """Train, preview, export, evaluate, report; every part is skipped where its result is there already."""
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe)
+    check_protocols(recipe.evaluate, recipe.preview.measure)
     run = out or Path("runs") / recipe.name
     teacher = load_teacher(recipe.teacher, device=default_device())
     prompts = training_prompts(recipe)
@@ -69,6 +70,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
         console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
     else:
         preview.show(roles, 0, recipe.method)
+        measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
     stopped = False
     with stop_request() as request, meter(recipe.name, recipe.train.iterations, start) as bar:
         for step in distill(roles, recipe.method, data, recipe.train, run, real):
@@ -78,6 +80,8 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
             if due and (warnings := preview.show(roles, step.iteration, recipe.method)):
                 console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
                 log.note(step.iteration, {"warnings": warnings})
+            if due:
+                measure(recipe, step, log)
             if request.asked and step.iteration < recipe.train.iterations:
                 stopped = True
                 break
@@ -172,6 +176,12 @@ class Preview:
 
         images = torch.stack([torch.stack([draw(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)
+
+
+def measure(recipe: DistillRecipe, step: Step, log: "MetricsLog") -> None:
+    """A point of the quality curves, where the recipe asks for them."""
+    if recipe.preview.measure is not None:
+        log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure)})
 
 
 class MetricsLog:

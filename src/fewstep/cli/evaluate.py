@@ -10,7 +10,7 @@ from ..api import LoadedStudent, backbone_of, load_student, sample
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.load import quiet
-from ..training.loop import default_device
+from ..training.loop import Step, default_device
 from .progress import console, meter
 from .sample import student_folder
 
@@ -50,7 +50,25 @@ def evaluate_student(folder: Path, protocol: str, cache: Path) -> dict[str, Any]
     return result
 
 
-def _sampler(model: Backbone | LoadedStudent, steps: int, guidance: float) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+def check_protocols(*names: str | None) -> None:
+    """Raises ValueError for a protocol that is not there, before anything is trained."""
+    if any(names):
+        from ..evaluation.protocols import protocol_named
+
+        for name in filter(None, names):
+            protocol_named(name)
+
+
+def measure_step(step: Step, protocol: str) -> dict[str, Any]:
+    """The averaged student of a running distillation, without the teacher beside it: what a quality curve needs."""
+    from ..evaluation.protocols import Row, evaluate, protocol_named
+
+    count = step.method.counts[0]
+    row = evaluate([Row("student", count, 1.0, count, _sampler(step, count, 1.0))], protocol_named(protocol))["rows"][0]
+    return {k: row[k] for k in ("fd_real", "retrieval_top1", "retrieval_top5", "diversity")}
+
+
+def _sampler(model: Backbone | LoadedStudent | Step, steps: int, guidance: float) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return sample(model, list(prompts), list(seeds), steps=steps, guidance=guidance)
 

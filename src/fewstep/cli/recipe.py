@@ -32,12 +32,16 @@ class PromptsConfig(Strict):
 
 
 class PreviewConfig(Strict):
-    """Fixed prompts and seeds of the pictures that a run shows; `teacher_steps` of its top row."""
+    """Fixed prompts and seeds of the pictures that a run shows; `teacher_steps` of its top row.
+
+    `measure` names a protocol under which the student is measured each time, for the report's quality curves.
+    """
 
     prompts: list[str] = Field(default_factory=list)
     seed: int = 0
     every: int = Field(default=100, ge=1)
     teacher_steps: int = Field(default=50, ge=1)
+    measure: str | None = None
 
 
 METHODS: dict[str, type[Matching] | type[Imitation]] = {"matching": Matching, "imitation": Imitation}

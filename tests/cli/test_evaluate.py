@@ -1,0 +1,52 @@
+"""Measuring on the command line: at the end beside the teacher, and along the way for the report's curves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fewstep.evaluation import protocols
+from fewstep.evaluation.plan import EmojiProtocol
+from tests.cli.test_distill import error_of, recipe, teacher
+from tests.cli.test_distill import fewstep as command
+
+__all__ = ["recipe", "teacher"]  # fixtures
+
+SMALL = EmojiProtocol("small", names=12, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocols, "PROTOCOLS", (SMALL,))
+    monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_is_measured_along_the_way_and_at_its_end(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ("--set", "evaluate=small", "--set", "preview.measure=small", "--set", "method.steps=[2, 1]", "--set", "method.name=tdm-unify")
+    assert command(monkeypatch, "distill", recipe, *how) == 0
+    run = Path("runs/tiny")
+    rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
+    assert [(r["model"], r["steps"], r["nfe"]) for r in rows] == [
+        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("student", 2, 2), ("teacher", 1, 2), ("teacher", 1, 1), ("student", 1, 1)
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
+    assert list(points) == [0, 5]
+    assert set(points[5]) == {"fd_real", "retrieval_top1", "retrieval_top5", "diversity"}
+    assert points[5]["fd_real"] == pytest.approx(rows[3]["fd_real"], rel=1e-3)  # the student of two steps, as it was exported
+    page = (run / "report.html").read_text()
+    assert "Told and taken" in page
+    printed = capsys.readouterr().out
+    assert f"{rows[3]['fd_real']:.1f} in 2 network calls" in printed
+
+
+@pytest.mark.parametrize("option", ["evaluate", "preview.measure"])
+def test_an_unknown_protocol_is_found_before_the_training(
+    recipe: Path, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "distill", recipe, "--set", f"{option}=nothing") == 2
+    assert "protocol: got 'nothing'; choose one of emoji-quick" in error_of(capsys)
+    assert not Path("runs").exists()
