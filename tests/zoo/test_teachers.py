@@ -31,12 +31,14 @@ def archive(tmp_path: Path) -> Path:
     """Three emoji, one of them in five skin tones and one couple in two tones, laid out as the npm package is."""
     tones = {code: {"image": f"hand-{code}.png", "has_img_google": True} for code in emoji_data.TONES}
     couple = {"1F3FB-1F3FF": {"image": "couple-x.png", "has_img_google": True}}
+    about = {"category": "People & Body", "subcategory": "hands"}
     entries = [
         {"name": "RED CIRCLE", "image": "red.png", "has_img_google": True},
         {"name": "WAVING  HAND", "image": "hand.png", "has_img_google": True, "skin_variations": tones},
         {"name": "COUPLE", "image": "couple.png", "has_img_google": True, "skin_variations": couple},
         {"name": "OTHER FONT ONLY", "image": "none.png", "has_img_google": False},
     ]
+    entries = [{**about, **entry} for entry in entries]
     files = {"package/emoji.json": json.dumps(entries).encode()}
     names = ["red.png", "hand.png", "couple.png", "couple-x.png", *(v["image"] for v in tones.values())]
     files |= {f"package/img/google/64/{n}": png((20 * i, 100, 50, 255 if i else 0)) for i, n in enumerate(names)}
@@ -59,6 +61,36 @@ def test_captions_and_pictures(archive: Path) -> None:
     assert images.shape == (9, 3, 64, 64)
     assert (images[0] == 255).all()  # a transparent picture is white
     assert images[1][:, 0, 0].tolist() == [20, 100, 50]
+
+
+def test_a_placed_picture_is_the_picture_at_another_place() -> None:
+    """A black square left of the middle: its area shrinks with the square of the scale, and it changes sides only where it may."""
+    square = torch.full((200, 3, 64, 64), 255, dtype=torch.uint8)
+    square[:, :, 20:40, 8:28] = 0
+    mirrors = torch.arange(200) < 100
+    found = emoji_data.placed(square, mirrors, 0.7, torch.Generator().manual_seed(0))
+    assert found.dtype == torch.uint8
+    ink = (255 - found.float()).mean(1) / 255
+    scale = (ink.sum((1, 2)) / 400).sqrt()
+    assert 0.69 < scale.min() < 0.75
+    assert 0.95 < scale.max() < 1.01
+    centre = (ink.sum(1) * torch.arange(64)).sum(1) / ink.sum((1, 2))
+    on_the_right = centre > 34
+    assert 30 < on_the_right[:100].sum() < 70
+    assert not on_the_right[100:].any()
+    assert centre[100:].std() > 1  # moved about
+    assert torch.equal(emoji_data.placed(square, mirrors, 1.0, torch.Generator())[100:], square[100:])  # no room, no change
+    again = emoji_data.placed(square, mirrors, 0.7, torch.Generator().manual_seed(0))
+    assert torch.equal(found, again)
+
+
+def test_what_has_a_side_is_not_mirrored(archive: Path) -> None:
+    hand = {"name": "POINTING HAND", "image": "", "has_img_google": True, "category": "People & Body", "subcategory": "hands"}
+    changed: list[dict[str, object]] = [{}, {"name": "LEFT POINTING HAND"}, {"category": "Flags"}, {"subcategory": "time"}]
+    assert [emoji_data.catalogue([{**hand, **c}], 0.0)[0].mirrors for c in changed] == [True, False, False, False]
+    emoji, images = emoji_data.with_places(*emoji_data.load(archive, 0.0), copies=2)
+    assert len(emoji) == len(images) == 9 + 2 * 3
+    assert [e.caption for e in emoji[9:12]] == ["red circle", "waving hand", "couple"]
 
 
 def test_held_out_is_a_matter_of_the_caption_alone(archive: Path) -> None:
@@ -89,6 +121,7 @@ def config(archive: Path, steps: int = 4) -> TeacherConfig:
                 "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
                 "folder": str(archive.parent),
                 "hold_out": 0.3,
+                "variants": 3,
             },
             "codec": {"channels": [8, 8, 8, 8], "latent": 4, "kl": 1e-4, "fit": fit},
             "text": {"width": 32, "layers": 1, "heads": 4, "vocabulary": 600, "length": 16},

@@ -90,7 +90,8 @@ def without_tone(caption: str) -> tuple[str, str]:
 def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = FOLDER, components: int = 256) -> Path:
     """Write the reference of `emoji` and their images uint8 [N, 3, H, W] into `folder`, as `reference.safetensors` and `reference.json`.
 
-    The shipped one is `build_reference(*fewstep.zoo.emoji_data.load(archive, 0.05))`.
+    Several pictures of one caption are allowed. The shipped one is
+    `build_reference(*emoji_data.with_places(*emoji_data.load(archive, 0.05)))` with `fewstep.zoo.emoji_data`.
     """
     plain = [i for i, e in enumerate(emoji) if not e.tone and e.caption == e.name]
     variants: dict[str, dict[str, int]] = defaultdict(dict)

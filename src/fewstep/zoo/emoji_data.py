@@ -15,8 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from ..training.state import seeded
 
 TONES = {
     "1F3FB": "light skin tone",
@@ -25,6 +28,9 @@ TONES = {
     "1F3FE": "medium-dark skin tone",
     "1F3FF": "dark skin tone",
 }
+
+
+SIDED = {"left", "right", "left-facing", "right-facing", "leftwards", "rightwards", "letters", "abcd", "input"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Emoji:
     tone: str
     file: str
     held_out: bool
+    mirrors: bool = True  # whether its mirror image is as right
 
 
 def fetch(package: str, version: str, sha256: str, folder: Path) -> Path:
@@ -67,7 +74,8 @@ def catalogue(entries: list[dict], hold_out: float) -> list[Emoji]:
         if not entry.get("has_img_google"):
             continue
         name = " ".join(entry["name"].lower().split())
-        result.append(Emoji(name, name, "", entry["image"], False))
+        mirrors = entry["category"] not in ("Symbols", "Flags") and entry["subcategory"] != "time" and not SIDED & set(name.split())
+        result.append(Emoji(name, name, "", entry["image"], False, mirrors))
         for code, variant in entry.get("skin_variations", {}).items():
             if not variant.get("has_img_google"):
                 continue
@@ -75,7 +83,7 @@ def catalogue(entries: list[dict], hold_out: float) -> list[Emoji]:
             caption = f"{name}, {' and '.join(tones)}"
             chance = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little") / 2**32
             result.append(
-                Emoji(name, caption, tones[0] if len(tones) == 1 else "", variant["image"], len(tones) == 1 and chance < hold_out)
+                Emoji(name, caption, tones[0] if len(tones) == 1 else "", variant["image"], len(tones) == 1 and chance < hold_out, mirrors)
             )
     return result
 
@@ -96,3 +104,32 @@ def _on_white(png: bytes) -> np.ndarray:
         picture = picture.resize((64, 64), Image.Resampling.LANCZOS)
     background = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return np.asarray(Image.alpha_composite(background, picture).convert("RGB"))
+
+
+def placed(images: Tensor, mirrors: Tensor, least: float, rng: torch.Generator) -> Tensor:
+    """Every picture once at a place, size and side of its own: uint8 [N, 3, 64, 64] -> the same, on white.
+
+    Scaled by a factor between `least` and 1, moved within the room that this leaves, and mirrored half of the time where `mirrors`
+    [N]. A name then has many pictures: without this a teacher knows its only one by heart, and there is nothing left to distil.
+    """
+    n = len(images)
+    scale = least + (1 - least) * torch.rand(n, generator=rng)
+    shift = (2 * torch.rand((n, 2), generator=rng) - 1) * (1 - scale)[:, None]
+    side = torch.where(mirrors & (torch.rand(n, generator=rng) < 0.5), -1.0, 1.0)
+    transform = torch.zeros(n, 2, 3)
+    transform[:, 0, 0], transform[:, 1, 1] = side / scale, 1 / scale
+    transform[:, 0, 2], transform[:, 1, 2] = -shift[:, 0] * side / scale, -shift[:, 1] / scale
+    parts = []
+    for x, t in zip(images.split(512), transform.split(512), strict=True):
+        grid = F.affine_grid(t, list(x.shape), align_corners=False)
+        ink = F.grid_sample(255 - x.float(), grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+        parts.append((255 - ink).clamp(0, 255).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def with_places(emoji: list[Emoji], images: Tensor, copies: int = 3, least: float = 0.7) -> tuple[list[Emoji], Tensor]:
+    """The data set with `copies` more of every plain emoji, each at a place of its own: what a teacher's pictures are compared with."""
+    plain = [i for i, e in enumerate(emoji) if not e.tone and e.caption == e.name]
+    mirrors = torch.tensor([emoji[i].mirrors for i in plain])
+    more = [placed(images[plain], mirrors, least, seeded(0, c, "reference")) for c in range(copies)]
+    return emoji + [emoji[i] for _ in range(copies) for i in plain], torch.cat([images, *more])

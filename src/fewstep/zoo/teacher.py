@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..atomic import write_json
@@ -31,6 +32,8 @@ class DataConfig(Strict):
     sha256: str
     folder: str = "data"
     hold_out: float = 0.05
+    variants: int = 16  # pictures of each emoji, at places and sizes of their own
+    least: float = 0.7  # smallest size
 
 
 class CodecConfig(Strict):
@@ -129,11 +132,8 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
     tokenizer = miniature.load_tokenizer(run / "tokenizer")
     torch.manual_seed(config.seed)
     text = miniature.text_encoder(tokenizer, config.text.width, config.text.layers, config.text.heads)
-    with torch.no_grad():
-        posteriors = [vae.encode(x).latent_dist for x in data.images.split(64)]
-        mean = torch.cat([p.mean for p in posteriors]) * vae.config.scaling_factor
-        std = torch.cat([p.std for p in posteriors]) * vae.config.scaling_factor
-    size = mean.shape[-1]
+    latents = encode_variants(config, data, lambda x: vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor, run)
+    size = latents.shape[-1]
     net = miniature.unet(config.denoiser.channels, config.denoiser.attention, config.codec.latent, size, config.text.width)
     model = TextToNoise(text, net)
     average = copy.deepcopy(model)
@@ -149,7 +149,7 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
         names = torch.randint(len(by_name), (batch,), generator=rng).tolist()
         plain, pick = torch.rand(batch, generator=rng).tolist(), torch.rand(batch, generator=rng).tolist()
         rows = torch.tensor([_variant(by_name[n], p, q) for n, p, q in zip(names, plain, pick, strict=True)])
-        x0 = mean[rows] + std[rows] * torch.randn((batch, *mean.shape[1:]), generator=rng)
+        x0 = latents[rows, torch.randint(latents.shape[1], (batch,), generator=rng)].float()
         # Stratified times: one per slice of [0, T), which halves the noise of the loss at no cost.
         t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha)).long()
         eps = torch.randn(x0.shape, generator=rng)
@@ -163,6 +163,22 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
     save_teacher(run, vae, average, tokenizer)
     prompts = [e.caption for e in data.emoji if not e.held_out]
     (run / "teacher" / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n")
+
+
+def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor], Tensor], run: Path) -> Tensor:
+    """Scaled latents of every emoji at `variants` places, half precision [N, V, C, h, w]; made once and kept in the run."""
+    file = run / "latents.safetensors"
+    if not file.exists():
+        pixels, mirrors = ((data.images + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.mirrors for e in data.emoji])
+        parts = []
+        for v in range(config.data.variants):
+            x = emoji_data.placed(pixels, mirrors, config.data.least, seeded(config.seed, v, "places")).float() / 127.5 - 1
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.denoiser.fit.bf16):
+                parts.append(torch.cat([encode(p) for p in x.split(64)]))
+        latents = torch.stack(parts, 1).half()
+        save_file({"latents": latents}, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    return load_file(file)["latents"]
 
 
 def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: object) -> Path:
