@@ -18,8 +18,8 @@ from .conftest import World
 def test_the_shipped_reference() -> None:
     shipped = load_reference()
     assert shipped.sha256 == REFERENCE
-    assert shipped.gallery.shape == (1911, 256)
-    assert len(shipped.names) == len(shipped.labels) == 1911
+    assert shipped.gallery.shape == (4 * 1911, 256)  # as they are, and three times placed
+    assert len(shipped.names) == len(shipped.labels) == 4 * 1911
     assert len(set(shipped.names)) == 1910
     assert shipped.colours.shape == (321, 6, 125)
     assert len(shipped.held_out) == 95
@@ -43,7 +43,7 @@ def test_same_pictures_share_a_label() -> None:
         ["france flag", "clipperton island flag", "norway flag", "man in tuxedo"]
     ).tolist()
     assert france == clipperton != norway
-    assert [n for n, label in zip(shipped.names, shipped.labels.tolist(), strict=True) if label == tuxedo] == ["man in tuxedo"] * 2
+    assert [n for n, label in zip(shipped.names, shipped.labels.tolist(), strict=True) if label == tuxedo] == ["man in tuxedo"] * 8
     assert _labels(["a", "b", "a", "c", "d"], [b"1", b"2", b"3", b"3", b"4"]) == [0, 1, 0, 0, 2]
     assert _labels(["a", "b", "c", "b"], [b"1", b"2", b"1", b"1"]) == [0, 0, 0, 0]
 

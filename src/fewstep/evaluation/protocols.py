@@ -17,7 +17,7 @@ from .plan import EmojiProtocol, digest, plan
 from .quality import Ruler
 from .reference import FOLDER, load_reference
 
-REFERENCE = "ea8112a31f7ce6bab345ed9c5c3872c257582e134e97da51cc935797113aaee6"
+REFERENCE = "4228312292527cfbffcd641eaf5df5757565bfad90002a8d6ed067dbd6705a42"
 
 PROTOCOLS = (
     EmojiProtocol("emoji-quick", names=128, repeated=8, seeds=4, toned=16, held_out=16, reference=REFERENCE),
