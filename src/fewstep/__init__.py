@@ -12,11 +12,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import TDM, Denoiser, LoadedStudent, Matching, Step, distill, load, load_student, load_teacher, sample, sample_states
+    from .api import (
+        TDM,
+        Denoiser,
+        Imitation,
+        LoadedStudent,
+        Matching,
+        Step,
+        distill,
+        load,
+        load_student,
+        load_teacher,
+        sample,
+        sample_states,
+    )
 
 __all__ = [
     "TDM",
     "Denoiser",
+    "Imitation",
     "LoadedStudent",
     "Matching",
     "Step",

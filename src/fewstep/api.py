@@ -15,6 +15,7 @@ from .backbones.load import fingerprint, load_teacher, pipeline_of
 from .core import timegrid
 from .core.solvers import State
 from .export.card import StudentCard, read_card
+from .methods.imitation import Imitation
 from .methods.matching import Matching
 from .methods.method import Method
 from .roles.roles import Roles, RolesConfig, make_roles
@@ -23,6 +24,7 @@ from .roles.student import Student, with_lora, with_vectors, without_fold
 from .training.loop import Step, TrainConfig
 from .training.loop import distill as train
 from .training.pictures import encode_pictures
+from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
 
 
@@ -54,8 +56,9 @@ def distill(
 ) -> Generator[Step, None, None]:
     """Distil `teacher` and yield after every iteration: stop, log or look at any step.
 
-    `pictures` (a folder of captioned ones, or webdataset shards) is for methods with an adversarial term alone.
-    `start` is a finished student to begin from. With `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
+    `pictures` is for methods that start from them (`Imitation`) and for an adversarial term (`Matching(gan=...)`): a folder of captioned
+    ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `start` is a finished student to begin from. With
+    `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
     """
     against = method.counts if method.adversary else ()
     roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned, against)
@@ -65,7 +68,11 @@ def distill(
     folder = None if out is None else Path(out)
     cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, list(prompts), cache, identity)
-    real = None if pictures is None else encode_pictures(teacher, str(pictures), cache, identity)
+    real = None
+    if pictures == "teacher":
+        real = teacher_pictures(teacher, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, seed)
+    elif pictures is not None:
+        real = encode_pictures(teacher, str(pictures), cache, identity)
     yield from train(roles, method, data, config, folder, real)
 
 
@@ -207,6 +214,7 @@ def _student_grid(card: StudentCard, backbone: Backbone, steps: int) -> Tensor:
 __all__ = [
     "TDM",
     "Denoiser",
+    "Imitation",
     "LoadedStudent",
     "Matching",
     "Step",

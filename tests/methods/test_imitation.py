@@ -15,7 +15,7 @@ from fewstep.objectives.regression import METRICS, consistency_function
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 
 from .. import tiny
-from .test_matching import BATCH, conditions, gradients, seed, trained
+from .common import BATCH, conditions, gradients, seed, trained
 
 PROGRESSIVE = Imitation(target="progressive", loss="l2", solver="ddim", name="progressive", stages=3, steps=2)
 

@@ -1,261 +1,30 @@
-"""One iteration: where x_tau is drawn, what each update's loss is, whom it trains, and what it costs."""
+"""One iteration: what each update's loss is, whom it trains, and what it costs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone, Cond
 from fewstep.core import timegrid
-from fewstep.core.schedule import EDM, expand, transition
-from fewstep.core.solvers import Denoise, sample, update_named
+from fewstep.core.schedule import expand
 from fewstep.core.weighting import min_snr, truncated_v
 from fewstep.methods.matching import (
     Draw,
     Matching,
-    adversarial_loss,
-    discriminator_loss,
     draw,
     fake_loss,
     fisher_loss,
     losses,
     student_loss,
 )
-from fewstep.methods.method import Loss, Real
-from fewstep.methods.presets import PRESETS, preset
-from fewstep.objectives.adversarial import GAMES
 from fewstep.objectives.denoising import transition_target
 from fewstep.objectives.reverse_kl import LOSSES
-from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
+from fewstep.roles.roles import Role, RolesConfig, make_roles
 
 from .. import tiny
-
-BATCH = 8
-
-
-def conditions(backbone: Backbone, batch: int = BATCH) -> tuple[Cond, Cond]:
-    return backbone.encode([["red cat", "blue dog", "a photo of a green house"][i % 3] for i in range(batch)]), backbone.encode([""])
-
-
-def trained(share: bool = True, backbone: Backbone | None = None, size: float = 0.1) -> Roles:
-    """Roles in general position: student and fake score have left the teacher."""
-    roles = make_roles(backbone or tiny.denoiser(), RolesConfig(share=share, rank=2))
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for role in TRAINED:
-            for p in roles.trained[role].values():
-                p.add_(size * torch.randn(p.shape, generator=rng))
-    return roles
-
-
-def seed(value: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
-
-
-def gradients(value: Tensor, roles: Roles, role: Role) -> list[Tensor | None]:
-    return list(torch.autograd.grad(value, list(roles.trained[role].values()), allow_unused=True, retain_graph=True))
-
-
-# Where x_tau is drawn
-
-
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
-    """Rollout and step with gradient, whatever the solver, are `sample` of the student under each sample's own condition."""
-    roles, method = trained(), Matching(steps=steps, solver=solver)
-    cond, _ = conditions(roles.backbone)
-    got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
-    noise = torch.randn((BATCH, *roles.backbone.shape), generator=seed())
-    with torch.no_grad():
-        walk = sample(roles.denoise("student", cond), tiny.TABLE, noise, method.times(tiny.TABLE), update_named(solver))
-        states = list(walk)
-    for i, k in enumerate(got.segment.tolist()):
-        clean = states[k + 1].x0
-        assert clean is not None
-        torch.testing.assert_close(got.x_m[i], states[k + 1].x[i], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(got.x0[i], clean[i], rtol=1e-4, atol=1e-4)
-    assert sorted(set(got.segment.tolist())) == list(range(steps))
-
-
-@pytest.mark.parametrize("backbone", [tiny.denoiser(), tiny.flow_denoiser()], ids=["table", "flow"])
-@pytest.mark.parametrize(("steps", "tau_min"), [(4, 0.02), (4, 0.0), (1, 0.1), (2, 0.6)])
-def test_tau_is_drawn_in_the_segment_and_away_from_clean_data(backbone: Backbone, steps: int, tau_min: float) -> None:
-    roles, method, schedule = make_roles(backbone, RolesConfig(rank=2)), Matching(steps=steps, tau_min=tau_min), backbone.schedule
-    cond, _ = conditions(backbone, 64)
-    times = method.times(schedule)
-    least = schedule.t_clean + tau_min * (schedule.t_max - schedule.t_clean)
-    for i in range(5):
-        d = draw(method, roles, cond, 64, seed(i), with_gradient=False)
-        high = times[d.segment]
-        assert torch.equal(d.t, times[d.segment + 1])
-        assert bool(((d.tau > d.t) & (d.tau <= high)).all())
-        assert bool(((d.tau >= least) | (d.tau == high)).all())
-        assert bool(torch.isfinite(d.x_tau).all())
-        if schedule.resolution:
-            assert torch.equal(d.tau, d.tau.round())
-
-
-def test_x_tau_is_the_transition_of_the_landing_state() -> None:
-    roles, method = trained(), Matching()
-    d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
-    r, beta = transition(tiny.TABLE, d.t, d.tau)
-    torch.testing.assert_close(d.x_tau, expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e)
-    assert d.x_m.requires_grad
-    assert d.x0.requires_grad
-    assert d.x_m.dtype == d.x_tau.dtype == torch.float32
-
-
-def test_a_draw_depends_on_its_generator_alone() -> None:
-    roles, method = trained(), Matching()
-    cond, _ = conditions(roles.backbone)
-    torch.manual_seed(1)
-    first = draw(method, roles, cond, BATCH, seed(), with_gradient=False)
-    torch.manual_seed(2)
-    again, other = (draw(method, roles, cond, BATCH, seed(i), with_gradient=False) for i in (0, 1))
-    assert torch.equal(first.x_tau, again.x_tau)
-    assert not torch.equal(first.x_tau, other.x_tau)
-    assert not first.x_m.requires_grad
-
-
-def test_the_rollout_starts_at_the_schedules_noise() -> None:
-    roles = make_roles(tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), RolesConfig(share=False))
-    seen: list[Tensor] = []
-    roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    draw(Matching(steps=1), roles, conditions(roles.backbone, 256)[0], 256, seed(), with_gradient=False)
-    assert seen[0].std().item() == pytest.approx(5, rel=0.02)
-
-
-# What is matched, and where
-
-
-def clean_draws(tau: str, steps: int = 4) -> tuple[Roles, Draw]:
-    roles = trained()
-    method = Matching(steps=steps, match="clean", tau=tau, tau_min=0.1, tau_max=0.9)  # type: ignore[arg-type]
-    return roles, draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=True)
-
-
-def test_matching_clean_samples_diffuses_the_clean_estimate() -> None:
-    _, d = clean_draws("segment")
-    assert d.x_m is d.x0
-    assert bool((d.t == tiny.TABLE.t_clean).all())
-    alpha, sigma = expand(tiny.TABLE.alpha(d.tau), d.x0), expand(tiny.TABLE.sigma(d.tau), d.x0)
-    torch.testing.assert_close(d.x_tau, alpha * d.x0 + sigma * d.e)
-
-
-def test_tau_over_its_segment_over_what_is_noisier_and_over_all_times() -> None:
-    times = Matching().times(tiny.TABLE)
-    least, most = 99, 899  # a tenth of 1000 from either end, counted from clean data at -1
-    found = {tau: clean_draws(tau)[1] for tau in ("segment", "above", "whole")}
-    landing = {tau: times[d.segment + 1] for tau, d in found.items()}
-    segment, above, whole = (found[tau] for tau in ("segment", "above", "whole"))
-    assert bool(((segment.tau > landing["segment"]) & (segment.tau <= times[segment.segment])).all())
-    assert bool((above.tau > landing["above"]).all())
-    assert bool((above.tau > times[above.segment]).any())
-    assert bool((whole.tau <= landing["whole"]).any())
-    for d in found.values():
-        assert bool(((d.tau > least) & (d.tau <= most)).all())
-    last = whole.tau[whole.segment == 3]
-    assert last.min() < 350
-    assert last.max() > 650
-
-
-def test_a_noisy_state_is_diffused_to_all_noisier_times() -> None:
-    roles, method = trained(), Matching(tau="above")
-    d = draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=False)
-    assert bool((d.tau > d.t).all())
-    assert d.tau[d.segment == 3].max() > 500
-    r, beta = transition(tiny.TABLE, d.t, d.tau)
-    torch.testing.assert_close(d.x_tau, expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e)
-
-
-def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
-    """With a student that always says 1, a state at time t is alpha + sigma e: its spread is sigma_t's and nothing is left of the start."""
-    backbone = tiny.denoiser(prediction="x0")
-    roles = make_roles(backbone, RolesConfig(share=False))
-    with torch.no_grad():
-        for p in roles.trained["student"].values():
-            p.zero_()
-    seen: list[Tensor] = []
-    roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    d = draw(Matching(solver="renoise"), roles, conditions(backbone, 400)[0], 400, seed(), with_gradient=True)
-    start = torch.randn((400, *backbone.shape), generator=seed())
-    for k in range(1, 4):
-        sigma = float(tiny.TABLE.sigma(torch.tensor(999.0 - 250 * k)))
-        x = seen[-1][d.segment == k]
-        assert x.std().item() == pytest.approx(sigma, rel=0.05)
-        assert abs(float((x * start[d.segment == k]).mean())) < 0.1 * sigma
-    assert d.x_m.requires_grad
-
-
-def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
-    method = Matching(steps=(4, 2, 1))
-    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2), counts=method.conditioned)
-    cond, null = conditions(roles.backbone)
-    counts = [draw(method, roles, cond, BATCH, seed(i), with_gradient=False).steps for i in range(150)]
-    assert min(counts.count(k) for k in (4, 2, 1)) > 30
-    told: list[tuple[str, int | None]] = []
-    denoise = roles.denoise
-    for i in range(6):
-        told.clear()
-        recording = Recording(denoise, told)
-        object.__setattr__(roles, "denoise", recording)
-        *_, last = losses(method, roles, cond, null, BATCH, seed(i), warming_up=False)
-        object.__delattr__(roles, "denoise")
-        (steps,) = {k for _, k in told}
-        assert steps == counts[i]
-        assert {r for r, _ in told} == {"student", "fake"}
-        assert {k for k in last.metrics if k.startswith("gap_")} == {f"gap_{steps}_{k}" for k in range(steps)}
-
-
-class Recording:
-    """`roles.denoise` that notes whom it was asked for."""
-
-    def __init__(self, inner: Callable[..., Denoise], told: list[tuple[str, int | None]]) -> None:
-        self.inner, self.told = inner, told
-
-    def __call__(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
-        self.told.append((role, steps))
-        return self.inner(role, cond, steps)
-
-
-@pytest.mark.parametrize("name", [n for n, m in PRESETS.items() if isinstance(m, Matching)])
-@pytest.mark.parametrize("share", [True, False])
-def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
-    method = preset(name)
-    assert isinstance(method, Matching)
-    backbone = tiny.denoiser()
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2), counts=method.conditioned)
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for role in TRAINED:
-            for p in roles.trained[role].values():
-                p.add_(0.1 * torch.randn(p.shape, generator=rng))
-    found = []
-    for loss in updates(roles, method):
-        other: Role = "student" if loss.role == "fake" else "fake"
-        assert any(g is not None and bool(g.any()) for g in gradients(loss.value, roles, loss.role))
-        if loss.role == "fake":
-            assert not any(g is not None and bool(g.any()) for g in gradients(loss.value, roles, other))
-        with torch.no_grad():  # the caller steps at once
-            for p, g in zip(roles.trained[loss.role].values(), gradients(loss.value, roles, loss.role), strict=True):
-                if g is not None:
-                    p.sub_(0.01 * g)
-        found.append(loss.role)
-    assert found == ["fake"] * method.fake_updates + ["student"]
-    assert method.name == name
-
-
-def test_settings_beside_a_preset_win() -> None:
-    assert preset("dmd2", fake_updates=5, steps=2) == Matching(
-        steps=2, match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=5, loss="l2", share_draw=False, name="dmd2"
-    )
-
-
-# The losses
+from .common import BATCH, conditions, gradients, seed, trained, updates
 
 
 def made_up_draw() -> tuple[Draw, Tensor, Tensor]:
@@ -365,11 +134,6 @@ def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
 # Whom they train, in which order
 
 
-def updates(roles: Roles, method: Matching, warming_up: bool = False, batch: int = BATCH) -> Iterator[Loss]:
-    cond, null = conditions(roles.backbone, batch)
-    return losses(method, roles, cond, null, batch, seed(), warming_up)
-
-
 @pytest.mark.parametrize(
     ("share_draw", "fake_updates", "warming_up", "expected"),
     [
@@ -425,59 +189,6 @@ def test_shared_and_copied_roles_have_the_same_first_iteration(method: Matching)
     for (role, mine), (other, theirs) in zip(*values, strict=True):
         assert role == other
         assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
-
-
-# Against real data
-
-
-def adversaries(share: bool = True) -> Roles:
-    backbone = replace(tiny.denoiser(), feature_layers=("inp", "to_q"))
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2), against=(4,))
-    with torch.no_grad():
-        for role in TRAINED:
-            for p in roles.trained[role].values():
-                p.add_(0.1 * torch.randn(p.shape, generator=seed(3)))
-    return roles
-
-
-def real_data(roles: Roles) -> Real:
-    return Real(torch.randn((BATCH, *roles.backbone.shape), generator=seed(9)), conditions(roles.backbone)[0])
-
-
-@pytest.mark.parametrize("share_draw", [True, False])
-@pytest.mark.parametrize("share", [True, False])
-def test_the_adversarial_term_has_a_role_of_its_own(share: bool, share_draw: bool) -> None:
-    roles, method = adversaries(share), Matching(gan=0.5, gan_r1=0.1, share_draw=share_draw)
-    cond, null = conditions(roles.backbone)
-    found = []
-    for loss in losses(method, roles, cond, null, BATCH, seed(), False, real_data(roles)):
-        for role in roles.trained:
-            some = any(g is not None and bool(g.any()) for g in gradients(loss.value, roles, role))
-            # The student's loss goes through the heads, which its update leaves alone.
-            assert some == (role == loss.role) or (loss.role, role) == ("student", "discriminator")
-        with torch.no_grad():
-            for p, g in zip(roles.trained[loss.role].values(), gradients(loss.value, roles, loss.role), strict=True):
-                if g is not None:
-                    p.sub_(0.01 * g)
-        found.append(loss.role)
-    assert found == ["fake", "discriminator", "student"]
-    assert {"student_loss", "gan_loss"} <= set(loss.metrics)
-
-
-@pytest.mark.parametrize("game", GAMES)
-def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
-    roles = adversaries()
-    d = draw(Matching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
-    real, judge, rules = real_data(roles), roles.discriminator, GAMES[game]
-    assert judge is not None
-    x_real = expand(tiny.TABLE.alpha(d.tau), real.x0) * real.x0 + expand(tiny.TABLE.sigma(d.tau), real.x0) * d.e
-    theirs = [f.requires_grad_() for f in judge.tokens(x_real, d.tau, real.cond)]
-    logits, ours = judge.logits(theirs, d.tau, 4), judge.logits(judge.tokens(d.x_tau, d.tau, d.cond), d.tau, 4)
-    slopes = torch.autograd.grad(logits.mean(1).sum(), theirs, create_graph=True)
-    penalty = sum(g.square().flatten(1).sum(1) for g in slopes) / 2
-    expected = (rules.real(logits) + rules.fake(ours) + 0.3 * penalty).mean()
-    torch.testing.assert_close(discriminator_loss(Matching(gan=1.0, gan_loss=game, gan_r1=0.3), roles, d, real), expected)
-    torch.testing.assert_close(adversarial_loss(Matching(gan=1.0, gan_loss=game), roles, d), rules.student(ours).mean())
 
 
 # What it costs: method.md's count, in rows of the batch

@@ -227,7 +227,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, b
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights="lora" if recipe.roles.share else "full",
         rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
-        time_layer=roles.backbone.time_layer if roles.counts else "",
+        data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
     )  # fmt: skip
     with roles.averaged():
         write_student(run / "final", card, roles, grids[default][:-1])
@@ -235,6 +235,13 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, b
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
     report = render_run(run)
     print_ending(run, report, result, seconds)
+
+
+def _trained_from(recipe: DistillRecipe) -> str:
+    """What a model card says about the data."""
+    if not recipe.method.wants_pictures or recipe.data is None:
+        return "prompts alone"
+    return "prompts and pictures that the teacher drew" if recipe.data.source == "teacher" else "captioned pictures"
 
 
 def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) -> None:

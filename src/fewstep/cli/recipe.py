@@ -14,6 +14,7 @@ from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
 from ..training.loop import TrainConfig
+from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -71,8 +72,8 @@ class DataConfig(Strict):
     """
 
     source: str
-    count: int = Field(default=1024, ge=1)
-    steps: int = Field(default=25, ge=1)
+    count: int = Field(default=TEACHER_PICTURES, ge=1)
+    steps: int = Field(default=TEACHER_STEPS, ge=1)
 
 
 class FinetuneRecipe(Strict):

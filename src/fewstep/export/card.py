@@ -30,6 +30,7 @@ class StudentCard:
     hardware: str
     version: str
     guidance: str = "baked"
+    data: str = "prompts alone"  # what the student was trained from
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
     format: int = FORMAT
 

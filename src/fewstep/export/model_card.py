@@ -42,7 +42,7 @@ tags: [text-to-image, {"lora, " if card.weights == "lora" else ""}few-step, {car
 ---
 # {card.name}
 
-A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}, from prompts alone.
+A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}, from {card.data}.
 
 | | |
 |---|---|

@@ -1,6 +1,5 @@
 """Imitating the teacher's own path from diffused pictures: latent consistency models and progressive distillation."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from ..core.weighting import weighting_named
 from ..objectives.regression import consistency_function, landing_target, metric_named
 from ..roles.roles import Roles
 from .method import Loss, Turn
+from .settings import require_choice, require_guidance, require_positive, require_whole
 
 TARGETS = ("consistency", "progressive")
 
@@ -42,16 +42,10 @@ class Imitation:
 
     def __post_init__(self) -> None:
         metric_named(self.loss), update_named(self.solver), weighting_named(self.weight)
-        if self.target not in TARGETS:
-            raise ValueError(f"method.target: got {self.target!r}, allowed are {', '.join(TARGETS)}")
-        for option in ("steps", "solver_steps", "stages"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
-        for option in ("shift", "snr_clip"):
-            if not 0 < getattr(self, option) < math.inf:
-                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers above 0")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"method.guidance: got {self.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
+        require_choice(self, "target", TARGETS)
+        require_whole(self, "steps", "solver_steps", "stages")
+        require_positive(self, "shift", "snr_clip")
+        require_guidance(self)
 
     @property
     def warmup(self) -> int:

@@ -5,7 +5,6 @@ x how many steps. One draw gives both updates: roll the student out to a segment
 diffuse the matched state to a time tau, and compare there what the fake score and the guided teacher believe.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from ..objectives.fisher import fisher
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Roles
 from .method import Loss, Real, Turn
+from .settings import require_choice, require_counts, require_guidance, require_positive, require_weight, require_whole
 
 CHOICES = {
     "divergence": ("reverse-kl", "fisher"),
@@ -75,36 +75,25 @@ class Matching:
 
     def __post_init__(self) -> None:
         loss_named(self.loss), update_named(self.solver), weighting_named(self.fake_weight), game_named(self.gan_loss)
-        if not self.counts or min(self.counts) < 1 or len(set(self.counts)) < len(self.counts):
-            raise ValueError(
-                f"method.steps: got {self.steps}, allowed are whole numbers from 1, or a list of different ones such as [4, 2, 1]; few-step students use 1 to 8"
-            )
+        require_counts(self.steps)
         for option, allowed in CHOICES.items():
-            if getattr(self, option) not in allowed:
-                raise ValueError(f"method.{option}: got {getattr(self, option)!r}, allowed are {', '.join(allowed)}")
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates: got {self.fake_updates}, allowed are whole numbers from 1")
-        if self.warmup < 0:
-            raise ValueError(f"method.warmup: got {self.warmup}, allowed are whole numbers from 0 (off)")
+            require_choice(self, option, allowed)
+        require_whole(self, "fake_updates")
+        require_whole(self, "warmup", least=0)
         if not 0 <= self.tau_min < 1:
             raise ValueError(f"method.tau_min: got {self.tau_min}, allowed are fractions from 0 up to, not including, 1")
         if not self.tau_min < self.tau_max <= 1:
             raise ValueError(f"method.tau_max: got {self.tau_max}, allowed are fractions above method.tau_min ({self.tau_min}) up to 1")
         if self.tau == "whole" and self.match != "clean":
             raise ValueError("method.tau: got whole, which needs method.match=clean: a noisy state is diffused to noisier times only")
-        for option in ("shift", "snr_clip"):
-            if not 0 < getattr(self, option) < math.inf:
-                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers above 0")
-        for option in ("gan", "gan_r1"):
-            if not 0 <= getattr(self, option) < math.inf:
-                raise ValueError(f"method.{option}: got {getattr(self, option)}, allowed are numbers from 0 (off)")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"method.guidance: got {self.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
+        require_positive(self, "shift", "snr_clip")
+        require_weight(self, "gan", "gan_r1")
+        require_guidance(self)
 
     @property
     def counts(self) -> tuple[int, ...]:
         """The step counts that the student serves, the default first."""
-        return (self.steps,) if isinstance(self.steps, int) else tuple(self.steps)
+        return require_counts(self.steps)
 
     @property
     def conditioned(self) -> tuple[int, ...]:

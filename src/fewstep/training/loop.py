@@ -150,18 +150,26 @@ def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Opt
 
 
 def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainConfig, real: RealData | None) -> str:
-    """A hash of every setting that a resumed run must share, prompts included; the length of the run may grow."""
+    """A hash of every setting that a resumed run must share, prompts and the student's beginning included; the length may grow."""
     settings: dict[str, Any] = {
         "method": repr(method),
         "train": asdict(config),
         "roles": asdict(roles.config),
         "base": roles.backbone.name,
+        "begin": _digest(roles.average),
         "prompts": data.key,
         "real": None if real is None else real.key,
     }
     for free in ("iterations", "checkpoint_every"):
         settings["train"].pop(free)
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, fingerprint: str) -> Path:

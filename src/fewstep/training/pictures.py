@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,20 +137,28 @@ def encode_pictures(backbone: Backbone, source: str, cache: Path | None, identit
     for p in pictures:
         digest.update(json.dumps([p.name, p.caption]).encode() + hashlib.sha256(p.data).digest())
     key = digest.hexdigest()[:24]
-    path = None if cache is None else cache / f"pictures-{key}.safetensors"
     embeddings = embed(backbone, [p.caption for p in pictures], cache, identity)
+
+    def encode() -> Tensor:
+        return torch.cat([backbone.picture_states(part).cpu() for part in _chunks(pictures, size, chunk)])
+
+    return RealData(made_once(None if cache is None else cache / f"pictures-{key}.safetensors", encode), embeddings, key)
+
+
+def made_once(path: Path | None, make: Callable[[], Tensor]) -> Tensor:
+    """The states kept in `path`, or made and kept there; a damaged file is made again."""
     if path is not None and path.exists():
         try:
-            return RealData(load_file(path)["x0"], embeddings, key)
+            return load_file(path)["x0"]
         except (SafetensorError, KeyError):
             path.unlink()
-    x0 = torch.cat([backbone.picture_states(part).cpu() for part in _chunks(pictures, size, chunk)]).contiguous()
+    x0 = make().contiguous()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         save_file({"x0": x0}, temporary)
         temporary.replace(path)
-    return RealData(x0, embeddings, key)
+    return x0
 
 
 def _chunks(pictures: Sequence[Captioned], size: int, chunk: int) -> Iterator[Tensor]:

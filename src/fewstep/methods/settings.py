@@ -1,0 +1,48 @@
+"""Checks that the methods' settings have in common. Each raises ValueError with one line that names the option."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def require_choice(settings: Any, option: str, allowed: Sequence[str]) -> None:
+    """One of a list of words."""
+    if (got := getattr(settings, option)) not in allowed:
+        raise ValueError(f"method.{option}: got {got!r}, allowed are {', '.join(allowed)}")
+
+
+def require_whole(settings: Any, *options: str, least: int = 1) -> None:
+    """A whole number from `least`."""
+    for option in options:
+        if (got := getattr(settings, option)) < least:
+            raise ValueError(f"method.{option}: got {got}, allowed are whole numbers from {least}{'' if least else ' (off)'}")
+
+
+def require_positive(settings: Any, *options: str) -> None:
+    """A finite number above 0."""
+    for option in options:
+        if not 0 < (got := getattr(settings, option)) < math.inf:
+            raise ValueError(f"method.{option}: got {got}, allowed are numbers above 0")
+
+
+def require_weight(settings: Any, *options: str) -> None:
+    """A finite number from 0, which switches a term off."""
+    for option in options:
+        if not 0 <= (got := getattr(settings, option)) < math.inf:
+            raise ValueError(f"method.{option}: got {got}, allowed are numbers from 0 (off)")
+
+
+def require_guidance(settings: Any) -> None:
+    """A finite guidance scale."""
+    if not math.isfinite(settings.guidance):
+        raise ValueError(f"method.guidance: got {settings.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
+
+
+def require_counts(steps: int | Sequence[int]) -> tuple[int, ...]:
+    """Step counts, the default first: one, or several different ones."""
+    counts = (steps,) if isinstance(steps, int) else tuple(steps)
+    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise ValueError(
+            f"method.steps: got {steps}, allowed are whole numbers from 1, or a list of different ones such as [4, 2, 1]; few-step students use 1 to 8"
+        )
+    return counts

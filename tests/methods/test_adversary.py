@@ -1,0 +1,71 @@
+"""The adversarial term: a role of its own, against real data."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewstep.core.schedule import expand
+from fewstep.methods.matching import (
+    Matching,
+    adversarial_loss,
+    discriminator_loss,
+    draw,
+    losses,
+)
+from fewstep.methods.method import Real
+from fewstep.objectives.adversarial import GAMES
+from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
+
+from .. import tiny
+from .common import BATCH, conditions, gradients, seed
+
+
+def adversaries(share: bool = True) -> Roles:
+    backbone = replace(tiny.denoiser(), feature_layers=("inp", "to_q"))
+    roles = make_roles(backbone, RolesConfig(share=share, rank=2), against=(4,))
+    with torch.no_grad():
+        for role in TRAINED:
+            for p in roles.trained[role].values():
+                p.add_(0.1 * torch.randn(p.shape, generator=seed(3)))
+    return roles
+
+
+def real_data(roles: Roles) -> Real:
+    return Real(torch.randn((BATCH, *roles.backbone.shape), generator=seed(9)), conditions(roles.backbone)[0])
+
+
+@pytest.mark.parametrize("share_draw", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_the_adversarial_term_has_a_role_of_its_own(share: bool, share_draw: bool) -> None:
+    roles, method = adversaries(share), Matching(gan=0.5, gan_r1=0.1, share_draw=share_draw)
+    cond, null = conditions(roles.backbone)
+    found = []
+    for loss in losses(method, roles, cond, null, BATCH, seed(), False, real_data(roles)):
+        for role in roles.trained:
+            some = any(g is not None and bool(g.any()) for g in gradients(loss.value, roles, role))
+            # The student's loss goes through the heads, which its update leaves alone.
+            assert some == (role == loss.role) or (loss.role, role) == ("student", "discriminator")
+        with torch.no_grad():
+            for p, g in zip(roles.trained[loss.role].values(), gradients(loss.value, roles, loss.role), strict=True):
+                if g is not None:
+                    p.sub_(0.01 * g)
+        found.append(loss.role)
+    assert found == ["fake", "discriminator", "student"]
+    assert {"student_loss", "gan_loss"} <= set(loss.metrics)
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
+    roles = adversaries()
+    d = draw(Matching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
+    real, judge, rules = real_data(roles), roles.discriminator, GAMES[game]
+    assert judge is not None
+    x_real = expand(tiny.TABLE.alpha(d.tau), real.x0) * real.x0 + expand(tiny.TABLE.sigma(d.tau), real.x0) * d.e
+    theirs = [f.requires_grad_() for f in judge.tokens(x_real, d.tau, real.cond)]
+    logits, ours = judge.logits(theirs, d.tau, 4), judge.logits(judge.tokens(d.x_tau, d.tau, d.cond), d.tau, 4)
+    slopes = torch.autograd.grad(logits.mean(1).sum(), theirs, create_graph=True)
+    penalty = sum(g.square().flatten(1).sum(1) for g in slopes) / 2
+    expected = (rules.real(logits) + rules.fake(ours) + 0.3 * penalty).mean()
+    torch.testing.assert_close(discriminator_loss(Matching(gan=1.0, gan_loss=game, gan_r1=0.3), roles, d, real), expected)
+    torch.testing.assert_close(adversarial_loss(Matching(gan=1.0, gan_loss=game), roles, d), rules.student(ours).mean())

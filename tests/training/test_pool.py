@@ -1,0 +1,41 @@
+"""The teacher's own pictures: of which prompts, drawn how, and once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.backbones.base import guided, rows
+from fewstep.backbones.generate import trajectory
+from fewstep.core import timegrid
+from fewstep.training.pool import teacher_pictures
+from fewstep.training.prompts import embed
+
+from .. import tiny
+
+
+def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
+    backbone = tiny.stable_diffusion()
+    data = embed(backbone, tiny.WORDS, None, "base")
+    drawn = teacher_pictures(backbone, data, 7, 3, 2.0, tmp_path, seed=5, chunk=4)
+    assert len(drawn) == 7
+    counts = [int((drawn.embeddings.cond["text"] == c).flatten(1).all(1).sum()) for c in data.cond["text"]]
+    assert sorted(counts) == [2, 2, 3]  # evenly
+    cond = rows(drawn.embeddings.cond, slice(4, 5))
+    denoise = guided(backbone, backbone.module, cond, data.null, 2.0)
+    alone = trajectory(backbone, denoise, [9], timegrid.uniform(backbone.schedule, 3))[-1].x
+    torch.testing.assert_close(drawn.x0[4:5], alone, atol=1e-5, rtol=1e-4)
+    backbone.module.forward = None  # type: ignore[assignment]
+    assert torch.equal(teacher_pictures(backbone, data, 7, 3, 2.0, tmp_path, seed=5).x0, drawn.x0)
+
+
+def test_the_public_function_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.api.TEACHER_PICTURES", 4)
+    monkeypatch.setattr("fewstep.api.TEACHER_STEPS", 2)
+    method = fewstep.Imitation(solver_steps=10)
+    for step in fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, iterations=2, batch=2, pictures="teacher", out=tmp_path):
+        assert step.metrics["student_loss"] > 0
+    assert len(list((tmp_path / "embeddings").glob("teacher-*.safetensors"))) == 1
+    with pytest.raises(ValueError, match=r"data.source: method lcm needs pictures"):
+        next(fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, iterations=2, batch=2))
