@@ -33,7 +33,6 @@ def test_uniform_is_diffusers_trailing_for_every_step_count_in_use() -> None:
 
 def test_uniform_on_a_continuum() -> None:
     torch.testing.assert_close(timegrid.uniform(Flow(), 4), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
-    torch.testing.assert_close(timegrid.uniform(EDM(t_max=5), 2), torch.tensor([5, 2.5, 0], dtype=torch.float64))
 
 
 def test_shift_moves_towards_noise() -> None:
@@ -50,14 +49,22 @@ def test_step_counts_that_cannot_be(steps: int) -> None:
         timegrid.uniform(TABLE, steps)
 
 
-def test_karras_is_even_in_the_seventh_root() -> None:
-    times = timegrid.karras(EDM(), 5, t_min=0.002)
-    roots = times[:-1] ** (1 / 7)
-    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(4))
-    assert times[0].item() == pytest.approx(80)
+def test_edms_grid_is_even_in_the_seventh_root_and_ends_clean() -> None:
+    """EDM eq. 5 with points i = 0 .. K, the last of which is clean data."""
+    times = timegrid.uniform(EDM(), 4)
+    published = torch.tensor([(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(4)], dtype=torch.float64)
+    torch.testing.assert_close(times[:-1], published)
     assert times[-1].item() == 0
-    assert times[-2].item() == pytest.approx(0.002)
-    assert timegrid.karras(EDM(), 1, t_min=0.002).tolist() == [80, 0]
+    assert timegrid.uniform(EDM(), 1).tolist() == [pytest.approx(80), 0]
+
+
+@pytest.mark.parametrize("schedule", [TABLE, Flow(), EDM()])
+def test_a_fraction_of_the_way_and_back(schedule: Schedule) -> None:
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(schedule.fraction(schedule.at(u)), u)
+    ends = schedule.at(torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(ends, torch.tensor([schedule.t_clean, schedule.t_max], dtype=torch.float64))
+    assert bool((schedule.at(u).diff() > 0).all())
 
 
 def test_check_takes_grids_and_nothing_else() -> None:
@@ -95,7 +102,10 @@ def test_times_between_stay_in_the_segment(schedule: Schedule) -> None:
     tau = timegrid.draw_between(schedule, low, high, torch.Generator().manual_seed(0))
     assert bool((tau > low).all())
     assert bool((tau <= high).all())
-    u = (tau - low) / (high - low)  # uniform, standard error 0.29 / sqrt(3000); on a table half a step of 250 higher
+    bottom, top = schedule.fraction(low), schedule.fraction(high)
+    u = (schedule.fraction(tau) - bottom) / (
+        top - bottom
+    )  # uniform, standard error 0.29 / sqrt(3000); on a table half a step of 250 higher
     means = torch.stack([u[segment == k].mean() for k in range(4)])
     assert bool((means - 0.5 - schedule.resolution / 500).abs().max() < 5 * 0.29 / 3000**0.5)
 

@@ -13,6 +13,8 @@ class Schedule(Protocol):
     `t_clean` is the time of data (alpha 1, sigma 0), `t_max` that of pure noise, `resolution` the spacing of the times
     that a network knows (1 for a table of integers, 0 for a continuum). `start_std` is the standard deviation of the noise
     that sampling starts from, as diffusers starts: 1 for a table, also where it keeps a little signal at t_max.
+    `at` is the time a fraction u of the way from clean data (0) to pure noise (1), in the measure in which grids are even and times
+    are drawn; `fraction` is its inverse.
     """
 
     @property
@@ -25,15 +27,19 @@ class Schedule(Protocol):
     def start_std(self) -> float: ...
     def alpha(self, t: Tensor) -> Tensor: ...
     def sigma(self, t: Tensor) -> Tensor: ...
+    def at(self, u: Tensor) -> Tensor: ...
+    def fraction(self, t: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class EDM:
-    """`alpha = 1, sigma = t` (Karras et al. 2022, arXiv 2206.00364)."""
+    """`alpha = 1, sigma = t` (Karras et al. 2022, arXiv 2206.00364); fractions are even in the `rho`-th root of t from `t_min` (eq. 5)."""
 
     t_max: float = 80.0
     t_clean: float = 0.0
     resolution: float = 0.0
+    t_min: float = 0.002
+    rho: float = 7.0
 
     @property
     def start_std(self) -> float:
@@ -44,6 +50,14 @@ class EDM:
 
     def sigma(self, t: Tensor) -> Tensor:
         return t.double()
+
+    def at(self, u: Tensor) -> Tensor:
+        low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
+        return torch.where(u > 0, (low + u.double() * (high - low)) ** self.rho, self.t_clean)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
+        return ((t.double().clamp(min=0) ** (1 / self.rho) - low) / (high - low)).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,12 @@ class Flow:
 
     def sigma(self, t: Tensor) -> Tensor:
         return t.double()
+
+    def at(self, u: Tensor) -> Tensor:
+        return self.t_max * u.double()
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return t.double() / self.t_max
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,12 @@ class VP:
 
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self._alpha_bar(t)).sqrt()
+
+    def at(self, u: Tensor) -> Tensor:
+        return len(self.alpha_bar) * u.double() - 1
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return (t.double() + 1) / len(self.alpha_bar)
 
 
 def expand(a: Tensor, x: Tensor) -> Tensor:

@@ -9,25 +9,21 @@ from .schedule import Schedule
 def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
     """`t_i = (T/K) i` for i = K .. 0, the stated grid of TDM sec. 3.2; `[K + 1]`, float64, decreasing, ends clean.
 
-    On a table of 1000 times and K = 4: 999, 749, 499, 249, -1 (clean). `shift` s moves the fraction u = i/K to
-    `s u / (1 + (s - 1) u)`, towards noise for s > 1. Raises ValueError for fewer than one step or more than the table has.
+    On a table of 1000 times and K = 4: 999, 749, 499, 249, -1 (clean); with EDM's schedule even in the seventh root. `shift` s moves
+    the fraction u = i/K to `s u / (1 + (s - 1) u)`, towards noise for s > 1. Raises ValueError for fewer than one step or more than
+    the table has.
     """
-    span = schedule.t_max - schedule.t_clean
-    most = int(span) if schedule.resolution else 10_000
+    most = int(schedule.t_max - schedule.t_clean) if schedule.resolution else 10_000
     if not 1 <= steps <= most:
         raise ValueError(f"steps: got {steps}, allowed are 1 to {most}; few-step students use 1 to 8")
     u = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    passed = span * (shift * u / (1 + (shift - 1) * u))
-    return schedule.t_clean + (passed.round() if schedule.resolution else passed)
+    return time_at(schedule, shift * u / (1 + (shift - 1) * u))
 
 
-def karras(schedule: Schedule, steps: int, t_min: float, rho: float = 7.0) -> Tensor:
-    """EDM's grid (eq. 5) from t_max to t_min, then clean: `[K + 1]`, float64. For schedules with sigma = t."""
-    if steps == 1:
-        return torch.tensor([schedule.t_max, schedule.t_clean], dtype=torch.float64)
-    u = torch.linspace(0, 1, steps, dtype=torch.float64)
-    hi, lo = schedule.t_max ** (1 / rho), t_min ** (1 / rho)
-    return torch.cat([(hi + u * (lo - hi)) ** rho, torch.tensor([schedule.t_clean], dtype=torch.float64)])
+def time_at(schedule: Schedule, u: Tensor) -> Tensor:
+    """The network's own time nearest to the fraction u of the way from clean data to pure noise, float64."""
+    t = schedule.at(u)
+    return schedule.t_clean + (t - schedule.t_clean).round() if schedule.resolution else t
 
 
 def check(schedule: Schedule, times: Tensor) -> Tensor:
@@ -55,7 +51,10 @@ def draw_segments(batch: int, steps: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_between(schedule: Schedule, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """A time in `(low, high]` per sample, uniform, on the network's own times. low, high [B], float64."""
+    """A time in `(low, high]` per sample, even in the schedule's own measure, on the network's own times. low, high [B], float64."""
     u = 1 - torch.rand(low.shape, generator=generator, dtype=torch.float64, device=low.device)
-    t = low + u * (high - low)
-    return torch.ceil(t) if schedule.resolution else t
+    bottom, top = schedule.fraction(low), schedule.fraction(high)
+    t = schedule.at(bottom + u * (top - bottom))
+    if schedule.resolution:
+        t = torch.ceil(t - 1e-6).maximum(low + schedule.resolution)
+    return t.minimum(high)

@@ -171,14 +171,11 @@ def draw(
 
 def _draw_tau(method: Matching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator) -> Tensor:
     """tau `[B]` in (low, high]: the landing time or `tau_min`, whichever is noisier, and the segment's start or `tau_max`."""
-    span, step = schedule.t_max - schedule.t_clean, schedule.resolution
     low = torch.full_like(landing, schedule.t_clean) if method.tau == "whole" else landing
     top = high if method.tau == "segment" else torch.full_like(high, schedule.t_max)
-    most = torch.full_like(top, schedule.t_clean + method.tau_max * span)
-    if step:
-        most = most.round()
+    least, most = (timegrid.time_at(schedule, torch.full_like(high, u)) for u in (method.tau_min, method.tau_max))
     top = torch.where(most > low, top.minimum(most), top)
-    least = torch.full_like(low, schedule.t_clean + method.tau_min * span).minimum(top - step)
+    least = least.minimum(top - schedule.resolution)
     return timegrid.draw_between(schedule, torch.maximum(low, least), top, rng)
 
 
