@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone, Cond
 from fewstep.core.schedule import EDM, expand, transition
-from fewstep.core.solvers import Denoise, sample, update_named
+from fewstep.core.solvers import Denoise, sample, solver_named
 from fewstep.methods.matching import (
     Draw,
     Matching,
@@ -30,7 +30,7 @@ def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
     got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
     noise = torch.randn((BATCH, *roles.backbone.shape), generator=seed())
     with torch.no_grad():
-        walk = sample(roles.denoise("student", cond), tiny.TABLE, noise, method.times(tiny.TABLE), update_named(solver))
+        walk = sample(roles.denoise("student", cond), tiny.TABLE, noise, method.times(tiny.TABLE), solver_named(solver))
         states = list(walk)
     for i, k in enumerate(got.segment.tolist()):
         clean = states[k + 1].x0

@@ -277,7 +277,7 @@ def test_gap_of_every_segment_is_logged() -> None:
         ({"fake_weight": "snr"}, "method.fake_weight: got 'snr', allowed are min-snr, v"),
         ({"fake_updates": 0}, "method.fake_updates: got 0, allowed are whole numbers from 1"),
         ({"warmup": -1}, "method.warmup: got -1, allowed are whole numbers from 0"),
-        ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, renoise"),
+        ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, ipndm, renoise"),
         ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),
         ({"tau_min": 1.0}, "method.tau_min: got 1.0, allowed are fractions from 0 up to"),
         ({"snr_clip": 0.0}, "method.snr_clip: got 0.0, allowed are numbers above 0"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.solvers import Denoise, State, sample, update_named
+from ..core.solvers import Correct, Denoise, State, sample, solver_named
 from .base import Backbone
 
 
@@ -18,14 +18,16 @@ def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Ten
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
 
 
-def trajectory(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim") -> list[State]:
+def trajectory(
+    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correct | None = None
+) -> list[State]:
     """All K + 1 states from these seeds, without gradient. A seed gives the same picture in any batch and on any device."""
     device = device_of(backbone.module)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     x = noise_of(generators, backbone.shape).to(device) * backbone.schedule.start_std
-    update = update_named(solver, lambda like: noise_of(generators, like.shape[1:]).to(like))
+    rule = solver_named(solver, lambda like: noise_of(generators, like.shape[1:]).to(like))
     with torch.no_grad():
-        return list(sample(denoise, backbone.schedule, x, times, update))
+        return list(sample(denoise, backbone.schedule, x, times, rule, correct))
 
 
 def pictures(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim") -> Tensor:

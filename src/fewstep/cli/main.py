@@ -49,7 +49,7 @@ def sample(
     count: Annotated[int, typer.Option("-n", "--count", help="Pictures per prompt.")] = 1,
     compare: Annotated[bool, typer.Option("--compare", help="Put the teacher's pictures beside, same prompts and seeds.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
-    solver: Annotated[str | None, typer.Option(help="ddim, dpmpp or renoise; a student brings its own.")] = None,
+    solver: Annotated[str | None, typer.Option(help="ddim, dpmpp, ipndm or renoise; a student brings its own.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("sample.png"),
 ) -> None:
     """Draw pictures with a student or a teacher."""

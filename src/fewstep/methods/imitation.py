@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import timegrid
 from ..core.schedule import Schedule, diffuse
-from ..core.solvers import Denoise, ddim, update_named
+from ..core.solvers import Denoise, land, solver_named
 from ..core.weighting import weighting_named
 from ..objectives.regression import consistency_function, landing_target, metric_named
 from ..roles.roles import Roles
@@ -41,7 +41,7 @@ class Imitation:
     name: str = "lcm"
 
     def __post_init__(self) -> None:
-        metric_named(self.loss), update_named(self.solver), weighting_named(self.weight)
+        metric_named(self.loss), solver_named(self.solver), weighting_named(self.weight)
         require_choice(self, "target", TARGETS)
         require_whole(self, "steps", "solver_steps", "stages")
         require_positive(self, "shift", "snr_clip")
@@ -84,7 +84,7 @@ def consistency_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
     t, s = times[n], times[n + 1]
     x_t = diffuse(schedule, x_0, t, torch.randn(x_0.shape, generator=turn.rng, device=turn.rng.device))
     with torch.no_grad():
-        x_s = ddim(schedule, roles.teacher(cond, turn.null, method.guidance)(x_t, t), t, s)
+        x_s = land(schedule, roles.teacher(cond, turn.null, method.guidance)(x_t, t), s)
         # A network is not asked about clean data; there its answer counts for nothing.
         known = s.clamp(min=schedule.t_clean + (schedule.resolution or 1e-3))
         with roles.averaged():
@@ -116,8 +116,8 @@ def progressive_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
     high, middle, low = fine[2 * segment], fine[2 * segment + 1], fine[2 * segment + 2]
     x = diffuse(schedule, x_0, high, torch.randn(x_0.shape, generator=turn.rng, device=turn.rng.device))
     with torch.no_grad():
-        x_middle = ddim(schedule, before(x, high), high, middle)
-        x_low = ddim(schedule, before(x_middle, middle), middle, low)
+        x_middle = land(schedule, before(x, high), middle)
+        x_low = land(schedule, before(x_middle, middle), low)
         goal = landing_target(schedule, x, x_low, high, low)
     own = roles.denoise("student", cond)(x, high).x0
     weight = weighting_named(method.weight)(schedule, high, method.snr_clip)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backbones.base import Cond, rows
 from ..core import timegrid
 from ..core.schedule import Schedule, diffuse, expand, transition
-from ..core.solvers import update_named
+from ..core.solvers import solver_named, step
 from ..core.trajectory import segment_starts
 from ..core.weighting import weighting_named
 from ..objectives.adversarial import game_named, gradient_penalty
@@ -74,7 +74,7 @@ class Matching:
     name: str = "tdm"
 
     def __post_init__(self) -> None:
-        loss_named(self.loss), update_named(self.solver), weighting_named(self.fake_weight), game_named(self.gan_loss)
+        loss_named(self.loss), solver_named(self.solver), weighting_named(self.fake_weight), game_named(self.gan_loss)
         require_counts(self.steps)
         for option, allowed in CHOICES.items():
             require_choice(self, option, allowed)
@@ -150,16 +150,16 @@ def draw(
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=rng, device=rng.device)
 
-    update = update_named(method.solver, noise)
+    solver = solver_named(method.solver, noise)
     x = noise(torch.empty((batch, *shape))) * schedule.start_std
     segment = timegrid.draw_segments(batch, steps, rng)
     student = partial(roles.denoise, "student", steps=steps)
-    start, before = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, update)
+    start, past = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver)
     high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
         here = student(cond)(start, high)
         clean = method.match == "clean"
-        x_m = here.x0 if clean else update(schedule, here, high, landing, before)
+        x_m = here.x0 if clean else step(solver, schedule, here, high, landing, past)[0]
     tau = _draw_tau(method, schedule, landing, high, rng)
     t = torch.full_like(landing, schedule.t_clean) if clean else landing
     e = noise(x)
