@@ -60,12 +60,20 @@ class Imitation:
         return ()
 
     @property
+    def fake(self) -> bool:
+        return self.target == "progressive"  # it keeps the student of the stage before
+
+    @property
     def adversary(self) -> bool:
         return False
 
     @property
     def wants_pictures(self) -> bool:
         return True
+
+    @property
+    def wants_paths(self) -> bool:
+        return False
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         return timegrid.uniform(schedule, steps or self.steps, self.shift)

@@ -24,7 +24,7 @@ from ..objectives.denoising import denoising, transition_target
 from ..objectives.fisher import fisher
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Roles
-from .method import Loss, Real, Turn
+from .method import Loss, Real, Turn, draw_count
 from .settings import require_choice, require_counts, require_guidance, require_positive, require_weight, require_whole
 
 CHOICES = {
@@ -101,6 +101,11 @@ class Matching:
         return self.counts if self.condition and len(self.counts) > 1 else ()
 
     @property
+    def fake(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def adversary(self) -> bool:
         """Whether there is an adversarial term."""
         return self.gan > 0
@@ -109,6 +114,11 @@ class Matching:
     def wants_pictures(self) -> bool:
         """Real ones, for the adversarial term alone."""
         return self.gan > 0
+
+    @property
+    def wants_paths(self) -> bool:
+        """Never: the trajectory is the student's own."""
+        return False
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """The student's grid, `[K + 1]`, for its default step count or another."""
@@ -133,18 +143,12 @@ class Draw(NamedTuple):
     x_tau: Tensor
 
 
-def draw_steps(method: Matching, rng: torch.Generator) -> int:
-    """The step count of an iteration, evenly from the list."""
-    counts = method.counts
-    return counts[int(torch.randint(len(counts), (), generator=rng, device=rng.device))] if len(counts) > 1 else counts[0]
-
-
 def draw(
     method: Matching, roles: Roles, cond: Cond, batch: int, rng: torch.Generator, with_gradient: bool, steps: int | None = None
 ) -> Draw:
     """Points 1 to 3 of the algorithm. Deterministic in `rng`; independent of any data set."""
     schedule, shape = roles.backbone.schedule, roles.backbone.shape
-    steps = steps or draw_steps(method, rng)
+    steps = steps or draw_count(method.counts, rng)
     times = method.times(schedule, steps).to(rng.device)
 
     def noise(like: Tensor) -> Tensor:
@@ -154,19 +158,19 @@ def draw(
     x = noise(torch.empty((batch, *shape))) * schedule.start_std
     segment = timegrid.draw_segments(batch, steps, rng)
     student = partial(roles.denoise, "student", steps=steps)
-    start, past = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver)
+    start, past = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head)
     high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
-        here = student(cond)(start, high)
-        clean = method.match == "clean"
-        x_m = here.x0 if clean else step(solver, schedule, here, high, landing, past)[0]
+        landed, visit = step(solver, schedule, student(cond)(start, high), high, landing, past, roles.head)
+        clean, x0 = method.match == "clean", visit.here.x0 if roles.head is None else visit.way.x0
+        x_m = x0 if clean else landed
     tau = _draw_tau(method, schedule, landing, high, rng)
     t = torch.full_like(landing, schedule.t_clean) if clean else landing
     e = noise(x)
     r, beta = transition(schedule, t, tau)
     with torch.set_grad_enabled(with_gradient):
         x_tau = expand(r, x) * x_m + expand(beta, x) * e
-    return Draw(cond, steps, segment, t, tau, x_m, here.x0, e, x_tau)
+    return Draw(cond, steps, segment, t, tau, x_m, x0, e, x_tau)
 
 
 def _draw_tau(method: Matching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator) -> Tensor:
@@ -240,7 +244,7 @@ def losses(
     Fisher divergence needs the fake score's gradient in x_tau, so it shares x_tau alone and costs 3 + 2 x 2 calls more.
     """
     schedule = roles.backbone.schedule
-    steps = draw_steps(method, rng)
+    steps = draw_count(method.counts, rng)
     drawn = partial(draw, method, roles, cond, batch, rng, steps=steps)
     fake, teacher = roles.denoise("fake", cond, steps), roles.teacher(cond, null, method.guidance)
 

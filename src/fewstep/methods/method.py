@@ -18,8 +18,16 @@ class Real(NamedTuple):
     cond: Cond
 
 
+class Walk(NamedTuple):
+    """Trajectories of the teacher: states [B, J, ...] at times [J], from noise to data, and their conditions."""
+
+    states: Tensor
+    times: Tensor
+    cond: Cond
+
+
 class Turn(NamedTuple):
-    """What one iteration is given. `rng` lies on the network's device; `pictures` are there where the method asks for them."""
+    """What one iteration is given. `rng` lies on the network's device; `pictures` and `walk` are there where the method asks for them."""
 
     iteration: int  # from 0
     iterations: int
@@ -28,6 +36,7 @@ class Turn(NamedTuple):
     null: Cond  # [1, ...]
     pictures: Real | None
     rng: torch.Generator
+    walk: Walk | None = None
 
 
 class Loss(NamedTuple):
@@ -36,6 +45,11 @@ class Loss(NamedTuple):
     role: Role
     value: Tensor
     metrics: dict[str, Tensor]
+
+
+def draw_count(counts: tuple[int, ...], rng: torch.Generator) -> int:
+    """The step count of an iteration, evenly from the list."""
+    return counts[int(torch.randint(len(counts), (), generator=rng, device=rng.device))] if len(counts) > 1 else counts[0]
 
 
 class Method(Protocol):
@@ -63,6 +77,11 @@ class Method(Protocol):
         ...
 
     @property
+    def fake(self) -> bool:
+        """Whether there is a fake score."""
+        ...
+
+    @property
     def adversary(self) -> bool:
         """Whether a discriminator is trained."""
         ...
@@ -70,6 +89,11 @@ class Method(Protocol):
     @property
     def wants_pictures(self) -> bool:
         """Whether iterations are given clean states, of real pictures or of the teacher's."""
+        ...
+
+    @property
+    def wants_paths(self) -> bool:
+        """Whether iterations are given trajectories of the teacher."""
         ...
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:

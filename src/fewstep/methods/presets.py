@@ -1,13 +1,14 @@
-"""What a method's name stands for: a few settings of `Matching` or `Imitation`. Settings given beside a name win."""
+"""What a method's name stands for: a few settings of `Matching`, `Imitation` or `PathImitation`. Settings given beside a name win."""
 
 from dataclasses import replace
 from typing import Any
 
 from .imitation import Imitation
 from .matching import Matching
+from .paths import PathImitation
 
 # DMD2 as in TDM sec. 4.3 and app. F; the others from their papers.
-PRESETS: dict[str, Matching | Imitation] = {
+PRESETS: dict[str, Matching | Imitation | PathImitation] = {
     m.name: m
     for m in (
         Matching(),
@@ -18,11 +19,14 @@ PRESETS: dict[str, Matching | Imitation] = {
         Matching(divergence="fisher", fisher_correction=1.0, match="clean", solver="renoise", tau="whole", tau_max=0.98, name="sid"),
         Imitation(),
         Imitation(target="progressive", loss="l2", solver="ddim", name="progressive"),
+        PathImitation(),
+        PathImitation(head="shared", name="pas"),
+        PathImitation(head="none", name="sfd"),
     )
 }
 
 
-def preset(name: str, **settings: Any) -> Matching | Imitation:
+def preset(name: str, **settings: Any) -> Matching | Imitation | PathImitation:
     """The method called `name` with `settings` changed. Raises ValueError listing the known names."""
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")

@@ -14,12 +14,17 @@ def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(1)
 
 
+def mean_absolute(prediction: Tensor, target: Tensor) -> Tensor:
+    """`mean |a - b|` per sample."""
+    return (prediction - target).abs().flatten(1).mean(1)
+
+
 def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
     """`mean sqrt((a - b)^2 + c^2) - c` per sample (LCM's metric, arXiv 2310.04378)."""
     return ((prediction - target).square() + c**2).sqrt().flatten(1).mean(1) - c
 
 
-METRICS: dict[str, Metric] = {"l2": mean_square, "huber": pseudo_huber}
+METRICS: dict[str, Metric] = {"l1": mean_absolute, "l2": mean_square, "huber": pseudo_huber}
 
 
 def metric_named(name: str) -> Metric:

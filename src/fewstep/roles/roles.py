@@ -19,6 +19,7 @@ from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake", "discriminator"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
+HEAD = "head."  # how its parameters' names begin
 CONDITION = "step_condition"  # the table's name among the trained parameters
 
 
@@ -33,8 +34,8 @@ class RolesConfig:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"roles.rank: got {self.rank}, allowed are whole numbers from 1; 32 is a good start")
+        if self.rank < 0:
+            raise ValueError(f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA); 32 is a good start")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Roles:
     counts: tuple[int, ...] = ()  # step counts that student and fake score are told apart; usually none
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
+    head: nn.Module | None = None  # a `core.solvers.Correct` that is trained as part of the student
 
     def denoise(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
         """This role without guidance, told that it takes `steps` steps where it was made to be told (default: the first count)."""
@@ -120,12 +122,14 @@ class Roles:
     def student_state(self) -> dict[str, Tensor]:
         """The student's weights as they are now, without its step condition: LoRA in PEFT's file format, or the whole network."""
         network = self.networks["student"]
+        if self.config.share and not self.config.rank:
+            return {}
         state = adapters.adapter_state(network, "student") if self.config.share else network.state_dict()
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
     def told(self, count: int, times: Tensor) -> dict[str, Tensor]:
         """What makes the shared student a plain LoRA for one step count with these `times`; empty where it is not told its count."""
-        if not (self.counts and self.config.share):
+        if not (self.counts and self.config.share and self.config.rank):
             return {}
         network = self.networks["student"]
         self.activate("student", count)
@@ -137,49 +141,62 @@ class Roles:
 
     def adapter_settings(self) -> dict[str, Any]:
         """PEFT's settings of the student's adapter, for the header of its file; empty for a full student."""
-        return self.networks["student"].peft_config["student"].to_dict() if self.config.share else {}  # type: ignore[union-attr,index]
+        return self.networks["student"].peft_config["student"].to_dict() if self.config.share and self.config.rank else {}  # type: ignore[union-attr,index]
 
 
 def make_roles(
-    backbone: Backbone, config: RolesConfig, seed: int = 0, counts: tuple[int, ...] = (), against: tuple[int, ...] = ()
+    backbone: Backbone,
+    config: RolesConfig,
+    seed: int = 0,
+    counts: tuple[int, ...] = (),
+    against: tuple[int, ...] = (),
+    head: nn.Module | None = None,
+    fake: bool = True,
 ) -> Roles:
-    """Student and fake score that start as the teacher, bit for bit, also when they are told one of several step `counts`.
+    """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several step `counts`.
 
-    `against` makes a discriminator of students of these step counts.
+    `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
+    (rank 0) is all of it. Raises ValueError where there is nothing to train.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
     the same backbone are taken out. Copies: two deep copies.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
     base = backbone.module.requires_grad_(False).eval()
+    made: tuple[Role, ...] = TRAINED if fake else ("student",)
+    if config.share and not config.rank and (fake or head is None):
+        raise ValueError("roles.rank: got 0, which trains a head alone; choose a rank from 1, e.g. 32")
     if counts:
         width = step_condition.width(base, backbone.time_layer)
     if not config.share:
-        networks: dict[Role, nn.Module] = {"teacher": base, "student": copy.deepcopy(base), "fake": copy.deepcopy(base)}
-        trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in TRAINED}
+        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copy.deepcopy(base) for r in made}}
+        trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
         layers: tuple[LoraLayer, ...] = ()
     else:
         # Where the step count enters, it takes the adapter's place, so that at export it can become one.
         names = adapters.targets(base, config.targets, (*config.skip, *([backbone.time_layer] if counts else [])))
-        for i, role in enumerate(TRAINED):
+        for i, role in enumerate(made if config.rank else ()):
             adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
-        networks = {"teacher": base, "student": base, "fake": base}
+        networks = {"teacher": base, **dict.fromkeys(made, base)}
         layers = tuple(adapters.adapter_layers(base))
-        trained = {r: adapters.adapter_parameters(base, r) for r in TRAINED}
+        trained = {r: adapters.adapter_parameters(base, r) if config.rank else {} for r in made}
         for parameters in trained.values():
             for p in parameters.values():
                 p.requires_grad_(True)
     conditions: dict[Role, StepCondition] = {}
     if counts:
         device = next(base.parameters()).device
-        for role in TRAINED:
+        for role in made:
             shared = config.share and bool(conditions)
             conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
             trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(counts), width, device=device))}
+    if head is not None:
+        head.to(next(base.parameters()).device).requires_grad_(True)
+        trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
     adapters.switch(layers, None)
     discriminator = make_discriminator(backbone, base, against, seed) if against else None
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
-    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator)
+    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head)
     roles.activate("teacher")
     return roles

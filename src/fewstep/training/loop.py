@@ -17,6 +17,7 @@ from ..backbones.generate import device_of
 from ..methods.method import Loss, Method, Turn
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
+from .paths import Paths
 from .pictures import RealData
 from .prompts import Embeddings
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
@@ -69,7 +70,13 @@ def default_device() -> torch.device:
 
 
 def distill(
-    roles: Roles, method: Method, data: Embeddings, config: TrainConfig, run: Path | None = None, real: RealData | None = None
+    roles: Roles,
+    method: Method,
+    data: Embeddings,
+    config: TrainConfig,
+    run: Path | None = None,
+    real: RealData | None = None,
+    paths: Paths | None = None,
 ) -> Generator[Step, None, None]:
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
 
@@ -85,8 +92,13 @@ def distill(
             f"data.source: method {method.name} {'needs pictures' if method.wants_pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
             + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.wants_pictures else "leave data out")
         )
+    if method.wants_paths != (paths is not None):
+        raise ValueError(
+            f"data.source: method {method.name} {'needs' if method.wants_paths else 'takes no'} trajectories of the teacher; "
+            + ("set it to trajectories" if method.wants_paths else "leave data out")
+        )
     optimizers = {r: _optimizer(roles, r, config) for r in roles.trained}
-    fingerprint = _fingerprint(roles, method, data, config, real)
+    fingerprint = _fingerprint(roles, method, data, config, real, paths)
     start = _resume(roles, optimizers, run, fingerprint)
     null = data.unconditional(device)
     for i in range(start, config.iterations):
@@ -94,9 +106,10 @@ def distill(
         rng = seeded(config.seed, i, "draw", rank, device)
         cond = data.draw(config.batch, seeded(config.seed, i, "prompts", rank), device)
         pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", rank), device)
+        walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", rank), device)
         metrics: dict[str, Tensor] = {}
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            for loss in method.losses(roles, Turn(i, config.iterations, config.batch, cond, null, pictures, rng)):
+            for loss in method.losses(roles, Turn(i, config.iterations, config.batch, cond, null, pictures, rng, walk)):
                 metrics |= loss.metrics
                 metrics[f"{loss.role}_grad"] = _update(accelerator, loss, roles, optimizers, config, i)
         if i >= method.warmup:
@@ -149,7 +162,7 @@ def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Opt
     return torch.optim.AdamW(roles.trained[role].values(), lr=lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainConfig, real: RealData | None) -> str:
+def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainConfig, real: RealData | None, paths: Paths | None) -> str:
     """A hash of every setting that a resumed run must share, prompts and the student's beginning included; the length may grow."""
     settings: dict[str, Any] = {
         "method": repr(method),
@@ -159,6 +172,7 @@ def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainCo
         "begin": _digest(roles.average),
         "prompts": data.key,
         "real": None if real is None else real.key,
+        "paths": None if paths is None else paths.key,
     }
     for free in ("iterations", "checkpoint_every"):
         settings["train"].pop(free)

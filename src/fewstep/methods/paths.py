@@ -1,0 +1,102 @@
+"""Imitating the teacher's own trajectories: along the student's rollout every step is pulled to the teacher's state from the same noise.
+
+TrajP-L trains a LoRA and a head that corrects the direction; its ablations and rivals are settings: no head (LoRA alone; with full
+weights SFD), no LoRA (head alone; with shared weights PAS).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from ..core import timegrid
+from ..core.prediction import Split
+from ..core.schedule import Schedule
+from ..core.solvers import Past, Visit, free_first, solver_named, step
+from ..objectives.regression import metric_named
+from ..roles.roles import Roles
+from ..trajp.head import KINDS
+from .method import Loss, Turn, draw_count
+from .settings import require_choice, require_counts, require_guidance, require_positive
+
+
+@dataclass(frozen=True)
+class PathImitation:
+    """Settings of the method. Raises ValueError for settings that cannot be.
+
+    `steps`: one count or several, of which every iteration draws one; `condition` tells the student which. `head` corrects the
+    direction (`trajp.head`), `none` leaves it out; `roles.rank: 0` leaves out the LoRA. `free_first` takes the first direction
+    without the network (AFS), which saves one evaluation.
+    """
+
+    steps: int | tuple[int, ...] = 4
+    condition: bool = True
+    guidance: float = 3.5
+    loss: str = "l1"
+    head: str = "span"
+    free_first: bool = False
+    solver: str = "ddim"
+    shift: float = 1.0
+    name: str = "trajp-l"
+
+    def __post_init__(self) -> None:
+        metric_named(self.loss), solver_named(self.solver)
+        require_counts(self.steps)
+        require_choice(self, "head", ("none", *KINDS))
+        require_choice(self, "solver", ("ddim", "dpmpp", "ipndm"))
+        require_positive(self, "shift")
+        require_guidance(self)
+
+    @property
+    def warmup(self) -> int:
+        return 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return require_counts(self.steps)
+
+    @property
+    def conditioned(self) -> tuple[int, ...]:
+        return self.counts if self.condition and len(self.counts) > 1 else ()
+
+    @property
+    def fake(self) -> bool:
+        return False
+
+    @property
+    def adversary(self) -> bool:
+        return False
+
+    @property
+    def wants_pictures(self) -> bool:
+        return False
+
+    @property
+    def wants_paths(self) -> bool:
+        return True
+
+    def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
+        return timegrid.uniform(schedule, steps or self.counts[0], self.shift)
+
+    def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
+        """One update a step: from where the student is, not the teacher, and without gradient through the steps before."""
+        assert turn.walk is not None
+        schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(self.solver), turn.walk
+        count = draw_count(self.counts, turn.rng)
+        times = self.times(schedule, count)
+        denoise = roles.denoise("student", cond, count)
+        student = free_first(denoise, schedule) if self.free_first else denoise
+        x = states[:, 0]
+        past = Past(x / schedule.start_std)
+        for t, t_next in pairwise(s.to(x.device).expand(len(x)) for s in times):
+            landed, visit = step(solver, schedule, student(x, t), t, t_next, past, roles.head)
+            goal = states[:, int((known - t_next[0].cpu()).abs().argmin())]
+            value = metric_named(self.loss)(landed, goal).mean()
+            x, past = landed.detach(), Past(past.noise, (_detached(visit), *past.visits))
+            if value.requires_grad:  # a free first step without a head has nothing to train
+                yield Loss("student", value, {"student_loss": value.detach()})
+
+
+def _detached(visit: Visit) -> Visit:
+    return Visit(visit.t, *(Split(*(part.detach() for part in split)) for split in (visit.here, visit.way)))

@@ -1,0 +1,177 @@
+"""The teacher's sampling trajectories: generated in shards that survive an interruption, and bound to the teacher that walked them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..atomic import write_json
+from ..backbones.base import Backbone, Cond, guided, rows
+from ..backbones.generate import device_of, noise_of
+from ..core import timegrid
+from ..core.schedule import Schedule
+from ..core.solvers import Denoise, State, heun, sample, solver_named
+from ..methods.method import Walk
+from .prompts import Embeddings
+
+RECORD = "trajectories.json"
+CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the curve and its plots
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """`count` trajectories of about `steps` solver steps. `auto` is Heun, or DPM-Solver++ where pure noise holds no signal."""
+
+    count: int = 3000
+    steps: int = 50
+    solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("count", "steps"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"data.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
+        if self.solver not in ("auto", "heun", "ddim", "dpmpp"):
+            raise ValueError(f"data.solver: got {self.solver!r}, allowed are auto, heun, ddim, dpmpp")
+
+
+def union(schedule: Schedule, grids: Sequence[Tensor]) -> Tensor:
+    """All times of several grids, decreasing, each once."""
+    return torch.unique(torch.cat([g.double() for g in grids])).flip(0)
+
+
+def refine(schedule: Schedule, times: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """(a grid of about `steps` steps that stops at all of `times`, where in it these are)."""
+    u = schedule.fraction(times)
+    parts, places = [times[:1]], [0]
+    for high, low, end in zip(u[:-1], u[1:], times[1:], strict=True):
+        n = max(1, round(float(high - low) / float(u[0]) * steps))
+        inner = timegrid.time_at(schedule, high + (low - high) * torch.arange(1, n, dtype=torch.float64) / n)
+        inner = torch.unique(inner[(inner > end) & (inner < parts[-1][-1])]).flip(0)
+        parts.append(torch.cat([inner, end[None]]))
+        places.append(places[-1] + len(parts[-1]))
+    return torch.cat(parts), torch.tensor(places)
+
+
+def walk(backbone: Backbone, denoise: Denoise, x: Tensor, grid: Tensor, solver: str) -> list[State]:
+    """All states from x down the grid."""
+    if solver == "auto":
+        solver = "heun" if float(backbone.schedule.alpha(grid[:1])) > 0 else "dpmpp"
+    with torch.no_grad():
+        if solver == "heun":
+            return list(heun(denoise, backbone.schedule, x, grid))
+        return list(sample(denoise, backbone.schedule, x, grid, solver_named(solver)))
+
+
+class Paths:
+    """States [count, J, ...] of the teacher at `times [J]`, from noise to data, with their conditions; on the CPU.
+
+    `whole [n, F, ...]` are some trajectories with all states of the teacher's own `grid [F]`.
+    """
+
+    def __init__(self, states: Tensor, times: Tensor, embeddings: Embeddings, whole: Tensor, grid: Tensor, key: str) -> None:
+        self.states, self.times, self.embeddings, self.whole, self.grid, self.key = states, times, embeddings, whole, grid, key
+
+    def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Walk:
+        """A batch drawn at random, each trajectory with its own condition."""
+        picked = torch.randint(len(self.states), (batch,), generator=rng)
+        return Walk(self.states[picked].to(device), self.times, {k: v[picked].to(device) for k, v in self.embeddings.cond.items()})
+
+
+def teacher_paths(
+    backbone: Backbone,
+    data: Embeddings,
+    config: PathsConfig,
+    times: Tensor,
+    guidance: float,
+    folder: Path | None,
+    identity: str,
+    chunk: int = 32,
+) -> Generator[int, None, Paths]:
+    """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
+
+    `identity` names teacher and encoders. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
+    """
+    grid, places = refine(backbone.schedule, times, config.steps)
+    record = {
+        "teacher": identity, "prompts": data.key, "guidance": guidance, "count": config.count, "solver": config.solver,
+        "seed": config.seed, "times": times.tolist(), "grid": grid.tolist(), "chunk": chunk,
+    }  # fmt: skip
+    if folder is not None:
+        _claim(folder, record)
+    order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
+    of = order.repeat(-(-config.count // data.count))[: config.count]
+    own = Embeddings(rows(data.cond, of), data.null, config.count, 0, data.key)
+    device, whole = device_of(backbone.module), torch.empty(0)
+    null, shards = data.unconditional(device), []
+    for start in range(0, config.count, chunk):
+        part = slice(start, min(start + chunk, config.count))
+        path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
+        shard = _read(path)
+        if shard is None:
+            cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
+            shard = _walked(backbone, cond, null, range(part.start, part.stop), grid, places, guidance, config)
+            _write(path, shard)
+        shards.append(shard["states"])
+        whole = torch.cat([whole, shard["whole"]]) if "whole" in shard else whole
+        yield part.stop
+    key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:24]
+    return Paths(torch.cat(shards), times, own, whole, grid, key)
+
+
+def _walked(
+    backbone: Backbone, cond: Cond, null: Cond, samples: range, grid: Tensor, places: Tensor, guidance: float, config: PathsConfig
+) -> dict[str, Tensor]:
+    """One shard. The first ones hold whole trajectories as well."""
+    generators = [torch.Generator().manual_seed(config.seed + i) for i in samples]
+    x = noise_of(generators, backbone.shape).to(device_of(backbone.module)) * backbone.schedule.start_std
+    states = walk(backbone, guided(backbone, backbone.module, cond, null, guidance), x, grid, config.solver)
+    shard = {"states": torch.stack([states[i].x.float().cpu() for i in places.tolist()], 1)}
+    if samples.start < CURVE_SAMPLES:
+        shard["whole"] = torch.stack([s.x.float().cpu() for s in states], 1)
+    return shard
+
+
+def _claim(folder: Path, record: dict[str, object]) -> None:
+    """Write the record, or compare with the one that is there."""
+    path = folder / RECORD
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        return
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"data.folder: {path} is damaged; delete {folder} and run the same command again") from error
+    if there.get("teacher") != record["teacher"]:
+        raise ValueError(
+            f"data.folder: the trajectories in {folder} are those of teacher {there.get('teacher')}, this is {record['teacher']}; choose another folder"
+        )
+    if odd := [k for k in record if there.get(k) != json.loads(json.dumps(record[k]))]:
+        raise ValueError(f"data.folder: the trajectories in {folder} were made with another {odd[0]}; choose another folder, or delete it")
+
+
+def _read(path: Path | None) -> dict[str, Tensor] | None:
+    """A shard, if it is there and whole."""
+    if path is None or not path.exists():
+        return None
+    try:
+        return load_file(path)
+    except SafetensorError:
+        path.unlink()  # cut off by a crash; it is walked again
+        return None
+
+
+def _write(path: Path | None, shard: dict[str, Tensor]) -> None:
+    if path is not None:
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({k: v.contiguous() for k, v in shard.items()}, temporary)
+        temporary.replace(path)

@@ -1,0 +1,109 @@
+"""The shape that sampling trajectories have in common: three coordinates as functions of time, fitted once for all step counts.
+
+TrajP-L fits each coordinate by the sum of a quadratic polynomial, an exponential and a Gamma term (method.md 3.2).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+TERMS = 5  # 1, s, s^2, e^(k s), s^p e^(-q s)
+RIDGE = 1e-10  # decides between terms that are nearly the same function
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`c(s) = a0 + a1 s + a2 s^2 + b e^(k s) + g s^p e^(-q s)` per coordinate; s is 0 at pure noise and 1 at clean data.
+
+    `weights` [3, 5] are (a0, a1, a2, b, g), `shape` [3, 3] are (k, p, q), `r2` [3] what share of the variance each fit explains.
+    """
+
+    weights: Tensor
+    shape: Tensor
+    r2: Tensor
+
+    def at(self, s: Tensor) -> Tensor:
+        """Coordinates [B, 3] at s [B], float64."""
+        fits = zip(self.weights.to(s.device), self.shape.to(s.device), strict=True)
+        return torch.stack([basis(s.double(), shape) @ w for w, shape in fits], 1)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """The largest value [3] of each coordinate along the whole curve."""
+        return self.at(torch.linspace(0, 1, 201)).abs().amax(0)
+
+
+def basis(s: Tensor, shape: Tensor) -> Tensor:
+    """The five terms [..., J, 5] at s [J] for shapes (k, p, q) [..., 3], the last two in units of their largest value."""
+    k, p, q = (shape[..., i, None] for i in range(3))
+    one = torch.ones_like(s) * torch.ones_like(k)
+    rise = torch.exp(k * s - k.clamp(min=0))
+    gamma = torch.exp(p * torch.log(s.clamp(min=1e-12) * q / p) - q * s + p)
+    return torch.stack([one, one * s, one * s**2, rise, gamma], -1)
+
+
+def coordinates(states: Tensor) -> tuple[Tensor, Tensor]:
+    """`(c [J, 3], share)` of trajectories [n, J, D] from noise (first) to data (last).
+
+    Per sample: along x_T - x_0; then, of what is orthogonal to it, along its two leading principal directions, signs such that the
+    largest excursion is positive; in units of ||x_T - x_0||; averaged over samples. `share` [n] is how much of the orthogonal part
+    (in squared norm) these two leave unexplained: one component alone already explains almost all of a raw trajectory.
+    """
+    x = states.double()
+    span = x[:, 0] - x[:, -1]
+    length = span.norm(dim=1)
+    e1 = span / length[:, None]
+    apart = x - x[:, -1:]
+    u = torch.einsum("njd,nd->nj", apart, e1)
+    rest = apart - u[..., None] * e1[:, None]
+    _, values, directions = torch.linalg.svd(rest, full_matrices=False)
+    found = torch.einsum("njd,ned->nje", rest, directions[:, :2])
+    turned = torch.gather(found, 1, found.abs().argmax(1, keepdim=True)).sign()
+    c = torch.cat([u[..., None], found * turned], 2) / length[:, None, None]
+    total = values.square().sum(1)
+    return c.mean(0), values[:, 2:].square().sum(1) / total.clamp(min=1e-300)
+
+
+def fit_curve(s: Tensor, c: Tensor, starts: int = 16) -> Curve:
+    """Least squares: the linear terms in closed form inside a descent over (k, p, q) from the best points of a grid. s [J], c [J, 3]."""
+    fits = [_fit(s.double(), y, starts) for y in c.double().unbind(1)]
+    return Curve(*(torch.stack(parts) for parts in zip(*fits, strict=True)))
+
+
+def _fit(s: Tensor, y: Tensor, starts: int) -> tuple[Tensor, Tensor, Tensor]:
+    spread = (y - y.mean()).square().sum().clamp(min=1e-300)
+    rates = torch.logspace(-1, 1.7, 10).double()
+    # The Gamma term by its peak p/q and by its width sqrt(p)/q.
+    peak, width = torch.meshgrid(torch.linspace(0.05, 1.2, 14).double(), torch.logspace(-1.7, 0.3, 10).double(), indexing="ij")
+    p = (peak / width).square().flatten()
+    gammas = torch.stack([p, p / peak.flatten()], 1).clamp(0.05, 500)
+    grid = torch.cat([torch.cat([k.expand(len(gammas), 1), gammas], 1) for k in torch.cat([-rates, rates])])
+    best = grid[_misfit(s, y, grid).argsort()[:starts]]
+    free = torch.cat([best[:, :1], best[:, 1:].log()], 1).requires_grad_()
+    descent = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-15, tolerance_grad=1e-12)
+
+    def shapes() -> Tensor:
+        return torch.cat([free[:, :1].clamp(-60, 60), free[:, 1:].clamp(-3, 6.5).exp()], 1)
+
+    def closure() -> Tensor:
+        descent.zero_grad()
+        total = (_misfit(s, y, shapes()) / spread).sum()
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        descent.step(closure)
+    found = shapes().detach()
+    shape = found[_misfit(s, y, found).nan_to_num(torch.inf).argmin()]
+    a = basis(s, shape)
+    weights = torch.linalg.solve(a.T @ a + RIDGE * torch.eye(TERMS).double(), a.T @ y)
+    return weights, shape, 1 - (a @ weights - y).square().sum() / spread
+
+
+def _misfit(s: Tensor, y: Tensor, shapes: Tensor) -> Tensor:
+    """Squared error [N] of the best linear terms for each shape."""
+    a = basis(s, shapes)
+    weights = torch.linalg.solve(a.mT @ a + RIDGE * torch.eye(TERMS).double(), a.mT @ y)
+    return ((a @ weights[..., None])[..., 0] - y).square().sum(-1)

@@ -1,0 +1,182 @@
+"""Heads that correct the direction of a step, zero at first. Each is a `core.solvers.Correct`.
+
+A direction is the noise `eps` of the split that a step is taken along; with the state held fixed, a change of the clean estimate by
+`delta` is a change of `eps` by `-(alpha/sigma) delta`. Heads answer with `delta`, which is of the size of data at every time. The
+directions that a trajectory has met, and its starting point, span the same space as its clean estimates and its starting noise (PAS,
+arXiv 2411.06503); the span head answers with weights on these.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.prediction import Split
+from ..core.schedule import Schedule, expand
+from ..core.solvers import Past
+from .curve import Curve, coordinates, fit_curve
+
+SMALL = 1e-4  # lengths below this share of the data's spread count as nothing
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What heads know of the data and the student: the curve, the mean `centre` of clean states, their standard deviation `spread` around it, the grids walked."""
+
+    curve: Curve
+    centre: Tensor
+    spread: float
+    grids: tuple[Tensor, ...]
+
+
+def facts_of(schedule: Schedule, whole: Tensor, grid: Tensor, clean: Tensor, grids: Sequence[Tensor]) -> Facts:
+    """The facts of a teacher's trajectories: `whole [n, F, ...]` at all times of its `grid [F]`, and clean states [m, ...]."""
+    c, _ = coordinates(whole.flatten(2))
+    centre = clean.double().mean(0)
+    spread = (clean.double() - centre).square().mean().sqrt()
+    return Facts(fit_curve(1 - schedule.fraction(grid), c), centre.float(), float(spread), tuple(g.double() for g in grids))
+
+
+class Tokens(NamedTuple):
+    """Distances in state space, each scaled to the data's spread: x0 from the centre, the noise, x0 from each earlier estimate."""
+
+    values: Tensor  # [B, N, ...]
+    there: Tensor  # [B, N] bool; a visit that is none of the sample's is not there
+    lengths: Tensor  # [B, N] before scaling, in units of the spread
+    times: Sequence[Tensor]  # N x [B]
+
+
+class Head(nn.Module):
+    """What the heads have in common: tokens, places on the curve, and how a corrected estimate becomes a way."""
+
+    centre: Tensor
+
+    def __init__(self, schedule: Schedule, facts: Facts) -> None:
+        super().__init__()
+        self.schedule, self.facts = schedule, facts
+        self.register_buffer("centre", facts.centre.float())
+
+    def forward(self, way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+        """The corrected way: the same state, another clean estimate. All [B, ...]; t, t_next [B]."""
+        delta = self.delta(self.tokens(way, t, past), t, t_next).to(way.x0)
+        ratio = self.schedule.alpha(t) / self.schedule.sigma(t)
+        return Split(way.x0 + delta, way.eps - expand(ratio, delta) * delta)
+
+    def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+        """Change of the clean estimate, [B, ...]."""
+        raise NotImplementedError
+
+    def tokens(self, way: Split, t: Tensor, past: Past) -> Tokens:
+        """The tokens of a step."""
+        seen = [v.t > t for v in past.visits]
+        earlier = [expand(s, way.x0) * (way.x0 - v.way.x0) for s, v in zip(seen, past.visits, strict=True)]
+        raw = torch.stack([way.x0 - self.centre.to(way.x0), past.noise.to(way.x0), *earlier], 1)
+        lengths = raw.flatten(2).float().square().mean(2).sqrt() / self.facts.spread
+        values = raw / (lengths + SMALL).to(raw).reshape(lengths.shape + (1,) * (raw.ndim - 2))
+        always = torch.ones_like(t, dtype=torch.bool)
+        times = [t, t, *(torch.where(s, v.t, t) for s, v in zip(seen, past.visits, strict=True))]
+        return Tokens(values, torch.stack([always, always, *seen], 1), lengths, times)
+
+    def place(self, t: Tensor) -> Tensor:
+        """Coordinates [B, 3] of the curve at these times, each in units of its largest value."""
+        curve = self.facts.curve
+        return (curve.at(1 - self.schedule.fraction(t)) / curve.size.to(t.device)).float()
+
+    def places(self, t: Tensor, t_next: Tensor) -> Tensor:
+        """Of both ends of a step, [B, 6]."""
+        return torch.cat([self.place(t), self.place(t_next)], 1)
+
+
+class SpanHead(Head):
+    """Weights on the tokens from a network over their set, which sees lengths, cosines and the curve.
+
+    It gives the same weights for data that are moved or rotated, of any size.
+    """
+
+    def __init__(self, schedule: Schedule, facts: Facts, width: int = 64) -> None:
+        super().__init__(schedule, facts)
+        self.each = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.out = _zero(nn.Linear(width, 1))
+
+    def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+        values, there, lengths, times = tokens
+        unit = values.flatten(2).float() / (self.facts.spread * values[0, 0].numel() ** 0.5)
+        cosines = nn.functional.pad(torch.einsum("bnd,bmd->bnm", unit, unit[:, :3]), (0, max(0, 3 - unit.shape[1])))
+        kind = nn.functional.one_hot(torch.arange(values.shape[1], device=t.device).clamp(max=2), 3).float().expand(len(t), -1, -1)
+        step = self.places(t, t_next)[:, None].expand(-1, values.shape[1], -1)
+        visited = torch.stack([self.place(s) for s in times], 1)
+        h = self.each(torch.cat([torch.log(lengths + SMALL)[..., None], cosines, kind, step, visited], 2).detach())
+        mask = there.to(h)[..., None]
+        pooled = (h * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+        weights = (self.out(self.mix(torch.cat([h, pooled.expand_as(h)], 2))) * mask)[..., 0]
+        return torch.einsum("bn,bn...->b...", weights.to(values), values)
+
+
+class SharedHead(Head):
+    """Weights on the tokens that are the same for every sample, a few numbers per step (the idea of PAS, arXiv 2411.06503)."""
+
+    def __init__(self, schedule: Schedule, facts: Facts) -> None:
+        super().__init__(schedule, facts)
+        most = max(len(g) for g in facts.grids)
+        self.register_buffer("steps", torch.cat([torch.stack([g[:-1], g[1:]], 1) for g in facts.grids]), persistent=False)
+        self.weights = nn.Parameter(torch.zeros(sum(len(g) - 1 for g in facts.grids), most))
+
+    def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+        steps = self.get_buffer("steps").to(t)
+        row = (steps[None] - torch.stack([t, t_next], 1)[:, None]).abs().sum(2).argmin(1)
+        weights = self.weights[row, : tokens.values.shape[1]] * tokens.there
+        return torch.einsum("bn,bn...->b...", weights.to(tokens.values), tokens.values)
+
+
+class FilmHead(Head):
+    """A small convolution network over the tokens' first three, modulated by the curve. For states [C, H, W]; raises ValueError for others."""
+
+    def __init__(self, schedule: Schedule, facts: Facts, width: int = 32) -> None:
+        super().__init__(schedule, facts)
+        if facts.centre.ndim != 3:
+            raise ValueError(f"method.head: film is for states [C, H, W], these are {list(facts.centre.shape)}; choose span")
+        channels = len(facts.centre)
+        self.into = nn.Conv2d(3 * channels, width, 3, padding=1)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.film = nn.Sequential(nn.Linear(6 + 3, 2 * width), nn.SiLU(), nn.Linear(2 * width, 4 * width))
+        self.out = _zero(nn.Conv2d(width, channels, 3, padding=1))
+
+    def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
+        values, there, lengths = (_three(part) for part in tokens[:3])
+        known = torch.cat([self.places(t, t_next), (torch.log(lengths + SMALL) * there).detach()], 1)
+        scale_1, shift_1, scale_2, shift_2 = (f[..., None, None] for f in self.film(known).chunk(4, 1))
+        h = self.into((values / self.facts.spread).flatten(1, 2).float())
+        h = nn.functional.silu(h * (1 + scale_1) + shift_1)
+        h = nn.functional.silu(self.middle(h) * (1 + scale_2) + shift_2)
+        return self.facts.spread * self.out(h)
+
+
+def _three(x: Tensor) -> Tensor:
+    """The first three tokens; zero where there are fewer."""
+    return torch.cat([x, x.new_zeros((x.shape[0], max(0, 3 - x.shape[1]), *x.shape[2:]))], 1)[:, :3]
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+KINDS: dict[str, type[SpanHead] | type[SharedHead] | type[FilmHead]] = {"span": SpanHead, "shared": SharedHead, "film": FilmHead}
+
+
+def make_head(kind: str, schedule: Schedule, facts: Facts, seed: int = 0) -> Head:
+    """A head that changes nothing yet. Raises ValueError listing the known kinds."""
+    if kind not in KINDS:
+        raise ValueError(f"method.head: got {kind!r}, allowed are none, {', '.join(KINDS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return KINDS[kind](schedule, facts)
+
+
+def kind_of(head: nn.Module) -> str:
+    """Inverse of `make_head`."""
+    return next(name for name, kind in KINDS.items() if isinstance(head, kind))

@@ -1,0 +1,120 @@
+"""The teacher's trajectories: the states it walks through, in shards, once, and only its own."""
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.backbones.base import Backbone, guided
+from fewstep.backbones.generate import trajectory
+from fewstep.core import timegrid
+from fewstep.core.schedule import EDM, Flow, Schedule
+from fewstep.training.paths import Paths, PathsConfig, refine, teacher_paths, union
+from fewstep.training.prompts import embed
+
+from .. import tiny
+
+CONFIG = PathsConfig(count=7, steps=9, solver="ddim", seed=3)
+
+
+def finish(generator: Generator[int, None, Paths]) -> tuple[list[int], Paths]:
+    """What it yields, and what it returns."""
+    seen = []
+    while True:
+        try:
+            seen.append(next(generator))
+        except StopIteration as end:
+            return seen, end.value
+
+
+def make(
+    folder: Path | None, backbone: Backbone, config: PathsConfig = CONFIG, identity: str = "teacher", guidance: float = 2.0
+) -> Generator[int, None, Paths]:
+    times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
+    return teacher_paths(backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, chunk=3)
+
+
+@pytest.mark.parametrize("schedule", [tiny.TABLE, Flow(), EDM()])
+@pytest.mark.parametrize("steps", [1, 10, 50])
+def test_the_teachers_grid_stops_at_all_of_the_students_times(schedule: Schedule, steps: int) -> None:
+    times = union(schedule, [timegrid.uniform(schedule, k) for k in (4, 2, 3)])
+    assert len(times) == 7
+    grid, places = refine(schedule, times, steps)
+    assert torch.equal(grid[places], times)
+    assert bool((grid.diff() < 0).all())
+    assert max(6, steps - 6) <= len(grid) - 1 <= max(6, steps + 6)
+
+
+def test_states_are_the_guided_teachers_own_from_the_same_noise() -> None:
+    backbone = tiny.stable_diffusion()
+    _, paths = finish(make(None, backbone))
+    assert paths.states.shape == (7, 7, *backbone.shape)
+    assert paths.whole.shape[:2] == (7, len(paths.grid))
+    cond = {k: v[4:5] for k, v in paths.embeddings.cond.items()}
+    denoise = guided(backbone, backbone.module, cond, backbone.encode([""]), 2.0)
+    states = trajectory(backbone, denoise, [CONFIG.seed + 4], paths.grid)
+    for j, t in enumerate(paths.times):
+        (there,) = [s.x[0] for s in states if s.t[0] == t]
+        torch.testing.assert_close(paths.states[4, j], there, atol=1e-4, rtol=1e-4)
+
+
+def test_a_stopped_walk_goes_on_and_a_damaged_shard_is_walked_again(tmp_path: Path) -> None:
+    backbone = tiny.stable_diffusion()
+    _, straight = finish(make(None, backbone))
+    walking = make(tmp_path, backbone)
+    assert [next(walking), next(walking)] == [3, 6]
+    walking.close()
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) == 2
+    shards[0].write_bytes(shards[0].read_bytes()[:100])
+    kept = shards[1].stat().st_mtime_ns
+    seen, paths = finish(make(tmp_path, backbone))
+    assert seen == [3, 6, 7]
+    assert shards[1].stat().st_mtime_ns == kept
+    assert torch.equal(paths.states, straight.states)
+    assert torch.equal(paths.whole, straight.whole)
+    assert paths.key == straight.key
+
+
+def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
+    backbone = tiny.stable_diffusion()
+    finish(make(tmp_path, backbone))
+    with pytest.raises(
+        ValueError, match=r"data.folder: the trajectories in .* are those of teacher teacher, this is other; choose another folder"
+    ):
+        next(make(tmp_path, backbone, identity="other"))
+    with pytest.raises(ValueError, match="were made with another guidance; choose another folder, or delete it"):
+        next(make(tmp_path, backbone, guidance=1.0))
+    (tmp_path / "trajectories.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        next(make(tmp_path, backbone))
+    (tmp_path / "trajectories.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="those of teacher None"):
+        next(make(tmp_path, backbone))
+
+
+def test_a_batch_keeps_trajectories_with_their_conditions() -> None:
+    backbone = tiny.stable_diffusion()
+    _, paths = finish(make(None, backbone))
+    walk = paths.draw(5, torch.Generator().manual_seed(0), torch.device("cpu"))
+    for states, text in zip(walk.states, walk.cond["text"], strict=True):
+        (i,) = [i for i in range(7) if torch.equal(paths.states[i], states)]
+        assert torch.equal(paths.embeddings.cond["text"][i], text)
+
+
+@pytest.mark.parametrize("schedule", [EDM(t_max=5.0), Flow()])
+def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
+    """Two network calls a step but for the last; elsewhere DPM-Solver++ with one."""
+    backbone, calls = tiny.denoiser(schedule=schedule, prediction="x0"), []
+    backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    _, paths = finish(make(None, backbone, PathsConfig(count=2, steps=9), guidance=1.0))
+    steps = len(paths.grid) - 1
+    assert len(calls) == (2 * steps - 1 if isinstance(schedule, EDM) else steps)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "data.count: got 0"), ({"solver": "euler"}, "data.solver: got 'euler'")])
+def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        PathsConfig(**settings)
