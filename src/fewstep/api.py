@@ -1,7 +1,7 @@
 """The public functions: load a teacher, distil it, sample, load a student. The command line is written against these."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,28 @@ from torch import Tensor
 
 from .backbones.base import Backbone, Denoiser, guided
 from .backbones.files import FewStepPipeline, Serving, few_step_pipeline, load_lora, load_network, load_vectors
-from .backbones.generate import trajectory
+from .backbones.generate import device_of, trajectory
 from .backbones.load import fingerprint, load_teacher, pipeline_of
+from .backbones.sd import StableDiffusion, around
+from .backbones.student_scheduler import Walking
 from .core import timegrid
-from .core.solvers import State
+from .core.solvers import State, solver_named
 from .export.card import StudentCard, read_card
 from .methods.imitation import Imitation
 from .methods.matching import Matching
-from .methods.method import Method
+from .methods.method import Method, student_of
+from .methods.paths import PathImitation
 from .roles.roles import Roles, RolesConfig, make_roles
 from .roles.step_condition import attach, nearest, unfold
 from .roles.student import Student, with_lora, with_vectors, without_fold
 from .training.loop import Step, TrainConfig
 from .training.loop import distill as train
+from .training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end, union
 from .training.pictures import encode_pictures
 from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
+from .trajp.files import load_head
+from .trajp.head import Head, facts_of, kind_of, make_head, unknown
 
 
 def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
@@ -52,28 +58,69 @@ def distill(
     out: str | Path | None = None,
     checkpoint_every: int = 100,
     pictures: str | Path | None = None,
+    paths: PathsConfig | None = None,
     start: str | Path | None = None,
 ) -> Generator[Step, None, None]:
     """Distil `teacher` and yield after every iteration: stop, log or look at any step.
 
     `pictures` is for methods that start from them (`Imitation`) and for an adversarial term (`Matching(gan=...)`): a folder of captioned
-    ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `start` is a finished student to begin from. With
+    ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `paths` are the teacher's
+    trajectories that `PathImitation` learns from. `start` is a finished student to begin from. With
     `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
     """
-    against = method.counts if method.adversary else ()
-    roles = make_roles(teacher, RolesConfig(share=share, rank=rank), seed, method.conditioned, against)
-    if start is not None:
-        start_from(roles, Path(start))
     config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
     folder = None if out is None else Path(out)
     cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, list(prompts), cache, identity)
-    real = None
+    real, walked = None, None
+    if method.wants_paths:
+        place = None if folder is None else folder / TRAJECTORIES
+        walked = to_end(teacher_paths(teacher, data, paths or PathsConfig(), path_times(method, teacher), method.guidance, place, identity))
     if pictures == "teacher":
         real = teacher_pictures(teacher, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, seed)
     elif pictures is not None:
         real = encode_pictures(teacher, str(pictures), cache, identity)
-    yield from train(roles, method, data, config, folder, real)
+    begin = None if start is None else Path(start)
+    yield from train(
+        roles_for(teacher, method, RolesConfig(share=share, rank=rank), seed, walked, begin), method, data, config, folder, real, walked
+    )
+
+
+def path_times(method: Method, backbone: Backbone) -> Tensor:
+    """All times at which a student of this method wants to know where the teacher is."""
+    return union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
+
+
+def roles_for(
+    teacher: Backbone, method: Method, config: RolesConfig, seed: int = 0, paths: Paths | None = None, start: Path | None = None
+) -> Roles:
+    """The networks that a method needs, its student begun as the finished one in `start`. `paths` tell a new head what data look like.
+
+    Without them it knows nothing of them: for looking at a plan.
+    """
+    head = _head(method, teacher, seed, paths, start)
+    against = method.counts if method.adversary else ()
+    told = method.conditioned if config.rank or not config.share else ()  # a head alone sees the times themselves
+    roles = make_roles(teacher, config, seed, told, against, head, method.fake)
+    if start is not None:
+        start_from(roles, start)
+    return roles
+
+
+def _head(method: Method, teacher: Backbone, seed: int, paths: Paths | None, start: Path | None) -> Head | None:
+    if method.head == "none":
+        return None
+    if start is not None and read_card(start).head:
+        head = load_head(start, teacher.schedule)
+        if method.head not in ("keep", kind_of(head)):
+            raise ValueError(f"method.head: got {method.head}, the student in {start} has {kind_of(head)}; choose that, or none")
+        return head
+    if method.head == "keep":
+        return None
+    grids = [method.times(teacher.schedule, k) for k in method.counts]
+    if paths is None:
+        return make_head(method.head, teacher.schedule, unknown(teacher.shape, grids), seed)
+    return make_head(method.head, teacher.schedule, facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids), seed)
 
 
 def start_from(roles: Roles, folder: Path) -> None:
@@ -82,8 +129,10 @@ def start_from(roles: Roles, folder: Path) -> None:
     Raises ValueError where it does not fit.
     """
     card = read_card(folder)
-    if (card.weights == "lora") != roles.config.share:
-        raise ValueError(f"start: {folder} is a student of weights {card.weights}; set roles.share={str(card.weights == 'lora').lower()}")
+    if (card.weights != "full") != roles.config.share:
+        raise ValueError(f"start: {folder} is a student of weights {card.weights}; set roles.share={str(card.weights != 'full').lower()}")
+    if card.weights == "none":
+        return  # a head alone, which `roles_for` has put in place
     if card.time_layer or roles.counts:
         raise ValueError(
             f"start: {folder} serves steps {list(card.steps)}; only students of one step count can be started from, and for one"
@@ -108,7 +157,10 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None, 
     card = read_card(folder)
     backbone = load_teacher(card.base if base is None else base, device=device) if base is None or isinstance(base, str | Path) else base
     vectors = load_vectors(folder) if card.time_layer else {}
-    if card.weights == "full":
+    head, free = load_head(folder, backbone.schedule) if card.head else None, card.free_first
+    if card.weights == "none":
+        student = Student(backbone, backbone.module, (), "student")
+    elif card.weights == "full":
         student = Student(backbone, load_network(folder, backbone.module), (), "student")
         if vectors:
             unfold(student.network, card.time_layer, vectors[card.steps[0]])
@@ -116,7 +168,8 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None, 
         assert card.rank is not None and card.alpha is not None
         state = load_lora(folder)
         student = with_lora(backbone, without_fold(state, card.time_layer) if vectors else state, card.rank, card.alpha)
-    return LoadedStudent(with_vectors(student, vectors) if vectors else student, card)
+    student = with_vectors(student, vectors) if vectors else student
+    return LoadedStudent(replace(student, head=head, free=free), card)
 
 
 def load(base: Any, student: str | Path) -> FewStepPipeline:
@@ -126,7 +179,8 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     """
     folder = Path(student)
     card = read_card(folder)
-    pipe = few_step_pipeline(pipeline_of(base), folder, Serving(card.steps), card.weights == "full")
+    pipeline = pipeline_of(base)
+    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps), card.weights, _walking(card, around(pipeline, card.base), folder))
     if card.time_layer:
         vectors = load_vectors(folder)
         unfold(pipe.unet, card.time_layer, vectors[card.steps[0]], "fewstep")
@@ -137,6 +191,16 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
 
         pipe.tell = tell
     return pipe
+
+
+def _walking(card: StudentCard, backbone: StableDiffusion, folder: Path) -> Walking | None:
+    """How a student is sampled that no stock scheduler can walk; None for all others."""
+    solver = card.solver[str(card.steps[0])]
+    if not (card.head or card.free_first or solver == "ipndm"):
+        return None
+    grids = {int(k): torch.tensor(times, dtype=torch.float64) for k, times in card.timesteps.items()}
+    head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
+    return Walking(backbone.schedule, backbone.row, solver_named(solver), grids, head, card.free_first)
 
 
 def sample(
@@ -183,13 +247,13 @@ def sample_states(
         count = steps or model.method.counts[0]
         times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
-            denoise = model.roles.denoise("student", cond, told or count)
-            return trajectory(backbone, denoise, seeds, times, solver or model.method.solver)
+            denoise = student_of(model.method, model.roles, cond, told or count)
+            return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
     if isinstance(model, LoadedStudent):
         count = steps or model.card.steps[0]
         times = _student_grid(model.card, backbone, count)
         own = model.card.solver.get(str(count), model.card.solver[str(model.card.steps[0])])
-        return trajectory(backbone, model.student.denoise(cond, told or count), seeds, times, solver or own)
+        return trajectory(backbone, model.student.denoise(cond, told or count), seeds, times, solver or own, model.student.head)
     denoise = guided(backbone, backbone.module, cond, null, guidance)
     return trajectory(backbone, denoise, seeds, _grid(backbone, steps or 50), solver or "ddim")
 
@@ -217,6 +281,8 @@ __all__ = [
     "Imitation",
     "LoadedStudent",
     "Matching",
+    "PathImitation",
+    "PathsConfig",
     "Step",
     "backbone_of",
     "distill",

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .student_scheduler import StudentScheduler, Walking
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
 
@@ -86,22 +88,31 @@ class FewStepPipeline(StableDiffusionPipeline):
         return super().__call__(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
 
 
-def few_step_pipeline(base: DiffusionPipeline, student: Path, serving: Serving, full: bool, adapter: str = "fewstep") -> FewStepPipeline:
-    """`base` with the student in `student/` on it: LoRA at strength 1.0 or whole network, its scheduler, its steps."""
+def few_step_pipeline(
+    base: DiffusionPipeline, student: Path, serving: Serving, weights: str, walking: Walking | None = None, adapter: str = "fewstep"
+) -> FewStepPipeline:
+    """`base` with the student in `student/` on it: LoRA at strength 1.0 or whole network (`weights` lora, full, none), its scheduler, its steps.
+
+    `walking` takes the place of the scheduler in its folder.
+    """
     # Modules of its own around the same weights: the LoRA goes on this pipeline, and whoever holds `base` keeps the teacher.
-    weights: dict[int, Any] = {id(t): t for t in (*base.unet.parameters(), *base.unet.buffers())}
-    pipe = FewStepPipeline(**{**base.components, "unet": copy.deepcopy(base.unet, weights)}, requires_safety_checker=False)
+    shared: dict[int, Any] = {id(t): t for t in (*base.unet.parameters(), *base.unet.buffers())}
+    pipe = FewStepPipeline(**{**base.components, "unet": copy.deepcopy(base.unet, shared)}, requires_safety_checker=False)
     pipe.serving = serving
     pipe.set_progress_bar_config(disable=True)
-    index = (student / "scheduler" / "scheduler_config.json").read_text()
-    scheduler = next(s for s in (DDIMScheduler, LCMScheduler, DPMSolverMultistepScheduler) if f'"{s.__name__}"' in index)
-    pipe.scheduler = scheduler.from_pretrained(student / "scheduler")
-    if full:
+    pipe.scheduler = _scheduler(student) if walking is None else StudentScheduler.walking(base.scheduler.config, walking)
+    if weights == "full":
         pipe.unet = type(pipe.unet).from_pretrained(student / "unet").to(pipe.unet.device, pipe.unet.dtype)
-    else:
+    elif weights == "lora":
         pipe.load_lora_weights(str(student), adapter_name=adapter)
         pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
     return pipe
+
+
+def _scheduler(student: Path) -> SchedulerMixin:
+    index = (student / "scheduler" / "scheduler_config.json").read_text()
+    scheduler = next(s for s in (DDIMScheduler, LCMScheduler, DPMSolverMultistepScheduler) if f'"{s.__name__}"' in index)
+    return scheduler.from_pretrained(student / "scheduler")
 
 
 def load_lora(folder: Path) -> dict[str, Tensor]:

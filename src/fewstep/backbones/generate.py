@@ -30,6 +30,8 @@ def trajectory(
         return list(sample(denoise, backbone.schedule, x, times, rule, correct))
 
 
-def pictures(backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim") -> Tensor:
+def pictures(
+    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correct | None = None
+) -> Tensor:
     """Decoded final states, [len(seeds), 3, H, W] in [0, 1] (or plain points for backbones without a picture)."""
-    return backbone.decode(trajectory(backbone, denoise, seeds, times, solver)[-1].x)
+    return backbone.decode(trajectory(backbone, denoise, seeds, times, solver, correct)[-1].x)

@@ -97,4 +97,9 @@ def load_sd(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -
         part.requires_grad_(False).eval()
         if part.dtype != dtype:
             part.to(dtype=dtype)
+    return around(pipe, name)
+
+
+def around(pipe: StableDiffusionPipeline, name: str) -> StableDiffusion:
+    """The backbone of a pipeline that is there already."""
     return StableDiffusion(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))

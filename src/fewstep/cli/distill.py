@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from .. import __version__
-from ..api import load_teacher, start_from
+from ..api import load_teacher, path_times, roles_for
 from ..atomic import write_json
 from ..backbones.base import Backbone, guided
 from ..backbones.base import rows as rows_of
@@ -24,18 +24,20 @@ from ..core import timegrid
 from ..core.solvers import State
 from ..export.card import StudentCard
 from ..export.final import write_final
-from ..methods.method import Method
+from ..methods.method import Method, student_of
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, StepGrid, Trajectory, save_pictures
 from ..report.run import PICTURES, render_run
-from ..roles.roles import Roles, make_roles
+from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
 from ..training.loop import Step, default_device, distill
 from ..training.monitor import drift, look
+from ..training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
+from ..trajp.head import kind_of
 from .evaluate import check_protocols, evaluate_student, measure_step
 from .progress import console, meter
 from .recipe import DistillRecipe, read_recipe
@@ -60,8 +62,9 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     identity = fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, prompts, run / "embeddings", identity)
     real = real_data(recipe, teacher, data, run / "embeddings", identity)
+    paths = trajectories(recipe, teacher, data, run, identity)
     preview = Preview(recipe, teacher, run)
-    roles = roles_of(recipe, teacher)
+    roles = roles_of(recipe, teacher, paths)
     print_roles(roles)
     found = latest_checkpoint(run)
     start = 0 if found is None else int(found[1]["step"])
@@ -73,7 +76,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
         measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
     stopped = False
     with stop_request() as request, meter(recipe.name, recipe.train.iterations, start) as bar:
-        for step in distill(roles, recipe.method, data, recipe.train, run, real):
+        for step in distill(roles, recipe.method, data, recipe.train, run, real, paths):
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
             due = step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations
@@ -94,23 +97,32 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
 def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cache: Path, identity: str) -> RealData | None:
     """The pictures that the recipe's method starts from, if it does."""
     data = recipe.data
-    if data is None:
+    if data is None or data.source == "trajectories":
         return None
     if data.source == "teacher":
         return teacher_pictures(teacher, prompts, data.count, data.steps, recipe.method.guidance, cache, recipe.train.seed)
     return encode_pictures(teacher, data.source, cache, identity)
 
 
-def roles_of(recipe: DistillRecipe, teacher: Backbone) -> Roles:
+def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, run: Path, identity: str) -> Paths | None:
+    """The teacher's, if the recipe asks for them; walked with a progress bar, what is there already left out."""
+    data = recipe.data
+    if data is None or data.source != "trajectories":
+        return None
+    config = PathsConfig(data.count, data.steps, data.solver, recipe.train.seed)
+    folder = run / TRAJECTORIES if data.folder is None else Path(data.folder)
+    times = path_times(recipe.method, teacher)
+    with meter("trajectories", config.count) as bar:
+        walking = teacher_paths(teacher, prompts, config, times, recipe.method.guidance, folder, identity)
+        return to_end(walking, lambda done: bar.advance(done, {}))
+
+
+def roles_of(recipe: DistillRecipe, teacher: Backbone, paths: Paths | None) -> Roles:
     """The networks that the recipe's method needs, where it says so begun as a finished student."""
-    method = recipe.method
-    roles = make_roles(teacher, recipe.roles, recipe.train.seed, method.conditioned, method.counts if method.adversary else ())
-    if recipe.start is not None:
-        folder = student_folder(recipe.start)
-        if folder is None:
-            raise ValueError(f"start: {recipe.start} is no student folder; pass a run or its final/ folder")
-        start_from(roles, folder)
-    return roles
+    folder = None
+    if recipe.start is not None and (folder := student_folder(recipe.start)) is None:
+        raise ValueError(f"start: {recipe.start} is no student folder; pass a run or its final/ folder")
+    return roles_for(teacher, recipe.method, recipe.roles, recipe.train.seed, paths, folder)
 
 
 def training_prompts(recipe: DistillRecipe) -> list[str]:
@@ -148,7 +160,7 @@ class Preview:
 
     def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:
         times = method.times(self.teacher.schedule, steps)
-        return trajectory(self.teacher, roles.denoise("student", self.cond, steps), self.seeds, times, method.solver)
+        return trajectory(self.teacher, student_of(method, roles, self.cond, steps), self.seeds, times, method.solver, roles.head)
 
     def compare(self, roles: Roles, method: Method) -> Pictures:
         """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories."""
@@ -172,7 +184,7 @@ class Preview:
 
         def draw(told: int, taken: int) -> Tensor:
             times = method.times(self.teacher.schedule, taken)
-            return pictures(self.teacher, roles.denoise("student", cond, told), self.seeds[:shown], times, method.solver)
+            return pictures(self.teacher, student_of(method, roles, cond, told), self.seeds[:shown], times, method.solver, roles.head)
 
         images = torch.stack([torch.stack([draw(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)
@@ -220,11 +232,12 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, b
     method, schedule = recipe.method, roles.backbone.schedule
     counts, default = method.counts, method.counts[0]
     grids = {k: method.times(schedule, k) for k in counts}
-    rank = recipe.roles.rank if recipe.roles.share else None
+    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
+    rank = recipe.roles.rank if weights == "lora" else None
     card = StudentCard(
         name=f"{Path(recipe.teacher).name}-{method.name}-{'-'.join(map(str, sorted(counts)))}step", method=method.name, base=recipe.teacher, base_hash=base_hash,
         steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
-        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights="lora" if recipe.roles.share else "full",
+        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
         rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
         data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
@@ -239,7 +252,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, b
 
 def _trained_from(recipe: DistillRecipe) -> str:
     """What a model card says about the data."""
-    if not recipe.method.wants_pictures or recipe.data is None:
+    if recipe.data is None or recipe.data.source == "trajectories":
         return "prompts alone"
     return "prompts and pictures that the teacher drew" if recipe.data.source == "teacher" else "captioned pictures"
 
@@ -251,10 +264,10 @@ def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) 
         told, settings = roles.told(count, times), roles.adapter_settings()
         if told:
             settings["target_modules"] = sorted({*settings["target_modules"], card.time_layer})
-        write_final(folder, roles.backbone, card, network, roles.student_state() | told, settings, vectors)
+        write_final(folder, roles.backbone, card, network, roles.student_state() | told, settings, vectors, roles.head)
         return
     with folded_bias(network, card.time_layer, vectors[count]) if vectors else nullcontext():
-        write_final(folder, roles.backbone, card, network, None, {}, vectors)
+        write_final(folder, roles.backbone, card, network, None, {}, vectors, roles.head)
 
 
 def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float) -> None:
@@ -275,7 +288,7 @@ def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds
 
 def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> None:
     """What `--dry-run` prints."""
-    roles = roles_of(recipe, teacher)
+    roles = roles_of(recipe, teacher, None)
     console.print(yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False), markup=False)
     print_roles(roles)
     rng = torch.Generator().manual_seed(recipe.train.seed)

@@ -46,12 +46,15 @@ def write_single(loaded: LoadedStudent, count: int, out: Path) -> None:
     single = replace(
         card, name=name, steps=(count,), timesteps={str(count): times}, solver={str(count): card.solver[str(count)]}, time_layer=""
     )
+    if card.weights == "none":
+        write_final(out, student.backbone, single, student.network, {}, {}, head=student.head)
+        return
     if card.weights == "lora":
         state, settings = plain_lora(student, count, torch.tensor(times[:-1], dtype=torch.float64))
-        write_final(out, student.backbone, single, student.network, state, settings)
+        write_final(out, student.backbone, single, student.network, state, settings, head=student.head)
         return
     with folded_bias(student.network, card.time_layer, student.vectors[count]) if student.vectors else nullcontext():
-        write_final(out, student.backbone, single, student.network, None, {})
+        write_final(out, student.backbone, single, student.network, None, {}, head=student.head)
 
 
 def check(loaded: LoadedStudent, count: int, out: Path, pictures: int = 2) -> float:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
+from ..methods.paths import PathImitation
 from ..methods.presets import preset
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
@@ -45,7 +46,11 @@ class PreviewConfig(Strict):
     measure: str | None = None
 
 
-METHODS: dict[str, type[Matching] | type[Imitation]] = {"matching": Matching, "imitation": Imitation}
+METHODS: dict[str, type[Matching] | type[Imitation] | type[PathImitation]] = {
+    "matching": Matching,
+    "imitation": Imitation,
+    "paths": PathImitation,
+}
 
 
 def _with_preset(value: Any) -> Any:
@@ -55,11 +60,11 @@ def _with_preset(value: Any) -> Any:
 
 def _kind_of_method(value: Any) -> str:
     name = value.get("name", "tdm") if isinstance(value, dict) else value.name
-    return "imitation" if isinstance(preset(name), Imitation) else "matching"
+    return next(kind for kind, method in METHODS.items() if isinstance(preset(name), method))
 
 
 AnyMethod = Annotated[
-    Annotated[Matching, Tag("matching")] | Annotated[Imitation, Tag("imitation")],
+    Annotated[Matching, Tag("matching")] | Annotated[Imitation, Tag("imitation")] | Annotated[PathImitation, Tag("paths")],
     Discriminator(_kind_of_method),
     BeforeValidator(_with_preset),
 ]
@@ -68,12 +73,15 @@ AnyMethod = Annotated[
 class DataConfig(Strict):
     """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards.
 
-    For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps.
+    For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps; or `trajectories`:
+    as many of its whole ways, walked by `solver`, kept in `folder` (default: the run's own).
     """
 
     source: str
     count: int = Field(default=TEACHER_PICTURES, ge=1)
     steps: int = Field(default=TEACHER_STEPS, ge=1)
+    solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
+    folder: str | None = None
 
 
 class FinetuneRecipe(Strict):

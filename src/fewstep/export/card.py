@@ -20,7 +20,7 @@ class StudentCard:
     timesteps: dict[str, list[float]]
     solver: dict[str, str]
     prediction: str
-    weights: str  # lora | full
+    weights: str  # lora | full | none, with a head alone
     rank: int | None
     alpha: float | None
     teacher_guidance: float
@@ -30,6 +30,8 @@ class StudentCard:
     hardware: str
     version: str
     guidance: str = "baked"
+    head: str = ""  # the kind of head that corrects its direction; empty for none
+    free_first: bool = False  # whether its first direction is taken without the network
     data: str = "prompts alone"  # what the student was trained from
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
     format: int = FORMAT

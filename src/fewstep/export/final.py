@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.files import LORA_FILE, save_lora, save_network, save_vectors, student_scheduler
+from ..trajp.files import save_head
 from .card import FILE, StudentCard
 from .model_card import model_card
 
@@ -25,12 +26,14 @@ def write_final(
     lora: Mapping[str, Tensor] | None,
     metadata: Mapping[str, Any],
     vectors: Mapping[int, Tensor] = MappingProxyType({}),
+    head: nn.Module | None = None,
 ) -> Path:
     """Write the student to `folder`, replacing an older one only when everything is there.
 
     `lora` is the adapter in PEFT's file format, or None for a full student, whose `network` is saved whole. The LoRA is
     written twice: under diffusers' standard name and under a name of its own, for programs that only know files. Either is right by
-    itself for the card's first step count; `vectors` are what tells a student of several the others.
+    itself for the card's first step count; `vectors` are what tells a student of several the others,
+    `head` is what corrects its direction.
     """
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -38,9 +41,11 @@ def write_final(
     try:
         if lora is None:
             save_network(beside / "unet", network)
-        else:
+        elif lora:
             save_lora(beside, lora, metadata)
             os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
+        if head is not None:
+            save_head(beside, head)
         if vectors:
             save_vectors(beside, vectors)
         scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])])

@@ -9,16 +9,14 @@ def model_card(card: StudentCard, folder: str, scheduler: str) -> str:
     steps = card.steps[0]
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     served = " or ".join(map(str, card.steps))
-    load = (
-        f'pipe.load_lora_weights("{folder}")'
-        if card.weights == "lora"
-        else f'pipe.unet = type(pipe.unet).from_pretrained("{folder}", subfolder="unet")'
-    )
-    kind = (
-        f"LoRA of rank {card.rank}, alpha {card.alpha:g}; load it at strength 1.0"
-        if card.weights == "lora"
-        else "all weights of the network"
-    )
+    load = {
+        "lora": f'pipe.load_lora_weights("{folder}")',
+        "full": f'pipe.unet = type(pipe.unet).from_pretrained("{folder}", subfolder="unet")',
+    }.get(card.weights, "")
+    kind = {
+        "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
+        "full": "all weights of the network",
+    }.get(card.weights, "those of the base, as they are")
     ships = card.base in bundled()
     imports = f"import torch\nfrom diffusers import {scheduler}" + ("\n\nimport fewstep" if ships else ", StableDiffusionPipeline")
     base = (
@@ -32,6 +30,26 @@ def model_card(card: StudentCard, folder: str, scheduler: str) -> str:
         else f"""
 The files alone are the student of {steps} steps. fewstep tells it the others: `fewstep.load("{card.base}", "{folder}")("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
+    )
+    # A head corrects every step, and no stock scheduler takes iPNDM's or free first steps: these students need fewstep at hand.
+    stock = not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
+    snippet = f"""{imports}
+
+pipe = {base}
+{load}
+pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images[0]"""
+    own = f"""import torch
+
+import fewstep
+
+pipe = fewstep.load("{card.base}", "{folder}")
+image = pipe("a prompt", generator=torch.Generator().manual_seed(0)).images[0]"""
+    head = f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step |" if card.head else ""
+    beyond = (
+        f'With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.'
+        if stock
+        else "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     )
     return f"""---
 license: {card.licence}
@@ -50,20 +68,15 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 | timesteps | {times} |
 | solver | {card.solver[str(steps)]} |
 | guidance | {card.guidance}: call it with `guidance_scale=1.0`; a negative prompt has no effect (the teacher was guided at {card.teacher_guidance:g}) |
-| weights | {kind} |
+| weights | {kind} |{head}
 | base weights | SHA-256 {card.base_hash}... |
 | cost | {card.iterations} iterations, {card.train_seconds / 60:.1f} minutes on {card.hardware} |
 
 ```python
-{imports}
-
-pipe = {base}
-{load}
-pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images[0]
+{snippet if stock else own}
 ```
 
-With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.{others}
+{beyond}{others}
 
 The licence of the base model applies to this student.
 """

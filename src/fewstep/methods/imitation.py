@@ -56,6 +56,14 @@ class Imitation:
         return (self.steps,)
 
     @property
+    def head(self) -> str:
+        return "none"
+
+    @property
+    def free_first(self) -> bool:
+        return False
+
+    @property
     def conditioned(self) -> tuple[int, ...]:
         return ()
 

@@ -33,6 +33,7 @@ CHOICES = {
     "tau": ("segment", "above", "whole"),
     "fake_draw": ("landing", "clean"),
     "fake_target": ("clean", "transition"),
+    "head": ("keep", "none"),
 }
 
 
@@ -46,7 +47,8 @@ class Matching:
     keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
     (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
     own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`. `gan` is the weight of the adversarial
-    term (eq. 16), 0 for none: it needs real data; `gan_r1` is that of its gradient penalty.
+    term (eq. 16), 0 for none: it needs real data; `gan_r1` is that of its gradient penalty. `head`: whether one that came with the student
+    it starts from stays, and is trained on.
     """
 
     steps: int | tuple[int, ...] = 4
@@ -71,6 +73,7 @@ class Matching:
     share_draw: bool = True
     solver: str = "ddim"
     shift: float = 1.0
+    head: Literal["keep", "none"] = "keep"
     name: str = "tdm"
 
     def __post_init__(self) -> None:
@@ -94,6 +97,11 @@ class Matching:
     def counts(self) -> tuple[int, ...]:
         """The step counts that the student serves, the default first."""
         return require_counts(self.steps)
+
+    @property
+    def free_first(self) -> bool:
+        """Never."""
+        return False
 
     @property
     def conditioned(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backbones.base import Cond
 from ..core.schedule import Schedule
+from ..core.solvers import Denoise, free_first
 from ..roles.roles import Role, Roles
 
 
@@ -62,6 +63,16 @@ class Method(Protocol):
     @property
     def solver(self) -> str: ...
     @property
+    def head(self) -> str:
+        """The kind of head that corrects the student's direction, `keep` for one that it begins with, or `none`."""
+        ...
+
+    @property
+    def free_first(self) -> bool:
+        """Whether the first direction is taken without the network."""
+        ...
+
+    @property
     def warmup(self) -> int:
         """Iterations before the student's first update."""
         ...
@@ -103,3 +114,9 @@ class Method(Protocol):
     def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
         """The updates of one iteration in order; the caller takes each step before asking for the next."""
         ...
+
+
+def student_of(method: Method, roles: Roles, cond: Cond, told: int | None = None) -> Denoise:
+    """The student as its method samples it, told a step count (default: its first)."""
+    denoise = roles.denoise("student", cond, told)
+    return free_first(denoise, roles.backbone.schedule) if method.free_first else denoise

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..core import timegrid
 from ..core.prediction import Split
 from ..core.schedule import Schedule
-from ..core.solvers import Past, Visit, free_first, solver_named, step
+from ..core.solvers import Past, Visit, solver_named, step
 from ..objectives.regression import metric_named
 from ..roles.roles import Roles
 from ..trajp.head import KINDS
-from .method import Loss, Turn, draw_count
+from .method import Loss, Turn, draw_count, student_of
 from .settings import require_choice, require_counts, require_guidance, require_positive
 
 
@@ -85,8 +85,7 @@ class PathImitation:
         schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(self.solver), turn.walk
         count = draw_count(self.counts, turn.rng)
         times = self.times(schedule, count)
-        denoise = roles.denoise("student", cond, count)
-        student = free_first(denoise, schedule) if self.free_first else denoise
+        student = student_of(self, roles, cond, count)
         x = states[:, 0]
         past = Past(x / schedule.start_std)
         for t, t_next in pairwise(s.to(x.device).expand(len(x)) for s in times):

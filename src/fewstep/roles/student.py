@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backbones.base import Backbone, Cond, denoiser
 from ..core.prediction import Split
-from ..core.solvers import Denoise
+from ..core.solvers import Denoise, free_first
 from . import adapters, step_condition
 from .step_condition import StepCondition
 
@@ -27,12 +27,14 @@ class Student:
     adapter: str
     vectors: Mapping[int, Tensor] = field(default_factory=dict)
     condition: StepCondition | None = None
+    head: nn.Module | None = None  # a `core.solvers.Correct`
+    free: bool = False  # the first direction is taken without the network
 
     def denoise(self, cond: Cond, steps: int | None = None) -> Denoise:
         """The student without guidance, which is baked in, told that it takes `steps` steps (default: its first count)."""
         inner = denoiser(self.backbone, self.network, cond)
 
-        def denoise(x: Tensor, t: Tensor) -> Split:
+        def network(x: Tensor, t: Tensor) -> Split:
             adapters.switch(self.layers, self.adapter)
             if self.condition is not None:
                 self.condition.active = step_condition.nearest(self.vectors, steps or next(iter(self.vectors)))
@@ -43,7 +45,7 @@ class Student:
                 if self.condition is not None:
                     self.condition.active = None
 
-        return denoise
+        return free_first(network, self.backbone.schedule) if self.free else network
 
 
 def with_vectors(student: Student, vectors: Mapping[int, Tensor]) -> Student:

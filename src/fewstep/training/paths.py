@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from ..methods.method import Walk
 from .prompts import Embeddings
 
 RECORD = "trajectories.json"
+TRAJECTORIES = "trajectories"  # the folder of a run that holds them
 CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the curve and its plots
 
 
@@ -125,6 +126,15 @@ def teacher_paths(
         yield part.stop
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:24]
     return Paths(torch.cat(shards), times, own, whole, grid, key)
+
+
+def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = lambda done: None) -> Paths:
+    """What `teacher_paths` returns; `seen` is told how many there are."""
+    while True:
+        try:
+            seen(next(walking))
+        except StopIteration as end:
+            return end.value
 
 
 def _walked(

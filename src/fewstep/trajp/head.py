@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.prediction import Split
 from ..core.schedule import Schedule, expand
 from ..core.solvers import Past
-from .curve import Curve, coordinates, fit_curve
+from .curve import TERMS, Curve, coordinates, fit_curve
 
 SMALL = 1e-4  # lengths below this share of the data's spread count as nothing
 
@@ -37,6 +37,12 @@ def facts_of(schedule: Schedule, whole: Tensor, grid: Tensor, clean: Tensor, gri
     centre = clean.double().mean(0)
     spread = (clean.double() - centre).square().mean().sqrt()
     return Facts(fit_curve(1 - schedule.fraction(grid), c), centre.float(), float(spread), tuple(g.double() for g in grids))
+
+
+def unknown(shape: Sequence[int], grids: Sequence[Tensor]) -> Facts:
+    """The facts of data of this shape that nobody has seen yet."""
+    flat = Curve(torch.ones(3, TERMS, dtype=torch.float64), torch.ones(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    return Facts(flat, torch.zeros(*shape), 1.0, tuple(grids))
 
 
 class Tokens(NamedTuple):
@@ -73,7 +79,8 @@ class Head(nn.Module):
         seen = [v.t > t for v in past.visits]
         earlier = [expand(s, way.x0) * (way.x0 - v.way.x0) for s, v in zip(seen, past.visits, strict=True)]
         raw = torch.stack([way.x0 - self.centre.to(way.x0), past.noise.to(way.x0), *earlier], 1)
-        lengths = raw.flatten(2).float().square().mean(2).sqrt() / self.facts.spread
+        # Constants to the gradient: that of the length of nothing is not a number.
+        lengths = raw.detach().flatten(2).float().square().mean(2).sqrt() / self.facts.spread
         values = raw / (lengths + SMALL).to(raw).reshape(lengths.shape + (1,) * (raw.ndim - 2))
         always = torch.ones_like(t, dtype=torch.bool)
         times = [t, t, *(torch.where(s, v.t, t) for s, v in zip(seen, past.visits, strict=True))]

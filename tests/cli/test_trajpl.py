@@ -1,0 +1,110 @@
+"""TrajP-L from the command line: trajectories, training, and a student with a head in its user's hands."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import fewstep
+from tests.cli.test_distill import RECIPE, error_of, recipe, teacher
+from tests.cli.test_distill import fewstep as command
+from tests.cli.test_student import as_tensor
+
+__all__ = ["recipe", "teacher"]  # fixtures
+
+
+@pytest.fixture
+def trajpl(recipe: Path) -> Path:
+    """A recipe file of a five-iteration run of TrajP-L; 40 trajectories of the random teacher."""
+    value = yaml.safe_load(recipe.read_text())
+    value["method"] = {"name": "trajp-l", "steps": [4, 2], "guidance": 2.0}
+    value["data"] = {"source": "trajectories", "count": 40, "steps": 8}
+    value["train"]["lr"] = 0.02
+    recipe.write_text(yaml.safe_dump(value))
+    assert RECIPE["method"] != value["method"]
+    return recipe
+
+
+@pytest.mark.parametrize("how", [{}, {"rank": 0}, {"share": False}])
+def test_a_student_with_a_head_is_the_same_everywhere(
+    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path
+) -> None:
+    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture."""
+    options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
+    if how.get("rank") == 0:
+        options += ["--set", "method.free_first=true", "--set", "method.solver=ipndm"]
+    assert command(monkeypatch, "distill", trajpl, *options) == 0
+    final = Path("runs/tiny/final")
+    card = json.loads((final / "fewstep.json").read_text())
+    assert card["head"] == "span"
+    assert card["weights"] == {"rank": "none", "share": "full"}.get(next(iter(how), ""), "lora")
+    student = fewstep.load_student(final)
+    wanted = {k: fewstep.sample(student, ["red cat", "blue dog"], [3, 4], steps=k) for k in (4, 2)}
+    base = fewstep.sample(student.student.backbone, ["red cat", "blue dog"], [3, 4], steps=4)
+    assert (wanted[4] - base).abs().max() > 0.02
+    pipe = fewstep.load(teacher, final)
+    for k, pictures in wanted.items():
+        seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
+        shown = pipe(["red cat", "blue dog"], num_inference_steps=k, generator=seeds, output_type="pt").images
+        assert (shown - pictures).abs().max() <= 1e-4
+    with (
+        pytest.raises(ValueError, match="num_inference_steps: got 3, this student serves 4, 2"),
+        pytest.warns(match="num_inference_steps: got 3"),
+    ):
+        pipe("red cat", num_inference_steps=3)
+    assert command(monkeypatch, "export", final, "two", "--steps", "2") == 0
+    assert (fewstep.sample(fewstep.load_student("two"), ["red cat", "blue dog"], [3, 4]) - wanted[2]).abs().max() <= 1e-4
+    snippet = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    monkeypatch.chdir(final.parent)
+    names: dict[str, Image.Image] = {}
+    exec(snippet[1].replace("a prompt", "red cat").replace("manual_seed(0)", "manual_seed(3)"), names)
+    assert (as_tensor([names["image"]]) - wanted[4][:1]).abs().max() <= 0.5 / 255 + 1e-4
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, "distill", trajpl) == 0
+    assert command(monkeypatch, "distill", trajpl, "--out", "runs/parts", "--set", "train.iterations=2") == 0
+    walked = {p: p.stat().st_mtime_ns for p in Path("runs/parts/trajectories").glob("*.safetensors")}
+    assert walked
+    assert command(monkeypatch, "distill", trajpl, "--out", "runs/parts") == 0
+    assert all(p.stat().st_mtime_ns == at for p, at in walked.items())
+    for name in ("pytorch_lora_weights.safetensors", "trajp.safetensors"):
+        assert (Path("runs/tiny/final") / name).read_bytes() == (Path("runs/parts/final") / name).read_bytes()
+
+
+def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distribution matching begins as the student of trajectories, its head kept and trained on, or left out."""
+    assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--out", "runs/first") == 0
+    value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"], "start": "runs/first"}
+    del value["data"]
+    Path("match.yaml").write_text(yaml.safe_dump(value))
+    still = ("--set", "train.lr=1e-12")
+    first = fewstep.sample(fewstep.load_student("runs/first/final"), ["red cat"], [0])
+    assert command(monkeypatch, "distill", "match.yaml", *still, "--out", "runs/kept") == 0
+    assert (fewstep.sample(fewstep.load_student("runs/kept/final"), ["red cat"], [0]) - first).abs().max() <= 1e-4
+    assert command(monkeypatch, "distill", "match.yaml", *still, "--set", "method.head=none", "--out", "runs/dropped") == 0
+    assert not (Path("runs/dropped/final") / "trajp.safetensors").exists()
+    assert (fewstep.sample(fewstep.load_student("runs/dropped/final"), ["red cat"], [0]) - first).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    (("--set", "data.source=teacher", "--set", "data.count=2"), "data.source: method trajp-l needs trajectories of the teacher; set it to trajectories"),
+    (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared, film"),
+    (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
+    (("--set", "data.solver=rk4"), "data.solver"),
+])  # fmt: skip
+def test_mistakes_are_one_line(
+    trajpl: Path, options: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "distill", trajpl, *options) == 2
+    assert expected in error_of(capsys)
+
+
+def test_a_dry_run_walks_nothing(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, "distill", trajpl, "--dry-run") == 0
+    assert not Path("runs").exists()

@@ -1,0 +1,167 @@
+"""Imitating trajectories: whose steps, whose states, who is trained; and that it learns what the closed form says."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fewstep.api import roles_for
+from fewstep.core import timegrid
+from fewstep.core.solvers import SOLVERS, Past, sample, step
+from fewstep.methods.matching import Matching, draw
+from fewstep.methods.method import Turn
+from fewstep.methods.paths import PathImitation
+from fewstep.methods.presets import preset
+from fewstep.objectives.regression import METRICS
+from fewstep.roles.roles import HEAD, Roles, RolesConfig, make_roles
+from fewstep.training.paths import Paths, PathsConfig, teacher_paths, to_end, union
+from fewstep.training.prompts import embed
+from fewstep.trajp.head import KINDS
+
+from .. import tiny
+from .common import BATCH, conditions, seed
+
+
+def walked(method: PathImitation) -> Paths:
+    backbone = tiny.denoiser()
+    times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
+    return to_end(teacher_paths(backbone, embed(backbone, tiny.WORDS, None, ""), PathsConfig(6, 12), times, method.guidance, None, ""))
+
+
+def student(method: PathImitation, paths: Paths, config: RolesConfig, move: float = 0.1) -> Roles:
+    roles = roles_for(tiny.denoiser(), method, config, paths=paths)
+    with torch.no_grad():
+        for p in roles.trained["student"].values():
+            p.add_(move * torch.randn(p.shape, generator=seed(p.numel())))
+    return roles
+
+
+def turn(paths: Paths) -> Turn:
+    walk = paths.draw(BATCH, seed(4), torch.device("cpu"))
+    return Turn(0, 9, BATCH, *conditions(tiny.denoiser()), None, seed(), walk)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp", "ipndm"])
+@pytest.mark.parametrize("head", ["none", *KINDS])
+def test_every_step_starts_where_the_student_is_and_meets_the_teachers_state(head: str, solver: str) -> None:
+    """Nothing is stepped here, so the student's positions are its sampler's own, and each loss is their distance to the teacher's."""
+    method = PathImitation(steps=3, head=head, solver=solver)
+    paths = walked(method)
+    roles = student(method, paths, RolesConfig(rank=2))
+    here = turn(paths)
+    assert here.walk is not None
+    found = list(method.losses(roles, here))
+    assert [loss.role for loss in found] == ["student"] * 3
+    with torch.no_grad():
+        denoise = roles.denoise("student", here.walk.cond, 3)
+        states = list(sample(denoise, tiny.TABLE, here.walk.states[:, 0], method.times(tiny.TABLE), SOLVERS[solver], roles.head))
+    for n, (loss, state) in enumerate(zip(found, states[1:], strict=True), 1):
+        torch.testing.assert_close(loss.value, METRICS["l1"](state.x, here.walk.states[:, n]).mean())
+
+
+def test_the_gradient_of_a_step_is_its_own() -> None:
+    """No backpropagation through earlier steps: the last loss has the gradient of a single step from where they led."""
+    method = PathImitation(steps=3, loss="l2")
+    paths = walked(method)
+    roles = student(method, paths, RolesConfig(rank=2))
+    here = turn(paths)
+    assert here.walk is not None
+    *_, last = method.losses(roles, here)
+    parameters = list(roles.trained["student"].values())
+    got = torch.autograd.grad(last.value, parameters)
+    times, x = method.times(tiny.TABLE), here.walk.states[:, 0]
+    past = Past(x)
+    for n, (t, t_next) in enumerate(pairwise(s.expand(len(x)) for s in times)):
+        with torch.set_grad_enabled(n == 2):
+            x, visit = step(SOLVERS["ddim"], tiny.TABLE, roles.denoise("student", here.walk.cond, 3)(x, t), t, t_next, past, roles.head)
+        past = Past(past.noise, (visit, *past.visits))
+    expected = torch.autograd.grad((x - here.walk.states[:, -1]).square().mean(), parameters)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
+    method = PathImitation(steps=(4, 2, 3))
+    paths = walked(method)
+    assert len(paths.times) == 7
+    roles = student(method, paths, RolesConfig(rank=2), move=0.0)
+    seen = set()
+    for i in range(12):
+        here = turn(paths)._replace(rng=seed(i))
+        assert here.walk is not None
+        found = list(method.losses(roles, here))
+        denoise = roles.denoise("student", here.walk.cond, len(found))
+        times = timegrid.uniform(tiny.TABLE, len(found))
+        *_, last = sample(denoise, tiny.TABLE, here.walk.states[:, 0], times)
+        torch.testing.assert_close(found[-1].value, METRICS["l1"](last.x, here.walk.states[:, -1]).mean())
+        seen.add(len(found))
+    assert seen == {4, 2, 3}
+
+
+@pytest.mark.parametrize(("name", "config", "parts"), [
+    ("trajp-l", RolesConfig(rank=2), {"lora", "head"}),
+    ("pas", RolesConfig(rank=0), {"head"}),
+    ("sfd", RolesConfig(share=False), {"network"}),
+    ("sfd", RolesConfig(rank=2), {"lora"}),
+])  # fmt: skip
+def test_rivals_are_settings(name: str, config: RolesConfig, parts: set[str]) -> None:
+    method = preset(name, steps=2)
+    assert isinstance(method, PathImitation)
+    paths = walked(method)
+    roles = student(method, paths, config)
+    names = set(roles.trained["student"])
+    assert {"head" if n.startswith(HEAD) else "lora" if "lora" in n else "network" for n in names} == parts
+    assert set(roles.trained) == {"student"}  # no fake score is carried along
+    for loss in method.losses(roles, turn(paths)):
+        grads = torch.autograd.grad(loss.value, list(roles.trained["student"].values()), allow_unused=True)
+        assert any(g is not None and bool(g.any()) for g in grads)
+
+
+def test_a_free_first_step_without_a_head_has_nothing_to_learn() -> None:
+    method = PathImitation(steps=3, head="none", free_first=True)
+    paths = walked(method)
+    calls: list[int] = []
+    roles = student(method, paths, RolesConfig(rank=2))
+    roles.backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert len(list(method.losses(roles, turn(paths)))) == 2
+    assert len(calls) == 2
+
+
+def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
+    method = PathImitation(steps=2)
+    paths = walked(method)
+    roles = student(method, paths, RolesConfig(rank=0))
+    assert not any(p.requires_grad for p in roles.backbone.module.parameters())
+    assert all(n.startswith(HEAD) for n in roles.trained["student"])
+    with pytest.raises(ValueError, match=r"roles.rank: got 0, which trains a head alone"):
+        make_roles(tiny.denoiser(), RolesConfig(rank=0))
+
+
+def test_a_head_goes_along_into_distribution_matching() -> None:
+    """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient."""
+    paths = walked(PathImitation(steps=4))
+    roles = student(PathImitation(steps=4), paths, RolesConfig(rank=2))
+    cond, _ = conditions(roles.backbone)
+    d = draw(Matching(steps=4), roles, cond, BATCH, seed(), with_gradient=True)
+    rng = seed()
+    noise = torch.randn((BATCH, *roles.backbone.shape), generator=rng)
+    with torch.no_grad():
+        states = list(
+            sample(roles.denoise("student", cond), tiny.TABLE, noise, timegrid.uniform(tiny.TABLE, 4), SOLVERS["ddim"], roles.head)
+        )
+    for i, k in enumerate(d.segment.tolist()):
+        torch.testing.assert_close(d.x_m[i], states[k + 1].x[i], atol=1e-5, rtol=1e-5)
+    assert roles.head is not None
+    grads = torch.autograd.grad(d.x_m.square().sum(), list(roles.head.parameters()), allow_unused=True)
+    assert any(g is not None and bool(g.any()) for g in grads)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"head": "mlp"}, "method.head: got 'mlp', allowed are none, span, shared, film"),
+    ({"solver": "renoise"}, "method.solver: got 'renoise', allowed are ddim, dpmpp, ipndm"),
+    ({"steps": 0}, "method.steps: got 0"),
+    ({"loss": "l3"}, "method.loss: got 'l3', allowed are l1, l2, huber"),
+])  # fmt: skip
+def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        PathImitation(**settings)
