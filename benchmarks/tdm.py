@@ -124,7 +124,7 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
     if recipe.data is not None:
         own = a.pictures if variant.key == "gan" and a.pictures else None
         real = encode_pictures(teacher, own, folder / "embeddings", identity) if own else teacher_pictures(teacher, prompts, recipe.data.count, recipe.data.steps, method.guidance, folder / "embeddings", seed)  # fmt: skip
-    roles = roles_of(recipe, teacher)
+    roles = roles_of(recipe, teacher, None)
     if variant.start:
         start_from(roles, folder / f"{variant.start}-{seed}" / "final")
     curve: list[dict[str, float]] = json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []

@@ -172,10 +172,11 @@ def make_roles(
         trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
         layers: tuple[LoraLayer, ...] = ()
     else:
-        # Where the step count enters, it takes the adapter's place, so that at export it can become one.
-        names = adapters.targets(base, config.targets, (*config.skip, *([backbone.time_layer] if counts else [])))
-        for i, role in enumerate(made if config.rank else ()):
-            adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
+        if config.rank:
+            # Where the step count enters, it takes the adapter's place, so that at export it can become one.
+            names = adapters.targets(base, config.targets, (*config.skip, *([backbone.time_layer] if counts else [])))
+            for i, role in enumerate(made):
+                adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
         networks = {"teacher": base, **dict.fromkeys(made, base)}
         layers = tuple(adapters.adapter_layers(base))
         trained = {r: adapters.adapter_parameters(base, r) if config.rank else {} for r in made}
