@@ -1,6 +1,5 @@
 """The bundled teachers' own training, on data of a few pictures: data, checksum, stages, resuming, the folder that results."""
 
-import gzip
 import hashlib
 import io
 import json
@@ -14,9 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep
-from fewstep.training.fit import FitConfig
 from fewstep.zoo import emoji_data
-from fewstep.zoo.pixel_teacher import CLASSES, PixelTeacherConfig, load_idx, train_pixel_teacher
 from fewstep.zoo.teacher import TeacherConfig, train_teacher
 
 
@@ -150,32 +147,3 @@ def test_the_emoji_teacher_trains_resumes_and_is_a_pipeline(archive: Path, tmp_p
     held = {e.caption for e in emoji_data.load(archive, 0.3)[0] if e.held_out}
     assert held
     assert not held & set(prompts)
-
-
-def write_idx(path: Path, data: torch.Tensor) -> None:
-    head = bytes([0, 0, 8, data.ndim]) + b"".join(n.to_bytes(4, "big") for n in data.shape)
-    path.write_bytes(gzip.compress(head + data.to(torch.uint8).numpy().tobytes()))
-
-
-def test_the_pixel_teacher_trains_by_class(tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (40, 28, 28))
-    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
-    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", torch.arange(40) % 10)
-    assert torch.equal(load_idx(tmp_path / "train-images-idx3-ubyte.gz").long(), images)
-    settings = PixelTeacherConfig(
-        kind="pixel-teacher",
-        seed=0,
-        folder=str(tmp_path),
-        channels=[8, 8],
-        attention=[False, False],
-        drop_label=0.1,
-        fit=FitConfig(steps=2, batch=4, lr=1e-3, warmup=1, decay=1),
-    )
-    assert len(list(train_pixel_teacher(settings, tmp_path / "run"))) == 2
-    teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
-    assert fewstep.sample(teacher, ["bag", "coat"], steps=2, guidance=3.0).shape == (2, 3, 28, 28)
-    with pytest.raises(ValueError, match=r"knows no 'hat'; its classes are t-shirt"):
-        teacher.encode(["hat"])
-    assert teacher.encode(["", CLASSES[0]])["label"].tolist() == [10, 0]
-    with pytest.raises(ValueError, match="install Debian's dataset-fashion-mnist"):
-        load_idx(tmp_path / "absent.gz")

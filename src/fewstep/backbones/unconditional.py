@@ -95,11 +95,18 @@ def load_pixel_model(folder: str | Path, name: str, dtype: torch.dtype = torch.f
 
 
 def pixel_unet(
-    channels: Sequence[int], attention: Sequence[bool], in_channels: int, size: int, classes: int, groups: int = 8
+    channels: Sequence[int],
+    attention: Sequence[bool],
+    in_channels: int,
+    size: int,
+    classes: int,
+    groups: int = 8,
+    layers: int = 1,
+    dropout: float = 0.0,
 ) -> UNet2DModel:
     """A small pixel U-Net with `classes` labels and one more for none, random weights."""
     return UNet2DModel(
-        sample_size=size, in_channels=in_channels, out_channels=in_channels, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=groups,
+        sample_size=size, in_channels=in_channels, out_channels=in_channels, block_out_channels=tuple(channels), layers_per_block=layers, dropout=dropout, norm_num_groups=groups,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention), attention_head_dim=8,
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)), num_class_embeds=classes + 1 if classes else None,
         resnet_time_scale_shift="scale_shift",

@@ -52,7 +52,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     check_protocols(recipe.evaluate, recipe.preview.measure)
     run = out or Path("runs") / recipe.name
     teacher = load_teacher(recipe.teacher, device=default_device())
-    prompts = training_prompts(recipe)
+    prompts = training_prompts(recipe, teacher)
     if dry_run:
         print_plan(recipe, teacher, prompts)
         return
@@ -125,8 +125,10 @@ def roles_of(recipe: DistillRecipe, teacher: Backbone, paths: Paths | None) -> R
     return roles_for(teacher, recipe.method, recipe.roles, recipe.train.seed, paths, folder)
 
 
-def training_prompts(recipe: DistillRecipe) -> list[str]:
-    """The recipe's prompts; `bundled` means those that came with a bundled teacher."""
+def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
+    """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
+    if not teacher.encode([""]):
+        return [""]
     if recipe.prompts.source != "bundled":
         return read_prompts(recipe.prompts.source, recipe.prompts.column)
     shipped = BUNDLED / recipe.teacher / "prompts.txt"
@@ -142,7 +144,7 @@ class Preview:
 
     def __init__(self, recipe: DistillRecipe, teacher: Backbone, run: Path) -> None:
         self.recipe, self.teacher, self.folder = recipe, teacher, run / "samples"
-        self.prompts = recipe.preview.prompts or training_prompts(recipe)[:8]
+        self.prompts = recipe.preview.prompts or (training_prompts(recipe, teacher) * 8)[:8]
         self.seeds = [recipe.preview.seed + i for i in range(len(self.prompts))]
         self.cond, self.null = teacher.encode(self.prompts), teacher.encode([""])
         times = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
