@@ -133,11 +133,24 @@ def start_from(roles: Roles, folder: Path) -> None:
         raise ValueError(f"start: {folder} is a student of weights {card.weights}; set roles.share={str(card.weights != 'full').lower()}")
     if card.weights == "none":
         return  # a head alone, which `roles_for` has put in place
-    if card.time_layer or roles.counts:
+    told = card.steps if card.time_layer else ()
+    if set(told) != set(roles.counts):
         raise ValueError(
-            f"start: {folder} serves steps {list(card.steps)}; only students of one step count can be started from, and for one"
+            f"start: {folder} is a student that is told {_counted(told)}, this one {_counted(roles.counts)}; set method.steps and method.condition to match"
         )
-    roles.start_from(load_lora(folder) if roles.config.share else load_network(folder, roles.backbone.module).state_dict())
+    vectors = load_vectors(folder) if told else {}
+    if roles.config.share:
+        state = load_lora(folder)
+        roles.start_from(without_fold(state, card.time_layer) if told else state, vectors)
+        return
+    network = load_network(folder, roles.backbone.module)
+    if told:
+        unfold(network, card.time_layer, vectors[card.steps[0]])
+    roles.start_from(network.state_dict(), vectors)
+
+
+def _counted(told: tuple[int, ...]) -> str:
+    return f"one of {', '.join(map(str, told))} steps" if told else "no step count"
 
 
 @dataclass(frozen=True)

@@ -108,3 +108,26 @@ def test_mistakes_are_one_line(
 def test_a_dry_run_walks_nothing(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command(monkeypatch, "distill", trajpl, "--dry-run") == 0
     assert not Path("runs").exists()
+
+
+def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Imitate, then match: one command, one folder, the first stage's student inside, what both cost together."""
+    value = yaml.safe_load(trajpl.read_text())
+    first = {k: value.pop(k) for k in ("method", "data")} | {"train": dict(value["train"])}
+    Path("both.yaml").write_text(
+        yaml.safe_dump(value | {"method": RECIPE["method"] | {"name": "tdm-unify", "steps": [4, 2]}, "first": first})
+    )
+    assert command(monkeypatch, "distill", "both.yaml", "--dry-run") == 0
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12") == 0
+    cards = [json.loads((Path("runs/tiny") / p / "fewstep.json").read_text()) for p in ("first/final", "final")]
+    assert [c["method"] for c in cards] == ["trajp-l", "trajp-l-tdm-unify"]
+    assert cards[1]["train_seconds"] > cards[0]["train_seconds"]
+    a, b = (fewstep.sample(fewstep.load_student(f"runs/tiny/{p}"), ["red cat"], [0], steps=2) for p in ("first/final", "final"))
+    assert (a - b).abs().max() <= 1e-4  # the step counts' vectors came along
+    kept = (Path("runs/tiny/first/final/fewstep.json")).stat().st_mtime_ns
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12", "--set", "train.iterations=6") == 0
+    assert (Path("runs/tiny/first/final/fewstep.json")).stat().st_mtime_ns == kept
+    capsys.readouterr()
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "first.train.seed=3") == 2
+    assert "made with other settings" in error_of(capsys) or "trajectories" in error_of(capsys)
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2

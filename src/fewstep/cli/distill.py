@@ -22,7 +22,7 @@ from ..backbones.generate import pictures, trajectory
 from ..backbones.load import BUNDLED, bundled, fingerprint, quiet
 from ..core import timegrid
 from ..core.solvers import State
-from ..export.card import StudentCard
+from ..export.card import StudentCard, read_card
 from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
@@ -51,11 +51,47 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     recipe = read_recipe(source, overrides, DistillRecipe)
     check_protocols(recipe.evaluate, recipe.preview.measure)
     run = out or Path("runs") / recipe.name
+    if recipe.first is not None and recipe.start is not None:
+        raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
     teacher = load_teacher(recipe.teacher, device=default_device())
     prompts = training_prompts(recipe, teacher)
+    stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
     if dry_run:
-        print_plan(recipe, teacher, prompts)
+        for stage in stages:
+            print_plan(stage if recipe.first is None else stage.model_copy(update={"start": None}), teacher, prompts)
         return
+    for stage in stages[:-1]:
+        console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
+        if not finished(run / FIRST, stage):
+            distil(stage, teacher, prompts, run / FIRST, source, overrides)
+    distil(stages[-1], teacher, prompts, run, source, overrides)
+
+
+def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float:
+    """Seconds that went into a first stage and into trajectories: they are part of what a student costs."""
+    stage = read_card(run / FIRST / "final").train_seconds if recipe.first is not None else 0.0
+    return stage + (0.0 if paths is None else paths.seconds)
+
+
+def first_stage(recipe: DistillRecipe) -> DistillRecipe:
+    """The recipe of the training that comes first. It is measured with the whole."""
+    assert recipe.first is not None
+    preview = recipe.preview.model_copy(update={"measure": None})
+    own = {"method": recipe.first.method, "train": recipe.first.train, "data": recipe.first.data}
+    return recipe.model_copy(update={**own, "name": f"{recipe.name}, first", "first": None, "evaluate": None, "preview": preview})
+
+
+def finished(run: Path, recipe: DistillRecipe) -> bool:
+    """Whether a stage has nothing left to do."""
+    found, record = latest_checkpoint(run), run / "run.json"
+    if found is None or not record.exists() or student_folder(str(run)) is None:
+        return False
+    same = json.loads(record.read_text())["recipe"] == json.loads(recipe.model_dump_json())
+    return same and int(found[1]["step"]) >= recipe.train.iterations
+
+
+def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Path, source: str, overrides: list[str]) -> None:
+    """One training with all that a run leaves."""
     run.mkdir(parents=True, exist_ok=True)
     base_hash = fingerprint(teacher.module)
     write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
@@ -72,6 +108,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     if start:
         console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
     else:
+        log.seconds = spent_before(recipe, run, paths)
         preview.show(roles, 0, recipe.method)
         measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
     stopped = False
@@ -137,6 +174,9 @@ def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
             f"prompts: teacher {recipe.teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
         )
     return read_prompts(str(shipped))
+
+
+FIRST = "first"  # the folder inside a run that holds its first stage
 
 
 class Preview:
@@ -232,12 +272,13 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def finish(recipe: DistillRecipe, roles: Roles, preview: "Preview", run: Path, base_hash: str, seconds: float) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
     method, schedule = recipe.method, roles.backbone.schedule
+    called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
     counts, default = method.counts, method.counts[0]
     grids = {k: method.times(schedule, k) for k in counts}
     weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
     rank = recipe.roles.rank if weights == "lora" else None
     card = StudentCard(
-        name=f"{Path(recipe.teacher).name}-{method.name}-{'-'.join(map(str, sorted(counts)))}step", method=method.name, base=recipe.teacher, base_hash=base_hash,
+        name=f"{Path(recipe.teacher).name}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
         steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
         rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",

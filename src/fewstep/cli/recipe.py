@@ -97,8 +97,16 @@ class FinetuneRecipe(Strict):
     seed: int = 0
 
 
+class StageConfig(Strict):
+    """A training that comes first: a recipe's own method, data and length, all else the recipe's."""
+
+    method: AnyMethod
+    train: TrainConfig
+    data: DataConfig | None = None
+
+
 class DistillRecipe(Strict):
-    """`fewstep distill RECIPE`. `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
+    """`fewstep distill RECIPE`. `first` trains the student to begin as (imitate, then match). `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
 
     kind: Literal["distill"]
     name: str
@@ -108,6 +116,7 @@ class DistillRecipe(Strict):
     roles: RolesConfig
     train: TrainConfig
     data: DataConfig | None = None
+    first: StageConfig | None = None
     start: str | None = None  # a student folder to begin from, instead of the teacher
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name

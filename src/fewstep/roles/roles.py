@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -91,10 +92,11 @@ class Roles:
         for name, p in self.trained["student"].items():
             self.average[name].lerp_(p.detach().float(), 1 - decay)
 
-    def start_from(self, state: Mapping[str, Tensor]) -> None:
+    def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Let student and average begin as another student: its LoRA in PEFT's file format, or its whole network.
 
-        Raises ValueError where it does not fit.
+        `vectors` are what it is told for each step count, which its weights must not say by themselves. Raises ValueError where
+        it does not fit.
         """
         network = self.networks["student"]
         if self.config.share:
@@ -106,6 +108,8 @@ class Roles:
                     f"start: its weights do not fit this network (first in doubt: {odd[0]}); start from a student of the same base"
                 )
             network.load_state_dict(state)
+        if self.counts:
+            step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.counts])
         for name, p in self.trained["student"].items():
             self.average[name].copy_(p.detach())
 

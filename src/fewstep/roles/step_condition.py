@@ -59,6 +59,12 @@ def vectors(counts: Sequence[int], table: Tensor) -> dict[int, Tensor]:
     return {count: GAIN * row for count, row in zip(counts, table, strict=True)}
 
 
+def put(table: Tensor, known: Sequence[Tensor]) -> None:
+    """Inverse of `vectors`: write them into the table."""
+    with torch.no_grad():
+        table.copy_(torch.stack(list(known)) / GAIN)
+
+
 def nearest(known: Mapping[int, Tensor], count: int) -> Tensor:
     """The vector of this count, or of the trained one nearest in ratio."""
     return known[min(known, key=lambda k: abs(math.log(k / count)))]

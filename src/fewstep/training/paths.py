@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +76,14 @@ def walk(backbone: Backbone, denoise: Denoise, x: Tensor, grid: Tensor, solver: 
 class Paths:
     """States [count, J, ...] of the teacher at `times [J]`, from noise to data, with their conditions; on the CPU.
 
-    `whole [n, F, ...]` are some trajectories with all states of the teacher's own `grid [F]`.
+    `whole [n, F, ...]` are some trajectories with all states of the teacher's own `grid [F]`; `seconds` is what they cost.
     """
 
-    def __init__(self, states: Tensor, times: Tensor, embeddings: Embeddings, whole: Tensor, grid: Tensor, key: str) -> None:
-        self.states, self.times, self.embeddings, self.whole, self.grid, self.key = states, times, embeddings, whole, grid, key
+    def __init__(
+        self, states: Tensor, times: Tensor, embeddings: Embeddings, whole: Tensor, grid: Tensor, key: str, seconds: float = 0.0
+    ) -> None:
+        self.states, self.times, self.embeddings, self.key = states, times, embeddings, key
+        self.whole, self.grid, self.seconds = whole, grid, seconds
 
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Walk:
         """A batch drawn at random, each trajectory with its own condition."""
@@ -112,7 +116,7 @@ def teacher_paths(
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = Embeddings(rows(data.cond, of), data.null, config.count, 0, data.key)
     device, whole = device_of(backbone.module), torch.empty(0)
-    null, shards = data.unconditional(device), []
+    null, shards, seconds = data.unconditional(device), [], 0.0
     for start in range(0, config.count, chunk):
         part = slice(start, min(start + chunk, config.count))
         path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
@@ -122,10 +126,11 @@ def teacher_paths(
             shard = _walked(backbone, cond, null, range(part.start, part.stop), grid, places, guidance, config)
             _write(path, shard)
         shards.append(shard["states"])
+        seconds += float(shard["seconds"])
         whole = torch.cat([whole, shard["whole"]]) if "whole" in shard else whole
         yield part.stop
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:24]
-    return Paths(torch.cat(shards), times, own, whole, grid, key)
+    return Paths(torch.cat(shards), times, own, whole, grid, key, seconds)
 
 
 def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = lambda done: None) -> Paths:
@@ -141,12 +146,14 @@ def _walked(
     backbone: Backbone, cond: Cond, null: Cond, samples: range, grid: Tensor, places: Tensor, guidance: float, config: PathsConfig
 ) -> dict[str, Tensor]:
     """One shard. The first ones hold whole trajectories as well."""
+    began = time.perf_counter()
     generators = [torch.Generator().manual_seed(config.seed + i) for i in samples]
     x = noise_of(generators, backbone.shape).to(device_of(backbone.module)) * backbone.schedule.start_std
     states = walk(backbone, guided(backbone, backbone.module, cond, null, guidance), x, grid, config.solver)
     shard = {"states": torch.stack([states[i].x.float().cpu() for i in places.tolist()], 1)}
     if samples.start < CURVE_SAMPLES:
         shard["whole"] = torch.stack([s.x.float().cpu() for s in states], 1)
+    shard["seconds"] = torch.tensor(time.perf_counter() - began)
     return shard
 
 
