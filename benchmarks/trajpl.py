@@ -6,6 +6,8 @@
 `exact`: the teacher is the closed form, so there is nothing for a LoRA to train and heads stand alone. `network`: a small network that
 was trained on draws of the mixture is the teacher. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
+`pixel`: the bundled Fashion-MNIST teacher, guidance distilled in, and the share of the excess Frechet distance (EfficientNet-lite0 features,
+32 components, 1,000 pictures, against as many of the test set from Debian's dataset-fashion-mnist) over its 50 steps that is gone.
 """
 
 import argparse
@@ -13,7 +15,8 @@ import json
 import statistics
 import subprocess
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep import Denoiser, PathImitation, PathsConfig
-from fewstep.api import path_times, roles_for
+from fewstep.api import load_teacher, path_times, roles_for
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone, denoiser
 from fewstep.backbones.toy import Mixture
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, diffuse, expand
 from fewstep.core.solvers import Correct, Denoise, sample, solver_named
+from fewstep.evaluation.distances import frechet_distance, moments, principal_components
+from fewstep.evaluation.features import feature_network, features
 from fewstep.methods.method import student_of
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths, teacher_paths, to_end, walk
-from fewstep.training.prompts import embed
+from fewstep.training.prompts import Embeddings, embed
+from fewstep.zoo.pixel_data import load_idx, read_pixel_data
 
 D, COUNTS, FRESH = 128, (1, 2, 3, 4, 5, 6), 1000
 PROCESS = EDM()
@@ -117,49 +123,114 @@ class Student:
 ALONE = {"rank": 0}
 SOLVERS = {name: Student(label, {"solver": name, "head": "none"}, trained=False) for name, label in (("ddim", "DDIM"), ("ipndm", "iPNDM"), ("dpmpp", "DPM-Solver++(2M)"))}  # fmt: skip
 HEADS = {"pas": Student("shared weights (PAS)", {"head": "shared"}, ALONE), "head": Student("span head alone", {"head": "span"}, ALONE)}
+LORAS = {
+    "lora": Student("LoRA alone", {"head": "none"}, {"rank": 8}),
+    "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
+}
 PARTS: dict[str, dict[str, Student]] = {
     "exact": {**SOLVERS, **HEADS, "head-ipndm": Student("span head on iPNDM", {"head": "span", "solver": "ipndm"}, ALONE)},
     "network": {
         **SOLVERS,
         **HEADS,
-        "lora": Student("LoRA alone", {"head": "none"}, {"rank": 8}),
+        "lora": LORAS["lora"],
         "sfd": Student("all weights, no head (SFD)", {"head": "none"}, {"share": False}),
         "lora-pas": Student("LoRA and shared weights", {"head": "shared"}, {"rank": 8}),
-        "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
+        "trajp-l": LORAS["trajp-l"],
     },
+    "pixel": {**SOLVERS, **HEADS, **LORAS, "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 8})},
 }
 
 
-def errors_of(
-    denoise: Denoise, method: PathImitation, head: Correct | None, fresh: tuple[Tensor, Tensor], counts: tuple[int, ...] = COUNTS
-) -> dict[int, float]:
-    """Mean relative error at the end of fresh trajectories, by step count."""
-    noise, goal = fresh
-    with torch.no_grad():
-        ends = {k: list(sample(denoise, PROCESS, noise, method.times(PROCESS, k), solver_named(method.solver), head))[-1].x for k in counts}
-    return {k: float(((x - goal).norm(dim=1) / goal.norm(dim=1)).mean()) for k, x in ends.items()}
+Call = Callable[[int], Denoise]  # a step count -> the student that takes it
 
 
-def run(key: str, student: Student, teacher: Backbone, paths: Paths, fresh: tuple[Tensor, Tensor], seed: int, a: argparse.Namespace) -> dict[str, Any]:  # fmt: skip
-    """Train one student, and measure it at every step count."""
-    method = PathImitation(steps=COUNTS, guidance=1.0, **student.method)
-    if not student.trained:
-        errors = errors_of(denoiser(teacher, teacher.module, {}), method, None, fresh)
-        return {"key": key, "label": student.label, "seed": seed, "errors": errors, "seconds": 0.0, "trained": 0, "share": 0.0}
-    roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
-    settings = TrainConfig(a.iterations, a.batch, a.lr, a.lr, ema=0.99, seed=seed)
-    began = time.perf_counter()
-    for step in distill(roles, method, embed(teacher, [""], None, ""), settings, paths=paths):
-        if step.iteration % 500 == 0:
-            print(f"{key}-{seed} {step.iteration}/{a.iterations} {time.perf_counter() - began:.0f} s", flush=True)
-    seconds = time.perf_counter() - began
-    with roles.averaged():
-        errors = {}
+@dataclass(frozen=True)
+class Part:
+    """A teacher, its trajectories, and what is measured: a number for each step count, lower is better."""
+
+    teacher: Backbone
+    prompts: tuple[str, ...]
+    counts: tuple[int, ...]
+    paths: PathsConfig
+    train: TrainConfig
+    measure: Callable[[Call, PathImitation, Correct | None], dict[int, float]]
+
+
+def mixture_part(teacher: Backbone, a: argparse.Namespace) -> Part:
+    """Errors on fresh noise against the teacher's own end of the way."""
+    noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
+    goal = walk(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
+
+    def measure(call: Call, method: PathImitation, head: Correct | None) -> dict[int, float]:
+        found = {}
         for count in COUNTS:
-            errors |= errors_of(student_of(method, roles, {}, count), method, roles.head, fresh, (count,))
+            *_, last = sample(call(count), PROCESS, noise, method.times(PROCESS, count), solver_named(method.solver), head)
+            found[count] = float(((last.x - goal).norm(dim=1) / goal.norm(dim=1)).mean())
+        return found
+
+    train = TrainConfig(a.iterations, a.batch, a.lr, a.lr, ema=0.99)
+    return Part(teacher, ("",), COUNTS, PathsConfig(a.count, 64), train, measure)
+
+
+def pixel_part(a: argparse.Namespace) -> Part:
+    """Excess Frechet distance over the 50-step teacher's, as a share of what DDIM has in as many steps."""
+    teacher = load_teacher("fashion")
+    classes = read_pixel_data(str(a.pixels)).classes
+    real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float().expand(-1, 3, -1, -1) / 255
+    network = feature_network()
+    seen = features(network, real)
+    basis = principal_components(seen, 32)
+    truth, counts = moments(basis(seen)), (2, 3, 4, 5, 6)
+    cond = teacher.encode([classes[i % len(classes)] for i in range(FRESH)])
+    noise = torch.randn((FRESH, *teacher.shape), generator=torch.Generator().manual_seed(10**6))
+
+    def distance(denoise: Denoise, times: Tensor, solver: str, head: Correct | None) -> float:
+        *_, last = sample(denoise, teacher.schedule, noise, times, solver_named(solver), head)
+        return frechet_distance(truth, moments(basis(features(network, teacher.decode(last.x)))))
+
+    with torch.no_grad():
+        own = denoiser(teacher, teacher.module, cond)
+        floor = distance(own, timegrid.uniform(teacher.schedule, 50), "ddim", None)
+        start = {k: distance(own, timegrid.uniform(teacher.schedule, k), "ddim", None) for k in counts}
+    print(f"pixel: FD of the teacher's 50 steps {floor:.2f}; of DDIM " + ", ".join(f"{v:.2f} in {k}" for k, v in start.items()), flush=True)
+
+    def measure(call: Call, method: PathImitation, head: Correct | None) -> dict[int, float]:
+        ends = {k: distance(call(k), method.times(teacher.schedule, k), method.solver, head) for k in counts}
+        return {k: (v - floor) / (start[k] - floor) for k, v in ends.items()}
+
+    train = TrainConfig(a.pixel_iterations, 64, 1e-3, 1e-3, ema=0.99)
+    return Part(teacher, classes, counts, PathsConfig(5000, 50), train, measure)
+
+
+def make_part(name: str, a: argparse.Namespace) -> Part:
+    """By name."""
+    if name == "pixel":
+        return pixel_part(a)
+    exact = Denoiser(Exact(), PROCESS, (D,), "x0", name="exact")
+    return mixture_part(exact if name == "exact" else small_teacher(a.folder / "small.safetensors", a.teacher_steps), a)
+
+
+def run(name: str, key: str, student: Student, part: Part, paths: Paths, data: Embeddings, seed: int) -> dict[str, Any]:
+    """Train one student of all step counts, and measure it."""
+    teacher, method = part.teacher, PathImitation(steps=part.counts, guidance=1.0, **student.method)
+    about = {"part": name, "key": key, "label": student.label, "seed": seed}
+    if not student.trained:
+        cond = teacher.encode([part.prompts[i % len(part.prompts)] for i in range(FRESH)])
+        with torch.no_grad():
+            measured = part.measure(lambda _: denoiser(teacher, teacher.module, cond), method, None)
+        return about | {"measured": measured, "seconds": 0.0, "trained": 0, "share": 0.0}
+    roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
+    began = time.perf_counter()
+    for step in distill(roles, method, data, replace(part.train, seed=seed), paths=paths):
+        if step.iteration % 500 == 0:
+            print(f"{name} {key}-{seed} {step.iteration}/{part.train.iterations} {time.perf_counter() - began:.0f} s", flush=True)
+    seconds = time.perf_counter() - began
+    cond = teacher.encode([part.prompts[i % len(part.prompts)] for i in range(FRESH)])
+    with roles.averaged(), torch.no_grad():
+        measured = part.measure(lambda count: student_of(method, roles, cond, count), method, roles.head)
     trained = sum(p.numel() for p in roles.trained["student"].values())
-    share = trained / sum(p.numel() for p in teacher.module.parameters())
-    return {"key": key, "label": student.label, "seed": seed, "errors": errors, "seconds": seconds, "trained": trained, "share": share}
+    share = trained / sum(p.numel() for n, p in teacher.module.named_parameters() if "lora_" not in n)
+    return about | {"measured": measured, "seconds": seconds, "trained": trained, "share": share}
 
 
 def main() -> None:
@@ -170,74 +241,56 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--count", type=int, default=3000, help="trajectories")
+    parser.add_argument("--count", type=int, default=3000, help="trajectories of the mixture")
     parser.add_argument("--teacher-steps", type=int, default=6000, help="training steps of the small network")
+    parser.add_argument("--pixels", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--pixel-iterations", type=int, default=600)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-trajpl"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
     results = []
-    for part in a.only:
-        teacher: Backbone = Denoiser(Exact(), PROCESS, (D,), "x0", name="exact") if part == "exact" else small_teacher(a.folder / "small.safetensors", a.teacher_steps)  # fmt: skip
-        times = path_times(PathImitation(steps=COUNTS), teacher)
-        paths = to_end(
-            teacher_paths(teacher, embed(teacher, [""], None, ""), PathsConfig(a.count, 64), times, 1.0, a.folder / part, part, chunk=500)
-        )
-        noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
-        goal = walk(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
-        for key, student in PARTS[part].items():
+    for name in a.only:
+        part = make_part(name, a)
+        data = embed(part.teacher, list(part.prompts), None, name)
+        times = path_times(PathImitation(steps=part.counts), part.teacher)
+        paths = to_end(teacher_paths(part.teacher, data, part.paths, times, 1.0, a.folder / name, name, chunk=500))
+        for key, student in PARTS[name].items():
             if a.keys and key not in a.keys:
                 continue
             for seed in a.seeds if student.trained else a.seeds[:1]:
-                file = a.folder / f"{part}-{key}-{seed}.json"
+                file = a.folder / f"{name}-{key}-{seed}.json"
                 if not file.exists():
-                    write_json(file, {"part": part, **run(key, student, teacher, paths, (noise, goal), seed, a)})
-                results.append(json.loads(file.read_text()))
-                print(
-                    part,
-                    key,
-                    seed,
-                    {k: round(v, 4) for k, v in results[-1]["errors"].items()},
-                    f"{results[-1]['seconds']:.0f} s",
-                    flush=True,
-                )
+                    write_json(file, run(name, key, student, part, paths, data, seed))
+                results.append(row := json.loads(file.read_text()))
+                print(name, key, seed, {k: round(v, 4) for k, v in row["measured"].items()}, f"{row['seconds']:.0f} s", flush=True)
     write(results, a)
 
 
 def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """`trajpl.json` with every run, and `trajpl.md` with means and deviations over seeds."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    about = {"hardware": f"{torch.get_num_threads()} CPU threads", "commit": commit, "command": "python benchmarks/trajpl.py"}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
-    hardware = f"{torch.get_num_threads()} CPU threads"
-    write_json(
-        a.out / "trajpl.json",
-        {"rows": results, "hardware": hardware, "commit": commit, "settings": settings, "command": "python benchmarks/trajpl.py"},
-    )
-    lines = [f"# TrajP-L on a mixture of Gaussians, D = {D}", "", __doc__.split("\n\n")[2].strip(), ""]
-    for part in a.only:
-        lines += [
-            f"## Teacher: {part}",
-            "",
-            "| student | trained weights | seconds | " + " | ".join(f"{k} NFE" for k in COUNTS) + " |",
-            "|---" * (3 + len(COUNTS)) + "|",
-        ]
-        for key, student in PARTS[part].items():
-            rows = [r for r in results if r["part"] == part and r["key"] == key]
-            if not rows:
-                continue
-            cells = []
-            for count in COUNTS:
-                values = [r["errors"][str(count)] for r in rows]
-                cells.append(f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""))
-            trained = (
-                f"{rows[0]['trained']} ({rows[0]['share']:.1%})" if rows[0]["trained"] and part == "network" else str(rows[0]["trained"])
-            )
-            lines.append(f"| {student.label} | {trained} | {statistics.mean(r['seconds'] for r in rows):.0f} | " + " | ".join(cells) + " |")
+    write_json(a.out / "trajpl.json", {"rows": results, "settings": settings, "seeds": a.seeds, **about})
+    lines = ["# TrajP-L", "", (__doc__ or "").split("\n\n")[2].strip(), ""]
+    for name in a.only:
+        rows = [r for r in results if r["part"] == name]
+        counts = list(rows[0]["measured"])
+        head = ["student", "trained weights", "seconds", *(f"{k} NFE" for k in counts)]
+        lines += [f"## Teacher: {name}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for key, student in PARTS[name].items():
+            if own := [r for r in rows if r["key"] == key]:
+                trained = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and name != "exact" else "")
+                cells = [_cell([r["measured"][k] for r in own]) for k in counts]
+                seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"
+                lines.append(f"| {' | '.join([student.label, trained, seconds, *cells])} |")
         lines.append("")
-    lines += [
-        f"{a.count} trajectories, {a.iterations} iterations of {a.batch}, {len(a.seeds)} seeds, {hardware}, commit {commit}: `python benchmarks/trajpl.py`.",
-        "",
-    ]
+    lines += [f"{len(a.seeds)} seeds, {about['hardware']}, commit {commit}: `{about['command']}`.", ""]
     (a.out / "trajpl.md").write_text("\n".join(lines))
+
+
+def _cell(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

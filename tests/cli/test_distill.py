@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fewstep.backbones import miniature
 from fewstep.cli import main
 from fewstep.training import loop, state
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "kind": "distill",
     "name": "tiny",
     "teacher": "",

@@ -88,6 +88,21 @@ def test_the_warm_up_trains_the_fake_score_alone_and_then_both_move(share: bool)
     assert digest(roles.networks["teacher"]) == base
 
 
+def test_the_students_rate_falls_to_zero_in_a_line(tmp_path: Path) -> None:
+    config = replace(CONFIG, decay=4)
+    assert [config.lr_at("student", i) for i in range(6)] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3 * 0.75, 1e-3 * 0.5, 1e-3 * 0.25])
+    assert {config.lr_at("fake", i) for i in range(6)} == {config.fake_lr}
+    (roles, data), (others, _) = parts(), parts()
+    list(distill(roles, METHOD, data, config, tmp_path))
+    list(distill(others, METHOD, data, replace(CONFIG, iterations=3)))
+    plain, _ = parts()
+    list(distill(plain, METHOD, data, CONFIG))
+    start, end, far = (torch.cat([p.detach().flatten() for p in r.trained["student"].values()]) for r in (others, roles, plain))
+    assert 0 < (end - start).norm() < 0.75 * (far - start).norm()  # the same first three iterations, then smaller and smaller steps
+    with pytest.raises(ValueError, match="was made with other settings"):  # a longer run has had other rates
+        next(distill(parts()[0], METHOD, data, replace(config, iterations=9), tmp_path))
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_one_update_moves_one_role(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from between the two updates of an iteration."""

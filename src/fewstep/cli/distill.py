@@ -18,16 +18,16 @@ from ..api import load_teacher, path_times, roles_for
 from ..atomic import write_json
 from ..backbones.base import Backbone, guided
 from ..backbones.base import rows as rows_of
-from ..backbones.generate import pictures, trajectory
+from ..backbones.generate import device_of, pictures, trajectory
 from ..backbones.load import BUNDLED, bundled, fingerprint, quiet
 from ..core import timegrid
-from ..core.solvers import State
+from ..core.solvers import DDIM, State, sample, solver_named
 from ..export.card import StudentCard, read_card
 from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, StepGrid, Trajectory, save_pictures
-from ..report.run import PICTURES, render_run
+from ..report.run import PICTURES, SHAPE, render_run
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
 from ..training.loop import Step, default_device, distill
@@ -37,6 +37,7 @@ from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
+from ..trajp.analysis import shape_of, strays
 from ..trajp.head import kind_of
 from .evaluate import check_protocols, evaluate_student, measure_step
 from .progress import console, meter
@@ -99,6 +100,7 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
     data = embed(teacher, prompts, run / "embeddings", identity)
     real = real_data(recipe, teacher, data, run / "embeddings", identity)
     paths = trajectories(recipe, teacher, data, run, identity)
+    shape = {} if paths is None else shape_of(teacher.schedule, paths.whole, paths.grid)
     preview = Preview(recipe, teacher, run)
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles)
@@ -128,6 +130,8 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
+    if paths is not None:
+        write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     finish(recipe, roles, preview, run, base_hash, log.seconds)
 
 
@@ -298,6 +302,25 @@ def _trained_from(recipe: DistillRecipe) -> str:
     if recipe.data is None or recipe.data.source == "trajectories":
         return "prompts alone"
     return "prompts and pictures that the teacher drew" if recipe.data.source == "teacher" else "captioned pictures"
+
+
+def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) -> dict[str, Any]:
+    """How the teacher's own few steps and the student stray from the teacher's trajectories, for every step count."""
+    teacher, goals, walks = roles.backbone, paths.states[:count], {}
+    device = device_of(teacher.module)
+    cond = {k: v[:count].to(device) for k, v in paths.embeddings.cond.items()}
+    null = {k: v.to(device) for k, v in paths.embeddings.null.items()}
+    with roles.averaged(), torch.no_grad():
+        for steps in method.counts:
+            times = method.times(teacher.schedule, steps)
+            own = {
+                f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance), DDIM, None),
+                f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
+            }
+            for name, (denoise, solver, correct) in own.items():
+                states = [s.x.cpu() for s in sample(denoise, teacher.schedule, goals[:, 0].to(device), times, solver, correct)]
+                walks[name] = (times, torch.stack(states, 1))
+    return strays(teacher.schedule, goals, paths.times, walks)
 
 
 def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) -> None:

@@ -28,7 +28,7 @@ class Report:
     """Everything a report shows; what is empty is left out of the page.
 
     `rows` and `protocol` are those of eval.json, `metrics` the records of metrics.jsonl, `samples` the grids of
-    `samples/` as (iteration, PNG bytes), `next_commands` pairs of (what it does, command).
+    `samples/` as (iteration, PNG bytes), `trajectories` what is known of the teacher's, `next_commands` pairs of (what it does, command).
     """
 
     title: str
@@ -41,6 +41,7 @@ class Report:
     cost: Cost | None = None
     warnings: Sequence[str] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    trajectories: Mapping[str, Any] = field(default_factory=dict)
     next_commands: Sequence[tuple[str, str]] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ def render(report: Report) -> str:
     return template.render(
         report=report,
         table=table(report.rows),
-        charts=charts(report.metrics, report.rows),
+        charts=charts(report.metrics, report.rows, report.trajectories),
         blocks=[prompts[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS)],
         recipe=yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True) if report.recipe else "",
         source=source,

@@ -7,9 +7,10 @@ a light and a dark page. Figures are plain objects; pyplot is never imported, an
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -65,11 +66,16 @@ WORDS = {
     "Losses": "Faint: every iteration. Strong: average over a twentieth of them. These need not fall: the student and the fake score chase "
     "each other, so judge by the images and the distances above.",
     "Gradient norms": "Before clipping. A steady climb is the first sign that a learning rate is too high.",
+    "Straying from the teacher": "Distance to the teacher's state from the same noise, relative to the clean state, along the way from "
+    "noise (0) to data (1). Lower is better.",
+    "The shape that trajectories share": "Coordinates of the teacher's trajectories along the way from noise (0) to data (1): along the "
+    "straight line, then along the two principal directions of what is left. Faint: samples. Strong: their mean. Dashed: the fitted curve.",
+    "The bend, seen along the straight line": "The two coordinates beside the straight line, in its length. Faint: samples. Strong: their mean.",
 }
 
 
-def charts(metrics: Sequence[Metrics], rows: Sequence[Row]) -> list[Chart]:
-    """Every chart for which there is something to show; empty without metrics and rows."""
+def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, Any] | None = None) -> list[Chart]:
+    """Every chart for which there is something to show; empty without metrics and rows. `shape` is what `trajectories.json` holds."""
     figures = (
         quality_cost(rows),
         quality(metrics, rows, "fd_real"),
@@ -77,6 +83,9 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row]) -> list[Chart]:
         gaps(metrics),
         losses(metrics),
         gradients(metrics),
+        strays(shape or {}),
+        coordinates(shape or {}),
+        bend(shape or {}),
     )
     named = zip(WORDS.items(), figures, strict=True)
     return [Chart(title, caption, to_svg(figure, title)) for (title, caption), figure in named if figure is not None]
@@ -114,6 +123,54 @@ def gaps(metrics: Sequence[Metrics]) -> Figure | None:
 def gradients(metrics: Sequence[Metrics]) -> Figure | None:
     """Gradient norms of both trained roles, logarithmic."""
     return _logarithmic(metrics, [("student", STUDENT, "student_grad"), ("fake score", FAKE, "fake_grad")])
+
+
+def strays(shape: Mapping[str, Any]) -> Figure | None:
+    """Cumulative error of few steps along the way, `errors`: name -> {s, error}."""
+    if not shape.get("errors"):
+        return None
+    axes = _axes("", "way from noise to data")
+    ends = []
+    for (name, walk), colour in zip(shape["errors"].items(), cycle((TEACHER, FAKE, STUDENT, *SEGMENTS))):
+        axes.plot(walk["s"], walk["error"], color=colour, lw=1.6, marker="o", ms=4, mec="none")
+        ends.append((name, colour, walk["error"][-1]))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.margins(y=0.12)
+    _label_ends(axes, ends)
+    return axes.figure
+
+
+def coordinates(shape: Mapping[str, Any]) -> Figure | None:
+    """Three coordinates over the way: samples, mean and fit."""
+    if not shape.get("mean"):
+        return None
+    figure = _figure()
+    s, mean, fit, samples = (np.asarray(shape[k]) for k in ("s", "mean", "fit", "samples"))
+    for i, axes in enumerate(figure.subplots(3, 1, sharex=True)):
+        _style(axes, "", "way from noise to data" if i == 2 else "")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        for sample in samples:
+            axes.plot(s, sample[:, i], color=TEACHER, lw=0.7, alpha=0.35)
+        axes.plot(s, mean[:, i], color=STUDENT, lw=1.8)
+        axes.plot(s, fit[:, i], color=FAKE, lw=1.4, dashes=(4, 3))
+        _label_ends(axes, [(f"R² {shape['r2'][i]:.4f}", FAKE, float(fit[-1, i]))])
+    return figure
+
+
+def bend(shape: Mapping[str, Any]) -> Figure | None:
+    """The second and third coordinate against each other."""
+    if not shape.get("mean"):
+        return None
+    axes = _axes("", "second coordinate")
+    mean, samples = np.asarray(shape["mean"]), np.asarray(shape["samples"])
+    for sample in samples:
+        axes.plot(sample[:, 1], sample[:, 2], color=TEACHER, lw=0.8, alpha=0.4)
+    axes.plot(mean[:, 1], mean[:, 2], color=STUDENT, lw=2)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    _label_ends(axes, [("mean", STUDENT, float(mean[-1, 2]))])
+    return axes.figure
 
 
 def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: bool = False) -> Figure | None:

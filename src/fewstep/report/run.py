@@ -12,6 +12,7 @@ from .pictures import Pictures, load_pictures
 from .summary import Cost, headlines
 
 PICTURES = "pictures.safetensors"
+SHAPE = "trajectories.json"  # what `trajp.analysis` says of the teacher's trajectories
 SHOWN_SAMPLES = 3
 
 
@@ -44,6 +45,7 @@ def read_run(run: Path) -> Report:
         metrics=metrics,
         cost=cost,
         warnings=[f"Iteration {m['iteration']:,}: {text}" for m in metrics for text in m.get("warnings", ())],
+        trajectories=_read_json(run / SHAPE),
         recipe=about.get("recipe", {}),
         next_commands=[(caption, command) for caption, command in about.get("next_commands", next_commands(run, pictures.prompts))],
         versions={**about.get("versions", {}), **evaluation.get("versions", {})},

@@ -25,12 +25,16 @@ from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors,
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Iterations include the fake score's warm-up. `lr` is the student's; `fake_lr` the fake score's."""
+    """Iterations include the fake score's warm-up. `lr` is the student's; `fake_lr` the fake score's.
+
+    Over the last `decay` iterations the student's rate falls to zero in a line.
+    """
 
     iterations: int
     batch: int
     lr: float
     fake_lr: float
+    decay: int = 0
     ema: float = 0.98
     betas: tuple[float, float] = (0.0, 0.999)
     weight_decay: float = 0.0
@@ -48,8 +52,17 @@ class TrainConfig:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"train.precision: got {self.precision!r}, allowed are no, bf16")
+        if not 0 <= self.decay <= self.iterations:
+            raise ValueError(
+                f"train.decay: got {self.decay}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: got {self.ema}, allowed are numbers from 0 (off) up to, not including, 1")
+
+    def lr_at(self, role: Role, iteration: int) -> float:
+        """Of an iteration, from 0."""
+        fall = min(1.0, (self.iterations - iteration) / self.decay) if self.decay and role == "student" else 1.0
+        return fall * (self.lr if role == "student" else self.fake_lr)
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,8 @@ def _update(
             p.grad = g.view_as(p)
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
     _require_finite(norm, "gradient", loss.role, i)
+    for group in optimizers[loss.role].param_groups:
+        group["lr"] = config.lr_at(loss.role, i)
     optimizers[loss.role].step()
     return norm
 
@@ -158,12 +173,14 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
 
 
 def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Optimizer:
-    lr = config.lr if role == "student" else config.fake_lr
-    return torch.optim.AdamW(roles.trained[role].values(), lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(roles.trained[role].values(), lr=config.lr_at(role, 0), betas=config.betas, weight_decay=config.weight_decay)
 
 
 def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainConfig, real: RealData | None, paths: Paths | None) -> str:
-    """A hash of every setting that a resumed run must share, prompts and the student's beginning included; the length may grow."""
+    """A hash of every setting that a resumed run must share, prompts and the student's beginning included.
+
+    The length of a run may grow where no rate depends on it.
+    """
     settings: dict[str, Any] = {
         "method": repr(method),
         "train": asdict(config),
@@ -174,7 +191,7 @@ def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainCo
         "real": None if real is None else real.key,
         "paths": None if paths is None else paths.key,
     }
-    for free in ("iterations", "checkpoint_every"):
+    for free in ("checkpoint_every",) if config.decay else ("iterations", "checkpoint_every"):
         settings["train"].pop(free)
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

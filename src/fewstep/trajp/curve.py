@@ -44,12 +44,12 @@ def basis(s: Tensor, shape: Tensor) -> Tensor:
     return torch.stack([one, one * s, one * s**2, rise, gamma], -1)
 
 
-def coordinates(states: Tensor) -> tuple[Tensor, Tensor]:
-    """`(c [J, 3], share)` of trajectories [n, J, D] from noise (first) to data (last).
+def own_coordinates(states: Tensor) -> tuple[Tensor, Tensor]:
+    """`(c [n, J, 3], left [n, 3])` of trajectories [n, J, D] from noise (first) to data (last).
 
     Per sample: along x_T - x_0; then, of what is orthogonal to it, along its two leading principal directions, signs such that the
-    largest excursion is positive; in units of ||x_T - x_0||; averaged over samples. `share` [n] is how much of the orthogonal part
-    (in squared norm) these two leave unexplained: one component alone already explains almost all of a raw trajectory.
+    largest excursion is positive; in units of ||x_T - x_0||. `left` is the share of the orthogonal part (in squared norm) that
+    one, two and three principal directions leave unexplained: of a raw trajectory a single one already explains almost all.
     """
     x = states.double()
     span = x[:, 0] - x[:, -1]
@@ -61,9 +61,15 @@ def coordinates(states: Tensor) -> tuple[Tensor, Tensor]:
     _, values, directions = torch.linalg.svd(rest, full_matrices=False)
     found = torch.einsum("njd,ned->nje", rest, directions[:, :2])
     turned = torch.gather(found, 1, found.abs().argmax(1, keepdim=True)).sign()
-    c = torch.cat([u[..., None], found * turned], 2) / length[:, None, None]
-    total = values.square().sum(1)
-    return c.mean(0), values[:, 2:].square().sum(1) / total.clamp(min=1e-300)
+    energy = values.square()
+    left = 1 - energy.cumsum(1)[:, :3] / energy.sum(1, keepdim=True).clamp(min=1e-300)
+    return torch.cat([u[..., None], found * turned], 2) / length[:, None, None], left
+
+
+def coordinates(states: Tensor) -> tuple[Tensor, Tensor]:
+    """`own_coordinates` averaged over samples, [J, 3], and what two principal directions leave of each sample, [n]."""
+    c, left = own_coordinates(states)
+    return c.mean(0), left[:, 1]
 
 
 def fit_curve(s: Tensor, c: Tensor, starts: int = 16) -> Curve:
