@@ -40,12 +40,12 @@ BASE: Settings = {
     "kind": "distill",
     "name": "bench",
     "teacher": "emoji",
-    "method": {"name": "tdm", "steps": 4, "guidance": 3.0, "loss": "huber", "fake_weight": "v", "warmup": 40},
+    "method": {"name": "tdm", "steps": 4, "guidance": 4.5, "loss": "huber", "fake_weight": "v", "warmup": 40},
     "roles": {"share": True, "rank": 32},
-    "train": {"iterations": 340, "batch": 16, "lr": 1.0e-4, "fake_lr": 1.0e-3, "ema": 0.97, "checkpoint_every": 100},
+    "train": {"iterations": 400, "batch": 16, "lr": 1.0e-4, "fake_lr": 1.0e-3, "decay": 200, "ema": 0.97, "checkpoint_every": 100},
 }
 POOL: Settings = {"data": {"source": "teacher", "count": 1024, "steps": 25}}
-IMITATION: Settings = {"steps": 4, "guidance": 3.0}
+IMITATION: Settings = {"steps": 4, "guidance": 4.5}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ VARIANTS = (
     Variant("diff-instruct", "Diff-Instruct", "1", "one step", {"name": "diff-instruct", "steps": 1}, draws=(Draw(1),)),
     Variant("lcm", "LCM", "1, fig. 8", "stochastic only: poor under DDIM", {"name": "lcm", **IMITATION}, POOL, (Draw(4), Draw(4, "ddim"))),
     Variant("progressive", "progressive distillation", "1", "-", {"name": "progressive", **IMITATION}, POOL),
-    Variant("rescued", "LCM, then 100 iterations of TDM", "fig. 8", "deterministic sampling restored", {}, {"train": {"iterations": 140}}, (Draw(4, "ddim"),), "lcm"),
+    Variant("rescued", "LCM, then 100 iterations of TDM", "fig. 8", "deterministic sampling restored", {}, {"train": {"iterations": 140, "decay": 0}}, (Draw(4, "ddim"),), "lcm"),
 )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50, help="iterations between two points of the curve")
     parser.add_argument("--protocol", default="emoji-medium")
     parser.add_argument("--curve", default="emoji-quick", help="protocol of the curve")
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--pictures", help="folder of real pictures for the adversarial term; the teacher's own if not given")
     parser.add_argument("--prompts", type=Path, default=Path("src/fewstep/zoo/emoji/prompts.txt"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench-tdm"), help="where students and measurements are kept")

@@ -1,7 +1,7 @@
 """The teacher that ships: an ordinary diffusers pipeline, small, and the same model to diffusers as to fewstep."""
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 
 import fewstep
 from fewstep.backbones.load import BUNDLED, bundled
@@ -36,3 +36,17 @@ def test_its_prompts_fit_its_tokenizer() -> None:
     text = teacher.encode([prompts[0], prompts[0], ""])["text"]
     assert torch.equal(text[0], text[1])
     assert not torch.allclose(text[0], text[2], atol=1e-2)
+
+
+def test_the_pixel_teacher_is_tiny_and_draws_its_kinds() -> None:
+    """Trousers are tall, and bags are wide; with and without guidance, from a folder that plain diffusers opens."""
+    folder = BUNDLED / "fashion"
+    assert {"README.md", "LICENSE", "prompts.txt", "labels.json"} <= {p.name for p in folder.iterdir()}
+    teacher = fewstep.load_teacher("fashion")
+    assert sum(p.numel() for p in teacher.module.parameters()) < 1e6
+    assert DDPMPipeline.from_pretrained(folder).unet.config.sample_size == 28
+    for guidance in (1.0, 2.0):
+        trousers, bags = fewstep.sample(teacher, ["trouser"] * 6 + ["bag"] * 6, steps=10, guidance=guidance).split(6)
+        width = [((p > 0.3).float().amax(2).sum(2) / (p > 0.3).float().amax(3).sum(2).clamp(min=1)).mean() for p in (trousers, bags)]
+        assert width[0] < 0.75
+        assert width[1] > 0.85
