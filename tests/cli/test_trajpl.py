@@ -39,6 +39,9 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         options += ["--set", "method.free_first=true", "--set", "method.solver=ipndm"]
     assert command(monkeypatch, "distill", trajpl, *options) == 0
     final = Path("runs/tiny/final")
+    page = Path("runs/tiny/report.html").read_text()
+    assert "Straying from the teacher" in page
+    assert "The shape that trajectories share" in page
     card = json.loads((final / "fewstep.json").read_text())
     assert card["head"] == "span"
     assert card["weights"] == {"rank": "none", "share": "full"}.get(next(iter(how), ""), "lora")

@@ -125,7 +125,7 @@ def test_the_next_stage_imitates_the_average_as_it_was() -> None:
         ({"steps": 0}, "method.steps: got 0, allowed are whole numbers from 1"),
         ({"stages": 0}, "method.stages: got 0, allowed"),
         ({"solver_steps": 0}, "method.solver_steps: got 0, allowed"),
-        ({"loss": "l1"}, "method.loss: got 'l1', allowed are l2, huber"),
+        ({"loss": "l3"}, "method.loss: got 'l3', allowed are l1, l2, huber"),
         ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),
         ({"guidance": float("inf")}, "method.guidance: got inf, allowed are numbers"),
     ],

@@ -246,5 +246,5 @@ def test_a_lora_of_another_network_is_refused() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"roles\.rank: got 0, allowed are whole numbers from 1"):
-        RolesConfig(rank=0)
+    with pytest.raises(ValueError, match=r"roles\.rank: got -1, allowed are whole numbers from 0"):
+        RolesConfig(rank=-1)
