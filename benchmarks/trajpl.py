@@ -7,7 +7,7 @@
 was trained on draws of the mixture is the teacher. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
 `pixel`: the bundled Fashion-MNIST teacher, guidance distilled in, and the share of the excess Frechet distance (EfficientNet-lite0 features,
-32 components, 1,000 pictures, against as many of the test set from Debian's dataset-fashion-mnist) over its 50 steps that is gone.
+32 components, 1,000 pictures, against as many of the test set from Debian's dataset-fashion-mnist) over its 50 steps that is left.
 """
 
 import argparse

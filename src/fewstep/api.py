@@ -73,7 +73,7 @@ def distill(
     cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, list(prompts), cache, identity)
     real, walked = None, None
-    if method.wants_paths:
+    if method.needs.paths:
         place = None if folder is None else folder / TRAJECTORIES
         walked = to_end(teacher_paths(teacher, data, paths or PathsConfig(), path_times(method, teacher), method.guidance, place, identity))
     if pictures == "teacher":
@@ -99,9 +99,9 @@ def roles_for(
     Without them it knows nothing of them: for looking at a plan.
     """
     head = _head(method, teacher, seed, paths, start)
-    against = method.counts if method.adversary else ()
+    against = method.counts if method.needs.adversary else ()
     told = method.conditioned if config.rank or not config.share else ()  # a head alone sees the times themselves
-    roles = make_roles(teacher, config, seed, told, against, head, method.fake)
+    roles = make_roles(teacher, config, seed, told, against, head, method.needs.fake)
     if start is not None:
         start_from(roles, start)
     return roles

@@ -13,7 +13,7 @@ from ..core.solvers import Denoise, land, solver_named
 from ..core.weighting import weighting_named
 from ..objectives.regression import consistency_function, landing_target, metric_named
 from ..roles.roles import Roles
-from .method import Loss, Turn
+from .method import Loss, Needs, Turn
 from .settings import require_choice, require_guidance, require_positive, require_whole
 
 TARGETS = ("consistency", "progressive")
@@ -68,20 +68,9 @@ class Imitation:
         return ()
 
     @property
-    def fake(self) -> bool:
-        return self.target == "progressive"  # it keeps the student of the stage before
-
-    @property
-    def adversary(self) -> bool:
-        return False
-
-    @property
-    def wants_pictures(self) -> bool:
-        return True
-
-    @property
-    def wants_paths(self) -> bool:
-        return False
+    def needs(self) -> Needs:
+        """Pictures; progressive distillation keeps the student of the stage before as the fake role."""
+        return Needs(fake=self.target == "progressive", pictures=True)
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         return timegrid.uniform(schedule, steps or self.steps, self.shift)

@@ -24,7 +24,7 @@ from ..objectives.denoising import denoising, transition_target
 from ..objectives.fisher import fisher
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Roles
-from .method import Loss, Real, Turn, draw_count
+from .method import Loss, Needs, Real, Turn, draw_count
 from .settings import require_choice, require_counts, require_guidance, require_positive, require_weight, require_whole
 
 CHOICES = {
@@ -109,24 +109,9 @@ class Matching:
         return self.counts if self.condition and len(self.counts) > 1 else ()
 
     @property
-    def fake(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def adversary(self) -> bool:
-        """Whether there is an adversarial term."""
-        return self.gan > 0
-
-    @property
-    def wants_pictures(self) -> bool:
-        """Real ones, for the adversarial term alone."""
-        return self.gan > 0
-
-    @property
-    def wants_paths(self) -> bool:
-        """Never: the trajectory is the student's own."""
-        return False
+    def needs(self) -> Needs:
+        """A fake score; for the adversarial term a discriminator and real pictures."""
+        return Needs(fake=True, adversary=self.gan > 0, pictures=self.gan > 0)
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """The student's grid, `[K + 1]`, for its default step count or another."""

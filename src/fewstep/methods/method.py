@@ -53,6 +53,15 @@ def draw_count(counts: tuple[int, ...], rng: torch.Generator) -> int:
     return counts[int(torch.randint(len(counts), (), generator=rng, device=rng.device))] if len(counts) > 1 else counts[0]
 
 
+class Needs(NamedTuple):
+    """What a method asks for besides student, teacher and prompts."""
+
+    fake: bool = False  # a fake score
+    adversary: bool = False  # a discriminator
+    pictures: bool = False  # clean states, of real pictures or of the teacher's
+    paths: bool = False  # trajectories of the teacher
+
+
 class Method(Protocol):
     """Who is updated, in which order, by which objective; and how the student that comes out is called."""
 
@@ -62,6 +71,8 @@ class Method(Protocol):
     def guidance(self) -> float: ...
     @property
     def solver(self) -> str: ...
+    @property
+    def needs(self) -> Needs: ...
     @property
     def head(self) -> str:
         """The kind of head that corrects the student's direction, `keep` for one that it begins with, or `none`."""
@@ -85,26 +96,6 @@ class Method(Protocol):
     @property
     def conditioned(self) -> tuple[int, ...]:
         """The step counts that the trained networks are told apart; usually none."""
-        ...
-
-    @property
-    def fake(self) -> bool:
-        """Whether there is a fake score."""
-        ...
-
-    @property
-    def adversary(self) -> bool:
-        """Whether a discriminator is trained."""
-        ...
-
-    @property
-    def wants_pictures(self) -> bool:
-        """Whether iterations are given clean states, of real pictures or of the teacher's."""
-        ...
-
-    @property
-    def wants_paths(self) -> bool:
-        """Whether iterations are given trajectories of the teacher."""
         ...
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from ..core.solvers import Past, Visit, solver_named, step
 from ..objectives.regression import metric_named
 from ..roles.roles import Roles
 from ..trajp.head import KINDS
-from .method import Loss, Turn, draw_count, student_of
+from .method import Loss, Needs, Turn, draw_count, student_of
 from .settings import require_choice, require_counts, require_guidance, require_positive
 
 
@@ -61,20 +61,9 @@ class PathImitation:
         return self.counts if self.condition and len(self.counts) > 1 else ()
 
     @property
-    def fake(self) -> bool:
-        return False
-
-    @property
-    def adversary(self) -> bool:
-        return False
-
-    @property
-    def wants_pictures(self) -> bool:
-        return False
-
-    @property
-    def wants_paths(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        """The teacher's trajectories."""
+        return Needs(paths=True)
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         return timegrid.uniform(schedule, steps or self.counts[0], self.shift)

@@ -100,15 +100,15 @@ def distill(
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
-    if method.wants_paths != (paths is not None):
+    if method.needs.paths != (paths is not None):
         raise ValueError(
-            f"data.source: method {method.name} {'needs' if method.wants_paths else 'takes no'} trajectories of the teacher; "
-            + ("set it to trajectories" if method.wants_paths else "leave data out")
+            f"data.source: method {method.name} {'needs' if method.needs.paths else 'takes no'} trajectories of the teacher; "
+            + ("set it to trajectories" if method.needs.paths else "leave data out")
         )
-    if method.wants_pictures != (real is not None):
+    if method.needs.pictures != (real is not None):
         raise ValueError(
-            f"data.source: method {method.name} {'needs pictures' if method.wants_pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
-            + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.wants_pictures else "leave data out")
+            f"data.source: method {method.name} {'needs pictures' if method.needs.pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
+            + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.pictures else "leave data out")
         )
     optimizers = {r: _optimizer(roles, r, config) for r in roles.trained}
     fingerprint = _fingerprint(roles, method, data, config, real, paths)
