@@ -270,7 +270,7 @@ def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """`trajpl.json` with every run, and `trajpl.md` with means and deviations over seeds."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     about = {"hardware": f"{torch.get_num_threads()} CPU threads", "commit": commit, "command": "python benchmarks/trajpl.py"}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in ("out", "folder")}
     write_json(a.out / "trajpl.json", {"rows": results, "settings": settings, "seeds": a.seeds, **about})
     lines = ["# TrajP-L", "", (__doc__ or "").split("\n\n")[2].strip(), ""]
     for name in a.only:

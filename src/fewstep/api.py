@@ -170,7 +170,7 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None, 
     card = read_card(folder)
     backbone = load_teacher(card.base if base is None else base, device=device) if base is None or isinstance(base, str | Path) else base
     vectors = load_vectors(folder) if card.time_layer else {}
-    head, free = load_head(folder, backbone.schedule) if card.head else None, card.free_first
+    head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
     if card.weights == "none":
         student = Student(backbone, backbone.module, (), "student")
     elif card.weights == "full":
@@ -182,7 +182,7 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None, 
         state = load_lora(folder)
         student = with_lora(backbone, without_fold(state, card.time_layer) if vectors else state, card.rank, card.alpha)
     student = with_vectors(student, vectors) if vectors else student
-    return LoadedStudent(replace(student, head=head, free=free), card)
+    return LoadedStudent(replace(student, head=head, free=card.free_first), card)
 
 
 def load(base: Any, student: str | Path) -> FewStepPipeline:

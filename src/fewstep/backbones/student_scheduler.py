@@ -27,7 +27,10 @@ class Walking:
 
 
 class StudentScheduler(DDIMScheduler):
-    """In the place of DDIM, with the numbers of `core.solvers.sample`. Make one with `walking`."""
+    """In the place of DDIM, with the numbers of `core.solvers.sample`. Make one with `walking`.
+
+    A pipeline asks the network at every step: a free first step is right here, and not free.
+    """
 
     student: Walking
     visited = 0

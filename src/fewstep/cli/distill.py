@@ -38,7 +38,7 @@ from ..training.pool import teacher_pictures
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from ..trajp.analysis import shape_of, strays
-from ..trajp.head import kind_of
+from ..trajp.head import Head, kind_of
 from .evaluate import check_protocols, evaluate_student, measure_step
 from .progress import console, meter
 from .recipe import DistillRecipe, read_recipe
@@ -100,7 +100,6 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
     data = embed(teacher, prompts, run / "embeddings", identity)
     real = real_data(recipe, teacher, data, run / "embeddings", identity)
     paths = trajectories(recipe, teacher, data, run, identity)
-    shape = {} if paths is None else shape_of(teacher.schedule, paths.whole, paths.grid)
     preview = Preview(recipe, teacher, run)
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles)
@@ -131,6 +130,8 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
     if paths is not None:
+        curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
+        shape = shape_of(teacher.schedule, paths.whole, paths.grid, curve)
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     finish(recipe, roles, preview, run, base_hash, log.seconds)
 
@@ -218,7 +219,8 @@ class Preview:
             few = trajectory(teacher, guided(teacher, teacher.module, self.cond, self.null, 1.0), self.seeds, times)
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = f"{who}, {steps} step{'s' if steps > 1 else ''}"
-                rows[f"{name} ({steps} evaluation{'s' if steps > 1 else ''})"] = teacher.decode(states[-1].x)
+                calls = steps - (method.free_first and who == "student")
+                rows[f"{name} ({calls} evaluation{'s' if calls != 1 else ''})"] = teacher.decode(states[-1].x)
                 if steps == max(method.counts):
                     clean = [teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))

@@ -10,6 +10,7 @@ from ..api import LoadedStudent, backbone_of, load_student, sample
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.load import quiet
+from ..export.card import evaluations
 from ..training.loop import Step, default_device
 from .progress import console, meter
 from .sample import student_folder
@@ -42,7 +43,7 @@ def evaluate_student(folder: Path, protocol: str, cache: Path) -> dict[str, Any]
         rows += [
             Row("teacher", k, scale, 2 * k, _sampler(teacher, k, scale)),
             Row("teacher", k, 1.0, k, _sampler(teacher, k, 1.0)),
-            Row("student", k, 1.0, k, _sampler(student, k, 1.0)),
+            Row("student", k, 1.0, evaluations(student.card, k), _sampler(student, k, 1.0)),
         ]
     with meter("evaluating", rules.total(len(rows))) as bar:
         result = evaluate(rows, rules, cache, progress=lambda done: bar.advance(done, {}))
@@ -64,7 +65,8 @@ def measure_step(step: Step, protocol: str) -> dict[str, Any]:
     from ..evaluation.protocols import Row, evaluate, protocol_named
 
     count = step.method.counts[0]
-    row = evaluate([Row("student", count, 1.0, count, _sampler(step, count, 1.0))], protocol_named(protocol))["rows"][0]
+    nfe = count - step.method.free_first
+    row = evaluate([Row("student", count, 1.0, nfe, _sampler(step, count, 1.0))], protocol_named(protocol))["rows"][0]
     return {k: row[k] for k in ("fd_real", "retrieval_top1", "retrieval_top5", "diversity")}
 
 

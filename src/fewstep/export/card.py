@@ -37,6 +37,11 @@ class StudentCard:
     format: int = FORMAT
 
 
+def evaluations(card: StudentCard, steps: int) -> int:
+    """Network evaluations of one picture in so many steps."""
+    return steps - card.free_first
+
+
 def read_card(folder: Path) -> StudentCard:
     """The card of a student folder. Raises ValueError with one line when there is none or it is of another format."""
     path = folder / FILE

@@ -77,9 +77,10 @@ class PathImitation:
         student = student_of(self, roles, cond, count)
         x = states[:, 0]
         past = Past(x / schedule.start_std)
-        for t, t_next in pairwise(s.to(x.device).expand(len(x)) for s in times):
+        for start, end in pairwise(times):
+            t, t_next = (s.to(x.device).expand(len(x)) for s in (start, end))
             landed, visit = step(solver, schedule, student(x, t), t, t_next, past, roles.head)
-            goal = states[:, int((known - t_next[0].cpu()).abs().argmin())]
+            goal = states[:, int((known - end).abs().argmin())]
             value = metric_named(self.loss)(landed, goal).mean()
             x, past = landed.detach(), Past(past.noise, (_detached(visit), *past.visits))
             if value.requires_grad:  # a free first step without a head has nothing to train

@@ -67,7 +67,7 @@ WORDS = {
     "each other, so judge by the images and the distances above.",
     "Gradient norms": "Before clipping. A steady climb is the first sign that a learning rate is too high.",
     "Straying from the teacher": "Distance to the teacher's state from the same noise, relative to the clean state, along the way from "
-    "noise (0) to data (1). Lower is better.",
+    "noise (0) to data (1), on trajectories that it was trained on. Lower is better.",
     "The shape that trajectories share": "Coordinates of the teacher's trajectories along the way from noise (0) to data (1): along the "
     "straight line, then along the two principal directions of what is left. Faint: samples. Strong: their mean. Dashed: the fitted curve.",
     "The bend, seen along the straight line": "The two coordinates beside the straight line, in its length. Faint: samples. Strong: their mean.",

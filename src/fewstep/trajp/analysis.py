@@ -6,21 +6,21 @@ from typing import Any
 from torch import Tensor
 
 from ..core.schedule import Schedule
-from .curve import Curve, coordinates, fit_curve, own_coordinates
+from .curve import Curve, fit_curve, own_coordinates
 
 SHOWN = 12
 
 
-def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor) -> dict[str, Any]:
+def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor, curve: Curve | None = None) -> dict[str, Any]:
     """Of trajectories `whole [n, F, ...]` at the teacher's `grid [F]`, as plain numbers for a report.
 
     `s`: how far along; `mean`, `fit` and some `samples`: coordinates [F, 3]; `r2` of each fit; `unexplained`: what share of the part
-    orthogonal to x_T - x_0 its first one, two and three principal components leave over.
+    orthogonal to x_T - x_0 its first one, two and three principal components leave over. `curve` is their fit where there is one.
     """
     s = 1 - schedule.fraction(grid)
-    c, _ = coordinates(whole.flatten(2))
-    curve: Curve = fit_curve(s, c)
     own, left = own_coordinates(whole.flatten(2))
+    c = own.mean(0)
+    curve = curve or fit_curve(s, c)
     return {
         "s": s.tolist(), "mean": c.tolist(), "fit": curve.at(s).tolist(), "r2": curve.r2.tolist(),
         "samples": own[:SHOWN].tolist(), "unexplained": left.mean(0).tolist(),

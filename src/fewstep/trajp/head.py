@@ -6,6 +6,7 @@ directions that a trajectory has met, and its starting point, span the same spac
 arXiv 2411.06503); the span head answers with weights on these.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class Tokens(NamedTuple):
     times: Sequence[Tensor]  # N x [B]
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """What the heads have in common: tokens, places on the curve, and how a corrected estimate becomes a way."""
 
     centre: Tensor
@@ -70,9 +71,9 @@ class Head(nn.Module):
         ratio = self.schedule.alpha(t) / self.schedule.sigma(t)
         return Split(way.x0 + delta, way.eps - expand(ratio, delta) * delta)
 
+    @abstractmethod
     def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
         """Change of the clean estimate, [B, ...]."""
-        raise NotImplementedError
 
     def tokens(self, way: Split, t: Tensor, past: Past) -> Tokens:
         """The tokens of a step."""
