@@ -46,7 +46,7 @@ def iteration(
 def bare(roles: Roles, method: Matching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int) -> None:
     """The network calls of one iteration and nothing else."""
     backbone, module = roles.backbone, roles.networks["student"]
-    segments = timegrid.draw_segments(batch, method.steps, seeded(0, 0, "draw"))
+    segments = timegrid.draw_segments(batch, method.counts[0], seeded(0, 0, "draw"))
     x, t = torch.randn(batch, *backbone.shape), torch.full((batch,), 500.0, dtype=torch.float64)
     roles.activate("student")
     with torch.no_grad():

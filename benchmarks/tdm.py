@@ -25,7 +25,8 @@ from fewstep.api import load_teacher, sample, start_from
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import fingerprint, quiet
-from fewstep.cli.distill import roles_of, write_student
+from fewstep.cli.distill import roles_of
+from fewstep.cli.ending import write_student
 from fewstep.cli.recipe import DistillRecipe, validate
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.export.card import StudentCard
@@ -162,9 +163,9 @@ def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str,
     return [{**row, "draw": d.title} for row, d in zip(found[1:], draws, strict=True)]
 
 
-def _sampler(model: Any, d: Draw) -> Any:
+def _sampler(model: Any, d: Draw, guidance: float = 1.0) -> Any:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return sample(model, list(prompts), list(seeds), steps=d.steps, solver=d.solver, told=d.told)
+        return sample(model, list(prompts), list(seeds), steps=d.steps, guidance=guidance, solver=d.solver, told=d.told)
 
     return draw
 
@@ -174,7 +175,7 @@ def teacher_rows(teacher: Backbone, a: argparse.Namespace) -> list[dict[str, Any
     found = []
     for protocol in (a.curve, a.protocol):
         rows = [
-            Row("teacher", k, w, k * (2 if w != 1 else 1), lambda p, s, k=k, w=w: sample(teacher, list(p), list(s), steps=k, guidance=w))
+            Row("teacher", k, w, k * (2 if w != 1 else 1), _sampler(teacher, Draw(k), w))
             for k, w in ((50, a.guidance), (4, a.guidance), (4, 1.0), (2, 1.0), (1, 1.0))
         ]
         found = evaluate(rows, protocol_named(protocol), a.out / "teacher")["rows"]

@@ -16,9 +16,10 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..atomic import write_tensors
 from .student_scheduler import StudentScheduler, Walking
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -130,7 +131,7 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
 
 def save_vectors(folder: Path, vectors: Mapping[int, Tensor]) -> None:
     """One vector per step count."""
-    save_file({str(k): v.detach().float().cpu().contiguous() for k, v in vectors.items()}, folder / CONDITION_FILE)
+    write_tensors(folder / CONDITION_FILE, {str(k): v.float() for k, v in vectors.items()})
 
 
 def load_vectors(folder: Path) -> dict[int, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..api import load_teacher
+from ..atomic import read_json
 from ..backbones.load import bundled, fingerprint, quiet
 from ..export.card import read_card
 from ..training.state import checkpoints
@@ -74,7 +75,7 @@ def safetensors_summary(path: Path) -> dict[str, Any]:
 
 def run_summary(path: Path) -> dict[str, Any]:
     """Where a run stands."""
-    record = json.loads((path / "run.json").read_text())
+    record = read_json(path / "run.json", "run its command again to write it anew")
     saved = checkpoints(path)
     return {
         "run": str(path),

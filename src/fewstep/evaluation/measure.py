@@ -1,15 +1,15 @@
 """Pictures of one generator become numbers, and those are kept: an interrupted measurement goes on where it stopped."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..atomic import write_tensors
 from .alignment import colour_histogram
 from .features import feature_network, features
 from .plan import Plan
@@ -101,7 +101,4 @@ def _read(file: Path) -> Measured:
 
 
 def _write(file: Path, measured: Measured) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    save_file({"embeddings": measured.embeddings, "colours": measured.colours, "seconds": measured.seconds}, temporary)
-    os.replace(temporary, file)
+    write_tensors(file, {"embeddings": measured.embeddings, "colours": measured.colours, "seconds": measured.seconds})

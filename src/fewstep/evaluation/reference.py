@@ -7,7 +7,6 @@ everything), in a unit in which the real emoji have a total variance of 100.
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_json
+from ..atomic import write_json, write_tensors
 from .alignment import colour_histogram
 from .distances import principal_components
 from .features import SIZE, WEIGHTS, feature_network, features
@@ -124,10 +123,7 @@ def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = F
         "toned": toned,
         "held_out": list(dict.fromkeys(e.caption for e in emoji if e.held_out and e.name in toned)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{TENSORS}.tmp"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    os.replace(temporary, folder / TENSORS)
+    write_tensors(folder / TENSORS, tensors)
     write_json(folder / TEXTS, texts)
     return folder
 

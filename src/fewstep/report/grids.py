@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .files import write_atomically
+from ..atomic import write_bytes
 from .pictures import png, to_pil
 
 SMALLEST = 96  # pixels: smaller pictures are enlarged by a whole factor
@@ -25,7 +25,7 @@ def write_grid(path: Path, images: Tensor, labels: Sequence[str], prompts: Seque
     if images.ndim != 5 or images.shape[:3] != (len(labels), len(prompts), 3):
         allowed = f"[{len(labels)}, {len(prompts)}, 3, H, W]: a row for each label, a column for each prompt"
         raise ValueError(f"grid: images are {list(images.shape)}, allowed is {allowed}")
-    return write_atomically(path, png(draw_grid(images, labels, prompts)))
+    return write_bytes(path, png(draw_grid(images, labels, prompts)))
 
 
 def draw_grid(images: Tensor, labels: Sequence[str], prompts: Sequence[str]) -> Image.Image:

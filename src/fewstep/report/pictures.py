@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .files import write_atomically
+from ..atomic import write_bytes
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def save_pictures(path: Path, pictures: Pictures) -> Path:
         "rows": list(pictures.rows),
         "trajectories": {label: list(t.times) for label, t in pictures.trajectories.items()},
     }
-    return write_atomically(path, save(tensors, metadata={"pictures": json.dumps(about, ensure_ascii=False)}))
+    return write_bytes(path, save(tensors, metadata={"pictures": json.dumps(about, ensure_ascii=False)}))
 
 
 def load_pictures(path: Path) -> Pictures:

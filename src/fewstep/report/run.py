@@ -1,11 +1,11 @@
 """A report made again from the files of a run folder."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import read_json
 from .html import Report, write_report
 from .live import read_metrics
 from .pictures import Pictures, load_pictures
@@ -73,12 +73,4 @@ def _spread(paths: Sequence[Path]) -> list[Path]:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it and run the command that made it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; delete it and run the command that made it again")
-    return value
+    return read_json(path, "delete it and run the command that made it again") if path.exists() else {}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_json
+from ..atomic import read_json, write_json, write_tensors
 from ..backbones.base import Backbone, Cond, guided, rows
 from ..backbones.generate import device_of, noise_of
 from ..core import timegrid
@@ -164,10 +163,7 @@ def _claim(folder: Path, record: dict[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
         return
-    try:
-        there = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"data.folder: {path} is damaged; delete {folder} and run the same command again") from error
+    there = read_json(path, f"delete {folder} and run the same command again")
     if there.get("teacher") != record["teacher"]:
         raise ValueError(
             f"data.folder: the trajectories in {folder} are those of teacher {there.get('teacher')}, this is {record['teacher']}; choose another folder"
@@ -189,6 +185,4 @@ def _read(path: Path | None) -> dict[str, Tensor] | None:
 
 def _write(path: Path | None, shard: dict[str, Tensor]) -> None:
     if path is not None:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({k: v.contiguous() for k, v in shard.items()}, temporary)
-        temporary.replace(path)
+        write_tensors(path, shard)

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..atomic import write_tensors
 from ..backbones.base import Backbone
 from ..methods.method import Real
 from .prompts import Embeddings, embed
@@ -152,12 +152,9 @@ def made_once(path: Path | None, make: Callable[[], Tensor]) -> Tensor:
             return load_file(path)["x0"]
         except (SafetensorError, KeyError):
             path.unlink()
-    x0 = make().contiguous()
+    x0 = make()
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"x0": x0}, temporary)
-        temporary.replace(path)
+        write_tensors(path, {"x0": x0})
     return x0
 
 

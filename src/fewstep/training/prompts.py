@@ -4,15 +4,15 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..atomic import write_tensors
 from ..backbones.base import Backbone, Cond
 
 COLUMNS = ("prompt", "caption", "text")
@@ -113,10 +113,7 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     tensors = {f"cond.{k}": torch.cat([p[k] for p in parts]).cpu().contiguous() for k in parts[0]}
     tensors |= {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and tensors:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # every process of a run may write it
-        save_file(tensors, temporary)
-        temporary.replace(path)
+        write_tensors(path, tensors)  # every process of a run may do it
     return _embeddings(tensors, len(prompts), len(prompts), key)
 
 

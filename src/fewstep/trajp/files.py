@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from ..atomic import write_tensors
 from ..core.schedule import Schedule
 from .curve import Curve
 from .head import Facts, Head, kind_of, make_head
@@ -21,10 +22,10 @@ def save_head(folder: Path, head: nn.Module) -> Path:
     """`folder/trajp.safetensors`."""
     assert isinstance(head, Head)
     curve = head.facts.curve
-    tensors = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
+    tensors: dict[str, Tensor] = dict(head.state_dict())
     tensors |= {f"{CURVE}weights": curve.weights, f"{CURVE}shape": curve.shape, f"{CURVE}r2": curve.r2}
     about = {"kind": kind_of(head), "spread": head.facts.spread, "grids": [g.tolist() for g in head.facts.grids]}
-    save_file(tensors, folder / FILE, {"fewstep": json.dumps(about)})
+    write_tensors(folder / FILE, tensors, {"fewstep": json.dumps(about)})
     return folder / FILE
 
 

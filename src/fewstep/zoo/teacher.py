@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..atomic import write_json
+from ..atomic import write_json, write_tensors
 from ..backbones import miniature
 from ..training.fit import FitConfig, FitStep, fit
 from ..training.state import seeded
@@ -175,9 +175,7 @@ def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor]
             x = emoji_data.placed(pixels, mirrors, config.data.least, seeded(config.seed, v, "places")).float() / 127.5 - 1
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.denoiser.fit.bf16):
                 parts.append(torch.cat([encode(p) for p in x.split(64)]))
-        latents = torch.stack(parts, 1).half()
-        save_file({"latents": latents}, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        write_tensors(file, {"latents": torch.stack(parts, 1).half()})
     return load_file(file)["latents"]
 
 

@@ -1,0 +1,116 @@
+"""What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..atomic import write_json
+from ..backbones.base import guided
+from ..backbones.generate import device_of
+from ..backbones.load import bundled
+from ..core.solvers import DDIM, sample, solver_named
+from ..export.card import StudentCard
+from ..export.final import write_final
+from ..methods.method import Method, student_of
+from ..report.pictures import save_pictures
+from ..report.run import PICTURES, SHAPE, render_run
+from ..roles.roles import Roles
+from ..roles.step_condition import folded_bias
+from ..training.paths import Paths
+from ..trajp.analysis import shape_of, strays
+from ..trajp.head import Head, kind_of
+from .evaluate import evaluate_student
+from .preview import Preview
+from .progress import console
+from .recipe import DistillRecipe
+from .run_record import hardware
+
+
+def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float) -> None:
+    """Export the averaged student, measure it, write the report, and say what to do next."""
+    method, schedule = recipe.method, roles.backbone.schedule
+    called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
+    counts, default = method.counts, method.counts[0]
+    grids = {k: method.times(schedule, k) for k in counts}
+    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
+    rank = recipe.roles.rank if weights == "lora" else None
+    card = StudentCard(
+        name=f"{Path(recipe.teacher).name}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
+        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
+        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
+        rank=rank, alpha=None if rank is None else float(recipe.roles.alpha or rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",
+        iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
+        data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
+    )  # fmt: skip
+    with roles.averaged():
+        write_student(run / "final", card, roles, grids[default][:-1])
+        save_pictures(run / PICTURES, preview.compare(roles, method))
+    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
+    report = render_run(run)
+    print_ending(run, report, result, seconds)
+
+
+def _trained_from(recipe: DistillRecipe) -> str:
+    """What a model card says about the data."""
+    if recipe.data is None or recipe.data.source == "trajectories":
+        return "prompts alone"
+    return "prompts and pictures that the teacher drew" if recipe.data.source == "teacher" else "captioned pictures"
+
+
+def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) -> None:
+    """`final/`, whose weights alone are the student of the card's first step count, which visits these `times`."""
+    count, network, vectors = card.steps[0], roles.networks["student"], roles.vectors()
+    if roles.config.share:
+        told, settings = roles.told(count, times), roles.adapter_settings()
+        if told:
+            settings["target_modules"] = sorted({*settings["target_modules"], card.time_layer})
+        write_final(folder, roles.backbone, card, network, roles.student_state() | told, settings, vectors, roles.head)
+        return
+    with folded_bias(network, card.time_layer, vectors[count]) if vectors else nullcontext():
+        write_final(folder, roles.backbone, card, network, None, {}, vectors, roles.head)
+
+
+def write_shape(run: Path, method: Method, roles: Roles, paths: Paths) -> None:
+    """What the report shows of the teacher's trajectories, and of how the student strays from them."""
+    curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
+    shape = shape_of(roles.backbone.schedule, paths.whole, paths.grid, curve)
+    write_json(run / SHAPE, shape | {"errors": errors_along(method, roles, paths)})
+
+
+def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) -> dict[str, Any]:
+    """How the teacher's own few steps and the student stray from the teacher's trajectories, for every step count."""
+    teacher, goals, walks = roles.backbone, paths.states[:count], {}
+    device = device_of(teacher.module)
+    cond = {k: v[:count].to(device) for k, v in paths.embeddings.cond.items()}
+    null = {k: v.to(device) for k, v in paths.embeddings.null.items()}
+    with roles.averaged(), torch.no_grad():
+        for steps in method.counts:
+            times = method.times(teacher.schedule, steps)
+            own = {
+                f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance), DDIM, None),
+                f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
+            }
+            for name, (denoise, solver, correct) in own.items():
+                states = [s.x.cpu() for s in sample(denoise, teacher.schedule, goals[:, 0].to(device), times, solver, correct)]
+                walks[name] = (times, torch.stack(states, 1))
+    return strays(teacher.schedule, goals, paths.times, walks)
+
+
+def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float) -> None:
+    """Where things are, the three numbers that matter, and the next command."""
+    console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}")
+    if result is not None:
+        rows = result["rows"]
+        student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
+        console.print(
+            f"quality  FD to real {student['fd_real']:.1f} in {student['nfe']} network calls, teacher {best['fd_real']:.1f} in {best['nfe']}"
+        )
+        console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
+    console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
+    console.print(
+        f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"
+    )

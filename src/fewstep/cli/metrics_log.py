@@ -1,0 +1,37 @@
+"""What a run writes down of every iteration."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_bytes
+from ..training.loop import Step
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one line an iteration. On resuming, lines after the checkpoint are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path, self.iteration, self.seconds = path, start, 0.0
+        kept = [r for r in _records(path) if r["iteration"] <= start]
+        self.seconds = max((r.get("seconds", 0.0) for r in kept), default=0.0)
+        write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+    def add(self, step: Step) -> None:
+        self.iteration, self.seconds = step.iteration, self.seconds + step.seconds
+        self.note(step.iteration, {"seconds": round(self.seconds, 4), **step.metrics})
+
+    def note(self, iteration: int, values: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Readable lines; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

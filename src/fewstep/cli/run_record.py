@@ -1,0 +1,49 @@
+"""`run.json`: what was run, with what, on what, and what one does next."""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .recipe import DistillRecipe
+
+
+def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: list[str]) -> dict[str, Any]:
+    """`run.json`."""
+    return {
+        "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": json.loads(recipe.model_dump_json()),
+        "base_hash": base_hash, "seed": recipe.train.seed, "hardware": hardware(), "versions": versions(), "next_commands": next_commands(recipe), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    return {"fewstep": __version__, "python": platform.python_version()} | {
+        p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")
+    }
+
+
+def hardware() -> str:
+    """The device's name as a person would say it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def command_line() -> str:
+    return shlex.join(["fewstep", *sys.argv[1:]])
+
+
+def next_commands(recipe: DistillRecipe) -> list[tuple[str, str]]:
+    """What one does with a finished student."""
+    prompt = shlex.quote(recipe.preview.prompts[0] if recipe.preview.prompts else "a prompt")
+    return [
+        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample runs/{recipe.name} -p {prompt} --compare"),
+        ("Measure it under the full protocol", f"fewstep evaluate runs/{recipe.name}"),
+        ("Distil a pipeline of your own", "fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
+    ]
