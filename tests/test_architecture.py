@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "export": FILES | {"core", "backbones", "trajp"},
     "report": FILES | {"core", "backbones"},
     "zoo": FILES | {"core", "backbones", "training"},
-    "checks": frozenset({"core", "backbones"}),
+    "checks": frozenset({"core", "backbones", "roles"}),
     "api": BELOW_API,
     "fewstep": frozenset({"api"}),
     "studio": BELOW_API | {"api", "fewstep"},

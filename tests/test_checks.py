@@ -1,16 +1,19 @@
 """Every objective of the package passes the public check, and what the check is for is found by it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep.checks import Inputs, check_objective
+from fewstep.backbones.base import Cond, Denoiser
+from fewstep.checks import Inputs, check_backbone, check_objective
 from fewstep.objectives.adversarial import GAMES, gradient_penalty
 from fewstep.objectives.fisher import fisher
 from fewstep.objectives.regression import METRICS
 from fewstep.objectives.reverse_kl import LOSSES, dmd_normaliser
+
+from . import tiny
 
 Objective = Callable[..., Tensor]
 
@@ -70,3 +73,50 @@ def test_an_objective_of_the_package_passes(name: str) -> None:
 def test_what_it_is_for_is_found(objective: Objective, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         check_objective(objective, states("x", "x"), (0,))
+
+
+class Changed(Denoiser):
+    """A sound backbone with one thing done wrong."""
+
+    def __init__(self, fault: str) -> None:
+        sound = tiny.denoiser()
+        super().__init__(sound.module, sound.schedule, sound.shape, "v", sound.conditions, time_layer="time")
+        object.__setattr__(self, "fault", fault)
+
+    fault: str
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.fault == "timeless":
+            t = torch.full_like(t, 500)
+        if self.fault == "unconditional":
+            cond = {"label": torch.zeros_like(cond["label"])}
+        m = super().predict(module, x.detach() if self.fault == "detached" else x, t, cond)
+        if self.fault == "mixing":
+            m = m - m.mean(0)
+        return m[:, :1] if self.fault == "shape" else m.half() if self.fault == "dtype" else m
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        cond = super().encode(prompts)
+        return {"label": cond["label"][0]} if self.fault == "flat" else cond
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x[..., :2] if self.fault == "cropped" else x
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("timeless", "predict does not look at t"),
+        ("unconditional", "predict does not look at the conditions"),
+        ("detached", "lets no gradient through to its states"),
+        ("mixing", "depends on the others of its batch"),
+        ("shape", r"predict gives \[2, 1, 4, 4\] for states \[2, 2, 4, 4\]"),
+        ("dtype", r"predict gives torch\.float16; give float32"),
+        ("flat", "conditions are not batch first"),
+        ("cropped", r"decode gives \[2, 2, 4, 2\], pictures are"),
+    ],
+)
+def test_a_faulty_backbone_is_told_what_is_wrong(fault: str, expected: str) -> None:
+    check_backbone(Changed(""))
+    with pytest.raises(ValueError, match=f"^backbone own-network: .*{expected}"):
+        check_backbone(Changed(fault))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fewstep.backbones import miniature
 from fewstep.backbones.base import Cond, Denoiser
-from fewstep.backbones.sd import PREDICTIONS, StableDiffusion
+from fewstep.backbones.parts import PREDICTIONS
+from fewstep.backbones.sd import StableDiffusion
 from fewstep.core.schedule import VP, Flow, Schedule
 
 WORDS = ["red cat", "blue dog", "a photo of a green house"]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .backbones.base import Backbone, Denoiser, guided
-from .backbones.files import FewStepPipeline, Serving, few_step_pipeline, load_lora, load_network, load_vectors
+from .backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
+from .backbones.files import load_lora, load_network, load_vectors, loads_lora
 from .backbones.generate import device_of, trajectory
-from .backbones.load import fingerprint, load_teacher, pipeline_of
-from .backbones.sd import StableDiffusion, around
+from .backbones.load import around, fingerprint, load_teacher, pipeline_of
+from .backbones.parts import denoiser_of
 from .backbones.student_scheduler import Walking
 from .core import timegrid
 from .core.solvers import State, solver_named
@@ -21,6 +22,7 @@ from .methods.imitation import Imitation
 from .methods.matching import Matching
 from .methods.method import Method, student_of
 from .methods.paths import PathImitation
+from .roles.adapters import switch
 from .roles.roles import Roles, RolesConfig, make_roles
 from .roles.step_condition import attach, nearest, unfold
 from .roles.student import Student, with_lora, with_vectors, without_fold
@@ -192,12 +194,18 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     """
     folder = Path(student)
     card = read_card(folder)
-    pipeline = pipeline_of(base)
-    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps), card.weights, _walking(card, around(pipeline, card.base), folder))
+    pipeline, adapter = pipeline_of(base), "fewstep"
+    walking = _walking(card, around(pipeline, card.base), folder)
+    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps), card.weights, walking, adapter)
+    network = denoiser_of(pipe)
+    if card.weights == "lora" and not loads_lora(network):
+        assert card.rank is not None and card.alpha is not None
+        student_on_it = with_lora(around(pipe, card.base), load_lora(folder), card.rank, card.alpha)
+        switch(student_on_it.layers, adapter := student_on_it.adapter)
     if card.time_layer:
         vectors = load_vectors(folder)
-        unfold(pipe.unet, card.time_layer, vectors[card.steps[0]], "fewstep")
-        condition = attach(pipe.unet, card.time_layer)
+        unfold(network, card.time_layer, vectors[card.steps[0]], adapter)
+        condition = attach(network, card.time_layer)
 
         def tell(steps: int) -> None:
             condition.active = nearest(vectors, steps)
@@ -206,7 +214,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     return pipe
 
 
-def _walking(card: StudentCard, backbone: StableDiffusion, folder: Path) -> Walking | None:
+def _walking(card: StudentCard, backbone: Backbone, folder: Path) -> Walking | None:
     """How a student is sampled that no stock scheduler can walk; None for all others."""
     solver = card.solver[str(card.steps[0])]
     if not (card.head or card.free_first or solver == "ipndm"):

@@ -6,18 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.backbones.files import (
-    LORA_FILE,
-    FewStepPipeline,
-    Serving,
-    few_step_pipeline,
-    load_lora,
-    load_network,
-    save_lora,
-    save_network,
-    student_scheduler,
-)
+from fewstep.backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
+from fewstep.backbones.files import LORA_FILE, load_lora, load_network, save_lora, save_network
 from fewstep.backbones.generate import pictures
+from fewstep.backbones.schedulers import student_scheduler
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core import timegrid
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
@@ -36,9 +28,9 @@ def trained(share: bool) -> Roles:
 
 def saved(roles: Roles, folder: Path) -> Path:
     if roles.config.share:
-        save_lora(folder, roles.student_state(), roles.adapter_settings())
+        save_lora(folder, roles.networks["student"], roles.student_state(), roles.adapter_settings())
     else:
-        save_network(folder / "unet", roles.networks["student"])
+        save_network(folder, roles.networks["student"])
     student_scheduler(roles.backbone.scheduler_config, [2, 4], "ddim").save_pretrained(folder / "scheduler")
     return folder
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from fewstep.backbones.base import denoiser, guided
-from fewstep.backbones.files import student_scheduler
 from fewstep.backbones.generate import noise_of, pictures, trajectory
 from fewstep.backbones.load import bundled, fingerprint, load_teacher, pipeline_of
+from fewstep.backbones.schedulers import student_scheduler
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core import timegrid
 from fewstep.core.schedule import VP

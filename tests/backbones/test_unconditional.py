@@ -8,7 +8,7 @@ import torch
 from fewstep.backbones import miniature
 from fewstep.backbones.base import denoiser, guided
 from fewstep.backbones.load import load_teacher
-from fewstep.backbones.unconditional import PixelModel, load_pixel_model, pixel_unet, save_pixel_model
+from fewstep.backbones.unconditional import PixelModel, pixel_unet, save_pixel_model
 from fewstep.methods.matching import Matching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
@@ -22,7 +22,9 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> PixelModel:
     torch.manual_seed(0)
     labels = request.param
     save_pixel_model(tmp_path / "digits", pixel_unet([16, 32], [False, True], 1, 8, len(labels)), miniature.scheduler(), labels)
-    return load_pixel_model(tmp_path / "digits", "digits")
+    loaded = load_teacher(tmp_path / "digits")
+    assert isinstance(loaded, PixelModel)
+    return loaded
 
 
 def test_output_is_that_of_the_network(model: PixelModel) -> None:

@@ -1,26 +1,60 @@
 """From a name to a teacher: a bundled one, a diffusers folder, or a hub id."""
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    CogVideoXPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from .base import Backbone
-from .sd import StableDiffusion, load_sd
-from .unconditional import PixelModel, load_pixel_model
+from .cogvideox import CogVideoX, around_cogvideox
+from .parts import load_pipeline
+from .pixart import PixArt, around_pixart
+from .sd import StableDiffusion, around_sd
+from .sd3 import StableDiffusion3, around_sd3
+from .sdxl import StableDiffusionXL, around_sdxl
+from .unconditional import PixelModel, around_pixels
 
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
-Loader = Callable[[str | Path, str, torch.dtype], StableDiffusion | PixelModel]
-LOADERS: dict[str, Loader] = {
-    "StableDiffusionPipeline": load_sd,
-    "DDPMPipeline": load_pixel_model,
-}  # pipeline class in model_index.json -> loader
+Piped = StableDiffusion | StableDiffusionXL | PixArt | CogVideoX | StableDiffusion3 | PixelModel  # the backbones around a pipeline
+
+
+@dataclass(frozen=True)
+class Family:
+    """A diffusers pipeline, the backbone that goes around it, and parts that are loaded otherwise than it says."""
+
+    pipeline: type[DiffusionPipeline]
+    around: Callable[[Any, str], Piped]
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    family.pipeline.__name__: family
+    for family in (
+        Family(StableDiffusionPipeline, around_sd, {"safety_checker": None, "requires_safety_checker": False}),
+        Family(StableDiffusionXLPipeline, around_sdxl),
+        Family(PixArtAlphaPipeline, around_pixart),
+        Family(PixArtSigmaPipeline, around_pixart),
+        Family(CogVideoXPipeline, around_cogvideox),
+        Family(StableDiffusion3Pipeline, around_sd3),
+        Family(DDPMPipeline, around_pixels),
+    )
+}
 
 
 def bundled() -> list[str]:
@@ -39,19 +73,30 @@ def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32, device:
             raise ValueError(
                 f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name"
             )
-        return _load(str(source), load_sd, str(source), dtype, device)
+        return _load(str(source), _family(source), str(source), dtype, device)
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
             f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote"
         )
+    return _load(folder, _family(folder), str(source), dtype, device)
+
+
+def _family(source: str | Path) -> Family:
+    """The family of a folder or a hub id. Raises ValueError with one line when it cannot be read or is not supported."""
     try:
-        family = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"teacher: {index} cannot be read ({error}); save the pipeline again") from error
-    if family not in LOADERS:
-        raise ValueError(f"teacher: {folder} is a {family}, supported are {', '.join(LOADERS)}; wrap your own network in fewstep.Denoiser")
-    return _load(folder, LOADERS[family], str(source), dtype, device)
+        name = DiffusionPipeline.load_config(str(source))["_class_name"]
+    except Exception as error:  # the hub and diffusers raise a different type for each kind of trouble
+        raise ValueError(
+            f"teacher: {source}: its model_index.json cannot be read ({_reason(error)}); save or download the pipeline again"
+        ) from error
+    if name not in FAMILIES:
+        raise ValueError(f"teacher: {source} is a {name}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser")
+    return FAMILIES[name]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
 def quiet() -> None:
@@ -61,12 +106,11 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def _load(source: str | Path, loader: Loader, name: str, dtype: torch.dtype, device: str | torch.device) -> Backbone:
+def _load(source: str | Path, family: Family, name: str, dtype: torch.dtype, device: str | torch.device) -> Backbone:
     try:
-        backbone = loader(source, Path(name).name, dtype)
+        backbone = family.around(load_pipeline(family.pipeline, source, dtype, family.parts), Path(name).name)
     except Exception as error:  # diffusers raises a different type for each kind of damage
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise ValueError(f"teacher: {source} cannot be loaded ({reason}); check the folder, or download it again") from error
+        raise ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check the folder, or download it again") from error
     backbone.pipe.to(device)
     return backbone
 
@@ -86,6 +130,16 @@ def pipeline_of(base: str | Path | Backbone | DiffusionPipeline) -> DiffusionPip
     if isinstance(base, DiffusionPipeline):
         return base
     backbone = load_teacher(base) if isinstance(base, str | Path) else base
-    if not isinstance(backbone, StableDiffusion | PixelModel):
+    if not isinstance(backbone, Piped):
         raise ValueError(f"base: {backbone.name} is no diffusers pipeline; sample it with fewstep.sample")
     return backbone.pipe
+
+
+def around(pipe: DiffusionPipeline, name: str) -> Backbone:
+    """The backbone of a pipeline that is there already. Raises ValueError for a family that is not supported."""
+    family = next((f for f in FAMILIES.values() if isinstance(pipe, f.pipeline)), None)
+    if family is None:
+        raise ValueError(
+            f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"
+        )
+    return family.around(pipe, name)

@@ -2,26 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from ..core.prediction import Row, row_named
+from ..core.prediction import Row
 from ..core.schedule import VP, Schedule
 from .base import Cond
-
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
-
-
-def unet_features(unet: nn.Module) -> tuple[str, ...]:
-    """The last convolution block of every downward level, and the middle."""
-    levels = unet.get_submodule("down_blocks")
-    assert isinstance(levels, nn.ModuleList)
-    last = [f"down_blocks.{i}.resnets.{len(level.get_submodule('resnets')) - 1}" for i, level in enumerate(levels)]  # type: ignore[arg-type]
-    return (*last, "mid_block")
+from .parts import latents_of, pictures_of, row_of, unet_features
 
 
 @dataclass(frozen=True)
@@ -38,7 +28,7 @@ class StableDiffusion:
 
     @property
     def row(self) -> Row:
-        return row_named(PREDICTIONS[self.pipe.scheduler.config.prediction_type])
+        return row_of(self.pipe)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,29 +67,12 @@ class StableDiffusion:
             return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
 
     def picture_states(self, pictures: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        with torch.no_grad():
-            means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(32)]
-        return torch.cat(means).float() * vae.config.scaling_factor
+        return latents_of(self.pipe.vae, pictures)
 
     def decode(self, x: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        with torch.no_grad():
-            images = torch.cat([vae.decode(z / vae.config.scaling_factor, return_dict=False)[0] for z in x.to(vae.dtype).split(32)])
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return pictures_of(self.pipe.vae, x)
 
 
-def load_sd(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> StableDiffusion:
-    """A `StableDiffusionPipeline` from a folder or a hub id. Raises ValueError with one line when it is neither."""
-    pipe = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
-        if part.dtype != dtype:
-            part.to(dtype=dtype)
-    return around(pipe, name)
-
-
-def around(pipe: StableDiffusionPipeline, name: str) -> StableDiffusion:
-    """The backbone of a pipeline that is there already."""
+def around_sd(pipe: StableDiffusionPipeline, name: str) -> StableDiffusion:
+    """The backbone of a pipeline."""
     return StableDiffusion(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))

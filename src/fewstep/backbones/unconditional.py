@@ -11,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor, nn
 
-from ..core.prediction import Row, row_named
+from ..core.prediction import Row
 from ..core.schedule import VP, Schedule
 from .base import Cond
-from .sd import PREDICTIONS, unet_features
+from .parts import row_of, unet_features
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
@@ -34,7 +34,7 @@ class PixelModel:
 
     @property
     def row(self) -> Row:
-        return row_named(PREDICTIONS[self.pipe.scheduler.config.prediction_type])
+        return row_of(self.pipe)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,14 +82,9 @@ class PixelModel:
         return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
 
 
-def load_pixel_model(folder: str | Path, name: str, dtype: torch.dtype = torch.float32) -> PixelModel:
-    """A `DDPMPipeline` folder, with `labels.json` beside it where the model has classes."""
-    pipe = DDPMPipeline.from_pretrained(str(folder))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.unet.requires_grad_(False).eval()
-    if pipe.unet.dtype != dtype:
-        pipe.unet.to(dtype=dtype)
-    names = Path(folder) / LABELS
+def around_pixels(pipe: DDPMPipeline, name: str) -> PixelModel:
+    """The backbone of a pipeline, with the classes that `labels.json` in its folder names."""
+    names = Path(pipe.name_or_path or "") / LABELS
     labels = tuple(json.loads(names.read_text())) if names.is_file() else ()
     return PixelModel(pipe, labels, name, VP(pipe.scheduler.alphas_cumprod.double()))
 

@@ -62,11 +62,15 @@ class EDM:
 
 @dataclass(frozen=True)
 class Flow:
-    """`alpha = 1 - t, sigma = t` (rectified flow, arXiv 2209.03003)."""
+    """`alpha = 1 - t, sigma = t` (rectified flow, arXiv 2209.03003).
+
+    With a `shift` s, fractions u are those of times `s u / (1 + (s - 1) u)`: more of them near noise (arXiv 2403.03206, eq. 23).
+    """
 
     t_max: float = 1.0
     t_clean: float = 0.0
     resolution: float = 0.0
+    shift: float = 1.0
 
     @property
     def start_std(self) -> float:
@@ -79,10 +83,11 @@ class Flow:
         return t.double()
 
     def at(self, u: Tensor) -> Tensor:
-        return self.t_max * u.double()
+        return self.t_max * self.shift * u.double() / (1 + (self.shift - 1) * u.double())
 
     def fraction(self, t: Tensor) -> Tensor:
-        return t.double() / self.t_max
+        way = t.double() / self.t_max
+        return way / (self.shift - (self.shift - 1) * way)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
-from ..backbones.files import LORA_FILE, save_lora, save_network, save_vectors, student_scheduler
+from ..backbones.few_step import facts_of
+from ..backbones.files import LORA_FILE, save_lora, save_network, save_vectors
+from ..backbones.load import pipeline_of
+from ..backbones.schedulers import student_scheduler
 from ..trajp.files import save_head
 from .card import FILE, StudentCard
 from .model_card import model_card
@@ -40,9 +43,9 @@ def write_final(
     beside.mkdir(parents=True)
     try:
         if lora is None:
-            save_network(beside / "unet", network)
+            save_network(beside, network)
         elif lora:
-            save_lora(beside, lora, metadata)
+            save_lora(beside, network, lora, metadata)
             os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
         if head is not None:
             save_head(beside, head)
@@ -51,7 +54,7 @@ def write_final(
         scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])])
         scheduler.save_pretrained(beside / "scheduler")
         write_json(beside / FILE, asdict(card))
-        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__))
+        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__, facts_of(pipeline_of(backbone))))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:

@@ -1,28 +1,36 @@
 """The README.md of a student: how to call it, what it was made from, what it cost. Its snippet is run by a test."""
 
+from ..backbones.few_step import Facts
+from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled
 from .card import StudentCard
 
 
-def model_card(card: StudentCard, folder: str, scheduler: str) -> str:
-    """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler."""
+def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts) -> str:
+    """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler.
+
+    `facts` are those of the base's pipeline.
+    """
     steps = card.steps[0]
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     served = " or ".join(map(str, card.steps))
-    load = {
-        "lora": f'pipe.load_lora_weights("{folder}")',
-        "full": f'pipe.unet = type(pipe.unet).from_pretrained("{folder}", subfolder="unet")',
-    }.get(card.weights, "")
+    part, peft = f"pipe.{facts.part}", card.weights == "lora" and not facts.loads_lora
+    lora = f'{part} = PeftModel.from_pretrained({part}, "{folder}/{PEFT_FOLDER}")' if peft else f'pipe.load_lora_weights("{folder}")'
+    full = f'{part} = type({part}).from_pretrained("{folder}", subfolder="{facts.part}")'
+    load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
     ships = card.base in bundled()
-    imports = f"import torch\nfrom diffusers import {scheduler}" + ("\n\nimport fewstep" if ships else ", StableDiffusionPipeline")
+    names = sorted([scheduler] if ships else [scheduler, facts.pipeline])
+    imports = "\n".join(
+        ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ships
+    )
     base = (
         f'fewstep.load_teacher("{card.base}").pipe  # this base ships with fewstep'
         if ships
-        else f'StableDiffusionPipeline.from_pretrained("{card.base}")'
+        else f'{facts.pipeline}.from_pretrained("{card.base}")'
     )
     others = (
         ""
@@ -31,6 +39,7 @@ def model_card(card: StudentCard, folder: str, scheduler: str) -> str:
 The files alone are the student of {steps} steps. fewstep tells it the others: `fewstep.load("{card.base}", "{folder}")("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
+    result = "frame" if facts.video else "image"
     # A head corrects every step, and no stock scheduler takes iPNDM's or free first steps: these students need fewstep at hand.
     stock = not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
     snippet = f"""{imports}
@@ -38,25 +47,33 @@ The files alone are the student of {steps} steps. fewstep tells it the others: `
 pipe = {base}
 {load}
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images[0]"""
+{result} = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     own = f"""import torch
 
 import fewstep
 
 pipe = fewstep.load("{card.base}", "{folder}")
-image = pipe("a prompt", generator=torch.Generator().manual_seed(0)).images[0]"""
+{result} = pipe("a prompt", generator=torch.Generator().manual_seed(0)).{result}s[0]"""
+    if not facts.takes_prompts:
+        stock, own = (
+            False,
+            f"""import fewstep
+
+pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of classes""",
+        )
     head = f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step |" if card.head else ""
     beyond = (
         f'With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.'
         if stock
         else "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     )
+    tag = ("text-to-video" if facts.video else "text-to-image") if facts.takes_prompts else "unconditional-image-generation"
     return f"""---
 license: {card.licence}
 base_model: {card.base}
 library_name: diffusers
-pipeline_tag: text-to-image
-tags: [text-to-image, {"lora, " if card.weights == "lora" else ""}few-step, {card.method}]
+pipeline_tag: {tag}
+tags: [{tag}, {"lora, " if card.weights == "lora" else ""}few-step, {card.method}]
 ---
 # {card.name}
 

@@ -1,0 +1,90 @@
+"""CogVideoX: video latents, v-prediction with zero terminal SNR, a schedule shifted towards noise."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import CogVideoXPipeline
+from torch import Tensor, nn
+
+from ..core.prediction import Row
+from ..core.schedule import VP, Schedule
+from .base import Cond
+from .parts import row_of, transformer_features
+
+
+@dataclass(frozen=True)
+class CogVideoX:
+    """A `CogVideoXPipeline` as a backbone. States are scaled latents [T, C, h, w]; the condition is `text [B, L, D]`.
+
+    `decode` gives videos [B, F, 3, H, W] with F = `frames`.
+    """
+
+    pipe: CogVideoXPipeline
+    name: str
+    schedule: Schedule
+    frames: int
+
+    @property
+    def module(self) -> nn.Module:
+        return self.pipe.transformer
+
+    @property
+    def row(self) -> Row:
+        return row_of(self.pipe)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        config = self.pipe.transformer.config
+        steps = (self.frames - 1) // self.pipe.vae_scale_factor_temporal + 1
+        return (steps, config.in_channels, config.sample_height, config.sample_width)
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return dict(self.pipe.scheduler.config)
+
+    @property
+    def picture_size(self) -> int:
+        return 0  # a state is a video
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return [self.pipe.text_encoder]
+
+    @property
+    def time_layer(self) -> str:
+        return "time_embedding.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")  # a block itself gives a pair, video and text
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        text, config, scale = cond["text"], self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+        place = None
+        if config.use_rotary_positional_embeddings:
+            place = self.pipe._prepare_rotary_positional_embeddings(
+                config.sample_height * scale, config.sample_width * scale, x.shape[1], x.device
+            )
+        return module(x.to(text.dtype), text, t.to(torch.float32), image_rotary_emb=place, return_dict=False)[0].float()
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        length = self.pipe.transformer.config.max_text_seq_length
+        with torch.no_grad():
+            text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
+        return {"text": text}
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        raise ValueError(f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out")
+
+    def decode(self, x: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        with torch.no_grad():  # one video at a time: an autoencoder for video needs more memory than the transformer
+            videos = torch.cat([self.pipe.decode_latents(one.to(vae.device, vae.dtype)) for one in x.split(1)])
+        return (videos.float() / 2 + 0.5).clamp(0, 1).movedim(1, 2)
+
+
+def around_cogvideox(pipe: CogVideoXPipeline, name: str) -> CogVideoX:
+    """The backbone of a pipeline, its videos as long as the network was made for."""
+    return CogVideoX(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()), pipe.transformer.config.sample_frames)

@@ -1,0 +1,130 @@
+"""Diffusers pipelines that are right without a word from their user: `pipe(prompt)` takes the student's steps, without guidance."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from .files import load_network, loads_lora, part_name
+from .parts import denoiser_of
+from .schedulers import load_scheduler
+from .student_scheduler import StudentScheduler, Walking
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a student wants to be called: step counts served, the first one the default; guidance is baked in."""
+
+    steps: tuple[int, ...]
+
+
+class FewStepPipeline(DiffusionPipeline):
+    """What stands before a family's own pipeline and changes its defaults to the student's."""
+
+    serving = Serving((4,))
+    tell: Callable[[int], None] = staticmethod(lambda steps: None)  # tells a student of several step counts the one it takes
+
+    def __call__(
+        self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
+    ) -> Any:
+        """As the family's own `__call__`, to which `options` go; warns when asked for other steps or for guidance."""
+        steps = num_inference_steps or self.serving.steps[0]
+        if steps not in self.serving.steps:
+            warnings.warn(
+                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.serving.steps))}", stacklevel=2
+            )
+        if guidance_scale > 1:
+            warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
+        self.tell(steps)
+        return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
+
+
+class FewStepSD(FewStepPipeline, StableDiffusionPipeline):
+    """Stable Diffusion."""
+
+
+class FewStepSDXL(FewStepPipeline, StableDiffusionXLPipeline):
+    """Stable Diffusion XL."""
+
+
+class FewStepPixArtAlpha(FewStepPipeline, PixArtAlphaPipeline):
+    """PixArt-alpha."""
+
+
+class FewStepPixArtSigma(FewStepPipeline, PixArtSigmaPipeline):
+    """PixArt-Sigma."""
+
+
+class FewStepCogVideoX(FewStepPipeline, CogVideoXPipeline):
+    """CogVideoX."""
+
+
+class FewStepSD3(FewStepPipeline, StableDiffusion3Pipeline):
+    """Stable Diffusion 3."""
+
+
+FEW_STEP: dict[type[DiffusionPipeline], type[FewStepPipeline]] = {
+    StableDiffusionPipeline: FewStepSD,
+    StableDiffusionXLPipeline: FewStepSDXL,
+    PixArtAlphaPipeline: FewStepPixArtAlpha,
+    PixArtSigmaPipeline: FewStepPixArtSigma,
+    CogVideoXPipeline: FewStepCogVideoX,
+    StableDiffusion3Pipeline: FewStepSD3,
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How a pipeline is called: its class, its denoiser, whether it loads LoRA, takes prompts, and gives videos."""
+
+    pipeline: str
+    part: str
+    loads_lora: bool
+    takes_prompts: bool
+    video: bool
+
+
+def facts_of(pipe: DiffusionPipeline) -> Facts:
+    """What a model card has to know of the base."""
+    plain = next((p for p in FEW_STEP if isinstance(pipe, p)), type(pipe))
+    network = denoiser_of(pipe)
+    return Facts(plain.__name__, part_name(network), loads_lora(network), plain in FEW_STEP, plain is CogVideoXPipeline)
+
+
+def few_step_pipeline(
+    base: DiffusionPipeline, student: Path, serving: Serving, weights: str, walking: Walking | None = None, adapter: str = "fewstep"
+) -> FewStepPipeline:
+    """`base` with the student in `student/` on it: LoRA at strength 1.0 or whole network (`weights` lora, full, none), its scheduler, its steps.
+
+    `walking` takes the place of the scheduler in its folder. A LoRA that the pipeline has no loader for is left to the caller. Raises
+    ValueError for a pipeline that takes no prompts.
+    """
+    kind = next((few for plain, few in FEW_STEP.items() if isinstance(base, plain)), None)
+    if kind is None:
+        raise ValueError(f"base: {type(base).__name__} takes no prompts; sample its students with fewstep.sample")
+    # Modules of its own around the same weights: the LoRA goes on this pipeline, and whoever holds `base` keeps the teacher.
+    plain = denoiser_of(base)
+    shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
+    network = load_network(student, plain) if weights == "full" else copy.deepcopy(plain, shared)
+    settings = {k: v for k, v in base.config.items() if not k.startswith("_") and k not in base.components}
+    unchecked = {"requires_safety_checker": False} if kind is FewStepSD else {}
+    pipe = kind(**{**settings, **base.components, part_name(plain): network, **unchecked})
+    pipe.serving = serving
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = load_scheduler(student / "scheduler") if walking is None else StudentScheduler.walking(base.scheduler.config, walking)
+    if weights == "lora" and loads_lora(network):
+        pipe.load_lora_weights(str(student), adapter_name=adapter)
+        pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
+    return pipe

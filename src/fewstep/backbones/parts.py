@@ -1,0 +1,79 @@
+"""What the pipelines of several families have in common: prediction types, autoencoders, layers worth looking at, loading."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor, nn
+
+from ..core.prediction import Row, row_named
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
+CHUNK = 32  # pictures that go through an autoencoder at once
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+def row_of(pipe: DiffusionPipeline) -> Row:
+    """The row of a pipeline's prediction type."""
+    return row_named(PREDICTIONS[pipe.scheduler.config.prediction_type])
+
+
+def load_pipeline(
+    kind: type[Pipeline], source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})
+) -> Pipeline:
+    """A pipeline, some of its `parts` replaced, with all its networks frozen, in eval mode and of `dtype`, without bars.
+
+    An autoencoder that overflows in half precision, as SDXL's does, stays in single.
+    """
+    pipe = kind.from_pretrained(str(source), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    for part in networks(pipe):
+        part.requires_grad_(False).eval()
+        wanted = torch.float32 if dtype == torch.float16 and isinstance(part, AutoencoderKL) and part.config.force_upcast else dtype
+        if next(part.parameters()).dtype != wanted:
+            part.to(dtype=wanted)
+    return pipe
+
+
+def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """All networks of a pipeline."""
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
+    """The network that is distilled: the U-Net or the transformer."""
+    return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Scaled latents [B, C, h, w] in float32 (means) of pictures [B, 3, H, W] in [0, 1]."""
+    with torch.no_grad():
+        means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(CHUNK)]
+    return (torch.cat(means).float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def pictures_of(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1], float32, of scaled latents [B, C, h, w]."""
+    z = x.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    with torch.no_grad():
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(CHUNK)])
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def unet_features(unet: nn.Module) -> tuple[str, ...]:
+    """The last convolution block of every downward level, and the middle."""
+    levels = unet.get_submodule("down_blocks")
+    assert isinstance(levels, nn.ModuleList)
+    last = [f"down_blocks.{i}.resnets.{len(level.get_submodule('resnets')) - 1}" for i, level in enumerate(levels)]  # type: ignore[arg-type]
+    return (*last, "mid_block")
+
+
+def transformer_features(blocks: Sequence[nn.Module], part: str = "") -> tuple[str, ...]:
+    """Up to four of a transformer's blocks, or this part of them, evenly through its first three quarters."""
+    count = len(blocks)
+    places = sorted({round(count * share / 4) for share in (0.75, 1.5, 2.25, 3)} & set(range(count)))
+    return tuple(f"transformer_blocks.{i}{part}" for i in places or [0])

@@ -1,0 +1,82 @@
+"""PixArt-alpha and PixArt-Sigma: a T5 text with its mask, a transformer that also predicts a variance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
+from torch import Tensor, nn
+
+from ..core.prediction import Row
+from ..core.schedule import VP, Schedule
+from .base import Cond
+from .parts import latents_of, pictures_of, row_of, transformer_features
+
+
+@dataclass(frozen=True)
+class PixArt:
+    """A PixArt pipeline as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]` with `mask [B, L]`."""
+
+    pipe: PixArtAlphaPipeline | PixArtSigmaPipeline
+    name: str
+    schedule: Schedule
+
+    @property
+    def module(self) -> nn.Module:
+        return self.pipe.transformer
+
+    @property
+    def row(self) -> Row:
+        return row_of(self.pipe)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        config = self.pipe.transformer.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return dict(self.pipe.scheduler.config)
+
+    @property
+    def picture_size(self) -> int:
+        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return [self.pipe.text_encoder]
+
+    @property
+    def time_layer(self) -> str:
+        return "adaln_single.emb.timestep_embedder.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return transformer_features(self.pipe.transformer.transformer_blocks)
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        text, size = cond["text"], self.picture_size
+        extra: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.pipe.transformer.config.use_additional_conditions:
+            extra = {"resolution": text.new_full((len(x), 2), size), "aspect_ratio": text.new_ones(len(x), 1)}
+        output = module(
+            x.to(text.dtype), text, t.to(torch.float32), encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False
+        )[0]
+        return output[:, : x.shape[1]].float()  # the other half, where there is one, is the learned variance
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        with torch.no_grad():
+            text, mask, _, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        return {"text": text, "mask": mask}
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        return latents_of(self.pipe.vae, pictures)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return pictures_of(self.pipe.vae, x)
+
+
+def around_pixart(pipe: PixArtAlphaPipeline | PixArtSigmaPipeline, name: str) -> PixArt:
+    """The backbone of a pipeline."""
+    return PixArt(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))

@@ -1,0 +1,76 @@
+"""Stable Diffusion 3: rectified flow with shifted times, two CLIP texts and a T5 text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from ..core.prediction import Row, row_named
+from ..core.schedule import Flow, Schedule
+from .base import Cond
+from .parts import latents_of, pictures_of, transformer_features
+
+
+@dataclass(frozen=True)
+class StableDiffusion3:
+    """A `StableDiffusion3Pipeline` as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]`, `pooled [B, P]`."""
+
+    pipe: StableDiffusion3Pipeline
+    name: str
+    schedule: Schedule
+
+    @property
+    def module(self) -> nn.Module:
+        return self.pipe.transformer
+
+    @property
+    def row(self) -> Row:
+        return row_named("flow")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        config = self.pipe.transformer.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return dict(self.pipe.scheduler.config)
+
+    @property
+    def picture_size(self) -> int:
+        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
+
+    @property
+    def time_layer(self) -> str:
+        return "time_text_embed.timestep_embedder.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")  # a block itself gives a pair, text and picture
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        times = t.to(torch.float32) * self.pipe.scheduler.config.num_train_timesteps
+        return module(x.to(cond["text"].dtype), cond["text"], cond["pooled"], times, return_dict=False)[0].float()
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        with torch.no_grad():
+            text, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
+        return {"text": text, "pooled": pooled}
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        return latents_of(self.pipe.vae, pictures)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return pictures_of(self.pipe.vae, x)
+
+
+def around_sd3(pipe: StableDiffusion3Pipeline, name: str) -> StableDiffusion3:
+    """The backbone of a pipeline."""
+    return StableDiffusion3(pipe, name, Flow(shift=pipe.scheduler.config.shift))

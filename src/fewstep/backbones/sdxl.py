@@ -1,0 +1,84 @@
+"""Stable Diffusion XL: two text encoders, a pooled text, and the sizes that the picture pretends to have had."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from ..core.prediction import Row
+from ..core.schedule import VP, Schedule
+from .base import Cond
+from .parts import latents_of, pictures_of, row_of, unet_features
+
+
+@dataclass(frozen=True)
+class StableDiffusionXL:
+    """A `StableDiffusionXLPipeline` as a backbone. States are scaled latents [C, size, size].
+
+    The condition is `text [B, L, D]`, `pooled [B, P]` and `sizes [B, 6]`: original height and width, crop, height and width.
+    """
+
+    pipe: StableDiffusionXLPipeline
+    name: str
+    schedule: Schedule
+    size: int  # of the latents; another than the network's own for training in stages
+
+    @property
+    def module(self) -> nn.Module:
+        return self.pipe.unet
+
+    @property
+    def row(self) -> Row:
+        return row_of(self.pipe)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.pipe.unet.config.in_channels, self.size, self.size)
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return dict(self.pipe.scheduler.config)
+
+    @property
+    def picture_size(self) -> int:
+        return self.size * self.pipe.vae_scale_factor
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return [self.pipe.text_encoder, self.pipe.text_encoder_2]
+
+    @property
+    def time_layer(self) -> str:
+        return "time_embedding.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return unet_features(self.pipe.unet)
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}
+        states = x.to(cond["text"].dtype)
+        return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[0].float()
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        with torch.no_grad():
+            text, _, pooled, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            said = torch.tensor([bool(p) for p in prompts], device=text.device)
+            text, pooled = text * said[:, None, None], pooled * said[:, None]
+        sizes = torch.tensor([self.picture_size, self.picture_size, 0, 0, self.picture_size, self.picture_size])
+        return {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)}
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        return latents_of(self.pipe.vae, pictures)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return pictures_of(self.pipe.vae, x)
+
+
+def around_sdxl(pipe: StableDiffusionXLPipeline, name: str) -> StableDiffusionXL:
+    """The backbone of a pipeline, at the size that its network was made for."""
+    return StableDiffusionXL(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()), pipe.unet.config.sample_size)

@@ -1,0 +1,154 @@
+"""The smallest pipelines of every family that fewstep distils: real diffusers classes, random weights, no file, no network."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from fewstep.backbones import miniature
+
+from . import tiny
+
+LENGTH = 16  # tokens of a CLIP prompt
+
+
+def sd() -> DiffusionPipeline:
+    return tiny.pipeline()
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """32x32 pictures from 16x16 latents."""
+    first, second = clip_tokenizer(), clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), use_linear_projection=True, cross_attention_dim=64, attention_head_dim=(4, 8), norm_num_groups=8,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(0.13025), text_encoder=clip(first), text_encoder_2=clip(second, projected=True), tokenizer=first, tokenizer_2=second,
+        unet=unet, scheduler=scheduler, add_watermarker=False,
+    )  # fmt: skip
+
+
+def pixart(sizes: bool = False) -> PixArtAlphaPipeline:
+    """16x16 pictures; with `sizes` as the 1024 model, which is told the resolution, at 256x256."""
+    tokenizer = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32, caption_channels=32,
+        sample_size=128 if sizes else 8, patch_size=2, norm_num_groups=8, use_additional_conditions=sizes,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    return PixArtAlphaPipeline(tokenizer, t5(tokenizer), autoencoder(0.18215), transformer, scheduler)
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    return PixArtSigmaPipeline(**pixart().components)
+
+
+def cogvideox(rotary: bool = False) -> CogVideoXPipeline:
+    """Nine frames of 16x16 from three frames of 2x2 latents."""
+    tokenizer = t5_tokenizer()
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8),
+        latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4, sample_height=16, sample_width=16,
+    )  # fmt: skip
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16, text_embed_dim=32, num_layers=2,
+        sample_width=2, sample_height=2, sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=LENGTH,
+        use_rotary_positional_embeddings=rotary,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction", snr_shift_scale=3.0,
+        rescale_betas_zero_snr=True, timestep_spacing="trailing",
+    )  # fmt: skip
+    return CogVideoXPipeline(tokenizer, t5(tokenizer), vae, transformer, scheduler)
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    """16x16 pictures from 8x8 latents."""
+    first, second, third = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(1.5305, shift=0.06),
+        text_encoder=clip(first, projected=True), tokenizer=first, text_encoder_2=clip(second, projected=True), tokenizer_2=second,
+        text_encoder_3=t5(third, 64), tokenizer_3=third,
+    )  # fmt: skip
+
+
+FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd": sd,
+    "sdxl": sdxl,
+    "pixart": pixart,
+    "pixart-sigma": pixart_sigma,
+    "cogvideox": cogvideox,
+    "cogvideox-rotary": lambda: cogvideox(rotary=True),
+    "sd3": sd3,
+}
+
+
+def save(family: str, folder: Path, seed: int = 0) -> Path:
+    """A family's tiny pipeline as a folder; its weights depend on nothing but the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        FAMILIES[family]().save_pretrained(folder)
+    return folder
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    return miniature.word_tokenizer(tiny.WORDS, 600, LENGTH)
+
+
+def clip(tokenizer: CLIPTokenizer, projected: bool = False) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=LENGTH, projection_dim=32, hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Printable ASCII, a letter a token."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((chr(c), -3.0) for c in range(33, 127))]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=LENGTH)
+
+
+def t5(tokenizer: T5Tokenizer, width: int = 32) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=1, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
+def autoencoder(scale: float, shift: float | None = None) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=32, scaling_factor=scale, shift_factor=shift,
+    ).eval()  # fmt: skip
