@@ -203,6 +203,24 @@ def test_student_state_is_a_copy_of_the_lora_or_of_the_network() -> None:
     assert copies.adapter_settings() == {}
 
 
+def test_a_lora_is_right_at_strength_one_whatever_its_alpha() -> None:
+    """Its scale is in its weights: read with alpha = rank it is the student, and a run of any alpha can begin with it."""
+    backbone = tiny.denoiser()
+    x, t, cond, _ = given(backbone)
+    roles = make_roles(backbone, RolesConfig(rank=2, alpha=8))
+    perturb(roles, "student", 1)
+    state = roles.student_state()
+    assert roles.adapter_settings()["lora_alpha"] == 2
+    with torch.no_grad():
+        wanted = roles.denoise("student", cond)(x, t).x0
+        torch.testing.assert_close(with_lora(tiny.denoiser(), state, 2, 2).denoise(cond)(x, t).x0, wanted)
+        other = make_roles(tiny.denoiser(), RolesConfig(rank=2, alpha=1))
+        other.start_from(state)
+        torch.testing.assert_close(other.denoise("student", cond)(x, t).x0, wanted)
+    with pytest.raises(ValueError, match=r"roles\.alpha: got -1, allowed are numbers above 0"):
+        RolesConfig(alpha=-1)
+
+
 def test_a_second_run_on_the_same_teacher_starts_anew() -> None:
     """Stop, look, start again in one session: the same teacher serves, and the first run's student does not pretend to be alive."""
     backbone = tiny.denoiser()

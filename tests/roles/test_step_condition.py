@@ -94,9 +94,9 @@ def test_folded_into_a_lora_it_is_the_student_of_that_count(name: str, count: in
         state = roles.student_state() | roles.told(count, t)
         layer = roles.backbone.time_layer
         assert {s.shape[0] for k, s in state.items() if "lora_A" in k} == {4}  # no layer of another rank
-        plain = with_lora(BACKBONES[name](), state, 4, alpha or 4)
+        plain = with_lora(BACKBONES[name](), state, 4, 4)
         torch.testing.assert_close(plain.denoise(cond)(x, t).x0, wanted, rtol=1e-4, atol=1e-4)
-        bare = with_lora(BACKBONES[name](), without_fold(state, layer), 4, alpha or 4)
+        bare = with_lora(BACKBONES[name](), without_fold(state, layer), 4, 4)
         assert (bare.denoise(cond)(x, t).x0 - wanted).abs().max() > 1e-3  # the fold is needed
         student = with_vectors(bare, roles.vectors())
         for k in COUNTS:

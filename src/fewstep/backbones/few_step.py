@@ -2,25 +2,30 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from diffusers import (
     CogVideoXPipeline,
     DiffusionPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    SchedulerMixin,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from torch import Tensor, nn
 
 from .files import load_network, loads_lora, part_name
 from .parts import denoiser_of
 from .schedulers import load_scheduler
 from .student_scheduler import StudentScheduler, Walking
+
+Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,32 @@ def few_step_pipeline(
     plain = denoiser_of(base)
     shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
     network = load_network(student, plain) if weights == "full" else copy.deepcopy(plain, shared)
-    settings = {k: v for k, v in base.config.items() if not k.startswith("_") and k not in base.components}
-    unchecked = {"requires_safety_checker": False} if kind is FewStepSD else {}
-    pipe = kind(**{**settings, **base.components, part_name(plain): network, **unchecked})
+    walk = load_scheduler(student / "scheduler") if walking is None else StudentScheduler.walking(base.scheduler.config, walking)
+    pipe = with_network(base, network, walk, kind)
     pipe.serving = serving
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = load_scheduler(student / "scheduler") if walking is None else StudentScheduler.walking(base.scheduler.config, walking)
     if weights == "lora" and loads_lora(network):
         pipe.load_lora_weights(str(student), adapter_name=adapter)
         pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
     return pipe
+
+
+def with_network(base: DiffusionPipeline, network: nn.Module, scheduler: SchedulerMixin, kind: type[Kind]) -> Kind:
+    """A pipeline of this `kind` from the parts of `base`, with another denoiser and scheduler."""
+    settings = {k: v for k, v in base.config.items() if not k.startswith("_") and k not in base.components}
+    pipe = kind(**{**settings, **base.components, part_name(network): network, "scheduler": scheduler})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe: DiffusionPipeline, prompts: Sequence[str], steps: int, guidance: float = 1.0) -> Tensor:
+    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]."""
+    options: dict[str, Any] = {}
+    if isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
+        options = {"use_resolution_binning": False, "clean_caption": False}
+    elif isinstance(pipe, CogVideoXPipeline):
+        options = {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    result = pipe(
+        prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options
+    )
+    return result.frames if isinstance(pipe, CogVideoXPipeline) else result.images

@@ -1,63 +1,138 @@
-"""`fewstep export`: a student as files that are right by themselves for one of its step counts."""
+"""`fewstep export`: a student as files that are right by themselves for one of its step counts, compared with it before they are called done."""
 
+import copy
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from ..api import LoadedStudent, load_student, sample
-from ..backbones.load import quiet
+from ..api import LoadedStudent, load_student, load_teacher, sample
+from ..atomic import write_tensors
+from ..backbones.few_step import drawn, facts_of, with_network
+from ..backbones.files import load_lora
+from ..backbones.generate import device_of
+from ..backbones.load import pipeline_of, quiet
+from ..backbones.schedulers import load_scheduler
+from ..export.card import StudentCard
 from ..export.final import write_final
-from ..roles.step_condition import folded_bias
+from ..export.kohya import kohya
+from ..roles.adapters import merge, remove_adapters
+from ..roles.roles import TRAINED
+from ..roles.step_condition import fold, folded_bias
 from ..roles.student import plain_lora
 from ..training.loop import default_device
 from .progress import console
 from .sample import student_folder
 
 CLOSE = 1e-4  # largest difference of a pixel, in [0, 1], between the student and its files
+PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
 
 
-def run_export(source: str, out: Path, steps: int | None, base: str | None) -> None:
+def run_export(source: str, out: Path, form: str, steps: int | None, base: str | None) -> None:
     """Write, load again, draw, compare; only then is it called done."""
     quiet()
     folder = student_folder(source)
     if folder is None:
         raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
+    if form not in FORMATS:
+        raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
     if out.exists():
         raise ValueError(f"DIR: {out} is there already; choose another folder")
     student = load_student(folder, base, default_device())
     count = steps or student.card.steps[0]
     if count not in student.card.steps:
         raise ValueError(f"--steps: got {count}, this student serves {', '.join(map(str, student.card.steps))}")
-    write_single(student, count, out)
-    difference = check(student, count, out)
-    if difference > CLOSE:
-        shutil.rmtree(out)
-        raise ValueError(f"export: the files differ from the student by {difference:.1e} in a pixel (allowed {CLOSE:g}); nothing was kept")
+    wanted = sample(student, prompts_for(student), steps=count)
+    try:
+        found = FORMATS[form](student, single(student.card, count), out)
+        difference = float((found - wanted).abs().max())
+        if difference > CLOSE:
+            raise ValueError(
+                f"export: the files differ from the student by {difference:.1e} in a pixel (allowed {CLOSE:g}); nothing was kept"
+            )
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     console.print(f"{out.resolve()}\n{count} steps, loaded again and compared: largest difference of a pixel {difference:.1e}")
 
 
-def write_single(loaded: LoadedStudent, count: int, out: Path) -> None:
-    """The student of one step count, as a folder like `final/`."""
-    student, card = loaded.student, loaded.card
-    times, name = card.timesteps[str(count)], card.name.replace("-".join(map(str, sorted(card.steps))) + "step", f"{count}step")
-    single = replace(
-        card, name=name, steps=(count,), timesteps={str(count): times}, solver={str(count): card.solver[str(count)]}, time_layer=""
-    )
+def prompts_for(loaded: LoadedStudent) -> list[str]:
+    """What student and files both draw."""
+    return PROMPTS if facts_of(pipeline_of(loaded.student.backbone)).takes_prompts else EMPTY
+
+
+def single(card: StudentCard, count: int) -> StudentCard:
+    """The card of the student of one step count."""
+    name = card.name.replace("-".join(map(str, sorted(card.steps))) + "step", f"{count}step")
+    times, solver = {str(count): card.timesteps[str(count)]}, {str(count): card.solver[str(count)]}
+    return replace(card, name=name, steps=(count,), timesteps=times, solver=solver, time_layer="")
+
+
+def write_student(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
+    """A folder like `final/`. Returns what it draws when it is loaded again."""
+    student, count = loaded.student, card.steps[0]
     if card.weights == "none":
-        write_final(out, student.backbone, single, student.network, {}, {}, head=student.head)
-        return
-    if card.weights == "lora":
-        state, settings = plain_lora(student, count, torch.tensor(times[:-1], dtype=torch.float64))
-        write_final(out, student.backbone, single, student.network, state, settings, head=student.head)
-        return
-    with folded_bias(student.network, card.time_layer, student.vectors[count]) if student.vectors else nullcontext():
-        write_final(out, student.backbone, single, student.network, None, {}, head=student.head)
+        write_final(out, student.backbone, card, student.network, {}, {}, head=student.head)
+    elif card.weights == "lora":
+        state, settings = plain_lora(student, count, torch.tensor(card.timesteps[str(count)][:-1], dtype=torch.float64))
+        write_final(out, student.backbone, card, student.network, state, settings, head=student.head)
+    else:
+        with folded_bias(student.network, loaded.card.time_layer, student.vectors[count]) if student.vectors else nullcontext():
+            write_final(out, student.backbone, card, student.network, None, {}, head=student.head)
+    return sample(load_student(out, student.backbone), prompts_for(loaded))
 
 
-def check(loaded: LoadedStudent, count: int, out: Path, pictures: int = 2) -> float:
-    """Largest difference of a pixel between the student and what lies in `out`, over a few pictures."""
-    prompts = [""] * pictures
-    return float((sample(loaded, prompts, steps=count) - sample(load_student(out, loaded.student.backbone), prompts)).abs().max())
+def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
+    """The same with its LoRA under kohya's names too. Returns what diffusers draws with that file on a fresh base."""
+    pipe = pipeline_of(loaded.student.backbone)
+    if card.weights != "lora" or card.head or facts_of(pipe).part != "unet" or not facts_of(pipe).loads_lora:
+        raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
+    write_student(loaded, card, out)
+    assert card.alpha is not None
+    name = f"{card.name}-kohya.safetensors"
+    write_tensors(out / name, kohya(load_lora(out), card.alpha))
+    bare = copy.deepcopy(loaded.student.network)
+    remove_adapters(bare, TRAINED)
+    fresh = with_network(pipe, bare, load_scheduler(out / "scheduler"), type(pipe))
+    fresh.load_lora_weights(str(out), weight_name=name)
+    return drawn(fresh, PROMPTS, card.steps[0])
+
+
+def merged(loaded: LoadedStudent, card: StudentCard) -> nn.Module:
+    """The student as one network without LoRA and condition."""
+    student = loaded.student
+    network = copy.deepcopy(student.network)
+    if student.layers:
+        merge(network, student.adapter)
+    if student.vectors:
+        fold(network, student.backbone.time_layer, student.vectors[card.steps[0]])
+    return network
+
+
+def write_merged(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
+    """A folder like that of a full student. Returns what it draws when it is loaded again."""
+    full = replace(card, weights="full", rank=None, alpha=None)
+    write_final(out, loaded.student.backbone, full, merged(loaded, card), None, {}, head=loaded.student.head)
+    return sample(load_student(out, loaded.student.backbone), prompts_for(loaded))
+
+
+def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
+    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
+    if card.head:
+        raise ValueError("--format: this student's head corrects its steps, which no stock pipeline does; choose student or merged")
+    write_merged(loaded, card, out)
+    pipe = pipeline_of(loaded.student.backbone)
+    with_network(pipe, merged(loaded, card), load_scheduler(out / "scheduler"), type(pipe)).save_pretrained(out)
+    return drawn(pipeline_of(load_teacher(out, device=device_of(loaded.student.network))), PROMPTS, card.steps[0])
+
+
+FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path], Tensor]] = {
+    "student": write_student,
+    "kohya": write_kohya,
+    "merged": write_merged,
+    "pipeline": write_pipeline,
+}

@@ -76,13 +76,16 @@ def evaluate(
 def export(
     student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder to write.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="student, kohya (ComfyUI, A1111), merged (one network), or pipeline (a whole folder).")
+    ] = "student",
     steps: Annotated[int | None, typer.Option(help="Which of the student's step counts; its default one if not given.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
 ) -> None:
-    """Write a student of several step counts as plain files for one of them, and compare them with it."""
+    """Write a student as files for other programs, load them again, and compare them with it."""
     from .export import run_export
 
-    run_export(student, folder, steps, base)
+    run_export(student, folder, format_, steps, base)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from ..backbones.load import pipeline_of
 from ..backbones.schedulers import student_scheduler
 from ..trajp.files import save_head
 from .card import FILE, StudentCard
+from .comfy import workflow
 from .model_card import model_card
 
 
@@ -47,6 +48,9 @@ def write_final(
         elif lora:
             save_lora(beside, network, lora, metadata)
             os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
+            facts = facts_of(pipeline_of(backbone))
+            if graph := workflow(card, facts.pipeline, f"{card.name}-lora.safetensors", backbone.picture_size):
+                write_json(beside / "comfyui-workflow.json", graph)
         if head is not None:
             save_head(beside, head)
         if vectors:

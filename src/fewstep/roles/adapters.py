@@ -98,6 +98,11 @@ def adapter_state(module: nn.Module, name: str) -> dict[str, Tensor]:
     return get_peft_model_state_dict(module, adapter_name=name)
 
 
+def scaled(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The same LoRA with `factor` times its effect."""
+    return {k: v * factor if factor != 1 and ".lora_B" in k else v for k, v in state.items()}
+
+
 def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
     """Put weights in PEFT's file format into adapter `name`. Raises ValueError when any of them finds no place."""
     own = adapter_state(module, name)

@@ -32,11 +32,18 @@ class RolesConfig:
     rank: int = 32
     alpha: float | None = None  # None: alpha = rank, so that a LoRA is right at strength 1.0
     targets: str = "all"
-    skip: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ("add_embedding",)  # diffusers drops it when it reads a LoRA under kohya's names
 
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA); 32 is a good start")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"roles.alpha: got {self.alpha}, allowed are numbers above 0; leave it out for the rank itself")
+
+    @property
+    def scale(self) -> float:
+        """What a LoRA's effect is multiplied by: alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Roles:
         """
         network = self.networks["student"]
         if self.config.share:
-            adapters.load_adapter(network, "student", state)
+            adapters.load_adapter(network, "student", adapters.scaled(state, 1 / self.config.scale))
         else:
             own = network.state_dict()
             if odd := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
@@ -124,11 +131,16 @@ class Roles:
         return adapters.values(self.trained["student"], self.average)
 
     def student_state(self) -> dict[str, Tensor]:
-        """The student's weights as they are now, without its step condition: LoRA in PEFT's file format, or the whole network."""
+        """The student's weights as they are now, without its step condition: LoRA in PEFT's file format, or the whole network.
+
+        A LoRA's scale is part of its weights, so that it is right at strength 1.0 also where its alpha is not read.
+        """
         network = self.networks["student"]
         if self.config.share and not self.config.rank:
             return {}
-        state = adapters.adapter_state(network, "student") if self.config.share else network.state_dict()
+        state = network.state_dict()
+        if self.config.share:
+            state = adapters.scaled(adapters.adapter_state(network, "student"), self.config.scale)
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
     def told(self, count: int, times: Tensor) -> dict[str, Tensor]:
@@ -138,14 +150,15 @@ class Roles:
         network = self.networks["student"]
         self.activate("student", count)
         try:
-            alpha = self.config.alpha or self.config.rank
-            return step_condition.folded_lora(self.backbone, network, self.vectors()[count], times, self.config.rank, alpha)
+            return step_condition.folded_lora(self.backbone, network, self.vectors()[count], times, self.config.rank, self.config.rank)
         finally:
             self.activate("teacher")
 
     def adapter_settings(self) -> dict[str, Any]:
-        """PEFT's settings of the student's adapter, for the header of its file; empty for a full student."""
-        return self.networks["student"].peft_config["student"].to_dict() if self.config.share and self.config.rank else {}  # type: ignore[union-attr,index]
+        """PEFT's settings of `student_state`, for the header of its file; empty for a full student."""
+        if not (self.config.share and self.config.rank):
+            return {}
+        return self.networks["student"].peft_config["student"].to_dict() | {"lora_alpha": self.config.rank}  # type: ignore[union-attr,index]
 
 
 def make_roles(

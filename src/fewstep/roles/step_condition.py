@@ -103,6 +103,12 @@ def folded_bias(network: nn.Module, layer: str, vector: Tensor) -> Iterator[None
             bias.copy_(kept)
 
 
+def fold(network: nn.Module, layer: str, vector: Tensor) -> None:
+    """Make the vector part of the time layer's bias for good."""
+    with torch.no_grad():
+        _bias(network, layer).add_(vector.to(_bias(network, layer)))
+
+
 def unfold(network: nn.Module, layer: str, vector: Tensor, adapter: str = "") -> None:
     """Take the folded vector out of a loaded student: the time layer's part of this adapter, or the vector in its bias."""
     with torch.no_grad():
