@@ -54,6 +54,7 @@ HOME = {
     "datasets": "training",
     "torchmetrics": "evaluation",
     "matplotlib": "report",
+    "av": "report",
     "jinja2": "report",
     "markupsafe": "report",
     "gradio": "studio",

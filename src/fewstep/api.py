@@ -12,7 +12,7 @@ from .backbones.base import Backbone, Denoiser, guided
 from .backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
 from .backbones.files import load_lora, load_network, load_vectors, loads_lora
 from .backbones.generate import device_of, trajectory
-from .backbones.load import around, fingerprint, load_teacher, pipeline_of
+from .backbones.load import around, at_size, fingerprint, load_teacher, pipeline_of
 from .backbones.parts import denoiser_of
 from .backbones.student_scheduler import Walking
 from .core import timegrid
@@ -170,7 +170,8 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None, 
     """
     folder = Path(folder)
     card = read_card(folder)
-    backbone = load_teacher(card.base if base is None else base, device=device) if base is None or isinstance(base, str | Path) else base
+    named = card.base if base is None else base
+    backbone = at_size(load_teacher(named, device=device) if isinstance(named, str | Path) else named, card.size or None)
     vectors = load_vectors(folder) if card.time_layer else {}
     head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
     if card.weights == "none":
@@ -196,7 +197,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     card = read_card(folder)
     pipeline, adapter = pipeline_of(base), "fewstep"
     walking = _walking(card, around(pipeline, card.base), folder)
-    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps), card.weights, walking, adapter)
+    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps, card.size), card.weights, walking, adapter)
     network = denoiser_of(pipe)
     if card.weights == "lora" and not loads_lora(network):
         assert card.rank is not None and card.alpha is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.prediction import Row
 from ..core.schedule import VP, Schedule
 from .base import Cond
-from .parts import row_of, transformer_features
+from .parts import on, row_of, transformer_features
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ class CogVideoX:
     def encode(self, prompts: Sequence[str]) -> Cond:
         length = self.pipe.transformer.config.max_text_seq_length
         with torch.no_grad():
-            text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
-        return {"text": text}
+            text, _ = self.pipe.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, max_sequence_length=length, device=self.pipe.text_encoder.device
+            )
+        return on(self.module, {"text": text})
 
     def picture_states(self, pictures: Tensor) -> Tensor:
         raise ValueError(f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out")

@@ -33,6 +33,7 @@ class Serving:
     """How a student wants to be called: step counts served, the first one the default; guidance is baked in."""
 
     steps: tuple[int, ...]
+    size: int = 0  # of its pictures, where it is another than the base's
 
 
 class FewStepPipeline(DiffusionPipeline):
@@ -53,6 +54,8 @@ class FewStepPipeline(DiffusionPipeline):
         if guidance_scale > 1:
             warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
         self.tell(steps)
+        if self.serving.size:
+            options = {"height": self.serving.size, "width": self.serving.size} | options
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
 
 

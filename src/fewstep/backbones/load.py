@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,12 @@ def bundled() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
-def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Backbone:
+def load_teacher(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", size: int | None = None
+) -> Backbone:
     """A teacher by bundled name, folder, or hub id (`owner/name`), with all its networks on `device`.
 
-    Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
+    `size` is the height and width of its pictures, where it is to draw others than it was made for. Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
     """
     folder = BUNDLED / str(source) if str(source) in bundled() else Path(source)
     if not folder.exists():
@@ -73,13 +75,31 @@ def load_teacher(source: str | Path, dtype: torch.dtype = torch.float32, device:
             raise ValueError(
                 f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name"
             )
-        return _load(str(source), _family(source), str(source), dtype, device)
+        return at_size(_load(str(source), _family(source), str(source), dtype, device), size)
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
             f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote"
         )
-    return _load(folder, _family(folder), str(source), dtype, device)
+    return at_size(_load(folder, _family(folder), str(source), dtype, device), size)
+
+
+def at_size(backbone: Backbone, size: int | None) -> Backbone:
+    """The same model for pictures of `size` x `size`; None leaves it as it is. Raises ValueError where it has one size alone."""
+    if size is None or size == backbone.picture_size:
+        return backbone
+    if not isinstance(backbone, StableDiffusion | StableDiffusionXL):
+        raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
+    unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
+    if size < unit or size % unit:
+        raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit}")
+    return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
+
+
+def park(backbone: Backbone) -> None:
+    """Move the encoders to the CPU, where they still serve, slowly: a training that has its embeddings has no use for them."""
+    for encoder in backbone.encoders:
+        encoder.to("cpu")
 
 
 def _family(source: str | Path) -> Family:

@@ -1,12 +1,12 @@
 """What the pipelines of several families have in common: prediction types, autoencoders, layers worth looking at, loading."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..core.prediction import Row, row_named
@@ -47,6 +47,28 @@ def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
     """The network that is distilled: the U-Net or the transformer."""
     return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+def on(network: nn.Module, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Conditions where the network is; the encoders may be elsewhere."""
+    device = next(network.parameters()).device
+    return {k: v.to(device) for k, v in cond.items()}
+
+
+def set_checkpointing(network: nn.Module, run: Callable[..., Any] | None) -> None:
+    """Let `run(block, *inputs)` compute the blocks of a diffusers network where gradients are on; None: they compute themselves.
+
+    Raises ValueError for a network that has no such blocks.
+    """
+    if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
+        if run is None:
+            network.disable_gradient_checkpointing()
+        else:
+            network.enable_gradient_checkpointing(run)
+    elif run is not None:
+        raise ValueError(
+            f"roles.checkpointing: a {type(network).__name__} has no blocks to check; set it to false, or lower train.batch to save memory"
+        )
 
 
 def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.prediction import Row
 from ..core.schedule import VP, Schedule
 from .base import Cond
-from .parts import latents_of, pictures_of, row_of, transformer_features
+from .parts import latents_of, on, pictures_of, row_of, transformer_features
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ class PixArt:
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
-            text, mask, _, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
-        return {"text": text, "mask": mask}
+            text, mask, _, _ = self.pipe.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False, device=self.pipe.text_encoder.device
+            )
+        return on(self.module, {"text": text, "mask": mask})
 
     def picture_states(self, pictures: Tensor) -> Tensor:
         return latents_of(self.pipe.vae, pictures)

@@ -21,6 +21,7 @@ class StableDiffusion:
     pipe: StableDiffusionPipeline
     name: str
     schedule: Schedule
+    size: int = 0  # height and width of the latents; 0: as the network was made for
 
     @property
     def module(self) -> nn.Module:
@@ -32,7 +33,7 @@ class StableDiffusion:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        size = self.pipe.unet.config.sample_size
+        size = self.size or self.pipe.unet.config.sample_size
         return (self.pipe.unet.config.in_channels, size, size)
 
     @property
@@ -41,7 +42,7 @@ class StableDiffusion:
 
     @property
     def picture_size(self) -> int:
-        return self.pipe.unet.config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        return self.shape[-1] * self.pipe.vae_scale_factor
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -64,7 +65,7 @@ class StableDiffusion:
         tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
         mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
         with torch.no_grad():
-            return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+            return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0].to(self.pipe.unet.device)}
 
     def picture_states(self, pictures: Tensor) -> Tensor:
         return latents_of(self.pipe.vae, pictures)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.prediction import Row, row_named
 from ..core.schedule import Flow, Schedule
 from .base import Cond
-from .parts import latents_of, pictures_of, transformer_features
+from .parts import latents_of, on, pictures_of, transformer_features
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ class StableDiffusion3:
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
-            text, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
-        return {"text": text, "pooled": pooled}
+            text, _, pooled, _ = self.pipe.encode_prompt(
+                list(prompts), None, None, device=self.encoders[0].device, do_classifier_free_guidance=False
+            )
+        return on(self.module, {"text": text, "pooled": pooled})
 
     def picture_states(self, pictures: Tensor) -> Tensor:
         return latents_of(self.pipe.vae, pictures)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..core.prediction import Row
 from ..core.schedule import VP, Schedule
 from .base import Cond
-from .parts import latents_of, pictures_of, row_of, unet_features
+from .parts import latents_of, on, pictures_of, row_of, unet_features
 
 
 @dataclass(frozen=True)
 class StableDiffusionXL:
-    """A `StableDiffusionXLPipeline` as a backbone. States are scaled latents [C, size, size].
+    """A `StableDiffusionXLPipeline` as a backbone. States are scaled latents [C, h, w].
 
     The condition is `text [B, L, D]`, `pooled [B, P]` and `sizes [B, 6]`: original height and width, crop, height and width.
     """
@@ -24,7 +24,7 @@ class StableDiffusionXL:
     pipe: StableDiffusionXLPipeline
     name: str
     schedule: Schedule
-    size: int  # of the latents; another than the network's own for training in stages
+    size: int = 0  # height and width of the latents; 0: as the network was made for
 
     @property
     def module(self) -> nn.Module:
@@ -36,7 +36,8 @@ class StableDiffusionXL:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.pipe.unet.config.in_channels, self.size, self.size)
+        size = self.size or self.pipe.unet.config.sample_size
+        return (self.pipe.unet.config.in_channels, size, size)
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -44,7 +45,7 @@ class StableDiffusionXL:
 
     @property
     def picture_size(self) -> int:
-        return self.size * self.pipe.vae_scale_factor
+        return self.shape[-1] * self.pipe.vae_scale_factor
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -65,12 +66,14 @@ class StableDiffusionXL:
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
-            text, _, pooled, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+            text, _, pooled, _ = self.pipe.encode_prompt(
+                list(prompts), device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
+            )
         if self.pipe.config.force_zeros_for_empty_prompt:
             said = torch.tensor([bool(p) for p in prompts], device=text.device)
             text, pooled = text * said[:, None, None], pooled * said[:, None]
         sizes = torch.tensor([self.picture_size, self.picture_size, 0, 0, self.picture_size, self.picture_size])
-        return {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)}
+        return on(self.module, {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)})
 
     def picture_states(self, pictures: Tensor) -> Tensor:
         return latents_of(self.pipe.vae, pictures)
@@ -80,5 +83,5 @@ class StableDiffusionXL:
 
 
 def around_sdxl(pipe: StableDiffusionXLPipeline, name: str) -> StableDiffusionXL:
-    """The backbone of a pipeline, at the size that its network was made for."""
-    return StableDiffusionXL(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()), pipe.unet.config.sample_size)
+    """The backbone of a pipeline."""
+    return StableDiffusionXL(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))

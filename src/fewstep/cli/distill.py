@@ -10,7 +10,8 @@ import yaml
 from ..api import load_teacher, path_times, roles_for
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
-from ..backbones.load import BUNDLED, fingerprint, quiet
+from ..backbones.load import BUNDLED, at_size, fingerprint, park, quiet
+from ..backbones.schedulers import student_scheduler
 from ..export.card import read_card
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill
@@ -38,7 +39,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     run = out or Path("runs") / recipe.name
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
-    teacher = load_teacher(recipe.teacher, device=default_device())
+    teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size)
     prompts = training_prompts(recipe, teacher)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
     if dry_run:
@@ -62,7 +63,7 @@ def first_stage(recipe: DistillRecipe) -> DistillRecipe:
     """The recipe of the training that comes first. It is measured with the whole."""
     assert recipe.first is not None
     preview = recipe.preview.model_copy(update={"measure": None})
-    own = {"method": recipe.first.method, "train": recipe.first.train, "data": recipe.first.data}
+    own = {"method": recipe.first.method, "train": recipe.first.train, "data": recipe.first.data, "size": recipe.first.size or recipe.size}
     return recipe.model_copy(update={**own, "name": f"{recipe.name}, first", "first": None, "evaluate": None, "preview": preview})
 
 
@@ -77,6 +78,9 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
 
 def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Path, source: str, overrides: list[str]) -> None:
     """One training with all that a run leaves."""
+    teacher = at_size(teacher, recipe.size)
+    if teacher.scheduler_config:
+        student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver)  # what cannot be exported is not trained
     run.mkdir(parents=True, exist_ok=True)
     base_hash = fingerprint(teacher.module)
     write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
@@ -84,7 +88,9 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
     data = embed(teacher, prompts, run / "embeddings", identity)
     real = real_data(recipe, teacher, data, run / "embeddings", identity)
     paths = trajectories(recipe, teacher, data, run, identity)
-    preview = Preview(recipe, teacher, prompts, run)
+    shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], run / "embeddings", identity)
+    park(teacher)
+    preview = Preview(recipe, teacher, shown, run)
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles)
     found = latest_checkpoint(run)

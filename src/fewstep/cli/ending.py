@@ -44,7 +44,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
         rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
-        data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
+        size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
     )  # fmt: skip
     with roles.averaged():
         write_student(run / "final", card, roles, grids[default][:-1])

@@ -1,6 +1,5 @@
 """The run's fixed prompts and seeds as pictures: while it trains, and for its report."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,34 +7,37 @@ from torch import Tensor
 
 from ..backbones.base import Backbone, guided
 from ..backbones.base import rows as rows_of
-from ..backbones.generate import pictures, trajectory
+from ..backbones.generate import device_of, pictures, trajectory
 from ..core import timegrid
 from ..core.solvers import State
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, StepGrid, Trajectory
+from ..report.video import strip
 from ..roles.roles import Roles
 from ..training.monitor import drift, look
+from ..training.prompts import Embeddings
 from .recipe import DistillRecipe
 
 
 class Preview:
     """The run's fixed pictures: the teacher's row once, the student's row every time."""
 
-    def __init__(self, recipe: DistillRecipe, teacher: Backbone, prompts: Sequence[str], run: Path) -> None:
+    def __init__(self, recipe: DistillRecipe, teacher: Backbone, shown: Embeddings, run: Path) -> None:
         self.recipe, self.teacher, self.folder = recipe, teacher, run / "samples"
-        self.prompts = recipe.preview.prompts or (list(prompts) * 8)[:8]
+        self.prompts = shown.prompts
         self.seeds = [recipe.preview.seed + i for i in range(len(self.prompts))]
-        self.cond, self.null = teacher.encode(self.prompts), teacher.encode([""])
+        device = device_of(teacher.module)
+        self.cond, self.null = shown.all(device), shown.unconditional(device)
         times = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
         denoise = guided(teacher, teacher.module, self.cond, self.null, recipe.method.guidance)
-        self.reference = pictures(teacher, denoise, self.seeds, times)
+        self.reference = strip(pictures(teacher, denoise, self.seeds, times))
 
     def show(self, roles: Roles, iteration: int, method: Method) -> list[str]:
         """Write `samples/step_N.png`; returns the monitor's warnings."""
         with roles.averaged():
             rows = [self._student(roles, method, k)[-1].x for k in method.counts]
-        own = [self.teacher.decode(x) for x in rows]
+        own = [strip(self.teacher.decode(x)) for x in rows]
         labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", *(f"student, {k} steps" for k in method.counts)]
         write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
         return drift(look(own[0]), look(self.reference)) if iteration else []
@@ -55,9 +57,9 @@ class Preview:
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = f"{who}, {steps} step{'s' if steps > 1 else ''}"
                 calls = steps - (method.free_first and who == "student")
-                rows[f"{name} ({calls} evaluation{'s' if calls != 1 else ''})"] = teacher.decode(states[-1].x)
+                rows[f"{name} ({calls} evaluation{'s' if calls != 1 else ''})"] = strip(teacher.decode(states[-1].x))
                 if steps == max(method.counts):
-                    clean = [teacher.decode(s.x0[:shown]) for s in states[1:] if s.x0 is not None]
+                    clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
         return Pictures(self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts else None)
 
@@ -67,7 +69,9 @@ class Preview:
 
         def draw(told: int, taken: int) -> Tensor:
             times = method.times(self.teacher.schedule, taken)
-            return pictures(self.teacher, student_of(method, roles, cond, told), self.seeds[:shown], times, method.solver, roles.head)
+            return strip(
+                pictures(self.teacher, student_of(method, roles, cond, told), self.seeds[:shown], times, method.solver, roles.head), 1
+            )
 
         images = torch.stack([torch.stack([draw(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)

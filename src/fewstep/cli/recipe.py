@@ -103,6 +103,7 @@ class StageConfig(Strict):
     method: AnyMethod
     train: TrainConfig
     data: DataConfig | None = None
+    size: int | None = None  # of its pictures, if not the whole's
 
 
 class DistillRecipe(Strict):
@@ -111,6 +112,8 @@ class DistillRecipe(Strict):
     kind: Literal["distill"]
     name: str
     teacher: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base's weights; LoRA stays in single precision
+    size: int | None = None  # height and width of the pictures, if not the teacher's own
     prompts: PromptsConfig = PromptsConfig()
     method: AnyMethod
     roles: RolesConfig

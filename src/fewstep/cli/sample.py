@@ -10,6 +10,7 @@ from ..backbones.base import Backbone
 from ..backbones.load import quiet
 from ..export.card import FILE
 from ..report.grids import write_grid
+from ..report.video import strip, write_mp4
 from ..training.loop import default_device
 from .progress import console
 
@@ -43,7 +44,7 @@ def run_sample(
     solver: str | None,
     out: Path,
 ) -> None:
-    """Draw, write one PNG grid (a row per model), and print its path and the time a picture took."""
+    """Draw, write one PNG grid (a row per model; videos as strips, and as mp4 beside), and print its path and the time a picture took."""
     quiet()
     if steps is not None and steps < 1:
         raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
@@ -72,8 +73,11 @@ def run_sample(
         taken, scale = steps or 50, 1.0 if guidance is None else guidance
         pictures.append(_timed(model, wanted, seeds, taken, scale, solver))
         labels.append(f"teacher, {taken} steps, guidance {scale:g}")
-    write_grid(out, torch.stack(pictures), labels, wanted)
+    write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
     console.print(str(out.resolve()))
+    if pictures[-1].ndim == 5:
+        for i, video in enumerate(pictures[-1]):
+            console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video).resolve()))
 
 
 def _timed(

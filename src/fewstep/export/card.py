@@ -32,6 +32,7 @@ class StudentCard:
     guidance: str = "baked"
     head: str = ""  # the kind of head that corrects its direction; empty for none
     free_first: bool = False  # whether its first direction is taken without the network
+    size: int = 0  # of its pictures, where it is another than the base's
     data: str = "prompts alone"  # what the student was trained from
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
     format: int = FORMAT

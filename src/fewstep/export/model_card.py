@@ -39,6 +39,7 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts) -> 
 The files alone are the student of {steps} steps. fewstep tells it the others: `fewstep.load("{card.base}", "{folder}")("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
+    sized = f", height={card.size}, width={card.size}" if card.size else ""
     result = "frame" if facts.video else "image"
     # A head corrects every step, and no stock scheduler takes iPNDM's or free first steps: these students need fewstep at hand.
     stock = not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
@@ -47,7 +48,7 @@ The files alone are the student of {steps} steps. fewstep tells it the others: `
 pipe = {base}
 {load}
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-{result} = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
+{result} = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0{sized}, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     own = f"""import torch
 
 import fewstep

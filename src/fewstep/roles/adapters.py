@@ -34,13 +34,15 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
 
 
 def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:
-    """Inject a zero-effect LoRA adapter (B = 0) into the named layers. The base weights stay where they are."""
+    """Inject a zero-effect LoRA adapter (B = 0), in single precision, into the named layers. The base weights stay as they are."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are the point
         torch.manual_seed(seed)
         inject_adapter_in_model(
             LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name
         )
+        for p in adapter_parameters(module, name).values():
+            p.data = p.data.float()  # small updates vanish in half precision, whatever the base is in
 
 
 def adapter_layers(module: nn.Module) -> list[LoraLayer]:

@@ -12,9 +12,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
+from ..backbones.parts import set_checkpointing
 from ..core.prediction import Split
 from ..core.solvers import Denoise
 from . import adapters, step_condition
+from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, make_discriminator
 from .step_condition import StepCondition
 
@@ -26,12 +28,16 @@ CONDITION = "step_condition"  # the table's name among the trained parameters
 
 @dataclass(frozen=True)
 class RolesConfig:
-    """`share`: LoRA adapters on one copy of the weights; otherwise full copies, all weights trained."""
+    """`share`: LoRA adapters on one copy of the weights; otherwise full copies, all weights trained.
+
+    `checkpointing` keeps only the inputs of the networks' blocks and computes the rest again: a third more time, a fraction of the memory.
+    """
 
     share: bool = True
     rank: int = 32
     alpha: float | None = None  # None: alpha = rank, so that a LoRA is right at strength 1.0
     targets: str = "all"
+    checkpointing: bool = False
     skip: tuple[str, ...] = ("add_embedding",)  # diffusers drops it when it reads a LoRA under kohya's names
 
     def __post_init__(self) -> None:
@@ -60,6 +66,7 @@ class Roles:
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correct` that is trained as part of the student
+    now: list[tuple[Role, int | None]] = field(default_factory=lambda: [("teacher", None)])  # who the shared network is, told which count
 
     def denoise(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
         """This role without guidance, told that it takes `steps` steps where it was made to be told (default: the first count)."""
@@ -84,6 +91,7 @@ class Roles:
 
         Between two calls of a role it is the teacher, so that whoever holds the backbone finds what it was.
         """
+        self.now[0] = (role, steps)
         adapters.switch(self.layers, None if role == "teacher" else role)
         for condition in self.conditions.values():
             condition.active = None
@@ -178,6 +186,7 @@ def make_roles(
     the same backbone are taken out. Copies: two deep copies.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
+    set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
     made: tuple[Role, ...] = TRAINED if fake else ("student",)
     if config.share and not config.rank and (fake or head is None):
@@ -217,4 +226,6 @@ def make_roles(
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
     roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head)
     roles.activate("teacher")
+    for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
+        checkpoint_blocks(network, lambda: roles.now[0], lambda who: roles.activate(*who))
     return roles

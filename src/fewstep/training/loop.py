@@ -185,7 +185,7 @@ def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainCo
         "method": repr(method),
         "train": asdict(config),
         "roles": asdict(roles.config),
-        "base": roles.backbone.name,
+        "base": (roles.backbone.name, roles.backbone.shape, str(next(roles.backbone.module.parameters()).dtype)),
         "begin": _digest(roles.average),
         "prompts": data.key,
         "real": None if real is None else real.key,

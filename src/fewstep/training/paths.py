@@ -113,7 +113,7 @@ def teacher_paths(
         _claim(folder, record)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
-    own = Embeddings(rows(data.cond, of), data.null, config.count, 0, data.key)
+    own = data.take(of, data.key)
     device, whole = device_of(backbone.module), torch.empty(0)
     null, shards, seconds = data.unconditional(device), [], 0.0
     for start in range(0, config.count, chunk):

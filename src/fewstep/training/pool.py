@@ -23,7 +23,7 @@ def teacher_pictures(
     key = hashlib.sha256(json.dumps([data.key, count, steps, guidance, seed]).encode()).hexdigest()[:24]
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(seed))
     of = order.repeat(-(-count // data.count))[:count]
-    own = Embeddings(rows(data.cond, of), data.null, count, 0, key)
+    own = data.take(of, key)
 
     def draw() -> Tensor:
         device = device_of(backbone.module)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_tensors
-from ..backbones.base import Backbone, Cond
+from ..backbones.base import Backbone, Cond, rows
 
 COLUMNS = ("prompt", "caption", "text")
 
@@ -84,8 +84,8 @@ def _hub(source: str, column: str | None) -> list[str]:
 class Embeddings:
     """Conditions of a list of prompts and of the empty prompt, encoded once and kept on the CPU."""
 
-    def __init__(self, cond: Cond, null: Cond, count: int, encoded: int, key: str) -> None:
-        self.cond, self.null, self.count = cond, null, count
+    def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str) -> None:
+        self.cond, self.null, self.prompts, self.count = cond, null, list(prompts), len(prompts)
         self.key = key  # a hash of the encoder's identity and the prompts
         self.encoded = encoded  # prompts that went through the encoder this time: 0 where the cache served
 
@@ -93,6 +93,14 @@ class Embeddings:
         """Conditions of `batch` prompts drawn at random."""
         rows = torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu()
         return {k: v[rows].to(device) for k, v in self.cond.items()}
+
+    def take(self, of: Tensor, key: str) -> "Embeddings":
+        """These prompts, `of [N]`, in this order, again where one comes twice."""
+        return Embeddings(rows(self.cond, of), self.null, [self.prompts[i] for i in of.tolist()], 0, key)
+
+    def all(self, device: torch.device) -> Cond:
+        """Conditions of all prompts, in their order."""
+        return {k: v.to(device) for k, v in self.cond.items()}
 
     def unconditional(self, device: torch.device) -> Cond:
         """The condition of the empty prompt, [1, ...]."""
@@ -106,7 +114,7 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     if path is not None and path.exists():
         try:
             tensors = load_file(path)
-            return _embeddings(tensors, len(prompts), 0, key)
+            return _embeddings(tensors, prompts, 0, key)
         except SafetensorError:
             path.unlink()  # a truncated cache is rebuilt, it holds nothing that cannot be made again
     parts = [backbone.encode(list(prompts[i : i + chunk])) for i in range(0, len(prompts), chunk)]
@@ -114,10 +122,10 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     tensors |= {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and tensors:
         write_tensors(path, tensors)  # every process of a run may do it
-    return _embeddings(tensors, len(prompts), len(prompts), key)
+    return _embeddings(tensors, prompts, len(prompts), key)
 
 
-def _embeddings(tensors: Mapping[str, Tensor], count: int, encoded: int, key: str) -> Embeddings:
+def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str) -> Embeddings:
     cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
     null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
-    return Embeddings(cond, null, count, encoded, key)
+    return Embeddings(cond, null, prompts, encoded, key)

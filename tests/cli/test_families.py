@@ -1,0 +1,73 @@
+"""Other families than Stable Diffusion from the command line: a run, its pictures and videos, its files."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from fewstep.export.card import read_card
+
+from .. import pipelines
+from .test_distill import error_of, fewstep
+
+
+def recipe(folder: Path, **changes: object) -> Path:
+    """Two iterations on a tiny teacher."""
+    train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3, "checkpoint_every": 1}
+    value = {
+        "kind": "distill", "name": "tiny", "teacher": str(folder), "prompts": {"source": "prompts.txt"}, "method": {"steps": [2, 1], "name": "tdm-unify", "warmup": 0},
+        "roles": {"rank": 2}, "train": train, "preview": {"every": 2, "teacher_steps": 2, "prompts": ["red cat", "blue dog"]},
+    } | changes  # fmt: skip
+    Path("prompts.txt").write_text("red cat\nblue dog\n")
+    Path("tiny.yaml").write_text(yaml.safe_dump(value))
+    return Path("tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_videos_are_shown_as_strips_and_written_as_mp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pipelines.save("cogvideox", tmp_path / "video")
+    assert fewstep(monkeypatch, "distill", recipe(folder)) == 0
+    assert (Path("runs/tiny/report.html")).is_file()
+    grid = Image.open("runs/tiny/samples/step_000002.png")
+    assert grid.width > 2 * 5 * 16  # five frames of each of two prompts
+    assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--compare", "--out", "seen/x.png") == 0
+    assert sorted(p.name for p in Path("seen").iterdir()) == ["x-0.mp4", "x.png"]
+    assert "text-to-video" in Path("runs/tiny/final/README.md").read_text()
+
+
+def test_stages_of_two_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
+    folder = pipelines.save("sdxl", tmp_path / "xl")
+    stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 32}
+    path = recipe(folder, method={"steps": 2, "warmup": 0}, first=stage, size=64, dtype="bfloat16")
+    assert fewstep(monkeypatch, "distill", path) == 0
+    assert (read_card(Path("runs/tiny/first/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
+    assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
+    assert "height=64, width=64" in Path("runs/tiny/final/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("pixart", {"size": 32}, "size: got 32, video makes pictures of one size"),
+        ("sdxl", {"size": 33}, "size: got 33, allowed for video are multiples of 4"),
+        (
+            "sd3",
+            {"method": {"steps": 2, "solver": "dpmpp"}},
+            "method.solver: got dpmpp, students of this family are exported for ddim alone",
+        ),
+        ("cogvideox", {"method": {"steps": 3}}, "method.steps: got [3], students like this are exported for divisors of 1000"),
+    ],
+)
+def test_what_a_family_cannot_do_is_said_before_training(
+    family: str, changes: dict[str, object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pipelines.save(family, tmp_path / "video")
+    assert fewstep(monkeypatch, "distill", recipe(folder, **changes)) == 2
+    assert said in error_of(capsys)
+    assert not list(Path("runs").rglob("checkpoint-*"))
