@@ -168,7 +168,7 @@ def mixture_part(teacher: Backbone, a: argparse.Namespace) -> Part:
             found[count] = float(((last.x - goal).norm(dim=1) / goal.norm(dim=1)).mean())
         return found
 
-    train = TrainConfig(a.iterations, a.batch, a.lr, a.lr, ema=0.99)
+    train = TrainConfig(a.iterations, a.batch, a.lr, a.lr, decay=a.iterations // 2, ema=0.99)
     return Part(teacher, ("",), COUNTS, PathsConfig(a.count, 64), train, measure)
 
 
@@ -198,7 +198,7 @@ def pixel_part(a: argparse.Namespace) -> Part:
         ends = {k: distance(call(k), method.times(teacher.schedule, k), method.solver, head) for k in counts}
         return {k: (v - floor) / (start[k] - floor) for k, v in ends.items()}
 
-    train = TrainConfig(a.pixel_iterations, 64, 1e-3, 1e-3, ema=0.99)
+    train = TrainConfig(a.pixel_iterations, 64, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
     return Part(teacher, classes, counts, PathsConfig(5000, 50), train, measure)
 
 

@@ -135,10 +135,10 @@ def start_from(roles: Roles, folder: Path) -> None:
         raise ValueError(f"start: {folder} is a student of weights {card.weights}; set roles.share={str(card.weights != 'full').lower()}")
     if card.weights == "none":
         return  # a head alone, which `roles_for` has put in place
-    told = card.steps if card.time_layer else ()
+    told = card.told if card.time_layer else ()
     if set(told) != set(roles.counts):
         raise ValueError(
-            f"start: {folder} is a student that is told {_counted(told)}, this one {_counted(roles.counts)}; set method.steps and method.condition to match"
+            f"start: {folder} is a student that is told {_counted(told)}, this one {_counted(roles.counts)}; set method.steps, method.condition or method.scales to match"
         )
     vectors = load_vectors(folder) if told else {}
     if roles.config.share:
@@ -147,12 +147,12 @@ def start_from(roles: Roles, folder: Path) -> None:
         return
     network = load_network(folder, roles.backbone.module)
     if told:
-        unfold(network, card.time_layer, vectors[card.steps[0]])
+        unfold(network, card.time_layer, vectors[card.told[0]])
     roles.start_from(network.state_dict(), vectors)
 
 
-def _counted(told: tuple[int, ...]) -> str:
-    return f"one of {', '.join(map(str, told))} steps" if told else "no step count"
+def _counted(told: tuple[float, ...]) -> str:
+    return f"one of {', '.join(f'{v:g}' for v in told)}" if told else "nothing"
 
 
 @dataclass(frozen=True)
@@ -179,12 +179,12 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None, 
     elif card.weights == "full":
         student = Student(backbone, load_network(folder, backbone.module), (), "student")
         if vectors:
-            unfold(student.network, card.time_layer, vectors[card.steps[0]])
+            unfold(student.network, card.time_layer, vectors[card.told[0]])
     else:
         assert card.rank is not None and card.alpha is not None
         state = load_lora(folder)
         student = with_lora(backbone, without_fold(state, card.time_layer) if vectors else state, card.rank, card.alpha)
-    student = with_vectors(student, vectors) if vectors else student
+    student = with_vectors(student, {k: vectors[k] for k in card.told}) if vectors else student
     return LoadedStudent(replace(student, head=head, free=card.free_first), card)
 
 
@@ -197,7 +197,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     card = read_card(folder)
     pipeline, adapter = pipeline_of(base), "fewstep"
     walking = _walking(card, around(pipeline, card.base), folder)
-    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps, card.size), card.weights, walking, adapter)
+    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps, card.size, card.scales), card.weights, walking, adapter)
     network = denoiser_of(pipe)
     if card.weights == "lora" and not loads_lora(network):
         assert card.rank is not None and card.alpha is not None
@@ -205,11 +205,11 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
         switch(student_on_it.layers, adapter := student_on_it.adapter)
     if card.time_layer:
         vectors = load_vectors(folder)
-        unfold(network, card.time_layer, vectors[card.steps[0]], adapter)
+        unfold(network, card.time_layer, vectors[card.told[0]], adapter)
         condition = attach(network, card.time_layer)
 
-        def tell(steps: int) -> None:
-            condition.active = nearest(vectors, steps)
+        def tell(steps: int, guidance: float) -> None:
+            condition.active = nearest(vectors, guidance if card.scales else steps)
 
         pipe.tell = tell
     return pipe
@@ -237,7 +237,8 @@ def sample(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1], one per prompt (plain states for backbones without a picture).
 
-    A step or a student takes its own steps, solver and no guidance; a teacher takes `steps` (default 50) and `guidance`.
+    A step or a student takes its own steps, solver and no guidance, unless it was trained to be told its `guidance`; a teacher takes
+    `steps` (default 50) and `guidance`.
     Seeds default to 0, 1, 2, ...; a seed gives the same picture in any batch. A student of several step counts is told the one
     it takes, or `told`.
     """
@@ -265,17 +266,25 @@ def sample_states(
     with torch.no_grad():
         cond = backbone.encode(prompts)
         null = backbone.encode([""])
+    scale = None if guidance == 1.0 else guidance
     if isinstance(model, Step):
         count = steps or model.method.counts[0]
         times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
-            denoise = student_of(model.method, model.roles, cond, told or count)
+            denoise = student_of(model.method, model.roles, cond, told or count, scale)
             return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
     if isinstance(model, LoadedStudent):
         count = steps or model.card.steps[0]
         times = _student_grid(model.card, backbone, count)
         own = model.card.solver.get(str(count), model.card.solver[str(model.card.steps[0])])
-        return trajectory(backbone, model.student.denoise(cond, told or count), seeds, times, solver or own, model.student.head)
+        return trajectory(
+            backbone,
+            model.student.denoise(cond, scale if model.card.scales else told or count),
+            seeds,
+            times,
+            solver or own,
+            model.student.head,
+        )
     denoise = guided(backbone, backbone.module, cond, null, guidance)
     return trajectory(backbone, denoise, seeds, _grid(backbone, steps or 50), solver or "ddim")
 

@@ -173,9 +173,9 @@ def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
 class Recording:
     """`roles.denoise` that notes whom it was asked for."""
 
-    def __init__(self, inner: Callable[..., Denoise], told: list[tuple[str, int | None]]) -> None:
+    def __init__(self, inner: Callable[..., Denoise], told: list[tuple[str, float | None]]) -> None:
         self.inner, self.told = inner, told
 
-    def __call__(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
-        self.told.append((role, steps))
-        return self.inner(role, cond, steps)
+    def __call__(self, role: Role, cond: Cond, told: float | None = None) -> Denoise:
+        self.told.append((role, told))
+        return self.inner(role, cond, told)

@@ -133,7 +133,7 @@ def test_taking_out_a_folded_lora_leaves_other_adapters() -> None:
 
 
 def test_nearest_count() -> None:
-    known = {4: torch.tensor(4), 1: torch.tensor(1)}
+    known = {4.0: torch.tensor(4), 1.0: torch.tensor(1)}
     assert [int(nearest(known, k)) for k in (1, 2, 3, 4, 8)] == [1, 4, 4, 4, 4]
 
 

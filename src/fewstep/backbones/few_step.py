@@ -34,26 +34,33 @@ class Serving:
 
     steps: tuple[int, ...]
     size: int = 0  # of its pictures, where it is another than the base's
+    scales: tuple[float, ...] = ()  # guidance scales that it is told apart; empty where one is baked in
 
 
 class FewStepPipeline(DiffusionPipeline):
     """What stands before a family's own pipeline and changes its defaults to the student's."""
 
     serving = Serving((4,))
-    tell: Callable[[int], None] = staticmethod(lambda steps: None)  # tells a student of several step counts the one it takes
+    tell: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # tells a student what it is told apart by
 
     def __call__(
         self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
     ) -> Any:
         """As the family's own `__call__`, to which `options` go; warns when asked for other steps or for guidance."""
-        steps = num_inference_steps or self.serving.steps[0]
+        steps, guidance = num_inference_steps or self.serving.steps[0], guidance_scale
         if steps not in self.serving.steps:
             warnings.warn(
                 f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.serving.steps))}", stacklevel=2
             )
-        if guidance_scale > 1:
+        if self.serving.scales:
+            guidance = self.serving.scales[0] if guidance_scale == 1 else guidance_scale
+            if guidance not in self.serving.scales:
+                known = ", ".join(f"{w:g}" for w in self.serving.scales)
+                warnings.warn(f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken", stacklevel=2)
+            guidance_scale = 1.0
+        elif guidance_scale > 1:
             warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
-        self.tell(steps)
+        self.tell(steps, guidance)
         if self.serving.size:
             options = {"height": self.serving.size, "width": self.serving.size} | options
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)

@@ -72,15 +72,15 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
         raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
 
 
-def save_vectors(folder: Path, vectors: Mapping[int, Tensor]) -> None:
-    """One vector per step count."""
-    write_tensors(folder / CONDITION_FILE, {str(k): v.float() for k, v in vectors.items()})
+def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
+    """One vector per step count or guidance scale."""
+    write_tensors(folder / CONDITION_FILE, {f"{k:g}": v.float() for k, v in vectors.items()})
 
 
-def load_vectors(folder: Path) -> dict[int, Tensor]:
+def load_vectors(folder: Path) -> dict[float, Tensor]:
     """Inverse of `save_vectors`. Raises ValueError when the file is missing or damaged."""
     try:
-        return {int(k): v for k, v in load_file(folder / CONDITION_FILE).items()}
+        return {float(k): v for k, v in load_file(folder / CONDITION_FILE).items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"student: {folder / CONDITION_FILE} is missing or damaged ({str(error).splitlines()[0]}); export the run again"

@@ -44,7 +44,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
         rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
-        size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
+        scales=method.conditioned if method.tells == "guidance" and roles.counts else (), size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
     )  # fmt: skip
     with roles.averaged():
         write_student(run / "final", card, roles, grids[default][:-1])
@@ -62,8 +62,8 @@ def _trained_from(recipe: DistillRecipe) -> str:
 
 
 def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) -> None:
-    """`final/`, whose weights alone are the student of the card's first step count, which visits these `times`."""
-    count, network, vectors = card.steps[0], roles.networks["student"], roles.vectors()
+    """`final/`, whose weights alone are the student of the card's first step count and guidance scale, which visits these `times`."""
+    count, network, vectors = card.told[0], roles.networks["student"], roles.vectors()
     if roles.config.share:
         told, settings = roles.told(count, times), roles.adapter_settings()
         if told:

@@ -32,7 +32,7 @@ CLOSE = 1e-4  # largest difference of a pixel, in [0, 1], between the student an
 PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
 
 
-def run_export(source: str, out: Path, form: str, steps: int | None, base: str | None) -> None:
+def run_export(source: str, out: Path, form: str, steps: int | None, base: str | None, guidance: float | None = None) -> None:
     """Write, load again, draw, compare; only then is it called done."""
     quiet()
     folder = student_folder(source)
@@ -46,9 +46,13 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
     count = steps or student.card.steps[0]
     if count not in student.card.steps:
         raise ValueError(f"--steps: got {count}, this student serves {', '.join(map(str, student.card.steps))}")
-    wanted = sample(student, prompts_for(student), steps=count)
+    if guidance is not None and guidance not in student.card.scales:
+        known = ", ".join(f"{w:g}" for w in student.card.scales) or f"none, {student.card.teacher_guidance:g} is baked in"
+        raise ValueError(f"--guidance: got {guidance}, allowed are {known}")
+    scale = guidance or (student.card.scales or (1.0,))[0]
+    wanted = sample(student, prompts_for(student), steps=count, guidance=scale)
     try:
-        found = FORMATS[form](student, single(student.card, count), out)
+        found = FORMATS[form](student, single(student.card, count, scale), out)
         difference = float((found - wanted).abs().max())
         if difference > CLOSE:
             raise ValueError(
@@ -65,11 +69,19 @@ def prompts_for(loaded: LoadedStudent) -> list[str]:
     return PROMPTS if facts_of(pipeline_of(loaded.student.backbone)).takes_prompts else EMPTY
 
 
-def single(card: StudentCard, count: int) -> StudentCard:
-    """The card of the student of one step count."""
+def single(card: StudentCard, count: int, scale: float) -> StudentCard:
+    """The card of the student of one step count and one guidance scale."""
     name = card.name.replace("-".join(map(str, sorted(card.steps))) + "step", f"{count}step")
     times, solver = {str(count): card.timesteps[str(count)]}, {str(count): card.solver[str(count)]}
-    return replace(card, name=name, steps=(count,), timesteps=times, solver=solver, time_layer="")
+    baked, ending = (scale, f"-guidance{scale:g}") if card.scales else (card.teacher_guidance, "")
+    return replace(
+        card, name=name + ending, steps=(count,), timesteps=times, solver=solver, time_layer="", scales=(), teacher_guidance=baked
+    )
+
+
+def told(loaded: LoadedStudent, card: StudentCard) -> float:
+    """What a student of many is told to be that of this card."""
+    return card.teacher_guidance if loaded.card.scales else card.steps[0]
 
 
 def write_student(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
@@ -78,10 +90,12 @@ def write_student(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor
     if card.weights == "none":
         write_final(out, student.backbone, card, student.network, {}, {}, head=student.head)
     elif card.weights == "lora":
-        state, settings = plain_lora(student, count, torch.tensor(card.timesteps[str(count)][:-1], dtype=torch.float64))
+        state, settings = plain_lora(student, told(loaded, card), torch.tensor(card.timesteps[str(count)][:-1], dtype=torch.float64))
         write_final(out, student.backbone, card, student.network, state, settings, head=student.head)
     else:
-        with folded_bias(student.network, loaded.card.time_layer, student.vectors[count]) if student.vectors else nullcontext():
+        with (
+            folded_bias(student.network, loaded.card.time_layer, student.vectors[told(loaded, card)]) if student.vectors else nullcontext()
+        ):
             write_final(out, student.backbone, card, student.network, None, {}, head=student.head)
     return sample(load_student(out, student.backbone), prompts_for(loaded))
 
@@ -109,7 +123,7 @@ def merged(loaded: LoadedStudent, card: StudentCard) -> nn.Module:
     if student.layers:
         merge(network, student.adapter)
     if student.vectors:
-        fold(network, student.backbone.time_layer, student.vectors[card.steps[0]])
+        fold(network, student.backbone.time_layer, student.vectors[told(loaded, card)])
     return network
 
 

@@ -80,12 +80,13 @@ def export(
         str, typer.Option("--format", help="student, kohya (ComfyUI, A1111), merged (one network), or pipeline (a whole folder).")
     ] = "student",
     steps: Annotated[int | None, typer.Option(help="Which of the student's step counts; its default one if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Which of its guidance scales, where it was trained for several.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
 ) -> None:
     """Write a student as files for other programs, load them again, and compare them with it."""
     from .export import run_export
 
-    run_export(student, folder, format_, steps, base)
+    run_export(student, folder, format_, steps, base, guidance)
 
 
 @app.command()

@@ -61,7 +61,9 @@ class Preview:
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
-        return Pictures(self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts else None)
+        return Pictures(
+            self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts and method.tells == "steps" else None
+        )
 
     def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:
         """A student of several step counts, told each and taking each."""

@@ -57,7 +57,7 @@ def run_sample(
     seeds = [seed + i for _ in prompts for i in range(count)]
     pictures, labels = [], []
     if isinstance(model, LoadedStudent):
-        if guidance not in (None, 1.0):
+        if guidance not in (None, 1.0) and not model.card.scales:
             raise ValueError(
                 f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {model.card.teacher_guidance:g}); leave it out"
             )
@@ -67,7 +67,7 @@ def run_sample(
         if compare:
             pictures.append(_timed(model.student.backbone, wanted, seeds, 50, model.card.teacher_guidance, "ddim"))
             labels.append(f"teacher, 50 steps, guidance {model.card.teacher_guidance:g}")
-        pictures.append(_timed(model, wanted, seeds, taken, 1.0, solver))
+        pictures.append(_timed(model, wanted, seeds, taken, guidance or 1.0, solver))
         labels.append(f"student, {taken} steps")
     else:
         taken, scale = steps or 50, 1.0 if guidance is None else guidance

@@ -32,10 +32,16 @@ class StudentCard:
     guidance: str = "baked"
     head: str = ""  # the kind of head that corrects its direction; empty for none
     free_first: bool = False  # whether its first direction is taken without the network
+    scales: tuple[float, ...] = ()  # guidance scales that it is told apart, the default first; empty where guidance is baked
     size: int = 0  # of its pictures, where it is another than the base's
     data: str = "prompts alone"  # what the student was trained from
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
     format: int = FORMAT
+
+    @property
+    def told(self) -> tuple[float, ...]:
+        """What it is told apart by, where it has a time layer for that: guidance scales or step counts."""
+        return self.scales or self.steps
 
 
 def evaluations(card: StudentCard, steps: int) -> int:
@@ -59,4 +65,4 @@ def read_card(folder: Path) -> StudentCard:
         card = StudentCard(**value)
     except TypeError as error:
         raise ValueError(f"student: {path} does not fit format {FORMAT} ({error}); export the run again") from error
-    return StudentCard(**{**asdict(card), "steps": tuple(card.steps)})
+    return StudentCard(**{**asdict(card), "steps": tuple(card.steps), "scales": tuple(card.scales)})

@@ -29,7 +29,7 @@ def write_final(
     network: nn.Module,
     lora: Mapping[str, Tensor] | None,
     metadata: Mapping[str, Any],
-    vectors: Mapping[int, Tensor] = MappingProxyType({}),
+    vectors: Mapping[float, Tensor] = MappingProxyType({}),
     head: nn.Module | None = None,
 ) -> Path:
     """Write the student to `folder`, replacing an older one only when everything is there.

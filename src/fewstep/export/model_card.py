@@ -68,6 +68,9 @@ pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of
         if stock
         else "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     )
+    guidance = f"{card.guidance}: call it with `guidance_scale=1.0` (the teacher was guided at {card.teacher_guidance:g})"
+    if card.scales:
+        guidance = f"told: with fewstep {', '.join(f'{w:g}' for w in card.scales)} by `guidance_scale`; the files alone are the student of the first"
     tag = ("text-to-video" if facts.video else "text-to-image") if facts.takes_prompts else "unconditional-image-generation"
     return f"""---
 license: {card.licence}
@@ -85,7 +88,7 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 | steps | {served} |
 | timesteps | {times} |
 | solver | {card.solver[str(steps)]} |
-| guidance | {card.guidance}: call it with `guidance_scale=1.0`; a negative prompt has no effect (the teacher was guided at {card.teacher_guidance:g}) |
+| guidance | {guidance}; a negative prompt has no effect |
 | weights | {kind} |{head}
 | base weights | SHA-256 {card.base_hash}... |
 | cost | {card.iterations} iterations, {card.train_seconds / 60:.1f} minutes on {card.hardware} |

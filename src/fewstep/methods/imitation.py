@@ -25,11 +25,13 @@ class Imitation:
 
     `consistency` (LCM, arXiv 2310.04378): at two neighbouring times of the guided teacher's `solver_steps`-step path, the student
     says at the noisier one what its average says at the cleaner one. `progressive` (arXiv 2202.00512): in `stages` stages of equal
-    length, one student step lands where two steps of the stage before land, until `steps` are left.
+    length, one student step lands where two steps of the stage before land, until `steps` are left. `scales` are further guidance
+    scales: every iteration draws one of all, and the student is told which (LCM's guidance embedding).
     """
 
     steps: int = 4
     guidance: float = 3.5
+    scales: tuple[float, ...] = ()
     target: Literal["consistency", "progressive"] = "consistency"
     loss: str = "huber"
     solver_steps: int = 50
@@ -46,6 +48,13 @@ class Imitation:
         require_whole(self, "steps", "solver_steps", "stages")
         require_positive(self, "shift", "snr_clip")
         require_guidance(self)
+        if self.scales and self.target != "consistency":
+            raise ValueError("method.scales: several guidance scales are for method.target=consistency; leave it out")
+        served = (self.guidance, *self.scales)
+        if self.scales and (min(served) <= 1 or len(set(served)) < len(served)):
+            raise ValueError(
+                f"method.scales: got {list(self.scales)}, allowed are different numbers above 1, besides method.guidance ({self.guidance:g})"
+            )
 
     @property
     def warmup(self) -> int:
@@ -64,8 +73,13 @@ class Imitation:
         return False
 
     @property
-    def conditioned(self) -> tuple[int, ...]:
-        return ()
+    def tells(self) -> Literal["steps", "guidance"]:
+        return "guidance"
+
+    @property
+    def conditioned(self) -> tuple[float, ...]:
+        """All guidance scales that it serves, where there are several."""
+        return (self.guidance, *self.scales) if self.scales else ()
 
     @property
     def needs(self) -> Needs:
@@ -84,17 +98,19 @@ def consistency_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
     """`d(F(x_t, t), sg F_average(x_s, s))`, x_s one guided DDIM step of the teacher from x_t; on clean data F is the identity."""
     assert turn.pictures is not None
     schedule, (x_0, cond) = roles.backbone.schedule, turn.pictures
+    scales = method.conditioned or (method.guidance,)
+    scale = scales[int(torch.randint(len(scales), (), generator=turn.rng, device=turn.rng.device))] if len(scales) > 1 else scales[0]
     times = timegrid.uniform(schedule, method.solver_steps).to(turn.rng.device)
     n = torch.randint(method.solver_steps, (turn.batch,), generator=turn.rng, device=turn.rng.device)
     t, s = times[n], times[n + 1]
     x_t = diffuse(schedule, x_0, t, torch.randn(x_0.shape, generator=turn.rng, device=turn.rng.device))
     with torch.no_grad():
-        x_s = land(schedule, roles.teacher(cond, turn.null, method.guidance)(x_t, t), s)
+        x_s = land(schedule, roles.teacher(cond, turn.null, scale)(x_t, t), s)
         # A network is not asked about clean data; there its answer counts for nothing.
         known = s.clamp(min=schedule.t_clean + (schedule.resolution or 1e-3))
         with roles.averaged():
-            goal = consistency_function(x_s, roles.denoise("student", cond)(x_s, known).x0, s, schedule.t_clean)
-    own = consistency_function(x_t, roles.denoise("student", cond)(x_t, t).x0, t, schedule.t_clean)
+            goal = consistency_function(x_s, roles.denoise("student", cond, scale)(x_s, known).x0, s, schedule.t_clean)
+    own = consistency_function(x_t, roles.denoise("student", cond, scale)(x_t, t).x0, t, schedule.t_clean)
     return metric_named(method.loss)(own, goal).mean()
 
 

@@ -104,6 +104,10 @@ class Matching:
         return False
 
     @property
+    def tells(self) -> Literal["steps", "guidance"]:
+        return "steps"
+
+    @property
     def conditioned(self) -> tuple[int, ...]:
         """The step counts that student and fake score are told apart; empty for one count alone or without the condition."""
         return self.counts if self.condition and len(self.counts) > 1 else ()
@@ -150,7 +154,7 @@ def draw(
     solver = solver_named(method.solver, noise)
     x = noise(torch.empty((batch, *shape))) * schedule.start_std
     segment = timegrid.draw_segments(batch, steps, rng)
-    student = partial(roles.denoise, "student", steps=steps)
+    student = partial(roles.denoise, "student", told=steps)
     start, past = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head)
     high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):

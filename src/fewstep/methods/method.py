@@ -1,7 +1,7 @@
 """What the training loop asks of a method."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -94,9 +94,12 @@ class Method(Protocol):
         ...
 
     @property
-    def conditioned(self) -> tuple[int, ...]:
-        """The step counts that the trained networks are told apart; usually none."""
+    def conditioned(self) -> tuple[float, ...]:
+        """What the trained networks are told apart, the default first: step counts or, as `tells` says, guidance scales; usually none."""
         ...
+
+    @property
+    def tells(self) -> Literal["steps", "guidance"]: ...
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """The student's grid, `[K + 1]`, for its default step count or another."""
@@ -107,7 +110,7 @@ class Method(Protocol):
         ...
 
 
-def student_of(method: Method, roles: Roles, cond: Cond, told: int | None = None) -> Denoise:
-    """The student as its method samples it, told a step count (default: its first)."""
-    denoise = roles.denoise("student", cond, told)
+def student_of(method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None) -> Denoise:
+    """The student as its method samples it, told its step count or guidance scale (default: its first)."""
+    denoise = roles.denoise("student", cond, steps if method.tells == "steps" else guidance)
     return free_first(denoise, roles.backbone.schedule) if method.free_first else denoise

@@ -7,6 +7,7 @@ weights SFD), no LoRA (head alone; with shared weights PAS).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 
@@ -55,6 +56,10 @@ class PathImitation:
     @property
     def counts(self) -> tuple[int, ...]:
         return require_counts(self.steps)
+
+    @property
+    def tells(self) -> Literal["steps", "guidance"]:
+        return "steps"
 
     @property
     def conditioned(self) -> tuple[int, ...]:

@@ -62,23 +62,23 @@ class Roles:
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
-    counts: tuple[int, ...] = ()  # step counts that student and fake score are told apart; usually none
+    counts: tuple[float, ...] = ()  # step counts, or guidance scales, that student and fake score are told apart; usually none
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correct` that is trained as part of the student
-    now: list[tuple[Role, int | None]] = field(default_factory=lambda: [("teacher", None)])  # who the shared network is, told which count
+    now: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # who the shared network is, told which count
 
-    def denoise(self, role: Role, cond: Cond, steps: int | None = None) -> Denoise:
-        """This role without guidance, told that it takes `steps` steps where it was made to be told (default: the first count)."""
-        return self._as(role, denoiser(self.backbone, self.networks[role], cond), steps)
+    def denoise(self, role: Role, cond: Cond, told: float | None = None) -> Denoise:
+        """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
+        return self._as(role, denoiser(self.backbone, self.networks[role], cond), told)
 
     def teacher(self, cond: Cond, null: Cond, scale: float) -> Denoise:
         """The frozen teacher under classifier-free guidance."""
         return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale))
 
-    def _as(self, role: Role, inner: Denoise, steps: int | None = None) -> Denoise:
+    def _as(self, role: Role, inner: Denoise, told: float | None = None) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
-            self.activate(role, steps)
+            self.activate(role, told)
             try:
                 return inner(x, t)
             finally:
@@ -86,20 +86,20 @@ class Roles:
 
         return denoise
 
-    def activate(self, role: Role, steps: int | None = None) -> None:
-        """Let the shared network be this role, told its step count, until another is activated.
+    def activate(self, role: Role, told: float | None = None) -> None:
+        """Let the shared network be this role, told its step count or guidance scale, until another is activated.
 
         Between two calls of a role it is the teacher, so that whoever holds the backbone finds what it was.
         """
-        self.now[0] = (role, steps)
+        self.now[0] = (role, told)
         adapters.switch(self.layers, None if role == "teacher" else role)
         for condition in self.conditions.values():
             condition.active = None
         if self.counts and role != "teacher":
-            self.conditions[role].active = step_condition.nearest(self.vectors(role), steps or self.counts[0])
+            self.conditions[role].active = step_condition.nearest(self.vectors(role), told or self.counts[0])
 
-    def vectors(self, role: Role = "student") -> dict[int, Tensor]:
-        """What is added to the role's time embedding for each step count; empty where it is not told."""
+    def vectors(self, role: Role = "student") -> dict[float, Tensor]:
+        """What is added to the role's time embedding for each value that it is told; empty where it is not told."""
         return step_condition.vectors(self.counts, self.trained[role][CONDITION]) if self.counts else {}
 
     def update_average(self, decay: float) -> None:
@@ -107,10 +107,10 @@ class Roles:
         for name, p in self.trained["student"].items():
             self.average[name].lerp_(p.detach().float(), 1 - decay)
 
-    def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+    def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[float, Tensor] = MappingProxyType({})) -> None:
         """Let student and average begin as another student: its LoRA in PEFT's file format, or its whole network.
 
-        `vectors` are what it is told for each step count, which its weights must not say by themselves. Raises ValueError where
+        `vectors` are what it is told for each count or scale, which its weights must not say by themselves. Raises ValueError where
         it does not fit.
         """
         network = self.networks["student"]
@@ -151,8 +151,8 @@ class Roles:
             state = adapters.scaled(adapters.adapter_state(network, "student"), self.config.scale)
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
-    def told(self, count: int, times: Tensor) -> dict[str, Tensor]:
-        """What makes the shared student a plain LoRA for one step count with these `times`; empty where it is not told its count."""
+    def told(self, count: float, times: Tensor) -> dict[str, Tensor]:
+        """What makes the shared student a plain LoRA for one step count, or guidance scale, with these `times`; empty where it is not told its count."""
         if not (self.counts and self.config.share and self.config.rank):
             return {}
         network = self.networks["student"]
@@ -173,12 +173,12 @@ def make_roles(
     backbone: Backbone,
     config: RolesConfig,
     seed: int = 0,
-    counts: tuple[int, ...] = (),
+    counts: tuple[float, ...] = (),
     against: tuple[int, ...] = (),
     head: nn.Module | None = None,
     fake: bool = True,
 ) -> Roles:
-    """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several step `counts`.
+    """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several `counts`: step counts or guidance scales.
 
     `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
     (rank 0) is all of it. Raises ValueError where there is nothing to train.

@@ -1,5 +1,7 @@
 """The step count as a condition of student and fake score: a vector per count, zero at first, added to the time embedding. TDM sec. 3.2.
 
+A guidance scale is told the same way (LCM, arXiv 2310.04378).
+
 For one count the vector is a constant, so it folds into the network: into the bias of the time embedding's last layer, or into a
 LoRA of rank one that gives the same vector at every time that this count visits, and so loads wherever a LoRA loads.
 """
@@ -54,7 +56,7 @@ def width(network: nn.Module, layer: str) -> int:
     return len(weight)
 
 
-def vectors(counts: Sequence[int], table: Tensor) -> dict[int, Tensor]:
+def vectors(counts: Sequence[float], table: Tensor) -> dict[float, Tensor]:
     """What is added for each count: `GAIN` times its row of the table."""
     return {count: GAIN * row for count, row in zip(counts, table, strict=True)}
 
@@ -65,7 +67,7 @@ def put(table: Tensor, known: Sequence[Tensor]) -> None:
         table.copy_(torch.stack(list(known)) / GAIN)
 
 
-def nearest(known: Mapping[int, Tensor], count: int) -> Tensor:
+def nearest(known: Mapping[float, Tensor], count: float) -> Tensor:
     """The vector of this count, or of the trained one nearest in ratio."""
     return known[min(known, key=lambda k: abs(math.log(k / count)))]
 

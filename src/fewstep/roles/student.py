@@ -18,26 +18,26 @@ from .step_condition import StepCondition
 class Student:
     """A student that samples. `layers` is empty for a full student, which has a network of its own.
 
-    `vectors`: what is added to the time embedding for each step count, by `condition`; empty where one count is served.
+    `vectors`: what is added to the time embedding for each step count or guidance scale, by `condition`; empty where it is told none.
     """
 
     backbone: Backbone
     network: nn.Module
     layers: tuple[LoraLayer, ...]
     adapter: str
-    vectors: Mapping[int, Tensor] = field(default_factory=dict)
+    vectors: Mapping[float, Tensor] = field(default_factory=dict)
     condition: StepCondition | None = None
     head: nn.Module | None = None  # a `core.solvers.Correct`
     free: bool = False  # the first direction is taken without the network
 
-    def denoise(self, cond: Cond, steps: int | None = None) -> Denoise:
-        """The student without guidance, which is baked in, told that it takes `steps` steps (default: its first count)."""
+    def denoise(self, cond: Cond, told: float | None = None) -> Denoise:
+        """The student without guidance, which is baked in, told its step count or guidance scale (default: its first)."""
         inner = denoiser(self.backbone, self.network, cond)
 
         def network(x: Tensor, t: Tensor) -> Split:
             adapters.switch(self.layers, self.adapter)
             if self.condition is not None:
-                self.condition.active = step_condition.nearest(self.vectors, steps or next(iter(self.vectors)))
+                self.condition.active = step_condition.nearest(self.vectors, told or next(iter(self.vectors)))
             try:
                 return inner(x, t)
             finally:
@@ -48,14 +48,14 @@ class Student:
         return free_first(network, self.backbone.schedule) if self.free else network
 
 
-def with_vectors(student: Student, vectors: Mapping[int, Tensor]) -> Student:
-    """The student told its step count by these vectors. Its weights must not say one count already (see `without_fold`)."""
+def with_vectors(student: Student, vectors: Mapping[float, Tensor]) -> Student:
+    """The student told what it is told by these vectors, the default first. Its weights must not say one count already (see `without_fold`)."""
     vectors = {k: v.to(next(student.network.parameters()).device) for k, v in vectors.items()}
     return replace(student, vectors=vectors, condition=step_condition.attach(student.network, student.backbone.time_layer))
 
 
-def plain_lora(student: Student, count: int, times: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A LoRA that is the student of one step count by itself, in PEFT's file format, and PEFT's settings for its header.
+def plain_lora(student: Student, count: float, times: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A LoRA that is the student of one step count, or guidance scale, by itself, in PEFT's file format, and PEFT's settings for its header.
 
     `times` are those that this count visits.
     """

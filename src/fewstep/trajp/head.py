@@ -97,8 +97,23 @@ class Head(nn.Module, ABC):
         return torch.cat([self.place(t), self.place(t_next)], 1)
 
 
+class Rows(nn.Module):
+    """A few numbers for every step of the student's grids, zero at first: PAS's coordinates (arXiv 2411.06503)."""
+
+    def __init__(self, grids: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.cat([torch.stack([g[:-1], g[1:]], 1) for g in grids]), persistent=False)
+        self.weights = nn.Parameter(torch.zeros(sum(len(g) - 1 for g in grids), max(len(g) for g in grids)))
+
+    def forward(self, t: Tensor, t_next: Tensor, count: int) -> Tensor:
+        """The first `count` numbers of each step, [B, count]; of a step that is not there, those of the nearest."""
+        steps = self.get_buffer("steps").to(t)
+        row = (steps[None] - torch.stack([t, t_next], 1)[:, None]).abs().sum(2).argmin(1)
+        return self.weights[row, :count]
+
+
 class SpanHead(Head):
-    """Weights on the tokens from a network over their set, which sees lengths, cosines and the curve.
+    """Weights on the tokens: some that a step has for every sample, and from a network over their set, which sees lengths, cosines and the curve.
 
     It gives the same weights for data that are moved or rotated, of any size.
     """
@@ -108,6 +123,7 @@ class SpanHead(Head):
         self.each = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.out = _zero(nn.Linear(width, 1))
+        self.rows = Rows(facts.grids)
 
     def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
         values, there, lengths, times = tokens
@@ -119,23 +135,20 @@ class SpanHead(Head):
         h = self.each(torch.cat([torch.log(lengths + SMALL)[..., None], cosines, kind, step, visited], 2).detach())
         mask = there.to(h)[..., None]
         pooled = (h * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-        weights = (self.out(self.mix(torch.cat([h, pooled.expand_as(h)], 2))) * mask)[..., 0]
+        own = self.out(self.mix(torch.cat([h, pooled.expand_as(h)], 2)))[..., 0]
+        weights = (own + self.rows(t, t_next, values.shape[1])) * there
         return torch.einsum("bn,bn...->b...", weights.to(values), values)
 
 
 class SharedHead(Head):
-    """Weights on the tokens that are the same for every sample, a few numbers per step (the idea of PAS, arXiv 2411.06503)."""
+    """Weights on the tokens that are the same for every sample, a few numbers per step (the idea of PAS)."""
 
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
         super().__init__(schedule, facts)
-        most = max(len(g) for g in facts.grids)
-        self.register_buffer("steps", torch.cat([torch.stack([g[:-1], g[1:]], 1) for g in facts.grids]), persistent=False)
-        self.weights = nn.Parameter(torch.zeros(sum(len(g) - 1 for g in facts.grids), most))
+        self.rows = Rows(facts.grids)
 
     def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
-        steps = self.get_buffer("steps").to(t)
-        row = (steps[None] - torch.stack([t, t_next], 1)[:, None]).abs().sum(2).argmin(1)
-        weights = self.weights[row, : tokens.values.shape[1]] * tokens.there
+        weights = self.rows(t, t_next, tokens.values.shape[1]) * tokens.there
         return torch.einsum("bn,bn...->b...", weights.to(tokens.values), tokens.values)
 
 

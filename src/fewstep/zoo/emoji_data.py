@@ -47,7 +47,7 @@ class Emoji:
 
 def fetch(package: str, version: str, sha256: str, folder: Path) -> Path:
     """The package's archive in `folder`, downloaded if it is not there. Raises ValueError on a wrong checksum or without npm."""
-    archive = folder / f"{package}-{version}.tgz"
+    archive = folder / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
         if shutil.which("npm") is None:
             raise ValueError(
@@ -96,6 +96,20 @@ def load(archive: Path, hold_out: float) -> tuple[list[Emoji], Tensor]:
     emoji = catalogue(json.loads(blobs["package/emoji.json"]), hold_out)
     images = [_on_white(blobs[f"package/img/google/64/{e.file}"]) for e in emoji]
     return emoji, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def load_style(archive: Path, emoji: list[Emoji], style: str) -> tuple[list[Emoji], Tensor]:
+    """The same emoji as another artist drew them, (those that there are, uint8 [N, 3, 64, 64] on white), from another package's archive.
+
+    `style` is `twemoji` (`emoji-datasource-twitter`, pictures CC BY 4.0) or `fluent` (`@lobehub/fluent-emoji-3d`, MIT).
+    """
+    where = {"twemoji": "package/img/twitter/64/{}.png", "fluent": "package/assets/{}.webp"}[style]
+    folder = where.rpartition("/")[0] + "/"
+    with tarfile.open(archive) as tar:
+        blobs = {m.name: file.read() for m in tar if m.name.startswith(folder) and (file := tar.extractfile(m)) is not None}
+    there = [(e, blobs[name]) for e in emoji if (name := where.format(e.file.removesuffix(".png"))) in blobs]
+    images = np.stack([_on_white(blob) for _, blob in there])
+    return [e for e, _ in there], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _on_white(png: bytes) -> np.ndarray:

@@ -1,0 +1,135 @@
+"""A student's LoRA in fine-tunes that it has never seen: the analogue of the paper's table 2.
+
+    python benchmarks/finetunes.py --students runs/bench-tdm/tdm-4-0 runs/bench-tdm/lcm-0 runs/bench-tdm/dmd2-0
+
+The bundled teacher is fine-tuned into two further styles, Twemoji and Fluent (fetched with npm, checksums below). LoRA students of the plain
+teacher are then loaded into each, and their pictures compared with that fine-tune's own guided 50-step samples: the distance says how
+much of the style is kept. Everything that is finished is kept in --out. Writes benchmarks/finetunes.md and .json.
+"""
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fewstep.api import LoadedStudent, load_student, load_teacher, sample
+from fewstep.atomic import write_json
+from fewstep.backbones.base import Backbone
+from fewstep.backbones.load import quiet
+from fewstep.cli.train_teacher import run_train_teacher
+from fewstep.evaluation.protocols import Row, evaluate, protocol_named
+from fewstep.training.state import seeded
+from fewstep.zoo import emoji_data
+from fewstep.zoo.teacher import DataConfig
+
+GOOGLE = ("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
+STYLES = {
+    "twemoji": ("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+    "fluent": ("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+}
+RECIPE = """# The bundled teacher in another style: all weights, {steps} steps.
+kind: finetune
+name: {style}
+teacher: emoji
+data: {{source: {pictures}}}
+roles: {{share: false}}
+fit: {{steps: {steps}, batch: 32, lr: 3.0e-4, warmup: 100, decay: {decay}, ema: 0.99, checkpoint_every: 100, optimizer: muon}}
+"""
+PLACES = 3  # pictures of every emoji, each at a place of its own
+
+
+def pictures(style: str, out: Path, packages: Path) -> Path:
+    """A folder of captioned pictures of one style."""
+    folder = out / style / "pictures"
+    if (folder / "metadata.jsonl").exists():
+        return folder
+    emoji, _ = emoji_data.load(emoji_data.fetch(*GOOGLE, packages), DataConfig.model_fields["hold_out"].default)
+    emoji, images = emoji_data.load_style(emoji_data.fetch(*STYLES[style], packages), emoji, style)
+    folder.mkdir(parents=True, exist_ok=True)
+    mirrors, lines = torch.tensor([e.mirrors for e in emoji]), []
+    for place in range(PLACES):
+        moved = emoji_data.placed(images, mirrors, 0.7, seeded(0, place, style))
+        for i, (e, x) in enumerate(zip(emoji, moved, strict=True)):
+            if not e.held_out:
+                name = f"{i:05d}-{place}.png"
+                Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / name)
+                lines.append(json.dumps({"file_name": name, "text": e.caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def finetune(style: str, a: argparse.Namespace) -> Path:
+    """The teacher in that style, as a pipeline folder."""
+    run = a.out / style
+    recipe = run / "recipe.yaml"
+    if not (run / "teacher" / "model_index.json").exists():
+        source = pictures(style, a.out, a.packages)
+        recipe.write_text(RECIPE.format(style=style, steps=a.steps, decay=a.steps // 2, pictures=source))
+        run_train_teacher(str(recipe), [], run)
+    return run / "teacher"
+
+
+def row(name: str, model: Backbone | LoadedStudent, steps: int, guidance: float) -> Row:
+    nfe = steps * (2 if guidance != 1 else 1)
+    return Row(name, steps, guidance, nfe, lambda p, s: sample(model, list(p), list(s), steps=steps, guidance=guidance))
+
+
+def measure(style: str, folder: Path, a: argparse.Namespace) -> list[dict[str, Any]]:
+    """The fine-tune at its best, at a student's cost, and with each student's LoRA in it."""
+    rows = [row("teacher", load_teacher(folder), steps, w) for steps, w in ((50, a.guidance), (4, a.guidance), (4, 1.0))]
+    for run in a.students:
+        student = load_student(run / "final", folder)
+        rows.append(row(run.name, student, student.card.steps[0], 1.0))
+    found = evaluate(rows, protocol_named(a.protocol), a.out / style / "evaluation")["rows"]
+    return [{"style": style} | r for r in found]
+
+
+def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
+    """The table and the rows."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    hardware = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    command = f"python benchmarks/finetunes.py --students {' '.join(map(str, a.students))}"
+    write_json(a.to / "finetunes.json", {"rows": rows, "hardware": hardware, "commit": commit, "seeds": [0], "command": command})
+    keys = ("fd_teacher", "retrieval_top1", "diversity_ratio")
+    lines = [
+        f"| {r['style']} | {r['model']} | {r['steps']} | {r['guidance']:g} | {r['nfe']} | "
+        + " | ".join("-" if r[k] is None else f"{100 * r[k]:.1f} %" if k == "retrieval_top1" else f"{r[k]:.2f}" for k in keys)
+        + " |"
+        for r in rows
+    ]
+    text = f"""# LoRA students in fine-tunes they have never seen
+
+`{command}`, {hardware}, commit {commit}, {time.strftime("%Y-%m-%d")}, protocol `{a.protocol}`. The distance is FD-efflite0 to the fine-tune's own samples
+(50 steps, guidance {a.guidance:g}), lower is better: how much of the style is kept. Retrieval is among Noto's pictures, so it is lower in other styles. The paper (tab. 2): TDM keeps most (FID 20.2 against 26.9 for LCM in Realistic).
+
+| style | model | steps | guidance | calls | FD to the fine-tune | retrieval top-1 | diversity |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
+    (a.to / "finetunes.md").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--students", nargs="+", type=Path, required=True, help="runs whose final/ is a LoRA of the bundled teacher")
+    parser.add_argument("--steps", type=int, default=1200, help="of fine-tuning, for each style")
+    parser.add_argument("--protocol", default="emoji-medium")
+    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where npm's archives are or go")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-finetunes"))
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    a = parser.parse_args()
+    quiet()
+    rows: list[dict[str, Any]] = []
+    for style in STYLES:
+        rows += measure(style, finetune(style, a), a)
+        write(rows, a)
+
+
+if __name__ == "__main__":
+    main()
