@@ -156,7 +156,7 @@ def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
     cond, null = conditions(roles.backbone)
     counts = [draw(method, roles, cond, BATCH, seed(i), with_gradient=False).steps for i in range(150)]
     assert min(counts.count(k) for k in (4, 2, 1)) > 30
-    told: list[tuple[str, int | None]] = []
+    told: list[tuple[str, float | None]] = []
     denoise = roles.denoise
     for i in range(6):
         told.clear()
@@ -167,7 +167,7 @@ def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
         (steps,) = {k for _, k in told}
         assert steps == counts[i]
         assert {r for r, _ in told} == {"student", "fake"}
-        assert {k for k in last.metrics if k.startswith("gap_")} == {f"gap_{steps}_{k}" for k in range(steps)}
+        assert {k for k in last.metrics if k.startswith("gap_")} == {f"gap_{counts[i]}_{k}" for k in range(counts[i])}
 
 
 class Recording:
