@@ -17,7 +17,7 @@ from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.prompts import Embeddings, embed
-from fewstep.training.state import checkpoints
+from fewstep.training.state import checkpoints, seeded
 
 from .. import tiny
 
@@ -121,6 +121,25 @@ def test_one_update_moves_one_role(share: bool, monkeypatch: pytest.MonkeyPatch)
     list(distill(roles, replace(METHOD, warmup=0, fake_updates=2), data, replace(CONFIG, iterations=2)))
     assert seen == [["fake"], ["fake"], ["student"]] * 2
     assert kept.keys() == {"student", "fake"}
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_accumulated_batches_give_the_mean_of_their_gradients(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches an iteration against each batch alone, with a step too small to matter in between."""
+    still = replace(CONFIG, iterations=1, lr=1e-12, fake_lr=1e-12)
+    method = replace(METHOD, warmup=0)
+
+    def gradients(config: TrainConfig, stream: int) -> dict[str, Tensor]:
+        monkeypatch.setattr(loop, "seeded", lambda seed, step, name, rank=0, device="cpu": seeded(seed, step, name, rank + stream, device))
+        roles, data = parts(share)
+        list(distill(roles, method, data, config))
+        return {f"{r}/{n}": p.grad.clone() for r in TRAINED for n, p in roles.trained[r].items() if p.grad is not None}
+
+    one, two = gradients(replace(still, clip=1e9), 0), gradients(replace(still, clip=1e9), 1)
+    both = gradients(replace(still, accumulate=2, clip=1e9), 0)
+    assert any(not torch.allclose(one[n], two[n], rtol=1e-2) for n in one)
+    for n, g in both.items():
+        torch.testing.assert_close(g, (one[n] + two[n]) / 2, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("ema", [0.98, 0.5, 0.0])

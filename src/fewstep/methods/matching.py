@@ -123,7 +123,7 @@ class Matching:
 
     def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
         """The updates of one iteration in order."""
-        return losses(self, roles, turn.cond, turn.null, turn.batch, turn.rng, turn.iteration < self.warmup, turn.pictures)
+        return losses(self, roles, turn.cond, turn.null, turn.batch, turn.rng, turn.iteration < self.warmup, turn.pictures, turn.steps)
 
 
 class Draw(NamedTuple):
@@ -233,15 +233,16 @@ def losses(
     rng: torch.Generator,
     warming_up: bool,
     real: Real | None = None,
+    steps: int | None = None,
 ) -> Iterator[Loss]:
-    """The updates of one iteration in order; the caller takes each step before asking for the next.
+    """The updates of one iteration in order; the caller takes each step before asking for the next, or both where they go together.
 
     With a shared draw the last fake update and the student's reverse-KL update come from one x_tau *and one forward pass* of the
     fake score, taken before its step: network calls per iteration (K+1)/2 + 2 (student) + 2 (guided teacher) + 3 (fake). The
     Fisher divergence needs the fake score's gradient in x_tau, so it shares x_tau alone and costs 3 + 2 x 2 calls more.
     """
     schedule = roles.backbone.schedule
-    steps = draw_count(method.counts, rng)
+    steps = steps or draw_count(method.counts, rng)
     drawn = partial(draw, method, roles, cond, batch, rng, steps=steps)
     fake, teacher = roles.denoise("fake", cond, steps), roles.teacher(cond, null, method.guidance)
 
@@ -270,7 +271,7 @@ def losses(
     metrics = {"student_loss": value.detach(), **_gaps(method, d, f_fake, f_teacher)}
     if one_pass:
         loss = fake_loss(method, schedule, d, f_fake)
-        yield Loss("fake", loss, {"fake_loss": loss.detach()})
+        yield Loss("fake", loss, {"fake_loss": loss.detach()}, together=not method.gan)
     if method.gan:
         assert real is not None
         judged = discriminator_loss(method, roles, d, real)

@@ -38,14 +38,16 @@ class Turn(NamedTuple):
     pictures: Real | None
     rng: torch.Generator
     walk: Walk | None = None
+    steps: int | None = None  # K of this iteration, the same for all its batches and processes; None: the method draws it
 
 
 class Loss(NamedTuple):
-    """One update to make: whose, by which loss, and what to log."""
+    """One update to make: whose, by which loss, and what to log. With `together`, its gradient and the next one's belong to the same weights."""
 
     role: Role
     value: Tensor
     metrics: dict[str, Tensor]
+    together: bool = False
 
 
 def draw_count(counts: tuple[int, ...], rng: torch.Generator) -> int:
@@ -106,7 +108,7 @@ class Method(Protocol):
         ...
 
     def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
-        """The updates of one iteration in order; the caller takes each step before asking for the next."""
+        """The updates of one iteration in order; the caller takes each step before asking for the next, or both where they go together."""
         ...
 
 

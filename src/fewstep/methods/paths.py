@@ -77,7 +77,7 @@ class PathImitation:
         """One update a step: from where the student is, not the teacher, and without gradient through the steps before."""
         assert turn.walk is not None
         schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(self.solver), turn.walk
-        count = draw_count(self.counts, turn.rng)
+        count = turn.steps or draw_count(self.counts, turn.rng)
         times = self.times(schedule, count)
         student = student_of(self, roles, cond, count)
         x = states[:, 0]

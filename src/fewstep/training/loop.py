@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ..backbones.generate import device_of
-from ..methods.method import Loss, Method, Turn
+from ..methods.method import Loss, Method, Turn, draw_count
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
 from .paths import Paths
@@ -27,6 +27,8 @@ from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors,
 class TrainConfig:
     """Iterations include the fake score's warm-up. `lr` is the student's; `fake_lr` the fake score's.
 
+    An iteration takes `accumulate` batches one after the other: as much memory as one, the update of all. N processes do the same with
+    N times as many, and draw what one process would draw that accumulates as often.
     Over the last `decay` iterations the student's rate falls to zero in a line.
     """
 
@@ -35,6 +37,7 @@ class TrainConfig:
     lr: float
     fake_lr: float
     decay: int = 0
+    accumulate: int = 1
     ema: float = 0.98
     betas: tuple[float, float] = (0.0, 0.999)
     weight_decay: float = 0.0
@@ -44,7 +47,7 @@ class TrainConfig:
     precision: Literal["no", "bf16"] = "no"  # bf16: the networks compute in it, weights and losses stay float32
 
     def __post_init__(self) -> None:
-        for option in ("iterations", "batch", "checkpoint_every"):
+        for option in ("iterations", "batch", "accumulate", "checkpoint_every"):
             if getattr(self, option) < 1:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
         for option in ("lr", "fake_lr", "clip"):
@@ -116,15 +119,16 @@ def distill(
     null = data.unconditional(device)
     for i in range(start, config.iterations):
         began = time.perf_counter()
-        rng = seeded(config.seed, i, "draw", rank, device)
-        cond = data.draw(config.batch, seeded(config.seed, i, "prompts", rank), device)
-        pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", rank), device)
-        walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", rank), device)
-        metrics: dict[str, Tensor] = {}
+        turns, steps = [], draw_count(method.counts, seeded(config.seed, i, "count"))
+        for part in range(config.accumulate):
+            stream = rank * config.accumulate + part
+            rng = seeded(config.seed, i, "draw", stream, device)
+            cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
+            pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
+            walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
+            turns.append(Turn(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            for loss in method.losses(roles, Turn(i, config.iterations, config.batch, cond, null, pictures, rng, walk)):
-                metrics |= loss.metrics
-                metrics[f"{loss.role}_grad"] = _update(accelerator, loss, roles, optimizers, config, i)
+            metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i)
         if i >= method.warmup:
             # A young average forgets faster, so that it is never a memory of the start.
             done = i - method.warmup + 1
@@ -141,25 +145,60 @@ def distill(
             raise
 
 
-def _update(
-    accelerator: Accelerator, loss: Loss, roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], config: TrainConfig, i: int
-) -> Tensor:
-    """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call."""
-    _require_finite(loss.value, "loss", loss.role, i)
+def _updates(
+    accelerator: Accelerator,
+    losses: Sequence[Iterator[Loss]],
+    roles: Roles,
+    optimizers: Mapping[Role, torch.optim.Optimizer],
+    config: TrainConfig,
+    i: int,
+) -> dict[str, Tensor]:
+    """All updates of one iteration, each from the mean gradient over the batches in `losses`; returns what to log, means as well.
+
+    The batches take turns, so that no more than one holds what its gradients need, where a method's updates go together.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    norms: dict[str, Tensor] = {}
+    while True:
+        updated: list[Role] = []
+        for batch in losses:
+            for loss in batch:
+                _require_finite(loss.value, "loss", loss.role, i)
+                if loss.role not in updated:
+                    updated.append(loss.role)
+                    optimizers[loss.role].zero_grad(set_to_none=True)
+                _add_gradients(loss, roles, 1 / len(losses))
+                for name, value in loss.metrics.items():
+                    seen.setdefault(name, []).append(value)
+                if not loss.together:
+                    break
+        if not updated:
+            return {n: torch.stack(v).mean() for n, v in seen.items()} | norms
+        for role in updated:
+            norms[f"{role}_grad"] = _update(accelerator, role, roles, optimizers[role], config, i)
+
+
+def _add_gradients(loss: Loss, roles: Roles, share: float) -> None:
+    """This share of the loss's gradients onto what its role's parameters have; zero for those that it does not reach."""
     parameters = list(roles.trained[loss.role].values())
-    optimizers[loss.role].zero_grad(set_to_none=True)
     grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
     for p, g in zip(parameters, grads, strict=True):
-        p.grad = torch.zeros_like(p) if g is None else g
+        own = torch.zeros_like(p) if g is None else g if share == 1 else g * share
+        p.grad = own if p.grad is None else p.grad.add_(own)
+
+
+def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int) -> Tensor:
+    """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call."""
+    parameters = list(roles.trained[role].values())
     if accelerator.num_processes > 1:
         flat = reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "mean")
         for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-    _require_finite(norm, "gradient", loss.role, i)
-    for group in optimizers[loss.role].param_groups:
-        group["lr"] = config.lr_at(loss.role, i)
-    optimizers[loss.role].step()
+    _require_finite(norm, "gradient", role, i)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr_at(role, i)
+    optimizer.step()
     return norm
 
 
