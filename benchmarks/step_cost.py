@@ -4,8 +4,9 @@
 
 An iteration of TDM (alg. 1, shared draw) contains: the no-gradient rollout to the drawn segments, one student step with
 its backward pass, one guided teacher call on the double batch, one fake-score call with its backward pass. The same calls
-are made here bare, on the same networks with the same adapters active, the same batch shapes and nothing else around them.
-Both are repeated in turn and the minimum of each is taken: these machines are shared.
+are made here bare, on the same networks with the same adapters active, the same batch shapes and nothing else around them. The iteration is
+the training loop's own, prompts, clipping, optimisers and averaging included. Both are repeated in turn and the minimum of each is taken:
+these machines are shared.
 """
 
 import argparse
@@ -21,26 +22,10 @@ from torch import Tensor
 from fewstep.api import Matching, load_teacher
 from fewstep.backbones.base import rows
 from fewstep.core import timegrid
-from fewstep.methods.matching import losses
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.training.loop import TrainConfig, distill
+from fewstep.training.prompts import embed
 from fewstep.training.state import seeded
-
-
-def iteration(
-    roles: Roles,
-    method: Matching,
-    cond: dict[str, Tensor],
-    null: dict[str, Tensor],
-    batch: int,
-    optimizers: dict[str, torch.optim.Optimizer],
-) -> None:
-    """One whole iteration as the training loop makes it."""
-    for loss in losses(method, roles, cond, null, batch, seeded(0, 0, "draw"), warming_up=False):
-        parameters = list(roles.trained[loss.role].values())
-        for p, g in zip(parameters, torch.autograd.grad(loss.value, parameters), strict=True):
-            p.grad = g
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizers[loss.role].step()
 
 
 def bare(roles: Roles, method: Matching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int) -> None:
@@ -62,7 +47,7 @@ def bare(roles: Roles, method: Matching, cond: dict[str, Tensor], null: dict[str
     torch.autograd.grad(backbone.predict(roles.networks["fake"], x, t, cond).sum(), list(roles.trained["fake"].values()))
 
 
-def minimum(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def minimum(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Seconds of each, the least of `repeats`, taken in turn."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
@@ -85,13 +70,15 @@ def main() -> None:
     found = []
     for share in (True, False):
         teacher = load_teacher(a.teacher)
-        cond, null = dict(teacher.encode(["rocket"] * a.batch)), dict(teacher.encode([""]))
+        prompts = ["rocket"] * a.batch
+        cond, null = dict(teacher.encode(prompts)), dict(teacher.encode([""]))
         roles = make_roles(teacher, RolesConfig(share=share, rank=a.rank))
-        method = Matching(steps=4)
-        optimizers: dict[str, torch.optim.Optimizer] = {r: torch.optim.AdamW(p.values(), lr=1e-6) for r, p in roles.trained.items()}
+        method = Matching(steps=4, warmup=0)
+        config = TrainConfig(iterations=a.repeats, batch=a.batch, lr=1e-6, fake_lr=1e-6)
+        loop = distill(roles, method, embed(teacher, prompts, None, a.teacher), config)
         best = minimum(
             {
-                "iteration": lambda: iteration(roles, method, cond, null, a.batch, optimizers),  # noqa: B023
+                "iteration": lambda: next(loop),  # noqa: B023
                 "bare": lambda: bare(roles, method, cond, null, a.batch),  # noqa: B023
             },
             a.repeats,
