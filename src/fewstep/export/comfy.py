@@ -21,19 +21,19 @@ def workflow(card: StudentCard, pipeline: str, lora: str, size: int) -> dict[str
     if pipeline not in LATENTS or solver not in SAMPLERS or card.head or card.free_first:
         return None
 
-    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    def node(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
 
     return {
-        "1": node("CheckpointLoaderSimple", ckpt_name=f"{card.base.rsplit('/', 1)[-1]}.safetensors"),
-        "2": node("LoraLoader", lora_name=lora, strength_model=1.0, strength_clip=1.0, model=["1", 0], clip=["1", 1]),
-        "3": node("CLIPTextEncode", text="a prompt", clip=["2", 1]),
-        "4": node("CLIPTextEncode", text="", clip=["2", 1]),
-        "5": node(LATENTS[pipeline], width=size, height=size, batch_size=1),
-        "6": node(
-            "KSampler", seed=0, steps=card.steps[0], cfg=1.0, sampler_name=SAMPLERS[solver], scheduler="simple", denoise=1.0,
-            model=["2", 0], positive=["3", 0], negative=["4", 0], latent_image=["5", 0],
-        ),
-        "7": node("VAEDecode", samples=["6", 0], vae=["1", 2]),
-        "8": node("SaveImage", filename_prefix=card.name, images=["7", 0]),
+        "1": node("CheckpointLoaderSimple", {"ckpt_name": f"{card.base.rsplit('/', 1)[-1]}.safetensors"}),
+        "2": node("LoraLoader", {"lora_name": lora, "strength_model": 1.0, "strength_clip": 1.0, "model": ["1", 0], "clip": ["1", 1]}),
+        "3": node("CLIPTextEncode", {"text": "a prompt", "clip": ["2", 1]}),
+        "4": node("CLIPTextEncode", {"text": "", "clip": ["2", 1]}),
+        "5": node(LATENTS[pipeline], {"width": size, "height": size, "batch_size": 1}),
+        "6": node("KSampler", {
+            "seed": 0, "steps": card.steps[0], "cfg": 1.0, "sampler_name": SAMPLERS[solver], "scheduler": "simple", "denoise": 1.0,
+            "model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0],
+        }),
+        "7": node("VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
+        "8": node("SaveImage", {"filename_prefix": card.name, "images": ["7", 0]}),
     }  # fmt: skip
