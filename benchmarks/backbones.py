@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -221,7 +221,7 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
         torch.cuda.reset_peak_memory_stats(device)
     roles = make_roles(backbone, RolesConfig(share=share, rank=a.rank, checkpointing=a.checkpointing))
     data = embeddings(name, backbone, dtype if share else torch.float32, 8)
-    precision = "bf16" if device.type == "cuda" else "no"
+    precision: Literal["no", "bf16"] = "bf16" if device.type == "cuda" else "no"
     config = TrainConfig(iterations=a.repeats + 2, batch=batch, lr=1e-6, fake_lr=1e-6, precision=precision)
     row: dict[str, Any] = {"family": name, "arrangement": arrangement, "batch": batch, "dtype": str(dtype)}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
