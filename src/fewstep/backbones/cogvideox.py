@@ -1,48 +1,31 @@
 """CogVideoX: video latents, v-prediction with zero terminal SNR, a schedule shifted towards noise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor, nn
 
-from ..core.prediction import Row
-from ..core.schedule import VP, Schedule
+from ..core.schedule import VP
 from .base import Cond
-from .parts import on, row_of, transformer_features
+from .parts import Piped, on, transformer_features
 
 
 @dataclass(frozen=True)
-class CogVideoX:
+class CogVideoX(Piped):
     """A `CogVideoXPipeline` as a backbone. States are scaled latents [T, C, h, w]; the condition is `text [B, L, D]`.
 
     `decode` gives videos [B, F, 3, H, W] with F = `frames`.
     """
 
-    pipe: CogVideoXPipeline
-    name: str
-    schedule: Schedule
     frames: int
-
-    @property
-    def module(self) -> nn.Module:
-        return self.pipe.transformer
-
-    @property
-    def row(self) -> Row:
-        return row_of(self.pipe)
 
     @property
     def shape(self) -> tuple[int, ...]:
         config = self.pipe.transformer.config
         steps = (self.frames - 1) // self.pipe.vae_scale_factor_temporal + 1
         return (steps, config.in_channels, config.sample_height, config.sample_width)
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        return dict(self.pipe.scheduler.config)
 
     @property
     def picture_size(self) -> int:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from .base import Backbone
 from .cogvideox import CogVideoX, around_cogvideox
-from .parts import load_pipeline
+from .parts import LatentUNet, Piped, load_pipeline
 from .pixart import PixArt, around_pixart
 from .sd import StableDiffusion, around_sd
 from .sd3 import StableDiffusion3, around_sd3
@@ -31,7 +31,6 @@ from .sdxl import StableDiffusionXL, around_sdxl
 from .unconditional import PixelModel, around_pixels
 
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
-Piped = StableDiffusion | StableDiffusionXL | PixArt | CogVideoX | StableDiffusion3 | PixelModel  # the backbones around a pipeline
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Family:
     """A diffusers pipeline, the backbone that goes around it, and parts that are loaded otherwise than it says."""
 
     pipeline: type[DiffusionPipeline]
-    around: Callable[[Any, str], Piped]
+    around: Callable[[Any, str], StableDiffusion | StableDiffusionXL | PixArt | CogVideoX | StableDiffusion3 | PixelModel]
     parts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +87,7 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     """The same model for pictures of `size` x `size`; None leaves it as it is. Raises ValueError where it has one size alone."""
     if size is None or size == backbone.picture_size:
         return backbone
-    if not isinstance(backbone, StableDiffusion | StableDiffusionXL):
+    if not isinstance(backbone, LatentUNet):
         raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
     unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
     if size < unit or size % unit:

@@ -1,6 +1,8 @@
 """What the pipelines of several families have in common: prediction types, autoencoders, layers worth looking at, loading."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -10,6 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..core.prediction import Row, row_named
+from ..core.schedule import Schedule
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
 CHUNK = 32  # pictures that go through an autoencoder at once
@@ -17,9 +20,74 @@ CHUNK = 32  # pictures that go through an autoencoder at once
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def row_of(pipe: DiffusionPipeline) -> Row:
-    """The row of a pipeline's prediction type."""
-    return row_named(PREDICTIONS[pipe.scheduler.config.prediction_type])
+@dataclass(frozen=True)
+class Piped:
+    """What all backbones around a diffusers pipeline have in common; a family adds what is its own, and overrides nothing."""
+
+    pipe: DiffusionPipeline
+    name: str
+    schedule: Schedule
+
+    @property
+    def module(self) -> nn.Module:
+        return denoiser_of(self.pipe)
+
+    @property
+    def row(self) -> Row:
+        config = self.pipe.scheduler.config
+        return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config.prediction_type])
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        return dict(self.pipe.scheduler.config)
+
+
+@dataclass(frozen=True)
+class Latent(Piped):
+    """A backbone whose states are the scaled latents [C, h, w] of an image autoencoder."""
+
+    @property
+    def picture_size(self) -> int:
+        return self.shape[-1] * self.pipe.vae_scale_factor
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    def picture_states(self, pictures: Tensor) -> Tensor:
+        """Latents in float32: means of pictures [B, 3, H, W] in [0, 1]."""
+        vae = self.pipe.vae
+        with torch.no_grad():
+            means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(CHUNK)]
+        return (torch.cat(means).float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1], float32."""
+        vae = self.pipe.vae
+        z = x.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        with torch.no_grad():
+            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(CHUNK)])
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class LatentUNet(Latent):
+    """Of these, those with a U-Net, which draws at other sizes than it was made for, too."""
+
+    size: int = 0  # height and width of the latents; 0: as the network was made for
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        size = self.size or self.pipe.unet.config.sample_size
+        return (self.pipe.unet.config.in_channels, size, size)
+
+    @property
+    def time_layer(self) -> str:
+        return "time_embedding.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return unet_features(self.pipe.unet)
 
 
 def load_pipeline(
@@ -69,21 +137,6 @@ def set_checkpointing(network: nn.Module, run: Callable[..., Any] | None) -> Non
         raise ValueError(
             f"roles.checkpointing: a {type(network).__name__} has no blocks to check; set it to false, or lower train.batch to save memory"
         )
-
-
-def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Scaled latents [B, C, h, w] in float32 (means) of pictures [B, 3, H, W] in [0, 1]."""
-    with torch.no_grad():
-        means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(CHUNK)]
-    return (torch.cat(means).float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def pictures_of(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1], float32, of scaled latents [B, C, h, w]."""
-    z = x.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    with torch.no_grad():
-        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(CHUNK)])
-    return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
 def unet_features(unet: nn.Module) -> tuple[str, ...]:

@@ -1,47 +1,25 @@
 """PixArt-alpha and PixArt-Sigma: a T5 text with its mask, a transformer that also predicts a variance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
-from ..core.prediction import Row
-from ..core.schedule import VP, Schedule
+from ..core.schedule import VP
 from .base import Cond
-from .parts import latents_of, on, pictures_of, row_of, transformer_features
+from .parts import Latent, on, transformer_features
 
 
 @dataclass(frozen=True)
-class PixArt:
+class PixArt(Latent):
     """A PixArt pipeline as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]` with `mask [B, L]`."""
-
-    pipe: PixArtAlphaPipeline | PixArtSigmaPipeline
-    name: str
-    schedule: Schedule
-
-    @property
-    def module(self) -> nn.Module:
-        return self.pipe.transformer
-
-    @property
-    def row(self) -> Row:
-        return row_of(self.pipe)
 
     @property
     def shape(self) -> tuple[int, ...]:
         config = self.pipe.transformer.config
         return (config.in_channels, config.sample_size, config.sample_size)
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        return dict(self.pipe.scheduler.config)
-
-    @property
-    def picture_size(self) -> int:
-        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -71,12 +49,6 @@ class PixArt:
                 list(prompts), do_classifier_free_guidance=False, device=self.pipe.text_encoder.device
             )
         return on(self.module, {"text": text, "mask": mask})
-
-    def picture_states(self, pictures: Tensor) -> Tensor:
-        return latents_of(self.pipe.vae, pictures)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return pictures_of(self.pipe.vae, x)
 
 
 def around_pixart(pipe: PixArtAlphaPipeline | PixArtSigmaPipeline, name: str) -> PixArt:

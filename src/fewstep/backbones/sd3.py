@@ -1,47 +1,25 @@
 """Stable Diffusion 3: rectified flow with shifted times, two CLIP texts and a T5 text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from ..core.prediction import Row, row_named
-from ..core.schedule import Flow, Schedule
+from ..core.schedule import Flow
 from .base import Cond
-from .parts import latents_of, on, pictures_of, transformer_features
+from .parts import Latent, on, transformer_features
 
 
 @dataclass(frozen=True)
-class StableDiffusion3:
+class StableDiffusion3(Latent):
     """A `StableDiffusion3Pipeline` as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]`, `pooled [B, P]`."""
-
-    pipe: StableDiffusion3Pipeline
-    name: str
-    schedule: Schedule
-
-    @property
-    def module(self) -> nn.Module:
-        return self.pipe.transformer
-
-    @property
-    def row(self) -> Row:
-        return row_named("flow")
 
     @property
     def shape(self) -> tuple[int, ...]:
         config = self.pipe.transformer.config
         return (config.in_channels, config.sample_size, config.sample_size)
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        return dict(self.pipe.scheduler.config)
-
-    @property
-    def picture_size(self) -> int:
-        return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -65,12 +43,6 @@ class StableDiffusion3:
                 list(prompts), None, None, device=self.encoders[0].device, do_classifier_free_guidance=False
             )
         return on(self.module, {"text": text, "pooled": pooled})
-
-    def picture_states(self, pictures: Tensor) -> Tensor:
-        return latents_of(self.pipe.vae, pictures)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return pictures_of(self.pipe.vae, x)
 
 
 def around_sd3(pipe: StableDiffusion3Pipeline, name: str) -> StableDiffusion3:

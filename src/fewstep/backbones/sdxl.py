@@ -1,63 +1,27 @@
 """Stable Diffusion XL: two text encoders, a pooled text, and the sizes that the picture pretends to have had."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from ..core.prediction import Row
-from ..core.schedule import VP, Schedule
+from ..core.schedule import VP
 from .base import Cond
-from .parts import latents_of, on, pictures_of, row_of, unet_features
+from .parts import LatentUNet, on
 
 
 @dataclass(frozen=True)
-class StableDiffusionXL:
+class StableDiffusionXL(LatentUNet):
     """A `StableDiffusionXLPipeline` as a backbone. States are scaled latents [C, h, w].
 
     The condition is `text [B, L, D]`, `pooled [B, P]` and `sizes [B, 6]`: original height and width, crop, height and width.
     """
 
-    pipe: StableDiffusionXLPipeline
-    name: str
-    schedule: Schedule
-    size: int = 0  # height and width of the latents; 0: as the network was made for
-
-    @property
-    def module(self) -> nn.Module:
-        return self.pipe.unet
-
-    @property
-    def row(self) -> Row:
-        return row_of(self.pipe)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        size = self.size or self.pipe.unet.config.sample_size
-        return (self.pipe.unet.config.in_channels, size, size)
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        return dict(self.pipe.scheduler.config)
-
-    @property
-    def picture_size(self) -> int:
-        return self.shape[-1] * self.pipe.vae_scale_factor
-
     @property
     def encoders(self) -> Sequence[nn.Module]:
         return [self.pipe.text_encoder, self.pipe.text_encoder_2]
-
-    @property
-    def time_layer(self) -> str:
-        return "time_embedding.linear_2"
-
-    @property
-    def feature_layers(self) -> tuple[str, ...]:
-        return unet_features(self.pipe.unet)
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}
@@ -74,12 +38,6 @@ class StableDiffusionXL:
             text, pooled = text * said[:, None, None], pooled * said[:, None]
         sizes = torch.tensor([self.picture_size, self.picture_size, 0, 0, self.picture_size, self.picture_size])
         return on(self.module, {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)})
-
-    def picture_states(self, pictures: Tensor) -> Tensor:
-        return latents_of(self.pipe.vae, pictures)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return pictures_of(self.pipe.vae, x)
 
 
 def around_sdxl(pipe: StableDiffusionXLPipeline, name: str) -> StableDiffusionXL:

@@ -2,48 +2,31 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor, nn
 
-from ..core.prediction import Row
-from ..core.schedule import VP, Schedule
+from ..core.schedule import VP
 from .base import Cond
-from .parts import row_of, unet_features
+from .parts import Piped, unet_features
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
 
 @dataclass(frozen=True)
-class PixelModel:
+class PixelModel(Piped):
     """States are pictures [C, H, W] in [-1, 1]. With classes a prompt is a class name and the empty prompt is no class."""
 
-    pipe: DDPMPipeline
     labels: tuple[str, ...]
-    name: str
-    schedule: Schedule
-
-    @property
-    def module(self) -> nn.Module:
-        return self.pipe.unet
-
-    @property
-    def row(self) -> Row:
-        return row_of(self.pipe)
 
     @property
     def shape(self) -> tuple[int, ...]:
         size = self.pipe.unet.config.sample_size
         return (self.pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        return dict(self.pipe.scheduler.config)
 
     @property
     def picture_size(self) -> int:
@@ -86,7 +69,7 @@ def around_pixels(pipe: DDPMPipeline, name: str) -> PixelModel:
     """The backbone of a pipeline, with the classes that `labels.json` in its folder names."""
     names = Path(pipe.name_or_path or "") / LABELS
     labels = tuple(json.loads(names.read_text())) if names.is_file() else ()
-    return PixelModel(pipe, labels, name, VP(pipe.scheduler.alphas_cumprod.double()))
+    return PixelModel(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()), labels)
 
 
 def pixel_unet(
