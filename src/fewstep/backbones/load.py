@@ -95,10 +95,10 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
 
 
-def park(backbone: Backbone) -> None:
-    """Move the encoders to the CPU, where they still serve, slowly: a training that has its embeddings has no use for them."""
+def place_encoders(backbone: Backbone, device: str | torch.device) -> None:
+    """Move the encoders: to the CPU, where they still serve, slowly, while a training that has its embeddings needs the room."""
     for encoder in backbone.encoders:
-        encoder.to("cpu")
+        encoder.to(device)
 
 
 def _family(source: str | Path) -> Family:

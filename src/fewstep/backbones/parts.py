@@ -1,6 +1,6 @@
 """What the pipelines of several families have in common: prediction types, autoencoders, layers worth looking at, loading."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 @dataclass(frozen=True)
-class Piped:
+class Piped(ABC):
     """What all backbones around a diffusers pipeline have in common; a family adds what is its own, and overrides nothing."""
 
     pipe: DiffusionPipeline
@@ -90,6 +90,16 @@ class LatentUNet(Latent):
         return unet_features(self.pipe.unet)
 
 
+@dataclass(frozen=True)
+class LatentTransformer(Latent):
+    """Of these, those with a transformer, which draws at the size it was made for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        config = self.pipe.transformer.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+
 def load_pipeline(
     kind: type[Pipeline], source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})
 ) -> Pipeline:
@@ -97,7 +107,7 @@ def load_pipeline(
 
     An autoencoder that overflows in half precision, as SDXL's does, stays in single.
     """
-    pipe = kind.from_pretrained(str(source), **parts)
+    pipe = kind.from_pretrained(str(source), torch_dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     for part in networks(pipe):
         part.requires_grad_(False).eval()

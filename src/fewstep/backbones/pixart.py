@@ -9,17 +9,12 @@ from torch import Tensor, nn
 
 from ..core.schedule import VP
 from .base import Cond
-from .parts import Latent, on, transformer_features
+from .parts import LatentTransformer, on, transformer_features
 
 
 @dataclass(frozen=True)
-class PixArt(Latent):
+class PixArt(LatentTransformer):
     """A PixArt pipeline as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]` with `mask [B, L]`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        config = self.pipe.transformer.config
-        return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
     def encoders(self) -> Sequence[nn.Module]:

@@ -9,17 +9,12 @@ from torch import Tensor, nn
 
 from ..core.schedule import Flow
 from .base import Cond
-from .parts import Latent, on, transformer_features
+from .parts import LatentTransformer, on, transformer_features
 
 
 @dataclass(frozen=True)
-class StableDiffusion3(Latent):
+class StableDiffusion3(LatentTransformer):
     """A `StableDiffusion3Pipeline` as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]`, `pooled [B, P]`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        config = self.pipe.transformer.config
-        return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
     def encoders(self) -> Sequence[nn.Module]:

@@ -10,7 +10,8 @@ import yaml
 from ..api import load_teacher, path_times, roles_for
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
-from ..backbones.load import BUNDLED, at_size, fingerprint, park, quiet
+from ..backbones.generate import device_of
+from ..backbones.load import BUNDLED, at_size, fingerprint, place_encoders, quiet
 from ..backbones.schedulers import student_scheduler
 from ..export.card import read_card
 from ..roles.roles import Roles
@@ -49,8 +50,8 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         if not finished(run / FIRST, stage):
-            distil(stage, teacher, prompts, run / FIRST, source, overrides)
-    distil(stages[-1], teacher, prompts, run, source, overrides)
+            distil(stage, teacher, prompts, run / FIRST, source, overrides, run / EMBEDDINGS)
+    distil(stages[-1], teacher, prompts, run, source, overrides, run / EMBEDDINGS)
 
 
 def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float:
@@ -76,20 +77,21 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     return same and int(found[1]["step"]) >= recipe.train.iterations
 
 
-def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Path, source: str, overrides: list[str]) -> None:
-    """One training with all that a run leaves."""
+def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Path, source: str, overrides: list[str], cache: Path) -> None:
+    """One training with all that a run leaves. `cache` is where what has been encoded is kept for all stages."""
     teacher = at_size(teacher, recipe.size)
+    place_encoders(teacher, device_of(teacher.module))
     if teacher.scheduler_config:
         student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver)  # what cannot be exported is not trained
     run.mkdir(parents=True, exist_ok=True)
     base_hash = fingerprint(teacher.module)
     write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
     identity = fingerprint(teacher.module, *teacher.encoders)
-    data = embed(teacher, prompts, run / "embeddings", identity)
-    real = real_data(recipe, teacher, data, run / "embeddings", identity)
+    data = embed(teacher, prompts, cache, identity)
+    real = real_data(recipe, teacher, data, cache, identity)
     paths = trajectories(recipe, teacher, data, run, identity)
-    shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], run / "embeddings", identity)
-    park(teacher)
+    shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
+    place_encoders(teacher, "cpu")
     preview = Preview(recipe, teacher, shown, run)
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles)
@@ -170,6 +172,7 @@ def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
 
 
 FIRST = "first"  # the folder inside a run that holds its first stage
+EMBEDDINGS = "embeddings"  # that with what was encoded
 
 
 def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:

@@ -61,6 +61,9 @@ def run_sample(
             raise ValueError(
                 f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {model.card.teacher_guidance:g}); leave it out"
             )
+        if guidance is not None and model.card.scales and guidance not in model.card.scales:
+            known = ", ".join(f"{w:g}" for w in model.card.scales)
+            console.print(f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken")
         taken = steps or model.card.steps[0]
         if taken not in model.card.steps:
             console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")

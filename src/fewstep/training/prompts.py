@@ -108,8 +108,10 @@ class Embeddings:
 
 
 def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = 64) -> Embeddings:
-    """Encode prompts once. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache)."""
-    key = hashlib.sha256(json.dumps([identity, list(prompts)]).encode()).hexdigest()[:24]
+    """Encode prompts once. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does)."""
+    dtype = str(next(backbone.module.parameters()).dtype)
+    about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is told the size of its pictures
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = None if cache is None else cache / f"{key}.safetensors"
     if path is not None and path.exists():
         try:
