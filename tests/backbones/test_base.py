@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Denoiser, denoiser, guided, rows
+from fewstep.backbones.base import Denoiser, denoiser, guided, rescaled, rows
 from fewstep.core.prediction import ROWS, split
 from fewstep.core.schedule import EDM, Flow, expand
 
@@ -40,6 +41,23 @@ def test_guidance_is_its_formula(scale: float) -> None:
         no = denoiser(backbone, backbone.module, {"label": null["label"].expand(3, 3)})(x, t)
     torch.testing.assert_close(got.x0, no.x0 + scale * (yes.x0 - no.x0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.eps, no.eps + scale * (yes.eps - no.eps), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_rescaled_guidance_has_the_spread_it_would_have_without(share: float) -> None:
+    backbone = replace(tiny.denoiser(), guidance_rescale=share)
+    x, t = state()
+    cond, null = backbone.encode(["red cat", "blue", "a"]), backbone.encode([""])
+    with torch.no_grad():
+        yes, no = (backbone.predict(backbone.module, x, t, {"label": c}) for c in (cond["label"], null["label"].expand(3, 3)))
+        m = no + 5 * (yes - no)
+        got = rescaled(m, yes, share)
+        drawn = guided(backbone, backbone.module, cond, null, 5.0)(x, t)
+    wide, right = m.flatten(1).std(1), yes.flatten(1).std(1)
+    torch.testing.assert_close(got.flatten(1).std(1), share * right + (1 - share) * wide)
+    torch.testing.assert_close(got / m, (got / m)[:, :1, :1, :1].expand_as(m), rtol=1e-4, atol=1e-4)  # one factor for a picture
+    alpha, sigma = (expand(f(t), x) for f in (backbone.schedule.alpha, backbone.schedule.sigma))
+    torch.testing.assert_close(drawn.x0, split(got, x, alpha, sigma, backbone.row).x0)
 
 
 def test_guidance_is_one_batched_call_and_half_of_it_without() -> None:

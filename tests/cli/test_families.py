@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from fewstep.api import load_student
 from fewstep.export.card import read_card
 
 from .. import pipelines
@@ -47,6 +49,8 @@ def test_stages_of_two_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = recipe(folder, method={"steps": 2, "warmup": 0}, first=stage, size=64, dtype="bfloat16")
     assert fewstep(monkeypatch, "distill", path) == 0
     assert (read_card(Path("runs/tiny/first/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
+    student = load_student("runs/tiny/final").student
+    assert {p.dtype for n, p in student.network.named_parameters() if "lora" not in n} == {torch.bfloat16}
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
     assert "height=64, width=64" in Path("runs/tiny/final/README.md").read_text()
 

@@ -187,6 +187,8 @@ def test_sample_writes_a_picture(final: Path, monkeypatch: pytest.MonkeyPatch, c
         (["sample", "runs/tiny", "-p", "x", "--steps", "0"], "--steps: got 0"),
         (["sample", "runs/tiny", "-p", " "], "--prompt: got an empty prompt"),
         (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
+        (["sample", "runs/tiny", "-p", "x", "--guidance-rescale", "0.5"], "needs no guidance"),
+        (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "guidance_rescale: got 2"),
         (["sample", "nothing", "-p", "x"], "teacher: got 'nothing'"),
         (["inspect", "nothing"], "inspect: there is no nothing"),
         (["sample", "runs/tiny", "-p", "x", "--solver", "euler"], "solver: got 'euler', allowed are ddim, dpmpp"),

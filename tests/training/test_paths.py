@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
         next(make(tmp_path, backbone, identity="other"))
     with pytest.raises(ValueError, match="were made with another guidance; choose another folder, or delete it"):
         next(make(tmp_path, backbone, guidance=1.0))
+    with pytest.raises(ValueError, match="were made with another guidance_rescale"):
+        next(make(tmp_path, replace(backbone, guidance_rescale=0.5)))
     (tmp_path / "trajectories.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         next(make(tmp_path, backbone))

@@ -1,5 +1,6 @@
 """The teacher that ships: an ordinary diffusers pipeline, small, and the same model to diffusers as to fewstep."""
 
+import pytest
 import torch
 from diffusers import DDPMPipeline, StableDiffusionPipeline
 
@@ -17,14 +18,17 @@ def test_it_ships_whole_and_small() -> None:
     assert not [p for p in files if p.suffix not in (".safetensors", ".json", ".md", ".txt", "")]
 
 
-def test_plain_diffusers_draws_what_fewstep_draws() -> None:
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+def test_plain_diffusers_draws_what_fewstep_draws(rescale: float) -> None:
     """Guided DDIM in stock diffusers equals ours, picture by picture: schedule, guidance, noise and codec agree."""
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     prompts, seeds = ["red apple", "waving hand sign, dark skin tone"], [3, 4]
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    theirs = pipe(prompts, num_inference_steps=5, guidance_scale=3.0, generator=generators, output_type="pt").images
-    ours = fewstep.sample(fewstep.load_teacher("emoji"), prompts, seeds, steps=5, guidance=3.0)
+    theirs = pipe(
+        prompts, num_inference_steps=5, guidance_scale=3.0, guidance_rescale=rescale, generator=generators, output_type="pt"
+    ).images
+    ours = fewstep.sample(fewstep.load_teacher("emoji", guidance_rescale=rescale), prompts, seeds, steps=5, guidance=3.0)
     assert (theirs - ours).abs().max() <= 1e-3
     assert ours.std() > 0.1
 

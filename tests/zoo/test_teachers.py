@@ -120,16 +120,29 @@ def config(archive: Path, steps: int = 4) -> TeacherConfig:
                 "hold_out": 0.3,
                 "variants": 3,
             },
-            "codec": {"channels": [8, 8, 8, 8], "latent": 4, "kl": 1e-4, "fit": fit},
+            "codec": {"channels": [8, 8, 8, 8], "latent": 4, "kl": 1e-4, "fit": fit, "decoder": fit},
             "text": {"width": 32, "layers": 1, "heads": 4, "vocabulary": 600, "length": 16},
             "denoiser": {"channels": [16, 16], "attention": [False, True], "drop_caption": 0.1, "fit": fit},
         }
     )
 
 
+def test_the_decoder_alone_is_fitted_on(archive: Path, tmp_path: Path) -> None:
+    stages = train_teacher(config(archive), tmp_path)
+    codec: dict[str, torch.Tensor] = {}
+    for stage, _ in stages:
+        if stage == "decoder" and not codec:
+            codec = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+        if stage == "denoiser":
+            stages.close()
+    after = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    changed = {k.split(".")[0] for k, v in codec.items() if not torch.equal(v, after[k])}
+    assert changed == {"post_quant_conv", "decoder"}
+
+
 def test_the_emoji_teacher_trains_resumes_and_is_a_pipeline(archive: Path, tmp_path: Path) -> None:
     straight = list(train_teacher(config(archive), tmp_path / "straight"))
-    assert [(stage, s.step) for stage, s in straight] == [(stage, i) for stage in ("codec", "denoiser") for i in (1, 2, 3, 4)]
+    assert [(stage, s.step) for stage, s in straight] == [(stage, i) for stage in ("codec", "decoder", "denoiser") for i in (1, 2, 3, 4)]
     stopped = train_teacher(config(archive), tmp_path / "stopped")
     for stage, step in stopped:
         if (stage, step.step) == ("denoiser", 3):

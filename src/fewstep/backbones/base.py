@@ -56,6 +56,11 @@ class Backbone(Protocol):
         """Height and width of the pictures that states decode to; 0 where they are no pictures."""
         ...
 
+    @property
+    def guidance_rescale(self) -> float:
+        """Share of `rescaled` guidance in this model's guided predictions, 0..1; 0 is plain classifier-free guidance."""
+        ...
+
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Raw network output m = a x0 + b eps, [B, ...] in float32. x [B, ...], t [B] float64 on the schedule's times."""
         ...
@@ -85,7 +90,7 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
 def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float) -> Denoise:
     """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; w = 1, or a model without conditions, is one half only.
 
-    Guidance is affine, so mixing raw outputs equals mixing x0 or eps.
+    Guidance is affine, so mixing raw outputs equals mixing x0 or eps. What the backbone's `guidance_rescale` asks for comes after.
     """
     if scale == 1.0 or not cond:
         return denoiser(backbone, module, cond)
@@ -93,9 +98,20 @@ def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale:
     def denoise(x: Tensor, t: Tensor) -> Split:
         both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in cond.items()}
         m_null, m_cond = backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return _split(backbone, m_null + scale * (m_cond - m_null), x, t)
+        m = m_null + scale * (m_cond - m_null)
+        return _split(backbone, rescaled(m, m_cond, backbone.guidance_rescale) if backbone.guidance_rescale else m, x, t)
 
     return denoise
+
+
+def rescaled(m: Tensor, m_cond: Tensor, share: float) -> Tensor:
+    """`share m std(m_cond) / std(m) + (1 - share) m`, standard deviations per sample: guidance without its excess of contrast.
+
+    m, m_cond [B, ...] are raw outputs with and without guidance. Lin et al. 2024 (arXiv 2305.08891), eq. 15 and 16; for models whose
+    last time is pure noise. diffusers' pipelines call the share `guidance_rescale`.
+    """
+    ratio = m_cond.flatten(1).std(1) / m.flatten(1).std(1)
+    return m * expand(share * ratio + (1 - share), m)
 
 
 def _split(backbone: Backbone, m: Tensor, x: Tensor, t: Tensor) -> Split:
@@ -115,7 +131,7 @@ class Denoiser:
     `prediction` names the row (`x0, eps, v, flow, edm`); `shape` is that of one state. `conditions` maps a prompt to the
     keyword arguments of the network; without it the model is unconditional and prompts are ignored. `time_layer` is the full
     name of the linear layer whose output is the time embedding: students of several step counts are told theirs there.
-    `feature_layers` are those whose outputs a discriminator may read.
+    `feature_layers` are those whose outputs a discriminator may read; `guidance_rescale`: see `rescaled`.
     """
 
     module: nn.Module
@@ -126,6 +142,7 @@ class Denoiser:
     name: str = "own-network"
     time_layer: str = ""
     feature_layers: tuple[str, ...] = ()
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         row_named(self.prediction)

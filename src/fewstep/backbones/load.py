@@ -62,25 +62,32 @@ def bundled() -> list[str]:
 
 
 def load_teacher(
-    source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", size: int | None = None
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    size: int | None = None,
+    guidance_rescale: float = 0.0,
 ) -> Backbone:
     """A teacher by bundled name, folder, or hub id (`owner/name`), with all its networks on `device`.
 
-    `size` is the height and width of its pictures, where it is to draw others than it was made for. Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
+    `size` is the height and width of its pictures, where it is to draw others than it was made for; `guidance_rescale` belongs to its guidance (see
+    `backbones.base.rescaled`). Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
     """
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale: got {guidance_rescale}, allowed are numbers from 0 to 1")
     folder = BUNDLED / str(source) if str(source) in bundled() else Path(source)
     if not folder.exists():
         if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise ValueError(
                 f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name"
             )
-        return at_size(_load(str(source), _family(source), str(source), dtype, device), size)
+        return at_size(_load(str(source), _family(source), str(source), dtype, device, guidance_rescale), size)
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
             f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote"
         )
-    return at_size(_load(folder, _family(folder), str(source), dtype, device), size)
+    return at_size(_load(folder, _family(folder), str(source), dtype, device, guidance_rescale), size)
 
 
 def at_size(backbone: Backbone, size: int | None) -> Backbone:
@@ -125,13 +132,15 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def _load(source: str | Path, family: Family, name: str, dtype: torch.dtype, device: str | torch.device) -> Backbone:
+def _load(
+    source: str | Path, family: Family, name: str, dtype: torch.dtype, device: str | torch.device, guidance_rescale: float
+) -> Backbone:
     try:
         backbone = family.around(load_pipeline(family.pipeline, source, dtype, family.parts), Path(name).name)
     except Exception as error:  # diffusers raises a different type for each kind of damage
         raise ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check the folder, or download it again") from error
     backbone.pipe.to(device)
-    return backbone
+    return replace(backbone, guidance_rescale=guidance_rescale)
 
 
 def fingerprint(*modules: nn.Module) -> str:

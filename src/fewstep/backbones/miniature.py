@@ -11,6 +11,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, pre_tokenizers
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -84,6 +85,18 @@ def autoencoder(channels: Sequence[int], latent: int, size: int, groups: int = 8
         in_channels=3, out_channels=3, latent_channels=latent, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=groups, sample_size=size,
         down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels), mid_block_add_attention=False,
     )  # fmt: skip
+
+
+class Decoder(nn.Module):
+    """The half of an autoencoder that draws."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.first, self.rest = vae.post_quant_conv, vae.decoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        drawn: Tensor = self.rest(self.first(z))
+        return drawn
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ class Piped(ABC):
     pipe: DiffusionPipeline
     name: str
     schedule: Schedule
+    guidance_rescale: float = field(default=0.0, kw_only=True)
 
     @property
     def module(self) -> nn.Module:
@@ -107,7 +108,7 @@ def load_pipeline(
 
     An autoencoder that overflows in half precision, as SDXL's does, stays in single.
     """
-    pipe = kind.from_pretrained(str(source), torch_dtype=dtype, **parts)
+    pipe = kind.from_pretrained(str(source), dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     for part in networks(pipe):
         part.requires_grad_(False).eval()

@@ -40,7 +40,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     run = out or Path("runs") / recipe.name
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
-    teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size)
+    teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size, recipe.guidance_rescale)
     prompts = training_prompts(recipe, teacher)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
     if dry_run:

@@ -46,7 +46,8 @@ def evaluate_student(folder: Path, protocol: str, cache: Path) -> dict[str, Any]
             Row("student", k, 1.0, evaluations(student.card, k), _sampler(student, k, 1.0)),
         ]
     with meter("evaluating", rules.total(len(rows))) as bar:
-        result = evaluate(rows, rules, cache, progress=lambda done: bar.advance(done, {}))
+        measured = evaluate(rows, rules, cache, progress=lambda done: bar.advance(done, {}))
+    result = {**measured, "guidance_rescale": student.card.guidance_rescale}
     write_json(folder / "eval.json", result)
     return result
 

@@ -45,6 +45,7 @@ def sample(
     prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw. May be repeated.")],
     steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="Guidance rescale of a teacher, 0 to 1.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", help="Pictures per prompt.")] = 1,
     compare: Annotated[bool, typer.Option("--compare", help="Put the teacher's pictures beside, same prompts and seeds.")] = False,
@@ -55,7 +56,7 @@ def sample(
     """Draw pictures with a student or a teacher."""
     from .sample import run_sample
 
-    run_sample(student, prompt, steps, guidance, seed, count, compare, base, solver, out)
+    run_sample(student, prompt, steps, guidance, guidance_rescale, seed, count, compare, base, solver, out)
 
 
 @app.command()

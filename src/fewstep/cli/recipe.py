@@ -114,6 +114,7 @@ class DistillRecipe(Strict):
     teacher: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base's weights; LoRA stays in single precision
     size: int | None = None  # height and width of the pictures, if not the teacher's own
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # of the teacher's guidance, as in diffusers' pipelines
     prompts: PromptsConfig = PromptsConfig()
     method: AnyMethod
     roles: RolesConfig

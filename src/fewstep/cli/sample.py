@@ -22,14 +22,14 @@ def student_folder(source: str) -> Path | None:
     return next((p for p in candidates if (p / FILE).is_file()), None)
 
 
-def open_model(source: str, base: str | None = None) -> Backbone | LoadedStudent:
+def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Backbone | LoadedStudent:
     """A student or a teacher. Raises ValueError with one line when it is neither."""
     folder = student_folder(source)
     if folder is not None:
         return load_student(folder, base, default_device())
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
-    return load_teacher(source, device=default_device())
+    return load_teacher(source, device=default_device(), guidance_rescale=rescale)
 
 
 def run_sample(
@@ -37,6 +37,7 @@ def run_sample(
     prompts: list[str],
     steps: int | None,
     guidance: float | None,
+    rescale: float | None,
     seed: int,
     count: int,
     compare: bool,
@@ -52,7 +53,9 @@ def run_sample(
         raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
     if any(not p.strip() for p in prompts):
         raise ValueError("--prompt: got an empty prompt; say what to draw, e.g. -p rocket")
-    model = open_model(source, base)
+    if rescale is not None and student_folder(source) is not None:
+        raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
+    model = open_model(source, base, rescale or 0.0)
     wanted = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     pictures, labels = [], []

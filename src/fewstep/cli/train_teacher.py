@@ -31,7 +31,8 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
         steps, stages = finetune_teacher(recipe, run), {"finetune": recipe.fit.steps}
     else:
         config = read_recipe(source, overrides, TeacherConfig)
-        steps, stages = train_teacher(config, run), {"codec": config.codec.fit.steps, "denoiser": config.denoiser.fit.steps}
+        stages = {"codec": config.codec.fit.steps, "decoder": config.codec.decoder.steps, "denoiser": config.denoiser.fit.steps}
+        steps = train_teacher(config, run)
     with stop_request() as request:
         current = next(steps, None)
         while current is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 FORMAT = 1
 FILE = "fewstep.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class StudentCard:
     hardware: str
     version: str
     guidance: str = "baked"
+    guidance_rescale: float = 0.0  # of the teacher
     head: str = ""  # the kind of head that corrects its direction; empty for none
     free_first: bool = False  # whether its first direction is taken without the network
     scales: tuple[float, ...] = ()  # guidance scales that it is told apart, the default first; empty where guidance is baked
+    dtype: str = "float32"  # of the base it was trained on, and is read onto
     size: int = 0  # of its pictures, where it is another than the base's
     data: str = "prompts alone"  # what the student was trained from
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
@@ -65,4 +68,6 @@ def read_card(folder: Path) -> StudentCard:
         card = StudentCard(**value)
     except TypeError as error:
         raise ValueError(f"student: {path} does not fit format {FORMAT} ({error}); export the run again") from error
+    if card.dtype not in DTYPES:
+        raise ValueError(f"student: {path} has dtype {card.dtype!r}, allowed are {', '.join(DTYPES)}; export the run again")
     return StudentCard(**{**asdict(card), "steps": tuple(card.steps), "scales": tuple(card.scales)})

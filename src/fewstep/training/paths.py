@@ -106,7 +106,7 @@ def teacher_paths(
     """
     grid, places = refine(backbone.schedule, times, config.steps)
     record = {
-        "teacher": identity, "prompts": data.key, "guidance": guidance, "count": config.count, "solver": config.solver,
+        "teacher": identity, "prompts": data.key, "guidance": guidance, "guidance_rescale": backbone.guidance_rescale, "count": config.count, "solver": config.solver,
         "seed": config.seed, "times": times.tolist(), "grid": grid.tolist(), "chunk": chunk,
     }  # fmt: skip
     if folder is not None:

@@ -20,7 +20,7 @@ def teacher_pictures(
     backbone: Backbone, data: Embeddings, count: int, steps: int, guidance: float, cache: Path | None, seed: int = 0, chunk: int = 32
 ) -> RealData:
     """`count` guided samples of the teacher in `steps` steps, of prompts drawn evenly; drawn once where there is a cache folder."""
-    key = hashlib.sha256(json.dumps([data.key, count, steps, guidance, seed]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([data.key, count, steps, guidance, backbone.guidance_rescale, seed]).encode()).hexdigest()[:24]
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(seed))
     of = order.repeat(-(-count // data.count))[:count]
     own = data.take(of, key)

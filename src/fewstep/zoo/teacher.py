@@ -1,4 +1,4 @@
-"""How the bundled text-to-image teacher was trained: codec first, then text encoder and U-Net on cached latents."""
+"""How the bundled text-to-image teacher was trained: codec, its decoder alone, then text encoder and U-Net on cached latents."""
 
 import copy
 import json
@@ -41,6 +41,7 @@ class CodecConfig(Strict):
     latent: int
     kl: float
     fit: FitConfig
+    decoder: FitConfig  # what follows: the decoder alone
 
 
 class TextConfig(Strict):
@@ -82,10 +83,7 @@ def load_data(config: DataConfig) -> Data:
 
 
 def train_codec(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
-    """Fit the autoencoder: L1 on pixels and on their differences, squares of coarse colours, a small KL; horizontal flips.
-
-    L1 alone gives up rare colours (greens came out brown): the mean square over 8x8 blocks does not let it.
-    """
+    """Fit the autoencoder to `unlikeness` and a small KL, with horizontal flips; then write `run/vae`."""
     torch.manual_seed(config.seed)
     vae = miniature.autoencoder(config.codec.channels, config.codec.latent, data.images.shape[-1])
     average = copy.deepcopy(vae)
@@ -100,16 +98,49 @@ def train_codec(config: TeacherConfig, data: Data, run: Path) -> Generator[FitSt
             posterior = vae.encode(x).latent_dist
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
             y = vae.decode(z).sample.float()
-        edges = F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        colour = F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
-        return F.l1_loss(y, x) + edges + 4 * colour + config.codec.kl * kl
+        return unlikeness(y, x) + config.codec.kl * kl
 
     yield from fit(vae, average, loss_at, config.codec.fit, run / "codec")
     with torch.no_grad():
         z = torch.cat([average.encode(x).latent_dist.mean for x in data.images.split(64)])
     average.register_to_config(scaling_factor=float(1 / z.std()))
     average.eval().save_pretrained(run / "vae")
+
+
+def unlikeness(y: Tensor, x: Tensor) -> Tensor:
+    """L1 of pixels and of their differences, and squares of coarse colours; y, x [B, 3, H, W].
+
+    L1 alone gives up rare colours (greens came out brown): the mean square over 8x8 blocks does not let it.
+    """
+    edges = F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
+    return F.l1_loss(y, x) + edges + 4 * F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
+
+
+def train_decoder(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
+    """Fit the decoder of `run/vae` on to placed pictures, which show smaller things than the codec was fitted to; then write it back.
+
+    The encoder stays, and with it every latent that is cached.
+    """
+    vae = miniature.load_autoencoder(run / "vae")
+    decoder = miniature.Decoder(vae).train()
+    average = copy.deepcopy(decoder)
+    pixels, mirrors = _pixels(data), torch.tensor([e.mirrors for e in data.emoji])
+    train = torch.tensor([i for i, e in enumerate(data.emoji) if not e.held_out])
+
+    def loss_at(step: int) -> Tensor:
+        rng = seeded(config.seed, step, "decoder")
+        rows = train[torch.randint(len(train), (config.codec.decoder.batch,), generator=rng)]
+        x = emoji_data.placed(pixels[rows], mirrors[rows], config.data.least, rng).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.codec.decoder.bf16):
+            with torch.no_grad():
+                posterior = vae.encode(x).latent_dist
+            y = decoder(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)).float()
+        return unlikeness(y, x)
+
+    yield from fit(decoder, average, loss_at, config.codec.decoder, run / "decoder")
+    decoder.load_state_dict(average.state_dict())
+    vae.eval().save_pretrained(run / "vae")
 
 
 class TextToNoise(nn.Module):
@@ -169,7 +200,7 @@ def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor]
     """Scaled latents of every emoji at `variants` places, half precision [N, V, C, h, w]; made once and kept in the run."""
     file = run / "latents.safetensors"
     if not file.exists():
-        pixels, mirrors = ((data.images + 1) * 127.5).round().to(torch.uint8), torch.tensor([e.mirrors for e in data.emoji])
+        pixels, mirrors = _pixels(data), torch.tensor([e.mirrors for e in data.emoji])
         parts = []
         for v in range(config.data.variants):
             x = emoji_data.placed(pixels, mirrors, config.data.least, seeded(config.seed, v, "places")).float() / 127.5 - 1
@@ -190,13 +221,19 @@ def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: obj
 
 
 def train_teacher(config: TeacherConfig, run: Path) -> Generator[tuple[str, FitStep], None, None]:
-    """Both stages in order, each resuming where it stopped; ends with `run/teacher`, an ordinary pipeline folder."""
+    """All stages in order, each resuming where it stopped; ends with `run/teacher`, an ordinary pipeline folder."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", config.model_dump())
     data = load_data(config.data)
     if not (run / "vae" / "config.json").exists():
         yield from (("codec", s) for s in train_codec(config, data, run))
+    yield from (("decoder", s) for s in train_decoder(config, data, run))
     yield from (("denoiser", s) for s in train_denoiser(config, data, run))
+
+
+def _pixels(data: Data) -> Tensor:
+    """The pictures as uint8 [N, 3, 64, 64]."""
+    return ((data.images + 1) * 127.5).round().to(torch.uint8)
 
 
 def _by_name(emoji: list[emoji_data.Emoji]) -> list[list[int]]:
