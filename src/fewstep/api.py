@@ -163,7 +163,9 @@ class LoadedStudent:
     card: StudentCard
 
 
-def load_student(folder: str | Path, base: str | Path | Backbone | None = None, device: str | torch.device = "cpu") -> LoadedStudent:
+def load_student(
+    folder: str | Path, base: str | Path | Backbone | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LoadedStudent:
     """Read a student onto its base: by default the one its card names, in the card's dtype, on `device`. Raises ValueError with one line.
 
     Another base of the same architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights.
@@ -172,7 +174,7 @@ def load_student(folder: str | Path, base: str | Path | Backbone | None = None, 
     card = read_card(folder)
     named = card.base if base is None else base
     if isinstance(named, str | Path):
-        named = load_teacher(named, getattr(torch, card.dtype), device, guidance_rescale=card.guidance_rescale)
+        named = load_teacher(named, dtype or getattr(torch, card.dtype), device, guidance_rescale=card.guidance_rescale)
     backbone = at_size(named, card.size or None)
     vectors = load_vectors(folder) if card.time_layer else {}
     head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None

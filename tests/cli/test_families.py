@@ -52,6 +52,7 @@ def test_stages_of_two_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     student = load_student("runs/tiny/final").student
     assert {p.dtype for n, p in student.network.named_parameters() if "lora" not in n} == {torch.bfloat16}
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
+    assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0
     assert "height=64, width=64" in Path("runs/tiny/final/README.md").read_text()
 
 

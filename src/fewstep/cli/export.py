@@ -42,7 +42,7 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
         raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
     if out.exists():
         raise ValueError(f"DIR: {out} is there already; choose another folder")
-    student = load_student(folder, base, default_device())
+    student = load_student(folder, base, default_device(), torch.float32)  # files are compared to a precision that halves do not have
     count = steps or student.card.steps[0]
     if count not in student.card.steps:
         raise ValueError(f"--steps: got {count}, this student serves {', '.join(map(str, student.card.steps))}")

@@ -225,6 +225,7 @@ def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainCo
         "train": asdict(config),
         "roles": asdict(roles.config),
         "base": (roles.backbone.name, roles.backbone.shape, str(next(roles.backbone.module.parameters()).dtype)),
+        "guidance_rescale": roles.backbone.guidance_rescale,
         "begin": _digest(roles.average),
         "prompts": data.key,
         "real": None if real is None else real.key,
