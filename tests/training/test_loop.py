@@ -272,6 +272,9 @@ def test_other_prompts_rank_or_base_do_not_go_on(tmp_path: Path) -> None:
     roles = make_roles(backbone, RolesConfig(rank=3))
     with pytest.raises(ValueError, match="made with other settings"):
         next(distill(roles, METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
+    roles = make_roles(replace(tiny.denoiser(), guidance_rescale=0.5), RolesConfig(rank=2))
+    with pytest.raises(ValueError, match="made with other settings"):
+        next(distill(roles, METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
 
 
 def test_a_truncated_checkpoint_is_one_clear_error(tmp_path: Path) -> None:

@@ -72,15 +72,8 @@ class Latent(Piped):
 
 
 @dataclass(frozen=True)
-class LatentUNet(Latent):
-    """Of these, those with a U-Net, which draws at other sizes than it was made for, too."""
-
-    size: int = 0  # height and width of the latents; 0: as the network was made for
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        size = self.size or self.pipe.unet.config.sample_size
-        return (self.pipe.unet.config.in_channels, size, size)
+class WithUNet(Piped):
+    """The layers that diffusers' U-Nets have in common."""
 
     @property
     def time_layer(self) -> str:
@@ -89,6 +82,18 @@ class LatentUNet(Latent):
     @property
     def feature_layers(self) -> tuple[str, ...]:
         return unet_features(self.pipe.unet)
+
+
+@dataclass(frozen=True)
+class LatentUNet(WithUNet, Latent):
+    """Of these, those with a U-Net, which draws at other sizes than it was made for, too."""
+
+    size: int = 0  # height and width of the latents; 0: as the network was made for
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        size = self.size or self.pipe.unet.config.sample_size
+        return (self.pipe.unet.config.in_channels, size, size)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..core.schedule import VP
 from .base import Cond
-from .parts import Piped, unet_features
+from .parts import WithUNet
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
 
 @dataclass(frozen=True)
-class PixelModel(Piped):
+class PixelModel(WithUNet):
     """States are pictures [C, H, W] in [-1, 1]. With classes a prompt is a class name and the empty prompt is no class."""
 
     labels: tuple[str, ...]
@@ -35,14 +35,6 @@ class PixelModel(Piped):
     @property
     def encoders(self) -> Sequence[nn.Module]:
         return []
-
-    @property
-    def time_layer(self) -> str:
-        return "time_embedding.linear_2"
-
-    @property
-    def feature_layers(self) -> tuple[str, ...]:
-        return unet_features(self.pipe.unet)
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(module.parameters()).dtype
