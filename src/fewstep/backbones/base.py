@@ -87,18 +87,18 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
     return denoise
 
 
-def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float) -> Denoise:
-    """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; w = 1, or a model without conditions, is one half only.
+def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float | Tensor) -> Denoise:
+    """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; a number w = 1, or a model without conditions, is one half only.
 
-    Guidance is affine, so mixing raw outputs equals mixing x0 or eps. What the backbone's `guidance_rescale` asks for comes after.
+    `scale` is one number or one a sample, `[B]`. Guidance is affine, so mixing raw outputs equals mixing x0 or eps. What the backbone's `guidance_rescale` asks for comes after.
     """
-    if scale == 1.0 or not cond:
+    if not cond or (not isinstance(scale, Tensor) and scale == 1):
         return denoiser(backbone, module, cond)
 
     def denoise(x: Tensor, t: Tensor) -> Split:
         both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in cond.items()}
         m_null, m_cond = backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        m = m_null + scale * (m_cond - m_null)
+        m = m_null + (expand(scale, m_cond) if isinstance(scale, Tensor) else scale) * (m_cond - m_null)
         return _split(backbone, rescaled(m, m_cond, backbone.guidance_rescale) if backbone.guidance_rescale else m, x, t)
 
     return denoise

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.prediction import Split
 from ..core.solvers import Correct, Denoise, State, sample, solver_named
+from ..core.trajectory import DenoiseRows
 from .base import Backbone
 
 
@@ -28,6 +30,16 @@ def trajectory(
     rule = solver_named(solver, lambda like: noise_of(generators, like.shape[1:]).to(like))
     with torch.no_grad():
         return list(sample(denoise, backbone.schedule, x, times, rule, correct))
+
+
+def in_parts(denoise_rows: DenoiseRows, size: int) -> Denoise:
+    """A denoiser that asks its network about `size` rows at a time: as many pictures as one likes in the memory of a few."""
+
+    def denoise(x: Tensor, t: Tensor) -> Split:
+        parts = [denoise_rows(rows)(x[rows], t[rows]) for rows in (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))]
+        return Split(torch.cat([p.x0 for p in parts]), torch.cat([p.eps for p in parts]))
+
+    return denoise
 
 
 def pictures(

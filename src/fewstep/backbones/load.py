@@ -75,19 +75,30 @@ def load_teacher(
     """
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale: got {guidance_rescale}, allowed are numbers from 0 to 1")
+    place = find(source)
+    family = family_of(place)
+    try:
+        backbone = family.around(load_pipeline(family.pipeline, place, dtype, family.parts), Path(source).name)
+    except Exception as error:  # diffusers raises a different type for each kind of damage
+        raise damaged(place, error) from error
+    backbone.pipe.to(device)
+    return at_size(replace(backbone, guidance_rescale=guidance_rescale), size)
+
+
+def find(source: str | Path) -> str | Path:
+    """The folder of a bundled name or of a folder; a hub id stays one. Raises ValueError for anything else."""
     folder = BUNDLED / str(source) if str(source) in bundled() else Path(source)
     if not folder.exists():
         if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise ValueError(
                 f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name"
             )
-        return at_size(_load(str(source), _family(source), str(source), dtype, device, guidance_rescale), size)
-    index = folder / "model_index.json"
-    if not index.is_file():
+        return str(source)
+    if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote"
         )
-    return at_size(_load(folder, _family(folder), str(source), dtype, device, guidance_rescale), size)
+    return folder
 
 
 def at_size(backbone: Backbone, size: int | None) -> Backbone:
@@ -108,7 +119,7 @@ def place_encoders(backbone: Backbone, device: str | torch.device) -> None:
         encoder.to(device)
 
 
-def _family(source: str | Path) -> Family:
+def family_of(source: str | Path) -> Family:
     """The family of a folder or a hub id. Raises ValueError with one line when it cannot be read or is not supported."""
     try:
         name = DiffusionPipeline.load_config(str(source))["_class_name"]
@@ -121,6 +132,11 @@ def _family(source: str | Path) -> Family:
     return FAMILIES[name]
 
 
+def damaged(source: str | Path, error: Exception) -> ValueError:
+    """What to say of a pipeline that cannot be loaded."""
+    return ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check the folder, or download it again")
+
+
 def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
@@ -130,17 +146,6 @@ def quiet() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-def _load(
-    source: str | Path, family: Family, name: str, dtype: torch.dtype, device: str | torch.device, guidance_rescale: float
-) -> Backbone:
-    try:
-        backbone = family.around(load_pipeline(family.pipeline, source, dtype, family.parts), Path(name).name)
-    except Exception as error:  # diffusers raises a different type for each kind of damage
-        raise ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check the folder, or download it again") from error
-    backbone.pipe.to(device)
-    return replace(backbone, guidance_rescale=guidance_rescale)
 
 
 def fingerprint(*modules: nn.Module) -> str:

@@ -15,7 +15,7 @@ from ..core.prediction import Row, row_named
 from ..core.schedule import Schedule
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
-CHUNK = 32  # pictures that go through an autoencoder at once
+PIXELS = 2**18  # that go through an autoencoder at once, 64 pictures of 64x64 or one of 512x512: its memory stays below the denoiser's
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -55,11 +55,16 @@ class Latent(Piped):
     @abstractmethod
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def chunk(self) -> int:
+        """How many pictures go through the autoencoder at once."""
+        return max(1, PIXELS // self.picture_size**2)
+
     def picture_states(self, pictures: Tensor) -> Tensor:
         """Latents in float32: means of pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
         with torch.no_grad():
-            means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(CHUNK)]
+            means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(self.chunk)]
         return (torch.cat(means).float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     def decode(self, x: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ class Latent(Piped):
         vae = self.pipe.vae
         z = x.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         with torch.no_grad():
-            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(CHUNK)])
+            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(self.chunk)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -109,18 +114,24 @@ class LatentTransformer(Latent):
 def load_pipeline(
     kind: type[Pipeline], source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})
 ) -> Pipeline:
-    """A pipeline, some of its `parts` replaced, with all its networks frozen, in eval mode and of `dtype`, without bars.
+    """A pipeline, some of its `parts` replaced, `frozen`."""
+    return frozen(kind.from_pretrained(str(source), dtype=dtype, **parts), dtype)
 
-    An autoencoder that overflows in half precision, as SDXL's does, stays in single.
-    """
-    pipe = kind.from_pretrained(str(source), dtype=dtype, **parts)
+
+def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
+    """The pipeline with all its networks frozen, in eval mode and of their `own_dtype`, without bars."""
     pipe.set_progress_bar_config(disable=True)
     for part in networks(pipe):
         part.requires_grad_(False).eval()
-        wanted = torch.float32 if dtype == torch.float16 and isinstance(part, AutoencoderKL) and part.config.force_upcast else dtype
+        wanted = own_dtype(type(part), part.config, dtype)
         if next(part.parameters()).dtype != wanted:
             part.to(dtype=wanted)
     return pipe
+
+
+def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, but single precision for an autoencoder that overflows in half, as SDXL's does."""
+    return torch.float32 if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True) else dtype
 
 
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:

@@ -24,9 +24,10 @@ from ..training.state import latest_checkpoint
 from .ending import finish, write_shape
 from .evaluate import check_protocols, measure_step
 from .metrics_log import MetricsLog
+from .plan import plans_of, show
 from .preview import Preview
 from .progress import console, meter
-from .recipe import DistillRecipe, read_recipe
+from .recipe import DistillRecipe, first_stage, read_recipe
 from .run_record import command_line, run_record
 from .sample import student_folder
 from .signals import stop_request
@@ -40,13 +41,12 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     run = out or Path("runs") / recipe.name
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
+    if dry_run:
+        print_dry_run(recipe)
+        return
     teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size, recipe.guidance_rescale)
     prompts = training_prompts(recipe, teacher)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
-    if dry_run:
-        for stage in stages:
-            print_plan(stage if recipe.first is None else stage.model_copy(update={"start": None}), teacher, prompts)
-        return
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         if not finished(run / FIRST, stage):
@@ -58,14 +58,6 @@ def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float
     """Seconds that went into a first stage and into trajectories: they are part of what a student costs."""
     stage = read_card(run / FIRST / "final").train_seconds if recipe.first is not None else 0.0
     return stage + (0.0 if paths is None else paths.seconds)
-
-
-def first_stage(recipe: DistillRecipe) -> DistillRecipe:
-    """The recipe of the training that comes first. It is measured with the whole."""
-    assert recipe.first is not None
-    preview = recipe.preview.model_copy(update={"measure": None})
-    own = {"method": recipe.first.method, "train": recipe.first.train, "data": recipe.first.data, "size": recipe.first.size or recipe.size}
-    return recipe.model_copy(update={**own, "name": f"{recipe.name}, first", "first": None, "evaluate": None, "preview": preview})
 
 
 def finished(run: Path, recipe: DistillRecipe) -> bool:
@@ -132,7 +124,17 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
     if data is None or data.source == "trajectories":
         return None
     if data.source == "teacher":
-        return teacher_pictures(teacher, prompts, data.count, data.steps, recipe.method.guidance, cache, recipe.train.seed)
+        with meter("teacher's pictures", data.count) as bar:
+            return teacher_pictures(
+                teacher,
+                prompts,
+                data.count,
+                data.steps,
+                recipe.method.guidance,
+                cache,
+                recipe.train.seed,
+                show=lambda done: bar.advance(done, {}),
+            )
     return encode_pictures(teacher, data.source, cache, identity)
 
 
@@ -151,10 +153,15 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
 
 def roles_of(recipe: DistillRecipe, teacher: Backbone, paths: Paths | None) -> Roles:
     """The networks that the recipe's method needs, where it says so begun as a finished student."""
-    folder = None
-    if recipe.start is not None and (folder := student_folder(recipe.start)) is None:
+    return roles_for(teacher, recipe.method, recipe.roles, recipe.train.seed, paths, start_folder(recipe))
+
+
+def start_folder(recipe: DistillRecipe) -> Path | None:
+    """Where the student lies that the recipe's begins as. Raises ValueError where it says one and there is none."""
+    folder = None if recipe.start is None else student_folder(recipe.start)
+    if recipe.start is not None and folder is None:
         raise ValueError(f"start: {recipe.start} is no student folder; pass a run or its final/ folder")
-    return roles_for(teacher, recipe.method, recipe.roles, recipe.train.seed, paths, folder)
+    return folder
 
 
 def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
@@ -181,16 +188,20 @@ def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:
         log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure)})
 
 
-def print_plan(recipe: DistillRecipe, teacher: Backbone, prompts: list[str]) -> None:
-    """What `--dry-run` prints."""
-    roles = roles_of(recipe, teacher, None)
-    console.print(yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False), markup=False)
-    print_roles(roles)
-    rng = torch.Generator().manual_seed(recipe.train.seed)
-    first = [prompts[i] for i in torch.randint(len(prompts), (min(recipe.train.batch, 8),), generator=rng).tolist()]
-    console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
-    for count in recipe.method.counts:
-        console.print(f"times, {count} steps: {recipe.method.times(teacher.schedule, count).tolist()}")
+def print_dry_run(recipe: DistillRecipe) -> None:
+    """What `--dry-run` prints; no weights are read."""
+    start_folder(recipe)
+    teacher, plans = plans_of(recipe)
+    prompts = training_prompts(recipe, teacher)
+    for made in plans:
+        stage = made.recipe
+        console.print(yaml.safe_dump(json.loads(stage.model_dump_json()), sort_keys=False), markup=False)
+        show(made)
+        rng = torch.Generator().manual_seed(stage.train.seed)
+        first = [prompts[i] for i in torch.randint(len(prompts), (min(stage.train.batch, 8),), generator=rng).tolist()]
+        console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
+        for count in stage.method.counts:
+            console.print(f"times, {count} steps: {stage.method.times(teacher.schedule, count).tolist()}")
 
 
 def print_roles(roles: Roles) -> None:

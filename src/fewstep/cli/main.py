@@ -38,6 +38,19 @@ def distill(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    set_: Set = None,
+    teacher: Annotated[str | None, typer.Option(help="Bundled name, diffusers folder or hub id; the recipe's by default.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,
+) -> None:
+    """Print what a recipe needs in memory, part by part, without loading or downloading any weights."""
+    from .plan import run_plan
+
+    run_plan(recipe, [*(set_ or []), *([f"teacher={teacher}"] if teacher else [])], memory)
+
+
+@app.command()
 def sample(
     student: Annotated[
         str, typer.Argument(help="A student folder (a run or its final/), a bundled teacher, a diffusers folder or a hub id.")

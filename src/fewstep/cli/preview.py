@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..backbones.base import Backbone, guided
 from ..backbones.base import rows as rows_of
-from ..backbones.generate import device_of, pictures, trajectory
+from ..backbones.generate import device_of, in_parts, pictures, trajectory
 from ..core import timegrid
-from ..core.solvers import State
+from ..core.solvers import Denoise, State
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, StepGrid, Trajectory
@@ -30,8 +30,16 @@ class Preview:
         device = device_of(teacher.module)
         self.cond, self.null = shown.all(device), shown.unconditional(device)
         times = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
-        denoise = guided(teacher, teacher.module, self.cond, self.null, recipe.method.guidance)
-        self.reference = strip(pictures(teacher, denoise, self.seeds, times))
+        self.reference = strip(pictures(teacher, self._guided(recipe.method.guidance), self.seeds, times))
+
+    def _guided(self, scale: float) -> Denoise:
+        """The teacher, as many pictures at once as in training, whose memory is enough for it."""
+        teacher = self.teacher
+        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, scale), self.recipe.train.batch)
+
+    def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
+        """The student of this count, likewise."""
+        return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.recipe.train.batch)
 
     def show(self, roles: Roles, iteration: int, method: Method) -> list[str]:
         """Write `samples/step_N.png`; returns the monitor's warnings."""
@@ -44,7 +52,7 @@ class Preview:
 
     def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:
         times = method.times(self.teacher.schedule, steps)
-        return trajectory(self.teacher, student_of(method, roles, self.cond, steps), self.seeds, times, method.solver, roles.head)
+        return trajectory(self.teacher, self._told(roles, method, steps), self.seeds, times, method.solver, roles.head)
 
     def compare(self, roles: Roles, method: Method) -> Pictures:
         """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories."""
@@ -53,7 +61,7 @@ class Preview:
         paths, shown = {}, min(4, len(self.prompts))
         for steps in method.counts:
             times = method.times(teacher.schedule, steps)
-            few = trajectory(teacher, guided(teacher, teacher.module, self.cond, self.null, 1.0), self.seeds, times)
+            few = trajectory(teacher, self._guided(1.0), self.seeds, times)
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = f"{who}, {steps} step{'s' if steps > 1 else ''}"
                 calls = steps - (method.free_first and who == "student")
@@ -67,13 +75,11 @@ class Preview:
 
     def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:
         """A student of several step counts, told each and taking each."""
-        counts, cond = sorted(method.counts), rows_of(self.cond, slice(shown))
+        counts = sorted(method.counts)
 
         def draw(told: int, taken: int) -> Tensor:
             times = method.times(self.teacher.schedule, taken)
-            return strip(
-                pictures(self.teacher, student_of(method, roles, cond, told), self.seeds[:shown], times, method.solver, roles.head), 1
-            )
+            return strip(pictures(self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head), 1)
 
         images = torch.stack([torch.stack([draw(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)

@@ -132,6 +132,14 @@ def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:
     return validate(override(_yaml(path), overrides), model, str(path))
 
 
+def first_stage(recipe: DistillRecipe) -> DistillRecipe:
+    """The recipe of the training that comes first. It is measured with the whole."""
+    assert recipe.first is not None
+    preview = recipe.preview.model_copy(update={"measure": None})
+    own = {"method": recipe.first.method, "train": recipe.first.train, "data": recipe.first.data, "size": recipe.first.size or recipe.size}
+    return recipe.model_copy(update={**own, "name": f"{recipe.name}, first", "first": None, "evaluate": None, "preview": preview})
+
+
 def kind_of(source: str) -> str:
     """The `kind` that a recipe states."""
     return str(_yaml(recipe_path(source)).get("kind"))

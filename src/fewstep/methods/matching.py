@@ -42,7 +42,8 @@ class Matching:
     """Settings of the method; the defaults are TDM's. Raises ValueError for settings that cannot be.
 
     `steps`: one count, or several of which every iteration draws one (TDM-unify, eq. 8), the first being the default when sampling;
-    `condition` tells student and fake score which. `match`: the noisy state that a step lands on, or the clean estimate that it
+    `condition` tells student and fake score which. `guidance` is the teacher's; a `guidance_tilt` b makes it `guidance (1 + b (2u - 1))` at the fraction
+    u of the path, so that it is (1 + b) times as strong at pure noise, where it composes, and (1 - b) times at clean data, where it hurts. `match`: the noisy state that a step lands on, or the clean estimate that it
     makes. `tau`: inside the step's own segment (eq. 5), from there up to pure noise, or over all times; `tau_min` and `tau_max`
     keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
     (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
@@ -54,6 +55,7 @@ class Matching:
     steps: int | tuple[int, ...] = 4
     condition: bool = True
     guidance: float = 3.5
+    guidance_tilt: float = 0.0
     divergence: Literal["reverse-kl", "fisher"] = "reverse-kl"
     loss: str = "huber"
     fisher_correction: float = 0.5
@@ -92,6 +94,10 @@ class Matching:
         require_positive(self, "shift", "snr_clip")
         require_weight(self, "gan", "gan_r1")
         require_guidance(self)
+        if not -1 <= self.guidance_tilt <= 1:
+            raise ValueError(
+                f"method.guidance_tilt: got {self.guidance_tilt}, allowed are numbers from -1 to 1; 0 is the same guidance everywhere"
+            )
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -180,6 +186,13 @@ def _draw_tau(method: Matching, schedule: Schedule, landing: Tensor, high: Tenso
     return timegrid.draw_between(schedule, torch.maximum(low, least), top, rng)
 
 
+def guidance_at(method: Matching, schedule: Schedule, tau: Tensor) -> float | Tensor:
+    """The teacher's guidance scale at tau `[B]`; one number where it is the same everywhere."""
+    if not method.guidance_tilt:
+        return method.guidance
+    return method.guidance * (1 + method.guidance_tilt * (2 * schedule.fraction(tau) - 1))
+
+
 def fake_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor) -> Tensor:
     """Point 4: denoising regression of the fake score at x_tau (eq. 7), on the clean estimate or the transition noise."""
     weight = weighting_named(method.fake_weight)(schedule, d.tau, method.snr_clip)
@@ -244,7 +257,7 @@ def losses(
     schedule = roles.backbone.schedule
     steps = steps or draw_count(method.counts, rng)
     drawn = partial(draw, method, roles, cond, batch, rng, steps=steps)
-    fake, teacher = roles.denoise("fake", cond, steps), roles.teacher(cond, null, method.guidance)
+    fake = roles.denoise("fake", cond, steps)
 
     def update_fake(d: Draw) -> Loss:
         x_tau = diffuse(schedule, d.x0, d.tau, d.e) if method.fake_draw == "clean" else d.x_tau
@@ -256,6 +269,7 @@ def losses(
     if warming_up:
         return
     d = drawn(with_gradient=True)
+    teacher = roles.teacher(cond, null, guidance_at(method, schedule, d.tau))
     one_pass = method.share_draw and method.divergence == "reverse-kl" and method.fake_draw == "landing"
     if method.share_draw and not one_pass:
         yield update_fake(d)
@@ -285,4 +299,5 @@ def _gaps(method: Matching, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> dict[
     """`rms |f_psi - f_phi|` per segment (and step count, where there are several): the matching gradient before normalisation."""
     gap = (f_fake - f_teacher).detach().square().flatten(1).mean(1)
     count = f"{d.steps}_" if len(method.counts) > 1 else ""
-    return {f"gap_{count}{k}": gap[d.segment == k].mean().sqrt() for k in range(d.steps) if bool((d.segment == k).any())}
+    of = [(k, (d.segment == k).to(gap)) for k in range(d.steps) if bool((d.segment == k).any())]
+    return {f"gap_{count}{k}": ((gap * here).sum() / here.sum()).sqrt() for k, here in of}

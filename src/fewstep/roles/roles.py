@@ -72,7 +72,7 @@ class Roles:
         """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
         return self._as(role, denoiser(self.backbone, self.networks[role], cond), told)
 
-    def teacher(self, cond: Cond, null: Cond, scale: float) -> Denoise:
+    def teacher(self, cond: Cond, null: Cond, scale: float | Tensor) -> Denoise:
         """The frozen teacher under classifier-free guidance."""
         return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale))
 
@@ -169,6 +169,13 @@ class Roles:
         return self.networks["student"].peft_config["student"].to_dict() | {"lora_alpha": self.config.rank}  # type: ignore[union-attr,index]
 
 
+def copied(network: nn.Module) -> nn.Module:
+    """A network of its own with the same weights, tied where they are tied. Its tensors are cloned, which also those without content can be."""
+    memo: dict[int, Any] = {id(b): b.detach().clone() for b in network.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
+    return copy.deepcopy(network, memo)
+
+
 def make_roles(
     backbone: Backbone,
     config: RolesConfig,
@@ -194,7 +201,7 @@ def make_roles(
     if counts:
         width = step_condition.width(base, backbone.time_layer)
     if not config.share:
-        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copy.deepcopy(base) for r in made}}
+        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
         layers: tuple[LoraLayer, ...] = ()
     else:

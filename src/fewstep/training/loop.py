@@ -114,7 +114,7 @@ def distill(
             + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.pictures else "leave data out")
         )
     optimizers = {r: _optimizer(roles, r, config) for r in roles.trained}
-    fingerprint = _fingerprint(roles, method, data, config, real, paths)
+    fingerprint = "" if run is None else _fingerprint(roles, method, data, config, real, paths)
     start = _resume(roles, optimizers, run, fingerprint)
     null = data.unconditional(device)
     for i in range(start, config.iterations):
@@ -166,7 +166,6 @@ def _updates(
                 _require_finite(loss.value, "loss", loss.role, i)
                 if loss.role not in updated:
                     updated.append(loss.role)
-                    optimizers[loss.role].zero_grad(set_to_none=True)
                 _add_gradients(loss, roles, 1 / len(losses))
                 for name, value in loss.metrics.items():
                     seen.setdefault(name, []).append(value)
@@ -199,6 +198,7 @@ def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(role, i)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # nothing of it is held through the next iteration
     return norm
 
 
@@ -212,7 +212,13 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
 
 
 def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(roles.trained[role].values(), lr=config.lr_at(role, 0), betas=config.betas, weight_decay=config.weight_decay)
+    parameters = list(roles.trained[role].values())
+    fused = parameters[0].is_cuda  # on a GPU the other kinds hold all weights' updates at once
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr_at(role, 0), betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+    for p in parameters:  # what it would do at its first step: a card that is too small says so at once
+        step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainConfig, real: RealData | None, paths: Paths | None) -> str:

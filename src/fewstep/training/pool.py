@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,9 +18,20 @@ TEACHER_PICTURES, TEACHER_STEPS = 1024, 25  # how many, where nothing else is sa
 
 
 def teacher_pictures(
-    backbone: Backbone, data: Embeddings, count: int, steps: int, guidance: float, cache: Path | None, seed: int = 0, chunk: int = 32
+    backbone: Backbone,
+    data: Embeddings,
+    count: int,
+    steps: int,
+    guidance: float,
+    cache: Path | None,
+    seed: int = 0,
+    chunk: int = 32,
+    show: Callable[[int], None] = lambda done: None,
 ) -> RealData:
-    """`count` guided samples of the teacher in `steps` steps, of prompts drawn evenly; drawn once where there is a cache folder."""
+    """`count` guided samples of the teacher in `steps` steps, of prompts drawn evenly; drawn once where there is a cache folder.
+
+    `show` is told how many there are, while they are drawn.
+    """
     key = hashlib.sha256(json.dumps([data.key, count, steps, guidance, backbone.guidance_rescale, seed]).encode()).hexdigest()[:24]
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(seed))
     of = order.repeat(-(-count // data.count))[:count]
@@ -33,6 +45,7 @@ def teacher_pictures(
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             seeds = [seed + i for i in range(part.start, part.stop)]
             parts.append(trajectory(backbone, guided(backbone, backbone.module, cond, null, guidance), seeds, times)[-1].x.cpu())
+            show(part.stop)
         return torch.cat(parts)
 
     return RealData(made_once(None if cache is None else cache / f"teacher-{key}.safetensors", draw), own, key)

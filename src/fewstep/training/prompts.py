@@ -81,6 +81,9 @@ def _hub(source: str, column: str | None) -> list[str]:
     return _column([{n: r[n] for n in data.column_names} for r in data], column, source)
 
 
+CHUNK = 64  # prompts that are encoded at once
+
+
 class Embeddings:
     """Conditions of a list of prompts and of the empty prompt, encoded once and kept on the CPU."""
 
@@ -107,7 +110,7 @@ class Embeddings:
         return {k: v.to(device) for k, v in self.null.items()}
 
 
-def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = 64) -> Embeddings:
+def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = CHUNK) -> Embeddings:
     """Encode prompts once. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does)."""
     dtype = str(next(backbone.module.parameters()).dtype)
     about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is told the size of its pictures

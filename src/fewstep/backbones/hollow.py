@@ -1,0 +1,69 @@
+"""A teacher of its true shapes without content: built from a pipeline's configurations alone, to count what it needs."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from .base import Backbone
+from .load import at_size, damaged, family_of, find
+from .parts import frozen, own_dtype
+
+
+def hollow_teacher(
+    source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None, guidance_rescale: float = 0.0
+) -> Backbone:
+    """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
+    place = find(source)
+    family = family_of(place)
+    try:
+        index = DiffusionPipeline.load_config(str(place))
+        there = [n for n, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None]
+        parts = components(family.pipeline, place, [n for n in there if n not in family.parts], dtype)
+        absent = {
+            n: None for n in inspect.signature(family.pipeline).parameters if isinstance(index.get(n), list | tuple) and n not in parts
+        }
+        pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
+        pipe.register_to_config(_name_or_path=str(place))
+    except Exception as error:  # diffusers raises a different type for each kind of damage
+        raise damaged(place, error) from error
+    return at_size(replace(family.around(pipe, Path(source).name), guidance_rescale=guidance_rescale), size)
+
+
+def components(pipeline: type[DiffusionPipeline], place: str | Path, names: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """A pipeline's parts by name, of the classes that it asks for; networks without content."""
+    hints, made = get_type_hints(pipeline.__init__), dict[str, Any]()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: tensors of several do not mix
+    for name in names:
+        kind: Any = next(k for k in (*get_args(hints[name]), hints[name]) if isinstance(k, type))
+        if issubclass(kind, ModelMixin):
+            config = kind.load_config(str(place), subfolder=name)
+            with mode, default_dtype(own_dtype(kind, config, dtype)):
+                made[name] = kind.from_config(config)
+        elif issubclass(kind, PreTrainedModel):
+            config = kind.config_class.from_pretrained(str(place), subfolder=name, dtype=dtype)
+            with mode, default_dtype(dtype):
+                made[name] = kind(config)
+        else:  # where any scheduler is allowed, one is as good as another: they share the table of noise levels
+            kind = DDIMScheduler if issubclass(kind, Enum) else kind
+            made[name] = kind.from_pretrained(str(place), subfolder=name)
+    return made
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Networks made within it are of this type: tensors without content cannot be converted in place."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,194 @@
+"""`fewstep plan`: what a recipe needs in memory, part by part, and the settings that make it fit a card."""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from rich.table import Table
+
+from ..api import path_times, roles_for
+from ..backbones.base import Backbone
+from ..backbones.hollow import hollow_teacher
+from ..backbones.load import at_size, quiet
+from ..backbones.parts import Piped, networks
+from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
+from ..training.prompts import CHUNK, Embeddings
+from .progress import console
+from .recipe import DistillRecipe, first_stage, read_recipe
+
+UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "M": 2**20, "G": 2**30}
+RESERVE = 0.05  # of a card's memory: fragments, workspaces of its libraries
+CONTEXT = 2**29  # what CUDA takes for itself
+LEAST_BATCH = 4  # below it a card is rather kept busy by computing blocks again than by smaller batches
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Bytes that hold for a recipe at any batch. `idle` is in memory all the time: the autoencoder; `drawing` is it at work."""
+
+    encoding: int
+    idle: int
+    drawing: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe needs."""
+
+    recipe: DistillRecipe
+    phases: Phases
+    training: Training
+
+    @property
+    def drawing(self) -> int:
+        return self.training.total - self.training.work + self.phases.drawing
+
+    @property
+    def total(self) -> int:
+        return max(self.phases.encoding, self.training.total + self.phases.idle, self.drawing)
+
+
+def run_plan(source: str, overrides: list[str], memory: str | None) -> None:
+    """Print the plan, and with `memory` the settings that fit it. Raises ValueError with one line when none do."""
+    quiet()
+    recipe = read_recipe(source, overrides, DistillRecipe)
+    usable = None if memory is None else usable_bytes(memory)
+    teacher, plans = plans_of(recipe)
+    for made in plans:
+        show(made)
+    if memory is None or usable is None:
+        return
+    console.print(
+        f"{memory}: {size(usable)} are usable; CUDA takes about {size(CONTEXT)}, {RESERVE:.0%} are kept for workspaces and fragments"
+    )
+    sets: list[str] = []
+    for made, prefix in zip(plans, ("first.", "") if len(plans) > 1 else ("",), strict=True):
+        own, needed = fit(made, teacher, usable, prefix)
+        sets += [s for s in own if s not in sets]
+        console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")
+    if sets:
+        console.print(f"  fewstep distill {source} {' '.join(f'--set {s}' for s in [*overrides, *sets])}", markup=False)
+
+
+def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
+    """The recipe's teacher without content, and the plan of each of its stages."""
+    teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size, recipe.guidance_rescale)
+    stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe]
+    return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
+
+
+def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[str], int]:
+    """The settings of a stage that fit, the fastest of those, and what it needs with them. Raises ValueError with one line when none do."""
+    if made.total <= usable:
+        return [], made.total
+    bf16 = "; --set dtype=bfloat16 halves the base's weights" if made.recipe.dtype == "float32" else ""
+    if (always := max(made.phases.encoding, made.drawing)) > usable:
+        raise ValueError(f"--memory: {made.recipe.name} needs {size(always)} beside its training, {size(usable)} are usable{bf16}")
+    needed = made.total
+    for ways in savings(made.recipe, prefix):
+        # Within one of these lists each way needs less than the one before: halve it until the first that fits is found.
+        fitting, first, last = None, 0, len(ways) - 1
+        while ways and first <= last:
+            middle = last if fitting is None else (first + last) // 2
+            sets, recipe = ways[middle]
+            needed = plan_of(recipe, teacher, made.phases).total
+            if needed <= usable:
+                fitting, last = (sets, needed), middle - 1
+            elif fitting is None:
+                break
+            else:
+                first = middle + 1
+        if fitting is not None:
+            return fitting
+    raise ValueError(
+        f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch and checkpointing, {size(usable)} are usable{bf16}"
+    )
+
+
+def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], DistillRecipe]]]:
+    """Ways to need less with the same result, the fastest first: the batch in parts, then blocks computed again, in parts too."""
+    parts = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if recipe.train.batch % k == 0]
+    few = [k for k in parts if k > 1 and recipe.train.batch // k >= LEAST_BATCH]
+
+    def way(k: int, checkpointing: bool) -> tuple[list[str], DistillRecipe]:
+        train = replace(recipe.train, batch=recipe.train.batch // k, accumulate=recipe.train.accumulate * k)
+        sets = [] if k == 1 else [f"{prefix}train.batch={train.batch}", f"{prefix}train.accumulate={train.accumulate}"]
+        sets += ["roles.checkpointing=true"] if checkpointing and not recipe.roles.checkpointing else []
+        return sets, recipe.model_copy(update={"train": train, "roles": replace(recipe.roles, checkpointing=checkpointing)})
+
+    if recipe.roles.checkpointing:
+        return [[way(k, True) for k in parts[1:]]]
+    return [[way(k, False) for k in few], [way(k, True) for k in parts]]
+
+
+def phases_of(recipe: DistillRecipe, teacher: Backbone) -> Phases:
+    """What comes before and beside the training."""
+    sized = at_size(teacher, recipe.size)
+    assert isinstance(sized, Piped)
+    idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
+    shown = len(recipe.preview.prompts or [None] * 8)
+    return Phases(
+        peak_bytes(lambda: sized.encode([""] * CHUNK), *networks(sized.pipe)),
+        sum(module_bytes(n) for n in idle),
+        peak_bytes(lambda: sized.decode(torch.zeros(shown, *sized.shape)), *idle),
+    )
+
+
+def plan_of(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
+    """The plan of one training."""
+    sized, method = at_size(teacher, recipe.size), recipe.method
+    data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
+    times = path_times(method, sized)
+    return Plan(recipe, phases, training_bytes(sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data))
+
+
+def show(made: Plan) -> None:
+    """The plan as a table."""
+    recipe, t = made.recipe, made.training
+    how = f"batch {recipe.train.batch}" + (f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else "")
+    table = Table(
+        title=f"{recipe.name}: {recipe.teacher}, {recipe.dtype}, {how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}",
+        title_justify="left",
+    )
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    rows = {
+        f"denoiser ({'one for all roles' if recipe.roles.share else 'three copies, those of student and fake score among the trained'})": t.base,
+        "autoencoder": made.phases.idle,
+        "trained parameters": t.trained,
+        "their gradients": t.gradients,
+        "optimiser (AdamW)": t.optimiser,
+        "student's average": t.average,
+        "activations and what else comes and goes": t.work,
+    }  # fmt: skip
+    for name, count in rows.items():
+        table.add_row(name, size(count))
+    table.add_section()
+    table.add_row("training", size(t.total + made.phases.idle))
+    table.add_row("before it, encoding prompts (all networks)", size(made.phases.encoding))
+    table.add_row("in between, decoding previews", size(made.drawing))
+    table.add_row("needed", size(made.total), style="bold")
+    console.print(table)
+
+
+def size(count: int) -> str:
+    """Bytes in GiB, or in MiB below one."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def usable_bytes(memory: str) -> int:
+    """Of a card of this size. Raises ValueError with one line."""
+    usable = int((parse_bytes(memory) - CONTEXT) * (1 - RESERVE))
+    if usable <= 0:
+        raise ValueError(f"--memory: got {memory}, of which CUDA alone takes about {size(CONTEXT)}; pass the size of the card, e.g. 24GiB")
+    return usable
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `16 GB`, `500MiB` as bytes. Raises ValueError with one line."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    unit = None if match is None else UNITS.get(match[2].upper())
+    try:
+        return int(float(match[1]) * unit) if match is not None and unit is not None else int("")
+    except ValueError:
+        raise ValueError(f"--memory: got {text!r}, allowed are sizes such as 24GiB, 16GB or 500MiB") from None

@@ -1,0 +1,119 @@
+"""What a training holds in memory, before there is one: its own iteration on networks without content, every tensor counted while it lives."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..backbones.base import Backbone
+from ..methods.matching import Matching
+from ..methods.method import Method
+from ..roles.roles import Roles
+from .loop import TrainConfig, distill
+from .paths import Paths
+from .pictures import RealData
+from .prompts import Embeddings
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make within it, until they are freed. `now` and `most` are in bytes.
+
+    Asked for the value of a tensor without content, it says 1: losses are finite, norms are small.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most = 0, 0
+        self._seen: set[int] = set()
+
+    def add(self, *tensors: Tensor) -> None:
+        """Count what is there already; each storage counts once."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._seen:
+                self._seen.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0
+        out = func(*args, **(kwargs or {}))
+        self.add(*(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
+        return out
+
+
+def storage_bytes(*tensors: Tensor) -> int:
+    """Bytes of these tensors, shared storages counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def module_bytes(*modules: nn.Module) -> int:
+    """Bytes of networks' weights and buffers."""
+    return storage_bytes(*(t for m in modules for t in (*m.parameters(), *m.buffers())))
+
+
+@dataclass(frozen=True)
+class Training:
+    """Bytes at the peak of a training, by what they are for; `work` comes and goes: activations, inputs kept for gradients, estimates."""
+
+    base: int  # of the denoiser, of all copies where there are three
+    trained: int
+    gradients: int
+    optimiser: int
+    average: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.trained + self.gradients + self.optimiser + self.average + self.work
+
+
+def training_bytes(
+    backbone: Backbone, make: Callable[[], Roles], method: Method, times: Tensor, config: TrainConfig, data: Embeddings
+) -> Training:
+    """An iteration after the warm-up, counted. The base may be without content.
+
+    `make` makes the roles on this backbone; `times` are those of the trajectories that the method may ask for; a few prompts are
+    enough as `data`. Raises ValueError as the training would.
+    """
+    states = torch.zeros(data.count, *backbone.shape)
+    real = RealData(states, data, "") if method.needs.pictures else None
+    walks = torch.zeros(data.count, len(times), *backbone.shape)
+    paths = Paths(walks, times, data, walks[:0], times, "") if method.needs.paths else None
+    one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2))
+    # One step costs what four do: those before the one with gradients hold less than it.
+    begun = replace(method, warmup=0, steps=1) if isinstance(method, Matching) else method
+    with Ledger() as ledger:
+        ledger.add(*backbone.module.parameters(), *backbone.module.buffers())
+        roles = make()
+        for _ in distill(roles, begun, data, one, real=real, paths=paths):
+            pass
+    own = [p for role in roles.trained.values() for p in role.values()]
+    trained, average = storage_bytes(*own), storage_bytes(*roles.average.values())
+    base = module_bytes(*roles.networks.values()) - storage_bytes(
+        *(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad)
+    )
+    return Training(base, trained, trained, 2 * trained, average, ledger.most - base - 4 * trained - average)
+
+
+def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
+    """What `run` and these networks hold at the most."""
+    with Ledger() as ledger:
+        ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
+        run()
+    return ledger.most

@@ -1,0 +1,99 @@
+"""The memory that is planned is the memory that is taken."""
+
+import gc
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fewstep.api import path_times, roles_for
+from fewstep.backbones.base import Backbone
+from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.load import load_teacher
+from fewstep.methods.matching import Matching
+from fewstep.methods.method import Method
+from fewstep.methods.paths import PathImitation
+from fewstep.roles.roles import RolesConfig
+from fewstep.training.loop import TrainConfig, distill
+from fewstep.training.memory import Training, module_bytes, peak_bytes, training_bytes
+from fewstep.training.pictures import RealData
+from fewstep.training.prompts import Embeddings
+
+from .. import pipelines
+
+TDM = Matching(steps=2, warmup=0)
+
+
+def bytes_of(backbone: Backbone, method: Method, roles: RolesConfig, config: TrainConfig) -> Training:
+    return training_bytes(
+        backbone, lambda: roles_for(backbone, method, roles), method, path_times(method, backbone), config, embeddings(backbone)
+    )
+
+
+def embeddings(backbone: Backbone) -> Embeddings:
+    return Embeddings(backbone.encode(["red cat", "blue dog"]), backbone.encode([""]), ["red cat", "blue dog"], 0, "")
+
+
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
+def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tmp_path: Path) -> None:
+    folder = pipelines.save(family, tmp_path / family)
+    roles, config = RolesConfig(rank=4), TrainConfig(1, 4, 1e-4, 1e-4)
+    planned, real = (bytes_of(b, TDM, roles, config) for b in (hollow_teacher(folder), load_teacher(folder)))
+    assert planned.total == pytest.approx(real.total, rel=0.01)
+    assert (planned.base, planned.trained) == (real.base, real.trained)
+
+
+@pytest.mark.parametrize(
+    ("method", "roles", "batch"),
+    [
+        (TDM, RolesConfig(rank=4), 2),
+        (TDM, RolesConfig(rank=4), 8),
+        (TDM, RolesConfig(rank=4, checkpointing=True), 8),
+        (TDM, RolesConfig(share=False), 2),
+        (Matching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4),
+        (Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4),
+    ],
+)
+def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: Matching, roles: RolesConfig, batch: int) -> None:
+    config = TrainConfig(2, batch, 1e-4, 1e-4)
+    planned = bytes_of(hollow_teacher("emoji"), method, roles, config).total
+    teacher = load_teacher("emoji")
+    data = embeddings(teacher)
+    real = RealData(torch.zeros(2, *teacher.shape), data, "") if method.gan else None
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for _ in distill(roles_for(teacher, method, roles), method, data, config, real=real):
+            pass
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    taken = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max()
+    assert planned == pytest.approx(module_bytes(teacher.module) + int(taken), rel=0.05)
+
+
+def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:
+    teacher = hollow_teacher(pipelines.save("sd", tmp_path / "sd"))
+    planned = bytes_of(teacher, PathImitation(steps=2), RolesConfig(rank=4), TrainConfig(1, 2, 1e-4, 1e-4))
+    assert planned.total > planned.base > 0
+
+
+def test_nothing_is_read_or_allocated(tmp_path: Path) -> None:
+    """A network of more than this machine's memory, without a weight on disk."""
+    folder = pipelines.save("sd", tmp_path / "sd")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"block_out_channels": [16384 for _ in config["block_out_channels"]]}))
+    teacher = hollow_teacher(folder, torch.bfloat16)
+    assert next(teacher.module.parameters()).dtype == torch.bfloat16
+    assert module_bytes(teacher.module) > 50 * 2**30
+
+
+def test_decoding_goes_by_parts(tmp_path: Path) -> None:
+    """Many pictures need little more than as many as fit together."""
+    teacher = hollow_teacher("emoji")
+    vae = teacher.pipe.vae  # type: ignore[attr-defined]
+    one, many = (peak_bytes(partial(teacher.decode, torch.zeros(n, *teacher.shape)), vae) for n in (64, 640))
+    assert many < 1.25 * one + 640 * 3 * 64 * 64 * 4 * 4
