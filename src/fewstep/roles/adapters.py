@@ -90,6 +90,18 @@ def switch(layers: Sequence[LoraLayer], name: str | None) -> None:
             layer._active_adapter = [name]
 
 
+@contextmanager
+def uncast(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Within it LoRA take their inputs as they come: for autocast, which casts weights instead, so that no second copy of every input is kept."""
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
+
+
 def adapter_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The trainable tensors of one adapter by full name, in a fixed order."""
     return {n: p for n, p in module.named_parameters() if f".{name}." in n or n.endswith(f".{name}")}

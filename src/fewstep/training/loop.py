@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backbones.generate import device_of
 from ..methods.method import Loss, Method, Turn, draw_count
-from ..roles.adapters import assign
+from ..roles.adapters import assign, uncast
 from ..roles.roles import Role, Roles
 from .paths import Paths
 from .pictures import RealData
@@ -127,7 +127,8 @@ def distill(
             pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
             turns.append(Turn(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        mixed = config.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed), uncast(roles.layers if mixed else ()):
             metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i)
         if i >= method.warmup:
             # A young average forgets faster, so that it is never a memory of the start.

@@ -1,0 +1,103 @@
+"""What distilling each family needs in memory at its true size, counted over an iteration on networks without content.
+
+    python benchmarks/memory.py                # about 10 minutes; writes benchmarks/memory.md and .json
+    python benchmarks/memory.py --only sdxl
+
+TDM with 4 steps and a guided teacher, LoRA of rank 32, the base in bfloat16 and the networks computing in it. `one base`: teacher, student and
+fake score are adapters of one frozen network. `three copies`: two more networks, all their weights trained, in the same type. Weights are those of
+all copies and adapters. Without text encoders and autoencoder, which `fewstep plan` counts, too. That the count is what an allocator gives, within
+five percent: `python -m pytest tests/training/test_memory.py`.
+"""
+
+import argparse
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from backbones import FAMILIES, embeddings
+from fewstep.atomic import write_json
+from fewstep.backbones.base import Backbone
+from fewstep.backbones.hollow import default_dtype
+from fewstep.backbones.load import around
+from fewstep.methods.matching import Matching
+from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.training.loop import TrainConfig
+from fewstep.training.memory import training_bytes
+
+ARRANGEMENTS = {
+    "one base": RolesConfig(rank=32),
+    "one base, checkpointing": RolesConfig(rank=32, checkpointing=True),
+    "three copies": RolesConfig(share=False),
+    "three copies, checkpointing": RolesConfig(share=False, checkpointing=True),
+}
+
+
+def hollow(name: str) -> Backbone:
+    """The family's backbone at its true size, without content."""
+    with FakeTensorMode(allow_non_fake_inputs=True), default_dtype(torch.bfloat16):
+        pipe = FAMILIES[name].build(False)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # its table is needed as numbers
+    for part in (pipe.vae, pipe.unet if "unet" in pipe.components else pipe.transformer):
+        part.requires_grad_(False).eval()
+    return around(pipe, name)
+
+
+def row(name: str, arrangement: str, batch: int) -> dict[str, Any]:
+    """One row, in bytes."""
+    began, backbone, method = time.perf_counter(), hollow(name), Matching(steps=4)
+    data = embeddings(name, backbone, torch.bfloat16, 2)
+    config = TrainConfig(iterations=1, batch=batch, lr=1e-4, fake_lr=1e-4, precision="bf16")
+    made = training_bytes(
+        backbone, lambda: make_roles(backbone, ARRANGEMENTS[arrangement]), method, method.times(backbone.schedule), config, data
+    )
+    found = {"family": name, "shape": list(backbone.shape), "arrangement": arrangement, "batch": batch, "weights": made.base + made.trained}
+    return found | {"total": made.total, "work": made.work, "counted_in_s": time.perf_counter() - began}
+
+
+def write(rows: list[dict[str, Any]], to: Path) -> None:
+    """The table and the rows."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    write_json(
+        to / "memory.json", {"rows": rows, "hardware": "counted, not run", "commit": commit, "command": "python benchmarks/memory.py"}
+    )
+    lines = []
+    for r in rows:
+        against = next((o for o in rows if (o["family"], o["batch"]) == (r["family"], r["batch"]) and o["arrangement"] == r["arrangement"].replace("one base", "three copies")), None)  # fmt: skip
+        ratio = "" if against is None or against is r else f"{r['weights'] / against['weights']:.2f} / {r['total'] / against['total']:.2f}"
+        shape = "x".join(map(str, r["shape"]))
+        lines.append(
+            f"| {r['family']} | {shape} | {r['batch']} | {r['arrangement']} | {r['weights'] / 2**30:.2f} | {r['work'] / 2**30:.2f} | {r['total'] / 2**30:.2f} | {ratio} |"
+        )
+    text = f"""# What a training needs, family by family
+
+{(__doc__ or "").split(chr(10) * 2)[2].strip()}
+
+`python benchmarks/memory.py`, commit {commit}, torch {torch.__version__}. GiB; the last column is weights and total against three copies.
+
+| family | state | batch | arrangement | weights | comes and goes | in all | against copies |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
+    (to / "memory.md").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--arrangements", nargs="*", choices=list(ARRANGEMENTS), default=list(ARRANGEMENTS))
+    parser.add_argument("--batch", type=int, default=0, help="samples an iteration; 0: each family's own")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    a, rows = parser.parse_args(), []
+    for name in a.only:
+        for arrangement in a.arrangements:
+            rows.append(row(name, arrangement, a.batch or FAMILIES[name].batch))
+            print(rows[-1], flush=True)
+            write(rows, a.to)
+
+
+if __name__ == "__main__":
+    main()
