@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .base import Backbone
-from .load import at_size, damaged, family_of, find
+from .load import at_size, damaged, family_of, find, present, source_of
 from .parts import frozen, own_dtype
 
 
@@ -22,7 +22,8 @@ def hollow_teacher(
     source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None, guidance_rescale: float = 0.0
 ) -> Backbone:
     """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
-    place = find(source)
+    name = present(source_of(source)).place  # fused LoRAs take no room
+    place = find(name)
     family = family_of(place)
     try:
         index = DiffusionPipeline.load_config(str(place))
@@ -35,7 +36,7 @@ def hollow_teacher(
         pipe.register_to_config(_name_or_path=str(place))
     except Exception as error:  # diffusers raises a different type for each kind of damage
         raise damaged(place, error) from error
-    return at_size(replace(family.around(pipe, Path(source).name), guidance_rescale=guidance_rescale), size)
+    return at_size(replace(family.around(pipe, Path(name).name), guidance_rescale=guidance_rescale), size)
 
 
 def components(pipeline: type[DiffusionPipeline], place: str | Path, names: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:

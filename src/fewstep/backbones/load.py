@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -30,7 +31,36 @@ from .sd3 import StableDiffusion3, around_sd3
 from .sdxl import StableDiffusionXL, around_sdxl
 from .unconditional import PixelModel, around_pixels
 
+FUSED = " + "  # between a teacher and the LoRAs that are fused into it
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
+
+
+class Source(NamedTuple):
+    """Where a teacher comes from: a pipeline, and LoRAs that are fused into its weights, each a file, folder or hub id with its strength."""
+
+    place: str
+    loras: tuple[tuple[str, float], ...] = ()
+
+
+def source_of(text: str | Path) -> Source:
+    """`owner/name + style.safetensors@0.8 + other.safetensors` in its parts; 1 where no strength is said. Raises ValueError with one line."""
+    place, *styles = (part.strip() for part in str(text).split(FUSED))
+    loras = []
+    for style in styles:
+        path, at, strength = style.rpartition("@")
+        try:
+            loras.append((path, float(strength)) if at else (style, 1.0))
+        except ValueError:
+            raise ValueError(f"--fuse-lora: got {style!r}, allowed are PATH or PATH@STRENGTH, e.g. style.safetensors@0.8") from None
+    return Source(place, tuple(loras))
+
+
+def present(source: Source) -> Source:
+    """The same, if the files of its LoRAs are there. Raises ValueError where one is not."""
+    for path, _ in source.loras:
+        if path.endswith(".safetensors") and not Path(path).is_file():
+            raise ValueError(f"--fuse-lora: there is no {path}; pass a .safetensors file, a folder or a hub id")
+    return source
 
 
 @dataclass(frozen=True)
@@ -68,21 +98,39 @@ def load_teacher(
     size: int | None = None,
     guidance_rescale: float = 0.0,
 ) -> Backbone:
-    """A teacher by bundled name, folder, or hub id (`owner/name`), with all its networks on `device`.
+    """A teacher by bundled name, folder, or hub id (`owner/name`), with all its networks on `device`; LoRAs behind ` + ` are fused in (see `source_of`).
 
     `size` is the height and width of its pictures, where it is to draw others than it was made for; `guidance_rescale` belongs to its guidance (see
     `backbones.base.rescaled`). Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
     """
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale: got {guidance_rescale}, allowed are numbers from 0 to 1")
-    place = find(source)
+    name, loras = present(source_of(source))
+    place = find(name)
     family = family_of(place)
     try:
-        backbone = family.around(load_pipeline(family.pipeline, place, dtype, family.parts), Path(source).name)
+        pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
+        backbone = family.around(pipe, FUSED.join([Path(name).name, *(Path(lora).stem for lora, _ in loras)]))
     except Exception as error:  # diffusers raises a different type for each kind of damage
         raise damaged(place, error) from error
+    for lora, strength in loras:
+        fuse(pipe, lora, strength)
     backbone.pipe.to(device)
     return at_size(replace(backbone, guidance_rescale=guidance_rescale), size)
+
+
+def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> None:
+    """Add a LoRA to a pipeline's own weights, in whatever names diffusers reads. Raises ValueError with one line where it cannot."""
+    if not isinstance(pipe, LoraBaseMixin):
+        raise ValueError(f"--fuse-lora: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out")
+    try:
+        pipe.load_lora_weights(lora)
+        pipe.fuse_lora(lora_scale=strength)
+        pipe.unload_lora_weights()
+    except Exception as error:  # as many types as there are kinds of damage
+        raise ValueError(
+            f"--fuse-lora: {lora} cannot be fused into this teacher ({_reason(error)}); check the file and what it was made for"
+        ) from error
 
 
 def find(source: str | Path) -> str | Path:

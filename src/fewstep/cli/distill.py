@@ -11,7 +11,7 @@ from ..api import load_teacher, path_times, roles_for
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
-from ..backbones.load import BUNDLED, at_size, fingerprint, place_encoders, quiet
+from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, place_encoders, quiet, source_of
 from ..backbones.schedulers import student_scheduler
 from ..export.card import read_card
 from ..roles.roles import Roles
@@ -33,10 +33,11 @@ from .sample import student_folder
 from .signals import stop_request
 
 
-def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bool) -> None:
-    """Train, preview, export, evaluate, report; every part is skipped where its result is there already."""
+def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bool, styles: list[str]) -> None:
+    """Train, preview, export, evaluate, report; every part is skipped where its result is there already. `styles` are fused into the teacher."""
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe)
+    recipe = recipe.model_copy(update={"teacher": FUSED.join([recipe.teacher, *styles])})
     check_protocols(recipe.evaluate, recipe.preview.measure)
     run = out or Path("runs") / recipe.name
     if recipe.first is not None and recipe.start is not None:
@@ -170,7 +171,7 @@ def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
         return [""]
     if recipe.prompts.source != "bundled":
         return read_prompts(recipe.prompts.source, recipe.prompts.column)
-    shipped = BUNDLED / recipe.teacher / "prompts.txt"
+    shipped = BUNDLED / source_of(recipe.teacher).place / "prompts.txt"
     if not shipped.is_file():
         raise ValueError(
             f"prompts: teacher {recipe.teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"

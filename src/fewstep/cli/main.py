@@ -11,6 +11,9 @@ from rich.console import Console
 app = typer.Typer(name="fewstep", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME by default.")]
+Fuse = Annotated[
+    list[str] | None, typer.Option("--fuse-lora", help="LoRA that becomes part of the teacher, PATH or PATH@STRENGTH. May be repeated.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")]
 
 
@@ -26,6 +29,7 @@ def distill(
     out: Out = None,
     teacher: Annotated[str | None, typer.Option(help="Bundled name, diffusers folder or hub id; the recipe's by default.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")] = None,
+    fuse_lora: Fuse = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe, the memory it needs and the first batch; train nothing.")
     ] = False,
@@ -34,7 +38,7 @@ def distill(
     from .distill import run_distill
 
     overrides = [*(set_ or []), *([f"teacher={teacher}"] if teacher else []), *([f"prompts.source={prompts}"] if prompts else [])]
-    run_distill(recipe, overrides, out, dry_run)
+    run_distill(recipe, overrides, out, dry_run, fuse_lora or [])
 
 
 @app.command()

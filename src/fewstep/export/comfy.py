@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..backbones.load import source_of
 from .card import StudentCard
 
 SAMPLERS = {"ddim": "euler", "dpmpp": "dpmpp_2m", "renoise": "lcm"}  # Euler's steps on noise levels are DDIM's
@@ -24,9 +25,15 @@ def workflow(card: StudentCard, pipeline: str, lora: str, size: int) -> dict[str
     def node(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
 
-    return {
-        "1": node("CheckpointLoaderSimple", {"ckpt_name": f"{card.base.rsplit('/', 1)[-1]}.safetensors"}),
-        "2": node("LoraLoader", {"lora_name": lora, "strength_model": 1.0, "strength_clip": 1.0, "model": ["1", 0], "clip": ["1", 1]}),
+    base, styles = source_of(card.base)
+    graph = {"1": node("CheckpointLoaderSimple", {"ckpt_name": f"{base.rsplit('/', 1)[-1]}.safetensors"})}
+    last = "1"
+    for key, (name, strength) in zip(
+        [*(str(9 + i) for i in range(len(styles))), "2"], [*((path.rsplit("/", 1)[-1], s) for path, s in styles), (lora, 1.0)], strict=True
+    ):
+        loaded = {"lora_name": name, "strength_model": strength, "strength_clip": strength, "model": [last, 0], "clip": [last, 1]}
+        graph[key], last = node("LoraLoader", loaded), key
+    return graph | {
         "3": node("CLIPTextEncode", {"text": "a prompt", "clip": ["2", 1]}),
         "4": node("CLIPTextEncode", {"text": "", "clip": ["2", 1]}),
         "5": node(LATENTS[pipeline], {"width": size, "height": size, "batch_size": 1}),

@@ -2,7 +2,7 @@
 
 from ..backbones.few_step import Facts
 from ..backbones.files import PEFT_FOLDER
-from ..backbones.load import bundled
+from ..backbones.load import bundled, source_of
 from .card import StudentCard
 
 
@@ -22,7 +22,8 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts) -> 
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
-    ships = card.base in bundled()
+    place, styles = source_of(card.base)
+    ships = place in bundled()
     names = sorted([scheduler] if ships else [scheduler, facts.pipeline])
     imports = "\n".join(
         ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ships
@@ -30,8 +31,10 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts) -> 
     base = (
         f'fewstep.load_teacher("{card.base}").pipe  # this base ships with fewstep'
         if ships
-        else f'{facts.pipeline}.from_pretrained("{card.base}")'
+        else f'{facts.pipeline}.from_pretrained("{place}")'
     )
+    if not ships:
+        base += "".join(f'\npipe.load_lora_weights("{s}")\npipe.fuse_lora(lora_scale={w:g})\npipe.unload_lora_weights()' for s, w in styles)
     others = (
         ""
         if len(card.steps) == 1
@@ -75,7 +78,7 @@ pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of
     tag = ("text-to-video" if facts.video else "text-to-image") if facts.takes_prompts else "unconditional-image-generation"
     return f"""---
 license: {card.licence}
-base_model: {card.base}
+base_model: {place}
 library_name: diffusers
 pipeline_tag: {tag}
 tags: [{tag}, {"lora, " if card.weights == "lora" else ""}few-step, {card.method}]
