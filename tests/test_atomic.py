@@ -1,11 +1,14 @@
 """Files are whole or not there: a failure changes nothing and leaves nothing."""
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fewstep.atomic import read_json, replacing, write_json, write_tensors
+from fewstep.atomic import DTYPES, read_json, replacing, write_json, write_rows, write_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -44,3 +47,30 @@ def test_damaged_json_is_named_with_its_cure(tmp_path: Path, text: str, said: st
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=rf"run\.json is damaged \(.*{said}.*\); delete it"):
         read_json(tmp_path / "run.json", "delete it")
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
+    """The file is an ordinary one, and the parts that are written are let go."""
+    full = {str(d)[6:]: torch.arange(70).reshape(10, 7).to(d) for d in DTYPES}
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def parts() -> Iterator[dict[str, torch.Tensor]]:
+        for i in range(0, 10, 3):
+            part = {k: v[i : i + 3].clone() for k, v in full.items()}
+            alive.append(weakref.ref(part["float32"]))
+            yield part
+            del part
+            assert sum(r() is not None for r in alive) <= 2
+
+    write_rows(tmp_path / "a" / "rows.safetensors", 10, parts(), {"null": torch.ones(1, 2, 3)})
+    read = load_file(tmp_path / "a" / "rows.safetensors")
+    assert set(read) == {*full, "null"}
+    assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in full.items())
+    assert torch.equal(read["null"], torch.ones(1, 2, 3))
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_rows_that_are_too_many_or_too_few_leave_nothing(count: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"are not {count}"):
+        write_rows(tmp_path / "rows.safetensors", count, [{"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 3)}], {})
+    assert names(tmp_path) == []

@@ -1,15 +1,20 @@
 """Files that are either whole or not there: written under a temporary name beside their own, then renamed."""
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}  # safetensors' names
 
 
 @contextmanager
@@ -56,4 +61,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, st
         with replacing(path) as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, about)
     except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}; free some space, then run the same command again") from error
+
+
+def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> None:
+    """One safetensors file of tensors [count, ...] whose rows come in `parts`, of which two at most are held, and of `whole` ones.
+
+    Reading it again takes no memory either until rows are asked for. Raises ValueError where the parts do not add up, OSError that says
+    what to do, with nothing changed.
+    """
+    rest = iter(parts)
+    first = next(rest)
+    shapes = {k: (v.dtype, (count, *v.shape[1:])) for k, v in first.items()} | {k: (v.dtype, tuple(v.shape)) for k, v in whole.items()}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    at = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for part in chain([first], rest, [whole]):
+                for name, rows in part.items():
+                    file.seek(at[name])
+                    at[name] += file.write(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            if ends := [n for n, entry in header.items() if at[n] != 8 + len(text) + entry["data_offsets"][1]]:
+                raise ValueError(f"{path}: the rows of {ends[0]} are not {count}")
+    except OSError as error:
         raise OSError(f"cannot write {path}: {error}; free some space, then run the same command again") from error

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Denoiser, denoiser, guided, rescaled, rows
+from fewstep.backbones.generate import in_parts
 from fewstep.core.prediction import ROWS, split
 from fewstep.core.schedule import EDM, Flow, expand
+from fewstep.core.solvers import Denoise
 
 from .. import tiny
 
@@ -109,3 +111,30 @@ def test_rows_of_conditions() -> None:
     got = rows(cond, slice(1, None))
     assert got["text"].tolist() == [[2, 3], [4, 5]]
     assert got["ids"].tolist() == [1, 2]
+
+
+def test_each_sample_may_have_a_guidance_of_its_own() -> None:
+    backbone = tiny.denoiser()
+    x, t = torch.randn(3, 2, 4, 4), torch.tensor([900.0, 500.0, 20.0])
+    cond, null = backbone.encode(tiny.WORDS), backbone.encode([""])
+    with torch.no_grad():
+        together = guided(backbone, backbone.module, cond, null, torch.tensor([1.0, 2.5, 7.0], dtype=torch.float64))(x, t)
+        for i, scale in enumerate((1.0, 2.5, 7.0)):
+            alone = guided(backbone, backbone.module, rows(cond, slice(i, i + 1)), null, scale)(x[i : i + 1], t[i : i + 1])
+            torch.testing.assert_close(together.x0[i : i + 1], alone.x0, atol=1e-5, rtol=1e-5)
+
+
+def test_in_parts_it_is_the_same_denoiser() -> None:
+    backbone = tiny.denoiser()
+    cond, sizes = backbone.encode(tiny.WORDS), []
+
+    def of_rows(r: slice) -> Denoise:
+        sizes.append(r)
+        return denoiser(backbone, backbone.module, rows(cond, r))
+
+    x, t = torch.randn(3, 2, 4, 4), torch.tensor([900.0, 500.0, 20.0])
+    with torch.no_grad():
+        whole, parts = denoiser(backbone, backbone.module, cond)(x, t), in_parts(of_rows, 2)(x, t)
+    assert sizes == [slice(0, 2), slice(2, 3)]
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

@@ -17,7 +17,6 @@ from .. import pipelines
 from .test_distill import error_of, fewstep
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
 
-
 TDM = {"steps": 2, "warmup": 0}
 
 

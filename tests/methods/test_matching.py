@@ -16,6 +16,7 @@ from fewstep.methods.matching import (
     draw,
     fake_loss,
     fisher_loss,
+    guidance_at,
     losses,
     student_loss,
 )
@@ -297,3 +298,19 @@ def test_times_are_the_uniform_grid_of_any_step_count() -> None:
     assert torch.equal(several.times(tiny.TABLE), timegrid.uniform(tiny.TABLE, 2))
     assert (several.counts, several.conditioned) == ((2, 4), (2, 4))
     assert Matching(steps=(2, 4), condition=False).conditioned == Matching(steps=(2,)).conditioned == Matching(steps=4).conditioned == ()
+
+
+def test_tilted_guidance_is_stronger_near_noise_and_as_strong_in_the_middle() -> None:
+    method = Matching(guidance=4.0, guidance_tilt=0.5)
+    tau = torch.tensor([999.0, 499.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(guidance_at(method, tiny.TABLE, tau), torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64))
+    assert guidance_at(Matching(guidance=4.0), tiny.TABLE, tau) == 4.0
+    with pytest.raises(ValueError, match=r"^method.guidance_tilt: got 2, allowed are numbers from -1 to 1"):
+        Matching(guidance_tilt=2)
+
+
+def test_the_teacher_is_asked_with_it() -> None:
+    """The same guidance on average, another one at each tau: another loss."""
+    roles = trained()
+    plain, tilted = (list(updates(roles, Matching(steps=2, guidance=g, guidance_tilt=b)))[-1].value for g, b in ((3.0, 0.0), (3.0, 0.4)))
+    assert not torch.allclose(plain, tilted)

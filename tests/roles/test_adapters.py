@@ -165,3 +165,31 @@ def test_adapters_of_others_are_not_thrown_away() -> None:
     with pytest.raises(ValueError, match="teacher: its network carries the adapter style; fuse it into the weights first"):
         adapters.remove_adapters(module, ("student", "fake"))
     assert adapters.adapter_layers(module)
+
+
+def test_uncast_is_the_same_under_autocast_and_keeps_no_second_copy_of_an_input() -> None:
+    """A base in half precision, LoRA in single, as a training has them on a card."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Conv1d(8, 8, 1)).bfloat16().requires_grad_(False)
+    adapters.add_adapter(module, "student", 2, 2, ["0"], seed=0)
+    randomise(module, "student", 1)
+    layers = adapters.adapter_layers(module)
+    adapters.switch(layers, "student")
+    x = torch.randn(2, 8, 64, dtype=torch.bfloat16)
+
+    def walk() -> tuple[Tensor, int]:
+        made = 0
+
+        def pack(t: Tensor) -> Tensor:
+            nonlocal made
+            made += t.shape[-1] == 64 and t.numel() == x.numel() and t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+            return t
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return module[0](x), made
+
+    before, copies = walk()
+    with adapters.uncast(layers):
+        after, fewer = walk()
+    assert torch.equal(before, after)
+    assert fewer < copies
+    assert all(layer.cast_input_dtype_enabled for layer in layers)

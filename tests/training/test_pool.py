@@ -18,7 +18,9 @@ from .. import tiny
 def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     data = embed(backbone, tiny.WORDS, None, "base")
-    drawn = teacher_pictures(backbone, data, 7, 3, 2.0, tmp_path, seed=5, chunk=4)
+    told: list[int] = []
+    drawn = teacher_pictures(backbone, data, 7, 3, 2.0, tmp_path, seed=5, chunk=4, show=told.append)
+    assert told == [4, 7]
     assert len(drawn) == 7
     counts = [int((drawn.embeddings.cond["text"] == c).flatten(1).all(1).sum()) for c in data.cond["text"]]
     assert sorted(counts) == [2, 2, 3]  # evenly

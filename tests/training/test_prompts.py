@@ -127,6 +127,7 @@ def test_a_truncated_cache_is_made_again(tmp_path: Path, keep: float) -> None:
     first = embed(backbone, THREE, tmp_path, "base")
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
+    path.unlink()  # `first` still reads the old file
     path.write_bytes(whole[: int(len(whole) * keep)])
     labels.encoded = 0
     second = embed(backbone, THREE, tmp_path, "base")

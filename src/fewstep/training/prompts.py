@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_tensors
+from ..atomic import write_rows
 from ..backbones.base import Backbone, Cond, rows
 
 COLUMNS = ("prompt", "caption", "text")
@@ -85,7 +85,7 @@ CHUNK = 64  # prompts that are encoded at once
 
 
 class Embeddings:
-    """Conditions of a list of prompts and of the empty prompt, encoded once and kept on the CPU."""
+    """Conditions of a list of prompts and of the empty prompt, encoded once; on the CPU, or in a file of which what is drawn is read."""
 
     def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str) -> None:
         self.cond, self.null, self.prompts, self.count = cond, null, list(prompts), len(prompts)
@@ -111,7 +111,7 @@ class Embeddings:
 
 
 def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = CHUNK) -> Embeddings:
-    """Encode prompts once. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does)."""
+    """Encode prompts once, with a `cache` in the memory of one chunk. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does)."""
     dtype = str(next(backbone.module.parameters()).dtype)
     about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is told the size of its pictures
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
@@ -122,11 +122,15 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
             return _embeddings(tensors, prompts, 0, key)
         except SafetensorError:
             path.unlink()  # a truncated cache is rebuilt, it holds nothing that cannot be made again
-    parts = [backbone.encode(list(prompts[i : i + chunk])) for i in range(0, len(prompts), chunk)]
-    tensors = {f"cond.{k}": torch.cat([p[k] for p in parts]).cpu().contiguous() for k in parts[0]}
-    tensors |= {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
-    if path is not None and tensors:
-        write_tensors(path, tensors)  # every process of a run may do it
+    parts = (
+        {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()} for i in range(0, len(prompts), chunk)
+    )
+    null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
+    if path is not None and null:
+        write_rows(path, len(prompts), parts, null)  # every process of a run may do it
+        return _embeddings(load_file(path), prompts, len(prompts), key)
+    encoded = list(parts)
+    tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
     return _embeddings(tensors, prompts, len(prompts), key)
 
 
