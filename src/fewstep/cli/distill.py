@@ -19,6 +19,7 @@ from ..training.loop import Step, default_device, distill
 from ..training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
+from ..training.processes import any_of, is_first, this_process, together
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from .ending import finish, write_shape
@@ -48,10 +49,14 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size, recipe.guidance_rescale)
     prompts = training_prompts(recipe, teacher)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
+    console.quiet = not is_first()
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
-        if not finished(run / FIRST, stage):
+        done = finished(run / FIRST, stage)
+        together()
+        if not done:
             distil(stage, teacher, prompts, run / FIRST, source, overrides, run / EMBEDDINGS)
+            together()
     distil(stages[-1], teacher, prompts, run, source, overrides, run / EMBEDDINGS)
 
 
@@ -76,20 +81,29 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
     place_encoders(teacher, device_of(teacher.module))
     if teacher.scheduler_config:
         student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver)  # what cannot be exported is not trained
-    run.mkdir(parents=True, exist_ok=True)
-    base_hash = fingerprint(teacher.module)
-    write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
+    first, base_hash = is_first(), fingerprint(teacher.module)
     identity = fingerprint(teacher.module, *teacher.encoders)
-    data = embed(teacher, prompts, cache, identity)
-    real = real_data(recipe, teacher, data, cache, identity)
-    paths = trajectories(recipe, teacher, data, run, identity)
-    shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
+    if first:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
+    with this_process().main_process_first():  # what it makes the others find
+        data = embed(teacher, prompts, cache, identity)
+        real = real_data(recipe, teacher, data, cache, identity)
+        paths = trajectories(recipe, teacher, data, run, identity)
+        shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
     place_encoders(teacher, "cpu")
-    preview = Preview(recipe, teacher, shown, run)
+    preview = Preview(recipe, teacher, shown, run) if first else None
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles)
     found = latest_checkpoint(run)
+    together()  # nobody writes before all have looked
     start = 0 if found is None else int(found[1]["step"])
+    if preview is None:
+        with stop_request() as request:
+            for step in distill(roles, recipe.method, data, recipe.train, run, real, paths):
+                if any_of(request.asked) and step.iteration < recipe.train.iterations:
+                    sys.exit(130)
+        return
     log = MetricsLog(run / "metrics.jsonl", start)
     if start:
         console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
@@ -108,7 +122,7 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
                 log.note(step.iteration, {"warnings": warnings})
             if due:
                 measure(recipe, step, log)
-            if request.asked and step.iteration < recipe.train.iterations:
+            if any_of(request.asked) and step.iteration < recipe.train.iterations:
                 stopped = True
                 break
     if stopped:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..training.processes import this_process
 from .recipe import DistillRecipe
 
 
@@ -30,13 +31,15 @@ def versions() -> dict[str, str]:
 
 def hardware() -> str:
     """The device's name as a person would say it."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    count = this_process().num_processes
+    return name if count == 1 else f"{count} x {name}"
 
 
 def command_line() -> str:
-    return shlex.join(["fewstep", *sys.argv[1:]])
+    count = this_process().num_processes
+    launched = ["fewstep"] if count == 1 else ["accelerate", "launch", "--num_processes", str(count), "-m", "fewstep.cli.main"]
+    return shlex.join([*launched, *sys.argv[1:]])
 
 
 def next_commands(recipe: DistillRecipe) -> list[tuple[str, str]]:

@@ -1,21 +1,23 @@
 """Ctrl-C and SIGTERM as a request: the loop finishes its iteration, saves and leaves. A second one interrupts at once."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 class StopRequest:
-    """`asked` turns true at the first signal."""
+    """`asked` turns true at the first signal. What follows within a second is the same one: launchers pass on what their children get, too."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.when = False, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self.when > 1:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()
 
 
 @contextmanager

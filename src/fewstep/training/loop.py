@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import reduce
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..backbones.generate import device_of
@@ -19,6 +18,7 @@ from ..roles.adapters import assign, uncast
 from ..roles.roles import Role, Roles
 from .paths import Paths
 from .pictures import RealData
+from .processes import mean_of, this_process
 from .prompts import Embeddings
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
 
@@ -81,7 +81,7 @@ class Step:
 
 def default_device() -> torch.device:
     """This process's own GPU, or the CPU."""
-    device = PartialState().device
+    device = this_process().device
     return device if device.type in ("cuda", "xpu") else torch.device("cpu")  # times are float64, which Apple's GPUs do not know
 
 
@@ -191,7 +191,7 @@ def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch
     """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call."""
     parameters = list(roles.trained[role].values())
     if accelerator.num_processes > 1:
-        flat = reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "mean")
+        flat = mean_of(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
         for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
