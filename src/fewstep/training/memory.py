@@ -71,7 +71,7 @@ def module_bytes(*modules: nn.Module) -> int:
 class Training:
     """Bytes at the peak of a training, by what they are for; `work` comes and goes: activations, inputs kept for gradients, estimates."""
 
-    base: int  # of the denoiser, of all copies where there are three
+    base: int  # of the frozen denoiser; copies that are trained count as such
     trained: int
     gradients: int
     optimiser: int
