@@ -1,4 +1,4 @@
-"""One recipe in two processes, as `accelerate launch` starts them: one run folder, one voice, and an end when one of them ends."""
+"""One recipe in two processes, as torchrun starts them: one run folder, one voice, and an end when one of them ends."""
 
 import json
 import os
@@ -84,4 +84,4 @@ def test_one_that_dies_ends_the_run_with_one_line_and_the_same_command_resumes(t
     again[1].send_signal(signal.SIGINT)  # either of them may be asked to stop
     stopped = ended(again)
     assert [s for s, _, _ in stopped] == [130, 130]
-    assert "resuming runs/tiny at iteration" in stopped[0][1] and "accelerate launch --num_processes 2" in stopped[0][1]
+    assert "resuming runs/tiny at iteration" in stopped[0][1] and "torchrun --nproc_per_node 2" in stopped[0][1]

@@ -38,7 +38,7 @@ def hardware() -> str:
 
 def command_line() -> str:
     count = this_process().num_processes
-    launched = ["fewstep"] if count == 1 else ["accelerate", "launch", "--num_processes", str(count), "-m", "fewstep.cli.main"]
+    launched = ["fewstep"] if count == 1 else ["torchrun", "--nproc_per_node", str(count), "-m", "fewstep.cli.main"]
     return shlex.join([*launched, *sys.argv[1:]])
 
 
