@@ -266,3 +266,11 @@ def test_a_lora_of_another_network_is_refused() -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"roles\.rank: got -1, allowed are whole numbers from 0"):
         RolesConfig(rank=-1)
+
+
+def test_copies_of_half_precision_weights_are_refused_with_one_line() -> None:
+    backbone = tiny.denoiser()
+    backbone.module.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"roles\.share: got false, which trains weights that are bfloat16 here .* set dtype to float32"):
+        make_roles(backbone, RolesConfig(share=False))
+    make_roles(backbone, RolesConfig(share=True))  # the adapters are in single precision

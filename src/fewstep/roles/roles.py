@@ -176,6 +176,15 @@ def copied(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
+def _require_single(network: nn.Module) -> None:
+    """Raises ValueError where weights that are to be trained themselves are too coarse for their updates."""
+    if coarse := {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}:
+        raise ValueError(
+            f"roles.share: got false, which trains weights that are {str(coarse.pop()).removeprefix('torch.')} here and would lose "
+            "updates smaller than their rounding; set dtype to float32 (train.precision bf16 computes in half of it all the same)"
+        )
+
+
 def make_roles(
     backbone: Backbone,
     config: RolesConfig,
@@ -188,7 +197,7 @@ def make_roles(
     """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several `counts`: step counts or guidance scales.
 
     `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
-    (rank 0) is all of it. Raises ValueError where there is nothing to train.
+    (rank 0) is all of it. Raises ValueError where there is nothing to train, or copies of half-precision weights.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
     the same backbone are taken out. Copies: two deep copies.
     """
@@ -201,6 +210,7 @@ def make_roles(
     if counts:
         width = step_condition.width(base, backbone.time_layer)
     if not config.share:
+        _require_single(base)
         networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
         layers: tuple[LoraLayer, ...] = ()
