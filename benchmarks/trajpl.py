@@ -4,7 +4,7 @@
     python benchmarks/trajpl.py --only exact       # one part; --seeds 0 for one seed; --iterations N for another budget
 
 `exact`: the teacher is the closed form, so there is nothing for a LoRA to train and heads stand alone. `network`: a small network that
-was trained on draws of the mixture is the teacher. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
+was trained on draws of the mixture is the teacher, of more trajectories, for LoRA learn 3,000 by heart. `data`: the same, with fewer. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
 `pixel`: the bundled Fashion-MNIST teacher, guidance distilled in, and the share of the excess Frechet distance (EfficientNet-lite0 features,
 32 components, 1,000 pictures, against as many of the test set from Debian's dataset-fashion-mnist) over its 50 steps that is left.
@@ -118,6 +118,7 @@ class Student:
     method: dict[str, Any] = field(default_factory=dict)
     roles: dict[str, Any] = field(default_factory=dict)
     trained: bool = True
+    trajectories: int = 0  # 0: as many as its part has
 
 
 ALONE = {"rank": 0}
@@ -136,6 +137,11 @@ PARTS: dict[str, dict[str, Student]] = {
         "sfd": Student("all weights, no head (SFD)", {"head": "none"}, {"share": False}),
         "lora-pas": Student("LoRA and shared weights", {"head": "shared"}, {"rank": 8}),
         "trajp-l": LORAS["trajp-l"],
+    },
+    "data": {
+        f"{key}-{n}": replace(student, label=f"{student.label}, {n:,} trajectories", trajectories=n)
+        for key, student in (("head", HEADS["head"]), ("trajp-l", LORAS["trajp-l"]))
+        for n in (50, 200, 1000, 5000)
     },
     "pixel": {**SOLVERS, **HEADS, **LORAS, "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 8})},
 }
@@ -156,7 +162,7 @@ class Part:
     measure: Callable[[Call, PathImitation, Correct | None], dict[int, float]]
 
 
-def mixture_part(teacher: Backbone, a: argparse.Namespace) -> Part:
+def mixture_part(teacher: Backbone, count: int, a: argparse.Namespace) -> Part:
     """Errors on fresh noise against the teacher's own end of the way."""
     noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
     goal = walk(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
@@ -169,7 +175,7 @@ def mixture_part(teacher: Backbone, a: argparse.Namespace) -> Part:
         return found
 
     train = TrainConfig(a.iterations, a.batch, a.lr, a.lr, decay=a.iterations // 2, ema=0.99)
-    return Part(teacher, ("",), COUNTS, PathsConfig(a.count, 64), train, measure)
+    return Part(teacher, ("",), COUNTS, PathsConfig(count, 64), train, measure)
 
 
 def pixel_part(a: argparse.Namespace) -> Part:
@@ -206,8 +212,9 @@ def make_part(name: str, a: argparse.Namespace) -> Part:
     """By name."""
     if name == "pixel":
         return pixel_part(a)
-    exact = Denoiser(Exact(), PROCESS, (D,), "x0", name="exact")
-    return mixture_part(exact if name == "exact" else small_teacher(a.folder / "small.safetensors", a.teacher_steps), a)
+    if name == "exact":
+        return mixture_part(Denoiser(Exact(), PROCESS, (D,), "x0", name="exact"), a.count, a)
+    return mixture_part(small_teacher(a.folder / "small.safetensors", a.teacher_steps), a.network_count, a)
 
 
 def run(name: str, key: str, student: Student, part: Part, paths: Paths, data: Embeddings, seed: int) -> dict[str, Any]:
@@ -242,6 +249,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--count", type=int, default=3000, help="trajectories of the mixture")
+    parser.add_argument("--network-count", type=int, default=20000, help="trajectories of the small network")
     parser.add_argument("--teacher-steps", type=int, default=6000, help="training steps of the small network")
     parser.add_argument("--pixels", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--pixel-iterations", type=int, default=600)
@@ -253,10 +261,13 @@ def main() -> None:
         part = make_part(name, a)
         data = embed(part.teacher, list(part.prompts), None, name)
         times = path_times(PathImitation(steps=part.counts), part.teacher)
-        paths = to_end(teacher_paths(part.teacher, data, part.paths, times, 1.0, a.folder / name, name, chunk=500))
         for key, student in PARTS[name].items():
             if a.keys and key not in a.keys:
                 continue
+            config, folder = part.paths, a.folder / name
+            if student.trajectories:
+                config, folder = replace(config, count=student.trajectories), a.folder / f"{name}-{student.trajectories}"
+            paths = to_end(teacher_paths(part.teacher, data, config, times, 1.0, folder, name, chunk=500))
             for seed in a.seeds if student.trained else a.seeds[:1]:
                 file = a.folder / f"{name}-{key}-{seed}.json"
                 if not file.exists():
