@@ -75,3 +75,16 @@ def test_gradients_are_clipped_and_logged_before_it(gradients: Gradients) -> Non
         norm = torch.stack([gradients[id(p)].norm() for p in roles.trained[role].values()]).norm().item()
         assert 0 < norm <= 1.01e-6
         assert steps[-1].metrics[f"{role}_grad"] > 1e-6
+
+
+def test_under_bf16_a_later_call_of_an_iteration_sees_what_an_earlier_update_made_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """autocast keeps what it cast, updated since or not, unless told otherwise."""
+    config, method = replace(CONFIG, precision="bf16", iterations=2), replace(METHOD, warmup=0, fake_updates=3, share_draw=False)
+
+    def metrics() -> list[dict[str, float]]:
+        roles, data = parts(True)
+        return [dict(s.metrics) for s in distill(roles, method, data, config)]
+
+    found, autocast = metrics(), torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: autocast(*args, **(options | {"cache_enabled": False})))
+    assert found == metrics()

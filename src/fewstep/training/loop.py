@@ -199,6 +199,7 @@ def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(role, i)
     optimizer.step()
+    torch.clear_autocast_cache()  # of what the weights were: a later call of the same iteration is of what they are
     optimizer.zero_grad(set_to_none=True)  # nothing of it is held through the next iteration
     return norm
 
