@@ -166,6 +166,24 @@ def set_checkpointing(network: nn.Module, run: Callable[..., Any] | None) -> Non
         )
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The parts that a network's weights are spread in, inner ones first: those that diffusers keeps together, else the elements of its outermost lists.
+
+    Raises ValueError where there are none.
+    """
+    kinds = (network._no_split_modules or ()) if isinstance(network, ModelMixin) else ()
+    found = [m for m in network.modules() if type(m).__name__ in kinds and m is not network]
+    if not found:
+        lists = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.ModuleList)]
+        outer = [m for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+        found = [block for m in outer for block in m if next(block.parameters(), None) is not None]
+    if not found:
+        raise ValueError(
+            f"train.shard: a {type(network).__name__} has no blocks (the elements of an nn.ModuleList) to spread; set it to false"
+        )
+    return found[::-1]
+
+
 def unet_features(unet: nn.Module) -> tuple[str, ...]:
     """The last convolution block of every downward level, and the middle."""
     levels = unet.get_submodule("down_blocks")

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -15,11 +17,11 @@ from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, place_encoder
 from ..backbones.schedulers import student_scheduler
 from ..export.card import read_card
 from ..roles.roles import Roles
-from ..training.loop import Step, default_device, distill
+from ..training.loop import Step, default_device, distill, restore
 from ..training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
-from ..training.processes import any_of, is_first, this_process, together
+from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from .ending import finish, write_shape
@@ -46,7 +48,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     if dry_run:
         print_dry_run(recipe)
         return
-    teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size, recipe.guidance_rescale)
+    teacher = teacher_of(recipe)
     prompts = training_prompts(recipe, teacher)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
     console.quiet = not is_first()
@@ -57,7 +59,18 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
         if not done:
             distil(stage, teacher, prompts, run / FIRST, source, overrides, run / EMBEDDINGS)
             together()
+            teacher = teacher_of(recipe) if sharded(stage) else teacher
     distil(stages[-1], teacher, prompts, run, source, overrides, run / EMBEDDINGS)
+
+
+def teacher_of(recipe: DistillRecipe) -> Backbone:
+    """The recipe's, on this process's device."""
+    return load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size, recipe.guidance_rescale)
+
+
+def sharded(recipe: DistillRecipe) -> bool:
+    """Whether its weights are spread over processes."""
+    return recipe.train.shard and this_process().num_processes > 1
 
 
 def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float:
@@ -92,45 +105,59 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
         paths = trajectories(recipe, teacher, data, run, identity)
         shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
     place_encoders(teacher, "cpu")
-    preview = Preview(recipe, teacher, shown, run) if first else None
+    if sharded(recipe):
+        teacher.module.cpu()  # whence it and its copies come back in parts
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles)
+    if sharded(recipe):
+        roles.shard(mesh_of_all(), default_device())
     found = latest_checkpoint(run)
     together()  # nobody writes before all have looked
     start = 0 if found is None else int(found[1]["step"])
-    if preview is None:
-        with stop_request() as request:
-            for step in distill(roles, recipe.method, data, recipe.train, run, real, paths):
-                if any_of(request.asked) and step.iteration < recipe.train.iterations:
-                    sys.exit(130)
-        return
-    log = MetricsLog(run / "metrics.jsonl", start)
+    log = MetricsLog(run / "metrics.jsonl" if first else None, start)
     if start:
         console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
     else:
         log.seconds = spent_before(recipe, run, paths)
-        preview.show(roles, 0, recipe.method)
-        measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
-    stopped = False
-    with stop_request() as request, meter(recipe.name, recipe.train.iterations, start) as bar:
-        for step in distill(roles, recipe.method, data, recipe.train, run, real, paths):
-            log.add(step)
-            bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
-            due = step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations
-            if due and (warnings := preview.show(roles, step.iteration, recipe.method)):
-                console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
-                log.note(step.iteration, {"warnings": warnings})
-            if due:
-                measure(recipe, step, log)
-            if any_of(request.asked) and step.iteration < recipe.train.iterations:
-                stopped = True
-                break
+    with with_others():
+        # Networks whose weights are spread draw in all processes or in none.
+        preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
+        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
+    if not first:
+        return
+    if sharded(recipe):
+        teacher = at_size(teacher_of(recipe), recipe.size)
+        roles = roles_of(recipe, teacher, paths)
+        restore(roles, run)
+        preview = Preview(recipe, teacher, shown, run)
     if paths is not None:
         write_shape(run, recipe.method, roles, paths)
+    assert preview is not None
     finish(recipe, roles, preview, run, base_hash, log.seconds)
+
+
+def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, None], preview: Preview | None, log: MetricsLog) -> bool:
+    """Go through the training and show, log and measure what comes; returns whether it was stopped before its end. Without `preview` only train."""
+    start, last = log.iteration, recipe.train.iterations
+    if not start and preview is not None:
+        preview.show(roles, 0, recipe.method)
+        measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
+    with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
+        for step in steps:
+            log.add(step)
+            bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
+            due = step.iteration % recipe.preview.every == 0 or step.iteration == last
+            if due and preview is not None:
+                if warnings := preview.show(roles, step.iteration, recipe.method):
+                    console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
+                    log.note(step.iteration, {"warnings": warnings})
+                measure(recipe, step, log)
+            if any_of(request.asked) and step.iteration < last:
+                return True
+    return False
 
 
 def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cache: Path, identity: str) -> RealData | None:

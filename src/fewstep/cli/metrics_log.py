@@ -9,10 +9,12 @@ from ..training.loop import Step
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line an iteration. On resuming, lines after the checkpoint are dropped."""
+    """`metrics.jsonl`: one line an iteration. On resuming, lines after the checkpoint are dropped. Without a path nothing is written."""
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path | None, start: int) -> None:
         self.path, self.iteration, self.seconds = path, start, 0.0
+        if path is None:
+            return
         kept = [r for r in _records(path) if r["iteration"] <= start]
         self.seconds = max((r.get("seconds", 0.0) for r in kept), default=0.0)
         write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
@@ -22,6 +24,8 @@ class MetricsLog:
         self.note(step.iteration, {"seconds": round(self.seconds, 4), **step.metrics})
 
     def note(self, iteration: int, values: dict[str, Any]) -> None:
+        if self.path is None:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **values}) + "\n")
 

@@ -21,10 +21,10 @@ from .recipe import DistillRecipe
 
 
 class Preview:
-    """The run's fixed pictures: the teacher's row once, the student's row every time."""
+    """The run's fixed pictures: the teacher's row once, the student's row every time. Without a run they are drawn and not written."""
 
-    def __init__(self, recipe: DistillRecipe, teacher: Backbone, shown: Embeddings, run: Path) -> None:
-        self.recipe, self.teacher, self.folder = recipe, teacher, run / "samples"
+    def __init__(self, recipe: DistillRecipe, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
+        self.recipe, self.teacher, self.folder = recipe, teacher, None if run is None else run / "samples"
         self.prompts = shown.prompts
         self.seeds = [recipe.preview.seed + i for i in range(len(self.prompts))]
         device = device_of(teacher.module)
@@ -47,7 +47,8 @@ class Preview:
             rows = [self._student(roles, method, k)[-1].x for k in method.counts]
         own = [strip(self.teacher.decode(x)) for x in rows]
         labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", *(f"student, {k} steps" for k in method.counts)]
-        write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
+        if self.folder is not None:
+            write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
         return drift(look(own[0]), look(self.reference)) if iteration else []
 
     def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:

@@ -1,6 +1,7 @@
 """`run.json`: what was run, with what, on what, and what one does next."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -38,7 +39,9 @@ def hardware() -> str:
 
 def command_line() -> str:
     count = this_process().num_processes
-    launched = ["fewstep"] if count == 1 else ["torchrun", "--nproc_per_node", str(count), "-m", "fewstep.cli.main"]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))  # torchrun's: of them on this machine
+    machines = [] if here == count else ["--nnodes", str(count // here)]
+    launched = ["fewstep"] if count == 1 else ["torchrun", *machines, "--nproc_per_node", str(here), "-m", "fewstep.cli.main"]
     return shlex.join([*launched, *sys.argv[1:]])
 
 

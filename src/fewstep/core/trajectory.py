@@ -20,11 +20,13 @@ def segment_starts(
     segments: Tensor,
     solver: Solver = DDIM,
     correct: Correct | None = None,
+    calls: int = 0,
 ) -> tuple[Tensor, Past]:
     """States at the noisy end of each sample's segment, `x_{t_{m+1}}` [B, ...], and their past; without gradient.
 
     x [B, ...] at times[0]; segments [B], sorted ascending, 0 starts from noise. Only the samples that have further
-    to go are evaluated, so a batch spread evenly over K segments costs (K - 1)/2 network calls, not K - 1. The past is what a
+    to go are evaluated, so a batch spread evenly over K segments costs (K - 1)/2 network calls, not K - 1; where nobody has, one is
+    until there were so many `calls`, for a network that several processes have to call together. The past is what a
     multistep solver or a correction needs for the next step.
     """
     x, noise = x.clone(), x / schedule.start_std
@@ -37,6 +39,8 @@ def segment_starts(
             x[rows], visit = step(solver, schedule, here, t, t_next, past, correct)
             for older, newer in zip(visits[::-1], [*past.visits[-2::-1], visit] if visits else [], strict=True):
                 _put(older, rows, newer)
+        for k in range(int(segments.max()), calls):
+            denoise_rows(slice(0, 1))(x[:1], times[k].to(x.device).expand(1))
     return x, Past(noise, visits)
 
 

@@ -161,7 +161,8 @@ def draw(
     x = noise(torch.empty((batch, *shape))) * schedule.start_std
     segment = timegrid.draw_segments(batch, steps, rng)
     student = partial(roles.denoise, "student", told=steps)
-    start, past = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head)
+    calls = steps - 1 if roles.sharded else 0  # as many as any process may need
+    start, past = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls)
     high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
         landed, visit = step(solver, schedule, student(cond)(start, high), high, landing, past, roles.head)

@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .sharding import part_of
+
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
 
 
@@ -145,7 +147,7 @@ def values(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Ten
 
 
 def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into parameters of the same names."""
+    """Copy tensors into parameters of the same names, of sharded ones into this process's part."""
     with torch.no_grad():
         for n, p in parameters.items():
-            p.copy_(tensors[n])
+            p.copy_(part_of(tensors[n], p))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone, Cond
+from .sharding import fetch_for, is_sharded
 
 
 class _Enough(Exception):  # noqa: N818 - no error: the last wanted feature is there, the rest of the network need not run
@@ -28,7 +29,9 @@ def features(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, cond:
 
     def keep(name: str, output: Tensor) -> None:
         found[name] = output
-        if len(found) == len(layers):
+        if is_sharded(network):
+            fetch_for(output, network, name)
+        elif len(found) == len(layers):  # the blocks of a sharded one have to see the end of a pass
             raise _Enough
 
     handles = [network.get_submodule(n).register_forward_hook(lambda _, __, output, n=n: keep(n, output)) for n in layers]

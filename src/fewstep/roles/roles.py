@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
 from ..backbones.parts import set_checkpointing
 from ..core.prediction import Split
 from ..core.solvers import Denoise
-from . import adapters, step_condition
+from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, make_discriminator
 from .step_condition import StepCondition
@@ -58,7 +59,7 @@ class Roles:
 
     backbone: Backbone
     networks: Mapping[Role, nn.Module]
-    trained: Mapping[Role, Mapping[str, nn.Parameter]]  # student, fake and, with a GAN, discriminator -> name -> parameter
+    trained: dict[Role, Mapping[str, nn.Parameter]]  # student, fake and, with a GAN, discriminator -> name -> parameter
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
@@ -101,6 +102,29 @@ class Roles:
     def vectors(self, role: Role = "student") -> dict[float, Tensor]:
         """What is added to the role's time embedding for each value that it is told; empty where it is not told."""
         return step_condition.vectors(self.counts, self.trained[role][CONDITION]) if self.counts else {}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over processes: every call of a network needs all of them, and gradients come by backward passes."""
+        return sharding.is_sharded(self.backbone.module)
+
+    def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Spread all networks over the processes of `mesh`, their parts and all else on `device`; see `sharding.shard`.
+
+        For good: whoever wants them whole makes roles anew. Before it the student may begin as another, after it no more.
+        """
+        for network in {id(n): n for n in self.networks.values()}.values():
+            before = {n: p for n, p in network.named_parameters() if p.requires_grad}
+            sharding.shard(network, mesh, device)
+            after = dict(network.named_parameters())
+            for role, own in self.trained.items():
+                self.trained[role] = {n: after[n] if before.get(n) is p else p for n, p in own.items()}
+        for p in sharding.by_kind([p for own in self.trained.values() for p in own.values()])[1]:
+            p.data = p.data.to(device)
+        if self.head is not None:
+            self.head.to(device)
+        for name, p in self.trained["student"].items():
+            self.average[name] = sharding.part_of(self.average[name], p).to(p.device)
 
     def update_average(self, decay: float) -> None:
         """`average <- decay average + (1 - decay) student`."""

@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones.generate import device_of
 from ..methods.method import Loss, Method, Turn, draw_count
 from ..roles.adapters import assign, uncast
 from ..roles.roles import Role, Roles
+from ..roles.sharding import by_kind, clip_gradients, part_of, whole
 from .paths import Paths
 from .pictures import RealData
-from .processes import mean_of, this_process
+from .processes import is_first, mean_of, this_process
 from .prompts import Embeddings
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
 
@@ -29,6 +30,7 @@ class TrainConfig:
 
     An iteration takes `accumulate` batches one after the other: as much memory as one, the update of all. N processes do the same with
     N times as many, and draw what one process would draw that accumulates as often.
+    With `shard` each of them holds a part of all weights and optimiser states (FSDP2) instead of all; one process takes no notice.
     Over the last `decay` iterations the student's rate falls to zero in a line.
     """
 
@@ -45,6 +47,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     seed: int = 0
     precision: Literal["no", "bf16"] = "no"  # bf16: the networks compute in it, weights and losses stay float32
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for option in ("iterations", "batch", "accumulate", "checkpoint_every"):
@@ -99,7 +102,7 @@ def distill(
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
     by (seed, iteration, rank), so the resumed run is the straight run bit for bit on the same machine. Raises ValueError
     when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss or gradient (the last checkpoint
-    stays). Trains on the device that the network is on.
+    stays). Trains on the device that the network is on, and where the roles are sharded in all processes together.
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
@@ -114,8 +117,9 @@ def distill(
             + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.pictures else "leave data out")
         )
     optimizers = {r: _optimizer(roles, r, config) for r in roles.trained}
-    fingerprint = "" if run is None else _fingerprint(roles, method, data, config, real, paths)
-    start = _resume(roles, optimizers, run, fingerprint)
+    batches = config.accumulate * accelerator.num_processes
+    fingerprint = "" if run is None else _fingerprint(roles, method, data, config, batches, real, paths)
+    start = _resume(roles, optimizers, run, fingerprint, batches, accelerator.num_processes)
     null = data.unconditional(device)
     for i in range(start, config.iterations):
         began = time.perf_counter()
@@ -128,21 +132,26 @@ def distill(
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
             turns.append(Turn(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
         mixed = config.precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed), uncast(roles.layers if mixed else ()):
+        # What autocast keeps of sharded weights would be whole, and of the block that was fetched into the same memory before.
+        with (
+            torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=not roles.sharded),
+            uncast(roles.layers if mixed else ()),
+        ):
             metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i)
         if i >= method.warmup:
             # A young average forgets faster, so that it is never a memory of the start.
             done = i - method.warmup + 1
             roles.update_average(min(config.ema, done / (done + 9)))
-        if run is not None and accelerator.is_main_process and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
-            save_run(roles, optimizers, run, i + 1, fingerprint)
+        writes = accelerator.is_main_process or roles.sharded  # of the latter all give what they have, and the first writes
+        if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
+            save_run(roles, optimizers, run, i + 1, fingerprint, batches)
         saved = run is None or (i + 1) % config.checkpoint_every == 0
         try:
             yield Step(i + 1, {k: float(v) for k, v in metrics.items()}, time.perf_counter() - began, roles, method)
         except GeneratorExit:
             # The caller stops here: nothing of what was trained is lost.
-            if run is not None and not saved and accelerator.is_main_process:
-                save_run(roles, optimizers, run, i + 1, fingerprint)
+            if run is not None and not saved and writes:
+                save_run(roles, optimizers, run, i + 1, fingerprint, batches)
             raise
 
 
@@ -180,6 +189,9 @@ def _updates(
 
 def _add_gradients(loss: Loss, roles: Roles, share: float) -> None:
     """This share of the loss's gradients onto what its role's parameters have; zero for those that it does not reach."""
+    if roles.sharded:
+        _add_gradients_of_parts(loss, roles, share)
+        return
     parameters = list(roles.trained[loss.role].values())
     grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
     for p, g in zip(parameters, grads, strict=True):
@@ -187,14 +199,27 @@ def _add_gradients(loss: Loss, roles: Roles, share: float) -> None:
         p.grad = own if p.grad is None else p.grad.add_(own)
 
 
+def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float) -> None:
+    """The same where weights are sharded: their gradients come by a backward pass alone, which may reach other roles; they keep what they had."""
+    others = [(p, p.grad) for role, own in roles.trained.items() if role != loss.role for p in own.values()]
+    for p, _ in others:
+        p.grad = None
+    (loss.value if share == 1 else loss.value * share).backward()
+    for p, kept in others:
+        p.grad = kept
+    for p in roles.trained[loss.role].values():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+
 def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int) -> Tensor:
-    """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call."""
+    """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call, where they are not yet."""
     parameters = list(roles.trained[role].values())
-    if accelerator.num_processes > 1:
-        flat = mean_of(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = g.view_as(p)
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    own = by_kind(parameters)[1]
+    if accelerator.num_processes > 1 and own:
+        flat = mean_of(torch.cat([p.grad.flatten() for p in own if p.grad is not None]))
+        for p, g in zip(own, flat.split([p.numel() for p in own]), strict=True):
+            p.grad = g.view_as(p).to(p.dtype)
+    norm = clip_gradients(parameters, config.clip)
     _require_finite(norm, "gradient", role, i)
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(role, i)
@@ -216,21 +241,24 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
 def _optimizer(roles: Roles, role: Role, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = list(roles.trained[role].values())
     fused = parameters[0].is_cuda  # on a GPU the other kinds hold all weights' updates at once
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr_at(role, 0), betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+    groups = [{"params": group} for group in by_kind(parameters) if group]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr_at(role, 0), betas=config.betas, weight_decay=config.weight_decay, fused=fused)
     for p in parameters:  # what it would do at its first step: a card that is too small says so at once
         step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
-def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainConfig, real: RealData | None, paths: Paths | None) -> str:
+def _fingerprint(
+    roles: Roles, method: Method, data: Embeddings, config: TrainConfig, batches: int, real: RealData | None, paths: Paths | None
+) -> str:
     """A hash of every setting that a resumed run must share, prompts and the student's beginning included.
 
-    The length of a run may grow where no rate depends on it.
+    The length of a run may grow where no rate depends on it. Of its `batches` an iteration it does not count in which process they are.
     """
     settings: dict[str, Any] = {
         "method": repr(method),
-        "train": asdict(config),
+        "train": asdict(config) | {"accumulate": batches},
         "roles": asdict(roles.config),
         "base": (roles.backbone.name, roles.backbone.shape, str(next(roles.backbone.module.parameters()).dtype)),
         "guidance_rescale": roles.backbone.guidance_rescale,
@@ -239,7 +267,7 @@ def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainCo
         "real": None if real is None else real.key,
         "paths": None if paths is None else paths.key,
     }
-    for free in ("checkpoint_every",) if config.decay else ("iterations", "checkpoint_every"):
+    for free in ("shard", "checkpoint_every") if config.decay else ("shard", "iterations", "checkpoint_every"):
         settings["train"].pop(free)
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -247,32 +275,62 @@ def _fingerprint(roles: Roles, method: Method, data: Embeddings, config: TrainCo
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        tensor = whole({name: tensors[name]})[name]
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, fingerprint: str) -> Path:
-    """Every trained role with its optimiser, and the average, as one atomic checkpoint."""
+def save_run(
+    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, fingerprint: str, batches: int
+) -> None:
+    """Every trained role with its optimiser, and the average, as one atomic checkpoint. The first process writes, those of sharded roles all come."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
-        groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], list(roles.trained[role]))
-    return save_checkpoint(run, iteration, groups, {"fingerprint": fingerprint})
+        groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]))
+    first = is_first()
+    gathered = {name: whole(tensors, keep=first) for name, tensors in groups.items()}
+    if first:
+        save_checkpoint(run, iteration, gathered, {"fingerprint": fingerprint, "batches": batches})
 
 
-def _resume(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path | None, fingerprint: str) -> int:
+def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Of its parameters, in its own order."""
+    known = {id(p): n for n, p in parameters.items()}
+    return [known[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _resume(
+    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path | None, fingerprint: str, batches: int, processes: int
+) -> int:
     """Put the newest checkpoint's state back and return its iteration, or 0 where there is none."""
     found = None if run is None else latest_checkpoint(run)
     if found is None:
         return 0
     groups, state = found
+    if (before := state.get("batches", batches)) != batches:
+        raise ValueError(
+            f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; in {processes} processes set it to {before / processes:g}"
+        )
     if state.get("fingerprint") != fingerprint:
         raise ValueError(
             f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again"
         )
+    _put_back(roles, groups)
+    for role in roles.trained:
+        load_optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]), groups[f"optimizer_{role}"])
+    return int(state["step"])
+
+
+def restore(roles: Roles, run: Path) -> None:
+    """Give new roles what the newest checkpoint holds, for whoever looks at them. Raises ValueError where there is none."""
+    if (found := latest_checkpoint(run)) is None:
+        raise ValueError(f"run {run}: has no checkpoint; run the same command again")
+    _put_back(roles, found[0])
+
+
+def _put_back(roles: Roles, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
     for role in roles.trained:
         assign(roles.trained[role], groups[role])
-        load_optimizer_tensors(optimizers[role], list(roles.trained[role]), groups[f"optimizer_{role}"])
     for name, tensor in roles.average.items():
-        tensor.copy_(groups["average"][name])
-    return int(state["step"])
+        tensor.copy_(part_of(groups["average"][name], tensor))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..atomic import write_json
+from ..roles.sharding import part_of
 
 PREFIX = "checkpoint-"
 
@@ -40,13 +41,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; moves each tensor to its parameter's device, steps where the optimiser wants them."""
+    """Inverse of `optimizer_tensors`; moves each tensor, or its part, to its parameter's device, steps where the optimiser wants them."""
     parameters = [(p, bool(group.get("fused"))) for group in optimizer.param_groups for p in group["params"]]
     for name, (p, fused) in zip(names, parameters, strict=True):
         keys = [k for k in tensors if k.rpartition(".")[0] == name]
         for k in keys:
             key = k.rpartition(".")[2]
-            optimizer.state[p][key] = tensors[k].clone() if key == "step" and not fused else tensors[k].clone().to(p.device)
+            own = tensors[k].clone() if key == "step" and not fused else tensors[k].clone().to(p.device)
+            optimizer.state[p][key] = own if key == "step" else part_of(own, p)
 
 
 def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
