@@ -48,7 +48,7 @@ def sdxl() -> StableDiffusionXLPipeline:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     return StableDiffusionXLPipeline(
-        vae=autoencoder(0.13025), text_encoder=clip(first), text_encoder_2=clip(second, projected=True), tokenizer=first, tokenizer_2=second,
+        vae=autoencoder(0.13025), text_encoder=clip(first, width=24), text_encoder_2=clip(second, projected=True, width=40), tokenizer=first, tokenizer_2=second,
         unet=unet, scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
 
@@ -124,9 +124,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     return miniature.word_tokenizer(tiny.WORDS, 600, LENGTH)
 
 
-def clip(tokenizer: CLIPTokenizer, projected: bool = False) -> CLIPTextModel:
+def clip(tokenizer: CLIPTokenizer, projected: bool = False, width: int = 32) -> CLIPTextModel:
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=LENGTH, projection_dim=32, hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip

@@ -104,5 +104,5 @@ def test_a_pipeline_that_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_sources() -> None:
-    assert source_of("owner/name") == ("owner/name", ())
-    assert source_of("owner/name + a.safetensors@0.8 + b") == ("owner/name", (("a.safetensors", 0.8), ("b", 1.0)))
+    assert source_of("owner/name") == ("owner/name", (), "")
+    assert source_of("owner/name + a.safetensors@0.8 + b") == ("owner/name", (("a.safetensors", 0.8), ("b", 1.0)), "")

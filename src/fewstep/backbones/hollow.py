@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .base import Backbone
-from .load import at_size, damaged, family_of, find, present, source_of
+from .load import at_size, damaged, locate, present, source_of
 from .parts import frozen, own_dtype
+from .single_file import with_settings
 
 
 def hollow_teacher(
     source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None, guidance_rescale: float = 0.0
 ) -> Backbone:
     """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
-    name = present(source_of(source)).place  # fused LoRAs take no room
-    place = find(name)
-    family = family_of(place)
+    given = present(source_of(source))  # fused LoRAs take no room
+    place, family, checkpoint = locate(given)
     try:
         index = DiffusionPipeline.load_config(str(place))
         there = [n for n, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None]
@@ -34,9 +34,11 @@ def hollow_teacher(
         }
         pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
+        if checkpoint is not None:
+            pipe = with_settings(pipe, checkpoint)
     except Exception as error:  # diffusers raises a different type for each kind of damage
-        raise damaged(place, error) from error
-    return at_size(replace(family.around(pipe, Path(name).name), guidance_rescale=guidance_rescale), size)
+        raise damaged(checkpoint or place, error) from error
+    return at_size(replace(family.around(pipe, given.names[0]), guidance_rescale=guidance_rescale), size)
 
 
 def components(pipeline: type[DiffusionPipeline], place: str | Path, names: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a name to a teacher: a bundled one, a diffusers folder, or a hub id."""
+"""From a name to a teacher: a bundled one, a diffusers folder, a hub id, or a checkpoint in one file."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -29,6 +29,7 @@ from .pixart import PixArt, around_pixart
 from .sd import StableDiffusion, around_sd
 from .sd3 import StableDiffusion3, around_sd3
 from .sdxl import StableDiffusionXL, around_sdxl
+from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .unconditional import PixelModel, around_pixels
 
 FUSED = " + "  # between a teacher and the LoRAs that are fused into it
@@ -36,15 +37,28 @@ BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
 
 
 class Source(NamedTuple):
-    """Where a teacher comes from: a pipeline, and LoRAs that are fused into its weights, each a file, folder or hub id with its strength."""
+    """Where a teacher comes from: a pipeline, and LoRAs that are fused into its weights, each a file, folder or hub id with its strength.
+
+    `reading` says how a checkpoint in one file is to be read (see `single_file.read_checkpoint`).
+    """
 
     place: str
     loras: tuple[tuple[str, float], ...] = ()
+    reading: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """What the pipeline and its LoRAs are called: the last parts of their paths."""
+        return [Path(path).name.removesuffix(SUFFIX) for path in (self.place, *(lora for lora, _ in self.loras))]
 
 
 def source_of(text: str | Path) -> Source:
-    """`owner/name + style.safetensors@0.8 + other.safetensors` in its parts; 1 where no strength is said. Raises ValueError with one line."""
+    """`owner/name + style.safetensors@0.8 + other.safetensors` in its parts; 1 where no strength is said; a checkpoint is `FILE` or `FILE@READING`.
+
+    Raises ValueError with one line.
+    """
     place, *styles = (part.strip() for part in str(text).split(FUSED))
+    file, told, reading = place.partition(f"{SUFFIX}@")
     loras = []
     for style in styles:
         path, at, strength = style.rpartition("@")
@@ -52,7 +66,7 @@ def source_of(text: str | Path) -> Source:
             loras.append((path, float(strength)) if at else (style, 1.0))
         except ValueError:
             raise ValueError(f"--fuse-lora: got {style!r}, allowed are PATH or PATH@STRENGTH, e.g. style.safetensors@0.8") from None
-    return Source(place, tuple(loras))
+    return Source(file + SUFFIX if told else place, tuple(loras), reading)
 
 
 def present(source: Source) -> Source:
@@ -98,22 +112,25 @@ def load_teacher(
     size: int | None = None,
     guidance_rescale: float = 0.0,
 ) -> Backbone:
-    """A teacher by bundled name, folder, or hub id (`owner/name`), with all its networks on `device`; LoRAs behind ` + ` are fused in (see `source_of`).
+    """A teacher by bundled name, folder, hub id (`owner/name`), or checkpoint (`FILE.safetensors`, or `FILE@CONFIG`), with all its networks on `device`.
 
+    LoRAs behind ` + ` are fused in (see `source_of`). What a checkpoint predicts and where its configuration is: see `single_file.read_checkpoint`.
     `size` is the height and width of its pictures, where it is to draw others than it was made for; `guidance_rescale` belongs to its guidance (see
     `backbones.base.rescaled`). Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
     """
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale: got {guidance_rescale}, allowed are numbers from 0 to 1")
-    name, loras = present(source_of(source))
-    place = find(name)
-    family = family_of(place)
+    given = present(source_of(source))
+    place, family, checkpoint = locate(given)
     try:
-        pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
-        backbone = family.around(pipe, FUSED.join([Path(name).name, *(Path(lora).stem for lora, _ in loras)]))
+        if checkpoint is None:
+            pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
+        else:
+            pipe = load_checkpoint(family.pipeline, checkpoint, Path(place), dtype, family.parts)
+        backbone = family.around(pipe, FUSED.join(given.names))
     except Exception as error:  # diffusers raises a different type for each kind of damage
-        raise damaged(place, error) from error
-    for lora, strength in loras:
+        raise damaged(checkpoint or place, error) from error
+    for lora, strength in given.loras:
         fuse(pipe, lora, strength)
     backbone.pipe.to(device)
     return at_size(replace(backbone, guidance_rescale=guidance_rescale), size)
@@ -133,13 +150,25 @@ def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> None:
         ) from error
 
 
+def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
+    """Where a teacher's configuration is, a folder or hub id, its family, and the checkpoint where its weights are in one file. Raises ValueError with one line."""
+    checkpoint = read_checkpoint(Path(source.place), source.reading) if is_file(source.place) else None
+    place = find(source.place) if checkpoint is None else configuration(checkpoint)
+    family = family_of(place)
+    if checkpoint is not None and family.pipeline is not checkpoint.pipeline:
+        raise ValueError(
+            f"teacher: {checkpoint.file} is a {checkpoint.pipeline.__name__}, {checkpoint.config} configures a {family.pipeline.__name__}; pass {checkpoint.file}@FOLDER with its own kind"
+        )
+    return place, family, checkpoint
+
+
 def find(source: str | Path) -> str | Path:
     """The folder of a bundled name or of a folder; a hub id stays one. Raises ValueError for anything else."""
     folder = BUNDLED / str(source) if str(source) in bundled() else Path(source)
     if not folder.exists():
         if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise ValueError(
-                f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, or a hub id such as owner/name"
+                f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, a hub id such as owner/name, or a checkpoint FILE{SUFFIX}"
             )
         return str(source)
     if not (folder / "model_index.json").is_file():
@@ -180,9 +209,9 @@ def family_of(source: str | Path) -> Family:
     return FAMILIES[name]
 
 
-def damaged(source: str | Path, error: Exception) -> ValueError:
+def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
     """What to say of a pipeline that cannot be loaded."""
-    return ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check the folder, or download it again")
+    return ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check it, or download it again")
 
 
 def _reason(error: Exception) -> str:

@@ -39,7 +39,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
     rank = recipe.roles.rank if weights == "lora" else None
     card = StudentCard(
-        name=f"{base_name(recipe.teacher)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
+        name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
         steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
         rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, licence="apache-2.0" if recipe.teacher in bundled() else "other",
@@ -52,12 +52,6 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
     report = render_run(run)
     print_ending(run, report, result, seconds)
-
-
-def base_name(teacher: str) -> str:
-    """The last parts of a teacher's own name and of those fused into it."""
-    place, styles = source_of(teacher)
-    return "-".join([Path(place).name, *(Path(style).stem for style, _ in styles)])
 
 
 def _trained_from(recipe: DistillRecipe) -> str:

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..api import load_teacher
 from ..atomic import read_json
-from ..backbones.load import bundled, fingerprint, quiet
+from ..backbones.load import bundled, fingerprint, quiet, source_of
+from ..backbones.single_file import FIRST, read_checkpoint
 from ..export.card import read_card
 from ..training.state import checkpoints
 from .progress import console
@@ -26,7 +27,7 @@ def run_inspect(source: str) -> None:
         values = run_summary(path)
     elif (folder := student_folder(source)) is not None:
         values = {"student": str(folder), **asdict(read_card(folder))}
-    elif source in bundled() or (path / "model_index.json").is_file():
+    elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:
         teacher = load_teacher(source)
         count = sum(p.numel() for p in teacher.module.parameters())
         values = {
@@ -68,6 +69,9 @@ def safetensors_summary(path: Path) -> dict[str, Any]:
             "layers": sum(n.endswith("lora_A.weight") for n in names),
             "rank": ", ".join(map(str, ranks)),
         }
+    if FIRST in names:
+        checkpoint = read_checkpoint(path)
+        values |= {"kind": f"checkpoint of a {checkpoint.pipeline.__name__}", "configuration": checkpoint.config, **checkpoint.scheduler}
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     values |= {k.removeprefix("unet."): v for k, v in settings.items() if k.endswith((".r", ".lora_alpha"))}
     return values

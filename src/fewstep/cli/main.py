@@ -14,6 +14,12 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs
 Fuse = Annotated[
     list[str] | None, typer.Option("--fuse-lora", help="LoRA that becomes part of the teacher, PATH or PATH@STRENGTH. May be repeated.")
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        help="Bundled name, diffusers folder, hub id or checkpoint (FILE.safetensors, FILE@v, FILE@eps, FILE@FOLDER); the recipe's by default."
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")]
 
 
@@ -27,7 +33,7 @@ def distill(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
     set_: Set = None,
     out: Out = None,
-    teacher: Annotated[str | None, typer.Option(help="Bundled name, diffusers folder or hub id; the recipe's by default.")] = None,
+    teacher: Teacher = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")] = None,
     fuse_lora: Fuse = None,
     dry_run: Annotated[
@@ -45,7 +51,7 @@ def distill(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
     set_: Set = None,
-    teacher: Annotated[str | None, typer.Option(help="Bundled name, diffusers folder or hub id; the recipe's by default.")] = None,
+    teacher: Teacher = None,
     memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,
 ) -> None:
     """Print what a recipe needs in memory, part by part, without loading or downloading any weights."""
@@ -57,7 +63,8 @@ def plan(
 @app.command()
 def sample(
     student: Annotated[
-        str, typer.Argument(help="A student folder (a run or its final/), a bundled teacher, a diffusers folder or a hub id.")
+        str,
+        typer.Argument(help="A student folder (a run or its final/), or a teacher: bundled, a diffusers folder, a hub id, a checkpoint."),
     ],
     prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw. May be repeated.")],
     steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,

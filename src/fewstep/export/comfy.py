@@ -25,11 +25,13 @@ def workflow(card: StudentCard, pipeline: str, lora: str, size: int) -> dict[str
     def node(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
 
-    base, styles = source_of(card.base)
-    graph = {"1": node("CheckpointLoaderSimple", {"ckpt_name": f"{base.rsplit('/', 1)[-1]}.safetensors"})}
+    base = source_of(card.base)
+    graph = {"1": node("CheckpointLoaderSimple", {"ckpt_name": f"{base.names[0]}.safetensors"})}
     last = "1"
     for key, (name, strength) in zip(
-        [*(str(9 + i) for i in range(len(styles))), "2"], [*((path.rsplit("/", 1)[-1], s) for path, s in styles), (lora, 1.0)], strict=True
+        [*(str(9 + i) for i in range(len(base.loras))), "2"],
+        [*((path.rsplit("/", 1)[-1], s) for path, s in base.loras), (lora, 1.0)],
+        strict=True,
     ):
         loaded = {"lora_name": name, "strength_model": strength, "strength_clip": strength, "model": [last, 0], "clip": [last, 1]}
         graph[key], last = node("LoraLoader", loaded), key

@@ -1,8 +1,11 @@
 """The README.md of a student: how to call it, what it was made from, what it cost. Its snippet is run by a test."""
 
+from pathlib import Path
+
 from ..backbones.few_step import Facts
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, source_of
+from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
 from .card import StudentCard
 
 
@@ -22,19 +25,11 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts) -> 
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
-    place, styles = source_of(card.base)
-    ships = place in bundled()
-    names = sorted([scheduler] if ships else [scheduler, facts.pipeline])
+    base, ours = base_loading(card.base, facts.pipeline)
+    names = sorted([scheduler] if ours else [scheduler, facts.pipeline])
     imports = "\n".join(
-        ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ships
+        ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ours
     )
-    base = (
-        f'fewstep.load_teacher("{card.base}").pipe  # this base ships with fewstep'
-        if ships
-        else f'{facts.pipeline}.from_pretrained("{place}")'
-    )
-    if not ships:
-        base += "".join(f'\npipe.load_lora_weights("{s}")\npipe.fuse_lora(lora_scale={w:g})\npipe.unload_lora_weights()' for s, w in styles)
     others = (
         ""
         if len(card.steps) == 1
@@ -78,7 +73,7 @@ pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of
     tag = ("text-to-video" if facts.video else "text-to-image") if facts.takes_prompts else "unconditional-image-generation"
     return f"""---
 license: {card.licence}
-base_model: {place}
+base_model: {source_of(card.base).place}
 library_name: diffusers
 pipeline_tag: {tag}
 tags: [{tag}, {"lora, " if card.weights == "lora" else ""}few-step, {card.method}]
@@ -105,3 +100,21 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 
 The licence of the base model applies to this student.
 """
+
+
+def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
+    """The Python that makes the base's pipeline, LoRAs and all, and whether it takes fewstep to do so."""
+    source = source_of(base)
+    if source.place in bundled():
+        return f'fewstep.load_teacher("{base}").pipe  # this base ships with fewstep', True
+    loaded, config = f'{pipeline}.from_pretrained("{source.place}")', source.reading
+    if is_file(source.place):
+        if Path(source.place).is_file():  # a student may be exported on another base while its own is elsewhere
+            checkpoint = read_checkpoint(Path(source.place), source.reading)
+            if checkpoint.absent:
+                return f'fewstep.load_teacher("{base}").pipe  # its file has no {" and no ".join(checkpoint.absent)}', True
+            config = checkpoint.config
+        configured = "" if config in ("", *PREDICTIONS) else f', config="{config}"'
+        loaded = f'{pipeline}.from_single_file("{source.place}"{configured})'
+    styles = (f'\npipe.load_lora_weights("{s}")\npipe.fuse_lora(lora_scale={w:g})\npipe.unload_lora_weights()' for s, w in source.loras)
+    return loaded + "".join(styles), False
