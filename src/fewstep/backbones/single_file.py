@@ -134,7 +134,7 @@ def configuration(checkpoint: Checkpoint) -> Path:
         raise ValueError(
             f"teacher: the configuration of {checkpoint.file} is not to be had from {checkpoint.config} ({reason}); offline pass "
             f"{checkpoint.file}@FOLDER with any {checkpoint.pipeline.__name__} of its shapes, weights not needed, e.g. from: "
-            f"hf download {checkpoint.standard} --include '*.json' '*.txt' --local-dir FOLDER"
+            f"hf download {checkpoint.standard} --include '*.json' --include '*.txt' --local-dir FOLDER"
         ) from error
 
 
