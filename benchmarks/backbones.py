@@ -6,7 +6,8 @@
 Three arrangements of the same TDM iteration (4 steps, guided teacher): `one base` has teacher, student and fake score as LoRA adapters of one
 frozen network; `three copies` trains all weights of two copies; `reference` is the bare network calls of the public demo script: eleven forward
 and two backward passes on three networks, without its text encoder, optimiser and bookkeeping. Conditions are random tensors of the true
-shapes. On a CPU the networks are small ones of the same kind, and only ratios mean anything.
+shapes. On a CPU the networks have few of their blocks, of true width (of U-Nets the first two), on small states, and only ratios mean anything:
+against narrow ones an adapter of rank 32 would look dear.
 """
 
 import argparse
@@ -48,7 +49,7 @@ TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedul
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is built, small or at its true size, and the shapes of a prompt's conditions."""
+    """How a family is built, of a few blocks or at its true size, and the shapes of a prompt's conditions."""
 
     build: Callable[[bool], Any]
     cond: Callable[[Any], Mapping[str, tuple[int, ...]]]
@@ -63,56 +64,42 @@ def vae() -> AutoencoderKL:
 
 
 def sd15(small: bool) -> StableDiffusionPipeline:
-    sizes = {
-        "sample_size": 16,
-        "block_out_channels": (32, 64, 64, 64),
-        "attention_head_dim": 4,
-        "cross_attention_dim": 32,
-        "norm_num_groups": 8,
-    }
-    unet = UNet2DConditionModel(**(sizes if small else {"sample_size": 64, "cross_attention_dim": 768}))
+    few = {
+        "block_out_channels": (320, 640), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=32 if small else 64, cross_attention_dim=768, **(few if small else {}))
     return StableDiffusionPipeline(vae(), None, None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False)
 
 
 def sdxl(small: bool) -> StableDiffusionXLPipeline:
-    kinds = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "use_linear_projection": True, "addition_embed_type": "text_time",
+    both = {
+        "use_linear_projection": True, "addition_embed_type": "text_time", "cross_attention_dim": 2048, "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     }  # fmt: skip
     true = {
-        "sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     }  # fmt: skip
-    tiny = {
-        "sample_size": 16, "block_out_channels": (32, 64, 64), "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (4, 8, 8), "cross_attention_dim": 32,
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80, "norm_num_groups": 8,
+    few = {
+        "sample_size": 32, "block_out_channels": (320, 640), "transformer_layers_per_block": (1, 2), "attention_head_dim": (5, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }  # fmt: skip
-    unet = UNet2DConditionModel(**kinds, **(tiny if small else true))
+    unet = UNet2DConditionModel(**both, **(few if small else true))
     return StableDiffusionXLPipeline(vae(), None, None, None, None, unet, DDIMScheduler(**TABLE), add_watermarker=False)
 
 
 def pixart(small: bool) -> PixArtAlphaPipeline:
-    true = {"sample_size": 128, "use_additional_conditions": True}
-    tiny = {
-        "sample_size": 16,
-        "num_layers": 4,
-        "num_attention_heads": 4,
-        "attention_head_dim": 16,
-        "cross_attention_dim": 64,
-        "caption_channels": 64,
-    }
-    both = {"norm_num_groups": 32, "out_channels": 8}
-    base = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096}
-    transformer = PixArtTransformer2DModel(**both, **(tiny if small else base | true))
+    both = {
+        "norm_num_groups": 32, "out_channels": 8, "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096,
+    }  # fmt: skip
+    sizes = {"sample_size": 32, "num_layers": 4} if small else {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
+    transformer = PixArtTransformer2DModel(**both, **sizes)
     return PixArtAlphaPipeline(None, None, vae(), transformer, DDIMScheduler(**TABLE))
 
 
 def cogvideox(small: bool) -> CogVideoXPipeline:
-    tiny = {
-        "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 4, "sample_width": 8, "sample_height": 8, "sample_frames": 9, "text_embed_dim": 64,
-        "time_embed_dim": 32, "max_text_seq_length": 16,
-    }  # fmt: skip
-    transformer = CogVideoXTransformer3DModel(**(tiny if small else {}), use_rotary_positional_embeddings=False)
+    few = {"num_layers": 2, "sample_width": 16, "sample_height": 16, "sample_frames": 9}
+    transformer = CogVideoXTransformer3DModel(**(few if small else {}), use_rotary_positional_embeddings=False)
     codec = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8,) * 4, norm_num_groups=2, layers_per_block=1
     )  # fmt: skip
@@ -238,27 +225,40 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
     return row | {"seconds": seconds, "roles": split, "peak_gib": peak(device), "parameters": parameters}
 
 
+def calls(roles: dict[str, float]) -> float:
+    """Seconds of the bare calls that an iteration contains: of the four steps a sample's rollout takes one and a half on average."""
+    return 1.5 * roles["rollout step"] + roles["student"] + roles["teacher"] + roles["fake"]
+
+
 def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """The table and the rows."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, small networks"
+    hardware = (
+        torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, networks of few blocks"
+    )
     command = "python benchmarks/backbones.py" + (f" --batch {a.batch}" if a.batch else "") + " --checkpointing" * a.checkpointing
     write_json(a.to / "backbones.json", {"rows": rows, "hardware": hardware, "commit": commit, "seeds": [0], "command": command})
     lines = []
     for r in rows:
         split = ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items())
         memory = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f} GiB"
-        lines.append(
-            f"| {r['family']} | {r['parameters'] / 1e6:.0f}M | {r['batch']} | {r['arrangement']} | {r['seconds']:.3f} | {memory} | {split} |"
+        other = {o["arrangement"]: f"{o['seconds'] / r['seconds']:.2f}" for o in rows if o["family"] == r["family"] and o is not r}
+        against = (
+            [f"{r['seconds'] / calls(r['roles']):.2f}", other.get("three copies", ""), other.get("reference", "")]
+            if r["roles"]
+            else [""] * 3
         )
+        size = f"{r['parameters'] / 1e6:.0f}M"
+        cells = [r["family"], size, f"{r['batch']}", r["arrangement"], f"{r['seconds']:.3f}", *against, memory, split]
+        lines.append(f"| {' | '.join(cells)} |")
     text = f"""# What an iteration costs, family by family
 
 {(__doc__ or "").split(chr(10) * 2)[2].strip()}
 
 `{command}`, {hardware}, commit {commit}, torch {torch.__version__}.
 
-| family | parameters | batch | arrangement | seconds | peak | a call of each role, s |
-|---|---|---|---|---|---|---|
+| family | parameters | batch | arrangement | seconds | of its calls alone | copies take | reference takes | peak | a call of each role, s |
+|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 """
     (a.to / "backbones.md").write_text(text)
