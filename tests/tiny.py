@@ -58,18 +58,18 @@ def flow_denoiser(seed: int = 0) -> Denoiser:
     return denoiser(seed, Flow(), "flow")
 
 
-def pipeline(seed: int = 0) -> StableDiffusionPipeline:
+def pipeline(seed: int = 0, channels: Sequence[int] = (16, 32)) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` of 16x16 pictures."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = miniature.word_tokenizer(WORDS, 600, 8)
         vae, text = miniature.autoencoder([8, 16], 4, 16), miniature.text_encoder(tokenizer, 32, 1, 4)
-        return miniature.pipeline(vae, text, tokenizer, miniature.unet([16, 32], [False, True], 4, 8, 32))
+        return miniature.pipeline(vae, text, tokenizer, miniature.unet(channels, [False, True], 4, 8, 32))
 
 
-def stable_diffusion(seed: int = 0) -> StableDiffusion:
+def stable_diffusion(seed: int = 0, channels: Sequence[int] = (16, 32)) -> StableDiffusion:
     """The same as a backbone, as `load_sd` makes one."""
-    pipe = pipeline(seed)
+    pipe = pipeline(seed, channels)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()

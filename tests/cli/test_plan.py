@@ -6,10 +6,10 @@ import pytest
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.hollow import hollow_teacher
-from fewstep.cli.plan import LEAST_BATCH, Plan, fit, parse_bytes, phases_of, plan_of, savings
+from fewstep.cli.plan import LEAST_BATCH, Plan, fastest, fit, hollow_of, parse_bytes, phases_of, plan_of, roundings, savings
 from fewstep.cli.recipe import DistillRecipe, read_recipe
 
-from .. import pipelines
+from .. import pipelines, tiny
 from .test_distill import error_of, fewstep
 from .test_distill import teacher as tiny_teacher  # noqa: F401 - a fixture
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
@@ -54,6 +54,33 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
     assert [s for s, _ in parts] == [[f"first.train.batch={32 // k}", f"first.train.accumulate={k}"] for k in (2, 4, 8)]
     assert both[0][0] == ["roles.checkpointing=true"] and "first.train.batch=1" in both[-1][0]
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
+
+
+def test_what_changes_the_result_comes_last_the_least_first(tmp_path: Path) -> None:
+    """Only where nothing with the same result fits; and what a recipe rounds already stays so."""
+    folder = tmp_path / "wide"
+    tiny.pipeline(channels=(96, 128)).save_pretrained(folder)
+    train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}
+    settings = read_recipe(str(recipe(folder, train=train, roles={"rank": 16})), [], DistillRecipe)
+    hollow = hollow_of(settings)
+    ways = [sets for sets, _ in roundings(settings, hollow, "first.")]
+    eight, base = "first.train.optimizer=adamw8bit", "roles.base="
+    assert ways == [[eight], [f"{base}int8"], [eight, f"{base}int8"], [eight, f"{base}nf4"]]
+    made = plan_of(settings, hollow, phases_of(settings, hollow))
+    least, smallest = fastest(made, hollow, 1, "")[0], made.total
+    assert least is None
+    for _, way in [w for ways in savings(settings, "") for w in ways]:
+        smallest = min(smallest, plan_of(way, hollow, made.phases).total)
+    assert not any("optimizer" in s or "base" in s for s in fit(made, hollow, smallest, "")[0])
+    sets, needed = fit(made, hollow, smallest - 1, "")
+    assert "train.optimizer=adamw8bit" in sets and needed < smallest
+    inside = read_recipe(str(recipe(folder, train=train, roles={"rank": 16, "base": "int8"})), [], DistillRecipe)
+    assert [s for s, _ in roundings(inside, hollow_of(inside), "")] == [
+        ["train.optimizer=adamw8bit"],
+        ["train.optimizer=adamw8bit", "roles.base=nf4"],
+    ]
+    copies = read_recipe(str(recipe(folder, train=train, roles={"share": False})), [], DistillRecipe)
+    assert [s for s, _ in roundings(copies, hollow, "")] == [["train.optimizer=adamw8bit"]]
 
 
 def test_a_card_that_is_too_small_is_said_so(planned: tuple[Plan, Backbone]) -> None:

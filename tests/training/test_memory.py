@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fewstep.backbones.load import load_teacher
 from fewstep.methods.matching import Matching
 from fewstep.methods.method import Method
 from fewstep.methods.paths import PathImitation
+from fewstep.roles.quantised import quantise
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import Training, module_bytes, peak_bytes, training_bytes
@@ -53,6 +55,8 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
         (TDM, RolesConfig(rank=4), 8),
         (TDM, RolesConfig(rank=4, checkpointing=True), 8),
         (TDM, RolesConfig(share=False), 2),
+        (TDM, RolesConfig(rank=4, base="int8"), 8),
+        (TDM, RolesConfig(rank=4, base="nf4", checkpointing=True), 8),
         (Matching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4),
         (Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4),
     ],
@@ -60,7 +64,12 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
 def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: Matching, roles: RolesConfig, batch: int) -> None:
     config = TrainConfig(2, batch, 1e-4, 1e-4)
     planned = bytes_of(hollow_teacher("emoji"), method, roles, config).total
-    teacher = load_teacher("emoji")
+    assert planned == pytest.approx(taken(load_teacher("emoji"), method, roles, config), rel=0.05)
+
+
+def taken(teacher: Backbone, method: Matching, roles: RolesConfig, config: TrainConfig) -> int:
+    """What the network has, and what the allocator gave in a training of it."""
+    quantise(teacher, roles.base)
     data = embeddings(teacher)
     real = RealData(torch.zeros(2, *teacher.shape), data, "") if method.gan else None
     gc.collect()
@@ -68,8 +77,19 @@ def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: Matc
         for _ in distill(roles_for(teacher, method, roles), method, data, config, real=real):
             pass
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    taken = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max()
-    assert planned == pytest.approx(module_bytes(teacher.module) + int(taken), rel=0.05)
+    given = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max()
+    return module_bytes(teacher.module) + int(given)
+
+
+def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
+    """Bytes that a training with the package takes, against those planned without it."""
+    pytest.importorskip("bitsandbytes")
+    roles, config = RolesConfig(rank=32, base="int8"), TrainConfig(2, 2, 1e-4, 1e-4, optimizer="adamw8bit")
+    planned = bytes_of(hollow_teacher("emoji"), TDM, roles, config)
+    assert planned.total == pytest.approx(taken(load_teacher("emoji"), TDM, roles, config), rel=0.05)
+    plain = bytes_of(hollow_teacher("emoji"), TDM, RolesConfig(rank=32), replace(config, optimizer="adamw"))
+    assert planned.base < 0.33 * plain.base
+    assert planned.optimiser < 0.4 * plain.optimiser
 
 
 def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:

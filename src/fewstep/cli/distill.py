@@ -13,11 +13,14 @@ from ..api import load_teacher, path_times, roles_for
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
-from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, place_encoders, quiet, source_of
+from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet, source_of
 from ..backbones.schedulers import student_scheduler
 from ..export.card import read_card
+from ..roles.quantised import quantise
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
+from ..training.memory import storage_bytes
+from ..training.optimizer import OptimizerName, require, state_bytes
 from ..training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
@@ -48,24 +51,31 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     if dry_run:
         print_dry_run(recipe)
         return
-    teacher = teacher_of(recipe)
-    prompts = training_prompts(recipe, teacher)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
+    for stage in stages:
+        require(stage.train.optimizer)
+    teacher, base_hash = teacher_of(recipe)
+    prompts = training_prompts(recipe, teacher)
     console.quiet = not is_first()
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / FIRST, stage)
         together()
         if not done:
-            distil(stage, teacher, prompts, run / FIRST, source, overrides, run / EMBEDDINGS)
+            distil(stage, teacher, base_hash, prompts, run / FIRST, source, overrides, run / EMBEDDINGS)
             together()
-            teacher = teacher_of(recipe) if sharded(stage) else teacher
-    distil(stages[-1], teacher, prompts, run, source, overrides, run / EMBEDDINGS)
+            teacher = teacher_of(recipe)[0] if sharded(stage) else teacher
+    distil(stages[-1], teacher, base_hash, prompts, run, source, overrides, run / EMBEDDINGS)
 
 
-def teacher_of(recipe: DistillRecipe) -> Backbone:
-    """The recipe's, on this process's device."""
-    return load_teacher(recipe.teacher, getattr(torch, recipe.dtype), default_device(), recipe.size, recipe.guidance_rescale)
+def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
+    """The recipe's teacher, and the hash of its weights as they were. Where it is rounded, the device never holds more than what is left."""
+    device, rounded = default_device(), recipe.roles.base
+    teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size, recipe.guidance_rescale)
+    base_hash = fingerprint(teacher.module)
+    quantise(teacher, rounded)
+    pipeline_of(teacher).to(device)
+    return teacher, base_hash
 
 
 def sharded(recipe: DistillRecipe) -> bool:
@@ -88,14 +98,15 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     return same and int(found[1]["step"]) >= recipe.train.iterations
 
 
-def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Path, source: str, overrides: list[str], cache: Path) -> None:
+def distil(
+    recipe: DistillRecipe, teacher: Backbone, base_hash: str, prompts: list[str], run: Path, source: str, overrides: list[str], cache: Path
+) -> None:
     """One training with all that a run leaves. `cache` is where what has been encoded is kept for all stages."""
     teacher = at_size(teacher, recipe.size)
     place_encoders(teacher, device_of(teacher.module))
     if teacher.scheduler_config:
         student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver)  # what cannot be exported is not trained
-    first, base_hash = is_first(), fingerprint(teacher.module)
-    identity = fingerprint(teacher.module, *teacher.encoders)
+    first, identity = is_first(), fingerprint(teacher.module, *teacher.encoders)
     if first:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
@@ -108,7 +119,7 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
     if sharded(recipe):
         teacher.module.cpu()  # whence it and its copies come back in parts
     roles = roles_of(recipe, teacher, paths)
-    print_roles(roles)
+    print_roles(roles, recipe.train.optimizer)
     if sharded(recipe):
         roles.shard(mesh_of_all(), default_device())
     found = latest_checkpoint(run)
@@ -129,7 +140,7 @@ def distil(recipe: DistillRecipe, teacher: Backbone, prompts: list[str], run: Pa
     if not first:
         return
     if sharded(recipe):
-        teacher = at_size(teacher_of(recipe), recipe.size)
+        teacher = at_size(teacher_of(recipe)[0], recipe.size)
         roles = roles_of(recipe, teacher, paths)
         restore(roles, run)
         preview = Preview(recipe, teacher, shown, run)
@@ -246,15 +257,16 @@ def print_dry_run(recipe: DistillRecipe) -> None:
             console.print(f"times, {count} steps: {stage.method.times(teacher.schedule, count).tolist()}")
 
 
-def print_roles(roles: Roles) -> None:
+def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
     """Trainable parameters and bytes per role, counted by storage."""
-    adapters = {p.untyped_storage().data_ptr() for r in roles.trained.values() for p in r.values()} if roles.config.share else set()
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for n in roles.networks.values() for p in n.parameters()}
-    size = sum(n for pointer, n in storages.items() if pointer not in adapters)
-    console.print(f"network weights in memory: {size / 2**20:.1f} MiB ({'one shared network' if roles.config.share else 'three networks'})")
+    held = {id(t): t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())}
+    for p in (p for r in roles.trained.values() for p in r.values() if roles.config.share):
+        held.pop(id(p), None)
+    how = "three networks" if not roles.config.share else f"one shared network, {roles.config.base or 'as it is'}"
+    console.print(f"network weights in memory: {storage_bytes(*held.values()) / 2**20:.1f} MiB ({how})")
     for role, parameters in roles.trained.items():
-        count = sum(p.numel() for p in parameters.values())
-        size = sum(p.numel() * p.element_size() for p in parameters.values())
+        count, size = sum(p.numel() for p in parameters.values()), storage_bytes(*parameters.values())
+        state = state_bytes(parameters.values(), optimizer)
         console.print(
-            f"  {role}: {count / 1e6:.2f}M trainable in {len(parameters)} tensors, {size / 2**20:.1f} MiB, AdamW state {2 * size / 2**20:.1f} MiB"
+            f"  {role}: {count / 1e6:.2f}M trainable in {len(parameters)} tensors, {size / 2**20:.1f} MiB, {optimizer} state {state / 2**20:.1f} MiB"
         )

@@ -1,4 +1,4 @@
-"""`fewstep plan`: what a recipe needs in memory, part by part, and the settings that make it fit a card."""
+"""`fewstep plan`: what a recipe needs in memory, part by part, and the settings that make it fit a card: first those with the same result."""
 
 import re
 from dataclasses import dataclass, replace
@@ -11,7 +11,9 @@ from ..backbones.base import Backbone
 from ..backbones.hollow import hollow_teacher
 from ..backbones.load import at_size, quiet
 from ..backbones.parts import Piped, networks
+from ..roles.quantised import KINDS, Kind, layers_of, quantise
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
+from ..training.optimizer import OPTIMIZERS, OptimizerName
 from ..training.prompts import CHUNK, Embeddings
 from .progress import console
 from .recipe import DistillRecipe, first_stage, read_recipe
@@ -19,6 +21,11 @@ from .recipe import DistillRecipe, first_stage, read_recipe
 UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "M": 2**20, "G": 2**30}
 RESERVE = 0.05  # of a card's memory: fragments, workspaces of its libraries
 CONTEXT = 2**29  # what CUDA takes for itself
+BASES: tuple[Kind | None, ...] = (None, *KINDS)
+ROUNDINGS: tuple[tuple[Kind | None, OptimizerName], ...] = (
+    (None, "adamw8bit"), ("int8", "adamw"), ("int8", "adamw8bit"), ("nf4", "adamw8bit")
+)  # fmt: skip
+ROUNDED = {"train.optimizer": "Adam's moments are kept in 8 bits", "roles.base": "the base's weights are rounded, the teacher's too"}
 LEAST_BATCH = 4  # below it a card is rather kept busy by computing blocks again than by smaller batches
 
 
@@ -66,26 +73,53 @@ def run_plan(source: str, overrides: list[str], memory: str | None) -> None:
         own, needed = fit(made, teacher, usable, prefix)
         sets += [s for s in own if s not in sets]
         console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")
+    changes = [what for option, what in ROUNDED.items() if any(s.partition("=")[0].endswith(option) for s in sets)]
+    if changes:
+        console.print(f"nothing that gives the same result fits; with these it changes a little: {'; '.join(changes)}")
     if sets:
         console.print(f"  fewstep distill {source} {' '.join(f'--set {s}' for s in [*overrides, *sets])}", markup=False)
 
 
 def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
     """The recipe's teacher without content, and the plan of each of its stages."""
-    teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size, recipe.guidance_rescale)
+    teacher = hollow_of(recipe)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe]
     return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
 
 
+def hollow_of(recipe: DistillRecipe) -> Backbone:
+    """The recipe's teacher without content, rounded where it says so."""
+    teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size, recipe.guidance_rescale)
+    quantise(teacher, recipe.roles.base)
+    return teacher
+
+
 def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[str], int]:
-    """The settings of a stage that fit, the fastest of those, and what it needs with them. Raises ValueError with one line when none do."""
+    """The settings of a stage that fit, and what it needs with them. Raises ValueError with one line when none do.
+
+    The fastest of those that give the same result; where there are none, those that round the least.
+    """
     if made.total <= usable:
         return [], made.total
+    found, needed = fastest(made, teacher, usable, prefix)
+    for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
+        hollow = hollow_of(recipe)
+        rounded = plan_of(recipe, hollow, phases_of(recipe, hollow))
+        ways, needed = ([], rounded.total) if rounded.total <= usable else fastest(rounded, hollow, usable, prefix)
+        if ways is not None:
+            return [*sets, *ways], needed
+    if found is not None:
+        return found, needed
     bf16 = "; --set dtype=bfloat16 halves the base's weights" if made.recipe.dtype == "float32" else ""
-    if (always := max(made.phases.encoding, made.drawing)) > usable:
-        raise ValueError(f"--memory: {made.recipe.name} needs {size(always)} beside its training, {size(usable)} are usable{bf16}")
-    needed = made.total
-    for ways in savings(made.recipe, prefix):
+    raise ValueError(
+        f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch, checkpointing and all that rounds, {size(usable)} are usable{bf16}"
+    )
+
+
+def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[str] | None, int]:
+    """The fastest settings with the same result that fit, None where none do, and the least that was found to be needed."""
+    needed = max(made.phases.encoding, made.drawing)
+    for ways in savings(made.recipe, prefix) if needed <= usable else ():
         # Within one of these lists each way needs less than the one before: halve it until the first that fits is found.
         fitting, first, last = None, 0, len(ways) - 1
         while ways and first <= last:
@@ -100,9 +134,24 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
                 first = middle + 1
         if fitting is not None:
             return fitting
-    raise ValueError(
-        f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch and checkpointing, {size(usable)} are usable{bf16}"
-    )
+    return None, needed
+
+
+def roundings(recipe: DistillRecipe, teacher: Backbone, prefix: str) -> list[tuple[list[str], DistillRecipe]]:
+    """Ways to need less that change the result, the least first; what the recipe rounds already stays so."""
+    own, by = recipe.roles.base, recipe.train.optimizer
+    able = recipe.roles.share and (own is not None or bool(layers_of(teacher)))
+    return [
+        (
+            [f"{prefix}train.optimizer={optimizer}"] * (optimizer != by) + [f"roles.base={base}"] * (base != own),
+            recipe.model_copy(update={"train": replace(recipe.train, optimizer=optimizer), "roles": replace(recipe.roles, base=base)}),
+        )
+        for base, optimizer in ROUNDINGS
+        if (base, optimizer) != (own, by)
+        and BASES.index(base) >= BASES.index(own)
+        and OPTIMIZERS.index(optimizer) >= OPTIMIZERS.index(by)
+        and (able or base == own)
+    ]
 
 
 def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], DistillRecipe]]]:
@@ -147,7 +196,7 @@ def show(made: Plan) -> None:
     recipe, t = made.recipe, made.training
     how = f"batch {recipe.train.batch}" + (f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else "")
     table = Table(
-        title=f"{recipe.name}: {recipe.teacher}, {recipe.dtype}, {how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}",
+        title=f"{recipe.name}: {recipe.teacher}, {recipe.roles.base or recipe.dtype}, {how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}",
         title_justify="left",
     )
     table.add_column("what")
@@ -157,7 +206,7 @@ def show(made: Plan) -> None:
         "autoencoder": made.phases.idle,
         "trained parameters": t.trained,
         "their gradients": t.gradients,
-        "optimiser (AdamW)": t.optimiser,
+        f"optimiser ({recipe.train.optimizer})": t.optimiser,
         "student's average": t.average,
         "activations and what else comes and goes": t.work,
     }  # fmt: skip

@@ -19,6 +19,7 @@ from ..core.solvers import Denoise
 from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, make_discriminator
+from .quantised import KINDS, Kind, quantise
 from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake", "discriminator"]
@@ -32,6 +33,7 @@ class RolesConfig:
     """`share`: LoRA adapters on one copy of the weights; otherwise full copies, all weights trained.
 
     `checkpointing` keeps only the inputs of the networks' blocks and computes the rest again: a third more time, a fraction of the memory.
+    `base` rounds the frozen weights that adapters share, the teacher's too; what was trained beside them goes with the weights as they were.
     """
 
     share: bool = True
@@ -40,12 +42,19 @@ class RolesConfig:
     targets: str = "all"
     checkpointing: bool = False
     skip: tuple[str, ...] = ("add_embedding",)  # diffusers drops it when it reads a LoRA under kohya's names
+    base: Kind | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA); 32 is a good start")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"roles.alpha: got {self.alpha}, allowed are numbers above 0; leave it out for the rank itself")
+        if self.base not in (None, *KINDS):
+            raise ValueError(f"roles.base: got {self.base!r}, allowed are {', '.join(KINDS)}, and null for the weights as they are")
+        if self.base is not None and not self.share:
+            raise ValueError(
+                f"roles.base: got {self.base}, which is for weights that stay as they are; set roles.share=true, or roles.base=null"
+            )
 
     @property
     def scale(self) -> float:
@@ -111,8 +120,13 @@ class Roles:
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Spread all networks over the processes of `mesh`, their parts and all else on `device`; see `sharding.shard`.
 
-        For good: whoever wants them whole makes roles anew. Before it the student may begin as another, after it no more.
+        For good: whoever wants them whole makes roles anew. Before it the student may begin as another, after it no more. Raises ValueError
+        for a base that is rounded, whose codes every process would hold.
         """
+        if self.config.base is not None:
+            raise ValueError(
+                f"train.shard: got true, but roles.base={self.config.base} is not spread; set roles.base=null or train.shard=false"
+            )
         for network in {id(n): n for n in self.networks.values()}.values():
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
             sharding.shard(network, mesh, device)
@@ -223,9 +237,10 @@ def make_roles(
     `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
     (rank 0) is all of it. Raises ValueError where there is nothing to train, or copies of half-precision weights.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
-    the same backbone are taken out. Copies: two deep copies.
+    the same backbone are taken out, and `config.base` rounds its weights for good. Copies: two deep copies.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
+    quantise(backbone, config.base)
     set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
     made: tuple[Role, ...] = TRAINED if fake else ("student",)

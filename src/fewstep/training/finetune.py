@@ -26,8 +26,10 @@ def finetune(
     """Train the backbone's own network on its own prediction type, at uniform times; afterwards its weights are the averaged result.
 
     `how.share` trains a LoRA, which is merged at the end, otherwise all weights. Captions are left out at the rate `drop_caption`,
-    so that the teacher can still be guided. Resumes from `run`.
+    so that the teacher can still be guided. Resumes from `run`. Raises ValueError for a base that is to be rounded.
     """
+    if how.base is not None:
+        raise ValueError(f"roles.base: got {how.base}, a fine-tune changes the weights themselves; leave it out")
     module, schedule = backbone.module, backbone.schedule
     device = next(module.parameters()).device
     adapters.remove_adapters(module, (ADAPTER, "student", "fake"))

@@ -16,6 +16,7 @@ from ..methods.matching import Matching
 from ..methods.method import Method
 from ..roles.roles import Roles
 from .loop import TrainConfig, distill
+from .optimizer import state_bytes
 from .paths import Paths
 from .pictures import RealData
 from .prompts import Embeddings
@@ -89,26 +90,26 @@ def training_bytes(
     """An iteration after the warm-up, counted. The base may be without content.
 
     `make` makes the roles on this backbone; `times` are those of the trajectories that the method may ask for; a few prompts are
-    enough as `data`. Raises ValueError as the training would.
+    enough as `data`. What an optimiser holds is counted by its formula, which needs no package. Raises ValueError as the training would.
     """
     states = torch.zeros(data.count, *backbone.shape)
     real = RealData(states, data, "") if method.needs.pictures else None
     walks = torch.zeros(data.count, len(times), *backbone.shape)
     paths = Paths(walks, times, data, walks[:0], times, "") if method.needs.paths else None
-    one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2))
+    one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2), optimizer="adamw")
     # One step costs what four do: those before the one with gradients hold less than it.
     begun = replace(method, warmup=0, steps=1) if isinstance(method, Matching) else method
+    roles = make()  # a base that is rounded is there as it was only before
+    parameters = [p for role in roles.trained.values() for p in role.values()]
+    held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
     with Ledger() as ledger:
-        ledger.add(*backbone.module.parameters(), *backbone.module.buffers())
-        roles = make()
+        ledger.add(*held, *parameters, *roles.average.values())
         for _ in distill(roles, begun, data, one, real=real, paths=paths):
             pass
-    own = [p for role in roles.trained.values() for p in role.values()]
-    trained, average = storage_bytes(*own), storage_bytes(*roles.average.values())
-    base = module_bytes(*roles.networks.values()) - storage_bytes(
-        *(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad)
-    )
-    return Training(base, trained, trained, 2 * trained, average, ledger.most - base - 4 * trained - average)
+    trained, average = storage_bytes(*parameters), storage_bytes(*roles.average.values())
+    base = storage_bytes(*held) - storage_bytes(*(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad))
+    work = ledger.most - base - 2 * trained - state_bytes(parameters, one.optimizer) - average
+    return Training(base, trained, trained, state_bytes(parameters, config.optimizer), average, work)
 
 
 def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:

@@ -30,11 +30,11 @@ def seeded(seed: int, step: int, stream: str, rank: int = 0, device: str | torch
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """Flatten an optimiser's per-parameter state to `name.key` tensors. `names` in the order of its parameters."""
+    """Flatten an optimiser's per-parameter state, numbers too, to `name.key` tensors. `names` in the order of its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(parameters) == len(names)
     return {
-        f"{name}.{key}": value.detach().clone()
+        f"{name}.{key}": torch.as_tensor(value).detach().clone()
         for name, p in zip(names, parameters, strict=True)
         for key, value in optimizer.state.get(p, {}).items()
     }
@@ -48,7 +48,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
         for k in keys:
             key = k.rpartition(".")[2]
             own = tensors[k].clone() if key == "step" and not fused else tensors[k].clone().to(p.device)
-            optimizer.state[p][key] = own if key == "step" else part_of(own, p)
+            if isinstance(optimizer.state[p].get(key), int):
+                optimizer.state[p][key] = int(own)
+            else:
+                optimizer.state[p][key] = own if key == "step" else part_of(own, p)
 
 
 def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
