@@ -5,7 +5,8 @@
 
 TDM with 4 steps and a guided teacher, LoRA of rank 32, the base in bfloat16 and the networks computing in it. `one base`: teacher, student and
 fake score are adapters of one frozen network. `three copies`: two more networks, all their weights trained, in the same type. Weights are those of
-all copies and adapters. Without text encoders and autoencoder, which `fewstep plan` counts, too. That the count is what an allocator gives, within
+all copies and adapters. `adamw8bit` keeps Adam's moments in 8 bits, int8 and nf4 round the frozen base: these change the result, and are compared
+with copies that do not. Without text encoders and autoencoder, which `fewstep plan` counts, too. That the count is what an allocator gives, within
 five percent: `python -m pytest tests/training/test_memory.py`.
 """
 
@@ -27,12 +28,16 @@ from fewstep.methods.matching import Matching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig
 from fewstep.training.memory import training_bytes
+from fewstep.training.optimizer import OptimizerName
 
-ARRANGEMENTS = {
-    "one base": RolesConfig(rank=32),
-    "one base, checkpointing": RolesConfig(rank=32, checkpointing=True),
-    "three copies": RolesConfig(share=False),
-    "three copies, checkpointing": RolesConfig(share=False, checkpointing=True),
+ARRANGEMENTS: dict[str, tuple[RolesConfig, OptimizerName]] = {
+    "one base": (RolesConfig(rank=32), "adamw"),
+    "one base, checkpointing": (RolesConfig(rank=32, checkpointing=True), "adamw"),
+    "one base, checkpointing, adamw8bit": (RolesConfig(rank=32, checkpointing=True), "adamw8bit"),
+    "one base, checkpointing, adamw8bit, int8": (RolesConfig(rank=32, checkpointing=True, base="int8"), "adamw8bit"),
+    "one base, checkpointing, adamw8bit, nf4": (RolesConfig(rank=32, checkpointing=True, base="nf4"), "adamw8bit"),
+    "three copies": (RolesConfig(share=False), "adamw"),
+    "three copies, checkpointing": (RolesConfig(share=False, checkpointing=True), "adamw"),
 }
 
 
@@ -50,10 +55,9 @@ def row(name: str, arrangement: str, batch: int) -> dict[str, Any]:
     """One row, in bytes."""
     began, backbone, method = time.perf_counter(), hollow(name), Matching(steps=4)
     data = embeddings(name, backbone, torch.bfloat16, 2)
-    config = TrainConfig(iterations=1, batch=batch, lr=1e-4, fake_lr=1e-4, precision="bf16")
-    made = training_bytes(
-        backbone, lambda: make_roles(backbone, ARRANGEMENTS[arrangement]), method, method.times(backbone.schedule), config, data
-    )
+    roles, optimizer = ARRANGEMENTS[arrangement]
+    config = TrainConfig(iterations=1, batch=batch, lr=1e-4, fake_lr=1e-4, precision="bf16", optimizer=optimizer)
+    made = training_bytes(backbone, lambda: make_roles(backbone, roles), method, method.times(backbone.schedule), config, data)
     found = {"family": name, "shape": list(backbone.shape), "arrangement": arrangement, "batch": batch, "weights": made.base + made.trained}
     return found | {"total": made.total, "work": made.work, "counted_in_s": time.perf_counter() - began}
 
@@ -66,7 +70,7 @@ def write(rows: list[dict[str, Any]], to: Path) -> None:
     )
     lines = []
     for r in rows:
-        against = next((o for o in rows if (o["family"], o["batch"]) == (r["family"], r["batch"]) and o["arrangement"] == r["arrangement"].replace("one base", "three copies")), None)  # fmt: skip
+        against = next((o for o in rows if (o["family"], o["batch"]) == (r["family"], r["batch"]) and o["arrangement"] == r["arrangement"].partition(", adamw8bit")[0].replace("one base", "three copies")), None)  # fmt: skip
         ratio = "" if against is None or against is r else f"{r['weights'] / against['weights']:.2f} / {r['total'] / against['total']:.2f}"
         shape = "x".join(map(str, r["shape"]))
         lines.append(

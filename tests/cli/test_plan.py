@@ -6,8 +6,10 @@ import pytest
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.hollow import hollow_teacher
-from fewstep.cli.plan import LEAST_BATCH, Plan, fastest, fit, hollow_of, parse_bytes, phases_of, plan_of, roundings, savings
+from fewstep.cli import plan
+from fewstep.cli.plan import LEAST_BATCH, Phases, Plan, fit, parse_bytes, phases_of, plan_of, roundings, savings
 from fewstep.cli.recipe import DistillRecipe, read_recipe
+from fewstep.training.memory import Training
 
 from .. import pipelines, tiny
 from .test_distill import error_of, fewstep
@@ -56,31 +58,49 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
 
 
-def test_what_changes_the_result_comes_last_the_least_first(tmp_path: Path) -> None:
-    """Only where nothing with the same result fits; and what a recipe rounds already stays so."""
-    folder = tmp_path / "wide"
-    tiny.pipeline(channels=(96, 128)).save_pretrained(folder)
-    train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}
-    settings = read_recipe(str(recipe(folder, train=train, roles={"rank": 16})), [], DistillRecipe)
-    hollow = hollow_of(settings)
-    ways = [sets for sets, _ in roundings(settings, hollow, "first.")]
-    eight, base = "first.train.optimizer=adamw8bit", "roles.base="
-    assert ways == [[eight], [f"{base}int8"], [eight, f"{base}int8"], [eight, f"{base}nf4"]]
-    made = plan_of(settings, hollow, phases_of(settings, hollow))
-    least, smallest = fastest(made, hollow, 1, "")[0], made.total
-    assert least is None
-    for _, way in [w for ways in savings(settings, "") for w in ways]:
-        smallest = min(smallest, plan_of(way, hollow, made.phases).total)
-    assert not any("optimizer" in s or "base" in s for s in fit(made, hollow, smallest, "")[0])
-    sets, needed = fit(made, hollow, smallest - 1, "")
-    assert "train.optimizer=adamw8bit" in sets and needed < smallest
-    inside = read_recipe(str(recipe(folder, train=train, roles={"rank": 16, "base": "int8"})), [], DistillRecipe)
-    assert [s for s, _ in roundings(inside, hollow_of(inside), "")] == [
-        ["train.optimizer=adamw8bit"],
-        ["train.optimizer=adamw8bit", "roles.base=nf4"],
-    ]
-    copies = read_recipe(str(recipe(folder, train=train, roles={"share": False})), [], DistillRecipe)
-    assert [s for s, _ in roundings(copies, hollow, "")] == [["train.optimizer=adamw8bit"]]
+def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
+    """Round numbers: a base of 100, moments of 40, 20 each for adapters and gradients, 4 a sample, 1 with checkpointing."""
+    base, moments = {None: 100, "int8": 50, "nf4": 25}[recipe.roles.base], {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer]
+    return Plan(recipe, phases, Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)))
+
+
+@pytest.mark.parametrize(
+    ("usable", "expected"),
+    [
+        (212, []),
+        (200, ["train.batch=4", "train.accumulate=2"]),
+        (181, ["train.batch=1", "train.accumulate=8", "roles.checkpointing=true"]),
+        (180, ["train.optimizer=adamw8bit", "train.batch=4", "train.accumulate=2"]),
+        (150, ["roles.base=int8", "train.batch=4", "train.accumulate=2"]),
+        (105, ["train.optimizer=adamw8bit", "roles.base=int8", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
+        (80, ["train.optimizer=adamw8bit", "roles.base=nf4", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
+    ],
+)
+def test_what_changes_the_result_comes_last_the_least_first(usable: int, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    train = {"iterations": 2, "batch": 8, "lr": 1e-3, "fake_lr": 1e-3}
+    settings = read_recipe(str(recipe(Path("none"), train=train)), [], DistillRecipe)
+    none = tiny.stable_diffusion(channels=(96, 96))
+    monkeypatch.setattr(plan, "plan_of", counted)
+    monkeypatch.setattr(plan, "hollow_of", lambda _: none)
+    monkeypatch.setattr(plan, "phases_of", lambda *_: Phases(0, 0, 0))
+    made = counted(settings, none, Phases(0, 0, 0))
+    assert fit(made, none, usable, "")[0] == expected
+    if usable == 80:
+        with pytest.raises(ValueError, match=r"with the smallest batch, checkpointing and all that rounds"):
+            fit(made, none, 75, "")
+
+
+def test_what_a_recipe_rounds_stays_so() -> None:
+    wide, narrow = tiny.stable_diffusion(channels=(96, 96)), tiny.stable_diffusion()
+
+    def ways(teacher: Backbone, **roles: object) -> list[list[str]]:
+        settings = read_recipe(str(recipe(Path("none"), roles={"rank": 2, **roles})), [], DistillRecipe)
+        return [sets for sets, _ in roundings(settings, teacher, "first.")]
+
+    eight = "first.train.optimizer=adamw8bit"
+    assert ways(wide) == [[eight], ["roles.base=int8"], [eight, "roles.base=int8"], [eight, "roles.base=nf4"]]
+    assert ways(wide, base="int8") == [[eight], [eight, "roles.base=nf4"]]
+    assert ways(wide, share=False) == ways(narrow) == [[eight]]
 
 
 def test_a_card_that_is_too_small_is_said_so(planned: tuple[Plan, Backbone]) -> None:
