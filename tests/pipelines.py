@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
-    AutoencoderKLCogVideoX,
-    CogVideoXDDIMScheduler,
     CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -22,9 +19,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from fewstep.backbones import miniature
+from fewstep.backbones import miniature, miniature_video
 
 from . import tiny
 
@@ -71,20 +68,9 @@ def pixart_sigma() -> PixArtSigmaPipeline:
 def cogvideox(rotary: bool = False) -> CogVideoXPipeline:
     """Nine frames of 16x16 from three frames of 2x2 latents."""
     tokenizer = t5_tokenizer()
-    vae = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8),
-        latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4, sample_height=16, sample_width=16,
-    )  # fmt: skip
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16, text_embed_dim=32, num_layers=2,
-        sample_width=2, sample_height=2, sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=LENGTH,
-        use_rotary_positional_embeddings=rotary,
-    )  # fmt: skip
-    scheduler = CogVideoXDDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction", snr_shift_scale=3.0,
-        rescale_betas_zero_snr=True, timestep_spacing="trailing",
-    )  # fmt: skip
-    return CogVideoXPipeline(tokenizer, t5(tokenizer), vae, transformer, scheduler)
+    vae = miniature_video.autoencoder((8, 8, 8, 8), 4, 16, groups=2)
+    transformer = miniature_video.transformer(64, 4, 2, 4, 2, 9, 32, LENGTH, rotary)
+    return miniature_video.pipeline(tokenizer, t5(tokenizer), vae, transformer)
 
 
 def sd3() -> StableDiffusion3Pipeline:
@@ -135,16 +121,11 @@ def clip(tokenizer: CLIPTokenizer, projected: bool = False, width: int = 32) -> 
 
 def t5_tokenizer() -> T5Tokenizer:
     """Printable ASCII, a letter a token."""
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((chr(c), -3.0) for c in range(33, 127))]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=LENGTH)
+    return miniature_video.tokenizer((), LENGTH)
 
 
 def t5(tokenizer: T5Tokenizer, width: int = 32) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
-        eos_token_id=1, feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return T5EncoderModel(config).eval()
+    return miniature_video.text_encoder(tokenizer, width, 2, 4).eval()
 
 
 def autoencoder(scale: float, shift: float | None = None) -> AutoencoderKL:

@@ -59,9 +59,10 @@ def test_which_parameters_are_matrices() -> None:
         {
             "embed": nn.Embedding(64, 64),
             "conv": nn.Conv2d(64, 64, 3),
+            "video": nn.Conv3d(64, 64, 3),
             "out": nn.Conv2d(64, 3, 3),
             "norm": nn.GroupNorm(4, 64),
             "fc": nn.Linear(64, 64),
         }
     )
-    assert {n for n, p in net.named_parameters() if is_matrix(net, n, p)} == {"conv.weight", "fc.weight"}
+    assert {n for n, p in net.named_parameters() if is_matrix(net, n, p)} == {"conv.weight", "video.weight", "fc.weight"}

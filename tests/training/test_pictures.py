@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.training.pictures import Captioned, encode_pictures, read_pictures, to_tensor
 
 from .. import tiny
+from ..archives import pack
 
 
 def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16)) -> bytes:
@@ -34,15 +34,6 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def shard(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_captions_of_a_folder(folder: Path) -> None:
     assert {p.name: p.caption for p in read_pictures(str(folder))} == {
         "a_red_cat.png": "a red cat",
@@ -52,10 +43,10 @@ def test_captions_of_a_folder(folder: Path) -> None:
 
 
 def test_captions_of_shards(tmp_path: Path) -> None:
-    shard(
+    pack(
         tmp_path / "000.tar", {"x/1.png": png(), "x/1.txt": b"one", "x/2.png": png(), "x/2.json": b'{"caption": "two"}', "x/3.json": b"{}"}
     )
-    one = shard(tmp_path / "001.tar", {"3.webp.png": png(), "4.jpg": png(), "4.json": b'{"text": "four"}'})
+    one = pack(tmp_path / "001.tar", {"3.webp.png": png(), "4.jpg": png(), "4.json": b'{"text": "four"}'})
     assert [p.caption for p in read_pictures(str(tmp_path))][:2] == ["one", "two"]
     assert [p.caption for p in read_pictures(str(one))] == ["four"]
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.zoo import emoji_data
 from fewstep.zoo.teacher import TeacherConfig, train_teacher
+
+from ..archives import pack
 
 
 def png(colour: tuple[int, int, int, int]) -> bytes:
@@ -39,13 +40,7 @@ def archive(tmp_path: Path) -> Path:
     files = {"package/emoji.json": json.dumps(entries).encode()}
     names = ["red.png", "hand.png", "couple.png", "couple-x.png", *(v["image"] for v in tones.values())]
     files |= {f"package/img/google/64/{n}": png((20 * i, 100, 50, 255 if i else 0)) for i, n in enumerate(names)}
-    path = tmp_path / "tiny-emoji-1.0.0.tgz"
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    return pack(tmp_path / "tiny-emoji-1.0.0.tgz", files)
 
 
 def test_captions_and_pictures(archive: Path) -> None:

@@ -35,7 +35,7 @@ def is_matrix(module: nn.Module, name: str, parameter: nn.Parameter, least: int 
 
     Embeddings, norms and biases are not maps between features; a layer of a few rows has no spectrum to flatten.
     """
-    if not name.endswith("weight") or not isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Conv2d):
+    if not name.endswith("weight") or not isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Conv2d | nn.Conv3d):
         return False
     return min(len(parameter), parameter[0].numel()) >= least
 

@@ -94,7 +94,7 @@ def load(archive: Path, hold_out: float) -> tuple[list[Emoji], Tensor]:
         wanted = (m for m in tar if m.name.startswith("package/img/google/64/") or m.name == "package/emoji.json")
         blobs = {m.name: file.read() for m in wanted if (file := tar.extractfile(m)) is not None}
     emoji = catalogue(json.loads(blobs["package/emoji.json"]), hold_out)
-    images = [_on_white(blobs[f"package/img/google/64/{e.file}"]) for e in emoji]
+    images = [_read(blobs[f"package/img/google/64/{e.file}"]) for e in emoji]
     return emoji, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -108,14 +108,19 @@ def load_style(archive: Path, emoji: list[Emoji], style: str) -> tuple[list[Emoj
     with tarfile.open(archive) as tar:
         blobs = {m.name: file.read() for m in tar if m.name.startswith(folder) and (file := tar.extractfile(m)) is not None}
     there = [(e, blobs[name]) for e in emoji if (name := where.format(e.file.removesuffix(".png"))) in blobs]
-    images = np.stack([_on_white(blob) for _, blob in there])
+    images = np.stack([_read(blob) for _, blob in there])
     return [e for e, _ in there], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _on_white(png: bytes) -> np.ndarray:
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
-    if picture.size != (64, 64):
-        picture = picture.resize((64, 64), Image.Resampling.LANCZOS)
+def _read(png: bytes) -> np.ndarray:
+    return on_white(Image.open(io.BytesIO(png)), 64)
+
+
+def on_white(picture: Image.Image, size: int) -> np.ndarray:
+    """A picture as bytes [size, size, 3], what is transparent in it white."""
+    picture = picture.convert("RGBA")
+    if picture.size != (size, size):
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
     background = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return np.asarray(Image.alpha_composite(background, picture).convert("RGB"))
 

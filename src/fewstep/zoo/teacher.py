@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..atomic import write_json, write_tensors
 from ..backbones import miniature
+from ..core.schedule import expand
 from ..training.fit import FitConfig, FitStep, fit
 from ..training.state import seeded
 from . import emoji_data
@@ -144,14 +145,14 @@ def train_decoder(config: TeacherConfig, data: Data, run: Path) -> Generator[Fit
 
 
 class TextToNoise(nn.Module):
-    """Text encoder and U-Net as one module, so that both are trained by one loss."""
+    """Text encoder and U-Net, or transformer, as one module, so that both are trained by one loss."""
 
     def __init__(self, text: nn.Module, unet: nn.Module) -> None:
         super().__init__()
         self.text, self.unet = text, unet
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(tokens)[0], return_dict=False)[0]
+        return self.unet(x, timestep=t, encoder_hidden_states=self.text(tokens)[0], return_dict=False)[0]
 
 
 def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
@@ -170,13 +171,34 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
     average = copy.deepcopy(model)
     tokens = tokenizer([e.caption for e in data.emoji], padding="max_length", truncation=True, return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-    alpha_bar = miniature.scheduler().alphas_cumprod
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    by_name = _by_name(data.emoji)
-    batch, drop = config.denoiser.fit.batch, config.denoiser.drop_caption
+    alpha_bar, drop = miniature.scheduler().alphas_cumprod, config.denoiser.drop_caption
+    loss_at = v_loss(model, data.emoji, latents, tokens, empty, alpha_bar, config.denoiser.fit, drop, config.seed)
+    yield from fit(model, average, loss_at, config.denoiser.fit, run / "denoiser")
+    save_teacher(run, vae, average, tokenizer)
+    prompts = [e.caption for e in data.emoji if not e.held_out]
+    (run / "teacher" / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n")
+
+
+def v_loss(
+    model: nn.Module,
+    emoji: list[emoji_data.Emoji],
+    latents: Tensor,
+    tokens: Tensor,
+    empty: Tensor,
+    alpha_bar: Tensor,
+    fit: FitConfig,
+    drop: float,
+    seed: int,
+) -> Callable[[int], Tensor]:
+    """`step -> |v(x_t, t, caption) - (alpha eps - sigma x0)|^2` on latents [N, V, ...] with `tokens` [N, L], at uniform times.
+
+    Names are drawn evenly, then a skin tone, then one of V; captions give way to the `empty` one at the rate `drop`.
+    """
+    by_name, alpha, sigma = _by_name(emoji), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    batch = fit.batch
 
     def loss_at(step: int) -> Tensor:
-        rng = seeded(config.seed, step, "denoiser")
+        rng = seeded(seed, step, "denoiser")
         names = torch.randint(len(by_name), (batch,), generator=rng).tolist()
         plain, pick = torch.rand(batch, generator=rng).tolist(), torch.rand(batch, generator=rng).tolist()
         rows = torch.tensor([_variant(by_name[n], p, q) for n, p, q in zip(names, plain, pick, strict=True)])
@@ -184,16 +206,13 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
         # Stratified times: one per slice of [0, T), which halves the noise of the loss at no cost.
         t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha)).long()
         eps = torch.randn(x0.shape, generator=rng)
-        a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
+        a, s = expand(alpha[t], x0), expand(sigma[t], x0)
         captions = torch.where((torch.rand(batch, generator=rng) < drop)[:, None], empty, tokens[rows])
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.denoiser.fit.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fit.bf16):
             v = model(a * x0 + s * eps, t, captions)
         return F.mse_loss(v.float(), a * eps - s * x0)
 
-    yield from fit(model, average, loss_at, config.denoiser.fit, run / "denoiser")
-    save_teacher(run, vae, average, tokenizer)
-    prompts = [e.caption for e in data.emoji if not e.held_out]
-    (run / "teacher" / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n")
+    return loss_at
 
 
 def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor], Tensor], run: Path) -> Tensor:

@@ -1,0 +1,71 @@
+"""Animated emoji with their names: captions and short clips from the npm package `@lobehub/fluent-emoji-anim-1`.
+
+The names are those of `emoji-datasource-google`, which calls its files by the same code points. Fluent emoji are Microsoft's, the package
+is MIT.
+"""
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..atomic import write_tensors
+from .emoji_data import Emoji, catalogue, on_white, placed
+
+STRIDE = 3  # eight frames a second, CogVideoX's own rate, of the clips' 24
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What moves, and all frames of each, uint8 `[n, 3, S, S]` on white, n its own."""
+
+    emoji: list[Emoji]
+    frames: list[Tensor]
+
+    @property
+    def mirrors(self) -> Tensor:
+        """Which may be mirrored, [N]."""
+        return torch.tensor([e.mirrors for e in self.emoji])
+
+
+def load_clips(names: Path, archive: Path, size: int, cache: Path) -> Clips:
+    """The clips of `archive` that move and have a name, in the order of the catalogue in `names`; decoded once into `cache`."""
+    with tarfile.open(names) as tar:
+        entries = next(file.read() for m in tar if m.name == "package/emoji.json" and (file := tar.extractfile(m)) is not None)
+    emoji = {e.file.removesuffix(".png"): e for e in catalogue(json.loads(entries), 0.0)}
+    if not cache.exists():
+        with tarfile.open(archive) as tar:
+            files = {Path(m.name).stem: file.read() for m in tar if m.name.endswith(".webp") and (file := tar.extractfile(m)) is not None}
+        decoded = {key: read_frames(files[key], size) for key in emoji if key in files}
+        write_tensors(cache, {key: frames for key, frames in decoded.items() if len(frames) > 1})
+    found = load_file(cache)
+    return Clips([e for key, e in emoji.items() if key in found], [found[key] for key in emoji if key in found])
+
+
+def read_frames(webp: bytes, size: int) -> Tensor:
+    """All frames of a picture file, uint8 [n, 3, S, S] on white."""
+    with Image.open(io.BytesIO(webp)) as picture:
+        frames = np.stack([on_white(frame, size) for frame in ImageSequence.Iterator(picture)])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def draw_clips(clips: Clips, rows: list[int], count: int, least: float, rng: torch.Generator) -> Tensor:
+    """`count` frames of each of these clips, uint8 [B, F, 3, S, S], at a place, size and side of its own.
+
+    Every `STRIDE`th frame is taken, from a drawn one on; the place is the same for all of them, so that nothing moves that did not. As with
+    pictures, a name then has many clips.
+    """
+    parts = []
+    for row, start in zip(rows, torch.rand(len(rows), generator=rng).tolist(), strict=True):
+        frames = clips.frames[row]
+        first = int(start * max(1, len(frames) - STRIDE * (count - 1)))
+        parts.append(frames[(first + STRIDE * torch.arange(count)).clamp(max=len(frames) - 1)])
+    whole = torch.stack(parts)
+    return placed(whole.flatten(1, 2), clips.mirrors[rows], least, rng).reshape(whole.shape)
