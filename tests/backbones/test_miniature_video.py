@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import CogVideoXDDIMScheduler
+from transformers import T5EncoderModel
 
 from fewstep.backbones import miniature_video as mini
 
@@ -15,6 +16,16 @@ def test_a_word_is_a_token_and_any_other_text_is_letters(tmp_path: Path) -> None
         pieces = tokens.convert_ids_to_tokens(tokens("Wolf running, medium-dark zebra".lower()).input_ids)
         assert pieces == ["▁wolf", "▁running", ",", "▁medium-dark", "▁", "z", "e", "b", "r", "a", "</s>"]
         assert tokens("", padding="max_length").input_ids == [1] + [0] * 11
+
+
+def test_an_encoder_that_was_trained_as_its_inner_stack_is_saved_whole(tmp_path: Path) -> None:
+    """T5EncoderModel has a second name for the stack's embeddings."""
+    words = mini.tokenizer(["red cat"], 4)
+    text = mini.text_encoder(words, 16, 1, 2).eval()
+    text.encoder.load_state_dict({k: torch.rand_like(v) for k, v in text.encoder.state_dict().items()})
+    tokens = words(["red cat"], return_tensors="pt").input_ids
+    text.save_pretrained(tmp_path)
+    assert torch.equal(T5EncoderModel.from_pretrained(tmp_path)(tokens)[0], text.encoder(tokens)[0])
 
 
 def test_time_is_compressed_four_times_but_for_the_first_frame() -> None:
