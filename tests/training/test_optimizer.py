@@ -1,6 +1,7 @@
 """AdamW in 8 bits: what it holds, where its package is missing, and resuming bit for bit where it is there."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_its_plan_needs_no_package_and_a_quarter(monkeypatch: pytest.MonkeyPatch
         backbone = wide()
         data = embed(backbone, tiny.WORDS, None, "tiny")
         planned[config.optimizer] = training_bytes(
-            backbone, lambda b=backbone: make_roles(b, RolesConfig(rank=64)), METHOD, METHOD.times(backbone.schedule), config, data
+            backbone, partial(make_roles, backbone, RolesConfig(rank=64)), METHOD, METHOD.times(backbone.schedule), config, data
         )
     plain, eight = planned["adamw"], planned["adamw8bit"]
     assert eight.optimiser < 0.27 * plain.optimiser
