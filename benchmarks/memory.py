@@ -115,9 +115,9 @@ def main() -> None:
     for name in a.only:
         for arrangement in a.arrangements:
             rows = [r for r in rows if (r["family"], r["arrangement"]) != (name, arrangement)]
-            rows.append(row(name, arrangement, a.batch or FAMILIES[name].batch))
+            print(made := row(name, arrangement, a.batch or FAMILIES[name].batch), flush=True)
+            rows.append(made)
             rows.sort(key=lambda r: order.index((r["family"], r["arrangement"])))
-            print(rows[-1], flush=True)
             write(rows, a.to)
 
 

@@ -242,7 +242,7 @@ def test_dry_run_trains_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, c
     assert fewstep(monkeypatch, "distill", recipe, "--dry-run", "--set", "train.batch=3") == 0
     text = capsys.readouterr().out
     assert "batch: 3" in text
-    assert "denoiser (one for all roles)" in text and "optimiser (AdamW)" in text
+    assert "denoiser (one for all roles)" in text and "optimiser (adamw)" in text
     assert "[999.0, 749.0, 499.0, 249.0, -1.0]" in text
     assert not Path("runs").exists()
 
