@@ -65,6 +65,8 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         next(distill(*parts()[:1], METHOD, parts()[1], EIGHT))
     with pytest.raises(ValueError, match=r"^train\.optimizer: got 'sgd', allowed are adamw, adamw8bit$"):
         replace(CONFIG, optimizer="sgd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^train\.shard: got true, but adamw8bit takes whole tensors; set train\.optimizer=adamw$"):
+        replace(EIGHT, shard=True)
 
 
 # With the package

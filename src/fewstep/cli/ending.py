@@ -55,10 +55,11 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
-    """What a model card says about the data."""
+    """What a model card says about the data, and about a teacher that was not quite its base."""
+    rounded = f", beside its base in {recipe.roles.base}" if recipe.roles.base else ""
     if recipe.data is None or recipe.data.source == "trajectories":
-        return "prompts alone"
-    return "prompts and pictures that the teacher drew" if recipe.data.source == "teacher" else "captioned pictures"
+        return f"prompts alone{rounded}"
+    return ("prompts and pictures that the teacher drew" if recipe.data.source == "teacher" else "captioned pictures") + rounded
 
 
 def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) -> None:
