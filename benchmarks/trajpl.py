@@ -4,7 +4,7 @@
     python benchmarks/trajpl.py --only exact       # one part; --seeds 0 for one seed; --iterations N for another budget
 
 `exact`: the teacher is the closed form, so there is nothing for a LoRA to train and heads stand alone. `network`: a small network that
-was trained on draws of the mixture is the teacher, of more trajectories, for LoRA learn 3,000 by heart. `data`: the same, with fewer. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
+was trained on draws of the mixture is the teacher, of more trajectories, for LoRA learn 3,000 by heart. `data`: the same with fewer, one seed. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
 `pixel`: the bundled Fashion-MNIST teacher, guidance distilled in, and the share of the excess Frechet distance (EfficientNet-lite0 features,
 32 components, 1,000 pictures, against as many of the test set from Debian's dataset-fashion-mnist) over its 50 steps that is left.
@@ -268,7 +268,7 @@ def main() -> None:
             if student.trajectories:
                 config, folder = replace(config, count=student.trajectories), a.folder / f"{name}-{student.trajectories}"
             paths = to_end(teacher_paths(part.teacher, data, config, times, 1.0, folder, name, chunk=500))
-            for seed in a.seeds if student.trained else a.seeds[:1]:
+            for seed in a.seeds if student.trained and not student.trajectories else a.seeds[:1]:
                 file = a.folder / f"{name}-{key}-{seed}.json"
                 if not file.exists():
                     write_json(file, run(name, key, student, part, paths, data, seed))
