@@ -34,8 +34,10 @@ def make_optimizer(
         for i, p in enumerate(parameters):
             eight.init_state(eight.param_groups[0], p, 0, i)
         return eight
-    fused = parameters[0].is_cuda  # on a GPU the other kinds hold all weights' updates at once
-    groups = [{"params": group} for group in by_kind(list(parameters)) if group]
+    spread, plain = by_kind(list(parameters))
+    # On a GPU the other kinds hold all weights' updates at once; on a CPU this one takes two fifths of their time.
+    fused = parameters[0].is_cuda or (parameters[0].device.type == "cpu" and not spread)
+    groups = [{"params": group} for group in (spread, plain) if group]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     for p in parameters:
         step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
