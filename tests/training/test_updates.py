@@ -15,6 +15,7 @@ from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.state import seeded
 
+from .. import tiny
 from .test_loop import CONFIG, METHOD, parts, run, tensors
 
 Gradients = dict[int, Tensor]
@@ -50,6 +51,21 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(share: bool, monke
     assert any(not torch.allclose(one[n], two[n], rtol=1e-2) for n in one)
     for n, g in both.items():
         torch.testing.assert_close(g, (one[n] + two[n]) / 2, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    """Those of wide convolutions come channels last, which torch's fused AdamW reads in the wrong order without a word."""
+    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        seen.extend((p.stride(), p.grad.stride()) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+    backbone = replace(tiny.denoiser(), module=tiny.Net(512))
+    roles, data = parts(backbone=backbone)
+    handle = register_optimizer_step_pre_hook(look)
+    list(distill(roles, replace(METHOD, warmup=0), data, replace(CONFIG, iterations=1)))
+    handle.remove()
+    assert seen and all(own == gradient for own, gradient in seen)
 
 
 def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path, gradients: Gradients) -> None:

@@ -205,7 +205,10 @@ def _add_gradients(loss: Loss, roles: Roles, share: float) -> None:
     grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
     for p, g in zip(parameters, grads, strict=True):
         own = torch.zeros_like(p) if g is None else g if share == 1 else g * share
-        p.grad = own if p.grad is None else p.grad.add_(own)
+        if p.grad is not None:
+            p.grad.add_(own)
+        else:  # laid out as a backward pass would: torch's fused AdamW reads any other order wrong, and says nothing
+            p.grad = own if own.stride() == p.stride() else torch.empty_like(p).copy_(own)
 
 
 def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float) -> None:
