@@ -56,7 +56,7 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
         (TDM, RolesConfig(rank=4, checkpointing=True), 8),
         (TDM, RolesConfig(share=False), 2),
         (TDM, RolesConfig(rank=4, base="int8"), 8),
-        (TDM, RolesConfig(rank=4, base="nf4"), 8),  # with checkpointing what a CPU's product of two types holds, a decoded weight, is too much of all
+        (TDM, RolesConfig(rank=4, base="nf4"), 8),  # with checkpointing, a weight decoded on a CPU is too much of all
         (Matching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4),
         (Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4),
     ],
