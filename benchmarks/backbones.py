@@ -1,7 +1,7 @@
 """What distilling each family costs at its true size, with random weights: seconds of an iteration by role, and peak memory.
 
     python benchmarks/backbones.py                     # whatever fits this machine; writes benchmarks/backbones.md and .json
-    python benchmarks/backbones.py --only sd15 --batch 8
+    python benchmarks/backbones.py --only sd15 --batch 8    # that family's rows again; the others stay as they are
 
 Three arrangements of the same TDM iteration (4 steps, guided teacher): `one base` has teacher, student and fake score as LoRA adapters of one
 frozen network; `three copies` trains all weights of two copies; `reference` is the bare network calls of the public demo script: eleven forward
@@ -225,6 +225,17 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
     return row | {"seconds": seconds, "roles": split, "peak_gib": peak(device), "parameters": parameters}
 
 
+def hardware() -> str:
+    """What the numbers were measured on."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, networks of few blocks"
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    """Rows that were measured before on the same hardware."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"hardware": ""}
+    return found["rows"] if found["hardware"] == hardware() else []
+
+
 def calls(roles: dict[str, float]) -> float:
     """Seconds of the bare calls that an iteration contains: of the four steps a sample's rollout takes one and a half on average."""
     return 1.5 * roles["rollout step"] + roles["student"] + roles["teacher"] + roles["fake"]
@@ -233,11 +244,8 @@ def calls(roles: dict[str, float]) -> float:
 def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """The table and the rows."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = (
-        torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, networks of few blocks"
-    )
     command = "python benchmarks/backbones.py" + (f" --batch {a.batch}" if a.batch else "") + " --checkpointing" * a.checkpointing
-    write_json(a.to / "backbones.json", {"rows": rows, "hardware": hardware, "commit": commit, "seeds": [0], "command": command})
+    write_json(a.to / "backbones.json", {"rows": rows, "hardware": hardware(), "commit": commit, "seeds": [0], "command": command})
     lines = []
     for r in rows:
         split = ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items())
@@ -255,7 +263,7 @@ def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
 
 {(__doc__ or "").split(chr(10) * 2)[2].strip()}
 
-`{command}`, {hardware}, commit {commit}, torch {torch.__version__}.
+`{command}`, {hardware()}, commit {commit}, torch {torch.__version__}.
 
 | family | parameters | batch | arrangement | seconds | of its calls alone | copies take | reference takes | peak | a call of each role, s |
 |---|---|---|---|---|---|---|---|---|---|
@@ -274,7 +282,8 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="keep only the inputs of the networks' blocks")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
-    device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[dict[str, Any]] = [r for r in kept(a.to / "backbones.json") if r["family"] not in a.only]
     for name in a.only:
         for arrangement in a.arrangements:
             try:
@@ -285,7 +294,7 @@ def main() -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            write(rows, a)
+            write(sorted(rows, key=lambda r: list(FAMILIES).index(r["family"])), a)
 
 
 if __name__ == "__main__":
