@@ -13,7 +13,9 @@ against narrow ones an adapter of rank 32 would look dear.
 import argparse
 import gc
 import json
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -210,7 +212,16 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
     data = embeddings(name, backbone, dtype if share else torch.float32, 8)
     precision: Literal["no", "bf16"] = "bf16" if device.type == "cuda" else "no"
     config = TrainConfig(iterations=a.repeats + 2, batch=batch, lr=1e-6, fake_lr=1e-6, precision=precision)
-    row: dict[str, Any] = {"family": name, "arrangement": arrangement, "batch": batch, "dtype": str(dtype)}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    command = shlex.join(["python", "benchmarks/backbones.py", *sys.argv[1:]])
+    row: dict[str, Any] = {
+        "family": name,
+        "arrangement": arrangement,
+        "batch": batch,
+        "dtype": str(dtype),
+        "commit": commit,
+        "command": command,
+    }
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         if arrangement == "reference":
             return row | {
@@ -241,11 +252,18 @@ def calls(roles: dict[str, float]) -> float:
     return 1.5 * roles["rollout step"] + roles["student"] + roles["teacher"] + roles["fake"]
 
 
+def by_run(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """Families by the command and the commit that measured them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for r in rows:
+        of = found.setdefault((r["command"], r["commit"]), [])
+        of += [r["family"]] * (r["family"] not in of)
+    return found
+
+
 def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """The table and the rows."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    command = "python benchmarks/backbones.py" + (f" --batch {a.batch}" if a.batch else "") + " --checkpointing" * a.checkpointing
-    write_json(a.to / "backbones.json", {"rows": rows, "hardware": hardware(), "commit": commit, "seeds": [0], "command": command})
+    write_json(a.to / "backbones.json", {"rows": rows, "hardware": hardware(), "seeds": [0]})
     lines = []
     for r in rows:
         split = ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items())
@@ -259,11 +277,15 @@ def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
         size = f"{r['parameters'] / 1e6:.0f}M"
         cells = [r["family"], size, f"{r['batch']}", r["arrangement"], f"{r['seconds']:.3f}", *against, memory, split]
         lines.append(f"| {' | '.join(cells)} |")
+    runs = [
+        f"- {', '.join(of)}: `{command}`, commit {commit}, {hardware()}, torch {torch.__version__}"
+        for (command, commit), of in by_run(rows).items()
+    ]
     text = f"""# What an iteration costs, family by family
 
 {(__doc__ or "").split(chr(10) * 2)[2].strip()}
 
-`{command}`, {hardware()}, commit {commit}, torch {torch.__version__}.
+{chr(10).join(runs)}
 
 | family | parameters | batch | arrangement | seconds | of its calls alone | copies take | reference takes | peak | a call of each role, s |
 |---|---|---|---|---|---|---|---|---|---|

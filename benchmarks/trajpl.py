@@ -12,8 +12,10 @@ at the end of the trajectory, from the same noise, averaged over trajectories th
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -280,7 +282,11 @@ def main() -> None:
 def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """`trajpl.json` with every run, and `trajpl.md` with means and deviations over seeds."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    about = {"hardware": f"{torch.get_num_threads()} CPU threads", "commit": commit, "command": "python benchmarks/trajpl.py"}
+    about = {
+        "hardware": f"{torch.get_num_threads()} CPU threads",
+        "commit": commit,
+        "command": shlex.join(["python", "benchmarks/trajpl.py", *sys.argv[1:]]),
+    }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in ("out", "folder")}
     write_json(a.out / "trajpl.json", {"rows": results, "settings": settings, "seeds": a.seeds, **about})
     lines = ["# TrajP-L", "", (__doc__ or "").split("\n\n")[2].strip(), ""]

@@ -173,7 +173,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         "lora.safetensors": "is no checkpoint of Stable Diffusion 1, 2 or XL in its original layout; pass a LoRA by --fuse-lora",
         "broken.safetensors": "is missing or damaged",
         "nowhere.safetensors": "is missing or damaged",
-        "old.ckpt": "is a pickle, which may run any code when it is read; convert it where you trust it: python -c",
+        "old.ckpt": "is a pickle, which may run any code when it is read; pass the model's .safetensors, or convert it as docs/checkpoints.md says",
     }.items():
         with pytest.raises(ValueError, match=rf"^teacher: \S+{name} {said}") as error:
             load_teacher(tmp_path / name)

@@ -70,9 +70,7 @@ def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
     """
     if file.suffix in PICKLES:
         raise ValueError(
-            f"teacher: {file} is a pickle, which may run any code when it is read; convert it where you trust it: "
-            f"python -c \"import torch, safetensors.torch as s; d = torch.load('{file}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
-            f"s.save_file({{k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}}, '{file.with_suffix(SUFFIX)}')\""
+            f"teacher: {file} is a pickle, which may run any code when it is read; pass the model's {SUFFIX}, or convert it as docs/checkpoints.md says"
         )
     try:
         with safe_open(file, "pt") as opened:

@@ -205,10 +205,7 @@ def _add_gradients(loss: Loss, roles: Roles, share: float) -> None:
     grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
     for p, g in zip(parameters, grads, strict=True):
         own = torch.zeros_like(p) if g is None else g if share == 1 else g * share
-        if p.grad is not None:
-            p.grad.add_(own)
-        else:  # laid out as a backward pass would: torch's fused AdamW reads any other order wrong, and says nothing
-            p.grad = own if own.stride() == p.stride() else torch.empty_like(p).copy_(own)
+        p.grad = own if p.grad is None else p.grad.add_(own)
 
 
 def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float) -> None:
@@ -231,6 +228,9 @@ def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch
         flat = mean_of(torch.cat([p.grad.flatten() for p in own if p.grad is not None]))
         for p, g in zip(own, flat.split([p.numel() for p in own]), strict=True):
             p.grad = g.view_as(p).to(p.dtype)
+    for p in own:  # torch's fused AdamW reads a gradient in its parameter's order, whatever the gradient's own is, and says nothing
+        if p.grad is not None and p.grad.stride() != p.stride():
+            p.grad = torch.empty_like(p).copy_(p.grad)
     norm = clip_gradients(parameters, config.clip)
     _require_finite(norm, "gradient", role, i)
     for group in optimizer.param_groups:
