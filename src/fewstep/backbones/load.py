@@ -1,7 +1,6 @@
 """From a name to a teacher: a bundled one, a diffusers folder, a hub id, or a checkpoint in one file."""
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,11 +219,7 @@ def _reason(error: Exception) -> str:
 
 
 def quiet() -> None:
-    """Keep diffusers' and transformers' own loading bars and notices off the screen: for programs that show their own.
-
-    And those of bitsandbytes, which PEFT imports with the first adapter wherever it is installed, used or not.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Keep diffusers' and transformers' own loading bars and notices off the screen: for programs that show their own."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

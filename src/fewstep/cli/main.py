@@ -1,5 +1,6 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` is immediate."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setti
 @app.callback()
 def about() -> None:
     """Turn a pretrained diffusion model into a generator that needs 1 to 4 steps, from prompts alone."""
+    # diffusers imports it wherever it is installed, used or not, and it warns of kernels that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()

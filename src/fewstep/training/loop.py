@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from ..methods.method import Loss, Method, Turn, draw_count
 from ..roles.adapters import assign, uncast
 from ..roles.roles import Role, Roles
 from ..roles.sharding import by_kind, clip_gradients, part_of, whole
+from .compiling import Compiled
 from .optimizer import OPTIMIZERS, OptimizerName, make_optimizer
 from .paths import Paths
 from .pictures import RealData
@@ -50,6 +52,7 @@ class TrainConfig:
     precision: Literal["no", "bf16"] = "no"  # bf16: the networks compute in it, weights and losses stay float32
     shard: bool = False
     optimizer: OptimizerName = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory, and another result
+    compile: bool = False  # the networks by torch.compile: minutes at the start of every run, for iterations that may be faster on a GPU
 
     def __post_init__(self) -> None:
         for option in ("iterations", "batch", "accumulate", "checkpoint_every"):
@@ -64,6 +67,8 @@ class TrainConfig:
             raise ValueError(f"train.optimizer: got {self.optimizer!r}, allowed are {', '.join(OPTIMIZERS)}")
         if self.shard and self.optimizer != "adamw":
             raise ValueError(f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw")
+        if self.shard and self.compile:
+            raise ValueError("train.compile: got true with train.shard=true, which has not been made to work; set one of them to false")
         if not 0 <= self.decay <= self.iterations:
             raise ValueError(
                 f"train.decay: got {self.decay}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
@@ -130,6 +135,7 @@ def distill(
     fingerprint = "" if run is None else _fingerprint(roles, method, data, config, batches, real, paths)
     start = _resume(roles, optimizers, run, fingerprint, batches, accelerator.num_processes)
     null = data.unconditional(device)
+    compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
         turns, steps = [], draw_count(method.counts, seeded(config.seed, i, "count"))
@@ -145,6 +151,7 @@ def distill(
         with (
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=not roles.sharded),
             uncast(roles.layers if mixed else ()),
+            compiled(),
         ):
             metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i)
         if i >= method.warmup:
