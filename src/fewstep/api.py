@@ -23,11 +23,13 @@ from .methods.matching import Matching
 from .methods.method import Method, student_of
 from .methods.paths import PathImitation
 from .roles.adapters import switch
+from .roles.quantised import Kind
 from .roles.roles import Roles, RolesConfig, make_roles
 from .roles.step_condition import attach, nearest, unfold
 from .roles.student import Student, with_lora, with_vectors, without_fold
-from .training.loop import Step, TrainConfig
+from .training.loop import Precision, Step, TrainConfig
 from .training.loop import distill as train
+from .training.optimizer import OptimizerName
 from .training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end, union
 from .training.pictures import encode_pictures
 from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
@@ -54,8 +56,15 @@ def distill(
     lr: float = 1e-5,
     fake_lr: float = 1e-4,
     ema: float = 0.98,
+    decay: int = 0,
+    accumulate: int = 1,
+    precision: Precision = "no",
+    optimizer: OptimizerName = "adamw",
+    compile: bool = False,
     share: bool = True,
     rank: int = 32,
+    checkpointing: bool = False,
+    base: Kind | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     checkpoint_every: int = 100,
@@ -69,8 +78,13 @@ def distill(
     ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `paths` are the teacher's
     trajectories that `PathImitation` learns from. `start` is a finished student to begin from. With
     `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
+    All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
     """
-    config = TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, ema=ema, seed=seed, checkpoint_every=checkpoint_every)
+    config = TrainConfig(
+        iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, decay=decay, accumulate=accumulate, ema=ema, checkpoint_every=checkpoint_every, seed=seed,
+        precision=precision, optimizer=optimizer, compile=compile,
+    )  # fmt: skip
+    networks = RolesConfig(share=share, rank=rank, checkpointing=checkpointing, base=base)
     folder = None if out is None else Path(out)
     cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, list(prompts), cache, identity)
@@ -83,9 +97,7 @@ def distill(
     elif pictures is not None:
         real = encode_pictures(teacher, str(pictures), cache, identity)
     begin = None if start is None else Path(start)
-    yield from train(
-        roles_for(teacher, method, RolesConfig(share=share, rank=rank), seed, walked, begin), method, data, config, folder, real, walked
-    )
+    yield from train(roles_for(teacher, method, networks, seed, walked, begin), method, data, config, folder, real, walked)
 
 
 def path_times(method: Method, backbone: Backbone) -> Tensor:

@@ -26,6 +26,8 @@ from .processes import is_first, mean_of, this_process
 from .prompts import Embeddings
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
 
+Precision = Literal["no", "bf16"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -49,7 +51,7 @@ class TrainConfig:
     clip: float = 1.0
     checkpoint_every: int = 100
     seed: int = 0
-    precision: Literal["no", "bf16"] = "no"  # bf16: the networks compute in it, weights and losses stay float32
+    precision: Precision = "no"  # bf16: the networks compute in it, weights and losses stay float32
     shard: bool = False
     optimizer: OptimizerName = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory, and another result
     compile: bool = False  # the networks by torch.compile: minutes at the start of every run, for iterations that may be faster on a GPU
