@@ -6,8 +6,9 @@
 `exact`: the teacher is the closed form, so there is nothing for a LoRA to train and heads stand alone. `network`: a small network that
 was trained on draws of the mixture is the teacher, of more trajectories, for LoRA learn 3,000 by heart. `data`: the same with fewer, one seed. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
-`pixel`: the bundled Fashion-MNIST teacher, guidance distilled in, and the share of the excess Frechet distance (EfficientNet-lite0 features,
-32 components, 1,000 pictures, against as many of the test set from Debian's dataset-fashion-mnist) over its 50 steps that is left.
+`pixel`: the bundled Fashion-MNIST teacher, whose way has 50 steps of DDIM, and beside the error the Frechet distance (EfficientNet-lite0
+features, 32 components, 1,000 pictures) to as many of the test set from Debian's dataset-fashion-mnist. `emoji`: the bundled text-to-image
+teacher with guidance 4.5, which students have distilled in and solvers alone go without; FD-efflite0 of 256 names to all real emoji.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,27 @@ from torch import Tensor, nn
 
 from fewstep import Denoiser, PathImitation, PathsConfig
 from fewstep.api import load_teacher, path_times, roles_for
-from fewstep.atomic import write_json
-from fewstep.backbones.base import Backbone, denoiser
+from fewstep.atomic import write_json, write_tensors
+from fewstep.backbones.base import Backbone, Cond, denoiser, guided
+from fewstep.backbones.load import BUNDLED
 from fewstep.backbones.toy import Mixture
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, diffuse, expand
 from fewstep.core.solvers import Correct, Denoise, sample, solver_named
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
+from fewstep.evaluation.plan import plan
+from fewstep.evaluation.protocols import protocol_named
+from fewstep.evaluation.reference import load_reference
 from fewstep.methods.method import student_of
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths, teacher_paths, to_end, walk
-from fewstep.training.prompts import Embeddings, embed
+from fewstep.training.prompts import Embeddings, embed, read_prompts
 from fewstep.zoo.pixel_data import load_idx, read_pixel_data
 
 D, COUNTS, FRESH = 128, (1, 2, 3, 4, 5, 6), 1000
+CHUNK = {"emoji": 32}  # trajectories that are walked together, where not 500
 PROCESS = EDM()
 
 
@@ -130,13 +136,15 @@ LORAS = {
     "lora": Student("LoRA alone", {"head": "none"}, {"rank": 8}),
     "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
 }
+SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
+PICTURES = {**SOLVERS, **HEADS, **{k: replace(v, roles={"rank": 4}) for k, v in LORAS.items()}, "sfd": SFD}
 PARTS: dict[str, dict[str, Student]] = {
     "exact": {**SOLVERS, **HEADS, "head-ipndm": Student("span head on iPNDM", {"head": "span", "solver": "ipndm"}, ALONE)},
     "network": {
         **SOLVERS,
         **HEADS,
         "lora": LORAS["lora"],
-        "sfd": Student("all weights, no head (SFD)", {"head": "none"}, {"share": False}),
+        "sfd": SFD,
         "lora-pas": Student("LoRA and shared weights", {"head": "shared"}, {"rank": 8}),
         "trajp-l": LORAS["trajp-l"],
     },
@@ -145,7 +153,8 @@ PARTS: dict[str, dict[str, Student]] = {
         for key, student in (("head", HEADS["head"]), ("trajp-l", LORAS["trajp-l"]))
         for n in (50, 200, 1000, 5000)
     },
-    "pixel": {**SOLVERS, **HEADS, **LORAS, "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 8})},
+    "pixel": PICTURES | {"film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 4})},
+    "emoji": PICTURES,
 }
 
 
@@ -154,66 +163,93 @@ Call = Callable[[int], Denoise]  # a step count -> the student that takes it
 
 @dataclass(frozen=True)
 class Part:
-    """A teacher, its trajectories, and what is measured: a number for each step count, lower is better."""
+    """A teacher, its trajectories, and what students are compared with: where it ends from `noise`, and real pictures, where there are any."""
 
     teacher: Backbone
     prompts: tuple[str, ...]
-    counts: tuple[int, ...]
     paths: PathsConfig
     train: TrainConfig
-    measure: Callable[[Call, PathImitation, Correct | None], dict[int, float]]
+    noise: Tensor
+    goal: Tensor
+    cond: Cond
+    distance: Callable[[Tensor], float] | None = None
+    floor: float | None = None  # of the goal
+    guidance: float = 1.0
+
+    def measure(self, call: Call, method: PathImitation, head: Correct | None) -> dict[str, dict[int, float]]:
+        """Name of the measure -> step count -> number, lower is better."""
+        found: dict[str, dict[int, float]] = {}
+        for count in COUNTS:
+            times = method.times(self.teacher.schedule, count)
+            *_, last = sample(call(count), self.teacher.schedule, self.noise, times, solver_named(method.solver), head)
+            error = (last.x - self.goal).flatten(1).norm(dim=1) / self.goal.flatten(1).norm(dim=1)
+            found.setdefault("error", {})[count] = float(error.mean())
+            if self.distance is not None:
+                found.setdefault("fd", {})[count] = self.distance(last.x)
+        return found
 
 
 def mixture_part(teacher: Backbone, count: int, a: argparse.Namespace) -> Part:
-    """Errors on fresh noise against the teacher's own end of the way."""
+    """Fresh noise, and 64 steps of Heun's method from it."""
     noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
     goal = walk(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
-
-    def measure(call: Call, method: PathImitation, head: Correct | None) -> dict[int, float]:
-        found = {}
-        for count in COUNTS:
-            *_, last = sample(call(count), PROCESS, noise, method.times(PROCESS, count), solver_named(method.solver), head)
-            found[count] = float(((last.x - goal).norm(dim=1) / goal.norm(dim=1)).mean())
-        return found
-
     train = TrainConfig(a.iterations, a.batch, a.lr, a.lr, decay=a.iterations // 2, ema=0.99)
-    return Part(teacher, ("",), COUNTS, PathsConfig(count, 64), train, measure)
+    return Part(teacher, ("",), PathsConfig(count, 64), train, noise, goal, teacher.encode([""] * FRESH))
+
+
+def picture_part(
+    name: str, teacher: Backbone, guidance: float, train: TrainConfig, paths: PathsConfig, prompts: Sequence[str], asked: Sequence[str], a: argparse.Namespace
+) -> Part:  # fmt: skip
+    """A teacher of pictures, trained on `prompts`: 50 steps of DDIM for those that are `asked`, which take a while and are kept."""
+    noise = torch.randn((len(asked), *teacher.shape), generator=torch.Generator().manual_seed(10**6))
+    cond, null, kept = teacher.encode(asked), teacher.encode([""]), a.folder / f"{name}-goal.safetensors"
+    if not kept.exists():
+        denoise = guided(teacher, teacher.module, cond, {k: v.expand(len(asked), *v.shape[1:]) for k, v in null.items()}, guidance)
+        with torch.no_grad():
+            *_, last = sample(denoise, teacher.schedule, noise, timegrid.uniform(teacher.schedule, 50), solver_named("ddim"))
+        write_tensors(kept, {"goal": last.x})
+    return Part(teacher, tuple(prompts), paths, train, noise, load_file(kept)["goal"], cond, guidance=guidance)
+
+
+def against(part: Part, distance: Callable[[Tensor], float]) -> Part:
+    """The part with pictures to compare with."""
+    return replace(part, distance=distance, floor=distance(part.goal))
 
 
 def pixel_part(a: argparse.Namespace) -> Part:
-    """Excess Frechet distance over the 50-step teacher's, as a share of what DDIM has in as many steps."""
-    teacher = load_teacher("fashion")
-    classes = read_pixel_data(str(a.pixels)).classes
-    real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float().expand(-1, 3, -1, -1) / 255
+    """Distances to the first pictures of the test set, in principal components of their features."""
+    teacher, classes = load_teacher("fashion"), read_pixel_data(str(a.pixels)).classes
+    train = TrainConfig(a.pixel_iterations, 64, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
+    asked = [classes[i % len(classes)] for i in range(FRESH)]
+    part = picture_part("pixel", teacher, 1.0, train, PathsConfig(5000, 50), classes, asked, a)
     network = feature_network()
+    real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float().expand(-1, 3, -1, -1) / 255
     seen = features(network, real)
     basis = principal_components(seen, 32)
-    truth, counts = moments(basis(seen)), (2, 3, 4, 5, 6)
-    cond = teacher.encode([classes[i % len(classes)] for i in range(FRESH)])
-    noise = torch.randn((FRESH, *teacher.shape), generator=torch.Generator().manual_seed(10**6))
+    truth = moments(basis(seen))
+    return against(part, lambda x: frechet_distance(truth, moments(basis(features(network, teacher.decode(x))))))
 
-    def distance(denoise: Denoise, times: Tensor, solver: str, head: Correct | None) -> float:
-        *_, last = sample(denoise, teacher.schedule, noise, times, solver_named(solver), head)
-        return frechet_distance(truth, moments(basis(features(network, teacher.decode(last.x)))))
 
-    with torch.no_grad():
-        own = denoiser(teacher, teacher.module, cond)
-        floor = distance(own, timegrid.uniform(teacher.schedule, 50), "ddim", None)
-        start = {k: distance(own, timegrid.uniform(teacher.schedule, k), "ddim", None) for k in counts}
-    print(f"pixel: FD of the teacher's 50 steps {floor:.2f}; of DDIM " + ", ".join(f"{v:.2f} in {k}" for k, v in start.items()), flush=True)
-
-    def measure(call: Call, method: PathImitation, head: Correct | None) -> dict[int, float]:
-        ends = {k: distance(call(k), method.times(teacher.schedule, k), method.solver, head) for k in counts}
-        return {k: (v - floor) / (start[k] - floor) for k, v in ends.items()}
-
-    train = TrainConfig(a.pixel_iterations, 64, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
-    return Part(teacher, classes, counts, PathsConfig(5000, 50), train, measure)
+def emoji_part(a: argparse.Namespace) -> Part:
+    """Distances to all real emoji, of the names that `emoji-medium` asks for."""
+    teacher, known, protocol = load_teacher("emoji"), load_reference(), protocol_named("emoji-medium")
+    train = TrainConfig(a.emoji_iterations, 32, 1e-3, 1e-3, decay=a.emoji_iterations // 2, ema=0.99)
+    asked = plan(protocol, known)
+    names = asked.prompts[asked.plain][: a.names]
+    part = picture_part(
+        "emoji", teacher, 4.5, train, PathsConfig(a.emoji_count, 25), read_prompts(str(BUNDLED / "emoji" / "prompts.txt")), names, a
+    )
+    network, leading = feature_network(), protocol.components
+    truth = moments(known.gallery[:, :leading])
+    return against(part, lambda x: frechet_distance(truth, moments(known.embed(features(network, teacher.decode(x)))[:, :leading])))
 
 
 def make_part(name: str, a: argparse.Namespace) -> Part:
     """By name."""
     if name == "pixel":
         return pixel_part(a)
+    if name == "emoji":
+        return emoji_part(a)
     if name == "exact":
         return mixture_part(Denoiser(Exact(), PROCESS, (D,), "x0", name="exact"), a.count, a)
     return mixture_part(small_teacher(a.folder / "small.safetensors", a.teacher_steps), a.network_count, a)
@@ -221,22 +257,20 @@ def make_part(name: str, a: argparse.Namespace) -> Part:
 
 def run(name: str, key: str, student: Student, part: Part, paths: Paths, data: Embeddings, seed: int) -> dict[str, Any]:
     """Train one student of all step counts, and measure it."""
-    teacher, method = part.teacher, PathImitation(steps=part.counts, guidance=1.0, **student.method)
-    about = {"part": name, "key": key, "label": student.label, "seed": seed}
+    teacher, method = part.teacher, PathImitation(steps=COUNTS, guidance=part.guidance, **student.method)
+    about = {"part": name, "key": key, "label": student.label, "seed": seed, "teacher_fd": part.floor}
     if not student.trained:
-        cond = teacher.encode([part.prompts[i % len(part.prompts)] for i in range(FRESH)])
         with torch.no_grad():
-            measured = part.measure(lambda _: denoiser(teacher, teacher.module, cond), method, None)
+            measured = part.measure(lambda _: denoiser(teacher, teacher.module, part.cond), method, None)
         return about | {"measured": measured, "seconds": 0.0, "trained": 0, "share": 0.0}
     roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
     began = time.perf_counter()
     for step in distill(roles, method, data, replace(part.train, seed=seed), paths=paths):
-        if step.iteration % 500 == 0:
+        if step.iteration % 100 == 0:
             print(f"{name} {key}-{seed} {step.iteration}/{part.train.iterations} {time.perf_counter() - began:.0f} s", flush=True)
     seconds = time.perf_counter() - began
-    cond = teacher.encode([part.prompts[i % len(part.prompts)] for i in range(FRESH)])
     with roles.averaged(), torch.no_grad():
-        measured = part.measure(lambda count: student_of(method, roles, cond, count), method, roles.head)
+        measured = part.measure(lambda count: student_of(method, roles, part.cond, count), method, roles.head)
     trained = sum(p.numel() for p in roles.trained["student"].values())
     share = trained / sum(p.numel() for n, p in teacher.module.named_parameters() if "lora_" not in n)
     return about | {"measured": measured, "seconds": seconds, "trained": trained, "share": share}
@@ -255,6 +289,9 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=6000, help="training steps of the small network")
     parser.add_argument("--pixels", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--pixel-iterations", type=int, default=600)
+    parser.add_argument("--emoji-iterations", type=int, default=300)
+    parser.add_argument("--emoji-count", type=int, default=1024, help="trajectories of the text-to-image teacher")
+    parser.add_argument("--names", type=int, default=256, help="names of emoji whose pictures are measured")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-trajpl"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
@@ -262,20 +299,21 @@ def main() -> None:
     for name in a.only:
         part = make_part(name, a)
         data = embed(part.teacher, list(part.prompts), None, name)
-        times = path_times(PathImitation(steps=part.counts), part.teacher)
+        times = path_times(PathImitation(steps=COUNTS), part.teacher)
         for key, student in PARTS[name].items():
             if a.keys and key not in a.keys:
                 continue
             config, folder = part.paths, a.folder / name
             if student.trajectories:
                 config, folder = replace(config, count=student.trajectories), a.folder / f"{name}-{student.trajectories}"
-            paths = to_end(teacher_paths(part.teacher, data, config, times, 1.0, folder, name, chunk=500))
+            paths = to_end(teacher_paths(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500)))
             for seed in a.seeds if student.trained and not student.trajectories else a.seeds[:1]:
                 file = a.folder / f"{name}-{key}-{seed}.json"
                 if not file.exists():
                     write_json(file, run(name, key, student, part, paths, data, seed))
                 results.append(row := json.loads(file.read_text()))
-                print(name, key, seed, {k: round(v, 4) for k, v in row["measured"].items()}, f"{row['seconds']:.0f} s", flush=True)
+                for measure, numbers in row["measured"].items():
+                    print(name, key, seed, measure, {k: round(v, 4) for k, v in numbers.items()}, f"{row['seconds']:.0f} s", flush=True)
     write(results, a)
 
 
@@ -292,18 +330,31 @@ def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
     lines = ["# TrajP-L", "", (__doc__ or "").split("\n\n")[2].strip(), ""]
     for name in a.only:
         rows = [r for r in results if r["part"] == name]
-        counts = list(rows[0]["measured"])
-        head = ["student", "trained weights", "seconds", *(f"{k} NFE" for k in counts)]
-        lines += [f"## Teacher: {name}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for key, student in PARTS[name].items():
-            if own := [r for r in rows if r["key"] == key]:
-                trained = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and name != "exact" else "")
-                cells = [_cell([r["measured"][k] for r in own]) for k in counts]
-                seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"
-                lines.append(f"| {' | '.join([student.label, trained, seconds, *cells])} |")
-        lines.append("")
+        lines += [f"## Teacher: {name}", ""]
+        for measure in rows[0]["measured"]:
+            lines += [*_table(rows, PARTS[name], measure, trained=name != "exact"), ""]
     lines += [f"{len(a.seeds)} seeds, {about['hardware']}, commit {commit}: `{about['command']}`.", ""]
     (a.out / "trajpl.md").write_text("\n".join(lines))
+
+
+def _table(rows: list[dict[str, Any]], students: dict[str, Student], measure: str, trained: bool) -> list[str]:
+    """One measure of one part: its students' means over seeds. Of distances also the teacher's, and at two steps the share of DDIM's excess over it."""
+    counts = list(rows[0]["measured"][measure])
+    titles = {"error": "relative error of the end", "fd": "FD to real pictures"}
+    head = [titles[measure], "trained weights", "seconds", *(f"{k} NFE" for k in counts)]
+    lines, floor = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], rows[0]["teacher_fd"] if measure == "fd" else None
+    ddim = next((r["measured"][measure]["2"] for r in rows if r["key"] == "ddim"), None) if floor is not None else None
+    for key, student in students.items():
+        if own := [r for r in rows if r["key"] == key]:
+            weights = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and trained else "")
+            cells = [_cell([r["measured"][measure][k] for r in own]) for k in counts]
+            if ddim is not None and floor is not None:
+                cells[counts.index("2")] += f" ({statistics.mean((r['measured'][measure]['2'] - floor) / (ddim - floor) for r in own):.1%})"
+            seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"
+            lines.append(f"| {' | '.join([student.label, weights, seconds, *cells])} |")
+    if floor is not None:
+        lines += ["", f"The teacher's 50 steps: {floor:.3f}. In brackets: what is left of DDIM's excess over it at two steps."]
+    return lines
 
 
 def _cell(values: list[float]) -> str:

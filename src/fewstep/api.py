@@ -234,9 +234,10 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
 def _walking(card: StudentCard, backbone: Backbone, folder: Path) -> Walking | None:
     """How a student is sampled that no stock scheduler can walk; None for all others."""
     solver = card.solver[str(card.steps[0])]
-    if not (card.head or card.free_first or solver == "ipndm"):
-        return None
     grids = {int(k): torch.tensor(times, dtype=torch.float64) for k, times in card.timesteps.items()}
+    even = all(timegrid.even(backbone.schedule, times) for times in grids.values())
+    if even and not (card.head or card.free_first or solver == "ipndm"):
+        return None
     head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
     return Walking(backbone.schedule, backbone.row, solver_named(solver), grids, head, card.free_first)
 

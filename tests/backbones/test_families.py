@@ -1,7 +1,10 @@
 """Every family of pipelines as a backbone: it keeps the protocol, and draws what its own pipeline draws."""
 
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +84,41 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
             run_export(str(final), tmp_path / form, form, 1, None)
     assert (final / "comfyui-workflow.json").exists() == (share and folder.name in ("sd", "sdxl", "sd3"))
     assert (final / "peft").exists() == (share and folder.name.startswith("pixart"))
+
+
+def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path) -> None:
+    """A grid that no step count says: fewstep knows it from the folder, stock pipelines are told it, and what cannot be told is refused."""
+    teacher, method = load_teacher(folder), fewstep.TDM(steps=2, guidance=3.0, warmup=0, shift=2)
+    times = method.times(teacher.schedule)
+    assert not timegrid.even(teacher.schedule, times)
+    *_, step = fewstep.distill(teacher, method, PROMPTS, iterations=1, batch=2, lr=0.02, rank=2)
+    card = StudentCard(
+        "tiny-2step", "tdm", str(folder), "", (2,), {"2": times.tolist()}, {"2": "ddim"}, "", "lora", 2, 2.0, 3.0, "other", 1, 1.0, "", ""
+    )
+    own, final = fewstep.sample(step, PROMPTS, [0, 1]), tmp_path / "final"
+    with step.roles.averaged():
+        write_student(final, card, step.roles, times[:-1])
+    torch.testing.assert_close(fewstep.sample(fewstep.load_student(final), PROMPTS, [0, 1]), own, rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn(fewstep.load(folder, final), PROMPTS, 2), own, rtol=0, atol=1e-4)
+    told, said = folder.name not in ("sd", "cogvideox", "cogvideox-rotary", "sd3"), (final / "README.md").read_text()
+    assert (f"timesteps=[{', '.join(f'{t:g}' for t in times[:-1])}]" in said) == told
+    assert ('pipe = fewstep.load("' in said) != told
+    assert not (final / "comfyui-workflow.json").exists()
+    if folder.name == "sdxl":
+        snippet, names = re.search(r"```python\n(.*?)```", said, re.DOTALL), dict[str, Any]()
+        assert snippet is not None
+        exec(snippet[1].replace("a prompt", PROMPTS[0]).replace('"final"', f'"{final}"'), names)
+        seen = torch.from_numpy(np.array(names["image"])).permute(2, 0, 1) / 255
+        torch.testing.assert_close(seen, own[0], rtol=0, atol=0.51 / 255)
+    for form in ("student", "merged"):
+        run_export(str(final), tmp_path / form, form, None, None)
+    if not told:
+        with pytest.raises(ValueError, match="--format: this student's times are its own"):
+            run_export(str(final), tmp_path / "pipeline", "pipeline", None, None)
+    else:
+        run_export(str(final), tmp_path / "pipeline", "pipeline", None, None)
+        if folder.name == "sdxl":
+            run_export(str(final), tmp_path / "kohya", "kohya", None, None)
 
 
 def test_own_networks_keep_the_protocol() -> None:

@@ -122,6 +122,11 @@ def test_bundled_teachers_are_folders_of_the_package() -> None:
     assert all((Path(load_teacher.__code__.co_filename).parents[1] / "zoo" / name / "model_index.json").is_file() for name in bundled())
 
 
+def test_students_that_renoise_have_even_times() -> None:
+    with pytest.raises(ValueError, match=r"^method\.shift: students that re-noise"):
+        student_scheduler({}, [4], "renoise", even=False)
+
+
 @pytest.mark.parametrize(("steps", "solver"), [([1, 2, 4], "ddim"), ([3], "ddim"), ([4], "dpmpp")])
 def test_student_scheduler_visits_the_trained_times(backbone: StableDiffusion, steps: list[int], solver: str) -> None:
     scheduler = student_scheduler(backbone.scheduler_config, steps, solver)

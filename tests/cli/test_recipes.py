@@ -50,6 +50,16 @@ def test_a_distillation_recipe_passes_its_dry_run(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_word_is_no_boolean(tmp_path: Path) -> None:
+    """YAML of old takes `no`, `yes`, `on` and `off` for them, and no precision could be said."""
+    (tmp_path / "own.yaml").write_text(recipe_path("demo").read_text().replace("train: {", "train: {precision: no, "))
+    for source, sets in ((str(tmp_path / "own.yaml"), []), ("sd15-tdm4-lora", ["train.precision=no"])):
+        assert read_recipe(source, [*sets, "roles.share=true", "roles.checkpointing=FALSE"], DistillRecipe).train.precision == "no"
+    with pytest.raises(ValueError, match=r"train\.precision: input should be 'no' or 'bf16', got 'nothing'"):
+        read_recipe("demo", ["train.precision=nothing"], DistillRecipe)
+    assert read_recipe("demo", ["prompts.source=true story.txt"], DistillRecipe).prompts.source == "true story.txt"
+
+
 def test_the_help_pages_are_up_to_date() -> None:
     """Write them anew with `FEWSTEP_WRITE_HELP=1 python -m pytest tests/cli/test_recipes.py`."""
     runner, pages = CliRunner(), ["# The command line\n"]

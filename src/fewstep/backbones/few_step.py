@@ -102,12 +102,13 @@ FEW_STEP: dict[type[DiffusionPipeline], type[FewStepPipeline]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """How a pipeline is called: its class, its denoiser, whether it loads LoRA, takes prompts, and gives videos."""
+    """How a pipeline is called: its class, its denoiser, whether it loads LoRA, takes prompts and a list of times, and gives videos."""
 
     pipeline: str
     part: str
     loads_lora: bool
     takes_prompts: bool
+    takes_times: bool  # with a scheduler that students of its family have
     video: bool
 
 
@@ -115,7 +116,9 @@ def facts_of(pipe: DiffusionPipeline) -> Facts:
     """What a model card has to know of the base."""
     plain = next((p for p in FEW_STEP if isinstance(pipe, p)), type(pipe))
     network = denoiser_of(pipe)
-    return Facts(plain.__name__, part_name(network), loads_lora(network), plain in FEW_STEP, plain is CogVideoXPipeline)
+    told = plain in FEW_STEP and plain not in (CogVideoXPipeline, StableDiffusion3Pipeline)
+    told = told and not pipe.scheduler.config.get("rescale_betas_zero_snr")  # DPM-Solver++ takes no signal for 2^-12 of one, which is seen
+    return Facts(plain.__name__, part_name(network), loads_lora(network), plain in FEW_STEP, told, plain is CogVideoXPipeline)
 
 
 def few_step_pipeline(
@@ -150,13 +153,15 @@ def with_network(base: DiffusionPipeline, network: nn.Module, scheduler: Schedul
     return pipe
 
 
-def drawn(pipe: DiffusionPipeline, prompts: Sequence[str], steps: int, guidance: float = 1.0) -> Tensor:
-    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]."""
-    options: dict[str, Any] = {}
+def drawn(
+    pipe: DiffusionPipeline, prompts: Sequence[str], steps: int, guidance: float = 1.0, times: Sequence[float] | None = None
+) -> Tensor:
+    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given."""
+    options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
     if isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
-        options = {"use_resolution_binning": False, "clean_caption": False}
+        options |= {"use_resolution_binning": False, "clean_caption": False}
     elif isinstance(pipe, CogVideoXPipeline):
-        options = {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
+        options |= {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     result = pipe(
         prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options

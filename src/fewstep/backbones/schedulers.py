@@ -14,17 +14,20 @@ _TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 _WHOLE = {"set_alpha_to_one": True, "clip_sample": False}
 
 
-def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: str) -> SchedulerMixin:
+def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: str, even: bool = True) -> SchedulerMixin:
     """A stock scheduler that visits exactly the trained times for every step count served.
 
     On a table of times, DDIM on trailing times is exact where the step count divides the table; DPM-Solver++ of order 1 is the same
     rule and is exact for any. Stochastic students get diffusers' LCM scheduler. Video has a scheduler of its own, which alone knows
     its shift, and flow another; these two walk DDIM's way, which on flow is Euler's. ValueError where there is none. `config` is
-    that of the teacher's scheduler.
+    that of the teacher's scheduler. Times that are not `even` have to be told, which DPM-Solver++ takes and those two do not.
     """
+    if not even and solver == "renoise":
+        raise ValueError("method.shift: students that re-noise are exported for even times alone; set it to 1, or method.solver=ddim")
     if "snr_shift_scale" in config:
         _only("ddim", solver)
-        _divides(config, steps)
+        if even:
+            _divides(config, steps)
         shared = {k: config[k] for k in (*_TABLE, "snr_shift_scale") if k in config}
         return CogVideoXDDIMScheduler(**shared, **_WHOLE, timestep_spacing="trailing")
     if "shift" in config:
@@ -34,7 +37,7 @@ def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: s
     if solver == "renoise":
         _divides(config, steps)
         return LCMScheduler(**shared, original_inference_steps=config["num_train_timesteps"], clip_sample=False)
-    if solver == "ddim" and all(config["num_train_timesteps"] % k == 0 for k in steps):
+    if solver == "ddim" and even and all(config["num_train_timesteps"] % k == 0 for k in steps):
         return DDIMScheduler(**shared, **_WHOLE, **_TRAILING)
     return DPMSolverMultistepScheduler(**shared, **_TRAILING, solver_order=1 if solver == "ddim" else 2)
 

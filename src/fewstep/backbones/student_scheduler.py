@@ -50,7 +50,9 @@ class StudentScheduler(DDIMScheduler):
             )
         self.num_inference_steps = num_inference_steps
         self.grid = self.student.grids[num_inference_steps]
-        self.timesteps = self.grid[:-1].long().to(device)
+        # A pipeline hands the network these: indices of a table, or flow's times as parts of one.
+        told = self.grid if self.student.schedule.resolution else self.grid * self.config.num_train_timesteps
+        self.timesteps = told[:-1].to(device, torch.long if self.student.schedule.resolution else torch.float32)
         self.visited, self.past = 0, None
 
     def step(

@@ -15,6 +15,7 @@ from ..backbones.base import Backbone
 from ..backbones.generate import device_of
 from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet, source_of
 from ..backbones.schedulers import student_scheduler
+from ..core import timegrid
 from ..export.card import read_card
 from ..roles.quantised import quantise
 from ..roles.roles import Roles
@@ -105,7 +106,9 @@ def distil(
     teacher = at_size(teacher, recipe.size)
     place_encoders(teacher, device_of(teacher.module))
     if teacher.scheduler_config:
-        student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver)  # what cannot be exported is not trained
+        even = all(timegrid.even(teacher.schedule, recipe.method.times(teacher.schedule, k)) for k in recipe.method.counts)
+        # What cannot be exported is not trained.
+        student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver, even)
     first, identity = is_first(), fingerprint(teacher.module, *teacher.encoders)
     if first:
         run.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from ..backbones.files import load_lora
 from ..backbones.generate import device_of
 from ..backbones.load import pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
+from ..core import timegrid
 from ..export.card import StudentCard
 from ..export.final import write_final
 from ..export.kohya import kohya
@@ -113,7 +114,13 @@ def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
     remove_adapters(bare, TRAINED)
     fresh = with_network(pipe, bare, load_scheduler(out / "scheduler"), type(pipe))
     fresh.load_lora_weights(str(out), weight_name=name)
-    return drawn(fresh, PROMPTS, card.steps[0])
+    return drawn(fresh, PROMPTS, card.steps[0], times=own_times(loaded, card))
+
+
+def own_times(loaded: LoadedStudent, card: StudentCard) -> list[float] | None:
+    """What a stock pipeline has to be told of this student's times; None where its step count says them."""
+    times = card.timesteps[str(card.steps[0])]
+    return None if timegrid.even(loaded.student.backbone.schedule, torch.tensor(times, dtype=torch.float64)) else times[:-1]
 
 
 def merged(loaded: LoadedStudent, card: StudentCard) -> nn.Module:
@@ -138,10 +145,16 @@ def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tenso
     """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
     if card.head:
         raise ValueError("--format: this student's head corrects its steps, which no stock pipeline does; choose student or merged")
+    if own_times(loaded, card) is not None and not facts_of(pipeline_of(loaded.student.backbone)).takes_times:
+        raise ValueError(
+            "--format: this student's times are its own, which no scheduler of its family can be told; choose student or merged"
+        )
     write_merged(loaded, card, out)
     pipe = pipeline_of(loaded.student.backbone)
     with_network(pipe, merged(loaded, card), load_scheduler(out / "scheduler"), type(pipe)).save_pretrained(out)
-    return drawn(pipeline_of(load_teacher(out, device=device_of(loaded.student.network))), PROMPTS, card.steps[0])
+    return drawn(
+        pipeline_of(load_teacher(out, device=device_of(loaded.student.network))), PROMPTS, card.steps[0], times=own_times(loaded, card)
+    )
 
 
 FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path], Tensor]] = {

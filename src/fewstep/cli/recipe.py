@@ -1,5 +1,6 @@
 """Recipes: one YAML file, checked strictly, with dotted overrides. Every mistake is one line that names the option."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -145,9 +146,20 @@ def kind_of(source: str) -> str:
     return str(_yaml(recipe_path(source)).get("kind"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose booleans are `true` and `false` alone: `no` is a word, and `train.precision` takes it."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [known for known in resolvers if known[0] != _BOOL] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"recipe: cannot read {path} ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -170,7 +182,7 @@ def override(value: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         if not isinstance(place, dict):
             raise ValueError(f"--set: {key} leads into a plain value; check the recipe's keys with --dry-run")
         try:
-            place[last] = yaml.safe_load(text)
+            place[last] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"--set: the value of {key} is not YAML ({text!r})") from error
     return value

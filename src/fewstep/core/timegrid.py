@@ -20,6 +20,11 @@ def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
     return time_at(schedule, shift * u / (1 + (shift - 1) * u))
 
 
+def even(schedule: Schedule, times: Tensor) -> bool:
+    """Whether this is the grid that its number of steps says by itself."""
+    return torch.allclose(times.double(), uniform(schedule, len(times) - 1), rtol=1e-9, atol=1e-9)
+
+
 def time_at(schedule: Schedule, u: Tensor) -> Tensor:
     """The network's own time nearest to the fraction u of the way from clean data to pure noise, float64."""
     t = schedule.at(u)

@@ -13,13 +13,13 @@ LATENTS = {  # of the pipelines whose checkpoints ComfyUI loads by itself
 }
 
 
-def workflow(card: StudentCard, pipeline: str, lora: str, size: int) -> dict[str, Any] | None:
+def workflow(card: StudentCard, pipeline: str, lora: str, size: int, even: bool = True) -> dict[str, Any] | None:
     """In ComfyUI's API format, ready to be dropped on its window; None where it has no nodes for it.
 
-    Its `simple` scheduler visits the K-th parts of the table of times, which are the student's.
+    Its `simple` scheduler visits the K-th parts of the table of times, which are the student's where these are `even`.
     """
     solver = card.solver[str(card.steps[0])]
-    if pipeline not in LATENTS or solver not in SAMPLERS or card.head or card.free_first:
+    if not even or pipeline not in LATENTS or solver not in SAMPLERS or card.head or card.free_first:
         return None
 
     def node(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:

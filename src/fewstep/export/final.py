@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..atomic import write_json
@@ -16,6 +17,7 @@ from ..backbones.few_step import facts_of
 from ..backbones.files import LORA_FILE, save_lora, save_network, save_vectors
 from ..backbones.load import pipeline_of
 from ..backbones.schedulers import student_scheduler
+from ..core import timegrid
 from ..trajp.files import save_head
 from .card import FILE, StudentCard
 from .comfy import workflow
@@ -43,22 +45,23 @@ def write_final(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
+        even = all(timegrid.even(backbone.schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
         if lora is None:
             save_network(beside, network)
         elif lora:
             save_lora(beside, network, lora, metadata)
             os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
             facts = facts_of(pipeline_of(backbone))
-            if graph := workflow(card, facts.pipeline, f"{card.name}-lora.safetensors", backbone.picture_size):
+            if graph := workflow(card, facts.pipeline, f"{card.name}-lora.safetensors", backbone.picture_size, even):
                 write_json(beside / "comfyui-workflow.json", graph)
         if head is not None:
             save_head(beside, head)
         if vectors:
             save_vectors(beside, vectors)
-        scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])])
+        scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(beside / "scheduler")
         write_json(beside / FILE, asdict(card))
-        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__, facts_of(pipeline_of(backbone))))
+        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__, facts_of(pipeline_of(backbone)), even))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:

@@ -9,10 +9,10 @@ from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
 from .card import StudentCard
 
 
-def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts) -> str:
+def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, even: bool) -> str:
     """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler.
 
-    `facts` are those of the base's pipeline.
+    `facts` are those of the base's pipeline; times that are not `even` are told where its family's schedulers listen.
     """
     steps = card.steps[0]
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
@@ -40,13 +40,14 @@ The files alone are the student of {steps} steps. fewstep tells it the others: `
     sized = f", height={card.size}, width={card.size}" if card.size else ""
     result = "frame" if facts.video else "image"
     # A head corrects every step, and no stock scheduler takes iPNDM's or free first steps: these students need fewstep at hand.
-    stock = not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
+    stock = (even or facts.takes_times) and not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
+    how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
     snippet = f"""{imports}
 
 pipe = {base}
 {load}
 pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-{result} = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0{sized}, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
+{result} = pipe("a prompt", {how}, guidance_scale=1.0{sized}, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     own = f"""import torch
 
 import fewstep
