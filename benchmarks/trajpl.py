@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from torch import Tensor, nn
 from fewstep import Denoiser, PathImitation, PathsConfig
 from fewstep.api import load_teacher, path_times, roles_for
 from fewstep.atomic import write_json, write_tensors
-from fewstep.backbones.base import Backbone, Cond, denoiser, guided
+from fewstep.backbones.base import Backbone, Cond, denoiser, guided, rows
 from fewstep.backbones.load import BUNDLED
 from fewstep.backbones.toy import Mixture
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, diffuse, expand
-from fewstep.core.solvers import Correct, Denoise, sample, solver_named
+from fewstep.core.solvers import Correct, Denoise, Solver, sample, solver_named
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.plan import plan
@@ -49,7 +50,8 @@ from fewstep.training.prompts import Embeddings, embed, read_prompts
 from fewstep.zoo.pixel_data import load_idx, read_pixel_data
 
 D, COUNTS, FRESH = 128, (1, 2, 3, 4, 5, 6), 1000
-CHUNK = {"emoji": 32}  # trajectories that are walked together, where not 500
+AT_ONCE = 125  # samples
+CHUNK = {"pixel": 125, "emoji": 32}  # trajectories that are walked together, where not 500
 PROCESS = EDM()
 
 
@@ -158,7 +160,19 @@ PARTS: dict[str, dict[str, Student]] = {
 }
 
 
-Call = Callable[[int], Denoise]  # a step count -> the student that takes it
+Call = Callable[[int, Cond], Denoise]  # a step count and conditions -> the student that takes it
+
+
+def in_parts(
+    made: Callable[[Cond], Denoise], teacher: Backbone, cond: Cond, noise: Tensor, times: Tensor, solver: Solver, head: Correct | None = None
+) -> Tensor:  # fmt: skip
+    """The ends of the way from all of `noise`, as many at once as caches like."""
+    ends = []
+    for start in range(0, len(noise), AT_ONCE):
+        own = slice(start, start + AT_ONCE)
+        *_, last = sample(made(rows(cond, own)), teacher.schedule, noise[own], times, solver, head)
+        ends.append(last.x)
+    return torch.cat(ends)
 
 
 @dataclass(frozen=True)
@@ -180,12 +194,12 @@ class Part:
         """Name of the measure -> step count -> number, lower is better."""
         found: dict[str, dict[int, float]] = {}
         for count in COUNTS:
-            times = method.times(self.teacher.schedule, count)
-            *_, last = sample(call(count), self.teacher.schedule, self.noise, times, solver_named(method.solver), head)
-            error = (last.x - self.goal).flatten(1).norm(dim=1) / self.goal.flatten(1).norm(dim=1)
+            times, solver = method.times(self.teacher.schedule, count), solver_named(method.solver)
+            ends = in_parts(partial(call, count), self.teacher, self.cond, self.noise, times, solver, head)
+            error = (ends - self.goal).flatten(1).norm(dim=1) / self.goal.flatten(1).norm(dim=1)
             found.setdefault("error", {})[count] = float(error.mean())
             if self.distance is not None:
-                found.setdefault("fd", {})[count] = self.distance(last.x)
+                found.setdefault("fd", {})[count] = self.distance(ends)
         return found
 
 
@@ -204,10 +218,12 @@ def picture_part(
     noise = torch.randn((len(asked), *teacher.shape), generator=torch.Generator().manual_seed(10**6))
     cond, null, kept = teacher.encode(asked), teacher.encode([""]), a.folder / f"{name}-goal.safetensors"
     if not kept.exists():
-        denoise = guided(teacher, teacher.module, cond, {k: v.expand(len(asked), *v.shape[1:]) for k, v in null.items()}, guidance)
+        times = timegrid.uniform(teacher.schedule, 50)
         with torch.no_grad():
-            *_, last = sample(denoise, teacher.schedule, noise, timegrid.uniform(teacher.schedule, 50), solver_named("ddim"))
-        write_tensors(kept, {"goal": last.x})
+            ends = in_parts(
+                lambda own: guided(teacher, teacher.module, own, null, guidance), teacher, cond, noise, times, solver_named("ddim")
+            )
+        write_tensors(kept, {"goal": ends})
     return Part(teacher, tuple(prompts), paths, train, noise, load_file(kept)["goal"], cond, guidance=guidance)
 
 
@@ -219,7 +235,7 @@ def against(part: Part, distance: Callable[[Tensor], float]) -> Part:
 def pixel_part(a: argparse.Namespace) -> Part:
     """Distances to the first pictures of the test set, in principal components of their features."""
     teacher, classes = load_teacher("fashion"), read_pixel_data(str(a.pixels)).classes
-    train = TrainConfig(a.pixel_iterations, 64, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
+    train = TrainConfig(a.pixel_iterations, 32, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
     asked = [classes[i % len(classes)] for i in range(FRESH)]
     part = picture_part("pixel", teacher, 1.0, train, PathsConfig(5000, 50), classes, asked, a)
     network = feature_network()
@@ -261,7 +277,7 @@ def run(name: str, key: str, student: Student, part: Part, paths: Paths, data: E
     about = {"part": name, "key": key, "label": student.label, "seed": seed, "teacher_fd": part.floor}
     if not student.trained:
         with torch.no_grad():
-            measured = part.measure(lambda _: denoiser(teacher, teacher.module, part.cond), method, None)
+            measured = part.measure(lambda _, cond: denoiser(teacher, teacher.module, cond), method, None)
         return about | {"measured": measured, "seconds": 0.0, "trained": 0, "share": 0.0}
     roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
     began = time.perf_counter()
@@ -270,7 +286,7 @@ def run(name: str, key: str, student: Student, part: Part, paths: Paths, data: E
             print(f"{name} {key}-{seed} {step.iteration}/{part.train.iterations} {time.perf_counter() - began:.0f} s", flush=True)
     seconds = time.perf_counter() - began
     with roles.averaged(), torch.no_grad():
-        measured = part.measure(lambda count: student_of(method, roles, part.cond, count), method, roles.head)
+        measured = part.measure(lambda count, cond: student_of(method, roles, cond, count), method, roles.head)
     trained = sum(p.numel() for p in roles.trained["student"].values())
     share = trained / sum(p.numel() for n, p in teacher.module.named_parameters() if "lora_" not in n)
     return about | {"measured": measured, "seconds": seconds, "trained": trained, "share": share}
@@ -288,7 +304,7 @@ def main() -> None:
     parser.add_argument("--network-count", type=int, default=20000, help="trajectories of the small network")
     parser.add_argument("--teacher-steps", type=int, default=6000, help="training steps of the small network")
     parser.add_argument("--pixels", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--pixel-iterations", type=int, default=600)
+    parser.add_argument("--pixel-iterations", type=int, default=350)
     parser.add_argument("--emoji-iterations", type=int, default=300)
     parser.add_argument("--emoji-count", type=int, default=1024, help="trajectories of the text-to-image teacher")
     parser.add_argument("--names", type=int, default=256, help="names of emoji whose pictures are measured")
