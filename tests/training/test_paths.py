@@ -79,6 +79,26 @@ def test_a_stopped_walk_goes_on_and_a_damaged_shard_is_walked_again(tmp_path: Pa
     assert paths.key == straight.key
 
 
+def test_a_folder_grows_and_fewer_are_its_first(tmp_path: Path) -> None:
+    backbone = tiny.stable_diffusion()
+    _, straight = finish(make(None, backbone))
+    _, few = finish(make(tmp_path, backbone, replace(CONFIG, count=4)))
+    kept = (tmp_path / "trajectories-00000.safetensors").stat().st_mtime_ns
+    _, more = finish(make(tmp_path, backbone))
+    torch.testing.assert_close(few.states, straight.states[:4], rtol=1e-4, atol=1e-5)  # its last one was walked alone
+    assert torch.equal(more.states, straight.states)
+    assert torch.equal(more.whole, straight.whole)
+    for paths in (few, more):
+        for name, own in paths.embeddings.cond.items():
+            assert torch.equal(own, straight.embeddings.cond[name][: len(own)])
+    assert len(few.states) == 4
+    assert more.key == straight.key != few.key
+    assert (tmp_path / "trajectories-00000.safetensors").stat().st_mtime_ns == kept
+    backbone.module.forward = None  # type: ignore[assignment]
+    _, again = finish(make(tmp_path, backbone, replace(CONFIG, count=5)))
+    assert torch.equal(again.states, straight.states[:5])
+
+
 def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     finish(make(tmp_path, backbone))

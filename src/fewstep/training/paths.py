@@ -102,7 +102,7 @@ def teacher_paths(
 ) -> Generator[int, None, Paths]:
     """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
-    `identity` names teacher and encoders. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
+    A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
     """
     grid, places = refine(backbone.schedule, times, config.steps)
     record = {
@@ -119,7 +119,7 @@ def teacher_paths(
     for start in range(0, config.count, chunk):
         part = slice(start, min(start + chunk, config.count))
         path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
-        shard = _read(path)
+        shard = _read(path, part.stop - part.start)
         if shard is None:
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             shard = _walked(backbone, cond, null, range(part.start, part.stop), grid, places, guidance, config)
@@ -168,19 +168,20 @@ def _claim(folder: Path, record: dict[str, object]) -> None:
         raise ValueError(
             f"data.folder: the trajectories in {folder} are those of teacher {there.get('teacher')}, this is {record['teacher']}; choose another folder"
         )
-    if odd := [k for k in record if there.get(k) != json.loads(json.dumps(record[k]))]:
+    if odd := [k for k in record if k != "count" and there.get(k) != json.loads(json.dumps(record[k]))]:
         raise ValueError(f"data.folder: the trajectories in {folder} were made with another {odd[0]}; choose another folder, or delete it")
 
 
-def _read(path: Path | None) -> dict[str, Tensor] | None:
-    """A shard, if it is there and whole."""
+def _read(path: Path | None, count: int) -> dict[str, Tensor] | None:
+    """The first `count` of a shard, if it is there, whole and has as many."""
     if path is None or not path.exists():
         return None
     try:
-        return load_file(path)
+        shard = load_file(path)
     except SafetensorError:
         path.unlink()  # cut off by a crash; it is walked again
         return None
+    return {k: v[:count] if v.ndim else v for k, v in shard.items()} if len(shard["states"]) >= count else None
 
 
 def _write(path: Path | None, shard: dict[str, Tensor]) -> None:
