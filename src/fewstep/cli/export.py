@@ -106,6 +106,7 @@ def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
     pipe = pipeline_of(loaded.student.backbone)
     if card.weights != "lora" or card.head or facts_of(pipe).part != "unet" or not facts_of(pipe).loads_lora:
         raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
+    _require_told(loaded, card)
     write_student(loaded, card, out)
     assert card.alpha is not None
     name = f"{card.name}-kohya.safetensors"
@@ -121,6 +122,14 @@ def own_times(loaded: LoadedStudent, card: StudentCard) -> list[float] | None:
     """What a stock pipeline has to be told of this student's times; None where its step count says them."""
     times = card.timesteps[str(card.steps[0])]
     return None if timegrid.even(loaded.student.backbone.schedule, torch.tensor(times, dtype=torch.float64)) else times[:-1]
+
+
+def _require_told(loaded: LoadedStudent, card: StudentCard) -> None:
+    """Raises ValueError for a student whose times no stock pipeline of its family can be told."""
+    if own_times(loaded, card) is not None and not facts_of(pipeline_of(loaded.student.backbone)).takes_times:
+        raise ValueError(
+            "--format: this student's times are its own, which no scheduler of its family can be told; choose student or merged"
+        )
 
 
 def merged(loaded: LoadedStudent, card: StudentCard) -> nn.Module:
@@ -145,10 +154,7 @@ def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tenso
     """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
     if card.head:
         raise ValueError("--format: this student's head corrects its steps, which no stock pipeline does; choose student or merged")
-    if own_times(loaded, card) is not None and not facts_of(pipeline_of(loaded.student.backbone)).takes_times:
-        raise ValueError(
-            "--format: this student's times are its own, which no scheduler of its family can be told; choose student or merged"
-        )
+    _require_told(loaded, card)
     write_merged(loaded, card, out)
     pipe = pipeline_of(loaded.student.backbone)
     with_network(pipe, merged(loaded, card), load_scheduler(out / "scheduler"), type(pipe)).save_pretrained(out)
