@@ -11,6 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep
+from fewstep.cli.distill import spent_before
+from fewstep.cli.recipe import DistillRecipe, read_recipe
+from fewstep.export.card import read_card
+from fewstep.training.paths import Paths
+from fewstep.training.prompts import Embeddings
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher
 from tests.cli.test_distill import fewstep as command
 from tests.cli.test_student import as_tensor
@@ -137,3 +142,24 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     assert command(monkeypatch, "distill", "both.yaml", "--set", "first.train.seed=3") == 2
     assert "made with another seed" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2
+
+
+def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walked once, beside both stages; what they cost is counted once; the student starts as the first stage's and stays near what it imitates."""
+    value = yaml.safe_load(trajpl.read_text())
+    data = value["data"] | {"guidance_until": 0.3}
+    imitate = {"method": value["method"] | {"steps": 4, "head": "none"}, "train": dict(value["train"]), "data": data}
+    Path("both.yaml").write_text(
+        yaml.safe_dump(value | {"method": RECIPE["method"] | {"steps": 4, "anchor": 2.0}, "data": data, "first": imitate})
+    )
+    assert command(monkeypatch, "distill", "both.yaml") == 0
+    run = Path("runs/tiny")
+    assert [f.parent for f in run.rglob("trajectories-00000.safetensors")] == [run / "trajectories"]
+    assert json.loads((run / "trajectories" / "trajectories.json").read_text())["guidance_until"] == 0.3
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("anchor_loss", 0) > 0 for line in lines)
+    both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "first" / "final")
+    walked = Paths(*(torch.empty(0),) * 2, Embeddings({}, {}, [], 0, ""), *(torch.empty(0),) * 2, "", 100.0)
+    assert spent_before(both, run, walked) == first.train_seconds
+    assert spent_before(read_recipe("both.yaml", ["data.count=41"], DistillRecipe), run, walked) == first.train_seconds + 100
+    assert not (run / "final" / "trajp.safetensors").exists()

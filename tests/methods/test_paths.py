@@ -1,6 +1,7 @@
 """Imitating trajectories: whose steps, whose states, who is trained; and that it learns what the closed form says."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -165,3 +166,44 @@ def test_a_head_goes_along_into_distribution_matching() -> None:
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         PathImitation(**settings)
+
+
+# The same states as an anchor of distribution matching
+
+
+def anchored(anchor: float, rank: int = 2) -> tuple[list[torch.Tensor], float, Roles, Turn]:
+    """Gradient and anchor of the student's update from fixed states of the teacher."""
+    method = Matching(steps=3, anchor=anchor, guidance=1.0, warmup=0)
+    paths = walked(PathImitation(steps=3))
+    roles, here = make_roles(tiny.denoiser(), RolesConfig(rank=rank)), turn(paths)
+    if not anchor:
+        here = here._replace(walk=None)
+    *_, last = method.losses(roles, here)
+    found = torch.autograd.grad(last.value, list(roles.trained["student"].values()))
+    return list(found), float(last.metrics.get("anchor_loss", 0.0)), roles, here
+
+
+def test_an_anchor_is_the_distance_of_every_landing_state_to_the_teachers_trajectory() -> None:
+    """With equal roles and no guidance matching has no gradient: what is left is the anchor's, weighted."""
+    nothing, none, _, _ = anchored(0.0)
+    once, value, roles, here = anchored(1.0)
+    twice, same, _, _ = anchored(2.0)
+    assert none == 0
+    assert not any(bool(g.any()) for g in nothing)
+    assert any(bool(g.any()) for g in once)
+    assert value == same
+    torch.testing.assert_close([2 * g for g in once], twice)
+    assert here.walk is not None
+    method = Matching(steps=3)
+    segment = draw(method, roles, here.walk.cond, BATCH, seed(), False, begin=here.walk.states[:, 0]).segment
+    with torch.no_grad():
+        states = list(sample(roles.denoise("student", here.walk.cond, 3), tiny.TABLE, here.walk.states[:, 0], method.times(tiny.TABLE)))
+    rows = range(BATCH)
+    far = [(states[n + 1].x[i] - here.walk.states[i, n + 1]).abs().mean() for i, n in zip(rows, segment.tolist(), strict=True)]
+    assert value == pytest.approx(float(torch.stack(far).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"solver": "renoise"}, {"gan": 1.0}])
+def test_an_anchor_wants_a_deterministic_solver_and_the_recipes_only_data(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"method\.anchor: got"):
+        Matching(anchor=0.5, **settings)

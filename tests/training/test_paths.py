@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.backbones.base import Backbone, guided
+from fewstep.backbones.base import Backbone, denoiser, guided
 from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, Flow, Schedule
+from fewstep.core.solvers import sample
 from fewstep.training.paths import Paths, PathsConfig, refine, teacher_paths, union
 from fewstep.training.prompts import embed
 
@@ -59,6 +60,36 @@ def test_states_are_the_guided_teachers_own_from_the_same_noise() -> None:
     for j, t in enumerate(paths.times):
         (there,) = [s.x[0] for s in states if s.t[0] == t]
         torch.testing.assert_close(paths.states[4, j], there, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_can_end_before_the_way_does() -> None:
+    """Above the fraction the guided teacher's own states, below it those of the bare network from there on."""
+    backbone = tiny.stable_diffusion()
+    _, paths = finish(make(None, backbone, replace(CONFIG, guidance_until=0.4)))
+    _, all_the_way = finish(make(None, backbone))
+    cond = {k: v[4:5] for k, v in paths.embeddings.cond.items()}
+    whole, grid = paths.whole[4:5], paths.grid
+    last = int((backbone.schedule.fraction(grid) > 0.4).sum())  # the first time without guidance
+    assert 1 < last < len(grid) - 1
+    assert torch.equal(whole[:, : last + 1], all_the_way.whole[4:5, : last + 1])
+    bare = list(sample(denoiser(backbone, backbone.module, cond), backbone.schedule, whole[:, last], grid[last:]))
+    torch.testing.assert_close(whole[:, -1], bare[-1].x, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(whole[:, -1], all_the_way.whole[4:5, -1], atol=1e-3)
+
+
+def test_a_folder_without_an_end_of_guidance_is_another_ones(tmp_path: Path) -> None:
+    backbone, ended = tiny.stable_diffusion(), replace(CONFIG, guidance_until=0.4)
+    finish(make(tmp_path / "plain", backbone))
+    finish(make(tmp_path / "ended", backbone, ended))
+    for folder, config in (("plain", ended), ("ended", CONFIG)):
+        with pytest.raises(ValueError, match=r"data\.folder: .* made with another guidance_until"):
+            finish(make(tmp_path / folder, backbone, config))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0])
+def test_no_other_end_of_guidance_is_taken(value: float) -> None:
+    with pytest.raises(ValueError, match=r"data\.guidance_until: got"):
+        PathsConfig(guidance_until=value)
 
 
 def test_a_stopped_walk_goes_on_and_a_damaged_shard_is_walked_again(tmp_path: Path) -> None:

@@ -104,6 +104,19 @@ def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale:
     return denoise
 
 
+def guided_until(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float, until: float) -> Denoise:
+    """`guided` where more than the fraction `until` of the way to clean data is left, the bare network after it: guidance in an interval.
+
+    At low noise guidance no longer decides what is drawn, and only overshoots (Kynkaanniemi et al. 2024, arXiv 2404.07724). `t` is the same for all of a batch.
+    """
+    early, late = guided(backbone, module, cond, null, scale), denoiser(backbone, module, cond)
+
+    def denoise(x: Tensor, t: Tensor) -> Split:
+        return (early if float(backbone.schedule.fraction(t[:1])) > until else late)(x, t)
+
+    return denoise
+
+
 def rescaled(m: Tensor, m_cond: Tensor, share: float) -> Tensor:
     """`share m std(m_cond) / std(m) + (1 - share) m`, standard deviations per sample: guidance without its excess of contrast.
 

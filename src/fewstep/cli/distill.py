@@ -63,10 +63,10 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
         done = finished(run / FIRST, stage)
         together()
         if not done:
-            distil(stage, teacher, base_hash, prompts, run / FIRST, source, overrides, run / EMBEDDINGS)
+            distil(stage, teacher, base_hash, prompts, run / FIRST, source, overrides, run)
             together()
             teacher = teacher_of(recipe)[0] if sharded(stage) else teacher
-    distil(stages[-1], teacher, base_hash, prompts, run, source, overrides, run / EMBEDDINGS)
+    distil(stages[-1], teacher, base_hash, prompts, run, source, overrides, run)
 
 
 def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
@@ -85,9 +85,12 @@ def sharded(recipe: DistillRecipe) -> bool:
 
 
 def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float:
-    """Seconds that went into a first stage and into trajectories: they are part of what a student costs."""
-    stage = read_card(run / FIRST / "final").train_seconds if recipe.first is not None else 0.0
-    return stage + (0.0 if paths is None else paths.seconds)
+    """Seconds that went into a first stage and into trajectories, each once: they are part of what a student costs."""
+    walked = 0.0 if paths is None else paths.seconds
+    if recipe.first is None:
+        return walked
+    shared = recipe.first.data is not None and recipe.first.data == recipe.data
+    return read_card(run / FIRST / "final").train_seconds + (0.0 if shared else walked)
 
 
 def finished(run: Path, recipe: DistillRecipe) -> bool:
@@ -100,23 +103,23 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
 
 
 def distil(
-    recipe: DistillRecipe, teacher: Backbone, base_hash: str, prompts: list[str], run: Path, source: str, overrides: list[str], cache: Path
+    recipe: DistillRecipe, teacher: Backbone, base_hash: str, prompts: list[str], run: Path, source: str, overrides: list[str], whole: Path
 ) -> None:
-    """One training with all that a run leaves. `cache` is where what has been encoded is kept for all stages."""
+    """One training with all that a run leaves. In the folder of the `whole` lies what has been encoded and walked, for all stages."""
     teacher = at_size(teacher, recipe.size)
     place_encoders(teacher, device_of(teacher.module))
     if teacher.scheduler_config:
         even = all(timegrid.even(teacher.schedule, recipe.method.times(teacher.schedule, k)) for k in recipe.method.counts)
         # What cannot be exported is not trained.
         student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver, even)
-    first, identity = is_first(), fingerprint(teacher.module, *teacher.encoders)
+    first, identity, cache = is_first(), fingerprint(teacher.module, *teacher.encoders), whole / EMBEDDINGS
     if first:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
     with this_process().main_process_first():  # what it makes the others find
         data = embed(teacher, prompts, cache, identity)
         real = real_data(recipe, teacher, data, cache, identity)
-        paths = trajectories(recipe, teacher, data, run, identity)
+        paths = trajectories(recipe, teacher, data, whole / TRAJECTORIES, identity)
         shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
     place_encoders(teacher, "cpu")
     if sharded(recipe):
@@ -194,13 +197,13 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
     return encode_pictures(teacher, data.source, cache, identity)
 
 
-def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, run: Path, identity: str) -> Paths | None:
+def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, folder: Path, identity: str) -> Paths | None:
     """The teacher's, if the recipe asks for them; walked with a progress bar, what is there already left out."""
     data = recipe.data
     if data is None or data.source != "trajectories":
         return None
-    config = PathsConfig(data.count, data.steps, data.solver, recipe.train.seed)
-    folder = run / TRAJECTORIES if data.folder is None else Path(data.folder)
+    config = PathsConfig(data.count, data.steps, data.solver, recipe.train.seed, data.guidance_until)
+    folder = folder if data.folder is None else Path(data.folder)
     times = path_times(recipe.method, teacher)
     with meter("trajectories", config.count) as bar:
         walking = teacher_paths(teacher, prompts, config, times, recipe.method.guidance, folder, identity)

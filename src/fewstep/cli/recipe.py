@@ -75,13 +75,14 @@ class DataConfig(Strict):
     """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards.
 
     For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps; or `trajectories`:
-    as many of its whole ways, walked by `solver`, kept in `folder` (default: the run's own).
+    as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own).
     """
 
     source: str
     count: int = Field(default=TEACHER_PICTURES, ge=1)
     steps: int = Field(default=TEACHER_STEPS, ge=1)
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
+    guidance_until: float = Field(default=0.0, ge=0, lt=1)
     folder: str | None = None
 
 
@@ -170,7 +171,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def override(value: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`value` with each `a.b=c` put in its place; c is read as YAML."""
+    """`value` with each `a.b=c` put in its place alone, also where YAML's `*` made several the same; c is read as YAML."""
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
@@ -178,7 +179,10 @@ def override(value: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         place: Any = value
         *parents, last = key.split(".")
         for parent in parents:
-            place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+            if isinstance(place, dict):
+                below = place.get(parent, {})
+                place[parent] = dict(below) if isinstance(below, dict) else below
+            place = place[parent] if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise ValueError(f"--set: {key} leads into a plain value; check the recipe's keys with --dry-run")
         try:

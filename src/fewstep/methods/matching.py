@@ -22,9 +22,10 @@ from ..core.weighting import weighting_named
 from ..objectives.adversarial import game_named, gradient_penalty
 from ..objectives.denoising import denoising, transition_target
 from ..objectives.fisher import fisher
+from ..objectives.regression import metric_named
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Roles
-from .method import Loss, Needs, Real, Turn, draw_count
+from .method import Loss, Needs, Real, Turn, Walk, draw_count
 from .settings import require_choice, require_counts, require_guidance, require_positive, require_weight, require_whole
 
 CHOICES = {
@@ -48,7 +49,8 @@ class Matching:
     keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
     (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
     own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`. `gan` is the weight of the adversarial
-    term (eq. 16), 0 for none: it needs real data; `gan_r1` is that of its gradient penalty. `head`: whether one that came with the student
+    term (eq. 16), 0 for none: it needs real data; `gan_r1` is that of its gradient penalty. `anchor` is the weight of
+    a regression (DMD, arXiv 2311.18828, eq. 9; here on every landing state): students then start from the noise of the teacher's trajectories, and where they land is pulled to where these pass. `head`: whether one that came with the student
     it starts from stays, and is trained on.
     """
 
@@ -62,6 +64,7 @@ class Matching:
     gan: float = 0.0
     gan_loss: str = "hinge"
     gan_r1: float = 0.0
+    anchor: float = 0.0
     match: Literal["landing", "clean"] = "landing"
     tau: Literal["segment", "above", "whole"] = "segment"
     tau_min: float = 0.02
@@ -92,7 +95,15 @@ class Matching:
         if self.tau == "whole" and self.match != "clean":
             raise ValueError("method.tau: got whole, which needs method.match=clean: a noisy state is diffused to noisier times only")
         require_positive(self, "shift", "snr_clip")
-        require_weight(self, "gan", "gan_r1")
+        require_weight(self, "gan", "gan_r1", "anchor")
+        if self.anchor and self.gan:
+            raise ValueError(
+                f"method.anchor: got {self.anchor} beside method.gan={self.gan}; a recipe has data for one of them, set the other to 0"
+            )
+        if self.anchor and self.solver == "renoise":
+            raise ValueError(
+                "method.anchor: got a weight with method.solver=renoise, whose states are at random; set it to 0, or the solver to ddim"
+            )
         require_guidance(self)
         if not -1 <= self.guidance_tilt <= 1:
             raise ValueError(
@@ -120,8 +131,8 @@ class Matching:
 
     @property
     def needs(self) -> Needs:
-        """A fake score; for the adversarial term a discriminator and real pictures."""
-        return Needs(fake=True, adversary=self.gan > 0, pictures=self.gan > 0)
+        """A fake score; for the adversarial term a discriminator and real pictures, for the regression the teacher's trajectories."""
+        return Needs(fake=True, adversary=self.gan > 0, pictures=self.gan > 0, paths=self.anchor > 0)
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """The student's grid, `[K + 1]`, for its default step count or another."""
@@ -129,17 +140,19 @@ class Matching:
 
     def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
         """The updates of one iteration in order."""
-        return losses(self, roles, turn.cond, turn.null, turn.batch, turn.rng, turn.iteration < self.warmup, turn.pictures, turn.steps)
+        warming_up = turn.iteration < self.warmup
+        return losses(self, roles, turn.cond, turn.null, turn.batch, turn.rng, warming_up, turn.pictures, turn.steps, turn.walk)
 
 
 class Draw(NamedTuple):
-    """A matched state with everything that the two updates need. x_m, x0 and x_tau may carry the student's gradient."""
+    """A matched state with everything that the two updates need. landed, x_m, x0 and x_tau may carry the student's gradient."""
 
     cond: Cond
     steps: int  # K of this iteration
     segment: Tensor  # [B] 0 .. K-1, 0 starts from noise
     t: Tensor  # [B] time of x_m: the landing time, or that of clean data
     tau: Tensor  # [B]
+    landed: Tensor  # where the step ends
     x_m: Tensor  # what is matched
     x0: Tensor  # the student's clean estimate
     e: Tensor  # transition noise
@@ -147,9 +160,16 @@ class Draw(NamedTuple):
 
 
 def draw(
-    method: Matching, roles: Roles, cond: Cond, batch: int, rng: torch.Generator, with_gradient: bool, steps: int | None = None
+    method: Matching,
+    roles: Roles,
+    cond: Cond,
+    batch: int,
+    rng: torch.Generator,
+    with_gradient: bool,
+    steps: int | None = None,
+    begin: Tensor | None = None,
 ) -> Draw:
-    """Points 1 to 3 of the algorithm. Deterministic in `rng`; independent of any data set."""
+    """Points 1 to 3 of the algorithm. Deterministic in `rng`; independent of any data set, but where the states to `begin` at are given."""
     schedule, shape = roles.backbone.schedule, roles.backbone.shape
     steps = steps or draw_count(method.counts, rng)
     times = method.times(schedule, steps).to(rng.device)
@@ -158,7 +178,7 @@ def draw(
         return torch.randn(like.shape, generator=rng, device=rng.device)
 
     solver = solver_named(method.solver, noise)
-    x = noise(torch.empty((batch, *shape))) * schedule.start_std
+    x = noise(torch.empty((batch, *shape))) * schedule.start_std if begin is None else begin
     segment = timegrid.draw_segments(batch, steps, rng)
     student = partial(roles.denoise, "student", told=steps)
     calls = steps - 1 if roles.sharded else 0  # as many as any process may need
@@ -174,7 +194,7 @@ def draw(
     r, beta = transition(schedule, t, tau)
     with torch.set_grad_enabled(with_gradient):
         x_tau = expand(r, x) * x_m + expand(beta, x) * e
-    return Draw(cond, steps, segment, t, tau, x_m, x0, e, x_tau)
+    return Draw(cond, steps, segment, t, tau, landed, x_m, x0, e, x_tau)
 
 
 def _draw_tau(method: Matching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator) -> Tensor:
@@ -248,6 +268,7 @@ def losses(
     warming_up: bool,
     real: Real | None = None,
     steps: int | None = None,
+    walk: Walk | None = None,
 ) -> Iterator[Loss]:
     """The updates of one iteration in order; the caller takes each step before asking for the next, or both where they go together.
 
@@ -256,8 +277,9 @@ def losses(
     Fisher divergence needs the fake score's gradient in x_tau, so it shares x_tau alone and costs 3 + 2 x 2 calls more.
     """
     schedule = roles.backbone.schedule
+    cond, begin = (cond, None) if walk is None else (walk.cond, walk.states[:, 0])
     steps = steps or draw_count(method.counts, rng)
-    drawn = partial(draw, method, roles, cond, batch, rng, steps=steps)
+    drawn = partial(draw, method, roles, cond, batch, rng, steps=steps, begin=begin)
     fake = roles.denoise("fake", cond, steps)
 
     def update_fake(d: Draw) -> Loss:
@@ -293,7 +315,16 @@ def losses(
         yield Loss("discriminator", judged, {"discriminator_loss": judged.detach()})
         adversarial = adversarial_loss(method, roles, d)
         value, metrics = value + method.gan * adversarial, metrics | {"gan_loss": adversarial.detach()}
+    if walk is not None:
+        anchor = anchor_loss(method, schedule, d, walk)
+        value, metrics = value + method.anchor * anchor, metrics | {"anchor_loss": anchor.detach()}
     yield Loss("student", value, metrics)
+
+
+def anchor_loss(method: Matching, schedule: Schedule, d: Draw, walk: Walk) -> Tensor:
+    """`mean |x - x_teacher|` where the student's steps land, against the teacher's trajectories from the same noise."""
+    passed = (walk.times.to(d.t)[None] - method.times(schedule, d.steps).to(d.t)[d.segment + 1, None]).abs().argmin(1)
+    return metric_named("l1")(d.landed, walk.states[torch.arange(len(passed)), passed]).mean()
 
 
 def _gaps(method: Matching, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import read_json, write_json, write_tensors
-from ..backbones.base import Backbone, Cond, guided, rows
+from ..backbones.base import Backbone, guided_until, rows
 from ..backbones.generate import device_of, noise_of
 from ..core import timegrid
 from ..core.schedule import Schedule
@@ -29,12 +29,16 @@ CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the 
 
 @dataclass(frozen=True)
 class PathsConfig:
-    """`count` trajectories of about `steps` solver steps. `auto` is Heun, or DPM-Solver++ where pure noise holds no signal."""
+    """`count` trajectories of about `steps` solver steps. `auto` is Heun, or DPM-Solver++ where pure noise holds no signal.
+
+    The teacher is guided as long as more than `guidance_until` of its way to clean data is left.
+    """
 
     count: int = 3000
     steps: int = 50
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
     seed: int = 0
+    guidance_until: float = 0.0
 
     def __post_init__(self) -> None:
         for option in ("count", "steps"):
@@ -42,6 +46,10 @@ class PathsConfig:
                 raise ValueError(f"data.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
         if self.solver not in ("auto", "heun", "ddim", "dpmpp"):
             raise ValueError(f"data.solver: got {self.solver!r}, allowed are auto, heun, ddim, dpmpp")
+        if not 0 <= self.guidance_until < 1:
+            raise ValueError(
+                f"data.guidance_until: got {self.guidance_until}, allowed are fractions of the way from 0 up to, not including, 1"
+            )
 
 
 def union(schedule: Schedule, grids: Sequence[Tensor]) -> Tensor:
@@ -106,9 +114,11 @@ def teacher_paths(
     """
     grid, places = refine(backbone.schedule, times, config.steps)
     record = {
-        "teacher": identity, "prompts": data.key, "guidance": guidance, "guidance_rescale": backbone.guidance_rescale, "count": config.count, "solver": config.solver,
+        "teacher": identity, "shape": list(backbone.shape), "prompts": data.key, "guidance": guidance, "guidance_rescale": backbone.guidance_rescale, "count": config.count, "solver": config.solver,
         "seed": config.seed, "times": times.tolist(), "grid": grid.tolist(), "chunk": chunk,
     }  # fmt: skip
+    if config.guidance_until:
+        record["guidance_until"] = config.guidance_until
     if folder is not None:
         _claim(folder, record)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
@@ -122,7 +132,8 @@ def teacher_paths(
         shard = _read(path, part.stop - part.start)
         if shard is None:
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
-            shard = _walked(backbone, cond, null, range(part.start, part.stop), grid, places, guidance, config)
+            teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until)
+            shard = _walked(backbone, teacher, range(part.start, part.stop), grid, places, config)
             _write(path, shard)
         shards.append(shard["states"])
         seconds += float(shard["seconds"])
@@ -141,14 +152,12 @@ def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = l
             return end.value
 
 
-def _walked(
-    backbone: Backbone, cond: Cond, null: Cond, samples: range, grid: Tensor, places: Tensor, guidance: float, config: PathsConfig
-) -> dict[str, Tensor]:
+def _walked(backbone: Backbone, teacher: Denoise, samples: range, grid: Tensor, places: Tensor, config: PathsConfig) -> dict[str, Tensor]:
     """One shard. The first ones hold whole trajectories as well."""
     began = time.perf_counter()
     generators = [torch.Generator().manual_seed(config.seed + i) for i in samples]
     x = noise_of(generators, backbone.shape).to(device_of(backbone.module)) * backbone.schedule.start_std
-    states = walk(backbone, guided(backbone, backbone.module, cond, null, guidance), x, grid, config.solver)
+    states = walk(backbone, teacher, x, grid, config.solver)
     shard = {"states": torch.stack([states[i].x.float().cpu() for i in places.tolist()], 1)}
     if samples.start < CURVE_SAMPLES:
         shard["whole"] = torch.stack([s.x.float().cpu() for s in states], 1)
@@ -168,7 +177,7 @@ def _claim(folder: Path, record: dict[str, object]) -> None:
         raise ValueError(
             f"data.folder: the trajectories in {folder} are those of teacher {there.get('teacher')}, this is {record['teacher']}; choose another folder"
         )
-    if odd := [k for k in record if k != "count" and there.get(k) != json.loads(json.dumps(record[k]))]:
+    if odd := [k for k in {**record, **there} if k != "count" and there.get(k) != json.loads(json.dumps(record.get(k)))]:
         raise ValueError(f"data.folder: the trajectories in {folder} were made with another {odd[0]}; choose another folder, or delete it")
 
 
