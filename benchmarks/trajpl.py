@@ -237,7 +237,7 @@ def pixel_part(a: argparse.Namespace) -> Part:
     teacher, classes = load_teacher("fashion"), read_pixel_data(str(a.pixels)).classes
     train = TrainConfig(a.pixel_iterations, 32, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
     asked = [classes[i % len(classes)] for i in range(FRESH)]
-    part = picture_part("pixel", teacher, 1.0, train, PathsConfig(5000, 50), classes, asked, a)
+    part = picture_part("pixel", teacher, 1.0, train, PathsConfig(5000, 24), classes, asked, a)
     network = feature_network()
     real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float().expand(-1, 3, -1, -1) / 255
     seen = features(network, real)

@@ -34,7 +34,7 @@ from .metrics_log import MetricsLog
 from .plan import plans_of, show
 from .preview import Preview
 from .progress import console, meter
-from .recipe import DistillRecipe, first_stage, read_recipe
+from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
 from .run_record import command_line, run_record
 from .sample import student_folder
 from .signals import stop_request
@@ -177,6 +177,11 @@ def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, N
     return False
 
 
+def data_seed(recipe: DistillRecipe, data: DataConfig) -> int:
+    """Of what the teacher draws."""
+    return recipe.train.seed if data.seed is None else data.seed
+
+
 def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cache: Path, identity: str) -> RealData | None:
     """The pictures that the recipe's method starts from, if it does."""
     data = recipe.data
@@ -191,7 +196,7 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
                 data.steps,
                 recipe.method.guidance,
                 cache,
-                recipe.train.seed,
+                data_seed(recipe, data),
                 show=lambda done: bar.advance(done, {}),
             )
     return encode_pictures(teacher, data.source, cache, identity)
@@ -202,7 +207,7 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
     data = recipe.data
     if data is None or data.source != "trajectories":
         return None
-    config = PathsConfig(data.count, data.steps, data.solver, recipe.train.seed, data.guidance_until)
+    config = PathsConfig(data.count, data.steps, data.solver, data_seed(recipe, data), data.guidance_until)
     folder = folder if data.folder is None else Path(data.folder)
     times = path_times(recipe.method, teacher)
     with meter("trajectories", config.count) as bar:

@@ -113,5 +113,5 @@ def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(
-        f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"
+        f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"
     )

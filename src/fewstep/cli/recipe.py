@@ -75,7 +75,8 @@ class DataConfig(Strict):
     """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards.
 
     For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps; or `trajectories`:
-    as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own).
+    as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own). `seed` is that
+    of what the teacher draws (default: the training's).
     """
 
     source: str
@@ -83,6 +84,7 @@ class DataConfig(Strict):
     steps: int = Field(default=TEACHER_STEPS, ge=1)
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
     guidance_until: float = Field(default=0.0, ge=0, lt=1)
+    seed: int | None = None
     folder: str | None = None
 
 

@@ -51,5 +51,5 @@ def next_commands(recipe: DistillRecipe) -> list[tuple[str, str]]:
     return [
         ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample runs/{recipe.name} -p {prompt} --compare"),
         ("Measure it under the full protocol", f"fewstep evaluate runs/{recipe.name}"),
-        ("Distil a pipeline of your own", "fewstep distill emoji-tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
+        ("Distil a pipeline of your own", "fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
     ]
