@@ -6,7 +6,7 @@
 `exact`: the teacher is the closed form, so there is nothing for a LoRA to train and heads stand alone. `network`: a small network that
 was trained on draws of the mixture is the teacher, of more trajectories, for LoRA learn 3,000 by heart. `data`: the same with fewer, one seed. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
-`pixel`: the bundled Fashion-MNIST teacher, whose way has 50 steps of DDIM, and beside the error the Frechet distance (EfficientNet-lite0
+`pixel`: the bundled Fashion-MNIST teacher, whose way has 50 steps of DDIM (students learn from 24 of DPM-Solver++), and beside the error the Frechet distance (EfficientNet-lite0
 features, 32 components, 1,000 pictures) to as many of the test set from Debian's dataset-fashion-mnist. `emoji`: the bundled text-to-image
 teacher with guidance 4.5, which students have distilled in and solvers alone go without; FD-efflite0 of 256 names to all real emoji.
 """

@@ -76,7 +76,7 @@ def distill(
 
     `pictures` is for methods that start from them (`Imitation`) and for an adversarial term (`Matching(gan=...)`): a folder of captioned
     ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `paths` are the teacher's
-    trajectories that `PathImitation` learns from. `start` is a finished student to begin from. With
+    trajectories that `PathImitation` and `Matching(anchor=...)` learn from. `start` is a finished student to begin from. With
     `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
     All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
     """
