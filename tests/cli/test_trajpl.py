@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep
-from fewstep.cli.distill import spent_before
+from fewstep.cli.distill import data_seed, spent_before
 from fewstep.cli.recipe import DistillRecipe, read_recipe
 from fewstep.export.card import read_card
 from fewstep.training.paths import Paths
@@ -163,3 +163,6 @@ def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path
     assert spent_before(both, run, walked) == first.train_seconds
     assert spent_before(read_recipe("both.yaml", ["data.count=41"], DistillRecipe), run, walked) == first.train_seconds + 100
     assert not (run / "final" / "trajp.safetensors").exists()
+    for sets, seed in (([], 0), (["train.seed=3"], 3), (["train.seed=3", "data.seed=0"], 0)):
+        drawn = read_recipe("both.yaml", sets, DistillRecipe)
+        assert drawn.data is not None and data_seed(drawn, drawn.data) == seed

@@ -324,7 +324,7 @@ def losses(
 def anchor_loss(method: Matching, schedule: Schedule, d: Draw, walk: Walk) -> Tensor:
     """`mean |x - x_teacher|` where the student's steps land, against the teacher's trajectories from the same noise."""
     passed = (walk.times.to(d.t)[None] - method.times(schedule, d.steps).to(d.t)[d.segment + 1, None]).abs().argmin(1)
-    return metric_named("l1")(d.landed, walk.states[torch.arange(len(passed)), passed]).mean()
+    return metric_named("l1")(d.landed, walk.states[torch.arange(len(passed), device=passed.device), passed]).mean()
 
 
 def _gaps(method: Matching, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> dict[str, Tensor]:
