@@ -4,7 +4,8 @@
     python benchmarks/tdm.py --only tdm-4 dmd2     # some variants; --seeds 0 for one seed; --iterations N for another budget
 
 Every variant is the same recipe with a few settings changed, trained for the same iterations, and measured on the same prompts and
-seeds. A run that is stopped goes on where it was. `seconds` is training alone; evaluation along the way is not counted.
+seeds. A run that is stopped goes on where it was, and what `benchmarks/tdm.json` holds is not run again (`--to` another folder begins anew);
+several processes, each with its `--only`, fill one table. `seconds` is training alone; evaluation along the way is not counted.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -36,6 +37,8 @@ from fewstep.training.pool import teacher_pictures
 from fewstep.training.prompts import embed, read_prompts
 
 Settings = dict[str, Any]
+Relation = Literal["worse", "better", "level"]
+NOISE = 0.15  # of FD, between draws and trainings of one student; with several seeds two standard errors, where that is more
 
 BASE: Settings = {
     "kind": "distill",
@@ -67,7 +70,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Variant:
-    """One student: what is changed in the base recipe, how it is called, and the paper's claim about it."""
+    """One student: what is changed in the base recipe, how it is called, and the paper's claim about it.
+
+    `expect` is that claim as an ordering of FD, for each of its draws or one for all, beside the variant `against`, called the same way.
+    """
 
     key: str
     label: str
@@ -77,48 +83,56 @@ class Variant:
     other: Settings = field(default_factory=dict)
     draws: tuple[Draw, ...] = (Draw(),)
     start: str = ""  # the key of the variant whose student it begins as
+    expect: tuple[Relation, ...] = ()
+    against: str = ""
+
+    def called(self, draw: Draw) -> tuple[int, str, int | None]:
+        """What tells this way of calling it from others: (steps, solver, count it is told)."""
+        return draw.steps, draw.solver or str(validate(recipe_value(self, 0, 1), DistillRecipe, self.key).method.solver), draw.told
 
 
 FEW = (Draw(1), Draw(2), Draw(4))
 SOLVERS = (Draw(4, "ddim"), Draw(4, "dpmpp"), Draw(4, "renoise"))
 VARIANTS = (
     Variant("tdm-4", "TDM, 4 steps", "5, 6", "TDM-4step: 31.35 HPS; sampled in 1, 2 steps: 20.81, 29.08", draws=(*FEW, *SOLVERS[1:])),
-    Variant("unify", "TDM-unify", "5", "28.90 / 30.52 / 31.31 HPS in 1 / 2 / 4 steps", {"name": "tdm-unify", "steps": [4, 2, 1]}, draws=(*FEW, Draw(4, None, 1), Draw(1, None, 4))),
-    Variant("no-condition", "TDM-unify, step count not told", "5", "worse: 26.11 / 29.15 / 29.39", {"name": "tdm-unify", "steps": [4, 2, 1], "condition": False}, draws=FEW),
-    Variant("no-surrogate", "TDM-unify, l2 with DMD's normaliser", "5", "worse: 28.23 / 30.20 / 30.85", {"name": "tdm-unify", "steps": [4, 2, 1], "loss": "l2"}, draws=FEW),
-    Variant("no-importance", "TDM, fake score drawn around the clean estimate", "5, fig. 11", "worse: 29.27 against 31.35; modes are lost", {"fake_draw": "clean"}),
-    Variant("no-segments", "TDM, tau beyond its segment", "eq. 5, 9", "biased: one fake score for several distributions", {"tau": "above"}),
-    Variant("clean", "TDM, matching clean samples", "7", "much worse: 24.63 against 31.35", {"match": "clean"}),
-    Variant("fisher", "TDM, Fisher divergence", "8", "better: 31.70 against 31.35", {"divergence": "fisher"}),
-    Variant("train-dpmpp", "TDM, DPM-Solver++ in training", "6", "level: 30.86 (tested with DDIM), 31.30 (DPM-Solver++)", {"solver": "dpmpp"}, draws=SOLVERS[:2]),
+    Variant("unify", "TDM-unify", "5", "28.90 / 30.52 / 31.31 HPS in 1 / 2 / 4 steps", {"name": "tdm-unify", "steps": [4, 2, 1]}, draws=(*FEW, Draw(4, None, 1), Draw(1, None, 4)), expect=("better", "better", "level"), against="tdm-4"),
+    Variant("no-condition", "TDM-unify, step count not told", "5", "worse: 26.11 / 29.15 / 29.39", {"name": "tdm-unify", "steps": [4, 2, 1], "condition": False}, draws=FEW, expect=("worse",), against="unify"),
+    Variant("no-surrogate", "TDM-unify, l2 with DMD's normaliser", "5", "worse: 28.23 / 30.20 / 30.85", {"name": "tdm-unify", "steps": [4, 2, 1], "loss": "l2"}, draws=FEW, expect=("worse",), against="unify"),
+    Variant("no-importance", "TDM, fake score drawn around the clean estimate", "5, fig. 11", "worse: 29.27 against 31.35; modes are lost", {"fake_draw": "clean"}, expect=("worse",), against="tdm-4"),
+    Variant("no-segments", "TDM, tau beyond its segment", "eq. 5, 9", "biased: one fake score for several distributions", {"tau": "above"}, expect=("worse",), against="tdm-4"),
+    Variant("clean", "TDM, matching clean samples", "7", "much worse: 24.63 against 31.35", {"match": "clean"}, expect=("worse",), against="tdm-4"),
+    Variant("fisher", "TDM, Fisher divergence", "8", "better: 31.70 against 31.35", {"divergence": "fisher"}, expect=("better",), against="tdm-4"),
+    Variant("train-dpmpp", "TDM, DPM-Solver++ in training", "6", "level: 30.86 (tested with DDIM), 31.30 (DPM-Solver++)", {"solver": "dpmpp"}, draws=SOLVERS[:2], expect=("level",), against="tdm-4"),
     Variant("transition", "TDM, fake score on the transition noise", "-", "not in the paper", {"fake_target": "transition"}),
     Variant("gan", "TDM with adversarial term", "1", "SFT is better and cheaper", {"gan": 0.05, "gan_r1": 0.01}, POOL),
-    Variant("dmd2", "DMD2, 10 fake updates", "fig. 9", "TDM reaches its best in 4 % of the time and ends 20 % lower", {"name": "dmd2"}),
-    Variant("dmd2-5", "DMD2, 5 fake updates", "fig. 9", "the original paper's setting", {"name": "dmd2", "fake_updates": 5}),
-    Variant("sid", "SiD", "1", "-", {"name": "sid"}),
-    Variant("diff-instruct", "Diff-Instruct", "1", "one step", {"name": "diff-instruct", "steps": 1}, draws=(Draw(1),)),
-    Variant("lcm", "LCM", "1, fig. 8", "stochastic only: poor under DDIM", {"name": "lcm", **IMITATION}, POOL, (Draw(4), Draw(4, "ddim"))),
-    Variant("progressive", "progressive distillation", "1", "-", {"name": "progressive", **IMITATION}, POOL),
-    Variant("rescued", "LCM, then 100 iterations of TDM", "fig. 8", "deterministic sampling restored", {}, {"train": {"iterations": 140, "decay": 0}}, (Draw(4, "ddim"),), "lcm"),
+    Variant("dmd2", "DMD2, 10 fake updates", "fig. 9", "TDM reaches its best in 4 % of the time and ends 20 % lower", {"name": "dmd2"}, expect=("worse",), against="tdm-4"),
+    Variant("dmd2-5", "DMD2, 5 fake updates", "fig. 9", "the original paper's setting", {"name": "dmd2", "fake_updates": 5}, expect=("worse",), against="tdm-4"),
+    Variant("sid", "SiD", "1", "-", {"name": "sid"}, expect=("worse",), against="tdm-4"),
+    Variant("diff-instruct", "Diff-Instruct", "1", "one step", {"name": "diff-instruct", "steps": 1}, draws=(Draw(1),), expect=("worse",), against="unify"),
+    Variant("lcm", "LCM", "1, fig. 8", "stochastic only: poor under DDIM", {"name": "lcm", **IMITATION}, POOL, (Draw(4), Draw(4, "ddim")), expect=("worse",), against="tdm-4"),
+    Variant("progressive", "progressive distillation", "1", "-", {"name": "progressive", **IMITATION}, POOL, expect=("worse",), against="tdm-4"),
+    Variant("rescued", "LCM, then 100 iterations of TDM", "fig. 8", "deterministic sampling restored", {}, {"train": {"iterations": 140, "decay": 0}}, (Draw(4, "ddim"),), "lcm", expect=("better",), against="lcm"),
 )  # fmt: skip
 
 
-def recipe_of(variant: Variant, seed: int, iterations: int) -> DistillRecipe:
+def recipe_value(variant: Variant, seed: int, iterations: int) -> Settings:
     """The variant's recipe. Settings of the base that its method does not have are left out."""
     own = BASE["method"] | variant.method
     if own["name"] in ("lcm", "progressive"):
         own = variant.method
     value = BASE | variant.other | {"method": own}
     value["train"] = BASE["train"] | {"iterations": iterations} | variant.other.get("train", {}) | {"seed": seed}
-    return validate(value, DistillRecipe, variant.key)
+    return value
 
 
 def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argparse.Namespace) -> None:
     """Train and measure one student; what is finished is left alone."""
     run = folder / f"{variant.key}-{seed}"
-    if (run / "result.json").exists():
+    if f"{variant.key}-{seed}" in finished(a) and not any(
+        v.start == variant.key and f"{v.key}-{seed}" not in finished(a) for v in VARIANTS if v.key in a.only
+    ):
         return
-    recipe = recipe_of(variant, seed, a.iterations)
+    recipe = validate(recipe_value(variant, seed, a.iterations), DistillRecipe, variant.key)
     method, identity = recipe.method, fingerprint(teacher.module, *teacher.encoders)
     prompts = embed(teacher, read_prompts(str(a.prompts)), folder / "embeddings", identity)
     real = None
@@ -152,7 +166,39 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
     card = StudentCard(variant.key, method.name, "emoji", "", method.counts, grids, dict.fromkeys(grids, method.solver), "v_prediction", "lora", recipe.roles.rank, float(recipe.roles.rank), method.guidance, "other", recipe.train.iterations, seconds, "", "", time_layer=teacher.time_layer if roles.counts else "")  # fmt: skip
     with roles.averaged():
         write_student(run / "final", card, roles, method.times(teacher.schedule)[:-1])
-    write_json(run / "result.json", {"seconds": seconds, "iterations": recipe.train.iterations, "curve": curve, "rows": rows})
+    result = {
+        "seconds": seconds,
+        "iterations": recipe.train.iterations,
+        "curve": curve,
+        "rows": rows,
+        "hardware": hardware(),
+        "commit": commit(),
+    }
+    write_json(run / "result.json", result | {"asked": asked(a)})
+
+
+def asked(a: argparse.Namespace) -> Settings:
+    """What results must share to stand in one table."""
+    return {"iterations": a.iterations, "protocol": a.protocol, "curve": a.curve, "guidance": a.guidance}
+
+
+def finished(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """variant-seed -> result: of this folder's runs, and of the table as it was."""
+    table = a.to / "tdm.json"
+    found = json.loads(table.read_text())["results"] if table.exists() else {}
+    for path in a.out.glob("*-[0-9]/result.json"):
+        found[path.parent.name] = json.loads(path.read_text())
+    return {k: v for k, v in found.items() if v["asked"] == asked(a)}
+
+
+def hardware() -> str:
+    """What it runs on."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a process"
+
+
+def commit() -> str:
+    """Of this project."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str, run: Path, a: argparse.Namespace) -> list[dict[str, Any]]:
@@ -187,46 +233,75 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def verdict(relation: Relation, own: Sequence[float], other: Sequence[float]) -> str:
+    """Whether one mean FD stands to another as claimed, and by how much."""
+    gap = statistics.mean(own) - statistics.mean(other)
+    errors = [statistics.variance(v) / len(v) if len(v) > 1 else 0.0 for v in (own, other)]
+    seen = "level" if abs(gap) <= max(NOISE, 2 * sum(errors) ** 0.5) else "worse" if gap > 0 else "better"
+    return f"{'yes' if seen == relation else 'no'}: {seen}, {gap:+.2f}"
+
+
 def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     """The table, the rows and the plot of whatever is finished."""
-    rows: list[dict[str, Any]] = []
-    lines, curves = [], {}
-    for variant in VARIANTS:
-        results = [json.loads(p.read_text()) for p in sorted(a.out.glob(f"{variant.key}-[0-9]/result.json"))]
-        if not results:
-            continue
-        curves[variant.label] = [r["curve"] for r in results]
+    found = finished(a)
+    results = {v.key: [r for k, r in sorted(found.items()) if k.rsplit("-", 1)[0] == v.key] for v in VARIANTS}
+    fd = {
+        (v.key, v.called(d)): [r["rows"][i]["fd_real"] for r in results[v.key]]
+        for v in VARIANTS
+        if results[v.key]
+        for i, d in enumerate(v.draws)
+    }
+    lines = []
+    for variant in (v for v in VARIANTS if results[v.key]):
         for i, d in enumerate(variant.draws):
-            own = [r["rows"][i] for r in results]
-            minutes = [r["seconds"] / 60 for r in results]
-            numbers = {k: [row[k] for row in own] for k in ("fd_real", "fd_teacher", "retrieval_top1", "diversity_ratio")}
-            rows.append({"variant": variant.key, "draw": d.title, "seeds": len(results), "minutes": minutes, **numbers})
-            cells = [spread(numbers["fd_real"]), spread(numbers["fd_teacher"]), spread([100 * v for v in numbers["retrieval_top1"]]), spread(numbers["diversity_ratio"]), spread(minutes)]  # fmt: skip
-            lines.append(f"| {variant.label} | {d.title} | {' | '.join(cells)} | {len(results)} | {variant.table} | {variant.claim} |")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+            own = [r["rows"][i] for r in results[variant.key]]
+            here = "-"
+            if variant.expect and (other := fd.get((variant.against, variant.called(d)))):
+                here = f"{verdict(variant.expect[min(i, len(variant.expect) - 1)], fd[variant.key, variant.called(d)], other)} beside {variant.against}"
+            cells = [spread([row["fd_real"] for row in own]), spread([row["fd_teacher"] for row in own]), spread([100 * row["retrieval_top1"] for row in own]), spread([row["diversity_ratio"] for row in own]), spread([r["seconds"] / 60 for r in results[variant.key]])]  # fmt: skip
+            lines.append(
+                f"| {variant.label} | `{variant.key}` | {d.title} | {' | '.join(cells)} | {len(own)} | {variant.table} | {variant.claim} | {here} |"
+            )
     command = f"python benchmarks/tdm.py --iterations {a.iterations} --seeds {' '.join(map(str, a.seeds))}"
-    write_json(
-        a.to / "tdm.json",
-        {"rows": rows, "teacher": list(teachers), "hardware": hardware, "commit": commit, "seeds": a.seeds, "command": command},
-    )
+    write_json(a.to / "tdm.json", {"results": found, "teacher": list(teachers), "command": command})
     shown = [
-        f"| teacher, {t['steps']} steps, guidance {t['guidance']:g} | {t['nfe']} calls | {t['fd_real']:.2f} | {t['fd_teacher'] or 0:.2f} | {100 * t['retrieval_top1']:.2f} | {t['diversity_ratio'] or 1:.2f} | | | | |"
+        f"| teacher, {t['steps']} steps, guidance {t['guidance']:g} | | {t['nfe']} calls | {t['fd_real']:.2f} | {t['fd_teacher'] or 0:.2f} | {100 * t['retrieval_top1']:.2f} | {t['diversity_ratio'] or 1:.2f} | | | | | |"
         for t in teachers
     ]
+    commits, machines = ({r[k] for r in found.values()} for k in ("commit", "hardware"))
     text = f"""# TDM, its variants and its rivals on the bundled teacher
 
-`{command}`, {hardware}, commit {commit}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in percent; diversity relative to
-the teacher's. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures"}.
+`{command}`, {"; ".join(sorted(machines))}, commit {", ".join(sorted(commits))}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
+percent; diversity relative to the teacher's. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
+{NOISE:g} count as none (and up to two standard errors, with several seeds). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures"}.
 
-| model | called with | FD to real | FD to teacher | retrieval | diversity | minutes | seeds | table | claim |
-|---|---|---|---|---|---|---|---|---|---|
+| model | key | called with | FD to real | FD to teacher | retrieval | diversity | minutes | seeds | table | claim | here |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join([*shown, *lines])}
+
+{chr(10).join(f"- {line}" for line in race(results))}
 
 ![FD to real over training time](tdm.png)
 """
     (a.to / "tdm.md").write_text(text)
-    plot(curves, a.to / "tdm.png")
+    plot({v.label: [r["curve"] for r in results[v.key]] for v in VARIANTS if results[v.key]}, a.to / "tdm.png")
+
+
+def race(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The paper's fig. 9 in numbers: when TDM is as good as each rival's best, as a share of the rival's time to it, and how much lower it ends."""
+    said = []
+    for variant in (v for v in VARIANTS if v.key in ("dmd2", "dmd2-5", "sid", "lcm") and results[v.key] and results["tdm-4"]):
+        for rival, own in zip(results[variant.key], results["tdm-4"], strict=False):
+            best = min(rival["curve"], key=lambda p: p["fd_real"])
+            reached = next((p["seconds"] for p in own["curve"] if p["fd_real"] <= best["fd_real"]), None)
+            ends = min(p["fd_real"] for p in own["curve"])
+            when = (
+                "never reaches it"
+                if reached is None
+                else f"reaches it in {reached:.0f} s, {100 * reached / best['seconds']:.0f} % of the time"
+            )
+            said.append(f"{variant.label}: its best FD on the curve is {best['fd_real']:.2f} after {best['seconds']:.0f} s; TDM {when}; TDM's own best is {ends:.2f}, {100 * (1 - ends / best['fd_real']):.0f} % lower.")  # fmt: skip
+    return said
 
 
 def plot(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:

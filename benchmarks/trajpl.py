@@ -6,9 +6,12 @@
 `exact`: the teacher is the closed form, so there is nothing for a LoRA to train and heads stand alone. `network`: a small network that
 was trained on draws of the mixture is the teacher, of more trajectories, for LoRA learn 3,000 by heart. `data`: the same with fewer, one seed. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
-`pixel`: the bundled Fashion-MNIST teacher, whose way has 50 steps of DDIM (students learn from 24 of DPM-Solver++), and beside the error the Frechet distance (EfficientNet-lite0
-features, 32 components, 1,000 pictures) to as many of the test set from Debian's dataset-fashion-mnist. `emoji`: the bundled text-to-image
+`pixel`: the bundled Fashion-MNIST teacher, whose way has 50 steps of DDIM (students learn from 24 of DPM-Solver++), and beside the error Frechet distances of 1,000 pictures
+to as many of the test set from Debian's dataset-fashion-mnist: in the features of a small network that tells the set's classes apart, trained here in a minute, and in those of EfficientNet-lite0
+(32 components of each). `emoji`: the bundled text-to-image
 teacher with guidance 4.5, which students have distilled in and solvers alone go without; FD-efflite0 of 256 names to all real emoji.
+
+Runs that `benchmarks/trajpl.json` holds, made with the same settings, are not run again.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ from fewstep.roles.roles import RolesConfig
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths, teacher_paths, to_end, walk
 from fewstep.training.prompts import Embeddings, embed, read_prompts
-from fewstep.zoo.pixel_data import load_idx, read_pixel_data
+from fewstep.zoo.pixel_data import Pictures, load_idx, read_pixel_data
 
 D, COUNTS, FRESH = 128, (1, 2, 3, 4, 5, 6), 1000
 AT_ONCE = 125  # samples
@@ -186,20 +189,20 @@ class Part:
     noise: Tensor
     goal: Tensor
     cond: Cond
-    distance: Callable[[Tensor], float] | None = None
-    floor: float | None = None  # of the goal
+    distances: dict[str, Callable[[Tensor], float]] = field(default_factory=dict)  # by the measure's name
+    floors: dict[str, float] = field(default_factory=dict)  # of the goal
     guidance: float = 1.0
 
     def measure(self, call: Call, method: PathImitation, head: Correct | None) -> dict[str, dict[int, float]]:
         """Name of the measure -> step count -> number, lower is better."""
         found: dict[str, dict[int, float]] = {}
-        for count in COUNTS:
+        for count in sorted(method.counts):
             times, solver = method.times(self.teacher.schedule, count), solver_named(method.solver)
             ends = in_parts(partial(call, count), self.teacher, self.cond, self.noise, times, solver, head)
             error = (ends - self.goal).flatten(1).norm(dim=1) / self.goal.flatten(1).norm(dim=1)
             found.setdefault("error", {})[count] = float(error.mean())
-            if self.distance is not None:
-                found.setdefault("fd", {})[count] = self.distance(ends)
+            for name, distance in self.distances.items():
+                found.setdefault(name, {})[count] = distance(ends)
         return found
 
 
@@ -227,23 +230,66 @@ def picture_part(
     return Part(teacher, tuple(prompts), paths, train, noise, load_file(kept)["goal"], cond, guidance=guidance)
 
 
-def against(part: Part, distance: Callable[[Tensor], float]) -> Part:
+def against(part: Part, **distances: Callable[[Tensor], float]) -> Part:
     """The part with pictures to compare with."""
-    return replace(part, distance=distance, floor=distance(part.goal))
+    return replace(part, distances=distances, floors={k: distance(part.goal) for k, distance in distances.items()})
+
+
+class Classes(nn.Module):
+    """Tells the classes of small grey pictures apart, from 64 features."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU()) for a, b, stride in ((1, 24, 2), (24, 48, 1), (48, 64, 2), (64, 64, 1))),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64), nn.SiLU(),
+        )  # fmt: skip
+        self.out = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layers(x))
+
+
+def class_features(data: Pictures, file: Path) -> Classes:
+    """Trained once, 1,200 steps of batch 128, its average kept."""
+    torch.manual_seed(0)
+    net = Classes(len(data.classes))
+    if file.exists():
+        net.load_state_dict(load_file(file))
+        return net.eval()
+    rng, steps = torch.Generator().manual_seed(0), 1200
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        chosen = torch.randint(len(data.images), (128,), generator=rng)
+        loss = nn.functional.cross_entropy(net(data.images[chosen].float() / 127.5 - 1), data.labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    write_tensors(file, net.state_dict())
+    return net.eval()
 
 
 def pixel_part(a: argparse.Namespace) -> Part:
     """Distances to the first pictures of the test set, in principal components of their features."""
-    teacher, classes = load_teacher("fashion"), read_pixel_data(str(a.pixels)).classes
+    teacher, data = load_teacher("fashion"), read_pixel_data(str(a.pixels))
+    classes = data.classes
     train = TrainConfig(a.pixel_iterations, 32, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
     asked = [classes[i % len(classes)] for i in range(FRESH)]
     part = picture_part("pixel", teacher, 1.0, train, PathsConfig(5000, 24), classes, asked, a)
-    network = feature_network()
-    real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float().expand(-1, 3, -1, -1) / 255
-    seen = features(network, real)
-    basis = principal_components(seen, 32)
-    truth = moments(basis(seen))
-    return against(part, lambda x: frechet_distance(truth, moments(basis(features(network, teacher.decode(x))))))
+    network, told = feature_network(), class_features(data, a.folder / "classes.safetensors")
+    real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float() / 255
+    right = told(2 * real - 1).argmax(1) == load_idx(a.pixels / "t10k-labels-idx1-ubyte.gz")[:FRESH]
+    print(f"the network of class features is right about {right.float().mean():.1%} of the test set", flush=True)
+
+    def distance(look: Callable[[Tensor], Tensor]) -> Callable[[Tensor], float]:
+        with torch.no_grad():
+            seen = look(real.expand(-1, 3, -1, -1))
+        basis = principal_components(seen, 32)
+        truth = moments(basis(seen))
+        return lambda x: frechet_distance(truth, moments(basis(look(teacher.decode(x)))))
+
+    return against(part, fd_classes=distance(lambda p: told.layers(2 * p[:, :1] - 1).double()), fd=distance(partial(features, network)))
 
 
 def emoji_part(a: argparse.Namespace) -> Part:
@@ -257,7 +303,7 @@ def emoji_part(a: argparse.Namespace) -> Part:
     )
     network, leading = feature_network(), protocol.components
     truth = moments(known.gallery[:, :leading])
-    return against(part, lambda x: frechet_distance(truth, moments(known.embed(features(network, teacher.decode(x)))[:, :leading])))
+    return against(part, fd=lambda x: frechet_distance(truth, moments(known.embed(features(network, teacher.decode(x)))[:, :leading])))
 
 
 def make_part(name: str, a: argparse.Namespace) -> Part:
@@ -271,14 +317,34 @@ def make_part(name: str, a: argparse.Namespace) -> Part:
     return mixture_part(small_teacher(a.folder / "small.safetensors", a.teacher_steps), a.network_count, a)
 
 
-def run(name: str, key: str, student: Student, part: Part, paths: Paths, data: Embeddings, seed: int) -> dict[str, Any]:
-    """Train one student of all step counts, and measure it."""
-    teacher, method = part.teacher, PathImitation(steps=COUNTS, guidance=part.guidance, **student.method)
-    about = {"part": name, "key": key, "label": student.label, "seed": seed, "teacher_fd": part.floor}
+def walked(part: Part, data: Embeddings, config: PathsConfig, times: Tensor, folder: Path, name: str) -> Paths:
+    """The teacher's trajectories, kept in the folder."""
+    return to_end(teacher_paths(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500)))
+
+
+def asked_of(student: Student, part: Part) -> dict[str, Any]:
+    """Settings that a run must share with one that is kept."""
+    train = {k: v for k, v in asdict(part.train).items() if k != "seed"}
+    paths = asdict(replace(part.paths, count=student.trajectories or part.paths.count))
+    own = (
+        {"train": train, "paths": paths, "roles": student.roles, "samples": len(part.noise)}
+        if student.trained
+        else {"samples": len(part.noise)}
+    )
+    value: dict[str, Any] = json.loads(json.dumps(own | {"method": student.method}))
+    return value
+
+
+def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], Paths], data: Embeddings, seed: int) -> dict[str, Any]:
+    """Train one student on what `walks` gives, and measure it at every count that it serves."""
+    teacher, method = part.teacher, PathImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method})
+    about: dict[str, Any] = {"commit": commit(), "hardware": f"{torch.get_num_threads()} CPU threads"}
+    about |= {"part": name, "key": key, "label": student.label, "seed": seed, "teacher": part.floors, "asked": asked_of(student, part)}
     if not student.trained:
         with torch.no_grad():
             measured = part.measure(lambda _, cond: denoiser(teacher, teacher.module, cond), method, None)
         return about | {"measured": measured, "seconds": 0.0, "trained": 0, "share": 0.0}
+    paths = walks()
     roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
     began = time.perf_counter()
     for step in distill(roles, method, data, replace(part.train, seed=seed), paths=paths):
@@ -311,7 +377,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-trajpl"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
-    results = []
     for name in a.only:
         part = make_part(name, a)
         data = embed(part.teacher, list(part.prompts), None, name)
@@ -322,48 +387,59 @@ def main() -> None:
             config, folder = part.paths, a.folder / name
             if student.trajectories:
                 config, folder = replace(config, count=student.trajectories), a.folder / f"{name}-{student.trajectories}"
-            paths = to_end(teacher_paths(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500)))
+            walks = partial(walked, part, data, config, times, folder, name)
             for seed in a.seeds if student.trained and not student.trajectories else a.seeds[:1]:
-                file = a.folder / f"{name}-{key}-{seed}.json"
-                if not file.exists():
-                    write_json(file, run(name, key, student, part, paths, data, seed))
-                results.append(row := json.loads(file.read_text()))
+                row = kept(a).get((name, key, seed))
+                if row is None or row["asked"] != asked_of(student, part):
+                    row = run(name, key, student, part, walks, data, seed)
+                    write(list((kept(a) | {(name, key, seed): row}).values()), a)
                 for measure, numbers in row["measured"].items():
                     print(name, key, seed, measure, {k: round(v, 4) for k, v in numbers.items()}, f"{row['seconds']:.0f} s", flush=True)
-    write(results, a)
+    write(list(kept(a).values()), a)
+
+
+def kept(a: argparse.Namespace) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """(part, key, seed) -> the run that the table holds, which another process may have put there."""
+    table = a.out / "trajpl.json"
+    return {(r["part"], r["key"], r["seed"]): r for r in (json.loads(table.read_text())["rows"] if table.exists() else [])}
+
+
+def commit() -> str:
+    """Of this project."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """`trajpl.json` with every run, and `trajpl.md` with means and deviations over seeds."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    about = {
-        "hardware": f"{torch.get_num_threads()} CPU threads",
-        "commit": commit,
-        "command": shlex.join(["python", "benchmarks/trajpl.py", *sys.argv[1:]]),
-    }
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in ("out", "folder")}
-    write_json(a.out / "trajpl.json", {"rows": results, "settings": settings, "seeds": a.seeds, **about})
+    command = shlex.join(["python", "benchmarks/trajpl.py", *sys.argv[1:]])
+    order = [(part, key) for part, students in PARTS.items() for key in students]
+    results = sorted((r for r in results if (r["part"], r["key"]) in order), key=lambda r: (order.index((r["part"], r["key"])), r["seed"]))
+    write_json(a.out / "trajpl.json", {"rows": results, "command": command})
     lines = ["# TrajP-L", "", (__doc__ or "").split("\n\n")[2].strip(), ""]
-    for name in a.only:
+    for name in dict.fromkeys(r["part"] for r in results):
         rows = [r for r in results if r["part"] == name]
         lines += [f"## Teacher: {name}", ""]
         for measure in rows[0]["measured"]:
             lines += [*_table(rows, PARTS[name], measure, trained=name != "exact"), ""]
-    lines += [f"{len(a.seeds)} seeds, {about['hardware']}, commit {commit}: `{about['command']}`.", ""]
+        lines += [f"Seeds {', '.join(sorted({str(r['seed']) for r in rows if r['trained']}))}; {', '.join(sorted({r['hardware'] for r in rows}))}; commit {', '.join(sorted({r['commit'] for r in rows}))}: `python benchmarks/trajpl.py --only {name}`.", ""]  # fmt: skip
     (a.out / "trajpl.md").write_text("\n".join(lines))
 
 
 def _table(rows: list[dict[str, Any]], students: dict[str, Student], measure: str, trained: bool) -> list[str]:
     """One measure of one part: its students' means over seeds. Of distances also the teacher's, and at two steps the share of DDIM's excess over it."""
     counts = list(rows[0]["measured"][measure])
-    titles = {"error": "relative error of the end", "fd": "FD to real pictures"}
+    titles = {
+        "error": "relative error of the end",
+        "fd": "FD-efflite0 to real pictures",
+        "fd_classes": "FD to real pictures, features of a classifier",
+    }
     head = [titles[measure], "trained weights", "seconds", *(f"{k} NFE" for k in counts)]
-    lines, floor = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], rows[0]["teacher_fd"] if measure == "fd" else None
+    lines, floor = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], rows[0]["teacher"].get(measure)
     ddim = next((r["measured"][measure]["2"] for r in rows if r["key"] == "ddim"), None) if floor is not None else None
     for key, student in students.items():
         if own := [r for r in rows if r["key"] == key]:
             weights = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and trained else "")
-            cells = [_cell([r["measured"][measure][k] for r in own]) for k in counts]
+            cells = [_cell([r["measured"][measure][k] for r in own]) if k in own[0]["measured"][measure] else "" for k in counts]
             if ddim is not None and floor is not None:
                 cells[counts.index("2")] += f" ({statistics.mean((r['measured'][measure]['2'] - floor) / (ddim - floor) for r in own):.1%})"
             seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"

@@ -90,10 +90,15 @@ def distill(
     data = embed(teacher, list(prompts), cache, identity)
     real, walked = None, None
     if method.needs.paths:
-        place = None if folder is None else folder / TRAJECTORIES
-        walked = to_end(teacher_paths(teacher, data, paths or PathsConfig(), path_times(method, teacher), method.guidance, place, identity))
+        place, times = None if folder is None else folder / TRAJECTORIES, path_times(method, teacher)
+        walking = teacher_paths(
+            teacher, data, paths or PathsConfig(), times, method.guidance, place, identity, parallel=method.guidance_parallel
+        )
+        walked = to_end(walking)
     if pictures == "teacher":
-        real = teacher_pictures(teacher, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, seed)
+        real = teacher_pictures(
+            teacher, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, seed, parallel=method.guidance_parallel
+        )
     elif pictures is not None:
         real = encode_pictures(teacher, str(pictures), cache, identity)
     begin = None if start is None else Path(start)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Denoiser, denoiser, guided, rescaled, rows
+from fewstep.backbones.base import Denoiser, denoiser, guided, projected, rescaled, rows
 from fewstep.backbones.generate import in_parts
 from fewstep.core.prediction import ROWS, split
 from fewstep.core.schedule import EDM, Flow, expand
@@ -60,6 +60,40 @@ def test_rescaled_guidance_has_the_spread_it_would_have_without(share: float) ->
     torch.testing.assert_close(got / m, (got / m)[:, :1, :1, :1].expand_as(m), rtol=1e-4, atol=1e-4)  # one factor for a picture
     alpha, sigma = (expand(f(t), x) for f in (backbone.schedule.alpha, backbone.schedule.sigma))
     torch.testing.assert_close(drawn.x0, split(got, x, alpha, sigma, backbone.row).x0)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_projected_guidance_adds_its_share_along_the_clean_estimate_and_all_of_the_rest(prediction: str, share: float) -> None:
+    backbone = replace(tiny.denoiser(), prediction=prediction)
+    x, t = state()
+    t = t.clamp(max=900)  # at pure noise an eps network says nothing of x0
+    cond, null = backbone.encode(["red cat", "blue", "a"]), backbone.encode([""])
+    with torch.no_grad():
+        got = guided(backbone, backbone.module, cond, null, 5.0, share)(x, t)
+        plain = guided(backbone, backbone.module, cond, null, 5.0)(x, t)
+        yes = denoiser(backbone, backbone.module, cond)(x, t)
+    axis = yes.x0 / expand(yes.x0.flatten(1).norm(dim=1), x)
+    added, whole = ((s.x0 - yes.x0) for s in (got, plain))
+    along, along_whole = ((d * axis).flatten(1).sum(1) for d in (added, whole))
+    torch.testing.assert_close(along, share * along_whole, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(added - expand(along, x) * axis, whole - expand(along_whole, x) * axis, rtol=1e-3, atol=1e-4)
+    alpha, sigma = (expand(f(t), x) for f in (backbone.schedule.alpha, backbone.schedule.sigma))
+    torch.testing.assert_close((alpha * got.x0 + sigma * got.eps).float(), x, rtol=1e-3, atol=1e-3)
+
+
+def test_all_of_the_parallel_part_is_plain_guidance_and_nothing_has_none() -> None:
+    backbone = tiny.denoiser()
+    x, t = state()
+    cond, null = backbone.encode(["red cat", "blue", "a"]), backbone.encode([""])
+    with torch.no_grad():
+        assert torch.equal(
+            guided(backbone, backbone.module, cond, null, 3.0, 1.0)(x, t).x0, guided(backbone, backbone.module, cond, null, 3.0)(x, t).x0
+        )
+    torch.testing.assert_close(projected(x, x, 1.0), x)
+    assert not torch.allclose(projected(x, x, 0.5), x)
+    torch.testing.assert_close(projected(x, x, 0.0), torch.zeros_like(x), atol=1e-6, rtol=0)
+    assert torch.equal(projected(x, torch.zeros_like(x), 0.0), x)  # an estimate of nothing has no direction
 
 
 def test_guidance_is_one_batched_call_and_half_of_it_without() -> None:

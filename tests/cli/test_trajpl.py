@@ -148,14 +148,21 @@ def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path
     """Walked once, beside both stages; what they cost is counted once; the student starts as the first stage's and stays near what it imitates."""
     value = yaml.safe_load(trajpl.read_text())
     data = value["data"] | {"guidance_until": 0.3}
-    imitate = {"method": value["method"] | {"steps": 4, "head": "none"}, "train": dict(value["train"]), "data": data}
+    imitate = {
+        "method": value["method"] | {"steps": 4, "head": "none", "guidance_parallel": 0.5},
+        "train": dict(value["train"]),
+        "data": data,
+    }
     Path("both.yaml").write_text(
-        yaml.safe_dump(value | {"method": RECIPE["method"] | {"steps": 4, "anchor": 2.0}, "data": data, "first": imitate})
+        yaml.safe_dump(
+            value | {"method": RECIPE["method"] | {"steps": 4, "anchor": 2.0, "guidance_parallel": 0.5}, "data": data, "first": imitate}
+        )
     )
     assert command(monkeypatch, "distill", "both.yaml") == 0
     run = Path("runs/tiny")
     assert [f.parent for f in run.rglob("trajectories-00000.safetensors")] == [run / "trajectories"]
-    assert json.loads((run / "trajectories" / "trajectories.json").read_text())["guidance_until"] == 0.3
+    record = json.loads((run / "trajectories" / "trajectories.json").read_text())
+    assert (record["guidance_until"], record["guidance_parallel"]) == (0.3, 0.5)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("anchor_loss", 0) > 0 for line in lines)
     both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "first" / "final")

@@ -118,6 +118,13 @@ def test_the_next_stage_imitates_the_average_as_it_was() -> None:
     assert all(torch.equal(p, a) for p, a in zip(roles.trained["fake"].values(), frozen.values(), strict=True))
 
 
+@pytest.mark.parametrize("target", ["consistency", "progressive"])
+def test_the_teacher_is_asked_without_the_parallel_part(target: str) -> None:
+    roles = trained()
+    plain, projected = (next(iter(Imitation(target=target, guidance_parallel=p).losses(roles, turn(roles)))).value for p in (1.0, 0.0))  # type: ignore[arg-type]
+    assert not torch.allclose(plain, projected)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

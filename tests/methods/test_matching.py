@@ -309,6 +309,15 @@ def test_tilted_guidance_is_stronger_near_noise_and_as_strong_in_the_middle() ->
         Matching(guidance_tilt=2)
 
 
+def test_the_teacher_is_asked_without_the_parallel_part() -> None:
+    """The same draws and networks: what is taken away from the teacher's belief is along its clean estimate."""
+    roles = trained()
+    plain, projected = (list(updates(roles, Matching(steps=2, guidance=3.0, guidance_parallel=p)))[-1].metrics["gap_1"] for p in (1.0, 0.0))
+    assert not torch.allclose(plain, projected)
+    with pytest.raises(ValueError, match=r"^method.guidance_parallel: got 1.5, allowed are shares from 0"):
+        Matching(guidance_parallel=1.5)
+
+
 def test_the_teacher_is_asked_with_it() -> None:
     """The same guidance on average, another one at each tau: another loss."""
     roles = trained()

@@ -32,10 +32,15 @@ def finish(generator: Generator[int, None, Paths]) -> tuple[list[int], Paths]:
 
 
 def make(
-    folder: Path | None, backbone: Backbone, config: PathsConfig = CONFIG, identity: str = "teacher", guidance: float = 2.0
+    folder: Path | None,
+    backbone: Backbone,
+    config: PathsConfig = CONFIG,
+    identity: str = "teacher",
+    guidance: float = 2.0,
+    parallel: float = 1.0,
 ) -> Generator[int, None, Paths]:
     times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
-    return teacher_paths(backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, chunk=3)
+    return teacher_paths(backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, 3, parallel)
 
 
 @pytest.mark.parametrize("schedule", [tiny.TABLE, Flow(), EDM()])
@@ -141,6 +146,8 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
         next(make(tmp_path, backbone, guidance=1.0))
     with pytest.raises(ValueError, match="were made with another guidance_rescale"):
         next(make(tmp_path, replace(backbone, guidance_rescale=0.5)))
+    with pytest.raises(ValueError, match="were made with another guidance_parallel"):
+        next(make(tmp_path, backbone, parallel=0.0))
     (tmp_path / "trajectories.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         next(make(tmp_path, backbone))

@@ -28,6 +28,11 @@ def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
     denoise = guided(backbone, backbone.module, cond, data.null, 2.0)
     alone = trajectory(backbone, denoise, [9], timegrid.uniform(backbone.schedule, 3))[-1].x
     torch.testing.assert_close(drawn.x0[4:5], alone, atol=1e-5, rtol=1e-4)
+    projected = teacher_pictures(backbone, data, 2, 3, 2.0, tmp_path, seed=5, parallel=0.0)
+    denoise = guided(backbone, backbone.module, rows(projected.embeddings.cond, slice(1, 2)), data.null, 2.0, 0.0)
+    torch.testing.assert_close(
+        projected.x0[1:2], trajectory(backbone, denoise, [6], timegrid.uniform(backbone.schedule, 3))[-1].x, atol=1e-5, rtol=1e-4
+    )
     backbone.module.forward = None  # type: ignore[assignment]
     assert torch.equal(teacher_pictures(backbone, data, 7, 3, 2.0, tmp_path, seed=5).x0, drawn.x0)
 

@@ -87,10 +87,11 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
     return denoise
 
 
-def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float | Tensor) -> Denoise:
+def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float | Tensor, parallel: float = 1.0) -> Denoise:
     """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; a number w = 1, or a model without conditions, is one half only.
 
-    `scale` is one number or one a sample, `[B]`. Guidance is affine, so mixing raw outputs equals mixing x0 or eps. What the backbone's `guidance_rescale` asks for comes after.
+    `scale` is one number or one a sample, `[B]`. Guidance is affine, so mixing raw outputs equals mixing x0 or eps. `parallel` below 1 takes away from
+    guidance what points along the clean estimate (see `projected`). What the backbone's `guidance_rescale` asks for comes after.
     """
     if not cond or (not isinstance(scale, Tensor) and scale == 1):
         return denoiser(backbone, module, cond)
@@ -98,23 +99,37 @@ def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale:
     def denoise(x: Tensor, t: Tensor) -> Split:
         both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in cond.items()}
         m_null, m_cond = backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        if parallel != 1:
+            m_null = m_cond - projected(m_cond - m_null, _split(backbone, m_cond, x, t).x0, parallel)
         m = m_null + (expand(scale, m_cond) if isinstance(scale, Tensor) else scale) * (m_cond - m_null)
         return _split(backbone, rescaled(m, m_cond, backbone.guidance_rescale) if backbone.guidance_rescale else m, x, t)
 
     return denoise
 
 
-def guided_until(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float, until: float) -> Denoise:
+def guided_until(
+    backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float, until: float, parallel: float = 1.0
+) -> Denoise:
     """`guided` where more than the fraction `until` of the way to clean data is left, the bare network after it: guidance in an interval.
 
     At low noise guidance no longer decides what is drawn, and only overshoots (Kynkaanniemi et al. 2024, arXiv 2404.07724). `t` is the same for all of a batch.
     """
-    early, late = guided(backbone, module, cond, null, scale), denoiser(backbone, module, cond)
+    early, late = guided(backbone, module, cond, null, scale, parallel), denoiser(backbone, module, cond)
 
     def denoise(x: Tensor, t: Tensor) -> Split:
         return (early if float(backbone.schedule.fraction(t[:1])) > until else late)(x, t)
 
     return denoise
+
+
+def projected(difference: Tensor, x0: Tensor, parallel: float) -> Tensor:
+    """`d - (1 - parallel) <d, x0> x0 / |x0|^2` per sample: what guidance adds, with this share of its part along the clean estimate.
+
+    That part makes what is there stronger, which saturates; the rest makes it clearer. difference [B, ...] may be between raw outputs, which at one state
+    and time is a multiple of that between clean estimates. Sadat et al. 2024 (arXiv 2410.02416), whose eta is `parallel`; their momentum and norm are left out.
+    """
+    along = (difference * x0).flatten(1).sum(1) / x0.square().flatten(1).sum(1).clamp(min=torch.finfo(x0.dtype).tiny)
+    return difference - expand((1 - parallel) * along, x0) * x0
 
 
 def rescaled(m: Tensor, m_cond: Tensor, share: float) -> Tensor:

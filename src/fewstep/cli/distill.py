@@ -198,6 +198,7 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
                 cache,
                 data_seed(recipe, data),
                 show=lambda done: bar.advance(done, {}),
+                parallel=recipe.method.guidance_parallel,
             )
     return encode_pictures(teacher, data.source, cache, identity)
 
@@ -207,11 +208,11 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
     data = recipe.data
     if data is None or data.source != "trajectories":
         return None
-    config = PathsConfig(data.count, data.steps, data.solver, data_seed(recipe, data), data.guidance_until)
+    config, method = PathsConfig(data.count, data.steps, data.solver, data_seed(recipe, data), data.guidance_until), recipe.method
     folder = folder if data.folder is None else Path(data.folder)
-    times = path_times(recipe.method, teacher)
+    times = path_times(method, teacher)
     with meter("trajectories", config.count) as bar:
-        walking = teacher_paths(teacher, prompts, config, times, recipe.method.guidance, folder, identity)
+        walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, parallel=method.guidance_parallel)
         return to_end(walking, lambda done: bar.advance(done, {}))
 
 

@@ -92,7 +92,7 @@ def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) ->
         for steps in method.counts:
             times = method.times(teacher.schedule, steps)
             own = {
-                f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance), DDIM, None),
+                f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance, method.guidance_parallel), DDIM, None),
                 f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
             }
             for name, (denoise, solver, correct) in own.items():

@@ -27,11 +27,13 @@ class Imitation:
     says at the noisier one what its average says at the cleaner one. `progressive` (arXiv 2202.00512): in `stages` stages of equal
     length, one student step lands where two steps of the stage before land, until `steps` are left. `scales` are further guidance
     scales: every iteration draws one of all, and the student is told which (LCM's guidance embedding).
+    `guidance_parallel`: see `backbones.base.projected`.
     """
 
     steps: int = 4
     guidance: float = 3.5
     scales: tuple[float, ...] = ()
+    guidance_parallel: float = 1.0
     target: Literal["consistency", "progressive"] = "consistency"
     loss: str = "huber"
     solver_steps: int = 50
@@ -105,7 +107,7 @@ def consistency_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
     t, s = times[n], times[n + 1]
     x_t = diffuse(schedule, x_0, t, torch.randn(x_0.shape, generator=turn.rng, device=turn.rng.device))
     with torch.no_grad():
-        x_s = land(schedule, roles.teacher(cond, turn.null, scale)(x_t, t), s)
+        x_s = land(schedule, roles.teacher(cond, turn.null, scale, method.guidance_parallel)(x_t, t), s)
         # A network is not asked about clean data; there its answer counts for nothing.
         known = s.clamp(min=schedule.t_clean + (schedule.resolution or 1e-3))
         with roles.averaged():
@@ -130,7 +132,8 @@ def progressive_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
     stage, begins = stage_of(method, turn.iteration, turn.iterations)
     if begins:
         roles.keep_average_as_fake()
-    before: Denoise = roles.denoise("fake", cond) if stage else roles.teacher(cond, turn.null, method.guidance)
+    guided = roles.teacher(cond, turn.null, method.guidance, method.guidance_parallel)
+    before: Denoise = roles.denoise("fake", cond) if stage else guided
     steps = method.steps * 2 ** (method.stages - 1 - stage)
     fine = timegrid.uniform(schedule, 2 * steps, method.shift).to(turn.rng.device)
     segment = timegrid.draw_segments(turn.batch, steps, turn.rng)

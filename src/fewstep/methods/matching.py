@@ -44,7 +44,7 @@ class Matching:
 
     `steps`: one count, or several of which every iteration draws one (TDM-unify, eq. 8), the first being the default when sampling;
     `condition` tells student and fake score which. `guidance` is the teacher's; a `guidance_tilt` b makes it `guidance (1 + b (2u - 1))` at the fraction
-    u of the path, so that it is (1 + b) times as strong at pure noise, where it composes, and (1 - b) times at clean data, where it hurts. `match`: the noisy state that a step lands on, or the clean estimate that it
+    u of the path, so that it is (1 + b) times as strong at pure noise, where it composes, and (1 - b) times at clean data, where it hurts; `guidance_parallel` is the share of it along the clean estimate that stays (`backbones.base.projected`). `match`: the noisy state that a step lands on, or the clean estimate that it
     makes. `tau`: inside the step's own segment (eq. 5), from there up to pure noise, or over all times; `tau_min` and `tau_max`
     keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
     (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
@@ -58,6 +58,7 @@ class Matching:
     condition: bool = True
     guidance: float = 3.5
     guidance_tilt: float = 0.0
+    guidance_parallel: float = 1.0
     divergence: Literal["reverse-kl", "fisher"] = "reverse-kl"
     loss: str = "huber"
     fisher_correction: float = 0.5
@@ -292,7 +293,7 @@ def losses(
     if warming_up:
         return
     d = drawn(with_gradient=True)
-    teacher = roles.teacher(cond, null, guidance_at(method, schedule, d.tau))
+    teacher = roles.teacher(cond, null, guidance_at(method, schedule, d.tau), method.guidance_parallel)
     one_pass = method.share_draw and method.divergence == "reverse-kl" and method.fake_draw == "landing"
     if method.share_draw and not one_pass:
         yield update_fake(d)

@@ -28,12 +28,14 @@ class PathImitation:
 
     `steps`: one count or several, of which every iteration draws one; `condition` tells the student which. `head` corrects the
     direction (`trajp.head`), `none` leaves it out; `roles.rank: 0` leaves out the LoRA. `free_first` takes the first direction
-    without the network (AFS), which saves one evaluation.
+    without the network (AFS), which saves one evaluation. `guidance` and `guidance_parallel` (`backbones.base.projected`) are the
+    teacher's on its trajectories.
     """
 
     steps: int | tuple[int, ...] = 4
     condition: bool = True
     guidance: float = 3.5
+    guidance_parallel: float = 1.0
     loss: str = "l1"
     head: str = "span"
     free_first: bool = False

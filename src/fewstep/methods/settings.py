@@ -33,9 +33,13 @@ def require_weight(settings: Any, *options: str) -> None:
 
 
 def require_guidance(settings: Any) -> None:
-    """A finite guidance scale."""
+    """A finite guidance scale, and a share of its parallel part."""
     if not math.isfinite(settings.guidance):
         raise ValueError(f"method.guidance: got {settings.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
+    if not 0 <= settings.guidance_parallel <= 1:
+        raise ValueError(
+            f"method.guidance_parallel: got {settings.guidance_parallel}, allowed are shares from 0, which saturates less, to 1, plain guidance"
+        )
 
 
 def require_counts(steps: int | Sequence[int]) -> tuple[int, ...]:

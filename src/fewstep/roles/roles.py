@@ -82,9 +82,9 @@ class Roles:
         """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
         return self._as(role, denoiser(self.backbone, self.networks[role], cond), told)
 
-    def teacher(self, cond: Cond, null: Cond, scale: float | Tensor) -> Denoise:
-        """The frozen teacher under classifier-free guidance."""
-        return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale))
+    def teacher(self, cond: Cond, null: Cond, scale: float | Tensor, parallel: float = 1.0) -> Denoise:
+        """The frozen teacher under classifier-free guidance, see `backbones.base.guided`."""
+        return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale, parallel))
 
     def _as(self, role: Role, inner: Denoise, told: float | None = None) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:

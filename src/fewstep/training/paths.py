@@ -107,10 +107,11 @@ def teacher_paths(
     folder: Path | None,
     identity: str,
     chunk: int = 32,
+    parallel: float = 1.0,
 ) -> Generator[int, None, Paths]:
     """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
-    A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
+    `guidance` and `parallel` as in `backbones.base.guided`. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
     """
     grid, places = refine(backbone.schedule, times, config.steps)
     record = {
@@ -119,6 +120,8 @@ def teacher_paths(
     }  # fmt: skip
     if config.guidance_until:
         record["guidance_until"] = config.guidance_until
+    if parallel != 1:
+        record["guidance_parallel"] = parallel
     if folder is not None:
         _claim(folder, record)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
@@ -132,7 +135,7 @@ def teacher_paths(
         shard = _read(path, part.stop - part.start)
         if shard is None:
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
-            teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until)
+            teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until, parallel)
             shard = _walked(backbone, teacher, range(part.start, part.stop), grid, places, config)
             _write(path, shard)
         shards.append(shard["states"])

@@ -27,12 +27,14 @@ def teacher_pictures(
     seed: int = 0,
     chunk: int = 32,
     show: Callable[[int], None] = lambda done: None,
+    parallel: float = 1.0,
 ) -> RealData:
     """`count` guided samples of the teacher in `steps` steps, of prompts drawn evenly; drawn once where there is a cache folder.
 
-    `show` is told how many there are, while they are drawn.
+    `guidance` and `parallel` as in `backbones.base.guided`. `show` is told how many there are, while they are drawn.
     """
-    key = hashlib.sha256(json.dumps([data.key, count, steps, guidance, backbone.guidance_rescale, seed]).encode()).hexdigest()[:24]
+    made = [data.key, count, steps, guidance, backbone.guidance_rescale, seed, *([parallel] if parallel != 1 else [])]
+    key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(seed))
     of = order.repeat(-(-count // data.count))[:count]
     own = data.take(of, key)
@@ -44,7 +46,8 @@ def teacher_pictures(
             part = slice(start, min(start + chunk, count))
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             seeds = [seed + i for i in range(part.start, part.stop)]
-            parts.append(trajectory(backbone, guided(backbone, backbone.module, cond, null, guidance), seeds, times)[-1].x.cpu())
+            teacher = guided(backbone, backbone.module, cond, null, guidance, parallel)
+            parts.append(trajectory(backbone, teacher, seeds, times)[-1].x.cpu())
             show(part.stop)
         return torch.cat(parts)
 
