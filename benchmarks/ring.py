@@ -136,7 +136,7 @@ def main() -> None:
                 [(r["steps"], round(r["distance"] / floor, 2), round(r["rarest"], 2)) for r in results[-1]["rows"]],
                 flush=True,
             )
-    write(results, floor, a)
+            write(results, floor, a)
 
 
 if __name__ == "__main__":
