@@ -256,7 +256,7 @@ def class_features(data: Pictures, file: Path) -> Classes:
     net = Classes(len(data.classes))
     if file.exists():
         net.load_state_dict(load_file(file))
-        return net.eval()
+        return net.eval().requires_grad_(False)
     rng, steps = torch.Generator().manual_seed(0), 1200
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     for step in range(steps):
@@ -267,7 +267,7 @@ def class_features(data: Pictures, file: Path) -> Classes:
         loss.backward()
         optimizer.step()
     write_tensors(file, net.state_dict())
-    return net.eval()
+    return net.eval().requires_grad_(False)
 
 
 def pixel_part(a: argparse.Namespace) -> Part:
