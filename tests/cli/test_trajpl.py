@@ -163,6 +163,7 @@ def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path
     assert [f.parent for f in run.rglob("trajectories-00000.safetensors")] == [run / "trajectories"]
     record = json.loads((run / "trajectories" / "trajectories.json").read_text())
     assert (record["guidance_until"], record["guidance_parallel"]) == (0.3, 0.5)
+    assert "0.5 of its part along the clean estimate" in (run / "final" / "README.md").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("anchor_loss", 0) > 0 for line in lines)
     both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "first" / "final")

@@ -42,7 +42,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
         name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
         steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
-        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, licence="apache-2.0" if recipe.teacher in bundled() else "other",
+        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
         scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
     )  # fmt: skip

@@ -32,6 +32,7 @@ class StudentCard:
     version: str
     guidance: str = "baked"
     guidance_rescale: float = 0.0  # of the teacher
+    guidance_parallel: float = 1.0  # of what it was taught, see backbones.base.projected
     head: str = ""  # the kind of head that corrects its direction; empty for none
     free_first: bool = False  # whether its first direction is taken without the network
     scales: tuple[float, ...] = ()  # guidance scales that it is told apart, the default first; empty where guidance is baked

@@ -68,6 +68,8 @@ pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of
         else "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     )
     rescale = f", guidance_rescale {card.guidance_rescale:g}" if card.guidance_rescale else ""
+    if card.guidance_parallel != 1:
+        rescale += f", {card.guidance_parallel:g} of its part along the clean estimate"
     guidance = f"{card.guidance}: call it with `guidance_scale=1.0` (the teacher was guided at {card.teacher_guidance:g}{rescale})"
     if card.scales:
         guidance = f"told: with fewstep {', '.join(f'{w:g}' for w in card.scales)} by `guidance_scale`; the files alone are the student of the first"
