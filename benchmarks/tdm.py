@@ -127,10 +127,9 @@ def recipe_value(variant: Variant, seed: int, iterations: int) -> Settings:
 
 def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argparse.Namespace) -> None:
     """Train and measure one student; what is finished is left alone."""
-    run = folder / f"{variant.key}-{seed}"
-    if f"{variant.key}-{seed}" in finished(a) and not any(
-        v.start == variant.key and f"{v.key}-{seed}" not in finished(a) for v in VARIANTS if v.key in a.only
-    ):
+    run, known = folder / f"{variant.key}-{seed}", finished(a)
+    begins = any(v.start == variant.key and f"{v.key}-{seed}" not in known for v in VARIANTS if v.key in a.only)
+    if run.name in known and not (begins and not (run / "final").exists()):  # the table may outlive the student that another begins as
         return
     recipe = validate(recipe_value(variant, seed, a.iterations), DistillRecipe, variant.key)
     method, identity = recipe.method, fingerprint(teacher.module, *teacher.encoders)

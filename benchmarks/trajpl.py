@@ -251,7 +251,7 @@ class Classes(nn.Module):
 
 
 def class_features(data: Pictures, file: Path) -> Classes:
-    """Trained once, 1,200 steps of batch 128, its average kept."""
+    """Trained once, 1,200 steps of batch 128."""
     torch.manual_seed(0)
     net = Classes(len(data.classes))
     if file.exists():
@@ -412,6 +412,7 @@ def commit() -> str:
 def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """`trajpl.json` with every run, and `trajpl.md` with means and deviations over seeds."""
     command = shlex.join(["python", "benchmarks/trajpl.py", *sys.argv[1:]])
+    results = json.loads(json.dumps(results))  # step counts are names in json
     order = [(part, key) for part, students in PARTS.items() for key in students]
     results = sorted((r for r in results if (r["part"], r["key"]) in order), key=lambda r: (order.index((r["part"], r["key"])), r["seed"]))
     write_json(a.out / "trajpl.json", {"rows": results, "command": command})
