@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +44,7 @@ from fewstep.methods.matching import Matching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import Embeddings
+from origin import commit
 
 TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
 
@@ -212,14 +212,13 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
     data = embeddings(name, backbone, dtype if share else torch.float32, 8)
     precision: Literal["no", "bf16"] = "bf16" if device.type == "cuda" else "no"
     config = TrainConfig(iterations=a.repeats + 2, batch=batch, lr=1e-6, fake_lr=1e-6, precision=precision)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     command = shlex.join(["python", "benchmarks/backbones.py", *sys.argv[1:]])
     row: dict[str, Any] = {
         "family": name,
         "arrangement": arrangement,
         "batch": batch,
         "dtype": str(dtype),
-        "commit": commit,
+        "commit": commit(),
         "command": command,
     }
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

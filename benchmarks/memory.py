@@ -12,7 +12,6 @@ five percent: `python -m pytest tests/training/test_memory.py`.
 
 import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig
 from fewstep.training.memory import training_bytes
 from fewstep.training.optimizer import OptimizerName
+from origin import commit
 
 
 class Arrangement(NamedTuple):
@@ -77,9 +77,8 @@ def row(name: str, arrangement: str, batch: int) -> dict[str, Any]:
 
 def write(rows: list[dict[str, Any]], to: Path) -> None:
     """The table and the rows."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     write_json(
-        to / "memory.json", {"rows": rows, "hardware": "counted, not run", "commit": commit, "command": "python benchmarks/memory.py"}
+        to / "memory.json", {"rows": rows, "hardware": "counted, not run", "commit": commit(), "command": "python benchmarks/memory.py"}
     )
     lines = []
     for r in rows:
@@ -94,7 +93,7 @@ def write(rows: list[dict[str, Any]], to: Path) -> None:
 
 {(__doc__ or "").split(chr(10) * 2)[2].strip()}
 
-`python benchmarks/memory.py`, commit {commit}, torch {torch.__version__}. GiB; the last column is weights and total against three copies.
+`python benchmarks/memory.py`, commit {commit()}, torch {torch.__version__}. GiB; the last column is weights and total against three copies.
 
 | family | state | batch | arrangement | weights | comes and goes | in all | against copies |
 |---|---|---|---|---|---|---|---|

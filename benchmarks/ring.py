@@ -11,7 +11,6 @@ import argparse
 import json
 import runpy
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 import fewstep
 from fewstep.atomic import write_json
 from fewstep.methods.presets import preset
+from origin import commit, hardware
 
 BASE: dict[str, Any] = {"steps": 2, "guidance": 1.0, "shift": 0.35, "loss": "l2", "fake_updates": 3, "warmup": 50, "snr_clip": 50.0}
 DRAWS = 8
@@ -78,11 +78,10 @@ def run(variant: Variant, seed: int, teacher: fewstep.Denoiser, example: dict[st
 
 def write(results: list[dict[str, Any]], floor: float, a: argparse.Namespace) -> None:
     """The table and the rows."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = f"{torch.get_num_threads()} CPU threads"
     command = f"python benchmarks/ring.py --iterations {a.iterations} --seeds {' '.join(map(str, a.seeds))}"
     write_json(
-        a.to / "ring.json", {"rows": results, "floor": floor, "hardware": hardware, "commit": commit, "seeds": a.seeds, "command": command}
+        a.to / "ring.json",
+        {"rows": results, "floor": floor, "hardware": hardware(), "commit": commit(), "seeds": a.seeds, "command": command},
     )
     lines = []
     for variant in VARIANTS:
@@ -98,7 +97,7 @@ def write(results: list[dict[str, Any]], floor: float, a: argparse.Namespace) ->
 
 {(__doc__ or "").split(chr(10) * 2)[2].strip()}
 
-`{command}`, {hardware}, commit {commit}; mean ± deviation over seeds; the energy distance between two draws of the data is {floor:.5f}.
+`{command}`, {hardware()}, commit {commit()}; mean ± deviation over seeds; the energy distance between two draws of the data is {floor:.5f}.
 
 | variant | steps | distance | rarest mode | seconds | the paper |
 |---|---|---|---|---|---|

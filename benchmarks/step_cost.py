@@ -11,7 +11,6 @@ these machines are shared.
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import embed
 from fewstep.training.state import seeded
+from origin import commit, hardware
 
 
 def bare(roles: Roles, method: Matching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int) -> None:
@@ -92,14 +92,12 @@ def main() -> None:
             }
         )
         print(found[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     command = f"python benchmarks/step_cost.py --teacher {a.teacher} --batch {a.batch} --rank {a.rank} --repeats {a.repeats}"
-    record = {"rows": found, "hardware": hardware, "commit": commit, "seeds": [0], "command": command}
+    record = {"rows": found, "hardware": hardware(), "commit": commit(), "seeds": [0], "command": command}
     (a.out / "step_cost.json").write_text(json.dumps(record, indent=2) + "\n")
     table = "\n".join(f"| {r['roles']} | {r['batch']} | {r['bare']:.3f} | {r['iteration']:.3f} | {r['ratio']:.3f} |" for r in found)
     (a.out / "step_cost.md").write_text(
-        f"# The cost of an iteration over its bare network calls\n\n`{command}` on {hardware}, commit {commit}.\n\n"
+        f"# The cost of an iteration over its bare network calls\n\n`{command}` on {hardware()}, commit {commit()}.\n\n"
         f"| roles | batch | bare calls, s | iteration, s | ratio |\n|---|---|---|---|---|\n{table}\n"
     )
 

@@ -11,7 +11,6 @@ several processes, each with its `--only`, fill one table. `seconds` is training
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
-import torch
 from torch import Tensor
 
 from fewstep.api import load_teacher, sample, start_from
@@ -35,6 +33,7 @@ from fewstep.training.loop import Step, distill
 from fewstep.training.pictures import encode_pictures
 from fewstep.training.pool import teacher_pictures
 from fewstep.training.prompts import embed, read_prompts
+from origin import commit, hardware
 
 Settings = dict[str, Any]
 Relation = Literal["worse", "better", "level"]
@@ -188,16 +187,6 @@ def finished(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for path in a.out.glob("*-[0-9]/result.json"):
         found[path.parent.name] = json.loads(path.read_text())
     return {k: v for k, v in found.items() if v["asked"] == asked(a)}
-
-
-def hardware() -> str:
-    """What it runs on."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a process"
-
-
-def commit() -> str:
-    """Of this project."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str, run: Path, a: argparse.Namespace) -> list[dict[str, Any]]:

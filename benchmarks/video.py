@@ -9,7 +9,6 @@ is stopped goes on where it was; everything that is finished is kept in --out (a
 
 import argparse
 import copy
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -39,6 +38,7 @@ from fewstep.training.state import seeded
 from fewstep.zoo import clip_data, emoji_data
 from fewstep.zoo.clip_data import Clips
 from fewstep.zoo.teacher import TextToNoise, unlikeness, v_loss
+from origin import commit, hardware
 
 NAMES = ("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
 CLIPS = ("@lobehub/fluent-emoji-anim-1", "1.0.0", "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea")
@@ -273,11 +273,9 @@ def measure(plan: Plan, clips: Clips, found: dict[str, Tensor]) -> list[dict[str
 
 def write(plan: Plan, clips: Clips, rows: list[dict[str, Any]], found: dict[str, Tensor], student: LoadedStudent, to: Path) -> None:
     """The table, the rows and the strips."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     command, names = "python benchmarks/video.py", [clips.emoji[i].caption for i in chosen(plan, clips)]
     settings = {"plan": asdict(plan), "prompts": names, "train_seconds": student.card.train_seconds}
-    write_json(to / "video.json", {"rows": rows, "hardware": hardware, "commit": commit, "seeds": [0], "command": command, **settings})
+    write_json(to / "video.json", {"rows": rows, "hardware": hardware(), "commit": commit(), "seeds": [0], "command": command, **settings})
     numbers = {"steps": plan.steps, "guidance": plan.guidance, "twice": 2 * plan.steps}
     lines = [
         f"| {' | '.join(cell.format(**numbers) for cell in TITLES[r['model']])} | {r['motion']:.2f} | {100 * r['of_teacher']:.0f} % | {r['like_teacher']:.2f} | "
@@ -286,7 +284,7 @@ def write(plan: Plan, clips: Clips, rows: list[dict[str, Any]], found: dict[str,
     ]
     text = f"""# A video student that moves
 
-`{command}`, {hardware}, commit {commit}, {time.strftime("%Y-%m-%d")}; one seed, {rows[0]["n"]} prompts, clips of {plan.frames} frames of {plan.size}x{plan.size}. The teacher: {plan.codec.steps} steps of its autoencoder, {plan.denoiser.steps} of its
+`{command}`, {hardware()}, commit {commit()}, {time.strftime("%Y-%m-%d")}; one seed, {rows[0]["n"]} prompts, clips of {plan.frames} frames of {plan.size}x{plan.size}. The teacher: {plan.codec.steps} steps of its autoencoder, {plan.denoiser.steps} of its
 transformer and text encoder; the student: {plan.iterations} iterations of batch {plan.batch} in {student.card.train_seconds / 60:.0f} minutes.
 
 - `motion`: mean absolute difference of consecutive frames, in grey levels of 255, over pixels, frames and prompts; a still has 0. Noise would have much, so see the distances and the strips as well.

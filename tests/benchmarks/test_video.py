@@ -30,7 +30,8 @@ def sliding(count: int) -> Clips:
 
 
 @pytest.mark.slow
-def test_clips_become_a_teacher_a_student_and_a_table(tmp_path: Path) -> None:
+def test_clips_become_a_teacher_a_student_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench = runpy.run_path(str(ROOT / "benchmarks" / "video.py"))
     fit = FitConfig(steps=2, batch=2, lr=1e-3, warmup=1, decay=1, checkpoint_every=1)
     plan = replace(

@@ -46,7 +46,8 @@ def test_a_distillation_recipe_passes_its_dry_run(
         Path("prompts.txt").write_text("a red fox\nthe sea\n")
     before = sorted(tmp_path.rglob("*"))
     assert fewstep(monkeypatch, "distill", name, "--dry-run", *instead) == 0
-    assert "times, 4 steps: [999.0, 749.0, 499.0, 249.0, -1.0]" in capsys.readouterr().out
+    times = "[999.0, 599.0, 332.0, 142.0, -1.0]" if name == "emoji-tdm4" else "[999.0, 749.0, 499.0, 249.0, -1.0]"  # its grid is uneven
+    assert f"times, 4 steps: {times}" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
 
