@@ -15,6 +15,7 @@ from fewstep.atomic import write_json
 from fewstep.backbones import miniature
 from fewstep.cli import main
 from fewstep.training import loop, state
+from fewstep.training.memory import Training
 
 RECIPE: dict[str, Any] = {
     "kind": "distill",
@@ -42,12 +43,22 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe file of a five-iteration run; the working folder is a new one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("red cat\nblue dog\n\nred cat\n")
-    value = {**RECIPE, "teacher": str(teacher), "prompts": {"source": "prompts.txt"}}
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(value))
+    return written(teacher, tmp_path, monkeypatch)
+
+
+def written(teacher: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe and its prompts in this folder, which is worked in from here on."""
+    monkeypatch.chdir(folder)
+    (folder / "prompts.txt").write_text("red cat\nblue dog\n\nred cat\n")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "teacher": str(teacher), "prompts": {"source": "prompts.txt"}}))
     return path
+
+
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs without the seconds that counting memory takes; tests of `fewstep plan` and of the count have them."""
+    monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_: Training(6, 5, 4, 3, 2, 1))
 
 
 def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

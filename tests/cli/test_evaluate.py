@@ -12,7 +12,7 @@ from tests.cli.test_distill import fewstep as command
 
 __all__ = ["recipe", "teacher"]  # fixtures
 
-SMALL = EmojiProtocol("small", names=12, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
+SMALL = EmojiProtocol("small", names=6, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
 
 
 @pytest.fixture

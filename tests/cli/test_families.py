@@ -42,15 +42,16 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(tmp_path: Path, monkeypat
     assert "text-to-video" in Path("runs/tiny/final/README.md").read_text()
 
 
-def test_stages_of_two_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)])
+def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
-    folder = pipelines.save("sdxl", tmp_path / "xl")
+    folder = pipelines.save(family, tmp_path / "xl")
     stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 32}
-    path = recipe(folder, method={"steps": 2, "warmup": 0}, first=stage, size=64, dtype="bfloat16")
+    path = recipe(folder, method={"steps": 2, "warmup": 0}, first=stage, size=64, dtype=dtype)
     assert fewstep(monkeypatch, "distill", path) == 0
     assert (read_card(Path("runs/tiny/first/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
     student = load_student("runs/tiny/final").student
-    assert {p.dtype for n, p in student.network.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    assert {p.dtype for n, p in student.network.named_parameters() if "lora" not in n} == {getattr(torch, dtype)}
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
     assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0
     assert "height=64, width=64" in Path("runs/tiny/final/README.md").read_text()

@@ -14,7 +14,7 @@ from fewstep.backbones.load import fingerprint, source_of
 from fewstep.export.card import read_card
 
 from .. import pipelines
-from .test_distill import error_of, fewstep
+from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
 
 TDM = {"steps": 2, "warmup": 0}
@@ -49,6 +49,7 @@ def test_fused_weights_are_the_base_plus_so_much_of_the_lora(base: Path, style: 
     assert fused.name == "sd + style"
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_a_student_of_base_and_style_in_every_file(
     base: Path, style: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

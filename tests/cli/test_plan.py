@@ -17,10 +17,12 @@ from .test_distill import teacher as tiny_teacher  # noqa: F401 - a fixture
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
 
 
-@pytest.fixture
-def planned(tiny_teacher: Path) -> tuple[Plan, Backbone]:  # noqa: F811
+@pytest.fixture(scope="session")
+def planned(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:  # noqa: F811
     train = {"iterations": 2, "batch": 32, "lr": 1e-3, "fake_lr": 1e-3}
-    settings = read_recipe(str(recipe(tiny_teacher, train=train)), [], DistillRecipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("planned"))
+        settings = read_recipe(str(recipe(tiny_teacher, train=train)), [], DistillRecipe)
     hollow = hollow_teacher(tiny_teacher)
     return plan_of(settings, hollow, phases_of(settings, hollow)), hollow
 
@@ -38,6 +40,7 @@ def test_the_table_adds_up_and_no_weights_are_read(
     assert "fewstep distill" not in said
 
 
+@pytest.mark.slow
 def test_what_fits_is_found_and_is_the_same_training(planned: tuple[Plan, Backbone]) -> None:
     made, teacher = planned
     seen = []

@@ -17,7 +17,7 @@ from fewstep.zoo.teacher import TeacherConfig
 
 from .. import pipelines
 from ..project import ROOT
-from .test_distill import fewstep
+from .test_distill import fewstep, uncounted  # noqa: F401 - the latter is a fixture
 
 MODELS: dict[str, type[BaseModel]] = {"distill": DistillRecipe, "teacher": TeacherConfig, "pixel-teacher": PixelTeacherConfig}
 HUB = {"stable-diffusion-v1": "sd", "stable-diffusion-xl": "sdxl", "PixArt": "pixart", "CogVideoX": "cogvideox"}
@@ -30,10 +30,19 @@ def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
     read_recipe(name, [], MODELS[kind_of(name)])
 
 
+@pytest.mark.parametrize("counted", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [n for n in recipe_names() if kind_of(n) == "distill"])
 def test_a_distillation_recipe_passes_its_dry_run(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    counted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    """Also with its memory counted, which takes most of the time."""
+    if not counted:
+        request.getfixturevalue("uncounted")
     monkeypatch.chdir(tmp_path)
     teacher = Path(read_recipe(name, [], DistillRecipe).teacher)
     if teacher.parts[0] == "runs":  # made by another recipe: a stand-in of its kind

@@ -11,7 +11,7 @@ from fewstep.backbones.load import fingerprint, load_teacher
 from fewstep.roles.quantised import kind_of
 
 from .. import tiny
-from .test_distill import error_of, fewstep
+from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
 
 
@@ -21,6 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "wide"
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_a_student_of_a_rounded_base_goes_with_the_base_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from fewstep.export.card import read_card
 from fewstep.training import loop
 
 from .. import single_file
-from .test_distill import error_of, fewstep
+from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
 
 TDM = {"steps": 2, "warmup": 0}
@@ -55,6 +55,7 @@ def seen(run: Path) -> torch.Tensor:
     return torch.tensor(list(image.tobytes())).reshape(image.height, image.width, 3).permute(2, 0, 1) / 255
 
 
+@pytest.mark.usefixtures("uncounted")
 @pytest.mark.parametrize("family", ["sd"], indirect=True)
 def test_a_file_gives_the_student_that_its_folder_gives(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

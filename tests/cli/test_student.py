@@ -1,6 +1,7 @@
 """A finished student in its user's hands: sample, inspect, the model card's snippet, `fewstep.load`."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,26 @@ import fewstep
 from fewstep.backbones.generate import pictures
 from fewstep.methods.matching import Matching
 from fewstep.roles.roles import RolesConfig, make_roles
-from tests.cli.test_distill import error_of, recipe, teacher
+from tests.cli.test_distill import error_of, recipe, teacher, written
 from tests.cli.test_distill import fewstep as command
 
 __all__ = ["recipe", "teacher"]  # fixtures
 
 
+@pytest.fixture(scope="session")
+def trained(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a student that differs from its teacher."""
+    folder = tmp_path_factory.mktemp("student")
+    with pytest.MonkeyPatch.context() as patch:
+        path = written(teacher, folder, patch)
+        assert command(patch, "distill", path, "--set", "train.lr=0.02") == 0
+    return folder / "runs" / "tiny"
+
+
 @pytest.fixture
-def final(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A student that differs from its teacher, on disk."""
-    assert command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02") == 0
-    return Path("runs/tiny/final")
+def final(recipe: Path, trained: Path) -> Path:
+    """That student on disk, in the working folder."""
+    return Path(shutil.copytree(trained, recipe.parent / "runs" / "tiny")).relative_to(recipe.parent) / "final"
 
 
 def as_tensor(images: list[Image.Image]) -> Tensor:

@@ -16,11 +16,11 @@ from fewstep.cli.recipe import DistillRecipe, read_recipe
 from fewstep.export.card import read_card
 from fewstep.training.paths import Paths
 from fewstep.training.prompts import Embeddings
-from tests.cli.test_distill import RECIPE, error_of, recipe, teacher
+from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
 from tests.cli.test_distill import fewstep as command
 from tests.cli.test_student import as_tensor
 
-__all__ = ["recipe", "teacher"]  # fixtures
+__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
 
 
 @pytest.fixture
@@ -116,11 +116,13 @@ def test_mistakes_are_one_line(
     assert expected in error_of(capsys)
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_a_dry_run_walks_nothing(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command(monkeypatch, "distill", trajpl, "--dry-run") == 0
     assert not Path("runs").exists()
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Imitate, then match: one command, one folder, the first stage's student inside, what both cost together."""
     value = yaml.safe_load(trajpl.read_text())

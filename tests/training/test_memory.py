@@ -39,7 +39,7 @@ def embeddings(backbone: Backbone) -> Embeddings:
     return Embeddings(backbone.encode(["red cat", "blue dog"]), backbone.encode([""]), ["red cat", "blue dog"], 0, "")
 
 
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl") else f for f in pipelines.FAMILIES])
 def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tmp_path: Path) -> None:
     folder = pipelines.save(family, tmp_path / family)
     roles, config = RolesConfig(rank=4), TrainConfig(1, 4, 1e-4, 1e-4)
@@ -52,13 +52,15 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
     ("method", "roles", "batch"),
     [
         (TDM, RolesConfig(rank=4), 2),
-        (TDM, RolesConfig(rank=4), 8),
+        pytest.param(TDM, RolesConfig(rank=4), 8, marks=pytest.mark.slow),
         (TDM, RolesConfig(rank=4, checkpointing=True), 8),
-        (TDM, RolesConfig(share=False), 2),
-        (TDM, RolesConfig(rank=4, base="int8"), 8),
-        (TDM, RolesConfig(rank=4, base="nf4"), 8),  # with checkpointing, a weight decoded on a CPU is too much of all
-        (Matching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4),
-        (Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4),
+        pytest.param(TDM, RolesConfig(share=False), 2, marks=pytest.mark.slow),
+        pytest.param(TDM, RolesConfig(rank=4, base="int8"), 8, marks=pytest.mark.slow),
+        pytest.param(
+            TDM, RolesConfig(rank=4, base="nf4"), 8, marks=pytest.mark.slow
+        ),  # with checkpointing, a weight decoded on a CPU is too much of all
+        pytest.param(Matching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
+        pytest.param(Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: Matching, roles: RolesConfig, batch: int) -> None:
@@ -81,6 +83,7 @@ def taken(teacher: Backbone, method: Matching, roles: RolesConfig, config: Train
     return base + int(given)
 
 
+@pytest.mark.slow
 def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
     """Bytes that a training with the package takes, against those planned without it."""
     pytest.importorskip("bitsandbytes")
