@@ -1,9 +1,10 @@
 """The teacher's trajectories: the states it walks through, in shards, once, and only its own."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,26 @@ def test_a_folder_grows_and_fewer_are_its_first(tmp_path: Path) -> None:
     backbone.module.forward = None  # type: ignore[assignment]
     _, again = finish(make(tmp_path, backbone, replace(CONFIG, count=5)))
     assert torch.equal(again.states, straight.states[:5])
+
+
+def test_processes_walk_a_share_each_and_read_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen by the second of two: it has walked the second of three shards when it waits for the first, and all of them after that."""
+    backbone, walked = tiny.denoiser(), list[str]()
+
+    def as_process(index: int, wait: Callable[[], None]) -> tuple[list[int], Paths]:
+        monkeypatch.setattr("fewstep.training.paths.this_process", lambda: SimpleNamespace(process_index=index, num_processes=2))
+        monkeypatch.setattr("fewstep.training.paths.together", wait)
+        return finish(make(tmp_path, backbone))
+
+    def first_walks() -> None:
+        walked.extend(p.name for p in tmp_path.glob("*.safetensors"))
+        as_process(0, lambda: None)
+
+    seen, paths = as_process(1, first_walks)
+    assert (seen, walked) == ([6], ["trajectories-00001.safetensors"])
+    _, alone = finish(make(None, backbone))
+    assert torch.equal(paths.states, alone.states)
+    assert torch.equal(paths.whole, alone.whole)
 
 
 def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:

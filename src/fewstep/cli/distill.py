@@ -119,9 +119,10 @@ def distil(
     with this_process().main_process_first():  # what it makes the others find
         data = embed(teacher, prompts, cache, identity)
         real = real_data(recipe, teacher, data, cache, identity)
-        paths = trajectories(recipe, teacher, data, whole / TRAJECTORIES, identity)
         shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
     place_encoders(teacher, "cpu")
+    with with_others():
+        paths = trajectories(recipe, teacher, data, whole / TRAJECTORIES, identity)
     if sharded(recipe):
         teacher.module.cpu()  # whence it and its copies come back in parts
     roles = roles_of(recipe, teacher, paths)

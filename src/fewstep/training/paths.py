@@ -20,6 +20,7 @@ from ..core import timegrid
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
 from ..methods.method import Walk
+from .processes import this_process, together
 from .prompts import Embeddings
 
 RECORD = "trajectories.json"
@@ -111,7 +112,8 @@ def teacher_paths(
 ) -> Generator[int, None, Paths]:
     """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
-    `guidance` and `parallel` as in `backbones.base.guided`. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
+    `guidance` and `parallel` as in `backbones.base.guided`. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
+    Several processes each walk their share into the folder and wait for the others, so all of them have to come here. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
     """
     grid, places = refine(backbone.schedule, times, config.steps)
     record = {
@@ -129,7 +131,10 @@ def teacher_paths(
     own = data.take(of, data.key)
     device, whole = device_of(backbone.module), torch.empty(0)
     null, shards, seconds = data.unconditional(device), [], 0.0
-    for start in range(0, config.count, chunk):
+    processes = 1 if folder is None else this_process().num_processes
+    starts = range(0, config.count, chunk)
+
+    def shard_from(start: int) -> dict[str, Tensor]:
         part = slice(start, min(start + chunk, config.count))
         path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
         shard = _read(path, part.stop - part.start)
@@ -137,11 +142,22 @@ def teacher_paths(
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until, parallel)
             shard = _walked(backbone, teacher, range(part.start, part.stop), grid, places, config)
+            shard["seconds"] /= processes
             _write(path, shard)
+        return shard
+
+    if processes > 1:
+        for start in starts[this_process().process_index :: processes]:
+            shard_from(start)
+            yield min(start + chunk, config.count)
+        together()
+    for start in starts:
+        shard = shard_from(start)
         shards.append(shard["states"])
         seconds += float(shard["seconds"])
         whole = torch.cat([whole, shard["whole"]]) if "whole" in shard else whole
-        yield part.stop
+        if processes == 1:
+            yield min(start + chunk, config.count)
     key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:24]
     return Paths(torch.cat(shards), times, own, whole, grid, key, seconds)
 
