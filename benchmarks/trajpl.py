@@ -8,7 +8,7 @@ was trained on draws of the mixture is the teacher, of more trajectories, for Lo
 at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen.
 `pixel`: the bundled Fashion-MNIST teacher, whose way has 50 steps of DDIM (students learn from 24 of DPM-Solver++), and beside the error Frechet distances of 1,000 pictures
 to as many of the test set from Debian's dataset-fashion-mnist: in the features of a small network that tells the set's classes apart, trained here in a minute, and in those of EfficientNet-lite0
-(32 components of each). `emoji`: the bundled text-to-image
+(32 components of each); `two` and `two-matched` are students of two steps alone. `emoji`: the bundled text-to-image
 teacher with guidance 4.5, which students have distilled in and solvers alone go without; FD-efflite0 of 256 names to all real emoji.
 
 Runs that `benchmarks/trajpl.json` holds, made with the same settings, are not run again.
@@ -33,9 +33,10 @@ from fewstep import PathImitation, PathsConfig
 from fewstep.api import path_times, roles_for
 from fewstep.atomic import write_json
 from fewstep.backbones.base import denoiser
-from fewstep.methods.method import student_of
+from fewstep.methods.matching import Matching
+from fewstep.methods.method import Method, student_of
 from fewstep.roles.roles import RolesConfig
-from fewstep.training.loop import distill
+from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths, teacher_paths, to_end
 from fewstep.training.prompts import Embeddings, embed
 from origin import commit, hardware
@@ -54,6 +55,8 @@ class Student:
     roles: dict[str, Any] = field(default_factory=dict)
     trained: bool = True
     trajectories: int = 0  # 0: as many as its part has
+    iterations: int = 0  # 0: as its part has
+    matching: dict[str, Any] = field(default_factory=dict)  # settings of TDM after it, from its student
 
 
 ALONE = {"rank": 0}
@@ -63,6 +66,8 @@ LORAS = {
     "lora": Student("LoRA alone", {"head": "none"}, {"rank": 8}),
     "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
 }
+ANCHORED = {"steps": 2, "anchor": 32.0, "warmup": 40, "fake_weight": "v"}
+MATCHING = TrainConfig(100, 32, 1e-4, 1e-3, decay=50, ema=0.95)
 SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
 PICTURES = {**SOLVERS, **HEADS, **{k: replace(v, roles={"rank": 4}) for k, v in LORAS.items()}, "sfd": SFD}
 PARTS: dict[str, dict[str, Student]] = {
@@ -80,7 +85,14 @@ PARTS: dict[str, dict[str, Student]] = {
         for key, student in (("head", HEADS["head"]), ("trajp-l", LORAS["trajp-l"]))
         for n in (50, 200, 1000, 5000)
     },
-    "pixel": PICTURES | {"film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 4})},
+    "pixel": PICTURES
+    | {
+        "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 4}),
+        "two": Student("TrajP-L for 2 steps alone", {"head": "span", "steps": 2}, {"rank": 4}),
+        "two-matched": Student(
+            "LoRA for 2 steps alone, then anchored TDM", {"head": "none", "steps": 2}, {"rank": 4}, iterations=260, matching=ANCHORED
+        ),
+    },
     "emoji": PICTURES,
 }
 
@@ -92,15 +104,22 @@ def walked(part: Part, data: Embeddings, config: PathsConfig, times: Tensor, fol
 
 def asked_of(student: Student, part: Part) -> dict[str, Any]:
     """Settings that a run must share with one that is kept."""
-    train = {k: v for k, v in asdict(part.train).items() if k != "seed"}
+    train = {k: v for k, v in asdict(training_of(student, part)).items() if k != "seed"}
     paths = asdict(replace(part.paths, count=student.trajectories or part.paths.count))
-    own = (
+    own: dict[str, Any] = (
         {"train": train, "paths": paths, "roles": student.roles, "samples": len(part.noise)}
         if student.trained
         else {"samples": len(part.noise)}
     )
+    own |= {"matching": student.matching, "matching_train": asdict(MATCHING)} if student.matching else {}
     value: dict[str, Any] = json.loads(json.dumps(own | {"method": student.method}))
     return value
+
+
+def training_of(student: Student, part: Part) -> TrainConfig:
+    """Of its imitation."""
+    its = student.iterations
+    return replace(part.train, iterations=its, decay=its // 2) if its else part.train
 
 
 def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], Paths], data: Embeddings, seed: int) -> dict[str, Any]:
@@ -115,9 +134,18 @@ def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], P
     paths = walks()
     roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
     began = time.perf_counter()
-    for step in distill(roles, method, data, replace(part.train, seed=seed), paths=paths):
-        if step.iteration % 100 == 0:
-            print(f"{name} {key}-{seed} {step.iteration}/{part.train.iterations} {time.perf_counter() - began:.0f} s", flush=True)
+    stages: list[tuple[Method, TrainConfig]] = [(method, training_of(student, part))]
+    if student.matching:
+        stages.append((Matching(**{"guidance": part.guidance, **student.matching}), MATCHING))
+    for i, (stage, config) in enumerate(stages):
+        if i:
+            with roles.averaged():
+                state = roles.student_state()
+            roles = roles_for(teacher, stage, RolesConfig(**student.roles), seed, paths)
+            roles.start_from(state)
+        for step in distill(roles, stage, data, replace(config, seed=seed), paths=paths):
+            if step.iteration % 100 == 0:
+                print(f"{name} {key}-{seed} {step.iteration}/{config.iterations} {time.perf_counter() - began:.0f} s", flush=True)
     seconds = time.perf_counter() - began
     with roles.averaged(), torch.no_grad():
         measured = part.measure(lambda count, cond: student_of(method, roles, cond, count), method, roles.head)
