@@ -54,7 +54,7 @@ def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_path: Path) -> None:
     """Two updates of TDM for two step counts, written, loaded by fewstep, as a pipeline, and in every format: one picture each."""
     teacher = load_teacher(folder)

@@ -120,7 +120,7 @@ def test_a_student_of_several_step_counts(
     assert not Path("single-3").exists()
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_may_begin_as_a_finished_student(
     recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ def trajpl(recipe: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("how", [{}, {"rank": 0}, {"share": False}])
+@pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"share": False}, marks=pytest.mark.slow)])
 def test_a_student_with_a_head_is_the_same_everywhere(
     trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path
 ) -> None:

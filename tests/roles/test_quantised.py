@@ -114,7 +114,7 @@ def test_the_bundled_teacher_is_near_what_it_was_in_a_fraction_of_its_memory(kin
     assert module_bytes(teacher.module) == whole - plain * (1 - bits / 32) + tables
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_train_beside_a_base_that_does_not_move(kind: Kind, checkpointing: bool) -> None:
     backbone = wide()

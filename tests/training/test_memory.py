@@ -53,7 +53,7 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
     [
         (TDM, RolesConfig(rank=4), 2),
         pytest.param(TDM, RolesConfig(rank=4), 8, marks=pytest.mark.slow),
-        (TDM, RolesConfig(rank=4, checkpointing=True), 8),
+        pytest.param(TDM, RolesConfig(rank=4, checkpointing=True), 8, marks=pytest.mark.slow),
         pytest.param(TDM, RolesConfig(share=False), 2, marks=pytest.mark.slow),
         pytest.param(TDM, RolesConfig(rank=4, base="int8"), 8, marks=pytest.mark.slow),
         pytest.param(
