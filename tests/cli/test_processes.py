@@ -66,6 +66,22 @@ def weights(run: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+def test_two_processes_walk_what_one_walks(tmp_path: Path) -> None:
+    """Trajectories, a share each, are those of one process, and both train on all of them."""
+    method, data = {"name": "trajp-l", "steps": 2, "guidance": 2.0, "head": "none"}, {"source": "trajectories", "count": 70, "steps": 4}
+    path = recipe(pipelines.save("sd", tmp_path / "sd"), train=TRAIN, method=method, data=data)
+    both = ended(start(path, 2))
+    assert [code for code, _, _ in both] == [0, 0], both
+    assert both[1][1] == ""
+    ((code, _, said),) = ended(start(path, 1, "--out", "runs/alone"))
+    assert code == 0, said
+    shards = [sorted(Path(run, "trajectories").glob("*.safetensors")) for run in ("runs/tiny", "runs/alone")]
+    assert [len(s) for s in shards] == [3, 3]
+    for one, other in zip(*shards, strict=True):
+        assert torch.equal(load_file(one)["states"], load_file(other)["states"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("roles", [{"rank": 2}, {"share": False, "checkpointing": True}])
 def test_two_processes_are_one_run_and_one_that_takes_both_batches(
