@@ -25,7 +25,7 @@ demo: setup ## distil the bundled teacher on this machine and open the report
 	$(BIN)/fewstep distill demo
 
 test: check ## every check that CI runs
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
 check: setup ## lint, format and types only
 	$(BIN)/ruff check .
