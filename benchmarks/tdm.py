@@ -45,7 +45,7 @@ BASE: Settings = {
     "teacher": "emoji",
     "method": {"name": "tdm", "steps": 4, "guidance": 4.5, "loss": "huber", "fake_weight": "v", "warmup": 40},
     "roles": {"share": True, "rank": 32},
-    "train": {"iterations": 400, "batch": 16, "lr": 1.0e-4, "fake_lr": 1.0e-3, "decay": 200, "ema": 0.97, "checkpoint_every": 100},
+    "train": {"iterations": 400, "batch": 16, "lr": 1.0e-4, "fake_lr": 1.0e-3, "ema": 0.97, "checkpoint_every": 100},
 }
 POOL: Settings = {"data": {"source": "teacher", "count": 1024, "steps": 25}}
 IMITATION: Settings = {"steps": 4, "guidance": 4.5}
@@ -120,7 +120,7 @@ def recipe_value(variant: Variant, seed: int, iterations: int) -> Settings:
     if own["name"] in ("lcm", "progressive"):
         own = variant.method
     value = BASE | variant.other | {"method": own}
-    value["train"] = BASE["train"] | {"iterations": iterations} | variant.other.get("train", {}) | {"seed": seed}
+    value["train"] = BASE["train"] | {"iterations": iterations, "decay": iterations // 2} | variant.other.get("train", {}) | {"seed": seed}
     return value
 
 
