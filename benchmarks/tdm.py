@@ -45,7 +45,7 @@ BASE: Settings = {
     "teacher": "emoji",
     "method": {"name": "tdm", "steps": 4, "guidance": 4.5, "loss": "huber", "fake_weight": "v", "warmup": 40},
     "roles": {"share": True, "rank": 32},
-    "train": {"iterations": 400, "batch": 16, "lr": 1.0e-4, "fake_lr": 1.0e-3, "ema": 0.97, "checkpoint_every": 100},
+    "train": {"iterations": 260, "batch": 16, "lr": 1.0e-4, "fake_lr": 1.0e-3, "ema": 0.97, "checkpoint_every": 100},
 }
 POOL: Settings = {"data": {"source": "teacher", "count": 1024, "steps": 25}}
 IMITATION: Settings = {"steps": 4, "guidance": 4.5}
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=BASE["train"]["iterations"])
-    parser.add_argument("--every", type=int, default=50, help="iterations between two points of the curve")
+    parser.add_argument("--every", type=int, default=52, help="iterations between two points of the curve")
     parser.add_argument("--protocol", default="emoji-medium")
     parser.add_argument("--curve", default="emoji-quick", help="protocol of the curve")
     parser.add_argument("--guidance", type=float, default=4.5)

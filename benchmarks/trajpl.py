@@ -69,7 +69,13 @@ LORAS = {
 ANCHORED = {"steps": 2, "anchor": 32.0, "warmup": 40, "fake_weight": "v"}
 MATCHING = TrainConfig(100, 32, 1e-4, 1e-3, decay=50, ema=0.95)
 SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
-PICTURES = {**SOLVERS, **HEADS, **{k: replace(v, roles={"rank": 4}) for k, v in LORAS.items()}, "sfd": SFD}
+
+
+def of_rank(rank: int) -> dict[str, Student]:
+    """Students of a teacher of pictures, whose LoRA have so many components: 4 % of its weights."""
+    return {**SOLVERS, **HEADS, **{k: replace(v, roles={"rank": rank}) for k, v in LORAS.items()}, "sfd": SFD}
+
+
 PARTS: dict[str, dict[str, Student]] = {
     "exact": {**SOLVERS, **HEADS, "head-ipndm": Student("span head on iPNDM", {"head": "span", "solver": "ipndm"}, ALONE)},
     "network": {
@@ -85,15 +91,15 @@ PARTS: dict[str, dict[str, Student]] = {
         for key, student in (("head", HEADS["head"]), ("trajp-l", LORAS["trajp-l"]))
         for n in (50, 200, 1000, 5000)
     },
-    "pixel": PICTURES
+    "pixel": of_rank(2)
     | {
-        "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 4}),
-        "two": Student("TrajP-L for 2 steps alone", {"head": "span", "steps": 2}, {"rank": 4}),
+        "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 2}),
+        "two": Student("TrajP-L for 2 steps alone", {"head": "span", "steps": 2}, {"rank": 2}),
         "two-matched": Student(
-            "LoRA for 2 steps alone, then anchored TDM", {"head": "none", "steps": 2}, {"rank": 4}, iterations=260, matching=ANCHORED
+            "LoRA for 2 steps alone, then anchored TDM", {"head": "none", "steps": 2}, {"rank": 2}, iterations=260, matching=ANCHORED
         ),
     },
-    "emoji": PICTURES,
+    "emoji": of_rank(6),
 }
 
 
