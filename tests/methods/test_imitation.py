@@ -39,7 +39,7 @@ def test_only_the_student_is_trained(name: str, share: bool) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_consistency_is_its_formula(metric: str) -> None:
     """The goal comes from the average, one guided step of the teacher further; the student's own weights are as they were."""
-    roles, method = trained(), Imitation(loss=metric, solver_steps=10)
+    roles, method = trained(), Imitation(steps=5, loss=metric, solver_steps=10)
     here = turn(roles)
     assert here.pictures is not None
     x_0, cond = here.pictures
@@ -58,9 +58,17 @@ def test_consistency_is_its_formula(metric: str) -> None:
     torch.testing.assert_close(consistency_loss(method, roles, here), expected)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("shift", [1.0, 0.5])
+def test_a_consistent_student_is_trained_at_the_times_it_is_asked_for(steps: int, shift: float) -> None:
+    method = Imitation(steps=steps, shift=shift)
+    trained_at = timegrid.uniform(tiny.TABLE, method.solver_steps, shift)
+    assert set(method.times(tiny.TABLE).tolist()) <= set(trained_at.tolist())
+
+
 def test_the_last_consistency_goal_is_the_teachers_clean_state() -> None:
     """Where the next time is clean data, the network is not asked: its answer counts for nothing."""
-    roles, method = trained(), Imitation(solver_steps=1)
+    roles, method = trained(), Imitation(steps=1, solver_steps=1)
     before = consistency_loss(method, roles, turn(roles)).item()
     roles.average.update({n: a + 1 for n, a in roles.average.items()})
     assert consistency_loss(method, roles, turn(roles)).item() == before
@@ -131,6 +139,7 @@ def test_the_teacher_is_asked_without_the_parallel_part(target: str) -> None:
         ({"target": "x"}, "method.target: got 'x', allowed are consistency, progressive"),
         ({"steps": 0}, "method.steps: got 0, allowed are whole numbers from 1"),
         ({"stages": 0}, "method.stages: got 0, allowed"),
+        ({"steps": 3, "solver_steps": 50}, "method.solver_steps: got 50, allowed are multiples of method.steps (3)"),
         ({"solver_steps": 0}, "method.solver_steps: got 0, allowed"),
         ({"loss": "l3"}, "method.loss: got 'l3', allowed are l1, l2, huber"),
         ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),

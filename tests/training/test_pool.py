@@ -40,7 +40,7 @@ def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
 def test_the_public_function_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.api.TEACHER_PICTURES", 4)
     monkeypatch.setattr("fewstep.api.TEACHER_STEPS", 2)
-    method = fewstep.Imitation(solver_steps=10)
+    method = fewstep.Imitation(steps=2, solver_steps=10)
     for step in fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, iterations=2, batch=2, pictures="teacher", out=tmp_path):
         assert step.metrics["student_loss"] > 0
     assert len(list((tmp_path / "embeddings").glob("teacher-*.safetensors"))) == 1

@@ -24,7 +24,7 @@ class Imitation:
     """Settings of the method. Raises ValueError for settings that cannot be.
 
     `consistency` (LCM, arXiv 2310.04378): at two neighbouring times of the guided teacher's `solver_steps`-step path, the student
-    says at the noisier one what its average says at the cleaner one. `progressive` (arXiv 2202.00512): in `stages` stages of equal
+    says at the noisier one what its average says at the cleaner one; the student's own times are among them. `progressive` (arXiv 2202.00512): in `stages` stages of equal
     length, one student step lands where two steps of the stage before land, until `steps` are left. `scales` are further guidance
     scales: every iteration draws one of all, and the student is told which (LCM's guidance embedding).
     `guidance_parallel`: see `backbones.base.projected`.
@@ -36,7 +36,7 @@ class Imitation:
     guidance_parallel: float = 1.0
     target: Literal["consistency", "progressive"] = "consistency"
     loss: str = "huber"
-    solver_steps: int = 50
+    solver_steps: int = 48  # a multiple of 1, 2, 3, 4, 6 and 8
     stages: int = 3
     weight: str = "v"
     snr_clip: float = 5.0
@@ -50,6 +50,10 @@ class Imitation:
         require_whole(self, "steps", "solver_steps", "stages")
         require_positive(self, "shift", "snr_clip")
         require_guidance(self)
+        if self.target == "consistency" and self.solver_steps % self.steps:
+            raise ValueError(
+                f"method.solver_steps: got {self.solver_steps}, allowed are multiples of method.steps ({self.steps}), so that the student is trained at the times it is asked for"
+            )
         if self.scales and self.target != "consistency":
             raise ValueError("method.scales: several guidance scales are for method.target=consistency; leave it out")
         served = (self.guidance, *self.scales)
@@ -102,7 +106,7 @@ def consistency_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
     schedule, (x_0, cond) = roles.backbone.schedule, turn.pictures
     scales = method.conditioned or (method.guidance,)
     scale = scales[int(torch.randint(len(scales), (), generator=turn.rng, device=turn.rng.device))] if len(scales) > 1 else scales[0]
-    times = timegrid.uniform(schedule, method.solver_steps).to(turn.rng.device)
+    times = timegrid.uniform(schedule, method.solver_steps, method.shift).to(turn.rng.device)
     n = torch.randint(method.solver_steps, (turn.batch,), generator=turn.rng, device=turn.rng.device)
     t, s = times[n], times[n + 1]
     x_t = diffuse(schedule, x_0, t, torch.randn(x_0.shape, generator=turn.rng, device=turn.rng.device))
