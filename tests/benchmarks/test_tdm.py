@@ -1,0 +1,98 @@
+"""`benchmarks/tdm.py`: every student's recipe can be run, and the table says of made-up results what they are."""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.atomic import write_json
+from fewstep.cli.recipe import DistillRecipe, validate
+
+from ..project import ROOT
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name in ("origin", "tdm_variants"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return runpy.run_path(str(ROOT / "benchmarks" / "tdm.py"))
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> argparse.Namespace:
+    (tmp_path / "out").mkdir()
+    return argparse.Namespace(
+        iterations=260, protocol="emoji-medium", curve="emoji-quick", guidance=4.5, pictures=None, prompts=Path("prompts.txt"),
+        out=tmp_path / "out", to=tmp_path, seeds=[0, 1],
+    )  # fmt: skip
+
+
+def finish(bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, curve: dict[float, float]) -> None:
+    """A result as training leaves it: FD by seconds."""
+    variant = next(v for v in bench["VARIANTS"] if v.key == key)
+    row = {"fd_real": min(curve.values()), "fd_teacher": 1.0, "retrieval_top1": 0.5, "diversity_ratio": 1.0}
+    points = [{"seconds": s, "fd_real": fd} for s, fd in curve.items()]
+    result = {"rows": [row] * len(variant.draws), "curve": points, "seconds": max(curve), "calls": 5.5, "commit": "c", "hardware": "h"}
+    write_json(a.out / f"{key}-{seed}" / "result.json", result | {"asked": bench["shared"](a), "recipe": bench["settled"](variant, a)})
+
+
+def test_every_recipe_can_be_run_and_every_ordering_names_a_student(bench: dict[str, Any]) -> None:
+    keys = [v.key for v in bench["VARIANTS"]]
+    assert len(set(keys)) == len(keys)
+    for variant in bench["VARIANTS"]:
+        for iterations in (2, 260):
+            recipe = validate(bench["recipe_value"](variant, 3, iterations), DistillRecipe, variant.key)
+        assert recipe.train.seed == 3
+        assert len(variant.expect) <= len(variant.draws)
+        assert bool(variant.expect) == (variant.against in keys)
+        assert not variant.start or variant.start in keys
+    by_key = {v.key: bench["recipe_value"](v, 0, 260)["method"] for v in bench["VARIANTS"]}
+    assert by_key["dmd2"]["loss"] == "l2"
+    assert by_key["dmd2"]["warmup"] * 10 == by_key["tdm-4"]["warmup"]
+
+
+def test_the_race(bench: dict[str, Any], asked: argparse.Namespace) -> None:
+    """TDM has the rival's best, 14, after 10 of its 100 seconds, and ends at 12 of 16."""
+    finish(bench, asked, "tdm-4", 0, {5: 20.0, 10: 13.0, 20: 12.0})
+    finish(bench, asked, "dmd2", 0, {50: 30.0, 100: 14.0, 150: 16.0})
+    (line,) = bench["race"](bench["finished"](asked))
+    assert line.startswith("TDM has DMD2, 10 fake updates's best FD on the curve in 10.00 % of the time; its last FD is 25.00 % lower")
+    finish(bench, asked, "dmd2", 0, {50: 11.0})
+    assert bench["race"](bench["finished"](asked))[0].startswith("TDM never has")
+
+
+def test_the_table(bench: dict[str, Any], asked: argparse.Namespace) -> None:
+    finish(bench, asked, "tdm-4", 0, {10: 12.0})
+    finish(bench, asked, "tdm-4", 1, {10: 13.0})
+    finish(bench, asked, "clean", 0, {10: 20.0})
+    bench["write"]([], asked)
+    table = (asked.to / "tdm.md").read_text()
+    assert "| 4 steps | 4 | 12.50 ± 0.71 |" in table
+    assert "yes: worse, +7.50 beside tdm-4" in table
+    assert (asked.to / "tdm.png").stat().st_size > 10_000
+    for file in asked.out.glob("*/result.json"):  # a table outlives the runs
+        file.unlink()
+    assert set(bench["finished"](asked)) == {"tdm-4-0", "tdm-4-1", "clean-0"}
+    asked.guidance = 3.0
+    with pytest.raises(SystemExit, match="give --to another folder"):
+        bench["finished"](asked)
+
+
+def test_a_result_with_other_settings_counts_for_nothing(bench: dict[str, Any], asked: argparse.Namespace) -> None:
+    finish(bench, asked, "clean", 0, {10: 20.0})
+    clean = next(v for v in bench["VARIANTS"] if v.key == "clean")
+    assert "clean-0" in bench["finished"](asked, of=clean)
+    clean.method["tau"] = "above"
+    assert "clean-0" not in bench["finished"](asked, of=clean)
+
+
+def test_beyond_noise(bench: dict[str, Any]) -> None:
+    verdict = bench["verdict"]
+    assert verdict("worse", [12.0], [11.0]) == "yes: worse, +1.00"
+    assert verdict("worse", [12.0], [11.9]) == "no: level, +0.10"
+    assert verdict("level", [10.0, 14.0], [11.0, 12.0]) == "yes: level, +0.50"
+    assert verdict("better", [12.0, 12.1], [11.0, 11.1]) == "no: worse, +1.00"
