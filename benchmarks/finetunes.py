@@ -3,13 +3,19 @@
     python benchmarks/finetunes.py --students runs/bench-tdm/tdm-4-0 runs/bench-tdm/lcm-0 runs/bench-tdm/dmd2-0
 
 The bundled teacher is fine-tuned into two further styles, Twemoji and Fluent (fetched with npm, checksums below). LoRA students of the plain
-teacher are then loaded into each, and their pictures compared with that fine-tune's own guided 50-step samples: the distance says how
-much of the style is kept. Everything that is finished is kept in --out. Writes benchmarks/finetunes.md and .json.
+teacher are then loaded into each, and their pictures compared with that fine-tune's own guided samples: the distance says how
+much of the style is kept. `plain` is the teacher without the style, where all of it is lost; `own` is a student of the fine-tune itself,
+with the settings of `tdm-4`: supervised fine-tuning, then TDM (tables 1 and 3), with the seconds of both, and of all that they need.
+Everything that is finished is kept in --out. Writes benchmarks/finetunes.md and .json.
 """
 
 import argparse
 import json
+import re
+import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +26,14 @@ from fewstep.api import LoadedStudent, load_student, load_teacher, sample
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import quiet
+from fewstep.cli.distill import run_distill
 from fewstep.cli.train_teacher import run_train_teacher
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.training.state import seeded
 from fewstep.zoo import emoji_data
 from fewstep.zoo.teacher import DataConfig
 from origin import commit, hardware
+from tdm_variants import VARIANTS, recipe_value
 
 GOOGLE = ("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
 STYLES = {
@@ -70,44 +78,97 @@ def finetune(style: str, a: argparse.Namespace) -> Path:
     if not (run / "teacher" / "model_index.json").exists():
         source = pictures(style, a.out, a.packages)
         recipe.write_text(RECIPE.format(style=style, steps=a.steps, decay=a.steps // 2, pictures=source))
-        run_train_teacher(str(recipe), [], run)
+        with timed(run / "finetune-seconds.json"):
+            run_train_teacher(str(recipe), [], run)
     return run / "teacher"
 
 
-def row(name: str, model: Backbone | LoadedStudent, steps: int, guidance: float) -> Row:
+def own_student(style: str, teacher: Path, a: argparse.Namespace) -> Path:
+    """A student of the fine-tune itself, as `tdm-4` is one of the plain teacher."""
+    run = a.out / style / "own"
+    (tdm,) = (v for v in VARIANTS if v.key == "tdm-4")
+    recipe = run.with_suffix(".yaml")  # of which json is a part
+    write_json(recipe, recipe_value(tdm, 0, a.iterations) | {"teacher": str(teacher), "prompts": {"source": str(a.prompts)}})
+    if not (run / "final").exists():
+        with timed(a.out / style / "own-seconds.json"):
+            run_distill(str(recipe), [], run, False, [])
+    return run
+
+
+@contextmanager
+def timed(file: Path) -> Iterator[None]:
+    """Adds the seconds of what it holds to those in the file, from an earlier run that was stopped."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        before = json.loads(file.read_text())["seconds"] if file.exists() else 0.0
+        write_json(file, {"seconds": before + time.perf_counter() - began})
+
+
+def row(name: str, model: Backbone | LoadedStudent, steps: int, guidance: float, solver: str | None = None) -> Row:
     nfe = steps * (2 if guidance != 1 else 1)
-    return Row(name, steps, guidance, nfe, lambda p, s: sample(model, list(p), list(s), steps=steps, guidance=guidance))
+    return Row(name, steps, guidance, nfe, lambda p, s: sample(model, list(p), list(s), steps=steps, guidance=guidance, solver=solver))
 
 
 def measure(style: str, folder: Path, a: argparse.Namespace) -> list[dict[str, Any]]:
-    """The fine-tune at its best, at a student's cost, and with each student's LoRA in it."""
-    rows = [row("teacher", load_teacher(folder), steps, w) for steps, w in ((50, a.guidance), (4, a.guidance), (4, 1.0))]
-    for run in a.students:
+    """The fine-tune at its best and at a student's cost, the plain teacher, and each student's LoRA in the fine-tune."""
+    tuned = load_teacher(folder)
+    rows = [row("teacher", tuned, 12, a.guidance, "dpmpp"), row("teacher", tuned, 4, a.guidance), row("teacher", tuned, 4, 1.0)]
+    rows.append(row("plain", load_teacher("emoji"), 12, a.guidance, "dpmpp"))
+    for run in (*a.students, own_student(style, folder, a)):
         student = load_student(run / "final", folder)
         rows.append(row(run.name, student, student.card.steps[0], 1.0))
     found = evaluate(rows, protocol_named(a.protocol), a.out / style / "evaluation")["rows"]
     return [{"style": style} | r for r in found]
 
 
-def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each model in each style, students of several seeds in one."""
+    lines = []
+    kinds = {(r["style"], _kind(r), r["steps"], r["guidance"]): r["nfe"] for r in rows}
+    for (style, kind, steps, guidance), nfe in kinds.items():
+        own = [r for r in rows if (r["style"], _kind(r), r["steps"], r["guidance"]) == (style, kind, steps, guidance)]
+        cells = [
+            _cell([scale * r[k] for r in own if r[k] is not None])
+            for k, scale in (("fd_teacher", 1), ("retrieval_top1", 100), ("diversity_ratio", 1))
+        ]
+        lines.append(f"| {style} | {kind} | {steps} | {guidance:g} | {nfe} | {' | '.join(cells)} | {len(own)} |")
+    return lines
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """The variant, of a run that is called by it and its seed."""
+    return re.sub(r"-\d$", "", row["model"])
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def write(rows: list[dict[str, Any]], costs: dict[str, dict[str, float]], a: argparse.Namespace) -> None:
     """The table and the rows."""
     command = f"python benchmarks/finetunes.py --students {' '.join(map(str, a.students))}"
-    write_json(a.to / "finetunes.json", {"rows": rows, "hardware": hardware(), "commit": commit(), "seeds": [0], "command": command})
-    keys = ("fd_teacher", "retrieval_top1", "diversity_ratio")
-    lines = [
-        f"| {r['style']} | {r['model']} | {r['steps']} | {r['guidance']:g} | {r['nfe']} | "
-        + " | ".join("-" if r[k] is None else f"{100 * r[k]:.1f} %" if k == "retrieval_top1" else f"{r[k]:.2f}" for k in keys)
-        + " |"
-        for r in rows
+    write_json(a.to / "finetunes.json", {"rows": rows, "costs": costs, "hardware": hardware(), "commit": commit(), "command": command})
+    spent = [
+        f"- {style}: fine-tuning {c['finetune']:.0f} s ({a.steps} steps of batch 32, all weights), TDM on it {c['own']:.0f} s ({a.iterations} iterations of batch 16)"
+        for style, c in costs.items()
     ]
     text = f"""# LoRA students in fine-tunes they have never seen
 
 `{command}`, {hardware()}, commit {commit()}, {time.strftime("%Y-%m-%d")}, protocol `{a.protocol}`. The distance is FD-efflite0 to the fine-tune's own samples
-(50 steps, guidance {a.guidance:g}), lower is better: how much of the style is kept. Retrieval is among Noto's pictures, so it is lower in other styles. The paper (tab. 2): TDM keeps most (FID 20.2 against 26.9 for LCM in Realistic).
+(12 steps of DPM-Solver++, guidance {a.guidance:g}), lower is better: how much of the style is kept. `plain` is the teacher without the style, `own` a student that was
+distilled from the fine-tune itself. Retrieval (percent) is among Noto's pictures, so it is lower in other styles. The paper (tab. 2): TDM keeps most (FID 20.2 against 26.9 for LCM in Realistic).
 
-| style | model | steps | guidance | calls | FD to the fine-tune | retrieval top-1 | diversity |
-|---|---|---|---|---|---|---|---|
-{chr(10).join(lines)}
+| style | model | steps | guidance | calls | FD to the fine-tune | retrieval top-1 | diversity | seeds |
+|---|---|---|---|---|---|---|---|---|
+{chr(10).join(table(rows))}
+
+What "fine-tune, then TDM" costs:
+
+{chr(10).join(spent)}
 """
     (a.to / "finetunes.md").write_text(text)
 
@@ -115,7 +176,9 @@ def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", type=Path, required=True, help="runs whose final/ is a LoRA of the bundled teacher")
-    parser.add_argument("--steps", type=int, default=1200, help="of fine-tuning, for each style")
+    parser.add_argument("--steps", type=int, default=600, help="of fine-tuning, for each style")
+    parser.add_argument("--iterations", type=int, default=260, help="of the fine-tune's own student")
+    parser.add_argument("--prompts", type=Path, default=Path("src/fewstep/zoo/emoji/prompts.txt"))
     parser.add_argument("--protocol", default="emoji-medium")
     parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where npm's archives are or go")
@@ -124,9 +187,11 @@ def main() -> None:
     a = parser.parse_args()
     quiet()
     rows: list[dict[str, Any]] = []
+    costs: dict[str, dict[str, float]] = {}
     for style in STYLES:
         rows += measure(style, finetune(style, a), a)
-        write(rows, a)
+        costs[style] = {part: json.loads((a.out / style / f"{part}-seconds.json").read_text())["seconds"] for part in ("finetune", "own")}
+        write(rows, costs, a)
 
 
 if __name__ == "__main__":
