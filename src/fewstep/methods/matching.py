@@ -219,9 +219,9 @@ def fake_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor) -> 
     """Point 4: denoising regression of the fake score at x_tau (eq. 7), on the clean estimate or the transition noise."""
     weight = weighting_named(method.fake_weight)(schedule, d.tau, method.snr_clip)
     if method.fake_target == "clean" or method.fake_draw == "clean":
-        return denoising(f_fake, d.x0.detach(), weight)
+        return denoising(f_fake, d.x0, weight).mean()
     goal, precision = transition_target(schedule, d.x_m.detach(), d.e, d.t, d.tau)
-    return denoising(f_fake, goal, precision * weight)
+    return denoising(f_fake, goal, precision * weight).mean()
 
 
 def student_loss(method: Matching, d: Draw, f_fake: Tensor, f_teacher: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from ..core.schedule import Schedule, expand, transition
 
 
 def denoising(pred_x0: Tensor, target_x0: Tensor, weight: Tensor) -> Tensor:
-    """`mean_B weight * mean_pixels (pred - target)^2`. pred_x0, target_x0 [B, ...]; weight [B]; scalar."""
-    return (weight.to(pred_x0) * (pred_x0 - target_x0).square().flatten(1).mean(1)).mean()
+    """`weight * mean_pixels (pred - target)^2` per sample. pred_x0 [B, ...] carries the gradient; target_x0 [B, ...] and weight [B] are constants; returns [B]."""
+    return weight.detach().to(pred_x0) * (pred_x0 - target_x0.detach()).square().flatten(1).mean(1)
 
 
 def transition_target(schedule: Schedule, x_t: Tensor, noise: Tensor, t: Tensor, tau: Tensor, floor: float = 0.1) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ def fisher(f_teacher: Tensor, f_fake: Tensor, f_cond: Tensor, normaliser: Tensor
     Holding a function u fixed in `max_u E 2<u, f_phi - f_cond> - ||u||^2` shows that c = 1/2 gives half of the divergence's exact
     gradient, although f_psi is held fixed. SiD's images prefer c of 1 or 1.2.
 
-    f_* [B, ...]; normaliser [B] (the divergence is in x0 space, its weight over time is free); returns [B].
+    f_* [B, ...]; normaliser [B], a constant (the divergence is in x0 space, its weight over time is free); returns [B].
     """
     d = f_teacher - f_fake
     value = (d * (f_teacher - f_cond)).flatten(1).sum(1) - correction * d.square().flatten(1).sum(1)
-    return value / expand(normaliser, value)
+    return value / expand(normaliser.detach(), value)
