@@ -143,11 +143,13 @@ class Part:
 
 
 def mixture_part(teacher: Backbone, count: int, a: argparse.Namespace) -> Part:
-    """Fresh noise, and 64 steps of Heun's method from it."""
+    """Fresh noise, 64 steps of Heun's method from it, and the distance to draws of the mixture as they are."""
     noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
     goal = walk(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
     train = TrainConfig(a.iterations, a.batch, a.lr, a.lr, decay=a.iterations // 2, ema=0.99)
-    return Part(teacher, ("",), PathsConfig(count, 64), train, noise, goal, teacher.encode([""] * FRESH))
+    truth = moments(mixture().draw(100_000, torch.Generator().manual_seed(0)))
+    part = Part(teacher, ("",), PathsConfig(count, 64), train, noise, goal, teacher.encode([""] * FRESH))
+    return against(part, fd_data=lambda x: frechet_distance(truth, moments(x)))
 
 
 def picture_part(
