@@ -100,7 +100,7 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
     result = {
         "seconds": seconds,
         "iterations": recipe.train.iterations,
-        "calls": calls.pictures / (recipe.train.iterations * recipe.train.batch),
+        "calls": curve[-1]["calls"] / (recipe.train.iterations * recipe.train.batch),
         "curve": curve,
         "rows": rows,
         "hardware": hardware(),
