@@ -5,7 +5,7 @@
 
 Every variant (`tdm_variants.py`) is the same recipe with a few settings changed, trained for the same iterations, and measured on the same prompts and
 seeds. A run that is stopped goes on where it was, and what `benchmarks/tdm.json` holds with the same settings is not run again (`--to` another folder begins
-anew); several processes, each with its `--only`, fill one table. `seconds` is training alone; evaluation along the way is not counted.
+anew); several processes, each with its `--only`, fill one table. `seconds` is training alone, of the processor where there is no GPU; evaluation along the way is not counted.
 The modes that are lost (fig. 11) are counted where they are known, in `ring.py`; supervised fine-tuning before TDM is in `finetunes.py`.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import torch
 from torch import Tensor, nn
 
 from fewstep.api import load_teacher, sample, start_from
@@ -38,6 +39,7 @@ from origin import commit, hardware
 from tdm_variants import BASE, VARIANTS, Draw, Relation, Settings, Variant, recipe_value
 
 NOISE = 0.15  # of FD, between draws and trainings of one student; with several seeds two standard errors, where that is more
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time  # processors are shared with others
 RIVALS = ("dmd2", "dmd2-5", "dmd2-gan", "sid", "lcm", "lcm-full", "progressive")
 
 
@@ -71,16 +73,16 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
         start_from(roles, folder / f"{variant.start}-{seed}" / "final")
     curve: list[dict[str, float]] = json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []
     seconds = curve[-1]["seconds"] if curve else 0.0
-    calls, step = Calls(roles, curve[-1]["calls"] if curve else 0.0), None
+    calls, step, since = Calls(roles, curve[-1]["calls"] if curve else 0.0), None, CLOCK()
     for step in distill(roles, method, prompts, recipe.train, run, real):
         if curve and step.iteration <= curve[-1]["iteration"]:
-            calls.pictures = curve[-1]["calls"]
+            calls.pictures, since = curve[-1]["calls"], CLOCK()
             continue
-        seconds += step.seconds
+        seconds, since = seconds + CLOCK() - since, CLOCK()
         if step.iteration % a.every == 0 or step.iteration == recipe.train.iterations:
             calls.on = False
             row = measure(step, teacher, [Draw(method.counts[0])], a.curve, run, a)[0]
-            calls.on = True
+            calls.on, since = True, CLOCK()
             curve.append(
                 {"iteration": step.iteration, "seconds": seconds, "calls": calls.pictures}
                 | {k: row[k] for k in ("fd_real", "diversity_ratio")}
@@ -213,8 +215,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     text = f"""# TDM, its variants and its rivals on the bundled teacher
 
 `{command}`, {"; ".join(sorted(machines))}, commit {", ".join(sorted(commits))}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
-percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are those of one thread
-beside another process. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
+percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
 {NOISE:g} count as none (and up to two standard errors, with several seeds). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures"}.
 
 | model | key | called with | calls | FD to real | FD to teacher | retrieval | diversity | minutes | training calls | seeds | table | claim | here |
