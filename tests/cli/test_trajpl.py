@@ -37,9 +37,9 @@ def trajpl(recipe: Path) -> Path:
 
 @pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"share": False}, marks=pytest.mark.slow)])
 def test_a_student_with_a_head_is_the_same_everywhere(
-    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path
+    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture."""
+    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture; more steps than it can are refused."""
     options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
     if how.get("rank") == 0:
         options += ["--set", "method.free_first=true", "--set", "method.solver=ipndm"]
@@ -67,6 +67,11 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         pipe("red cat", num_inference_steps=3)
     assert command(monkeypatch, "export", final, "two", "--steps", "2") == 0
     assert (fewstep.sample(fewstep.load_student("two"), ["red cat", "blue dog"], [3, 4]) - wanted[2]).abs().max() <= 1e-4
+    capsys.readouterr()
+    assert command(monkeypatch, "sample", final, "-p", "red cat", "--steps", "8", "--compare") == 2
+    printed = capsys.readouterr()
+    assert "--steps: got 8, the student's span head serves up to 4 steps; take as many or fewer" in printed.err
+    assert printed.out == ""  # neither a warning nor the teacher's pictures before it
     snippet = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(), re.DOTALL)
     assert snippet is not None
     monkeypatch.chdir(final.parent)
@@ -88,7 +93,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.Mon
         assert all(torch.equal(straight[k], parts[k]) for k in straight)
 
 
-def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Distribution matching begins as the student of trajectories, its head kept and trained on, or left out."""
     assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--out", "runs/first") == 0
     value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"], "start": "runs/first"}
@@ -101,6 +106,10 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert command(monkeypatch, "distill", "match.yaml", *still, "--set", "method.head=none", "--out", "runs/dropped") == 0
     assert not (Path("runs/dropped/final") / "trajp.safetensors").exists()
     assert (fewstep.sample(fewstep.load_student("runs/dropped/final"), ["red cat"], [0]) - first).abs().max() > 1e-4
+    capsys.readouterr()
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
+    assert "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made" in error_of(capsys)
+    assert not Path("runs/more").exists()
 
 
 @pytest.mark.parametrize(("options", "expected"), [
@@ -143,6 +152,8 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     capsys.readouterr()
     assert command(monkeypatch, "distill", "both.yaml", "--set", "first.train.seed=3") == 2
     assert "made with another seed" in error_of(capsys)
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "method.steps=[8, 4]", "--out", "runs/more") == 2
+    assert "method.steps: got 8, the student's span head serves up to 4 steps; set first.method.steps to as many" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.api import roles_for
+from fewstep.api import roles_for, sample_states
 from fewstep.core import timegrid
 from fewstep.core.solvers import SOLVERS, Past, sample, step
 from fewstep.methods.matching import Matching, draw
@@ -15,6 +15,7 @@ from fewstep.methods.paths import PathImitation
 from fewstep.methods.presets import preset
 from fewstep.objectives.regression import METRICS
 from fewstep.roles.roles import HEAD, Roles, RolesConfig, make_roles
+from fewstep.training.loop import Step
 from fewstep.training.paths import Paths, PathsConfig, teacher_paths, to_end, union
 from fewstep.training.prompts import embed
 from fewstep.trajp.head import KINDS
@@ -155,6 +156,14 @@ def test_a_head_goes_along_into_distribution_matching() -> None:
     assert roles.head is not None
     grads = torch.autograd.grad(d.x_m.square().sum(), list(roles.head.parameters()), allow_unused=True)
     assert any(g is not None and bool(g.any()) for g in grads)
+
+
+def test_a_step_of_training_is_not_sampled_in_more_steps_than_its_head_serves() -> None:
+    method = PathImitation(steps=3)
+    step = Step(1, {}, 0.0, student(method, walked(method), RolesConfig(rank=2)), method)
+    assert len(sample_states(step, ["red cat"], steps=2)) == 3
+    with pytest.raises(ValueError, match=r"^steps: got 4, the student's span head serves up to 3 steps; take as many or fewer"):
+        sample_states(step, ["red cat"], steps=4)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
@@ -17,6 +17,7 @@ from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
 from ..training.loop import TrainConfig
 from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
+from ..trajp.head import KINDS, require_steps
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -128,6 +129,14 @@ class DistillRecipe(Strict):
     start: str | None = None  # a student folder to begin from, instead of the teacher
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "DistillRecipe":
+        """What does not fit is said before the first stage is trained."""
+        if self.first is not None and self.method.head != "none" and self.first.method.head in KINDS:
+            own, most = self.first.method, max(self.method.counts)
+            require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
+        return self
 
 
 def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:
