@@ -1,6 +1,8 @@
 """The teacher's trajectories: the states it walks through, in shards, once, and only its own."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fewstep.backbones.base import Backbone, denoiser, guided
 from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
-from fewstep.core.schedule import EDM, Flow, Schedule
+from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
 from fewstep.training.paths import Paths, PathsConfig, refine, teacher_paths, union
 from fewstep.training.prompts import embed
@@ -175,6 +178,59 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
     (tmp_path / "trajectories.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="those of teacher None"):
         next(make(tmp_path, backbone))
+
+
+def test_shards_say_themselves_whose_they_are(tmp_path: Path) -> None:
+    """Without the record, or carried into another folder, they are still refused to all others, and read by their own teacher."""
+    backbone = tiny.denoiser()
+    _, walked = finish(make(tmp_path / "a", backbone))
+    record = tmp_path / "a" / "trajectories.json"
+    record.unlink()
+    with pytest.raises(ValueError, match=r"\.safetensors are those of teacher teacher, this is other; choose another folder"):
+        next(make(tmp_path / "a", backbone, identity="other"))
+    assert not record.exists()  # a record would speak for them the next time
+    finish(make(tmp_path / "b", backbone, guidance=1.0))
+    shutil.copy(tmp_path / "b" / "trajectories-00001.safetensors", tmp_path / "a")
+    with pytest.raises(ValueError, match=r"trajectories-00001\.safetensors were made with another guidance"):
+        next(make(tmp_path / "a", backbone))
+    shutil.copy(tmp_path / "a" / "trajectories-00000.safetensors", tmp_path / "b")
+    with pytest.raises(ValueError, match=r"trajectories-00000\.safetensors were made with another guidance"):
+        next(make(tmp_path / "b", backbone, guidance=1.0))
+    (tmp_path / "a" / "trajectories-00001.safetensors").unlink()
+    _, again = finish(make(tmp_path / "a", backbone))
+    assert torch.equal(again.states, walked.states)
+    assert record.exists()
+
+
+def test_weights_read_in_another_way_are_another_teacher(tmp_path: Path) -> None:
+    """`FILE@v` and `FILE@eps` have the same weights; so have two schedules."""
+    finish(make(tmp_path, tiny.denoiser(prediction="v")))
+    with pytest.raises(ValueError, match="were made with another prediction; choose another folder, or delete it"):
+        next(make(tmp_path, tiny.denoiser(prediction="eps")))
+    with pytest.raises(ValueError, match="were made with another schedule"):
+        next(make(tmp_path, tiny.denoiser(schedule=VP(tiny.TABLE.alpha_bar**1.1))))
+
+
+def test_a_folder_of_before_is_read_as_long_as_its_record_speaks_for_it(tmp_path: Path) -> None:
+    """Its shards have no headers and its record says nothing of the process; it grows, and is called as ever."""
+    backbone, record = tiny.denoiser(), tmp_path / "trajectories.json"
+    _, few = finish(make(tmp_path, backbone, replace(CONFIG, count=6)))
+    new = json.loads(record.read_text())
+    old = {k: v for k, v in new.items() if k not in ("prediction", "schedule")}
+    record.write_text(json.dumps(old))
+    for shard in tmp_path.glob("*.safetensors"):
+        save_file(load_file(shard), shard)
+    _, more = finish(make(tmp_path, backbone))
+    assert torch.equal(more.states[:6], few.states)
+    assert more.key == hashlib.sha256(json.dumps(old | {"count": 7}, sort_keys=True).encode()).hexdigest()[:24]
+    assert json.loads(record.read_text()) == old
+    for name, there in (("none", None), ("of today", json.dumps(new))):
+        record.unlink() if there is None else record.write_text(there)
+        with pytest.raises(
+            ValueError, match=r"safetensors does not say whose trajectories it holds, and no trajectories\.json speaks for it"
+        ):
+            next(make(tmp_path, backbone))
+        assert record.exists() == (there is not None), name
 
 
 def test_a_batch_keeps_trajectories_with_their_conditions() -> None:
