@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fewstep.backbones.base import Backbone, denoiser, guided
@@ -250,6 +251,36 @@ def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
     _, paths = finish(make(None, backbone, PathsConfig(count=2, steps=9), guidance=1.0))
     steps = len(paths.grid) - 1
     assert len(calls) == (2 * steps - 1 if isinstance(schedule, EDM) else steps)
+
+
+def test_heun_where_pure_noise_holds_none() -> None:
+    """Chosen by its name it walks there too, where `auto` takes DPM-Solver++, and near where that does."""
+    backbone = tiny.flow_denoiser()
+    ways = {s: finish(make(None, backbone, PathsConfig(count=2, steps=60, solver=s)))[1] for s in ("heun", "auto", "ddim")}
+    ends = {s: way.states[:, -1] for s, way in ways.items()}
+    assert bool(ends["heun"].isfinite().all())
+    assert (ends["heun"] - ends["auto"]).norm() < 0.5 * (ends["ddim"] - ends["auto"]).norm()
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    """Refused when it is walked; walked again where it has been kept."""
+    backbone = tiny.denoiser()
+    _, paths = finish(make(tmp_path, backbone))
+    shard = tmp_path / "trajectories-00001.safetensors"
+    tensors = load_file(shard)
+    tensors["states"][1] = torch.nan
+    with safe_open(shard, "pt") as file:
+        about = file.metadata()
+    save_file(tensors, shard, about)
+    _, again = finish(make(tmp_path, backbone))
+    assert torch.equal(again.states, paths.states)
+    with torch.no_grad():
+        next(backbone.module.parameters()).fill_(torch.inf)
+    with pytest.raises(
+        ValueError, match=r"^data\.solver: ddim led the teacher's trajectories 0 to 2 to numbers that are not finite; choose dpmpp"
+    ):
+        next(make(tmp_path / "other", backbone))
+    assert not list((tmp_path / "other").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "data.count: got 0"), ({"solver": "euler"}, "data.solver: got 'euler'")])

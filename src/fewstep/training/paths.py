@@ -178,10 +178,19 @@ def _walked(backbone: Backbone, teacher: Denoise, samples: range, grid: Tensor, 
     x = noise_of(generators, backbone.shape).to(device_of(backbone.module)) * backbone.schedule.start_std
     states = walk(backbone, teacher, x, grid, config.solver)
     shard = {"states": torch.stack([states[i].x.float().cpu() for i in places.tolist()], 1)}
+    if not _finite(shard):
+        raise ValueError(
+            f"data.solver: {config.solver} led the teacher's trajectories {samples.start} to {samples.stop - 1} to numbers that are not finite; choose dpmpp, more data.steps or dtype=float32"
+        )
     if samples.start < CURVE_SAMPLES:
         shard["whole"] = torch.stack([s.x.float().cpu() for s in states], 1)
     shard["seconds"] = torch.tensor(time.perf_counter() - began)
     return shard
+
+
+def _finite(shard: Mapping[str, Tensor]) -> bool:
+    """Whether its trajectories have an end: what is not a number stays none."""
+    return bool(shard["states"][:, -1].isfinite().all())
 
 
 def process_of(backbone: Backbone, times: Tensor) -> dict[str, list[float]]:
@@ -262,6 +271,8 @@ def _read(path: Path | None, count: int, known: Known) -> dict[str, Tensor] | No
             _require_own(path, file.metadata(), known)
             shard = {name: file.get_tensor(name) for name in file.offset_keys()}
     except SafetensorError:
-        path.unlink()  # cut off by a crash; it is walked again
+        shard = {}
+    if not shard or not _finite(shard):
+        path.unlink()  # cut off by a crash, or from before what is not finite was refused; it is walked again
         return None
     return {k: v[:count] if v.ndim else v for k, v in shard.items()} if len(shard["states"]) >= count else None
