@@ -22,6 +22,7 @@ from .methods.imitation import Imitation
 from .methods.matching import Matching
 from .methods.method import Method, student_of
 from .methods.paths import PathImitation
+from .methods.presets import require_roles
 from .roles.adapters import switch
 from .roles.quantised import Kind
 from .roles.roles import Roles, RolesConfig, make_roles
@@ -85,6 +86,7 @@ def distill(
         precision=precision, optimizer=optimizer, compile=compile,
     )  # fmt: skip
     networks = RolesConfig(share=share, rank=rank, checkpointing=checkpointing, base=base)
+    require_roles(method.name, networks)
     folder, begin = (None if given is None else Path(given) for given in (out, start))
     if begin is not None:
         begun_head(method, teacher, begin)  # what does not fit is said before anything is walked

@@ -117,6 +117,8 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared, film"),
     (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
     (("--set", "data.solver=rk4"), "data.solver"),
+    (("--set", "method.name=pas"), "roles.rank: got 2, method pas stands for 0; set roles.rank=0"),
+    (("--set", "method.name=sfd"), "roles.share: got true, method sfd stands for false; set roles.share=false"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(
     trajpl: Path, options: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

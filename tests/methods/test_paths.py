@@ -12,7 +12,7 @@ from fewstep.core.solvers import SOLVERS, Past, sample, step
 from fewstep.methods.matching import Matching, draw
 from fewstep.methods.method import Turn
 from fewstep.methods.paths import PathImitation
-from fewstep.methods.presets import preset
+from fewstep.methods.presets import preset, require_roles
 from fewstep.objectives.regression import METRICS
 from fewstep.roles.roles import HEAD, Roles, RolesConfig, make_roles
 from fewstep.training.loop import Step
@@ -100,15 +100,16 @@ def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
     assert seen == {4, 2, 3}
 
 
-@pytest.mark.parametrize(("name", "config", "parts"), [
-    ("trajp-l", RolesConfig(rank=2), {"lora", "head"}),
-    ("pas", RolesConfig(rank=0), {"head"}),
-    ("sfd", RolesConfig(share=False), {"network"}),
-    ("sfd", RolesConfig(rank=2), {"lora"}),
+@pytest.mark.parametrize(("name", "settings", "config", "parts"), [
+    ("trajp-l", {}, RolesConfig(rank=2), {"lora", "head"}),
+    ("trajp-l", {"head": "none"}, RolesConfig(rank=2), {"lora"}),
+    ("pas", {}, RolesConfig(rank=0), {"head"}),
+    ("sfd", {}, RolesConfig(share=False), {"network"}),
 ])  # fmt: skip
-def test_rivals_are_settings(name: str, config: RolesConfig, parts: set[str]) -> None:
-    method = preset(name, steps=2)
+def test_rivals_are_settings(name: str, settings: dict[str, Any], config: RolesConfig, parts: set[str]) -> None:
+    method = preset(name, steps=2, **settings)
     assert isinstance(method, PathImitation)
+    require_roles(name, config)
     paths = walked(method)
     roles = student(method, paths, config)
     names = set(roles.trained["student"])

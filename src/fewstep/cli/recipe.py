@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
 from ..methods.paths import PathImitation
-from ..methods.presets import preset
+from ..methods.presets import preset, require_roles
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
@@ -132,7 +132,9 @@ class DistillRecipe(Strict):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
-        """What does not fit is said before the first stage is trained."""
+        """What does not fit is said before anything is walked or trained."""
+        for stage in (self, *([self.first] if self.first is not None else [])):
+            require_roles(stage.method.name, self.roles)
         if self.first is not None and self.method.head != "none" and self.first.method.head in KINDS:
             own, most = self.first.method, max(self.method.counts)
             require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
