@@ -20,7 +20,7 @@ from .core.solvers import State, solver_named
 from .export.card import StudentCard, read_card
 from .methods.imitation import Imitation
 from .methods.matching import Matching
-from .methods.method import Method, student_of
+from .methods.method import Method, require_free, student_of
 from .methods.paths import PathImitation
 from .methods.presets import require_roles
 from .roles.adapters import switch
@@ -141,8 +141,10 @@ def _head(method: Method, teacher: Backbone, seed: int, paths: Paths | None, sta
 
 
 def begun_head(method: Method, teacher: Backbone, start: Path) -> Head | None:
-    """The head that a student of this method takes over from the finished one in `start`. Raises ValueError where it does not serve it."""
-    if method.head == "none" or not read_card(start).head:
+    """The head that a student of this method takes over from the finished one in `start`. Raises ValueError where they do not go together."""
+    card = read_card(start)
+    require_free(card.free_first, method, f"the student in {start}")
+    if method.head == "none" or not card.head:
         return None
     head = load_head(start, teacher.schedule)
     kind = kind_of(head)

@@ -250,3 +250,12 @@ def test_the_first_direction_may_be_free(schedule: Schedule) -> None:
     alpha, sigma = schedule.alpha(t)[0], schedule.sigma(t)[0]
     torch.testing.assert_close(first.eps, x / (alpha**2 + sigma**2).sqrt())
     torch.testing.assert_close(alpha * first.x0 + sigma * first.eps, x)
+    later = torch.where(torch.arange(3) == 1, schedule.at(torch.tensor(0.5)), t)
+    mixed, asked = free_first(denoise, schedule)(x, later), exact(schedule)(x, later)
+    for got, own, network in zip(mixed, first, asked, strict=True):
+        assert torch.equal(got[[0, 2]], own[[0, 2]])
+        assert torch.equal(got[1], network[1])
+    calls.clear()
+    for got, own in zip(free_first(denoise, schedule, always=True)(x, t), first, strict=True):
+        assert torch.equal(got, own)
+    assert len(calls) == 1  # asked, and not heeded

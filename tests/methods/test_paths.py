@@ -10,7 +10,7 @@ from fewstep.api import roles_for, sample_states
 from fewstep.core import timegrid
 from fewstep.core.solvers import SOLVERS, Past, sample, step
 from fewstep.methods.matching import Matching, draw
-from fewstep.methods.method import Turn
+from fewstep.methods.method import Turn, student_of
 from fewstep.methods.paths import PathImitation
 from fewstep.methods.presets import preset, require_roles
 from fewstep.objectives.regression import METRICS
@@ -140,22 +140,24 @@ def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
         make_roles(tiny.denoiser(), RolesConfig(rank=0))
 
 
-def test_a_head_goes_along_into_distribution_matching() -> None:
-    """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient."""
+@pytest.mark.parametrize("free", [False, True])
+def test_a_head_goes_along_into_distribution_matching(free: bool) -> None:
+    """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient, from a free first step too."""
     paths = walked(PathImitation(steps=4))
     roles = student(PathImitation(steps=4), paths, RolesConfig(rank=2))
     cond, _ = conditions(roles.backbone)
-    d = draw(Matching(steps=4), roles, cond, BATCH, seed(), with_gradient=True)
+    method = Matching(steps=4, free_first=free)
+    d = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
+    assert set(d.segment.tolist()) == {0, 1, 2, 3}
     rng = seed()
     noise = torch.randn((BATCH, *roles.backbone.shape), generator=rng)
     with torch.no_grad():
-        states = list(
-            sample(roles.denoise("student", cond), tiny.TABLE, noise, timegrid.uniform(tiny.TABLE, 4), SOLVERS["ddim"], roles.head)
-        )
+        denoise = student_of(method, roles, cond)
+        states = list(sample(denoise, tiny.TABLE, noise, timegrid.uniform(tiny.TABLE, 4), SOLVERS["ddim"], roles.head))
     for i, k in enumerate(d.segment.tolist()):
         torch.testing.assert_close(d.x_m[i], states[k + 1].x[i], atol=1e-5, rtol=1e-5)
     assert roles.head is not None
-    grads = torch.autograd.grad(d.x_m.square().sum(), list(roles.head.parameters()), allow_unused=True)
+    grads = torch.autograd.grad(d.x_m[d.segment == 0].square().sum(), list(roles.head.parameters()), allow_unused=True)
     assert any(g is not None and bool(g.any()) for g in grads)
 
 
@@ -172,6 +174,7 @@ def test_a_step_of_training_is_not_sampled_in_more_steps_than_its_head_serves() 
     ({"solver": "renoise"}, "method.solver: got 'renoise', allowed are ddim, dpmpp, ipndm"),
     ({"steps": 0}, "method.steps: got 0"),
     ({"loss": "l3"}, "method.loss: got 'l3', allowed are l1, l2, huber"),
+    ({"steps": (2, 1), "free_first": True}, "method.free_first: got true for a student of 1 step"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
+from ..methods.method import require_free
 from ..methods.paths import PathImitation
 from ..methods.presets import preset, require_roles
 from ..recipes_path import recipe_path
@@ -135,9 +136,11 @@ class DistillRecipe(Strict):
         """What does not fit is said before anything is walked or trained."""
         for stage in (self, *([self.first] if self.first is not None else [])):
             require_roles(stage.method.name, self.roles)
-        if self.first is not None and self.method.head != "none" and self.first.method.head in KINDS:
+        if self.first is not None:
             own, most = self.first.method, max(self.method.counts)
-            require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
+            require_free(own.free_first, self.method, "the first stage's student")
+            if self.method.head != "none" and own.head in KINDS:
+                require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
         return self
 
 

@@ -150,15 +150,27 @@ def sample(
         yield State(t, x, visit.here.x0 if correct is None else visit.way.x0)
 
 
-def free_first(denoise: Denoise, schedule: Schedule) -> Denoise:
-    """`denoise` that says `eps = x / sqrt(alpha^2 + sigma^2)` at pure noise without asking the network (AFS, Dockhorn et al., arXiv 2210.05475)."""
+def free_direction(schedule: Schedule, x: Tensor, t: Tensor) -> Split:
+    """`eps = x / sqrt(alpha^2 + sigma^2)`, which is what is left of x at pure noise (AFS, Dockhorn et al., arXiv 2210.05475)."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    norm = (alpha**2 + sigma**2).sqrt()
+    return Split(expand(alpha / (norm * (norm + sigma)), x) * x, x / expand(norm, x))
+
+
+def free_first(denoise: Denoise, schedule: Schedule, always: bool = False) -> Denoise:
+    """`denoise` that gives the `free_direction` at pure noise without asking the network.
+
+    A batch that is only in part at pure noise asks it all the same and takes its word for the rest; with `always` so does every batch.
+    """
 
     def first(x: Tensor, t: Tensor) -> Split:
-        if not bool((t >= schedule.t_max).all()):
+        free = t >= schedule.t_max
+        if not bool(free.any()):
             return denoise(x, t)
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        norm = (alpha**2 + sigma**2).sqrt()
-        return Split(expand(alpha / (norm * (norm + sigma)), x) * x, x / expand(norm, x))
+        own = free_direction(schedule, x, t)
+        if bool(free.all()) and not always:
+            return own
+        return Split(*(torch.where(expand(free, x) > 0, a, b) for a, b in zip(own, denoise(x, t), strict=True)))
 
     return first
 

@@ -117,7 +117,17 @@ class Method(Protocol):
         ...
 
 
-def student_of(method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None) -> Denoise:
-    """The student as its method samples it, told its step count or guidance scale (default: its first)."""
+def student_of(
+    method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None, always: bool = False
+) -> Denoise:
+    """The student as its method samples it, told its step count or guidance scale (default: its first). `always`: see `core.solvers.free_first`."""
     denoise = roles.denoise("student", cond, steps if method.tells == "steps" else guidance)
-    return free_first(denoise, roles.backbone.schedule) if method.free_first else denoise
+    return free_first(denoise, roles.backbone.schedule, always) if method.free_first else denoise
+
+
+def require_free(begun: bool, method: Method, whose: str) -> None:
+    """Raises ValueError where a student that was trained with a free first direction would be asked for one."""
+    if begun and not method.free_first:
+        raise ValueError(
+            f"method.free_first: got false, {whose} takes its first direction without the network; set method.free_first=true, or begin as another"
+        )

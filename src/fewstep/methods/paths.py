@@ -19,7 +19,7 @@ from ..objectives.regression import metric_named
 from ..roles.roles import Roles
 from ..trajp.head import KINDS
 from .method import Loss, Needs, Turn, draw_count, student_of
-from .settings import require_choice, require_counts, require_guidance, require_positive
+from .settings import require_choice, require_counts, require_free_first, require_guidance, require_positive
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class PathImitation:
         require_choice(self, "solver", ("ddim", "dpmpp", "ipndm"))
         require_positive(self, "shift")
         require_guidance(self)
+        require_free_first(self)
 
     @property
     def warmup(self) -> int:
