@@ -20,7 +20,7 @@ from .core.solvers import State, solver_named
 from .export.card import StudentCard, read_card
 from .methods.imitation import Imitation
 from .methods.matching import Matching
-from .methods.method import Method, require_free, student_of
+from .methods.method import Method, require_beginning, student_of
 from .methods.paths import PathImitation
 from .methods.presets import require_roles
 from .roles.adapters import switch
@@ -88,8 +88,7 @@ def distill(
     networks = RolesConfig(share=share, rank=rank, checkpointing=checkpointing, base=base)
     require_roles(method.name, networks)
     folder, begin = (None if given is None else Path(given) for given in (out, start))
-    if begin is not None:
-        begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
+    begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
     cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, list(prompts), cache, identity)
     real, walked = None, None
@@ -123,7 +122,8 @@ def roles_for(
     head = _head(method, teacher, seed, paths, start)
     against = method.counts if method.needs.adversary else ()
     told = method.conditioned if config.rank or not config.share else ()  # a head alone sees the times themselves
-    roles = make_roles(teacher, config, seed, told, against, head, method.needs.fake)
+    kept, folding = (None, head) if method.head == "fold" else (head, None)
+    roles = make_roles(teacher, config, seed, told, against, kept, method.needs.fake, folding)
     if start is not None:
         start_from(roles, start)
     return roles
@@ -132,7 +132,7 @@ def roles_for(
 def _head(method: Method, teacher: Backbone, seed: int, paths: Paths | None, start: Path | None) -> Head | None:
     if start is not None and (head := begun_head(method, teacher, start)) is not None:
         return head
-    if method.head in ("none", "keep"):
+    if method.head in ("none", "keep", "fold"):
         return None
     grids = [method.times(teacher.schedule, k) for k in method.counts]
     if paths is None:
@@ -140,19 +140,18 @@ def _head(method: Method, teacher: Backbone, seed: int, paths: Paths | None, sta
     return make_head(method.head, teacher.schedule, facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids), seed)
 
 
-def begun_head(method: Method, teacher: Backbone, start: Path) -> Head | None:
+def begun_head(method: Method, teacher: Backbone, start: Path | None) -> Head | None:
     """The head that a student of this method takes over from the finished one in `start`. Raises ValueError where they do not go together."""
+    if start is None:
+        require_beginning(method, "", False, "the teacher")
+        return None
     card = read_card(start)
-    require_free(card.free_first, method, f"the student in {start}")
+    require_beginning(method, card.head, card.free_first, f"the student in {start}")
     if method.head == "none" or not card.head:
         return None
     head = load_head(start, teacher.schedule)
-    kind = kind_of(head)
-    if method.head not in ("keep", kind):
-        raise ValueError(f"method.head: got {method.head}, the student in {start} has {kind}; choose that, or none")
-    require_steps(
-        kind, head.counts, max(method.counts), "method.steps", f"that of {start} was made for no more: choose as many, or method.head=none"
-    )
+    most, cure = max(method.counts), f"that of {start} was made for no more: choose as many, or method.head=none"
+    require_steps(kind_of(head), head.counts, most, "method.steps", cure)
     return head
 
 

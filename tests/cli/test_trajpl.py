@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.Mon
 
 
 def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Distribution matching begins as the student of trajectories, its head kept and trained on, or left out, its first direction as free as it was."""
+    """Distribution matching begins as the student of trajectories, its head kept and trained on, folded away or left out, its first direction as free as it was."""
     assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.free_first=true", "--out", "runs/first") == 0
     value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"] | {"free_first": True}, "start": "runs/first"}
     del value["data"]
@@ -111,7 +111,18 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert command(monkeypatch, "distill", "match.yaml", *still, "--set", "method.head=none", "--out", "runs/dropped") == 0
     assert not (Path("runs/dropped/final") / "trajp.safetensors").exists()
     assert (fewstep.sample(fewstep.load_student("runs/dropped/final"), ["red cat"], [0]) - first).abs().max() > 1e-4
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.head=fold", "--out", "runs/folded") == 0
+    assert read_card(Path("runs/folded/final")).head == ""
+    assert not (Path("runs/folded/final") / "trajp.safetensors").exists()
+    lines = [json.loads(line) for line in Path("runs/folded/metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line.get("fold_loss", 0) > 0] == [1]
     capsys.readouterr()
+    assert (
+        command(monkeypatch, "distill", "match.yaml", "--set", "start=runs/dropped", "--set", "method.head=fold", "--out", "runs/more") == 2
+    )
+    assert "method.head: got fold, the student in runs/dropped/final has none; set method.head=none, or begin as" in error_of(capsys)
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "start=null", "--set", "method.head=fold", "--out", "runs/more") == 2
+    assert "method.head: got fold, the teacher has none" in error_of(capsys)
     assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
     assert "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made" in error_of(capsys)
     assert command(monkeypatch, "distill", "match.yaml", "--set", "method.free_first=false", "--out", "runs/more") == 2

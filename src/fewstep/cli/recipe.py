@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
-from ..methods.method import require_free
+from ..methods.method import require_beginning
 from ..methods.paths import PathImitation
 from ..methods.presets import preset, require_roles
 from ..recipes_path import recipe_path
@@ -134,11 +134,13 @@ class DistillRecipe(Strict):
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
         """What does not fit is said before anything is walked or trained."""
-        for stage in (self, *([self.first] if self.first is not None else [])):
-            require_roles(stage.method.name, self.roles)
+        for method in (self.method, *([self.first.method] if self.first is not None else [])):
+            require_roles(method.name, self.roles)
+        if self.start is None:
+            require_beginning(self.method if self.first is None else self.first.method, "", False, "the teacher")
         if self.first is not None:
             own, most = self.first.method, max(self.method.counts)
-            require_free(own.free_first, self.method, "the first stage's student")
+            require_beginning(self.method, own.head if own.head in KINDS else "", own.free_first, "the first stage's student")
             if self.method.head != "none" and own.head in KINDS:
                 require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
         return self

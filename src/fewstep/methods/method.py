@@ -82,7 +82,7 @@ class Method(Protocol):
     def needs(self) -> Needs: ...
     @property
     def head(self) -> str:
-        """The kind of head that corrects the student's direction, `keep` for one that it begins with, or `none`."""
+        """The kind of head that corrects the student's direction, `keep` for one that it begins with, `fold` to do without that, or `none`."""
         ...
 
     @property
@@ -125,9 +125,13 @@ def student_of(
     return free_first(denoise, roles.backbone.schedule, always) if method.free_first else denoise
 
 
-def require_free(begun: bool, method: Method, whose: str) -> None:
-    """Raises ValueError where a student that was trained with a free first direction would be asked for one."""
-    if begun and not method.free_first:
+def require_beginning(method: Method, head: str, free: bool, whose: str) -> None:
+    """Raises ValueError where a method cannot go on from a student with a head of this kind ('' for none), or with a free first direction."""
+    if method.head == "fold" and not head:
+        raise ValueError(f"method.head: got fold, {whose} has none; set method.head=none, or begin as a student with a head (start, first)")
+    if head and method.head not in ("keep", "fold", "none", head):
+        raise ValueError(f"method.head: got {method.head}, {whose} has {head}; choose that, or none")
+    if free and not method.free_first:
         raise ValueError(
             f"method.free_first: got false, {whose} takes its first direction without the network; set method.free_first=true, or begin as another"
         )
