@@ -7,25 +7,27 @@ import pytest
 import torch
 
 from fewstep.api import roles_for, sample_states
+from fewstep.backbones.base import Backbone, denoiser
 from fewstep.core import timegrid
-from fewstep.core.solvers import SOLVERS, Past, sample, step
+from fewstep.core.solvers import SOLVERS, Correct, Denoise, Past, sample, step
 from fewstep.methods.matching import Matching, draw
 from fewstep.methods.method import Turn, student_of
 from fewstep.methods.paths import PathImitation
 from fewstep.methods.presets import preset, require_roles
 from fewstep.objectives.regression import METRICS
-from fewstep.roles.roles import HEAD, Roles, RolesConfig, make_roles
-from fewstep.training.loop import Step
+from fewstep.roles.roles import CONDITION, HEAD, Roles, RolesConfig, make_roles
+from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.paths import Paths, PathsConfig, teacher_paths, to_end, union
 from fewstep.training.prompts import embed
 from fewstep.trajp.head import KINDS
 
 from .. import tiny
+from ..training.test_loop import digest
 from .common import BATCH, conditions, seed
 
 
-def walked(method: PathImitation) -> Paths:
-    backbone = tiny.denoiser()
+def walked(method: PathImitation, backbone: Backbone | None = None) -> Paths:
+    backbone = backbone or tiny.denoiser()
     times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
     return to_end(teacher_paths(backbone, embed(backbone, tiny.WORDS, None, ""), PathsConfig(6, 12), times, method.guidance, None, ""))
 
@@ -128,6 +130,37 @@ def test_a_free_first_step_without_a_head_has_nothing_to_learn() -> None:
     roles.backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
     assert len(list(method.losses(roles, turn(paths)))) == 2
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("head", KINDS)
+def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> None:
+    backbone, method = tiny.stable_diffusion(), PathImitation(steps=(3, 2), guidance=1.0, head=head)
+    schedule, (cond, _) = backbone.schedule, conditions(backbone, 2)
+    x = torch.randn((2, *backbone.shape), generator=seed())
+
+    def states(denoise: Denoise, steps: int, correct: Correct | None = None) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [s.x for s in sample(denoise, schedule, x, method.times(schedule, steps), correct=correct)]
+
+    alone = {k: states(denoiser(backbone, backbone.module, cond), k) for k in method.counts}
+    roles = roles_for(backbone, method, RolesConfig(rank=2), paths=walked(method, backbone))
+    assert roles.counts == (3, 2)
+    assert {n.split(".")[0] for n in roles.trained["student"]} >= {"head", CONDITION, "down_blocks"}
+    for k, wanted in alone.items():
+        assert all(torch.equal(a, b) for a, b in zip(states(student_of(method, roles, cond, k), k, roles.head), wanted, strict=True))
+
+
+@pytest.mark.parametrize("config", [RolesConfig(rank=2), RolesConfig(rank=0), RolesConfig(share=False)], ids=["lora", "head", "copy"])
+def test_imitation_leaves_the_teacher_as_it_was(config: RolesConfig) -> None:
+    method = PathImitation(steps=(3, 2))
+    paths = walked(method)
+    roles = student(method, paths, config, move=0.0)
+    data, before = embed(roles.backbone, tiny.WORDS, None, ""), digest(roles.networks["teacher"])
+    for _ in distill(roles, method, data, TrainConfig(3, batch=4, lr=1e-2, fake_lr=1e-2), paths=paths):
+        pass
+    assert digest(roles.networks["teacher"]) == before == digest(tiny.denoiser().module)
+    start = student(method, paths, config, move=0.0).trained["student"]
+    assert all(not torch.equal(p, start[n]) for n, p in roles.trained["student"].items() if "lora_A" not in n)
 
 
 def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
