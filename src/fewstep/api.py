@@ -20,8 +20,9 @@ from .core.solvers import State, solver_named
 from .export.card import StudentCard, read_card
 from .methods.imitation import Imitation
 from .methods.matching import Matching
-from .methods.method import Method, student_of
+from .methods.method import Method, require_beginning, student_of
 from .methods.paths import PathImitation
+from .methods.presets import require_roles
 from .roles.adapters import switch
 from .roles.quantised import Kind
 from .roles.roles import Roles, RolesConfig, make_roles
@@ -35,7 +36,7 @@ from .training.pictures import encode_pictures
 from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
 from .trajp.files import load_head
-from .trajp.head import Head, facts_of, kind_of, make_head, unknown
+from .trajp.head import Head, facts_of, kind_of, make_head, require_steps, unknown
 
 
 def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
@@ -85,7 +86,9 @@ def distill(
         precision=precision, optimizer=optimizer, compile=compile,
     )  # fmt: skip
     networks = RolesConfig(share=share, rank=rank, checkpointing=checkpointing, base=base)
-    folder = None if out is None else Path(out)
+    require_roles(method.name, networks)
+    folder, begin = (None if given is None else Path(given) for given in (out, start))
+    begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
     cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
     data = embed(teacher, list(prompts), cache, identity)
     real, walked = None, None
@@ -101,7 +104,6 @@ def distill(
         )
     elif pictures is not None:
         real = encode_pictures(teacher, str(pictures), cache, identity)
-    begin = None if start is None else Path(start)
     yield from train(roles_for(teacher, method, networks, seed, walked, begin), method, data, config, folder, real, walked)
 
 
@@ -120,26 +122,37 @@ def roles_for(
     head = _head(method, teacher, seed, paths, start)
     against = method.counts if method.needs.adversary else ()
     told = method.conditioned if config.rank or not config.share else ()  # a head alone sees the times themselves
-    roles = make_roles(teacher, config, seed, told, against, head, method.needs.fake)
+    kept, folding = (None, head) if method.head == "fold" else (head, None)
+    roles = make_roles(teacher, config, seed, told, against, kept, method.needs.fake, folding)
     if start is not None:
         start_from(roles, start)
     return roles
 
 
 def _head(method: Method, teacher: Backbone, seed: int, paths: Paths | None, start: Path | None) -> Head | None:
-    if method.head == "none":
-        return None
-    if start is not None and read_card(start).head:
-        head = load_head(start, teacher.schedule)
-        if method.head not in ("keep", kind_of(head)):
-            raise ValueError(f"method.head: got {method.head}, the student in {start} has {kind_of(head)}; choose that, or none")
+    if start is not None and (head := begun_head(method, teacher, start)) is not None:
         return head
-    if method.head == "keep":
+    if method.head in ("none", "keep", "fold"):
         return None
     grids = [method.times(teacher.schedule, k) for k in method.counts]
     if paths is None:
         return make_head(method.head, teacher.schedule, unknown(teacher.shape, grids), seed)
     return make_head(method.head, teacher.schedule, facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids), seed)
+
+
+def begun_head(method: Method, teacher: Backbone, start: Path | None) -> Head | None:
+    """The head that a student of this method takes over from the finished one in `start`. Raises ValueError where they do not go together."""
+    if start is None:
+        require_beginning(method, "", False, "the teacher")
+        return None
+    card = read_card(start)
+    require_beginning(method, card.head, card.free_first, f"the student in {start}")
+    if method.head == "none" or not card.head:
+        return None
+    head = load_head(start, teacher.schedule)
+    most, cure = max(method.counts), f"that of {start} was made for no more: choose as many, or method.head=none"
+    require_steps(kind_of(head), head.counts, most, "method.steps", cure)
+    return head
 
 
 def start_from(roles: Roles, folder: Path) -> None:
@@ -291,12 +304,14 @@ def sample_states(
     scale = None if guidance == 1.0 else guidance
     if isinstance(model, Step):
         count = steps or model.method.counts[0]
+        check_steps(model, count)
         times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
             denoise = student_of(model.method, model.roles, cond, told or count, scale)
             return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
     if isinstance(model, LoadedStudent):
         count = steps or model.card.steps[0]
+        check_steps(model, count)
         times = _student_grid(model.card, backbone, count)
         own = model.card.solver.get(str(count), model.card.solver[str(model.card.steps[0])])
         return trajectory(
@@ -309,6 +324,13 @@ def sample_states(
         )
     denoise = guided(backbone, backbone.module, cond, null, guidance)
     return trajectory(backbone, denoise, seeds, _grid(backbone, steps or 50), solver or "ddim")
+
+
+def check_steps(model: LoadedStudent | Step, steps: int, option: str = "steps") -> None:
+    """Raises ValueError where the student's head does not serve so many steps."""
+    head = model.roles.head if isinstance(model, Step) else model.student.head
+    if isinstance(head, Head):
+        require_steps(kind_of(head), head.counts, steps, option, "take as many or fewer, or train a student for more (method.steps)")
 
 
 def backbone_of(model: Backbone | LoadedStudent | Step) -> Backbone:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.cli.distill import data_seed, spent_before
 from fewstep.cli.recipe import DistillRecipe, read_recipe
-from fewstep.export.card import read_card
+from fewstep.export.card import evaluations, read_card
 from fewstep.training.paths import Paths
 from fewstep.training.prompts import Embeddings
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
@@ -37,9 +37,9 @@ def trajpl(recipe: Path) -> Path:
 
 @pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"share": False}, marks=pytest.mark.slow)])
 def test_a_student_with_a_head_is_the_same_everywhere(
-    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path
+    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture."""
+    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture; more steps than it can are refused."""
     options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
     if how.get("rank") == 0:
         options += ["--set", "method.free_first=true", "--set", "method.solver=ipndm"]
@@ -55,11 +55,15 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     wanted = {k: fewstep.sample(student, ["red cat", "blue dog"], [3, 4], steps=k) for k in (4, 2)}
     base = fewstep.sample(student.student.backbone, ["red cat", "blue dog"], [3, 4], steps=4)
     assert (wanted[4] - base).abs().max() > 0.02
-    pipe = fewstep.load(teacher, final)
+    pipe, calls = fewstep.load(teacher, final), list[int]()
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     for k, pictures in wanted.items():
         seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
+        calls.clear()
         shown = pipe(["red cat", "blue dog"], num_inference_steps=k, generator=seeds, output_type="pt").images
         assert (shown - pictures).abs().max() <= 1e-4
+        assert len(calls) == evaluations(read_card(final), k) == k - card["free_first"]
+    assert card["free_first"] == (how.get("rank") == 0)
     with (
         pytest.raises(ValueError, match="num_inference_steps: got 3, this student serves 4, 2"),
         pytest.warns(match="num_inference_steps: got 3"),
@@ -67,6 +71,12 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         pipe("red cat", num_inference_steps=3)
     assert command(monkeypatch, "export", final, "two", "--steps", "2") == 0
     assert (fewstep.sample(fewstep.load_student("two"), ["red cat", "blue dog"], [3, 4]) - wanted[2]).abs().max() <= 1e-4
+    assert command(monkeypatch, "export", final, "stock", "--format", "pipeline") == 2
+    assert "--format: this student is sampled with a head, which no stock pipeline has; choose student or merged" in error_of(capsys)
+    assert command(monkeypatch, "sample", final, "-p", "red cat", "--steps", "8", "--compare") == 2
+    printed = capsys.readouterr()
+    assert "--steps: got 8, the student's span head serves up to 4 steps; take as many or fewer" in printed.err
+    assert printed.out == ""  # neither a warning nor the teacher's pictures before it
     snippet = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(), re.DOTALL)
     assert snippet is not None
     monkeypatch.chdir(final.parent)
@@ -88,10 +98,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.Mon
         assert all(torch.equal(straight[k], parts[k]) for k in straight)
 
 
-def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distribution matching begins as the student of trajectories, its head kept and trained on, or left out."""
-    assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--out", "runs/first") == 0
-    value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"], "start": "runs/first"}
+def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Distribution matching begins as the student of trajectories, its head kept and trained on, folded away or left out, its first direction as free as it was."""
+    assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.free_first=true", "--out", "runs/first") == 0
+    value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"] | {"free_first": True}, "start": "runs/first"}
     del value["data"]
     Path("match.yaml").write_text(yaml.safe_dump(value))
     still = ("--set", "train.lr=1e-12")
@@ -101,6 +111,26 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert command(monkeypatch, "distill", "match.yaml", *still, "--set", "method.head=none", "--out", "runs/dropped") == 0
     assert not (Path("runs/dropped/final") / "trajp.safetensors").exists()
     assert (fewstep.sample(fewstep.load_student("runs/dropped/final"), ["red cat"], [0]) - first).abs().max() > 1e-4
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.head=fold", "--out", "runs/folded") == 0
+    assert read_card(Path("runs/folded/final")).head == ""
+    assert not (Path("runs/folded/final") / "trajp.safetensors").exists()
+    lines = [json.loads(line) for line in Path("runs/folded/metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line.get("fold_loss", 0) > 0] == [1]
+    capsys.readouterr()
+    assert (
+        command(monkeypatch, "distill", "match.yaml", "--set", "start=runs/dropped", "--set", "method.head=fold", "--out", "runs/more") == 2
+    )
+    assert "method.head: got fold, the student in runs/dropped/final has none; set method.head=none, or begin as" in error_of(capsys)
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "start=null", "--set", "method.head=fold", "--out", "runs/more") == 2
+    assert "method.head: got fold, the teacher has none" in error_of(capsys)
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
+    assert "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made" in error_of(capsys)
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.free_first=false", "--out", "runs/more") == 2
+    assert "method.free_first: got false, the student in runs/first/final takes its first direction without the network; set" in error_of(
+        capsys
+    )
+    assert not Path("runs/more").exists()
+    assert read_card(Path("runs/kept/final")).free_first
 
 
 @pytest.mark.parametrize(("options", "expected"), [
@@ -108,6 +138,8 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared, film"),
     (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
     (("--set", "data.solver=rk4"), "data.solver"),
+    (("--set", "method.name=pas"), "roles.rank: got 2, method pas stands for 0; set roles.rank=0"),
+    (("--set", "method.name=sfd"), "roles.share: got true, method sfd stands for false; set roles.share=false"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(
     trajpl: Path, options: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -143,6 +175,10 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     capsys.readouterr()
     assert command(monkeypatch, "distill", "both.yaml", "--set", "first.train.seed=3") == 2
     assert "made with another seed" in error_of(capsys)
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "method.steps=[8, 4]", "--out", "runs/more") == 2
+    assert "method.steps: got 8, the student's span head serves up to 4 steps; set first.method.steps to as many" in error_of(capsys)
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "first.method.free_first=true", "--out", "runs/more") == 2
+    assert "method.free_first: got false, the first stage's student takes its first direction without the network" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2
 
 

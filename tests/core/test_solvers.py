@@ -54,6 +54,22 @@ def test_order_of_convergence(name: str, process: str) -> None:
     assert seen == pytest.approx([order, order], abs=0.15), errors
 
 
+NO_SIGNAL = VP(torch.linspace(1, 0, 1001, dtype=torch.float64)[1:] ** 2)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), NO_SIGNAL])
+def test_heun_from_noise_without_signal(schedule: Schedule) -> None:
+    """alpha is 0 at the first time: finite, from the exact start, and still of second order."""
+    x = torch.randn((8, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = (torch.full((8,), float(schedule.at(torch.tensor(u))), dtype=torch.float64) for u in (1.0, 0.2))
+    truth, errors = DATA.flow(schedule, x, *ends), []
+    for n in (10, 20, 40):
+        times = timegrid.time_at(schedule, torch.linspace(1, 0.2, n + 1, dtype=torch.float64))
+        *_, last = heun(exact(schedule), schedule, x, times)
+        errors.append((last.x - truth).abs().max().item())
+    assert [math.log2(a / b) for a, b in pairwise(errors)] == pytest.approx([2, 2], abs=0.3), errors
+
+
 def network(x: Tensor, t: Tensor) -> Tensor:
     """An arbitrary output that depends on all that it may: nothing here is a sensible denoiser."""
     return torch.sin(3 * x + t[:, None] / 200) + 0.3 * x.roll(1, 1)
@@ -234,3 +250,12 @@ def test_the_first_direction_may_be_free(schedule: Schedule) -> None:
     alpha, sigma = schedule.alpha(t)[0], schedule.sigma(t)[0]
     torch.testing.assert_close(first.eps, x / (alpha**2 + sigma**2).sqrt())
     torch.testing.assert_close(alpha * first.x0 + sigma * first.eps, x)
+    later = torch.where(torch.arange(3) == 1, schedule.at(torch.tensor(0.5)), t)
+    mixed, asked = free_first(denoise, schedule)(x, later), exact(schedule)(x, later)
+    for got, own, network in zip(mixed, first, asked, strict=True):
+        assert torch.equal(got[[0, 2]], own[[0, 2]])
+        assert torch.equal(got[1], network[1])
+    calls.clear()
+    for got, own in zip(free_first(denoise, schedule, always=True)(x, t), first, strict=True):
+        assert torch.equal(got, own)
+    assert len(calls) == 1  # asked, and not heeded

@@ -2,13 +2,19 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from fewstep.backbones.student_scheduler import calls
+from fewstep.cli.export import _require_stock
+from fewstep.core.schedule import Flow
 from fewstep.export.card import StudentCard
 from fewstep.export.comfy import workflow
 from fewstep.export.kohya import kohya
+
+from .. import tiny
 
 CARD = StudentCard(
     name="x-tdm-4step", method="tdm", base="me/my-model", base_hash="", steps=(4,), timesteps={"4": [999, 749, 499, 249, -1]}, solver={"4": "ddim"}, prediction="epsilon",
@@ -38,6 +44,23 @@ def test_a_workflow_takes_the_students_steps_without_guidance_at_strength_one() 
     assert (nodes["EmptyLatentImage"]["width"], nodes["EmptyLatentImage"]["height"]) == (512, 512)
     links = [(key, value) for node in graph.values() for key, value in node["inputs"].items() if isinstance(value, list)]
     assert all(source in graph for _, (source, _) in links)
+
+
+@pytest.mark.parametrize(
+    ("own", "by"), [({"head": "span"}, "a head"), ({"free_first": True}, "a free first direction"), ({"solver": {"4": "ipndm"}}, "iPNDM")]
+)
+def test_what_no_stock_pipeline_does_is_not_written_for_one(own: dict[str, Any], by: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged$"
+    ):
+        _require_stock(replace(CARD, **own))
+    _require_stock(CARD)
+
+
+def test_a_pipeline_takes_a_free_first_step_where_it_asks_what_to_ask_about() -> None:
+    """Flow's asks the network about the state itself, at every step."""
+    assert [calls(tiny.TABLE, free, k) for free in (False, True) for k in (1, 4)] == [1, 4, 1, 3]
+    assert calls(Flow(), True, 4) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Where x_tau is drawn: the rollout, the segment, the time inside it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fewstep.methods.matching import (
     draw,
     losses,
 )
+from fewstep.methods.method import student_of
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import tiny
@@ -38,6 +40,33 @@ def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
         torch.testing.assert_close(got.x_m[i], states[k + 1].x[i], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got.x0[i], clean[i], rtol=1e-4, atol=1e-4)
     assert sorted(set(got.segment.tolist())) == list(range(steps))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+def test_a_free_first_step_is_walked_without_the_network_and_not_trained(solver: str) -> None:
+    roles, method, calls = trained(), Matching(steps=4, solver=solver, free_first=True), list[int]()
+    cond, _ = conditions(roles.backbone)
+    roles.backbone.module.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
+    assert sorted(set(got.segment.tolist())) == [1, 2, 3]
+    assert len(calls) == 3
+    assert bool((got.tau <= 749).all())
+    noise = torch.randn((BATCH, *roles.backbone.shape), generator=seed())
+    with torch.no_grad():
+        walk = sample(student_of(method, roles, cond), tiny.TABLE, noise, method.times(tiny.TABLE), solver_named(solver))
+        states = list(walk)
+    assert len(calls) == 6
+    for i, k in enumerate(got.segment.tolist()):
+        torch.testing.assert_close(got.x_m[i], states[k + 1].x[i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"steps": (4, 1)}, "method.free_first: got true for a student of 1 step"),
+    ({"solver": "renoise"}, "method.free_first: got true with method.solver=renoise"),
+])  # fmt: skip
+def test_a_free_first_step_is_neither_the_only_one_nor_at_random(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Matching(free_first=True, **settings)
 
 
 @pytest.mark.parametrize("backbone", [tiny.denoiser(), tiny.flow_denoiser()], ids=["table", "flow"])

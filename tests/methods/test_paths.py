@@ -6,25 +6,28 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.api import roles_for
+from fewstep.api import roles_for, sample_states
+from fewstep.backbones.base import Backbone, denoiser
 from fewstep.core import timegrid
-from fewstep.core.solvers import SOLVERS, Past, sample, step
+from fewstep.core.solvers import SOLVERS, Correct, Denoise, Past, sample, step
 from fewstep.methods.matching import Matching, draw
-from fewstep.methods.method import Turn
+from fewstep.methods.method import Turn, student_of
 from fewstep.methods.paths import PathImitation
-from fewstep.methods.presets import preset
+from fewstep.methods.presets import preset, require_roles
 from fewstep.objectives.regression import METRICS
-from fewstep.roles.roles import HEAD, Roles, RolesConfig, make_roles
+from fewstep.roles.roles import CONDITION, HEAD, Roles, RolesConfig, make_roles
+from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.paths import Paths, PathsConfig, teacher_paths, to_end, union
 from fewstep.training.prompts import embed
 from fewstep.trajp.head import KINDS
 
 from .. import tiny
+from ..training.test_loop import digest
 from .common import BATCH, conditions, seed
 
 
-def walked(method: PathImitation) -> Paths:
-    backbone = tiny.denoiser()
+def walked(method: PathImitation, backbone: Backbone | None = None) -> Paths:
+    backbone = backbone or tiny.denoiser()
     times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
     return to_end(teacher_paths(backbone, embed(backbone, tiny.WORDS, None, ""), PathsConfig(6, 12), times, method.guidance, None, ""))
 
@@ -99,15 +102,16 @@ def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
     assert seen == {4, 2, 3}
 
 
-@pytest.mark.parametrize(("name", "config", "parts"), [
-    ("trajp-l", RolesConfig(rank=2), {"lora", "head"}),
-    ("pas", RolesConfig(rank=0), {"head"}),
-    ("sfd", RolesConfig(share=False), {"network"}),
-    ("sfd", RolesConfig(rank=2), {"lora"}),
+@pytest.mark.parametrize(("name", "settings", "config", "parts"), [
+    ("trajp-l", {}, RolesConfig(rank=2), {"lora", "head"}),
+    ("trajp-l", {"head": "none"}, RolesConfig(rank=2), {"lora"}),
+    ("pas", {}, RolesConfig(rank=0), {"head"}),
+    ("sfd", {}, RolesConfig(share=False), {"network"}),
 ])  # fmt: skip
-def test_rivals_are_settings(name: str, config: RolesConfig, parts: set[str]) -> None:
-    method = preset(name, steps=2)
+def test_rivals_are_settings(name: str, settings: dict[str, Any], config: RolesConfig, parts: set[str]) -> None:
+    method = preset(name, steps=2, **settings)
     assert isinstance(method, PathImitation)
+    require_roles(name, config)
     paths = walked(method)
     roles = student(method, paths, config)
     names = set(roles.trained["student"])
@@ -128,6 +132,37 @@ def test_a_free_first_step_without_a_head_has_nothing_to_learn() -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("head", KINDS)
+def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> None:
+    backbone, method = tiny.stable_diffusion(), PathImitation(steps=(3, 2), guidance=1.0, head=head)
+    schedule, (cond, _) = backbone.schedule, conditions(backbone, 2)
+    x = torch.randn((2, *backbone.shape), generator=seed())
+
+    def states(denoise: Denoise, steps: int, correct: Correct | None = None) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [s.x for s in sample(denoise, schedule, x, method.times(schedule, steps), correct=correct)]
+
+    alone = {k: states(denoiser(backbone, backbone.module, cond), k) for k in method.counts}
+    roles = roles_for(backbone, method, RolesConfig(rank=2), paths=walked(method, backbone))
+    assert roles.counts == (3, 2)
+    assert {n.split(".")[0] for n in roles.trained["student"]} >= {"head", CONDITION, "down_blocks"}
+    for k, wanted in alone.items():
+        assert all(torch.equal(a, b) for a, b in zip(states(student_of(method, roles, cond, k), k, roles.head), wanted, strict=True))
+
+
+@pytest.mark.parametrize("config", [RolesConfig(rank=2), RolesConfig(rank=0), RolesConfig(share=False)], ids=["lora", "head", "copy"])
+def test_imitation_leaves_the_teacher_as_it_was(config: RolesConfig) -> None:
+    method = PathImitation(steps=(3, 2))
+    paths = walked(method)
+    roles = student(method, paths, config, move=0.0)
+    data, before = embed(roles.backbone, tiny.WORDS, None, ""), digest(roles.networks["teacher"])
+    for _ in distill(roles, method, data, TrainConfig(3, batch=4, lr=1e-2, fake_lr=1e-2), paths=paths):
+        pass
+    assert digest(roles.networks["teacher"]) == before == digest(tiny.denoiser().module)
+    start = student(method, paths, config, move=0.0).trained["student"]
+    assert all(not torch.equal(p, start[n]) for n, p in roles.trained["student"].items() if "lora_A" not in n)
+
+
 def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
     method = PathImitation(steps=2)
     paths = walked(method)
@@ -138,23 +173,33 @@ def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
         make_roles(tiny.denoiser(), RolesConfig(rank=0))
 
 
-def test_a_head_goes_along_into_distribution_matching() -> None:
-    """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient."""
+@pytest.mark.parametrize("free", [False, True])
+def test_a_head_goes_along_into_distribution_matching(free: bool) -> None:
+    """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient, from a free first step too."""
     paths = walked(PathImitation(steps=4))
     roles = student(PathImitation(steps=4), paths, RolesConfig(rank=2))
     cond, _ = conditions(roles.backbone)
-    d = draw(Matching(steps=4), roles, cond, BATCH, seed(), with_gradient=True)
+    method = Matching(steps=4, free_first=free)
+    d = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
+    assert set(d.segment.tolist()) == {0, 1, 2, 3}
     rng = seed()
     noise = torch.randn((BATCH, *roles.backbone.shape), generator=rng)
     with torch.no_grad():
-        states = list(
-            sample(roles.denoise("student", cond), tiny.TABLE, noise, timegrid.uniform(tiny.TABLE, 4), SOLVERS["ddim"], roles.head)
-        )
+        denoise = student_of(method, roles, cond)
+        states = list(sample(denoise, tiny.TABLE, noise, timegrid.uniform(tiny.TABLE, 4), SOLVERS["ddim"], roles.head))
     for i, k in enumerate(d.segment.tolist()):
         torch.testing.assert_close(d.x_m[i], states[k + 1].x[i], atol=1e-5, rtol=1e-5)
     assert roles.head is not None
-    grads = torch.autograd.grad(d.x_m.square().sum(), list(roles.head.parameters()), allow_unused=True)
+    grads = torch.autograd.grad(d.x_m[d.segment == 0].square().sum(), list(roles.head.parameters()), allow_unused=True)
     assert any(g is not None and bool(g.any()) for g in grads)
+
+
+def test_a_step_of_training_is_not_sampled_in_more_steps_than_its_head_serves() -> None:
+    method = PathImitation(steps=3)
+    step = Step(1, {}, 0.0, student(method, walked(method), RolesConfig(rank=2)), method)
+    assert len(sample_states(step, ["red cat"], steps=2)) == 3
+    with pytest.raises(ValueError, match=r"^steps: got 4, the student's span head serves up to 3 steps; take as many or fewer"):
+        sample_states(step, ["red cat"], steps=4)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -162,6 +207,7 @@ def test_a_head_goes_along_into_distribution_matching() -> None:
     ({"solver": "renoise"}, "method.solver: got 'renoise', allowed are ddim, dpmpp, ipndm"),
     ({"steps": 0}, "method.steps: got 0"),
     ({"loss": "l3"}, "method.loss: got 'l3', allowed are l1, l2, huber"),
+    ({"steps": (2, 1), "free_first": True}, "method.free_first: got true for a student of 1 step"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):

@@ -6,7 +6,7 @@ import torch
 from fewstep.methods.matching import (
     Matching,
 )
-from fewstep.methods.presets import PRESETS, preset
+from fewstep.methods.presets import PRESETS, ROLES, preset, require_roles
 from fewstep.roles.roles import TRAINED, Role, RolesConfig, make_roles
 
 from .. import tiny
@@ -44,3 +44,19 @@ def test_settings_beside_a_preset_win() -> None:
     assert preset("dmd2", fake_updates=5, steps=2) == Matching(
         steps=2, match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=5, loss="l2", share_draw=False, name="dmd2"
     )
+
+
+@pytest.mark.parametrize(("name", "roles", "expected"), [
+    ("pas", RolesConfig(), "roles.rank: got 32, method pas stands for 0; set roles.rank=0, or method.name=trajp-l with method.head=shared to train a LoRA"),
+    ("pas", RolesConfig(share=False), "roles.share: got false, method pas stands for true"),
+    ("sfd", RolesConfig(), "roles.share: got true, method sfd stands for false; set roles.share=false, or method.name=trajp-l with method.head=none to train a LoRA"),
+])  # fmt: skip
+def test_a_name_is_not_trained_in_roles_that_make_it_another_method(name: str, roles: RolesConfig, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        require_roles(name, roles)
+
+
+def test_all_other_names_take_any_roles() -> None:
+    for name in PRESETS.keys() - ROLES.keys():
+        for roles in (RolesConfig(), RolesConfig(rank=0), RolesConfig(share=False)):
+            require_roles(name, roles)

@@ -55,7 +55,7 @@ def test_all_roles_start_as_the_teacher_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_copies_start_with_the_teachers_weights(name: str) -> None:
-    """Their outputs may differ in the last bit: where a weight lies in memory decides which vector instructions read it."""
+    """Frozen as it is they give its very bits; torch's matmul goes another way, to another last bit, where a weight is to be trained."""
     backbone = BACKBONES[name]()
     x, t, cond, null = given(backbone)
     roles = make_roles(backbone, RolesConfig(share=False))
@@ -64,7 +64,8 @@ def test_copies_start_with_the_teachers_weights(name: str) -> None:
             for (_, a), (_, b) in zip(roles.networks[role].state_dict().items(), backbone.module.state_dict().items(), strict=True):
                 assert torch.equal(a, b)
                 assert a.data_ptr() != b.data_ptr()
-            torch.testing.assert_close(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, null, 1.0)(x, t).x0, rtol=1e-5, atol=1e-6)
+            roles.networks[role].requires_grad_(False)
+            assert torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, null, 1.0)(x, t).x0)
 
 
 @pytest.mark.parametrize("name", ["own", "sd"])

@@ -35,14 +35,16 @@ def at_grid(roles: Roles, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_it_is_nothing_at_first(name: str, share: bool) -> None:
+    """Bit for bit, of copies too: frozen as the teacher is, since torch's matmul goes another way where a weight is to be trained."""
     roles = make(name, share)
+    for network in roles.networks.values():
+        network.requires_grad_(False)
     x, t, cond, null = given(roles.backbone)
     with torch.no_grad():
         teacher = roles.teacher(cond, null, 1.0)(x, t).x0
         for role in TRAINED:
             for count in COUNTS:
-                found = roles.denoise(role, cond, count)(x, t).x0
-                assert torch.equal(found, teacher) if share else torch.allclose(found, teacher, atol=1e-5)
+                assert torch.equal(roles.denoise(role, cond, count)(x, t).x0, teacher)
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -1,6 +1,8 @@
 """The teacher's trajectories: the states it walks through, in shards, once, and only its own."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fewstep.backbones.base import Backbone, denoiser, guided
 from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
-from fewstep.core.schedule import EDM, Flow, Schedule
+from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
 from fewstep.training.paths import Paths, PathsConfig, refine, teacher_paths, union
 from fewstep.training.prompts import embed
@@ -177,6 +181,59 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
         next(make(tmp_path, backbone))
 
 
+def test_shards_say_themselves_whose_they_are(tmp_path: Path) -> None:
+    """Without the record, or carried into another folder, they are still refused to all others, and read by their own teacher."""
+    backbone = tiny.denoiser()
+    _, walked = finish(make(tmp_path / "a", backbone))
+    record = tmp_path / "a" / "trajectories.json"
+    record.unlink()
+    with pytest.raises(ValueError, match=r"\.safetensors are those of teacher teacher, this is other; choose another folder"):
+        next(make(tmp_path / "a", backbone, identity="other"))
+    assert not record.exists()  # a record would speak for them the next time
+    finish(make(tmp_path / "b", backbone, guidance=1.0))
+    shutil.copy(tmp_path / "b" / "trajectories-00001.safetensors", tmp_path / "a")
+    with pytest.raises(ValueError, match=r"trajectories-00001\.safetensors were made with another guidance"):
+        next(make(tmp_path / "a", backbone))
+    shutil.copy(tmp_path / "a" / "trajectories-00000.safetensors", tmp_path / "b")
+    with pytest.raises(ValueError, match=r"trajectories-00000\.safetensors were made with another guidance"):
+        next(make(tmp_path / "b", backbone, guidance=1.0))
+    (tmp_path / "a" / "trajectories-00001.safetensors").unlink()
+    _, again = finish(make(tmp_path / "a", backbone))
+    assert torch.equal(again.states, walked.states)
+    assert record.exists()
+
+
+def test_weights_read_in_another_way_are_another_teacher(tmp_path: Path) -> None:
+    """`FILE@v` and `FILE@eps` have the same weights; so have two schedules."""
+    finish(make(tmp_path, tiny.denoiser(prediction="v")))
+    with pytest.raises(ValueError, match="were made with another prediction; choose another folder, or delete it"):
+        next(make(tmp_path, tiny.denoiser(prediction="eps")))
+    with pytest.raises(ValueError, match="were made with another schedule"):
+        next(make(tmp_path, tiny.denoiser(schedule=VP(tiny.TABLE.alpha_bar**1.1))))
+
+
+def test_a_folder_of_before_is_read_as_long_as_its_record_speaks_for_it(tmp_path: Path) -> None:
+    """Its shards have no headers and its record says nothing of the process; it grows, and is called as ever."""
+    backbone, record = tiny.denoiser(), tmp_path / "trajectories.json"
+    _, few = finish(make(tmp_path, backbone, replace(CONFIG, count=6)))
+    new = json.loads(record.read_text())
+    old = {k: v for k, v in new.items() if k not in ("prediction", "schedule")}
+    record.write_text(json.dumps(old))
+    for shard in tmp_path.glob("*.safetensors"):
+        save_file(load_file(shard), shard)
+    _, more = finish(make(tmp_path, backbone))
+    assert torch.equal(more.states[:6], few.states)
+    assert more.key == hashlib.sha256(json.dumps(old | {"count": 7}, sort_keys=True).encode()).hexdigest()[:24]
+    assert json.loads(record.read_text()) == old
+    for name, there in (("none", None), ("of today", json.dumps(new))):
+        record.unlink() if there is None else record.write_text(there)
+        with pytest.raises(
+            ValueError, match=r"safetensors does not say whose trajectories it holds, and no trajectories\.json speaks for it"
+        ):
+            next(make(tmp_path, backbone))
+        assert record.exists() == (there is not None), name
+
+
 def test_a_batch_keeps_trajectories_with_their_conditions() -> None:
     backbone = tiny.stable_diffusion()
     _, paths = finish(make(None, backbone))
@@ -194,6 +251,36 @@ def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
     _, paths = finish(make(None, backbone, PathsConfig(count=2, steps=9), guidance=1.0))
     steps = len(paths.grid) - 1
     assert len(calls) == (2 * steps - 1 if isinstance(schedule, EDM) else steps)
+
+
+def test_heun_where_pure_noise_holds_none() -> None:
+    """Chosen by its name it walks there too, where `auto` takes DPM-Solver++, and near where that does."""
+    backbone = tiny.flow_denoiser()
+    ways = {s: finish(make(None, backbone, PathsConfig(count=2, steps=60, solver=s)))[1] for s in ("heun", "auto", "ddim")}
+    ends = {s: way.states[:, -1] for s, way in ways.items()}
+    assert bool(ends["heun"].isfinite().all())
+    assert (ends["heun"] - ends["auto"]).norm() < 0.5 * (ends["ddim"] - ends["auto"]).norm()
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    """Refused when it is walked; walked again where it has been kept."""
+    backbone = tiny.denoiser()
+    _, paths = finish(make(tmp_path, backbone))
+    shard = tmp_path / "trajectories-00001.safetensors"
+    tensors = load_file(shard)
+    tensors["states"][1] = torch.nan
+    with safe_open(shard, "pt") as file:
+        about = file.metadata()
+    save_file(tensors, shard, about)
+    _, again = finish(make(tmp_path, backbone))
+    assert torch.equal(again.states, paths.states)
+    with torch.no_grad():
+        next(backbone.module.parameters()).fill_(torch.inf)
+    with pytest.raises(
+        ValueError, match=r"^data\.solver: ddim led the teacher's trajectories 0 to 2 to numbers that are not finite; choose dpmpp"
+    ):
+        next(make(tmp_path / "other", backbone))
+    assert not list((tmp_path / "other").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "data.count: got 0"), ({"solver": "euler"}, "data.solver: got 'euler'")])

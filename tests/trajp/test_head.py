@@ -10,7 +10,7 @@ from fewstep.core.schedule import EDM, Flow, Schedule, expand
 from fewstep.core.solvers import SOLVERS, Past, Visit, sample
 from fewstep.trajp.curve import Curve
 from fewstep.trajp.files import load_head, save_head
-from fewstep.trajp.head import KINDS, Facts, Head, facts_of, make_head
+from fewstep.trajp.head import KINDS, Facts, Head, facts_of, make_head, require_steps
 
 from .. import tiny
 
@@ -116,6 +116,20 @@ def test_shared_weights_are_a_few_numbers_a_step() -> None:
         assert grad is not None
         rows.append(int(grad.abs().sum(1).argmax()))
     assert rows == list(range(6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_serves_as_many_steps_as_it_has_weights_for(kind: str) -> None:
+    """Fewer than it was made for always; more where no step has weights of its own."""
+    head, x = head_of(kind, tiny.TABLE), noise(tiny.TABLE)
+    assert head.counts == (4, 2)
+    for steps in (3, 4, 5) if kind == "film" else (3, 4):
+        require_steps(kind, head.counts, steps, "steps", "")
+        *_, last = sample(lambda x, t: denoise(tiny.TABLE, x, t), tiny.TABLE, x, timegrid.uniform(tiny.TABLE, steps), correct=head)
+        assert bool(last.x.isfinite().all())
+    if kind != "film":
+        with pytest.raises(ValueError, match=f"^--steps: got 5, the student's {kind} head serves up to 4 steps; take fewer$"):
+            require_steps(kind, head.counts, 5, "--steps", "take fewer")
 
 
 def test_film_is_for_pictures() -> None:

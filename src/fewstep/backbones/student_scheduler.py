@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.prediction import Row, Split, split
 from ..core.schedule import Schedule, expand
-from ..core.solvers import Correct, Past, Solver, free_first, step
+from ..core.solvers import Correct, Past, Solver, free_direction, free_first, step
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,19 @@ class Walking:
     free: bool
 
 
-class StudentScheduler(DDIMScheduler):
-    """In the place of DDIM, with the numbers of `core.solvers.sample`. Make one with `walking`.
+def calls(schedule: Schedule, free: bool, steps: int) -> int:
+    """How often a pipeline asks the network for a picture in so many steps.
 
-    A pipeline asks the network at every step: a free first step is right here, and not free.
+    A free first step is taken where it hands the scheduler the state that it is going to ask about; flow's does not, and asks for nothing.
     """
+    return steps - int(free and steps > 1 and schedule.resolution > 0)
+
+
+class StudentScheduler(DDIMScheduler):
+    """In the place of DDIM, with the numbers and the network calls of `core.solvers.sample`. Make one with `walking`."""
 
     student: Walking
+    skipped = 0  # steps that the pipeline does not know of
     visited = 0
     past: Past | None = None
 
@@ -52,8 +58,20 @@ class StudentScheduler(DDIMScheduler):
         self.grid = self.student.grids[num_inference_steps]
         # A pipeline hands the network these: indices of a table, or flow's times as parts of one.
         told = self.grid if self.student.schedule.resolution else self.grid * self.config.num_train_timesteps
-        self.timesteps = told[:-1].to(device, torch.long if self.student.schedule.resolution else torch.float32)
+        self.skipped = num_inference_steps - calls(self.student.schedule, self.student.free, num_inference_steps)
+        self.timesteps = told[self.skipped : -1].to(device, torch.long if self.student.schedule.resolution else torch.float32)
         self.visited, self.past = 0, None
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """What the network is asked about: at first the state that a free step leads to."""
+        return self._skip(sample.float())[0].to(sample.dtype) if self.visited < self.skipped else sample
+
+    def _skip(self, x: Tensor) -> tuple[Tensor, Past]:
+        """Where the free first step leads from noise, and the past that it leaves."""
+        s, past = self.student, Past(x / self.student.schedule.start_std)
+        t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[:2])
+        landed, visit = step(s.solver, s.schedule, free_direction(s.schedule, x, t), t, t_next, past, s.correct)
+        return landed, Past(past.noise, (visit,))
 
     def step(
         self,
@@ -68,6 +86,8 @@ class StudentScheduler(DDIMScheduler):
     ) -> Any:
         """One step of the student; only the first three arguments count."""
         s, x = self.student, sample.float()
+        if self.visited < self.skipped:
+            (x, self.past), self.visited = self._skip(x), 1
         t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[self.visited : self.visited + 2])
 
         def network(x: Tensor, t: Tensor) -> Split:

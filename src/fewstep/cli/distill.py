@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..api import load_teacher, path_times, roles_for
+from ..api import begun_head, load_teacher, path_times, roles_for
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
@@ -112,6 +112,7 @@ def distil(
         even = all(timegrid.even(teacher.schedule, recipe.method.times(teacher.schedule, k)) for k in recipe.method.counts)
         # What cannot be exported is not trained.
         student_scheduler(teacher.scheduler_config, recipe.method.counts, recipe.method.solver, even)
+    check_start(recipe, teacher)
     first, identity, cache = is_first(), fingerprint(teacher.module, *teacher.encoders), whole / EMBEDDINGS
     if first:
         run.mkdir(parents=True, exist_ok=True)
@@ -230,6 +231,12 @@ def start_folder(recipe: DistillRecipe) -> Path | None:
     return folder
 
 
+def check_start(recipe: DistillRecipe, teacher: Backbone) -> None:
+    """Raises ValueError where the student that the recipe's begins as is not there, or has a head that does not serve it."""
+    if (folder := start_folder(recipe)) is not None:
+        begun_head(recipe.method, teacher, folder)
+
+
 def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
     """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
     if not teacher.encode([""]):
@@ -258,6 +265,7 @@ def print_dry_run(recipe: DistillRecipe) -> None:
     """What `--dry-run` prints; no weights are read."""
     start_folder(recipe)
     teacher, plans = plans_of(recipe)
+    check_start(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
     for made in plans:
         stage = made.recipe

@@ -17,8 +17,9 @@ from ..backbones.files import load_lora
 from ..backbones.generate import device_of
 from ..backbones.load import pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
+from ..backbones.student_scheduler import calls
 from ..core import timegrid
-from ..export.card import StudentCard
+from ..export.card import StudentCard, evaluations
 from ..export.final import write_final
 from ..export.kohya import kohya
 from ..roles.adapters import merge, remove_adapters
@@ -62,6 +63,11 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
+    asked = calls(student.student.backbone.schedule, student.card.free_first, count)
+    if asked > (least := evaluations(student.card, count)):
+        console.print(
+            f"note: in a pipeline of this family its {count} steps take {asked} network calls; fewstep.sample makes {least}, its first direction is free"
+        )
     console.print(f"{out.resolve()}\n{count} steps, loaded again and compared: largest difference of a pixel {difference:.1e}")
 
 
@@ -106,6 +112,7 @@ def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
     pipe = pipeline_of(loaded.student.backbone)
     if card.weights != "lora" or card.head or facts_of(pipe).part != "unet" or not facts_of(pipe).loads_lora:
         raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
+    _require_stock(card)
     _require_told(loaded, card)
     write_student(loaded, card, out)
     assert card.alpha is not None
@@ -122,6 +129,13 @@ def own_times(loaded: LoadedStudent, card: StudentCard) -> list[float] | None:
     """What a stock pipeline has to be told of this student's times; None where its step count says them."""
     times = card.timesteps[str(card.steps[0])]
     return None if timegrid.even(loaded.student.backbone.schedule, torch.tensor(times, dtype=torch.float64)) else times[:-1]
+
+
+def _require_stock(card: StudentCard) -> None:
+    """Raises ValueError for a student that is sampled as no stock pipeline does."""
+    by = "a head" if card.head else "a free first direction" if card.free_first else "iPNDM" if "ipndm" in card.solver.values() else ""
+    if by:
+        raise ValueError(f"--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged")
 
 
 def _require_told(loaded: LoadedStudent, card: StudentCard) -> None:
@@ -152,8 +166,7 @@ def write_merged(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
 
 def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
     """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
-    if card.head:
-        raise ValueError("--format: this student's head corrects its steps, which no stock pipeline does; choose student or merged")
+    _require_stock(card)
     _require_told(loaded, card)
     write_merged(loaded, card, out)
     pipe = pipeline_of(loaded.student.backbone)

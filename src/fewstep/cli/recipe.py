@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
+from ..methods.method import require_beginning
 from ..methods.paths import PathImitation
-from ..methods.presets import preset
+from ..methods.presets import preset, require_roles
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
 from ..training.loop import TrainConfig
 from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
+from ..trajp.head import KINDS, require_steps
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -128,6 +130,20 @@ class DistillRecipe(Strict):
     start: str | None = None  # a student folder to begin from, instead of the teacher
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "DistillRecipe":
+        """What does not fit is said before anything is walked or trained."""
+        for method in (self.method, *([self.first.method] if self.first is not None else [])):
+            require_roles(method.name, self.roles)
+        if self.start is None:
+            require_beginning(self.method if self.first is None else self.first.method, "", False, "the teacher")
+        if self.first is not None:
+            own, most = self.first.method, max(self.method.counts)
+            require_beginning(self.method, own.head if own.head in KINDS else "", own.free_first, "the first stage's student")
+            if self.method.head != "none" and own.head in KINDS:
+                require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
+        return self
 
 
 def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..api import LoadedStudent, load_student, load_teacher, sample
+from ..api import LoadedStudent, check_steps, load_student, load_teacher, sample
 from ..backbones.base import Backbone
 from ..backbones.load import quiet
 from ..export.card import FILE
@@ -68,6 +68,7 @@ def run_sample(
             known = ", ".join(f"{w:g}" for w in model.card.scales)
             console.print(f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken")
         taken = steps or model.card.steps[0]
+        check_steps(model, taken, "--steps")
         if taken not in model.card.steps:
             console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")
         if compare:

@@ -48,6 +48,9 @@ Rule = Callable[[Schedule, Split, Tensor, Tensor, Sequence[Visit]], Split]  # (s
 Correct = Callable[[Split, Tensor, Tensor, Past], Split]  # (way, t, next t, past) -> way
 
 
+SIGNAL = 2**-12  # alpha of pure noise where it is divided by, as in diffusers
+
+
 class Solver(NamedTuple):
     """A rule, and how many visits it looks back at."""
 
@@ -63,13 +66,13 @@ def along(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, visits: Se
 def dpmpp(schedule: Schedule, here: Split, t: Tensor, t_next: Tensor, visits: Sequence[Visit] = ()) -> Split:
     """DPM-Solver++(2M) (arXiv 2211.01095, alg. 2): x0 extrapolated in half the log signal-to-noise ratio.
 
-    Without an earlier visit and into clean data it is DDIM, as in diffusers. Pure noise counts as alpha = 2^-12, as in diffusers,
+    Without an earlier visit and into clean data it is DDIM, as in diffusers. Pure noise counts as alpha = `SIGNAL`,
     so that the step after it extrapolates a little.
     """
     if not visits:
         return here
     before = visits[0]
-    lam = [torch.log(schedule.alpha(s).clamp(min=2**-12)) - torch.log(schedule.sigma(s)) for s in (before.t, t, t_next)]
+    lam = [torch.log(schedule.alpha(s).clamp(min=SIGNAL)) - torch.log(schedule.sigma(s)) for s in (before.t, t, t_next)]
     h_last, h = lam[1] - lam[0], lam[2] - lam[1]
     usable = torch.isfinite(h) & torch.isfinite(h_last) & (before.t > t)
     ratio = torch.where(usable, h / (2 * h_last), torch.zeros_like(h))
@@ -147,15 +150,27 @@ def sample(
         yield State(t, x, visit.here.x0 if correct is None else visit.way.x0)
 
 
-def free_first(denoise: Denoise, schedule: Schedule) -> Denoise:
-    """`denoise` that says `eps = x / sqrt(alpha^2 + sigma^2)` at pure noise without asking the network (AFS, Dockhorn et al., arXiv 2210.05475)."""
+def free_direction(schedule: Schedule, x: Tensor, t: Tensor) -> Split:
+    """`eps = x / sqrt(alpha^2 + sigma^2)`, which is what is left of x at pure noise (AFS, Dockhorn et al., arXiv 2210.05475)."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    norm = (alpha**2 + sigma**2).sqrt()
+    return Split(expand(alpha / (norm * (norm + sigma)), x) * x, x / expand(norm, x))
+
+
+def free_first(denoise: Denoise, schedule: Schedule, always: bool = False) -> Denoise:
+    """`denoise` that gives the `free_direction` at pure noise without asking the network.
+
+    A batch that is only in part at pure noise asks it all the same and takes its word for the rest; with `always` so does every batch.
+    """
 
     def first(x: Tensor, t: Tensor) -> Split:
-        if not bool((t >= schedule.t_max).all()):
+        free = t >= schedule.t_max
+        if not bool(free.any()):
             return denoise(x, t)
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        norm = (alpha**2 + sigma**2).sqrt()
-        return Split(expand(alpha / (norm * (norm + sigma)), x) * x, x / expand(norm, x))
+        own = free_direction(schedule, x, t)
+        if bool(free.all()) and not always:
+            return own
+        return Split(*(torch.where(expand(free, x) > 0, a, b) for a, b in zip(own, denoise(x, t), strict=True)))
 
     return first
 
@@ -163,16 +178,17 @@ def free_first(denoise: Denoise, schedule: Schedule) -> Denoise:
 def heun(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> Iterator[State]:
     """Second order in the coordinates `x/alpha, sigma/alpha` (EDM, alg. 1); two network calls a step, one into clean data.
 
-    Needs alpha > 0 at times[0]; with zero terminal SNR start from the next time or use `sample`.
+    And one from noise without signal, where these coordinates are none: that step goes along its own beginning, which costs no order.
     """
     t = times[0].to(x.device).expand(len(x))
     yield State(t, x, None)
-    for last, t_next in ((i == len(times) - 2, b) for i, (_, b) in enumerate(pairwise(times))):
-        t_next = t_next.to(x.device).expand(len(x))
+    for start, end in pairwise(times):
+        halved = float(schedule.alpha(start[None])) > SIGNAL and bool(end > times[-1])
+        t_next = end.to(x.device).expand(len(x))
         here = denoise(x, t)
         x_next = land(schedule, here, t_next)
         x0 = here.x0
-        if not last:
+        if halved:
             there = denoise(x_next, t_next)
             # d = eps in these coordinates: the trapezoidal rule averages the two noises along the same step.
             alpha, alpha_next = expand(schedule.alpha(t), x), expand(schedule.alpha(t_next), x)

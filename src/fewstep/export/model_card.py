@@ -67,6 +67,7 @@ pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of
         if stock
         else "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     )
+    free = "; its first direction is taken without the network" if card.free_first else ""
     rescale = f", guidance_rescale {card.guidance_rescale:g}" if card.guidance_rescale else ""
     if card.guidance_parallel != 1:
         rescale += f", {card.guidance_parallel:g} of its part along the clean estimate"
@@ -89,7 +90,7 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 |---|---|
 | steps | {served} |
 | timesteps | {times} |
-| solver | {card.solver[str(steps)]} |
+| solver | {card.solver[str(steps)]}{free} |
 | guidance | {guidance}; a negative prompt has no effect |
 | weights | {kind} |{head}
 | base weights | SHA-256 {card.base_hash}... |

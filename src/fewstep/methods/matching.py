@@ -25,8 +25,9 @@ from ..objectives.fisher import fisher
 from ..objectives.regression import metric_named
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Roles
-from .method import Loss, Needs, Real, Turn, Walk, draw_count
-from .settings import require_choice, require_counts, require_guidance, require_positive, require_weight, require_whole
+from .method import Loss, Needs, Real, Turn, Walk, draw_count, student_of
+from .paths import fold
+from .settings import require_choice, require_counts, require_free_first, require_guidance, require_positive, require_weight, require_whole
 
 CHOICES = {
     "divergence": ("reverse-kl", "fisher"),
@@ -34,7 +35,7 @@ CHOICES = {
     "tau": ("segment", "above", "whole"),
     "fake_draw": ("landing", "clean"),
     "fake_target": ("clean", "transition"),
-    "head": ("keep", "none"),
+    "head": ("keep", "fold", "none"),
 }
 
 
@@ -50,8 +51,8 @@ class Matching:
     (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
     own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`. `gan` is the weight of the adversarial
     term (eq. 16), 0 for none: it needs real data; `gan_r1` is that of its gradient penalty. `anchor` is the weight of
-    a regression (DMD, arXiv 2311.18828, eq. 9; here on every landing state): students then start from the noise of the teacher's trajectories, and where they land is pulled to where these pass. `head`: whether one that came with the student
-    it starts from stays, and is trained on.
+    a regression (DMD, arXiv 2311.18828, eq. 9; here on every landing state): students then start from the noise of the teacher's trajectories, and where they land is pulled to where these pass. `head`: one that came with the student
+    it starts from stays and is trained on (`keep`), goes into the student's weights during the warm-up (`fold`), or is left out (`none`). `free_first` takes the first direction without the network, as in `PathImitation`.
     """
 
     steps: int | tuple[int, ...] = 4
@@ -79,7 +80,8 @@ class Matching:
     share_draw: bool = True
     solver: str = "ddim"
     shift: float = 1.0
-    head: Literal["keep", "none"] = "keep"
+    head: Literal["keep", "fold", "none"] = "keep"
+    free_first: bool = False
     name: str = "tdm"
 
     def __post_init__(self) -> None:
@@ -105,7 +107,16 @@ class Matching:
             raise ValueError(
                 "method.anchor: got a weight with method.solver=renoise, whose states are at random; set it to 0, or the solver to ddim"
             )
+        if self.head == "fold" and not self.warmup:
+            raise ValueError(
+                "method.head: got fold with method.warmup=0, and the warm-up is when it is folded; set method.warmup above 0, e.g. 100"
+            )
+        if self.head == "fold" and self.solver == "renoise":
+            raise ValueError(
+                "method.head: got fold with method.solver=renoise, whose states are at random; set it to none, or the solver to ddim"
+            )
         require_guidance(self)
+        require_free_first(self)
         if not -1 <= self.guidance_tilt <= 1:
             raise ValueError(
                 f"method.guidance_tilt: got {self.guidance_tilt}, allowed are numbers from -1 to 1; 0 is the same guidance everywhere"
@@ -115,11 +126,6 @@ class Matching:
     def counts(self) -> tuple[int, ...]:
         """The step counts that the student serves, the default first."""
         return require_counts(self.steps)
-
-    @property
-    def free_first(self) -> bool:
-        """Never."""
-        return False
 
     @property
     def tells(self) -> Literal["steps", "guidance"]:
@@ -142,7 +148,9 @@ class Matching:
     def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
         """The updates of one iteration in order."""
         warming_up = turn.iteration < self.warmup
-        return losses(self, roles, turn.cond, turn.null, turn.batch, turn.rng, warming_up, turn.pictures, turn.steps, turn.walk)
+        yield from losses(self, roles, turn.cond, turn.null, turn.batch, turn.rng, warming_up, turn.pictures, turn.steps, turn.walk)
+        if warming_up and roles.folding is not None:
+            yield from fold(self, roles, turn)
 
 
 class Draw(NamedTuple):
@@ -180,13 +188,14 @@ def draw(
 
     solver = solver_named(method.solver, noise)
     x = noise(torch.empty((batch, *shape))) * schedule.start_std if begin is None else begin
-    segment = timegrid.draw_segments(batch, steps, rng)
-    student = partial(roles.denoise, "student", told=steps)
+    idle = int(method.free_first and roles.head is None)  # a free first step has nothing of its own to train
+    segment = idle + timegrid.draw_segments(batch, steps - idle, rng)
+    student = partial(student_of, method, roles, steps=steps)
     calls = steps - 1 if roles.sharded else 0  # as many as any process may need
     start, past = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls)
     high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
-        landed, visit = step(solver, schedule, student(cond)(start, high), high, landing, past, roles.head)
+        landed, visit = step(solver, schedule, student(cond, always=roles.sharded)(start, high), high, landing, past, roles.head)
         clean, x0 = method.match == "clean", visit.here.x0 if roles.head is None else visit.way.x0
         x_m = x0 if clean else landed
     tau = _draw_tau(method, schedule, landing, high, rng)

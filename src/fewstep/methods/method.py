@@ -82,7 +82,7 @@ class Method(Protocol):
     def needs(self) -> Needs: ...
     @property
     def head(self) -> str:
-        """The kind of head that corrects the student's direction, `keep` for one that it begins with, or `none`."""
+        """The kind of head that corrects the student's direction, `keep` for one that it begins with, `fold` to do without that, or `none`."""
         ...
 
     @property
@@ -117,7 +117,21 @@ class Method(Protocol):
         ...
 
 
-def student_of(method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None) -> Denoise:
-    """The student as its method samples it, told its step count or guidance scale (default: its first)."""
+def student_of(
+    method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None, always: bool = False
+) -> Denoise:
+    """The student as its method samples it, told its step count or guidance scale (default: its first). `always`: see `core.solvers.free_first`."""
     denoise = roles.denoise("student", cond, steps if method.tells == "steps" else guidance)
-    return free_first(denoise, roles.backbone.schedule) if method.free_first else denoise
+    return free_first(denoise, roles.backbone.schedule, always) if method.free_first else denoise
+
+
+def require_beginning(method: Method, head: str, free: bool, whose: str) -> None:
+    """Raises ValueError where a method cannot go on from a student with a head of this kind ('' for none), or with a free first direction."""
+    if method.head == "fold" and not head:
+        raise ValueError(f"method.head: got fold, {whose} has none; set method.head=none, or begin as a student with a head (start, first)")
+    if head and method.head not in ("keep", "fold", "none", head):
+        raise ValueError(f"method.head: got {method.head}, {whose} has {head}; choose that, or none")
+    if free and not method.free_first:
+        raise ValueError(
+            f"method.free_first: got false, {whose} takes its first direction without the network; set method.free_first=true, or begin as another"
+        )

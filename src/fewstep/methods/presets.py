@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from ..roles.roles import RolesConfig
 from .imitation import Imitation
 from .matching import Matching
 from .paths import PathImitation
@@ -24,6 +25,19 @@ PRESETS: dict[str, Matching | Imitation | PathImitation] = {
         PathImitation(head="none", name="sfd"),
     )
 }
+
+# Roles that a name stands for as well; with others it would be another method.
+ROLES: dict[str, dict[str, int]] = {"pas": {"share": True, "rank": 0}, "sfd": {"share": False}}
+
+
+def require_roles(name: str, roles: RolesConfig) -> None:
+    """Raises ValueError where a method's name stands for other roles than these."""
+    for option, wanted in ROLES.get(name, {}).items():
+        if (got := getattr(roles, option)) != wanted:
+            raise ValueError(
+                f"roles.{option}: got {str(got).lower()}, method {name} stands for {str(wanted).lower()}; "
+                f"set roles.{option}={str(wanted).lower()}, or method.name=trajp-l with method.head={PRESETS[name].head} to train a LoRA"
+            )
 
 
 def preset(name: str, **settings: Any) -> Matching | Imitation | PathImitation:

@@ -42,6 +42,16 @@ def require_guidance(settings: Any) -> None:
         )
 
 
+def require_free_first(settings: Any) -> None:
+    """Free first directions only where others follow, along the same noise."""
+    if settings.free_first and min(settings.counts) == 1:
+        raise ValueError("method.free_first: got true for a student of 1 step, whose only direction it would be; set it to false")
+    if settings.free_first and settings.solver == "renoise":
+        raise ValueError(
+            "method.free_first: got true with method.solver=renoise, which takes no direction; set it to false, or the solver to ddim"
+        )
+
+
 def require_counts(steps: int | Sequence[int]) -> tuple[int, ...]:
     """Step counts, the default first: one, or several different ones."""
     counts = (steps,) if isinstance(steps, int) else tuple(steps)

@@ -76,6 +76,7 @@ class Roles:
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correct` that is trained as part of the student
+    folding: nn.Module | None = None  # one that the student begins with and learns to do without
     now: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # who the shared network is, told which count
 
     def denoise(self, role: Role, cond: Cond, told: float | None = None) -> Denoise:
@@ -135,8 +136,9 @@ class Roles:
                 self.trained[role] = {n: after[n] if before.get(n) is p else p for n, p in own.items()}
         for p in sharding.by_kind([p for own in self.trained.values() for p in own.values()])[1]:
             p.data = p.data.to(device)
-        if self.head is not None:
-            self.head.to(device)
+        for head in (self.head, self.folding):
+            if head is not None:
+                head.to(device)
         for name, p in self.trained["student"].items():
             self.average[name] = sharding.part_of(self.average[name], p).to(p.device)
 
@@ -231,11 +233,12 @@ def make_roles(
     against: tuple[int, ...] = (),
     head: nn.Module | None = None,
     fake: bool = True,
+    folding: nn.Module | None = None,
 ) -> Roles:
     """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several `counts`: step counts or guidance scales.
 
     `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
-    (rank 0) is all of it. Raises ValueError where there is nothing to train, or copies of half-precision weights.
+    (rank 0) is all of it; one that it is `folding` away stays as it is. Raises ValueError where there is nothing to train, or copies of half-precision weights.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
     the same backbone are taken out, and `config.base` rounds its weights for good. Copies: two deep copies.
     """
@@ -275,12 +278,14 @@ def make_roles(
     if head is not None:
         head.to(next(base.parameters()).device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
+    if folding is not None:
+        folding.to(next(base.parameters()).device).requires_grad_(False)
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
     adapters.switch(layers, None)
     discriminator = make_discriminator(backbone, base, against, seed) if against else None
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
-    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head)
+    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head, folding)
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
         checkpoint_blocks(network, lambda: roles.now[0], lambda who: roles.activate(*who))

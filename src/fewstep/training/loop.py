@@ -129,6 +129,10 @@ def distill(
             f"data.source: method {method.name} {'needs pictures' if method.needs.pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
             + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.pictures else "leave data out")
         )
+    if roles.folding is not None and config.iterations <= method.warmup:
+        raise ValueError(
+            f"train.iterations: got {config.iterations}, and method.warmup={method.warmup} of them fold the head away; set more than these"
+        )
     optimizers = {
         r: make_optimizer(list(p.values()), config.optimizer, config.lr_at(r, 0), config.betas, config.weight_decay)
         for r, p in roles.trained.items()
@@ -140,6 +144,8 @@ def distill(
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
+        if i == method.warmup:
+            optimizers["student"].state.clear()  # the gradients that folded a head away say nothing of the method's
         turns, steps = [], draw_count(method.counts, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part

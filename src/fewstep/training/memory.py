@@ -98,7 +98,7 @@ def training_bytes(
     paths = Paths(walks, times, data, walks[:0], times, "") if method.needs.paths else None
     one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2), optimizer="adamw")
     # One step costs what four do: those before the one with gradients hold less than it.
-    begun = replace(method, warmup=0, steps=1) if isinstance(method, Matching) else method
+    begun = replace(method, warmup=0, steps=1, head="keep", free_first=False) if isinstance(method, Matching) else method
     roles = make()  # a base that is rounded is there as it was only before
     parameters = [p for role in roles.trained.values() for p in role.values()]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]

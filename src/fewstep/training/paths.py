@@ -3,14 +3,13 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic import read_json, write_json, write_tensors
@@ -24,6 +23,8 @@ from .processes import this_process, together
 from .prompts import Embeddings
 
 RECORD = "trajectories.json"
+HEADER = "trajectories"  # in each shard's header: the same, so that it stands for itself
+PROCESS = ("prediction", "schedule")  # what records do not say that are from before shards had headers
 TRAJECTORIES = "trajectories"  # the folder of a run that holds them
 CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the curve and its plots
 
@@ -118,14 +119,13 @@ def teacher_paths(
     grid, places = refine(backbone.schedule, times, config.steps)
     record = {
         "teacher": identity, "shape": list(backbone.shape), "prompts": data.key, "guidance": guidance, "guidance_rescale": backbone.guidance_rescale, "count": config.count, "solver": config.solver,
-        "seed": config.seed, "times": times.tolist(), "grid": grid.tolist(), "chunk": chunk,
+        "seed": config.seed, "times": times.tolist(), "grid": grid.tolist(), "chunk": chunk, **process_of(backbone, grid),
     }  # fmt: skip
     if config.guidance_until:
         record["guidance_until"] = config.guidance_until
     if parallel != 1:
         record["guidance_parallel"] = parallel
-    if folder is not None:
-        _claim(folder, record)
+    known = Known(record) if folder is None else _claim(folder, record)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = data.take(of, data.key)
@@ -137,13 +137,14 @@ def teacher_paths(
     def shard_from(start: int) -> dict[str, Tensor]:
         part = slice(start, min(start + chunk, config.count))
         path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
-        shard = _read(path, part.stop - part.start)
+        shard = _read(path, part.stop - part.start, known)
         if shard is None:
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until, parallel)
             shard = _walked(backbone, teacher, range(part.start, part.stop), grid, places, config)
             shard["seconds"] /= processes
-            _write(path, shard)
+            if path is not None:
+                write_tensors(path, shard, {HEADER: known.header})
         return shard
 
     if processes > 1:
@@ -158,8 +159,7 @@ def teacher_paths(
         whole = torch.cat([whole, shard["whole"]]) if "whole" in shard else whole
         if processes == 1:
             yield min(start + chunk, config.count)
-    key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:24]
-    return Paths(torch.cat(shards), times, own, whole, grid, key, seconds)
+    return Paths(torch.cat(shards), times, own, whole, grid, known.key, seconds)
 
 
 def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = lambda done: None) -> Paths:
@@ -178,40 +178,101 @@ def _walked(backbone: Backbone, teacher: Denoise, samples: range, grid: Tensor, 
     x = noise_of(generators, backbone.shape).to(device_of(backbone.module)) * backbone.schedule.start_std
     states = walk(backbone, teacher, x, grid, config.solver)
     shard = {"states": torch.stack([states[i].x.float().cpu() for i in places.tolist()], 1)}
+    if not _finite(shard):
+        raise ValueError(
+            f"data.solver: {config.solver} led the teacher's trajectories {samples.start} to {samples.stop - 1} to numbers that are not finite; choose dpmpp, more data.steps or dtype=float32"
+        )
     if samples.start < CURVE_SAMPLES:
         shard["whole"] = torch.stack([s.x.float().cpu() for s in states], 1)
     shard["seconds"] = torch.tensor(time.perf_counter() - began)
     return shard
 
 
-def _claim(folder: Path, record: dict[str, object]) -> None:
-    """Write the record, or compare with the one that is there."""
-    path = folder / RECORD
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
-        return
-    there = read_json(path, f"delete {folder} and run the same command again")
+def _finite(shard: Mapping[str, Tensor]) -> bool:
+    """Whether its trajectories have an end: what is not a number stays none."""
+    return bool(shard["states"][:, -1].isfinite().all())
+
+
+def process_of(backbone: Backbone, times: Tensor) -> dict[str, list[float]]:
+    """How a network's answers are read, which its weights do not say: its row at alpha 0.6 and sigma 0.8, and the schedule's (alpha, sigma) at these times.
+
+    Rounded: machines differ in the last digit.
+    """
+    row, schedule = backbone.row(*torch.tensor([0.6, 0.8], dtype=torch.float64)), backbone.schedule
+    values = {"prediction": torch.stack(row), "schedule": torch.cat([schedule.alpha(times), schedule.sigma(times)])}
+    return {name: [round(v, 6) for v in value.tolist()] for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Known:
+    """The record of trajectories, and whether their folder is from before shards had it in their headers: then it speaks for those without."""
+
+    record: Mapping[str, Any]
+    old: bool = False
+
+    @property
+    def header(self) -> str:
+        """What a shard says of itself: all but how many there are."""
+        return json.dumps({k: v for k, v in self.record.items() if k != "count"}, sort_keys=True)
+
+    @property
+    def key(self) -> str:
+        """Names these trajectories, those of an old folder as ever."""
+        own = {k: v for k, v in self.record.items() if not (self.old and k in PROCESS)}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _claim(folder: Path, record: Mapping[str, Any]) -> Known:
+    """Compare with the record that is there; where there is none, with the shards, and write it."""
+    path, known = folder / RECORD, Known(record)
+    if path.exists():
+        there = read_json(path, f"delete {folder} and run the same command again")
+        old = not any(k in there for k in PROCESS)
+        _require_same(there, {k: v for k, v in record.items() if not (old and k in PROCESS)}, folder)
+        return Known(record, old)
+    for shard in folder.glob("*.safetensors"):  # before the record is there: it would speak for them
+        try:
+            with safe_open(shard, "pt") as file:
+                _require_own(shard, file.metadata(), known)
+        except SafetensorError:
+            continue  # cut off by a crash
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(record))
+    return known
+
+
+def _require_same(there: Mapping[str, Any], record: Mapping[str, Any], place: Path) -> None:
+    """Raises ValueError where a record is another's, or of other trajectories; how many there are does not count."""
     if there.get("teacher") != record["teacher"]:
         raise ValueError(
-            f"data.folder: the trajectories in {folder} are those of teacher {there.get('teacher')}, this is {record['teacher']}; choose another folder"
+            f"data.folder: the trajectories in {place} are those of teacher {there.get('teacher')}, this is {record['teacher']}; choose another folder"
         )
     if odd := [k for k in {**record, **there} if k != "count" and there.get(k) != json.loads(json.dumps(record.get(k)))]:
-        raise ValueError(f"data.folder: the trajectories in {folder} were made with another {odd[0]}; choose another folder, or delete it")
+        raise ValueError(f"data.folder: the trajectories in {place} were made with another {odd[0]}; choose another folder, or delete it")
 
 
-def _read(path: Path | None, count: int) -> dict[str, Tensor] | None:
-    """The first `count` of a shard, if it is there, whole and has as many."""
+def _require_own(path: Path, about: Mapping[str, str] | None, known: Known) -> None:
+    """Raises ValueError where a shard says that it is another's, or says nothing and its folder does not speak for it."""
+    said = (about or {}).get(HEADER)
+    if said is None and not known.old:
+        raise ValueError(
+            f"data.folder: {path} does not say whose trajectories it holds, and no {RECORD} speaks for it; choose another folder, or delete it"
+        )
+    if said is not None and said != known.header:
+        _require_same(json.loads(said), json.loads(known.header), path)
+
+
+def _read(path: Path | None, count: int, known: Known) -> dict[str, Tensor] | None:
+    """The first `count` of a shard, if it is there, whole and has as many. Raises ValueError where it is another's."""
     if path is None or not path.exists():
         return None
     try:
-        shard = load_file(path)
+        with safe_open(path, "pt") as file:
+            _require_own(path, file.metadata(), known)
+            shard = {name: file.get_tensor(name) for name in file.offset_keys()}
     except SafetensorError:
-        path.unlink()  # cut off by a crash; it is walked again
+        shard = {}
+    if not shard or not _finite(shard):
+        path.unlink()  # cut off by a crash, or from before what is not finite was refused; it is walked again
         return None
     return {k: v[:count] if v.ndim else v for k, v in shard.items()} if len(shard["states"]) >= count else None
-
-
-def _write(path: Path | None, shard: dict[str, Tensor]) -> None:
-    if path is not None:
-        write_tensors(path, shard)

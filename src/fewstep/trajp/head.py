@@ -7,9 +7,9 @@ arXiv 2411.06503); the span head answers with weights on these.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +58,18 @@ class Tokens(NamedTuple):
 class Head(nn.Module, ABC):
     """What the heads have in common: tokens, places on the curve, and how a corrected estimate becomes a way."""
 
+    by_step: ClassVar[bool] = False  # whether every step has weights of its own: then there are no more steps than the longest grid has
     centre: Tensor
 
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
         super().__init__()
         self.schedule, self.facts = schedule, facts
         self.register_buffer("centre", facts.centre.float())
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that it was made for."""
+        return tuple(len(g) - 1 for g in self.facts.grids)
 
     def forward(self, way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
         """The corrected way: the same state, another clean estimate. All [B, ...]; t, t_next [B]."""
@@ -118,6 +124,8 @@ class SpanHead(Head):
     It gives the same weights for data that are moved or rotated, of any size.
     """
 
+    by_step = True
+
     def __init__(self, schedule: Schedule, facts: Facts, width: int = 64) -> None:
         super().__init__(schedule, facts)
         self.each = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -142,6 +150,8 @@ class SpanHead(Head):
 
 class SharedHead(Head):
     """Weights on the tokens that are the same for every sample, a few numbers per step (the idea of PAS)."""
+
+    by_step = True
 
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
         super().__init__(schedule, facts)
@@ -201,3 +211,9 @@ def make_head(kind: str, schedule: Schedule, facts: Facts, seed: int = 0) -> Hea
 def kind_of(head: nn.Module) -> str:
     """Inverse of `make_head`."""
     return next(name for name, kind in KINDS.items() if isinstance(head, kind))
+
+
+def require_steps(kind: str, counts: Iterable[int], steps: int, option: str, cure: str) -> None:
+    """Raises ValueError with the `cure` where a head of this kind, made for these counts, has nothing to say on some of so many steps."""
+    if KINDS[kind].by_step and steps > (most := max(counts)):
+        raise ValueError(f"{option}: got {steps}, the student's {kind} head serves up to {most} steps; {cure}")

@@ -1,0 +1,118 @@
+"""Folding a head away: while the fake score warms up, the student learns to land without it where it landed with it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.core.solvers import sample
+from fewstep.methods.matching import Matching
+from fewstep.methods.method import Turn, student_of
+from fewstep.methods.paths import PathImitation, fold
+from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.training.loop import TrainConfig, distill
+from fewstep.training.prompts import embed
+from fewstep.trajp.head import facts_of, make_head
+
+from .. import tiny
+from .common import BATCH, conditions, seed
+from .test_paths import walked
+
+METHOD = Matching(steps=3, guidance=1.0, head="fold", warmup=2)
+
+
+def begun(move: float = 0.05) -> Roles:
+    """A student in general position that begins with a head in general position."""
+    backbone, paths = tiny.denoiser(), walked(PathImitation(steps=3))
+    head = make_head("span", tiny.TABLE, facts_of(tiny.TABLE, paths.whole, paths.grid, paths.states[:, -1], [METHOD.times(tiny.TABLE)]))
+    roles = make_roles(backbone, RolesConfig(rank=8), folding=head)
+    with torch.no_grad():
+        for p in (*roles.trained["student"].values(), *head.parameters()):
+            p.add_(move * torch.randn(p.shape, generator=seed(p.numel())))
+    roles.update_average(0.0)
+    return roles
+
+
+def ends(roles: Roles, head: bool) -> Tensor:
+    """Where the student ends from noise that it was not trained on."""
+    cond, _ = conditions(roles.backbone)
+    x = torch.randn((BATCH, *roles.backbone.shape), generator=seed(99))
+    with torch.no_grad():
+        denoise, times = student_of(METHOD, roles, cond), METHOD.times(tiny.TABLE)
+        *_, last = sample(denoise, tiny.TABLE, x, times, correct=roles.folding if head else None)
+    return last.x
+
+
+def turn(roles: Roles, iteration: int = 0) -> Turn:
+    return Turn(iteration, 9, BATCH, *conditions(roles.backbone), None, seed(iteration))
+
+
+def test_folded_away_a_head_is_hardly_missed() -> None:
+    """Without it the student ends much nearer to where it ended with it than where the head is simply left out."""
+    roles = begun()
+    before, dropped = ends(roles, head=True), ends(roles, head=False)
+    parameters = list(roles.trained["student"].values())
+    optimizer = torch.optim.Adam(parameters, 1e-2)
+    for i in range(100):
+        for loss in fold(METHOD, roles, turn(roles, i)):
+            for p, g in zip(parameters, torch.autograd.grad(loss.value, parameters, allow_unused=True), strict=True):
+                p.grad = g
+            optimizer.step()
+    missed = (dropped - before).norm()
+    assert missed > 0.1 * before.norm()
+    assert (ends(roles, head=False) - before).norm() < 0.45 * missed
+
+
+def test_it_is_folded_while_the_fake_score_warms_up_and_never_after() -> None:
+    """From the average, which is the student as it began; where both are the same, without the head's part nothing is left to learn."""
+    roles = begun()
+    for iteration, expected in ((0, ["fake", *["student"] * 3]), (1, ["fake", *["student"] * 3]), (2, ["fake", "student"])):
+        found = list(METHOD.losses(roles, turn(roles, iteration)))
+        assert [loss.role for loss in found] == expected
+        assert ("fold_loss" in found[-1].metrics) == (iteration < 2)
+    assert not any(name.startswith("head") for name in roles.trained["student"])
+    values = [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))]
+    assert values[0] > 1e-3
+    with torch.no_grad():
+        for p in roles.trained["student"].values():
+            p.mul_(1.5)
+    assert [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))] != values  # the student has moved
+    roles.update_average(0.0)
+    with torch.no_grad():
+        for p in roles.folding.parameters() if roles.folding is not None else ():
+            p.zero_()
+    assert all(float(loss.value.detach()) == 0 for loss in fold(METHOD, roles, turn(roles)))
+
+
+def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
+    """Adam's first update is its rate in every weight; with moments of other gradients it would be anything."""
+    roles, lr = begun(), 1e-3
+    data = embed(roles.backbone, tiny.WORDS, None, "tiny")
+    config = TrainConfig(4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)
+    states: list[list[Tensor]] = []
+    for _ in distill(roles, METHOD, data, config):
+        states.append([p.detach().clone() for p in roles.trained["student"].values()])
+    moved = torch.cat([(b - a).flatten() for a, b in zip(states[1], states[2], strict=True)]).abs()
+    assert float(moved.median()) == pytest.approx(lr, rel=0.02)
+    assert float(moved.max()) < 1.05 * lr
+    folded = torch.cat([(b - a).flatten() for a, b in zip(states[0], states[1], strict=True)]).abs()
+    assert float(folded.max()) > 1.5 * lr  # several updates of that iteration
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"warmup": 0}, "method.head: got fold with method.warmup=0"),
+    ({"solver": "renoise"}, "method.head: got fold with method.solver=renoise"),
+    ({"head": "span"}, "method.head: got 'span', allowed are keep, fold, none"),
+])  # fmt: skip
+def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        replace(METHOD, **settings)
+
+
+def test_a_training_that_ends_before_its_warm_up_folds_nothing() -> None:
+    roles = begun()
+    data = embed(roles.backbone, tiny.WORDS, None, "tiny")
+    with pytest.raises(ValueError, match=r"train\.iterations: got 2, and method\.warmup=2 of them fold the head away; set more than these"):
+        next(distill(roles, METHOD, data, TrainConfig(2, batch=4, lr=1e-3, fake_lr=1e-3)))
