@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 from torch import Tensor, nn
 
 from fewstep.api import load_teacher, sample, start_from
@@ -35,11 +34,10 @@ from fewstep.training.loop import Step, distill
 from fewstep.training.pictures import encode_pictures
 from fewstep.training.pool import teacher_pictures
 from fewstep.training.prompts import embed, read_prompts
-from origin import commit, hardware
+from origin import CLOCK, commit, hardware
 from tdm_variants import BASE, VARIANTS, Draw, Relation, Settings, Variant, recipe_value
 
 NOISE = 0.15  # of FD, between draws and trainings of one student; with several seeds two standard errors, where that is more
-CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time  # processors are shared with others
 RIVALS = ("dmd2", "dmd2-5", "dmd2-gan", "sid", "lcm", "lcm-full", "progressive")
 
 

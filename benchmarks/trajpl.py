@@ -11,13 +11,12 @@ to as many of the test set from Debian's dataset-fashion-mnist: in the features 
 (32 components of each); `two` and `two-matched` are students of two steps alone. `emoji`: the bundled text-to-image
 teacher with guidance 4.5, which students have distilled in and solvers alone go without; FD-efflite0 of 256 names to all real emoji.
 
-Runs that `benchmarks/trajpl.json` holds, made with the same settings, are not run again.
+Seconds are of training, on a CPU those of the processor. Runs that `benchmarks/trajpl.json` holds, made with the same settings, are not run again.
 """
 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -37,7 +36,7 @@ from fewstep.roles.roles import RolesConfig
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths, teacher_paths, to_end
 from fewstep.training.prompts import Embeddings, embed
-from origin import commit, hardware
+from origin import CLOCK, commit, hardware
 from trajpl_teachers import Part, make_part
 
 COUNTS = (1, 2, 3, 4, 5, 6)
@@ -137,7 +136,7 @@ def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], P
         return about | {"measured": measured, "seconds": 0.0, "trained": 0, "share": 0.0}
     paths = walks()
     roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
-    began = time.perf_counter()
+    began = CLOCK()
     stages: list[tuple[Method, TrainConfig]] = [(method, training_of(student, part))]
     if student.matching:
         stages.append((Matching(**{"guidance": part.guidance, **student.matching}), MATCHING))
@@ -149,8 +148,8 @@ def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], P
             roles.start_from(state)
         for step in distill(roles, stage, data, replace(config, seed=seed), paths=paths):
             if step.iteration % 100 == 0:
-                print(f"{name} {key}-{seed} {step.iteration}/{config.iterations} {time.perf_counter() - began:.0f} s", flush=True)
-    seconds = time.perf_counter() - began
+                print(f"{name} {key}-{seed} {step.iteration}/{config.iterations} {CLOCK() - began:.0f} s", flush=True)
+    seconds = CLOCK() - began
     with roles.averaged(), torch.no_grad():
         measured = part.measure(lambda count, cond: student_of(method, roles, cond, count), method, roles.head)
     trained = sum(p.numel() for p in roles.trained["student"].values())
