@@ -37,7 +37,7 @@ def trajpl(recipe: Path) -> Path:
 
 @pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"share": False}, marks=pytest.mark.slow)])
 def test_a_student_with_a_head_is_the_same_everywhere(
-    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path
+    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture."""
     options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
@@ -45,6 +45,10 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         options += ["--set", "method.free_first=true", "--set", "method.solver=ipndm"]
     assert command(monkeypatch, "distill", trajpl, *options) == 0
     final = Path("runs/tiny/final")
+    calls = "3 in 4 steps, 1 in 2 steps (the first step is free)" if how.get("rank") == 0 else "4 in 4 steps, 2 in 2 steps"
+    said = capsys.readouterr().out
+    assert f"calls    {calls}; the teacher takes 6 in 3" in said
+    assert "trajectories: 40 of 16 network calls of the teacher, 640 in all; those in runs/tiny/trajectories are not" in said
     page = Path("runs/tiny/report.html").read_text()
     assert "Straying from the teacher" in page
     assert "The shape that trajectories share" in page

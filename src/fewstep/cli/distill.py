@@ -17,12 +17,12 @@ from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, 
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
 from ..export.card import read_card
-from ..roles.quantised import quantise
+from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, require, state_bytes
-from ..training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end
+from ..training.paths import TRAJECTORIES, Paths, PathsConfig, path_evaluations, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
@@ -212,6 +212,10 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
     config, method = PathsConfig(data.count, data.steps, data.solver, data_seed(recipe, data), data.guidance_until), recipe.method
     folder = folder if data.folder is None else Path(data.folder)
     times = path_times(method, teacher)
+    each = path_evaluations(teacher, prompts.cond, config, times, method.guidance)
+    console.print(
+        f"trajectories: {config.count:,} of {each} network calls of the teacher, {config.count * each:,} in all; those in {folder} are not walked again"
+    )
     with meter("trajectories", config.count) as bar:
         walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, parallel=method.guidance_parallel)
         return to_end(walking, lambda done: bar.advance(done, {}))
@@ -271,15 +275,17 @@ def print_dry_run(recipe: DistillRecipe) -> None:
 
 
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
-    """Trainable parameters and bytes per role, counted by storage."""
+    """What each role trains, of how many weights, and bytes, counted by storage."""
     held = {id(t): t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())}
     for p in (p for r in roles.trained.values() for p in r.values() if roles.config.share):
         held.pop(id(p), None)
     how = "three networks" if not roles.config.share else f"one shared network, {roles.config.base or 'as it is'}"
     console.print(f"network weights in memory: {storage_bytes(*held.values()) / 2**20:.1f} MiB ({how})")
+    weights = weight_count(roles.networks["teacher"])
     for role, parameters in roles.trained.items():
         count, size = sum(p.numel() for p in parameters.values()), storage_bytes(*parameters.values())
         state = state_bytes(parameters.values(), optimizer)
         console.print(
-            f"  {role}: {count / 1e6:.2f}M trainable in {len(parameters)} tensors, {size / 2**20:.1f} MiB, {optimizer} state {state / 2**20:.1f} MiB"
+            f"  {role}: trains {count / 1e6:.2f} M of {weights / 1e6:.1f} M weights, {100 * count / weights:.1f} %, in {len(parameters)} tensors, "
+            f"{size / 2**20:.1f} MiB, {optimizer} state {state / 2**20:.1f} MiB"
         )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import __version__
 from ..atomic import write_json
-from ..backbones.base import guided
+from ..backbones.base import calls, guided
 from ..backbones.generate import device_of
 from ..backbones.load import bundled, source_of
-from ..core.solvers import DDIM, sample, solver_named
-from ..export.card import StudentCard
+from ..core.solvers import DDIM, evaluations, sample, solver_named
+from ..export.card import StudentCard, counted
 from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
@@ -51,7 +51,9 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
         save_pictures(run / PICTURES, preview.compare(roles, method))
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
     report = render_run(run)
-    print_ending(run, report, result, seconds)
+    most = recipe.preview.teacher_steps
+    teacher = evaluations(most, calls(preview.null, method.guidance))
+    print_ending(run, report, result, seconds, f"{counted(card)}; the teacher takes {teacher} in {most}")
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
@@ -101,9 +103,9 @@ def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) ->
     return strays(teacher.schedule, goals, paths.times, walks)
 
 
-def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float) -> None:
-    """Where things are, the three numbers that matter, and the next command."""
-    console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}")
+def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float, cost: str) -> None:
+    """Where things are, the network calls of a picture (`cost`), the three numbers that matter, and the next command."""
+    console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}\ncalls    {cost}")
     if result is not None:
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..api import LoadedStudent, backbone_of, load_student, sample
 from ..atomic import write_json
-from ..backbones.base import Backbone
+from ..backbones.base import Backbone, calls
 from ..backbones.load import quiet
-from ..export.card import evaluations
+from ..core.solvers import evaluations
+from ..export.card import card_evaluations
 from ..training.loop import Step, default_device
 from .progress import console, meter
 from .sample import student_folder
+
+if TYPE_CHECKING:
+    from ..evaluation.protocols import Row
 
 TEACHER_STEPS = 50
 
@@ -32,24 +36,38 @@ def run_evaluate(source: str, protocol: str, out: Path | None) -> None:
 
 
 def evaluate_student(folder: Path, protocol: str, cache: Path) -> dict[str, Any]:
-    """Rows teacher@50 guided, teacher@K guided, teacher@K unguided, student@K for every K served; also `folder/eval.json`."""
-    from ..evaluation.protocols import Row, evaluate, protocol_named  # seconds to import, and not every run evaluates
+    """The `rows_of` a student under a named protocol; also `folder/eval.json`."""
+    from ..evaluation.protocols import evaluate, protocol_named  # seconds to import, and not every run evaluates
 
     rules = protocol_named(protocol)
     student = load_student(folder, device=default_device())
-    teacher, scale = backbone_of(student), student.card.teacher_guidance
-    rows = [Row("teacher", TEACHER_STEPS, scale, 2 * TEACHER_STEPS, _sampler(teacher, TEACHER_STEPS, scale))]
-    for k in student.card.steps:
-        rows += [
-            Row("teacher", k, scale, 2 * k, _sampler(teacher, k, scale)),
-            Row("teacher", k, 1.0, k, _sampler(teacher, k, 1.0)),
-            Row("student", k, 1.0, evaluations(student.card, k), _sampler(student, k, 1.0)),
-        ]
+    rows = rows_of(student)
     with meter("evaluating", rules.total(len(rows))) as bar:
         measured = evaluate(rows, rules, cache, progress=lambda done: bar.advance(done, {}))
     result = {**measured, "guidance_rescale": student.card.guidance_rescale}
     write_json(folder / "eval.json", result)
     return result
+
+
+def rows_of(student: LoadedStudent) -> "list[Row]":
+    """Teacher@50, then for every K served teacher@K guided, teacher@K unguided and student@K.
+
+    Of a teacher that was not guided, or has nothing to be guided by, the two are one.
+    """
+    from ..evaluation.protocols import Row
+
+    teacher, card = backbone_of(student), student.card
+    null = teacher.encode([""])
+    best = card.teacher_guidance if null else 1.0
+
+    def of_teacher(steps: int, scale: float) -> Row:
+        return Row("teacher", steps, scale, evaluations(steps, calls(null, scale)), _sampler(teacher, steps, scale))
+
+    rows = [of_teacher(TEACHER_STEPS, best)]
+    for k in card.steps:
+        rows += [of_teacher(k, scale) for scale in dict.fromkeys((best, 1.0))]
+        rows.append(Row("student", k, 1.0, card_evaluations(card, k), _sampler(student, k, 1.0)))
+    return rows
 
 
 def check_protocols(*names: str | None) -> None:
@@ -66,7 +84,7 @@ def measure_step(step: Step, protocol: str) -> dict[str, Any]:
     from ..evaluation.protocols import Row, evaluate, protocol_named
 
     count = step.method.counts[0]
-    nfe = count - step.method.free_first
+    nfe = evaluations(count, free=step.method.free_first)
     row = evaluate([Row("student", count, 1.0, nfe, _sampler(step, count, 1.0))], protocol_named(protocol))["rows"][0]
     return {k: row[k] for k in ("fd_real", "retrieval_top1", "retrieval_top5", "diversity")}
 

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 
 from ..api import LoadedStudent, load_student, load_teacher, sample
-from ..backbones.base import Backbone
+from ..backbones.base import Backbone, calls
 from ..backbones.load import quiet
-from ..export.card import FILE
+from ..core.solvers import evaluations
+from ..export.card import FILE, card_evaluations
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
+from ..report.words import plural
 from ..training.loop import default_device
 from .progress import console
 
@@ -91,7 +93,10 @@ def _timed(
 ) -> torch.Tensor:
     began = time.perf_counter()
     result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
-    console.print(
-        f"{'student' if isinstance(model, LoadedStudent) else 'teacher'}: {steps} steps, {(time.perf_counter() - began) / len(prompts):.3f} s a picture"
-    )
+    seconds = (time.perf_counter() - began) / len(prompts)
+    if isinstance(model, LoadedStudent):
+        who, cost = "student", card_evaluations(model.card, steps)
+    else:
+        who, cost = "teacher", evaluations(steps, calls(model.encode([""]), guidance))
+    console.print(f"{who}: {plural(steps, 'step')}, {plural(cost, 'network call')} and {seconds:.3f} s a picture")
     return result

@@ -147,6 +147,11 @@ def sample(
         yield State(t, x, visit.here.x0 if correct is None else visit.way.x0)
 
 
+def evaluations(steps: int, calls: int = 1, free: bool = False) -> int:
+    """Network evaluations of one sample in so many of `sample`'s steps: `calls` each, none in a first step that is `free` (see `free_first`)."""
+    return calls * (steps - free)
+
+
 def free_first(denoise: Denoise, schedule: Schedule) -> Denoise:
     """`denoise` that says `eps = x / sqrt(alpha^2 + sigma^2)` at pure noise without asking the network (AFS, Dockhorn et al., arXiv 2210.05475)."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .table import Row
-from .words import duration, finite, times
+from .words import duration, finite, plural, times
 
 
 @dataclass(frozen=True)
@@ -74,4 +74,4 @@ def _training(cost: Cost | None) -> Headline | None:
 
 
 def _evaluations(row: Row) -> str:
-    return f"{row['nfe']:g} network evaluation{'s' if row['nfe'] != 1 else ''}"
+    return plural(row["nfe"], "network evaluation")
