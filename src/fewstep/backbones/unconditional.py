@@ -86,4 +86,10 @@ def pixel_unet(
 def save_pixel_model(folder: Path, net: UNet2DModel, scheduler: DDIMScheduler, labels: Sequence[str]) -> None:
     """The model as an ordinary pipeline folder in half precision, class names beside."""
     DDPMPipeline(unet=copy.deepcopy(net).eval().half(), scheduler=scheduler).save_pretrained(folder)
-    (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")
+    save_labels(folder, labels)
+
+
+def save_labels(folder: Path, labels: Sequence[str]) -> None:
+    """Class names beside a pipeline's parts, where there are any."""
+    if labels:
+        (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")

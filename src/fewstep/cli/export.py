@@ -17,6 +17,7 @@ from ..backbones.files import load_lora
 from ..backbones.generate import device_of
 from ..backbones.load import pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
+from ..backbones.unconditional import PixelModel, save_labels
 from ..core import timegrid
 from ..export.card import StudentCard
 from ..export.final import write_final
@@ -151,16 +152,19 @@ def write_merged(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
 
 
 def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
-    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
+    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it, or fewstep where diffusers knows no classes."""
     if card.head:
         raise ValueError("--format: this student's head corrects its steps, which no stock pipeline does; choose student or merged")
     _require_told(loaded, card)
     write_merged(loaded, card, out)
-    pipe = pipeline_of(loaded.student.backbone)
+    pipe, count, prompts = pipeline_of(loaded.student.backbone), card.steps[0], prompts_for(loaded)
     with_network(pipe, merged(loaded, card), load_scheduler(out / "scheduler"), type(pipe)).save_pretrained(out)
-    return drawn(
-        pipeline_of(load_teacher(out, device=device_of(loaded.student.network))), PROMPTS, card.steps[0], times=own_times(loaded, card)
-    )
+    classes = loaded.student.backbone.labels if isinstance(loaded.student.backbone, PixelModel) else ()
+    save_labels(out, classes)
+    again = load_teacher(out, device=device_of(loaded.student.network))
+    if classes:
+        return sample(again, prompts, steps=count, solver=card.solver[str(count)])
+    return drawn(pipeline_of(again), prompts, count, times=own_times(loaded, card))
 
 
 FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path], Tensor]] = {
