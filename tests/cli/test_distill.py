@@ -90,6 +90,7 @@ def test_a_run_leaves_everything_it_promises(
     share = f"trains {own / 1e6:.2f} M of {whole / 1e6:.1f} M weights, {100 * own / whole:.1f} %, in "
     assert f"student: {share}" in said and f"fake: {share}" in said
     assert "calls    4 in 4 steps; the teacher takes 6 in 3" in said
+    assert "try      fewstep sample runs/tiny -p 'red cat' --compare" in said
     assert "| network calls a picture | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {
@@ -136,7 +137,10 @@ def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pyte
         assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 130
     assert "stopped after iteration 3" in capsys.readouterr().out
     assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 0
-    assert "resuming stopped at iteration 3 of 5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming stopped at iteration 3 of 5" in said
+    assert "try      fewstep sample stopped -p 'red cat' --compare" in said
+    assert "fewstep evaluate stopped<" in Path("stopped/report.html").read_text()
     straight, resumed = weights(Path("straight")), weights(Path("stopped"))
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
     losses = [

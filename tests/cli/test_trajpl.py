@@ -136,6 +136,8 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     )
     assert command(monkeypatch, "distill", "both.yaml", "--dry-run") == 0
     assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12") == 0
+    for run in ("runs/tiny/first", "runs/tiny"):  # each stage's page leads to its own student
+        assert f"fewstep sample {run} -p " in (Path(run) / "report.html").read_text()
     cards = [json.loads((Path("runs/tiny") / p / "fewstep.json").read_text()) for p in ("first/final", "final")]
     assert [c["method"] for c in cards] == ["trajp-l", "trajp-l-tdm-unify"]
     assert cards[1]["train_seconds"] > cards[0]["train_seconds"]

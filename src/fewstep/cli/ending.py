@@ -17,7 +17,7 @@ from ..export.card import StudentCard, counted
 from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
-from ..report.run import PICTURES, SHAPE, render_run
+from ..report.run import PICTURES, SHAPE, next_commands, render_run
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
 from ..training.paths import Paths
@@ -53,7 +53,8 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     report = render_run(run)
     most = recipe.preview.teacher_steps
     teacher = evaluations(most, calls(preview.null, method.guidance))
-    print_ending(run, report, result, seconds, f"{counted(card)}; the teacher takes {teacher} in {most}")
+    cost = f"{counted(card)}; the teacher takes {teacher} in {most}"
+    print_ending(run, report, result, seconds, cost, next_commands(run, preview.prompts))
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
@@ -103,8 +104,10 @@ def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) ->
     return strays(teacher.schedule, goals, paths.times, walks)
 
 
-def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float, cost: str) -> None:
-    """Where things are, the network calls of a picture (`cost`), the three numbers that matter, and the next command."""
+def print_ending(
+    run: Path, report: Path, result: dict[str, Any] | None, seconds: float, cost: str, commands: list[tuple[str, str]]
+) -> None:
+    """Where things are, the network calls of a picture (`cost`), the three numbers that matter, the first and the last of what one does next."""
     console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}\ncalls    {cost}")
     if result is not None:
         rows = result["rows"]
@@ -114,6 +117,4 @@ def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds
         )
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
-    console.print(
-        f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"
-    )
+    console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}", markup=False)
