@@ -1,5 +1,6 @@
 """Students of pixel teachers from the command line, with classes and without."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fewstep.backbones.load import load_teacher
 from fewstep.backbones.unconditional import PixelModel, save_pixel_model
 
 from .. import tiny
+from .test_distill import error_of
 from .test_distill import fewstep as command
 
 CLASSES = ("cat", "sea lion")
@@ -59,3 +61,35 @@ def test_a_pipeline_folder_is_the_student(headless: tuple[Path, tuple[str, ...]]
         seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
         drawn = pipe(batch_size=2, num_inference_steps=2, generator=seeds, output_type="pt").images
         assert (drawn - wanted).abs().max() <= 1e-4
+
+
+def test_what_may_be_asked_of_it(
+    headless: tuple[Path, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The student and its teacher take a class's name, or nothing where there are no classes; the empty prompt is that of no class."""
+    (run, labels), out = headless, tmp_path / "x.png"
+    for source in (run, run.parent / "pixels"):
+        assert command(monkeypatch, "sample", source, "-p", "", "--steps", 2, "-o", out) == 0
+        if labels:
+            assert command(monkeypatch, "sample", source, "-p", "sea lion", "-p", "cat", "--steps", 2, "-o", out) == 0
+            wrong = [
+                ((), "--prompt: got none, pixels draws cat, sea lion; say which, e.g. -p cat"),
+                (("-p", "dog"), "its classes are cat, sea lion"),
+            ]
+        else:
+            assert command(monkeypatch, "sample", source, "--steps", 2, "-n", 3, "-o", out) == 0
+            wrong = [(("-p", "dog"), "--prompt: got 'dog', pixels takes no prompt; leave it out")]
+        for how, said in wrong:
+            capsys.readouterr()
+            assert command(monkeypatch, "sample", source, *how, "--steps", 2, "-o", out) == 2
+            assert said in error_of(capsys)
+
+
+def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = headless
+    snippet = re.search(r"```python\n(.*?)```", (run / "final" / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    monkeypatch.chdir(run)
+    names: dict[str, torch.Tensor] = {}
+    exec(snippet[1], names)
+    assert torch.equal(names["pictures"], fewstep.sample(fewstep.load_student("final"), [""]))

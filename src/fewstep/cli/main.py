@@ -69,7 +69,12 @@ def sample(
         str,
         typer.Argument(help="A student folder (a run or its final/), or a teacher: bundled, a diffusers folder, a hub id, a checkpoint."),
     ],
-    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw. May be repeated.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", "--prompt", help="What to draw, for a model of classes one of them. May be repeated; not for models that take none."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Guidance rescale of a teacher, 0 to 1.")] = None,
@@ -83,7 +88,7 @@ def sample(
     """Draw pictures with a student or a teacher."""
     from .sample import run_sample
 
-    run_sample(student, prompt, steps, guidance, guidance_rescale, seed, count, compare, base, solver, out)
+    run_sample(student, prompt or [], steps, guidance, guidance_rescale, seed, count, compare, base, solver, out)
 
 
 @app.command()
