@@ -136,6 +136,10 @@ def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pyte
         patch.setattr(loop, "_update", interrupt)
         assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 130
     assert "stopped after iteration 3" in capsys.readouterr().out
+    assert fewstep(monkeypatch, "report", "stopped") == 0
+    assert capsys.readouterr().out.strip() == str(Path("stopped/report.html").resolve())
+    page = Path("stopped/report.html").read_text()
+    assert "Losses" in page and f"fewstep distill {recipe} --out stopped" in page
     assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 0
     said = capsys.readouterr().out
     assert "resuming stopped at iteration 3 of 5" in said

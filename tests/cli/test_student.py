@@ -209,6 +209,9 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
         (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "guidance_rescale: got 2"),
         (["sample", "nothing", "-p", "x"], "teacher: got 'nothing'"),
         (["inspect", "nothing"], "inspect: there is no nothing"),
+        (["report", "nothing"], "run nothing: there is no such folder, allowed are folders that `fewstep distill RECIPE` made"),
+        (["report", "runs"], "run runs: there is no run.json, allowed are folders that `fewstep distill RECIPE` made"),
+        (["report", "runs/tiny/final"], "run runs/tiny/final: there is no run.json"),
         (["sample", "runs/tiny", "-p", "x", "--solver", "euler"], "solver: got 'euler', allowed are ddim, dpmpp"),
         (["evaluate", "runs"], "runs is no student folder"),
     ],
@@ -231,6 +234,18 @@ def test_a_truncated_student_is_one_line(final: Path, monkeypatch: pytest.Monkey
     assert "missing or damaged" in error_of(capsys)
     assert command(monkeypatch, "inspect", file) == 2
     assert "missing or damaged" in error_of(capsys)
+
+
+def test_a_report_is_written_again(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From wherever the run lies now."""
+    run = shutil.move(final.parent, "elsewhere")
+    page = Path(run) / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert command(monkeypatch, "report", run) == 0
+    assert page.read_text() == before.replace("runs/tiny", "elsewhere").replace("<title>tiny", "<title>elsewhere").replace(
+        "<h1>tiny", "<h1>elsewhere"
+    )
 
 
 def test_inspect_and_doctor(final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,14 @@ def inspect(file: Annotated[str, typer.Argument(help="A student or teacher folde
 
 
 @app.command()
+def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished, stopped or still training.")]) -> None:
+    """Write a run's report.html again, from what its folder holds by now."""
+    from .report import run_report
+
+    run_report(run)
+
+
+@app.command()
 def doctor() -> None:
     """Print versions, devices, and what is missing with the command that installs it."""
     from .doctor import run_doctor

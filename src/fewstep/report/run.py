@@ -23,7 +23,8 @@ def render_run(run: Path) -> Path:
     samples/*.png and pictures.safetensors. Raises ValueError where the folder is no run or a file is damaged.
     """
     if not (run / "run.json").exists():
-        raise ValueError(f"run {run}: there is no run.json, allowed are folders that `fewstep distill RECIPE` made; run that first")
+        lacks = "run.json" if run.is_dir() else "such folder"
+        raise ValueError(f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first")
     return write_report(run / "report.html", read_run(run))
 
 
