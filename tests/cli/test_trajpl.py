@@ -14,6 +14,7 @@ import fewstep
 from fewstep.cli.distill import data_seed, spent_before
 from fewstep.cli.recipe import DistillRecipe, read_recipe
 from fewstep.export.card import read_card
+from fewstep.training import loop
 from fewstep.training.paths import Paths
 from fewstep.training.prompts import Embeddings
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
@@ -51,6 +52,9 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     assert "trajectories: 40 of 16 network calls of the teacher, 640 in all; those in runs/tiny/trajectories are not" in said
     page = Path("runs/tiny/report.html").read_text()
     assert "Straying from the teacher" in page
+    assert "Trajectories in three dimensions" in page and "How few directions the bend takes" in page
+    shape = json.loads(Path("runs/tiny/trajectories.json").read_text())
+    assert f"curve of the trajectories: R² {', '.join(f'{r:.4f}' for r in shape['r2'])}; 1, 2, 3 directions explain " in said
     assert "The shape that trajectories share" in page
     card = json.loads((final / "fewstep.json").read_text())
     assert card["head"] == "span"
@@ -90,6 +94,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.Mon
         straight, parts = (load_file(Path(run) / "final" / name) for run in ("runs/tiny", "runs/parts"))  # headers have no fixed order
         assert straight.keys() == parts.keys()
         assert all(torch.equal(straight[k], parts[k]) for k in straight)
+
+
+def test_a_run_that_was_stopped_shows_what_it_learns_from(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_update", stop)
+    assert command(monkeypatch, "distill", trajpl) == 130
+    assert command(monkeypatch, "report", "runs/tiny") == 0
+    page = Path("runs/tiny/report.html").read_text()
+    assert "Trajectories in three dimensions" in page
+    assert "Straying from the teacher" not in page  # there is no student yet
 
 
 def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, 
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
 from ..export.card import read_card
+from ..report.run import SHAPE
 from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
@@ -28,7 +29,7 @@ from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
-from .ending import finish, write_shape
+from .ending import errors_along, finish, shape_seen
 from .evaluate import check_protocols, measure_step
 from .metrics_log import MetricsLog
 from .plan import plans_of, show
@@ -127,6 +128,9 @@ def distil(
         teacher.module.cpu()  # whence it and its copies come back in parts
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles, recipe.train.optimizer)
+    shape = {} if paths is None or not first else shape_seen(roles, paths)
+    if shape:
+        write_json(run / SHAPE, shape)  # without the student's errors yet: a run that is stopped has a report too
     if sharded(recipe):
         roles.shard(mesh_of_all(), default_device())
     found = latest_checkpoint(run)
@@ -152,7 +156,7 @@ def distil(
         restore(roles, run)
         preview = Preview(recipe, teacher, shown, run)
     if paths is not None:
-        write_shape(run, recipe.method, roles, paths)
+        write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
     finish(recipe, roles, preview, run, base_hash, log.seconds)
 

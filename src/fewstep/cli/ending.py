@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..atomic import write_json
 from ..backbones.base import calls, guided
 from ..backbones.generate import device_of
 from ..backbones.load import bundled, source_of
@@ -17,7 +16,7 @@ from ..export.card import StudentCard, counted
 from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
-from ..report.run import PICTURES, SHAPE, next_commands, render_run
+from ..report.run import PICTURES, next_commands, render_run
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
 from ..training.paths import Paths
@@ -78,11 +77,13 @@ def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) 
         write_final(folder, roles.backbone, card, network, None, {}, vectors, roles.head)
 
 
-def write_shape(run: Path, method: Method, roles: Roles, paths: Paths) -> None:
-    """What the report shows of the teacher's trajectories, and of how the student strays from them."""
+def shape_seen(roles: Roles, paths: Paths) -> dict[str, Any]:
+    """What a report shows of the teacher's trajectories; says how well the curve fits them, the head's own where there is one."""
     curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
     shape = shape_of(roles.backbone.schedule, paths.whole, paths.grid, curve)
-    write_json(run / SHAPE, shape | {"errors": errors_along(method, roles, paths)})
+    fits, bends = (", ".join(f"{x:.4f}" for x in shape["r2"]), ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]))
+    console.print(f"curve of the trajectories: R² {fits}; 1, 2, 3 directions explain {bends} % of what is beside the straight line")
+    return shape
 
 
 def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) -> dict[str, Any]:
