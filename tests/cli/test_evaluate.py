@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.api import LoadedStudent
-from fewstep.cli.evaluate import rows_of
+from fewstep.cli.evaluate import measuring, rows_of
 from fewstep.evaluation import protocols
 from fewstep.evaluation.plan import EmojiProtocol
 from fewstep.roles.student import Student
@@ -76,3 +76,13 @@ def test_an_unknown_protocol_is_found_before_the_training(
     assert command(monkeypatch, "distill", recipe, "--set", f"{option}=nothing") == 2
     assert "protocol: got 'nothing'; choose one of emoji-quick" in error_of(capsys)
     assert not Path("runs").exists()
+
+
+def test_a_teacher_is_measured_by_the_protocols_of_its_kind() -> None:
+    asked = tiny.stable_diffusion()
+    assert measuring(asked, None, None)[0].name == "emoji-full"
+    assert measuring(tiny.pixels(), None, None)[0].name == "pictures"
+    with pytest.raises(ValueError, match=r"^--protocol: got pictures, tiny is no pixel model; choose one of emoji-quick, "):
+        measuring(asked, "pictures", None)
+    with pytest.raises(ValueError, match=r"^data\.real: got x, protocol emoji-quick has real pictures of its own; leave it out$"):
+        measuring(asked, "emoji-quick", "x", "evaluate")

@@ -30,7 +30,7 @@ from ..training.processes import any_of, is_first, mesh_of_all, this_process, to
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from .ending import errors_along, finish, shape_seen
-from .evaluate import check_protocols, measure_step
+from .evaluate import check_measures, measure_step
 from .metrics_log import MetricsLog
 from .plan import plans_of, show
 from .preview import Preview
@@ -46,7 +46,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe)
     recipe = recipe.model_copy(update={"teacher": FUSED.join([recipe.teacher, *styles])})
-    check_protocols(recipe.evaluate, recipe.preview.measure)
+    check_measures(recipe)
     run = out or Path("runs") / recipe.name
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
@@ -57,6 +57,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     for stage in stages:
         require(stage.train.optimizer)
     teacher, base_hash = teacher_of(recipe)
+    check_measures(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
     console.quiet = not is_first()
     for stage in stages[:-1]:
@@ -90,7 +91,8 @@ def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float
     walked = 0.0 if paths is None else paths.seconds
     if recipe.first is None:
         return walked
-    shared = recipe.first.data is not None and recipe.first.data == recipe.data
+    first, own = recipe.first.data, recipe.data
+    shared = first is not None and own is not None and first.model_copy(update={"real": own.real}) == own
     return read_card(run / FIRST / "final").train_seconds + (0.0 if shared else walked)
 
 
@@ -259,7 +261,7 @@ EMBEDDINGS = "embeddings"  # that with what was encoded
 def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:
     """A point of the quality curves, where the recipe asks for them."""
     if recipe.preview.measure is not None:
-        log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure)})
+        log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure, recipe.real)})
 
 
 def print_dry_run(recipe: DistillRecipe) -> None:

@@ -1,5 +1,6 @@
 """What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
+from ..report.words import plural
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
 from ..training.paths import Paths
@@ -48,7 +50,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     with roles.averaged():
         write_student(run / "final", card, roles, grids[default][:-1])
         save_pictures(run / PICTURES, preview.compare(roles, method))
-    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
+    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real) if recipe.evaluate else None
     report = render_run(run)
     most = recipe.preview.teacher_steps
     teacher = evaluations(most, calls(preview.null, method.guidance))
@@ -113,9 +115,15 @@ def print_ending(
     if result is not None:
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
-        console.print(
-            f"quality  FD to real {student['fd_real']:.1f} in {student['nfe']} network calls, teacher {best['fd_real']:.1f} in {best['nfe']}"
-        )
+        console.print(f"quality  {quality_of(student, best)}")
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}", markup=False)
+
+
+def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json."""
+    cost = plural(student["nfe"], "network call")
+    if student["fd_real"] is None:
+        return f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}, {student['n']} pictures"
+    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}"

@@ -94,7 +94,19 @@ def sample(
 @app.command()
 def evaluate(
     student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
-    protocol: Annotated[str, typer.Option(help="Which protocol: how many prompts and seeds, which reference.")] = "emoji-full",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Which protocol: how many prompts and seeds, which reference; emoji-full, or pictures for pixel models, by default."
+        ),
+    ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Real pictures that a pixel model is measured against too: a folder or an npz; the recipe's data.real by default.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="JSON file to write; eval.json in the student's folder by default.")
     ] = None,
@@ -102,7 +114,7 @@ def evaluate(
     """Measure a student beside its teacher and write eval.json."""
     from .evaluate import run_evaluate
 
-    run_evaluate(student, protocol, out)
+    run_evaluate(student, protocol, real, out)
 
 
 @app.command()

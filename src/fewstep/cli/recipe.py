@@ -76,7 +76,8 @@ class DataConfig(Strict):
 
     For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps; or `trajectories`:
     as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own). `seed` is that
-    of what the teacher draws (default: the training's).
+    of what the teacher draws (default: the training's). `real` are pictures, as in `zoo.pixel_data.read_pixel_data`, that a student of a
+    pixel model is measured against.
     """
 
     source: str
@@ -86,6 +87,7 @@ class DataConfig(Strict):
     guidance_until: float = Field(default=0.0, ge=0, lt=1)
     seed: int | None = None
     folder: str | None = None
+    real: str | None = None
 
 
 class FinetuneRecipe(Strict):
@@ -128,6 +130,11 @@ class DistillRecipe(Strict):
     start: str | None = None  # a student folder to begin from, instead of the teacher
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
+
+    @property
+    def real(self) -> str | None:
+        """The real pictures that it is measured against, where one of its stages names some."""
+        return next((data.real for data in (self.data, self.first and self.first.data) if data and data.real), None)
 
 
 def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:
