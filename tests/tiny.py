@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from fewstep.backbones import miniature
 from fewstep.backbones.base import Cond, Denoiser
 from fewstep.backbones.parts import PREDICTIONS
 from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.unconditional import PixelModel, pixel_unet
 from fewstep.core.schedule import VP, Flow, Schedule
 
 WORDS = ["red cat", "blue dog", "a photo of a green house"]
@@ -75,3 +76,12 @@ def stable_diffusion(seed: int = 0, channels: Sequence[int] = (16, 32)) -> Stabl
         part.requires_grad_(False).eval()
     assert pipe.scheduler.config.prediction_type in PREDICTIONS
     return StableDiffusion(pipe, "tiny", VP(pipe.scheduler.alphas_cumprod.double()))
+
+
+def pixels(labels: Sequence[str] = ("cat", "dog"), seed: int = 0) -> PixelModel:
+    """A pixel model of 8x8 pictures in colour, of these classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = pixel_unet([8, 16], [False, True], 3, 8, len(labels)).requires_grad_(False).eval()
+    pipe = DDPMPipeline(net, miniature.scheduler())
+    return PixelModel(pipe, "pixels", VP(pipe.scheduler.alphas_cumprod.double()), tuple(labels))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Denoiser, denoiser, guided, projected, rescaled, rows
+from fewstep.backbones.base import Denoiser, calls, denoiser, guided, projected, rescaled, rows
 from fewstep.backbones.generate import in_parts
 from fewstep.core.prediction import ROWS, split
 from fewstep.core.schedule import EDM, Flow, expand
@@ -43,6 +43,17 @@ def test_guidance_is_its_formula(scale: float) -> None:
         no = denoiser(backbone, backbone.module, {"label": null["label"].expand(3, 3)})(x, t)
     torch.testing.assert_close(got.x0, no.x0 + scale * (yes.x0 - no.x0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.eps, no.eps + scale * (yes.eps - no.eps), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 2.0, torch.ones(3)])
+def test_calls_are_counted_as_the_network_sees_them(scale: float | Tensor, conditional: bool) -> None:
+    backbone = tiny.denoiser(conditional=conditional)
+    x, t = state()
+    cond, null = backbone.encode(["red cat", "blue", "a"]), backbone.encode([""])
+    with torch.no_grad(), batch_sizes(backbone.module) as seen:
+        guided(backbone, backbone.module, cond, null, scale)(x, t)
+    assert seen == [3 * calls(cond, scale)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

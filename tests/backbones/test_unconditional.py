@@ -14,6 +14,8 @@ from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import embed
 
+from .. import tiny
+
 LABELS = ("zero", "one", "two")
 
 
@@ -47,6 +49,12 @@ def test_prompts_are_class_names(model: PixelModel) -> None:
     assert model.encode(["two", "", "zero"])["label"].tolist() == [2, 3, 0]
     with pytest.raises(ValueError, match=r"^prompts: digits knows no 'nine'; its classes are zero, one, two$"):
         model.encode(["two", "nine"])
+
+
+def test_many_classes_are_not_all_listed() -> None:
+    many = tiny.pixels([f"class {i}" for i in range(1000)])
+    with pytest.raises(ValueError, match=r"knows no 'nine'; its classes are class 0, .*, class 19 and 980 more, in labels\.json$"):
+        many.encode(["nine"])
 
 
 def test_guidance_leaves_the_class_out(model: PixelModel) -> None:

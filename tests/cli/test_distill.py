@@ -80,9 +80,18 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "final" / "pytorch_lora_weights.safetensors")
 
 
-def test_a_run_leaves_everything_it_promises(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_everything_it_promises(
+    recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe) == 0
-    run = Path("runs/tiny")
+    run, said = Path("runs/tiny"), capsys.readouterr().out
+    whole = sum(t.numel() for t in load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors").values())
+    own = sum(t.numel() for t in weights(run).values())
+    share = f"trains {own / 1e6:.2f} M of {whole / 1e6:.1f} M weights, {100 * own / whole:.1f} %, in "
+    assert f"student: {share}" in said and f"fake: {share}" in said
+    assert "calls    4 in 4 steps; the teacher takes 6 in 3" in said
+    assert "try      fewstep sample runs/tiny -p 'red cat' --compare" in said
+    assert "| network calls a picture | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {
         "run.json",
@@ -127,8 +136,15 @@ def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pyte
         patch.setattr(loop, "_update", interrupt)
         assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 130
     assert "stopped after iteration 3" in capsys.readouterr().out
+    assert fewstep(monkeypatch, "report", "stopped") == 0
+    assert capsys.readouterr().out.strip() == str(Path("stopped/report.html").resolve())
+    page = Path("stopped/report.html").read_text()
+    assert "Losses" in page and f"fewstep distill {recipe} --out stopped" in page
     assert fewstep(monkeypatch, "distill", recipe, "--out", "stopped") == 0
-    assert "resuming stopped at iteration 3 of 5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming stopped at iteration 3 of 5" in said
+    assert "try      fewstep sample stopped -p 'red cat' --compare" in said
+    assert "fewstep evaluate stopped<" in Path("stopped/report.html").read_text()
     straight, resumed = weights(Path("straight")), weights(Path("stopped"))
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
     losses = [

@@ -21,7 +21,7 @@ from .test_distill import fewstep, uncounted  # noqa: F401 - the latter is a fix
 
 MODELS: dict[str, type[BaseModel]] = {"distill": DistillRecipe, "teacher": TeacherConfig, "pixel-teacher": PixelTeacherConfig}
 HUB = {"stable-diffusion-v1": "sd", "stable-diffusion-xl": "sdxl", "PixArt": "pixart", "CogVideoX": "cogvideox"}
-COMMANDS = ("distill", "plan", "sample", "evaluate", "export", "inspect", "doctor", "train-teacher")
+COMMANDS = ("distill", "plan", "sample", "evaluate", "export", "inspect", "report", "doctor", "train-teacher")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -185,10 +185,17 @@ def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> 
     assert (image - memory).abs().max() <= 1e-4  # trained with another alpha: the scale is in the weights
 
 
-def test_sample_writes_a_picture(final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_writes_a_picture_and_says_what_it_costs(
+    final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
     assert command(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "-p", "blue dog", "--compare", "-o", "out.png") == 0
     assert Image.open("out.png").size[0] > 2 * 96
-    assert "student: 4 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "student: 4 steps, 4 network calls and " in said
+    assert "teacher: 50 steps, 100 network calls and " in said
+    assert command(monkeypatch, "sample", teacher, "-p", "red cat", "--steps", "1", "-o", "out.png") == 0
+    assert "teacher: 1 step, 1 network call and " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -196,11 +203,15 @@ def test_sample_writes_a_picture(final: Path, monkeypatch: pytest.MonkeyPatch, c
     [
         (["sample", "runs/tiny", "-p", "x", "--steps", "0"], "--steps: got 0"),
         (["sample", "runs/tiny", "-p", " "], "--prompt: got an empty prompt"),
+        (["sample", "runs/tiny"], "--prompt: got none; say what to draw"),
         (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
         (["sample", "runs/tiny", "-p", "x", "--guidance-rescale", "0.5"], "needs no guidance"),
         (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "guidance_rescale: got 2"),
         (["sample", "nothing", "-p", "x"], "teacher: got 'nothing'"),
         (["inspect", "nothing"], "inspect: there is no nothing"),
+        (["report", "nothing"], "run nothing: there is no such folder, allowed are folders that `fewstep distill RECIPE` made"),
+        (["report", "runs"], "run runs: there is no run.json, allowed are folders that `fewstep distill RECIPE` made"),
+        (["report", "runs/tiny/final"], "run runs/tiny/final: there is no run.json"),
         (["sample", "runs/tiny", "-p", "x", "--solver", "euler"], "solver: got 'euler', allowed are ddim, dpmpp"),
         (["evaluate", "runs"], "runs is no student folder"),
     ],
@@ -225,17 +236,32 @@ def test_a_truncated_student_is_one_line(final: Path, monkeypatch: pytest.Monkey
     assert "missing or damaged" in error_of(capsys)
 
 
+def test_a_report_is_written_again(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From wherever the run lies now."""
+    run = shutil.move(final.parent, "elsewhere")
+    page = Path(run) / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert command(monkeypatch, "report", run) == 0
+    assert page.read_text() == before.replace("runs/tiny", "elsewhere").replace("<title>tiny", "<title>elsewhere").replace(
+        "<h1>tiny", "<h1>elsewhere"
+    )
+
+
 def test_inspect_and_doctor(final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert command(monkeypatch, "inspect", final) == 0
     text = capsys.readouterr().out
     assert "tdm" in text
     assert "999.0, 749.0" in text
+    assert re.search(r"network calls +4 in 4 steps", text)
     assert command(monkeypatch, "inspect", final / "pytorch_lora_weights.safetensors") == 0
     assert re.search(r"rank +2", capsys.readouterr().out)
     assert command(monkeypatch, "inspect", teacher) == 0
     assert "UNet2DConditionModel" in capsys.readouterr().out
     assert command(monkeypatch, "inspect", "runs/tiny") == 0
-    assert "checkpoint-000005" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "checkpoint-000005" in text
+    assert re.search(r"network calls +4 in 4 steps", text)
     assert command(monkeypatch, "doctor") == 0
     assert "torch" in capsys.readouterr().out

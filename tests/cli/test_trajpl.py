@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.cli.distill import data_seed, spent_before
 from fewstep.cli.recipe import DistillRecipe, read_recipe
-from fewstep.export.card import evaluations, read_card
+from fewstep.export.card import card_evaluations, read_card
+from fewstep.training import loop
 from fewstep.training.paths import Paths
 from fewstep.training.prompts import Embeddings
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
@@ -45,8 +46,15 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         options += ["--set", "method.free_first=true", "--set", "method.solver=ipndm"]
     assert command(monkeypatch, "distill", trajpl, *options) == 0
     final = Path("runs/tiny/final")
+    costs = "3 in 4 steps, 1 in 2 steps (the first step is free)" if how.get("rank") == 0 else "4 in 4 steps, 2 in 2 steps"
+    said = capsys.readouterr().out
+    assert f"calls    {costs}; the teacher takes 6 in 3" in said
+    assert "trajectories: 40 of 16 network calls of the teacher, 640 in all; those in runs/tiny/trajectories are not" in said
     page = Path("runs/tiny/report.html").read_text()
     assert "Straying from the teacher" in page
+    assert "Trajectories in three dimensions" in page and "How few directions the bend takes" in page
+    shape = json.loads(Path("runs/tiny/trajectories.json").read_text())
+    assert f"curve of the trajectories: R² {', '.join(f'{r:.4f}' for r in shape['r2'])}; 1, 2, 3 directions explain " in said
     assert "The shape that trajectories share" in page
     card = json.loads((final / "fewstep.json").read_text())
     assert card["head"] == "span"
@@ -62,7 +70,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         calls.clear()
         shown = pipe(["red cat", "blue dog"], num_inference_steps=k, generator=seeds, output_type="pt").images
         assert (shown - pictures).abs().max() <= 1e-4
-        assert len(calls) == evaluations(read_card(final), k) == k - card["free_first"]
+        assert len(calls) == card_evaluations(read_card(final), k) == k - card["free_first"]
     assert card["free_first"] == (how.get("rank") == 0)
     with (
         pytest.raises(ValueError, match="num_inference_steps: got 3, this student serves 4, 2"),
@@ -96,6 +104,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.Mon
         straight, parts = (load_file(Path(run) / "final" / name) for run in ("runs/tiny", "runs/parts"))  # headers have no fixed order
         assert straight.keys() == parts.keys()
         assert all(torch.equal(straight[k], parts[k]) for k in straight)
+
+
+def test_a_run_that_was_stopped_shows_what_it_learns_from(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_update", stop)
+    assert command(monkeypatch, "distill", trajpl) == 130
+    assert command(monkeypatch, "report", "runs/tiny") == 0
+    page = Path("runs/tiny/report.html").read_text()
+    assert "Trajectories in three dimensions" in page
+    assert "Straying from the teacher" not in page  # there is no student yet
 
 
 def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +184,8 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     )
     assert command(monkeypatch, "distill", "both.yaml", "--dry-run") == 0
     assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12") == 0
+    for run in ("runs/tiny/first", "runs/tiny"):  # each stage's page leads to its own student
+        assert f"fewstep sample {run} -p " in (Path(run) / "report.html").read_text()
     cards = [json.loads((Path("runs/tiny") / p / "fewstep.json").read_text()) for p in ("first/final", "final")]
     assert [c["method"] for c in cards] == ["trajp-l", "trajp-l-tdm-unify"]
     assert cards[1]["train_seconds"] > cards[0]["train_seconds"]

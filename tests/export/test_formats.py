@@ -10,7 +10,7 @@ import torch
 from fewstep.backbones.student_scheduler import calls
 from fewstep.cli.export import _require_stock
 from fewstep.core.schedule import Flow
-from fewstep.export.card import StudentCard
+from fewstep.export.card import StudentCard, counted
 from fewstep.export.comfy import workflow
 from fewstep.export.kohya import kohya
 
@@ -20,6 +20,12 @@ CARD = StudentCard(
     name="x-tdm-4step", method="tdm", base="me/my-model", base_hash="", steps=(4,), timesteps={"4": [999, 749, 499, 249, -1]}, solver={"4": "ddim"}, prediction="epsilon",
     weights="lora", rank=8, alpha=8.0, teacher_guidance=3.5, licence="other", iterations=1, train_seconds=1.0, hardware="", version="0",
 )  # fmt: skip
+
+
+def test_every_step_count_says_its_calls() -> None:
+    assert counted(CARD) == "4 in 4 steps"
+    assert counted(replace(CARD, steps=(4, 1), head="span")) == "4 in 4 steps, 1 in 1 step"
+    assert counted(replace(CARD, steps=(4, 1), free_first=True)) == "3 in 4 steps, 0 in 1 step (the first step is free)"
 
 
 def test_kohyas_names_hold_the_same_numbers_and_their_own_alpha() -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from fewstep.report.html import Report, render, write_report
 from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_pictures, to_uint8
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
+from tests.cli.test_recipes import COMMANDS
 
 STUDENT = "student, 4 steps (4 evaluations)"
 VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -222,11 +224,14 @@ def test_a_run_folder_becomes_the_same_report_again(run: Path) -> None:
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no run\.json"):
         render_run(tmp_path)
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"command": "fewstep distill demo --out \'a b\'"}')
     for empty in ("", '{"iteration": 1, "seconds"'):
         (tmp_path / "metrics.jsonl").write_text(empty)
         page = parsed(render_run(tmp_path).read_text(encoding="utf-8"))
         assert [s["id"] for s in page.all("section")] == ["next"]
+        text = "".join(page.text)
+        assert "fewstep distill demo --out 'a b'" in text
+        assert "fewstep sample" not in text  # there is no student yet
 
 
 def test_an_evaluation_without_rows_is_no_table(run: Path) -> None:
@@ -241,8 +246,23 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
         render_run(run)
 
 
-def test_commands_can_be_pasted_into_a_shell() -> None:
-    commands = dict(next_commands(Path("my runs/a"), ["it's red; rm -rf"]))
-    assert all(command.startswith("fewstep ") for command in commands.values())
-    sample = next(c for c in commands.values() if c.startswith("fewstep sample"))
-    assert sample == """fewstep sample 'my runs/a/final' -p 'it'"'"'s red; rm -rf' --compare"""
+def test_commands_can_be_pasted_into_a_shell_and_are_commands() -> None:
+    commands = [command for _, command in next_commands(Path("my runs/a, first"), ["it's red; rm -rf", "x"])]
+    words = [shlex.split(command) for command in commands]
+    assert all(name == "fewstep" and verb in COMMANDS for name, verb, *_ in words)
+    assert words[0] == ["fewstep", "sample", "my runs/a, first", "-p", "it's red; rm -rf", "--compare"]
+    assert all("my runs/a, first" in w for w in words[:-1])
+
+
+def test_a_model_that_takes_no_prompt_is_asked_none() -> None:
+    assert next_commands(Path("runs/a"), ["", ""])[0][1] == "fewstep sample runs/a --compare"
+    assert next_commands(Path("runs/a"), [])[0][1] == "fewstep sample runs/a -p 'a prompt of your own' --compare"
+
+
+def test_commands_are_those_of_the_folder_and_not_of_where_it_was(run: Path) -> None:
+    """Also of a run whose record says others."""
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"next_commands": [["Draw", "fewstep sample runs/elsewhere, first"]]}))
+    commands = [command for _, command in read_run(run).next_commands]
+    assert shlex.split(commands[0])[:3] == ["fewstep", "sample", str(run)]
+    assert not [c for c in commands if "elsewhere" in c]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fewstep.report.plots import charts, gaps, losses, quality, quality_cost, smooth, thin, to_svg
+from fewstep.report.plots import FEW, charts, coordinates, explained, gaps, losses, quality, quality_cost, smooth, space, thin, to_svg
+from fewstep.report.space import box_around
 
 TRAINING = {"student_loss": 2.0, "student_grad": 1.0, "fake_grad": 0.5, "gap_1": 0.2}
 QUALITY = {i: {"quality": {"fd_real": 150.0 - i, "retrieval_top1": 0.5 + i / 100}} for i in (10, 20, 30, 40)}
@@ -18,6 +19,13 @@ ROWS = [
     {"model": "teacher", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 170.0, "retrieval_top1": 0.4},
     {"model": "student", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 110.0, "retrieval_top1": 0.8},
 ]
+
+WAY = np.linspace(0, 1, 9)
+MEAN = np.stack([1 - WAY, 0.2 * np.sin(np.pi * WAY), 0.1 * np.sin(2 * np.pi * WAY)], 1)
+SHAPE = {
+    "s": WAY.tolist(), "mean": MEAN.tolist(), "fit": (MEAN * 1.01).tolist(), "samples": [(MEAN * (1, 1 + i / 40, 1 - i / 40)).tolist() for i in range(20)],
+    "r2": [1.0, 0.9991, 0.75], "unexplained": [0.16, 0.067, 0.033], "errors": {"DDIM, 2": {"s": [0, 0.5, 1], "error": [0, 0.4, 0.3]}},
+}  # fmt: skip
 
 
 def tree(svg: str) -> ET.Element:
@@ -29,8 +37,8 @@ def texts(svg: str) -> list[str]:
 
 
 def test_all_charts_are_whole_svg_in_the_colours_of_the_page() -> None:
-    drawn = charts(METRICS, ROWS)
-    assert len(drawn) == 6
+    drawn = charts(METRICS, ROWS, SHAPE)
+    assert len(drawn) == 11
     for chart in drawn:
         tree(chart.svg)
         assert chart.caption
@@ -62,7 +70,7 @@ def test_drawing_is_deterministic_and_leaves_the_settings_alone(monkeypatch: pyt
 
 
 def test_ids_do_not_clash_between_charts() -> None:
-    ids = [e.get("id") for c in charts(METRICS, ROWS) for e in tree(c.svg).iter() if e.get("id")]
+    ids = [e.get("id") for c in charts(METRICS, ROWS, SHAPE) for e in tree(c.svg).iter() if e.get("id")]
     assert len(ids) == len(set(ids))
 
 
@@ -138,3 +146,38 @@ def test_thinning_keeps_every_spike() -> None:
     assert (ys.max(), ys.min()) == (5.0, -5.0)
     assert xs[ys.argmax()] == 12_345
     assert (np.diff(xs) > 0).all()
+
+
+def test_trajectories_stand_in_their_box_from_noise_at_the_left_to_data_at_the_right() -> None:
+    figure = space(SHAPE)
+    assert figure is not None
+    lines = [line.get_xydata() for line in figure.axes[0].lines]
+    assert len(lines) == 3 + 20 + 20 + 3  # walls, shadows, samples, mean, fit and ends
+    upright = np.asarray([*SHAPE["samples"], SHAPE["mean"], SHAPE["fit"]])[..., [0, 2, 1]] * (-1, 1, 1)
+    assert np.allclose(lines[-3], box_around(upright).on_page(upright[-2]))
+    noise, data = lines[-1]
+    assert noise[0] < data[0]
+    assert lines[-3][4, 1] > lines[-3][[0, -1], 1].max() + 0.3  # the bend goes up
+    words = texts(to_svg(figure, "t"))
+    assert {"  data", "noise  ", "first direction", "0.3"} <= set(words)
+
+
+def test_trajectories_of_a_plane_have_a_box_too() -> None:
+    flat = {k: (np.asarray(SHAPE[k]) * (1, 1, 0)).tolist() for k in ("mean", "fit", "samples")}
+    figure = space(SHAPE | flat)
+    assert figure is not None
+    assert all(np.isfinite(line.get_xydata()).all() for line in figure.axes[0].lines)
+
+
+def test_bars_are_as_long_as_what_is_explained() -> None:
+    figure = explained(SHAPE)
+    assert figure is not None
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([84, 93.3, 96.7])
+    assert {"84.0 %", "93.3 %", "96.7 %", "1 direction", "3 directions"} <= set(texts(to_svg(figure, "t")))
+
+
+def test_a_curve_is_not_hidden_by_its_samples_and_says_its_fit() -> None:
+    figure = coordinates(SHAPE)
+    assert figure is not None
+    assert [len(axes.lines) for axes in figure.axes] == [FEW + 2] * 3
+    assert {"R² 1.0000", "R² 0.9991", "R² 0.7500"} <= set(texts(to_svg(figure, "t")))

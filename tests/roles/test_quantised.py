@@ -12,7 +12,19 @@ from fewstep.api import load_teacher
 from fewstep.backbones.base import Backbone
 from fewstep.methods.matching import Matching, losses
 from fewstep.roles import adapters
-from fewstep.roles.quantised import BLOCK, KINDS, NF4, Kind, Packed, QuantisedConv2d, QuantisedLinear, kind_of, layers_of, quantise
+from fewstep.roles.quantised import (
+    BLOCK,
+    KINDS,
+    NF4,
+    Kind,
+    Packed,
+    QuantisedConv2d,
+    QuantisedLinear,
+    kind_of,
+    layers_of,
+    quantise,
+    weight_count,
+)
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.roles.student import with_lora
 from fewstep.training.loop import TrainConfig, distill
@@ -34,6 +46,14 @@ LAYERS: dict[str, Callable[[], nn.Linear | nn.Conv2d]] = {
 
 def wide() -> Backbone:
     return tiny.stable_diffusion(channels=(96, 128))
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_weights_are_counted_without_adapters_and_as_what_they_stand_for(kind: Kind | None) -> None:
+    backbone = wide()
+    before = sum(p.numel() for p in backbone.module.parameters())
+    make_roles(backbone, RolesConfig(rank=2, base=kind))
+    assert weight_count(backbone.module) == before
 
 
 def rounded(layer: nn.Linear | nn.Conv2d, kind: Kind) -> nn.Module:

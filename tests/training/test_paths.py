@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
-from fewstep.training.paths import Paths, PathsConfig, refine, teacher_paths, union
+from fewstep.training.paths import Paths, PathsConfig, path_evaluations, refine, teacher_paths, union
 from fewstep.training.prompts import embed
 
 from .. import tiny
@@ -85,6 +86,19 @@ def test_guidance_can_end_before_the_way_does() -> None:
     bare = list(sample(denoiser(backbone, backbone.module, cond), backbone.schedule, whole[:, last], grid[last:]))
     torch.testing.assert_close(whole[:, -1], bare[-1].x, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(whole[:, -1], all_the_way.whole[4:5, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["auto", "heun", "dpmpp"])
+@pytest.mark.parametrize(("guidance", "until"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.4)])
+def test_what_a_trajectory_costs_is_what_the_network_is_asked(
+    solver: Literal["auto", "heun", "dpmpp"], guidance: float, until: float
+) -> None:
+    backbone, asked = tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), []
+    backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    config = PathsConfig(count=1, steps=9, solver=solver, guidance_until=until)
+    times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
+    finish(make(None, backbone, config, guidance=guidance))
+    assert path_evaluations(backbone, backbone.encode(["red cat"]), config, times, guidance) == sum(asked)
 
 
 def test_a_folder_without_an_end_of_guidance_is_another_ones(tmp_path: Path) -> None:

@@ -87,13 +87,18 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
     return denoise
 
 
+def calls(cond: Cond, scale: float | Tensor) -> int:
+    """Network evaluations in one answer of `guided`: two halves, or one where there is nothing to guide."""
+    return 1 if not cond or (not isinstance(scale, Tensor) and scale == 1) else 2
+
+
 def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float | Tensor, parallel: float = 1.0) -> Denoise:
     """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; a number w = 1, or a model without conditions, is one half only.
 
     `scale` is one number or one a sample, `[B]`. Guidance is affine, so mixing raw outputs equals mixing x0 or eps. `parallel` below 1 takes away from
     guidance what points along the clean estimate (see `projected`). What the backbone's `guidance_rescale` asks for comes after.
     """
-    if not cond or (not isinstance(scale, Tensor) and scale == 1):
+    if calls(cond, scale) == 1:
         return denoiser(backbone, module, cond)
 
     def denoise(x: Tensor, t: Tensor) -> Split:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import (
     CogVideoXPipeline,
+    DDPMPipeline,
     DiffusionPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
@@ -156,13 +157,18 @@ def with_network(base: DiffusionPipeline, network: nn.Module, scheduler: Schedul
 def drawn(
     pipe: DiffusionPipeline, prompts: Sequence[str], steps: int, guidance: float = 1.0, times: Sequence[float] | None = None
 ) -> Tensor:
-    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given."""
+    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given.
+
+    One that takes no prompts draws one picture for each all the same.
+    """
     options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
     if isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
         options |= {"use_resolution_binning": False, "clean_caption": False}
     elif isinstance(pipe, CogVideoXPipeline):
         options |= {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    if isinstance(pipe, DDPMPipeline):
+        return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images
     result = pipe(
         prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options
     )

@@ -16,6 +16,8 @@ from .parts import WithUNet
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
+SHOWN = 20  # classes that are listed to a person
+
 
 @dataclass(frozen=True)
 class PixelModel(WithUNet):
@@ -33,6 +35,12 @@ class PixelModel(WithUNet):
         return self.shape[-1]
 
     @property
+    def classes(self) -> str:
+        """Their names as a person reads them, the first ones of many."""
+        rest = len(self.labels) - SHOWN
+        return ", ".join(self.labels[:SHOWN]) + (f" and {rest} more, in {LABELS}" if rest > 0 else "")
+
+    @property
     def encoders(self) -> Sequence[nn.Module]:
         return []
 
@@ -45,7 +53,7 @@ class PixelModel(WithUNet):
             return {}
         numbers = {name: i for i, name in enumerate(self.labels)} | {"": len(self.labels)}
         if unknown := [p for p in prompts if p not in numbers]:
-            raise ValueError(f"prompts: {self.name} knows no {unknown[0]!r}; its classes are {', '.join(self.labels)}")
+            raise ValueError(f"prompts: {self.name} knows no {unknown[0]!r}; its classes are {self.classes}")
         return {"label": torch.tensor([numbers[p] for p in prompts], device=self.pipe.device)}
 
     def picture_states(self, pictures: Tensor) -> Tensor:
@@ -86,4 +94,10 @@ def pixel_unet(
 def save_pixel_model(folder: Path, net: UNet2DModel, scheduler: DDIMScheduler, labels: Sequence[str]) -> None:
     """The model as an ordinary pipeline folder in half precision, class names beside."""
     DDPMPipeline(unet=copy.deepcopy(net).eval().half(), scheduler=scheduler).save_pretrained(folder)
-    (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")
+    save_labels(folder, labels)
+
+
+def save_labels(folder: Path, labels: Sequence[str]) -> None:
+    """Class names beside a pipeline's parts, where there are any."""
+    if labels:
+        (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")

@@ -17,19 +17,20 @@ from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, 
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
 from ..export.card import read_card
-from ..roles.quantised import quantise
+from ..report.run import SHAPE
+from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, require, state_bytes
-from ..training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end
+from ..training.paths import TRAJECTORIES, Paths, PathsConfig, path_evaluations, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
-from .ending import finish, write_shape
-from .evaluate import check_protocols, measure_step
+from .ending import errors_along, finish, shape_seen
+from .evaluate import check_measures, measure_step
 from .metrics_log import MetricsLog
 from .plan import plans_of, show
 from .preview import Preview
@@ -45,7 +46,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe)
     recipe = recipe.model_copy(update={"teacher": FUSED.join([recipe.teacher, *styles])})
-    check_protocols(recipe.evaluate, recipe.preview.measure)
+    check_measures(recipe)
     run = out or Path("runs") / recipe.name
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
@@ -56,6 +57,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     for stage in stages:
         require(stage.train.optimizer)
     teacher, base_hash = teacher_of(recipe)
+    check_measures(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
     console.quiet = not is_first()
     for stage in stages[:-1]:
@@ -89,7 +91,8 @@ def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float
     walked = 0.0 if paths is None else paths.seconds
     if recipe.first is None:
         return walked
-    shared = recipe.first.data is not None and recipe.first.data == recipe.data
+    first, own = recipe.first.data, recipe.data
+    shared = first is not None and own is not None and first.model_copy(update={"real": own.real}) == own
     return read_card(run / FIRST / "final").train_seconds + (0.0 if shared else walked)
 
 
@@ -128,6 +131,9 @@ def distil(
         teacher.module.cpu()  # whence it and its copies come back in parts
     roles = roles_of(recipe, teacher, paths)
     print_roles(roles, recipe.train.optimizer)
+    shape = {} if paths is None or not first else shape_seen(roles, paths)
+    if shape:
+        write_json(run / SHAPE, shape)  # without the student's errors yet: a run that is stopped has a report too
     if sharded(recipe):
         roles.shard(mesh_of_all(), default_device())
     found = latest_checkpoint(run)
@@ -153,7 +159,7 @@ def distil(
         restore(roles, run)
         preview = Preview(recipe, teacher, shown, run)
     if paths is not None:
-        write_shape(run, recipe.method, roles, paths)
+        write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
     finish(recipe, roles, preview, run, base_hash, log.seconds)
 
@@ -213,6 +219,10 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
     config, method = PathsConfig(data.count, data.steps, data.solver, data_seed(recipe, data), data.guidance_until), recipe.method
     folder = folder if data.folder is None else Path(data.folder)
     times = path_times(method, teacher)
+    each = path_evaluations(teacher, prompts.cond, config, times, method.guidance)
+    console.print(
+        f"trajectories: {config.count:,} of {each} network calls of the teacher, {config.count * each:,} in all; those in {folder} are not walked again"
+    )
     with meter("trajectories", config.count) as bar:
         walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, parallel=method.guidance_parallel)
         return to_end(walking, lambda done: bar.advance(done, {}))
@@ -258,7 +268,7 @@ EMBEDDINGS = "embeddings"  # that with what was encoded
 def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:
     """A point of the quality curves, where the recipe asks for them."""
     if recipe.preview.measure is not None:
-        log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure)})
+        log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure, recipe.real)})
 
 
 def print_dry_run(recipe: DistillRecipe) -> None:
@@ -279,15 +289,17 @@ def print_dry_run(recipe: DistillRecipe) -> None:
 
 
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
-    """Trainable parameters and bytes per role, counted by storage."""
+    """What each role trains, of how many weights, and bytes, counted by storage."""
     held = {id(t): t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())}
     for p in (p for r in roles.trained.values() for p in r.values() if roles.config.share):
         held.pop(id(p), None)
     how = "three networks" if not roles.config.share else f"one shared network, {roles.config.base or 'as it is'}"
     console.print(f"network weights in memory: {storage_bytes(*held.values()) / 2**20:.1f} MiB ({how})")
+    weights = weight_count(roles.networks["teacher"])
     for role, parameters in roles.trained.items():
         count, size = sum(p.numel() for p in parameters.values()), storage_bytes(*parameters.values())
         state = state_bytes(parameters.values(), optimizer)
         console.print(
-            f"  {role}: {count / 1e6:.2f}M trainable in {len(parameters)} tensors, {size / 2**20:.1f} MiB, {optimizer} state {state / 2**20:.1f} MiB"
+            f"  {role}: trains {count / 1e6:.2f} M of {weights / 1e6:.1f} M weights, {100 * count / weights:.1f} %, in {len(parameters)} tensors, "
+            f"{size / 2**20:.1f} MiB, {optimizer} state {state / 2**20:.1f} MiB"
         )

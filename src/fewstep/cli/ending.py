@@ -1,5 +1,6 @@
 """What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..atomic import write_json
-from ..backbones.base import guided
+from ..backbones.base import calls, guided
 from ..backbones.generate import device_of
 from ..backbones.load import bundled, source_of
-from ..core.solvers import DDIM, sample, solver_named
-from ..export.card import StudentCard
+from ..core.solvers import DDIM, evaluations, sample, solver_named
+from ..export.card import StudentCard, counted
 from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
-from ..report.run import PICTURES, SHAPE, render_run
+from ..report.run import PICTURES, next_commands, render_run
+from ..report.words import plural
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
 from ..training.paths import Paths
@@ -49,9 +50,12 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     with roles.averaged():
         write_student(run / "final", card, roles, grids[default][:-1])
         save_pictures(run / PICTURES, preview.compare(roles, method))
-    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation") if recipe.evaluate else None
+    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real) if recipe.evaluate else None
     report = render_run(run)
-    print_ending(run, report, result, seconds)
+    most = recipe.preview.teacher_steps
+    teacher = evaluations(most, calls(preview.null, method.guidance))
+    cost = f"{counted(card)}; the teacher takes {teacher} in {most}"
+    print_ending(run, report, result, seconds, cost, next_commands(run, preview.prompts))
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
@@ -75,11 +79,13 @@ def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) 
         write_final(folder, roles.backbone, card, network, None, {}, vectors, roles.head)
 
 
-def write_shape(run: Path, method: Method, roles: Roles, paths: Paths) -> None:
-    """What the report shows of the teacher's trajectories, and of how the student strays from them."""
+def shape_seen(roles: Roles, paths: Paths) -> dict[str, Any]:
+    """What a report shows of the teacher's trajectories; says how well the curve fits them, the head's own where there is one."""
     curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
     shape = shape_of(roles.backbone.schedule, paths.whole, paths.grid, curve)
-    write_json(run / SHAPE, shape | {"errors": errors_along(method, roles, paths)})
+    fits, bends = (", ".join(f"{x:.4f}" for x in shape["r2"]), ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]))
+    console.print(f"curve of the trajectories: R² {fits}; 1, 2, 3 directions explain {bends} % of what is beside the straight line")
+    return shape
 
 
 def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) -> dict[str, Any]:
@@ -101,17 +107,23 @@ def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) ->
     return strays(teacher.schedule, goals, paths.times, walks)
 
 
-def print_ending(run: Path, report: Path, result: dict[str, Any] | None, seconds: float) -> None:
-    """Where things are, the three numbers that matter, and the next command."""
-    console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}")
+def print_ending(
+    run: Path, report: Path, result: dict[str, Any] | None, seconds: float, cost: str, commands: list[tuple[str, str]]
+) -> None:
+    """Where things are, the network calls of a picture (`cost`), the three numbers that matter, the first and the last of what one does next."""
+    console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}\ncalls    {cost}")
     if result is not None:
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
-        console.print(
-            f"quality  FD to real {student['fd_real']:.1f} in {student['nfe']} network calls, teacher {best['fd_real']:.1f} in {best['nfe']}"
-        )
+        console.print(f"quality  {quality_of(student, best)}")
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
-    console.print(
-        f"\ntry      fewstep sample {run / 'final'} -p 'a prompt' --compare\nyours    fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"
-    )
+    console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}", markup=False)
+
+
+def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json."""
+    cost = plural(student["nfe"], "network call")
+    if student["fd_real"] is None:
+        return f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}, {student['n']} pictures"
+    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}"

@@ -18,8 +18,9 @@ from ..backbones.generate import device_of
 from ..backbones.load import pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
 from ..backbones.student_scheduler import calls
+from ..backbones.unconditional import PixelModel, save_labels
 from ..core import timegrid
-from ..export.card import StudentCard, evaluations
+from ..export.card import StudentCard, card_evaluations
 from ..export.final import write_final
 from ..export.kohya import kohya
 from ..roles.adapters import merge, remove_adapters
@@ -64,7 +65,7 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
         shutil.rmtree(out, ignore_errors=True)
         raise
     asked = calls(student.student.backbone.schedule, student.card.free_first, count)
-    if asked > (least := evaluations(student.card, count)):
+    if asked > (least := card_evaluations(student.card, count)):
         console.print(
             f"note: in a pipeline of this family its {count} steps take {asked} network calls; fewstep.sample makes {least}, its first direction is free"
         )
@@ -165,15 +166,18 @@ def write_merged(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
 
 
 def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
-    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
+    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it, or fewstep where diffusers knows no classes."""
     _require_stock(card)
     _require_told(loaded, card)
     write_merged(loaded, card, out)
-    pipe = pipeline_of(loaded.student.backbone)
+    pipe, count, prompts = pipeline_of(loaded.student.backbone), card.steps[0], prompts_for(loaded)
     with_network(pipe, merged(loaded, card), load_scheduler(out / "scheduler"), type(pipe)).save_pretrained(out)
-    return drawn(
-        pipeline_of(load_teacher(out, device=device_of(loaded.student.network))), PROMPTS, card.steps[0], times=own_times(loaded, card)
-    )
+    classes = loaded.student.backbone.labels if isinstance(loaded.student.backbone, PixelModel) else ()
+    save_labels(out, classes)
+    again = load_teacher(out, device=device_of(loaded.student.network))
+    if classes:
+        return sample(again, prompts, steps=count, solver=card.solver[str(count)])
+    return drawn(pipeline_of(again), prompts, count, times=own_times(loaded, card))
 
 
 FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path], Tensor]] = {

@@ -11,7 +11,7 @@ from ..api import load_teacher
 from ..atomic import read_json
 from ..backbones.load import bundled, fingerprint, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
-from ..export.card import read_card
+from ..export.card import counted, read_card
 from ..training.state import checkpoints
 from .progress import console
 from .sample import student_folder
@@ -26,7 +26,8 @@ def run_inspect(source: str) -> None:
     elif (path / "run.json").is_file():
         values = run_summary(path)
     elif (folder := student_folder(source)) is not None:
-        values = {"student": str(folder), **asdict(read_card(folder))}
+        card = read_card(folder)
+        values = {"student": str(folder), "network calls": counted(card), **asdict(card)}
     elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:
         teacher = load_teacher(source)
         count = sum(p.numel() for p in teacher.module.parameters())
@@ -80,11 +81,12 @@ def safetensors_summary(path: Path) -> dict[str, Any]:
 def run_summary(path: Path) -> dict[str, Any]:
     """Where a run stands."""
     record = read_json(path / "run.json", "run its command again to write it anew")
-    saved = checkpoints(path)
+    saved, final = checkpoints(path), path / "final"
     return {
         "run": str(path),
         "command": record.get("command"),
         "started": record.get("started"),
         "newest checkpoint": saved[-1].name if saved else "none yet",
-        "student": str(path / "final") if (path / "final").is_dir() else "not finished",
+        "student": str(final) if final.is_dir() else "not finished",
+        **({"network calls": counted(read_card(final))} if final.is_dir() else {}),
     }

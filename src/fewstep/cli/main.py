@@ -69,7 +69,12 @@ def sample(
         str,
         typer.Argument(help="A student folder (a run or its final/), or a teacher: bundled, a diffusers folder, a hub id, a checkpoint."),
     ],
-    prompt: Annotated[list[str], typer.Option("-p", "--prompt", help="What to draw. May be repeated.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", "--prompt", help="What to draw, for a model of classes one of them. May be repeated; not for models that take none."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Guidance rescale of a teacher, 0 to 1.")] = None,
@@ -83,13 +88,25 @@ def sample(
     """Draw pictures with a student or a teacher."""
     from .sample import run_sample
 
-    run_sample(student, prompt, steps, guidance, guidance_rescale, seed, count, compare, base, solver, out)
+    run_sample(student, prompt or [], steps, guidance, guidance_rescale, seed, count, compare, base, solver, out)
 
 
 @app.command()
 def evaluate(
     student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
-    protocol: Annotated[str, typer.Option(help="Which protocol: how many prompts and seeds, which reference.")] = "emoji-full",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Which protocol: how many prompts and seeds, which reference; emoji-full, or pictures for pixel models, by default."
+        ),
+    ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Real pictures that a pixel model is measured against too: a folder or an npz; the recipe's data.real by default.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="JSON file to write; eval.json in the student's folder by default.")
     ] = None,
@@ -97,7 +114,7 @@ def evaluate(
     """Measure a student beside its teacher and write eval.json."""
     from .evaluate import run_evaluate
 
-    run_evaluate(student, protocol, out)
+    run_evaluate(student, protocol, real, out)
 
 
 @app.command()
@@ -123,6 +140,14 @@ def inspect(file: Annotated[str, typer.Argument(help="A student or teacher folde
     from .inspect import run_inspect
 
     run_inspect(file)
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished, stopped or still training.")]) -> None:
+    """Write a run's report.html again, from what its folder holds by now."""
+    from .report import run_report
+
+    run_report(run)
 
 
 @app.command()

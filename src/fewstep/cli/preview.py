@@ -5,15 +5,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, guided
+from ..backbones.base import Backbone, calls, guided
 from ..backbones.base import rows as rows_of
 from ..backbones.generate import device_of, in_parts, pictures, trajectory
 from ..core import timegrid
-from ..core.solvers import Denoise, State
+from ..core.solvers import Denoise, State, evaluations
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, StepGrid, Trajectory
 from ..report.video import strip
+from ..report.words import plural
 from ..roles.roles import Roles
 from ..training.monitor import drift, look
 from ..training.prompts import Embeddings
@@ -57,16 +58,17 @@ class Preview:
 
     def compare(self, roles: Roles, method: Method) -> Pictures:
         """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories."""
-        teacher, guided_steps = self.teacher, self.recipe.preview.teacher_steps
-        rows = {f"teacher, {guided_steps} guided steps ({2 * guided_steps} evaluations)": self.reference}
+        teacher, most = self.teacher, self.recipe.preview.teacher_steps
+        each = calls(self.null, method.guidance)
+        rows = {labelled("teacher", "guided step" if each > 1 else "step", most, evaluations(most, each)): self.reference}
         paths, shown = {}, min(4, len(self.prompts))
         for steps in method.counts:
             times = method.times(teacher.schedule, steps)
             few = trajectory(teacher, self._guided(1.0), self.seeds, times)
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
-                name = f"{who}, {steps} step{'s' if steps > 1 else ''}"
-                calls = steps - (method.free_first and who == "student")
-                rows[f"{name} ({calls} evaluation{'s' if calls != 1 else ''})"] = strip(teacher.decode(states[-1].x))
+                name = labelled(who, "step", steps)
+                cost = evaluations(steps, free=method.free_first and who == "student")
+                rows[labelled(who, "step", steps, cost)] = strip(teacher.decode(states[-1].x))
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
@@ -84,3 +86,9 @@ class Preview:
 
         images = torch.stack([torch.stack([draw(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)
+
+
+def labelled(who: str, step: str, steps: int, cost: int | None = None) -> str:
+    """`student, 4 steps (3 evaluations)`, as `report.pictures.Pictures` wants its labels."""
+    name = f"{who}, {plural(steps, step)}"
+    return name if cost is None else f"{name} ({plural(cost, 'evaluation')})"

@@ -78,7 +78,8 @@ class DataConfig(Strict):
 
     For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps; or `trajectories`:
     as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own). `seed` is that
-    of what the teacher draws (default: the training's).
+    of what the teacher draws (default: the training's). `real` are pictures, as in `zoo.pixel_data.read_pixel_data`, that a student of a
+    pixel model is measured against.
     """
 
     source: str
@@ -88,6 +89,7 @@ class DataConfig(Strict):
     guidance_until: float = Field(default=0.0, ge=0, lt=1)
     seed: int | None = None
     folder: str | None = None
+    real: str | None = None
 
 
 class FinetuneRecipe(Strict):
@@ -144,6 +146,11 @@ class DistillRecipe(Strict):
             if self.method.head != "none" and own.head in KINDS:
                 require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
         return self
+
+    @property
+    def real(self) -> str | None:
+        """The real pictures that it is measured against, where one of its stages names some."""
+        return next((data.real for data in (self.data, self.first and self.first.data) if data and data.real), None)
 
 
 def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:

@@ -1,4 +1,4 @@
-"""`run.json`: what was run, with what, on what, and what one does next."""
+"""`run.json`: what was run, with what, on what."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: li
     """`run.json`."""
     return {
         "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": json.loads(recipe.model_dump_json()),
-        "base_hash": base_hash, "seed": recipe.train.seed, "hardware": hardware(), "versions": versions(), "next_commands": next_commands(recipe), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "base_hash": base_hash, "seed": recipe.train.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
 
@@ -43,13 +43,3 @@ def command_line() -> str:
     machines = [] if here == count else ["--nnodes", str(count // here)]
     launched = ["fewstep"] if count == 1 else ["torchrun", *machines, "--nproc_per_node", str(here), "-m", "fewstep.cli.main"]
     return shlex.join([*launched, *sys.argv[1:]])
-
-
-def next_commands(recipe: DistillRecipe) -> list[tuple[str, str]]:
-    """What one does with a finished student."""
-    prompt = shlex.quote(recipe.preview.prompts[0] if recipe.preview.prompts else "a prompt")
-    return [
-        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample runs/{recipe.name} -p {prompt} --compare"),
-        ("Measure it under the full protocol", f"fewstep evaluate runs/{recipe.name}"),
-        ("Distil a pipeline of your own", "fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
-    ]

@@ -1,16 +1,21 @@
 """`fewstep sample`: pictures from a student or a teacher, the teacher's beside on request."""
 
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..api import LoadedStudent, check_steps, load_student, load_teacher, sample
-from ..backbones.base import Backbone
+from ..api import LoadedStudent, backbone_of, check_steps, load_student, load_teacher, sample
+from ..backbones.base import Backbone, calls
 from ..backbones.load import quiet
-from ..export.card import FILE
+from ..backbones.unconditional import PixelModel
+from ..core.solvers import evaluations
+from ..export.card import FILE, card_evaluations
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
+from ..report.words import plural
 from ..training.loop import default_device
 from .progress import console
 
@@ -32,6 +37,27 @@ def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Ba
     return load_teacher(source, device=default_device(), guidance_rescale=rescale)
 
 
+def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
+    """What this model draws: the prompts given, or the empty one where it takes none. Raises ValueError for what it does not take.
+
+    To a model of classes the empty prompt is no class.
+    """
+    if not backbone.encode([""]):
+        if asked := next((p for p in given if p.strip()), ""):
+            raise ValueError(f"--prompt: got {asked!r}, {backbone.name} takes no prompt; leave it out")
+        return list(given) or [""]
+    if isinstance(backbone, PixelModel):
+        if not given:
+            raise ValueError(
+                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {shlex.quote(backbone.labels[0])}"
+            )
+        backbone.encode(given)
+        return list(given)
+    if not all(p.strip() for p in given or [""]):
+        raise ValueError(f"--prompt: got {'an empty prompt' if given else 'none'}; say what to draw, e.g. -p rocket")
+    return list(given)
+
+
 def run_sample(
     source: str,
     prompts: list[str],
@@ -51,11 +77,10 @@ def run_sample(
         raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
     if count < 1:
         raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
-    if any(not p.strip() for p in prompts):
-        raise ValueError("--prompt: got an empty prompt; say what to draw, e.g. -p rocket")
     if rescale is not None and student_folder(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
     model = open_model(source, base, rescale or 0.0)
+    prompts = prompts_of(backbone_of(model), prompts)
     wanted = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     pictures, labels = [], []
@@ -92,7 +117,10 @@ def _timed(
 ) -> torch.Tensor:
     began = time.perf_counter()
     result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
-    console.print(
-        f"{'student' if isinstance(model, LoadedStudent) else 'teacher'}: {steps} steps, {(time.perf_counter() - began) / len(prompts):.3f} s a picture"
-    )
+    seconds = (time.perf_counter() - began) / len(prompts)
+    if isinstance(model, LoadedStudent):
+        who, cost = "student", card_evaluations(model.card, steps)
+    else:
+        who, cost = "teacher", evaluations(steps, calls(model.encode([""]), guidance))
+    console.print(f"{who}: {plural(steps, 'step')}, {plural(cost, 'network call')} and {seconds:.3f} s a picture")
     return result

@@ -157,6 +157,11 @@ def free_direction(schedule: Schedule, x: Tensor, t: Tensor) -> Split:
     return Split(expand(alpha / (norm * (norm + sigma)), x) * x, x / expand(norm, x))
 
 
+def evaluations(steps: int, calls: int = 1, free: bool = False) -> int:
+    """Network evaluations of one sample in so many of `sample`'s steps: `calls` each, none in a first step that is `free` (see `free_first`)."""
+    return calls * (steps - free)
+
+
 def free_first(denoise: Denoise, schedule: Schedule, always: bool = False) -> Denoise:
     """`denoise` that gives the `free_direction` at pure noise without asking the network.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -10,10 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_tensors
-from .alignment import colour_histogram
+from .alignment import BINS, colour_histogram
 from .features import feature_network, features
-from .plan import Plan
-from .reference import Reference
 from .speed import timed
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
@@ -31,17 +30,38 @@ class Measured:
     def __len__(self) -> int:
         return len(self.embeddings)
 
+    def fastest(self, batch: int) -> float:
+        """Seconds per picture of the fastest whole batch of this size."""
+        return float(self.seconds[: len(self) // batch or None].min())
+
     def then(self, more: "Measured") -> "Measured":
         pairs = ((self.embeddings, more.embeddings), (self.colours, more.colours), (self.seconds, more.seconds))
         return Measured(*(torch.cat(pair) for pair in pairs))
 
 
+class Asked(Protocol):
+    """Every picture's prompt and seed."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+
+
+class Space(Protocol):
+    """Where pictures are compared: `embed` makes [B, width] of features [B, 1280]. A `reference.Reference` is one."""
+
+    @property
+    def width(self) -> int: ...
+    def embed(self, features: Tensor) -> Tensor: ...
+
+
 class Gauge:
     """Draws and measures. The feature network stays on the CPU, so that the numbers do not depend on where the pictures were drawn."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.network, self.reference = feature_network(), reference
-        self.nothing = Measured(torch.empty(0, reference.gallery.shape[1]), torch.empty(0, reference.colours.shape[-1]), torch.empty(0))
+    def __init__(self, space: Space) -> None:
+        self.network, self.space = feature_network(), space
+        self.nothing = Measured(torch.empty(0, space.width), torch.empty(0, BINS**3), torch.empty(0))
 
     def draw(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str) -> Measured:
         """One batch, rounded to 8 bits as a saved PNG is. Raises ValueError naming the row where it is not pictures."""
@@ -51,13 +71,13 @@ class Gauge:
         if not images.isfinite().all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
             raise ValueError(f"row {row}: its pictures go from {images.min():.3g} to {images.max():.3g}; return finite values in [0, 1]")
         images = (images.float().clamp(0, 1) * 255).round() / 255
-        return Measured(self.reference.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds]))
+        return Measured(self.space.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds]))
 
 
 def measure(
     gauge: Gauge,
     sampler: Sampler,
-    plan: Plan,
+    plan: Asked,
     *,
     batch: int,
     row: str,
@@ -83,7 +103,7 @@ def measure(
     return done
 
 
-def _kept(gauge: Gauge, sampler: Sampler, plan: Plan, row: str, files: Sequence[Path]) -> Measured:
+def _kept(gauge: Gauge, sampler: Sampler, plan: Asked, row: str, files: Sequence[Path]) -> Measured:
     found = sorted((_read(f) for f in files if f.exists()), key=len, reverse=True)
     if not found:
         return gauge.nothing

@@ -64,7 +64,7 @@ def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
     ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
     return Plan(
         tuple(prompt for prompt, _ in pictures),
-        tuple(int(digest(f"{prompt}/{k}")[:8], 16) >> 1 for prompt, k in pictures),
+        tuple(seed_of(*picture) for picture in pictures),
         *(slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)),
     )
 
@@ -74,6 +74,11 @@ def _choose(option: str, prompts: Iterable[str], count: int) -> list[str]:
     if not 1 <= count <= len(there):
         raise ValueError(f"protocol.{option}: got {count}; choose 1..{len(there)}")
     return there[:count]
+
+
+def seed_of(prompt: str, repetition: int) -> int:
+    """A picture's seed, below 2^31."""
+    return int(digest(f"{prompt}/{repetition}")[:8], 16) >> 1
 
 
 def digest(value: object) -> str:

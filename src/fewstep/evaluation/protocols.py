@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .measure import Gauge, Measured, Sampler, measure
+from .measure import Asked, Gauge, Measured, Sampler, measure
 from .plan import EmojiProtocol, digest, plan
 from .quality import Ruler
 from .reference import FOLDER, load_reference
@@ -68,21 +68,9 @@ def evaluate(
         raise ValueError(f"protocol {protocol.name}: {found}; install fewstep again, or name your own reference's hash in the protocol")
     drawn, gauge = plan(protocol, known), Gauge(known)
     stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds), "reference_sha256": known.sha256}
-    measured: list[Measured] = []
-    for row in rows:
-        title = f"{row.model}-{row.steps}steps-guidance{row.guidance:g}"
-        file = f"{title}-{digest([*stamp.values(), protocol.batch, row.nfe])[:12]}.safetensors"
-        kept = [folder / file for folder in (cache, shipped) if folder is not None]
-        before = len(measured) * len(drawn.prompts)
-
-        def tell(done: int, before: int = before) -> None:
-            progress(before + done)
-
-        keep = None if cache is None else cache / file
-        measured.append(measure(gauge, row.sampler, drawn, batch=protocol.batch, row=title, kept=kept, keep=keep, progress=tell))
-    ruler = Ruler(protocol, drawn, known)
-    teachers = [i for i, row in enumerate(rows) if row.model == "teacher"]
-    best = measured[max(teachers, key=lambda i: rows[i].steps)] if teachers else None
+    measured = measured_rows(rows, drawn, gauge, list(stamp.values()), protocol.batch, cache, progress, shipped)
+    ruler, most = Ruler(protocol, drawn, known), best_teacher(rows)
+    best = None if most is None else measured[most]
     return {
         "protocol": protocol.name,
         "distance": f"FD-efflite0, {protocol.components} components",
@@ -102,3 +90,35 @@ def evaluate(
             for r, m in zip(rows, measured, strict=True)
         ],
     }
+
+
+def best_teacher(rows: Sequence[Row]) -> int | None:
+    """Which row others are compared with: the first one called "teacher" with the most steps; None where there is no teacher."""
+    teachers = [i for i, row in enumerate(rows) if row.model == "teacher"]
+    return max(teachers, key=lambda i: rows[i].steps) if teachers else None
+
+
+def measured_rows(
+    rows: Sequence[Row],
+    asked: Asked,
+    gauge: Gauge,
+    stamp: Sequence[str],
+    batch: int,
+    cache: Path | None,
+    progress: Callable[[int], None],
+    shipped: Path | None = None,
+) -> list[Measured]:
+    """Every row's pictures as numbers; those kept in `cache` or `shipped` under the same `stamp` are not drawn again."""
+    measured: list[Measured] = []
+    for row in rows:
+        title = f"{row.model}-{row.steps}steps-guidance{row.guidance:g}"
+        file = f"{title}-{digest([*stamp, batch, row.nfe])[:12]}.safetensors"
+        kept = [folder / file for folder in (cache, shipped) if folder is not None]
+        before = len(measured) * len(asked.prompts)
+
+        def tell(done: int, before: int = before) -> None:
+            progress(before + done)
+
+        keep = None if cache is None else cache / file
+        measured.append(measure(gauge, row.sampler, asked, batch=batch, row=title, kept=kept, keep=keep, progress=tell))
+    return measured

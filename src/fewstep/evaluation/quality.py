@@ -74,7 +74,7 @@ class Ruler:
             diversity=ours,
             diversity_ratio=ours / theirs if theirs else None,
             collapsed=ours < COLLAPSED * theirs if theirs else None,
-            seconds_per_image=float(row.seconds[: len(row) // self.protocol.batch or None].min()),
+            seconds_per_image=row.fastest(self.protocol.batch),
         )
 
     def _moments(self, x: Tensor) -> Moments:

@@ -61,6 +61,11 @@ class Reference:
     held_out: tuple[str, ...]
     sha256: str
 
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.gallery.shape[1]
+
     def embed(self, features: Tensor) -> Tensor:
         """Embeddings [B, K] of EfficientNet-lite0 features [B, 1280]."""
         return (features.sqrt() - self.mean) @ self.basis

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..core.solvers import evaluations
+
 FORMAT = 1
 FILE = "fewstep.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,9 +50,15 @@ class StudentCard:
         return self.scales or self.steps
 
 
-def evaluations(card: StudentCard, steps: int) -> int:
-    """Network evaluations of one picture in so many steps."""
-    return steps - card.free_first
+def card_evaluations(card: StudentCard, steps: int) -> int:
+    """Network evaluations of one picture in so many steps; a head costs none."""
+    return evaluations(steps, free=card.free_first)
+
+
+def counted(card: StudentCard) -> str:
+    """The network calls of every step count that it serves: `4 in 4 steps, 2 in 2 steps`."""
+    free = " (the first step is free)" if card.free_first else ""
+    return ", ".join(f"{card_evaluations(card, k)} in {k} step{'s' if k > 1 else ''}" for k in card.steps) + free
 
 
 def read_card(folder: Path) -> StudentCard:

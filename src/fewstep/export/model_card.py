@@ -6,7 +6,7 @@ from ..backbones.few_step import Facts
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, source_of
 from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
-from .card import StudentCard
+from .card import StudentCard, counted
 
 
 def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, even: bool) -> str:
@@ -61,7 +61,9 @@ pipe = fewstep.load("{card.base}", "{folder}")
 
 pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of classes""",
         )
-    head = f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step |" if card.head else ""
+    head = (
+        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |" if card.head else ""
+    )
     beyond = (
         f'With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.'
         if stock
@@ -89,6 +91,7 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 | | |
 |---|---|
 | steps | {served} |
+| network calls a picture | {counted(card)} |
 | timesteps | {times} |
 | solver | {card.solver[str(steps)]}{free} |
 | guidance | {guidance}; a negative prompt has no effect |

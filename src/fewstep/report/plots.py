@@ -20,8 +20,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .live import Metrics, series
+from .space import box_around, walls
 from .table import Row
-from .words import finite
+from .words import finite, plural
 
 INK, MUTED, LINE = "#1d1d20", "#6a6a72", "#e5e2dc"
 STUDENT, FAKE, TEACHER = "#2457c5", "#b8570f", "#77777f"
@@ -32,6 +33,7 @@ VARIABLES |= {colour: f"segment-{i}" for i, colour in enumerate(SEGMENTS)}
 WIDTH, HEIGHT = 400, 230  # units of the SVG; one unit is about one pixel on a phone
 FONT = 11
 POINTS = 600  # of one drawn line
+FEW = 12  # samples behind a curve where more would hide it
 
 CLEANING = (  # what matplotlib writes for a file of its own and a page does without
     (r"^.*?<svg[^>]*>", ""),
@@ -68,6 +70,10 @@ WORDS = {
     "Gradient norms": "Before clipping. A steady climb is the first sign that a learning rate is too high.",
     "Straying from the teacher": "Distance to the teacher's state from the same noise, relative to the clean state, along the way from "
     "noise (0) to data (1), on trajectories that it was trained on. Lower is better.",
+    "Trajectories in three dimensions": "From noise x_T to data x_0: each along its own straight line, and along the two principal directions of what "
+    "bends away from it, in the line's length; every axis has a scale of its own. Faint: samples, with their shadows. Strong: their mean. Dashed: the fitted curve.",
+    "How few directions the bend takes": "Share of a trajectory's departure from its straight line, in squared distance, that lies along its own first one, "
+    "two and three principal directions; averaged over samples.",
     "The shape that trajectories share": "Coordinates of the teacher's trajectories along the way from noise (0) to data (1): along the "
     "straight line, then along the two principal directions of what is left. Faint: samples. Strong: their mean. Dashed: the fitted curve.",
     "The bend, seen along the straight line": "The two coordinates beside the straight line, in its length. Faint: samples. Strong: their mean.",
@@ -84,6 +90,8 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, 
         losses(metrics),
         gradients(metrics),
         strays(shape or {}),
+        space(shape or {}),
+        explained(shape or {}),
         coordinates(shape or {}),
         bend(shape or {}),
     )
@@ -150,7 +158,7 @@ def coordinates(shape: Mapping[str, Any]) -> Figure | None:
         _style(axes, "", "way from noise to data" if i == 2 else "")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(3))
-        for sample in samples:
+        for sample in samples[:FEW]:
             axes.plot(s, sample[:, i], color=TEACHER, lw=0.7, alpha=0.35)
         axes.plot(s, mean[:, i], color=STUDENT, lw=1.8)
         axes.plot(s, fit[:, i], color=FAKE, lw=1.4, dashes=(4, 3))
@@ -164,12 +172,61 @@ def bend(shape: Mapping[str, Any]) -> Figure | None:
         return None
     axes = _axes("", "second coordinate")
     mean, samples = np.asarray(shape["mean"]), np.asarray(shape["samples"])
-    for sample in samples:
+    for sample in samples[:FEW]:
         axes.plot(sample[:, 1], sample[:, 2], color=TEACHER, lw=0.8, alpha=0.4)
     axes.plot(mean[:, 1], mean[:, 2], color=STUDENT, lw=2)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     _label_ends(axes, [("mean", STUDENT, float(mean[-1, 2]))])
+    return axes.figure
+
+
+def space(shape: Mapping[str, Any]) -> Figure | None:
+    """All three coordinates in a box, from noise at its left to data at its right: samples with shadows, mean and fit.
+
+    The second coordinate, in which trajectories bend most, goes up, and the third to the back.
+    """
+    if not shape.get("mean"):
+        return None
+    samples, mean, fit = (np.asarray(shape[k])[..., [0, 2, 1]] * (-1, 1, 1) for k in ("samples", "mean", "fit"))
+    box, axes = box_around(np.concatenate([samples, mean[None], fit[None]])), _figure().subplots()
+    axes.set_axis_off()
+    for wall in walls():
+        axes.plot(*wall.T, color=LINE, lw=0.8)
+    for sample in samples:
+        axes.plot(*box.shadow(sample).T, color=LINE, lw=0.7)
+    for sample in samples:
+        axes.plot(*box.on_page(sample).T, color=TEACHER, lw=0.7, alpha=0.4)
+    axes.plot(*box.on_page(mean).T, color=STUDENT, lw=2)
+    axes.plot(*box.on_page(fit).T, color=FAKE, lw=1.4, dashes=(4, 3))
+    axes.plot(*box.on_page(mean[[0, -1]]).T, color=STUDENT, ls="", marker="o", ms=5, mec="none")
+    ends = box.on_page(mean[[0, -1]])
+    low, high = ([f"{round(x, 2) + 0:g}" for x in side.tolist()] for side in (box.low, box.high))
+    words = (  # where, text, colour, which side of the place is at it
+        (ends[0], "noise  ", INK, "right"), (ends[1], "  data", INK, "left"), ((0.5, -0.14), "along the straight line", MUTED, "center"),
+        ((-0.03, 0.02), low[2], MUTED, "right"), ((-0.03, 0.73), high[2], MUTED, "right"), ((0.12, 0.92), "first direction", MUTED, "right"),
+        ((1.03, -0.13), low[1], MUTED, "left"), ((1.37, 0.14), high[1], MUTED, "left"), ((1.19, -0.06), "second direction", MUTED, "left"),
+    )  # fmt: skip
+    for place, text, colour, side in words:
+        axes.text(*place, text, color=colour, fontsize=FONT, ha=side, va="center").set_in_layout(False)
+    axes.set_xlim(-0.25, 1.66)
+    axes.set_ylim(-0.19, 1.0)
+    return axes.figure
+
+
+def explained(shape: Mapping[str, Any]) -> Figure | None:
+    """What one, two and three principal directions explain of the part beside the straight line, as bars."""
+    if not shape.get("unexplained"):
+        return None
+    shares = [100 * (1 - left) for left in shape["unexplained"]]
+    axes = _axes("", "% explained")
+    axes.grid(visible=False)
+    axes.barh(range(len(shares)), shares, color=STUDENT, height=0.28)
+    axes.set_xlim(0, 100)
+    axes.set_yticks(range(len(shares)), [plural(i + 1, "direction") for i in range(len(shares))])
+    axes.invert_yaxis()
+    for i, share in enumerate(shares):
+        axes.text(1.02, i, f"{share:.1f} %", color=STUDENT, fontsize=FONT, va="center", transform=axes.get_yaxis_transform())
     return axes.figure
 
 

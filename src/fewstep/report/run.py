@@ -19,11 +19,12 @@ SHOWN_SAMPLES = 3
 def render_run(run: Path) -> Path:
     """Write `run/report.html` from whatever the folder holds by now; returns its path.
 
-    Reads run.json (`title`, `recipe`, `versions`, `hardware`, `next_commands`, all optional), metrics.jsonl, final/eval.json,
+    Reads run.json (`title`, `recipe`, `versions`, `hardware`, `command`, all optional), metrics.jsonl, final/eval.json,
     samples/*.png and pictures.safetensors. Raises ValueError where the folder is no run or a file is damaged.
     """
     if not (run / "run.json").exists():
-        raise ValueError(f"run {run}: there is no run.json, allowed are folders that `fewstep distill RECIPE` made; run that first")
+        lacks = "run.json" if run.is_dir() else "such folder"
+        raise ValueError(f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first")
     return write_report(run / "report.html", read_run(run))
 
 
@@ -35,6 +36,7 @@ def read_run(run: Path) -> Report:
     seconds = [m["seconds"] for m in metrics if "seconds" in m]
     cost = Cost(seconds[-1], metrics[-1]["iteration"], about.get("hardware", "")) if seconds else None
     pictures = load_pictures(run / PICTURES) if (run / PICTURES).exists() else Pictures()
+    go_on = [("Go on where it stopped", about["command"])] if "command" in about else []
     return Report(
         title=about.get("title", run.resolve().name),
         summary=headlines(rows, cost),
@@ -47,21 +49,21 @@ def read_run(run: Path) -> Report:
         warnings=[f"Iteration {m['iteration']:,}: {text}" for m in metrics for text in m.get("warnings", ())],
         trajectories=_read_json(run / SHAPE),
         recipe=about.get("recipe", {}),
-        next_commands=[(caption, command) for caption, command in about.get("next_commands", next_commands(run, pictures.prompts))],
+        next_commands=next_commands(run, pictures.prompts) if (run / "final").is_dir() else go_on,
         versions={**about.get("versions", {}), **evaluation.get("versions", {})},
     )
 
 
 def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
-    """What one does with a finished student, as commands to copy."""
-    final, prompt = shlex.quote(str(run / "final")), shlex.quote(prompts[0] if prompts else "a prompt of your own")
+    """What one does with the student of this folder, as commands to copy. Models that take no prompt have empty ones."""
+    student = shlex.quote(str(run))
+    asked = next((f" -p {shlex.quote(p)}" for p in prompts if p), "" if prompts else " -p 'a prompt of your own'")
+    out = shlex.quote(str(run / "export"))
     return [
-        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {final} -p {prompt} --compare"),
-        (
-            "Write it for diffusers and ComfyUI; each file is loaded again and compared",
-            f"fewstep export {final} {shlex.quote(str(run / 'export'))}",
-        ),
-        ("Look at it in the browser, with a blind vote", f"fewstep studio {shlex.quote(str(run))}"),
+        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {student}{asked} --compare"),
+        ("Measure it under the full protocol", f"fewstep evaluate {student}"),
+        ("Write it for diffusers and ComfyUI; each file is loaded again and compared", f"fewstep export {student} {out}"),
+        ("Distil a pipeline of your own", "fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
     ]
 
 

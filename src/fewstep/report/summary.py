@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .table import Row
-from .words import duration, finite, times
+from .words import duration, finite, plural, times
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,14 @@ def _most(rows: Sequence[Row], model: str, key: str) -> Row | None:
 
 
 def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> Headline | None:
-    """How much of the gap between the teacher at the student's cost and the teacher at its best is closed."""
-    if student is None or teacher is None or not finite(student.get("fd_real")) or not finite(teacher.get("fd_real")):
+    """How much of the gap between the teacher at the student's cost and the teacher at its best is closed.
+
+    Without real images, how far the student is from the teacher at its best.
+    """
+    if student is None or teacher is None:
         return None
+    if not finite(student.get("fd_real")) or not finite(teacher.get("fd_real")):
+        return _imitation(rows, student, teacher)
     ours, goal = student["fd_real"], teacher["fd_real"]
     teachers = [r for r in rows if r.get("model") == "teacher" and finite(r.get("fd_real"))]
     start = max((r["fd_real"] for r in teachers if r.get("nfe") == student.get("nfe")), default=goal)
@@ -52,6 +57,15 @@ def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> H
         return Headline(f"{100 * (start - ours) / (start - goal):.0f} %", f"{lost} {distances}")
     compared = f"the teacher has {goal:.1f} with {_evaluations(teacher)}"
     return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better; {compared}.")
+
+
+def _imitation(rows: Sequence[Row], student: Row, teacher: Row) -> Headline | None:
+    if not finite(student.get("fd_teacher")):
+        return None
+    same = [r["fd_teacher"] for r in rows if r.get("model") == "teacher" and r.get("nfe") == student["nfe"] and finite(r.get("fd_teacher"))]
+    beside = f"; the teacher at the student's cost has {max(same):.1f}" if same else ""
+    told = f"Fréchet distance to the teacher's images of {_evaluations(teacher)}, lower is better{beside}."
+    return Headline(f"{student['fd_teacher']:.1f}", told)
 
 
 def _speed(student: Row | None, teacher: Row | None) -> Headline | None:
@@ -74,4 +88,4 @@ def _training(cost: Cost | None) -> Headline | None:
 
 
 def _evaluations(row: Row) -> str:
-    return f"{row['nfe']:g} network evaluation{'s' if row['nfe'] != 1 else ''}"
+    return plural(row["nfe"], "network evaluation")

@@ -24,3 +24,8 @@ def duration(seconds: float) -> str:
 def times(ratio: float) -> str:
     """A factor with two significant digits: `25×`, `1.3×`."""
     return f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
+
+
+def plural(count: float, noun: str) -> str:
+    """`1 step`, `4 steps`."""
+    return f"{count:g} {noun}{'s' if count != 1 else ''}"

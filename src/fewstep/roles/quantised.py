@@ -141,6 +141,12 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None if packed is None else "int8" if packed.pairs is None else "nf4"
 
 
+def weight_count(module: nn.Module) -> int:
+    """How many weights a network has of its own: adapters left out, rounded ones counted as the numbers that they stand for."""
+    own = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n)
+    return own + sum(m.shape.numel() for m in module.modules() if isinstance(m, Packed))
+
+
 def _fits(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     """Whether it is a plain layer, whose weight nobody reads past it, of a wide one's whole blocks."""
     if type(layer) is nn.Linear:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic import read_json, write_json, write_tensors
-from ..backbones.base import Backbone, guided_until, rows
+from ..backbones.base import Backbone, Cond, calls, guided_until, rows
 from ..backbones.generate import device_of, noise_of
 from ..core import timegrid
 from ..core.schedule import Schedule
@@ -72,10 +72,24 @@ def refine(schedule: Schedule, times: Tensor, steps: int) -> tuple[Tensor, Tenso
     return torch.cat(parts), torch.tensor(places)
 
 
+def solver_on(schedule: Schedule, grid: Tensor, solver: str) -> str:
+    """What `auto` stands for on this grid; any other solver is itself."""
+    if solver != "auto":
+        return solver
+    return "heun" if float(schedule.alpha(grid[:1])) > 0 else "dpmpp"
+
+
+def path_evaluations(backbone: Backbone, cond: Cond, config: PathsConfig, times: Tensor, guidance: float) -> int:
+    """Network evaluations in one trajectory that stops at these `times`, as `teacher_paths` walks it."""
+    schedule, (grid, _) = backbone.schedule, refine(backbone.schedule, times, config.steps)
+    asked = grid[:-1] if solver_on(schedule, grid, config.solver) != "heun" else torch.cat([grid[:-1], grid[1:-1]])
+    early = int((schedule.fraction(asked) > config.guidance_until).sum())
+    return calls(cond, guidance) * early + len(asked) - early
+
+
 def walk(backbone: Backbone, denoise: Denoise, x: Tensor, grid: Tensor, solver: str) -> list[State]:
     """All states from x down the grid."""
-    if solver == "auto":
-        solver = "heun" if float(backbone.schedule.alpha(grid[:1])) > 0 else "dpmpp"
+    solver = solver_on(backbone.schedule, grid, solver)
     with torch.no_grad():
         if solver == "heun":
             return list(heun(denoise, backbone.schedule, x, grid))

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..core.schedule import Schedule
 from .curve import Curve, fit_curve, own_coordinates
 
-SHOWN = 12
+SHOWN = 48  # samples of which a report has the curves
+DIGITS = 6  # of their coordinates, whose unit is the length of the way
 
 
 def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor, curve: Curve | None = None) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor, curve: Curve | Non
     curve = curve or fit_curve(s, c)
     return {
         "s": s.tolist(), "mean": c.tolist(), "fit": curve.at(s).tolist(), "r2": curve.r2.tolist(),
-        "samples": own[:SHOWN].tolist(), "unexplained": left.mean(0).tolist(),
+        "samples": own[:SHOWN].round(decimals=DIGITS).tolist(), "unexplained": left.mean(0).tolist(),
     }  # fmt: skip
 
 

@@ -1,0 +1,133 @@
+"""Pixel models measured by their own classes: a student's pictures against its teacher's and, where there are some, against real ones.
+
+There is no shipped reference: distances live in the leading principal components of the square roots of EfficientNet-lite0 features, those
+of the real pictures or else of the teacher's, in a unit in which these have a total variance of 100. Every distance is between two sets of
+the same number of pictures; it depends on that number, so compare the rows of one table.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from .distances import Moments, frechet_distance, moments, principal_components
+from .features import WIDTH, features
+from .measure import Gauge
+from .plan import digest, seed_of
+from .protocols import Row, best_teacher, measured_rows
+from .reference import VARIANCE
+
+
+@dataclass(frozen=True)
+class PictureProtocol:
+    """`count` pictures of every row, of all classes in turn, meet as many of the teacher's and as many real ones in `components` dimensions."""
+
+    name: str
+    count: int
+    components: int = 48
+    batch: int = 16
+
+    def total(self, rows: int) -> int:
+        """Pictures drawn for that many rows."""
+        return rows * self.count
+
+
+PICTURES = (PictureProtocol("pictures-quick", 128), PictureProtocol("pictures", 512), PictureProtocol("pictures-full", 5000))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts and seeds of every row."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The square roots of features as they are: which of their directions count is known when all pictures are drawn."""
+
+    width: int = WIDTH
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, 1280] of features [B, 1280]."""
+        return features.sqrt()
+
+
+def asked(protocol: PictureProtocol, classes: Sequence[str]) -> Asked:
+    """Classes in turn, the empty prompt where there are none: a small protocol is the beginning of a large one."""
+    names = tuple(classes) or ("",)
+    pictures = [(names[i % len(names)], i // len(names)) for i in range(protocol.count)]
+    return Asked(tuple(name for name, _ in pictures), tuple(seed_of(*picture) for picture in pictures))
+
+
+def evaluate_pictures(
+    rows: Sequence[Row],
+    protocol: PictureProtocol,
+    classes: Sequence[str],
+    real: Tensor | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """What eval.json holds, as `protocols.evaluate` has it. `real` [N, C, H, W] are bytes of at least `protocol.count` pictures.
+
+    Of these as many are taken as a row has, the same every time. `fd_floor` is what as many others of them get themselves, where there
+    are enough. Raises ValueError where a row has nothing to be compared with, and for too few real pictures.
+    """
+    count, best = protocol.count, best_teacher(rows)
+    if real is not None and len(real) < count:
+        raise ValueError(f"real: got {len(real)} pictures, protocol {protocol.name} compares {count} with {count}; choose a smaller one")
+    if real is None and best is None:
+        raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real pictures; pass some")
+    drawn, gauge = asked(protocol, classes), Gauge(Roots())
+    stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds)}
+    measured = measured_rows(rows, drawn, gauge, [*stamp.values(), "roots"], protocol.batch, cache, progress)
+    own = [m.embeddings for m in measured]
+    others = None if real is None else Roots().embed(features(gauge.network, shuffled(real)[: 2 * count]))
+    goal = None if best is None else own[best]
+    reference = others[:count] if others is not None else goal
+    assert reference is not None
+    space = principal_components(reference, protocol.components)
+    unit = (VARIANCE / space.variance.sum().clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+
+    def seen(roots: Tensor) -> Moments:
+        return moments(space(roots.double()) * unit)
+
+    def to_real(roots: Tensor) -> float | None:
+        return None if others is None else frechet_distance(seen(others[:count]), seen(roots))
+
+    def to_teacher(i: int) -> float | None:
+        return None if goal is None or i == best else frechet_distance(seen(goal), seen(own[i]))
+
+    whose = "the teacher's" if others is None else "the real pictures'"
+    return {
+        "protocol": protocol.name,
+        "distance": f"FD-efflite0, {protocol.components} components of {whose} features, {count} pictures against {count}",
+        "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
+        **stamp,
+        "batch": protocol.batch,
+        "fd_floor": to_real(others[count:]) if others is not None and len(others) == 2 * count else None,
+        "rows": [
+            {
+                "model": r.model,
+                "steps": r.steps,
+                "guidance": r.guidance,
+                "nfe": r.nfe,
+                "n": count,
+                "fd_real": to_real(own[i]),
+                "fd_teacher": to_teacher(i),
+                "seconds_per_image": measured[i].fastest(protocol.batch),
+            }
+            for i, r in enumerate(rows)
+        ],
+    }
+
+
+def shuffled(pictures: Tensor) -> Tensor:
+    """Bytes [N, C, H, W] as colour pictures [N, 3, H, W] in [0, 1], in an order that is the same every time and mixes classes."""
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
+    return pictures[order].expand(-1, 3, -1, -1).float() / 255
