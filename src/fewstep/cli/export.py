@@ -17,6 +17,7 @@ from ..backbones.files import load_lora
 from ..backbones.generate import device_of
 from ..backbones.load import pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
+from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
 from ..export.card import StudentCard
 from ..export.final import write_final
@@ -156,11 +157,16 @@ def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tenso
         raise ValueError("--format: this student's head corrects its steps, which no stock pipeline does; choose student or merged")
     _require_told(loaded, card)
     write_merged(loaded, card, out)
-    pipe = pipeline_of(loaded.student.backbone)
-    with_network(pipe, merged(loaded, card), load_scheduler(out / "scheduler"), type(pipe)).save_pretrained(out)
-    return drawn(
-        pipeline_of(load_teacher(out, device=device_of(loaded.student.network))), PROMPTS, card.steps[0], times=own_times(loaded, card)
-    )
+    backbone, network, scheduler = loaded.student.backbone, merged(loaded, card), load_scheduler(out / "scheduler")
+    if isinstance(backbone, PixelModel):
+        save_pixel_pipeline(out, pixel_pipeline(network, scheduler, told=bool(backbone.labels)), backbone.labels)
+    else:
+        pipe = pipeline_of(backbone)
+        with_network(pipe, network, scheduler, type(pipe)).save_pretrained(out)
+    again = load_teacher(out, device=device_of(loaded.student.network))
+    if isinstance(again, PixelModel):
+        return drawn_pixels(again, EMPTY, card.steps[0])
+    return drawn(pipeline_of(again), PROMPTS, card.steps[0], times=own_times(loaded, card))
 
 
 FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path], Tensor]] = {
