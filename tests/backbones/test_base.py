@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,44 @@ def test_any_network_is_split_by_its_row(prediction: str) -> None:
         raw = backbone.module(x, t.float())
     alpha, sigma = expand(Flow().alpha(t), x), expand(Flow().sigma(t), x)
     torch.testing.assert_close(got.x0, split(raw, x, alpha, sigma, ROWS[prediction]).x0)
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["preconditioned", "by itself"])
+def test_edm_s_preconditioning_of_an_own_network(done: bool) -> None:
+    """`D = c_skip x + c_out F(c_in x, log(sigma) / 4)`, whether fewstep scales what the network is asked or the network does."""
+    net, data = tiny.Net(), 0.7
+
+    class ByItself(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return net(x / (t.square() + data**2).sqrt()[:, None, None, None], t.log() / 4)
+
+    module: nn.Module = net if done else ByItself()
+    backbone = Denoiser(module, EDM(), (2, 4, 4), "edm", sigma_data=data, precondition=done)
+    x, t = state()[0], torch.tensor([70.0, 0.9, 0.02], dtype=torch.float64)
+    with torch.no_grad():
+        got = denoiser(backbone, module, {})(x, t)
+        level = t.float()[:, None, None, None]
+        raw = net(x / (level**2 + data**2).sqrt(), t.log().float() / 4)
+    c_skip, c_out = data**2 / (level**2 + data**2), level * data / (level**2 + data**2).sqrt()
+    torch.testing.assert_close(got.x0, c_skip * x + c_out * raw, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"precondition": True}, "precondition: is for prediction='edm' alone, got 'eps'"),
+        ({"sigma_data": 0.7}, "sigma_data: is for prediction='edm' alone, got 'eps'"),
+        ({"prediction": "edm", "schedule": Flow()}, "prediction: 'edm' is for data that noise is added to, Flow scales them; pass"),
+        ({"prediction": "edm", "sigma_data": 0.0}, "sigma_data: got 0, allowed are positive numbers"),
+    ],
+)
+def test_edm_s_options_go_with_edm_alone(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        Denoiser(**{"module": nn.Linear(2, 2), "schedule": EDM(), "shape": (2,), **options})
 
 
 def test_own_network_takes_its_own_dtype_and_gives_float32() -> None:

@@ -50,7 +50,7 @@ def headless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_a_pipeline_folder_is_the_student(headless: tuple[Path, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In diffusers where there are no classes, of which its pipeline knows nothing; everywhere in fewstep, the classes' names included."""
+    """In diffusers and in fewstep, the classes' names included (more in `test_pixel_formats.py`)."""
     run, labels = headless
     assert command(monkeypatch, "export", run, tmp_path / "pipe", "--format", "pipeline") == 0
     prompts, student = [labels[1] if labels else "", ""], fewstep.load_student(run / "final")
@@ -141,7 +141,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     assert (again - fewstep.sample(fewstep.load_student(run / "final"), ["cat"])).abs().max() <= 1e-4
     capsys.readouterr()
     assert command(monkeypatch, "export", run, "pipe", "--format", "pipeline") == 2
-    assert "--format: this student's head corrects its steps" in error_of(capsys)
+    assert "--format: this student is sampled with a head" in error_of(capsys)
     assert command(monkeypatch, "evaluate", run) == 0  # under the protocol of its kind, against what its recipe names
     assert "pictures: FD-efflite0, 3 components of the real pictures' features, 6 pictures against 6" in capsys.readouterr().out
     assert json.loads((run / "final" / "eval.json").read_text())["rows"][3]["fd_real"] == rows[3]["fd_real"]

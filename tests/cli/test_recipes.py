@@ -1,14 +1,16 @@
 """Every shipped recipe says what it costs and can be run as it is; the help pages in docs/ are those of the program."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from fewstep.backbones import miniature
-from fewstep.backbones.unconditional import pixel_unet, save_pixel_model
+from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
 from fewstep.cli import main
 from fewstep.cli.recipe import DistillRecipe, kind_of, read_recipe
 from fewstep.recipes_path import recipe_names, recipe_path
@@ -60,6 +62,26 @@ def test_a_distillation_recipe_passes_its_dry_run(
     )  # theirs are uneven
     assert f"times, 4 steps: {times}" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("uncounted")
+def test_trajp_l_s_recipe_passes_its_dry_run_with_edm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pixel_model(Path("edm"), pixel_unet([8, 16], [False, True], 3, 32, 2), edm_scheduler(0.5), ["cat", "dog"])
+    Path("names.txt").write_text("cat\ndog\n")
+    assert fewstep(monkeypatch, "distill", "cifar10-trajpl", "--dry-run", "--teacher", "edm", "--prompts", "names.txt") == 0
+    assert "times, 2 steps: [80.0, 2.5" in capsys.readouterr().out
+
+
+def test_a_teacher_has_as_many_parameters_as_its_recipe_says() -> None:
+    config = read_recipe("cifar10-teacher", ["process=edm", "sigma_data=0.5"], PixelTeacherConfig)
+    with torch.device("meta"):
+        net = pixel_unet(config.channels, config.attention, 3, 32, 10, config.groups, config.layers, config.dropout)
+    said = re.search(r"of ([\d.]+)M parameters", recipe_path("cifar10-teacher").read_text())
+    assert said is not None
+    assert float(said[1]) == round(sum(p.numel() for p in net.parameters()) / 1e6, 1)
 
 
 def test_a_word_is_no_boolean(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Every prediction type is one row of a 2x2 system, and solving it undoes it."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.core.prediction import ROWS, Row, edm_row, row_named, split, target
+from fewstep.core.prediction import ROWS, Row, edm_inputs, edm_row, row_named, split, target
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, diffuse, expand
 
 TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -59,6 +61,27 @@ def test_edm_row_is_the_preconditioning(sigma_data: float) -> None:
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
     c_out = sigma * sigma_data / (sigma_data**2 + sigma**2).sqrt()
     torch.testing.assert_close(split(raw, x, alpha, sigma, edm_row(sigma_data)).x0, c_skip * x + c_out * raw, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_edm_s_network_sees_and_says_numbers_of_unit_size(sigma_data: float) -> None:
+    """What the preconditioning is for (EDM, app. B.6): unit variance of inputs and of targets at every noise level."""
+    n, rng = 40_000, torch.Generator().manual_seed(0)
+    data, eps = torch.randn((2, n), generator=rng, dtype=torch.float64)
+    for level in (0.01, 0.5, 80.0):
+        x0, sigma = sigma_data * data[:, None], torch.full((n,), level, dtype=torch.float64)
+        inputs, noise = edm_inputs(x0 + level * eps[:, None], sigma, sigma_data)
+        wanted = target(x0, eps[:, None], torch.ones(n, 1, dtype=torch.float64), sigma[:, None], edm_row(sigma_data))
+        assert inputs.var().item() == pytest.approx(1, abs=0.04)
+        assert wanted.var().item() == pytest.approx(1, abs=0.04)
+        assert noise.tolist()[:1] == [pytest.approx(math.log(level) / 4)]
+
+
+def test_a_row_of_edm_has_the_sigma_data_that_is_said_and_the_sign() -> None:
+    one, sigma = torch.ones(3, dtype=torch.float64), torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64)
+    assert all(torch.equal(p, q) for p, q in zip(row_named("edm", 1.3)(one, sigma), edm_row(1.3)(one, sigma), strict=True))
+    assert not torch.equal(row_named("edm")(one, sigma)[0], edm_row(1.3)(one, sigma)[0])
+    assert all(torch.equal(p, -q) for p, q in zip(edm_row(1.3, -1.0)(one, sigma), edm_row(1.3)(one, sigma), strict=True))
 
 
 def test_guidance_commutes_with_the_solve() -> None:

@@ -23,6 +23,18 @@ def test_ends(name: str) -> None:
     assert schedule.alpha(noise).item() < 0.07 * schedule.sigma(noise).item()
 
 
+@pytest.mark.parametrize("most", [14.6146, 40.0, 80.0, 700.0])
+def test_edm_s_grid_ends_exactly_where_it_is_said_to(most: float) -> None:
+    """Not a rounding of a root and a power beyond it, where no time may lie."""
+    schedule = EDM(t_max=most)
+    assert schedule.at(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == [0, most]
+
+
+def test_edm_may_start_with_the_spread_of_data() -> None:
+    assert EDM(t_max=3.0).start_std == 3
+    assert EDM(t_max=3.0, data_std=4.0).start_std == 5
+
+
 @pytest.mark.parametrize("name", SPANS)
 def test_coefficients_are_float64_whatever_the_time_is(name: str) -> None:
     schedule, times = SPANS[name]

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 import fewstep
+from fewstep.backbones.unconditional import PixelModel
+from fewstep.core.schedule import EDM, VP
 from fewstep.training.fit import FitConfig
 from fewstep.zoo.pixel_data import FASHION, IDX, load_idx, read_pixel_data
-from fewstep.zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
+from fewstep.zoo.pixel_teacher import PixelTeacherConfig, draw_times, train_pixel_teacher
 
 
 def write_idx(path: Path, data: torch.Tensor) -> None:
@@ -112,3 +116,59 @@ def test_it_trains_in_colour_without_classes(tmp_path: Path) -> None:
     teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
     assert teacher.encode(["", ""]) == {}
     assert fewstep.sample(teacher, ["", ""], steps=2).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("process", ["vp", "edm"])
+def test_batches_draw_times_by_their_law_in_equal_slices(process: str) -> None:
+    """Half of a batch lies below the median, whatever the seed, and no time beyond the ends."""
+    schedule, n = VP(torch.linspace(0.999, 0, 1000, dtype=torch.float64)) if process == "vp" else EDM(), 512
+    t = draw_times(schedule, n, torch.Generator().manual_seed(0))
+    middle = 500 if process == "vp" else np.exp(-1.2)
+    assert abs(int((t < middle).sum()) - n // 2) <= 1
+    assert schedule.t_clean < t.min() and t.max() <= schedule.t_max
+    if process == "edm":
+        assert t.log().std().item() == pytest.approx(1.2, rel=0.02)
+    else:
+        assert torch.equal(t, t.round())
+
+
+def test_a_draw_at_the_end_of_its_slice_stays_on_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """127 + the largest number below 1 is 128 in single precision: a thousandth time of a thousand, of 0 .. 999."""
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    assert draw_times(VP(torch.linspace(0.999, 0, 1000, dtype=torch.float64)), 128, torch.Generator()).max() == 999
+    assert draw_times(EDM(), 128, torch.Generator()).max() == 80
+
+
+def test_it_trains_with_edm_s_preconditioning(fashion: Path, tmp_path: Path) -> None:
+    config = settings(fashion, process="edm", sigma_data=0.7)
+    assert len(list(train_pixel_teacher(config, tmp_path / "run"))) == 2
+    teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
+    assert isinstance(teacher, PixelModel)
+    assert isinstance(teacher.schedule, EDM)
+    assert teacher.scheduler_config["sigma_data"] == 0.7
+    assert fewstep.sample(teacher, ["bag", "coat"], steps=2, guidance=3.0).shape == (2, 3, 28, 28)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "teacher")  # without fewstep
+    assert pipe(batch_size=2, class_labels=[8, 4], num_inference_steps=2, output_type="pt").images.shape == (2, 1, 28, 28)
+    with pytest.raises(ValueError, match=r"^process: got vp, the run in .* was begun with edm; pass --out"):
+        next(train_pixel_teacher(settings(fashion), tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("process", "left"), [("vp", 0.15), ("edm", 0.03)])
+def test_training_learns_the_clean_picture(process: str, left: float, tmp_path: Path) -> None:
+    """One picture only: a network that has learnt gives it at any noise. With another sign, or told other times, more is left."""
+    np.savez(tmp_path / "one.npz", images=PICTURES[:1])
+    fit = FitConfig(steps=60, batch=32, lr=1e-2, warmup=1, decay=30, ema=0.9, weight_decay=0.0)
+    config = settings(tmp_path / "one.npz", process=process, channels=[16, 16], fit=fit)
+    assert len(list(train_pixel_teacher(config, tmp_path / "run"))) == 60
+    teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
+    wanted = torch.from_numpy(PICTURES[0]).permute(2, 0, 1) / 255
+
+    def off(pictures: Tensor) -> float:
+        return float((pictures - wanted).square().mean())
+
+    assert off(fewstep.sample(teacher, [""] * 4, steps=4)) < left * off(torch.full_like(wanted, float(wanted.mean())))
+
+
+def test_sigma_data_is_edm_s_alone(fashion: Path) -> None:
+    with pytest.raises(ValueError, match=r"sigma_data: got 0\.7 with process vp, which has none; leave it out, or set process=edm"):
+        settings(fashion, sigma_data=0.7)

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep
+from fewstep.training.fit import FitConfig
 from fewstep.zoo import emoji_data
-from fewstep.zoo.teacher import TeacherConfig, train_teacher
+from fewstep.zoo.teacher import TeacherConfig, train_teacher, v_loss
 
 from ..archives import pack
 
@@ -155,3 +156,19 @@ def test_the_emoji_teacher_trains_resumes_and_is_a_pipeline(archive: Path, tmp_p
     held = {e.caption for e in emoji_data.load(archive, 0.3)[0] if e.held_out}
     assert held
     assert not held & set(prompts)
+
+
+def test_the_last_time_of_a_batch_stays_on_the_table(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """127 + the largest number below 1 is 128 in single precision, which made a time 1000 of 0 .. 999."""
+    emoji, seen = emoji_data.load(archive, 0.0)[0], list[int]()
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+            seen.append(int(t.max()))
+            return x
+
+    words, fit = torch.zeros(len(emoji), 3, dtype=torch.long), FitConfig(steps=1, batch=128, lr=1e-3)
+    loss_at = v_loss(Net(), emoji, torch.zeros(len(emoji), 1, 1, 2, 2), words, words[0], torch.linspace(0.9, 0.1, 1000), fit, 0.1, 0)
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    assert loss_at(0).isfinite()
+    assert seen == [999]

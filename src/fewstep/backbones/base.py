@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.prediction import Row, Split, row_named, split
+from ..core.prediction import Row, Split, edm_inputs, row_named, split
 from ..core.schedule import Schedule, expand
 from ..core.solvers import Denoise
 
@@ -165,6 +165,10 @@ class Denoiser:
     keyword arguments of the network; without it the model is unconditional and prompts are ignored. `time_layer` is the full
     name of the linear layer whose output is the time embedding: students of several step counts are told theirs there.
     `feature_layers` are those whose outputs a discriminator may read; `guidance_rescale`: see `rescaled`.
+
+    `edm` is the raw F of EDM's `D = c_skip x + c_out F` for data of standard deviation `sigma_data`. With `precondition` the network is called
+    as `F(c_in x, c_noise)`, all of EDM's preconditioning being done for it; without, it is called as all others, and scales its inputs itself.
+    Raises ValueError where these two do not go with the prediction, or `edm` does not with the schedule.
     """
 
     module: nn.Module
@@ -176,13 +180,26 @@ class Denoiser:
     time_layer: str = ""
     feature_layers: tuple[str, ...] = ()
     guidance_rescale: float = 0.0
+    sigma_data: float = 0.5
+    precondition: bool = False
 
     def __post_init__(self) -> None:
         row_named(self.prediction)
+        if self.prediction != "edm" and (self.precondition or self.sigma_data != 0.5):
+            option = "precondition" if self.precondition else "sigma_data"
+            raise ValueError(f"{option}: is for prediction='edm' alone, got {self.prediction!r}; leave it out, or choose 'edm'")
+        if self.prediction == "edm" and float(self.schedule.alpha(torch.tensor([self.schedule.t_max]))) != 1:
+            raise ValueError(
+                f"prediction: 'edm' is for data that noise is added to, {type(self.schedule).__name__} scales them; pass schedule=EDM()"
+            )
+        if self.sigma_data <= 0:
+            raise ValueError(
+                f"sigma_data: got {self.sigma_data:g}, allowed are positive numbers; take that of the network's training, often 0.5"
+            )
 
     @property
     def row(self) -> Row:
-        return row_named(self.prediction)
+        return row_named(self.prediction, self.sigma_data)
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -198,6 +215,8 @@ class Denoiser:
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(module.parameters()).dtype
+        if self.precondition:
+            x, t = edm_inputs(x, t, self.sigma_data)
         return module(x.to(dtype), t.to(dtype), **cond).float() if cond else module(x.to(dtype), t.to(dtype)).float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:

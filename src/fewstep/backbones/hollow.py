@@ -1,7 +1,7 @@
 """A teacher of its true shapes without content: built from a pipeline's configurations alone, to count what it needs."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DiffusionPipeline, ModelMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .base import Backbone
 from .load import at_size, damaged, locate, present, source_of
 from .parts import frozen, own_dtype
+from .schedulers import EDM_SCHEDULERS
 from .single_file import with_settings
+
+WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
 
 def hollow_teacher(
@@ -27,8 +30,8 @@ def hollow_teacher(
     place, family, checkpoint = locate(given)
     try:
         index = DiffusionPipeline.load_config(str(place))
-        there = [n for n, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None]
-        parts = components(family.pipeline, place, [n for n in there if n not in family.parts], dtype)
+        there = {n: entry[1] for n, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None}
+        parts = components(family.pipeline, place, {n: kind for n, kind in there.items() if n not in family.parts}, dtype)
         absent = {
             n: None for n in inspect.signature(family.pipeline).parameters if isinstance(index.get(n), list | tuple) and n not in parts
         }
@@ -41,11 +44,11 @@ def hollow_teacher(
     return at_size(replace(family.around(pipe, given.names[0]), guidance_rescale=guidance_rescale), size)
 
 
-def components(pipeline: type[DiffusionPipeline], place: str | Path, names: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """A pipeline's parts by name, of the classes that it asks for; networks without content."""
+def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
+    """A pipeline's parts by name, of the classes that it asks for; networks without content. `named`: the names of the classes that its folder says."""
     hints, made = get_type_hints(pipeline.__init__), dict[str, Any]()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: tensors of several do not mix
-    for name in names:
+    for name, called in named.items():
         kind: Any = next(k for k in (*get_args(hints[name]), hints[name]) if isinstance(k, type))
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
@@ -55,8 +58,9 @@ def components(pipeline: type[DiffusionPipeline], place: str | Path, names: Sequ
             config = kind.config_class.from_pretrained(str(place), subfolder=name, dtype=dtype)
             with mode, default_dtype(dtype):
                 made[name] = kind(config)
-        else:  # where any scheduler is allowed, one is as good as another: they share the table of noise levels
-            kind = DDIMScheduler if issubclass(kind, Enum) else kind
+        else:  # those with a table are as good as one another: they share it
+            told = next((s for s in WITHOUT_TABLE if s.__name__ == called), None)
+            kind = told or (DDIMScheduler if issubclass(kind, (Enum, *WITHOUT_TABLE)) else kind)
             made[name] = kind.from_pretrained(str(place), subfolder=name)
     return made
 

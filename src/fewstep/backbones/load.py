@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import (
     CogVideoXPipeline,
+    ConsistencyModelPipeline,
     DDPMPipeline,
     DiffusionPipeline,
     PixArtAlphaPipeline,
@@ -96,6 +97,7 @@ FAMILIES = {
         Family(CogVideoXPipeline, around_cogvideox),
         Family(StableDiffusion3Pipeline, around_sd3),
         Family(DDPMPipeline, around_pixels),
+        Family(ConsistencyModelPipeline, around_pixels),
     )
 }
 

@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from ..core.prediction import Row, row_named
+from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
+from .schedulers import EDM_SIGNS
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
 PIXELS = 2**18  # that go through an autoencoder at once, 64 pictures of 64x64 or one of 512x512: its memory stays below the denoiser's
@@ -36,6 +37,8 @@ class Piped(ABC):
     @property
     def row(self) -> Row:
         config = self.pipe.scheduler.config
+        if "sigma_data" in config:
+            return edm_row(config.sigma_data, EDM_SIGNS[config.prediction_type])
         return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config.prediction_type])
 
     @property

@@ -1,17 +1,56 @@
-"""Stock schedulers that visit exactly the times that a student was trained on."""
+"""What a scheduler says of a model's process, and stock schedulers that visit exactly the times that a student was trained on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
 
 from ..atomic import read_json
+from ..core.schedule import EDM, VP, Schedule
 
+EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+EDM_SIGNS = {
+    "epsilon": 1.0,
+    "v_prediction": -1.0,
+}  # of EDM's F in the output: with these schedulers the names mean no noise and no velocity
 CONFIG = "scheduler_config.json"
 _TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
 _TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 _WHOLE = {"set_alpha_to_one": True, "clip_sample": False}
+_LEVELS = ("sigma_max", "sigma_data", "rho", "prediction_type", "num_train_timesteps")
+
+
+def process_of(scheduler: SchedulerMixin) -> Schedule:
+    """The forward process that a scheduler undoes: its table of betas, or EDM's noise levels. Raises ValueError for one that has neither."""
+    config = scheduler.config
+    if not isinstance(scheduler, EDM_SCHEDULERS):
+        if "beta_schedule" not in config:
+            raise ValueError(
+                f"its {type(scheduler).__name__} has no table of betas and is none of {', '.join(s.__name__ for s in EDM_SCHEDULERS)}"
+            )
+        return VP(scheduler.alphas_cumprod.double())
+    if config.prediction_type not in EDM_SIGNS:
+        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type}, allowed are {', '.join(EDM_SIGNS)}")
+    if config.sigma_schedule != "karras":
+        raise ValueError(
+            f"its scheduler's sigma_schedule is {config.sigma_schedule}; set it to karras, which spaces steps otherwise, in {CONFIG}"
+        )
+    return noise_levels(config)
+
+
+def noise_levels(config: Mapping[str, Any]) -> EDM:
+    """The process of EDM's schedulers in diffusers, which start from data of unit variance under the largest noise."""
+    return EDM(t_max=config["sigma_max"], t_min=config["sigma_min"], rho=config["rho"], data_std=1.0)
 
 
 def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: str, even: bool = True) -> SchedulerMixin:
@@ -21,7 +60,10 @@ def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: s
     rule and is exact for any. Stochastic students get diffusers' LCM scheduler. Video has a scheduler of its own, which alone knows
     its shift, and flow another; these two walk DDIM's way, which on flow is Euler's. ValueError where there is none. `config` is
     that of the teacher's scheduler. Times that are not `even` have to be told, which DPM-Solver++ takes and those two do not.
+    On EDM's noise levels it is right for the first of `steps` alone (see `_on_noise_levels`).
     """
+    if "sigma_data" in config:
+        return _on_noise_levels(config, steps[0], solver, even)
     if not even and solver == "renoise":
         raise ValueError("method.shift: students that re-noise are exported for even times alone; set it to 1, or method.solver=ddim")
     if "snr_shift_scale" in config:
@@ -42,6 +84,21 @@ def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: s
     return DPMSolverMultistepScheduler(**shared, **_TRAILING, solver_order=1 if solver == "ddim" else 2)
 
 
+def _on_noise_levels(config: Mapping[str, Any], steps: int, solver: str, even: bool) -> SchedulerMixin:
+    """EDM's Euler, which is DDIM there, or DPM-Solver++ whose last noise level is that of the student's last step.
+
+    diffusers spaces K levels evenly in the rho-th root from `sigma_max` to `sigma_min` and goes to clean data from there; fewstep spaces
+    K steps evenly from `sigma_max` to clean data, and its last level is `sigma_min` of the scheduler for these K.
+    """
+    if not even:
+        raise ValueError("method.shift: students on EDM's noise levels are exported for even times alone; set it to 1")
+    if solver == "renoise":
+        raise ValueError("method.solver: got renoise, students on EDM's noise levels are exported for ddim or dpmpp; choose one")
+    last = float(noise_levels(config).at(torch.tensor(1 / steps, dtype=torch.float64)))
+    shared = {**{k: config[k] for k in _LEVELS if k in config}, "sigma_min": last}
+    return EDMDPMSolverMultistepScheduler(**shared) if solver == "dpmpp" else EDMEulerScheduler(**shared)
+
+
 def load_scheduler(folder: Path) -> SchedulerMixin:
     """What `save_pretrained` of one of them wrote. Raises ValueError where it is missing or damaged."""
     path = folder / CONFIG
@@ -49,7 +106,8 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
         name = read_json(path, "export the run again").get("_class_name")
     except FileNotFoundError as error:
         raise ValueError(f"student: {path} is missing; export the run again") from error
-    known = {s.__name__: s for s in (DDIMScheduler, LCMScheduler, DPMSolverMultistepScheduler, CogVideoXDDIMScheduler)}
+    kinds = (DDIMScheduler, LCMScheduler, DPMSolverMultistepScheduler, CogVideoXDDIMScheduler, *EDM_SCHEDULERS)
+    known: dict[str, Any] = {s.__name__: s for s in kinds}
     if name not in known and name != "FlowMapEulerDiscreteScheduler":
         raise ValueError(f"student: {path} names {name}, which fewstep does not write; export the run again")
     return (known[name] if name in known else _flow()).from_pretrained(folder)

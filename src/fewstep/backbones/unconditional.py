@@ -1,18 +1,21 @@
-"""Pixel-space models: diffusers' `UNet2DModel`, unconditional or with classes, as `DDPMPipeline` folders."""
+"""Pixel-space models: diffusers' `UNet2DModel`, unconditional or with classes, on a table of noise levels or with EDM's preconditioning."""
 
 import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin, UNet2DModel
 from torch import Tensor, nn
 
-from ..core.schedule import VP
+from ..core.prediction import edm_inputs
+from ..core.schedule import EDM
 from .base import Cond
 from .parts import WithUNet
+from .schedulers import EDM_SCHEDULERS, process_of
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
@@ -21,7 +24,10 @@ SHOWN = 20  # classes that are listed to a person
 
 @dataclass(frozen=True)
 class PixelModel(WithUNet):
-    """States are pictures [C, H, W] in [-1, 1]. With classes a prompt is a class name and the empty prompt is no class."""
+    """States are pictures [C, H, W] in [-1, 1]. With classes a prompt is a class name and the empty prompt is no class.
+
+    On EDM's schedule the network is F of its preconditioning, with the `sigma_data` of the pipeline's scheduler.
+    """
 
     labels: tuple[str, ...]
 
@@ -46,6 +52,8 @@ class PixelModel(WithUNet):
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(module.parameters()).dtype
+        if isinstance(self.schedule, EDM):
+            x, t = edm_inputs(x, t, self.pipe.scheduler.config.sigma_data)
         return module(x.to(dtype), t.to(torch.float32), class_labels=cond.get("label"), return_dict=False)[0].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -65,11 +73,28 @@ class PixelModel(WithUNet):
         return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
 
 
-def around_pixels(pipe: DDPMPipeline, name: str) -> PixelModel:
-    """The backbone of a pipeline, with the classes that `labels.json` in its folder names."""
+def around_pixels(pipe: DiffusionPipeline, name: str) -> PixelModel:
+    """The backbone of a pipeline, with the classes that `labels.json` in its folder names. Raises ValueError for a scheduler of another kind."""
     names = Path(pipe.name_or_path or "") / LABELS
     labels = tuple(json.loads(names.read_text())) if names.is_file() else ()
-    return PixelModel(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()), labels)
+    schedule = process_of(pipe.scheduler)
+    if isinstance(schedule, EDM) and isinstance(pipe, DDPMPipeline):  # which draws other pictures than the model's
+        kept, pipe = pipe.name_or_path, pixel_pipeline(pipe.unet, pipe.scheduler)
+        pipe.register_to_config(_name_or_path=kept)
+        pipe.set_progress_bar_config(disable=True)
+    return PixelModel(pipe, name, schedule, labels)
+
+
+def pixel_pipeline(unet: UNet2DModel, scheduler: SchedulerMixin, told: bool = False) -> DiffusionPipeline:
+    """The pipeline of diffusers that draws what the model does: `DDPMPipeline`, which neither scales noise and inputs as EDM's schedulers ask, nor can be
+    `told` a class; then that of consistency models, which does all of it with any scheduler.
+    """
+    return (ConsistencyModelPipeline if told or isinstance(scheduler, EDM_SCHEDULERS) else DDPMPipeline)(unet=unet, scheduler=scheduler)
+
+
+def edm_scheduler(sigma_data: float) -> EDMEulerScheduler:
+    """The noise levels of a new model with EDM's preconditioning."""
+    return EDMEulerScheduler(sigma_data=sigma_data)
 
 
 def pixel_unet(
@@ -91,13 +116,21 @@ def pixel_unet(
     )  # fmt: skip
 
 
-def save_pixel_model(folder: Path, net: UNet2DModel, scheduler: DDIMScheduler, labels: Sequence[str]) -> None:
+def save_pixel_model(folder: Path, net: UNet2DModel, scheduler: SchedulerMixin, labels: Sequence[str]) -> None:
     """The model as an ordinary pipeline folder in half precision, class names beside."""
-    DDPMPipeline(unet=copy.deepcopy(net).eval().half(), scheduler=scheduler).save_pretrained(folder)
-    save_labels(folder, labels)
+    save_pixel_pipeline(folder, pixel_pipeline(copy.deepcopy(net).eval().half(), scheduler), labels)
 
 
-def save_labels(folder: Path, labels: Sequence[str]) -> None:
-    """Class names beside a pipeline's parts, where there are any."""
+def save_pixel_pipeline(folder: Path, pipe: DiffusionPipeline, labels: Sequence[str]) -> None:
+    """Its folder, class names beside."""
+    pipe.save_pretrained(folder)
     if labels:
         (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")
+
+
+def drawn_pixels(model: PixelModel, prompts: Sequence[str], steps: int) -> Tensor:
+    """What diffusers draws with the model's own pipeline from seeds 0, 1, ...: pictures [B, 3, H, W] in [0, 1]."""
+    options: dict[str, Any] = {"class_labels": model.encode(prompts)["label"]} if model.labels else {}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    shown = model.pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt", **options).images
+    return model.decode(2 * shown - 1)

@@ -18,7 +18,7 @@ from ..backbones.generate import device_of
 from ..backbones.load import pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
 from ..backbones.student_scheduler import calls
-from ..backbones.unconditional import PixelModel, save_labels
+from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
 from ..export.card import StudentCard, card_evaluations
 from ..export.final import write_final
@@ -166,18 +166,20 @@ def write_merged(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
 
 
 def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
-    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it, or fewstep where diffusers knows no classes."""
+    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
     _require_stock(card)
     _require_told(loaded, card)
     write_merged(loaded, card, out)
-    pipe, count, prompts = pipeline_of(loaded.student.backbone), card.steps[0], prompts_for(loaded)
-    with_network(pipe, merged(loaded, card), load_scheduler(out / "scheduler"), type(pipe)).save_pretrained(out)
-    classes = loaded.student.backbone.labels if isinstance(loaded.student.backbone, PixelModel) else ()
-    save_labels(out, classes)
+    backbone, network, scheduler = loaded.student.backbone, merged(loaded, card), load_scheduler(out / "scheduler")
+    if isinstance(backbone, PixelModel):
+        save_pixel_pipeline(out, pixel_pipeline(network, scheduler, told=bool(backbone.labels)), backbone.labels)
+    else:
+        pipe = pipeline_of(backbone)
+        with_network(pipe, network, scheduler, type(pipe)).save_pretrained(out)
     again = load_teacher(out, device=device_of(loaded.student.network))
-    if classes:
-        return sample(again, prompts, steps=count, solver=card.solver[str(count)])
-    return drawn(pipeline_of(again), prompts, count, times=own_times(loaded, card))
+    if isinstance(again, PixelModel):
+        return drawn_pixels(again, prompts_for(loaded), card.steps[0])
+    return drawn(pipeline_of(again), prompts_for(loaded), card.steps[0], times=own_times(loaded, card))
 
 
 FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path], Tensor]] = {

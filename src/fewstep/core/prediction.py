@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .schedule import expand
+
 Row = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (alpha, sigma) -> (a, b)
 
 
@@ -15,15 +17,23 @@ class Split(NamedTuple):
     eps: Tensor
 
 
-def edm_row(sigma_data: float = 0.5) -> Row:
-    """Raw F of `D = c_skip x + c_out F` with alpha = 1 (EDM, tab. 1)."""
+def edm_row(sigma_data: float = 0.5, sign: float = 1.0) -> Row:
+    """Raw F of `D = c_skip x + c_out F` with alpha = 1 (EDM, tab. 1). `sign` -1: the network says -F, diffusers' v-prediction of EDM."""
 
     def row(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+        c_out = sign * sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
         return (1 - c_skip) / c_out, -c_skip * sigma / c_out
 
     return row
+
+
+def edm_inputs(x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+    """`(c_in x, c_noise)`, at which F of `edm_row` is asked: `c_in = 1 / sqrt(sigma^2 + sigma_data^2)`, `c_noise = log(sigma) / 4` (EDM, tab. 1).
+
+    x [B, ...]; sigma [B] > 0, float64.
+    """
+    return expand((sigma**2 + sigma_data**2).rsqrt(), x) * x, sigma.log() / 4
 
 
 ROWS: dict[str, Row] = {
@@ -35,11 +45,11 @@ ROWS: dict[str, Row] = {
 }
 
 
-def row_named(name: str) -> Row:
-    """The row of a prediction type. Raises ValueError listing the known ones."""
+def row_named(name: str, sigma_data: float = 0.5) -> Row:
+    """The row of a prediction type; `sigma_data` is that of `edm`. Raises ValueError listing the known ones."""
     if name not in ROWS:
         raise ValueError(f"prediction: got {name!r}, allowed are {', '.join(ROWS)}; take the one that the network was trained with")
-    return ROWS[name]
+    return edm_row(sigma_data) if name == "edm" else ROWS[name]
 
 
 def split(m: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, row: Row) -> Split:

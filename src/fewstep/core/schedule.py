@@ -33,17 +33,21 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class EDM:
-    """`alpha = 1, sigma = t` (Karras et al. 2022, arXiv 2206.00364); fractions are even in the `rho`-th root of t from `t_min` (eq. 5)."""
+    """`alpha = 1, sigma = t` (Karras et al. 2022, arXiv 2206.00364); fractions are even in the `rho`-th root of t from `t_min` (eq. 5).
+
+    `data_std` is the standard deviation of data that sampling's starting noise has besides its own: diffusers starts as if it were 1.
+    """
 
     t_max: float = 80.0
     t_clean: float = 0.0
     resolution: float = 0.0
     t_min: float = 0.002
     rho: float = 7.0
+    data_std: float = 0.0
 
     @property
     def start_std(self) -> float:
-        return self.t_max
+        return (self.t_max**2 + self.data_std**2) ** 0.5
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
@@ -53,7 +57,9 @@ class EDM:
 
     def at(self, u: Tensor) -> Tensor:
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
-        return torch.where(u > 0, (low + u.double() * (high - low)) ** self.rho, self.t_clean)
+        t = (low + u.double() * (high - low)) ** self.rho
+        # The ends exactly: a root and a power miss them by a rounding, and no time may lie beyond t_max.
+        return torch.where(u > 0, torch.where(u < 1, t, self.t_max), self.t_clean)
 
     def fraction(self, t: Tensor) -> Tensor:
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)

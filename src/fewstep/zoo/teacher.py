@@ -203,8 +203,8 @@ def v_loss(
         plain, pick = torch.rand(batch, generator=rng).tolist(), torch.rand(batch, generator=rng).tolist()
         rows = torch.tensor([_variant(by_name[n], p, q) for n, p, q in zip(names, plain, pick, strict=True)])
         x0 = latents[rows, torch.randint(latents.shape[1], (batch,), generator=rng)].float()
-        # Stratified times: one per slice of [0, T), which halves the noise of the loss at no cost.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha)).long()
+        # Stratified times: one per slice of [0, T), which halves the noise of the loss at no cost. The last may be rounded up to T.
+        t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha)).long().clamp(max=len(alpha) - 1)
         eps = torch.randn(x0.shape, generator=rng)
         a, s = expand(alpha[t], x0), expand(sigma[t], x0)
         captions = torch.where((torch.rand(batch, generator=rng) < drop)[:, None], empty, tokens[rows])
