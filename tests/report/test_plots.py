@@ -159,7 +159,7 @@ def test_trajectories_stand_in_their_box_from_noise_at_the_left_to_data_at_the_r
     assert noise[0] < data[0]
     assert lines[-3][4, 1] > lines[-3][[0, -1], 1].max() + 0.3  # the bend goes up
     words = texts(to_svg(figure, "t"))
-    assert {"  data", "noise  ", "first direction", "0.3"} <= set(words)
+    assert {"data", "noise", "first direction", "0.3"} <= set(words)
 
 
 def test_trajectories_of_a_plane_have_a_box_too() -> None:

@@ -203,7 +203,7 @@ def space(shape: Mapping[str, Any]) -> Figure | None:
     ends = box.on_page(mean[[0, -1]])
     low, high = ([f"{round(x, 2) + 0:g}" for x in side.tolist()] for side in (box.low, box.high))
     words = (  # where, text, colour, which side of the place is at it
-        (ends[0], "noise  ", INK, "right"), (ends[1], "  data", INK, "left"), ((0.5, -0.14), "along the straight line", MUTED, "center"),
+        (ends[0] - (0.04, 0), "noise", INK, "right"), (ends[1] + (0.04, 0), "data", INK, "left"), ((0.5, -0.14), "along the straight line", MUTED, "center"),
         ((-0.03, 0.02), low[2], MUTED, "right"), ((-0.03, 0.73), high[2], MUTED, "right"), ((0.12, 0.92), "first direction", MUTED, "right"),
         ((1.03, -0.13), low[1], MUTED, "left"), ((1.37, 0.14), high[1], MUTED, "left"), ((1.19, -0.06), "second direction", MUTED, "left"),
     )  # fmt: skip
