@@ -26,6 +26,7 @@ from origin import commit, hardware
 
 BASE: dict[str, Any] = {"steps": 2, "guidance": 1.0, "shift": 0.35, "loss": "l2", "fake_updates": 3, "warmup": 50, "snr_clip": 50.0}
 DRAWS = 8
+TEACHER_STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def run(variant: Variant, seed: int, teacher: fewstep.Denoiser, example: dict[st
 def write(results: list[dict[str, Any]], floor: float, a: argparse.Namespace) -> None:
     """The table and the rows."""
     command = f"python benchmarks/ring.py --iterations {a.iterations} --seeds {' '.join(map(str, a.seeds))}"
+    command += f" --teacher-steps {a.teacher_steps}" if a.teacher_steps != TEACHER_STEPS else ""
     write_json(
         a.to / "ring.json",
         {"rows": results, "floor": floor, "hardware": hardware(), "commit": commit(), "seeds": a.seeds, "command": command},
@@ -114,13 +116,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="training steps of the teacher")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-ring"), help="where measurements are kept")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_network.py"))
     floor = example["mean_distance"]([example["DATA"].draw(example["POINTS"], torch.Generator().manual_seed(i)) for i in range(64)])
     teacher = fewstep.Denoiser(
-        example["train_teacher"](2000), example["PROCESS"], shape=(2,), prediction="x0", name="ring", time_layer="layers.0"
+        example["train_teacher"](a.teacher_steps), example["PROCESS"], shape=(2,), prediction="x0", name="ring", time_layer="layers.0"
     )
     results: list[dict[str, Any]] = []
     for variant in VARIANTS:
