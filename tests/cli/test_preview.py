@@ -22,16 +22,16 @@ from .test_distill import RECIPE
 )
 def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidance: float, first: str) -> None:
     """A guided step is two, one that leaves the network out is none; without classes there is nothing to guide."""
-    method = PathImitation(steps=(2, 1), guidance=guidance, free_first=True, head="none", condition=False)
+    method = PathImitation(steps=(4, 2), guidance=guidance, free_first=True, head="none", condition=False)
     recipe = DistillRecipe.model_validate({**RECIPE, "method": {"name": "trajp-l", "guidance": guidance}})
     teacher = tiny.pixels(labels)
     shown = embed(teacher, labels or [""], None, "x")
     pictures = Preview(recipe, teacher, shown, None).compare(make_roles(teacher, RolesConfig(rank=2), fake=False), method)
     assert list(pictures.rows) == [
         first,
+        "teacher, 4 steps (4 evaluations)",
+        "student, 4 steps (3 evaluations)",
         "teacher, 2 steps (2 evaluations)",
         "student, 2 steps (1 evaluation)",
-        "teacher, 1 step (1 evaluation)",
-        "student, 1 step (0 evaluations)",
     ]
-    assert list(pictures.trajectories) == [labelled("teacher", "step", 2), labelled("student", "step", 2)]
+    assert list(pictures.trajectories) == [labelled("teacher", "step", 4), labelled("student", "step", 4)]

@@ -133,10 +133,13 @@ def distill(
         raise ValueError(
             f"train.iterations: got {config.iterations}, and method.warmup={method.warmup} of them fold the head away; set more than these"
         )
-    optimizers = {
-        r: make_optimizer(list(p.values()), config.optimizer, config.lr_at(r, 0), config.betas, config.weight_decay)
-        for r, p in roles.trained.items()
-    }
+
+    def optimizer_of(role: Role) -> torch.optim.Optimizer:
+        return make_optimizer(
+            list(roles.trained[role].values()), config.optimizer, config.lr_at(role, 0), config.betas, config.weight_decay
+        )
+
+    optimizers = {role: optimizer_of(role) for role in roles.trained}
     batches = config.accumulate * accelerator.num_processes
     fingerprint = "" if run is None else _fingerprint(roles, method, data, config, batches, real, paths)
     start = _resume(roles, optimizers, run, fingerprint, batches, accelerator.num_processes)
@@ -144,8 +147,8 @@ def distill(
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
-        if i == method.warmup:
-            optimizers["student"].state.clear()  # the gradients that folded a head away say nothing of the method's
+        if i == method.warmup and roles.folding is not None:
+            optimizers["student"] = optimizer_of("student")  # the gradients that folded a head away say nothing of the method's
         turns, steps = [], draw_count(method.counts, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part
