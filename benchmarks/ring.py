@@ -44,8 +44,10 @@ VARIANTS = (
     Variant("tdm", "TDM, 2 steps"),
     Variant("tdm-4", "TDM, 4 steps", "", {"steps": 4}, (4,)),
     Variant("no-importance", "fake score drawn around the clean estimate", "worse, modes are lost (tab. 5, fig. 11)", {"fake_draw": "clean"}),
+    Variant("no-importance-4", "the same in 4 steps", "", {"steps": 4, "fake_draw": "clean"}, (4,)),
     Variant("no-segments", "tau beyond its segment", "biased (eq. 5, 9)", {"tau": "above"}),
-    Variant("clean", "clean samples matched", "much worse (tab. 7)", {"match": "clean"}),
+    Variant("clean", "clean samples matched, tau over all times", "much worse (tab. 7)", {"match": "clean", "tau": "whole"}),
+    Variant("clean-segment", "clean samples matched, tau in its segment", "not in the paper", {"match": "clean"}),
     Variant("fisher", "Fisher divergence", "a little better (tab. 8)", {"divergence": "fisher"}),
     Variant("huber", "Huber loss without normaliser", "better (eq. 11, tab. 5)", {"loss": "huber"}),
     Variant("transition", "fake score on the transition noise", "not in the paper", {"fake_target": "transition"}),
@@ -53,7 +55,7 @@ VARIANTS = (
     Variant("no-warmup", "no warm-up of the fake score", "not in the paper", {"warmup": 0}),
     Variant("unify", "TDM-unify", "one student serves all (eq. 8)", {"name": "tdm-unify", "steps": (2, 1)}, (2, 1)),
     Variant("no-condition", "TDM-unify, step count not told", "worse (tab. 5)", {"name": "tdm-unify", "steps": (2, 1), "condition": False}, (2, 1)),
-    Variant("dmd2", "DMD2", "", {"name": "dmd2", "match": "clean", "tau": "whole", "solver": "renoise"}),
+    Variant("dmd2", "DMD2, 10 fake updates", "", {"name": "dmd2", "match": "clean", "tau": "whole", "solver": "renoise", "fake_updates": 10, "warmup": 15}),
 )  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def _cell(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="training steps of the teacher")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-ring"), help="where measurements are kept")
