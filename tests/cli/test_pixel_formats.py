@@ -39,7 +39,7 @@ def by_diffusers(folder: str, steps: int, options: dict[str, Any]) -> Tensor:
     return pipe(batch_size=2, num_inference_steps=steps, generator=seeds, output_type="pt", **options).images.expand(-1, 3, -1, -1)
 
 
-@pytest.mark.parametrize(("process", "labels"), [("edm", LABELS), ("edm", ()), ("vp", LABELS), ("vp", ())])
+@pytest.mark.parametrize(("process", "labels"), [("edm", LABELS), pytest.param("edm", (), marks=pytest.mark.slow), ("vp", LABELS), pytest.param("vp", (), marks=pytest.mark.slow)])  # fmt: skip
 def test_an_exported_student_is_itself_in_diffusers(
     process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -67,6 +67,7 @@ def test_what_cannot_be_exported_from_edm_s_levels_is_not_trained(
     assert not Path("runs/tiny").exists()
 
 
+@pytest.mark.slow
 def test_trajp_l_on_edm_s_levels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a head the student is fewstep's alone, in files of its own; its LoRA by itself is a pipeline."""
     recipe = written("edm", LABELS, monkeypatch, tmp_path)
