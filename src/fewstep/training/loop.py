@@ -36,7 +36,7 @@ class TrainConfig:
     An iteration takes `accumulate` batches one after the other: as much memory as one, the update of all. N processes do the same with
     N times as many, and draw what one process would draw that accumulates as often.
     With `shard` each of them holds a part of all weights and optimiser states (FSDP2) instead of all; one process takes no notice.
-    Over the last `decay` iterations the student's rate falls to zero in a line.
+    Over the last `decay` iterations the student's rate falls to zero in a line, and over a warm-up that folds its head away.
     """
 
     iterations: int
@@ -78,8 +78,10 @@ class TrainConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: got {self.ema}, allowed are numbers from 0 (off) up to, not including, 1")
 
-    def lr_at(self, role: Role, iteration: int) -> float:
+    def lr_at(self, role: Role, iteration: int, warmup: int = 0) -> float:
         """Of an iteration, from 0."""
+        if role == "student" and iteration < warmup:
+            return self.lr * (warmup - iteration) / warmup
         fall = min(1.0, (self.iterations - iteration) / self.decay) if self.decay and role == "student" else 1.0
         return fall * (self.lr if role == "student" else self.fake_lr)
 
@@ -149,6 +151,9 @@ def distill(
         began = time.perf_counter()
         if i == method.warmup and roles.folding is not None:
             optimizers["student"] = optimizer_of("student")  # the gradients that folded a head away say nothing of the method's
+        for role, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(role, i, method.warmup)
         turns, steps = [], draw_count(method.counts, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part
@@ -251,8 +256,6 @@ def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch
             p.grad = torch.empty_like(p).copy_(p.grad)
     norm = clip_gradients(parameters, config.clip)
     _require_finite(norm, "gradient", role, i)
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(role, i)
     optimizer.step()
     torch.clear_autocast_cache()  # of what the weights were: a later call of the same iteration is of what they are
     optimizer.zero_grad(set_to_none=True)  # nothing of it is held through the next iteration
