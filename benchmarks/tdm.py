@@ -2,6 +2,7 @@
 
     python benchmarks/tdm.py                       # trains what is missing, then writes benchmarks/tdm.md, .json and .png
     python benchmarks/tdm.py --only tdm-4 dmd2     # some variants; --seeds 0 for one seed; --iterations N for another budget
+    python benchmarks/tdm.py --only dmd2 --rate 2 --out runs/tdm-2 --to runs/tdm-2    # tuning: other learning rates, a table of its own
 
 Every variant (`tdm_variants.py`) is the same recipe with a few settings changed, trained for the same iterations, and measured on the same prompts and
 seeds. A run that is stopped goes on where it was, and what `benchmarks/tdm.json` holds with the same settings is not run again (`--to` another folder begins
@@ -59,7 +60,7 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
     begins = any(v.start == variant.key and f"{v.key}-{seed}" not in finished(a, of=v) for v in VARIANTS if v.key in a.only)
     if run.name in known and not (begins and not (run / "final").exists()):  # the table may outlive the student that another begins as
         return
-    recipe = validate(recipe_value(variant, seed, a.iterations), DistillRecipe, variant.key)
+    recipe = validate(recipe_value(variant, seed, a.iterations, a.rate), DistillRecipe, variant.key)
     method, identity = recipe.method, fingerprint(teacher.module, *teacher.encoders)
     prompts = embed(teacher, read_prompts(str(a.prompts)), folder / "embeddings", identity)
     real = None
@@ -77,7 +78,7 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
             calls.pictures, since = curve[-1]["calls"], CLOCK()
             continue
         seconds, since = seconds + CLOCK() - since, CLOCK()
-        if step.iteration % a.every == 0 or step.iteration == recipe.train.iterations:
+        if step.iteration % a.every == 0 or step.iteration in (a.every // 2, recipe.train.iterations):
             calls.on = False
             row = measure(step, teacher, [Draw(method.counts[0])], a.curve, run, a)[0]
             calls.on, since = True, CLOCK()
@@ -116,6 +117,7 @@ def shared(a: argparse.Namespace) -> Settings:
         "protocol": a.protocol,
         "curve": a.curve,
         "guidance": a.guidance,
+        "rate": a.rate,
         "pictures": a.pictures,
         "prompts": a.prompts.name,
     }
@@ -123,7 +125,7 @@ def shared(a: argparse.Namespace) -> Settings:
 
 def settled(variant: Variant, a: argparse.Namespace) -> Settings:
     """Its recipe without the seed, as it is kept."""
-    value = recipe_value(variant, 0, a.iterations)
+    value = recipe_value(variant, 0, a.iterations, a.rate)
     value["train"] = {k: v for k, v in value["train"].items() if k != "seed"}
     kept: Settings = json.loads(json.dumps(value))
     return kept
@@ -186,19 +188,19 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     """The table, the rows and the plot of whatever is finished."""
     found = finished(a)
     results = {v.key: [r for k, r in sorted(found.items()) if k.rsplit("-", 1)[0] == v.key] for v in VARIANTS}
-    fd = {
-        (v.key, v.called(d)): [r["rows"][i]["fd_real"] for r in results[v.key]]
-        for v in VARIANTS
-        if results[v.key]
-        for i, d in enumerate(v.draws)
-    }
+    measured = [
+        (v, d, [r["rows"][i]["fd_real"] for r in results[v.key]]) for v in VARIANTS if results[v.key] for i, d in enumerate(v.draws)
+    ]
+    fd = {(v.key, v.called(d)): values for v, d, values in measured} | {(v.key, d): values for v, d, values in measured}
     lines = []
     for variant in (v for v in VARIANTS if results[v.key]):
         for i, d in enumerate(variant.draws):
             own = [r["rows"][i] for r in results[variant.key]]
             here = "-"
-            if variant.expect and (other := fd.get((variant.against, variant.called(d)))):
-                here = f"{verdict(variant.expect[min(i, len(variant.expect) - 1)], fd[variant.key, variant.called(d)], other)} beside {variant.against}"
+            # a student that is called its own way stands beside the other's own way; where a solver is named, beside the same solver
+            other = fd.get((variant.against, d)) or fd.get((variant.against, variant.called(d)))
+            if variant.expect and other:
+                here = f"{verdict(variant.expect[min(i, len(variant.expect) - 1)], fd[variant.key, d], other)} beside {variant.against}"
             cells = [str(d.steps), *(spread([row[k] for row in own]) for k in ("fd_real", "fd_teacher")), spread([100 * row["retrieval_top1"] for row in own]), spread([row["diversity_ratio"] for row in own]), spread([r["seconds"] / 60 for r in results[variant.key]]), f"{results[variant.key][0]['calls']:.1f}"]  # fmt: skip
             lines.append(
                 f"| {variant.label} | `{variant.key}` | {d.title} | {' | '.join(cells)} | {len(own)} | {variant.table} | {variant.claim} | {here} |"
@@ -279,7 +281,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=BASE["train"]["iterations"])
-    parser.add_argument("--every", type=int, default=52, help="iterations between two points of the curve")
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="times every learning rate: the table of another goes to another folder (--out and --to)"
+    )
+    parser.add_argument(
+        "--every", type=int, default=52, help="iterations between two points of the curve, which has one at half of the first as well"
+    )
     parser.add_argument("--protocol", default="emoji-medium")
     parser.add_argument("--curve", default="emoji-quick", help="protocol of the curve")
     parser.add_argument("--guidance", type=float, default=4.5)

@@ -94,12 +94,13 @@ VARIANTS = (
 )  # fmt: skip
 
 
-def recipe_value(variant: Variant, seed: int, iterations: int) -> Settings:
-    """The variant's recipe. Settings of the base that its method does not have are left out."""
+def recipe_value(variant: Variant, seed: int, iterations: int, rate: float = 1.0) -> Settings:
+    """The variant's recipe, its learning rates times `rate`. Settings of the base that its method does not have are left out."""
     own = BASE["method"] | variant.method
     if own["name"] in ("lcm", "progressive"):
         own = variant.method
     value = BASE | variant.other | {"method": own}
     value["train"] = BASE["train"] | {"iterations": iterations, "decay": iterations // 2} | variant.other.get("train", {}) | {"seed": seed}
     value["train"]["decay"] = min(value["train"]["decay"], value["train"]["iterations"])
+    value["train"] |= {k: rate * value["train"][k] for k in ("lr", "fake_lr")}
     return value

@@ -26,7 +26,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def asked(tmp_path: Path) -> argparse.Namespace:
     (tmp_path / "out").mkdir()
     return argparse.Namespace(
-        iterations=260, protocol="emoji-medium", curve="emoji-quick", guidance=4.5, pictures=None, prompts=Path("prompts.txt"),
+        iterations=260, protocol="emoji-medium", curve="emoji-quick", guidance=4.5, rate=1.0, pictures=None, prompts=Path("prompts.txt"),
         out=tmp_path / "out", to=tmp_path, seeds=[0, 1],
     )  # fmt: skip
 
