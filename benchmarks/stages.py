@@ -1,6 +1,7 @@
 """Imitate, then match: against matching alone and imitation alone, at equal cost, on the bundled teacher.
 
-    torchrun --nproc_per_node 2 benchmarks/stages.py    # trains what is missing, then writes benchmarks/stages.md and .json
+    python benchmarks/stages.py    # trains what is missing, then writes benchmarks/stages.md and .json
+    torchrun --nproc_per_node 2 benchmarks/stages.py --batch 16    # the same in two processes
 
 Every row is a recipe as a user runs it, in 4 steps, measured under `emoji-medium`. Minutes are those of the run, the walking of trajectories (which rows share)
 included, evaluation not. `tdm` is matching alone to its end, the quality that is to be reached in half of its time; `tdm-equal` and
@@ -23,7 +24,7 @@ from fewstep.cli.distill import run_distill
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.export.card import read_card
 from fewstep.recipes_path import recipe_path
-from fewstep.training.processes import is_first
+from fewstep.training.processes import is_first, this_process
 from origin import commit, hardware
 
 Settings = dict[str, Any]
@@ -46,7 +47,12 @@ WAYS = (
     Way("imitation-equal", "imitation alone", "stages", {"train": {"iterations": 300, "decay": 200}}, alone=True),
     Way("stages", "imitation, then TDM", "stages"),
     Way("head", "TrajP-L, then TDM with its head", "stages", {"first": {"method": {"head": "span"}}}),
-    Way("fold", "TrajP-L, its head folded, then TDM", "stages", {"first": {"method": {"head": "span"}}, "method": {"head": "fold"}}),
+    Way(
+        "fold",
+        "TrajP-L, its head folded, then TDM",
+        "stages",
+        {"first": {"method": {"head": "span"}}, "method": {"head": "fold", "warmup": 100}, "train": {"iterations": 170}},
+    ),
 )
 
 
@@ -68,6 +74,17 @@ def recipe_of(way: Way, folder: Path, batch: int, seed: int) -> Settings:
         if "data" in stage:
             stage["data"] |= {"folder": str(folder / "trajectories")}
     return value
+
+
+def asked(way: Way, a: argparse.Namespace) -> Settings:
+    """Settings that a run must share with one that is kept."""
+    return {"processes": this_process().num_processes} | recipe_of(way, Path(), a.batch, 0)
+
+
+def kept(a: argparse.Namespace) -> dict[tuple[str, int], Settings]:
+    """(key, seed) -> the row that the table holds."""
+    table = a.to / "stages.json"
+    return {(r["key"], r["seed"]): r for r in (json.loads(table.read_text())["rows"] if table.exists() else [])}
 
 
 def run(way: Way, seed: int, a: argparse.Namespace) -> Settings | None:
@@ -92,14 +109,16 @@ def run(way: Way, seed: int, a: argparse.Namespace) -> Settings | None:
             ]
             write_json(
                 result,
-                {"key": way.key, "seed": seed, "seconds": read_card(out / "final").train_seconds, "commit": commit(), "hardware": hardware(), "teacher": measured[0], "row": measured[1]},
+                {"key": way.key, "seed": seed, "seconds": read_card(out / "final").train_seconds, "asked": asked(way, a), "commit": commit(), "hardware": hardware(), "teacher": measured[0], "row": measured[1]},
             )  # fmt: skip
     return json.loads(result.read_text()) if is_first() else None
 
 
-def write(results: list[Settings], a: argparse.Namespace) -> None:
+def write(rows: dict[tuple[str, int], Settings], a: argparse.Namespace) -> None:
     """The table and the rows."""
-    command = f"torchrun --nproc_per_node {a.processes} benchmarks/stages.py --batch {a.batch}"
+    results = [rows[at] for at in sorted(rows)]
+    count = this_process().num_processes
+    command = f"{'python' if count == 1 else f'torchrun --nproc_per_node {count}'} benchmarks/stages.py --batch {a.batch}"
     write_json(a.to / "stages.json", {"rows": results, "command": command})
     teacher = results[0]["teacher"]
     lines = [
@@ -128,19 +147,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[w.key for w in WAYS], default=[w.key for w in WAYS], metavar="WAY")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--batch", type=int, default=16, help="of every process")
-    parser.add_argument("--processes", type=int, default=2, help="that it is run as, for the table's command")
+    parser.add_argument("--batch", type=int, default=32, help="of every process")
     parser.add_argument("--teacher", type=Path, help="folder with measurements of the teacher, read only")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-stages"))
     parser.add_argument("--to", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
     quiet()
-    results: list[Settings] = []
     for seed in a.seeds:
-        for way in WAYS:
-            if way.key in a.only and (found := run(way, seed, a)) is not None:
-                results.append(found)
-                write(results, a)
+        for way in (w for w in WAYS if w.key in a.only):
+            row = kept(a).get((way.key, seed))
+            if row is None or row["asked"] != asked(way, a):
+                row = run(way, seed, a)
+            if row is not None:  # in the first process
+                write(kept(a) | {(way.key, seed): row}, a)
 
 
 if __name__ == "__main__":
