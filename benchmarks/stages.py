@@ -70,7 +70,7 @@ def recipe_of(way: Way, folder: Path, batch: int, seed: int) -> Settings:
     value |= {"name": way.key, "preview": {"every": 10_000, "prompts": ["rocket"]}, "evaluate": None}
     for stage in (value, value.get("first", {})):
         if stage:
-            stage["train"] |= {"batch": batch, "seed": seed}
+            stage["train"] |= {"batch": batch, "seed": stage["train"].get("seed", 0) + 10 * seed}  # a second stage draws other batches
         if "data" in stage:
             stage["data"] |= {"folder": str(folder / "trajectories")}
     return value

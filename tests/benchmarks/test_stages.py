@@ -1,0 +1,66 @@
+"""`benchmarks/stages.py`: what each way trains can be run, costs what it is compared at, and the table keeps what is there."""
+
+import runpy
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.cli.recipe import DistillRecipe, validate
+
+from ..project import ROOT
+
+Bench = dict[str, Any]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return runpy.run_path(str(ROOT / "benchmarks" / "stages.py"))
+
+
+def recipe(bench: Bench, key: str, batch: int = 32, seed: int = 3) -> DistillRecipe:
+    (way,) = (w for w in bench["WAYS"] if w.key == key)
+    return validate(bench["recipe_of"](way, Path("kept"), batch, seed), DistillRecipe, key)
+
+
+def test_every_way_is_a_recipe_of_the_same_batch_seed_and_trajectories(bench: Bench) -> None:
+    for way in bench["WAYS"]:
+        found = recipe(bench, way.key, batch=8, seed=3)
+        for stage in filter(None, (found, found.first)):
+            assert stage.train.batch == 8
+            assert stage.train.seed == (31 if stage is found and found.first else 30)
+            assert stage.data is None or Path(str(stage.data.folder)) == Path("kept/trajectories")
+    assert recipe(bench, "tdm").first is None
+    assert recipe(bench, "imitation-equal").first is None
+    assert recipe(bench, "imitation-equal").method.name == "trajp-l"
+
+
+def test_a_head_is_kept_or_folded(bench: Bench) -> None:
+    plain, head, folded = (recipe(bench, key) for key in ("stages", "head", "fold"))
+    assert plain.first and head.first and folded.first
+    assert [r.first.method.head for r in (plain, head, folded) if r.first] == ["none", "span", "span"]
+    assert (head.method.head, folded.method.head) == ("keep", "fold")
+    assert folded.train.iterations - folded.method.warmup == head.train.iterations - head.method.warmup  # as much matching after it
+
+
+def row(key: str, fd: float, seed: int = 0, asked: Any = None) -> dict[str, Any]:
+    of = {"fd_real": fd, "retrieval_top1": 0.5, "retrieval_top5": 0.75}
+    return {"key": key, "seed": seed, "seconds": 90.0, "asked": asked, "commit": "c", "hardware": "h", "teacher": of, "row": of}
+
+
+def test_the_table_keeps_its_rows(bench: Bench, tmp_path: Path) -> None:
+    a = Namespace(to=tmp_path, batch=32)
+    assert bench["kept"](a) == {}
+    bench["write"]({("tdm", 0): row("tdm", 9.0)}, a)
+    bench["write"](bench["kept"](a) | {("stages", 0): row("stages", 8.5)}, a)
+    assert set(bench["kept"](a)) == {("tdm", 0), ("stages", 0)}
+    lines = (tmp_path / "stages.md").read_text().splitlines()
+    assert "| TDM alone, to its end | `tdm` | 1.5 | 4 | 9.00 | 50.0 % / 75.0 % |" in lines
+    assert lines.index("| imitation, then TDM | `stages` | 1.5 | 4 | 8.50 | 50.0 % / 75.0 % |") > 0
+
+
+def test_a_row_of_other_settings_is_another(bench: Bench) -> None:
+    way = next(w for w in bench["WAYS"] if w.key == "stages")
+    assert bench["asked"](way, Namespace(batch=32)) != bench["asked"](way, Namespace(batch=16))
