@@ -211,10 +211,12 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
         f"| teacher, {t['steps']} steps, guidance {t['guidance']:g} | | | {t['nfe']} | {t['fd_real']:.2f} | {t['fd_teacher'] or 0:.2f} | {100 * t['retrieval_top1']:.2f} | {t['diversity_ratio'] or 1:.2f} | | | | | | |"
         for t in teachers
     ]
-    commits, machines = ({r[k] for r in found.values()} for k in ("commit", "hardware"))
+    commits, machines = (sorted({r[k] for r in found.values()}) for k in ("commit", "hardware"))
+    if len(machines) > 1:  # minutes of one are not those of another
+        machines = [f"{m} ({', '.join(k for k, r in sorted(found.items()) if r['hardware'] == m)})" for m in machines]
     text = f"""# TDM, its variants and its rivals on the bundled teacher
 
-`{command}`, {"; ".join(sorted(machines))}, commit {", ".join(sorted(commits))}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
+`{command}`, {"; ".join(machines)}, commit {", ".join(commits)}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
 percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
 {NOISE:g} count as none (and up to two standard errors, with several seeds). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures"}.
 
