@@ -53,6 +53,7 @@ class Student:
     trained: bool = True
     trajectories: int = 0  # 0: as many as its part has
     iterations: int = 0  # 0: as its part has
+    rate: float = 1.0  # times its part's learning rate
     matching: dict[str, Any] = field(default_factory=dict)  # settings of TDM after it, from its student
 
 
@@ -70,7 +71,7 @@ SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
 
 def of_rank(rank: int) -> dict[str, Student]:
     """Students of a teacher of pictures, whose LoRA have so many components: 4 % of its weights."""
-    return {**SOLVERS, **HEADS, **{k: replace(v, roles={"rank": rank}) for k, v in LORAS.items()}, "sfd": SFD}
+    return {**SOLVERS, **HEADS, **{k: replace(v, roles={"rank": rank}) for k, v in LORAS.items()}, "sfd": replace(SFD, rate=0.2)}
 
 
 PARTS: dict[str, dict[str, Student]] = {
@@ -121,8 +122,8 @@ def asked_of(student: Student, part: Part) -> dict[str, Any]:
 
 def training_of(student: Student, part: Part) -> TrainConfig:
     """Of its imitation."""
-    its = student.iterations
-    return replace(part.train, iterations=its, decay=its // 2) if its else part.train
+    its, lr = student.iterations or part.train.iterations, student.rate * part.train.lr
+    return replace(part.train, iterations=its, decay=its // 2, lr=lr, fake_lr=lr)
 
 
 def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], Paths], data: Embeddings, seed: int) -> dict[str, Any]:
@@ -170,8 +171,8 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=6000, help="training steps of the small network")
     parser.add_argument("--pixels", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--pixel-iterations", type=int, default=350)
-    parser.add_argument("--emoji-iterations", type=int, default=400)
-    parser.add_argument("--emoji-count", type=int, default=3072, help="trajectories of the text-to-image teacher")
+    parser.add_argument("--emoji-iterations", type=int, default=300)
+    parser.add_argument("--emoji-count", type=int, default=2048, help="trajectories of the text-to-image teacher")
     parser.add_argument("--names", type=int, default=256, help="names of emoji whose pictures are measured")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-trajpl"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)

@@ -237,7 +237,7 @@ def emoji_part(a: argparse.Namespace) -> Part:
     asked = plan(protocol, known)
     names = asked.prompts[asked.plain][: a.names]
     part = picture_part(
-        "emoji", teacher, 4.5, train, PathsConfig(a.emoji_count, 25), read_prompts(str(BUNDLED / "emoji" / "prompts.txt")), names, a
+        "emoji", teacher, 4.5, train, PathsConfig(a.emoji_count, 12), read_prompts(str(BUNDLED / "emoji" / "prompts.txt")), names, a
     )
     network, leading = feature_network(), protocol.components
     truth = moments(known.gallery[:, :leading])

@@ -76,6 +76,7 @@ def test_a_row_is_kept_for_its_settings_alone(bench: Bench, part: Any) -> None:
     assert json.loads(json.dumps(asked(head, part))) == asked(head, part)
     assert bench["training_of"](replace(head, iterations=10), part) == replace(part.train, iterations=10, decay=5)
     assert bench["training_of"](head, part) == part.train
+    assert bench["training_of"](replace(head, rate=0.2), part) == replace(part.train, lr=2e-4, fake_lr=2e-4)
 
 
 def row(part: str, key: str, seed: int, measured: dict[str, dict[str, float]], trained: int = 0) -> dict[str, Any]:
