@@ -65,7 +65,7 @@ LORAS = {
     "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
 }
 ANCHORED = {"steps": 2, "anchor": 32.0, "warmup": 40, "fake_weight": "v"}
-MATCHING = TrainConfig(100, 32, 1e-4, 1e-3, decay=50, ema=0.95)
+MATCHING = TrainConfig(160, 32, 1e-4, 1e-3, decay=80, ema=0.95)
 SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
 
 
@@ -92,9 +92,9 @@ PARTS: dict[str, dict[str, Student]] = {
     "pixel": of_rank(2)
     | {
         "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 2}),
-        "two": Student("TrajP-L for 2 steps alone", {"head": "span", "steps": 2}, {"rank": 2}),
+        "two": Student("TrajP-L for 2 steps alone", {"head": "span", "steps": 2}, {"rank": 2}, iterations=600),
         "two-matched": Student(
-            "LoRA for 2 steps alone, then anchored TDM", {"head": "none", "steps": 2}, {"rank": 2}, iterations=260, matching=ANCHORED
+            "LoRA for 2 steps alone, then anchored TDM", {"head": "none", "steps": 2}, {"rank": 2}, iterations=420, matching=ANCHORED
         ),
     },
     "emoji": of_rank(6),
