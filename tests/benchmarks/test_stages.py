@@ -28,7 +28,7 @@ def recipe(bench: Bench, key: str, batch: int = 32, seed: int = 3) -> DistillRec
 def test_every_way_is_a_recipe_of_the_same_batch_seed_and_trajectories(bench: Bench) -> None:
     for way in bench["WAYS"]:
         found = recipe(bench, way.key, batch=8, seed=3)
-        for stage in filter(None, (found, found.first)):
+        for stage in (found, found.first) if found.first else (found,):
             assert stage.train.batch == 8
             assert stage.train.seed == (31 if stage is found and found.first else 30)
             assert stage.data is None or Path(str(stage.data.folder)) == Path("kept/trajectories")
