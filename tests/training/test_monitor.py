@@ -28,3 +28,11 @@ def test_each_way_of_going_wrong_is_named_with_a_cure(name: str, broken: object)
     assert callable(broken)
     found = drift(look(broken(pictures())), look(pictures()))
     assert any(line.startswith(f"DRIFT {name} is ") and ";" in line for line in found)
+
+
+def test_what_the_teacher_s_pictures_lack_is_not_missed() -> None:
+    """One prompt has no variety, grey pictures have no saturation."""
+    one, grey = pictures()[:1], pictures().mean(1, keepdim=True).expand(8, 3, 16, 16)
+    assert drift(look(one), look(one)) == []
+    assert drift(look(grey), look(grey)) == []
+    assert any(line.startswith("DRIFT saturation is ") for line in drift(look(pictures()), look(grey)))

@@ -32,8 +32,11 @@ def look(pictures: Tensor) -> Look:
     )
 
 
+UNSEEN = 0.005  # of the range of a picture, about a grey level of 8 bits: grey pictures have no saturation, one prompt has no variety
+
+
 def drift(student: Look, teacher: Look, tolerance: float = 0.35) -> list[str]:
-    """One line of advice for every statistic that has left the teacher's by more than `tolerance`, relative."""
+    """One line of advice for every statistic that has left the teacher's by more than `tolerance`, relative, and by more than can be seen."""
     advice = {
         "brightness": "lower method.guidance or train.lr",
         "saturation": "lower method.guidance or train.lr",
@@ -43,7 +46,6 @@ def drift(student: Look, teacher: Look, tolerance: float = 0.35) -> list[str]:
     found = []
     for name, cure in advice.items():
         own, reference = getattr(student, name), getattr(teacher, name)
-        ratio = own / max(reference, 1e-6)
-        if abs(ratio - 1) > tolerance:
-            found.append(f"DRIFT {name} is {ratio:.2f} of the teacher's; {cure}")
+        if abs(own - reference) > max(tolerance * reference, UNSEEN):
+            found.append(f"DRIFT {name} is {own / max(reference, UNSEEN):.2f} of the teacher's; {cure}")
     return found
