@@ -237,7 +237,11 @@ def race(found: dict[str, dict[str, Any]]) -> list[str]:
     said = []
     for variant in (v for v in VARIANTS if v.key in RIVALS):
         both = [
-            (own, rival) for seed in "0123456789" if (own := found.get(f"tdm-4-{seed}")) and (rival := found.get(f"{variant.key}-{seed}"))
+            (own, rival)
+            for seed in "0123456789"
+            if (own := found.get(f"tdm-4-{seed}"))
+            and (rival := found.get(f"{variant.key}-{seed}"))
+            and own["hardware"] == rival["hardware"]  # a race is run on one track
         ]
         shares, lower = [], []
         for own, rival in both:
@@ -258,7 +262,9 @@ def race(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """FD to real over minutes of training, a line a seed: rivals (the paper's fig. 9), then TDM's variants and ablations."""
+    """FD to real over minutes of training, a line a seed: rivals (the paper's fig. 9), then TDM's variants and ablations. Of one machine, TDM's last one."""
+    on = results["tdm-4"][-1]["hardware"] if results["tdm-4"] else None
+    results = {k: [r for r in of if on in (None, r["hardware"])] for k, of in results.items()}
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     for axes, rivals in zip(panels, (True, False), strict=True):
         shown = [v for v in VARIANTS if results[v.key] and v.draws != (Draw(1),) and (v.key == "tdm-4" or (v.key in RIVALS) == rivals)]

@@ -31,12 +31,12 @@ def asked(tmp_path: Path) -> argparse.Namespace:
     )  # fmt: skip
 
 
-def finish(bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, curve: dict[float, float]) -> None:
+def finish(bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, curve: dict[float, float], hardware: str = "h") -> None:
     """A result as training leaves it: FD by seconds."""
     variant = next(v for v in bench["VARIANTS"] if v.key == key)
     row = {"fd_real": min(curve.values()), "fd_teacher": 1.0, "retrieval_top1": 0.5, "diversity_ratio": 1.0}
     points = [{"seconds": s, "fd_real": fd} for s, fd in curve.items()]
-    result = {"rows": [row] * len(variant.draws), "curve": points, "seconds": max(curve), "calls": 5.5, "commit": "c", "hardware": "h"}
+    result = {"rows": [row] * len(variant.draws), "curve": points, "seconds": max(curve), "calls": 5.5, "commit": "c", "hardware": hardware}
     write_json(a.out / f"{key}-{seed}" / "result.json", result | {"asked": bench["shared"](a), "recipe": bench["settled"](variant, a)})
 
 
@@ -63,6 +63,8 @@ def test_the_race(bench: dict[str, Any], asked: argparse.Namespace) -> None:
     assert line.startswith("TDM has DMD2, 10 fake updates's best FD on the curve in 10.00 % of the time; its last FD is 25.00 % lower")
     finish(bench, asked, "dmd2", 0, {50: 11.0})
     assert bench["race"](bench["finished"](asked))[0].startswith("TDM never has")
+    finish(bench, asked, "dmd2", 0, {50: 11.0}, hardware="a faster one")
+    assert bench["race"](bench["finished"](asked)) == []
 
 
 def test_the_table(bench: dict[str, Any], asked: argparse.Namespace) -> None:
