@@ -79,8 +79,9 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         pipe("red cat", num_inference_steps=3)
     assert command(monkeypatch, "export", final, "two", "--steps", "2") == 0
     assert (fewstep.sample(fewstep.load_student("two"), ["red cat", "blue dog"], [3, 4]) - wanted[2]).abs().max() <= 1e-4
-    assert command(monkeypatch, "export", final, "stock", "--format", "pipeline") == 2
-    assert "--format: this student is sampled with a head, which no stock pipeline has; choose student or merged" in error_of(capsys)
+    for form in ("pipeline", "kohya"):
+        assert command(monkeypatch, "export", final, "stock", "--format", form) == 2
+        assert "--format: this student is sampled with a head, which no stock pipeline has; choose student or merged" in error_of(capsys)
     assert command(monkeypatch, "sample", final, "-p", "red cat", "--steps", "8", "--compare") == 2
     printed = capsys.readouterr()
     assert "--steps: got 8, the student's span head serves up to 4 steps; take as many or fewer" in printed.err

@@ -111,9 +111,11 @@ def write_student(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor
 def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
     """The same with its LoRA under kohya's names too. Returns what diffusers draws with that file on a fresh base."""
     pipe = pipeline_of(loaded.student.backbone)
-    if card.weights != "lora" or card.head or facts_of(pipe).part != "unet" or not facts_of(pipe).loads_lora:
-        raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
     _require_stock(card)
+    if card.weights != "lora":
+        raise ValueError("--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline")
+    if facts_of(pipe).part != "unet" or not facts_of(pipe).loads_lora:
+        raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
     _require_told(loaded, card)
     write_student(loaded, card, out)
     assert card.alpha is not None
