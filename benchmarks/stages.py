@@ -5,7 +5,7 @@
 
 Every row is a recipe as a user runs it, in 4 steps, measured under `emoji-medium`. Minutes are those of the run, the walking of trajectories (which rows share)
 included, evaluation not. `tdm` is matching alone to its end, the quality that is to be reached in half of its time; `tdm-equal` and
-`imitation-equal` have what `stages` costs. With `head` a span head comes from the first stage and is kept, with `fold` it is folded into the LoRA.
+`imitation-equal` have about what `stages` costs (the minutes say how nearly). With `head` a span head comes from the first stage and is kept, with `fold` it is folded into the LoRA.
 """
 
 import argparse

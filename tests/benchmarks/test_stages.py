@@ -1,4 +1,4 @@
-"""`benchmarks/stages.py`: what each way trains can be run, costs what it is compared at, and the table keeps what is there."""
+"""`benchmarks/stages.py`: what each way trains can be run, and the table keeps what is there."""
 
 import runpy
 from argparse import Namespace

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNSEEN = 0.005  # of the range of a picture, about a grey level of 8 bits: grey pictures have no saturation, one prompt has no variety
+
 
 @dataclass(frozen=True)
 class Look:
@@ -30,9 +32,6 @@ def look(pictures: Tensor) -> Look:
         contrast=float(x.mean(1).flatten(1).std(1).mean()),
         variety=float(variety),
     )
-
-
-UNSEEN = 0.005  # of the range of a picture, about a grey level of 8 bits: grey pictures have no saturation, one prompt has no variety
 
 
 def drift(student: Look, teacher: Look, tolerance: float = 0.35) -> list[str]:
