@@ -12,7 +12,6 @@ Everything that is finished is kept in --out. Writes benchmarks/finetunes.md and
 import argparse
 import json
 import re
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from fewstep.training.state import seeded
 from fewstep.zoo import emoji_data
 from fewstep.zoo.teacher import DataConfig
 from origin import commit, hardware
+from tables import spread
 from tdm_variants import VARIANTS, recipe_value
 
 GOOGLE = ("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
@@ -130,7 +130,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for (style, kind, steps, guidance), nfe in kinds.items():
         own = [r for r in rows if (r["style"], _kind(r), r["steps"], r["guidance"]) == (style, kind, steps, guidance)]
         cells = [
-            _cell([scale * r[k] for r in own if r[k] is not None])
+            spread([scale * r[k] for r in own if r[k] is not None])
             for k, scale in (("fd_teacher", 1), ("retrieval_top1", 100), ("diversity_ratio", 1))
         ]
         lines.append(f"| {style} | {kind} | {steps} | {guidance:g} | {nfe} | {' | '.join(cells)} | {len(own)} |")
@@ -140,12 +140,6 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _kind(row: dict[str, Any]) -> str:
     """The variant, of a run that is called by it and its seed."""
     return re.sub(r"-\d$", "", row["model"])
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def write(rows: list[dict[str, Any]], costs: dict[str, dict[str, float]], a: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ least, as a multiple of its due: 1 is perfect, 0 a lost mode (the paper's fig. 1
 import argparse
 import json
 import runpy
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import fewstep
 from fewstep.atomic import write_json
 from fewstep.methods.presets import preset
 from origin import commit, hardware
+from tables import spread
 
 BASE: dict[str, Any] = {"steps": 2, "guidance": 1.0, "shift": 0.35, "loss": "l2", "fake_updates": 3, "warmup": 50, "snr_clip": 50.0}
 DRAWS = 8
@@ -92,9 +92,9 @@ def write(results: list[dict[str, Any]], floor: float, a: argparse.Namespace) ->
         own = [r for r in results if r["key"] == variant.key]
         for i, count in enumerate(variant.counts if own else ()):
             cells = [
-                _cell([r["rows"][i]["distance"] / floor for r in own]),
-                _cell([r["rows"][i]["rarest"] for r in own]),
-                _cell([r["seconds"] for r in own]),
+                spread([r["rows"][i]["distance"] / floor for r in own]),
+                spread([r["rows"][i]["rarest"] for r in own]),
+                spread([r["seconds"] for r in own]),
             ]
             lines.append(f"| {variant.label} | {count} | {' | '.join(cells)} | {variant.claim} |")
     (a.to / "ring.md").write_text(f"""# TDM's parts where the truth is known
@@ -107,10 +107,6 @@ def write(results: list[dict[str, Any]], floor: float, a: argparse.Namespace) ->
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
 """)  # fmt: skip
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def main() -> None:

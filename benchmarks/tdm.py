@@ -36,6 +36,7 @@ from fewstep.training.pictures import encode_pictures
 from fewstep.training.pool import teacher_pictures
 from fewstep.training.prompts import embed, read_prompts
 from origin import CLOCK, commit, hardware
+from tables import spread
 from tdm_variants import BASE, VARIANTS, Draw, Relation, Settings, Variant, recipe_value
 
 NOISE = 0.15  # of FD, between draws and trainings of one student; with several seeds two standard errors, where that is more
@@ -169,11 +170,6 @@ def teacher_rows(teacher: Backbone, a: argparse.Namespace) -> list[dict[str, Any
         ]
         found = evaluate(rows, protocol_named(protocol), a.out / "teacher")["rows"]
     return found
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and deviation over seeds."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def verdict(relation: Relation, own: Sequence[float], other: Sequence[float]) -> str:

@@ -37,6 +37,7 @@ from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths, teacher_paths, to_end
 from fewstep.training.prompts import Embeddings, embed
 from origin import CLOCK, commit, hardware
+from tables import spread
 from trajpl_teachers import Part, make_part
 
 COUNTS = (1, 2, 3, 4, 5, 6)
@@ -236,7 +237,7 @@ def _table(rows: list[dict[str, Any]], students: dict[str, Student], measure: st
     for key, student in students.items():
         if own := [r for r in rows if r["key"] == key]:
             weights = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and trained else "")
-            cells = [_cell([r["measured"][measure][k] for r in own]) if k in own[0]["measured"][measure] else "" for k in counts]
+            cells = [spread([r["measured"][measure][k] for r in own], 3) if k in own[0]["measured"][measure] else "" for k in counts]
             if ddim is not None and floor is not None:
                 cells[counts.index("2")] += f" ({statistics.mean((r['measured'][measure]['2'] - floor) / (ddim - floor) for r in own):.1%})"
             seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"
@@ -244,10 +245,6 @@ def _table(rows: list[dict[str, Any]], students: dict[str, Student], measure: st
     if floor is not None:
         lines += ["", f"The teacher's own way: {floor:.3f}. In brackets: what is left of DDIM's excess over it at two steps."]
     return lines
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_every_way_is_a_recipe_of_the_same_batch_seed_and_trajectories(bench: Be
             assert stage.train.seed == (31 if stage is found and found.first else 30)
             assert stage.data is None or Path(str(stage.data.folder)) == Path("kept/trajectories")
     assert recipe(bench, "tdm").first is None
+    assert {w.key for w in bench["WAYS"]} >= {*bench["ALONE"], *bench["STAGED"]}
     assert recipe(bench, "imitation-equal").first is None
     assert recipe(bench, "imitation-equal").method.name == "trajp-l"
 
@@ -57,8 +58,19 @@ def test_the_table_keeps_its_rows(bench: Bench, tmp_path: Path) -> None:
     bench["write"](bench["kept"](a) | {("stages", 0): row("stages", 8.5)}, a)
     assert set(bench["kept"](a)) == {("tdm", 0), ("stages", 0)}
     lines = (tmp_path / "stages.md").read_text().splitlines()
-    assert "| TDM alone, to its end | `tdm` | 1.5 | 4 | 9.00 | 50.0 % / 75.0 % |" in lines
-    assert lines.index("| imitation, then TDM | `stages` | 1.5 | 4 | 8.50 | 50.0 % / 75.0 % |") > 0
+    assert "| TDM alone, to its end | `tdm` | 1.5 | 4 | 9.00 | 50.0 % / 75.0 % | 1 |" in lines
+    assert "| imitation, then TDM | `stages` | 1.5 | 4 | 8.50 | 50.0 % / 75.0 % | 1 |" in lines
+    assert (tmp_path / "stages.png").exists()
+
+
+def test_what_a_quality_costs_either_way_is_told_by_the_cheapest_that_has_it(bench: Bench) -> None:
+    of = {w.key: list[dict[str, Any]]() for w in bench["WAYS"]}
+    of |= {"tdm": [row("tdm", 9.0) | {"seconds": 1200.0}, row("tdm", 9.2, 1) | {"seconds": 1200.0}], "tdm-200": [row("tdm-200", 8.0)]}
+    of |= {"stages": [row("stages", 8.5) | {"seconds": 900.0}], "stages-half": [row("stages-half", 9.1) | {"seconds": 300.0}]}
+    assert bench["costs"](of) == [
+        "What `tdm-200` has in 1.5 minutes, FD 8.00, has no staged way.",
+        "What `tdm` has in 20.0 minutes, FD 9.10, has `stages-half`, 9.10, 25% of the minutes.",
+    ]
 
 
 def test_a_row_of_other_settings_is_another(bench: Bench) -> None:
