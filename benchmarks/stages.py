@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 benchmarks/stages.py --batch 16    # the same in two processes
 
 Every row is a recipe as a user runs it, in 4 steps, measured under `emoji-medium`. Minutes are those of the run, the walking of trajectories (which rows share)
-included, evaluation not. `tdm` is matching alone to its recipe's end, `tdm-200` to `tdm-520` are shorter trainings of it, each with its own decay; `stages-half` and `stages-quarter` have
+included, evaluation not. `tdm` is matching alone to its recipe's end, `tdm-200` to `tdm-520` are shorter trainings of it, each with its own decay, `tdm-same` one with uneven times and unsaturated guidance as the stages have them; `stages-half` and `stages-quarter` have
 fewer trajectories and iterations than `stages`. `tdm-equal` and `imitation-equal` have about what `stages` costs (the minutes say how nearly). With `head` a span head comes from the first stage and is kept, with `fold` it is folded into the LoRA.
 """
 
@@ -61,6 +61,12 @@ WAYS = (
     Way("tdm-200", "TDM alone", "tdm4", {"method": {"warmup": 40}, "train": {"iterations": 200, "decay": 100, "ema": 0.97}}),
     Way("tdm-350", "TDM alone", "tdm4", {"train": {"iterations": 350, "decay": 175, "ema": 0.98}}),
     Way("tdm-520", "TDM alone", "tdm4", {"train": {"iterations": 520, "decay": 260}}),
+    Way(
+        "tdm-same",
+        "TDM alone, with the stages' times and guidance",
+        "tdm4",
+        {"method": {"shift": 0.5, "guidance_parallel": 0}, "train": {"iterations": 520, "decay": 260}},
+    ),
     Way("tdm-equal", "TDM alone", "tdm4", {"train": {"iterations": 650, "decay": 325}}),
     Way("imitation-equal", "imitation alone", "stages", {"train": {"iterations": 300, "decay": 200}}, alone=True),
     Way("stages-quarter", "imitation, then TDM", "stages", shorter(count=1024, imitation=50, matching=30, warmup=15)),

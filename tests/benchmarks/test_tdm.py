@@ -17,7 +17,7 @@ from ..project import ROOT
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("origin", "tdm_variants"):
+    for name in ("origin", "tables", "tdm_variants"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return runpy.run_path(str(ROOT / "benchmarks" / "tdm.py"))
 
@@ -36,7 +36,14 @@ def finish(bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, cu
     variant = next(v for v in bench["VARIANTS"] if v.key == key)
     row = {"fd_real": min(curve.values()), "fd_teacher": 1.0, "retrieval_top1": 0.5, "diversity_ratio": 1.0}
     points = [{"seconds": s, "fd_real": fd} for s, fd in curve.items()]
-    result = {"rows": [row] * len(variant.draws), "curve": points, "seconds": max(curve), "calls": 5.5, "commit": "c", "hardware": hardware}
+    result = {
+        "rows": [row | {"draw": d.title} for d in variant.draws],
+        "curve": points,
+        "seconds": max(curve),
+        "calls": 5.5,
+        "commit": "c",
+        "hardware": hardware,
+    }
     write_json(a.out / f"{key}-{seed}" / "result.json", result | {"asked": bench["shared"](a), "recipe": bench["settled"](variant, a)})
 
 
@@ -56,13 +63,15 @@ def test_every_recipe_can_be_run_and_every_ordering_names_a_student(bench: dict[
 
 
 def test_the_race(bench: dict[str, Any], asked: argparse.Namespace) -> None:
-    """TDM has the rival's best, 14, after 10 of its 100 seconds, and ends at 12 of 16."""
-    finish(bench, asked, "tdm-4", 0, {5: 20.0, 10: 13.0, 20: 12.0})
-    finish(bench, asked, "dmd2", 0, {50: 30.0, 100: 14.0, 150: 16.0})
+    """TDM has the rival's best, 14, but for noise after 10 seconds; the rival after 100, and a little better later. TDM ends at 12 of 14."""
+    finish(bench, asked, "tdm-4", 0, {5: 20.0, 10: 14.1, 20: 12.0})
+    finish(bench, asked, "dmd2", 0, {50: 30.0, 100: 14.1, 150: 14.0})
     (line,) = bench["race"](bench["finished"](asked))
-    assert line.startswith("TDM has DMD2, 10 fake updates's best FD on the curve in 10.00 % of the time; its last FD is 25.00 % lower")
+    assert line.startswith(
+        "DMD2, 10 fake updates: TDM has its best FD on the curve, both to within 0.15, in 10.00 % of the time, and ends 14.29 % lower"
+    )
     finish(bench, asked, "dmd2", 0, {50: 11.0})
-    assert bench["race"](bench["finished"](asked))[0].startswith("TDM never has")
+    assert ", never, and ends" in bench["race"](bench["finished"](asked))[0]
     finish(bench, asked, "dmd2", 0, {50: 11.0}, hardware="a faster one")
     assert bench["race"](bench["finished"](asked)) == []
 
