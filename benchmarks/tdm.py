@@ -214,7 +214,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
 
 `{command}`, {"; ".join(machines)}, commit {", ".join(commits)}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
 percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
-{NOISE:g} count as none (and up to two standard errors, with several seeds). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures"}.
+{NOISE:g} count as none (and up to two standard errors, with several seeds). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures, which take minutes that are not among theirs"}.
 
 | model | key | called with | calls | FD to real | FD to teacher | retrieval | diversity | minutes | training calls | seeds | table | claim | here |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
