@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backbones.base import Backbone, Denoiser, guided
+from .atomic import sha256_of
+from .backbones.base import Backbone, Cond, Denoiser, guided
 from .backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
 from .backbones.files import load_lora, load_network, load_vectors, loads_lora
 from .backbones.generate import device_of, trajectory
 from .backbones.load import around, at_size, fingerprint, load_teacher, pipeline_of
 from .backbones.parts import denoiser_of
 from .backbones.student_scheduler import Walking
-from .core import timegrid
+from .core import solvers, timegrid
 from .core.solvers import State, solver_named
-from .export.card import StudentCard, read_card
+from .export.card import StudentCard, card_evaluations, read_card
 from .methods.imitation import Imitation
 from .methods.matching import Matching
 from .methods.method import Method, require_beginning, student_of
@@ -31,7 +32,7 @@ from .roles.student import Student, with_lora, with_vectors, without_fold
 from .training.loop import Precision, Step, TrainConfig
 from .training.loop import distill as train
 from .training.optimizer import OptimizerName
-from .training.paths import TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end, union
+from .training.paths import TRAJECTORIES, Paths, PathsConfig, Walker, stops, teacher_paths, to_end, union
 from .training.pictures import encode_pictures
 from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
@@ -93,11 +94,11 @@ def distill(
     data = embed(teacher, list(prompts), cache, identity)
     real, walked = None, None
     if method.needs.paths:
-        place, times = None if folder is None else folder / TRAJECTORIES, path_times(method, teacher)
-        walking = teacher_paths(
-            teacher, data, paths or PathsConfig(), times, method.guidance, place, identity, parallel=method.guidance_parallel
+        ways, place, times = paths or PathsConfig(), None if folder is None else folder / TRAJECTORIES, path_times(method, teacher)
+        walker = student_walker(teacher, ways.student, times) if ways.student else None
+        walked = to_end(
+            teacher_paths(teacher, data, ways, times, method.guidance, place, identity, parallel=method.guidance_parallel, walker=walker)
         )
-        walked = to_end(walking)
     if pictures == "teacher":
         real = teacher_pictures(
             teacher, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, seed, parallel=method.guidance_parallel
@@ -110,6 +111,31 @@ def distill(
 def path_times(method: Method, backbone: Backbone) -> Tensor:
     """All times at which a student of this method wants to know where the teacher is."""
     return union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
+
+
+def student_walker(teacher: Backbone, folder: str | Path, times: Tensor) -> Walker:
+    """A finished student of this teacher, on its way in its default number of steps. Raises ValueError where that does not stop at all `times`, or is at random."""
+    folder, (loaded, schedule) = Path(folder), (load_student(folder, teacher), teacher.schedule)
+    card, student, count = loaded.card, loaded.student, loaded.card.steps[0]
+    grid, solver = _student_grid(card, teacher, count), card.solver[str(count)]
+    if solver == "renoise":
+        raise ValueError(
+            f"data.student: {folder} adds new noise at every step, which leaves nothing to follow; choose a student of another solver"
+        )
+    places = stops(grid, times)
+    if places is None:
+        listed = (", ".join(f"{t:.4g}" for t in of.tolist()) for of in (grid, times))
+        raise ValueError(
+            "data.student: {} stops at {}, this one at {}; set method.steps and method.shift so that these are among those".format(
+                folder, *listed
+            )
+        )
+
+    def states(cond: Cond, x: Tensor) -> list[State]:
+        return list(solvers.sample(student.denoise(cond, card.told[0]), schedule, x, grid, solver_named(solver), student.head))
+
+    about = {"student": sha256_of(*sorted(folder.rglob("*.safetensors"))), "solver": solver, "free_first": card.free_first}
+    return Walker(grid, places, card_evaluations(card, count), about, states)
 
 
 def roles_for(
@@ -166,19 +192,31 @@ def start_from(roles: Roles, folder: Path) -> None:
     if card.weights == "none":
         return  # a head alone, which `roles_for` has put in place
     told = card.told if card.time_layer else ()
-    if set(told) != set(roles.counts):
-        raise ValueError(
-            f"start: {folder} is a student that is told {_counted(told)}, this one {_counted(roles.counts)}; set method.steps, method.condition or method.scales to match"
-        )
     vectors = load_vectors(folder) if told else {}
-    if roles.config.share:
-        state = load_lora(folder)
-        roles.start_from(without_fold(state, card.time_layer) if told else state, vectors)
+    if not roles.config.share:
+        require_told(str(folder), told, roles.counts)
+    else:
+        state, layer = load_lora(folder), roles.backbone.time_layer
+        plain = without_fold(state, layer) if told else state
+        require_told(str(folder), told, roles.counts, layer if len(without_fold(plain, layer)) < len(plain) else "")
+        roles.start_from(plain, vectors)
         return
     network = load_network(folder, roles.backbone.module)
     if told:
         unfold(network, card.time_layer, vectors[card.told[0]])
     roles.start_from(network.state_dict(), vectors)
+
+
+def require_told(start: str, told: tuple[float, ...], counts: tuple[float, ...], lora_on: str = "") -> None:
+    """Raises ValueError where a student that is told its step counts, or guidance scales, cannot begin as the one in `start`, which is told others, or which has a LoRA on the layer where it is told."""
+    if told and set(told) != set(counts):
+        raise ValueError(
+            f"start: {start} is a student that is told {_counted(told)}, this one {_counted(counts)}; set method.steps, method.condition or method.scales to match"
+        )
+    if counts and not told and lora_on:
+        raise ValueError(
+            f"start: {start} is a student that is told nothing, with a LoRA on {lora_on}, where this one is told {_counted(counts)}; train it with roles.skip=[add_embedding, {lora_on}], or both with roles.share=false"
+        )
 
 
 def _counted(told: tuple[float, ...]) -> str:

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written under a temporary name beside their own, then renamed."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}  # safetensors' names
+
+
+def sha256_of(*files: Path) -> str:
+    """Of their contents, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @contextmanager

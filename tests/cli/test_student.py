@@ -138,10 +138,6 @@ def test_a_run_may_begin_as_a_finished_student(
     for options, expected in (
         (("--set", "start=nowhere"), "start: nowhere is no student folder"),
         (("--set", f"roles.share={str(not share).lower()}"), f"set roles.share={str(share).lower()}"),
-        (
-            ("--set", "method.steps=[4, 2]"),
-            "start: runs/tiny/final is a student that is told nothing, this one one of 4, 2; set method.steps",
-        ),
         *([(("--set", "roles.rank=3"), "set roles.rank to that of the file")] if share else []),
     ):
         capsys.readouterr()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..api import begun_head, load_teacher, path_times, roles_for
+from ..api import begun_head, load_teacher, path_times, require_told, roles_for, student_walker
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
@@ -23,7 +23,7 @@ from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, require, state_bytes
-from ..training.paths import TRAJECTORIES, Paths, PathsConfig, path_evaluations, teacher_paths, to_end
+from ..training.paths import OF_STUDENT, TRAJECTORIES, Paths, PathsConfig, guided_teacher, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
@@ -53,11 +53,12 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     if dry_run:
         print_dry_run(recipe)
         return
-    stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe.model_copy(update={"start": str(run / FIRST)})]
+    stages = [recipe] if recipe.first is None else [first_stage(recipe), second_stage(recipe, run / FIRST)]
     for stage in stages:
         require(stage.train.optimizer)
     teacher, base_hash = teacher_of(recipe)
     check_measures(recipe, teacher)
+    check_start(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
     console.quiet = not is_first()
     for stage in stages[:-1]:
@@ -84,6 +85,14 @@ def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
 def sharded(recipe: DistillRecipe) -> bool:
     """Whether its weights are spread over processes."""
     return recipe.train.shard and this_process().num_processes > 1
+
+
+def second_stage(recipe: DistillRecipe, first: Path) -> DistillRecipe:
+    """The recipe of the training that goes on from the first stage's student, whose trajectories it may ask for."""
+    data = recipe.data
+    if data is not None and data.student == FIRST:
+        data = data.model_copy(update={"student": str(first)})
+    return recipe.model_copy(update={"start": str(first), "data": data})
 
 
 def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float:
@@ -126,7 +135,7 @@ def distil(
         shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
     place_encoders(teacher, "cpu")
     with with_others():
-        paths = trajectories(recipe, teacher, data, whole / TRAJECTORIES, identity)
+        paths = trajectories(recipe, teacher, data, whole, identity)
     if sharded(recipe):
         teacher.module.cpu()  # whence it and its copies come back in parts
     roles = roles_of(recipe, teacher, paths)
@@ -211,21 +220,37 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
     return encode_pictures(teacher, data.source, cache, identity)
 
 
-def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, folder: Path, identity: str) -> Paths | None:
-    """The teacher's, if the recipe asks for them; walked with a progress bar, what is there already left out."""
+def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, run: Path, identity: str) -> Paths | None:
+    """The teacher's, or a finished student's, if the recipe asks for them; walked with a progress bar, what is there already left out."""
     data = recipe.data
     if data is None or data.source != "trajectories":
         return None
-    config, method = PathsConfig(data.count, data.steps, data.solver, data_seed(recipe, data), data.guidance_until), recipe.method
-    folder = folder if data.folder is None else Path(data.folder)
-    times = path_times(method, teacher)
-    each = path_evaluations(teacher, prompts.cond, config, times, method.guidance)
+    method, times, student = recipe.method, path_times(recipe.method, teacher), walking_student(data)
+    config = PathsConfig(data.count, data.steps, data.solver, data_seed(recipe, data), data.guidance_until, data.student)
+    folder = Path(data.folder) if data.folder is not None else run / (TRAJECTORIES if student is None else OF_STUDENT)
+    if student is None:
+        walker = guided_teacher(
+            teacher, prompts.unconditional(device_of(teacher.module)), config, times, method.guidance, method.guidance_parallel
+        )
+    else:
+        walker = student_walker(teacher, student, times)
+    who = "the teacher" if student is None else f"the student in {student}"
     console.print(
-        f"trajectories: {config.count:,} of {each} network calls of the teacher, {config.count * each:,} in all; those in {folder} are not walked again"
+        f"trajectories: {config.count:,} of {walker.calls} network calls of {who}, {config.count * walker.calls:,} in all; those in {folder} are not walked again"
     )
     with meter("trajectories", config.count) as bar:
-        walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, parallel=method.guidance_parallel)
+        walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, walker=walker)
         return to_end(walking, lambda done: bar.advance(done, {}))
+
+
+def walking_student(data: DataConfig | None) -> Path | None:
+    """Where the student lies whose trajectories are asked for. Raises ValueError where there is none."""
+    if data is None or data.student is None:
+        return None
+    folder = student_folder(data.student)
+    if folder is None:
+        raise ValueError(f"data.student: {data.student} is no student folder; pass a run or its final/ folder")
+    return folder
 
 
 def roles_of(recipe: DistillRecipe, teacher: Backbone, paths: Paths | None) -> Roles:
@@ -242,9 +267,17 @@ def start_folder(recipe: DistillRecipe) -> Path | None:
 
 
 def check_start(recipe: DistillRecipe, teacher: Backbone) -> None:
-    """Raises ValueError where the student that the recipe's begins as is not there, or has a head that does not serve it."""
+    """Raises ValueError where the student that the recipe's begins as is not there, or does not serve it, and where one whose trajectories are asked for is not."""
     if (folder := start_folder(recipe)) is not None:
         begun_head(recipe.method, teacher, folder)
+    roles, layer = recipe.roles, teacher.time_layer
+    if (own := recipe.first) is not None and (roles.rank or not roles.share):  # a head alone is told nothing
+        bare = not roles.share or any(skipped in layer for skipped in roles.skip)
+        require_told("the first stage's", own.method.conditioned, recipe.method.conditioned, "" if bare else layer)
+    if recipe.first is not None:
+        walking_student(recipe.first.data)
+    if recipe.first is None or recipe.data is None or recipe.data.student != FIRST:  # that one is still to come
+        walking_student(recipe.data)
 
 
 def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:

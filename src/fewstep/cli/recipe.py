@@ -77,7 +77,8 @@ class DataConfig(Strict):
     """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards.
 
     For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps; or `trajectories`:
-    as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own). `seed` is that
+    as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own); those of a finished `student` (a run, or
+    `first` for the first stage's) cost a few calls each. `seed` is that
     of what the teacher draws (default: the training's). `real` are pictures, as in `zoo.pixel_data.read_pixel_data`, that a student of a
     pixel model is measured against.
     """
@@ -89,7 +90,16 @@ class DataConfig(Strict):
     guidance_until: float = Field(default=0.0, ge=0, lt=1)
     seed: int | None = None
     folder: str | None = None
+    student: str | None = None
     real: str | None = None
+
+    @model_validator(mode="after")
+    def _student_walks(self) -> "DataConfig":
+        if self.student is not None and self.source != "trajectories":
+            raise ValueError(
+                f"data.student: got {self.student} with data.source={self.source}; set data.source=trajectories, or leave it out"
+            )
+        return self
 
 
 class FinetuneRecipe(Strict):

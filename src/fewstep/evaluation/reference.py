@@ -5,7 +5,6 @@ principal components of the square roots of EfficientNet-lite0 features (which a
 everything), in a unit in which the real emoji have a total variance of 100.
 """
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_json, write_tensors
+from ..atomic import sha256_of, write_json, write_tensors
 from .alignment import colour_histogram
 from .distances import principal_components
 from .features import SIZE, WEIGHTS, feature_network, features
@@ -121,7 +120,7 @@ def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = F
     }
     texts = {
         "format": FORMAT,
-        "network_sha256": _sha256(WEIGHTS),
+        "network_sha256": sha256_of(WEIGHTS),
         "network_input": SIZE,
         "names": names,
         "tones": tones,
@@ -138,7 +137,7 @@ def load_reference(folder: Path = FOLDER) -> Reference:
     try:
         texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
         t = load_file(folder / TENSORS)
-        if (texts["format"], texts["network_sha256"], texts["network_input"]) != (FORMAT, _sha256(WEIGHTS), SIZE):
+        if (texts["format"], texts["network_sha256"], texts["network_input"]) != (FORMAT, sha256_of(WEIGHTS), SIZE):
             raise ValueError("it was made with another format or feature network")
         return Reference(
             mean=t["mean"].float(),
@@ -150,7 +149,7 @@ def load_reference(folder: Path = FOLDER) -> Reference:
             tones=tuple(texts["tones"]),
             colours=t["colours"].float(),
             held_out=tuple(texts["held_out"]),
-            sha256=_sha256(folder / TENSORS, folder / TEXTS),
+            sha256=sha256_of(folder / TENSORS, folder / TEXTS),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"reference {folder}: cannot be used ({error}); install fewstep again, or call build_reference") from error
@@ -168,10 +167,3 @@ def _labels(names: Sequence[str], pictures: Sequence[bytes]) -> list[int]:
         label = [min(old) if n in old else n for n in label]
     dense = {n: i for i, n in enumerate(dict.fromkeys(label))}
     return [dense[n] for n in label]
-
-
-def _sha256(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

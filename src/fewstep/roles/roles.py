@@ -150,8 +150,8 @@ class Roles:
     def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[float, Tensor] = MappingProxyType({})) -> None:
         """Let student and average begin as another student: its LoRA in PEFT's file format, or its whole network.
 
-        `vectors` are what it is told for each count or scale, which its weights must not say by themselves. Raises ValueError where
-        it does not fit.
+        `vectors` are what it is told for each count or scale, which its weights must not say by themselves; without them it begins as one that is the same for all.
+        Raises ValueError where it does not fit.
         """
         network = self.networks["student"]
         if self.config.share:
@@ -163,7 +163,7 @@ class Roles:
                     f"start: its weights do not fit this network (first in doubt: {odd[0]}); start from a student of the same base"
                 )
             network.load_state_dict(state)
-        if self.counts:
+        if vectors:
             step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.counts])
         for name, p in self.trained["student"].items():
             self.average[name].copy_(p.detach())

@@ -26,6 +26,7 @@ RECORD = "trajectories.json"
 HEADER = "trajectories"  # in each shard's header: the same, so that it stands for itself
 PROCESS = ("prediction", "schedule")  # what records do not say that are from before shards had headers
 TRAJECTORIES = "trajectories"  # the folder of a run that holds them
+OF_STUDENT = "trajectories-of-student"  # and those of a student
 CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the curve and its plots
 
 
@@ -33,7 +34,8 @@ CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the 
 class PathsConfig:
     """`count` trajectories of about `steps` solver steps. `auto` is Heun, or DPM-Solver++ where pure noise holds no signal.
 
-    The teacher is guided as long as more than `guidance_until` of its way to clean data is left.
+    The teacher is guided as long as more than `guidance_until` of its way to clean data is left. With `student`, the folder of a finished one, its ways are
+    learnt from instead, for a few network calls each; steps, solver and guidance are its own.
     """
 
     count: int = 3000
@@ -41,6 +43,7 @@ class PathsConfig:
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
     seed: int = 0
     guidance_until: float = 0.0
+    student: str | None = None
 
     def __post_init__(self) -> None:
         for option in ("count", "steps"):
@@ -96,6 +99,42 @@ def walk(backbone: Backbone, denoise: Denoise, x: Tensor, grid: Tensor, solver: 
         return list(sample(denoise, backbone.schedule, x, grid, solver_named(solver)))
 
 
+@dataclass(frozen=True)
+class Walker:
+    """Who walks: from noise x [B, ...] under a condition down its `grid [F]`, in `calls` of a network each. `places [J]` are those of the asked times in the grid.
+
+    `about` is what tells its trajectories from others' from the same noise.
+    """
+
+    grid: Tensor
+    places: Tensor
+    calls: int
+    about: Mapping[str, Any]
+    states: Callable[[Cond, Tensor], list[State]]
+
+
+def guided_teacher(backbone: Backbone, null: Cond, config: PathsConfig, times: Tensor, guidance: float, parallel: float = 1.0) -> Walker:
+    """The teacher under guidance, down a grid of `config.steps` that stops at all `times`."""
+    grid, places = refine(backbone.schedule, times, config.steps)
+    about: dict[str, Any] = {"guidance": guidance, "guidance_rescale": backbone.guidance_rescale, "solver": config.solver}
+    if config.guidance_until:
+        about["guidance_until"] = config.guidance_until
+    if parallel != 1:
+        about["guidance_parallel"] = parallel
+
+    def states(cond: Cond, x: Tensor) -> list[State]:
+        teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until, parallel)
+        return walk(backbone, teacher, x, grid, config.solver)
+
+    return Walker(grid, places, path_evaluations(backbone, null, config, times, guidance), about, states)
+
+
+def stops(grid: Tensor, times: Tensor) -> Tensor | None:
+    """Where in the grid these times are; None where it passes one of them by."""
+    apart = (grid.double()[None] - times.double()[:, None]).abs()
+    return apart.argmin(1) if bool((apart.amin(1) < 1e-6 * grid.max()).all()) else None
+
+
 class Paths:
     """States [count, J, ...] of the teacher at `times [J]`, from noise to data, with their conditions; on the CPU.
 
@@ -124,27 +163,24 @@ def teacher_paths(
     identity: str,
     chunk: int = 32,
     parallel: float = 1.0,
+    walker: Walker | None = None,
 ) -> Generator[int, None, Paths]:
     """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
-    `guidance` and `parallel` as in `backbones.base.guided`. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
+    `guidance` and `parallel` as in `backbones.base.guided`; a `walker` goes in the teacher's place. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
     Several processes each walk their share into the folder and wait for the others, so all of them have to come here. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
     """
-    grid, places = refine(backbone.schedule, times, config.steps)
+    device, whole = device_of(backbone.module), torch.empty(0)
+    walker = walker or guided_teacher(backbone, data.unconditional(device), config, times, guidance, parallel)
     record = {
-        "teacher": identity, "shape": list(backbone.shape), "prompts": data.key, "guidance": guidance, "guidance_rescale": backbone.guidance_rescale, "count": config.count, "solver": config.solver,
-        "seed": config.seed, "times": times.tolist(), "grid": grid.tolist(), "chunk": chunk, **process_of(backbone, grid),
+        "teacher": identity, "shape": list(backbone.shape), "prompts": data.key, **walker.about, "count": config.count,
+        "seed": config.seed, "times": times.tolist(), "grid": walker.grid.tolist(), "chunk": chunk, **process_of(backbone, walker.grid),
     }  # fmt: skip
-    if config.guidance_until:
-        record["guidance_until"] = config.guidance_until
-    if parallel != 1:
-        record["guidance_parallel"] = parallel
     known = Known(record) if folder is None else _claim(folder, record)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = data.take(of, data.key)
-    device, whole = device_of(backbone.module), torch.empty(0)
-    null, shards, seconds = data.unconditional(device), [], 0.0
+    shards, seconds = [], 0.0
     processes = 1 if folder is None else this_process().num_processes
     starts = range(0, config.count, chunk)
 
@@ -154,8 +190,7 @@ def teacher_paths(
         shard = _read(path, part.stop - part.start, known)
         if shard is None:
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
-            teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until, parallel)
-            shard = _walked(backbone, teacher, range(part.start, part.stop), grid, places, config)
+            shard = _walked(backbone, walker, cond, range(part.start, part.stop), config)
             shard["seconds"] /= processes
             if path is not None:
                 write_tensors(path, shard, {HEADER: known.header})
@@ -173,7 +208,7 @@ def teacher_paths(
         whole = torch.cat([whole, shard["whole"]]) if "whole" in shard else whole
         if processes == 1:
             yield min(start + chunk, config.count)
-    return Paths(torch.cat(shards), times, own, whole, grid, known.key, seconds)
+    return Paths(torch.cat(shards), times, own, whole, walker.grid, known.key, seconds)
 
 
 def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = lambda done: None) -> Paths:
@@ -185,16 +220,20 @@ def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = l
             return end.value
 
 
-def _walked(backbone: Backbone, teacher: Denoise, samples: range, grid: Tensor, places: Tensor, config: PathsConfig) -> dict[str, Tensor]:
+def _walked(backbone: Backbone, walker: Walker, cond: Cond, samples: range, config: PathsConfig) -> dict[str, Tensor]:
     """One shard. The first ones hold whole trajectories as well."""
     began = time.perf_counter()
     generators = [torch.Generator().manual_seed(config.seed + i) for i in samples]
     x = noise_of(generators, backbone.shape).to(device_of(backbone.module)) * backbone.schedule.start_std
-    states = walk(backbone, teacher, x, grid, config.solver)
-    shard = {"states": torch.stack([states[i].x.float().cpu() for i in places.tolist()], 1)}
+    with torch.no_grad():
+        states = walker.states(cond, x)
+    shard = {"states": torch.stack([states[i].x.float().cpu() for i in walker.places.tolist()], 1)}
     if not _finite(shard):
+        who, cure = f"data.solver: {config.solver} led the teacher's", "choose dpmpp, more data.steps"
+        if config.student is not None:
+            who, cure = f"data.student: {config.student} leads", "choose another student"
         raise ValueError(
-            f"data.solver: {config.solver} led the teacher's trajectories {samples.start} to {samples.stop - 1} to numbers that are not finite; choose dpmpp, more data.steps or dtype=float32"
+            f"{who} trajectories {samples.start} to {samples.stop - 1} to numbers that are not finite; {cure} or dtype=float32"
         )
     if samples.start < CURVE_SAMPLES:
         shard["whole"] = torch.stack([s.x.float().cpu() for s in states], 1)
