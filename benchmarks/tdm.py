@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +172,11 @@ def teacher_rows(teacher: Backbone, a: argparse.Namespace) -> list[dict[str, Any
     return found
 
 
-def verdict(relation: Relation, own: Sequence[float], other: Sequence[float]) -> str:
-    """Whether one mean FD stands to another as claimed, and by how much."""
-    gap = statistics.mean(own) - statistics.mean(other)
-    errors = [statistics.variance(v) / len(v) if len(v) > 1 else 0.0 for v in (own, other)]
-    seen = "level" if abs(gap) <= max(NOISE, 2 * sum(errors) ** 0.5) else "worse" if gap > 0 else "better"
+def verdict(relation: Relation, own: Mapping[str, float], other: Mapping[str, float]) -> str:
+    """Whether one FD stands to another as claimed, and by how much: the mean difference over the seeds that both have, which begin with the same noise and batches."""
+    gaps = [own[seed] - other[seed] for seed in own if seed in other]
+    gap, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    seen = "level" if abs(gap) <= max(NOISE, 2 * error) else "worse" if gap > 0 else "better"
     return f"{'yes' if seen == relation else 'no'}: {seen}, {gap:+.2f}"
 
 
@@ -185,7 +185,10 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     found = finished(a)
     results = {v.key: [r for k, r in sorted(found.items()) if k.rsplit("-", 1)[0] == v.key] for v in VARIANTS}
     measured = [
-        (v, d, [r["rows"][i]["fd_real"] for r in results[v.key]]) for v in VARIANTS if results[v.key] for i, d in enumerate(v.draws)
+        (v, d, {k.rsplit("-", 1)[1]: r["rows"][i]["fd_real"] for k, r in sorted(found.items()) if k.rsplit("-", 1)[0] == v.key})
+        for v in VARIANTS
+        if results[v.key]
+        for i, d in enumerate(v.draws)
     ]
     fd = {(v.key, v.called(d)): values for v, d, values in measured} | {(v.key, d): values for v, d, values in measured}
     lines = []
@@ -195,7 +198,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
             here = "-"
             # a student that is called its own way stands beside the other's own way; where a solver is named, beside the same solver
             other = fd.get((variant.against, d)) or fd.get((variant.against, variant.called(d)))
-            if variant.expect and other:
+            if variant.expect and other and other.keys() & fd[variant.key, d].keys():
                 here = f"{verdict(variant.expect[min(i, len(variant.expect) - 1)], fd[variant.key, d], other)} beside {variant.against}"
             cells = [str(d.steps), *(spread([row[k] for row in own]) for k in ("fd_real", "fd_teacher")), spread([100 * row["retrieval_top1"] for row in own]), spread([row["diversity_ratio"] for row in own]), spread([r["seconds"] / 60 for r in results[variant.key]]), f"{results[variant.key][0]['calls']:.1f}"]  # fmt: skip
             lines.append(
@@ -214,7 +217,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
 
 `{command}`, {"; ".join(machines)}, commit {", ".join(commits)}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
 percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
-{NOISE:g} count as none (and up to two standard errors, with several seeds). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures, which take minutes that are not among theirs"}.
+{NOISE:g} count as none (and up to two standard errors of the difference seed by seed, with several). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures, which take minutes that are not among theirs"}.
 
 | model | key | called with | calls | FD to real | FD to teacher | retrieval | diversity | minutes | training calls | seeds | table | claim | here |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|

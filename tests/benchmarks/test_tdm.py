@@ -83,7 +83,7 @@ def test_the_table(bench: dict[str, Any], asked: argparse.Namespace) -> None:
     bench["write"]([], asked)
     table = (asked.to / "tdm.md").read_text()
     assert "| 4 steps | 4 | 12.50 ± 0.71 |" in table
-    assert "yes: worse, +7.50 beside tdm-4" in table
+    assert "yes: worse, +8.00 beside tdm-4" in table
     assert (asked.to / "tdm.png").stat().st_size > 10_000
     for file in asked.out.glob("*/result.json"):  # a table outlives the runs
         file.unlink()
@@ -103,7 +103,7 @@ def test_a_result_with_other_settings_counts_for_nothing(bench: dict[str, Any], 
 
 def test_beyond_noise(bench: dict[str, Any]) -> None:
     verdict = bench["verdict"]
-    assert verdict("worse", [12.0], [11.0]) == "yes: worse, +1.00"
-    assert verdict("worse", [12.0], [11.9]) == "no: level, +0.10"
-    assert verdict("level", [10.0, 14.0], [11.0, 12.0]) == "yes: level, +0.50"
-    assert verdict("better", [12.0, 12.1], [11.0, 11.1]) == "no: worse, +1.00"
+    assert verdict("worse", {"0": 12.0}, {"0": 11.0}) == "yes: worse, +1.00"
+    assert verdict("worse", {"0": 12.0}, {"0": 11.9}) == "no: level, +0.10"
+    assert verdict("level", {"0": 10.0, "1": 14.0}, {"0": 11.0, "1": 12.0}) == "yes: level, +0.50"
+    assert verdict("worse", {"0": 10.0, "1": 14.0}, {"0": 9.8, "1": 13.8, "2": 1.0}) == "yes: worse, +0.20"  # seed by seed
