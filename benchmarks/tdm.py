@@ -191,7 +191,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
         for i, d in enumerate(v.draws)
     ]
     fd = {(v.key, v.called(d)): values for v, d, values in measured} | {(v.key, d): values for v, d, values in measured}
-    lines = []
+    lines, timed = [], of_one_machine(results)
     for variant in (v for v in VARIANTS if results[v.key]):
         for i, d in enumerate(variant.draws):
             own = [r["rows"][i] for r in results[variant.key]]
@@ -200,7 +200,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
             other = fd.get((variant.against, d)) or fd.get((variant.against, variant.called(d)))
             if variant.expect and other and other.keys() & fd[variant.key, d].keys():
                 here = f"{verdict(variant.expect[min(i, len(variant.expect) - 1)], fd[variant.key, d], other)} beside {variant.against}"
-            cells = [str(d.steps), *(spread([row[k] for row in own]) for k in ("fd_real", "fd_teacher")), spread([100 * row["retrieval_top1"] for row in own]), spread([row["diversity_ratio"] for row in own]), spread([r["seconds"] / 60 for r in results[variant.key]]), f"{results[variant.key][0]['calls']:.1f}"]  # fmt: skip
+            cells = [str(d.steps), *(spread([row[k] for row in own]) for k in ("fd_real", "fd_teacher")), spread([100 * row["retrieval_top1"] for row in own]), spread([row["diversity_ratio"] for row in own]), spread([r["seconds"] / 60 for r in timed[variant.key] or results[variant.key]]), f"{results[variant.key][0]['calls']:.1f}"]  # fmt: skip
             lines.append(
                 f"| {variant.label} | `{variant.key}` | {d.title} | {' | '.join(cells)} | {len(own)} | {variant.table} | {variant.claim} | {here} |"
             )
@@ -216,7 +216,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     text = f"""# TDM, its variants and its rivals on the bundled teacher
 
 `{command}`, {"; ".join(machines)}, commit {", ".join(commits)}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
-percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
+percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor, of the machine that trained TDM's last seed where it trained others. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
 {NOISE:g} count as none (and up to two standard errors of the difference seed by seed, with several). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures, which take minutes that are not among theirs"}.
 
 | model | key | called with | calls | FD to real | FD to teacher | retrieval | diversity | minutes | training calls | seeds | table | claim | here |
@@ -229,6 +229,12 @@ percent; diversity relative to the teacher's. `calls` are the network's for one 
 """
     (a.to / "tdm.md").write_text(text)
     plot(results, a.to / "tdm.png")
+
+
+def of_one_machine(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Those whose minutes stand beside TDM's: of the machine of its last result."""
+    on = {r["hardware"] for r in results["tdm-4"][-1:]}
+    return {k: [r for r in of if not on or r["hardware"] in on] for k, of in results.items()}
 
 
 def race(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -262,8 +268,7 @@ def race(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """FD to real over minutes of training, a line a seed: rivals (the paper's fig. 9), then TDM's variants and ablations. Of one machine, TDM's last one."""
-    on = results["tdm-4"][-1]["hardware"] if results["tdm-4"] else None
-    results = {k: [r for r in of if on in (None, r["hardware"])] for k, of in results.items()}
+    results = of_one_machine(results)
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     for axes, rivals in zip(panels, (True, False), strict=True):
         shown = [v for v in VARIANTS if results[v.key] and v.draws != (Draw(1),) and (v.key == "tdm-4" or (v.key in RIVALS) == rivals)]
