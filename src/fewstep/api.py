@@ -32,7 +32,7 @@ from .roles.student import Student, with_lora, with_vectors, without_fold
 from .training.loop import Precision, Step, TrainConfig
 from .training.loop import distill as train
 from .training.optimizer import OptimizerName
-from .training.paths import TRAJECTORIES, Paths, PathsConfig, Walker, stops, teacher_paths, to_end, union
+from .training.paths import OF_STUDENT, TRAJECTORIES, Paths, PathsConfig, Walker, stops, teacher_paths, to_end, union
 from .training.pictures import encode_pictures
 from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
@@ -94,7 +94,8 @@ def distill(
     data = embed(teacher, list(prompts), cache, identity)
     real, walked = None, None
     if method.needs.paths:
-        ways, place, times = paths or PathsConfig(), None if folder is None else folder / TRAJECTORIES, path_times(method, teacher)
+        ways, times = paths or PathsConfig(), path_times(method, teacher)
+        place = None if folder is None else folder / (OF_STUDENT if ways.student else TRAJECTORIES)
         walker = student_walker(teacher, ways.student, times) if ways.student else None
         walked = to_end(
             teacher_paths(teacher, data, ways, times, method.guidance, place, identity, parallel=method.guidance_parallel, walker=walker)
@@ -124,11 +125,9 @@ def student_walker(teacher: Backbone, folder: str | Path, times: Tensor) -> Walk
         )
     places = stops(grid, times)
     if places is None:
-        listed = (", ".join(f"{t:.4g}" for t in of.tolist()) for of in (grid, times))
+        visits, asked = (", ".join(f"{t:.4g}" for t in of.tolist()) for of in (grid, times))
         raise ValueError(
-            "data.student: {} stops at {}, this one at {}; set method.steps and method.shift so that these are among those".format(
-                folder, *listed
-            )
+            f"data.student: {folder} stops at {visits}, this one at {asked}; set method.steps and method.shift so that these are among those"
         )
 
     def states(cond: Cond, x: Tensor) -> list[State]:

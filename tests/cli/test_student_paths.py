@@ -90,6 +90,8 @@ def test_a_second_stage_goes_further_from_the_first_ones_student(
     said = " ".join(capsys.readouterr().out.split())
     assert "trajectories: 12 of 4 network calls of the student in runs/tiny/first/final, 48 in all" in said
     assert {p.name for p in Path("runs/tiny").glob("traj*") if p.is_dir()} == {TRAJECTORIES, OF_STUDENT}
+    page = Path("runs/tiny/report.html").read_text()
+    assert "Straying from the student in runs/tiny/first" in page and "Straying from the teacher" not in page
     first, last = (fewstep.load_student(p) for p in (Path("runs/tiny/first/final"), Path("runs/tiny/final")))
     assert (fewstep.sample(first, PROMPTS, [1, 2]) - fewstep.sample(last, PROMPTS, [1, 2], steps=4)).abs().max() <= 1e-4
     assert (last.card.steps, last.card.told) == ((4, 2, 1), (4, 2, 1))

@@ -142,6 +142,7 @@ def distil(
     print_roles(roles, recipe.train.optimizer)
     shape = {} if paths is None or not first else shape_seen(roles, paths)
     if shape:
+        shape |= {"walked_by": recipe.data and recipe.data.student}
         write_json(run / SHAPE, shape)  # without the student's errors yet: a run that is stopped has a report too
     if sharded(recipe):
         roles.shard(mesh_of_all(), default_device())
