@@ -5,7 +5,7 @@
 
 Every row is a recipe as a user runs it, in 4 steps, measured under `emoji-medium`. Minutes are those of the run, the walking of trajectories (which rows share)
 included, evaluation not. `tdm` is matching alone to its recipe's end, `tdm-200` to `tdm-520` are shorter trainings of it, each with its own decay, `tdm-same` one with uneven times and unsaturated guidance as the stages have them; `stages-half` and `stages-quarter` have
-fewer trajectories and iterations than `stages`. `tdm-equal` and `imitation-equal` have about what `stages` costs (the minutes say how nearly). With `head` a span head comes from the first stage and is kept, with `fold` it is folded into the LoRA.
+fewer trajectories and iterations than `stages`. `tdm-equal`, `imitation-equal` and `trajpl-equal` (with a span head) have about what `stages` costs (the minutes say how nearly). With `head` such a head comes from the first stage and is kept, with `fold` it is folded into the LoRA.
 """
 
 import argparse
@@ -69,6 +69,7 @@ WAYS = (
     ),
     Way("tdm-equal", "TDM alone", "tdm4", {"train": {"iterations": 650, "decay": 325}}),
     Way("imitation-equal", "imitation alone", "stages", {"train": {"iterations": 300, "decay": 200}}, alone=True),
+    Way("trajpl-equal", "TrajP-L alone", "stages", {"method": {"head": "span"}, "train": {"iterations": 300, "decay": 200}}, alone=True),
     Way("stages-quarter", "imitation, then TDM", "stages", shorter(count=1024, imitation=50, matching=30, warmup=15)),
     Way("stages-half", "imitation, then TDM", "stages", shorter(count=1536, imitation=80, matching=45, warmup=20)),
     Way("stages", "imitation, then TDM", "stages"),

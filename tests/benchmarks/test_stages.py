@@ -36,6 +36,7 @@ def test_every_way_is_a_recipe_of_the_same_batch_seed_and_trajectories(bench: Be
     assert {w.key for w in bench["WAYS"]} >= {*bench["ALONE"], *bench["STAGED"]}
     assert recipe(bench, "imitation-equal").first is None
     assert recipe(bench, "imitation-equal").method.name == "trajp-l"
+    assert [recipe(bench, f"{key}-equal").method.head for key in ("imitation", "trajpl")] == ["none", "span"]
 
 
 def test_a_head_is_kept_or_folded(bench: Bench) -> None:
