@@ -21,10 +21,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 from torch import Tensor, nn
 
-from fewstep.api import load_teacher, sample, start_from
+from fewstep.api import load_teacher, sample
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import fingerprint, quiet
+from fewstep.begin import start_from
 from fewstep.cli.distill import roles_of
 from fewstep.cli.ending import write_student
 from fewstep.cli.recipe import DistillRecipe, validate

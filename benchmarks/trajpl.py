@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from fewstep import PathImitation, PathsConfig
-from fewstep.api import path_times, roles_for
+from fewstep.api import path_times
 from fewstep.atomic import write_json
 from fewstep.backbones.base import denoiser
+from fewstep.begin import roles_for
 from fewstep.methods.matching import Matching
 from fewstep.methods.method import Method, student_of
 from fewstep.roles.roles import RolesConfig

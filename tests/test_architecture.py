@@ -35,10 +35,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "report": FILES | {"core", "backbones"},
     "zoo": FILES | {"core", "backbones", "training"},
     "checks": frozenset({"core", "backbones", "roles"}),
-    "api": BELOW_API,
+    "begin": BELOW_API,
+    "api": BELOW_API | {"begin"},
     "fewstep": frozenset({"api"}),
     "studio": BELOW_API | {"api", "fewstep"},
-    "cli": BELOW_API | {"api", "fewstep", "studio"},
+    "cli": BELOW_API | {"begin", "api", "fewstep", "studio"},
     "__main__": frozenset({"cli"}),
 }
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.api import roles_for, sample_states
+from fewstep.api import sample_states
 from fewstep.backbones.base import Backbone, denoiser
+from fewstep.begin import roles_for
 from fewstep.core import timegrid
 from fewstep.core.solvers import SOLVERS, Correct, Denoise, Past, sample, step
 from fewstep.methods.matching import Matching, draw

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fewstep.api import path_times, roles_for
+from fewstep.api import path_times
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.hollow import hollow_teacher
 from fewstep.backbones.load import load_teacher
+from fewstep.begin import roles_for
 from fewstep.methods.matching import Matching
 from fewstep.methods.method import Method
 from fewstep.methods.paths import PathImitation

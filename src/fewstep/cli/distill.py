@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..api import begun_head, load_teacher, path_times, require_told, roles_for, student_walker
+from ..api import load_teacher, path_times, student_walker
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
 from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet, source_of
 from ..backbones.schedulers import student_scheduler
+from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
 from ..export.card import read_card
 from ..report.run import SHAPE

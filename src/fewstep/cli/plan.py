@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
-from ..api import path_times, roles_for
+from ..api import path_times
 from ..backbones.base import Backbone
 from ..backbones.hollow import hollow_teacher
 from ..backbones.load import at_size, quiet
 from ..backbones.parts import Piped, networks
+from ..begin import roles_for
 from ..roles.quantised import KINDS, Kind, layers_of, quantise
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
