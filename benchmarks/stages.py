@@ -2,6 +2,7 @@
 
     python benchmarks/stages.py    # trains what is missing, then writes benchmarks/stages.md, .json and .png
     torchrun --nproc_per_node 2 benchmarks/stages.py --batch 16    # the same in two processes
+    python benchmarks/stages.py --only stages-half --to runs/stages    # one way anew: what the table in --to holds is not run again
 
 Every row is a recipe as a user runs it, in 4 steps, measured under `emoji-medium`. Minutes are those of the run, the walking of trajectories (which rows share)
 included, evaluation not. `tdm` is matching alone to its recipe's end, `tdm-200` to `tdm-520` are shorter trainings of it, each with its own decay, `tdm-same` one with uneven times and unsaturated guidance as the stages have them; `stages-half` and `stages-quarter` have
