@@ -16,7 +16,7 @@ from fewstep.methods.matching import (
     draw,
     losses,
 )
-from fewstep.methods.method import student_of
+from fewstep.methods.method import draw_count, student_of
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import tiny
@@ -197,6 +197,14 @@ def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
         assert steps == counts[i]
         assert {r for r, _ in told} == {"student", "fake"}
         assert {k for k in last.metrics if k.startswith("gap_")} == {f"gap_{counts[i]}_{k}" for k in range(counts[i])}
+
+
+def test_a_step_count_that_is_named_more_often_is_drawn_more_often_and_is_one_count() -> None:
+    method = Matching(steps=(4, 1, 1, 1))
+    assert method.counts == method.conditioned == (4, 1)
+    drawn = [draw_count(method.steps, seed(i)) for i in range(400)]
+    assert 250 < drawn.count(1) < 350 and drawn.count(4) == 400 - drawn.count(1)
+    assert {draw_count(3, seed(0)), draw_count((2, 2), seed(0))} == {3, 2} and Matching(steps=(2, 2)).conditioned == ()
 
 
 class Recording:

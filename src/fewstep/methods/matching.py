@@ -43,7 +43,7 @@ CHOICES = {
 class Matching:
     """Settings of the method; the defaults are TDM's. Raises ValueError for settings that cannot be.
 
-    `steps`: one count, or several of which every iteration draws one (TDM-unify, eq. 8), the first being the default when sampling;
+    `steps`: one count, or several of which every iteration draws one (TDM-unify, eq. 8; named twice, twice as often), the first being the default when sampling;
     `condition` tells student and fake score which. `guidance` is the teacher's; a `guidance_tilt` b makes it `guidance (1 + b (2u - 1))` at the fraction
     u of the path, so that it is (1 + b) times as strong at pure noise, where it composes, and (1 - b) times at clean data, where it hurts; `guidance_parallel` is the share of it along the clean estimate that stays (`backbones.base.projected`). `match`: the noisy state that a step lands on, or the clean estimate that it
     makes. `tau`: inside the step's own segment (eq. 5), from there up to pure noise, or over all times; `tau_min` and `tau_max`
@@ -180,7 +180,7 @@ def draw(
 ) -> Draw:
     """Points 1 to 3 of the algorithm. Deterministic in `rng`; independent of any data set, but where the states to `begin` at are given."""
     schedule, shape = roles.backbone.schedule, roles.backbone.shape
-    steps = steps or draw_count(method.counts, rng)
+    steps = steps or draw_count(method.steps, rng)
     times = method.times(schedule, steps).to(rng.device)
 
     def noise(like: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def losses(
     """
     schedule = roles.backbone.schedule
     cond, begin = (cond, None) if walk is None else (walk.cond, walk.states[:, 0])
-    steps = steps or draw_count(method.counts, rng)
+    steps = steps or draw_count(method.steps, rng)
     drawn = partial(draw, method, roles, cond, batch, rng, steps=steps, begin=begin)
     fake = roles.denoise("fake", cond, steps)
 

@@ -50,9 +50,11 @@ class Loss(NamedTuple):
     together: bool = False
 
 
-def draw_count(counts: tuple[int, ...], rng: torch.Generator) -> int:
-    """The step count of an iteration, evenly from the list."""
-    return counts[int(torch.randint(len(counts), (), generator=rng, device=rng.device))] if len(counts) > 1 else counts[0]
+def draw_count(steps: int | tuple[int, ...], rng: torch.Generator) -> int:
+    """The step count of an iteration, evenly from the list: one that it names twice comes twice as often."""
+    if isinstance(steps, int):
+        return steps
+    return steps[int(torch.randint(len(steps), (), generator=rng, device=rng.device))] if len(steps) > 1 else steps[0]
 
 
 class Needs(NamedTuple):
@@ -78,6 +80,11 @@ class Method(Protocol):
 
     @property
     def solver(self) -> str: ...
+    @property
+    def steps(self) -> int | tuple[int, ...]:
+        """What each iteration's step count is drawn from."""
+        ...
+
     @property
     def needs(self) -> Needs: ...
     @property

@@ -27,7 +27,7 @@ from .settings import require_choice, require_counts, require_free_first, requir
 class PathImitation:
     """Settings of the method. Raises ValueError for settings that cannot be.
 
-    `steps`: one count or several, of which every iteration draws one; `condition` tells the student which. `head` corrects the
+    `steps`: one count or several, of which every iteration draws one (named twice, twice as often); `condition` tells the student which. `head` corrects the
     direction (`trajp.head`), `none` leaves it out; `roles.rank: 0` leaves out the LoRA. `free_first` takes the first direction
     without the network (AFS), which saves one evaluation. `guidance` and `guidance_parallel` (`backbones.base.projected`) are the
     teacher's on its trajectories.
@@ -79,7 +79,7 @@ class PathImitation:
 
     def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
         assert turn.walk is not None
-        return follow(self, roles, turn.walk, turn.steps or draw_count(self.counts, turn.rng), self.loss)
+        return follow(self, roles, turn.walk, turn.steps or draw_count(self.steps, turn.rng), self.loss)
 
 
 def follow(method: Method, roles: Roles, walk: Walk, count: int, loss: str, called: str = "student_loss") -> Iterator[Loss]:
@@ -103,7 +103,7 @@ def fold(method: Method, roles: Roles, turn: Turn) -> Iterator[Loss]:
 
     What it was is its average, as long as that does not move: before the method's first update of its own.
     """
-    schedule, count = roles.backbone.schedule, turn.steps or draw_count(method.counts, turn.rng)
+    schedule, count = roles.backbone.schedule, turn.steps or draw_count(method.steps, turn.rng)
     times, shape = method.times(schedule, count), (turn.batch, *roles.backbone.shape)
     x = torch.randn(shape, generator=turn.rng, device=turn.rng.device) * schedule.start_std
     with torch.no_grad(), roles.averaged():

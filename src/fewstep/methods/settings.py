@@ -53,10 +53,10 @@ def require_free_first(settings: Any) -> None:
 
 
 def require_counts(steps: int | Sequence[int]) -> tuple[int, ...]:
-    """Step counts, the default first: one, or several different ones."""
+    """The different step counts, the default first, of one or several; one that comes more than once is drawn as much more often."""
     counts = (steps,) if isinstance(steps, int) else tuple(steps)
-    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+    if not counts or min(counts) < 1:
         raise ValueError(
-            f"method.steps: got {steps}, allowed are whole numbers from 1, or a list of different ones such as [4, 2, 1]; few-step students use 1 to 8"
+            f"method.steps: got {steps}, allowed are whole numbers from 1, or a list of them such as [4, 2, 1]; few-step students use 1 to 8"
         )
-    return counts
+    return tuple(dict.fromkeys(counts))

@@ -154,7 +154,7 @@ def distill(
         for role, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(role, i, method.warmup)
-        turns, steps = [], draw_count(method.counts, seeded(config.seed, i, "count"))
+        turns, steps = [], draw_count(method.steps, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part
             rng = seeded(config.seed, i, "draw", stream, device)
