@@ -68,6 +68,7 @@ UNIFY: Settings = {"name": "tdm-unify", "steps": [4, 2, 1]}
 DMD2: Settings = {"name": "dmd2", "loss": "l2", "warmup": 4}
 VARIANTS = (
     Variant("tdm-4", "TDM, 4 steps", "1, 5, 6", "TDM-4step: 31.35 HPS; sampled in 1, 2 steps: 20.81, 29.08", draws=(*FEW, *SOLVERS[1:])),
+    Variant("tdm-1", "TDM, 1 step", "1", "-", {"steps": 1}, draws=(Draw(1),)),
     Variant("unify", "TDM-unify", "5", "28.90 / 30.52 / 31.31 HPS in 1 / 2 / 4 steps", UNIFY, draws=(*FEW, Draw(4, None, 1), Draw(4, None, 2), Draw(2, None, 1), Draw(2, None, 4), Draw(1, None, 2), Draw(1, None, 4)), expect=("better", "better", "level"), against="tdm-4"),
     Variant("unify-6", "TDM-unify for 1, 2, 3, 4, 6 and 8 steps", "fig. 10", "one student serves all", {**UNIFY, "steps": [4, 8, 6, 3, 2, 1]}, draws=MANY, expect=("level",), against="unify"),
     Variant("no-condition", "TDM-unify, step count not told", "5", "worse: 26.11 / 29.15 / 29.39", {**UNIFY, "condition": False}, draws=FEW, expect=("worse",), against="unify"),
@@ -86,8 +87,8 @@ VARIANTS = (
     Variant("dmd2-5", "DMD2, 5 fake updates", "fig. 9", "the original paper's setting", {**DMD2, "fake_updates": 5, "warmup": 8}, expect=("worse",), against="tdm-4"),
     Variant("dmd2-gan", "DMD2, 5 fake updates, adversarial term", "1", "-", {**DMD2, "fake_updates": 5, "warmup": 8, "gan": 500.0, "gan_r1": 0.01}, POOL, expect=("worse",), against="tdm-4"),
     Variant("sid", "SiD in 4 steps", "1", "-", {"name": "sid"}, expect=("worse",), against="tdm-4"),
-    Variant("sid-1", "SiD, 1 step", "1", "-", {"name": "sid", "steps": 1}, draws=(Draw(1),), expect=("worse",), against="unify"),
-    Variant("diff-instruct", "Diff-Instruct, 1 step", "1", "-", {"name": "diff-instruct", "steps": 1, "loss": "l2"}, draws=(Draw(1),), expect=("worse",), against="unify"),
+    Variant("sid-1", "SiD, 1 step", "1", "-", {"name": "sid", "steps": 1}, draws=(Draw(1),), expect=("worse",), against="tdm-1"),
+    Variant("diff-instruct", "Diff-Instruct, 1 step", "1", "-", {"name": "diff-instruct", "steps": 1, "loss": "l2"}, draws=(Draw(1),), expect=("worse",), against="tdm-1"),
     Variant("lcm", "LCM", "1, 3, fig. 8", "stochastic only: poor under DDIM", {"name": "lcm", **IMITATION}, POOL, (Draw(4), Draw(4, "ddim")), expect=("worse",), against="tdm-4"),
     Variant("lcm-full", "LCM, all weights", "1", "-", {"name": "lcm", **IMITATION}, {**POOL, "roles": {"share": False}, "train": {"lr": 1.0e-5}}, (Draw(4), Draw(4, "ddim")), expect=("worse",), against="tdm-4"),
     Variant("progressive", "progressive distillation", "1", "-", {"name": "progressive", **IMITATION}, {**POOL, "train": {"decay": 40}}, expect=("worse",), against="tdm-4"),
