@@ -162,6 +162,8 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     assert "fd_teacher" in said and "fd_real" not in said and "retrieval" not in said
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [r["nfe"] for r in rows] == ([6, 4, 2, 2] if labels else [3, 2, 2])
+    calls = 6 * sum(r["nfe"] for r in rows)  # of six pictures a row: by pictures alone the time left would be a few steps' or fifty's
+    assert f"evaluating, network calls {calls}/{calls}" in said
     assert rows[-1]["fd_teacher"] > 0
     assert quality_of(rows[-1], rows[0]).startswith(
         f"FD to the teacher in {rows[0]['nfe']} network calls {rows[-1]['fd_teacher']:.1f} in 2 "
