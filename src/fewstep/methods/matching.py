@@ -50,7 +50,8 @@ class Matching:
     keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
     (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
     own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`. `gan` is the weight of the adversarial
-    term (eq. 16), 0 for none: it needs real data; `gan_r1` is that of its gradient penalty. `anchor` is the weight of
+    term (eq. 16), 0 for none: it needs real data. The matching losses take in all of a sample's elements, this is a mean over tokens, so that 5 beside `huber` is a fifth of its gradient and 0.05 is
+    nothing (500 beside `l2`: half; measured on the bundled teacher). `gan_r1` is that of its gradient penalty. `anchor` is the weight of
     a regression (DMD, arXiv 2311.18828, eq. 9; here on every landing state): students then start from the noise of the teacher's trajectories, and where they land is pulled to where these pass. `head`: one that came with the student
     it starts from stays and is trained on (`keep`), goes into the student's weights during the warm-up (`fold`), or is left out (`none`). `free_first` takes the first direction without the network, as in `PathImitation`.
     """
