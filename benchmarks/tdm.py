@@ -222,7 +222,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     text = f"""# TDM, its variants and its rivals on the bundled teacher
 
 `{command}`, {"; ".join(machines)}, commit {", ".join(commits)}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
-percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor, of the machine that trained TDM's last seed where it trained others. Mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
+percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor, of the machine that trained TDM's last seed where it trained others. Mean ± deviation over seeds. Students take no guidance. {rates(results)} `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
 {NOISE:g} count as none (and up to two standard errors of the difference seed by seed, with several). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures, which take minutes that are not among theirs"}.
 
 | model | key | called with | calls | FD to real | FD to teacher | retrieval | diversity | minutes | training calls | seeds | table | claim | here |
@@ -235,6 +235,12 @@ percent; diversity relative to the teacher's. `calls` are the network's for one 
 """
     (a.to / "tdm.md").write_text(text)
     plot(results, a.to / "tdm.png", a.curve)
+
+
+def rates(results: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Whose learning rates are other than the base's, and how it was found."""
+    tuned = ", ".join(f"`{v.key}` {v.rate:g} times" for v in VARIANTS if results[v.key] and v.rate != 1)
+    return f"Learning rates were tried at other multiples with one seed, and are taken where they bring more than noise: {tuned or 'none was'} (docs/log.md)."
 
 
 def of_one_machine(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

@@ -3,6 +3,7 @@
 import argparse
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def test_every_recipe_can_be_run_and_every_ordering_names_a_student(bench: dict[
     assert by_key["dmd2"]["warmup"] * 10 == by_key["tdm-4"]["warmup"]
 
 
+def test_a_tuned_variant_is_what_its_tuning_ran(bench: dict[str, Any]) -> None:
+    """Its own rate is the default's times what `--rate` was, so that the run which found it can stand in the table."""
+    full, recipe_value = next(v for v in bench["VARIANTS"] if v.key == "full"), bench["recipe_value"]
+    assert recipe_value(full, 0, 260) == recipe_value(replace(full, rate=1.0), 0, 260, rate=full.rate)
+    train = recipe_value(full, 0, 260)["train"]
+    assert (train["lr"], train["fake_lr"]) == pytest.approx((5e-5, 5e-4))
+
+
 def test_the_race(bench: dict[str, Any], asked: argparse.Namespace) -> None:
     """TDM has less than the rival's best, 14, after 20 seconds, but for noise after 10; the rival after 150 and 100. TDM ends at 12 of 14."""
     finish(bench, asked, "tdm-4", 0, {5: 20.0, 10: 14.1, 20: 12.0})
@@ -80,14 +89,16 @@ def test_the_table(bench: dict[str, Any], asked: argparse.Namespace) -> None:
     finish(bench, asked, "tdm-4", 0, {10: 12.0})
     finish(bench, asked, "tdm-4", 1, {10: 13.0})
     finish(bench, asked, "clean", 0, {10: 20.0})
+    finish(bench, asked, "full", 0, {10: 12.0})
     bench["write"]([], asked)
     table = (asked.to / "tdm.md").read_text()
+    assert "more than noise: `full` 5 times (docs/log.md)" in table
     assert "| 4 steps | 4 | 12.50 ± 0.71 |" in table
     assert "yes: worse, +8.00 beside tdm-4" in table
     assert (asked.to / "tdm.png").stat().st_size > 10_000
     for file in asked.out.glob("*/result.json"):  # a table outlives the runs
         file.unlink()
-    assert set(bench["finished"](asked)) == {"tdm-4-0", "tdm-4-1", "clean-0"}
+    assert set(bench["finished"](asked)) == {"tdm-4-0", "tdm-4-1", "clean-0", "full-0"}
     asked.guidance = 3.0
     with pytest.raises(SystemExit, match="give --to another folder"):
         bench["finished"](asked)
