@@ -300,7 +300,8 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path, curve: str) -> No
                     label=variant.label if j == 0 else None,
                 )
         axes.set(xlabel="minutes of training", title="rivals" if rivals else "variants and ablations")
-        axes.legend(fontsize=7, frameon=False)
+        if shown:
+            axes.legend(fontsize=7, frameon=False)
     panels[0].set_ylabel(f"FD-efflite0 to real, {protocol_named(curve).names} names")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -312,7 +313,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=BASE["train"]["iterations"])
     parser.add_argument(
-        "--rate", type=float, default=1.0, help="times every learning rate: the table of another goes to another folder (--out and --to)"
+        "--rate",
+        type=float,
+        default=1.0,
+        help="times every learning rate that the variants have: the table of another goes to another folder (--out and --to)",
     )
     parser.add_argument(
         "--every", type=int, default=52, help="iterations between two points of the curve, which has one at half of the first as well"
