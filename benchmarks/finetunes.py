@@ -1,10 +1,10 @@
 """A student's LoRA in fine-tunes that it has never seen: the analogue of the paper's table 2.
 
-    python benchmarks/finetunes.py --students runs/bench-tdm/tdm-4-0 runs/bench-tdm/lcm-0 runs/bench-tdm/dmd2-0
+    python benchmarks/finetunes.py --students runs/bench-tdm/{tdm-4,unify,lcm,dmd2-5}-{0,1,2}
 
 The bundled teacher is fine-tuned into two further styles, Twemoji and Fluent (fetched with npm, checksums below). LoRA students of the plain
 teacher are then loaded into each, and their pictures compared with that fine-tune's own guided samples: the distance says how
-much of the style is kept. `plain` is the teacher without the style, where all of it is lost; `own` is a student of the fine-tune itself,
+much of the style is kept. `plain` is the teacher without the style, where all of it is lost; `own` are students of the fine-tune itself,
 with the settings of `tdm-4`: supervised fine-tuning, then TDM (tables 1 and 3), with the seconds of both, and of all that they need.
 Everything that is finished is kept in --out. Writes benchmarks/finetunes.md and .json.
 """
@@ -83,14 +83,14 @@ def finetune(style: str, a: argparse.Namespace) -> Path:
     return run / "teacher"
 
 
-def own_student(style: str, teacher: Path, a: argparse.Namespace) -> Path:
+def own_student(style: str, teacher: Path, seed: int, a: argparse.Namespace) -> Path:
     """A student of the fine-tune itself, as `tdm-4` is one of the plain teacher."""
-    run = a.out / style / "own"
+    run = a.out / style / f"own-{seed}"
     (tdm,) = (v for v in VARIANTS if v.key == "tdm-4")
     recipe = run.with_suffix(".yaml")  # of which json is a part
-    write_json(recipe, recipe_value(tdm, 0, a.iterations) | {"teacher": str(teacher), "prompts": {"source": str(a.prompts)}})
+    write_json(recipe, recipe_value(tdm, seed, a.iterations) | {"teacher": str(teacher), "prompts": {"source": str(a.prompts)}})
     if not (run / "final").exists():
-        with timed(a.out / style / "own-seconds.json"):
+        with timed(a.out / style / f"own-{seed}-seconds.json"):
             run_distill(str(recipe), [], run, False, [])
     return run
 
@@ -106,6 +106,11 @@ def timed(file: Path) -> Iterator[None]:
         write_json(file, {"seconds": before + time.perf_counter() - began})
 
 
+def seconds(folder: Path, part: str) -> float:
+    """What `timed` kept."""
+    return float(json.loads((folder / f"{part}-seconds.json").read_text())["seconds"])
+
+
 def row(name: str, model: Backbone | LoadedStudent, steps: int, guidance: float, solver: str | None = None) -> Row:
     nfe = steps * (2 if guidance != 1 else 1)
     return Row(name, steps, guidance, nfe, lambda p, s: sample(model, list(p), list(s), steps=steps, guidance=guidance, solver=solver))
@@ -116,7 +121,7 @@ def measure(style: str, folder: Path, a: argparse.Namespace) -> list[dict[str, A
     tuned = load_teacher(folder)
     rows = [row("teacher", tuned, 12, a.guidance, "dpmpp"), row("teacher", tuned, 4, a.guidance), row("teacher", tuned, 4, 1.0)]
     rows.append(row("plain", load_teacher("emoji"), 12, a.guidance, "dpmpp"))
-    for run in (*a.students, own_student(style, folder, a)):
+    for run in (*a.students, *(own_student(style, folder, seed, a) for seed in a.seeds)):
         student = load_student(run / "final", folder)
         rows.append(row(run.name, student, student.card.steps[0], 1.0))
     found = evaluate(rows, protocol_named(a.protocol), a.out / style / "evaluation")["rows"]
@@ -142,12 +147,12 @@ def _kind(row: dict[str, Any]) -> str:
     return re.sub(r"-\d$", "", row["model"])
 
 
-def write(rows: list[dict[str, Any]], costs: dict[str, dict[str, float]], a: argparse.Namespace) -> None:
+def write(rows: list[dict[str, Any]], costs: dict[str, dict[str, list[float]]], a: argparse.Namespace) -> None:
     """The table and the rows."""
     command = f"python benchmarks/finetunes.py --students {' '.join(map(str, a.students))}"
     write_json(a.to / "finetunes.json", {"rows": rows, "costs": costs, "hardware": hardware(), "commit": commit(), "command": command})
     spent = [
-        f"- {style}: fine-tuning {c['finetune']:.0f} s ({a.steps} steps of batch 32, all weights), TDM on it {c['own']:.0f} s ({a.iterations} iterations of batch 16)"
+        f"- {style}: fine-tuning {spread(c['finetune'], 0)} s ({a.steps} steps of batch 32, all weights), TDM on it {spread(c['own'], 0)} s ({a.iterations} iterations of batch 16)"
         for style, c in costs.items()
     ]
     text = f"""# LoRA students in fine-tunes they have never seen
@@ -170,8 +175,9 @@ What "fine-tune, then TDM" costs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", type=Path, required=True, help="runs whose final/ is a LoRA of the bundled teacher")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the fine-tune's own students")
     parser.add_argument("--steps", type=int, default=600, help="of fine-tuning, for each style")
-    parser.add_argument("--iterations", type=int, default=260, help="of the fine-tune's own student")
+    parser.add_argument("--iterations", type=int, default=260, help="of such a student")
     parser.add_argument("--prompts", type=Path, default=Path("src/fewstep/zoo/emoji/prompts.txt"))
     parser.add_argument("--protocol", default="emoji-medium")
     parser.add_argument("--guidance", type=float, default=4.5)
@@ -181,10 +187,11 @@ def main() -> None:
     a = parser.parse_args()
     quiet()
     rows: list[dict[str, Any]] = []
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[str, list[float]]] = {}
     for style in STYLES:
         rows += measure(style, finetune(style, a), a)
-        costs[style] = {part: json.loads((a.out / style / f"{part}-seconds.json").read_text())["seconds"] for part in ("finetune", "own")}
+        parts = {"finetune": ["finetune"], "own": [f"own-{seed}" for seed in a.seeds]}
+        costs[style] = {part: [seconds(a.out / style, name) for name in names] for part, names in parts.items()}
         write(rows, costs, a)
 
 
