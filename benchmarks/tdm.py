@@ -211,7 +211,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
         command += f" --curve {a.curve} --only {' '.join(k for k, own in results.items() if own)}"
     write_json(a.to / "tdm.json", {"results": found, "teacher": list(teachers), "command": command})
     shown = [
-        f"| teacher, {t['steps']} steps, guidance {t['guidance']:g} | | | {t['nfe']} | {t['fd_real']:.2f} | {t['fd_teacher'] or 0:.2f} | {100 * t['retrieval_top1']:.2f} | {t['diversity_ratio'] or 1:.2f} | | | | | | |"
+        f"| teacher, {Draw(t['steps']).title}, guidance {t['guidance']:g} | | | {t['nfe']} | {t['fd_real']:.2f} | {t['fd_teacher'] or 0:.2f} | {100 * t['retrieval_top1']:.2f} | {t['diversity_ratio'] or 1:.2f} | | | | | | |"
         for t in teachers
     ]
     commits, machines = (sorted({r[k] for r in found.values()}) for k in ("commit", "hardware"))

@@ -19,6 +19,7 @@ from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
 from ..export.card import read_card
 from ..report.run import SHAPE
+from ..report.words import plural
 from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
@@ -320,7 +321,7 @@ def print_dry_run(recipe: DistillRecipe) -> None:
         first = [prompts[i] for i in torch.randint(len(prompts), (min(stage.train.batch, 8),), generator=rng).tolist()]
         console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
         for count in stage.method.counts:
-            console.print(f"times, {count} steps: {stage.method.times(teacher.schedule, count).tolist()}")
+            console.print(f"times, {plural(count, 'step')}: {stage.method.times(teacher.schedule, count).tolist()}")
 
 
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:

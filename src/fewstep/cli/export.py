@@ -23,6 +23,7 @@ from ..core import timegrid
 from ..export.card import StudentCard, card_evaluations
 from ..export.final import write_final
 from ..export.kohya import kohya
+from ..report.words import plural
 from ..roles.adapters import merge, remove_adapters
 from ..roles.roles import TRAINED
 from ..roles.step_condition import fold, folded_bias
@@ -69,7 +70,7 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
         console.print(
             f"note: in a pipeline of this family its {count} steps take {asked} network calls; fewstep.sample makes {least}, its first direction is free"
         )
-    console.print(f"{out.resolve()}\n{count} steps, loaded again and compared: largest difference of a pixel {difference:.1e}")
+    console.print(f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: largest difference of a pixel {difference:.1e}")
 
 
 def prompts_for(loaded: LoadedStudent) -> list[str]:

@@ -47,7 +47,7 @@ class Preview:
         with roles.averaged():
             rows = [self._student(roles, method, k)[-1].x for k in method.counts]
         own = [strip(self.teacher.decode(x)) for x in rows]
-        labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", *(f"student, {k} steps" for k in method.counts)]
+        labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", *(f"student, {plural(k, 'step')}" for k in method.counts)]
         if self.folder is not None:
             write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
         return drift(look(own[0]), look(self.reference)) if iteration else []

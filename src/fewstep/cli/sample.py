@@ -100,11 +100,11 @@ def run_sample(
             pictures.append(_timed(model.student.backbone, wanted, seeds, 50, model.card.teacher_guidance, "ddim"))
             labels.append(f"teacher, 50 steps, guidance {model.card.teacher_guidance:g}")
         pictures.append(_timed(model, wanted, seeds, taken, guidance or 1.0, solver))
-        labels.append(f"student, {taken} steps")
+        labels.append(f"student, {plural(taken, 'step')}")
     else:
         taken, scale = steps or 50, 1.0 if guidance is None else guidance
         pictures.append(_timed(model, wanted, seeds, taken, scale, solver))
-        labels.append(f"teacher, {taken} steps, guidance {scale:g}")
+        labels.append(f"teacher, {plural(taken, 'step')}, guidance {scale:g}")
     write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
     console.print(str(out.resolve()))
     if pictures[-1].ndim == 5:

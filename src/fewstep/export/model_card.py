@@ -34,7 +34,7 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, eve
         ""
         if len(card.steps) == 1
         else f"""
-The files alone are the student of {steps} steps. fewstep tells it the others: `fewstep.load("{card.base}", "{folder}")("a prompt", num_inference_steps={card.steps[-1]})`;
+The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep tells it the others: `fewstep.load("{card.base}", "{folder}")("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
     sized = f", height={card.size}, width={card.size}" if card.size else ""
