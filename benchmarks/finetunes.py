@@ -149,7 +149,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 def write(rows: list[dict[str, Any]], costs: dict[str, dict[str, list[float]]], a: argparse.Namespace) -> None:
     """The table and the rows."""
-    command = f"python benchmarks/finetunes.py --students {' '.join(map(str, a.students))}"
+    command = f"python benchmarks/finetunes.py --students {' '.join(map(str, a.students))} --seeds {' '.join(map(str, a.seeds))}"
     write_json(a.to / "finetunes.json", {"rows": rows, "costs": costs, "hardware": hardware(), "commit": commit(), "command": command})
     spent = [
         f"- {style}: fine-tuning {spread(c['finetune'], 0)} s ({a.steps} steps of batch 32, all weights), TDM on it {spread(c['own'], 0)} s ({a.iterations} iterations of batch 16)"

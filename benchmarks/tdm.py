@@ -240,7 +240,8 @@ percent; diversity relative to the teacher's. `calls` are the network's for one 
 def rates(results: Mapping[str, list[dict[str, Any]]]) -> str:
     """Whose learning rates are other than the base's, and how it was found."""
     tuned = ", ".join(f"`{v.key}` {v.rate:g} times" for v in VARIANTS if results[v.key] and v.rate != 1)
-    return f"Learning rates were tried at other multiples with one seed, and are taken where they bring more than noise: {tuned or 'none was'} (docs/log.md)."
+    found = f"; {tuned} them, for that brought more than noise with one seed (docs/log.md)" if tuned else ""
+    return f"Learning rates are the defaults of `tdm_variants.py`{found}."
 
 
 def of_one_machine(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
