@@ -239,9 +239,11 @@ percent; diversity relative to the teacher's. `calls` are the network's for one 
 
 def rates(results: Mapping[str, list[dict[str, Any]]]) -> str:
     """Whose learning rates are other than the base's, and how it was found."""
-    tuned = ", ".join(f"`{v.key}` {v.rate:g} times" for v in VARIANTS if results[v.key] and v.rate != 1)
-    found = f"; {tuned} them, for that brought more than noise with one seed (docs/log.md)" if tuned else ""
-    return f"Learning rates are the defaults of `tdm_variants.py`{found}."
+    default, tuned = "Learning rates are the defaults of `tdm_variants.py`", [v for v in VARIANTS if results[v.key] and v.rate != 1]
+    if not tuned:
+        return f"{default}."
+    times = (f"times {rate:g} for {', '.join(f'`{v.key}`' for v in tuned if v.rate == rate)}" for rate in sorted({v.rate for v in tuned}))
+    return f"{default}, {', '.join(times)}: what brought more than noise with one seed (docs/log.md)."
 
 
 def of_one_machine(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

@@ -92,7 +92,7 @@ def test_the_table(bench: dict[str, Any], asked: argparse.Namespace) -> None:
     finish(bench, asked, "full", 0, {10: 12.0})
     bench["write"]([], asked)
     table = (asked.to / "tdm.md").read_text()
-    assert "more than noise: `full` 5 times (docs/log.md)" in table
+    assert "the defaults of `tdm_variants.py`, times 5 for `full`: what brought more than noise with one seed (docs/log.md)." in table
     assert "| 4 steps | 4 | 12.50 ± 0.71 |" in table
     assert "yes: worse, +8.00 beside tdm-4" in table
     assert (asked.to / "tdm.png").stat().st_size > 10_000
