@@ -12,6 +12,7 @@ The modes that are lost (fig. 11) are counted where they are known, in `ring.py`
 
 import argparse
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -206,9 +207,7 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
             lines.append(
                 f"| {variant.label} | `{variant.key}` | {d.title} | {' | '.join(cells)} | {len(own)} | {variant.table} | {variant.claim} | {here} |"
             )
-    command = f"python benchmarks/tdm.py --iterations {a.iterations} --seeds {' '.join(sorted({k.rsplit('-', 1)[1] for k in found}))}"
-    if a.curve == a.protocol:
-        command += f" --curve {a.curve} --only {' '.join(k for k, own in results.items() if own)}"
+    command = command_of(a, [k for k, own in results.items() if own], sorted({k.rsplit("-", 1)[1] for k in found}))
     write_json(a.to / "tdm.json", {"results": found, "teacher": list(teachers), "command": command})
     shown = [
         f"| teacher, {Draw(t['steps']).title}, guidance {t['guidance']:g} | | | {t['nfe']} | {t['fd_real']:.2f} | {t['fd_teacher'] or 0:.2f} | {100 * t['retrieval_top1']:.2f} | {t['diversity_ratio'] or 1:.2f} | | | | | | |"
@@ -235,6 +234,16 @@ percent; diversity relative to the teacher's. `calls` are the network's for one 
 """
     (a.to / "tdm.md").write_text(text)
     plot(results, a.to / "tdm.png", a.curve)
+
+
+def command_of(a: argparse.Namespace, variants: Sequence[str], seeds: Sequence[str]) -> str:
+    """The command that makes a table of these: how long, which seeds, and every option that has another value than its default."""
+    said = ["python", "benchmarks/tdm.py"]
+    default = vars(options().parse_args([]))
+    for option, value in (vars(a) | {"seeds": [int(seed) for seed in seeds], "only": list(variants)}).items():
+        if option in ("iterations", "seeds") or value != default[option]:
+            said += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(said)
 
 
 def rates(results: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -310,7 +319,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path, curve: str) -> No
     plt.close(figure)
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
@@ -331,7 +340,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path("src/fewstep/zoo/emoji/prompts.txt"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench-tdm"), help="where students and measurements are kept")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = options().parse_args()
     quiet()
     a.to.mkdir(parents=True, exist_ok=True)
     teacher = load_teacher("emoji")

@@ -24,12 +24,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> argparse.Namespace:
+def asked(bench: dict[str, Any], tmp_path: Path) -> argparse.Namespace:
     (tmp_path / "out").mkdir()
-    return argparse.Namespace(
-        iterations=260, protocol="emoji-medium", curve="emoji-quick", guidance=4.5, rate=1.0, pictures=None, prompts=Path("prompts.txt"),
-        out=tmp_path / "out", to=tmp_path, seeds=[0, 1],
-    )  # fmt: skip
+    return bench["options"]().parse_args(["--out", str(tmp_path / "out"), "--to", str(tmp_path)])
 
 
 def finish(bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, curve: dict[float, float], hardware: str = "h") -> None:
@@ -92,6 +89,7 @@ def test_the_table(bench: dict[str, Any], asked: argparse.Namespace) -> None:
     finish(bench, asked, "full", 0, {10: 12.0})
     bench["write"]([], asked)
     table = (asked.to / "tdm.md").read_text()
+    assert f"`python benchmarks/tdm.py --only tdm-4 clean full --seeds 0 1 --iterations 260 --out {asked.out} --to {asked.to}`" in table
     assert "the defaults of `tdm_variants.py`, times 5 for `full`: what brought more than noise with one seed (docs/log.md)." in table
     assert "| 4 steps | 4 | 12.50 ± 0.71 |" in table
     assert "yes: worse, +8.00 beside tdm-4" in table
