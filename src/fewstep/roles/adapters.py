@@ -147,7 +147,11 @@ def values(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Ten
 
 
 def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into parameters of the same names, of sharded ones into this process's part."""
+    """Copy tensors into parameters of the same names, of sharded ones into this process's part.
+
+    Autocast keeps casts of parameters by identity and does not see that their values change; what it kept is dropped.
+    """
     with torch.no_grad():
         for n, p in parameters.items():
             p.copy_(part_of(tensors[n], p))
+    torch.clear_autocast_cache()

@@ -170,9 +170,8 @@ class Roles:
 
     def keep_average_as_fake(self) -> None:
         """The fake score becomes the student's average as it is now: a frozen copy to imitate."""
-        with torch.no_grad():
-            for p, a in zip(self.trained["fake"].values(), self.average.values(), strict=True):
-                p.copy_(a)
+        fake = self.trained["fake"]
+        adapters.assign(fake, dict(zip(fake, self.average.values(), strict=True)))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it the student has its averaged weights: for pictures, evaluation and export."""

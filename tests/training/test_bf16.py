@@ -1,0 +1,107 @@
+"""Training in bf16: what autocast keeps of the weights is never what they were, and every trained tensor has a gradient."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewstep.begin import roles_for
+from fewstep.methods.imitation import Imitation
+from fewstep.methods.matching import Matching
+from fewstep.methods.method import Method
+from fewstep.methods.paths import PathImitation
+from fewstep.methods.presets import PRESETS, ROLES
+from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.training import loop
+from fewstep.training.loop import TrainConfig, distill
+from fewstep.training.paths import Paths
+from fewstep.training.pictures import RealData
+from fewstep.training.prompts import embed
+from fewstep.trajp.head import make_head, unknown
+
+from .. import tiny
+
+CONFIG = TrainConfig(iterations=3, batch=4, lr=1e-2, fake_lr=1e-2, precision="bf16")
+# Every method by name, and what only some settings reach.
+METHODS: dict[str, Method] = {
+    **{name: replace(m, warmup=1) if isinstance(m, Matching) else m for name, m in PRESETS.items()},
+    "several-updates": Matching(steps=4, fake_updates=3, warmup=1),
+    "gan": Matching(steps=2, gan=1.0, warmup=1),
+    "anchor": Matching(steps=2, anchor=1.0, warmup=1),
+    "scales": Imitation(steps=2, scales=(5.0,)),
+    "stages": Imitation(steps=1, target="progressive", loss="l2", solver="ddim", name="progressive"),
+    "free-first": PathImitation(steps=2, head="none", free_first=True),
+}
+
+
+def seen(name: str, share: bool) -> list[dict[str, float]]:
+    """What a run of three iterations logs: losses, and gradients of what the updates before made of the weights."""
+    method, backbone = METHODS[name], replace(tiny.denoiser(), feature_layers=("inp", "to_q"))
+    data = embed(backbone, tiny.WORDS, None, "tiny")
+    rng = torch.Generator().manual_seed(1)
+    states = torch.randn(len(tiny.WORDS), *backbone.shape, generator=rng)
+    real = RealData(states, data, "") if method.needs.pictures else None
+    times = method.times(backbone.schedule, max(method.counts))
+    walked = torch.randn(len(tiny.WORDS), len(times), *backbone.shape, generator=rng)
+    paths = Paths(walked, times, data, walked, times, "") if method.needs.paths else None
+    config = RolesConfig(**{"share": share, "rank": 4, **ROLES.get(name, {})})
+    roles = roles_for(backbone, method, config, paths=paths)
+    return [dict(step.metrics) for step in distill(roles, method, data, CONFIG, real=real, paths=paths)]
+
+
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Autocast that casts weights at every call, when it is called."""
+    plain = torch.autocast
+
+    def without(kind: str, dtype: torch.dtype, enabled: bool = True, cache_enabled: bool = True) -> torch.autocast:
+        return plain(kind, dtype, enabled=enabled, cache_enabled=False)
+
+    return lambda: monkeypatch.setattr(loop.torch, "autocast", without)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_autocast_keeps_is_what_the_weights_are(name: str, share: bool, no_cache: Callable[[], None]) -> None:
+    if ROLES.get(name, {}).get("share", share) != share:
+        pytest.skip("its name stands for other roles")
+    kept = seen(name, share)
+    no_cache()
+    for one, other in zip(kept, seen(name, share), strict=True):  # a cast that two calls share adds their gradients in bf16
+        assert one == pytest.approx(other, rel=2e-2, abs=1e-3)
+
+
+def test_folding_a_head_away_learns_from_what_the_student_was(no_cache: Callable[[], None]) -> None:
+    def losses() -> list[float]:
+        method, backbone = Matching(steps=2, warmup=3, head="fold"), tiny.denoiser()
+        head = make_head("span", backbone.schedule, unknown(backbone.shape, [method.times(backbone.schedule)]), 0)
+        with torch.no_grad():
+            for p in head.parameters():
+                p.add_(0.1)
+        roles = make_roles(backbone, RolesConfig(rank=4), folding=head)
+        steps = distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), replace(CONFIG, iterations=4))
+        return [step.metrics["fold_loss"] for step in steps if "fold_loss" in step.metrics]
+
+    kept = losses()
+    no_cache()
+    assert len(kept) == 3
+    assert kept == losses()
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rollout, which is without gradient, came first and its casts were kept."""
+    backbone, reached, add = tiny.denoiser(), set(), loop._add_gradients
+
+    def watched(loss: loop.Loss, roles: loop.Roles, part: float) -> None:
+        add(loss, roles, part)
+        reached.update((loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any()))
+
+    monkeypatch.setattr(loop, "_add_gradients", watched)
+    roles = make_roles(backbone, RolesConfig(share=share, rank=4))
+    method = Matching(steps=4, warmup=0)
+    config = TrainConfig(iterations=3, batch=8, lr=1e-2, fake_lr=1e-2, precision=precision)  # type: ignore[arg-type]
+    list(distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), config))
+    assert {(role, n) for role, own in roles.trained.items() for n in own} - reached == set()
