@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fewstep.core import timegrid
+from fewstep.core.prediction import row_named
 from fewstep.core.schedule import expand
-from fewstep.core.weighting import min_snr, truncated_v
+from fewstep.core.weighting import own_output, truncated_v
 from fewstep.methods.matching import (
     Draw,
     Matching,
@@ -27,6 +29,8 @@ from fewstep.roles.roles import Role, RolesConfig, make_roles
 from .. import tiny
 from .common import BATCH, conditions, gradients, seed, trained, updates
 
+V = row_named("v")
+
 
 def made_up_draw() -> tuple[Draw, Tensor, Tensor]:
     roles, method = trained(), Matching()
@@ -38,17 +42,17 @@ def made_up_draw() -> tuple[Draw, Tensor, Tensor]:
 def test_fake_loss_on_the_clean_estimate() -> None:
     d, f_fake, _ = made_up_draw()
     per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
-    expected = (min_snr(tiny.TABLE, d.tau, 5.0).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(Matching(), tiny.TABLE, d, f_fake), expected)
-    assert not fake_loss(Matching(), tiny.TABLE, d, f_fake).requires_grad  # nothing reaches the student
+    expected = (own_output(tiny.TABLE, V, d.tau, 5.0).float() * per_sample).mean()
+    torch.testing.assert_close(fake_loss(Matching(), tiny.TABLE, V, d, f_fake), expected)
+    assert not fake_loss(Matching(), tiny.TABLE, V, d, f_fake).requires_grad  # nothing reaches the student
 
 
 def test_fake_loss_on_the_transition_noise() -> None:
     d, f_fake, _ = made_up_draw()
     goal, weight = transition_target(tiny.TABLE, d.x_m.detach(), d.e, d.t, d.tau)
     per_sample = (f_fake - goal).square().flatten(1).mean(1)
-    expected = ((weight * min_snr(tiny.TABLE, d.tau, 2.0)).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(Matching(fake_target="transition", snr_clip=2.0), tiny.TABLE, d, f_fake), expected)
+    expected = ((weight * own_output(tiny.TABLE, V, d.tau, 2.0)).float() * per_sample).mean()
+    torch.testing.assert_close(fake_loss(Matching(fake_target="transition", snr_clip=2.0), tiny.TABLE, V, d, f_fake), expected)
 
 
 def test_without_the_importance_draw_the_fake_score_learns_around_the_clean_estimate() -> None:
@@ -88,11 +92,23 @@ def test_fisher_goes_through_the_scores_inputs() -> None:
     assert any(not torch.allclose(a, b, rtol=0.05) for a, b in zip(through, around, strict=True) if a is not None and b is not None)
 
 
+def test_the_fake_scores_errors_are_weighed_by_what_the_network_predicts() -> None:
+    d, f_fake, _ = made_up_draw()
+    eps = row_named("eps")
+    per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
+    expected = ((tiny.TABLE.alpha(d.tau) / tiny.TABLE.sigma(d.tau)).square().clamp(max=5).float() * per_sample).mean()
+    torch.testing.assert_close(fake_loss(Matching(), tiny.TABLE, eps, d, f_fake), expected)
+    backbone = tiny.denoiser(prediction="eps")
+    loss = next(iter(updates(trained(backbone=backbone), replace(Matching(), share_draw=False))))
+    other = next(iter(updates(trained(backbone=backbone), replace(Matching(fake_weight="v"), share_draw=False))))
+    assert float(loss.value) < float(other.value)
+
+
 def test_fake_loss_weighted_like_v() -> None:
     d, f_fake, _ = made_up_draw()
     per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
-    expected = (truncated_v(tiny.TABLE, d.tau, 3.0).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(Matching(fake_weight="v", snr_clip=3.0), tiny.TABLE, d, f_fake), expected)
+    expected = (truncated_v(tiny.TABLE, V, d.tau, 3.0).float() * per_sample).mean()
+    torch.testing.assert_close(fake_loss(Matching(fake_weight="v", snr_clip=3.0), tiny.TABLE, V, d, f_fake), expected)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -274,7 +290,7 @@ def test_gap_of_every_segment_is_logged() -> None:
         ({"guidance": float("nan")}, "method.guidance: got nan, allowed are numbers"),
         ({"loss": "l1"}, "method.loss: got 'l1', allowed are l2, huber, huber-elementwise"),
         ({"fake_target": "noisy"}, "method.fake_target: got 'noisy', allowed are clean, transition"),
-        ({"fake_weight": "snr"}, "method.fake_weight: got 'snr', allowed are min-snr, v"),
+        ({"fake_weight": "snr"}, "method.fake_weight: got 'snr', allowed are own, min-snr, v"),
         ({"fake_updates": 0}, "method.fake_updates: got 0, allowed are whole numbers from 1"),
         ({"warmup": -1}, "method.warmup: got -1, allowed are whole numbers from 0"),
         ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, ipndm, renoise"),

@@ -105,3 +105,15 @@ def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monke
     config = TrainConfig(iterations=3, batch=8, lr=1e-2, fake_lr=1e-2, precision=precision)  # type: ignore[arg-type]
     list(distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), config))
     assert {(role, n) for role, own in roles.trained.items() for n in own} - reached == set()
+
+
+@pytest.mark.parametrize(("share", "layer"), [(False, "to_q"), (True, "out")])
+def test_gradients_that_are_lost_on_the_way_end_a_training(share: bool, layer: str) -> None:
+    """As casts without history lost them: all, or all but the last layer's."""
+    backbone = tiny.denoiser()
+    roles = make_roles(backbone, RolesConfig(share=share, rank=4))
+    for network in {id(n): n for n in roles.networks.values()}.values():
+        network.get_submodule(layer).register_forward_hook(lambda _, __, output: output.detach())
+    data = embed(backbone, tiny.WORDS, None, "tiny")
+    with pytest.raises(ValueError, match=r"^train: the fake's loss reaches \d+ of \d+ trained tensors, not "):
+        list(distill(roles, Matching(steps=4, warmup=0), data, replace(CONFIG, precision="no")))

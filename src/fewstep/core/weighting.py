@@ -4,24 +4,41 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .prediction import Row
 from .schedule import Schedule
 
 
-def min_snr(schedule: Schedule, t: Tensor, clip: float = 5.0) -> Tensor:
-    """`min(alpha^2/sigma^2, clip)` (arXiv 2303.09556), [B], float64. Unclipped x0 regression lets low noise dominate."""
+def own_output(schedule: Schedule, row: Row, t: Tensor, clip: float = 5.0) -> Tensor:
+    """Weigh errors of x0 as errors of the network's own output.
+
+    At a state x_t an error dm of the output `m = a x0 + b eps` is `dx0 = -(sigma / det) dm` of the clean estimate, `det = alpha b - sigma a`,
+    so `(det / sigma)^2` makes one of the other: `1` for x0, SNR for eps, SNR + 1 for v on a variance-preserving table, `1 / sigma^2` for flow,
+    `1 / c_out^2` for EDM. Clipped like min-SNR, `min((det / sigma)^2, clip)`. t [B]; returns [B], float64.
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    a, b = row(alpha, sigma)
+    return ((alpha * b - sigma * a) / sigma).square().clamp(max=clip)
+
+
+def min_snr(schedule: Schedule, row: Row, t: Tensor, clip: float = 5.0) -> Tensor:
+    """Weigh by `min(alpha^2/sigma^2, clip)` (arXiv 2303.09556), [B], float64.
+
+    Unclipped x0 regression lets low noise dominate.
+    """
     return (schedule.alpha(t) ** 2 / schedule.sigma(t) ** 2).clamp(max=clip)
 
 
-def truncated_v(schedule: Schedule, t: Tensor, clip: float = 5.0) -> Tensor:
-    """`min(alpha^2/sigma^2 + 1, clip)`: the v-prediction loss in x0 terms, clipped like min-SNR; [B], float64.
+def truncated_v(schedule: Schedule, row: Row, t: Tensor, clip: float = 5.0) -> Tensor:
+    """Weigh by `min(alpha^2/sigma^2 + 1, clip)`: the v-prediction loss, whatever the network predicts; [B], float64.
 
-    Unlike min-SNR it does not vanish at zero terminal SNR, where a few-step student takes its first step.
+    Unlike min-SNR it does not vanish at zero terminal SNR, where a few-step student takes its first step. A network that predicts eps
+    sees its errors at the noisiest times weighted by `1 / alpha^2`, in the hundreds.
     """
     return (schedule.alpha(t) ** 2 / schedule.sigma(t) ** 2 + 1).clamp(max=clip)
 
 
-Weighting = Callable[[Schedule, Tensor, float], Tensor]
-WEIGHTINGS: dict[str, Weighting] = {"min-snr": min_snr, "v": truncated_v}
+Weighting = Callable[[Schedule, Row, Tensor, float], Tensor]
+WEIGHTINGS: dict[str, Weighting] = {"own": own_output, "min-snr": min_snr, "v": truncated_v}
 
 
 def weighting_named(name: str) -> Weighting:

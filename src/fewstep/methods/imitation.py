@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import timegrid
 from ..core.schedule import Schedule, diffuse
 from ..core.solvers import Denoise, land, solver_named
-from ..core.weighting import weighting_named
+from ..core.weighting import WEIGHTINGS, weighting_named
 from ..objectives.regression import consistency_function, landing_target, metric_named
 from ..roles.roles import Roles
 from .method import Loss, Needs, Turn
@@ -38,15 +38,16 @@ class Imitation:
     loss: str = "huber"
     solver_steps: int = 48  # a multiple of 1, 2, 3, 4, 6 and 8
     stages: int = 3
-    weight: str = "v"
+    weight: str = "own"
     snr_clip: float = 5.0
     solver: str = "renoise"
     shift: float = 1.0
     name: str = "lcm"
 
     def __post_init__(self) -> None:
-        metric_named(self.loss), solver_named(self.solver), weighting_named(self.weight)
+        metric_named(self.loss), solver_named(self.solver)
         require_choice(self, "target", TARGETS)
+        require_choice(self, "weight", tuple(WEIGHTINGS))
         require_whole(self, "steps", "solver_steps", "stages")
         require_positive(self, "shift", "snr_clip")
         require_guidance(self)
@@ -148,5 +149,5 @@ def progressive_loss(method: Imitation, roles: Roles, turn: Turn) -> Tensor:
         x_low = land(schedule, before(x_middle, middle), low)
         goal = landing_target(schedule, x, x_low, high, low)
     own = roles.denoise("student", cond)(x, high).x0
-    weight = weighting_named(method.weight)(schedule, high, method.snr_clip)
+    weight = weighting_named(method.weight)(schedule, roles.backbone.row, high, method.snr_clip)
     return (weight.to(own) * metric_named(method.loss)(own, goal)).mean()

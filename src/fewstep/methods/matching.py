@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backbones.base import Cond, rows
 from ..core import timegrid
+from ..core.prediction import Row
 from ..core.schedule import Schedule, diffuse, expand, transition
 from ..core.solvers import solver_named, step
 from ..core.trajectory import segment_starts
@@ -48,7 +49,8 @@ class Matching:
     u of the path, so that it is (1 + b) times as strong at pure noise, where it composes, and (1 - b) times at clean data, where it hurts; `guidance_parallel` is the share of it along the clean estimate that stays (`backbones.base.projected`). `match`: the noisy state that a step lands on, or the clean estimate that it
     makes. `tau`: inside the step's own segment (eq. 5), from there up to pure noise, or over all times; `tau_min` and `tau_max`
     keep it away from the ends, as fractions of the schedule. `fake_draw`: what x_tau is diffused from for the fake score's update
-    (`landing` is eq. 7's importance draw). `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
+    (`landing` is eq. 7's importance draw).
+    `fake_weight` is a weighting of `core.weighting`: `own` weighs its errors as those of what the network predicts, clipped at `snr_clip`. `share_draw` uses one x_tau for both updates (alg. 1), otherwise each update draws its
     own. `warmup` iterations train the fake score alone. `fisher_correction` is c of `objectives.fisher`. `gan` is the weight of the adversarial
     term (eq. 16), 0 for none: it needs real data. The matching losses take in all of a sample's elements, this is a mean over tokens, so that 5 beside `huber` is a fifth of its gradient and 0.05 is
     nothing (500 beside `l2`: half; measured on the bundled teacher). `gan_r1` is that of its gradient penalty. `anchor` is the weight of
@@ -75,7 +77,7 @@ class Matching:
     fake_draw: Literal["landing", "clean"] = "landing"
     fake_target: Literal["clean", "transition"] = "clean"
     fake_updates: int = 1
-    fake_weight: str = "min-snr"
+    fake_weight: str = "own"
     snr_clip: float = 5.0
     warmup: int = 100
     share_draw: bool = True
@@ -225,9 +227,9 @@ def guidance_at(method: Matching, schedule: Schedule, tau: Tensor) -> float | Te
     return method.guidance * (1 + method.guidance_tilt * (2 * schedule.fraction(tau) - 1))
 
 
-def fake_loss(method: Matching, schedule: Schedule, d: Draw, f_fake: Tensor) -> Tensor:
+def fake_loss(method: Matching, schedule: Schedule, row: Row, d: Draw, f_fake: Tensor) -> Tensor:
     """Point 4: denoising regression of the fake score at x_tau (eq. 7), on the clean estimate or the transition noise."""
-    weight = weighting_named(method.fake_weight)(schedule, d.tau, method.snr_clip)
+    weight = weighting_named(method.fake_weight)(schedule, row, d.tau, method.snr_clip)
     if method.fake_target == "clean" or method.fake_draw == "clean":
         return denoising(f_fake, d.x0, weight).mean()
     goal, precision = transition_target(schedule, d.x_m.detach(), d.e, d.t, d.tau)
@@ -287,7 +289,7 @@ def losses(
     fake score, taken before its step: network calls per iteration (K+1)/2 + 2 (student) + 2 (guided teacher) + 3 (fake). The
     Fisher divergence needs the fake score's gradient in x_tau, so it shares x_tau alone and costs 3 + 2 x 2 calls more.
     """
-    schedule = roles.backbone.schedule
+    schedule, row = roles.backbone.schedule, roles.backbone.row
     cond, begin = (cond, None) if walk is None else (walk.cond, walk.states[:, 0])
     steps = steps or draw_count(method.steps, rng)
     drawn = partial(draw, method, roles, cond, batch, rng, steps=steps, begin=begin)
@@ -295,7 +297,7 @@ def losses(
 
     def update_fake(d: Draw) -> Loss:
         x_tau = diffuse(schedule, d.x0, d.tau, d.e) if method.fake_draw == "clean" else d.x_tau
-        loss = fake_loss(method, schedule, d, fake(x_tau.detach(), d.tau).x0)
+        loss = fake_loss(method, schedule, row, d, fake(x_tau.detach(), d.tau).x0)
         return Loss("fake", loss, {"fake_loss": loss.detach()})
 
     for _ in range(method.fake_updates if warming_up or not method.share_draw else method.fake_updates - 1):
@@ -318,7 +320,7 @@ def losses(
         value = student_loss(method, d, f_fake, f_teacher)
     metrics = {"student_loss": value.detach(), **_gaps(method, d, f_fake, f_teacher)}
     if one_pass:
-        loss = fake_loss(method, schedule, d, f_fake)
+        loss = fake_loss(method, schedule, row, d, f_fake)
         yield Loss("fake", loss, {"fake_loss": loss.detach()}, together=not method.gan)
     if method.gan:
         assert real is not None

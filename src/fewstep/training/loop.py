@@ -221,11 +221,14 @@ def _updates(
 
 def _add_gradients(loss: Loss, roles: Roles, share: float) -> None:
     """This share of the loss's gradients onto what its role's parameters have; zero for those that it does not reach."""
+    if not loss.value.requires_grad:
+        _require_reach(loss.role, roles.trained[loss.role], [None] * len(roles.trained[loss.role]))
     if roles.sharded:
         _add_gradients_of_parts(loss, roles, share)
         return
     parameters = list(roles.trained[loss.role].values())
     grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
+    _require_reach(loss.role, roles.trained[loss.role], grads)
     for p, g in zip(parameters, grads, strict=True):
         own = torch.zeros_like(p) if g is None else g if share == 1 else g * share
         p.grad = own if p.grad is None else p.grad.add_(own)
@@ -239,8 +242,23 @@ def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float) -> None:
     (loss.value if share == 1 else loss.value * share).backward()
     for p, kept in others:
         p.grad = kept
-    for p in roles.trained[loss.role].values():
+    own = roles.trained[loss.role]
+    _require_reach(loss.role, own, [p.grad for p in own.values()])
+    for p in own.values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def _require_reach(role: Role, parameters: Mapping[str, torch.nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+    """Refuse a loss that reaches less than half of what it should train.
+
+    Some layers of a network may have no part in its output; where most have none, gradients are being lost on the way.
+    """
+    lost = [n for (n, p), g in zip(parameters.items(), grads, strict=True) if g is None]
+    if 2 * sum(parameters[n].numel() for n in lost) > sum(p.numel() for p in parameters.values()):
+        raise ValueError(
+            f"train: the {role}'s loss reaches {len(parameters) - len(lost)} of {len(parameters)} trained tensors, not {lost[0]}; "
+            "check that the network computes with gradients, or set train.precision=no"
+        )
 
 
 def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int) -> Tensor:
