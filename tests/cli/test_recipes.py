@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from typer.testing import CliRunner
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
 from fewstep.cli import main
-from fewstep.cli.recipe import DistillRecipe, kind_of, read_recipe
+from fewstep.cli.recipe import DistillRecipe, first_stage, kind_of, read_recipe
+from fewstep.methods.matching import Matching
 from fewstep.recipes_path import recipe_names, recipe_path
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig
 from fewstep.zoo.teacher import TeacherConfig
@@ -30,6 +32,58 @@ COMMANDS = ("distill", "plan", "sample", "evaluate", "export", "inspect", "repor
 def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
     assert recipe_path(name).read_text().startswith("# ")
     read_recipe(name, [], MODELS[kind_of(name)])
+
+
+# TDM, appendix D: batch, iterations of each stage, the student's and the fake score's rates, guidance. Gradients are clipped at 1 in all.
+PAPER = {
+    "sd15-tdm4": (256, [3000], 2e-6, 2e-5, 3.5),
+    "sd15-unify": (256, [20000], 2e-6, 2e-5, 3.5),
+    "sdxl-tdm4": (64, [1000, 1000], 1e-6, 5e-6, 8.0),
+    "pixart-tdm4": (32, [500], 2e-6, 2e-5, 3.5),
+}
+TEACHERS = {
+    "sd15": "stable-diffusion-v1-5",
+    "sdxl": "stable-diffusion-xl-base-1.0",
+    "pixart": "PixArt-XL-2-1024-MS",
+    "cogvideox": "CogVideoX-2b",
+}
+HUB_RECIPES = [n for n in recipe_names() if n.partition("-")[0] in TEACHERS]
+
+
+def stages(name: str) -> list[DistillRecipe]:
+    recipe = read_recipe(name, [], DistillRecipe)
+    return [recipe] if recipe.first is None else [first_stage(recipe), recipe]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_recipe_with_all_weights_has_the_papers_settings(name: str) -> None:
+    batch, iterations, lr, fake_lr, guidance = PAPER[name]
+    for stage, length in zip(stages(name), iterations, strict=True):
+        train, method = stage.train, stage.method
+        assert isinstance(method, Matching)
+        assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (batch, lr, fake_lr, guidance)
+        assert train.iterations - method.warmup == length
+        assert (train.betas, train.clip, train.decay, train.lr_warmup) == ((0.0, 0.999), 1.0, 0, 0)
+        assert not stage.roles.share
+        assert replace(method, steps=4, name="tdm", guidance=3.5, warmup=100) == Matching()
+        header = recipe_path(name).read_text(encoding="utf-8").partition("\nkind:")[0]
+        for own in (f"{method.warmup} iterations of warm-up", f"ema {train.ema}"):  # what the paper has not
+            assert own in header, own
+    if len(iterations) > 1:  # the fake score of the second begins as the teacher: nothing but the student is taken over
+        assert [stage.size for stage in stages(name)] == [512, 1024]
+
+
+@pytest.mark.parametrize("name", HUB_RECIPES)
+def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> None:
+    family = name.partition("-")[0]
+    for stage in stages(name):
+        assert TEACHERS[family] in stage.teacher
+        assert isinstance(stage.method, Matching)
+        assert stage.method.guidance == {"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0}[family]
+        assert stage.train.batch * stage.train.accumulate >= 8
+        if name.endswith("-lora"):  # one set of rates for all: those of runs with LoRA on the bundled teacher
+            assert (stage.train.lr, stage.train.fake_lr) == (5e-5, 2e-4)
+            assert "nobody has tried" in recipe_path(name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("counted", [False, pytest.param(True, marks=pytest.mark.slow)])

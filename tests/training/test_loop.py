@@ -103,6 +103,29 @@ def test_the_students_rate_falls_to_zero_in_a_line(tmp_path: Path) -> None:
         next(distill(parts()[0], METHOD, data, replace(config, iterations=9), tmp_path))
 
 
+def test_the_rates_rise_from_zero_over_each_roles_first_updates() -> None:
+    config = replace(CONFIG, lr_warmup=4, iterations=8)
+    assert [config.lr_at("fake", i) for i in range(6)] == pytest.approx([1e-2 * r for r in (0.25, 0.5, 0.75, 1, 1, 1)])
+    assert [config.lr_at("student", i, 2) for i in range(2, 8)] == pytest.approx([1e-3 * r for r in (0.25, 0.5, 0.75, 1, 1, 1)])
+    (roles, data), (plain, _) = parts(), parts()
+    start = {n: p.detach().clone() for n, p in roles.trained["student"].items()}
+    method = replace(METHOD, warmup=0)
+    next(distill(roles, method, data, config))
+    next(distill(plain, method, data, replace(config, lr_warmup=0)))
+    for n, p in roles.trained["student"].items():  # Adam's first update is the rate times the gradient's signs
+        torch.testing.assert_close(p - start[n], (plain.trained["student"][n] - start[n]) / 4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr_warmup", -1), ("lr_warmup", 99), ("betas", (0.0, 1.0)), ("betas", (-0.1, 0.9)), ("weight_decay", float("nan"))]
+    + [(option, value) for option in ("lr", "fake_lr", "clip") for value in (0.0, float("nan"), float("inf"))],
+)
+def test_settings_that_cannot_be_are_refused(option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^train\.{option}: got .*, allowed are "):
+        replace(CONFIG, **{option: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_one_update_moves_one_role(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from between the two updates of an iteration."""

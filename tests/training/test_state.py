@@ -9,7 +9,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training import state as module
+from fewstep.training.loop import save_run
+from fewstep.training.memory import Ledger
+from fewstep.training.optimizer import make_optimizer
 from fewstep.training.state import (
     checkpoints,
     latest_checkpoint,
@@ -19,6 +23,8 @@ from fewstep.training.state import (
     save_checkpoint,
     seeded,
 )
+
+from .. import tiny
 
 GROUPS = {
     "student": {"a.weight": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.float16)},
@@ -155,3 +161,17 @@ def test_an_optimiser_goes_on_bit_for_bit() -> None:
         step(other, fresh, i)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert optimizer_tensors(make()[1], names) == {}
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_saving_holds_nothing_beside_what_is_there(share: bool, tmp_path: Path) -> None:
+    """Copies of weights or of optimiser states would be made on the card: gigabytes at the first checkpoint."""
+    roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+    optimizers = {r: make_optimizer(list(p.values()), "adamw", 1e-3, (0.0, 0.999), 0.0) for r, p in roles.trained.items()}
+    states = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
+    with Ledger() as ledger:
+        ledger.add(*roles.average.values(), *states, *(p for own in roles.trained.values() for p in own.values()))
+        held = ledger.now
+        save_run(roles, optimizers, tmp_path, 1, "", 1)
+    assert ledger.most == held
+    assert (tmp_path / "checkpoint-000001" / "optimizer_student.safetensors").is_file()

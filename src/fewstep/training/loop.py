@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -37,6 +38,8 @@ class TrainConfig:
     N times as many, and draw what one process would draw that accumulates as often.
     With `shard` each of them holds a part of all weights and optimiser states (FSDP2) instead of all; one process takes no notice.
     Over the last `decay` iterations the student's rate falls to zero in a line, and over a warm-up that folds its head away.
+    Over its first `lr_warmup` iterations every role's rate rises from zero in a line: Adam's first updates move each weight by the whole rate,
+    however small or noisy its gradient.
     """
 
     iterations: int
@@ -44,6 +47,7 @@ class TrainConfig:
     lr: float
     fake_lr: float
     decay: int = 0
+    lr_warmup: int = 0
     accumulate: int = 1
     ema: float = 0.98
     betas: tuple[float, float] = (0.0, 0.999)
@@ -61,7 +65,7 @@ class TrainConfig:
             if getattr(self, option) < 1:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
         for option in ("lr", "fake_lr", "clip"):
-            if not getattr(self, option) > 0:
+            if not 0 < getattr(self, option) < math.inf:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"train.precision: got {self.precision!r}, allowed are no, bf16")
@@ -75,15 +79,25 @@ class TrainConfig:
             raise ValueError(
                 f"train.decay: got {self.decay}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
             )
+        if not 0 <= self.lr_warmup <= self.iterations:
+            raise ValueError(
+                f"train.lr_warmup: got {self.lr_warmup}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"train.weight_decay: got {self.weight_decay}, allowed are numbers from 0 (off)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas: got {list(self.betas)}, allowed are two numbers from 0 up to, not including, 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: got {self.ema}, allowed are numbers from 0 (off) up to, not including, 1")
 
     def lr_at(self, role: Role, iteration: int, warmup: int = 0) -> float:
-        """Of an iteration, from 0."""
+        """The rate of a role in an iteration, from 0; the student's own updates begin after `warmup`."""
         if role == "student" and iteration < warmup:
             return self.lr * (warmup - iteration) / warmup
+        updates = iteration - warmup if role == "student" else iteration
+        rise = min(1.0, (updates + 1) / self.lr_warmup) if self.lr_warmup else 1.0
         fall = min(1.0, (self.iterations - iteration) / self.decay) if self.decay and role == "student" else 1.0
-        return fall * (self.lr if role == "student" else self.fake_lr)
+        return rise * fall * (self.lr if role == "student" else self.fake_lr)
 
 
 @dataclass(frozen=True)

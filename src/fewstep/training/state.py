@@ -30,11 +30,14 @@ def seeded(seed: int, step: int, stream: str, rank: int = 0, device: str | torch
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """Flatten an optimiser's per-parameter state, numbers too, to `name.key` tensors. `names` in the order of its parameters."""
+    """View an optimiser's per-parameter state, numbers too, as `name.key` tensors.
+
+    `names` in the order of its parameters. The tensors are the optimiser's own, not copies: of full copies of a network they are twice its weights.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(parameters) == len(names)
     return {
-        f"{name}.{key}": torch.as_tensor(value).detach().clone()
+        f"{name}.{key}": torch.as_tensor(value).detach()
         for name, p in zip(names, parameters, strict=True)
         for key, value in optimizer.state.get(p, {}).items()
     }
