@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.backbones.generate import pictures
+from fewstep.begin import roles_for
 from fewstep.methods.matching import Matching
 from fewstep.roles.roles import RolesConfig, make_roles
 from tests.cli.test_distill import error_of, recipe, teacher, written
@@ -118,6 +119,16 @@ def test_a_student_of_several_step_counts(
     assert command(monkeypatch, "export", final, "single-3", "--steps", "3") == 2
     assert "--steps: got 3, this student serves 4, 2, 1" in error_of(capsys)
     assert not Path("single-3").exists()
+
+
+def test_the_fake_score_beside_a_student_that_begins_as_another_is_the_teacher(trained: Path, teacher: Path) -> None:
+    roles = roles_for(fewstep.load_teacher(teacher), Matching(steps=2), RolesConfig(rank=2), start=trained / "final")
+    cond, t = roles.backbone.encode(["red cat"]), torch.tensor([999.0]).double()
+    x = torch.randn((1, *roles.backbone.shape), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs, own, fake = (roles.denoise(role, cond)(x, t).x0 for role in ("teacher", "student", "fake"))
+    assert torch.equal(fake, theirs)
+    assert (own - theirs).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -1,9 +1,11 @@
 """The adversarial term: a role of its own, against real data."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewstep.core.schedule import expand
 from fewstep.methods.matching import (
@@ -15,6 +17,7 @@ from fewstep.methods.matching import (
 )
 from fewstep.methods.method import Real
 from fewstep.objectives.adversarial import GAMES
+from fewstep.roles.discriminator import Discriminator
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 
 from .. import tiny
@@ -69,3 +72,31 @@ def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
     expected = (rules.real(logits) + rules.fake(ours) + 0.3 * penalty).mean()
     torch.testing.assert_close(discriminator_loss(Matching(gan=1.0, gan_loss=game, gan_r1=0.3), roles, d, real), expected)
     torch.testing.assert_close(adversarial_loss(Matching(gan=1.0, gan_loss=game), roles, d), rules.student(ours).mean())
+
+
+def test_the_discriminator_is_told_the_step_count_that_the_student_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = replace(tiny.denoiser(), feature_layers=("inp", "to_q"))
+    method = Matching(steps=(4, 2, 1), gan=0.5)
+    roles = make_roles(backbone, RolesConfig(rank=2), counts=method.conditioned, against=method.counts)
+    told: list[int] = []
+    logits = Discriminator.logits
+
+    def watched(judge: Discriminator, tokens: Sequence[Tensor], tau: Tensor, steps: int) -> Tensor:
+        told.append(steps)
+        return logits(judge, tokens, tau, steps)
+
+    monkeypatch.setattr(Discriminator, "logits", watched)
+    cond, null = conditions(backbone)
+    for steps in method.counts:
+        told.clear()
+        list(losses(method, roles, cond, null, BATCH, seed(), False, real_data(roles), steps))
+        assert told == [steps] * 3  # of real data and the student's for the one, of the student's for the other
+
+
+def test_a_discriminator_hears_what_it_is_told() -> None:
+    roles = make_roles(replace(tiny.denoiser(), feature_layers=("inp", "to_q")), RolesConfig(rank=2), against=(4, 2))
+    judge = roles.discriminator
+    assert judge is not None
+    tau = torch.full((BATCH,), 500.0).double()
+    tokens = judge.tokens(torch.randn((BATCH, *roles.backbone.shape), generator=seed()), tau, conditions(roles.backbone)[0])
+    assert not torch.allclose(judge.logits(tokens, tau, 4), judge.logits(tokens, tau, 2), atol=1e-4)

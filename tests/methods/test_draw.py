@@ -160,6 +160,22 @@ def test_a_noisy_state_is_diffused_to_all_noisier_times() -> None:
     torch.testing.assert_close(d.x_tau, expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e)
 
 
+@pytest.mark.parametrize("free_first", [False, True])
+def test_sharded_processes_make_the_same_calls_whatever_they_draw(free_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that is spread works when all call it: one call short in one process and the others wait for ever."""
+    monkeypatch.setattr(Roles, "sharded", True)
+    roles, method, calls = trained(), Matching(steps=4, free_first=free_first), list[int]()
+    cond, _ = conditions(roles.backbone, 1)
+    roles.backbone.module.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    made = set()
+    for i in range(16):
+        calls.clear()
+        segment = int(draw(method, roles, cond, 1, seed(i), with_gradient=True).segment)
+        made.add((segment, len(calls)))
+    assert {segment for segment, _ in made} == set(range(int(free_first), 4))
+    assert {count for _, count in made} == {4 - int(free_first)}
+
+
 def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
     """With a student that always says 1, a state at time t is alpha + sigma e: its spread is sigma_t's and nothing is left of the start."""
     backbone = tiny.denoiser(prediction="x0")

@@ -40,6 +40,26 @@ def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
     assert method.name == name
 
 
+# What each paper says, where it is not TDM's: matched state, divergence, the weight of Fisher's second term, noise levels, fake updates, solver.
+PAPERS = {
+    "tdm": ("landing", "reverse-kl", None, "segment", 1, "ddim"),
+    "tdm-unify": ("landing", "reverse-kl", None, "segment", 1, "ddim"),
+    "tdm-fisher": ("landing", "fisher", 0.5, "segment", 1, "ddim"),  # half of the squared difference is the divergence itself
+    "dmd2": ("clean", "reverse-kl", None, "whole", 10, "renoise"),  # TDM, app. F
+    "diff-instruct": ("clean", "reverse-kl", None, "whole", 1, "ddim"),
+    "sid": ("clean", "fisher", 1.0, "whole", 1, "renoise"),  # alpha = 1 (arXiv 2404.04057, sec. 5)
+}
+
+
+def test_a_presets_settings_are_its_papers() -> None:
+    assert {n for n, m in PRESETS.items() if isinstance(m, Matching)} == PAPERS.keys()
+    for name, (match, divergence, correction, tau, updates_, solver) in PAPERS.items():
+        m = preset(name)
+        assert isinstance(m, Matching)
+        assert (m.match, m.divergence, m.tau, m.fake_updates, m.solver) == (match, divergence, tau, updates_, solver)
+        assert correction in (None, m.fisher_correction)
+
+
 def test_settings_beside_a_preset_win() -> None:
     assert preset("dmd2", fake_updates=5, steps=2) == Matching(
         steps=2, match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=5, loss="l2", share_draw=False, name="dmd2"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone
 from fewstep.methods.matching import Matching
+from fewstep.methods.method import Loss, Turn
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
@@ -159,6 +160,60 @@ def test_average_is_its_formula_from_the_first_student_update(ema: float) -> Non
         torch.testing.assert_close(value, expected[n], rtol=1e-6, atol=1e-8)
     if ema == 0:
         assert all(torch.equal(v, roles.trained["student"][n]) for n, v in roles.average.items())
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process of several, as `accelerate.Accelerator` says where it is; nothing is shared with the others."""
+
+    process_index: int
+    num_processes: int = 1
+    is_main_process: bool = True
+
+
+def draws_of(rank: int, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, list[float]]]]:
+    """For every iteration and batch of a process: the seed of its noise, and which conditions it took."""
+    seen: list[list[tuple[int, list[float]]]] = []
+    inner = Matching.losses
+
+    def watched(method: Matching, roles: Roles, turn: Turn) -> Iterator[Loss]:
+        if len(seen) <= turn.iteration:
+            seen.append([])
+        seen[turn.iteration].append((turn.rng.initial_seed(), turn.cond["label"].flatten().tolist()))
+        return inner(method, roles, turn)
+
+    monkeypatch.setattr(loop, "Accelerator", lambda: Place(rank))
+    monkeypatch.setattr(Matching, "losses", watched)
+    backbone = tiny.denoiser()
+    words = [letter * n for letter in "abe" for n in range(1, 30)]
+    roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, words, None, "tiny")
+    list(distill(roles, METHOD, data, replace(CONFIG, accumulate=accumulate)))
+    monkeypatch.undo()
+    return seen
+
+
+def test_every_iteration_batch_and_process_draws_its_own_noise_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [draws_of(rank, 2, monkeypatch) for rank in range(2)]
+    batches = [batch for rank in ranks for iteration in rank for batch in iteration]
+    assert len(batches) == 2 * CONFIG.iterations * 2
+    for of in (0, 1):  # noise, prompts
+        assert len({str(batch[of]) for batch in batches}) == len(batches)
+    # Two processes of two batches each draw what one process of four does.
+    together = [[*one, *two] for one, two in zip(*ranks, strict=True)]
+    assert draws_of(0, 4, monkeypatch) == together
+
+
+def test_both_roles_have_the_settings_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.optim.Optimizer] = []
+    inner = loop.make_optimizer
+    monkeypatch.setattr(loop, "make_optimizer", lambda *args: made.append(inner(*args)) or made[-1])
+    config = replace(CONFIG, betas=(0.1, 0.95), weight_decay=0.03)
+    roles, data = parts()
+    list(distill(roles, METHOD, data, config))
+    for optimizer, lr in zip(made, (config.lr, config.fake_lr), strict=True):
+        (group,) = optimizer.param_groups
+        assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.1, 0.95), 0.03, lr)
+    assert TrainConfig(1, 1, 1.0, 1.0).betas == (0.0, 0.999)  # TDM, app. D
 
 
 def test_a_step_shows_its_networks_and_its_time() -> None:

@@ -1,5 +1,7 @@
 """Heads: nothing at first, the same state always, and each with its own idea of what a correction may be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,6 +132,21 @@ def test_a_head_serves_as_many_steps_as_it_has_weights_for(kind: str) -> None:
     if kind != "film":
         with pytest.raises(ValueError, match=f"^--steps: got 5, the student's {kind} head serves up to 4 steps; take fewer$"):
             require_steps(kind, head.counts, 5, "--steps", "take fewer")
+
+
+@pytest.mark.parametrize("kind", ["span", "film"])
+def test_a_head_sees_where_its_step_is_on_the_curve(kind: str) -> None:
+    """With another curve, all else equal, the correction is another one."""
+    schedule, x = tiny.TABLE, noise(tiny.TABLE)
+    t, t_next = torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
+    head, other = head_of(kind, schedule), head_of(kind, schedule)
+    other.facts = replace(other.facts, curve=Curve(CURVE.weights.flip(0), CURVE.shape.flip(0), CURVE.r2))
+    assert (head.place(t) - other.place(t)).abs().max() > 0.1
+    apart = head(denoise(schedule, x, t), t, t_next, Past(x)).x0 - other(denoise(schedule, x, t), t, t_next, Past(x)).x0
+    assert apart.abs().max() > 1e-2
+    places = head.places(t, t_next)
+    torch.testing.assert_close(places, torch.cat([head.place(t), head.place(t_next)], 1))
+    assert (places[:, :3] - places[:, 3:]).abs().min() > 1e-3
 
 
 def test_film_is_for_pictures() -> None:
