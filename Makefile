@@ -1,12 +1,13 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check slow clean
+.PHONY: help setup demo test check slow floor clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+FLOOR := .venv-floor
 
 # The build of torch. Not set: what pip finds by itself; on Linux without an NVIDIA driver the CPU build, which saves gigabytes of CUDA.
 # `make setup TORCH_INDEX=URL` takes it from that index, `make setup TORCH_INDEX=` always takes what pip finds.
@@ -14,7 +15,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # Two test processes with two threads each are many times slower than with one (OpenMP's spinning barriers).
-test slow: export OMP_NUM_THREADS := 1
+test slow floor: export OMP_NUM_THREADS := 1
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +36,9 @@ check: setup ## lint, format and types only
 slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
+floor: $(FLOOR)/.installed ## every test that is not slow, with the lowest versions that pyproject.toml allows
+	$(FLOOR)/bin/python -m pytest -q -n logical --maxprocesses 4 $(PYTEST_ARGS)
+
 clean: ## remove caches and built packages; runs/ and .venv stay
 	rm -rf dist .mypy_cache .pytest_cache .ruff_cache
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -48,4 +52,11 @@ $(STAMP): pyproject.toml constraints.txt
 		! $(PIP) index versions torch 2>/dev/null | grep -qF '$(TORCH)+cpu'; then index=$(CPU_INDEX); fi; \
 	set -x; $(PIP) install --no-deps -c constraints.txt $${index:+--extra-index-url "$$index"} torch
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# uv knows how to resolve to the lowest; torch as the package index has it, or from TORCH_INDEX.
+$(FLOOR)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(FLOOR)
+	$(FLOOR)/bin/python -m pip --disable-pip-version-check install 'uv>=0.11,<1'
+	$(FLOOR)/bin/uv pip install --python $(FLOOR)/bin/python --resolution lowest-direct $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -e '.[dev]'
 	@touch $@
