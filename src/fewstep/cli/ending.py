@@ -1,6 +1,6 @@
 """What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
+from ..report.summary import at_equal_cost, called
 from ..report.words import plural
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
@@ -115,15 +116,22 @@ def print_ending(
     if result is not None:
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
-        console.print(f"quality  {quality_of(student, best)}")
+        console.print(f"quality  {quality_of(student, best, rows)}")
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}", markup=False)
 
 
-def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
-    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json."""
-    cost = plural(student["nfe"], "network call")
-    if student["fd_real"] is None:
-        return f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}, {student['n']} pictures"
-    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}"
+def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json.
+
+    Of the teacher's `rows` at the student's cost the best is named.
+    """
+    cost, real = plural(student["nfe"], "network call"), student["fd_real"] is not None
+    key = "fd_real" if real else "fd_teacher"
+    same = at_equal_cost(rows, student, key)
+    beside = "" if same is None else f", {same[key]:.1f} at the student's cost ({called(same)})"
+    if not real:
+        far = f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}"
+        return f"{far}{beside and f', the teacher{beside[1:]}'}, {student['n']} pictures"
+    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}{beside}"
