@@ -25,6 +25,7 @@ from ..roles.step_condition import folded_bias
 from ..training.paths import Paths
 from ..trajp.analysis import shape_of, strays
 from ..trajp.head import Head, kind_of
+from .best import Best, keep_best, missed
 from .evaluate import evaluate_student
 from .preview import Preview
 from .progress import console
@@ -34,22 +35,9 @@ from .run_record import hardware
 
 def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
-    method, schedule = recipe.method, roles.backbone.schedule
-    called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
-    counts, default = method.counts, method.counts[0]
-    grids = {k: method.times(schedule, k) for k in counts}
-    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
-    rank = recipe.roles.rank if weights == "lora" else None
-    card = StudentCard(
-        name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
-        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
-        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
-        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
-        iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
-        scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
-    )  # fmt: skip
+    method, card = recipe.method, card_of(recipe, roles, base_hash, recipe.train.iterations, seconds)
     with roles.averaged():
-        write_student(run / "final", card, roles, grids[default][:-1])
+        write_student(run / "final", card, roles, first_times(method, roles))
         save_pictures(run / PICTURES, preview.compare(roles, method))
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real) if recipe.evaluate else None
     report = render_run(run)
@@ -57,6 +45,41 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     teacher = evaluations(most, calls(preview.null, method.guidance))
     cost = f"{counted(card)}; the teacher takes {teacher} in {most}"
     print_ending(run, report, result, seconds, cost, next_commands(run, preview.prompts))
+    if best := missed(run, recipe):
+        console.print(f"best     {best}", markup=False)
+
+
+def first_times(method: Method, roles: Roles) -> Tensor:
+    """The times that the default student visits, [K]."""
+    return method.times(roles.backbone.schedule, method.counts[0])[:-1]
+
+
+def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, now: Best, seconds: float) -> list[str]:
+    """Keep the averaged student of this preview in `run/best` if it is the best so far; returns what is to be said of the last ones."""
+
+    def write(folder: Path) -> None:
+        with roles.averaged():
+            write_student(folder, card_of(recipe, roles, base_hash, now.iteration, seconds), roles, first_times(recipe.method, roles))
+
+    return keep_best(run, now, write)
+
+
+def card_of(recipe: DistillRecipe, roles: Roles, base_hash: str, iterations: int, seconds: float) -> StudentCard:
+    """What the student of so many iterations is."""
+    method, schedule = recipe.method, roles.backbone.schedule
+    called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
+    counts = method.counts
+    grids = {k: method.times(schedule, k) for k in counts}
+    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
+    rank = recipe.roles.rank if weights == "lora" else None
+    return StudentCard(
+        name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
+        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
+        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
+        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
+        iterations=iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
+        scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
+    )  # fmt: skip
 
 
 def _trained_from(recipe: DistillRecipe) -> str:

@@ -13,6 +13,7 @@ from .summary import Cost, headlines
 
 PICTURES = "pictures.safetensors"
 SHAPE = "trajectories.json"  # what `trajp.analysis` says of the teacher's trajectories
+BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which one that was
 SHOWN_SAMPLES = 3
 
 
@@ -52,6 +53,11 @@ def read_run(run: Path) -> Report:
         next_commands=next_commands(run, pictures.prompts) if (run / "final").is_dir() else go_on,
         versions={**about.get("versions", {}), **evaluation.get("versions", {})},
     )
+
+
+def best_preview(run: Path) -> Mapping[str, Any]:
+    """`iteration`, `value` and what was `measured` of the student in `run/best`; empty where there is none."""
+    return _read_json(run / BEST / BEST_FILE)
 
 
 def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,0 +1,76 @@
+"""The best student so far stays, whatever comes after it, and it is said when nothing better comes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli.best import PATIENCE, Best, keep_best, read_best
+
+KEY = "preview.distance"
+
+
+def run_of(folder: Path, values: list[float | None]) -> list[list[str]]:
+    """A run whose previews have these values, one an iteration, logged before they are judged; what was said of each."""
+    said = []
+    for i, value in enumerate(values):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"iteration": i, "preview": {"distance": value}}) + "\n")
+        said.append(keep_best(folder, Best(i, float("nan") if value is None else value, KEY), lambda at, i=i: written(at, i)) if i else [])
+    return said
+
+
+def written(folder: Path, iteration: int) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "student").write_text(str(iteration))
+
+
+def test_the_best_stays_when_it_gets_worse(tmp_path: Path) -> None:
+    run_of(tmp_path, [0.9, 0.5, 0.3, 0.4, 0.6])
+    assert (tmp_path / "best" / "student").read_text() == "2"
+    assert read_best(tmp_path, KEY) == Best(2, 0.3, KEY)
+    assert read_best(tmp_path, "quality.fd_real") is None  # another measure says nothing of this one
+
+
+@pytest.mark.parametrize("broken", [None, float("inf")])
+def test_what_is_no_number_is_never_the_best(tmp_path: Path, broken: float | None) -> None:
+    run_of(tmp_path, [0.9, broken])
+    assert not (tmp_path / "best").exists()
+    run_of(tmp_path, [0.9, 0.5, broken])
+    assert read_best(tmp_path, KEY) == Best(1, 0.5, KEY)
+
+
+def test_it_is_said_when_previews_get_no_better_and_where_the_best_is(tmp_path: Path) -> None:
+    said = run_of(tmp_path, [0.9, 0.3, *[0.4] * 2 * PATIENCE])
+    assert [i for i, lines in enumerate(said) if lines] == [1 + PATIENCE, 1 + 2 * PATIENCE]
+    assert "3 previews in a row no better than iteration 1's, preview.distance 0.4 against 0.3" in said[1 + PATIENCE][0]
+    assert f"{tmp_path / 'best'} has the student of iteration 1" in said[1 + PATIENCE][0]
+
+
+def test_a_training_that_only_gets_worse_is_told_so(tmp_path: Path) -> None:
+    said = run_of(tmp_path, [0.3, 0.4, 0.5, 0.6])
+    assert "no better than iteration 0's" in said[3][0] and "the student as it began" in said[3][0]
+
+
+def test_a_better_preview_is_not_complained_of(tmp_path: Path) -> None:
+    assert run_of(tmp_path, [0.9, 0.8, 0.7, 0.6, 0.5]) == [[]] * 5
+
+
+def test_a_resumed_run_keeps_what_a_later_preview_than_its_checkpoint_had(tmp_path: Path) -> None:
+    """Killed after the preview of iteration 3, resumed from iteration 2: the log goes back, the student that was written does not."""
+    run_of(tmp_path, [0.9, 0.5, 0.4, 0.3])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert keep_best(tmp_path, Best(3, 0.3, KEY), lambda at: written(at, 33)) == []
+    assert (tmp_path / "best" / "student").read_text() == "3"
+    assert keep_best(tmp_path, Best(4, 0.2, KEY), lambda at: written(at, 4)) == []
+    assert read_best(tmp_path, KEY) == Best(4, 0.2, KEY)
+
+
+def test_a_kill_between_the_student_and_its_note_loses_nothing(tmp_path: Path) -> None:
+    """A folder without its note is that of no preview: the next one that is measured replaces it."""
+    run_of(tmp_path, [0.9, 0.5])
+    (tmp_path / "best" / "preview.json").unlink()
+    assert read_best(tmp_path, KEY) is None
+    keep_best(tmp_path, Best(2, 0.6, KEY), lambda at: written(at, 2))
+    assert (tmp_path / "best" / "student").read_text() == "2"
