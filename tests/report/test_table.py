@@ -43,7 +43,7 @@ def test_missing_and_broken_values_are_dashes_and_never_the_best() -> None:
 def test_columns_that_no_row_fills_are_left_out() -> None:
     assert [c.key for c in table(ROWS).columns] == ["model", "steps", "nfe", "fd_real", "retrieval_top1", "seconds_per_image"]
     assert table([]).columns == ()
-    assert {c.key for c in COLUMNS} >= {"guidance", "n", "fd_teacher", "retrieval_top5", "diversity"}
+    assert {c.key for c in COLUMNS} >= {"guidance", "n", "fd_teacher", "retrieval_top5", "diversity_ratio"}
 
 
 def test_text_and_single_rows() -> None:

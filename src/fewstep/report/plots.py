@@ -26,8 +26,8 @@ from .table import Row
 from .words import finite, plural
 
 INK, MUTED, LINE = "#1d1d20", "#6a6a72", "#e5e2dc"
-STUDENT, FAKE, TEACHER = "#2457c5", "#b8570f", "#77777f"
-SEGMENTS = ("#4a3a8f", "#2f68b0", "#1f8a8f", "#3c9a5f", "#8a8f1f", "#c0801a")  # from noise to clean
+STUDENT, FAKE, TEACHER = "#2457c5", "#a94d08", "#6c6c75"
+SEGMENTS = ("#4a3a8f", "#2f68b0", "#14757a", "#287a47", "#6a6e0c", "#8f5d0c")  # from noise to clean
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", STUDENT: "student", FAKE: "fake", TEACHER: "teacher"}
 VARIABLES |= {colour: f"segment-{i}" for i, colour in enumerate(SEGMENTS)}
 
