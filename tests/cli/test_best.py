@@ -56,6 +56,16 @@ def test_a_better_preview_is_not_complained_of(tmp_path: Path) -> None:
     assert run_of(tmp_path, [0.9, 0.8, 0.7, 0.6, 0.5]) == [[]] * 5
 
 
+def test_previews_of_the_warm_up_are_no_student_s(tmp_path: Path) -> None:
+    """Nothing of it is trained yet, so that it is neither the best nor no better."""
+    values = [0.9, 0.9, 0.9, 0.9, 0.95, 0.94, 0.93]
+    for i, value in enumerate(values):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"iteration": i, "preview": {"distance": value}}) + "\n")
+        said = keep_best(tmp_path, Best(i, value, KEY), lambda at, i=i: written(at, i), warmup=3) if i else []
+        assert (tmp_path / "best").exists() == (i > 3) and bool(said) == (i == 6)
+
+
 def test_a_resumed_run_keeps_what_a_later_preview_than_its_checkpoint_had(tmp_path: Path) -> None:
     """Killed after the preview of iteration 3, resumed from iteration 2: the log goes back, the student that was written does not."""
     run_of(tmp_path, [0.9, 0.5, 0.4, 0.3])

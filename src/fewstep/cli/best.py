@@ -42,17 +42,21 @@ def missed(run: Path, recipe: DistillRecipe) -> str:
     return f"{run / BEST}: the student of iteration {best.iteration}, {measured} {best.value:.4g} where the last has {values[last]:.4g}"
 
 
-def keep_best(run: Path, now: Best, write: Callable[[Path], object]) -> list[str]:
+def keep_best(run: Path, now: Best, write: Callable[[Path], object], warmup: int = 0) -> list[str]:
     """Have the student written to `run/best` if none so far was better; returns what is to be said after `PATIENCE` that were not.
 
     What came before is read from metrics.jsonl, whose first value is that of the student as it began, and from `run/best`, which a run that
-    is resumed from an earlier checkpoint keeps. A value that is not finite is never the best.
+    is resumed from an earlier checkpoint keeps. A value that is not finite is never the best. In the first `warmup` iterations the student
+    is not trained yet.
     """
+    if now.iteration <= warmup:
+        return []
     best, folder = read_best(run, now.measured), run / BEST
     if finite(now.value) and (best is None or now.value < best.value):
         write(folder)
         write_json(folder / BEST_FILE, asdict(now))
-    past = [(i, v) for i, v in zip(*series(read_metrics(run / "metrics.jsonl"), now.measured), strict=True) if i < now.iteration]
+    values = zip(*series(read_metrics(run / "metrics.jsonl"), now.measured), strict=True)
+    past = [(i, v) for i, v in values if i < now.iteration and (i == 0 or i > warmup)]
     if not past:
         return []
     iteration, value = min(past, key=lambda p: p[1])

@@ -61,7 +61,7 @@ def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, n
         with roles.averaged():
             write_student(folder, card_of(recipe, roles, base_hash, now.iteration, seconds), roles, first_times(recipe.method, roles))
 
-    return keep_best(run, now, write)
+    return keep_best(run, now, write, recipe.method.warmup)
 
 
 def card_of(recipe: DistillRecipe, roles: Roles, base_hash: str, iterations: int, seconds: float) -> StudentCard:
