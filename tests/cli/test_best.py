@@ -1,11 +1,18 @@
 """The best student so far stays, whatever comes after it, and it is said when nothing better comes."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fewstep.cli.best import PATIENCE, Best, keep_best, read_best
+from tests.cli.test_distill import fewstep as command
+from tests.cli.test_distill import recipe, teacher
+
+__all__ = ["recipe", "teacher"]  # fixtures
 
 KEY = "preview.distance"
 
@@ -16,7 +23,7 @@ def run_of(folder: Path, values: list[float | None]) -> list[list[str]]:
     for i, value in enumerate(values):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": i, "preview": {"distance": value}}) + "\n")
-        said.append(keep_best(folder, Best(i, float("nan") if value is None else value, KEY), lambda at, i=i: written(at, i)) if i else [])
+        said.append(keep_best(folder, Best(i, float("nan") if value is None else value, KEY), partial(written, iteration=i)) if i else [])
     return said
 
 
@@ -62,7 +69,7 @@ def test_previews_of_the_warm_up_are_no_student_s(tmp_path: Path) -> None:
     for i, value in enumerate(values):
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": i, "preview": {"distance": value}}) + "\n")
-        said = keep_best(tmp_path, Best(i, value, KEY), lambda at, i=i: written(at, i), warmup=3) if i else []
+        said = keep_best(tmp_path, Best(i, value, KEY), partial(written, iteration=i), warmup=3) if i else []
         assert (tmp_path / "best").exists() == (i > 3) and bool(said) == (i == 6)
 
 
@@ -84,3 +91,32 @@ def test_a_kill_between_the_student_and_its_note_loses_nothing(tmp_path: Path) -
     assert read_best(tmp_path, KEY) is None
     keep_best(tmp_path, Best(2, 0.6, KEY), lambda at: written(at, 2))
     assert (tmp_path / "best" / "student").read_text() == "2"
+
+
+def test_a_run_that_gets_worse_leaves_its_best_student(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its user sees it: a student to draw with, which is not the last one, and a line on the screen and in the report."""
+    distances = iter([0.9, 0.5, 0.3, 0.4, 0.5, 0.6])
+    monkeypatch.setattr("fewstep.cli.preview.paired_distance", lambda *_: next(distances))
+    assert command(monkeypatch, "distill", recipe, "--set", "preview.every=1") == 0
+    run, said = Path("runs/tiny"), capsys.readouterr().out
+    assert "best     runs/tiny/best: the student of iteration 2, preview.distance 0.3 where the last has 0.6" in said
+    assert json.loads((run / "best" / "fewstep.json").read_text())["iterations"] == 2
+    best, last = (load_file(run / name / "pytorch_lora_weights.safetensors") for name in ("best", "final"))
+    assert best.keys() == last.keys() and any(not torch.equal(best[k], last[k]) for k in best)
+    assert command(monkeypatch, "sample", run / "best", "-p", "red cat") == 0
+    assert "iteration 2, kept in runs/tiny/best (preview.distance 0.3)" in (run / "report.html").read_text()
+
+
+def test_a_new_training_in_the_folder_is_not_held_against_an_old_best(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = Path("runs/tiny/best")
+    stale.mkdir(parents=True)
+    (stale / "preview.json").write_text(json.dumps({"iteration": 5, "value": 0.0, "measured": KEY}))
+    assert command(monkeypatch, "distill", recipe, "--set", "train.iterations=2", "--set", "preview.every=2") == 0
+    assert read_best(stale.parent, KEY) != Best(5, 0.0, KEY) and (stale / "fewstep.json").is_file()
+
+
+def test_it_is_kept_only_where_it_is_wanted(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, "distill", recipe, "--set", "train.iterations=2", "--set", "preview.keep_best=false") == 0
+    assert not Path("runs/tiny/best").exists() and Path("runs/tiny/final").is_dir()

@@ -1,16 +1,22 @@
 """What a run shows says what it cost, and whether it is what the teacher shows."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fewstep.backbones.base import Backbone
 from fewstep.cli import preview
 from fewstep.cli.preview import Preview, labelled
 from fewstep.cli.recipe import DistillRecipe
+from fewstep.core.solvers import State
+from fewstep.methods.method import Method
 from fewstep.methods.paths import PathImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.training.monitor import drift
 from fewstep.training.prompts import embed
 
 from .. import tiny
@@ -43,7 +49,7 @@ def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidanc
     assert list(pictures.trajectories) == [labelled("teacher", "step", 4), labelled("student", "step", 4)]
 
 
-def drawn(method: Mapping[str, Any], teacher: preview.Backbone, labels: tuple[str, ...] = ("cat", "dog", "cat")) -> tuple[Preview, Roles]:
+def drawn(method: Mapping[str, Any], teacher: Backbone, labels: tuple[str, ...] = ("cat", "dog", "cat")) -> tuple[Preview, Roles]:
     """The previews of a method, and what it trains, untrained."""
     recipe = DistillRecipe.model_validate({**RECIPE, "method": method, "train": {**RECIPE["train"], "batch": 2}})
     roles = make_roles(teacher, RolesConfig(rank=2), counts=recipe.method.conditioned, fake=recipe.method.needs.fake)
@@ -58,7 +64,7 @@ def rows_shown(shown: Preview, roles: Roles, monkeypatch: pytest.MonkeyPatch) ->
         seen.update(zip(labels, images, strict=True))
 
     monkeypatch.setattr(preview, "write_grid", keep)
-    shown.folder = preview.Path("samples")
+    shown.folder = Path("samples")
     shown.show(roles, 1, shown.recipe.method)
     return seen
 
@@ -85,7 +91,7 @@ def test_every_step_count_is_judged_and_named(monkeypatch: pytest.MonkeyPatch) -
     assert shown.show(roles, 1, method).warnings == []  # a student that has not moved has not drifted, blurred as one step is
     whole = Preview._student
 
-    def broken(self: Preview, roles: Roles, method: preview.Method, steps: int) -> list[preview.State]:
+    def broken(self: Preview, roles: Roles, method: Method, steps: int) -> list[State]:
         states = whole(self, roles, method, steps)
         return states if steps == 4 else [s._replace(x=s.x * float("nan")) for s in states]
 
@@ -116,3 +122,14 @@ def test_the_report_shows_the_teacher_s_other_way_to_spend_the_student_s_calls(s
     shown, roles = drawn({"steps": steps, "guidance": 2.0}, tiny.pixels())
     rows = list(shown.compare(roles, shown.recipe.method).rows)
     assert [r for r in rows[1:] if " guided " in r] == ([expected] if expected else [])
+
+
+def test_clips_are_judged_by_their_motion() -> None:
+    """A strip of a few frames is shown; what moves is measured on all of them."""
+    shown, _ = drawn({"steps": 2, "guidance": 1.0}, tiny.pixels())
+    moving = torch.rand(2, 9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    shown.teacher = SimpleNamespace(decode=lambda x: x)  # type: ignore[assignment]
+    images, teacher = shown._looked(moving)
+    assert images.shape == (2, 3, 8, 5 * 8) and teacher.motion == pytest.approx(float(moving.diff(dim=1).abs().mean()))
+    still = shown._looked(moving[:, :1].expand_as(moving))[1]
+    assert any("2 of 2 clips stand still" in line for line in drift(still, teacher))
