@@ -100,6 +100,8 @@ def test_a_run_leaves_everything_it_promises(
         "samples/step_000000.png",
         "samples/step_000005.png",
         "pictures.safetensors",
+        "best/fewstep.json",
+        "best/preview.json",
     } <= names
     assert {
         f"final/{n}"
@@ -114,8 +116,10 @@ def test_a_run_leaves_everything_it_promises(
     assert {"checkpoint-000004", "checkpoint-000005"} == {p.name for p in run.glob("checkpoint-*")}
     assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl", ".tmp"))]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["iteration"] for r in records if "fake_loss" in r] == [1, 2, 3, 4, 5]
-    assert all({"student_loss", "student_grad", "fake_grad", "seconds"} <= r.keys() for r in records[1:] if "fake_loss" in r)
+    trained = [r for r in records if "fake_loss" in r]
+    assert [r["iteration"] for r in trained] == [1, 2, 3, 4, 5]
+    assert all({"student_loss", "student_grad", "fake_grad", "seconds"} <= r.keys() for r in trained[1:])
+    assert [r["iteration"] for r in records if "preview" in r] == [0, 5]
     card = json.loads((run / "final" / "fewstep.json").read_text())
     assert card["timesteps"] == {"4": [999.0, 749.0, 499.0, 249.0, -1.0]}
     assert card["guidance"] == "baked"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.api import LoadedStudent
+from fewstep.cli.ending import quality_of
 from fewstep.cli.evaluate import measuring, rows_of
 from fewstep.evaluation import protocols
 from fewstep.evaluation.plan import EmojiProtocol
@@ -36,37 +37,55 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
     run = Path("runs/tiny")
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [(r["model"], r["steps"], r["nfe"]) for r in rows] == [
-        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("student", 2, 2), ("teacher", 1, 2), ("teacher", 1, 1), ("student", 1, 1)
+        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("teacher", 1, 2), ("student", 2, 2), ("teacher", 1, 1), ("student", 1, 1)
     ]  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
     assert list(points) == [0, 5]
     assert set(points[5]) == {"fd_real", "retrieval_top1", "retrieval_top5", "diversity"}
-    assert points[5]["fd_real"] == pytest.approx(rows[3]["fd_real"], rel=1e-3)  # the student of two steps, as it was exported
+    assert points[5]["fd_real"] == pytest.approx(rows[4]["fd_real"], rel=1e-3)  # the student of two steps, as it was exported
     page = (run / "report.html").read_text()
     assert "Told and taken" in page
     printed = capsys.readouterr().out
-    assert f"{rows[3]['fd_real']:.1f} in 2 network calls" in printed
+    assert f"{rows[4]['fd_real']:.1f} in 2 network calls" in printed
 
 
-@pytest.mark.parametrize("free", [False, True])
-@pytest.mark.parametrize(("guidance", "conditional", "costs"), [(2.0, True, [6, 4, 2, 2]), (1.0, True, [3, 2, 2]), (2.0, False, [3, 2, 2])])
+@pytest.mark.parametrize(
+    ("guidance", "conditional", "free", "costs"),
+    [
+        (2.0, True, False, [6, 4, 2, 2, 2]), (1.0, True, False, [3, 2, 2]), (2.0, False, False, [3, 2, 2]),
+        (2.0, True, True, [6, 4, 2, 1, 1]), (1.0, True, True, [3, 2, 1, 1]), (2.0, False, True, [3, 2, 1, 1]),
+    ],
+)  # fmt: skip
 def test_a_row_costs_what_the_network_is_asked(
     guidance: float, conditional: bool, costs: list[int], free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guided and unguided are two rows where they are two things; a free first step is none."""
+    """Guided and unguided are two rows where they are two things; a free first step is none; the teacher is measured at the student's cost."""
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
     card = replace(CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, free_first=free)
     rows = rows_of(LoadedStudent(Student(backbone, backbone.module, (), "student", free=free), card))
-    assert [r.nfe for r in rows] == [*costs[:-1], costs[-1] - free]
+    assert [r.nfe for r in rows] == costs
+    assert any(r.model == "teacher" and r.nfe == rows[-1].nfe for r in rows)
     assert [r.model for r in rows] == ["teacher"] * (len(costs) - 1) + ["student"]
     assert len({(r.model, r.steps, r.guidance) for r in rows}) == len(rows)
     for row in rows:
         asked.clear()
         row.sampler(["red cat"], [0])
         assert sum(asked) == row.nfe
+
+
+def test_what_a_run_says_of_quality_names_the_best_teacher_at_its_cost() -> None:
+    teacher = {"model": "teacher", "steps": 50, "guidance": 4.5, "nfe": 100, "fd_real": 12.8, "fd_teacher": None}
+    unguided = {"model": "teacher", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 17.1, "fd_teacher": 9.0}
+    guided = {"model": "teacher", "steps": 2, "guidance": 4.5, "nfe": 4, "fd_real": 24.1, "fd_teacher": 8.0}
+    student = {"model": "student", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 13.1, "fd_teacher": 2.0, "n": 128}
+    said = quality_of(student, teacher, [teacher, guided, unguided, student])
+    assert said == "FD to real 13.1 in 4 network calls, teacher 12.8 in 100, 17.1 at the student's cost (4 unguided steps)"
+    imitated = [row | {"fd_real": None} for row in (student, teacher, guided, unguided)]
+    said = quality_of(imitated[0], imitated[1], imitated)
+    assert said.endswith("2.0 in 4 network calls, the teacher 8.0 at the student's cost (2 guided steps), 128 pictures")
 
 
 @pytest.mark.parametrize("option", ["evaluate", "preview.measure"])

@@ -127,13 +127,13 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     result = json.loads((run / "final" / "eval.json").read_text())
     rows = result["rows"]
     assert [(r["model"], r["steps"], r["guidance"], r["nfe"], r["n"]) for r in rows] == [
-        ("teacher", 3, 2.0, 6, 6), ("teacher", 2, 2.0, 4, 6), ("teacher", 2, 1.0, 2, 6), ("student", 2, 1.0, 2, 6)
+        ("teacher", 3, 2.0, 6, 6), ("teacher", 2, 2.0, 4, 6), ("teacher", 2, 1.0, 2, 6), ("teacher", 1, 2.0, 2, 6), ("student", 2, 1.0, 2, 6)
     ]  # fmt: skip
-    assert all(r["fd_real"] > 0 for r in rows) and rows[0]["fd_teacher"] is None and rows[3]["fd_teacher"] > 0
+    assert all(r["fd_real"] > 0 for r in rows) and rows[0]["fd_teacher"] is None and rows[4]["fd_teacher"] > 0
     points = [line["quality"]["fd_real"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "quality" in line]
-    assert len(points) == 2 and points[-1] == pytest.approx(rows[3]["fd_real"], rel=1e-3)
+    assert len(points) == 2 and points[-1] == pytest.approx(rows[4]["fd_real"], rel=1e-3)
     assert (
-        f"quality  FD to real {rows[3]['fd_real']:.1f} in 2 network calls, teacher {rows[0]['fd_real']:.1f} in 6" in capsys.readouterr().out
+        f"quality  FD to real {rows[4]['fd_real']:.1f} in 2 network calls, teacher {rows[0]['fd_real']:.1f} in 6" in capsys.readouterr().out
     )
     assert command(monkeypatch, "sample", run, "-p", "sea lion", "--compare") == 0
     assert command(monkeypatch, "export", run, "merged", "--format", "merged") == 0
@@ -144,7 +144,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     assert "--format: this student is sampled with a head" in error_of(capsys)
     assert command(monkeypatch, "evaluate", run) == 0  # under the protocol of its kind, against what its recipe names
     assert "pictures: FD-efflite0, 3 components of the real pictures' features, 6 pictures against 6" in capsys.readouterr().out
-    assert json.loads((run / "final" / "eval.json").read_text())["rows"][3]["fd_real"] == rows[3]["fd_real"]
+    assert json.loads((run / "final" / "eval.json").read_text())["rows"][4]["fd_real"] == rows[4]["fd_real"]
     (run / "report.html").unlink()
     assert command(monkeypatch, "report", run) == 0
     page = (run / "report.html").read_text()
@@ -161,7 +161,7 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     assert "pictures: FD-efflite0, 3 components of the teacher's features, 6 pictures against 6; 6 pictures a row" in said
     assert "fd_teacher" in said and "fd_real" not in said and "retrieval" not in said
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
-    assert [r["nfe"] for r in rows] == ([6, 4, 2, 2] if labels else [3, 2, 2])
+    assert [r["nfe"] for r in rows] == ([6, 4, 2, 2, 2] if labels else [3, 2, 2])
     calls = 6 * sum(r["nfe"] for r in rows)  # of six pictures a row: by pictures alone the time left would be a few steps' or fifty's
     assert f"evaluating, network calls {calls}/{calls}" in said
     assert rows[-1]["fd_teacher"] > 0

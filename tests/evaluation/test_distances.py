@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fewstep.evaluation.distances import Moments, frechet_distance, kernel_distance, moments, principal_components
+from fewstep.evaluation.distances import Moments, frechet_distance, kernel_distance, moments, paired_distance, principal_components
 
 
 def normal(n: int, d: int, seed: int) -> torch.Tensor:
@@ -74,3 +74,11 @@ def test_principal_components_find_the_plane() -> None:
 def test_components_that_cannot_be_had(components: int) -> None:
     with pytest.raises(ValueError, match=rf"components: got {components}; 11 features of width 40 have 1..10"):
         principal_components(normal(11, 40, 0), components)
+
+
+def test_paired_distance_is_relative_to_the_reference() -> None:
+    r = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
+    assert paired_distance(r, r) == 0
+    assert paired_distance(2 * r, r) == pytest.approx(1)
+    assert paired_distance(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), r) == pytest.approx(0.5)
+    assert math.isnan(paired_distance(r * math.nan, r))

@@ -108,3 +108,19 @@ def test_transition_target_at_pure_noise_is_the_landing_state_made_clean() -> No
     torch.testing.assert_close(f_star[0], x_m[0] / 0.5**0.5)
     assert bool(torch.isfinite(f_star[1]).all())
     assert weight.tolist() == pytest.approx([1, 0])
+
+
+def test_the_density_ratio_of_eq_7_is_a_weight_of_zero() -> None:
+    """Its logarithm, drawn, is `-d log(sigma/beta)`; for SD 1.5's latents no time of four steps leaves anything of it, so it is dropped."""
+    rng = torch.Generator().manual_seed(0)
+    for low, high in ((249.0, 499.0), (499.0, 749.0), (749.0, 999.0)):
+        t, tau = torch.tensor([low]), torch.tensor([high])
+        r, beta = transition(TABLE, t, tau)
+        sigma, alpha = TABLE.sigma(tau), TABLE.alpha(tau)
+        x0, e_t, e = (torch.randn(16384, generator=rng, dtype=torch.float64) for _ in range(3))
+        x_t = TABLE.alpha(t) * x0 + TABLE.sigma(t) * e_t
+        x_tau = r * x_t + beta * e
+        near, far = ((x_tau - mean).square() / (2 * s**2) + s.log() for mean, s in ((r * x_t, beta), (alpha * x0, sigma)))
+        drawn, expected = float((near - far).sum()), float(-16384 * (sigma / beta).log())
+        assert drawn == pytest.approx(expected, rel=0.2)
+        assert drawn < -400 and torch.tensor(drawn).float().exp() == 0  # at its likeliest, the noisiest time of the segment

@@ -1,5 +1,7 @@
 """Grids: exact pixels at the right places, text that fits, files that are whole."""
 
+import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from fewstep.report.grids import FONT_SIZE, GAP, draw_grid, enlargement, wrap, write_grid
-from fewstep.report.pictures import to_uint8
+from fewstep.report.grids import FONT_SIZE, GAP, draw_grid, enlargement, read_grid, wrap, write_grid
+from fewstep.report.pictures import png, to_uint8
 
 
 @pytest.mark.parametrize(("size", "factor"), [(16, 6), (32, 3), (64, 2), (95, 2), (96, 1), (97, 1), (512, 1)])
@@ -60,3 +62,28 @@ def test_a_tensor_that_does_not_fit_the_words_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"grid: images are \[2, 1, 3, 8, 8\], allowed is \[1, 1, 3, H, W\]"):
         write_grid(tmp_path / "a.png", torch.zeros(2, 1, 3, 8, 8), ["x"], ["y"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_can_be_taken_apart_again(tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    grid = read_grid(write_grid(tmp_path / "a.png", images, ["teacher", "student, 4 steps"], ["a", "日本 🍎", "<b>"]).read_bytes())
+    assert grid is not None
+    assert (grid.labels, grid.prompts, grid.width, grid.height) == (("teacher", "student, 4 steps"), ("a", "日本 🍎", "<b>"), 20, 16)
+    for row in range(2):
+        for column in range(3):
+            tile = np.asarray(Image.open(io.BytesIO(grid.tiles[row][column])))
+            assert (tile == to_uint8(images[row, column]).permute(1, 2, 0).numpy()).all()
+
+
+GIANT = {"labels": ["a"], "prompts": ["b"], "left": 0, "top": 0, "width": 10**9, "height": 10**9, "down": 1, "factor": 1}
+
+
+@pytest.mark.parametrize(
+    "words", [None, "{", "[]", "{}", *[json.dumps(GIANT | {"width": w, "height": 4, "factor": f}) for w, f in ((10**9, 1), (4, 0), (-4, 1), (4, 9))]]
+)  # fmt: skip
+def test_other_pictures_are_no_grids(words: str | None) -> None:
+    picture = Image.new("RGB", (8, 8))
+    if words is not None:
+        picture.info["fewstep"] = words
+    assert read_grid(png(picture)) is None
+    assert read_grid(b"no picture") is None

@@ -17,6 +17,7 @@ from PIL import Image
 from fewstep.report.grids import write_grid
 from fewstep.report.html import Report, render, write_report
 from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_pictures, to_uint8
+from fewstep.report.plots import VARIABLES
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
 from tests.cli.test_recipes import COMMANDS
@@ -184,6 +185,146 @@ def test_an_empty_report_is_a_page() -> None:
     page = parsed(render(Report("Nothing yet")))
     assert "Nothing yet" in page.text
     assert page.all("img") == page.all("section") == page.all("table") == []
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2.2: (lighter + 0.05) / (darker + 0.05) of relative luminances."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_every_colour_that_is_text_can_be_read_in_light_and_dark() -> None:
+    """Charts name their lines in the lines' own colours; 4.5 is what WCAG AA asks for."""
+    grounds = ("paper", "card", "tint", "warn-tint")
+    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", render(Report("t")), re.DOTALL)]
+    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys()
+    for scheme in schemes:
+        texts = scheme.keys() - {*grounds, "line"}
+        assert len(texts) == 12
+        for text in texts:
+            assert min(contrast(scheme[text], scheme[ground]) for ground in grounds) >= 4.5, text
+    assert {name: schemes[0][name] for name in VARIABLES.values()} == {name: colour for colour, name in VARIABLES.items()}
+
+
+def stops(page: Page) -> list[str]:
+    """The elements that the Tab key stops at, in order, and `table` where the table begins."""
+    found = []
+    for tag, attributes in page.elements:
+        focusable = tag in ("button", "summary", "input", "select", "textarea") or (tag == "a" and "href" in attributes)
+        if tag == "table" or (int(attributes.get("tabindex", 0 if focusable else -1)) >= 0):
+            found.append(tag)
+    return found
+
+
+def test_the_images_are_not_a_hundred_stops_on_the_way_to_the_table() -> None:
+    """The script makes one of each section's; without it they cannot be enlarged."""
+    html = render(full_report())
+    page = parsed(html)
+    assert len([b for b in page.all("button") if b["class"] == "tile"]) > 30
+    assert len(stops(page)[: stops(page).index("table")]) + html.count('class="tiles"') < 15
+    assert "ArrowRight" in html
+
+
+def test_many_warnings_unfold() -> None:
+    page = parsed(render(Report("t", warnings=[f"warning {i}" for i in range(40)])))
+    assert "37 more" in page.text and len(page.all("li")) == 40 and len(page.all("details")) == 1
+    assert parsed(render(Report("t", warnings=["a", "b", "c"]))).all("details") == []
+
+
+def test_everything_that_can_be_wide_scrolls_by_itself() -> None:
+    """On a phone no part may make the page wider than the screen. What is hidden from sight is placed within what scrolls."""
+    report = full_report()
+    html = render(Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no picture")]}))
+    page = Scrolling()
+    page.feed(html)
+    assert page.outside == []
+    assert page.inside >= {"table", "compare", "path-rows", "hidden"}
+    assert re.search(r"\.scroll \{[^}]*position: relative;[^}]*overflow-x: auto;", html)
+
+
+@dataclass
+class Scrolling(Page):
+    """Which wide elements stand inside and outside of one that scrolls."""
+
+    within: list[bool] = field(default_factory=list)
+    inside: set[str] = field(default_factory=set)
+    outside: list[str] = field(default_factory=list)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        classes = (dict(attrs).get("class") or "").split()
+        for wide in {tag, *classes} & {"table", "compare", "path-rows", "hidden"}:
+            if any(self.within):
+                self.inside.add(wide)
+            else:
+                self.outside.append(wide)
+        super().handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.within.append("scroll" in classes)
+
+    def handle_endtag(self, tag: str) -> None:
+        super().handle_endtag(tag)
+        self.within.pop()
+
+
+def test_grids_of_a_run_are_shown_in_the_page_s_own_colours(run: Path) -> None:
+    """A grid is a white sheet with its words painted on it; the page has its pictures and its words."""
+    pictures = torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    for path in (run / "samples").iterdir():
+        path.unlink()
+    path = write_grid(run / "samples" / "step_000100.png", pictures, ["teacher", HOSTILE], ["p", "日本"])
+    page = parsed(render_run(run).read_text(encoding="utf-8"))
+    shown = {i["alt"]: i for i in page.all("img") if i["alt"].startswith("iteration 100")}
+    assert len(shown) == 4
+    for row, label in enumerate(("teacher", HOSTILE)):
+        for column, prompt in enumerate(("p", "日本")):
+            tile = shown[f"iteration 100, {label}: {prompt}"]
+            assert (decoded(tile["src"]) == to_uint8(pictures[row, column]).permute(1, 2, 0).numpy()).all()
+    Image.open(path).convert("RGB").save(path)  # the words are lost, as in files from before
+    alts = [i["alt"] for i in parsed(render_run(run).read_text(encoding="utf-8")).all("img")]
+    assert "Grid of images at iteration 100" in alts
+
+
+def test_the_top_says_what_was_made(run: Path) -> None:
+    about = json.loads((run / "run.json").read_text())
+    recipe = {"teacher": "emoji", "method": {"name": "tdm-unify", "steps": [4, 2, 1]}, "train": {"iterations": 260}}
+    (run / "run.json").write_text(json.dumps(about | {"recipe": recipe}))
+    facts = dict(read_run(run).made)
+    assert facts == {
+        "Teacher": "emoji",
+        "Method": "tdm-unify",
+        "Steps": "4, 2 or 1",
+        "State": "iteration 10 of 260; there is no student yet",
+    }
+    card = {"base": "emoji", "method": "trajp-l-tdm", "steps": [4], "weights": "lora", "rank": 32, "head": "span"}
+    (run / "final" / "fewstep.json").write_text(json.dumps(card))
+    (run / "final" / "emoji-lora.safetensors").write_text("")
+    (run / "best").mkdir()
+    (run / "best" / "preview.json").write_text(json.dumps({"iteration": 5, "value": 12.3456, "measured": "quality.fd_real"}))
+    facts = dict(read_run(run).made)
+    assert facts["Method"] == "trajp-l-tdm" and facts["Steps"] == "4"
+    assert facts["Trained"] == "LoRA of rank 32, for strength 1.0, and a span head"
+    assert facts["File to use"] == f"{run / 'final'}, for other programs emoji-lora.safetensors in it"
+    assert facts["Best preview"] == f"iteration 5, kept in {run / 'best'} (quality.fd_real 12.35)"
+    text = "".join(parsed(render_run(run).read_text(encoding="utf-8")).text)
+    assert text.index("LoRA of rank 32") < text.index("Side by side")
+
+
+def test_diversity_is_what_the_note_says_it_is() -> None:
+    rows = [
+        {"model": "teacher", "steps": 50, "diversity": 0.385, "diversity_ratio": 1.0},
+        {"model": "student", "steps": 4, "diversity": 0.455, "diversity_ratio": 1.18},
+    ]
+    page = parsed(render(Report("t", rows=rows)))
+    text = "".join(page.text)
+    assert "1.18" in text and "0.46" not in text and "as a multiple of what the teacher's do" in text
+    alone = [{"model": "student", "steps": 4, "diversity": 0.455, "diversity_ratio": None}]
+    assert "Diversity" not in "".join(parsed(render(Report("t", rows=alone))).text)  # there is nothing that it is a multiple of
 
 
 def test_the_report_is_written_in_one_piece(tmp_path: Path) -> None:

@@ -83,6 +83,19 @@ def test_the_student_and_the_teachers_stand_at_their_values() -> None:
     assert {"teacher (4)", "teacher (100)", "student"} <= set(texts(to_svg(figure, "t")))
 
 
+def test_the_curves_teacher_is_the_best_one_at_the_student_s_cost() -> None:
+    """Neither the one with the fewest calls, which a student of several step counts has too, nor the worse one of two that cost the same."""
+    more = [
+        {"model": "teacher", "steps": 2, "guidance": 3.5, "nfe": 4, "fd_real": 200.0, "retrieval_top1": 0.6},
+        {"model": "teacher", "steps": 1, "guidance": 1.0, "nfe": 1, "fd_real": 300.0, "retrieval_top1": 0.1},
+        {"model": "student", "steps": 1, "guidance": 1.0, "nfe": 1, "fd_real": 180.0, "retrieval_top1": 0.3},
+    ]
+    for key, percent, expected in (("fd_real", False, [100, 170]), ("retrieval_top1", True, [60, 90])):
+        figure = quality(METRICS, [*ROWS, *more], key, percent=percent)
+        assert figure is not None
+        assert sorted(line.get_ydata()[0] for line in figure.axes[0].lines[1:]) == expected
+
+
 def test_quality_against_cost_separates_guided_teachers() -> None:
     figure = quality_cost(ROWS)
     assert figure is not None

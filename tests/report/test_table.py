@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fewstep.report.summary import Cost, headlines
+from fewstep.report.summary import Cost, at_equal_cost, headlines
 from fewstep.report.table import COLUMNS, table
 from fewstep.report.words import duration, times
 
@@ -43,7 +43,7 @@ def test_missing_and_broken_values_are_dashes_and_never_the_best() -> None:
 def test_columns_that_no_row_fills_are_left_out() -> None:
     assert [c.key for c in table(ROWS).columns] == ["model", "steps", "nfe", "fd_real", "retrieval_top1", "seconds_per_image"]
     assert table([]).columns == ()
-    assert {c.key for c in COLUMNS} >= {"guidance", "n", "fd_teacher", "retrieval_top5", "diversity"}
+    assert {c.key for c in COLUMNS} >= {"guidance", "n", "fd_teacher", "retrieval_top5", "diversity_ratio"}
 
 
 def test_text_and_single_rows() -> None:
@@ -58,6 +58,50 @@ def test_the_three_numbers() -> None:
     assert (speed.value, cost.value) == ("23×", "7 min 32 s")
     assert "4 network evaluations instead of 100" in speed.caption
     assert cost.caption == "of training, 400 iterations, on 2 CPU cores."
+
+
+def guided(steps: int, scale: float, fd: float, **more: object) -> dict[str, object]:
+    """A teacher's row; a guided step costs two network evaluations."""
+    return row("teacher", steps, steps * (2 if scale > 1 else 1), fd, 0.5) | {"guidance": scale, **more}
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_the_best_teacher_at_the_student_s_cost_is_the_baseline_and_is_named(flipped: bool) -> None:
+    """Two guided steps cost what four unguided ones do: the better of them, wherever it stands, is what a student has to beat."""
+    student = row("student", 4, 4, 13.0, 0.5)
+    rows = [guided(50, 4.5, 12.8), *[guided(4, 1.0, 17.1), guided(2, 4.5, 24.1)][:: -1 if flipped else 1], student]
+    quality = headlines(rows, None)[0]
+    assert quality.value == "95 %"  # (17.1 - 13.0) / (17.1 - 12.8); against the worse one it would be 98 %
+    assert "17.1 at the student's cost, in 4 unguided steps" in quality.caption and "24.1" not in quality.caption
+    better_guided = [guided(50, 4.5, 12.8), guided(4, 1.0, 24.1), guided(2, 4.5, 17.1), student]
+    assert headlines(better_guided, None)[0].value == "95 %" and "in 2 guided steps" in headlines(better_guided, None)[0].caption
+
+
+def test_a_cheaper_teacher_counts_where_it_is_better_and_is_none_by_itself() -> None:
+    student = row("student", 4, 4, 13.0, 0.5)
+    cheap, same = guided(2, 1.0, 15.0), guided(4, 1.0, 17.1)
+    assert at_equal_cost([same, cheap, student], student, "fd_real") is cheap
+    assert at_equal_cost([cheap, student], student, "fd_real") is None
+    assert at_equal_cost([guided(50, 4.5, 1.0)], student, "fd_real") is None
+    assert at_equal_cost([same], student | {"nfe": None}, "fd_real") is None
+    assert at_equal_cost([guided(4, 1.0, math.nan)], student, "fd_real") is None
+    shares = [guided(4, 1.0, 9.0, retrieval_top1=0.4), guided(2, 4.5, 9.0, retrieval_top1=0.5)]
+    assert at_equal_cost(shares, student, "retrieval_top1", highest=True) is shares[1]
+
+
+def test_a_student_of_a_teacher_that_loses_nothing_has_no_percentage() -> None:
+    quality = headlines([guided(50, 4.5, 12.8), guided(4, 1.0, 12.0), row("student", 4, 4, 13.0, 0.5)], None)[0]
+    assert quality.value == "13.0" and "12.0 at the student's cost" in quality.caption
+
+
+def test_without_real_images_the_best_teacher_at_equal_cost_is_named_too() -> None:
+    teachers = [
+        row("teacher", 50, 100, None, 0.5),
+        row("teacher", 4, 4, None, 0.5) | {"fd_teacher": 9.0, "guidance": 1.0},
+        row("teacher", 2, 4, None, 0.5) | {"fd_teacher": 5.0, "guidance": 4.5},
+    ]
+    quality = headlines([*teachers, row("student", 4, 4, None, 0.5) | {"fd_teacher": 2.0}], None)[0]
+    assert quality.value == "2.0" and "the teacher at the student's cost has 5.0, in 2 guided steps" in quality.caption
 
 
 def test_headlines_need_their_numbers() -> None:

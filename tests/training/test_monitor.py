@@ -1,9 +1,12 @@
 """The drift monitor flags what goes wrong in practice, and stays silent on what does not."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fewstep.training.monitor import drift, look
+from fewstep.training.monitor import drift, look, unfit
 
 
 def pictures(seed: int = 0) -> torch.Tensor:
@@ -36,3 +39,73 @@ def test_what_the_teacher_s_pictures_lack_is_not_missed() -> None:
     assert drift(look(one), look(one)) == []
     assert drift(look(grey), look(grey)) == []
     assert any(line.startswith("DRIFT saturation is ") for line in drift(look(pictures()), look(grey)))
+
+
+def test_states_of_too_much_spread_are_seen_where_the_pictures_are_as_they_were() -> None:
+    """What guidance that is too high does: an autoencoder decodes such states to pictures of ordinary colours."""
+    states = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(2))
+    teacher, blown = look(pictures(), states), look(pictures(), 2 * states)
+    assert [line.split(";")[0] for line in drift(blown, teacher)] == ["DRIFT spread is 2.00 of the teacher's"]
+    assert drift(look(pictures(), 1.2 * states), teacher) == []
+    said = unfit(blown, teacher, 50)
+    assert len(said) == 1 and "what it is at guidance 4.5, in the teacher's own previews at method.guidance=50" in said[0]
+    assert unfit(teacher, None, 4.5) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_off(value: float) -> None:
+    """No comparison with it is true: neither in the student's previews, nor in the teacher's, nor in what the student began as."""
+    healthy, broken = look(pictures()), look(torch.full((8, 3, 16, 16), value))
+    for found in (drift(broken, healthy), drift(healthy, broken), drift(broken, broken), drift(broken, healthy, start=broken)):
+        assert any(line.startswith("DRIFT brightness is ") for line in found)
+    assert any("8 of 8 previews are of one colour or not finite" in line for line in drift(broken, healthy))
+    assert any("the teacher's own 8 previews" in line for line in unfit(broken, None, 4.5))
+
+
+@pytest.mark.parametrize("colour", [0.0, 1.0, 0.5, math.nan])
+def test_a_few_pictures_that_show_nothing_are_counted(colour: float) -> None:
+    """Two black ones of eight move no average by a third."""
+    some = pictures()
+    some[:2] = colour
+    assert any("DRIFT 2 of 8 previews are of one colour or not finite" in line for line in drift(look(some), look(pictures())))
+    assert not any("of one colour" in line for line in drift(look(some), look(some)))  # where the teacher's show nothing either
+
+
+def test_a_coloured_field_is_blank_and_a_fine_pattern_is_not() -> None:
+    red = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 16, 16)
+    pattern = torch.zeros(3, 16, 16)
+    pattern[0, 5, 5] = 1.0
+    assert look(torch.stack([red, pattern])).blank == (True, False)
+
+
+def test_what_a_student_began_as_is_no_drift_and_what_is_worse_is() -> None:
+    """One step begins blurred, far outside of what is allowed."""
+    teacher = look(pictures())
+    start, better, worse = (replace(teacher, contrast=share * teacher.contrast) for share in (0.4, 0.5, 0.3))
+    assert drift(start, teacher, start) == [] == drift(better, teacher, start)
+    assert [line.split()[1] for line in drift(worse, teacher, start)] == ["contrast"]
+    assert [line.split()[1] for line in drift(better, teacher)] == ["contrast"]
+
+
+def clips(speed: float) -> torch.Tensor:
+    """Eight clips of a bar that moves `speed` pixels a frame, [8, 5, 3, 16, 16]."""
+    return torch.stack([torch.roll(pictures(), round(speed * f), -1) for f in range(5)], 1)
+
+
+def moved(x: torch.Tensor) -> torch.Tensor:
+    return x.diff(dim=1).abs().mean((1, 2, 3, 4))
+
+
+def test_clips_that_stand_still_are_flagged() -> None:
+    teacher, still = (look(x, motions=moved(x)) for x in (clips(2), clips(0)))
+    found = drift(still, teacher)
+    assert any(line.startswith("DRIFT motion is 0.00 of the teacher's") for line in found)
+    assert any("8 of 8 clips stand still where the teacher's move" in line for line in found)
+    assert drift(teacher, teacher) == [] == drift(still, still)  # there is nothing to move where the teacher's stand still
+
+
+def test_one_clip_of_eight_that_stands_still_is_flagged() -> None:
+    some = clips(2)
+    some[3] = some[3, :1]
+    found = drift(look(some, motions=moved(some)), look(clips(2), motions=moved(clips(2))))
+    assert len(found) == 1 and "DRIFT 1 of 8 clips stand still" in found[0]

@@ -1,10 +1,13 @@
 """`fewstep distill`: from a recipe to a student, its pictures, its numbers and its report."""
 
 import json
+import math
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,8 +21,8 @@ from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
 from ..export.card import read_card
-from ..report.run import SHAPE
-from ..report.words import plural
+from ..report.run import BEST, BEST_FILE, SHAPE
+from ..report.words import finite, plural
 from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
@@ -31,7 +34,8 @@ from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
-from .ending import errors_along, finish, shape_seen
+from .best import Best, measured_by
+from .ending import errors_along, finish, shape_seen, write_best
 from .evaluate import check_measures, measure_step
 from .metrics_log import MetricsLog
 from .plan import plans_of, show
@@ -156,10 +160,12 @@ def distil(
         console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
     else:
         log.seconds = spent_before(recipe, run, paths)
+        (run / BEST / BEST_FILE).unlink(missing_ok=True)  # what lies there is another training's
     with with_others():
         # Networks whose weights are spread draw in all processes or in none.
         preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
-        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log)
+        keep = partial(write_best, run, recipe, roles, base_hash) if first and recipe.preview.keep_best and not sharded(recipe) else None
+        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log, keep)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
@@ -176,25 +182,44 @@ def distil(
     finish(recipe, roles, preview, run, base_hash, log.seconds)
 
 
-def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, None], preview: Preview | None, log: MetricsLog) -> bool:
+Keep = Callable[[Best, float], list[str]]  # (a preview's quality, seconds so far) -> what is to be said of it
+
+
+def training(
+    recipe: DistillRecipe,
+    roles: Roles,
+    steps: Generator[Step, None, None],
+    preview: Preview | None,
+    log: MetricsLog,
+    keep: Keep | None = None,
+) -> bool:
     """Go through the training and show, log and measure what comes; returns whether it was stopped before its end. Without `preview` only train."""
     start, last = log.iteration, recipe.train.iterations
     if not start and preview is not None:
-        preview.show(roles, 0, recipe.method)
-        measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
+        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         for step in steps:
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
             due = step.iteration % recipe.preview.every == 0 or step.iteration == last
             if due and preview is not None:
-                if warnings := preview.show(roles, step.iteration, recipe.method):
-                    console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
-                    log.note(step.iteration, {"warnings": warnings})
-                measure(recipe, step, log)
+                judge(recipe, step, preview, log, keep)
             if any_of(request.asked) and step.iteration < last:
                 return True
     return False
+
+
+def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, keep: Keep | None = None) -> None:
+    """One preview: its pictures, what is measured on them, the best student so far, and everything that is to be said."""
+    seen = preview.show(step.roles, step.iteration, recipe.method)
+    values = {"distance": seen.distance, **{f"distance_{k}": d for k, d in seen.distances.items()}}
+    log.note(step.iteration, {"preview": {k: v if finite(v) else None for k, v in values.items()}})
+    quality = measure(recipe, step, log)
+    value = seen.distance if recipe.preview.measure is None else quality.get("fd_real")
+    kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds) if keep else []
+    if said := [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]:  # at its end a run says what it missed
+        console.print("\n".join(f"iteration {step.iteration}: {w}" for w in said), markup=False)
+        log.note(step.iteration, {"warnings": said})
 
 
 def data_seed(recipe: DistillRecipe, data: DataConfig) -> int:
@@ -301,10 +326,13 @@ FIRST = "first"  # the folder inside a run that holds its first stage
 EMBEDDINGS = "embeddings"  # that with what was encoded
 
 
-def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:
-    """A point of the quality curves, where the recipe asks for them."""
-    if recipe.preview.measure is not None:
-        log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure, recipe.real)})
+def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> Mapping[str, Any]:
+    """A point of the quality curves, where the recipe asks for them; empty where it does not."""
+    if recipe.preview.measure is None:
+        return {}
+    quality = measure_step(step, recipe.preview.measure, recipe.real)
+    log.note(step.iteration, {"quality": quality})
+    return quality
 
 
 def print_dry_run(recipe: DistillRecipe) -> None:

@@ -1,6 +1,6 @@
 """What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from ..export.final import write_final
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
+from ..report.summary import at_equal_cost, called
 from ..report.words import plural
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
 from ..training.paths import Paths
 from ..trajp.analysis import shape_of, strays
 from ..trajp.head import Head, kind_of
+from .best import Best, keep_best, missed
 from .evaluate import evaluate_student
 from .preview import Preview
 from .progress import console
@@ -33,22 +35,9 @@ from .run_record import hardware
 
 def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
-    method, schedule = recipe.method, roles.backbone.schedule
-    called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
-    counts, default = method.counts, method.counts[0]
-    grids = {k: method.times(schedule, k) for k in counts}
-    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
-    rank = recipe.roles.rank if weights == "lora" else None
-    card = StudentCard(
-        name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
-        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
-        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
-        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
-        iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
-        scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
-    )  # fmt: skip
+    method, card = recipe.method, card_of(recipe, roles, base_hash, recipe.train.iterations, seconds)
     with roles.averaged():
-        write_student(run / "final", card, roles, grids[default][:-1])
+        write_student(run / "final", card, roles, first_times(method, roles))
         save_pictures(run / PICTURES, preview.compare(roles, method))
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real) if recipe.evaluate else None
     report = render_run(run)
@@ -56,6 +45,41 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     teacher = evaluations(most, calls(preview.null, method.guidance))
     cost = f"{counted(card)}; the teacher takes {teacher} in {most}"
     print_ending(run, report, result, seconds, cost, next_commands(run, preview.prompts))
+    if best := missed(run, recipe):
+        console.print(f"best     {best}", markup=False)
+
+
+def first_times(method: Method, roles: Roles) -> Tensor:
+    """The times that the default student visits, [K]."""
+    return method.times(roles.backbone.schedule, method.counts[0])[:-1]
+
+
+def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, now: Best, seconds: float) -> list[str]:
+    """Keep the averaged student of this preview in `run/best` if it is the best so far; returns what is to be said of the last ones."""
+
+    def write(folder: Path) -> None:
+        with roles.averaged():
+            write_student(folder, card_of(recipe, roles, base_hash, now.iteration, seconds), roles, first_times(recipe.method, roles))
+
+    return keep_best(run, now, write, recipe.method.warmup)
+
+
+def card_of(recipe: DistillRecipe, roles: Roles, base_hash: str, iterations: int, seconds: float) -> StudentCard:
+    """What the student of so many iterations is."""
+    method, schedule = recipe.method, roles.backbone.schedule
+    called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
+    counts = method.counts
+    grids = {k: method.times(schedule, k) for k in counts}
+    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
+    rank = recipe.roles.rank if weights == "lora" else None
+    return StudentCard(
+        name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
+        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
+        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
+        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
+        iterations=iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
+        scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
+    )  # fmt: skip
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
@@ -115,15 +139,22 @@ def print_ending(
     if result is not None:
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
-        console.print(f"quality  {quality_of(student, best)}")
+        console.print(f"quality  {quality_of(student, best, rows)}")
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}", markup=False)
 
 
-def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
-    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json."""
-    cost = plural(student["nfe"], "network call")
-    if student["fd_real"] is None:
-        return f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}, {student['n']} pictures"
-    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}"
+def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json.
+
+    Of the teacher's `rows` at the student's cost the best is named.
+    """
+    cost, real = plural(student["nfe"], "network call"), student["fd_real"] is not None
+    key = "fd_real" if real else "fd_teacher"
+    same = at_equal_cost(rows, student, key)
+    beside = "" if same is None else f", {same[key]:.1f} at the student's cost ({called(same)})"
+    if not real:
+        far = f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}"
+        return f"{far}{beside and f', the teacher{beside[1:]}'}, {student['n']} pictures"
+    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}{beside}"

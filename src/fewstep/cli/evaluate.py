@@ -139,24 +139,34 @@ def classes_of(teacher: Backbone) -> tuple[str, ...]:
 
 
 def rows_of(student: LoadedStudent) -> "list[Row]":
-    """Teacher@50, then for every K served teacher@K guided, teacher@K unguided and student@K.
+    """Teacher@50, then for every K served teacher@K guided and unguided, all that the teacher draws at the student's cost, student@K.
 
-    Of a teacher that was not guided, or has nothing to be guided by, the two are one.
+    At a student's cost of c network calls the teacher takes c unguided steps, or half as many guided ones: which is better is not known
+    before. Of a teacher that was not guided, or has nothing to be guided by, the two are one.
     """
     from ..evaluation.protocols import Row
 
     teacher, card = backbone_of(student), student.card
     null = teacher.encode([""])
     best = card.teacher_guidance if null else 1.0
+    scales, each = tuple(dict.fromkeys((best, 1.0))), calls(null, best)
+    rows: dict[tuple[str, int, float], Row] = {}
 
-    def of_teacher(steps: int, scale: float) -> Row:
-        return Row("teacher", steps, scale, evaluations(steps, calls(null, scale)), _sampler(teacher, steps, scale))
+    def add_teacher(steps: int, scale: float) -> None:
+        nfe = evaluations(steps, calls(null, scale))
+        rows.setdefault(("teacher", steps, scale), Row("teacher", steps, scale, nfe, _sampler(teacher, steps, scale)))
 
-    rows = [of_teacher(TEACHER_STEPS, best)]
+    add_teacher(TEACHER_STEPS, best)
     for k in card.steps:
-        rows += [of_teacher(k, scale) for scale in dict.fromkeys((best, 1.0))]
-        rows.append(Row("student", k, 1.0, card_evaluations(card, k), _sampler(student, k, 1.0)))
-    return rows
+        cost = card_evaluations(card, k)
+        for scale in scales:
+            add_teacher(k, scale)
+        if cost:
+            add_teacher(cost, 1.0)
+        if cost and cost % each == 0:
+            add_teacher(cost // each, best)
+        rows["student", k, 1.0] = Row("student", k, 1.0, cost, _sampler(student, k, 1.0))
+    return list(rows.values())
 
 
 def protocol_named(name: str) -> "EmojiProtocol | PictureProtocol":

@@ -1,5 +1,7 @@
 """The run's fixed prompts and seeds as pictures: while it trains, and for its report."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,15 +12,36 @@ from ..backbones.base import rows as rows_of
 from ..backbones.generate import device_of, in_parts, pictures, trajectory
 from ..core import timegrid
 from ..core.solvers import Denoise, State, evaluations
+from ..evaluation.distances import paired_distance
+from ..evaluation.features import feature_network, features
+from ..evaluation.motion import motion
+from ..methods.matching import Matching, draw, guidance_at
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, StepGrid, Trajectory
 from ..report.video import strip
 from ..report.words import plural
 from ..roles.roles import Roles
-from ..training.monitor import drift, look
+from ..training.monitor import MODERATE, Look, drift, look, unfit
 from ..training.prompts import Embeddings
 from .recipe import DistillRecipe
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a preview says: the monitor's `warnings`, and of every step count how far its pictures are from the teacher's.
+
+    The distance is that of EfficientNet-lite0 features, prompt by prompt, relative to the teacher's own (`paired_distance`); the teacher
+    is guided as in training, but no more than moderately.
+    """
+
+    warnings: list[str]
+    distances: Mapping[int, float]
+
+    @property
+    def distance(self) -> float:
+        """The mean over step counts."""
+        return sum(self.distances.values()) / len(self.distances)
 
 
 class Preview:
@@ -30,8 +53,23 @@ class Preview:
         self.seeds = [recipe.preview.seed + i for i in range(len(self.prompts))]
         device = device_of(teacher.module)
         self.cond, self.null = shown.all(device), shown.unconditional(device)
-        times = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
-        self.reference = strip(pictures(teacher, self._guided(recipe.method.guidance), self.seeds, times))
+        times, scale = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps), recipe.method.guidance
+        self.reference, self.look = self._looked(trajectory(teacher, self._guided(scale), self.seeds, times)[-1].x)
+        self.moderate, seen = None, self.reference
+        if self.null and scale > MODERATE:
+            seen, self.moderate = self._looked(trajectory(teacher, self._guided(MODERATE), self.seeds, times)[-1].x)
+        self.features, self.seen = feature_network(), seen
+        self.starts = {k: self._start(recipe.method, k) for k in recipe.method.counts}
+
+    def _looked(self, x: Tensor) -> tuple[Tensor, Look]:
+        """The pictures that states are decoded to, clips as strips of frames, and their statistics."""
+        decoded = self.teacher.decode(x)
+        return strip(decoded), look(decoded, x, motion(decoded) / 255 if decoded.ndim == 5 else None)
+
+    def _start(self, method: Method, count: int) -> Look:
+        """The teacher's own steps without guidance, which is what a student begins as."""
+        states = trajectory(self.teacher, self._guided(1.0), self.seeds, method.times(self.teacher.schedule, count), method.solver)
+        return self._looked(states[-1].x)[1]
 
     def _guided(self, scale: float) -> Denoise:
         """The teacher, as many pictures at once as in training, whose memory is enough for it."""
@@ -42,25 +80,72 @@ class Preview:
         """The student of this count, likewise."""
         return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.recipe.train.batch)
 
-    def show(self, roles: Roles, iteration: int, method: Method) -> list[str]:
-        """Write `samples/step_N.png`; returns the monitor's warnings."""
+    def show(self, roles: Roles, iteration: int, method: Method) -> Shown:
+        """Write `samples/step_N.png` and judge what is on it. Before the first iteration the teacher is judged, not the student."""
         with roles.averaged():
-            rows = [self._student(roles, method, k)[-1].x for k in method.counts]
-        own = [strip(self.teacher.decode(x)) for x in rows]
-        labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", *(f"student, {plural(k, 'step')}" for k in method.counts)]
+            own = {k: self._looked(self._student(roles, method, k)[-1].x) for k in method.counts}
+        rows = {f"teacher, {self.recipe.preview.teacher_steps} steps": self.reference}
+        rows |= {f"student, {plural(k, 'step')}": images for k, (images, _) in own.items()}
+        if isinstance(method, Matching):
+            rows |= self._compared(roles, method)
         if self.folder is not None:
-            write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
-        return drift(look(own[0]), look(self.reference)) if iteration else []
+            write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts)
+        goal = features(self.features, self.seen.cpu())
+        distances = {k: paired_distance(features(self.features, images.cpu()), goal) for k, (images, _) in own.items()}
+        if not iteration:
+            return Shown(unfit(self.look, self.moderate, method.guidance), distances)
+        return Shown([line for k, (_, seen) in own.items() for line in self._left(seen, k)], distances)
+
+    def _left(self, seen: Look, count: int) -> list[str]:
+        """In what the student of this count has left its teacher, or the teacher under moderate guidance; each thing is said once."""
+        where, start = f" in {plural(count, 'step')}", self.starts[count]
+        found = drift(seen, self.look, start, where=where)
+        if self.moderate is not None:
+            said = {line.split()[1] for line in found}
+            more = drift(seen, self.moderate, start, f"the teacher's at guidance {MODERATE:g}", where)
+            found += [line for line in more if line.split()[1] not in said]
+        return found
+
+    def _compared(self, roles: Roles, method: Matching) -> dict[str, Tensor]:
+        """What student, teacher and fake score take for the clean picture where they are compared, at a state drawn as in training.
+
+        The fake score should say what the student does; where it and the teacher differ is where the student is pushed.
+        """
+        count, size, device = method.counts[0], self.recipe.train.batch, device_of(self.teacher.module)
+        found: list[list[Tensor]] = []
+        with torch.no_grad():
+            for first in range(0, len(self.seeds), size):
+                part = slice(first, min(first + size, len(self.seeds)))
+                cond, rng = rows_of(self.cond, part), torch.Generator(device).manual_seed(self.seeds[first])
+                d = draw(method, roles, cond, len(self.seeds[part]), rng, with_gradient=False, steps=count)
+                scale = guidance_at(method, self.teacher.schedule, d.tau)
+                guide = roles.teacher(cond, self.null, scale, method.guidance_parallel)
+                fake = roles.denoise("fake", cond, count)
+                found.append([d.x0, guide(d.x_tau, d.tau).x0, fake(d.x_tau, d.tau).x0])
+        who = ("student", "teacher", "fake score")
+        return {
+            f"estimate of the {name}": strip(self.teacher.decode(torch.cat(parts)))
+            for name, parts in zip(who, zip(*found, strict=True), strict=True)
+        }
 
     def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:
         times = method.times(self.teacher.schedule, steps)
         return trajectory(self.teacher, self._told(roles, method, steps), self.seeds, times, method.solver, roles.head)
 
     def compare(self, roles: Roles, method: Method) -> Pictures:
-        """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories."""
+        """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories.
+
+        Where a guided step costs two calls, the teacher has the default student's calls in either way: unguided, and half as many guided.
+        """
         teacher, most = self.teacher, self.recipe.preview.teacher_steps
         each = calls(self.null, method.guidance)
-        rows = {labelled("teacher", "guided step" if each > 1 else "step", most, evaluations(most, each)): self.reference}
+        guide, plain = ("guided step", "unguided step") if each > 1 else ("step", "step")
+        rows = {labelled("teacher", guide, most, evaluations(most, each)): self.reference}
+        cost = evaluations(method.counts[0], free=method.free_first)
+        if each > 1 and cost and cost % each == 0:
+            times = timegrid.uniform(teacher.schedule, cost // each)
+            half = trajectory(teacher, self._guided(method.guidance), self.seeds, times)
+            rows[labelled("teacher", guide, cost // each, cost)] = strip(teacher.decode(half[-1].x))
         paths, shown = {}, min(4, len(self.prompts))
         for steps in method.counts:
             times = method.times(teacher.schedule, steps)
@@ -68,7 +153,7 @@ class Preview:
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = labelled(who, "step", steps)
                 cost = evaluations(steps, free=method.free_first and who == "student")
-                rows[labelled(who, "step", steps, cost)] = strip(teacher.decode(states[-1].x))
+                rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(teacher.decode(states[-1].x))
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
@@ -80,11 +165,11 @@ class Preview:
         """A student of several step counts, told each and taking each."""
         counts = sorted(method.counts)
 
-        def draw(told: int, taken: int) -> Tensor:
+        def sampled(told: int, taken: int) -> Tensor:
             times = method.times(self.teacher.schedule, taken)
             return strip(pictures(self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head), 1)
 
-        images = torch.stack([torch.stack([draw(told, taken) for taken in counts], 1) for told in counts], 1)
+        images = torch.stack([torch.stack([sampled(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)
 
 

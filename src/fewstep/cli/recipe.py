@@ -39,7 +39,8 @@ class PromptsConfig(Strict):
 class PreviewConfig(Strict):
     """Fixed prompts and seeds of the pictures that a run shows; `teacher_steps` of its top row.
 
-    `measure` names a protocol under which the student is measured each time, for the report's quality curves.
+    `measure` names a protocol under which the student is measured each time, for the report's quality curves. With `keep_best` the
+    student of the best preview stays in the run's `best` folder.
     """
 
     prompts: list[str] = Field(default_factory=list)
@@ -47,6 +48,7 @@ class PreviewConfig(Strict):
     every: int = Field(default=100, ge=1)
     teacher_steps: int = Field(default=50, ge=1)
     measure: str | None = None
+    keep_best: bool = True
 
 
 METHODS: dict[str, type[Matching] | type[Imitation] | type[PathImitation]] = {

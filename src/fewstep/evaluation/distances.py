@@ -34,6 +34,12 @@ def frechet_distance(p: Moments, q: Moments) -> float:
     return float((p.mean - q.mean).square().sum() + p.covariance.trace() + q.covariance.trace() - 2 * overlap)
 
 
+def paired_distance(x: Tensor, reference: Tensor) -> float:
+    """`mean |x_i - r_i| / mean |r_i|` of features [N, D] that belong together, two pictures of one prompt: 0 where all are the same."""
+    x, reference = x.double(), reference.double()
+    return float((x - reference).norm(dim=1).mean() / reference.norm(dim=1).mean())
+
+
 def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -1,4 +1,7 @@
-"""Learning a score by regression: two targets for the fake score, one loss. TDM eq. 7."""
+"""Learning a score by regression: two targets for the fake score, one loss. TDM eq. 7, without its density ratio.
+
+That ratio is of densities in d dimensions, `log q(x_tau | x0) / q(x_tau | x_t) = -d log(sigma_tau / beta)` on average: no float holds it.
+"""
 
 from torch import Tensor
 

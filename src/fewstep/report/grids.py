@@ -1,7 +1,10 @@
-"""Labelled grids of pictures as one PNG: a row for each model, a column for each prompt."""
+"""Labelled grids of pictures as one PNG: a row for each model, a column for each prompt. A grid that was written can be taken apart again."""
 
+import io
+import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +17,18 @@ SMALLEST = 96  # pixels: smaller pictures are enlarged by a whole factor
 GAP, MARGIN, FONT_SIZE, LINE = 6, 14, 13, 17
 PROMPT_LINES, LABEL_LINES, LABEL_CHARACTERS = 4, 6, 20
 PAPER, INK, FAINT = (255, 255, 255), (29, 29, 31), (107, 107, 112)
+WORDS = "fewstep"  # the PNG's text that says what stands where
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid taken apart: `tiles[r][c]` as PNG bytes, without enlargement, for `labels[r]` and `prompts[c]`."""
+
+    labels: tuple[str, ...]
+    prompts: tuple[str, ...]
+    tiles: tuple[tuple[bytes, ...], ...]
+    width: int
+    height: int
 
 
 def write_grid(path: Path, images: Tensor, labels: Sequence[str], prompts: Sequence[str]) -> Path:
@@ -26,6 +41,32 @@ def write_grid(path: Path, images: Tensor, labels: Sequence[str], prompts: Seque
         allowed = f"[{len(labels)}, {len(prompts)}, 3, H, W]: a row for each label, a column for each prompt"
         raise ValueError(f"grid: images are {list(images.shape)}, allowed is {allowed}")
     return write_bytes(path, png(draw_grid(images, labels, prompts)))
+
+
+def read_grid(data: bytes) -> Grid | None:
+    """The pictures and words of a grid that `write_grid` made; None of any other picture, or of one from before they were written down."""
+    try:
+        sheet = Image.open(io.BytesIO(data))
+        about = json.loads(sheet.info[WORDS])
+        labels, prompts = (tuple(str(word) for word in about[key]) for key in ("labels", "prompts"))
+        left, top, width, height, down, factor = (int(about[key]) for key in ("left", "top", "width", "height", "down", "factor"))
+        right, bottom = left + len(prompts) * (width + GAP) - GAP, top + (len(labels) - 1) * down + height
+        if not (0 <= left <= right <= sheet.width and 0 <= top <= bottom <= sheet.height and width >= factor > 0 and height >= factor):
+            return None
+        tiles = tuple(
+            tuple(_tile(sheet, x, y, width, height, factor) for x in range(left, left + len(prompts) * (width + GAP), width + GAP))
+            for y in range(top, top + len(labels) * down, down)
+        )
+    except (OSError, KeyError, TypeError, ValueError, Image.DecompressionBombError):
+        return None
+    return Grid(labels, prompts, tiles, width // factor, height // factor)
+
+
+def _tile(sheet: Image.Image, x: int, y: int, width: int, height: int, factor: int) -> bytes:
+    """One picture of a grid as PNG, each of its pixels once."""
+    tile = sheet.crop((x, y, x + width, y + height)).resize((width // factor, height // factor), Image.Resampling.NEAREST)
+    tile.info.clear()
+    return png(tile)
 
 
 def draw_grid(images: Tensor, labels: Sequence[str], prompts: Sequence[str]) -> Image.Image:
@@ -48,6 +89,9 @@ def draw_grid(images: Tensor, labels: Sequence[str], prompts: Sequence[str]) -> 
         for column in range(len(prompts)):
             picture = to_pil(images[row, column]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + column * (width + GAP), y))
+    words = {"labels": list(labels), "prompts": list(prompts)}
+    places = {"left": left, "top": top, "width": width, "height": height, "down": cell_height, "factor": factor}
+    sheet.info[WORDS] = json.dumps(words | places)
     return sheet
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from ..atomic import write_bytes
+from .grids import read_grid
 from .live import Metrics
 from .pictures import Pictures, png, to_pil
 from .plots import charts
@@ -20,6 +21,7 @@ from .table import Row, table
 from .words import duration
 
 COLUMNS = 8  # prompts beside each other on a wide page
+SHOWN_WARNINGS = 3  # above the rest, which unfold
 PIXELATED = 160  # pictures up to this many pixels are enlarged pixel by pixel; larger ones are scaled smoothly
 
 
@@ -27,11 +29,12 @@ PIXELATED = 160  # pictures up to this many pixels are enlarged pixel by pixel; 
 class Report:
     """Everything a report shows; what is empty is left out of the page.
 
-    `rows` and `protocol` are those of eval.json, `metrics` the records of metrics.jsonl, `samples` the grids of
+    `made` are facts on what was made, as (name, value); `rows` and `protocol` are those of eval.json, `metrics` the records of metrics.jsonl, `samples` the grids of
     `samples/` as (iteration, PNG bytes), `trajectories` what is known of the teacher's, `next_commands` pairs of (what it does, command).
     """
 
     title: str
+    made: Sequence[tuple[str, str]] = ()
     summary: Sequence[Headline] = ()
     rows: Sequence[Row] = ()
     protocol: str = ""
@@ -60,11 +63,13 @@ def render(report: Report) -> str:
         report=report,
         table=table(report.rows),
         charts=charts(report.metrics, report.rows, report.trajectories),
+        samples=[(iteration, read_grid(data), data) for iteration, data in report.samples],
         blocks=[prompts[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS)],
         recipe=yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True) if report.recipe else "",
         source=source,
         data_url=data_url,
         pixelated=PIXELATED,
+        shown_warnings=SHOWN_WARNINGS,
         duration=duration,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -71,9 +72,12 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def png(picture: Image.Image) -> bytes:
-    """The picture's pixels as PNG, lossless."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    """The picture's pixels as PNG, lossless, with the texts that its `info` holds."""
+    buffer, words = io.BytesIO(), PngInfo()
+    for key, text in picture.info.items():
+        if isinstance(key, str) and isinstance(text, str):
+            words.add_text(key, text)
+    picture.save(buffer, "PNG", pnginfo=words)
     return buffer.getvalue()
 
 

@@ -21,12 +21,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from .live import Metrics, series
 from .space import box_around, walls
+from .summary import at_equal_cost
 from .table import Row
 from .words import finite, plural
 
 INK, MUTED, LINE = "#1d1d20", "#6a6a72", "#e5e2dc"
-STUDENT, FAKE, TEACHER = "#2457c5", "#b8570f", "#77777f"
-SEGMENTS = ("#4a3a8f", "#2f68b0", "#1f8a8f", "#3c9a5f", "#8a8f1f", "#c0801a")  # from noise to clean
+STUDENT, FAKE, TEACHER = "#2457c5", "#a94d08", "#6c6c75"
+SEGMENTS = ("#4a3a8f", "#2f68b0", "#14757a", "#287a47", "#6a6e0c", "#8f5d0c")  # from noise to clean
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", STUDENT: "student", FAKE: "fake", TEACHER: "teacher"}
 VARIABLES |= {colour: f"segment-{i}" for i, colour in enumerate(SEGMENTS)}
 
@@ -60,9 +61,9 @@ WORDS = {
     "Quality against cost": "Fréchet distance to real images, lower is better, against network evaluations per image. "
     "A guided step counts two.",
     "Distance to real images while training": "Fréchet distance of the student, lower is better. "
-    "Dashed: the teacher, with its network evaluations per image.",
+    "Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
     "Prompt match while training": "Share of the student's images whose nearest real image is the one of their own prompt, higher is "
-    "better. Dashed: the teacher, with its network evaluations per image.",
+    "better. Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
     "Matching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
     "Falling means that the student's images look more and more like the teacher's; step 1 starts from noise.",
     "Losses": "Faint: every iteration. Strong: average over a twentieth of them. These need not fall: the student and the fake score chase "
@@ -237,7 +238,10 @@ def explained(shape: Mapping[str, Any]) -> Figure | None:
 
 
 def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: bool = False) -> Figure | None:
-    """`key` of the student at every evaluation; horizontal lines are the teacher of `rows` with the fewest and the most evaluations."""
+    """`key` of the student at every evaluation; horizontal lines are the best teacher of `rows` at the student's cost, and the fullest one.
+
+    The student that is measured while training is the default one, the first of `rows`. `percent` are shares, the more the better.
+    """
     x, y = series(metrics, f"quality.{key}")
     if len(x) < 2:
         return None
@@ -246,8 +250,11 @@ def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: 
     values = [factor * v for v in y]
     axes.plot(x, values, color=STUDENT, lw=1.8, marker="o", ms=4, mec="none")
     known = [r for r in rows if r.get("model") == "teacher" and finite(r.get(key)) and finite(r.get("nfe"))]
-    teachers = sorted(known, key=lambda r: r["nfe"])
-    levels = [(f"teacher ({r['nfe']:g})", factor * r[key]) for r in (teachers if len(teachers) < 3 else (teachers[0], teachers[-1]))]
+    student = next((r for r in rows if r.get("model") == "student"), {})
+    same = at_equal_cost(known, student, key, highest=percent)
+    full = max(known, key=lambda r: float(r["nfe"]), default=None)
+    teachers = [r for r in (same, full) if r is not None]
+    levels = [(f"teacher ({r['nfe']:g})", factor * r[key]) for r in (teachers[:1] if same is full else teachers)]
     for _, level in levels:
         axes.axhline(level, color=TEACHER, lw=1, dashes=(4, 3))
     axes.margins(y=0.12)

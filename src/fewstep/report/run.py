@@ -13,6 +13,8 @@ from .summary import Cost, headlines
 
 PICTURES = "pictures.safetensors"
 SHAPE = "trajectories.json"  # what `trajp.analysis` says of the teacher's trajectories
+CARD = "fewstep.json"
+BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which one that was
 SHOWN_SAMPLES = 3
 
 
@@ -39,6 +41,7 @@ def read_run(run: Path) -> Report:
     go_on = [("Go on where it stopped", about["command"])] if "command" in about else []
     return Report(
         title=about.get("title", run.resolve().name),
+        made=made(run, about.get("recipe", {}), metrics[-1]["iteration"] if metrics else 0),
         summary=headlines(rows, cost),
         rows=rows,
         protocol=evaluation.get("protocol", ""),
@@ -52,6 +55,42 @@ def read_run(run: Path) -> Report:
         next_commands=next_commands(run, pictures.prompts) if (run / "final").is_dir() else go_on,
         versions={**about.get("versions", {}), **evaluation.get("versions", {})},
     )
+
+
+def best_preview(run: Path) -> Mapping[str, Any]:
+    """`iteration`, `value` and what was `measured` of the student in `run/best`; empty where there is none."""
+    return _read_json(run / BEST / BEST_FILE)
+
+
+def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str, str]]:
+    """What was made: teacher, method, steps, what was trained, and which file to use. Of a run without a student yet, what is being made."""
+    card = _read_json(run / "final" / CARD)
+    method, train = recipe.get("method") or {}, recipe.get("train") or {}
+    first = ((recipe.get("first") or {}).get("method") or {}).get("name")
+    name = card.get("method") or (f"{first}-{method.get('name')}" if first else method.get("name"))
+    steps = card.get("steps") or method.get("steps")
+    counts = [steps] if isinstance(steps, int) else list(steps or [])
+    facts = [("Teacher", card.get("base") or recipe.get("teacher")), ("Method", name), ("Steps", _listed(counts))]
+    if card:
+        trained = {"lora": f"LoRA of rank {card.get('rank')}, for strength 1.0", "full": "all weights of the network"}
+        head = f", and a {card['head']} head" if card.get("head") else ""
+        facts.append(
+            ("Trained", trained.get(str(card.get("weights")), "nothing but a head") + (head if card.get("weights") != "none" else ""))
+        )
+        files = sorted(p.name for p in (run / "final").glob("*-lora.safetensors"))
+        facts.append(("File to use", f"{run / 'final'}{f', for other programs {files[0]} in it' if files else ''}"))
+    elif train.get("iterations"):
+        facts.append(("State", f"iteration {iteration:,} of {train['iterations']:,}; there is no student yet"))
+    best = best_preview(run)
+    if best and int(best["iteration"]) < iteration:
+        facts.append(("Best preview", f"iteration {best['iteration']:,}, kept in {run / BEST} ({best['measured']} {best['value']:.4g})"))
+    return [(key, str(value)) for key, value in facts if value]
+
+
+def _listed(counts: Sequence[int]) -> str:
+    """`4`, `4 or 2`, `4, 2 or 1`."""
+    words = [str(count) for count in counts]
+    return " or ".join(w for w in (", ".join(words[:-1]), *words[-1:]) if w)
 
 
 def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:

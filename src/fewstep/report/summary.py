@@ -38,8 +38,29 @@ def _most(rows: Sequence[Row], model: str, key: str) -> Row | None:
     return max((r for r in rows if r.get("model") == model and finite(r.get(key))), key=lambda r: r[key], default=None)
 
 
+def at_equal_cost(rows: Sequence[Row], student: Row, key: str, highest: bool = False) -> Row | None:
+    """The teacher's best row by `key` among those that cost no more network evaluations than the student.
+
+    Of a distance the lowest is best, of a share the `highest`.
+
+    None where no row costs exactly as many: a cheaper teacher alone would flatter the student.
+    """
+    cost = student.get("nfe")
+    teachers = [r for r in rows if r.get("model") == "teacher" and finite(r.get(key)) and finite(r.get("nfe"))]
+    if not finite(cost) or all(r["nfe"] != cost for r in teachers):
+        return None
+    return min((r for r in teachers if r["nfe"] <= cost), key=lambda r: -float(r[key]) if highest else float(r[key]))
+
+
+def called(row: Row) -> str:
+    """What a teacher's row is: `2 guided steps`, `4 unguided steps`; `4 steps` where the row has no guidance."""
+    scale = row.get("guidance")
+    kind = "" if not finite(scale) else "guided " if scale > 1 else "unguided "
+    return plural(row["steps"], f"{kind}step")
+
+
 def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> Headline | None:
-    """How much of the gap between the teacher at the student's cost and the teacher at its best is closed.
+    """How much of the gap between the best teacher at the student's cost and the teacher at its best is closed.
 
     Without real images, how far the student is from the teacher at its best.
     """
@@ -48,22 +69,23 @@ def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> H
     if not finite(student.get("fd_real")) or not finite(teacher.get("fd_real")):
         return _imitation(rows, student, teacher)
     ours, goal = student["fd_real"], teacher["fd_real"]
-    teachers = [r for r in rows if r.get("model") == "teacher" and finite(r.get("fd_real"))]
-    start = max((r["fd_real"] for r in teachers if r.get("nfe") == student.get("nfe")), default=goal)
-    if start > goal:
-        lost = f"of the quality that the teacher loses at {_evaluations(student)} is won back."
-        compared = f"student {ours:.1f}, teacher {start:.1f} at the same cost and {goal:.1f} with {_evaluations(teacher)}"
-        distances = f"Fréchet distance to real images: {compared}."
-        return Headline(f"{100 * (start - ours) / (start - goal):.0f} %", f"{lost} {distances}")
-    compared = f"the teacher has {goal:.1f} with {_evaluations(teacher)}"
-    return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better; {compared}.")
+    start = at_equal_cost(rows, student, "fd_real")
+    compared = f"student {ours:.1f}, teacher {goal:.1f} with {_evaluations(teacher)}"
+    if start is None:
+        return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
+    compared += f" and {start['fd_real']:.1f} at the student's cost, in {called(start)}, the best of what it draws with so many"
+    if start["fd_real"] <= goal:
+        return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
+    lost = f"of the quality that the teacher loses at {_evaluations(student)} is won back."
+    won = 100 * (start["fd_real"] - ours) / (start["fd_real"] - goal)
+    return Headline(f"{won:.0f} %", f"{lost} Fréchet distance to real images: {compared}.")
 
 
 def _imitation(rows: Sequence[Row], student: Row, teacher: Row) -> Headline | None:
     if not finite(student.get("fd_teacher")):
         return None
-    same = [r["fd_teacher"] for r in rows if r.get("model") == "teacher" and r.get("nfe") == student["nfe"] and finite(r.get("fd_teacher"))]
-    beside = f"; the teacher at the student's cost has {max(same):.1f}" if same else ""
+    same = at_equal_cost(rows, student, "fd_teacher")
+    beside = "" if same is None else f"; the teacher at the student's cost has {same['fd_teacher']:.1f}, in {called(same)}"
     told = f"Fréchet distance to the teacher's images of {_evaluations(teacher)}, lower is better{beside}."
     return Headline(f"{student['fd_teacher']:.1f}", told)
 

@@ -40,7 +40,7 @@ COLUMNS = (
     Column("fd_teacher", "FD to teacher", 1, "low"),
     Column("retrieval_top1", "Prompt match, top 1", 1, "high", "%", 100),
     Column("retrieval_top5", "Prompt match, top 5", 1, "high", "%", 100),
-    Column("diversity", "Diversity", 2),
+    Column("diversity_ratio", "Diversity, teacher = 1", 2),
     Column("seconds_per_image", "Time per image", 3, "low", "s"),
 )
 

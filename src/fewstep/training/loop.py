@@ -1,4 +1,4 @@
-"""The one training loop: a generator that yields after every iteration and resumes bit for bit from its checkpoints."""
+"""The one training loop: a generator that yields after every iteration and resumes from its checkpoints, on a CPU bit for bit."""
 
 import hashlib
 import json
@@ -129,7 +129,8 @@ def distill(
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
 
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
-    by (seed, iteration, rank), so the resumed run is the straight run bit for bit on the same machine. Raises ValueError
+    by (seed, iteration, rank), so the resumed run is the straight run: on a CPU of the same machine bit for bit, on a GPU as far as
+    its kernels are deterministic, which by default they are not. Raises ValueError
     when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss or gradient (the last checkpoint
     stays). Trains on the device that the network is on, and where the roles are sharded in all processes together.
     """

@@ -1,50 +1,105 @@
-"""Is the student drifting? Statistics of its pictures beside the teacher's, on the same prompts and seeds.
+"""Is the student drifting? Statistics of its previews beside the teacher's, on the same prompts and seeds.
 
-Losses of distribution matching say little; brightness, colour, contrast and variety of the pictures say it early.
+Losses of distribution matching say little; brightness, colour, contrast, variety and motion of the pictures say it early. Guidance that is
+too high shows in the states that they are decoded from: an autoencoder turns states of four times their due spread into pictures of
+ordinary brightness and colour.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 UNSEEN = 0.005  # of the range of a picture, about a grey level of 8 bits: grey pictures have no saturation, one prompt has no variety
+STANDING = 0.001  # of that range, the mean change from frame to frame: clips with less of it stand still
+STILL = 0.1  # of the teacher's motion: a clip with less does not move where the teacher's does
+TOLERANCE = 0.35
+MODERATE = 4.5  # guidance at which pictures are not blown out
+
+ADVICE = {
+    "brightness": "lower method.guidance or train.lr",
+    "saturation": "lower method.guidance or train.lr",
+    "contrast": "blurred or over-sharpened: raise method.fake_updates or lower train.lr",
+    "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake_updates",
+    "spread": "blown out if above 1, faded if below: lower method.guidance or train.lr",
+    "motion": "clips stand still if below 1, flicker if above: lower train.lr, raise train.fake_lr or method.fake_updates",
+}
 
 
 @dataclass(frozen=True)
 class Look:
-    """Statistics of pictures [P, 3, H, W] in [0, 1], each a number: means over pictures, variety across prompts."""
+    """Statistics of P previews: means over pictures, variety across prompts, `spread` of the states they are decoded from.
+
+    `blank` of each picture: not finite, or of one colour. `motions` of each clip, as a share of a picture's range; empty for pictures.
+    """
 
     brightness: float
     saturation: float
     contrast: float
     variety: float
+    spread: float
+    motion: float
+    blank: tuple[bool, ...]
+    motions: tuple[float, ...]
 
 
-def look(pictures: Tensor) -> Look:
-    """`variety` is the mean distance between pictures of different prompts, per pixel: it falls when modes are lost."""
-    x = pictures.float()
+def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None = None) -> Look:
+    """Of pictures [P, 3, H, W] or clips [P, F, 3, H, W] in [0, 1], of the `states` [P, ...] they were, of each clip's `motions` [P].
+
+    `variety` is the mean distance between pictures of different prompts, per pixel: it falls when modes are lost. Spread and motion are
+    0 of what is not given.
+    """
+    x = pictures.detach().float().cpu()
     flat = x.flatten(1)
     variety = torch.pdist(flat).mean() / flat.shape[1] ** 0.5 if len(x) > 1 else torch.zeros(())
+    one_colour = (x.movedim(-3, 1).flatten(2).std(2, correction=0) <= UNSEEN).all(1)
+    moved = torch.zeros(0) if motions is None else motions.detach().float().cpu()
     return Look(
         brightness=float(x.mean()),
-        saturation=float((x.amax(1) - x.amin(1)).mean()),
-        contrast=float(x.mean(1).flatten(1).std(1).mean()),
+        saturation=float((x.amax(-3) - x.amin(-3)).mean()),
+        contrast=float(x.mean(-3).flatten(1).std(1).mean()),
         variety=float(variety),
+        spread=0.0 if states is None else float(states.detach().float().std()),
+        motion=float(moved.mean()) if len(moved) else 0.0,
+        blank=tuple((one_colour | ~flat.isfinite().all(1)).tolist()),
+        motions=tuple(moved.tolist()),
     )
 
 
-def drift(student: Look, teacher: Look, tolerance: float = 0.35) -> list[str]:
-    """One line of advice for every statistic that has left the teacher's by more than `tolerance`, relative, and by more than can be seen."""
-    advice = {
-        "brightness": "lower method.guidance or train.lr",
-        "saturation": "lower method.guidance or train.lr",
-        "contrast": "blurred or over-sharpened: raise method.fake_updates or lower train.lr",
-        "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake_updates",
-    }
+def drift(student: Look, teacher: Look, start: Look | None = None, named: str = "the teacher's", where: str = "") -> list[str]:
+    """One line of advice for everything in which the student has left the teacher; `where` says which of its previews.
+
+    A statistic has, when it is off by more than `TOLERANCE`, relative, and than can be seen, and farther than the `start` was: a student
+    of one step begins blurred. What is not a number is off.
+    """
     found = []
-    for name, cure in advice.items():
+    for name, cure in ADVICE.items():
         own, reference = getattr(student, name), getattr(teacher, name)
-        if abs(own - reference) > max(tolerance * reference, UNSEEN):
-            found.append(f"DRIFT {name} is {own / max(reference, UNSEEN):.2f} of the teacher's; {cure}")
+        floor = STANDING if name == "motion" else UNSEEN
+        limit = max(TOLERANCE * abs(reference), floor)
+        if start is not None and math.isfinite(begun := abs(getattr(start, name) - reference)):
+            limit = max(limit, begun + floor)
+        if not (abs(own - reference) <= limit < math.inf):
+            found.append(f"DRIFT {name} is {own / max(reference, floor):.2f} of {named}{where}; {cure}")
+    if blank := sum(own and not theirs for own, theirs in zip(student.blank, teacher.blank, strict=True)):
+        cure = "lower train.lr and train.fake_lr, or set train.precision=no"
+        found.append(f"DRIFT {blank} of {len(student.blank)} previews are of one colour or not finite{where}; {cure}")
+    pairs = list(zip(student.motions, teacher.motions, strict=True))
+    if still := sum(theirs > STANDING and own < STILL * theirs for own, theirs in pairs):
+        found.append(f"DRIFT {still} of {len(pairs)} clips stand still where {named} move{where}; {ADVICE['motion']}")
+    return found
+
+
+def unfit(teacher: Look, moderate: Look | None, guidance: float) -> list[str]:
+    """What is wrong with the teacher's own previews, which a student would learn; `moderate` are those at guidance `MODERATE`."""
+    found = []
+    if blank := sum(teacher.blank):
+        found.append(
+            f"DRIFT {blank} of the teacher's own {len(teacher.blank)} previews are of one colour or not finite; "
+            "see whether it draws at all: fewstep sample TEACHER"
+        )
+    if moderate is not None:
+        own = f", in the teacher's own previews at method.guidance={guidance:g}"
+        found += drift(teacher, moderate, named=f"what it is at guidance {MODERATE:g}", where=own)
     return found
