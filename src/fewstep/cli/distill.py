@@ -1,6 +1,7 @@
 """`fewstep distill`: from a recipe to a student, its pictures, its numbers and its report."""
 
 import json
+import math
 import sys
 from collections.abc import Generator
 from contextlib import closing
@@ -10,10 +11,10 @@ import torch
 import yaml
 
 from ..api import load_teacher, path_times, student_walker
-from ..atomic import read_json, write_json
+from ..atomic import read_json, require_room, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
-from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet, source_of
+from ..backbones.load import FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet
 from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
@@ -25,11 +26,22 @@ from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, require, state_bytes
-from ..training.paths import OF_STUDENT, TRAJECTORIES, Paths, PathsConfig, guided_teacher, teacher_paths, to_end
+from ..training.paths import (
+    CURVE_SAMPLES,
+    OF_STUDENT,
+    RECORD,
+    TRAJECTORIES,
+    Paths,
+    PathsConfig,
+    Walker,
+    guided_teacher,
+    teacher_paths,
+    to_end,
+)
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
-from ..training.prompts import Embeddings, embed, read_prompts
+from ..training.prompts import Embeddings, embed, embedding_bytes
 from ..training.state import latest_checkpoint
 from .ending import errors_along, finish, shape_seen
 from .evaluate import check_measures, measure_step
@@ -37,6 +49,7 @@ from .metrics_log import MetricsLog
 from .plan import plans_of, show
 from .preview import Preview
 from .progress import console, meter
+from .prompts import count_in, say_found, say_size, training_prompts
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
 from .run_record import command_line, run_record
 from .sample import student_folder
@@ -53,7 +66,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
     if dry_run:
-        print_dry_run(recipe)
+        print_dry_run(recipe, run)
         return
     stages = [recipe] if recipe.first is None else [first_stage(recipe), second_stage(recipe, run / FIRST)]
     for stage in stages:
@@ -61,8 +74,8 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     teacher, base_hash = teacher_of(recipe)
     check_measures(recipe, teacher)
     check_start(recipe, teacher)
-    prompts = training_prompts(recipe, teacher)
     console.quiet = not is_first()
+    prompts = training_prompts(recipe, teacher)
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / FIRST, stage)
@@ -132,7 +145,7 @@ def distil(
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
     with this_process().main_process_first():  # what it makes the others find
-        data = embed(teacher, prompts, cache, identity)
+        data = embed(teacher, prompts, cache, identity, keep=say_size)
         real = real_data(recipe, teacher, data, cache, identity)
         shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
     place_encoders(teacher, "cpu")
@@ -220,7 +233,7 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
                 show=lambda done: bar.advance(done, {}),
                 parallel=recipe.method.guidance_parallel,
             )
-    return encode_pictures(teacher, data.source, cache, identity)
+    return encode_pictures(teacher, data.source, cache, identity, found=say_found, keep=say_size)
 
 
 def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, run: Path, identity: str) -> Paths | None:
@@ -237,13 +250,21 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
         )
     else:
         walker = student_walker(teacher, student, times)
+    needed, there = path_bytes(config.count, walker, teacher.shape), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    require_room(folder / RECORD, needed - there)
     who = "the teacher" if student is None else f"the student in {student}"
     console.print(
-        f"trajectories: {config.count:,} of {walker.calls} network calls of {who}, {config.count * walker.calls:,} in all; those in {folder} are not walked again"
+        f"trajectories: {config.count:,} of {walker.calls} network calls of {who}, {config.count * walker.calls:,} in all, "
+        f"{count_in(needed, folder)}; those in {folder} are not walked again"
     )
     with meter("trajectories", config.count) as bar:
         walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, walker=walker)
         return to_end(walking, lambda done: bar.advance(done, {}))
+
+
+def path_bytes(count: int, walker: Walker, shape: tuple[int, ...]) -> int:
+    """What so many trajectories take on disk: states at the asked times in single precision, and some whole ones."""
+    return 4 * math.prod(shape) * (count * len(walker.places) + min(count, CURVE_SAMPLES) * len(walker.grid))
 
 
 def walking_student(data: DataConfig | None) -> Path | None:
@@ -283,20 +304,6 @@ def check_start(recipe: DistillRecipe, teacher: Backbone) -> None:
         walking_student(recipe.data)
 
 
-def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
-    """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
-    if not teacher.encode([""]):
-        return [""]
-    if recipe.prompts.source != "bundled":
-        return read_prompts(recipe.prompts.source, recipe.prompts.column)
-    shipped = BUNDLED / source_of(recipe.teacher).place / "prompts.txt"
-    if not shipped.is_file():
-        raise ValueError(
-            f"prompts: teacher {recipe.teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
-        )
-    return read_prompts(str(shipped))
-
-
 FIRST = "first"  # the folder inside a run that holds its first stage
 EMBEDDINGS = "embeddings"  # that with what was encoded
 
@@ -307,12 +314,14 @@ def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:
         log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure, recipe.real)})
 
 
-def print_dry_run(recipe: DistillRecipe) -> None:
+def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     """What `--dry-run` prints; no weights are read."""
     start_folder(recipe)
     teacher, plans = plans_of(recipe)
     check_start(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
+    needed = embedding_bytes(at_size(teacher, recipe.size), len(prompts))
+    console.print(f"embeddings of {len(prompts):,} prompts: {count_in(needed, run)}", markup=False)
     for made in plans:
         stage = made.recipe
         console.print(yaml.safe_dump(json.loads(stage.model_dump_json()), sort_keys=False), markup=False)
