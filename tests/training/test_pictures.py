@@ -13,7 +13,6 @@ from fewstep.training.captioned import Captioned, read_pictures
 from fewstep.training.pictures import encode_pictures, to_tensor
 
 from .. import tiny
-from ..archives import pack
 
 
 def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16)) -> bytes:

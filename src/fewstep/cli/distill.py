@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -172,7 +172,7 @@ def distil(
     with with_others():
         # Networks whose weights are spread draw in all processes or in none.
         preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
-        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log)
+        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log, prompts)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
@@ -186,15 +186,22 @@ def distil(
     if paths is not None:
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
-    finish(recipe, roles, preview, run, base_hash, log.seconds)
+    finish(recipe, roles, preview, run, base_hash, log.seconds, prompts)
 
 
-def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, None], preview: Preview | None, log: MetricsLog) -> bool:
+def training(
+    recipe: DistillRecipe,
+    roles: Roles,
+    steps: Generator[Step, None, None],
+    preview: Preview | None,
+    log: MetricsLog,
+    prompts: Sequence[str],
+) -> bool:
     """Go through the training and show, log and measure what comes; returns whether it was stopped before its end. Without `preview` only train."""
     start, last = log.iteration, recipe.train.iterations
     if not start and preview is not None:
         preview.show(roles, 0, recipe.method)
-        measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
+        measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log, prompts)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         for step in steps:
             log.add(step)
@@ -204,7 +211,7 @@ def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, N
                 if warnings := preview.show(roles, step.iteration, recipe.method):
                     console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
                     log.note(step.iteration, {"warnings": warnings})
-                measure(recipe, step, log)
+                measure(recipe, step, log, prompts)
             if any_of(request.asked) and step.iteration < last:
                 return True
     return False
@@ -308,10 +315,10 @@ FIRST = "first"  # the folder inside a run that holds its first stage
 EMBEDDINGS = "embeddings"  # that with what was encoded
 
 
-def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:
+def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: Sequence[str]) -> None:
     """A point of the quality curves, where the recipe asks for them."""
-    if recipe.preview.measure is not None:
-        log.note(step.iteration, {"quality": measure_step(step, recipe.preview.measure, recipe.real)})
+    if recipe.preview.measure is not None and (quality := measure_step(step, recipe.preview.measure, recipe.real, prompts)):
+        log.note(step.iteration, {"quality": quality})
 
 
 def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
@@ -319,6 +326,7 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     start_folder(recipe)
     teacher, plans = plans_of(recipe)
     check_start(recipe, teacher)
+    check_measures(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
     needed = embedding_bytes(at_size(teacher, recipe.size), len(prompts))
     console.print(f"embeddings of {len(prompts):,} prompts: {count_in(needed, run)}", markup=False)

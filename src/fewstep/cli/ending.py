@@ -1,6 +1,6 @@
 """What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from .recipe import DistillRecipe
 from .run_record import hardware
 
 
-def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float) -> None:
+def finish(
+    recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float, prompts: Sequence[str]
+) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
     method, schedule = recipe.method, roles.backbone.schedule
     called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
@@ -50,7 +52,7 @@ def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, bas
     with roles.averaged():
         write_student(run / "final", card, roles, grids[default][:-1])
         save_pictures(run / PICTURES, preview.compare(roles, method))
-    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real) if recipe.evaluate else None
+    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts) if recipe.evaluate else None
     report = render_run(run)
     most = recipe.preview.teacher_steps
     teacher = evaluations(most, calls(preview.null, method.guidance))

@@ -169,7 +169,9 @@ def _listed(lists: Mapping[str, Path]) -> dict[str, Caption]:
                 raise ValueError(f'{here} is not {{"file_name": ..., "text": ...}}; correct it')
             told = told or any(k in row for k in TEXTS)
             caption = text_of(next((row[k] for k in TEXTS if row.get(k) is not None), None), here)
-            captions[_same(f"{folder}/{row['file_name']}" if folder else row["file_name"])] = Caption(caption, own)
+            key = _same(f"{folder}/{row['file_name']}" if folder else row["file_name"])
+            if captions.setdefault(key, Caption(caption, own)).text != caption:
+                raise ValueError(f"{here} gives {printable(key)} a second caption; keep one for each picture")
         if rows and not told:
             has = ", ".join(printable(k) for k in rows[0][1]) if isinstance(rows[0][1], dict) else "none"
             raise ValueError(f"{where} has no column {', '.join(TEXTS)}; it has {has}; name the captions' column text")

@@ -14,6 +14,7 @@ from unicodedata import category
 LONGEST = 20_000  # characters of one text: encoders read some hundred words, so more is a file that was taken for a line
 COLUMNS = ("prompt", "caption", "text")
 LINE = re.compile(r"\r\n|\n")  # `str.splitlines` also ends a line at U+2028, form feeds and others that are part of a text
+WORD, BROKEN = re.compile(r"\w"), re.compile("[\0\ud800-\udfff]")
 MARKS = (  # byte order marks; UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -100,11 +101,12 @@ def text_of(value: object, where: str) -> str:
         kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else f"{json.dumps(value)}"
         raise ValueError(f'{where} has {kind} where a text belongs; write one text in quotes, such as "a red cat"')
     text = value.replace("\ufeff", "").strip()
-    if any(category(c) == "Cs" or c == "\0" for c in text):
-        raise ValueError(f"{where} has half a character or a zero byte in its text ({printable(text)[:60]}); write it again")
     if len(text) > LONGEST:
         raise ValueError(f"{where} has a text of {len(text):,} characters, allowed are {LONGEST:,}; check where its lines end")
-    return text if any(category(c)[0] != "Z" and category(c) not in ("Cc", "Cf") for c in text) else ""
+    if BROKEN.search(text):
+        raise ValueError(f"{where} has half a character or a zero byte in its text ({printable(text)[:60]}); write it again")
+    visible = WORD.search(text) or any(category(c)[0] != "Z" and category(c) not in ("Cc", "Cf") for c in text)
+    return text if visible else ""
 
 
 def json_of(text: str, where: str) -> object:

@@ -82,7 +82,7 @@ def labels_of(array: np.ndarray, count: int, where: str, classes: np.ndarray | N
         return from_numpy(np.array([number[v] for v in given], np.int64)), known
     numbers = _numbers(array, count, where)
     least = int(numbers.max()) + 1 if array.ndim == 1 else array.shape[1]
-    return numbers, tuple(map(str, range(least))) if classes is None else class_names(classes, least, where)
+    return numbers, tuple(map(str, range(least))) if classes is None else class_names(classes, least, f"{where} with classes")
 
 
 def _numbers(array: np.ndarray, count: int, where: str) -> Tensor:
@@ -110,7 +110,7 @@ def class_names(array: np.ndarray | Sequence[str], least: int, where: str) -> tu
             f"{where} is {array.dtype} of shape {list(array.shape)}, the labels need {least} names; pass them as texts, in the labels' order"
         )
     names = tuple(text_of(v, where) for v in _texts(array))
-    if odd := next((n for n in names if not n or not n.isprintable() or names.count(n) > 1), None):
+    if (odd := next((n for n in names if not n or not n.isprintable() or names.count(n) > 1), None)) is not None:
         raise ValueError(f"{where} has the name {printable(odd)!r}, which is there twice, is empty or is no plain line; rename it")
     return names
 

@@ -97,8 +97,12 @@ def _npz(path: Path) -> Pictures:
     require_regular(path, "data", "pass an npz")
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                _require_dense(entry.file_size, entry.compress_size, f"{where}: {printable(entry.filename)}")
+            entries = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{where} cannot be read as npz ({printable(error)}); pass another file") from error
+    for entry in entries:
+        _require_dense(entry.file_size, entry.compress_size, f"{where}: {printable(entry.filename)}")
+    try:
         with np.load(path, allow_pickle=False) as file:
             names = list(file.files)
             kinds = {k: next((n for n in ns if n in names), None) for k, ns in {"images": ("images",), "labels": ("labels", "y")}.items()}
