@@ -15,8 +15,11 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("offline", database=None, deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("offline")
 
 
 def _check_local(host: object) -> None:

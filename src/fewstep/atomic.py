@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -75,11 +76,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, st
         raise OSError(f"cannot write {path}: {error}; free some space, then run the same command again") from error
 
 
-def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]], whole: Mapping[str, Tensor]) -> None:
+def require_room(path: Path, size: int) -> None:
+    """Raises OSError where a file of `size` bytes has no room at `path`, so that this is known before hours have gone into it."""
+    there = next(p for p in path.absolute().parents if p.exists())
+    if size > (free := shutil.disk_usage(there).free):
+        raise OSError(
+            f"cannot write {path}: it takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free there; "
+            "free some space or choose another folder, then run the same command again"
+        )
+
+
+def write_rows(
+    path: Path,
+    count: int,
+    parts: Iterable[Mapping[str, Tensor]],
+    whole: Mapping[str, Tensor],
+    planned: Callable[[Path, int], None] = lambda path, size: None,
+) -> None:
     """One safetensors file of tensors [count, ...] whose rows come in `parts`, of which two at most are held, and of `whole` ones.
 
-    Reading it again takes no memory either until rows are asked for. Raises ValueError where the parts do not add up, OSError that says
-    what to do, with nothing changed.
+    Its size is known from the first part: `planned` hears it, and the room for it is looked for, before anything is written. Reading it
+    again takes no memory either until rows are asked for. Raises ValueError where the parts do not add up, OSError that says what to do,
+    with nothing changed.
     """
     rest = iter(parts)
     first = next(rest)
@@ -92,6 +110,8 @@ def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]], wh
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     at = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+    planned(path, 8 + len(text) + end)
+    require_room(path, 8 + len(text) + end)
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)

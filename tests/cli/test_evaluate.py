@@ -1,30 +1,37 @@
 """Measuring on the command line: at the end beside the teacher, and along the way for the report's curves."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.api import LoadedStudent
+from fewstep.backbones.base import Denoiser
+from fewstep.backbones.load import load_teacher
 from fewstep.cli.ending import quality_of
-from fewstep.cli.evaluate import measuring, rows_of
+from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
 from fewstep.evaluation import protocols
+from fewstep.evaluation.pictures import PictureProtocol
 from fewstep.evaluation.plan import EmojiProtocol
 from fewstep.roles.student import Student
 from tests import tiny
-from tests.cli.test_distill import error_of, recipe, teacher
+from tests.cli.test_distill import error_of, recipe, teacher, uncounted
 from tests.cli.test_distill import fewstep as command
 from tests.export.test_formats import CARD
 
-__all__ = ["recipe", "teacher"]  # fixtures
+__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
 
 SMALL = EmojiProtocol("small", names=6, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one protocol there is, for teachers of every kind."""
     monkeypatch.setattr(protocols, "PROTOCOLS", (SMALL,))
+    monkeypatch.setattr("fewstep.cli.evaluate.draws_emoji", lambda teacher: True)
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
 
 
@@ -97,11 +104,63 @@ def test_an_unknown_protocol_is_found_before_the_training(
     assert not Path("runs").exists()
 
 
-def test_a_teacher_is_measured_by_the_protocols_of_its_kind() -> None:
-    asked = tiny.stable_diffusion()
-    assert measuring(asked, None, None)[0].name == "emoji-full"
-    assert measuring(tiny.pixels(), None, None)[0].name == "pictures"
-    with pytest.raises(ValueError, match=r"^--protocol: got pictures, tiny is no pixel model; choose one of emoji-quick, "):
-        measuring(asked, "pictures", None)
+def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What draws no emoji is not asked for them, whatever else it draws."""
+    emoji, other = load_teacher("emoji"), tiny.stable_diffusion()
+    assert draws_emoji(emoji) and not draws_emoji(other)
+    assert [measuring(t, None, None)[0].name for t in (emoji, tiny.pixels(), other)] == ["emoji-full", "pictures", "pictures-quick"]
+    for size, names in (
+        ("quick", ["emoji-quick", "pictures-quick"]),
+        ("medium", ["emoji-medium", "pictures"]),
+        ("full", ["emoji-full", "pictures-full"]),
+    ):
+        assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
+    with pytest.raises(
+        ValueError, match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict"
+    ):
+        measuring(other, "emoji-full", None)
+    with pytest.raises(ValueError, match=r"^--protocol: got pictures, emoji draws emoji; choose one of emoji-quick, "):
+        measuring(emoji, "pictures", None)
     with pytest.raises(ValueError, match=r"^data\.real: got x, protocol emoji-quick has real pictures of its own; leave it out$"):
-        measuring(asked, "emoji-quick", "x", "evaluate")
+        measuring(emoji, "emoji-quick", "x", "evaluate")
+    with pytest.raises(ValueError, match=r"^evaluate: own-network draws no single pictures, and nothing else is measured yet"):
+        measuring(Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,)), "medium", None, "evaluate")
+
+
+def test_a_text_to_image_student_is_measured_by_its_own_prompts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the end, later from its run, and anywhere with prompts that are passed; along the way there is nothing to compare with, which is said."""
+    monkeypatch.setattr("fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),))
+    monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
+    sizes = ("--set", "evaluate=quick", "--set", "preview.measure=quick")
+    assert command(monkeypatch, "distill", recipe, *sizes) == 0
+    assert "preview.measure: tiny is not measured along the way, which takes real pictures" in capsys.readouterr().out
+    assert '"quality"' not in Path("runs/tiny/metrics.jsonl").read_text()
+    result = json.loads(Path("runs/tiny/final/eval.json").read_text())
+    assert result["protocol"] == "pictures-quick" and "retrieval_top1" not in result["rows"][0]
+    student, best = result["rows"][-1], result["rows"][0]
+    assert student["fd_teacher"] > 0 and best["fd_teacher"] is None and best["diversity_ratio"] == 1
+    assert student["diversity_ratio"] == pytest.approx(student["diversity"] / best["diversity"])
+    assert command(monkeypatch, "evaluate", "runs/tiny") == 0
+    assert json.loads(Path("runs/tiny/final/eval.json").read_text())["prompts_sha256"] == result["prompts_sha256"]
+    shutil.copytree("runs/tiny/final", "alone")
+    capsys.readouterr()
+    assert command(monkeypatch, "evaluate", "alone") == 2
+    assert "error: --prompts: there is no run around . that says what tiny was asked for; pass a prompt file" in error_of(capsys)
+    Path("other.txt").write_text("red cat\n")
+    assert command(monkeypatch, "evaluate", "alone", "--prompts", "other.txt") == 0
+    assert json.loads(Path("alone/eval.json").read_text())["prompts_sha256"] != result["prompts_sha256"]
+    Path("prompts.txt").unlink()
+    capsys.readouterr()
+    assert command(monkeypatch, "evaluate", "runs/tiny") == 2
+    assert "or pass --prompts FILE to evaluate" in error_of(capsys)
+
+
+@pytest.mark.usefixtures("uncounted")
+def test_emoji_are_not_asked_of_another_teacher(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for how in ((), ("--dry-run",)):
+        capsys.readouterr()
+        assert command(monkeypatch, "distill", recipe, "--set", "evaluate=emoji-medium", *how) == 2
+        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of pictures-quick" in error_of(capsys)
+        assert not Path("runs").exists()

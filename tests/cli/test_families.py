@@ -31,7 +31,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_videos_are_shown_as_strips_and_written_as_mp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_are_shown_as_strips_and_written_as_mp4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = pipelines.save("cogvideox", tmp_path / "video")
     assert fewstep(monkeypatch, "distill", recipe(folder)) == 0
     assert (Path("runs/tiny/report.html")).is_file()
@@ -40,6 +42,12 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(tmp_path: Path, monkeypat
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--compare", "--out", "seen/x.png") == 0
     assert sorted(p.name for p in Path("seen").iterdir()) == ["x-0.mp4", "x.png"]
     assert "text-to-video" in Path("runs/tiny/final/README.md").read_text()
+    capsys.readouterr()
+    assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 2
+    assert "evaluating" not in capsys.readouterr().out  # no video of the teacher's was drawn for it
+    assert fewstep(monkeypatch, "distill", "tiny.yaml", "--set", "evaluate=quick", "--out", "runs/other") == 2
+    assert error_of(capsys).startswith("error: evaluate: video draws no single pictures, and nothing else is measured yet; leave it out")
+    assert not Path("runs/other").exists()
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)])

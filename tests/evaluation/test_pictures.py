@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
-from fewstep.evaluation.pictures import PICTURES, PictureProtocol, asked, evaluate_pictures, shuffled
+from fewstep.evaluation.pictures import PICTURES, PictureProtocol, asked, chosen, evaluate_pictures, shuffled, spread
 from fewstep.evaluation.plan import digest
 from fewstep.evaluation.protocols import Row
 
@@ -109,3 +109,25 @@ def test_what_cannot_be_compared() -> None:
         evaluate_pictures(rows(0.2), FEW, CLASSES, REAL[:17])
     with pytest.raises(ValueError, match="protocol few: there is no teacher to compare with, nor real pictures"):
         evaluate_pictures(rows(0.2)[2:], FEW, CLASSES)
+
+
+def test_of_many_prompts_half_as_many_as_pictures_are_drawn_twice() -> None:
+    prompts = [f"prompt {i}" for i in range(40)]
+    names = chosen(FEW, [*prompts, *prompts])
+    drawn = asked(FEW, names)
+    assert len(names) == 9 and set(names) < set(prompts)
+    assert sorted(drawn.prompts) == sorted([*names, *names]) and len(set(drawn.seeds)) == 18
+    assert chosen(replace(FEW, count=8), prompts) == names[:4]  # a small protocol is the beginning of a large one
+    assert chosen(FEW, ["b", "a"]) == tuple(sorted("ab", key=digest))
+
+
+def test_diversity_is_that_of_the_seeds_of_a_prompt() -> None:
+    points = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 3.0], [5.0, 1.0]], dtype=torch.float64)
+    assert spread(points, ["a", "b", "a", "b"]) == pytest.approx(2.0)
+    assert spread(points, ["a", "b", "a", "c"]) is None
+    result = evaluate_pictures(rows(0.05, 0.5), FEW, CLASSES)
+    _, best, same, far = result["rows"]
+    assert same["diversity_ratio"] == pytest.approx(1) and best["collapsed"] is False
+    still = Row("student", 2, 1.0, 2, lambda prompts, seeds: draw(0.05)(prompts, [0] * len(seeds)))
+    row = evaluate_pictures([*rows(), still], FEW, CLASSES)["rows"][-1]
+    assert row["diversity"] == pytest.approx(0, abs=1e-6) and row["collapsed"] is True

@@ -9,16 +9,26 @@ import torch
 from PIL import Image
 
 from fewstep.backbones.base import Backbone, Denoiser
-from fewstep.training.pictures import Captioned, encode_pictures, read_pictures, to_tensor
+from fewstep.training.captioned import Captioned, read_pictures
+from fewstep.training.pictures import encode_pictures, to_tensor
 
 from .. import tiny
-from ..archives import pack
 
 
 def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def captioned(file: Path, data: bytes) -> Captioned:
+    """A picture without a caption, in this file."""
+    file.write_bytes(data)
+    return Captioned(file.name, "", "", file, 0, len(data))
+
+
+def captions(source: Path) -> dict[str, str]:
+    return {p.name: p.caption for p in read_pictures(str(source))[0]}
 
 
 @pytest.fixture
@@ -34,30 +44,13 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_captions_of_a_folder(folder: Path) -> None:
-    assert {p.name: p.caption for p in read_pictures(str(folder))} == {
-        "a_red_cat.png": "a red cat",
-        "b.png": "blue dog",
-        "more/c.PNG": "a photo of a green house",
-    }
-
-
-def test_captions_of_shards(tmp_path: Path) -> None:
-    pack(
-        tmp_path / "000.tar", {"x/1.png": png(), "x/1.txt": b"one", "x/2.png": png(), "x/2.json": b'{"caption": "two"}', "x/3.json": b"{}"}
-    )
-    one = pack(tmp_path / "001.tar", {"3.webp.png": png(), "4.jpg": png(), "4.json": b'{"text": "four"}'})
-    assert [p.caption for p in read_pictures(str(tmp_path))][:2] == ["one", "two"]
-    assert [p.caption for p in read_pictures(str(one))] == ["four"]
-
-
-def test_the_middle_is_cut_out_and_transparency_is_white() -> None:
+def test_the_middle_is_cut_out_and_transparency_is_white(tmp_path: Path) -> None:
     wide = Image.new("RGB", (40, 20), (0, 0, 0))
     wide.paste((255, 255, 255), (10, 0, 30, 20))
     buffer = io.BytesIO()
     wide.save(buffer, "PNG")
-    assert bool((to_tensor(Captioned("wide", buffer.getvalue(), ""), 20) == 1).all())
-    clear = to_tensor(Captioned("clear", png((255, 0, 0, 0)), ""), 8)
+    assert bool((to_tensor(captioned(tmp_path / "wide", buffer.getvalue()), 20) == 1).all())
+    clear = to_tensor(captioned(tmp_path / "clear", png((255, 0, 0, 0))), 8)
     assert clear.shape == (3, 8, 8)
     assert bool((clear == 1).all())
 
@@ -66,17 +59,17 @@ def test_they_are_encoded_once_and_stay_with_their_captions(folder: Path, tmp_pa
     backbone = tiny.stable_diffusion()
     first = encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
     assert first.x0.shape == (3, 4, 8, 8)
-    pictures = torch.stack([to_tensor(p, 16) for p in read_pictures(str(folder))])
+    pictures = torch.stack([to_tensor(p, 16) for p in read_pictures(str(folder))[0]])
     torch.testing.assert_close(first.x0, backbone.picture_states(pictures))
     again = encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
     assert again.embeddings.encoded == 0
     assert torch.equal(again.x0, first.x0)
     assert again.key == first.key
     real = first.draw(20, torch.Generator().manual_seed(0), torch.device("cpu"))
-    captions = backbone.encode([p.caption for p in read_pictures(str(folder))])["text"]
+    told = backbone.encode([p.caption for p in read_pictures(str(folder))[0]])["text"]
     for x0, text in zip(real.x0, real.cond["text"], strict=True):
         (row,) = {i for i in range(3) if torch.equal(first.x0[i], x0)}
-        torch.testing.assert_close(text, captions[row])
+        torch.testing.assert_close(text, told[row])
     assert len({x.sum().item() for x in real.x0}) == 3
     (folder / "b.txt").write_text("another")
     assert encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny").key != first.key
@@ -104,7 +97,7 @@ def test_mistakes_are_one_line(tmp_path: Path, case: str) -> None:
     if case == "no picture":
         (source / "a.png").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        [to_tensor(p, 8) for p in read_pictures(str(source))]
+        read_pictures(str(source))
     assert str(error.value).startswith(expected)
     with pytest.raises(ValueError, match="are no pictures; leave it out"):
         encode_pictures(tiny_points(), str(source), None, "x")

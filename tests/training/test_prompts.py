@@ -1,13 +1,24 @@
 """Prompts from every kind of file, mistakes named; embeddings made once."""
 
+import csv
+import json
+import os
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from fewstep.atomic import write_tensors
 from fewstep.backbones.base import Denoiser
 from fewstep.core.schedule import EDM
-from fewstep.training.prompts import Embeddings, embed, read_prompts
+from fewstep.training.prompts import Embeddings, embed, embedding_bytes, find_prompts, read_prompts
+from fewstep.training.texts import text_of
 
 from .. import tiny
 
@@ -53,7 +64,7 @@ def test_a_named_column_comes_before_the_usual_ones(tmp_path: Path) -> None:
 def test_a_wrong_column_lists_the_columns(tmp_path: Path, name: str, column: str | None) -> None:
     text = {"p.csv": "url,alt\na,b\n", "p.tsv": "url\talt\na\tb\n", "p.jsonl": '{"url": "a", "alt": "b"}\n'}[name]
     with pytest.raises(
-        ValueError, match=rf"has no column {column or 'prompt or caption or text'}; it has url, alt; pass --set prompts\.column=NAME$"
+        ValueError, match=rf"p\..*has no column {column or 'prompt or caption or text'}; it has url, alt; pass --set prompts\.column=NAME$"
     ):
         read_prompts(file(tmp_path, name, text), column)
 
@@ -72,14 +83,14 @@ def test_missing(tmp_path: Path, name: str) -> None:
         read_prompts(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("source", ["prompts", "p.parquet", "a/b.txt2"])
+@pytest.mark.parametrize("source", ["prompts", "p.parquet", "a/b/c.txt2", "./a/b", "a b/c", ""])
 def test_no_kind_of_source(source: str) -> None:
     with pytest.raises(ValueError, match=r"allowed are a \.txt, \.jsonl, \.csv or \.tsv file, or a hub data set id"):
         read_prompts(source)
 
 
 def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"prompts: line 2 of .*p\.jsonl is not JSON"):
+    with pytest.raises(ValueError, match=r"prompts: .*p\.jsonl, line 2 is not JSON"):
         read_prompts(file(tmp_path, "p.jsonl", '{"prompt": "a"}\n{"prompt": \n'))
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text \(byte 2\); save it as UTF-8"):
@@ -154,3 +165,148 @@ def test_prompts_are_drawn_evenly_and_by_their_generator() -> None:
         assert abs(share - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
     again = data.draw(3000, torch.Generator().manual_seed(0), torch.device("cpu"))["label"]
     assert torch.equal(drawn, again)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "prompts"),
+    [
+        ("p.TXT", "a\r\nb\u2028still b\x0bstill\x85\n\n\u200b\n", ["a", "b\u2028still b\x0bstill"]),
+        ("p.txt", "a\nü".encode("utf-16"), ["a", "ü"]),
+        ("p.csv", b"\xfe\xff" + "id,prompt\n1,ü\n".encode("utf-16-be"), ["ü"]),
+        ("p.CSV", "Prompt , id\nx,1\n2\n,3\n", ["x", "2"]),
+        ("p.tsv", 'id\tcaption\n1\t"a ""b"", c"\n', ['a "b", c']),
+        ("p.jsonl", '{"prompt": ["a", "b"]}\n["c", null]\n{"caption": "d"}\n{"prompt": NaN}\n', ["a", "b", "c", "d"]),
+    ],
+)
+def test_files_as_programs_write_them(tmp_path: Path, name: str, data: str | bytes, prompts: list[str]) -> None:
+    (tmp_path / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    assert read_prompts(str(tmp_path / name)) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.csv", 'prompt,id\n"a cat,1\nb,2\nc,3\n', "line 2: unexpected end of data"),
+        ("p.csv", "prompt\na cat\nb, sitting\n", "line 3 has 2 columns, its header 1"),
+        ("p.csv", "prompt,prompt\na,b\n", "two columns prompt"),
+        ("p.csv", f"prompt\n{'x' * 200_000}\n", "line 2: field larger"),
+        ("p.tsv", 'prompt\n"a" b\n', "line 2: "),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 7}\n', "line 2 has 7 where a text belongs"),
+        ("p.jsonl", '{"prompt": {"en": "a"}}\n', "line 1 has an object where a text belongs"),
+        ("p.jsonl", '{"prompt": [["a"]]}\n', "line 1 has a list where a text belongs"),
+        ("p.jsonl", '{"prompt": "a"}\n{"url": "b"}\n', "line 2 has no column prompt or caption or text; it has url"),
+        ("p.jsonl", '{"prompt": "\\ud800"}\n', r"half a character or a zero byte in its text \(\\ud800\)"),
+        ("p.jsonl", "[" * 100_000, "line 1 is not JSON .nested too deeply"),
+        ("p.txt", "a\rb\rc", "line 1 has a carriage return"),
+        ("p.txt", "a\n\0", "zero bytes"),
+        ("p.txt", "x" * 5_000_000, "line 1 has a text of 5,000,000 characters"),
+        ("p.txt", "\u200b\n\u3000\n\ufeff\n", "has no prompt in it"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_its_line(tmp_path: Path, name: str, text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^prompts: [^\n]*{said}[^\n]*$"):
+        read_prompts(file(tmp_path, name, text))
+
+
+def test_only_files_are_read_and_names_are_printed_harmlessly(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, kind in (("folder.txt", "folder"), ("pipe.txt", "pipe or a device")):
+        with pytest.raises(ValueError, match=rf"{name} is a {kind}, not a file; pass a \.txt"):
+            read_prompts(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"prompts: [^\n\x1b]*\\x1b\[31mred\\n\.txt has no prompt"):
+        read_prompts(file(tmp_path, "\x1b[31mred\n.txt", ""))
+
+
+def test_what_was_found_is_said(tmp_path: Path) -> None:
+    path = file(tmp_path, "p.csv", "id,prompt\n1,a\n2,b\n3,a\n4,\n")
+    assert find_prompts(path)[1].line == f"2 prompts in {path}: 1 empty, 1 repeated"
+
+
+def test_a_data_set_of_the_hub_by_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dots are part of names; lists of captions are captions; columns that hold pictures are left alone."""
+
+    class Data:
+        column_names = ("image", "caption")
+
+        def select_columns(self, names: list[str]) -> dict[str, list[object]]:
+            assert names == ["caption"]
+            return {"caption": ["a cat", ["a dog", "one dog"], None]}
+
+    def load_dataset(name: str, split: str) -> Data:
+        if name != "owner/photos-v1.2":
+            raise ConnectionError("no such\nthing")
+        return Data()
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_prompts("owner/photos-v1.2") == ["a cat", "a dog", "one dog"]
+    with pytest.raises(ValueError, match=r"^prompts: data set owner/other cannot be loaded \(no such\); check its name"):
+        read_prompts("owner/other")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+
+
+@given(texts=st.lists(TEXT, min_size=1, max_size=6))
+def test_every_text_comes_back_from_every_kind_of_file(texts: list[str]) -> None:
+    wanted = list(dict.fromkeys(t for t in (text_of(t, "") for t in texts) if t))
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"p.{kind}" for kind in ("txt", "jsonl", "csv")]
+        paths[0].write_text("".join(f"{t}\n" for t in texts), encoding="utf-8")
+        paths[1].write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts), encoding="utf-8")
+        with paths[2].open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([["id", "prompt"], *enumerate(texts)])
+        for path in paths:
+            if wanted:
+                assert read_prompts(str(path)) == wanted
+            else:
+                with pytest.raises(ValueError, match="has no prompt in it"):
+                    read_prompts(str(path))
+
+
+@given(data=st.binary(max_size=60), kind=st.sampled_from(["txt", "jsonl", "csv", "tsv"]))
+def test_bytes_are_prompts_or_one_line(data: bytes, kind: str) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"p.{kind}"
+        path.write_bytes(data)
+        said, found = "", ["nothing"]
+        try:
+            found = read_prompts(str(path))
+        except ValueError as error:
+            said = str(error)
+        assert all(p.strip() for p in found)
+        assert not said or (said.startswith("prompts: ") and said.isprintable())
+
+
+def test_a_cache_that_holds_something_else_is_made_again(tmp_path: Path) -> None:
+    """Whole files of other keys, of fewer rows, of another width."""
+    backbone, _ = counted()
+    first = embed(backbone, THREE, tmp_path, "base")
+    (path,) = tmp_path.iterdir()
+    whole = load_file(path)
+    cases: list[dict[str, torch.Tensor]] = [
+        {"x": torch.zeros(3)},
+        {"cond.label": whole["cond.label"]},
+        {**whole, "cond.label": whole["cond.label"][:2]},
+        {**whole, "null.label": torch.zeros(1, 4)},
+        {**whole, "null.label": whole["null.label"].half()},
+    ]
+    for tensors in cases:
+        write_tensors(path, tensors)
+        assert equal(embed(backbone, THREE, tmp_path, "base"), first)
+
+
+def test_the_size_is_said_and_the_room_looked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, labels = counted()
+    many, told = [f"prompt {i}" for i in range(200)], []
+    embed(backbone, many, tmp_path / "cache", "base", keep=lambda path, size: told.append((path.exists(), size)))
+    (path,) = (tmp_path / "cache").iterdir()
+    assert told == [(False, path.stat().st_size)]
+    assert embedding_bytes(backbone, 200) == 200 * 3 * 4 < path.stat().st_size < 200 * 3 * 4 + 400
+    path.unlink()
+    labels.encoded = 0
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"^cannot write .*: it takes 0\.0 GiB, 0\.0 GiB are free there; free some space"):
+        embed(backbone, many, tmp_path / "cache", "base")
+    assert labels.encoded <= 64 + 1
+    assert list((tmp_path / "cache").iterdir()) == []

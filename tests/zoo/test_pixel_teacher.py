@@ -15,7 +15,7 @@ import fewstep
 from fewstep.backbones.unconditional import PixelModel
 from fewstep.core.schedule import EDM, VP
 from fewstep.training.fit import FitConfig
-from fewstep.zoo.pixel_data import FASHION, IDX, load_idx, read_pixel_data
+from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, load_idx, read_pixel_data
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig, draw_times, train_pixel_teacher
 
 
@@ -26,9 +26,9 @@ def write_idx(path: Path, data: torch.Tensor) -> None:
 
 @pytest.fixture
 def fashion(tmp_path: Path) -> Path:
-    """Forty made-up pieces of clothing."""
+    """Forty made-up pieces of clothing, whose labels begin as those of the real ones."""
     write_idx(tmp_path / IDX, torch.randint(0, 256, (40, 28, 28), generator=torch.Generator().manual_seed(0)))
-    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", torch.arange(40) % 10)
+    write_idx(tmp_path / IDX_LABELS, torch.tensor([*FASHION_BEGINS, *(i % 10 for i in range(30))]))
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def test_idx_files(fashion: Path) -> None:
     data = read_pixel_data(str(fashion))
     assert data.images.shape == (40, 1, 28, 28)
     assert torch.equal(data.images[:, 0], load_idx(fashion / IDX))
-    assert data.labels.tolist() == [i % 10 for i in range(40)]
+    assert data.labels.tolist() == [*FASHION_BEGINS, *(i % 10 for i in range(30))]
     assert data.classes == FASHION
     with pytest.raises(ValueError, match="install Debian's dataset-fashion-mnist"):
         read_pixel_data(str(fashion / "absent"))

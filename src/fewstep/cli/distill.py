@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from ..api import load_teacher, path_times, student_walker
-from ..atomic import read_json, write_json
+from ..atomic import read_json, require_room, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
-from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet, source_of
+from ..backbones.load import FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet
 from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
@@ -28,11 +28,22 @@ from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, require, state_bytes
-from ..training.paths import OF_STUDENT, TRAJECTORIES, Paths, PathsConfig, guided_teacher, teacher_paths, to_end
+from ..training.paths import (
+    CURVE_SAMPLES,
+    OF_STUDENT,
+    RECORD,
+    TRAJECTORIES,
+    Paths,
+    PathsConfig,
+    Walker,
+    guided_teacher,
+    teacher_paths,
+    to_end,
+)
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
-from ..training.prompts import Embeddings, embed, read_prompts
+from ..training.prompts import Embeddings, embed, embedding_bytes
 from ..training.state import latest_checkpoint
 from .best import Best, measured_by
 from .ending import errors_along, finish, shape_seen, write_best
@@ -41,6 +52,7 @@ from .metrics_log import MetricsLog
 from .plan import plans_of, show
 from .preview import Preview
 from .progress import console, meter
+from .prompts import count_in, say_found, say_size, training_prompts
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
 from .run_record import command_line, run_record
 from .sample import student_folder
@@ -57,7 +69,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
     if dry_run:
-        print_dry_run(recipe)
+        print_dry_run(recipe, run)
         return
     stages = [recipe] if recipe.first is None else [first_stage(recipe), second_stage(recipe, run / FIRST)]
     for stage in stages:
@@ -65,8 +77,8 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     teacher, base_hash = teacher_of(recipe)
     check_measures(recipe, teacher)
     check_start(recipe, teacher)
-    prompts = training_prompts(recipe, teacher)
     console.quiet = not is_first()
+    prompts = training_prompts(recipe, teacher)
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / FIRST, stage)
@@ -136,7 +148,7 @@ def distil(
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
     with this_process().main_process_first():  # what it makes the others find
-        data = embed(teacher, prompts, cache, identity)
+        data = embed(teacher, prompts, cache, identity, keep=say_size)
         real = real_data(recipe, teacher, data, cache, identity)
         shown = embed(teacher, recipe.preview.prompts or (prompts * 8)[:8], cache, identity)
     place_encoders(teacher, "cpu")
@@ -165,7 +177,7 @@ def distil(
         # Networks whose weights are spread draw in all processes or in none.
         preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
         keep = partial(write_best, run, recipe, roles, base_hash) if first and recipe.preview.keep_best and not sharded(recipe) else None
-        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log, keep)
+        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log, prompts, keep)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
@@ -179,7 +191,7 @@ def distil(
     if paths is not None:
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
-    finish(recipe, roles, preview, run, base_hash, log.seconds)
+    finish(recipe, roles, preview, run, base_hash, log.seconds, prompts)
 
 
 Keep = Callable[[Best, float], list[str]]  # (a preview's quality, seconds so far) -> what is to be said of it
@@ -191,30 +203,31 @@ def training(
     steps: Generator[Step, None, None],
     preview: Preview | None,
     log: MetricsLog,
+    prompts: Sequence[str],
     keep: Keep | None = None,
 ) -> bool:
     """Go through the training and show, log and measure what comes; returns whether it was stopped before its end. Without `preview` only train."""
     start, last = log.iteration, recipe.train.iterations
     if not start and preview is not None:
-        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log)
+        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, prompts)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         for step in steps:
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
             due = step.iteration % recipe.preview.every == 0 or step.iteration == last
             if due and preview is not None:
-                judge(recipe, step, preview, log, keep)
+                judge(recipe, step, preview, log, prompts, keep)
             if any_of(request.asked) and step.iteration < last:
                 return True
     return False
 
 
-def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, keep: Keep | None = None) -> None:
+def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None) -> None:
     """One preview: its pictures, what is measured on them, the best student so far, and everything that is to be said."""
     seen = preview.show(step.roles, step.iteration, recipe.method)
     values = {"distance": seen.distance, **{f"distance_{k}": d for k, d in seen.distances.items()}}
     log.note(step.iteration, {"preview": {k: v if finite(v) else None for k, v in values.items()}})
-    quality = measure(recipe, step, log)
+    quality = measure(recipe, step, log, prompts)
     value = seen.distance if recipe.preview.measure is None else quality.get("fd_real")
     kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds) if keep else []
     if said := [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]:  # at its end a run says what it missed
@@ -245,7 +258,7 @@ def real_data(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, cac
                 show=lambda done: bar.advance(done, {}),
                 parallel=recipe.method.guidance_parallel,
             )
-    return encode_pictures(teacher, data.source, cache, identity)
+    return encode_pictures(teacher, data.source, cache, identity, found=say_found, keep=say_size)
 
 
 def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, run: Path, identity: str) -> Paths | None:
@@ -262,13 +275,21 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
         )
     else:
         walker = student_walker(teacher, student, times)
+    needed, there = path_bytes(config.count, walker, teacher.shape), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    require_room(folder / RECORD, needed - there)
     who = "the teacher" if student is None else f"the student in {student}"
     console.print(
-        f"trajectories: {config.count:,} of {walker.calls} network calls of {who}, {config.count * walker.calls:,} in all; those in {folder} are not walked again"
+        f"trajectories: {config.count:,} of {walker.calls} network calls of {who}, {config.count * walker.calls:,} in all, "
+        f"{count_in(needed, folder)}; those in {folder} are not walked again"
     )
     with meter("trajectories", config.count) as bar:
         walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, walker=walker)
         return to_end(walking, lambda done: bar.advance(done, {}))
+
+
+def path_bytes(count: int, walker: Walker, shape: tuple[int, ...]) -> int:
+    """What so many trajectories take on disk: states at the asked times in single precision, and some whole ones."""
+    return 4 * math.prod(shape) * (count * len(walker.places) + min(count, CURVE_SAMPLES) * len(walker.grid))
 
 
 def walking_student(data: DataConfig | None) -> Path | None:
@@ -308,39 +329,28 @@ def check_start(recipe: DistillRecipe, teacher: Backbone) -> None:
         walking_student(recipe.data)
 
 
-def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
-    """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
-    if not teacher.encode([""]):
-        return [""]
-    if recipe.prompts.source != "bundled":
-        return read_prompts(recipe.prompts.source, recipe.prompts.column)
-    shipped = BUNDLED / source_of(recipe.teacher).place / "prompts.txt"
-    if not shipped.is_file():
-        raise ValueError(
-            f"prompts: teacher {recipe.teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
-        )
-    return read_prompts(str(shipped))
-
-
 FIRST = "first"  # the folder inside a run that holds its first stage
 EMBEDDINGS = "embeddings"  # that with what was encoded
 
 
-def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> Mapping[str, Any]:
+def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: Sequence[str]) -> Mapping[str, Any]:
     """A point of the quality curves, where the recipe asks for them; empty where it does not."""
     if recipe.preview.measure is None:
         return {}
-    quality = measure_step(step, recipe.preview.measure, recipe.real)
-    log.note(step.iteration, {"quality": quality})
+    if quality := measure_step(step, recipe.preview.measure, recipe.real, prompts):
+        log.note(step.iteration, {"quality": quality})
     return quality
 
 
-def print_dry_run(recipe: DistillRecipe) -> None:
+def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     """What `--dry-run` prints; no weights are read."""
     start_folder(recipe)
     teacher, plans = plans_of(recipe)
     check_start(recipe, teacher)
+    check_measures(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
+    needed = embedding_bytes(at_size(teacher, recipe.size), len(prompts))
+    console.print(f"embeddings of {len(prompts):,} prompts: {count_in(needed, run)}", markup=False)
     for made in plans:
         stage = made.recipe
         console.print(yaml.safe_dump(json.loads(stage.model_dump_json()), sort_keys=False), markup=False)

@@ -33,13 +33,15 @@ from .recipe import DistillRecipe
 from .run_record import hardware
 
 
-def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float) -> None:
+def finish(
+    recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float, prompts: Sequence[str]
+) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
     method, card = recipe.method, card_of(recipe, roles, base_hash, recipe.train.iterations, seconds)
     with roles.averaged():
         write_student(run / "final", card, roles, first_times(method, roles))
         save_pictures(run / PICTURES, preview.compare(roles, method))
-    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real) if recipe.evaluate else None
+    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts) if recipe.evaluate else None
     report = render_run(run)
     most = recipe.preview.teacher_steps
     teacher = evaluations(most, calls(preview.null, method.guidance))

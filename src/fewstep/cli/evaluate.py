@@ -9,13 +9,17 @@ from torch import Tensor
 from ..api import LoadedStudent, backbone_of, load_student, sample
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone, calls
-from ..backbones.load import quiet
+from ..backbones.load import BUNDLED, quiet
+from ..backbones.miniature import load_tokenizer
+from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
 from ..training.loop import Step, default_device
+from ..training.prompts import find_prompts
 from ..zoo.pixel_data import read_pixel_data
 from .progress import console, meter
+from .prompts import prompts_from
 from .recipe import DistillRecipe
 from .sample import student_folder
 
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from ..evaluation.protocols import Row
 
 TEACHER_STEPS = 50
-EMOJI, PIXELS = "emoji-full", "pictures"  # the protocols of models that are asked in words, and of pixel models
+SIZES = ("quick", "medium", "full")  # each stands for the protocol of this size of the teacher's kind
 CURVES = ("fd_real", "retrieval_top1", "retrieval_top5", "diversity")
 COLUMNS = (
     "model",
@@ -43,35 +47,65 @@ COLUMNS = (
 )
 
 
-def run_evaluate(source: str, protocol: str | None, real: str | None, out: Path | None) -> None:
-    """Evaluate, write JSON, print the table. `real` is by default what the run's recipe names."""
+def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: str | None, out: Path | None) -> None:
+    """Evaluate, write JSON, print the table. `real` and `prompts` are by default what the run's recipe names."""
     quiet()
     folder = student_folder(source)
     if folder is None:
         raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
-    result = evaluate_student(folder, protocol, folder / "evaluation", real or real_of(folder.parent))
+    asked = None if prompts is None else find_prompts(prompts)[0]
+    result = evaluate_student(folder, protocol, folder / "evaluation", real or real_of(folder.parent), asked)
     path = out or folder / "eval.json"
     write_json(path, result)
     print_table(result)
     console.print(str(path.resolve()))
 
 
+def recipe_of(run: Path) -> dict[str, Any]:
+    """What the recipe of a run said; empty where the folder is none."""
+    record = run / "run.json"
+    return read_json(record, f"delete {record}").get("recipe", {}) if record.is_file() else {}
+
+
 def real_of(run: Path) -> str | None:
     """The real pictures that a run's recipe names, if it is a run and does."""
-    record = run / "run.json"
-    recipe = read_json(record, f"delete {record}").get("recipe", {}) if record.is_file() else {}
+    recipe = recipe_of(run)
     stages = [recipe, recipe.get("first") or {}]
     return next((data["real"] for stage in stages if (data := stage.get("data")) and data.get("real")), None)
 
 
-def evaluate_student(folder: Path, protocol: str | None, cache: Path, real: str | None = None) -> dict[str, Any]:
-    """The `rows_of` a student under a named protocol, or that of its teacher's kind; also `folder/eval.json`."""
+def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules: "PictureProtocol") -> tuple[str, ...]:
+    """What a teacher's pictures are asked for: its classes, else some of these `prompts`, else of the run's. Raises ValueError where there are none."""
+    from ..evaluation.pictures import chosen
+
+    if isinstance(teacher, PixelModel):
+        return teacher.labels
+    if prompts is not None:
+        return chosen(rules, prompts)
+    recipe = recipe_of(run)
+    if not recipe:
+        raise ValueError(f"--prompts: there is no run around {run} that says what {teacher.name} was asked for; pass a prompt file")
+    told = recipe.get("prompts", {})
+    try:
+        return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), str(recipe["teacher"])))
+    except ValueError as error:
+        raise ValueError(f"{error}; or pass --prompts FILE to evaluate") from error
+
+
+def evaluate_student(
+    folder: Path, protocol: str | None, cache: Path, real: str | None = None, prompts: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The `rows_of` a student under a named protocol, or that of its teacher's kind; also `folder/eval.json`.
+
+    `prompts` are what a model that is asked in words, and not for emoji, is measured by; by default those of the run around `folder`.
+    """
     from ..evaluation.pictures import PictureProtocol, evaluate_pictures  # seconds to import, and not every run evaluates
     from ..evaluation.protocols import evaluate
 
     student = load_student(folder, device=default_device())
     teacher = backbone_of(student)
     rules, seen = measuring(teacher, protocol, real)
+    asked = asked_of(teacher, folder.parent, prompts, rules) if isinstance(rules, PictureProtocol) else ()
     rows = rows_of(student)
     each, calls = rules.total(1), [row.nfe for row in rows]
     with meter("evaluating, network calls", each * sum(calls)) as bar:
@@ -81,7 +115,7 @@ def evaluate_student(folder: Path, protocol: str | None, cache: Path, real: str 
             bar.advance(each * sum(calls[:row]) + drawn * sum(calls[row : row + 1]), {})
 
         if isinstance(rules, PictureProtocol):
-            measured = evaluate_pictures(rows, rules, classes_of(teacher), seen, cache, tell)
+            measured = evaluate_pictures(rows, rules, asked, seen, cache, tell)
         else:
             measured = evaluate(rows, rules, cache, tell)
     result = {**measured, "guidance_rescale": student.card.guidance_rescale}
@@ -92,18 +126,24 @@ def evaluate_student(folder: Path, protocol: str | None, cache: Path, real: str 
 def measuring(
     teacher: Backbone, name: str | None, real: str | None, option: str = "--protocol"
 ) -> "tuple[EmojiProtocol | PictureProtocol, Tensor | None]":
-    """The protocol of this name, or the one for this kind of teacher, and the real pictures that it is to meet, as bytes.
+    """The protocol of this name or size, or the one for this kind of teacher, and the real pictures that it is to meet, as bytes.
 
-    Raises ValueError where they do not go together.
+    Raises ValueError where they do not go together, and for a teacher that draws no pictures.
     """
-    from ..evaluation.pictures import PICTURES, PictureProtocol
-    from ..evaluation.protocols import PROTOCOLS
+    from ..evaluation.pictures import PictureProtocol
 
-    pixels = isinstance(teacher, PixelModel)
-    rules = protocol_named(name or (PIXELS if pixels else EMOJI))
-    if isinstance(rules, PictureProtocol) != pixels:
-        kind, allowed = ("a pixel model", PICTURES) if pixels else ("no pixel model", PROTOCOLS)
-        raise ValueError(f"{option}: got {rules.name}, {teacher.name} is {kind}; choose one of {', '.join(p.name for p in allowed)}")
+    if not teacher.picture_size:
+        raise ValueError(
+            f"{option}: {teacher.name} draws no single pictures, and nothing else is measured yet; leave it out, and look at the run's samples/ and report"
+        )
+    emoji = draws_emoji(teacher)
+    own: dict[str, EmojiProtocol | PictureProtocol] = {p.name: p for p in protocols_of(emoji)}
+    by_size = dict(zip(SIZES, own, strict=False))
+    usual = "full" if emoji else "medium" if isinstance(teacher, PixelModel) else "quick"  # others may be large
+    rules = protocol_named(by_size.get(name or usual, name or list(own)[-1]))
+    if rules.name not in own:
+        kind = "draws emoji" if emoji else "is a pixel model" if isinstance(teacher, PixelModel) else "knows no emoji by name"
+        raise ValueError(f"{option}: got {rules.name}, {teacher.name} {kind}; choose one of {', '.join(own)}")
     if real is None:
         return rules, None
     try:
@@ -112,6 +152,22 @@ def measuring(
         return rules, real_pictures(real, teacher, rules)
     except ValueError as error:
         raise ValueError(f"{'--real' if option == '--protocol' else 'data.real'}: {error}") from error
+
+
+def draws_emoji(teacher: Backbone) -> bool:
+    """Whether a model is asked for emoji by their names: the bundled one, and all that have its vocabulary, as its fine-tunes do."""
+    return (
+        isinstance(teacher, StableDiffusion)
+        and teacher.pipe.tokenizer.get_vocab() == load_tokenizer(BUNDLED / "emoji" / "tokenizer").get_vocab()
+    )
+
+
+def protocols_of(emoji: bool) -> "Sequence[EmojiProtocol | PictureProtocol]":
+    """Those for one kind of teacher, from the smallest to the largest."""
+    from ..evaluation.pictures import PICTURES
+    from ..evaluation.protocols import PROTOCOLS
+
+    return PROTOCOLS if emoji else PICTURES
 
 
 def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Tensor:
@@ -131,11 +187,6 @@ def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Ten
         got = "x".join(map(str, images.shape[2:]))
         raise ValueError(f"the pictures of {real} are {got}, {teacher.name} draws {size}x{size}; scale them as it has seen them")
     return images
-
-
-def classes_of(teacher: Backbone) -> tuple[str, ...]:
-    """What a pixel model can be asked for; empty where that is nothing."""
-    return teacher.labels if isinstance(teacher, PixelModel) else ()
 
 
 def rows_of(student: LoadedStudent) -> "list[Row]":
@@ -171,27 +222,40 @@ def rows_of(student: LoadedStudent) -> "list[Row]":
 
 def protocol_named(name: str) -> "EmojiProtocol | PictureProtocol":
     """Of all there are. Raises ValueError with their names."""
-    from ..evaluation.pictures import PICTURES
-    from ..evaluation.protocols import PROTOCOLS
-
-    known: dict[str, EmojiProtocol | PictureProtocol] = {p.name: p for p in (*PROTOCOLS, *PICTURES)}
+    known = {p.name: p for emoji in (True, False) for p in protocols_of(emoji)}
     if name not in known:
-        raise ValueError(f"protocol: got {name!r}; choose one of {', '.join(known)}")
+        raise ValueError(f"protocol: got {name!r}; choose one of {', '.join(known)}, or a size: {', '.join(SIZES)}")
     return known[name]
 
 
 def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> None:
-    """Raises ValueError for what cannot be measured, before anything is trained: of the names alone, and of the `teacher` when it is there."""
-    named = [(option, name) for option, name in (("evaluate", recipe.evaluate), ("preview.measure", recipe.preview.measure)) if name]
-    for option, name in named:
+    """Raises ValueError for what cannot be measured, before anything is trained: of the names alone, and of the `teacher` when it is there.
+
+    A recipe that says only a size is for teachers of every kind: where such a one cannot be measured along the way, that is said.
+    """
+    from ..evaluation.pictures import PictureProtocol
+
+    for option, name in (("evaluate", recipe.evaluate), ("preview.measure", recipe.preview.measure)):
+        if name is None:
+            continue
         if teacher is None:
-            protocol_named(name)
-        elif measuring(teacher, name, recipe.real, option)[1] is None and isinstance(teacher, PixelModel) and option == "preview.measure":
-            raise ValueError(f"preview.measure: got {name}, which needs real pictures here; set data.real, or leave it out")
+            if name not in SIZES:
+                protocol_named(name)
+            continue
+        rules, seen = measuring(teacher, name, recipe.real, option)
+        if option == "preview.measure" and seen is None and isinstance(rules, PictureProtocol):
+            if name not in SIZES:
+                raise ValueError(f"preview.measure: got {name}, which needs real pictures here; set data.real, or leave it out")
+            console.print(
+                f"preview.measure: {teacher.name} is not measured along the way, which takes real pictures (data.real)", markup=False
+            )
 
 
-def measure_step(step: Step, protocol: str, real: str | None = None) -> dict[str, Any]:
-    """The averaged student of a running distillation, without the teacher beside it: what a quality curve needs."""
+def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Sequence[str] = ("",)) -> dict[str, Any]:
+    """The averaged student of a running distillation, without the teacher beside it: what a quality curve needs.
+
+    Empty where it could only be compared with its teacher.
+    """
     from ..evaluation.pictures import PictureProtocol, evaluate_pictures
     from ..evaluation.protocols import Row, evaluate
 
@@ -199,7 +263,12 @@ def measure_step(step: Step, protocol: str, real: str | None = None) -> dict[str
     nfe = evaluations(count, free=step.method.free_first)
     rows, teacher = [Row("student", count, 1.0, nfe, _sampler(step, count, 1.0))], backbone_of(step)
     rules, seen = measuring(teacher, protocol, real)
-    found = evaluate_pictures(rows, rules, classes_of(teacher), seen) if isinstance(rules, PictureProtocol) else evaluate(rows, rules)
+    if not isinstance(rules, PictureProtocol):
+        found = evaluate(rows, rules)
+    elif seen is None:
+        return {}
+    else:
+        found = evaluate_pictures(rows, rules, asked_of(teacher, Path(), prompts, rules), seen)
     return {k: v for k, v in found["rows"][0].items() if k in CURVES}
 
 

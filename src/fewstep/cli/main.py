@@ -97,15 +97,19 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Which protocol: how many prompts and seeds, which reference; emoji-full, or pictures for pixel models, by default."
+            help="Which protocol: how many prompts and seeds, which reference; or its size (quick, medium, full). By default emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
         ),
     ] = None,
     real: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Real pictures that a pixel model is measured against too: a folder or an npz; the recipe's data.real by default.",
+            help="Real pictures of the model's size that it is measured against too: a folder or an npz; the recipe's data.real by default.",
         ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts that a text-to-image model is measured by, beside its teacher; the run's own by default."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="JSON file to write; eval.json in the student's folder by default.")
@@ -114,7 +118,7 @@ def evaluate(
     """Measure a student beside its teacher and write eval.json."""
     from .evaluate import run_evaluate
 
-    run_evaluate(student, protocol, real, out)
+    run_evaluate(student, protocol, real, prompts, out)
 
 
 @app.command()

@@ -5,15 +5,17 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ..api import load_teacher
-from ..atomic import write_json
+from ..atomic import write_bytes, write_json
 from ..backbones.load import fingerprint, pipeline_of
+from ..training.captioned import read_pictures
 from ..training.finetune import finetune
 from ..training.fit import FitStep
 from ..training.loop import default_device
-from ..training.pictures import encode_pictures, read_pictures
+from ..training.pictures import encode_pictures
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
 from .progress import console, meter
+from .prompts import say_found, say_size
 from .recipe import FinetuneRecipe, kind_of, read_recipe
 from .signals import stop_request
 
@@ -53,10 +55,10 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     teacher = load_teacher(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", json.loads(recipe.model_dump_json()))
-    data = encode_pictures(teacher, recipe.data.source, run / "embeddings", fingerprint(teacher.module, *teacher.encoders))
+    identity, source = fingerprint(teacher.module, *teacher.encoders), recipe.data.source
+    data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=say_size)
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
     yield from (("finetune", step) for step in training)
     pipeline_of(teacher).save_pretrained(run / "teacher")
-    (run / "teacher" / "prompts.txt").write_text(
-        "".join(f"{c}\n" for c in dict.fromkeys(p.caption for p in read_pictures(recipe.data.source)))
-    )
+    captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_pictures(source)[0])  # one a line
+    write_bytes(run / "teacher" / "prompts.txt", "".join(f"{c}\n" for c in captions if c).encode())

@@ -1,10 +1,11 @@
-"""Pixel models measured by their own classes: a student's pictures against its teacher's and, where there are some, against real ones.
+"""Models measured by their own classes or prompts: a student's pictures against its teacher's and, where there are some, against real ones.
 
 There is no shipped reference: distances live in the leading principal components of the square roots of EfficientNet-lite0 features, those
 of the real pictures or else of the teacher's, in a unit in which these have a total variance of 100. Every distance is between two sets of
 the same number of pictures; it depends on that number, so compare the rows of one table.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from .alignment import COLLAPSED, diversity
 from .distances import Moments, frechet_distance, moments, principal_components
 from .features import WIDTH, features
 from .measure import Gauge
@@ -36,6 +38,7 @@ class PictureProtocol:
         return rows * self.count
 
 
+SEEDS = 32  # pictures of a prompt whose distances are taken: they grow with the square
 PICTURES = (PictureProtocol("pictures-quick", 128), PictureProtocol("pictures", 512), PictureProtocol("pictures-full", 5000))
 
 
@@ -58,11 +61,25 @@ class Roots:
         return features.sqrt()
 
 
-def asked(protocol: PictureProtocol, classes: Sequence[str]) -> Asked:
-    """Classes in turn, the empty prompt where there are none: a small protocol is the beginning of a large one."""
-    names = tuple(classes) or ("",)
+def asked(protocol: PictureProtocol, names: Sequence[str]) -> Asked:
+    """Classes or prompts in turn, the empty one where there are none: a small protocol is the beginning of a large one."""
+    names = tuple(names) or ("",)
     pictures = [(names[i % len(names)], i // len(names)) for i in range(protocol.count)]
     return Asked(tuple(name for name, _ in pictures), tuple(seed_of(*picture) for picture in pictures))
+
+
+def chosen(protocol: PictureProtocol, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Of many prompts half as many as pictures, by their hash: each is drawn twice at least, which tells whether seeds still matter."""
+    return tuple(sorted(set(prompts), key=digest)[: max(1, protocol.count // 2)])
+
+
+def spread(own: Tensor, prompts: Sequence[str]) -> float | None:
+    """Mean distance between two pictures of one prompt, own [N, K], over all prompts; of at most `SEEDS` of each. None where one has a single one."""
+    of: dict[str, list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        of[prompt].append(i)
+    count = min(SEEDS, *map(len, of.values()), len(prompts))
+    return None if count < 2 else float(diversity(own[torch.tensor([rows[:count] for rows in of.values()])]).mean())
 
 
 def evaluate_pictures(
@@ -75,7 +92,9 @@ def evaluate_pictures(
 ) -> dict[str, Any]:
     """What eval.json holds, as `protocols.evaluate` has it. `real` [N, C, H, W] are bytes of at least `protocol.count` pictures.
 
-    Of these as many are taken as a row has, the same every time. `fd_floor` is what as many others of them get themselves, where there
+    `classes` are what is asked for in turn, a model's classes or prompts. `diversity`: mean distance of two seeds of one, where 1 is that of
+    two pictures of the reference; `collapsed`: less than half of the teacher's.
+    Of real ones as many are taken as a row has, the same every time. `fd_floor` is what as many others of them get themselves, where there
     are enough. Raises ValueError where a row has nothing to be compared with, and for too few real pictures.
     """
     count, best = protocol.count, best_teacher(rows)
@@ -96,6 +115,10 @@ def evaluate_pictures(
 
     def seen(roots: Tensor) -> Moments:
         return moments(space(roots.double()) * unit)
+
+    spreads = [spread(space(m.double()) * unit, drawn.prompts) for m in own]
+    theirs = None if best is None else spreads[best]
+    whole = float(torch.pdist(space(reference.double()) * unit).mean())
 
     def to_real(roots: Tensor) -> float | None:
         return None if others is None else frechet_distance(seen(others[:count]), seen(roots))
@@ -120,10 +143,21 @@ def evaluate_pictures(
                 "n": count,
                 "fd_real": to_real(own[i]),
                 "fd_teacher": to_teacher(i),
+                **varied(spreads[i], theirs, whole),
                 "seconds_per_image": measured[i].fastest(protocol.batch),
             }
             for i, r in enumerate(rows)
         ],
+    }
+
+
+def varied(ours: float | None, theirs: float | None, whole: float) -> dict[str, Any]:
+    """The part of a row that says how much seeds matter."""
+    ratio = ours / theirs if ours is not None and theirs else None
+    return {
+        "diversity": ours / whole if ours is not None and whole else None,
+        "diversity_ratio": ratio,
+        "collapsed": None if ratio is None else ratio < COLLAPSED,
     }
 
 

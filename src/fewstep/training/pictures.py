@@ -1,112 +1,30 @@
-"""Real pictures with captions, from a folder or webdataset shards: for fine-tuning a teacher and for the adversarial term."""
+"""Real pictures as clean states: for fine-tuning a teacher and for the adversarial term."""
 
 import hashlib
-import io
 import json
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_tensors
+from ..atomic import write_rows
 from ..backbones.base import Backbone
 from ..methods.method import Real
-from .prompts import Embeddings, embed
+from .captioned import OPTION, Captioned, read_pictures
+from .images import in_colour, opened, squared
+from .prompts import Embeddings, Kept, embed, ignore
+from .texts import Found
 
-KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LISTS = ("metadata.jsonl", "captions.jsonl")
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """One picture that has not been decoded yet."""
-
-    name: str
-    data: bytes
-    caption: str
-
-
-def read_pictures(source: str) -> Iterator[Captioned]:
-    """Pictures of a folder or of webdataset `.tar` shards (one file, or a folder of them), in a fixed order.
-
-    Captions of a folder: `metadata.jsonl` with `file_name` and `text`, a `.txt` beside the picture, or else the file's name.
-    In a shard: the `.txt`, or `caption` or `text` of the `.json`, of the same key. Raises ValueError with one line where there is none.
-    """
-    path = Path(source)
-    shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
-    if not path.exists():
-        raise ValueError(f"data.source: there is no {source}; pass a folder of pictures or of webdataset .tar files")
-    found = False
-    for picture in (p for shard in shards for p in _shard(shard)) if shards else _folder(path):
-        found = True
-        yield picture
-    if not found:
-        raise ValueError(f"data.source: {source} has no pictures; allowed are {', '.join(KINDS)}, or .tar files that hold them")
-
-
-def _folder(path: Path) -> Iterator[Captioned]:
-    captions = {}
-    for listing in (path / name for name in LISTS if (path / name).is_file()):
-        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                captions[row["file_name"]] = str(row.get("text", row.get("caption", "")))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f'data.source: line {number} of {listing} is not {{"file_name": ..., "text": ...}}; correct it') from error
-    for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS):
-        beside = file.with_suffix(".txt")
-        plain = beside.read_text(encoding="utf-8").strip() if beside.is_file() else file.stem.replace("_", " ")
-        name = file.relative_to(path).as_posix()
-        yield Captioned(name, file.read_bytes(), captions.get(name, plain))
-
-
-def _shard(path: Path) -> Iterator[Captioned]:
-    """A webdataset shard: files of one key lie next to each other."""
-    try:
-        with tarfile.open(path) as tar:
-            parts: dict[str, bytes] = {}
-            key = None
-            for member in tar:
-                stem, _, kind = member.name.rpartition("/")[2].partition(".")
-                here = f"{member.name.rpartition('/')[0]}/{stem}"
-                if here != key:
-                    yield from _sample(path, key, parts)
-                    key, parts = here, {}
-                if (file := tar.extractfile(member)) is not None:
-                    parts["." + kind.lower()] = file.read()
-            yield from _sample(path, key, parts)
-    except tarfile.TarError as error:
-        raise ValueError(f"data.source: {path} is no tar file, or damaged ({str(error).splitlines()[0].rstrip(':')})") from error
-
-
-def _sample(path: Path, key: str | None, parts: dict[str, bytes]) -> Iterator[Captioned]:
-    kind = next((k for k in KINDS if k in parts), None)
-    if key is None or kind is None:
-        return
-    about = json.loads(parts.get(".json", b"{}"))
-    caption = parts[".txt"].decode() if ".txt" in parts else str(about.get("caption", about.get("text", "")))
-    yield Captioned(f"{path.name}:{key}{kind}", parts[kind], caption.strip())
+DECODED = 2  # how pixels are made of files; another way is another cache
 
 
 def to_tensor(picture: Captioned, size: int) -> Tensor:
-    """[3, size, size] in [0, 1]: the shorter side scaled to `size`, the middle cut out, transparency on white."""
-    try:
-        image = Image.open(io.BytesIO(picture.data)).convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"data.source: {picture.name} is no picture ({error}); remove it") from error
-    scale = size / min(image.size)
-    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return torch.from_numpy(np.array(flat)).permute(2, 0, 1).float() / 255
+    """[3, size, size] in [0, 1]: upright, on white, the shorter side scaled to `size`, the middle cut out. Raises ValueError that names it."""
+    with opened(picture.read(), picture.name, OPTION) as image:
+        return squared(in_colour(image), size)
 
 
 class RealData:
@@ -125,39 +43,53 @@ class RealData:
         return Real(self.x0[rows].to(device), {k: v[rows].to(device) for k, v in self.embeddings.cond.items()})
 
 
-def encode_pictures(backbone: Backbone, source: str, cache: Path | None, identity: str, chunk: int = 32) -> RealData:
-    """Encode the real pictures of `source`, once: `cache` is a folder, `identity` names the encoders.
+def encode_pictures(
+    backbone: Backbone,
+    source: str,
+    cache: Path | None,
+    identity: str,
+    chunk: int = 32,
+    found: Callable[[Found], None] = ignore,
+    keep: Kept = ignore,
+) -> RealData:
+    """Encode the real pictures of `source`, once: `cache` is a folder, `identity` names the encoders. A chunk of them is in memory at a time.
 
-    Raises ValueError for a backbone without pictures.
+    `found` hears what the source has before it is encoded, `keep` what is going to be written. Raises ValueError for a backbone without
+    pictures, and where one that is told captions would be told none.
     """
     if not (size := backbone.picture_size):
-        raise ValueError(f"data.source: the states of {backbone.name} are no pictures; leave it out")
-    pictures = list(read_pictures(source))
-    digest = hashlib.sha256(json.dumps([identity, size]).encode())
+        raise ValueError(f"{OPTION}: the states of {backbone.name} are no pictures; leave it out")
+    pictures, seen = read_pictures(source)
+    found(seen)
+    if backbone.encode([""]) and not any(p.caption for p in pictures):
+        raise ValueError(
+            f"{OPTION}: none of the {seen.line} has a caption; write metadata.jsonl with file_name and text, or a .txt beside each picture"
+        )
+    digest = hashlib.sha256(json.dumps([identity, size, DECODED]).encode())
     for p in pictures:
-        digest.update(json.dumps([p.name, p.caption]).encode() + hashlib.sha256(p.data).digest())
+        digest.update(json.dumps([p.name, p.caption]).encode() + hashlib.sha256(p.read()).digest())
     key = digest.hexdigest()[:24]
-    embeddings = embed(backbone, [p.caption for p in pictures], cache, identity)
+    embeddings = embed(backbone, [p.caption for p in pictures], cache, identity, keep=keep)
 
-    def encode() -> Tensor:
-        return torch.cat([backbone.picture_states(part).cpu() for part in _chunks(pictures, size, chunk)])
+    def encode() -> Iterator[Tensor]:
+        for i in range(0, len(pictures), chunk):
+            yield backbone.picture_states(torch.stack([to_tensor(p, size) for p in pictures[i : i + chunk]])).cpu()
 
-    return RealData(made_once(None if cache is None else cache / f"pictures-{key}.safetensors", encode), embeddings, key)
+    path = None if cache is None else cache / f"pictures-{key}.safetensors"
+    return RealData(made_once(path, len(pictures), backbone.shape, encode, keep), embeddings, key)
 
 
-def made_once(path: Path | None, make: Callable[[], Tensor]) -> Tensor:
-    """The states kept in `path`, or made and kept there; a damaged file is made again."""
+def made_once(path: Path | None, count: int, shape: tuple[int, ...], make: Callable[[], Iterator[Tensor]], keep: Kept = ignore) -> Tensor:
+    """The states [count, *shape] kept in `path`, or made in parts and kept there; a file that is damaged or holds others is made again."""
     if path is not None and path.exists():
         try:
-            return load_file(path)["x0"]
+            x0 = load_file(path)["x0"]
+            if x0.shape == (count, *shape) and x0.is_floating_point():
+                return x0
         except (SafetensorError, KeyError):
-            path.unlink()
-    x0 = make()
-    if path is not None:
-        write_tensors(path, {"x0": x0})
-    return x0
-
-
-def _chunks(pictures: Sequence[Captioned], size: int, chunk: int) -> Iterator[Tensor]:
-    for i in range(0, len(pictures), chunk):
-        yield torch.stack([to_tensor(p, size) for p in pictures[i : i + chunk]])
+            pass
+        path.unlink()
+    if path is None:
+        return torch.cat(list(make()))
+    write_rows(path, count, ({"x0": part} for part in make()), {}, keep)
+    return load_file(path)["x0"]

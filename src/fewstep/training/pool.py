@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,16 +39,16 @@ def teacher_pictures(
     of = order.repeat(-(-count // data.count))[:count]
     own = data.take(of, key)
 
-    def draw() -> Tensor:
+    def draw() -> Iterator[Tensor]:
         device = device_of(backbone.module)
-        null, times, parts = data.unconditional(device), timegrid.uniform(backbone.schedule, steps), []
+        null, times = data.unconditional(device), timegrid.uniform(backbone.schedule, steps)
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             seeds = [seed + i for i in range(part.start, part.stop)]
             teacher = guided(backbone, backbone.module, cond, null, guidance, parallel)
-            parts.append(trajectory(backbone, teacher, seeds, times)[-1].x.cpu())
+            yield trajectory(backbone, teacher, seeds, times)[-1].x.cpu()
             show(part.stop)
-        return torch.cat(parts)
 
-    return RealData(made_once(None if cache is None else cache / f"teacher-{key}.safetensors", draw), own, key)
+    path = None if cache is None else cache / f"teacher-{key}.safetensors"
+    return RealData(made_once(path, count, backbone.shape, draw), own, key)

@@ -1,10 +1,9 @@
 """Prompts: read from a text file, JSONL, CSV or a hub data set; encoded once, cached on disk, drawn evenly."""
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,74 +13,91 @@ from torch import Tensor
 
 from ..atomic import write_rows
 from ..backbones.base import Backbone, Cond, rows
+from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
 
-COLUMNS = ("prompt", "caption", "text")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+KINDS = (".txt", ".jsonl", *DELIMITERS)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+ALLOWED = "pass a .txt, .jsonl, .csv or .tsv file, or a hub data set id"
 
 
 def read_prompts(source: str, column: str | None = None) -> list[str]:
-    """Prompts of `source`, stripped, in order, without empty lines and repetitions.
+    """The prompts alone that `find_prompts` finds."""
+    return find_prompts(source, column)[0]
 
-    `.txt`: one a line; `.jsonl`: objects; `.csv`/`.tsv`: a header row; anything else: a hub data set id (needs the package
-    `datasets`). Raises ValueError when the file is missing, the column is not there, or nothing is left.
+
+def find_prompts(source: str, column: str | None = None) -> tuple[list[str], Found]:
+    """Prompts of `source`, stripped, in order, without empty ones and repetitions, and what was found.
+
+    `.txt`: one a line; `.jsonl`: objects, texts or lists of texts; `.csv`/`.tsv`: a header row; what is no file: a hub data set id (needs
+    the package `datasets`). Raises ValueError when the file is missing, the column is not there, a prompt is no text, or nothing is left.
     """
     path = Path(source)
-    if path.suffix == ".txt":
-        found = _text(path).splitlines()
-    elif path.suffix == ".jsonl":
-        found = _column([_object(line, i, path) for i, line in enumerate(_text(path).split("\n"), 1) if line.strip()], column, path)
-    elif path.suffix in (".csv", ".tsv"):
-        found = _column(list(csv.DictReader(io.StringIO(_text(path)), delimiter="\t" if path.suffix == ".tsv" else ",")), column, path)
-    else:
-        found = _hub(source, column)
-    prompts = list(dict.fromkeys(p.strip() for p in found if p.strip()))
-    if not prompts:
-        raise ValueError(f"prompts: {source} has no prompt in it; write one a line")
-    return prompts
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark before the first column's name
-    except OSError as error:
+    kind, where = path.suffix.lower(), f"prompts: {printable(path)}"
+    if not path.exists() and kind not in KINDS and HUB_ID.fullmatch(source):
+        values: Iterable[tuple[str, object]] = _hub(source, column)
+    elif kind not in KINDS:
         raise ValueError(
-            f"prompts: cannot read {path} ({error.strerror}); pass a .txt, .jsonl, .csv or .tsv file, or a hub data set id"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-
-
-def _object(line: str, number: int, path: Path) -> Mapping[str, object]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"prompts: line {number} of {path} is not JSON ({error})") from error
-    return value if isinstance(value, dict) else {"prompt": value}
-
-
-def _column(records: Sequence[Mapping[str, object]], column: str | None, path: Path | str) -> list[str]:
-    if not records:
-        return []
-    names = list(records[0])
-    name = column or next((c for c in COLUMNS if c in names), None)
-    if name is None or name not in names:
-        raise ValueError(
-            f"prompts: {path} has no column {column or ' or '.join(COLUMNS)}; it has {', '.join(map(str, names))}; pass --set prompts.column=NAME"
+            f"prompts: got {printable(source)!r}, allowed are a .txt, .jsonl, .csv or .tsv file, or a hub data set id such as owner/name"
         )
-    return [str(r.get(name) or "") for r in records]
+    elif kind == ".txt":
+        values = ((f"{where}, line {n}", line) for n, line in lines(read_text(path, "prompts", ALLOWED), where))
+    elif kind == ".jsonl":
+        values = _objects(json_lines(read_text(path, "prompts", ALLOWED), where), column)
+    else:
+        values = _rows(*table(read_text(path, "prompts", ALLOWED), DELIMITERS[kind], where), column, where)
+    found = [text_of(one, here) for here, value in values for one in (value if isinstance(value, list) else [value])]
+    prompts = list(dict.fromkeys(p for p in found if p))
+    if not prompts:
+        raise ValueError(f"prompts: {printable(source)} has no prompt in it; write one a line")
+    empty = 0 if kind == ".txt" else found.count("")  # blank lines of a text are no prompts that were lost
+    return prompts, Found(source, len(prompts), "prompts", {"empty": empty, "repeated": len(found) - found.count("") - len(prompts)})
 
 
-def _hub(source: str, column: str | None) -> list[str]:
-    if "/" not in source or Path(source).suffix or Path(source).exists():
-        raise ValueError(f"prompts: got {source!r}, allowed are a .txt, .jsonl, .csv or .tsv file, or a hub data set id such as owner/name")
+def _objects(records: Iterable[tuple[str, object]], column: str | None) -> Iterable[tuple[str, object]]:
+    for here, value in records:
+        yield here, value[_column(value, column, here)] if isinstance(value, dict) else value
+
+
+def _rows(
+    names: Sequence[str], records: Sequence[tuple[str, Mapping[str, str]]], column: str | None, where: str
+) -> Iterable[tuple[str, object]]:
+    if records:
+        name = _column(names, column, where)
+        yield from ((here, row.get(name)) for here, row in records)
+
+
+def _column(names: Iterable[str], column: str | None, where: str) -> str:
+    """Of these, the one with the prompts; in capitals too where none is named. Raises ValueError with those there are."""
+    known = {n.lower(): n for n in names} if column is None else {n: n for n in names}
+    name = next((c for c in (COLUMNS if column is None else (column,)) if c in known), None)
+    if name is None:
+        wanted, there = column or " or ".join(COLUMNS), ", ".join(printable(n) for n in known.values())
+        raise ValueError(f"{where} has no column {printable(wanted)}; it has {there}; pass --set prompts.column=NAME")
+    return known[name]
+
+
+def _hub(source: str, column: str | None) -> Iterable[tuple[str, object]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError("prompts: a hub data set needs the package `datasets`; run: pip install datasets") from error
-    data = load_dataset(source, split="train")
-    return _column([{n: r[n] for n in data.column_names} for r in data], column, source)
+    where = f"prompts: data set {source}"
+    try:
+        data = load_dataset(source, split="train")
+    except Exception as error:  # as many types as there are kinds of trouble
+        reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+        raise ValueError(f"{where} cannot be loaded ({reason}); check its name, that it has a split `train`, and the network") from error
+    name = _column(data.column_names, column, where)
+    yield from ((f"{where}, row {i}", value) for i, value in enumerate(data.select_columns([name])[name]))  # other columns may be pictures
 
 
 CHUNK = 64  # prompts that are encoded at once
+Kept = Callable[[Path, int], None]  # hears which file is going to be written, and how many bytes that takes
+
+
+def ignore(*_: object) -> None:
+    """What hears it and does nothing."""
 
 
 class Embeddings:
@@ -110,28 +126,47 @@ class Embeddings:
         return {k: v.to(device) for k, v in self.null.items()}
 
 
-def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = CHUNK) -> Embeddings:
-    """Encode prompts once, with a `cache` in the memory of one chunk. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does)."""
+def embed(
+    backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = CHUNK, keep: Kept = ignore
+) -> Embeddings:
+    """Encode prompts once, with a `cache` in the memory of one chunk. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does).
+
+    `keep` hears of the file before it is written. Raises OSError where there is no room for it.
+    """
     dtype = str(next(backbone.module.parameters()).dtype)
     about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is told the size of its pictures
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = None if cache is None else cache / f"{key}.safetensors"
     if path is not None and path.exists():
-        try:
-            tensors = load_file(path)
-            return _embeddings(tensors, prompts, 0, key)
-        except SafetensorError:
-            path.unlink()  # a truncated cache is rebuilt, it holds nothing that cannot be made again
+        if (kept := _kept(path, prompts, key)) is not None:
+            return kept
+        path.unlink()  # a cache that is damaged, or holds something else, is rebuilt: it holds nothing that cannot be made again
     parts = (
         {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()} for i in range(0, len(prompts), chunk)
     )
     null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and null:
-        write_rows(path, len(prompts), parts, null)  # every process of a run may do it
+        write_rows(path, len(prompts), parts, null, keep)  # every process of a run may do it
         return _embeddings(load_file(path), prompts, len(prompts), key)
     encoded = list(parts)
     tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
     return _embeddings(tensors, prompts, len(prompts), key)
+
+
+def _kept(path: Path, prompts: Sequence[str], key: str) -> Embeddings | None:
+    """What a cache holds, if it is that of so many prompts."""
+    try:
+        found = _embeddings(load_file(path), prompts, 0, key)
+    except SafetensorError:
+        return None
+    of_cond, of_null = ({k: (v.dtype, v.shape[1:]) for k, v in part.items()} for part in (found.cond, found.null))
+    counts = all(len(v) == len(prompts) for v in found.cond.values()) and all(len(v) == 1 for v in found.null.values())
+    return found if of_cond and of_cond == of_null and counts else None
+
+
+def embedding_bytes(backbone: Backbone, count: int) -> int:
+    """Bytes that the conditions of so many prompts take in a cache."""
+    return count * sum(v[0].numel() * v.dtype.itemsize for v in backbone.encode([""]).values())
 
 
 def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str) -> Embeddings:

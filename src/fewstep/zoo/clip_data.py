@@ -4,7 +4,6 @@ The names are those of `emoji-datasource-google`, which calls its files by the s
 is MIT.
 """
 
-import io
 import json
 import tarfile
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import ImageSequence
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_tensors
+from ..training.images import opened
 from .emoji_data import Emoji, catalogue, on_white, placed
 
 STRIDE = 3  # eight frames a second, CogVideoX's own rate, of the clips' 24
@@ -51,7 +51,7 @@ def load_clips(names: Path, archive: Path, size: int, cache: Path) -> Clips:
 
 def read_frames(webp: bytes, size: int) -> Tensor:
     """All frames of a picture file, uint8 [n, 3, S, S] on white."""
-    with Image.open(io.BytesIO(webp)) as picture:
+    with opened(webp, "a clip of the package", "data.package") as picture:
         frames = np.stack([on_white(frame, size) for frame in ImageSequence.Iterator(picture)])
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 

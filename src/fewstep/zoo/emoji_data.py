@@ -5,7 +5,6 @@ The package is fetched by name with `npm pack` and checked against a SHA-256; it
 """
 
 import hashlib
-import io
 import json
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..training.images import opened
 from ..training.state import seeded
 
 TONES = {
@@ -113,7 +113,8 @@ def load_style(archive: Path, emoji: list[Emoji], style: str) -> tuple[list[Emoj
 
 
 def _read(png: bytes) -> np.ndarray:
-    return on_white(Image.open(io.BytesIO(png)), 64)
+    with opened(png, "a picture of the package", "data.package") as picture:
+        return on_white(picture, 64)
 
 
 def on_white(picture: Image.Image, size: int) -> np.ndarray:

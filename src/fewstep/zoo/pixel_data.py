@@ -1,20 +1,28 @@
 """Small pictures with classes, from the files that people have: IDX, npz, a folder with one folder per class."""
 
 import gzip
-import io
+import math
 import zipfile
+import zlib
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-IDX = "train-images-idx3-ubyte.gz"
+from ..training.folders import files_in, hidden
+from ..training.images import KINDS, in_colour, opened
+from ..training.texts import printable, require_regular
+from .arrays import DARK, class_names, labels_of, pixels
+
+IDX, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+FASHION_BEGINS = (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)  # MNIST's digits are in files of the same names
+SMALL, DENSE = 2**28, 200  # bytes that are always unpacked, and how many a packed one may stand for beyond them
+CURE = "install Debian's dataset-fashion-mnist, or set data=PATH to a folder of pictures or an npz"
 
 
 class Pictures(NamedTuple):
@@ -26,74 +34,132 @@ class Pictures(NamedTuple):
 
 
 def read_pixel_data(source: str) -> Pictures:
-    """Pictures of one size from a folder of gzipped IDX files (Fashion-MNIST), an npz, or a folder with one folder per class.
+    """Square pictures of one size from a folder of gzipped IDX files (Fashion-MNIST), an npz, or a folder with one folder per class.
 
-    npz: `images` [n, H, W, C] or `jpeg` (all bytes) and `offset` [n + 1]; `labels` or `y`, and `classes`. No pickles are read.
-    Raises ValueError with one line where there is nothing of that kind.
+    npz: `images` (see `arrays.pixels`), or `jpeg` (all bytes) and `offset` [n + 1]; `labels` or `y` (see `arrays.labels_of`), and `classes`. No
+    pickles are read. Raises ValueError with one line where there is nothing of that kind, or it is damaged.
     """
     path = Path(source)
-    if path.suffix == ".npz":
-        return _npz(path)
-    if (path / IDX).exists() or not path.is_dir():
-        return _idx(path)
-    return _folder(path)
+    if path.suffix.lower() == ".npz":
+        found = _npz(path)
+    elif (path / IDX).exists() or not path.is_dir():
+        found = _idx(path)
+    else:
+        found = _folder(path)
+    height, width = found.images.shape[2:]
+    if height != width:
+        raise ValueError(f"data: the pictures of {printable(source)} are {width}x{height}, allowed are square ones; cut them")
+    if (brightest := int(found.images.max())) < DARK:
+        raise ValueError(f"data: the brightest byte of {printable(source)} is {brightest} of 255, all is black; scale it")
+    return found
 
 
 def _idx(folder: Path) -> Pictures:
-    images = load_idx(folder / IDX)[:, None]
-    labels = load_idx(folder / "train-labels-idx1-ubyte.gz").long()
-    return Pictures(images, labels, FASHION)
+    images, labels = load_idx(folder / IDX), load_idx(folder / IDX_LABELS)
+    if images.ndim != 3 or 0 in images.shape or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"data: {printable(folder)} has pictures {list(images.shape)} and labels {list(labels.shape)}, which are not [n, H, W] and [n]; download them again"
+        )
+    numbers, names = labels_of(labels.numpy(), len(images), f"data: {printable(folder / IDX_LABELS)}")
+    known = tuple(numbers[:10].tolist()) == FASHION_BEGINS and len(names) == len(FASHION)
+    return Pictures(images[:, None], numbers, FASHION if known else names)
 
 
 def load_idx(path: Path) -> Tensor:
-    """An IDX file of bytes. Raises ValueError when it is not there or not one."""
+    """A gzipped IDX file of bytes. Raises ValueError when it is not there or not one, or does not hold what its header says."""
+    where = f"data: {printable(path)}"
+    packed = require_regular(path, "data", CURE).stat().st_size
     try:
-        data = gzip.decompress(path.read_bytes())
-    except OSError as error:
+        with gzip.open(path) as file:
+            begin = file.read(4)
+            if len(begin) < 4 or begin[:3] != b"\0\0\x08" or not 1 <= begin[3] <= 4:
+                raise ValueError(f"{where} is no IDX file of bytes (it begins with {begin.hex()}); {CURE}")
+            shape = [int.from_bytes(file.read(4), "big") for _ in range(begin[3])]
+            _require_dense(math.prod(shape), packed, where)
+            data = file.read(math.prod(shape) + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"data: cannot read {printable(path)} ({printable(error)}); {CURE}") from error
+    if len(data) != math.prod(shape):
         raise ValueError(
-            f"data: cannot read {path} ({error.strerror or error}); install Debian's dataset-fashion-mnist, or set data=PATH to a folder of pictures or an npz"
-        ) from error
-    ranks = data[3]
-    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(ranks)]
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * ranks).reshape(shape).copy())
+            f"{where} holds {'more' if len(data) > math.prod(shape) else 'less'} than its header says, {shape}; download it again"
+        )
+    return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())
+
+
+def _require_dense(size: int, packed: int, where: str) -> None:
+    """Raises ValueError for a file that unpacks to many times what pictures do."""
+    if size > SMALL and size > DENSE * packed:
+        raise ValueError(f"{where} claims {size:,} bytes in {packed:,} packed ones, more than pictures have; check where it is from")
 
 
 def _npz(path: Path) -> Pictures:
+    where = f"data: {printable(path)}"
+    require_regular(path, "data", "pass an npz")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{where} cannot be read as npz ({printable(error)}); pass another file") from error
+    for entry in entries:
+        _require_dense(entry.file_size, entry.compress_size, f"{where}: {printable(entry.filename)}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            parts = {k: file[k] for k in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"data: {path} cannot be read as npz ({error}); pass another file") from error
+            names = list(file.files)
+            kinds = {k: next((n for n in ns if n in names), None) for k, ns in {"images": ("images",), "labels": ("labels", "y")}.items()}
+            wanted = [n for n in (*kinds.values(), "jpeg", "offset", "classes") if n in names]
+            parts = {n: file[n] for n in wanted}
+    except MemoryError as error:
+        raise ValueError(f"{where} holds more than this machine's memory; pass fewer pictures") from error
+    except Exception as error:  # numpy raises as many types as there are kinds of damage
+        raise ValueError(f"{where} cannot be read as npz ({printable(error)}); pass another file") from error
     if "images" in parts:
-        images = torch.from_numpy(parts["images"]).permute(0, 3, 1, 2).contiguous()
+        images = pixels(parts["images"], f"{where}: images")
     elif {"jpeg", "offset"} <= parts.keys():
-        bounds = parts["offset"].tolist()
-        images = _stack([parts["jpeg"][a:b].tobytes() for a, b in pairwise(bounds)], str(path))
+        images = _stack(_files(parts["jpeg"], parts["offset"], where), where)
     else:
-        raise ValueError(f"data: {path} holds {', '.join(parts)}; it needs images [n, H, W, C], or jpeg and offset")
-    found = parts.get("labels", parts.get("y"))
-    labels = torch.zeros(len(images), dtype=torch.long) if found is None else torch.from_numpy(found).long()
-    count = 0 if found is None else int(labels.max()) + 1
-    names = tuple(str(c) for c in parts["classes"]) if "classes" in parts else tuple(str(i) for i in range(count))
-    return Pictures(images, labels, names)
+        raise ValueError(f"{where} holds {', '.join(map(printable, names)) or 'nothing'}; it needs images [n, H, W, C], or jpeg and offset")
+    of = kinds["labels"]
+    if of is None:
+        if "classes" in parts:
+            raise ValueError(f"{where} has classes and no labels; add labels [{len(images)}], or leave classes out")
+        return Pictures(images, torch.zeros(len(images), dtype=torch.long), ())
+    labels, classes = labels_of(parts[of], len(images), f"{where}: {of}", parts.get("classes"))
+    return Pictures(images, labels, classes)
+
+
+def _files(data: np.ndarray, offset: np.ndarray, where: str) -> Iterable[tuple[str, bytes]]:
+    """(name, bytes) of picture files that lie one after the other."""
+    bounds = offset.tolist() if offset.ndim == 1 and offset.dtype.kind in "ui" else []
+    if data.ndim != 1 or data.dtype != np.uint8 or len(bounds) < 2 or bounds[0] < 0 or bounds[-1] > len(data) or bounds != sorted(bounds):
+        raise ValueError(f"{where}: jpeg is not bytes [N] with rising offset [n + 1] from 0 to N; save them so")
+    return ((f"picture {i}", data[a:b].tobytes()) for i, (a, b) in enumerate(pairwise(bounds)))
 
 
 def _folder(path: Path) -> Pictures:
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir())
-    files = [(p, classes.index(p.parent.name) if classes else 0) for p in sorted(path.rglob("*")) if p.suffix.lower() in KINDS]
+    files = list(files_in(path, KINDS, "data"))
     if not files:
-        raise ValueError(f"data: {path} has no pictures; allowed are {', '.join(KINDS)}, in one folder per class")
-    return Pictures(_stack([p.read_bytes() for p, _ in files], str(path)), torch.tensor([c for _, c in files]), tuple(classes))
-
-
-def _stack(files: list[bytes], source: str) -> Tensor:
-    """Pictures of one size. Raises ValueError for others."""
-    try:
-        arrays = [np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files]
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"data: {source} holds something that is no picture ({error}); remove it") from error
-    if sizes := {a.shape for a in arrays} - {arrays[0].shape}:
+        raise ValueError(f"data: {printable(path)} has no pictures; allowed are {', '.join(KINDS)}, in one folder per class")
+    of = [name.partition("/")[0] if "/" in name else "" for name, _ in files]
+    classes = sorted(set(of))
+    if "" in classes and len(classes) > 1:
         raise ValueError(
-            f"data: the pictures of {source} are of several sizes, {arrays[0].shape[:2]} and {min(sizes)[:2]}; bring them to one"
+            f"data: {printable(path)} has pictures beside the classes' folders, e.g. {printable(files[of.index('')][0])}; move them into one"
         )
+    if bare := sorted(p.name for p in path.iterdir() if p.is_dir() and not hidden(p.name) and classes != [""] and p.name not in classes):
+        raise ValueError(f"data: {printable(path / bare[0])} is among the classes' folders and has no pictures; remove it")
+    names = class_names(classes, len(classes), f"data: {printable(path)}") if classes != [""] else ()
+    images = _stack(((name, file.read_bytes()) for name, file in files), f"data: {printable(path)}")
+    return Pictures(images, torch.tensor([classes.index(c) for c in of]), names)
+
+
+def _stack(files: Iterable[tuple[str, bytes]], where: str) -> Tensor:
+    """Pictures of one size, [n, 3, H, W] bytes. Raises ValueError for others, and for what is no picture."""
+    arrays: list[np.ndarray] = []
+    for name, data in files:
+        with opened(data, name, where) as image:
+            arrays.append(np.asarray(in_colour(image)))
+        if arrays[-1].shape != arrays[0].shape:
+            raise ValueError(
+                f"{where}: the pictures are of several sizes, {arrays[0].shape[:2]} and {arrays[-1].shape[:2]} ({printable(name)}); bring them to one"
+            )
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,50 @@
+"""What a run is given to learn from: its prompts, and a word on what was found and on what is going to be written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from ..backbones.base import Backbone
+from ..backbones.load import BUNDLED, source_of
+from ..training.prompts import find_prompts, ignore
+from ..training.texts import Found, printable
+from .plan import size
+from .progress import console
+from .recipe import DistillRecipe
+
+
+def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
+    """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
+    if not teacher.encode([""]):
+        return [""]
+    return prompts_from(recipe.prompts.source, recipe.prompts.column, recipe.teacher, say_found)
+
+
+def prompts_from(source: str, column: str | None, teacher: str, say: Callable[[Found], None] = ignore) -> list[str]:
+    """Prompts of a file, a data set, or `bundled` with this teacher; of all but these `say` hears what was found. Raises ValueError."""
+    if source != "bundled":
+        prompts, found = find_prompts(source, column)
+        say(found)
+        return prompts
+    shipped = BUNDLED / source_of(teacher).place / "prompts.txt"
+    if not shipped.is_file():
+        raise ValueError(
+            f"prompts: teacher {teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
+        )
+    return find_prompts(str(shipped))[0]
+
+
+def say_found(found: Found) -> None:
+    """One line on what a source has."""
+    console.print(found.line, markup=False)
+
+
+def say_size(path: Path, count: int) -> None:
+    """One line on a file of so many bytes that is going to be written."""
+    console.print(f"{count_in(count, path.parent)}: {printable(path)}", markup=False)
+
+
+def count_in(count: int, folder: Path) -> str:
+    """`17.00 GiB, of 25.00 GiB that are free`."""
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    return f"{size(count)}, of {size(shutil.disk_usage(there).free)} that are free"

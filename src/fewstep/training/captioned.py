@@ -1,0 +1,277 @@
+"""Captioned pictures of a folder or of webdataset shards: which files belong together, and what was found in all."""
+
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from unicodedata import normalize
+
+from .folders import files_in, hidden
+from .images import KINDS, OTHERS, opened
+from .texts import Found, decoded, json_lines, json_of, printable, read_text, require_regular, table, text_of
+
+OPTION = "data.source"
+BESIDE = (".txt", ".caption", ".json")  # files that hold the caption of a picture of the same name, the first one counts
+LISTS = ("metadata.jsonl", "captions.jsonl", "metadata.csv")
+UNREAD_LIST = "metadata.parquet"
+TEXTS = ("text", "caption", "prompt")  # of a row of a list, or of a picture's JSON
+BY_NAME, EMPTY = "by name", "empty"
+LARGEST_CAPTION = 2**24  # bytes
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """One picture: `size` bytes of `file` from `start` on, and its caption."""
+
+    name: str
+    caption: str
+    origin: str  # where the caption is from
+    file: Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """The picture file's bytes. Raises ValueError where they are no longer there."""
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.start)
+                data = file.read(self.size)
+        except OSError as error:
+            raise ValueError(f"{OPTION}: cannot read {printable(self.name)} ({error.strerror}); check the file") from error
+        if len(data) != self.size:
+            raise ValueError(
+                f"{OPTION}: {printable(self.name)} has ended before its {self.size} bytes; leave the files alone while they are read"
+            )
+        return data
+
+
+class Caption(NamedTuple):
+    text: str
+    origin: str
+
+
+def read_pictures(source: str) -> tuple[list[Captioned], Found]:
+    """All pictures of a folder or of webdataset `.tar` shards (one file, or a folder of them) in a fixed order, and what was found.
+
+    Captions of a folder: `metadata.jsonl`, `captions.jsonl` or `metadata.csv` with `file_name` (seen from where the list lies) and `text`; else
+    a `.txt`, `.caption` or `.json` beside the picture; else its name. In a shard: those of the same key, which need not lie beside it.
+    Headers are read, pixels are not. Raises ValueError with one line where there is no picture, or one cannot be used.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{OPTION}: there is no {printable(source)}; pass a folder of pictures or of webdataset .tar files")
+    every = {"": path} if path.is_file() else dict(files_in(path, (*KINDS, *OTHERS, *BESIDE, ".tar", ".jsonl", ".csv", ".parquet"), OPTION))
+    shards = [p for name, p in every.items() if not name or p.suffix.lower() == ".tar"]
+    cases: Counter[str] = Counter()
+    found = [picture for shard in shards for picture in _shard(shard, cases)] if shards else list(_folder(path, every, cases))
+    if shards and (stray := [name for name in every if Path(name).suffix.lower() in KINDS]):
+        raise ValueError(
+            f"{OPTION}: {printable(source)} has .tar files and pictures, e.g. {printable(stray[0])}; pass a folder of one of the two"
+        )
+    if not found:
+        other = f" (it has {', '.join(f'{n} {kind}' for kind, n in cases.items())})" if cases else ""
+        raise ValueError(
+            f"{OPTION}: {printable(source)} has no pictures{other}; allowed are {', '.join(KINDS)}, or .tar files that hold them"
+        )
+    for picture in found:
+        require_picture(picture)
+    return found, _found(source, found, cases)
+
+
+def _found(source: str, pictures: Sequence[Captioned], cases: Mapping[str, int]) -> Found:
+    """Counts of captions by where they are from, of empty ones, and of what was left out."""
+    kept = Counter(p.origin for p in pictures if p.caption)
+    captions = {f"captions of {kind}": n for kind, n in sorted(kept.items()) if kind and kind != BY_NAME}
+    return Found(
+        source, len(pictures), "pictures", {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases}
+    )
+
+
+def require_picture(picture: Captioned) -> None:
+    """Raises ValueError where the header of its file is not that of a picture which can be read."""
+    whole = picture.start == 0 and picture.size == picture.file.stat().st_size
+    with picture.file.open("rb") as file, opened(file if whole else picture.read(), picture.name, OPTION):
+        return
+
+
+def _folder(root: Path, every: Mapping[str, Path], cases: Counter[str]) -> Iterator[Captioned]:
+    listed = _listed({name: path for name, path in every.items() if name.rpartition("/")[2].lower() in (*LISTS, UNREAD_LIST)})
+    beside = {_same(name[: -len(path.suffix)]) + path.suffix.lower(): path for name, path in every.items() if path.suffix.lower() in BESIDE}
+    pictures = [(name, path) for name, path in every.items() if path.suffix.lower() in KINDS]
+    cases.update(_left_out(every))
+    if nowhere := len(listed.keys() - {_same(name) for name, _ in pictures}):
+        if nowhere == len(listed) and pictures:
+            raise ValueError(
+                f"{OPTION}: no file_name of the lists in {printable(root)} is that of a picture, e.g. {printable(next(iter(listed)))}; "
+                "write them as seen from where the list lies"
+            )
+        cases["rows of lists without a picture"] = nowhere
+    for name, path in pictures:
+        stem = name[: -len(path.suffix)]
+        files = [(s, beside[key]) for s in BESIDE for key in (_same(stem) + s, _same(name) + s) if key in beside]
+        caption = listed.get(_same(name)) or _first((kind, _small(file), f"{OPTION}: {printable(file)}") for kind, file in files)
+        if caption is None:
+            bare = stem.rpartition("/")[2].replace("_", " ")
+            caption = Caption(text_of(bare, f"{OPTION}: the name of {printable(path)}"), BY_NAME)
+        yield Captioned(name, caption.text, caption.origin, path, 0, path.stat().st_size)
+
+
+def _left_out(names: Sequence[str] | Mapping[str, object]) -> Counter[str]:
+    """How many files there are that are pictures of kinds which are not read."""
+    suffixes = (Path(name).suffix.lower() for name in names)
+    return Counter(f"{s} left out" for s in suffixes if s in OTHERS)
+
+
+def _same(name: str) -> str:
+    """A file's name as lists and file systems agree on it: macOS takes accents apart, Windows has backslashes."""
+    return normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+
+
+def _small(path: Path) -> str:
+    require_small(path.stat().st_size, f"{OPTION}: {printable(path)}")
+    return read_text(path, OPTION, "check the file")
+
+
+def require_small(size: int, where: str) -> None:
+    """Raises ValueError for a caption's file that nobody wrote as one."""
+    if size > LARGEST_CAPTION:
+        raise ValueError(f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture")
+
+
+def _first(texts: Iterable[tuple[str, str, str]]) -> Caption | None:
+    """The caption of the first of (suffix, text, where) that says one: all of a `.txt`, of a `.json` the field, if it has one."""
+    for kind, text, where in texts:
+        if kind != ".json":
+            return Caption(text_of(text, where), kind)
+        value = json_of(text, where)
+        if isinstance(value, dict) and any(k in value for k in TEXTS):
+            return Caption(text_of(next((value[k] for k in TEXTS if value.get(k) is not None), None), where), kind)
+    return None
+
+
+def _listed(lists: Mapping[str, Path]) -> dict[str, Caption]:
+    """Captions by file name of all lists. Raises ValueError for a row without `file_name`, and a list without texts."""
+    captions: dict[str, Caption] = {}
+    for name, path in lists.items():
+        folder, _, own = name.rpartition("/")
+        if own.lower() == UNREAD_LIST:
+            raise ValueError(
+                f"{OPTION}: {printable(path)} is not read; write its file_name and text as metadata.jsonl or metadata.csv, and remove it"
+            )
+        where, told = f"{OPTION}: {printable(path)}", False
+        text = read_text(path, OPTION, "check the file")
+        rows: list[tuple[str, object]] = list(table(text, ",", where)[1]) if own.lower().endswith(".csv") else list(json_lines(text, where))
+        for here, row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise ValueError(f'{here} is not {{"file_name": ..., "text": ...}}; correct it')
+            told = told or any(k in row for k in TEXTS)
+            caption = text_of(next((row[k] for k in TEXTS if row.get(k) is not None), None), here)
+            key = _same(f"{folder}/{row['file_name']}" if folder else row["file_name"])
+            if captions.setdefault(key, Caption(caption, own)).text != caption:
+                raise ValueError(f"{here} gives {printable(key)} a second caption; keep one for each picture")
+        if rows and not told:
+            has = ", ".join(printable(k) for k in rows[0][1]) if isinstance(rows[0][1], dict) else "none"
+            raise ValueError(f"{where} has no column {', '.join(TEXTS)}; it has {has}; name the captions' column text")
+    return captions
+
+
+def _shard(path: Path, cases: Counter[str]) -> Iterator[Captioned]:
+    """The pictures of a webdataset shard in its order; files of one key may lie anywhere in it."""
+    with require_regular(path, OPTION, "pass a .tar file").open("rb") as file:
+        start = file.read(6)
+    if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
+        raise ValueError(f"{OPTION}: {printable(path)} is packed with {packed}; unpack it to a folder or a plain .tar first")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = _members(tar, path)
+            pictures = {name: m for name, m in members.items() if Path(name).suffix.lower() in KINDS}
+            cases.update(_left_out(members))
+            texts = {name: _text(tar, m, _where(path, name)) for name, m in members.items() if Path(name).suffix.lower() in BESIDE}
+            _require_end(tar, path)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        reason = printable(str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__)
+        raise ValueError(f"{OPTION}: {printable(path)} is no tar file, or damaged ({reason})") from error
+    for name, caption in _by_key(pictures, texts, path).items():
+        member = pictures[name]
+        yield Captioned(f"{path.name}:{name}", caption.text, caption.origin, path, member.offset_data, member.size)
+
+
+def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
+    """Files by name, links as what they link to. Raises ValueError for a picture or caption that is no file of the archive."""
+    known: dict[str, tarfile.TarInfo] = {}
+    files: dict[str, tarfile.TarInfo] = {}
+    every = [m for m in tar if not any(hidden(part) and part not in (".", "..") for part in m.name.split("/"))]
+    known.update((m.name, m) for m in every if m.isreg())
+    for m in every:
+        suffix = Path(m.name).suffix.lower()
+        if suffix not in (*KINDS, *OTHERS, *BESIDE) or m.isdir():
+            continue
+        target = m
+        if m.islnk() or m.issym():
+            beside = m.name.rpartition("/")[0]
+            target = known.get(m.linkname, m) if m.islnk() else known.get(f"{beside}/{m.linkname}" if beside else m.linkname, m)
+        if not target.isreg() or target.issparse():
+            raise ValueError(
+                f"{OPTION}: {printable(path)}: {printable(m.name)} is no file of this archive (a link that leads out, a device, or with holes); pack it again"
+            )
+        files[m.name] = target
+    return files
+
+
+def _require_end(tar: tarfile.TarFile, path: Path) -> None:
+    """Raises TarError where the archive does not end as one does: Python's reader takes a damaged header for the end, and drops the rest."""
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        count = 0
+        while part := file.read(1 << 20):
+            count += len(part)
+            if part.count(0) != len(part):
+                raise tarfile.ReadError(f"what stands at byte {tar.offset} is no header and no end; are two archives one after the other?")
+    if count < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has been cut off")
+
+
+def _where(path: Path, name: str) -> str:
+    return f"{OPTION}: {printable(path.name)}:{printable(name)}"
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> str:
+    require_small(member.size, where)
+    file = tar.extractfile(member)
+    assert file is not None  # a regular file
+    return decoded(file.read(), where)
+
+
+def _by_key(pictures: Mapping[str, object], texts: Mapping[str, str], path: Path) -> dict[str, Caption]:
+    """The caption of every picture: that of its own name, or of its key, which ends at the first dot.
+
+    Raises ValueError where a key has several pictures of other names, of which any may be the one that its caption speaks of.
+    """
+    own = {_stem(name) + Path(name).suffix.lower(): name for name in texts}
+    keyed = {(_key(name), Path(name).suffix.lower()): name for name in reversed(texts)}
+    stems = defaultdict(set)
+    for name in pictures:
+        stems[_key(name)].add(_stem(name))
+    result = {}
+    for name in pictures:
+        files = [(s, own[_stem(name) + s]) for s in BESIDE if _stem(name) + s in own]
+        if not files:
+            if len(several := stems[_key(name)]) > 1:
+                raise ValueError(
+                    f"{OPTION}: {printable(path)} has several pictures of one key, {' and '.join(map(printable, sorted(several)[:2]))}; keep one of each"
+                )
+            files = [(s, keyed[_key(name), s]) for s in BESIDE if (_key(name), s) in keyed]
+        result[name] = _first((kind, texts[of], _where(path, of)) for kind, of in files) or Caption("", "")
+    return result
+
+
+def _stem(name: str) -> str:
+    return name[: -len(Path(name).suffix)]
+
+
+def _key(name: str) -> str:
+    folder, _, own = name.rpartition("/")
+    return f"{folder}/{own.partition('.')[0]}"
