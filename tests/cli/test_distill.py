@@ -107,7 +107,7 @@ def test_a_run_leaves_everything_it_promises(
         f"final/{n}"
         for n in (
             "pytorch_lora_weights.safetensors",
-            "tiny-tdm-4step-lora.safetensors",
+            "tiny-tdm-4step-kohya.safetensors",
             "scheduler/scheduler_config.json",
             "fewstep.json",
             "README.md",

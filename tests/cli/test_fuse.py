@@ -1,6 +1,5 @@
 """`--fuse-lora`: a base with somebody's style as the teacher, and every file that comes of it says so."""
 
-import json
 import re
 from pathlib import Path
 
@@ -71,12 +70,7 @@ def test_a_student_of_base_and_style_in_every_file(
     exec(snippet[1].replace("a prompt", "red cat"), names)
     theirs = torch.tensor(list(names["image"].tobytes())).reshape(names["image"].height, -1, 3).permute(2, 0, 1) / 255
     assert (theirs - drawn).abs().max() < 0.02
-    graph = json.loads(Path("final/comfyui-workflow.json").read_text())
-    assert [(n["inputs"]["lora_name"], n["inputs"]["strength_model"]) for n in graph.values() if n["class_type"] == "LoraLoader"] == [
-        ("style.safetensors", 0.5),
-        (f"{card.name}-lora.safetensors", 1.0),
-    ]
-    assert graph["2"]["inputs"]["model"] == ["9", 0] and graph["9"]["inputs"]["model"] == ["1", 0]
+    assert "There is no workflow for ComfyUI: no file of the base is known" in readme
     assert fewstep(monkeypatch, "export", "final", "merged", "--format", "merged") == 0
 
 

@@ -99,6 +99,8 @@ FEW_STEP: dict[type[DiffusionPipeline], type[FewStepPipeline]] = {
     CogVideoXPipeline: FewStepCogVideoX,
     StableDiffusion3Pipeline: FewStepSD3,
 }
+for _plain, _few in FEW_STEP.items():  # by this name diffusers finds a family's other pipelines: AutoPipelineForImage2Image.from_pipe
+    _few.__name__ = _plain.__name__
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,27 @@
 """A student's weights as files that diffusers loads."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers.models import BPE
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from ..atomic import write_json, write_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
+SETTINGS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+)  # of a LoRA; PEFT's others are at their defaults, and older versions refuse what they do not know
 PEFT_FOLDER = "peft"  # beside a LoRA that its pipeline has no loader for
 
 
@@ -27,16 +35,18 @@ def loads_lora(network: nn.Module) -> bool:
     return isinstance(network, PeftAdapterMixin)
 
 
-def save_lora(folder: Path, network: nn.Module, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """`folder/pytorch_lora_weights.safetensors` in diffusers' format, with the adapter's settings in its header.
+def save_lora(
+    folder: Path, network: nn.Module, state: Mapping[str, Tensor], metadata: Mapping[str, Any], about: Mapping[str, str] | None = None
+) -> Path:
+    """`folder/pytorch_lora_weights.safetensors` in diffusers' format, with what the adapter's settings say of a LoRA, and `about`, in its header.
 
     For a network whose pipeline has no loader, PEFT's own folder is written beside it.
     """
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
-    if part_name(network) == "unet":
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=dict(state), unet_lora_adapter_metadata=plain)
-    else:
-        StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=dict(state), transformer_lora_adapter_metadata=plain)
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items() if k in SETTINGS}
+    part = part_name(network)
+    settings = json.dumps({f"{part}.{k}": v for k, v in plain.items()})  # as diffusers writes it
+    header = {"format": "pt"} | dict(about or {}) | ({"lora_adapter_metadata": settings} if plain else {})
+    write_tensors(folder / LORA_FILE, {f"{part}.{k}": v for k, v in state.items()}, header)
     if not loads_lora(network):
         write_tensors(folder / PEFT_FOLDER / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()})
         write_json(folder / PEFT_FOLDER / "adapter_config.json", {**plain, "peft_type": "LORA"})
@@ -54,6 +64,14 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
     return {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
+
+
+def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
+    """A whole pipeline as diffusers saves it, its tokenizers also in the files that transformers 4 reads: `vocab.json` and `merges.txt`."""
+    pipe.save_pretrained(folder)
+    for name, part in pipe.components.items():
+        if isinstance(part, PreTrainedTokenizerFast) and isinstance(part.backend_tokenizer.model, BPE):
+            part.backend_tokenizer.model.save(str(folder / name))
 
 
 def save_network(folder: Path, network: nn.Module) -> None:

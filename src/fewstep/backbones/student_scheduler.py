@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from ..core.prediction import Row, Split, split
-from ..core.schedule import Schedule, expand
+from ..core.schedule import Schedule, diffuse, expand
 from ..core.solvers import Correct, Past, Solver, free_direction, free_first, step
 
 
@@ -35,11 +35,13 @@ def calls(schedule: Schedule, free: bool, steps: int) -> int:
 
 
 class StudentScheduler(DDIMScheduler):
-    """In the place of DDIM, with the numbers and the network calls of `core.solvers.sample`. Make one with `walking`."""
+    """In the place of DDIM, with the numbers and the network calls of `core.solvers.sample`. Make one with `walking`.
+
+    Where a step begins is what the pipeline says, not how many there were: image-to-image begins in the middle.
+    """
 
     student: Walking
     skipped = 0  # steps that the pipeline does not know of
-    visited = 0
     past: Past | None = None
 
     @staticmethod
@@ -60,11 +62,37 @@ class StudentScheduler(DDIMScheduler):
         told = self.grid if self.student.schedule.resolution else self.grid * self.config.num_train_timesteps
         self.skipped = num_inference_steps - calls(self.student.schedule, self.student.free, num_inference_steps)
         self.timesteps = told[self.skipped : -1].to(device, torch.long if self.student.schedule.resolution else torch.float32)
-        self.visited, self.past = 0, None
+        self.past = None
+
+    def places(self, timestep: int | float | Tensor) -> Tensor:
+        """Which of `timesteps` these are, [N]. Raises ValueError for a time that the student does not visit."""
+        asked = torch.as_tensor(timestep, device=self.timesteps.device).reshape(-1)
+        apart = (self.timesteps[None].double() - asked[:, None].double()).abs()
+        if bool((apart.amin(1) > 0.25).any()):  # half precision and the like, never another time of a table
+            visits = ", ".join(f"{t:g}" for t in self.timesteps.tolist())
+            raise ValueError(f"timestep: got {asked.tolist()}, this student visits {visits}; leave timesteps and sigmas to its scheduler")
+        return apart.argmin(1)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """A picture's state at these times [B]. Raises ValueError for a student that has to begin with pure noise."""
+        if self.student.correct is not None or self.student.free:
+            by = (
+                "a head that knows where it began"
+                if self.student.correct is not None
+                else "a first direction that is taken from pure noise"
+            )
+            raise ValueError(f"image: this student has {by}; it draws from prompts alone, without a picture to begin with")
+        t = self.grid[self.skipped :][self.places(timesteps).cpu()].to(original_samples.device)
+        return diffuse(self.student.schedule, original_samples, t, noise)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, as flow's pipelines call it."""
+        return self.add_noise(sample, noise, timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """What the network is asked about: at first the state that a free step leads to."""
-        return self._skip(sample.float())[0].to(sample.dtype) if self.visited < self.skipped else sample
+        first = self.skipped and timestep is not None and int(self.places(timestep)[0]) == 0
+        return self._skip(sample.float())[0].to(sample.dtype) if first else sample
 
     def _skip(self, x: Tensor) -> tuple[Tensor, Past]:
         """Where the free first step leads from noise, and the past that it leaves."""
@@ -84,11 +112,11 @@ class StudentScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """One step of the student; only the first three arguments count."""
-        s, x = self.student, sample.float()
-        if self.visited < self.skipped:
-            (x, self.past), self.visited = self._skip(x), 1
-        t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[self.visited : self.visited + 2])
+        """One step of the student from `timestep`; only the first three arguments count."""
+        s, x, place = self.student, sample.float(), int(self.places(timestep)[0]) + self.skipped
+        if self.skipped and place == self.skipped:
+            x, self.past = self._skip(x)
+        t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[place : place + 2])
 
         def network(x: Tensor, t: Tensor) -> Split:
             return split(model_output.float(), x, expand(s.schedule.alpha(t), x), expand(s.schedule.sigma(t), x), s.row)
@@ -96,6 +124,6 @@ class StudentScheduler(DDIMScheduler):
         here = (free_first(network, s.schedule) if s.free else network)(x, t)
         past = Past(x / s.schedule.start_std) if self.past is None else self.past
         landed, visit = step(s.solver, s.schedule, here, t, t_next, past, s.correct)
-        self.past, self.visited = Past(past.noise, (visit, *past.visits)), self.visited + 1
+        self.past = Past(past.noise, (visit, *past.visits))
         landed = landed.to(sample.dtype)
         return DDIMSchedulerOutput(landed, visit.way.x0) if return_dict else (landed,)

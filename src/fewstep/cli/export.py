@@ -1,6 +1,7 @@
 """`fewstep export`: a student as files that are right by themselves for one of its step counts, compared with it before they are called done."""
 
 import copy
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,23 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ..api import LoadedStudent, load_student, load_teacher, sample
-from ..atomic import write_tensors
 from ..backbones.few_step import drawn, facts_of, with_network
-from ..backbones.files import load_lora
+from ..backbones.files import save_pipeline
 from ..backbones.generate import device_of
-from ..backbones.load import pipeline_of, quiet
+from ..backbones.load import fingerprint, pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
 from ..backbones.student_scheduler import calls
 from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
-from ..export.card import StudentCard, card_evaluations
+from ..export.card import DTYPES, StudentCard, card_evaluations
 from ..export.final import write_final
-from ..export.kohya import kohya
+from ..export.model_card import model_card
 from ..report.words import plural
 from ..roles.adapters import merge, remove_adapters
 from ..roles.roles import TRAINED
 from ..roles.step_condition import fold, folded_bias
-from ..roles.student import plain_lora
+from ..roles.student import Student, plain_lora
 from ..training.loop import default_device
 from .progress import console
 from .sample import student_folder
@@ -36,8 +36,10 @@ CLOSE = 1e-4  # largest difference of a pixel, in [0, 1], between the student an
 PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
 
 
-def run_export(source: str, out: Path, form: str, steps: int | None, base: str | None, guidance: float | None = None) -> None:
-    """Write, load again, draw, compare; only then is it called done."""
+def run_export(
+    source: str, out: Path, form: str, steps: int | None, base: str | None, guidance: float | None = None, dtype: str | None = None
+) -> None:
+    """Write, load again, draw, compare; only then is it called done. `dtype` is that of whole networks, by default the base's."""
     quiet()
     folder = student_folder(source)
     if folder is None:
@@ -46,7 +48,14 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
         raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
     if out.exists():
         raise ValueError(f"DIR: {out} is there already; choose another folder")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(DTYPES)}")
+    if dtype is not None and form not in WHOLE:
+        raise ValueError(f"--dtype: got {dtype} with --format {form}, whose LoRA stays as it was trained; it is for {' and '.join(WHOLE)}")
     student = load_student(folder, base, default_device(), torch.float32)  # files are compared to a precision that halves do not have
+    if base is not None:  # what is written goes with this one
+        student = replace(student, card=replace(student.card, base=base, base_hash=fingerprint(student.student.backbone.module)))
+    kept: torch.dtype = getattr(torch, dtype or student.card.dtype)
     count = steps or student.card.steps[0]
     if count not in student.card.steps:
         raise ValueError(f"--steps: got {count}, this student serves {', '.join(map(str, student.card.steps))}")
@@ -55,13 +64,21 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
         raise ValueError(f"--guidance: got {guidance}, allowed are {known}")
     scale = guidance or (student.card.scales or (1.0,))[0]
     wanted = sample(student, prompts_for(student), steps=count, guidance=scale)
+    rounded = ""
     try:
-        found = FORMATS[form](student, single(student.card, count, scale), out)
+        found = FORMATS[form](student, single(student.card, count, scale), out, kept)
         difference = float((found - wanted).abs().max())
         if difference > CLOSE:
             raise ValueError(
                 f"export: the files differ from the student by {difference:.1e} in a pixel (allowed {CLOSE:g}); nothing was kept"
             )
+        if form in WHOLE and kept != torch.float32:
+            again = float((sample(load_student(out, student.student.backbone), prompts_for(student)) - wanted).abs().max())
+            if not math.isfinite(again):
+                raise ValueError(
+                    f"--dtype: {_named(kept)} cannot hold this student's numbers, it draws nothing; choose bfloat16 or float32"
+                )
+            rounded = f"; rounded to {_named(kept)}, as the base was, {again:.1e}"
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -70,7 +87,9 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
         console.print(
             f"note: in a pipeline of this family its {count} steps take {asked} network calls; fewstep.sample makes {least}, its first direction is free"
         )
-    console.print(f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: largest difference of a pixel {difference:.1e}")
+    console.print(
+        f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: largest difference of a pixel {difference:.1e}{rounded}"
+    )
 
 
 def prompts_for(loaded: LoadedStudent) -> list[str]:
@@ -83,8 +102,17 @@ def single(card: StudentCard, count: int, scale: float) -> StudentCard:
     name = card.name.replace("-".join(map(str, sorted(card.steps))) + "step", f"{count}step")
     times, solver = {str(count): card.timesteps[str(count)]}, {str(count): card.solver[str(count)]}
     baked, ending = (scale, f"-guidance{scale:g}") if card.scales else (card.teacher_guidance, "")
+    alpha = None if card.rank is None else float(card.rank)  # what `plain_lora` makes of any other
     return replace(
-        card, name=name + ending, steps=(count,), timesteps=times, solver=solver, time_layer="", scales=(), teacher_guidance=baked
+        card,
+        name=name + ending,
+        steps=(count,),
+        timesteps=times,
+        solver=solver,
+        time_layer="",
+        scales=(),
+        teacher_guidance=baked,
+        alpha=alpha,
     )
 
 
@@ -93,7 +121,7 @@ def told(loaded: LoadedStudent, card: StudentCard) -> float:
     return card.teacher_guidance if loaded.card.scales else card.steps[0]
 
 
-def write_student(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
+def write_student(loaded: LoadedStudent, card: StudentCard, out: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     """A folder like `final/`. Returns what it draws when it is loaded again."""
     student, count = loaded.student, card.steps[0]
     if card.weights == "none":
@@ -109,8 +137,8 @@ def write_student(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor
     return sample(load_student(out, student.backbone), prompts_for(loaded))
 
 
-def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
-    """The same with its LoRA under kohya's names too. Returns what diffusers draws with that file on a fresh base."""
+def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same, its LoRA under kohya's names. Returns what diffusers draws with that file on a fresh base."""
     pipe = pipeline_of(loaded.student.backbone)
     _require_stock(card)
     if card.weights != "lora":
@@ -119,13 +147,11 @@ def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
         raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
     _require_told(loaded, card)
     write_student(loaded, card, out)
-    assert card.alpha is not None
-    name = f"{card.name}-kohya.safetensors"
-    write_tensors(out / name, kohya(load_lora(out), card.alpha))
+    (file,) = out.glob("*-kohya.safetensors")
     bare = copy.deepcopy(loaded.student.network)
     remove_adapters(bare, TRAINED)
     fresh = with_network(pipe, bare, load_scheduler(out / "scheduler"), type(pipe))
-    fresh.load_lora_weights(str(out), weight_name=name)
+    fresh.load_lora_weights(str(out), weight_name=file.name)
     return drawn(fresh, PROMPTS, card.steps[0], times=own_times(loaded, card))
 
 
@@ -161,31 +187,55 @@ def merged(loaded: LoadedStudent, card: StudentCard) -> nn.Module:
     return network
 
 
-def write_merged(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
-    """A folder like that of a full student. Returns what it draws when it is loaded again."""
-    full = replace(card, weights="full", rank=None, alpha=None)
-    write_final(out, loaded.student.backbone, full, merged(loaded, card), None, {}, head=loaded.student.head)
-    return sample(load_student(out, loaded.student.backbone), prompts_for(loaded))
+def write_merged(loaded: LoadedStudent, card: StudentCard, out: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A folder like that of a full student. Returns what it draws when it is loaded again, of halves what it draws before they are rounded."""
+    backbone, head, network = loaded.student.backbone, loaded.student.head, merged(loaded, card)
+    exact = LoadedStudent(Student(backbone, network, (), "student", head=head, free=loaded.student.free), _whole(card))
+    found = None if dtype == torch.float32 else sample(exact, prompts_for(loaded))
+    write_final(out, backbone, _whole(card), network.to(dtype), None, {}, head=head)
+    again = load_student(out, backbone)
+    if found is None:
+        return sample(again, prompts_for(loaded))
+    written, own = again.student.network.state_dict(), network.state_dict()
+    if odd := [n for n, v in own.items() if not torch.equal(v.to(written[n].dtype), written[n])]:
+        raise ValueError(f"export: {odd[0]} is not in the files what it was in memory; nothing was kept")
+    return found
 
 
-def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tensor:
-    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it."""
+def _whole(card: StudentCard) -> StudentCard:
+    return replace(card, weights="full", rank=None, alpha=None)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A whole pipeline folder that needs no base beside it. Returns what diffusers draws with it, of halves as `write_merged`."""
     _require_stock(card)
     _require_told(loaded, card)
-    write_merged(loaded, card, out)
-    backbone, network, scheduler = loaded.student.backbone, merged(loaded, card), load_scheduler(out / "scheduler")
+    found = write_merged(loaded, card, out, dtype)
+    backbone, network, scheduler = loaded.student.backbone, merged(loaded, card).to(dtype), load_scheduler(out / "scheduler")
     if isinstance(backbone, PixelModel):
         save_pixel_pipeline(out, pixel_pipeline(network, scheduler, told=bool(backbone.labels)), backbone.labels)
     else:
         pipe = pipeline_of(backbone)
-        with_network(pipe, network, scheduler, type(pipe)).save_pretrained(out)
+        # The base's other parts are copied where they are rounded: they still serve.
+        parts = with_network(pipe, network, scheduler, type(pipe))
+        save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
+        even = own_times(loaded, card) is None
+        page = model_card(_whole(card), out.name, type(scheduler).__name__, facts_of(pipe), even, whole=True)
+        (out / "README.md").write_text(page, encoding="utf-8")
+    if dtype != torch.float32:
+        return found
     again = load_teacher(out, device=device_of(loaded.student.network))
     if isinstance(again, PixelModel):
         return drawn_pixels(again, prompts_for(loaded), card.steps[0])
     return drawn(pipeline_of(again), prompts_for(loaded), card.steps[0], times=own_times(loaded, card))
 
 
-FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path], Tensor]] = {
+WHOLE = ("merged", "pipeline")  # formats of whole networks, which have a dtype
+FORMATS: dict[str, Callable[[LoadedStudent, StudentCard, Path, torch.dtype], Tensor]] = {
     "student": write_student,
     "kohya": write_kohya,
     "merged": write_merged,

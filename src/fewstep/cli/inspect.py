@@ -1,6 +1,8 @@
 """`fewstep inspect`: what a file or folder is, read from its own metadata."""
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,16 @@ from ..atomic import read_json
 from ..backbones.load import bundled, fingerprint, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
 from ..export.card import counted, read_card
+from ..export.headers import KEY
 from ..training.state import checkpoints
 from .progress import console
 from .sample import student_folder
+
+KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how they begin
+    ".lora_A.weight": {"unet": "diffusers'", "transformer": "diffusers'", "base_model": "PEFT's", "": "PEFT's"},
+    ".lora_down.weight": {"": "kohya's"},
+    ".lora.down.weight": {"": "old diffusers'"},
+}
 
 
 def run_inspect(source: str) -> None:
@@ -46,36 +55,59 @@ def run_inspect(source: str) -> None:
         raise ValueError(f"inspect: {source} is no student, run, teacher or .safetensors file; pass the final/ folder of a run")
     width = max(len(k) for k in values)
     for key, value in values.items():
-        console.print(f"{key:<{width}}  {value}", markup=False)
+        console.print(f"{printable(key):<{width}}  {printable(value)}", markup=False)
 
 
 def safetensors_summary(path: Path) -> dict[str, Any]:
-    """Header facts of a weights file: tensors, LoRA rank and alpha, whatever metadata it carries."""
+    """What a weights file says of itself: tensors, its LoRA's names, rank and alpha, and how a student is called."""
     try:
         with safe_open(path, "pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
+            names, header = list(file.keys()), file.metadata() or {}
             shapes = {n: file.get_slice(n).get_shape() for n in names}
+            alphas = [file.get_tensor(n).item() for n in names if n.endswith(".alpha") and math.prod(shapes[n]) == 1]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"inspect: {path} is missing or damaged ({str(error).splitlines()[0]})") from error
-    ranks = sorted({s[0] for n, s in shapes.items() if n.endswith("lora_A.weight")})
     values: dict[str, Any] = {
         "file": str(path),
         "tensors": len(names),
         "bytes": path.stat().st_size,
         "first key": names[0] if names else "",
     }
-    if ranks:
-        values |= {
-            "kind": "LoRA, diffusers format",
-            "layers": sum(n.endswith("lora_A.weight") for n in names),
-            "rank": ", ".join(map(str, ranks)),
-        }
     if FIRST in names:
         checkpoint = read_checkpoint(path)
         values |= {"kind": f"checkpoint of a {checkpoint.pipeline.__name__}", "configuration": checkpoint.config, **checkpoint.scheduler}
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    values |= {k.removeprefix("unet."): v for k, v in settings.items() if k.endswith((".r", ".lora_alpha"))}
-    return values
+    ending = next((e for e in KINDS if any(n.endswith(e) for n in names)), "")
+    if ending:
+        downs = [n for n in names if n.endswith(ending)]
+        told = _json(header, "lora_adapter_metadata")
+        alphas = alphas or [float(v) for k, v in told.items() if k.endswith(".lora_alpha") and isinstance(v, int | float)]
+        values |= {
+            "kind": f"LoRA, {KINDS[ending].get(downs[0].split('.')[0], KINDS[ending][''])} names",
+            "layers": len(downs),
+            "rank": _several(shapes[n][0] for n in downs),
+            "alpha": _several(alphas) or "not said: read as the rank",
+        }
+    student = _json(header, KEY)
+    values |= {k: v for k, v in student.items() if k not in values}
+    return values | {k: v for k, v in sorted(header.items()) if k.startswith(("ss_", "sshs_", "modelspec."))}
+
+
+def _several(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{n:g}" for n in sorted(set(numbers)))
+
+
+def _json(header: Mapping[str, str], key: str) -> dict[str, Any]:
+    """An entry of a header that holds a JSON object; empty where it is missing or something else."""
+    try:
+        value = json.loads(header.get(key, "{}"))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def printable(value: Any) -> str:
+    """A value on one line, what would reach the terminal's controls escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def run_summary(path: Path) -> dict[str, Any]:

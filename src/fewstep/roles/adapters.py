@@ -131,7 +131,7 @@ def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
     if result.unexpected_keys or set(placed) != set(state):
         odd = sorted(set(placed) ^ set(state))[:3]
         raise ValueError(
-            f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json"
+            f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json, begin from it with its own roles.targets and roles.skip"
         )
 
 

@@ -41,7 +41,8 @@ class RolesConfig:
     alpha: float | None = None  # None: alpha = rank, so that a LoRA is right at strength 1.0
     targets: str = "all"
     checkpointing: bool = False
-    skip: tuple[str, ...] = ("add_embedding",)  # diffusers drops it when it reads a LoRA under kohya's names
+    # Programs that read LoRA under kohya's names drop these: sd-scripts, stable-diffusion.cpp and diffusers before 0.36.
+    skip: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
     base: Kind | None = None
 
     def __post_init__(self) -> None:

@@ -57,10 +57,13 @@ def with_vectors(student: Student, vectors: Mapping[float, Tensor]) -> Student:
 def plain_lora(student: Student, count: float, times: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A LoRA that is the student of one step count, or guidance scale, by itself, in PEFT's file format, and PEFT's settings for its header.
 
-    `times` are those that this count visits.
+    `times` are those that this count visits. Whatever alpha it was made with, here it is the rank: the scale is in the weights, so that
+    it is right also where headers are not read.
     """
     settings = student.network.peft_config[student.adapter].to_dict()  # type: ignore[union-attr,index]
-    state = {k: v.detach().cpu().clone() for k, v in adapters.adapter_state(student.network, student.adapter).items()}
+    made = {k: v.detach().cpu().clone() for k, v in adapters.adapter_state(student.network, student.adapter).items()}
+    state = adapters.scaled(made, settings["lora_alpha"] / settings["r"])
+    settings |= {"lora_alpha": settings["r"]}
     if not student.vectors:
         return state, settings
     layer = student.backbone.time_layer

@@ -1,0 +1,82 @@
+"""The file that other programs load a student's LoRA from, and the words of its model card on them."""
+
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..atomic import write_tensors
+from ..backbones.few_step import Facts
+from ..backbones.files import LORA_FILE
+from ..core.schedule import Schedule
+from .card import StudentCard
+from .comfy import TABLE, checkpoint_name, gap, obstacle
+from .headers import kohya_header
+from .kohya import kohya, layers_of, original_names
+
+WORKFLOW = "comfyui-workflow.json"
+UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+UNREAD = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")  # by sd-scripts and stable-diffusion.cpp
+AUTOMATIC = {"ddim": "Euler", "dpmpp": "DPM++ 2M"}  # samplers of A1111 and Forge; their LCM walks times of its own
+
+
+def write_client_file(folder: Path, network: nn.Module, card: StudentCard, facts: Facts, state: Mapping[str, Tensor], size: int) -> str:
+    """Write the LoRA `state`, alpha equal to its rank, for programs that only know files; returns the file's name.
+
+    A U-Net's has kohya's names, which all of them read; a transformer's is what diffusers reads, as ComfyUI does.
+    """
+    if facts.pipeline not in UNETS:
+        name = f"{card.name}-lora.safetensors"
+        shutil.copyfile(folder / LORA_FILE, folder / name)
+        return name
+    assert card.alpha is not None
+    layers = layers_of(state)
+    modules = [n.replace(".base_layer", "") for n, _ in network.named_modules()]
+    original = original_names(layers, modules) if facts.pipeline == "StableDiffusionXLPipeline" else None
+    named, name = kohya(state, card.alpha, original), f"{card.name}-kohya.safetensors"
+    config: Mapping[str, Any] = network.config  # type: ignore[assignment]
+    write_tensors(folder / name, named, kohya_header(card, facts, config, named, size))
+    return name
+
+
+def other_programs(
+    card: StudentCard, facts: Facts, schedule: Schedule, config: Mapping[str, Any], file: str, layers: Collection[str], folder: str
+) -> str:
+    """The section of a model card on programs other than diffusers; empty where there is none to speak of.
+
+    `file` is that of `write_client_file`, `layers` those that the LoRA changes, `config` that of the base's scheduler.
+    """
+    if not file:
+        return ""
+    steps = card.steps[0]
+    times, solver = card.timesteps[str(steps)][:-1], card.solver[str(steps)]
+    plural = f"{steps} step{'s' if steps > 1 else ''}"
+    unet = facts.pipeline in UNETS
+    readers = "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp" if unet else "ComfyUI and diffusers"
+    rows = [f"`{file}` is this LoRA under the names that {readers} read. Strength 1.0, {plural}, CFG 1, no negative prompt."]
+    if why := obstacle(card, facts.pipeline, schedule, config):
+        cure = (
+            f" `fewstep export {folder} OUT --base FILE{'' if not unet else '.safetensors'}` writes one for the checkpoint that you have."
+            if unet and not checkpoint_name(card.base)
+            else ""
+        )
+        rows.append(f"There is no workflow for ComfyUI: {why}.{cure}")
+    else:
+        rows.append(f"ComfyUI: drop `{WORKFLOW}` on its window. It loads `{checkpoint_name(card.base)}` and names all settings.")
+    if unet:
+        if card.head or card.free_first or solver not in AUTOMATIC:
+            rows.append("A1111, Forge: they have no sampler that steps as this student does.")
+        else:
+            off = gap(schedule, times)
+            how = f"A1111 from 1.10, Forge: sampler {AUTOMATIC[solver]}, schedule type Simple, {plural}, CFG scale 1"
+            there = "which visits exactly its times" if off == 0 else f"which is off by {off:.0f} of {TABLE} times at most"
+            rows.append(f"{how}, {there}." if off <= 1 else "A1111, Forge: no schedule of theirs visits this student's times.")
+    if unread := [n for n in UNREAD if n in layers] if unet else []:
+        of = f"{len(unread)} of its {len(layers)} layers ({', '.join(unread)})"
+        told = "; the last one says its step count" if card.time_layer in unread else ""
+        rows.append(
+            f"sd-scripts, stable-diffusion.cpp and diffusers before 0.36 leave out {of}{told}; there use `fewstep export --format merged`."
+        )
+    return "\n## Other programs\n\n" + "\n".join(f"- {row}" for row in rows) + "\n"
