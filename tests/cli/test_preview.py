@@ -128,7 +128,7 @@ def test_clips_are_judged_by_their_motion() -> None:
     """A strip of a few frames is shown; what moves is measured on all of them."""
     shown, _ = drawn({"steps": 2, "guidance": 1.0}, tiny.pixels())
     moving = torch.rand(2, 9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    shown.teacher = SimpleNamespace(decode=lambda x: x)  # type: ignore[assignment]
+    shown.teacher = SimpleNamespace(decode=lambda x: x)
     images, teacher = shown._looked(moving)
     assert images.shape == (2, 3, 8, 5 * 8) and teacher.motion == pytest.approx(float(moving.diff(dim=1).abs().mean()))
     still = shown._looked(moving[:, :1].expand_as(moving))[1]
