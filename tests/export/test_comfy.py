@@ -170,7 +170,7 @@ BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
             "a LoRA that is fused into the base is no file",
         ),
         (replace(CARD, weights="full"), "StableDiffusionPipeline", EPS, "the student is no LoRA"),
-        (CARD, "StableDiffusionPipeline", BETAS, "its noise levels are Stable Diffusion's, and the base was trained on others"),
+        (CARD, "StableDiffusionPipeline", BETAS, "their noise levels are Stable Diffusion's, and the base was trained on others"),
     ],
 )
 def test_there_is_no_workflow_that_could_not_run(card: StudentCard, pipeline: str, config: dict[str, Any], why: str) -> None:

@@ -172,7 +172,8 @@ def test_diffusers_header_says_what_every_peft_knows(folders: Callable[[str], Pa
     loaded, wanted = student(folders("sd"), tmp_path / "final", 8, 1.0)
     with safe_open(tmp_path / "final" / LORA_FILE, "pt") as opened:
         settings = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert set(settings) == {"unet.r", "unet.lora_alpha", "unet.target_modules"}
+    known = {"r": 8, "lora_alpha": 1.0, "target_modules": sorted(wanted), "rank_pattern": {}, "alpha_pattern": {}}
+    assert settings == {f"unet.{k}": v for k, v in known.items()}
     FORMATS["student"](loaded, single(loaded.card, 4, 1.0), tmp_path / "again", torch.float32)
     assert load_student(tmp_path / "again", folders("sd")).card.alpha == 8
     assert layers_of(load_lora(tmp_path / "again")) == sorted(wanted)
@@ -229,6 +230,7 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
     vocabulary = json.loads(Path("whole/tokenizer/vocab.json").read_text())
     assert vocabulary == loaded.student.backbone.pipe.tokenizer.get_vocab()  # type: ignore[attr-defined]
     assert Path("whole/tokenizer/merges.txt").is_file()
+    assert all(k.startswith("text_model.") for k in load_file("whole/text_encoder/model.safetensors"))  # as in published models
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..atomic import write_json, write_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
-SETTINGS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-)  # of a LoRA; PEFT's others are at their defaults, and older versions refuse what they do not know
+# Of a LoRA: what every PEFT knows; older ones refuse a header with settings that came later, diffusers 0.35 one without these.
+SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+CLIP = "text_model."  # how the names of CLIP's tensors begin
 PEFT_FOLDER = "peft"  # beside a LoRA that its pipeline has no loader for
 
 
@@ -42,7 +41,8 @@ def save_lora(
 
     For a network whose pipeline has no loader, PEFT's own folder is written beside it.
     """
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items() if k in SETTINGS}
+    known = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items() if k in SETTINGS}
+    plain = known and {"rank_pattern": {}, "alpha_pattern": {}, **known}
     part = part_name(network)
     settings = json.dumps({f"{part}.{k}": v for k, v in plain.items()})  # as diffusers writes it
     header = {"format": "pt"} | dict(about or {}) | ({"lora_adapter_metadata": settings} if plain else {})
@@ -67,9 +67,16 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
-    """A whole pipeline as diffusers saves it, its tokenizers also in the files that transformers 4 reads: `vocab.json` and `merges.txt`."""
+    """A whole pipeline as diffusers saves it, and as transformers 4 and 5.0 to 5.5 read it, too.
+
+    Those want a tokenizer's `vocab.json` and `merges.txt`, and CLIP's tensors under the names of its published files: others they fill at random.
+    """
     pipe.save_pretrained(folder)
     for name, part in pipe.components.items():
+        if isinstance(part, CLIPTextModel):
+            path = folder / name / SAFE_WEIGHTS_NAME
+            tensors = load_file(path)
+            write_tensors(path, {k if k.startswith(CLIP) else CLIP + k: v for k, v in tensors.items()}, {"format": "pt"})
         if isinstance(part, PreTrainedTokenizerFast) and isinstance(part.backend_tokenizer.model, BPE):
             part.backend_tokenizer.model.save(str(folder / name))
 

@@ -1,7 +1,7 @@
 """The file that other programs load a student's LoRA from, and the words of its model card on them."""
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..backbones.few_step import Facts
 from ..backbones.files import LORA_FILE
 from ..core.schedule import Schedule
 from .card import StudentCard
-from .comfy import TABLE, checkpoint_name, gap, obstacle
+from .comfy import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header
 from .kohya import kohya, layers_of, original_names
 
@@ -50,33 +50,48 @@ def other_programs(
     """
     if not file:
         return ""
-    steps = card.steps[0]
-    times, solver = card.timesteps[str(steps)][:-1], card.solver[str(steps)]
-    plural = f"{steps} step{'s' if steps > 1 else ''}"
     unet = facts.pipeline in UNETS
     readers = "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp" if unet else "ComfyUI and diffusers"
-    rows = [f"`{file}` is this LoRA under the names that {readers} read. Strength 1.0, {plural}, CFG 1, no negative prompt."]
+    rows = [
+        f"`{file}` is this LoRA under the names that {readers} read. Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
+    ]
+    if unet and (why := foreign(schedule, config)):
+        return _section([*rows, f"ComfyUI, A1111 and Forge cannot draw with it: {why}."])
     if why := obstacle(card, facts.pipeline, schedule, config):
-        cure = (
-            f" `fewstep export {folder} OUT --base FILE{'' if not unet else '.safetensors'}` writes one for the checkpoint that you have."
-            if unet and not checkpoint_name(card.base)
-            else ""
-        )
+        elsewhere = unet and not checkpoint_name(card.base)
+        cure = f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have." if elsewhere else ""
         rows.append(f"There is no workflow for ComfyUI: {why}.{cure}")
     else:
         rows.append(f"ComfyUI: drop `{WORKFLOW}` on its window. It loads `{checkpoint_name(card.base)}` and names all settings.")
     if unet:
-        if card.head or card.free_first or solver not in AUTOMATIC:
-            rows.append("A1111, Forge: they have no sampler that steps as this student does.")
-        else:
-            off = gap(schedule, times)
-            how = f"A1111 from 1.10, Forge: sampler {AUTOMATIC[solver]}, schedule type Simple, {plural}, CFG scale 1"
-            there = "which visits exactly its times" if off == 0 else f"which is off by {off:.0f} of {TABLE} times at most"
-            rows.append(f"{how}, {there}." if off <= 1 else "A1111, Forge: no schedule of theirs visits this student's times.")
+        rows.append(_automatic(card, schedule, config))
     if unread := [n for n in UNREAD if n in layers] if unet else []:
         of = f"{len(unread)} of its {len(layers)} layers ({', '.join(unread)})"
         told = "; the last one says its step count" if card.time_layer in unread else ""
         rows.append(
-            f"sd-scripts, stable-diffusion.cpp and diffusers before 0.36 leave out {of}{told}; there use `fewstep export --format merged`."
+            f"sd-scripts, stable-diffusion.cpp and diffusers 0.35 leave out {of}{told}; there use `fewstep export --format merged`."
         )
+    return _section(rows)
+
+
+def _section(rows: Sequence[str]) -> str:
     return "\n## Other programs\n\n" + "\n".join(f"- {row}" for row in rows) + "\n"
+
+
+def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any]) -> str:
+    """What to choose in A1111 and Forge, whose schedule `Simple` is ComfyUI's."""
+    steps = card.steps[0]
+    times, solver = card.timesteps[str(steps)][:-1], card.solver[str(steps)]
+    if card.head or card.free_first or solver not in AUTOMATIC:
+        return "A1111, Forge: they have no sampler that steps as this student does."
+    if (off := gap(schedule, times)) > 1.001:
+        return "A1111, Forge: no schedule of theirs visits this student's times."
+    there = "which visits exactly its times" if off == 0 else f"which is off by one of {TABLE} times at most"
+    own = ["v-prediction"] * (config.get("prediction_type") == "v_prediction")
+    own += ["zero terminal SNR"] * bool(config.get("rescale_betas_zero_snr"))
+    base = f", the base set to {' and '.join(own)}" if own else ""
+    return f"A1111 from 1.10, Forge: sampler {AUTOMATIC[solver]}, schedule type Simple, {plural_of(steps)}, CFG scale 1{base}; {there}."
+
+
+def plural_of(steps: int) -> str:
+    return f"{steps} step{'s' if steps > 1 else ''}"

@@ -69,6 +69,18 @@ def gap(schedule: Schedule, times: Sequence[float]) -> float:
     return 0.0 if apart < 1e-3 else apart
 
 
+def foreign(schedule: Schedule, config: Mapping[str, Any]) -> str:
+    """Why programs that have Stable Diffusion's noise levels built in cannot draw with a model; empty where they can."""
+    if not isinstance(schedule, VP):
+        return ""
+    own, theirs = schedule.alpha_bar.double().cpu(), 1 / (table(bool(config.get("rescale_betas_zero_snr"))) ** 2 + 1)
+    if len(own) != TABLE or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0) or (own[-1] - theirs[-1]).abs() > 1e-5:
+        return "their noise levels are Stable Diffusion's, and the base was trained on others"
+    if config.get("prediction_type") not in PREDICTIONS:
+        return f"they know no prediction type {config.get('prediction_type')}"
+    return ""
+
+
 def obstacle(card: StudentCard, pipeline: str, schedule: Schedule, config: Mapping[str, Any]) -> str:
     """Why ComfyUI has no nodes for this student, or no checkpoint of its base; empty where it has."""
     solver = card.solver[str(card.steps[0])]
@@ -80,14 +92,8 @@ def obstacle(card: StudentCard, pipeline: str, schedule: Schedule, config: Mappi
         )
     if card.weights != "lora":
         return "the student is no LoRA"
-    if isinstance(schedule, VP):
-        own = schedule.alpha_bar.double().cpu()
-        zero = bool(config.get("rescale_betas_zero_snr"))
-        theirs = 1 / (table(zero) ** 2 + 1)
-        if len(own) != TABLE or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0) or (own[-1] - theirs[-1]).abs() > 1e-5:
-            return "its noise levels are Stable Diffusion's, and the base was trained on others"
-        if config.get("prediction_type") not in PREDICTIONS:
-            return f"it knows no prediction type {config.get('prediction_type')}"
+    if why := foreign(schedule, config):
+        return why
     base = source_of(card.base)
     if not checkpoint_name(card.base):
         return "no file of the base is known that it could load"

@@ -41,7 +41,7 @@ class RolesConfig:
     alpha: float | None = None  # None: alpha = rank, so that a LoRA is right at strength 1.0
     targets: str = "all"
     checkpointing: bool = False
-    # Programs that read LoRA under kohya's names drop these: sd-scripts, stable-diffusion.cpp and diffusers before 0.36.
+    # Programs that read LoRA under kohya's names drop these: sd-scripts, stable-diffusion.cpp and diffusers 0.35.
     skip: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
     base: Kind | None = None
 
