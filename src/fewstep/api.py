@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import sha256_of
 from .backbones.base import Backbone, Cond, Denoiser, guided
 from .backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
 from .backbones.files import load_lora, load_network, load_vectors, loads_lora
@@ -20,6 +19,7 @@ from .begin import begun_head, roles_for
 from .core import solvers, timegrid
 from .core.solvers import State, solver_named
 from .export.card import StudentCard, card_evaluations, read_card
+from .hashes import sha256_of
 from .methods.imitation import Imitation
 from .methods.matching import Matching
 from .methods.method import Method, student_of

@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import yaml
@@ -13,7 +14,7 @@ from ..api import load_teacher, path_times, student_walker
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
-from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet, source_of
+from ..backbones.load import BUNDLED, at_size, fingerprint, fused, pipeline_of, place_encoders, quiet, source_of
 from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
@@ -24,40 +25,57 @@ from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
-from ..training.optimizer import OptimizerName, require, state_bytes
+from ..training.optimizer import OptimizerName, state_bytes
+from ..training.optimizer import require as require_optimizer
 from ..training.paths import OF_STUDENT, TRAJECTORIES, Paths, PathsConfig, guided_teacher, teacher_paths, to_end
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
-from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
+from ..training.processes import any_of, is_first, mesh_of_all, require_same, this_process, together, with_others
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from .ending import errors_along, finish, shape_seen
 from .evaluate import check_measures, measure_step
 from .metrics_log import MetricsLog
 from .plan import plans_of, show
+from .preflight import held, place_checks, require
 from .preview import Preview
 from .progress import console, meter
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
-from .run_record import command_line, run_record
+from .run_record import command_line, run_record, versions
 from .sample import student_folder
 from .signals import stop_request
 
 
-def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bool, styles: list[str]) -> None:
-    """Train, preview, export, evaluate, report; every part is skipped where its result is there already. `styles` are fused into the teacher."""
+def run_distill(
+    source: str, overrides: list[str], out: Path | None, dry_run: bool, styles: list[str], given: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Train, preview, export, evaluate, report; every part is skipped where its result is there already. `styles` are fused into the teacher.
+
+    `given` are settings that have options of their own.
+    """
     quiet()
-    recipe = read_recipe(source, overrides, DistillRecipe)
-    recipe = recipe.model_copy(update={"teacher": FUSED.join([recipe.teacher, *styles])})
+    recipe = read_recipe(source, overrides, DistillRecipe, given)
+    recipe = recipe.model_copy(update={"teacher": fused(recipe.teacher, styles)})
     check_measures(recipe)
     run = out or Path("runs") / recipe.name
+    require(place_checks(run))
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
     if dry_run:
         print_dry_run(recipe)
         return
+    require_same(
+        {"recipe": json.loads(recipe.model_dump_json()), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
+    )
+    with held(run):
+        run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())])
+
+
+def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[str]) -> None:
+    """Train what there is to train, in a folder that is this run's alone."""
     stages = [recipe] if recipe.first is None else [first_stage(recipe), second_stage(recipe, run / FIRST)]
     for stage in stages:
-        require(stage.train.optimizer)
+        require_optimizer(stage.train.optimizer)
     teacher, base_hash = teacher_of(recipe)
     check_measures(recipe, teacher)
     check_start(recipe, teacher)
@@ -159,7 +177,11 @@ def distil(
     with with_others():
         # Networks whose weights are spread draw in all processes or in none.
         preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
-        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log)
+
+        def resumed(step: Step) -> None:
+            complete(recipe, step, preview, log)
+
+        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths, resumed), preview, log)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
@@ -186,15 +208,31 @@ def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, N
         for step in steps:
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
-            due = step.iteration % recipe.preview.every == 0 or step.iteration == last
-            if due and preview is not None:
-                if warnings := preview.show(roles, step.iteration, recipe.method):
-                    console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
-                    log.note(step.iteration, {"warnings": warnings})
-                measure(recipe, step, log)
+            look_at(recipe, step, preview, log)
             if any_of(request.asked) and step.iteration < last:
                 return True
     return False
+
+
+def look_at(recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog) -> None:
+    """Show and measure the student after an iteration where that is due."""
+    if preview is None or not (step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations):
+        return
+    warnings = preview.show(step.roles, step.iteration, recipe.method)
+    if warnings and "warnings" not in log.known:
+        console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
+        log.note(step.iteration, {"warnings": warnings})
+    missing = "quality" not in log.known and is_first()
+    if any_of(missing) if sharded(recipe) else missing:
+        measure(recipe, step, log)
+
+
+def complete(recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog) -> None:
+    """Make again what a kill after the checkpoint of this step took: its line, its preview, its point of the quality curves."""
+    if "seconds" not in log.known and step.metrics:
+        log.add(step)
+    look_at(recipe, step, preview, log)
+    log.known = set()
 
 
 def data_seed(recipe: DistillRecipe, data: DataConfig) -> int:

@@ -1,6 +1,5 @@
 """`fewstep sample`: pictures from a student or a teacher, the teacher's beside on request."""
 
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..backbones.load import quiet
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import FILE, card_evaluations
+from ..names import quoted
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
 from ..report.words import plural
@@ -49,7 +49,7 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     if isinstance(backbone, PixelModel):
         if not given:
             raise ValueError(
-                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {shlex.quote(backbone.labels[0])}"
+                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {quoted(backbone.labels[0])}"
             )
         backbone.encode(given)
         return list(given)
