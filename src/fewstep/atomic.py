@@ -94,6 +94,15 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def open_to_others(folder: Path) -> None:
+    """Give the files in a new folder the permissions that new files have; safetensors makes some that their owner alone reads."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # what the folder was made with, but for the right to enter
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # file systems without permissions
+                path.chmod(mode)
+
+
 def remove_left(folder: Path, below: bool = True) -> list[Path]:
     """Remove what killed processes left of half-written files in `folder`, and `below` it; returns what it was. Nobody may be writing there."""
     found = [p for p in (folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")) if LEFT.fullmatch(p.name) and not p.is_symlink()]

@@ -74,8 +74,8 @@ def require_listed(folder: Path, *names: str) -> None:
         if not any(name == asked or name.startswith(f"{asked}/") for asked in names):
             continue
         if not (folder / name).is_file():
-            raise ValueError(f"student: {folder / name} is missing; export the run again")
+            raise ValueError(f"student: {folder / name} is missing; copy it again, or export the run again")
         if sha256_of(folder / name) != digest:
             raise ValueError(
-                f"student: {folder / name} is not the file that was written (another SHA-256 than in {LISTING}); copy it again, or export the run again"
+                f"student: {folder / name} is damaged or was changed (another SHA-256 than in {LISTING}); copy it again, or export the run again"
             )

@@ -37,6 +37,13 @@ def require_name(name: object, option: str, cure: str = "choose another") -> str
     return str(name)
 
 
+def read_name(name: object, option: str) -> str:
+    """Return the name that a file says, as one that a file may have here. Raises ValueError where it is none, or leads elsewhere."""
+    if not isinstance(name, str) or not name.strip(". ") or any(c in "/\\" or not _printable(c) for c in name):
+        return require_name(name, option, "do not use this file unless you trust who made it")
+    return made_name(name)
+
+
 def made_name(text: str, ending: str = "", longest: int = LONGEST) -> str:
     """Make a name from any text: what no file system takes becomes `_`, more than `longest` bytes are shortened and told apart by a hash.
 
@@ -56,7 +63,11 @@ def made_name(text: str, ending: str = "", longest: int = LONGEST) -> str:
 
 
 def expanded(text: str) -> str:
-    """Return a path with `~` as the home folder, which a shell leaves alone behind `=`; a file that is called so is meant itself."""
+    """Return a path as this system spells it: `~` is the home folder, which a shell leaves alone behind `=`, unless a file is called so.
+
+    Letters that the locale lacks stand for their bytes.
+    """
+    text = text if _encodable(text) else os.fsdecode(text.encode("utf-8", "surrogateescape"))
     return os.path.expanduser(text) if text.startswith("~") and not os.path.lexists(text) else text
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,7 +90,8 @@ def _style(text: str) -> tuple[str, float]:
 
 def fused(teacher: str, styles: Sequence[str]) -> str:
     """A teacher and the LoRAs that are fused into it as one text, which `source_of` takes apart again."""
-    return FUSED.join([teacher, *map(_said, map(_style, map(expanded, styles)))]) if styles else teacher
+    whole = teacher.replace(FUSED, WITHIN) if os.path.exists(expanded(teacher)) else teacher
+    return FUSED.join([whole, *map(_said, map(_style, map(expanded, styles)))]) if styles else teacher
 
 
 def _said(style: tuple[str, float]) -> str:
@@ -106,6 +108,28 @@ def absolute(source: str) -> str:
 
 def _whole(path: str) -> str:
     return os.path.abspath(path) if path not in bundled() and os.path.exists(path) else path
+
+
+def local(path: str) -> bool:
+    """Whether a part of a source is a path on somebody's machine, and neither a bundled name nor a hub id."""
+    return path not in bundled() and (os.path.isabs(path) or os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+
+
+def hub_id(source: str) -> str:
+    """The hub id of a source's pipeline, or the empty text."""
+    place = source_of(source).place
+    return "" if place in bundled() or local(place) else place
+
+
+def called(source: str) -> str:
+    """The same source as one tells others: what is on this machine by its own name, without the folders above it."""
+    given = source_of(source)
+
+    def own(path: str) -> str:
+        return Path(os.path.abspath(path)).name if local(path) else path
+
+    place = own(given.place).replace(FUSED, WITHIN) + (f"@{own(given.reading)}" if given.reading else "")
+    return FUSED.join([place, *(_said((own(path), strength)) for path, strength in given.loras)])
 
 
 def seen_from(source: str, folder: Path) -> str:
@@ -301,13 +325,18 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """SHA-256 of networks' own weights, adapters left out, independent of dtype down to half precision; first 16 digits."""
+def fingerprint(*modules: nn.Module, through: torch.dtype = torch.float32) -> str:
+    """SHA-256 of networks' own weights, adapters left out, independent of dtype down to half precision; first 16 digits.
+
+    `through` is the dtype in which they were when it was taken, where they are in a finer one now.
+    """
     digest = hashlib.sha256()
     for name, tensor in (item for module in modules for item in sorted(module.state_dict().items())):
         if "lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().to(through if tensor.is_floating_point() else tensor.dtype).half().contiguous().numpy().tobytes()
+            )
     return digest.hexdigest()[:16]
 
 

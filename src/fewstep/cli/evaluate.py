@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..api import LoadedStudent, backbone_of, load_student, sample
+from ..api import LoadedStudent, backbone_of, sample
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone, calls
 from ..backbones.load import quiet
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
-from ..training.loop import Step, default_device
+from ..training.loop import Step
 from ..zoo.pixel_data import read_pixel_data
+from .preflight import require_output
 from .progress import console, meter
 from .recipe import DistillRecipe
-from .sample import student_folder
+from .sample import open_student, student_folder
 
 if TYPE_CHECKING:
     from ..evaluation.pictures import PictureProtocol
@@ -46,6 +47,8 @@ COLUMNS = (
 def run_evaluate(source: str, protocol: str | None, real: str | None, out: Path | None) -> None:
     """Evaluate, write JSON, print the table. `real` is by default what the run's recipe names."""
     quiet()
+    if out is not None:
+        require_output(out, "-o")
     folder = student_folder(source)
     if folder is None:
         raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
@@ -69,7 +72,7 @@ def evaluate_student(folder: Path, protocol: str | None, cache: Path, real: str 
     from ..evaluation.pictures import PictureProtocol, evaluate_pictures  # seconds to import, and not every run evaluates
     from ..evaluation.protocols import evaluate
 
-    student = load_student(folder, device=default_device())
+    student = open_student(folder)
     teacher = backbone_of(student)
     rules, seen = measuring(teacher, protocol, real)
     rows = rows_of(student)

@@ -1,6 +1,7 @@
 """`fewstep export`: a student as files that are right by themselves for one of its step counts, compared with it before they are called done."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import LoadedStudent, load_student, load_teacher, sample
-from ..atomic import write_tensors
+from ..atomic import open_to_others, write_tensors
 from ..backbones.few_step import drawn, facts_of, with_network
 from ..backbones.files import load_lora
 from ..backbones.generate import device_of
@@ -21,16 +22,17 @@ from ..backbones.student_scheduler import calls
 from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
 from ..export.card import StudentCard, card_evaluations
-from ..export.final import write_final
+from ..export.final import seal, write_final
 from ..export.kohya import kohya
+from ..names import made_name
 from ..report.words import plural
 from ..roles.adapters import merge, remove_adapters
 from ..roles.roles import TRAINED
 from ..roles.step_condition import fold, folded_bias
 from ..roles.student import plain_lora
-from ..training.loop import default_device
+from .preflight import require_parent
 from .progress import console
-from .sample import student_folder
+from .sample import open_student, student_folder
 
 CLOSE = 1e-4  # largest difference of a pixel, in [0, 1], between the student and its files
 PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
@@ -44,9 +46,10 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
         raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
     if form not in FORMATS:
         raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"DIR: {out} is there already; choose another folder")
-    student = load_student(folder, base, default_device(), torch.float32)  # files are compared to a precision that halves do not have
+    require_parent(out, "DIR")
+    student = open_student(folder, base, torch.float32)  # files are compared to a precision that halves do not have
     count = steps or student.card.steps[0]
     if count not in student.card.steps:
         raise ValueError(f"--steps: got {count}, this student serves {', '.join(map(str, student.card.steps))}")
@@ -84,7 +87,14 @@ def single(card: StudentCard, count: int, scale: float) -> StudentCard:
     times, solver = {str(count): card.timesteps[str(count)]}, {str(count): card.solver[str(count)]}
     baked, ending = (scale, f"-guidance{scale:g}") if card.scales else (card.teacher_guidance, "")
     return replace(
-        card, name=name + ending, steps=(count,), timesteps=times, solver=solver, time_layer="", scales=(), teacher_guidance=baked
+        card,
+        name=made_name(name + ending),
+        steps=(count,),
+        timesteps=times,
+        solver=solver,
+        time_layer="",
+        scales=(),
+        teacher_guidance=baked,
     )
 
 
@@ -179,6 +189,8 @@ def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path) -> Tenso
     else:
         pipe = pipeline_of(backbone)
         with_network(pipe, network, scheduler, type(pipe)).save_pretrained(out)
+    open_to_others(out)
+    seal(out)
     again = load_teacher(out, device=device_of(loaded.student.network))
     if isinstance(again, PixelModel):
         return drawn_pixels(again, prompts_for(loaded), card.steps[0])

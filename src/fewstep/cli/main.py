@@ -16,11 +16,11 @@ from .signals import Interrupted, interruptible
 app = typer.Typer(name="fewstep", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _path(text: str) -> Path:
+def _path(text: str | Path) -> Path:
     """What stands behind an option that takes a path."""
-    if not text:
+    if not str(text):
         raise typer.BadParameter("got an empty text; pass a path, or leave the option out")
-    return Path(expanded(text))
+    return Path(expanded(str(text)))
 
 
 Out = Annotated[Path | None, typer.Option("--out", parser=_path, metavar="PATH", help="Folder of the run; runs/NAME by default.")]

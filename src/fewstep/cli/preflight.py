@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import cure_of, link_or_copy, remove_left, temporary_beside
+from ..atomic import cure_of, link_or_copy, remove_left, require_replaceable, temporary_beside
 from ..export.card import FILE
 from ..names import LONGEST, visible
 from ..training.lock import locked
@@ -32,6 +32,32 @@ def require(checks: Sequence[Check]) -> None:
     """Raises ValueError with the message of the first check that failed."""
     if failed := next((check for check in checks if not check.ok), None):
         raise ValueError(failed.message)
+
+
+def require_output(path: Path, option: str) -> None:
+    """Raises ValueError where no file can be written to `path`, before hours go into what would be written."""
+    if path.name == "-":
+        raise ValueError(f"{option}: got -, what is made goes to a file; pass its name")
+    require_parent(path, option)
+    require_replaceable(path, option)
+
+
+def require_parent(path: Path, option: str) -> None:
+    """Raises ValueError where nothing can be made at `path`: no folder above it, no permission, too long a name."""
+    above = next(p for p in path.absolute().parents if os.path.lexists(p))
+    shown, cause = visible(str(above), lines=False), ""
+    if not above.is_dir():
+        cause = f"{shown} is no folder"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        cause = f"{shown} may not be written to"
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        cause = cause or str(error.strerror).lower()
+    if cause:
+        raise ValueError(f"{option}: got {visible(str(path), lines=False)}, {cause}; choose another")
 
 
 def place_checks(run: Path) -> list[Check]:

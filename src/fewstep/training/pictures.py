@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_tensors
+from ..atomic import read_tensors, write_tensors
 from ..backbones.base import Backbone
 from ..methods.method import Real
 from .prompts import Embeddings, embed
@@ -149,7 +148,7 @@ def made_once(path: Path | None, make: Callable[[], Tensor]) -> Tensor:
     """The states kept in `path`, or made and kept there; a damaged file is made again."""
     if path is not None and path.exists():
         try:
-            return load_file(path)["x0"]
+            return read_tensors(path)[0]["x0"]
         except (SafetensorError, KeyError):
             path.unlink()
     x0 = make()

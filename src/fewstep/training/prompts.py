@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_rows
+from ..atomic import read_tensors, write_rows
 from ..backbones.base import Backbone, Cond, rows
 
 COLUMNS = ("prompt", "caption", "text")
@@ -118,10 +118,9 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     path = None if cache is None else cache / f"{key}.safetensors"
     if path is not None and path.exists():
         try:
-            tensors = load_file(path)
-            return _embeddings(tensors, prompts, 0, key)
+            return _embeddings(read_tensors(path)[0], prompts, 0, key)
         except SafetensorError:
-            path.unlink()  # a truncated cache is rebuilt, it holds nothing that cannot be made again
+            path.unlink()  # a damaged cache is rebuilt, it holds nothing that cannot be made again
     parts = (
         {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()} for i in range(0, len(prompts), chunk)
     )

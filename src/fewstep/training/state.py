@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic import cure_of, sync, sync_all, write_json
+from ..atomic import cure_of, open_to_others, sync, sync_all, write_json
 from ..hashes import tensors_hash, values_hash
 from ..roles.sharding import part_of
 
@@ -86,10 +86,10 @@ def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tens
         for name, tensors in groups.items():
             plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             hashes[name] = tensors_hash(plain)
-            save_file(plain, file := temporary / f"{name}.safetensors")
-            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that their owner alone reads
+            save_file(plain, temporary / f"{name}.safetensors")
         written = {"step": step, "groups": sorted(groups), **state, SHA256: hashes}
         write_json(temporary / "state.json", {**written, STATE_SHA256: values_hash(written)})
+        open_to_others(temporary)
         sync_all(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
