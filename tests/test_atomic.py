@@ -1,14 +1,32 @@
 """Files are whole or not there: a failure changes nothing and leaves nothing."""
 
+import errno
+import os
+import socket
+import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from fewstep.atomic import DTYPES, read_json, replacing, write_json, write_rows, write_tensors
+from fewstep.atomic import (
+    DTYPES,
+    cure_of,
+    link_or_copy,
+    read_json,
+    read_tensors,
+    remove_left,
+    replacing,
+    require_replaceable,
+    write_bytes,
+    write_json,
+    write_rows,
+    write_tensors,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -37,7 +55,7 @@ def test_folders_are_made(tmp_path: Path) -> None:
 
 def test_tensors_that_cannot_be_written_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"cannot write .*x\.safetensors: .*; free some space"):
+    with pytest.raises(OSError, match=r"cannot write .*x\.safetensors: .*x\.safetensors is a folder, and only ordinary files are replaced"):
         write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
     assert names(tmp_path) == ["x.safetensors"]
 
@@ -74,3 +92,138 @@ def test_rows_that_are_too_many_or_too_few_leave_nothing(count: int, tmp_path: P
     with pytest.raises(ValueError, match=f"are not {count}"):
         write_rows(tmp_path / "rows.safetensors", count, [{"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 3)}], {})
     assert names(tmp_path) == []
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    write_rows(tmp_path / "b.safetensors", 1, [{"x": torch.ones(1, 2)}], {})
+    write_json(tmp_path / "c.json", {})
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640}
+
+
+def other_things(folder: Path) -> list[Path]:
+    """What is no ordinary file, with the file that a link leads to."""
+    (folder / "folder").mkdir()
+    (folder / "kept").write_text("kept", encoding="utf-8")
+    (folder / "link").symlink_to("kept")
+    (folder / "dangling").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket"))
+    return [folder / name for name in ("folder", "link", "dangling", "pipe", "socket")] + [Path("/dev/null"), Path("/dev/stdout")]
+
+
+def test_only_ordinary_files_are_replaced(tmp_path: Path) -> None:
+    for path in other_things(tmp_path):
+        before = path.lstat().st_mode
+        for write in (
+            lambda p: write_json(p, {}),
+            lambda p: write_bytes(p, b"x"),
+            lambda p: write_tensors(p, {"x": torch.ones(1)}),
+            lambda p: write_rows(p, 1, [{"x": torch.ones(1, 1)}], {}),
+        ):
+            with pytest.raises(OSError, match="only ordinary files are replaced"):
+                write(path)
+        with pytest.raises(ValueError, match=r"^-o: got .*, which is a .*; only ordinary files are replaced: pass the name"):
+            require_replaceable(path, "-o")
+        assert path.lstat().st_mode == before
+    assert (tmp_path / "kept").read_text(encoding="utf-8") == "kept" and not (tmp_path / "nowhere").exists()
+    assert require_replaceable(tmp_path / "kept", "-o") == tmp_path / "kept"
+    assert require_replaceable(tmp_path / "kept" / "below", "-o")
+
+
+def test_a_name_as_long_as_any_can_be_written(tmp_path: Path) -> None:
+    write_json(tmp_path / ("x" * 250 + ".json"), {"a": 1})
+    assert names(tmp_path) == ["x" * 250 + ".json"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS])
+def test_where_there_are_no_links_a_copy_is_made(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "a").write_bytes(b"kept")
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (OSError(errno.ENOSPC, "x"), "free some space"),
+        (OSError(errno.EDQUOT, "x"), "free some space"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "free some space"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "may not be written to"),
+        (OSError(errno.EROFS, "x"), "may not be written to"),
+        (OSError(errno.ENAMETOOLONG, "x"), "too long"),
+        (OSError(errno.ENOTDIR, "x"), "a part of its path is a file"),
+        (OSError(errno.EIO, "x"), "see to that"),
+        (OSError("something"), "see to that"),
+    ],
+)
+def test_the_cause_says_the_cure(error: Exception, cure: str) -> None:
+    assert cure in cure_of(error)
+
+
+def flipped(path: Path, skip: int = 0) -> Iterator[None]:
+    """The file with one bit changed at a time, all over its length from byte `skip`."""
+    data = path.read_bytes()
+    for at in range(skip, len(data), max(1, (len(data) - skip) // 40)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        yield
+    path.write_bytes(data)
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    whole = {"a": torch.arange(40.0).reshape(4, 10), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(True), "d": torch.empty(0)}
+    for write in (lambda: write_tensors(path, whole, {"said": "so"}), lambda: write_rows(path, 4, [{"a": whole["a"]}], {"b": whole["b"]})):
+        write()
+        tensors, about = read_tensors(path)
+        assert all(torch.equal(t, whole[n]) for n, t in tensors.items()) and len(about["sha256"]) == 64
+        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        for _ in flipped(path, header):
+            with pytest.raises(SafetensorError, match="SHA-256"):
+                read_tensors(path)
+    save_file(whole, path)  # from before there were hashes
+    assert torch.equal(read_tensors(path)[0]["a"], whole["a"])
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def replaced(source: Path, target: Path) -> None:
+        order.append("named")
+        replace(source, target)
+
+    def synced(handle: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "fsync", synced)
+    write_json(tmp_path / "x.json", {})
+    assert order == ["file", "named", "folder"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    with replacing(tmp_path / "deep" / "x.json") as temporary:
+        left = temporary.with_name(temporary.name.replace("-", "-9"))
+    write_bytes(left, b"half")
+    for name in (".x.json.12.tmp", ".checkpoint-000002.tmp/student.safetensors"):
+        write_bytes(tmp_path / name, b"half")
+    kept = {"a.tmp", ".vim.tmp", "x.json", ".checkpoint-2.tmp"}
+    for name in kept:
+        write_bytes(tmp_path / name, b"kept")
+    remove_left(tmp_path)
+    assert not left.exists() and set(names(tmp_path)) == kept | {"deep"}

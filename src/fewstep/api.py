@@ -1,5 +1,6 @@
 """The public functions: load a teacher, distil it, sample, load a student. The command line is written against these."""
 
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import sha256_of
 from .backbones.base import Backbone, Cond, Denoiser, guided
 from .backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
 from .backbones.files import load_lora, load_network, load_vectors, loads_lora
 from .backbones.generate import device_of, trajectory
-from .backbones.load import around, at_size, fingerprint, load_teacher, pipeline_of
+from .backbones.load import around, at_size, fingerprint, load_teacher, pipeline_of, seen_from
 from .backbones.parts import denoiser_of
 from .backbones.student_scheduler import Walking
 from .begin import begun_head, roles_for
 from .core import solvers, timegrid
 from .core.solvers import State, solver_named
 from .export.card import StudentCard, card_evaluations, read_card
+from .hashes import sha256_of
 from .methods.imitation import Imitation
 from .methods.matching import Matching
 from .methods.method import Method, student_of
@@ -151,11 +152,12 @@ def load_student(
 ) -> LoadedStudent:
     """Read a student onto its base: by default the one its card names, in the card's dtype, on `device`. Raises ValueError with one line.
 
-    Another base of the same architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights.
+    Another base of the same architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights; warns where the one that the
+    card names has changed.
     """
     folder = Path(folder)
     card = read_card(folder)
-    named = card.base if base is None else base
+    named = seen_from(card.base, folder) if base is None else base
     if isinstance(named, str | Path):
         named = load_teacher(named, dtype or getattr(torch, card.dtype), device, guidance_rescale=card.guidance_rescale)
     backbone = at_size(named, card.size or None)
@@ -172,7 +174,18 @@ def load_student(
         state = load_lora(folder)
         student = with_lora(backbone, without_fold(state, card.time_layer) if vectors else state, card.rank, card.alpha)
     student = with_vectors(student, {k: vectors[k] for k in card.told}) if vectors else student
-    return LoadedStudent(replace(student, head=head, free=card.free_first), card)
+    loaded = LoadedStudent(replace(student, head=head, free=card.free_first), card)
+    if base is None and (note := base_note(loaded)):
+        warnings.warn(note, stacklevel=2)
+    return loaded
+
+
+def base_note(loaded: LoadedStudent) -> str:
+    """Say where a student's base has other weights than the one that it was trained on; the empty text where it is the same."""
+    card, module = loaded.card, loaded.student.backbone.module
+    if not card.base_hash or (found := fingerprint(module, through=getattr(torch, card.dtype))) == card.base_hash:
+        return ""
+    return f"the base {loaded.student.backbone.name} has other weights (SHA-256 {found}...) than the one this student was trained on ({card.base_hash}...)"
 
 
 def load(base: Any, student: str | Path) -> FewStepPipeline:

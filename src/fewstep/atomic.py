@@ -1,45 +1,139 @@
 """Files that are either whole or not there: written under a temporary name beside their own, then renamed."""
 
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .hashes import bytes_of, combined, tensors_hash
+from .names import visible
+
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}  # safetensors' names
+SHA256 = "sha256"  # in a header: of all tensors of the file
+ENDING = ".fewstep.tmp"
+LEFT = re.compile(rf"\..*{re.escape(ENDING)}|\..+\.\d+\.tmp|\.checkpoint-\d{{6,}}\.tmp", re.DOTALL)  # names that a killed process leaves
+CURES = {
+    "free some space, then run the same command again": (errno.ENOSPC, errno.EDQUOT),
+    "this folder may not be written to: choose another, or change its permissions": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "its name is too long for this file system: choose a shorter one": (errno.ENAMETOOLONG,),
+    "something else is in its place: move that away": (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST),
+    "a part of its path is a file: choose another": (errno.ENOTDIR,),
+}
+_count = itertools.count()
 
 
-def sha256_of(*files: Path) -> str:
-    """Of their contents, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-    return digest.hexdigest()
+def cure_of(error: Exception) -> str:
+    """Say what to do about a file that could not be written, by the cause that the system gave."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (said := re.search(r"os error (\d+)", str(error))):  # safetensors says it in words
+        number = int(said[1])
+    if number is None:
+        number = next((n for n in (errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG) if os.strerror(n) in str(error)), None)
+    return next((cure for cure, numbers in CURES.items() if number in numbers), "see to that, then run the same command again")
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name in the same folder that nobody else takes, short whatever `path` is called."""
+    return path.with_name(f".{os.getpid()}-{next(_count)}{ENDING}")
+
+
+def require_replaceable(path: Path, option: str = "") -> Path:
+    """Return `path` where a file may be written there: nothing is, or an ordinary file.
+
+    Raises OSError, or where an `option` is named ValueError with its name: folders, devices, pipes and symbolic links are not replaced.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    if stat.S_ISREG(mode):
+        return path
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kind, name = kinds.get(stat.S_IFMT(mode), "a device"), visible(str(path), lines=False)
+    if option:
+        raise ValueError(f"{option}: got {name}, which is {kind}; only ordinary files are replaced: pass the name of one, or of a new one")
+    raise OSError(f"{name} is {kind}, and only ordinary files are replaced; move it away")
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a folder's list of names to the disk, where the system can."""
+    with suppress(OSError):  # Windows opens no folders, some network drives sync none
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Bring a folder with everything in it to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; a copy where the file system knows no hard links."""
+    try:
+        os.link(source, target)
+    except (OSError, NotImplementedError):
+        shutil.copyfile(source, target)
+
+
+def open_to_others(folder: Path) -> None:
+    """Give the files in a new folder the permissions that new files have; safetensors makes some that their owner alone reads."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # what the folder was made with, but for the right to enter
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # file systems without permissions
+                path.chmod(mode)
+
+
+def remove_left(folder: Path, below: bool = True) -> list[Path]:
+    """Remove what killed processes left of half-written files in `folder`, and `below` it; returns what it was. Nobody may be writing there."""
+    found = [p for p in (folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")) if LEFT.fullmatch(p.name) and not p.is_symlink()]
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` when the block ends, and nothing is left of it when the block fails.
 
-    Folders are made as needed. Several processes may do it at once: each has its own name, the last one stays.
+    Folders are made as needed. Several processes may do it at once: each has its own name, the last one stays. The file is on the disk
+    before it has its name, and its permissions are those of any new file. Raises OSError where something else than a file has that name.
     """
+    require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
+        with temporary.open("xb") as made:
+            mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
         yield temporary
+        with suppress(OSError):  # file systems without permissions
+            temporary.chmod(mode)  # safetensors makes files that their owner alone reads
+        sync(temporary)
+        require_replaceable(path)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,9 +145,29 @@ def write_bytes(path: Path, data: bytes) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write text in UTF-8 and return `path`. Raises OSError with nothing changed."""
+    return write_bytes(path, utf8(text))
+
+
+def utf8(text: str) -> bytes:
+    """Encode text in UTF-8; a name that was read in a locale without its letters comes out as the bytes that it has on the disk."""
+    return text.encode("utf-8", "surrogateescape" if _restored(text) else "backslashreplace")
+
+
+def _restored(text: str) -> bool:
+    try:
+        text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return False
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented, in UTF-8. Raises OSError with nothing changed."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    plain = text if _restored(text) else json.dumps(value, indent=2) + "\n"  # bytes that are no UTF-8 come back as they were
+    write_bytes(path, utf8(plain))
 
 
 def read_json(path: Path, cure: str) -> dict[str, Any]:
@@ -68,12 +182,25 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
-    """One safetensors file, `about` in its header. Raises OSError that says what to do, with nothing changed."""
+    """One safetensors file, `about` and the tensors' hash in its header. Raises OSError that says what to do, with nothing changed."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, about)
+            save_file(plain, temporary, {**(about or {}), SHA256: tensors_hash(plain)})
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}; free some space, then run the same command again") from error
+        raise OSError(f"cannot write {path}: {error}; {cure_of(error)}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, what the header says) of a file that `write_tensors` or `write_rows` wrote; the tensors are read as they are used.
+
+    Raises SafetensorError where it is damaged: cut off, or its tensors are not those that the header has the hash of.
+    """
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.offset_keys()}
+    if SHA256 in about and about[SHA256] != tensors_hash(tensors):
+        raise SafetensorError("its tensors do not have the SHA-256 that its header says")
+    return tensors, about
 
 
 def require_room(path: Path, size: int) -> None:
@@ -102,14 +229,15 @@ def write_rows(
     rest = iter(parts)
     first = next(rest)
     shapes = {k: (v.dtype, (count, *v.shape[1:])) for k, v in first.items()} | {k: (v.dtype, tuple(v.shape)) for k, v in whole.items()}
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {SHA256: "0" * 64}}  # as long as the hash that comes when all is written
+    hashes = {name: hashlib.sha256() for name in shapes}
     end = 0
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    at = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+    at = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
     planned(path, 8 + len(text) + end)
     require_room(path, 8 + len(text) + end)
     try:
@@ -118,8 +246,13 @@ def write_rows(
             for part in chain([first], rest, [whole]):
                 for name, rows in part.items():
                     file.seek(at[name])
-                    at[name] += file.write(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            if ends := [n for n, entry in header.items() if at[n] != 8 + len(text) + entry["data_offsets"][1]]:
+                    content = bytes_of(rows)
+                    hashes[name].update(content)
+                    at[name] += file.write(content)
+            if ends := [n for n in shapes if at[n] != 8 + len(text) + header[n]["data_offsets"][1]]:
                 raise ValueError(f"{path}: the rows of {ends[0]} are not {count}")
+            whole_hash = combined((n, str(dtype), shape, hashes[n].hexdigest()) for n, (dtype, shape) in shapes.items())
+            file.seek(8)
+            file.write(text.replace(b"0" * 64, whole_hash.encode(), 1))
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}; free some space, then run the same command again") from error
+        raise OSError(f"cannot write {path}: {error}; {cure_of(error)}") from error

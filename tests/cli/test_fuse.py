@@ -1,6 +1,5 @@
 """`--fuse-lora`: a base with somebody's style as the teacher, and every file that comes of it says so."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from fewstep.backbones.load import fingerprint, source_of
 from fewstep.export.card import read_card
 
 from .. import pipelines
+from ..snippets import snippet_of
 from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
 
@@ -56,18 +56,17 @@ def test_a_student_of_base_and_style_in_every_file(
     assert fewstep(monkeypatch, *run, "--dry-run") == 0
     assert fewstep(monkeypatch, *run) == 0
     card = read_card(Path("runs/tiny/final"))
-    assert card.base == f"{base} + {style}@0.5" and card.name.startswith("sd-style-")
+    assert card.base == f"{base} + {style.absolute()}@0.5" and card.name.startswith("sd-style-")
     assert card.base_hash == fingerprint(load_teacher(card.base).module) != fingerprint(load_teacher(base).module)
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
     drawn = sample(load_student("runs/tiny/final"), ["red cat"], [0])[0]
     readme = Path("runs/tiny/final/README.md").read_text()
-    assert f"base_model: {base}\n" in readme and "fuse_lora(lora_scale=0.5)" in readme
-    snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert snippet is not None
+    assert "base_model" not in readme and str(base) not in readme and "fuse_lora(lora_scale=0.5)" in readme
+    code = snippet_of(Path("runs/tiny/final"))
     monkeypatch.chdir("runs/tiny")
     Path("style.safetensors").symlink_to("../../style.safetensors")
     names: dict[str, Image.Image] = {}
-    exec(snippet[1].replace("a prompt", "red cat"), names)
+    exec(code.replace("a prompt", "red cat"), names)
     theirs = torch.tensor(list(names["image"].tobytes())).reshape(names["image"].height, -1, 3).permute(2, 0, 1) / 255
     assert (theirs - drawn).abs().max() < 0.02
     assert "There is no workflow for ComfyUI: " in readme

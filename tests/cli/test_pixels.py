@@ -2,7 +2,6 @@
 
 import html
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from fewstep.cli.ending import quality_of
 from fewstep.evaluation.pictures import PictureProtocol
 
 from .. import tiny
+from ..snippets import snippet_of
 from .test_distill import error_of
 from .test_distill import fewstep as command
 
@@ -92,11 +92,10 @@ def test_what_may_be_asked_of_it(
 
 def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = headless
-    snippet = re.search(r"```python\n(.*?)```", (run / "final" / "README.md").read_text(), re.DOTALL)
-    assert snippet is not None
+    code = snippet_of(run / "final")
     monkeypatch.chdir(run)
     names: dict[str, torch.Tensor] = {}
-    exec(snippet[1], names)
+    exec(code, names)
     assert torch.equal(names["pictures"], fewstep.sample(fewstep.load_student("final"), [""]))
 
 

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 import fewstep as package
 from fewstep.api import load_student, load_teacher, sample
 from fewstep.backbones.few_step import drawn
-from fewstep.backbones.load import fingerprint
+from fewstep.backbones.load import absolute, called, fingerprint
 from fewstep.export.card import read_card
 from fewstep.training import loop
 
 from .. import single_file
+from ..snippets import snippet_of
 from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
 from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
 
@@ -47,10 +48,9 @@ def losses(run: Path) -> torch.Tensor:
 
 def seen(run: Path) -> torch.Tensor:
     """What the snippet of a run's model card draws, executed in the working folder."""
-    snippet = re.search(r"```python\n(.*?)```", (run / "final" / "README.md").read_text(), re.DOTALL)
-    assert snippet is not None
+    code = snippet_of(run / "final")
     names: dict[str, Image.Image] = {}
-    exec(snippet[1].replace("a prompt", "red cat").replace('"final"', f'"{run / "final"}"'), names)
+    exec(code.replace("a prompt", "red cat").replace('"final"', f'"{run / "final"}"'), names)
     image = names["image"]
     return torch.tensor(list(image.tobytes())).reshape(image.height, image.width, 3).permute(2, 0, 1) / 255
 
@@ -83,14 +83,14 @@ def test_a_file_gives_the_student_that_its_folder_gives(
     cached = [sorted(p.name for p in Path(r, "embeddings").iterdir()) for r in ("one", "two")]
     assert cached[0] == cached[1]  # the cache knows encoders by their weights
     card = read_card(Path("one/final"))
-    assert (card.base, card.name) == (base, "model-tdm-2step")
+    assert (card.base, card.name) == (absolute(base), "model-tdm-2step")
     assert card.base_hash == read_card(Path("two/final")).base_hash == fingerprint(load_teacher("whole").module)
     assert json.loads(Path("one/final/comfyui-workflow.json").read_text())["1"]["inputs"] == {"ckpt_name": "model.safetensors"}
     own = sample(load_student("one/final"), PROMPTS)
     torch.testing.assert_close(own, sample(load_student("two/final"), PROMPTS), rtol=0, atol=0.02)
     torch.testing.assert_close(drawn(package.load(base, "one/final"), PROMPTS, 2), own, rtol=0, atol=1e-4)
     readme = Path("one/final/README.md").read_text()
-    assert 'from_single_file("model.safetensors", config="configs")' in readme and "base_model: model.safetensors\n" in readme
+    assert 'from_single_file("model.safetensors", config="configs")' in readme and "base_model" not in readme
     assert (seen(Path("one")) - own[0]).abs().max() < 0.02
     assert fewstep(monkeypatch, "sample", "one", "-p", "red cat", "--compare", "--out", "x.png") == 0
     for form in ("kohya", "pipeline"):
@@ -121,9 +121,9 @@ def test_a_style_on_a_file_without_its_autoencoder(base: str, monkeypatch: pytes
         == 0
     )
     card = read_card(Path("one/final"))
-    assert card.base == "less.safetensors@whole + style.safetensors@0.5" and card.name == "less-style-tdm-2step"
+    assert card.base == absolute("less.safetensors@whole + style.safetensors@0.5") and card.name == "less-style-tdm-2step"
     assert card.base_hash == fingerprint(load_teacher("whole + style.safetensors@0.5").module)
-    assert f'fewstep.load_teacher("{card.base}").pipe  # its file has no vae' in Path("one/final/README.md").read_text()
+    assert f'fewstep.load_teacher("{called(card.base)}").pipe  # its file has no vae' in Path("one/final/README.md").read_text()
     assert (seen(Path("one")) - sample(load_student("one/final"), ["red cat"])[0]).abs().max() < 0.02
 
 

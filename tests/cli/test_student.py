@@ -16,6 +16,7 @@ from fewstep.methods.matching import Matching
 from fewstep.roles.roles import RolesConfig, make_roles
 from tests.cli.test_distill import error_of, recipe, teacher, written
 from tests.cli.test_distill import fewstep as command
+from tests.snippets import snippet_of
 
 __all__ = ["recipe", "teacher"]  # fixtures
 
@@ -46,11 +47,10 @@ def as_tensor(images: list[Image.Image]) -> Tensor:
 def test_the_model_cards_snippet_draws_what_sample_draws(recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", f"roles.share={str(share).lower()}") == 0
     final = Path("runs/tiny/final")
-    snippet = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(), re.DOTALL)
-    assert snippet is not None
+    code = snippet_of(final)
     monkeypatch.chdir(final.parent)
     names: dict[str, Image.Image] = {}
-    exec(snippet[1].replace("a prompt", "red cat"), names)
+    exec(code.replace("a prompt", "red cat"), names)
     own = fewstep.sample(fewstep.load_student("final"), ["red cat"], [0])
     base = fewstep.sample(fewstep.load_student("final").student.backbone, ["red cat"], [0], steps=4)
     assert (own - base).abs().max() > 0.02  # the student is not the teacher
@@ -238,9 +238,9 @@ def test_a_truncated_student_is_one_line(final: Path, monkeypatch: pytest.Monkey
     file.write_bytes(data[:500])
     capsys.readouterr()
     assert command(monkeypatch, "sample", final, "-p", "x") == 2
-    assert "missing or damaged" in error_of(capsys)
+    assert "is damaged or was changed" in error_of(capsys)
     assert command(monkeypatch, "inspect", file) == 2
-    assert "missing or damaged" in error_of(capsys)
+    assert "is damaged or was changed" in error_of(capsys)
 
 
 def test_a_report_is_written_again(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """TrajP-L from the command line: trajectories, training, and a student with a head in its user's hands."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from fewstep.training.prompts import Embeddings
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
 from tests.cli.test_distill import fewstep as command
 from tests.cli.test_student import as_tensor
+from tests.snippets import snippet_of
 
 __all__ = ["recipe", "teacher", "uncounted"]  # fixtures
 
@@ -86,11 +86,10 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     printed = capsys.readouterr()
     assert "--steps: got 8, the student's span head serves up to 4 steps; take as many or fewer" in printed.err
     assert printed.out == ""  # neither a warning nor the teacher's pictures before it
-    snippet = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(), re.DOTALL)
-    assert snippet is not None
+    code = snippet_of(final)
     monkeypatch.chdir(final.parent)
     names: dict[str, Image.Image] = {}
-    exec(snippet[1].replace("a prompt", "red cat").replace("manual_seed(0)", "manual_seed(3)"), names)
+    exec(code.replace("a prompt", "red cat").replace("manual_seed(0)", "manual_seed(3)"), names)
     assert (as_tensor([names["image"]]) - wanted[4][:1]).abs().max() <= 0.5 / 255 + 1e-4
 
 

@@ -21,7 +21,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from .files import load_network, loads_lora, part_name
+from ..hashes import require_listed
+from .files import LORA_FILE, load_network, loads_lora, part_name
 from .parts import denoiser_of
 from .schedulers import load_scheduler
 from .student_scheduler import StudentScheduler, Walking
@@ -143,6 +144,7 @@ def few_step_pipeline(
     pipe = with_network(base, network, walk, kind)
     pipe.serving = serving
     if weights == "lora" and loads_lora(network):
+        require_listed(student, LORA_FILE)
         pipe.load_lora_weights(str(student), adapter_name=adapter)
         pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
     return pipe

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..atomic import write_json, write_tensors
+from ..hashes import require_listed
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
@@ -59,6 +60,7 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
     Raises ValueError when the file is missing or damaged.
     """
     path = folder / LORA_FILE
+    require_listed(folder, LORA_FILE)
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -89,6 +91,7 @@ def save_network(folder: Path, network: nn.Module) -> None:
 def load_network(folder: Path, like: nn.Module) -> nn.Module:
     """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing or damaged."""
     path = folder / part_name(like)
+    require_listed(folder, path.name)
     try:
         network = type(like).from_pretrained(path)  # type: ignore[attr-defined]
         weight = next(like.parameters())
@@ -104,6 +107,7 @@ def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
 
 def load_vectors(folder: Path) -> dict[float, Tensor]:
     """Inverse of `save_vectors`. Raises ValueError when the file is missing or damaged."""
+    require_listed(folder, CONDITION_FILE)
     try:
         return {float(k): v for k, v in load_file(folder / CONDITION_FILE).items()}
     except (OSError, ValueError, SafetensorError) as error:

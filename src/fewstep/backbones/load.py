@@ -1,7 +1,10 @@
 """From a name to a teacher: a bundled one, a diffusers folder, a hub id, or a checkpoint in one file."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +23,12 @@ from diffusers import (
 )
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..names import expanded
 from .base import Backbone
 from .cogvideox import CogVideoX, around_cogvideox
 from .parts import LatentUNet, Piped, load_pipeline
@@ -34,6 +40,8 @@ from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkp
 from .unconditional import PixelModel, around_pixels
 
 FUSED = " + "  # between a teacher and the LoRAs that are fused into it
+WITHIN = " \\+ "  # the same inside the name of one of them
+INDEX = "model_index.json"
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
 
 
@@ -50,24 +58,91 @@ class Source(NamedTuple):
     @property
     def names(self) -> list[str]:
         """What the pipeline and its LoRAs are called: the last parts of their paths."""
-        return [Path(path).name.removesuffix(SUFFIX) for path in (self.place, *(lora for lora, _ in self.loras))]
+        paths = (self.place, *(lora for lora, _ in self.loras))
+        return [Path(os.path.abspath(path)).name.removesuffix(SUFFIX) for path in paths]  # `.` is called what its folder is
 
 
 def source_of(text: str | Path) -> Source:
     """`owner/name + style.safetensors@0.8 + other.safetensors` in its parts; 1 where no strength is said; a checkpoint is `FILE` or `FILE@READING`.
 
-    Raises ValueError with one line.
+    What is there under the whole of a name is meant by it, whatever is in the name. Raises ValueError with one line.
     """
-    place, *styles = (part.strip() for part in str(text).split(FUSED))
-    file, told, reading = place.partition(f"{SUFFIX}@")
-    loras = []
-    for style in styles:
-        path, at, strength = style.rpartition("@")
-        try:
-            loras.append((path, float(strength)) if at else (style, 1.0))
-        except ValueError:
-            raise ValueError(f"--fuse-lora: got {style!r}, allowed are PATH or PATH@STRENGTH, e.g. style.safetensors@0.8") from None
-    return Source(file + SUFFIX if told else place, tuple(loras), reading)
+    whole = str(text)
+    parts = [whole] if os.path.exists(expanded(whole)) else [part.replace(WITHIN, FUSED) for part in whole.split(FUSED)]
+    place, *styles = (own if os.path.exists(own := expanded(part)) else expanded(part.strip()) for part in parts)
+    file, told, reading = ("", "", "") if os.path.exists(place) else place.partition(f"{SUFFIX}@")
+    return Source(file + SUFFIX if told else place, tuple(_style(style) for style in styles), expanded(reading))
+
+
+def _style(text: str) -> tuple[str, float]:
+    """A LoRA's path and strength."""
+    path, at, strength = text.rpartition("@")
+    if not at or os.path.exists(text):
+        return text, 1.0
+    try:
+        if math.isfinite(value := float(strength)):
+            return path, value
+    except ValueError:
+        if text.endswith(SUFFIX):
+            return text, 1.0
+    raise ValueError(f"--fuse-lora: got {text!r}, allowed are PATH or PATH@STRENGTH, e.g. style.safetensors@0.8")
+
+
+def fused(teacher: str, styles: Sequence[str]) -> str:
+    """A teacher and the LoRAs that are fused into it as one text, which `source_of` takes apart again."""
+    whole = teacher.replace(FUSED, WITHIN) if os.path.exists(expanded(teacher)) else teacher
+    return FUSED.join([whole, *map(_said, map(_style, map(expanded, styles)))]) if styles else teacher
+
+
+def _said(style: tuple[str, float]) -> str:
+    path, strength = style
+    return path.replace(FUSED, WITHIN) + (f"@{strength:g}" if strength != 1 or "@" in path else "")
+
+
+def absolute(source: str) -> str:
+    """The same source, whichever folder one works in: what is on this machine with its whole path."""
+    given = source_of(source)
+    place = _whole(given.place).replace(FUSED, WITHIN) + (f"@{_whole(given.reading)}" if given.reading else "")
+    return FUSED.join([place, *(_said((_whole(path), strength)) for path, strength in given.loras)])
+
+
+def _whole(path: str) -> str:
+    return os.path.abspath(path) if path not in bundled() and os.path.exists(path) else path
+
+
+def local(path: str) -> bool:
+    """Whether a part of a source is a path on somebody's machine, and neither a bundled name nor a hub id."""
+    return path not in bundled() and (os.path.isabs(path) or os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+
+
+def hub_id(source: str) -> str:
+    """The hub id of a source's pipeline, or the empty text."""
+    place = source_of(source).place
+    return "" if place in bundled() or local(place) else place
+
+
+def called(source: str) -> str:
+    """The same source as one tells others: what is on this machine by its own name, without the folders above it."""
+    given = source_of(source)
+
+    def own(path: str) -> str:
+        return Path(os.path.abspath(path)).name if local(path) else path
+
+    place = own(given.place).replace(FUSED, WITHIN) + (f"@{own(given.reading)}" if given.reading else "")
+    return FUSED.join([place, *(_said((own(path), strength)) for path, strength in given.loras)])
+
+
+def seen_from(source: str, folder: Path) -> str:
+    """The same source with what is not here looked for from the folders above a student, which was made in one of them."""
+    given = source_of(source)
+
+    def found(path: str) -> str:
+        if os.path.isabs(path) or path in bundled() or os.path.exists(path):
+            return path
+        return next((str(there) for above in folder.resolve().parents if (there := above / path).exists()), path)
+
+    place = found(given.place).replace(FUSED, WITHIN) + (f"@{found(given.reading)}" if given.reading else "")
+    return FUSED.join([place, *(_said((found(path), strength)) for path, strength in given.loras)])
 
 
 def present(source: Source) -> Source:
@@ -198,8 +273,31 @@ def place_encoders(backbone: Backbone, device: str | torch.device) -> None:
         encoder.to(device)
 
 
+def require_reached(name: str) -> None:
+    """Ask the hub once for a pipeline that is not in the cache. Raises ValueError that says what is the matter; diffusers would try for a minute."""
+    if isinstance(try_to_load_from_cache(name, INDEX), str):
+        return
+    here = f"there is no folder {name} here"
+    try:
+        get_hf_file_metadata(hf_hub_url(name, INDEX), timeout=10)
+    except OfflineModeIsEnabled as error:
+        raise ValueError(f"teacher: {here}, and HF_HUB_OFFLINE forbids asking the hub; check the path, or unset it") from error
+    except GatedRepoError as error:
+        raise ValueError(f"teacher: {name} is gated; accept its terms on its page on the hub, then run: hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"teacher: {here}, and the hub has none of that name, or it is private; check it, or run: hf auth login"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"teacher: {name} on the hub is no diffusers pipeline (it has no {INDEX}); pass one that is") from error
+    except Exception as error:  # as many types as there are kinds of trouble on the way
+        raise ValueError(f"teacher: {here}, and the hub cannot be reached ({_reason(error)}); check the path, or the network") from error
+
+
 def family_of(source: str | Path) -> Family:
     """The family of a folder or a hub id. Raises ValueError with one line when it cannot be read or is not supported."""
+    if isinstance(source, str) and not Path(source).exists():
+        require_reached(source)
     try:
         name = DiffusionPipeline.load_config(str(source))["_class_name"]
     except Exception as error:  # the hub and diffusers raise a different type for each kind of trouble
@@ -227,13 +325,18 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """SHA-256 of networks' own weights, adapters left out, independent of dtype down to half precision; first 16 digits."""
+def fingerprint(*modules: nn.Module, through: torch.dtype = torch.float32) -> str:
+    """SHA-256 of networks' own weights, adapters left out, independent of dtype down to half precision; first 16 digits.
+
+    `through` is the dtype in which they were when it was taken, where they are in a finer one now.
+    """
     digest = hashlib.sha256()
     for name, tensor in (item for module in modules for item in sorted(module.state_dict().items())):
         if "lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().to(through if tensor.is_floating_point() else tensor.dtype).half().contiguous().numpy().tobytes()
+            )
     return digest.hexdigest()[:16]
 
 

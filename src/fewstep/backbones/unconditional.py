@@ -76,7 +76,7 @@ class PixelModel(WithUNet):
 def around_pixels(pipe: DiffusionPipeline, name: str) -> PixelModel:
     """The backbone of a pipeline, with the classes that `labels.json` in its folder names. Raises ValueError for a scheduler of another kind."""
     names = Path(pipe.name_or_path or "") / LABELS
-    labels = tuple(json.loads(names.read_text())) if names.is_file() else ()
+    labels = tuple(json.loads(names.read_text(encoding="utf-8"))) if names.is_file() else ()
     schedule = process_of(pipe.scheduler)
     if isinstance(schedule, EDM) and isinstance(pipe, DDPMPipeline):  # which draws other pictures than the model's
         kept, pipe = pipe.name_or_path, pixel_pipeline(pipe.unet, pipe.scheduler)
@@ -125,7 +125,7 @@ def save_pixel_pipeline(folder: Path, pipe: DiffusionPipeline, labels: Sequence[
     """Its folder, class names beside."""
     pipe.save_pretrained(folder)
     if labels:
-        (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")
+        (folder / LABELS).write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")
 
 
 def drawn_pixels(model: PixelModel, prompts: Sequence[str], steps: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..api import load_teacher, path_times, student_walker
 from ..atomic import read_json, require_room, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
-from ..backbones.load import FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet
+from ..backbones.load import at_size, fingerprint, fused, pipeline_of, place_encoders, quiet
 from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
@@ -27,7 +28,8 @@ from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
-from ..training.optimizer import OptimizerName, require, state_bytes
+from ..training.optimizer import OptimizerName, state_bytes
+from ..training.optimizer import require as require_optimizer
 from ..training.paths import (
     CURVE_SAMPLES,
     OF_STUDENT,
@@ -42,7 +44,7 @@ from ..training.paths import (
 )
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
-from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
+from ..training.processes import any_of, is_first, mesh_of_all, require_same, this_process, together, with_others
 from ..training.prompts import Embeddings, embed, embedding_bytes
 from ..training.state import latest_checkpoint
 from .best import Best, measured_by
@@ -50,30 +52,46 @@ from .ending import errors_along, finish, shape_seen, write_best
 from .evaluate import check_measures, measure_step
 from .metrics_log import MetricsLog
 from .plan import plans_of, show
+from .preflight import held, place_checks, require
 from .preview import Preview
 from .progress import console, meter
 from .prompts import count_in, say_found, say_size, training_prompts
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
-from .run_record import command_line, run_record
+from .run_record import command_line, run_record, versions
 from .sample import student_folder
 from .signals import stop_request
 
 
-def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bool, styles: list[str]) -> None:
-    """Train, preview, export, evaluate, report; every part is skipped where its result is there already. `styles` are fused into the teacher."""
+def run_distill(
+    source: str, overrides: list[str], out: Path | None, dry_run: bool, styles: list[str], given: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Train, preview, export, evaluate, report; every part is skipped where its result is there already. `styles` are fused into the teacher.
+
+    `given` are settings that have options of their own.
+    """
     quiet()
-    recipe = read_recipe(source, overrides, DistillRecipe)
-    recipe = recipe.model_copy(update={"teacher": FUSED.join([recipe.teacher, *styles])})
+    recipe = read_recipe(source, overrides, DistillRecipe, given)
+    recipe = recipe.model_copy(update={"teacher": fused(recipe.teacher, styles)})
     check_measures(recipe)
     run = out or Path("runs") / recipe.name
+    require(place_checks(run))
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
     if dry_run:
         print_dry_run(recipe, run)
         return
+    require_same(
+        {"recipe": json.loads(recipe.model_dump_json()), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
+    )
+    with held(run):
+        run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())])
+
+
+def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[str]) -> None:
+    """Train what there is to train, in a folder that is this run's alone."""
     stages = [recipe] if recipe.first is None else [first_stage(recipe), second_stage(recipe, run / FIRST)]
     for stage in stages:
-        require(stage.train.optimizer)
+        require_optimizer(stage.train.optimizer)
     teacher, base_hash = teacher_of(recipe)
     check_measures(recipe, teacher)
     check_start(recipe, teacher)
@@ -177,7 +195,12 @@ def distil(
         # Networks whose weights are spread draw in all processes or in none.
         preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
         keep = partial(write_best, run, recipe, roles, base_hash) if first and recipe.preview.keep_best and not sharded(recipe) else None
-        stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log, prompts, keep)
+
+        def resumed(step: Step) -> None:
+            complete(recipe, step, preview, log, prompts, keep)
+
+        steps = distill(roles, recipe.method, data, recipe.train, run, real, paths, resumed)
+        stopped = training(recipe, roles, steps, preview, log, prompts, keep)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
@@ -214,25 +237,48 @@ def training(
         for step in steps:
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
-            due = step.iteration % recipe.preview.every == 0 or step.iteration == last
-            if due and preview is not None:
-                judge(recipe, step, preview, log, prompts, keep)
+            look_at(recipe, step, preview, log, prompts, keep)
             if any_of(request.asked) and step.iteration < last:
                 return True
     return False
 
 
+def look_at(
+    recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None
+) -> None:
+    """Show and measure the student after an iteration where that is due."""
+    if preview is not None and (step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations):
+        judge(recipe, step, preview, log, prompts, keep)
+
+
 def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None) -> None:
-    """One preview: its pictures, what is measured on them, the best student so far, and everything that is to be said."""
+    """One preview: its pictures, what is measured on them, the best student so far, and everything that is to be said.
+
+    What the log knows of this iteration already is not made or said again.
+    """
     seen = preview.show(step.roles, step.iteration, recipe.method)
     values = {"distance": seen.distance, **{f"distance_{k}": d for k, d in seen.distances.items()}}
-    log.note(step.iteration, {"preview": {k: v if finite(v) else None for k, v in values.items()}})
-    quality = measure(recipe, step, log, prompts)
+    if "preview" not in log.known:
+        log.note(step.iteration, {"preview": {k: v if finite(v) else None for k, v in values.items()}})
+    quality = log.known.get("quality", {}) if is_first() else {}
+    if any_of(not quality and is_first()) if sharded(recipe) else not quality and is_first():
+        quality = measure(recipe, step, log, prompts)
     value = seen.distance if recipe.preview.measure is None else quality.get("fd_real")
     kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds) if keep else []
-    if said := [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]:  # at its end a run says what it missed
-        console.print("\n".join(f"iteration {step.iteration}: {w}" for w in said), markup=False)
+    said = [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]  # at its end a run says what it missed
+    if said and "warnings" not in log.known:
+        console.print("\n".join(f"iteration {step.iteration}: {w}" for w in said))
         log.note(step.iteration, {"warnings": said})
+
+
+def complete(
+    recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None
+) -> None:
+    """Make again what a kill after the checkpoint of this step took: its line, its preview, its point of the quality curves."""
+    if "seconds" not in log.known and step.metrics:
+        log.add(step)
+    look_at(recipe, step, preview, log, prompts, keep)
+    log.known = {}
 
 
 def data_seed(recipe: DistillRecipe, data: DataConfig) -> int:

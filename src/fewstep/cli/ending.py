@@ -11,11 +11,12 @@ from torch import Tensor
 from .. import __version__
 from ..backbones.base import calls, guided
 from ..backbones.generate import device_of
-from ..backbones.load import bundled, source_of
+from ..backbones.load import absolute, bundled, source_of
 from ..core.solvers import DDIM, evaluations, sample, solver_named
 from ..export.card import StudentCard, counted
 from ..export.final import write_final
 from ..methods.method import Method, student_of
+from ..names import LONGEST, made_name
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
 from ..report.summary import at_equal_cost, called
@@ -75,13 +76,19 @@ def card_of(recipe: DistillRecipe, roles: Roles, base_hash: str, iterations: int
     weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
     rank = recipe.roles.rank if weights == "lora" else None
     return StudentCard(
-        name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
+        name=student_name(recipe, called), method=called, base=absolute(recipe.teacher), base_hash=base_hash,
         steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
         prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
         rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
         iterations=iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
         scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
     )  # fmt: skip
+
+
+def student_name(recipe: DistillRecipe, called: str) -> str:
+    """What a student is called after: its teacher, its method, its step counts. A long teacher's name is shortened."""
+    ending = made_name(f"-{called}-{'-'.join(map(str, sorted(recipe.method.counts)))}step")
+    return made_name("-".join(source_of(recipe.teacher).names), ending, LONGEST - len(ending))
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
@@ -144,7 +151,7 @@ def print_ending(
         console.print(f"quality  {quality_of(student, best, rows)}")
         console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
-    console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}", markup=False)
+    console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
 
 
 def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> str:

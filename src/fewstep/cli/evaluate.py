@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..api import LoadedStudent, backbone_of, load_student, sample
+from ..api import LoadedStudent, backbone_of, sample
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone, calls
 from ..backbones.load import BUNDLED, quiet
@@ -15,13 +15,14 @@ from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
-from ..training.loop import Step, default_device
+from ..training.loop import Step
 from ..training.prompts import find_prompts
 from ..zoo.pixel_data import read_pixel_data
+from .preflight import require_output
 from .progress import console, meter
 from .prompts import prompts_from
 from .recipe import DistillRecipe
-from .sample import student_folder
+from .sample import open_student, student_folder
 
 if TYPE_CHECKING:
     from ..evaluation.pictures import PictureProtocol
@@ -50,6 +51,8 @@ COLUMNS = (
 def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: str | None, out: Path | None) -> None:
     """Evaluate, write JSON, print the table. `real` and `prompts` are by default what the run's recipe names."""
     quiet()
+    if out is not None:
+        require_output(out, "-o")
     folder = student_folder(source)
     if folder is None:
         raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
@@ -102,7 +105,7 @@ def evaluate_student(
     from ..evaluation.pictures import PictureProtocol, evaluate_pictures  # seconds to import, and not every run evaluates
     from ..evaluation.protocols import evaluate
 
-    student = load_student(folder, device=default_device())
+    student = open_student(folder)
     teacher = backbone_of(student)
     rules, seen = measuring(teacher, protocol, real)
     asked = asked_of(teacher, folder.parent, prompts, rules) if isinstance(rules, PictureProtocol) else ()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import LoadedStudent, load_student, load_teacher, sample
+from ..atomic import open_to_others, write_text
 from ..backbones.few_step import drawn, facts_of, with_network
 from ..backbones.files import save_pipeline
 from ..backbones.generate import device_of
@@ -21,16 +23,17 @@ from ..backbones.student_scheduler import calls
 from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
 from ..export.card import DTYPES, StudentCard, card_evaluations
-from ..export.final import write_final
+from ..export.final import seal, write_final
 from ..export.model_card import model_card
+from ..names import made_name
 from ..report.words import plural
 from ..roles.adapters import merge, remove_adapters
 from ..roles.roles import TRAINED
 from ..roles.step_condition import fold, folded_bias
 from ..roles.student import Student, plain_lora
-from ..training.loop import default_device
+from .preflight import require_parent
 from .progress import console
-from .sample import student_folder
+from .sample import open_student, student_folder
 
 CLOSE = 1e-4  # largest difference of a pixel, in [0, 1], between the student and its files
 PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
@@ -46,13 +49,14 @@ def run_export(
         raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
     if form not in FORMATS:
         raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"DIR: {out} is there already; choose another folder")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(DTYPES)}")
     if dtype is not None and form not in WHOLE:
         raise ValueError(f"--dtype: got {dtype} with --format {form}, whose LoRA stays as it was trained; it is for {' and '.join(WHOLE)}")
-    student = load_student(folder, base, default_device(), torch.float32)  # files are compared to a precision that halves do not have
+    require_parent(out, "DIR")
+    student = open_student(folder, base, torch.float32)  # files are compared to a precision that halves do not have
     if base is not None:  # what is written goes with this one
         student = replace(student, card=replace(student.card, base=base, base_hash=fingerprint(student.student.backbone.module)))
     kept: torch.dtype = getattr(torch, dtype or student.card.dtype)
@@ -105,7 +109,7 @@ def single(card: StudentCard, count: int, scale: float) -> StudentCard:
     alpha = None if card.rank is None else float(card.rank)  # what `plain_lora` makes of any other
     return replace(
         card,
-        name=name + ending,
+        name=made_name(name + ending),
         steps=(count,),
         timesteps=times,
         solver=solver,
@@ -225,7 +229,9 @@ def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path, dtype: t
         save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
         even = own_times(loaded, card) is None
         page = model_card(_whole(card), out.name, type(scheduler).__name__, facts_of(pipe), even, whole=True)
-        (out / "README.md").write_text(page, encoding="utf-8")
+        write_text(out / "README.md", page)
+    open_to_others(out)
+    seal(out)
     if dtype != torch.float32:
         return found
     again = load_teacher(out, device=device_of(loaded.student.network))

@@ -3,15 +3,27 @@
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from ..names import expanded, visible
+from .progress import Plain, show_all_letters
+from .signals import Interrupted, interruptible
 
 app = typer.Typer(name="fewstep", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME by default.")]
+
+def _path(text: str | Path) -> Path:
+    """What stands behind an option that takes a path."""
+    if not str(text):
+        raise typer.BadParameter("got an empty text; pass a path, or leave the option out")
+    return Path(expanded(str(text)))
+
+
+Out = Annotated[Path | None, typer.Option("--out", parser=_path, metavar="PATH", help="Folder of the run; runs/NAME by default.")]
 Fuse = Annotated[
     list[str] | None, typer.Option("--fuse-lora", help="LoRA that becomes part of the teacher, PATH or PATH@STRENGTH. May be repeated.")
 ]
@@ -46,8 +58,12 @@ def distill(
     """Train a few-step student. The same command again resumes where the last one stopped."""
     from .distill import run_distill
 
-    overrides = [*(set_ or []), *([f"teacher={teacher}"] if teacher else []), *([f"prompts.source={prompts}"] if prompts else [])]
-    run_distill(recipe, overrides, out, dry_run, fuse_lora or [])
+    run_distill(recipe, set_ or [], out, dry_run, fuse_lora or [], _given({"teacher": teacher, "prompts.source": prompts}))
+
+
+def _given(options: dict[str, str | None]) -> dict[str, str]:
+    """Those that were given, to the letter: what people call their files is no YAML."""
+    return {key: text for key, text in options.items() if text is not None}
 
 
 @app.command()
@@ -60,7 +76,7 @@ def plan(
     """Print what a recipe needs in memory, part by part, without loading or downloading any weights."""
     from .plan import run_plan
 
-    run_plan(recipe, [*(set_ or []), *([f"teacher={teacher}"] if teacher else [])], memory)
+    run_plan(recipe, set_ or [], memory, _given({"teacher": teacher}))
 
 
 @app.command()
@@ -83,12 +99,14 @@ def sample(
     compare: Annotated[bool, typer.Option("--compare", help="Put the teacher's pictures beside, same prompts and seeds.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
     solver: Annotated[str | None, typer.Option(help="ddim, dpmpp, ipndm or renoise; a student brings its own.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("sample.png"),
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="PATH", help="PNG file to write.")] = Path("sample.png"),
 ) -> None:
     """Draw pictures with a student or a teacher."""
     from .sample import run_sample
 
-    run_sample(student, prompt or [], steps, guidance, guidance_rescale, seed, count, compare, base, solver, out)
+    run_sample(
+        expanded(student), prompt or [], steps, guidance, guidance_rescale, seed, count, compare, base and expanded(base), solver, out
+    )
 
 
 @app.command()
@@ -112,19 +130,20 @@ def evaluate(
         typer.Option(help="Prompts that a text-to-image model is measured by, beside its teacher; the run's own by default."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="JSON file to write; eval.json in the student's folder by default.")
+        Path | None,
+        typer.Option("-o", "--out", parser=_path, metavar="PATH", help="JSON file to write; eval.json in the student's folder by default."),
     ] = None,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""
     from .evaluate import run_evaluate
 
-    run_evaluate(student, protocol, real, prompts, out)
+    run_evaluate(expanded(student), protocol, real and expanded(real), prompts and expanded(prompts), out)
 
 
 @app.command()
 def export(
     student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder to write.")],
+    folder: Annotated[Path, typer.Argument(parser=_path, metavar="DIR", help="A new folder to write.")],
     format_: Annotated[
         str, typer.Option("--format", help="student, kohya (ComfyUI, A1111), merged (one network), or pipeline (a whole folder).")
     ] = "student",
@@ -138,7 +157,7 @@ def export(
     """Write a student as files for other programs, load them again, and compare them with it."""
     from .export import run_export
 
-    run_export(student, folder, format_, steps, base, guidance, dtype)
+    run_export(expanded(student), folder, format_, steps, base and expanded(base), guidance, dtype)
 
 
 @app.command()
@@ -146,7 +165,7 @@ def inspect(file: Annotated[str, typer.Argument(help="A student or teacher folde
     """Print what a file is: base, method, steps, times, rank, hashes."""
     from .inspect import run_inspect
 
-    run_inspect(file)
+    run_inspect(expanded(file))
 
 
 @app.command()
@@ -154,7 +173,7 @@ def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished, s
     """Write a run's report.html again, from what its folder holds by now."""
     from .report import run_report
 
-    run_report(run)
+    run_report(expanded(run))
 
 
 @app.command()
@@ -178,17 +197,22 @@ def train_teacher(
 
 
 def run() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
+    """Entry point: a user's mistake is one line and exit code 2, a signal one line and 128 and its number."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notice about torchvision, at import, is of no use to anyone here
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    show_all_letters()
     try:
-        app(standalone_mode=True)
+        with interruptible():
+            app(standalone_mode=True)
     except (ValueError, OSError, FloatingPointError) as error:
-        console.print(f"error: {error}", markup=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command resumes from the last checkpoint")
-        sys.exit(130)
+        _leave(f"error: {visible(str(error), lines=False)}", 2)
+    except Interrupted as signal:
+        _leave(f"interrupted by {signal.name}; the same command goes on: a training from its last checkpoint", 128 + signal.number)
+
+
+def _leave(text: str, status: int) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        Plain(stderr=True).print(text)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

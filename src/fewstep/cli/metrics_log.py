@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_bytes
+from ..atomic import write_text
 from ..training.loop import Step
 
 
@@ -13,11 +13,13 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, start: int) -> None:
         self.path, self.iteration, self.seconds = path, start, 0.0
+        self.known: dict[str, Any] = {}  # what the lines of iteration `start` say
         if path is None:
             return
-        kept = [r for r in _records(path) if r["iteration"] <= start]
-        self.seconds = max((r.get("seconds", 0.0) for r in kept), default=0.0)
-        write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        kept = [r for r in _records(path) if r["iteration"] <= start] if start else []
+        self.seconds = max((r["seconds"] for r in kept if isinstance(r.get("seconds"), int | float)), default=0.0)
+        self.known = {key: value for r in kept if r["iteration"] == start for key, value in r.items()}
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def add(self, step: Step) -> None:
         self.iteration, self.seconds = step.iteration, self.seconds + step.seconds
@@ -26,16 +28,18 @@ class MetricsLog:
     def note(self, iteration: int, values: dict[str, Any]) -> None:
         if self.path is None:
             return
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, **values}) + "\n")
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """Readable lines; a last line cut off by a kill is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            records.append(record)
     return records

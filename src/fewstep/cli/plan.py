@@ -1,7 +1,9 @@
 """`fewstep plan`: what a recipe needs in memory, part by part, and the settings that make it fit a card: first those with the same result."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from rich.table import Table
@@ -12,6 +14,7 @@ from ..backbones.hollow import hollow_teacher
 from ..backbones.load import at_size, quiet
 from ..backbones.parts import Piped, networks
 from ..begin import roles_for
+from ..names import quoted
 from ..roles.quantised import KINDS, Kind, layers_of, quantise
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
@@ -56,10 +59,10 @@ class Plan:
         return max(self.phases.encoding, self.training.total + self.phases.idle, self.drawing)
 
 
-def run_plan(source: str, overrides: list[str], memory: str | None) -> None:
+def run_plan(source: str, overrides: list[str], memory: str | None, given: Mapping[str, str] = MappingProxyType({})) -> None:
     """Print the plan, and with `memory` the settings that fit it. Raises ValueError with one line when none do."""
     quiet()
-    recipe = read_recipe(source, overrides, DistillRecipe)
+    recipe = read_recipe(source, overrides, DistillRecipe, given)
     usable = None if memory is None else usable_bytes(memory)
     teacher, plans = plans_of(recipe)
     for made in plans:
@@ -78,7 +81,10 @@ def run_plan(source: str, overrides: list[str], memory: str | None) -> None:
     if changes:
         console.print(f"nothing that gives the same result fits; with these it changes a little: {'; '.join(changes)}")
     if sets:
-        console.print(f"  fewstep distill {source} {' '.join(f'--set {s}' for s in [*overrides, *sets])}", markup=False)
+        options = [part for s in [*overrides, *sets] for part in ("--set", s)] + [
+            p for key, text in given.items() for p in (f"--{key}", text)
+        ]
+        console.print(f"  {quoted('fewstep', 'distill', source, *options)}")
 
 
 def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:

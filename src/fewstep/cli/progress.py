@@ -1,13 +1,66 @@
 """Progress that a person can read: a bar with losses, speed and time left; plain lines where there is no terminal."""
 
+import io
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from rich.console import Console
+from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.style import Style
+from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+from ..names import visible
+
+CLOSED = 141  # exit status of a program whose reader has left: 128 + SIGPIPE
+
+
+class Plain(Console):
+    """A console that prints what it is given: users' names hold brackets and colons, which rich would read as styles and emoji.
+
+    What a terminal would obey is written out.
+    """
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        emoji: bool | None = None,
+        markup: bool | None = None,
+        highlight: bool | None = None,
+        highlighter: HighlighterType | None = None,
+    ) -> Text:
+        """As rich's, with the text as it is, whoever asks for more. Every string that is printed comes by here, those in tables too."""
+        return super().render_str(
+            visible(text), style=style, justify=justify, overflow=overflow, emoji=False, markup=False, highlight=False
+        )
+
+    def on_broken_pipe(self) -> None:
+        """Say that nobody reads any more, and leave: a training saves on its way out."""
+        self.quiet = True
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):
+            print("stopped: what this was printed to is closed; the same command goes on", file=sys.stderr)  # noqa: T201
+        raise SystemExit(CLOSED)
+
+
+def show_all_letters() -> None:
+    """Write out what the terminal's encoding lacks, where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+console = Plain()
 
 
 class Meter:
@@ -17,10 +70,10 @@ class Meter:
         self.title, self.total, self.done = title, total, done
         self.between, self.began, self.first, self.last_line = seconds_between_lines, time.monotonic(), done, 0.0
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task(title, total=total, completed=done, note="")
+        self.task = self.bar.add_task(visible(title, lines=False), total=total, completed=done, note="")
 
     def advance(self, done: int, numbers: Mapping[str, float]) -> None:
         """`done` of `total` are finished."""

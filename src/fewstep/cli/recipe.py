@@ -1,18 +1,31 @@
 """Recipes: one YAML file, checked strictly, with dotted overrides. Every mistake is one line that names the option."""
 
 import re
-from dataclasses import asdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
 from ..methods.method import require_beginning
 from ..methods.paths import PathImitation
 from ..methods.presets import preset, require_roles
+from ..names import expanded, require_name, visible
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
@@ -21,6 +34,8 @@ from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
 from ..trajp.head import KINDS, require_steps
 
 Model = TypeVar("Model", bound=BaseModel)
+Place = Annotated[str, AfterValidator(expanded)]  # a path, or whatever else says where something is
+Name = Annotated[str, AfterValidator(lambda name: require_name(name, "name", "it becomes the run's folder: choose another, or pass --out"))]
 
 
 class Strict(BaseModel):
@@ -32,7 +47,7 @@ class Strict(BaseModel):
 class PromptsConfig(Strict):
     """`source` as in `training.prompts.read_prompts`, or `bundled` for the prompts that came with a bundled teacher."""
 
-    source: str = "bundled"
+    source: Place = "bundled"
     column: str | None = None
 
 
@@ -85,15 +100,15 @@ class DataConfig(Strict):
     pixel model is measured against.
     """
 
-    source: str
+    source: Place
     count: int = Field(default=TEACHER_PICTURES, ge=1)
     steps: int = Field(default=TEACHER_STEPS, ge=1)
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
     guidance_until: float = Field(default=0.0, ge=0, lt=1)
     seed: int | None = None
-    folder: str | None = None
-    student: str | None = None
-    real: str | None = None
+    folder: Place | None = None
+    student: Place | None = None
+    real: Place | None = None
 
     @model_validator(mode="after")
     def _student_walks(self) -> "DataConfig":
@@ -108,8 +123,8 @@ class FinetuneRecipe(Strict):
     """`fewstep train-teacher RECIPE` of kind finetune."""
 
     kind: Literal["finetune"]
-    name: str
-    teacher: str
+    name: Name
+    teacher: Place
     data: DataConfig
     roles: RolesConfig
     fit: FitConfig
@@ -130,8 +145,8 @@ class DistillRecipe(Strict):
     """`fewstep distill RECIPE`. `first` trains the student to begin as (imitate, then match). `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
 
     kind: Literal["distill"]
-    name: str
-    teacher: str
+    name: Name
+    teacher: Place
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base's weights; LoRA stays in single precision
     size: int | None = None  # height and width of the pictures, if not the teacher's own
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # of the teacher's guidance, as in diffusers' pipelines
@@ -141,7 +156,7 @@ class DistillRecipe(Strict):
     train: TrainConfig
     data: DataConfig | None = None
     first: StageConfig | None = None
-    start: str | None = None  # a student folder to begin from, instead of the teacher
+    start: Place | None = None  # a student folder to begin from, instead of the teacher
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
 
@@ -165,10 +180,18 @@ class DistillRecipe(Strict):
         return next((data.real for data in (self.data, self.first and self.first.data) if data and data.real), None)
 
 
-def read_recipe(source: str, overrides: list[str], model: type[Model]) -> Model:
-    """The recipe named or filed as `source`, with `a.b=c` overrides. Raises ValueError with one line."""
+def read_recipe(source: str, overrides: Sequence[str], model: type[Model], given: Mapping[str, str] = MappingProxyType({})) -> Model:
+    """The recipe named or filed as `source`, with `a.b=c` overrides, and over them what options of their own have `given`, to the letter.
+
+    Raises ValueError with one line.
+    """
     path = recipe_path(source)
-    return validate(override(_yaml(path), overrides), model, str(path))
+    value = override(_yaml(path), overrides, model)
+    for key, text in given.items():
+        if not text:
+            raise ValueError(f"--{key.partition('.')[0]}: got an empty text; pass a value, or leave the option out")
+        _put(value, key, text)
+    return validate(value, model, str(path))
 
 
 def first_stage(recipe: DistillRecipe) -> DistillRecipe:
@@ -184,8 +207,22 @@ def kind_of(source: str) -> str:
     return str(_yaml(recipe_path(source)).get("kind"))
 
 
+class _Repeated(yaml.YAMLError):
+    """A key that is there twice, of which YAML would keep the last one alone."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose booleans are `true` and `false` alone: `no` is a word, and `train.precision` takes it."""
+    """YAML whose booleans are `true` and `false` alone: `no` is a word, and `train.precision` takes it. No key is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As YAML's. Raises `_Repeated` where a key comes again."""
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if (first := lines.get((key.tag, key.value))) is not None:
+                raise _Repeated(f"{key.value} twice, in line {first} and in line {line}")
+            lines[key.tag, key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -200,6 +237,8 @@ def _yaml(path: Path) -> dict[str, Any]:
         value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"recipe: cannot read {path} ({error.strerror}); check the path") from error
+    except _Repeated as error:
+        raise ValueError(f"recipe: {path} has {error}; the last one alone would count: keep one of them") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe: {path} is not YAML ({' '.join(str(error).split())}); correct it") from error
     if not isinstance(value, dict):
@@ -207,26 +246,69 @@ def _yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def override(value: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`value` with each `a.b=c` put in its place alone, also where YAML's `*` made several the same; c is read as YAML."""
+def override(value: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """`value` with each `a.b=c` put in its place alone, also where YAML's `*` made several the same.
+
+    Where the `model` takes a text c is one, to the letter, and `null` leaves out what may be left out; all else is read as YAML.
+    """
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ValueError(f"--set: got {item!r}, allowed is OPTION=VALUE, e.g. --set train.lr=1e-5")
-        place: Any = value
-        *parents, last = key.split(".")
-        for parent in parents:
-            if isinstance(place, dict):
-                below = place.get(parent, {})
-                place[parent] = dict(below) if isinstance(below, dict) else below
-            place = place[parent] if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise ValueError(f"--set: {key} leads into a plain value; check the recipe's keys with --dry-run")
+        kinds = [_text(annotation) for annotation in _annotations(model, key.split("."))]
+        if any(kinds):
+            _put(value, key, None if "optional" in kinds and text in ("", "null") else text)
+            continue
         try:
-            place[last] = yaml.load(text, _Loader)
+            _put(value, key, yaml.load(text, _Loader))
         except yaml.YAMLError as error:
             raise ValueError(f"--set: the value of {key} is not YAML ({text!r})") from error
     return value
+
+
+def _put(value: dict[str, Any], key: str, what: Any) -> None:
+    place: Any = value
+    *parents, last = key.split(".")
+    for parent in parents:
+        if isinstance(place, dict):
+            below = place.get(parent, {})
+            place[parent] = dict(below) if isinstance(below, dict) else below
+        place = place[parent] if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise ValueError(f"--set: {key} leads into a plain value; check the recipe's keys with --dry-run")
+    place[last] = what
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, one by one."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    return [annotation]
+
+
+def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
+    """What the fields at `keys` below a model or dataclass are, one for every kind of it that has them."""
+    for part in _kinds(kind):
+        if not isinstance(part, type):
+            continue
+        if issubclass(part, BaseModel):
+            fields: Mapping[str, Any] = {name: field.annotation for name, field in part.model_fields.items()}
+        else:
+            fields = get_type_hints(part, include_extras=True) if is_dataclass(part) else {}
+        if keys[0] in fields:
+            yield from _annotations(fields[keys[0]], keys[1:]) if len(keys) > 1 else [fields[keys[0]]]
+
+
+def _text(annotation: Any) -> Literal["text", "optional", ""]:
+    """Whether a field takes text alone, and whether it may be left out."""
+    kinds = _kinds(annotation)
+    own = [k for k in kinds if k is not NoneType]
+    if not all(k is str or (get_origin(k) is Literal and all(isinstance(v, str) for v in get_args(k))) for k in own):
+        return ""
+    return "text" if len(own) == len(kinds) else "optional"
 
 
 def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
@@ -251,7 +333,7 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             raise ValueError(
                 f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        got = "" if first["type"] == "missing" else f", got {visible(repr(first['input']), lines=False)}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
 
 

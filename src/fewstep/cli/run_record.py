@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..names import quoted
 from ..training.processes import this_process
 from .recipe import DistillRecipe
 
@@ -42,4 +42,4 @@ def command_line() -> str:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))  # torchrun's: of them on this machine
     machines = [] if here == count else ["--nnodes", str(count // here)]
     launched = ["fewstep"] if count == 1 else ["torchrun", *machines, "--nproc_per_node", str(here), "-m", "fewstep.cli.main"]
-    return shlex.join([*launched, *sys.argv[1:]])
+    return quoted(*launched, *sys.argv[1:])

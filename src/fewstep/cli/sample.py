@@ -1,22 +1,23 @@
 """`fewstep sample`: pictures from a student or a teacher, the teacher's beside on request."""
 
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..api import LoadedStudent, backbone_of, check_steps, load_student, load_teacher, sample
+from ..api import LoadedStudent, backbone_of, base_note, check_steps, load_student, load_teacher, sample
 from ..backbones.base import Backbone, calls
-from ..backbones.load import quiet
+from ..backbones.load import quiet, seen_from
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
-from ..export.card import FILE, card_evaluations
+from ..export.card import FILE, card_evaluations, read_card
+from ..names import quoted
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
 from ..report.words import plural
 from ..training.loop import default_device
+from .preflight import require_output
 from .progress import console
 
 
@@ -31,10 +32,18 @@ def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Ba
     """A student or a teacher. Raises ValueError with one line when it is neither."""
     folder = student_folder(source)
     if folder is not None:
-        return load_student(folder, base, default_device())
+        return open_student(folder, base)
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
     return load_teacher(source, device=default_device(), guidance_rescale=rescale)
+
+
+def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> LoadedStudent:
+    """A student on its base, or on another; says so where that has other weights than the one that it was trained on."""
+    student = load_student(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
+    if note := base_note(student):
+        console.print(f"note: {note}")
+    return student
 
 
 def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
@@ -49,7 +58,7 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     if isinstance(backbone, PixelModel):
         if not given:
             raise ValueError(
-                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {shlex.quote(backbone.labels[0])}"
+                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {quoted(backbone.labels[0])}"
             )
         backbone.encode(given)
         return list(given)
@@ -73,6 +82,7 @@ def run_sample(
 ) -> None:
     """Draw, write one PNG grid (a row per model; videos as strips, and as mp4 beside), and print its path and the time a picture took."""
     quiet()
+    require_output(out, "-o")
     if steps is not None and steps < 1:
         raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
     if count < 1:

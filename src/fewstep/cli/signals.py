@@ -1,10 +1,22 @@
-"""Ctrl-C and SIGTERM as a request: the loop finishes its iteration, saves and leaves. A second one interrupts at once."""
+"""Signals as requests: a training finishes its iteration, saves and leaves; anything else leaves at once with a line that says why."""
 
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# A closed terminal or a lost connection is as good a reason to save as Ctrl-C. Windows knows no SIGHUP.
+NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
+
+
+class Interrupted(BaseException):
+    """A signal that nobody was waiting for. No `KeyboardInterrupt`, which typer would answer with a word of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number, self.name = number, signal.Signals(number).name
 
 
 class StopRequest:
@@ -15,18 +27,39 @@ class StopRequest:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.asked and time.monotonic() - self.when > 1:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         if not self.asked:
             self.asked, self.when = True, time.monotonic()
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Listen while the block runs, then put the old handlers back."""
-    request = StopRequest()
-    old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+def listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handler` answer the signals while the block runs, then put the old ones back. What is ignored, as under nohup, stays so."""
+    here = threading.current_thread() is threading.main_thread()  # no other may
+    old = {n: known for n in NUMBERS if here and (known := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    for number in old:
+        signal.signal(number, handler)
     try:
-        yield request
+        yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listen while the block runs; a second signal ends it at once."""
+    request = StopRequest()
+    with listening(request):
+        yield request
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` within the block at a signal."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with listening(interrupt):
+        yield

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ..api import load_teacher
-from ..atomic import write_bytes, write_json
+from ..atomic import write_json, write_text
 from ..backbones.load import fingerprint, pipeline_of
 from ..training.captioned import read_pictures
 from ..training.finetune import finetune
@@ -14,6 +14,7 @@ from ..training.loop import default_device
 from ..training.pictures import encode_pictures
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
+from .preflight import held, place_checks, require
 from .progress import console, meter
 from .prompts import say_found, say_size
 from .recipe import FinetuneRecipe, kind_of, read_recipe
@@ -35,7 +36,8 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
         config = read_recipe(source, overrides, TeacherConfig)
         stages = {"codec": config.codec.fit.steps, "decoder": config.codec.decoder.steps, "denoiser": config.denoiser.fit.steps}
         steps = train_teacher(config, run)
-    with stop_request() as request:
+    require(place_checks(run))
+    with held(run), stop_request() as request:
         current = next(steps, None)
         while current is not None:
             stage = current[0]
@@ -61,4 +63,4 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     yield from (("finetune", step) for step in training)
     pipeline_of(teacher).save_pretrained(run / "teacher")
     captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_pictures(source)[0])  # one a line
-    write_bytes(run / "teacher" / "prompts.txt", "".join(f"{c}\n" for c in captions if c).encode())
+    write_text(run / "teacher" / "prompts.txt", "".join(f"{c}\n" for c in captions if c))

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import sha256_of, write_json, write_tensors
+from ..atomic import write_json, write_tensors
+from ..hashes import sha256_of
 from .alignment import colour_histogram
 from .distances import principal_components
 from .features import SIZE, WEIGHTS, feature_network, features

@@ -1,13 +1,15 @@
 """`fewstep.json`: everything a student needs to be used right, beside its weights. Versioned; nothing else is authoritative."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..core.solvers import evaluations
+from ..hashes import LISTING
+from ..names import read_name
 
 FORMAT = 1
-FILE = "fewstep.json"
+FILE = LISTING
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,6 +43,7 @@ class StudentCard:
     dtype: str = "float32"  # of the base it was trained on, and is read onto
     size: int = 0  # of its pictures, where it is another than the base's
     data: str = "prompts alone"  # what the student was trained from
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weight files beside it, compared when they are read
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
     format: int = FORMAT
 
@@ -65,7 +68,7 @@ def read_card(folder: Path) -> StudentCard:
     """The card of a student folder. Raises ValueError with one line when there is none or it is of another format."""
     path = folder / FILE
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"student: {folder} has no {FILE}; pass the final/ folder of a run") from error
     except ValueError as error:
@@ -79,4 +82,5 @@ def read_card(folder: Path) -> StudentCard:
         raise ValueError(f"student: {path} does not fit format {FORMAT} ({error}); export the run again") from error
     if card.dtype not in DTYPES:
         raise ValueError(f"student: {path} has dtype {card.dtype!r}, allowed are {', '.join(DTYPES)}; export the run again")
-    return StudentCard(**{**asdict(card), "steps": tuple(card.steps), "scales": tuple(card.scales)})
+    name = read_name(card.name, f"student: {path}: name")
+    return StudentCard(**{**asdict(card), "name": name, "steps": tuple(card.steps), "scales": tuple(card.scales)})

@@ -3,23 +3,25 @@
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..atomic import write_json
+from ..atomic import cure_of, open_to_others, sync, sync_all, temporary_beside, write_json, write_text
 from ..backbones.base import Backbone
 from ..backbones.few_step import facts_of
 from ..backbones.files import save_lora, save_network, save_vectors
 from ..backbones.load import pipeline_of
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
+from ..hashes import weight_hashes
 from ..trajp.files import save_head
-from .card import FILE, StudentCard
+from .card import FILE, StudentCard, read_card
 from .clients import WORKFLOW, other_programs, write_client_file
 from .comfy import workflow
 from .headers import own_header
@@ -46,10 +48,13 @@ def write_final(
     """
     if card.weights == "lora":
         require_change(lora or {})
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if os.path.lexists(folder) and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OSError(
+            f"cannot write {folder}: what is there is no student; move it away, then run the same command again: training is not repeated"
+        )
+    beside, before = temporary_beside(folder), temporary_beside(folder)
     try:
+        beside.mkdir(parents=True)
         even = all(timegrid.even(backbone.schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
         facts, schedule, file = facts_of(pipeline_of(backbone)), backbone.schedule, ""
         if lora is None:
@@ -65,17 +70,28 @@ def write_final(
             save_vectors(beside, vectors)
         scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(beside / "scheduler")
-        write_json(beside / FILE, asdict(card))
+        write_json(beside / FILE, asdict(replace(card, files=weight_hashes(beside))))
         elsewhere = other_programs(card, facts, schedule, backbone.scheduler_config, file, layers_of(lora or {}), folder.name)
-        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__, facts, even, elsewhere))
-        shutil.rmtree(folder, ignore_errors=True)
+        write_text(beside / "README.md", model_card(card, folder.name, type(scheduler).__name__, facts, even, elsewhere))
+        open_to_others(beside)
+        sync_all(beside)
+        if folder.is_dir():
+            os.replace(folder, before)
         os.replace(beside, folder)
-    except OSError as error:
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        if before.is_dir() and not folder.exists():
+            os.replace(before, folder)
+        raise OSError(f"cannot write {folder}: {error}; {cure_of(error)} (training is not repeated)") from error
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(
-            f"cannot write {folder}: {error}; free some space, then run the same command again: training is not repeated"
-        ) from error
+        shutil.rmtree(before, ignore_errors=True)
     return folder
+
+
+def seal(folder: Path) -> None:
+    """Say the hashes of a student's weight files anew, where some were written after its card."""
+    write_json(folder / FILE, asdict(replace(read_card(folder), files=weight_hashes(folder))))
 
 
 def require_change(lora: Mapping[str, Tensor]) -> None:

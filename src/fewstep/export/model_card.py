@@ -1,10 +1,14 @@
 """The README.md of a student: how to call it, what it was made from, what it cost. Its snippet is run by a test."""
 
+import json
+import re
 from pathlib import Path
+
+import yaml
 
 from ..backbones.few_step import Facts
 from ..backbones.files import PEFT_FOLDER
-from ..backbones.load import bundled, source_of
+from ..backbones.load import bundled, called, hub_id, source_of
 from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
 from .card import StudentCard, counted
 
@@ -15,18 +19,18 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, eve
     `facts` are those of the base's pipeline; times that are not `even` are told where its family's schedulers listen.
     `elsewhere` is a section on other programs; `whole` says that the folder is a pipeline, which needs no base.
     """
-    steps = card.steps[0]
+    steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     served = " or ".join(map(str, card.steps))
     part, peft = f"pipe.{facts.part}", card.weights == "lora" and not facts.loads_lora
-    lora = f'{part} = PeftModel.from_pretrained({part}, "{folder}/{PEFT_FOLDER}")' if peft else f'pipe.load_lora_weights("{folder}")'
-    full = f'{part} = type({part}).from_pretrained("{folder}", subfolder="{facts.part}")'
+    lora = f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})" if peft else f"pipe.load_lora_weights({at})"
+    full = f'{part} = type({part}).from_pretrained({at}, subfolder="{facts.part}")'
     load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
-    base, ours = (f'{facts.pipeline}.from_pretrained("{folder}")', False) if whole else base_loading(card.base, facts.pipeline)
+    base, ours = (f"{facts.pipeline}.from_pretrained({at})", False) if whole else base_loading(card.base, facts.pipeline)
     names = [facts.pipeline] if whole else sorted([scheduler] if ours else [scheduler, facts.pipeline])
     imports = "\n".join(
         ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ours
@@ -35,7 +39,7 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, eve
         ""
         if len(card.steps) == 1
         else f"""
-The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep tells it the others: `fewstep.load("{card.base}", "{folder}")("a prompt", num_inference_steps={card.steps[-1]})`;
+The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep tells it the others: `fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
     sized = f", height={card.size}, width={card.size}" if card.size else ""
@@ -43,7 +47,7 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
     # A head corrects every step, and no stock scheduler takes iPNDM's or free first steps: these students need fewstep at hand.
     stock = (even or facts.takes_times) and not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
     how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
-    student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")\n'
+    student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained({at}, subfolder="scheduler")\n'
     snippet = f"""{imports}
 
 pipe = {base}
@@ -52,22 +56,21 @@ pipe = {base}
 
 import fewstep
 
-pipe = fewstep.load("{card.base}", "{folder}")
+pipe = fewstep.load({home}, {at})
 {result} = pipe("a prompt", generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     if not facts.takes_prompts:
         stock, own = (
             False,
             f"""import fewstep
 
-pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of classes""",
+pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes""",
         )
     head = (
         f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |" if card.head else ""
     )
     beyond = "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     if stock:
-        place = folder if whole else card.base
-        beyond = f'With fewstep the settings come from the folder: `fewstep.load("{place}", "{folder}")("a prompt")`.'
+        beyond = f'With fewstep the settings come from the folder: `fewstep.load({at if whole else home}, {at})("a prompt")`.'
     if stock and whole:
         beyond = f"Steps and guidance have to be said: by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
     free = "; its first direction is taken without the network" if card.free_first else ""
@@ -78,16 +81,17 @@ pictures = fewstep.sample(fewstep.load_student("{folder}"), [""])  # or names of
     if card.scales:
         guidance = f"told: with fewstep {', '.join(f'{w:g}' for w in card.scales)} by `guidance_scale`; the files alone are the student of the first"
     tag = ("text-to-video" if facts.video else "text-to-image") if facts.takes_prompts else "unconditional-image-generation"
+    tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
+    header = {"license": card.licence, "base_model": hub_id(card.base), "library_name": "diffusers", "pipeline_tag": tag, "tags": tags}
+    own_base = (
+        "" if hub_id(card.base) or card.base in bundled() else f" Put your own path in the place of {home}, the base that it was made on."
+    )
     return f"""---
-license: {card.licence}
-base_model: {source_of(card.base).place}
-library_name: diffusers
-pipeline_tag: {tag}
-tags: [{tag}, {"lora, " if card.weights == "lora" else ""}few-step, {card.method}]
+{yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False, allow_unicode=True).strip()}
 ---
-# {card.name}
+# {_plain(card.name)}
 
-A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}, from {card.data}.
+A {steps}-step generator distilled from {_code(called(card.base))} with {_plain(card.method.upper())}, from {_plain(card.data)}.
 
 | | |
 |---|---|
@@ -104,25 +108,45 @@ A {steps}-step generator distilled from `{card.base}` with {card.method.upper()}
 {snippet if stock else own}
 ```
 
-{beyond}{others}
+{beyond}{own_base}{others}
 {elsewhere}
 The licence of the base model applies to this student.
 """
 
 
 def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
-    """The Python that makes the base's pipeline, LoRAs and all, and whether it takes fewstep to do so."""
-    source = source_of(base)
+    """The Python that makes the base's pipeline, LoRAs and all, and whether it takes fewstep to do so. What is on this machine alone is called by its own name."""
+    source, whole = source_of(base), _text(called(base))
+    place = _text(called(source.place))
     if source.place in bundled():
-        return f'fewstep.load_teacher("{base}").pipe  # this base ships with fewstep', True
-    loaded, config = f'{pipeline}.from_pretrained("{source.place}")', source.reading
+        return f"fewstep.load_teacher({whole}).pipe  # this base ships with fewstep", True
+    loaded, config = f"{pipeline}.from_pretrained({place})", source.reading
     if is_file(source.place):
         if Path(source.place).is_file():  # a student may be exported on another base while its own is elsewhere
             checkpoint = read_checkpoint(Path(source.place), source.reading)
             if checkpoint.absent:
-                return f'fewstep.load_teacher("{base}").pipe  # its file has no {" and no ".join(checkpoint.absent)}', True
+                return f"fewstep.load_teacher({whole}).pipe  # its file has no {' and no '.join(checkpoint.absent)}", True
             config = checkpoint.config
-        configured = "" if config in ("", *PREDICTIONS) else f', config="{config}"'
-        loaded = f'{pipeline}.from_single_file("{source.place}"{configured})'
-    styles = (f'\npipe.load_lora_weights("{s}")\npipe.fuse_lora(lora_scale={w:g})\npipe.unload_lora_weights()' for s, w in source.loras)
+        configured = "" if config in ("", *PREDICTIONS) else f", config={_text(called(config))}"
+        loaded = f"{pipeline}.from_single_file({place}{configured})"
+    styles = (
+        f"\npipe.load_lora_weights({_text(called(s))})\npipe.fuse_lora(lora_scale={w:g})\npipe.unload_lora_weights()"
+        for s, w in source.loras
+    )
     return loaded + "".join(styles), False
+
+
+def _text(value: str) -> str:
+    """A string as Python writes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _plain(value: str) -> str:
+    """A text in which Markdown finds nothing to do."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(value.split()))
+
+
+def _code(value: str) -> str:
+    """A text as Markdown shows code, whatever is in it."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", value)), default=0))
+    return f"{fence}{' ' * (len(fence) > 1)}{value}{' ' * (len(fence) > 1)}{fence}"

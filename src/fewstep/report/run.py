@@ -1,11 +1,11 @@
 """A report made again from the files of a run folder."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic import read_json
+from ..names import quoted
 from .html import Report, write_report
 from .live import read_metrics
 from .pictures import Pictures, load_pictures
@@ -95,9 +95,9 @@ def _listed(counts: Sequence[int]) -> str:
 
 def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     """What one does with the student of this folder, as commands to copy. Models that take no prompt have empty ones."""
-    student = shlex.quote(str(run))
-    asked = next((f" -p {shlex.quote(p)}" for p in prompts if p), "" if prompts else " -p 'a prompt of your own'")
-    out = shlex.quote(str(run / "export"))
+    student = quoted(str(run))
+    asked = next((f" -p {quoted(p)}" for p in prompts if p), "" if prompts else " -p 'a prompt of your own'")
+    out = quoted(str(run / "export"))
     return [
         ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {student}{asked} --compare"),
         ("Measure it under the full protocol", f"fewstep evaluate {student}"),

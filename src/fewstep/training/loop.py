@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +23,12 @@ from .compiling import Compiled
 from .optimizer import OPTIMIZERS, OptimizerName, make_optimizer
 from .paths import Paths
 from .pictures import RealData
-from .processes import is_first, mean_of, this_process
+from .processes import is_first, mean_of, meet, require_same, this_process
 from .prompts import Embeddings
-from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
+from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, require_optimizer_tensors, save_checkpoint, seeded
 
 Precision = Literal["no", "bf16"]
+Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and the state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ def distill(
     run: Path | None = None,
     real: RealData | None = None,
     paths: Paths | None = None,
+    resumed: Callable[[Step], None] = lambda step: None,
 ) -> Generator[Step, None, None]:
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
+
+    `resumed` is given the checkpoint's own step once the roles are back where it was: what its iteration lost to a kill can be made again.
 
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
     by (seed, iteration, rank), so the resumed run is the straight run: on a CPU of the same machine bit for bit, on a GPU as far as
@@ -158,8 +162,17 @@ def distill(
 
     optimizers = {role: optimizer_of(role) for role in roles.trained}
     batches = config.accumulate * accelerator.num_processes
-    fingerprint = "" if run is None else _fingerprint(roles, method, data, config, batches, real, paths)
-    start = _resume(roles, optimizers, run, fingerprint, batches, accelerator.num_processes)
+    several = accelerator.num_processes > 1
+    fingerprint = "" if run is None and not several else _fingerprint(roles, method, data, config, batches, real, paths)
+    if several:
+        require_same({"train": asdict(config), "training": fingerprint})
+    found = None if run is None else latest_checkpoint(run)
+    start = _resume(roles, optimizers, run, found, fingerprint, batches, accelerator.num_processes)
+    if several:
+        require_same({"checkpoint": start})
+    if found is not None:
+        resumed(Step(start, found[1].get("metrics", {}), found[1].get("seconds", 0.0), roles, method))
+        del found
     null = data.unconditional(device)
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
@@ -190,16 +203,20 @@ def distill(
             done = i - method.warmup + 1
             roles.update_average(min(config.ema, done / (done + 9)))
         writes = accelerator.is_main_process or roles.sharded  # of the latter all give what they have, and the first writes
+        numbers = {k: float(v) for k, v in metrics.items()}
+        state = {"fingerprint": fingerprint, "batches": batches, "metrics": numbers, "seconds": time.perf_counter() - began}
         if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
-            save_run(roles, optimizers, run, i + 1, fingerprint, batches)
-        saved = run is None or (i + 1) % config.checkpoint_every == 0
+            save_run(roles, optimizers, run, i + 1, state)
+        saved = run is None or (i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations
         try:
-            yield Step(i + 1, {k: float(v) for k, v in metrics.items()}, time.perf_counter() - began, roles, method)
+            yield Step(i + 1, numbers, time.perf_counter() - began, roles, method)
         except GeneratorExit:
             # The caller stops here: nothing of what was trained is lost.
             if run is not None and not saved and writes:
-                save_run(roles, optimizers, run, i + 1, fingerprint, batches)
+                save_run(roles, optimizers, run, i + 1, state)
             raise
+        if several:
+            meet()  # the first may have drawn and measured
 
 
 def _updates(
@@ -335,9 +352,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_run(
-    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, fingerprint: str, batches: int
-) -> None:
+def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, state: Mapping[str, Any]) -> None:
     """Every trained role with its optimiser, and the average, as one atomic checkpoint. The first process writes, those of sharded roles all come."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
@@ -346,7 +361,7 @@ def save_run(
     first = is_first()
     gathered = {name: whole(tensors, keep=first) for name, tensors in groups.items()}
     if first:
-        save_checkpoint(run, iteration, gathered, {"fingerprint": fingerprint, "batches": batches})
+        save_checkpoint(run, iteration, gathered, state)
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -356,10 +371,15 @@ def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -
 
 
 def _resume(
-    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path | None, fingerprint: str, batches: int, processes: int
+    roles: Roles,
+    optimizers: Mapping[Role, torch.optim.Optimizer],
+    run: Path | None,
+    found: Found | None,
+    fingerprint: str,
+    batches: int,
+    processes: int,
 ) -> int:
-    """Put the newest checkpoint's state back and return its iteration, or 0 where there is none."""
-    found = None if run is None else latest_checkpoint(run)
+    """Put the checkpoint that was found back and return its iteration, or 0 where there is none."""
     if found is None:
         return 0
     groups, state = found
@@ -371,9 +391,18 @@ def _resume(
         raise ValueError(
             f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again"
         )
+    place, names = (
+        f"run {run}: the checkpoint of iteration {state['step']}",
+        {r: _names(optimizers[r], roles.trained[r]) for r in roles.trained},
+    )
+    for group, wanted in {"average": roles.average, **roles.trained}.items():
+        if odd := sorted({*wanted} ^ {*groups.get(group, {})}):
+            raise ValueError(f"{place} does not fit what is trained, at {group}/{odd[0]}; delete that folder to go on from an older one")
+    for role in roles.trained:
+        require_optimizer_tensors(names[role], groups.get(f"optimizer_{role}", {}), place)
     _put_back(roles, groups)
     for role in roles.trained:
-        load_optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]), groups[f"optimizer_{role}"])
+        load_optimizer_tensors(optimizers[role], names[role], groups[f"optimizer_{role}"])
     return int(state["step"])
 
 

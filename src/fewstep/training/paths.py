@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic import read_json, write_json, write_tensors
+from ..atomic import read_json, read_tensors, write_json, write_tensors
 from ..backbones.base import Backbone, Cond, calls, guided_until, rows
 from ..backbones.generate import device_of, noise_of
 from ..core import timegrid
@@ -322,10 +322,10 @@ def _read(path: Path | None, count: int, known: Known) -> dict[str, Tensor] | No
     try:
         with safe_open(path, "pt") as file:
             _require_own(path, file.metadata(), known)
-            shard = {name: file.get_tensor(name) for name in file.offset_keys()}
+        shard, _ = read_tensors(path)
     except SafetensorError:
         shard = {}
     if not shard or not _finite(shard):
-        path.unlink()  # cut off by a crash, or from before what is not finite was refused; it is walked again
+        path.unlink()  # cut off by a crash, changed on its way, or from before what is not finite was refused; it is walked again
         return None
     return {k: v[:count] if v.ndim else v for k, v in shard.items()} if len(shard["states"]) >= count else None

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_rows
+from ..atomic import read_tensors, write_rows
 from ..backbones.base import Backbone
 from ..methods.method import Real
 from .captioned import OPTION, Captioned, read_pictures
@@ -83,7 +82,7 @@ def made_once(path: Path | None, count: int, shape: tuple[int, ...], make: Calla
     """The states [count, *shape] kept in `path`, or made in parts and kept there; a file that is damaged or holds others is made again."""
     if path is not None and path.exists():
         try:
-            x0 = load_file(path)["x0"]
+            x0 = read_tensors(path)[0]["x0"]
             if x0.shape == (count, *shape) and x0.is_floating_point():
                 return x0
         except (SafetensorError, KeyError):
@@ -92,4 +91,4 @@ def made_once(path: Path | None, count: int, shape: tuple[int, ...], make: Calla
     if path is None:
         return torch.cat(list(make()))
     write_rows(path, count, ({"x0": part} for part in make()), {}, keep)
-    return load_file(path)["x0"]
+    return read_tensors(path)[0]["x0"]

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import write_rows
+from ..atomic import read_tensors, write_rows
 from ..backbones.base import Backbone, Cond, rows
 from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
 
@@ -147,7 +146,7 @@ def embed(
     null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and null:
         write_rows(path, len(prompts), parts, null, keep)  # every process of a run may do it
-        return _embeddings(load_file(path), prompts, len(prompts), key)
+        return _embeddings(read_tensors(path)[0], prompts, len(prompts), key)
     encoded = list(parts)
     tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
     return _embeddings(tensors, prompts, len(prompts), key)
@@ -156,7 +155,7 @@ def embed(
 def _kept(path: Path, prompts: Sequence[str], key: str) -> Embeddings | None:
     """What a cache holds, if it is that of so many prompts."""
     try:
-        found = _embeddings(load_file(path), prompts, 0, key)
+        found = _embeddings(read_tensors(path)[0], prompts, 0, key)
     except SafetensorError:
         return None
     of_cond, of_null = ({k: (v.dtype, v.shape[1:]) for k, v in part.items()} for part in (found.cond, found.null))

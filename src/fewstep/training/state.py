@@ -1,12 +1,13 @@
 """Checkpoints: safetensors and JSON only, written under a temporary name and then renamed.
 
 A checkpoint is a folder `checkpoint-000100/` with one `.safetensors` file per named group of tensors and one
-`state.json`. Randomness needs no state: every draw is seeded from (run seed, step, rank, stream), see `seeded`.
+`state.json`, which has the hashes of all of it. Randomness needs no state: every draw is seeded from (run seed, step, rank, stream), see `seeded`.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic import write_json
+from ..atomic import cure_of, open_to_others, sync, sync_all, write_json
+from ..hashes import tensors_hash, values_hash
 from ..roles.sharding import part_of
 
 PREFIX = "checkpoint-"
+OWN = re.compile(rf"{PREFIX}(\d{{6,}})", re.ASCII)  # names of ours; a copy under any other is its owner's
+SHA256, STATE_SHA256 = "sha256", "state_sha256"  # of each group's tensors, and of the rest of state.json
 
 
 def seeded(seed: int, step: int, stream: str, rank: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
@@ -57,8 +61,23 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
                 optimizer.state[p][key] = own if key == "step" else part_of(own, p)
 
 
+def require_optimizer_tensors(names: list[str], tensors: Mapping[str, Tensor], place: str) -> None:
+    """Raises ValueError where a parameter's optimiser state is missing while others' is there, or belongs to none of `names`."""
+    keys: dict[str, set[str]] = {name: set() for name in names}
+    for key in tensors:
+        name, _, entry = key.rpartition(".")
+        if name not in keys:
+            raise ValueError(
+                f"{place} has optimiser state of {name}, which is not trained here; delete that folder to go on from an older one"
+            )
+        keys[name].add(entry)
+    most = max(keys.values(), key=len, default=set())
+    if lacking := next((name for name, own in keys.items() if own != most), None):
+        raise ValueError(f"{place} lacks optimiser state of {lacking}; delete that folder to go on from an older one")
+
+
 def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write `run/checkpoint-STEP` atomically and delete all but the newest `keep`.
+    """Write `run/checkpoint-STEP` atomically and delete all but the newest `keep`; it is on the disk before it has its name.
 
     Raises OSError (disk full, no permission) with the half-written folder removed; older checkpoints are untouched.
     """
@@ -66,32 +85,52 @@ def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tens
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
+        hashes = {}
         for name, tensors in groups.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-        write_json(temporary / "state.json", {"step": step, "groups": sorted(groups), **state})
+            plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            hashes[name] = tensors_hash(plain)
+            save_file(plain, temporary / f"{name}.safetensors")
+        written = {"step": step, "groups": sorted(groups), **state, SHA256: hashes}
+        write_json(temporary / "state.json", {**written, STATE_SHA256: values_hash(written)})
+        open_to_others(temporary)
+        sync_all(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
+        sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"cannot write checkpoint {final}: {error}; free some space or choose another --out, then run the same command again"
-        ) from error
+        raise OSError(f"cannot write checkpoint {final}: {error}; {_cure(error)}") from error
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def _cure(error: Exception) -> str:
+    return cure_of(error).replace("free some space,", "free some space or choose another --out,")
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """All checkpoint folders of a run, oldest first."""
-    return sorted(p for p in run.glob(f"{PREFIX}[0-9]*") if p.is_dir())
+    """All checkpoint folders of a run, oldest first. What somebody else called like one, a copy say, is none."""
+    numbered = [(int(match[1]), p) for p in run.glob(f"{PREFIX}*") if (match := OWN.fullmatch(p.name))]
+    return [p for n, p in sorted(numbered) if p.name == f"{PREFIX}{n:06d}" and p.is_dir() and not p.is_symlink()]
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(groups, state) of one checkpoint. Raises ValueError naming the file that is missing or damaged."""
+    """(groups, state) of one checkpoint. Raises ValueError naming the file that is missing or damaged, by its hash too."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        written = {k: v for k, v in state.items() if k != STATE_SHA256}
+        if state.get(STATE_SHA256, values_hash(written)) != values_hash(written):
+            raise ValueError("state.json does not have the SHA-256 that it says")
+        if isinstance(state["step"], bool) or not isinstance(state["step"], int):
+            raise ValueError(f"state.json says step {state['step']!r}")
+        if (named := OWN.fullmatch(folder.name)) and int(named[1]) != state["step"]:
+            raise ValueError(f"it is of iteration {state['step']}: a copy under another name")
         groups = {name: load_file(folder / f"{name}.safetensors") for name in state["groups"]}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        for name, digest in state.get(SHA256, {}).items():
+            if tensors_hash(groups[name]) != digest:
+                raise ValueError(f"{name}.safetensors does not have the SHA-256 that state.json says")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} is damaged or incomplete ({error})") from error
     return groups, state
 

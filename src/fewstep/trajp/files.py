@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..atomic import write_tensors
 from ..core.schedule import Schedule
+from ..hashes import require_listed
 from .curve import Curve
 from .head import Facts, Head, kind_of, make_head
 
@@ -32,6 +33,7 @@ def save_head(folder: Path, head: nn.Module) -> Path:
 def load_head(folder: Path, schedule: Schedule) -> Head:
     """The head in `folder`. Raises ValueError when it is missing or damaged."""
     path = folder / FILE
+    require_listed(folder, FILE)
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:

@@ -93,7 +93,7 @@ def train_pixel_teacher(config: PixelTeacherConfig, run: Path) -> Generator[tupl
 
     yield from (("denoiser", s) for s in fit(net, average, loss_at, config.fit, run / "denoiser"))
     save_pixel_model(run / "teacher", average.cpu(), scheduler, data.classes)
-    (run / "teacher" / "prompts.txt").write_text("\n".join(data.classes) + "\n")
+    (run / "teacher" / "prompts.txt").write_text("\n".join(data.classes) + "\n", encoding="utf-8")
 
 
 def draw_times(schedule: Schedule, n: int, rng: torch.Generator) -> Tensor:

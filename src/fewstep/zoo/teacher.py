@@ -176,7 +176,7 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
     yield from fit(model, average, loss_at, config.denoiser.fit, run / "denoiser")
     save_teacher(run, vae, average, tokenizer)
     prompts = [e.caption for e in data.emoji if not e.held_out]
-    (run / "teacher" / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n")
+    (run / "teacher" / "prompts.txt").write_text("\n".join(dict.fromkeys(prompts)) + "\n", encoding="utf-8")
 
 
 def v_loss(
@@ -235,7 +235,7 @@ def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: obj
     pipe.save_pretrained(run / "teacher")
     # Half-precision files, read in single precision: otherwise transformers takes the text encoder as it lies, unlike the U-Net.
     config = run / "teacher" / "text_encoder" / "config.json"
-    write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
+    write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"})
     return run / "teacher"
 
 

@@ -1,0 +1,123 @@
+"""Checks before a run begins: what would end it hours later ends it now."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..atomic import cure_of, link_or_copy, remove_left, require_replaceable, temporary_beside
+from ..export.card import FILE
+from ..names import LONGEST, visible
+from ..training.lock import locked
+from ..training.paths import OF_STUDENT, TRAJECTORIES
+from ..training.processes import any_of, is_first
+
+FINAL = "final"
+PARTS = ("first", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)  # folders in which a run writes files
+DEEPEST = ("unet", f"{'x' * (LONGEST + len('-kohya.safetensors') - 18)}-kohya.safetensors")  # as deep and as long as what a run writes
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, whether it will do, and if not what to say."""
+
+    name: str
+    ok: bool
+    message: str = ""
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raises ValueError with the message of the first check that failed."""
+    if failed := next((check for check in checks if not check.ok), None):
+        raise ValueError(failed.message)
+
+
+def require_output(path: Path, option: str) -> None:
+    """Raises ValueError where no file can be written to `path`, before hours go into what would be written."""
+    if path.name == "-":
+        raise ValueError(f"{option}: got -, what is made goes to a file; pass its name")
+    require_parent(path, option)
+    require_replaceable(path, option)
+
+
+def require_parent(path: Path, option: str) -> None:
+    """Raises ValueError where nothing can be made at `path`: no folder above it, no permission, too long a name."""
+    above = next(p for p in path.absolute().parents if os.path.lexists(p))
+    shown, cause = visible(str(above), lines=False), ""
+    if not above.is_dir():
+        cause = f"{shown} is no folder"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        cause = f"{shown} may not be written to"
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        cause = cause or str(error.strerror).lower()
+    if cause:
+        raise ValueError(f"{option}: got {visible(str(path), lines=False)}, {cause}; choose another")
+
+
+def place_checks(run: Path) -> list[Check]:
+    """Whether a run may have this folder. Nothing is written."""
+    shown, real = visible(str(run), lines=False), Path(os.path.realpath(run))
+    own = real in (Path(real.anchor), Path(os.path.realpath(Path.home())))
+    foreign = next((name for name in (FILE, "model_index.json") if (run / name).exists()), "")
+    blocked = next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None)
+    student = next((f for f in (run / FINAL, run / "first" / FINAL) if _somebodys(f)), None)
+    return [
+        Check("place", not own, f"--out: {shown} is no folder for one run; pass one inside it, e.g. --out {visible(str(real / 'runs' / 'mine'), lines=False)}"),
+        Check("path", blocked is None, f"--out: {visible(str(blocked), lines=False)} is a file or a device, a run needs a folder; choose another"),
+        Check("foreign", not foreign, f"--out: {shown} is a model's own folder (it has {foreign} in it); choose another"),
+        Check("final", student is None, f"--out: {visible(str(student), lines=False)} is there and no student of fewstep's; move it away, or choose another --out"),
+    ]  # fmt: skip
+
+
+def _somebodys(folder: Path) -> bool:
+    """Whether something is in the place of a finished student that is none, and would be lost."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return True
+    return folder.is_dir() and not (folder / FILE).is_file() and any(folder.iterdir())
+
+
+def writing_checks(run: Path) -> list[Check]:
+    """Whether a run can write its folder: as deep and long names as it will, second names, and renamed folders. Nothing is left of it."""
+    trial = temporary_beside(run / "trial")
+    try:
+        deepest = trial.joinpath(*DEEPEST)
+        deepest.parent.mkdir(parents=True)
+        deepest.write_bytes(b"x")
+        link_or_copy(deepest, deepest.with_name("second"))
+        os.replace(trial, renamed := temporary_beside(run / "trial"))
+        trial = renamed
+    except OSError as error:
+        return [Check("writing", False, _unwritable(run, error))]
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    return [Check("writing", True)]
+
+
+def _unwritable(run: Path, error: OSError) -> str:
+    return f"--out: cannot write to {visible(str(run), lines=False)} ({error.strerror or error}); {cure_of(error)}"
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold a run's folder, in which nothing half-written is left, for all processes of the run. Raises ValueError in all where the first cannot."""
+    refused: Exception | None = None
+    with ExitStack() as stack:
+        if is_first():
+            try:
+                stack.enter_context(locked(run))
+                for part in (run, *(run / name for name in PARTS)):
+                    remove_left(part, below=part is not run)
+                require(writing_checks(run))
+            except (OSError, ValueError) as error:
+                refused = error
+        if any_of(refused is not None):
+            if isinstance(refused, OSError):
+                raise ValueError(_unwritable(run, refused)) from refused
+            raise refused or ValueError(f"--out: {visible(str(run), lines=False)} cannot be used, see what the first process said")
+        yield

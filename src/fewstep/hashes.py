@@ -1,0 +1,81 @@
+"""SHA-256 of files and of tensors: a flipped bit is found where what was written is read again."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LISTING, FILES = "fewstep.json", "files"  # where a student's folder says the hashes of its weight files, and under which key
+UNLISTED = ("-lora.safetensors", "-kohya.safetensors")  # copies for other programs, which fewstep itself never reads
+
+
+def sha256_of(*files: Path) -> str:
+    """Of their contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's content in memory, row by row, without a copy where it is on the CPU and lies so."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def hash_of(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's content."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+
+
+def combined(parts: Iterable[tuple[str, str, Iterable[int], str]]) -> str:
+    """Return one hash of tensors said as (name, dtype, shape, hash of the content), in any order."""
+    rows = sorted([name, dtype, list(shape), digest] for name, dtype, shape, digest in parts)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash of named tensors: names, dtypes, shapes and contents. Several are read at once."""
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(hash_of, tensors.values())
+        return combined((name, str(t.dtype), t.shape, digest) for (name, t), digest in zip(tensors.items(), digests, strict=True))
+
+
+def values_hash(value: Any) -> str:
+    """Return the hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of every weight file in a student's folder, by its path in there."""
+    files = [f for f in sorted(folder.rglob("*.safetensors")) if not f.name.endswith(UNLISTED)]
+    return {f.relative_to(folder).as_posix(): sha256_of(f) for f in files}
+
+
+def require_listed(folder: Path, *names: str) -> None:
+    """Compare these files of a student's folder, or all below a folder of it, with what its `fewstep.json` says of them.
+
+    Files that it says nothing of pass. Raises ValueError where one has changed, and where one that it lists is missing.
+    """
+    listing = folder / LISTING
+    try:
+        listed = json.loads(listing.read_text(encoding="utf-8")).get(FILES, {}) if listing.is_file() else {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"student: {listing} is damaged ({error}); export the run again") from error
+    if not isinstance(listed, dict):
+        raise ValueError(f"student: {listing} is damaged (its {FILES} are a {type(listed).__name__}); export the run again")
+    for name, digest in listed.items():
+        if not any(name == asked or name.startswith(f"{asked}/") for asked in names):
+            continue
+        if not (folder / name).is_file():
+            raise ValueError(f"student: {folder / name} is missing; copy it again, or export the run again")
+        if sha256_of(folder / name) != digest:
+            raise ValueError(
+                f"student: {folder / name} is damaged or was changed (another SHA-256 than in {LISTING}); copy it again, or export the run again"
+            )

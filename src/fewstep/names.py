@@ -1,0 +1,121 @@
+"""Names of files and runs: what one may be, how one is made from any text, and how one is shown on a terminal."""
+
+import hashlib
+import os
+import re
+import shlex
+import unicodedata
+from pathlib import Path
+
+LONGEST = 100  # bytes of a name, which leaves room for endings where a file system allows 143 (eCryptfs) and not 255
+RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE | re.DOTALL)  # devices of Windows
+SEPARATORS = frozenset('/\\<>:"|?*')  # of some file system or other
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # change the order in which text is read
+ALLOWED = "one folder's name: letters, digits, spaces, dots, - and _, with a letter or digit in it"
+
+
+def fault_of(name: object) -> str:
+    """Say why a file may not be called `name` on some system; the empty text where it may."""
+    if not isinstance(name, str):
+        return f"is a {type(name).__name__}"
+    if not name.strip(". "):
+        return "has nothing but dots and spaces"
+    if odd := next((c for c in name if c in SEPARATORS or not _printable(c)), ""):
+        return f"has {visible(odd, lines=False)!r} in it"
+    if name != name.strip() or name.endswith("."):
+        return "begins or ends with a space, or ends with a dot"
+    if RESERVED.fullmatch(name):
+        return "is a device on Windows"
+    size = len(os.fsencode(name)) if _encodable(name) else len(name.encode())
+    return f"has {size} bytes, more than {LONGEST}" if size > LONGEST else ""
+
+
+def require_name(name: object, option: str, cure: str = "choose another") -> str:
+    """Return `name` where a file may be called so. Raises ValueError with one line that names the `option`."""
+    if fault := fault_of(name):
+        raise ValueError(f"{option}: got {visible(repr(name)[:160], lines=False)}, which {fault}; allowed is {ALLOWED}; {cure}")
+    return str(name)
+
+
+def read_name(name: object, option: str) -> str:
+    """Return the name that a file says, as one that a file may have here. Raises ValueError where it is none, or leads elsewhere."""
+    if not isinstance(name, str) or not name.strip(". ") or any(c in "/\\" or not _printable(c) for c in name):
+        return require_name(name, option, "do not use this file unless you trust who made it")
+    return made_name(name)
+
+
+def made_name(text: str, ending: str = "", longest: int = LONGEST) -> str:
+    """Make a name from any text: what no file system takes becomes `_`, more than `longest` bytes are shortened and told apart by a hash.
+
+    `ending` comes behind it, whole. A text that is a name already comes back as it is.
+    """
+    text = _unescaped(text)
+    plain = "".join("_" if c in SEPARATORS or not _printable(c) else c for c in text).strip().rstrip(". ") or "unnamed"
+    plain = f"_{plain}" if RESERVED.fullmatch(plain) or not plain.strip(". ") else plain
+    if not _encodable(plain):  # in a locale without these letters
+        plain = "".join(c if c.isascii() else "_" for c in plain)
+    if len(os.fsencode(plain)) > longest:
+        told = "-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        while plain and len(os.fsencode(plain)) + len(told) > longest:
+            plain = plain[:-1]
+        plain = plain.rstrip(". ") + told
+    return plain + ending
+
+
+def expanded(text: str) -> str:
+    """Return a path as this system spells it: `~` is the home folder, which a shell leaves alone behind `=`, unless a file is called so.
+
+    Letters that the locale lacks stand for their bytes.
+    """
+    text = text if _encodable(text) else os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    return os.path.expanduser(text) if text.startswith("~") and not os.path.lexists(text) else text
+
+
+def visible(text: str, lines: bool = True) -> str:
+    """Return `text` with what a terminal would obey or could not show written out as `\\x1b`; line breaks stay with `lines`."""
+    kept = "\n\t" if lines else ""
+    return "".join(c if c in kept or _printable(c) else _written(c) for c in text)
+
+
+def quoted(*arguments: str | Path) -> str:
+    """Return a command to copy into a shell, every argument quoted as it needs, control characters as bash's `$'\\x1b'`."""
+    return " ".join(_quoted(str(argument)) for argument in arguments)
+
+
+def _quoted(argument: str) -> str:
+    if all(_printable(c) for c in argument):
+        return shlex.quote(argument)
+    escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if _printable(c) else "".join(f"\\x{b:02x}" for b in _bytes(c)) for c in escaped) + "'"
+
+
+def _printable(character: str) -> bool:
+    """Whether a terminal shows it and does nothing else. Joiners and selectors within emoji and scripts are shown."""
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in TURNING
+
+
+def _written(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def _bytes(character: str) -> bytes:
+    return os.fsencode(character) if _encodable(character) else character.encode("utf-8", "surrogatepass")
+
+
+def _unescaped(text: str) -> str:
+    """The letters of a name that was read in a locale without them."""
+    try:
+        return os.fsencode(text).decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return text
+
+
+def _encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""What people call their files comes through the command line and recipes to the letter; what no file may be called is one line."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fewstep.atomic import write_json
+from fewstep.backbones.load import absolute, called, fused, hub_id, seen_from, source_of
+from fewstep.cli import distill as module
+from fewstep.cli.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
+
+from .test_distill import RECIPE, error_of, fewstep
+
+NAMES = [
+    "mymix #2", "[SD] mix", "a: b", "{x}", "null", "~", "true", "no", "3", "1e5", "2026-01-01", "0x10", "!!int 3", "&a", "*a", "- x", "'", '"', '"q"', "a, b",
+    "[a, b]", "%x", "@x", "`x", "x: ", " x", "x ", "Müller", "東京", "...", "---", "?", "|", ">", "=", "x=y", "\\x", "a\tb", "a\nb",
+    *(f"a{c}b" for c in string.printable), *(f"{c}b" for c in string.printable), *string.printable,
+]  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_json(Path("tiny.yaml"), {**RECIPE, "teacher": "x"})
+    return Path("tiny.yaml")
+
+
+def test_options_of_their_own_are_values(path: Path) -> None:
+    for name in NAMES:
+        if name.startswith("~"):
+            continue
+        read = read_recipe(str(path), [], DistillRecipe, {"teacher": name, "prompts.source": name})
+        assert (read.teacher, read.prompts.source) == (name, name)
+        written = read_recipe(
+            str(path), [f"teacher={name}", f"prompts.source={name}", f"method.loss={'huber'}", f"roles.targets={name}"], DistillRecipe
+        )
+        assert (written.teacher, written.prompts.source, written.roles.targets) == (name, name, name)
+        if name != "null":
+            assert read_recipe(str(path), [f"start={name}"], DistillRecipe).start == name
+
+
+@pytest.mark.parametrize("option", ["evaluate", "start", "prompts.column", "preview.measure"])
+def test_what_may_be_left_out_is_left_out_by_null(option: str, path: Path) -> None:
+    for text in ("null", ""):
+        value = read_recipe(str(path), [f"{option}=x", f"{option}={text}"], DistillRecipe)
+        for part in option.split("."):
+            value = getattr(value, part)
+        assert value is None
+
+
+def test_all_else_is_yaml() -> None:
+    def put(*sets: str) -> dict[str, Any]:
+        return override({"method": {}}, sets, DistillRecipe)
+
+    assert put("train.lr=1e-5", "train.iterations=7", "roles.skip=[a, b]", "method.condition=false", "data={source: x}") == {
+        "method": {"condition": False}, "train": {"lr": "1e-5", "iterations": 7}, "roles": {"skip": ["a", "b"]}, "data": {"source": "x"},
+    }  # fmt: skip
+    assert put("first.method.loss=3", "data.folder=007", "method.steps=2", "preview.prompts=[a]", "nowhere=3") == {
+        "first": {"method": {"loss": "3"}}, "data": {"folder": "007"}, "method": {"steps": 2}, "preview": {"prompts": ["a"]}, "nowhere": 3,
+    }  # fmt: skip
+    assert override({}, ["teacher=007", "data.source=1"], FinetuneRecipe) == {"teacher": "007", "data": {"source": "1"}}
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "", "a\\b", "con", "x" * 300, "a\nb", " x", "x.", "\x1b[31m", "a:b"])
+def test_a_runs_name_is_a_name(name: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(path, {**RECIPE, "teacher": "x", "name": name})
+    assert fewstep(monkeypatch, "distill", path) == 2
+    said = error_of(capsys)
+    assert said.startswith("error: name: got ") and said.endswith("it becomes the run's folder: choose another, or pass --out")
+    assert said.isprintable() and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind: distill\ntrain: {lr: 1}\nname: x\ntrain: {lr: 2}\n", "has train twice, in line 2 and in line 4"),
+        ("kind: distill\ntrain:\n  lr: 1\n  batch: 3\n  lr: 1\n", "has lr twice, in line 3 and in line 5"),
+        ("kind: distill\n'name': x\nname: x\n", "has name twice, in line 2 and in line 3"),
+        ("kind: distill\npreview: {prompts: [{a: 1, a: 1}]}\n", "has a twice, in line 2 and in line 2"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named_with_its_lines(
+    text: str, said: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path.write_text(text, encoding="utf-8")
+    assert fewstep(monkeypatch, "distill", path) == 2
+    assert error_of(capsys) == f"error: recipe: tiny.yaml {said}; the last one alone would count: keep one of them"
+
+
+def test_what_is_merged_may_be_said_anew(path: Path) -> None:
+    text = yaml.safe_dump({**RECIPE, "teacher": "x"}).replace("train:", "train: &base", 1)
+    path.write_text(
+        text + "data: {source: trajectories}\nfirst:\n  method: {name: trajp-l}\n  train:\n    <<: *base\n    batch: 9\n", encoding="utf-8"
+    )
+    assert read_recipe(str(path), ["start=null", "method.head=none"], DistillRecipe).first is not None
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--prompts"])
+def test_an_empty_option_is_said(option: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fewstep(monkeypatch, "distill", path, option, "") == 2
+    assert error_of(capsys).startswith(f"error: {option}: got an empty text")
+
+
+@pytest.mark.parametrize("out", ["/", "~", "tiny.yaml", "tiny.yaml/run", "/dev/null", "model", "full"])
+def test_a_run_needs_a_folder_of_its_own(out: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(Path("model/model_index.json"), {})
+    write_json(Path("full/final/thesis.json"), {"years": 4})
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    for more in ((), ("--dry-run",)):
+        assert fewstep(monkeypatch, "distill", path, "--out", out, *more) == 2
+        assert error_of(capsys).startswith("error: --out: ")
+    assert json.loads(Path("full/final/thesis.json").read_text(encoding="utf-8")) == {"years": 4}
+
+
+@pytest.mark.parametrize("command", [("sample", "emoji", "-p", "rocket"), ("evaluate", "nothing")])
+@pytest.mark.parametrize("out", ["-", "/dev/null", "folder", "link", "tiny.yaml/x.png", "x" * 300])
+def test_an_output_that_cannot_be_is_said_before_anything_is_drawn(
+    command: tuple[str, ...], out: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("folder").mkdir()
+    Path("link").symlink_to("tiny.yaml")
+    assert fewstep(monkeypatch, *command, "-o", out) == 2
+    assert error_of(capsys).startswith("error: -o: got ")
+    assert Path("/dev/null").is_char_device() and path.is_file()
+
+
+def test_what_was_typed_is_what_trains(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--teacher "mymix #2"` is that folder and no other; the printed command says it again."""
+    seen: list[DistillRecipe] = []
+
+    def stop(recipe: DistillRecipe, *rest: object) -> None:
+        seen.append(recipe)
+        raise ValueError("here")
+
+    monkeypatch.setattr(module, "run_stages", stop)
+    assert (
+        fewstep(monkeypatch, "distill", path, "--teacher", "mymix #2", "--prompts", "[a]: b.txt", "--fuse-lora", "x + y@1.safetensors") == 2
+    )
+    assert error_of(capsys) == "error: here" and not Path("runs").exists()
+    assert seen[0].prompts.source == "[a]: b.txt"
+    assert source_of(seen[0].teacher) == ("mymix #2", (("x + y@1.safetensors", 1.0),), "")
+
+
+def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("my + mix", "lo@ra", "style@2.safetensors", "a.safetensors@b", "deep/x + y@0.5.safetensors"):
+        Path(name).mkdir(parents=True)
+    assert source_of("my + mix") == ("my + mix", (), "") and source_of("a.safetensors@b") == ("a.safetensors@b", (), "")
+    styles = [
+        "lo@ra",
+        "style@2.safetensors@0.5",
+        "style@2.safetensors",
+        "deep/x + y@0.5.safetensors",
+        "owner/name@0.25",
+        "gone@v2.safetensors",
+    ]
+    wanted = (
+        ("lo@ra", 1.0), ("style@2.safetensors", 0.5), ("style@2.safetensors", 1.0), ("deep/x + y@0.5.safetensors", 1.0), ("owner/name", 0.25), ("gone@v2.safetensors", 1.0),
+    )  # fmt: skip
+    text = fused("me/base", styles)
+    assert source_of(text) == ("me/base", wanted, "") and source_of(fused("my + mix", styles)) == ("my + mix", wanted, "")
+    assert source_of(absolute(text)).loras == tuple((str(tmp_path / p) if Path(p).exists() else p, w) for p, w in wanted)
+    assert absolute("emoji") == "emoji" and absolute("me/base") == "me/base" and hub_id(text) == "me/base" and not hub_id("emoji")
+    assert (
+        called(absolute("my + mix")) == "my \\+ mix" and called(absolute(".")) == tmp_path.name and source_of(".").names == [tmp_path.name]
+    )
+    for odd in ("x@", "x@nan", "x@inf", "x@y"):
+        with pytest.raises(ValueError, match="--fuse-lora: got"):
+            fused("me/base", [odd])
+    student = tmp_path / "runs" / "x" / "final"
+    student.mkdir(parents=True)
+    monkeypatch.chdir("/")
+    assert source_of(seen_from("me/base + gone", student)) == source_of("me/base + gone")
+    assert seen_from("lo@ra", student) == str(tmp_path / "lo@ra") and seen_from("me/other", student) == "me/other"
