@@ -15,6 +15,7 @@ from .backbones.files import load_lora, load_network, load_vectors, loads_lora
 from .backbones.generate import device_of, trajectory
 from .backbones.load import around, at_size, fingerprint, load_teacher, pipeline_of
 from .backbones.parts import denoiser_of
+from .backbones.process import mapping_of
 from .backbones.student_scheduler import Walking
 from .begin import begun_head, roles_for
 from .core import solvers, timegrid
@@ -91,7 +92,7 @@ def distill(
     require_roles(method.name, networks)
     folder, begin = (None if given is None else Path(given) for given in (out, start))
     begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
-    cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
+    cache, identity = None if folder is None else folder / "embeddings", identity_of(teacher, prompts)
     data = embed(teacher, list(prompts), cache, identity)
     real, walked = None, None
     if method.needs.paths:
@@ -108,6 +109,12 @@ def distill(
     elif pictures is not None:
         real = encode_pictures(teacher, str(pictures), cache, identity)
     yield from train(roles_for(teacher, method, networks, seed, walked, begin), method, data, config, folder, real, walked)
+
+
+def identity_of(teacher: Backbone, prompts: Sequence[str]) -> str:
+    """Names a network with its encoders; for conditions that have no weights, what they say of some prompts."""
+    weights, mapping = fingerprint(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
+    return f"{weights}-{mapping}" if mapping else weights
 
 
 def path_times(method: Method, backbone: Backbone) -> Tensor:

@@ -112,7 +112,7 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     found, record = latest_checkpoint(run), run / "run.json"
     if found is None or not record.exists() or student_folder(str(run)) is None:
         return False
-    same = read_json(record, f"delete {run} to begin again").get("recipe") == json.loads(recipe.model_dump_json())
+    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == json.loads(recipe.model_dump_json())
     return same and int(found[1]["step"]) >= recipe.train.iterations
 
 
@@ -184,6 +184,8 @@ def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, N
         measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         for step in steps:
+            if step.iteration <= start:  # a finished run's last step once more: it has been logged and shown
+                break
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
             due = step.iteration % recipe.preview.every == 0 or step.iteration == last

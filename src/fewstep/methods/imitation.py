@@ -90,7 +90,7 @@ class Imitation:
     @property
     def needs(self) -> Needs:
         """Pictures; progressive distillation keeps the student of the stage before as the fake role."""
-        return Needs(fake=self.target == "progressive", pictures=True)
+        return Needs(fake=self.target == "progressive", pictures=True, length=self.target == "progressive")
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         return timegrid.uniform(schedule, steps or self.steps, self.shift)

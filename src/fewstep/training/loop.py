@@ -1,11 +1,9 @@
 """The one training loop: a generator that yields after every iteration and resumes bit for bit from its checkpoints."""
 
-import hashlib
-import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +22,7 @@ from .paths import Paths
 from .pictures import RealData
 from .processes import is_first, mean_of, this_process
 from .prompts import Embeddings
+from .settings import require_same, settings_of
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, seeded
 
 Precision = Literal["no", "bf16"]
@@ -115,8 +114,8 @@ def distill(
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
 
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
-    by (seed, iteration, rank), so the resumed run is the straight run bit for bit on the same machine. Raises ValueError
-    when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss or gradient (the last checkpoint
+    by (seed, iteration, rank), so the resumed run is the straight run bit for bit on the same machine. A run that is finished
+    yields its last step again, without `seconds`. Raises ValueError when the checkpoint belongs to other settings, which it names, FloatingPointError at a non-finite loss or gradient (the last checkpoint
     stays). Trains on the device that the network is on, and where the roles are sharded in all processes together.
     """
     accelerator = Accelerator()
@@ -143,8 +142,11 @@ def distill(
 
     optimizers = {role: optimizer_of(role) for role in roles.trained}
     batches = config.accumulate * accelerator.num_processes
-    fingerprint = "" if run is None else _fingerprint(roles, method, data, config, batches, real, paths)
-    start = _resume(roles, optimizers, run, fingerprint, batches, accelerator.num_processes)
+    settings = {} if run is None else settings_of(roles, method, data, config, batches, real, paths)
+    start, last = _resume(roles, optimizers, run, settings, batches, accelerator.num_processes)
+    if start >= config.iterations:
+        yield Step(start, last, 0.0, roles, method)
+        return
     null = data.unconditional(device)
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
@@ -169,21 +171,22 @@ def distill(
             uncast(roles.layers if mixed else ()),
             compiled(),
         ):
-            metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i)
+            found = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i)
+        metrics = {k: float(v) for k, v in found.items()}
         if i >= method.warmup:
             # A young average forgets faster, so that it is never a memory of the start.
             done = i - method.warmup + 1
             roles.update_average(min(config.ema, done / (done + 9)))
         writes = accelerator.is_main_process or roles.sharded  # of the latter all give what they have, and the first writes
         if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
-            save_run(roles, optimizers, run, i + 1, fingerprint, batches)
+            save_run(roles, optimizers, run, i + 1, settings, batches, metrics)
         saved = run is None or (i + 1) % config.checkpoint_every == 0
         try:
-            yield Step(i + 1, {k: float(v) for k, v in metrics.items()}, time.perf_counter() - began, roles, method)
+            yield Step(i + 1, metrics, time.perf_counter() - began, roles, method)
         except GeneratorExit:
             # The caller stops here: nothing of what was trained is lost.
             if run is not None and not saved and writes:
-                save_run(roles, optimizers, run, i + 1, fingerprint, batches)
+                save_run(roles, optimizers, run, i + 1, settings, batches, metrics)
             raise
 
 
@@ -271,39 +274,14 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
         )
 
 
-def _fingerprint(
-    roles: Roles, method: Method, data: Embeddings, config: TrainConfig, batches: int, real: RealData | None, paths: Paths | None
-) -> str:
-    """A hash of every setting that a resumed run must share, prompts and the student's beginning included.
-
-    The length of a run may grow where no rate depends on it. Of its `batches` an iteration it does not count in which process they are.
-    """
-    settings: dict[str, Any] = {
-        "method": repr(method),
-        "train": asdict(config) | {"accumulate": batches},
-        "roles": asdict(roles.config),
-        "base": (roles.backbone.name, roles.backbone.shape, str(next(roles.backbone.module.parameters()).dtype)),
-        "guidance_rescale": roles.backbone.guidance_rescale,
-        "begin": _digest(roles.average),
-        "prompts": data.key,
-        "real": None if real is None else real.key,
-        "paths": None if paths is None else paths.key,
-    }
-    for free in ("shard", "checkpoint_every") if config.decay else ("shard", "iterations", "checkpoint_every"):
-        settings["train"].pop(free)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = whole({name: tensors[name]})[name]
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def save_run(
-    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, fingerprint: str, batches: int
+    roles: Roles,
+    optimizers: Mapping[Role, torch.optim.Optimizer],
+    run: Path,
+    iteration: int,
+    settings: Mapping[str, Any],
+    batches: int,
+    metrics: Mapping[str, float],
 ) -> None:
     """Every trained role with its optimiser, and the average, as one atomic checkpoint. The first process writes, those of sharded roles all come."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
@@ -313,7 +291,7 @@ def save_run(
     first = is_first()
     gathered = {name: whole(tensors, keep=first) for name, tensors in groups.items()}
     if first:
-        save_checkpoint(run, iteration, gathered, {"fingerprint": fingerprint, "batches": batches})
+        save_checkpoint(run, iteration, gathered, {"settings": settings, "batches": batches, "metrics": metrics})
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -323,25 +301,27 @@ def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -
 
 
 def _resume(
-    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path | None, fingerprint: str, batches: int, processes: int
-) -> int:
-    """Put the newest checkpoint's state back and return its iteration, or 0 where there is none."""
+    roles: Roles,
+    optimizers: Mapping[Role, torch.optim.Optimizer],
+    run: Path | None,
+    settings: Mapping[str, Any],
+    batches: int,
+    processes: int,
+) -> tuple[int, Mapping[str, float]]:
+    """Put the newest checkpoint's state back and return its iteration, or 0 where there is none, and its metrics."""
     found = None if run is None else latest_checkpoint(run)
     if found is None:
-        return 0
+        return 0, {}
     groups, state = found
     if (before := state.get("batches", batches)) != batches:
         raise ValueError(
             f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; in {processes} processes set it to {before / processes:g}"
         )
-    if state.get("fingerprint") != fingerprint:
-        raise ValueError(
-            f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again"
-        )
+    require_same(state.get("settings"), settings, str(run))
     _put_back(roles, groups)
     for role in roles.trained:
         load_optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]), groups[f"optimizer_{role}"])
-    return int(state["step"])
+    return int(state["step"]), state.get("metrics", {})
 
 
 def restore(roles: Roles, run: Path) -> None:

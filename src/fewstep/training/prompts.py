@@ -87,8 +87,9 @@ CHUNK = 64  # prompts that are encoded at once
 class Embeddings:
     """Conditions of a list of prompts and of the empty prompt, encoded once; on the CPU, or in a file of which what is drawn is read."""
 
-    def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str) -> None:
+    def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str, identity: str = "") -> None:
         self.cond, self.null, self.prompts, self.count = cond, null, list(prompts), len(prompts)
+        self.identity = identity  # of the network and the encoder
         self.key = key  # a hash of the encoder's identity and the prompts
         self.encoded = encoded  # prompts that went through the encoder this time: 0 where the cache served
 
@@ -99,7 +100,7 @@ class Embeddings:
 
     def take(self, of: Tensor, key: str) -> "Embeddings":
         """These prompts, `of [N]`, in this order, again where one comes twice."""
-        return Embeddings(rows(self.cond, of), self.null, [self.prompts[i] for i in of.tolist()], 0, key)
+        return Embeddings(rows(self.cond, of), self.null, [self.prompts[i] for i in of.tolist()], 0, key, self.identity)
 
     def all(self, device: torch.device) -> Cond:
         """Conditions of all prompts, in their order."""
@@ -119,7 +120,7 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     if path is not None and path.exists():
         try:
             tensors = load_file(path)
-            return _embeddings(tensors, prompts, 0, key)
+            return _embeddings(tensors, prompts, 0, key, identity)
         except SafetensorError:
             path.unlink()  # a truncated cache is rebuilt, it holds nothing that cannot be made again
     parts = (
@@ -128,13 +129,13 @@ def embed(backbone: Backbone, prompts: Sequence[str], cache: Path | None, identi
     null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and null:
         write_rows(path, len(prompts), parts, null)  # every process of a run may do it
-        return _embeddings(load_file(path), prompts, len(prompts), key)
+        return _embeddings(load_file(path), prompts, len(prompts), key, identity)
     encoded = list(parts)
     tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
-    return _embeddings(tensors, prompts, len(prompts), key)
+    return _embeddings(tensors, prompts, len(prompts), key, identity)
 
 
-def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str) -> Embeddings:
+def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str, identity: str) -> Embeddings:
     cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
     null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
-    return Embeddings(cond, null, prompts, encoded, key)
+    return Embeddings(cond, null, prompts, encoded, key, identity)
