@@ -2,10 +2,11 @@
 
 import pytest
 
-from fewstep.cli.preview import Preview, labelled
+from fewstep.cli.distill import drawing_of
 from fewstep.cli.recipe import DistillRecipe
 from fewstep.methods.paths import PathImitation
 from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.runs.preview import Preview, labelled
 from fewstep.training.prompts import embed
 
 from .. import tiny
@@ -26,7 +27,7 @@ def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidanc
     recipe = DistillRecipe.model_validate({**RECIPE, "method": {"name": "trajp-l", "guidance": guidance}})
     teacher = tiny.pixels(labels)
     shown = embed(teacher, labels or [""], None, "x")
-    pictures = Preview(recipe, teacher, shown, None).compare(make_roles(teacher, RolesConfig(rank=2), fake=False), method)
+    pictures = Preview(drawing_of(recipe), teacher, shown, None).compare(make_roles(teacher, RolesConfig(rank=2), fake=False), method)
     assert list(pictures.rows) == [
         first,
         "teacher, 4 steps (4 evaluations)",

@@ -22,6 +22,9 @@ from ..report.run import SHAPE
 from ..report.words import plural
 from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
+from ..runs.metrics_log import MetricsLog
+from ..runs.preview import Drawing, Preview
+from ..runs.students import student_folder
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, require, state_bytes
@@ -33,13 +36,10 @@ from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from .ending import errors_along, finish, shape_seen
 from .evaluate import check_measures, measure_step
-from .metrics_log import MetricsLog
 from .plan import plans_of, show
-from .preview import Preview
 from .progress import console, meter
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
 from .run_record import command_line, run_record
-from .sample import student_folder
 from .signals import stop_request
 
 
@@ -112,7 +112,9 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     found, record = latest_checkpoint(run), run / "run.json"
     if found is None or not record.exists() or student_folder(str(run)) is None:
         return False
-    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == json.loads(recipe.model_dump_json())
+    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == json.loads(
+        recipe.model_dump_json()
+    )
     return same and int(found[1]["step"]) >= recipe.train.iterations
 
 
@@ -158,7 +160,7 @@ def distil(
         log.seconds = spent_before(recipe, run, paths)
     with with_others():
         # Networks whose weights are spread draw in all processes or in none.
-        preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
+        preview = Preview(drawing_of(recipe), teacher, shown, run if first else None) if first or sharded(recipe) else None
         stopped = training(recipe, roles, distill(roles, recipe.method, data, recipe.train, run, real, paths), preview, log)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
@@ -169,11 +171,16 @@ def distil(
         teacher = at_size(teacher_of(recipe)[0], recipe.size)
         roles = roles_of(recipe, teacher, paths)
         restore(roles, run)
-        preview = Preview(recipe, teacher, shown, run)
+        preview = Preview(drawing_of(recipe), teacher, shown, run)
     if paths is not None:
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
     finish(recipe, roles, preview, run, base_hash, log.seconds)
+
+
+def drawing_of(recipe: DistillRecipe) -> Drawing:
+    """What the recipe's run draws."""
+    return Drawing(recipe.method, recipe.train.batch, recipe.preview.teacher_steps, recipe.preview.seed)
 
 
 def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, None], preview: Preview | None, log: MetricsLog) -> bool:

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..backbones.base import calls, guided
 from ..backbones.generate import device_of
-from ..backbones.load import bundled, source_of
 from ..core.solvers import DDIM, evaluations, sample, solver_named
 from ..export.card import StudentCard, counted
 from ..export.final import write_final
@@ -21,34 +19,26 @@ from ..report.run import PICTURES, next_commands, render_run
 from ..report.words import plural
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
+from ..runs.preview import Preview
+from ..runs.record import hardware
+from ..runs.students import Made, student_card
 from ..training.paths import Paths
 from ..trajp.analysis import shape_of, strays
-from ..trajp.head import Head, kind_of
+from ..trajp.head import Head
 from .evaluate import evaluate_student
-from .preview import Preview
 from .progress import console
 from .recipe import DistillRecipe
-from .run_record import hardware
 
 
 def finish(recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
-    method, schedule = recipe.method, roles.backbone.schedule
+    method = recipe.method
     called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
-    counts, default = method.counts, method.counts[0]
-    grids = {k: method.times(schedule, k) for k in counts}
-    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
-    rank = recipe.roles.rank if weights == "lora" else None
-    card = StudentCard(
-        name=f"{'-'.join(source_of(recipe.teacher).names)}-{called}-{'-'.join(map(str, sorted(counts)))}step", method=called, base=recipe.teacher, base_hash=base_hash,
-        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
-        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
-        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
-        iterations=recipe.train.iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
-        scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
-    )  # fmt: skip
+    made = Made(recipe.teacher, base_hash, recipe.train.iterations, seconds, called, _trained_from(recipe), recipe.size or 0)
+    card = student_card(roles, method, made)
+    times = method.times(roles.backbone.schedule, method.counts[0])[:-1]
     with roles.averaged():
-        write_student(run / "final", card, roles, grids[default][:-1])
+        write_student(run / "final", card, roles, times)
         save_pictures(run / PICTURES, preview.compare(roles, method))
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real) if recipe.evaluate else None
     report = render_run(run)

@@ -13,11 +13,11 @@ from ..backbones.load import quiet
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
+from ..runs.students import student_folder
 from ..training.loop import Step, default_device
 from ..zoo.pixel_data import read_pixel_data
 from .progress import console, meter
 from .recipe import DistillRecipe
-from .sample import student_folder
 
 if TYPE_CHECKING:
     from ..evaluation.pictures import PictureProtocol

@@ -12,9 +12,9 @@ from ..atomic import read_json
 from ..backbones.load import bundled, fingerprint, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
 from ..export.card import counted, read_card
+from ..runs.students import student_folder
 from ..training.state import checkpoints
 from .progress import console
-from .sample import student_folder
 
 
 def run_inspect(source: str) -> None:

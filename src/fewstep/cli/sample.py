@@ -12,19 +12,13 @@ from ..backbones.base import Backbone, calls
 from ..backbones.load import quiet
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
-from ..export.card import FILE, card_evaluations
+from ..export.card import card_evaluations
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
 from ..report.words import plural
+from ..runs.students import student_folder
 from ..training.loop import default_device
 from .progress import console
-
-
-def student_folder(source: str) -> Path | None:
-    """The student's folder when `source` is one, or a run that has one; None when it must be a teacher."""
-    path = Path(source)
-    candidates = [path, path / "final"]
-    return next((p for p in candidates if (p / FILE).is_file()), None)
 
 
 def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Backbone | LoadedStudent:

@@ -1,8 +1,9 @@
 """`fewstep.json`: everything a student needs to be used right, beside its weights. Versioned; nothing else is authoritative."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..core.solvers import evaluations
 
@@ -42,6 +43,11 @@ class StudentCard:
     size: int = 0  # of its pictures, where it is another than the base's
     data: str = "prompts alone"  # what the student was trained from
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
+    own_network: str = ""  # the class of a network of one's own that it was made from, which a file cannot bring; empty for pipelines
+    sigma_data: float = 0.0  # of such a network's `edm` prediction; 0 for all others
+    schedule: dict[str, Any] = field(default_factory=dict)  # of such a network, as data: see `backbones.process.schedule_data`
+    shape: tuple[int, ...] = ()  # of one state of such a network
+    conditions: dict[str, Any] = field(default_factory=dict)  # what it hears of the empty prompt: see `backbones.process.probe`
     format: int = FORMAT
 
     @property
@@ -79,4 +85,4 @@ def read_card(folder: Path) -> StudentCard:
         raise ValueError(f"student: {path} does not fit format {FORMAT} ({error}); export the run again") from error
     if card.dtype not in DTYPES:
         raise ValueError(f"student: {path} has dtype {card.dtype!r}, allowed are {', '.join(DTYPES)}; export the run again")
-    return StudentCard(**{**asdict(card), "steps": tuple(card.steps), "scales": tuple(card.scales)})
+    return StudentCard(**{**asdict(card), "steps": tuple(card.steps), "scales": tuple(card.scales), "shape": tuple(card.shape)})

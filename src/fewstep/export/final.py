@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import write_json
+from ..atomic import write_bytes, write_json
 from ..backbones.base import Backbone
 from ..backbones.few_step import facts_of
 from ..backbones.files import LORA_FILE, save_lora, save_network, save_vectors
@@ -22,6 +22,7 @@ from ..trajp.files import save_head
 from .card import FILE, StudentCard
 from .comfy import workflow
 from .model_card import model_card
+from .own_card import own_card
 
 
 def write_final(
@@ -50,6 +51,7 @@ def write_final(
             save_network(beside, network)
         elif lora:
             save_lora(beside, network, lora, metadata)
+        if lora and not card.own_network:
             os.link(beside / LORA_FILE, beside / f"{card.name}-lora.safetensors")
             facts = facts_of(pipeline_of(backbone))
             if graph := workflow(card, facts.pipeline, f"{card.name}-lora.safetensors", backbone.picture_size, even):
@@ -58,10 +60,14 @@ def write_final(
             save_head(beside, head)
         if vectors:
             save_vectors(beside, vectors)
-        scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])], even)
-        scheduler.save_pretrained(beside / "scheduler")
+        if card.own_network:
+            about = own_card(card, folder.name)
+        else:
+            scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])], even)
+            scheduler.save_pretrained(beside / "scheduler")
+            about = model_card(card, folder.name, type(scheduler).__name__, facts_of(pipeline_of(backbone)), even)
         write_json(beside / FILE, asdict(card))
-        (beside / "README.md").write_text(model_card(card, folder.name, type(scheduler).__name__, facts_of(pipeline_of(backbone)), even))
+        write_bytes(beside / "README.md", about.encode())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:

@@ -1,5 +1,6 @@
 """The run's fixed prompts and seeds as pictures: while it trains, and for its report."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,36 +19,45 @@ from ..report.words import plural
 from ..roles.roles import Roles
 from ..training.monitor import drift, look
 from ..training.prompts import Embeddings
-from .recipe import DistillRecipe
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a run draws over and over: the method's student, `batch` pictures at once, beside a teacher of `teacher_steps`, from `seed` on."""
+
+    method: Method
+    batch: int
+    teacher_steps: int = 50
+    seed: int = 0
 
 
 class Preview:
     """The run's fixed pictures: the teacher's row once, the student's row every time. Without a run they are drawn and not written."""
 
-    def __init__(self, recipe: DistillRecipe, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
-        self.recipe, self.teacher, self.folder = recipe, teacher, None if run is None else run / "samples"
+    def __init__(self, drawing: Drawing, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
+        self.drawing, self.teacher, self.folder = drawing, teacher, None if run is None else run / "samples"
         self.prompts = shown.prompts
-        self.seeds = [recipe.preview.seed + i for i in range(len(self.prompts))]
+        self.seeds = [drawing.seed + i for i in range(len(self.prompts))]
         device = device_of(teacher.module)
         self.cond, self.null = shown.all(device), shown.unconditional(device)
-        times = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
-        self.reference = strip(pictures(teacher, self._guided(recipe.method.guidance), self.seeds, times))
+        times = timegrid.uniform(teacher.schedule, drawing.teacher_steps)
+        self.reference = strip(pictures(teacher, self._guided(drawing.method.guidance), self.seeds, times))
 
     def _guided(self, scale: float) -> Denoise:
         """The teacher, as many pictures at once as in training, whose memory is enough for it."""
         teacher = self.teacher
-        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, scale), self.recipe.train.batch)
+        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, scale), self.drawing.batch)
 
     def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
         """The student of this count, likewise."""
-        return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.recipe.train.batch)
+        return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.drawing.batch)
 
     def show(self, roles: Roles, iteration: int, method: Method) -> list[str]:
         """Write `samples/step_N.png`; returns the monitor's warnings."""
         with roles.averaged():
             rows = [self._student(roles, method, k)[-1].x for k in method.counts]
         own = [strip(self.teacher.decode(x)) for x in rows]
-        labels = [f"teacher, {self.recipe.preview.teacher_steps} steps", *(f"student, {plural(k, 'step')}" for k in method.counts)]
+        labels = [f"teacher, {self.drawing.teacher_steps} steps", *(f"student, {plural(k, 'step')}" for k in method.counts)]
         if self.folder is not None:
             write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack([self.reference, *own]), labels, self.prompts)
         return drift(look(own[0]), look(self.reference)) if iteration else []
@@ -58,7 +68,7 @@ class Preview:
 
     def compare(self, roles: Roles, method: Method) -> Pictures:
         """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories."""
-        teacher, most = self.teacher, self.recipe.preview.teacher_steps
+        teacher, most = self.teacher, self.drawing.teacher_steps
         each = calls(self.null, method.guidance)
         rows = {labelled("teacher", "guided step" if each > 1 else "step", most, evaluations(most, each)): self.reference}
         paths, shown = {}, min(4, len(self.prompts))
