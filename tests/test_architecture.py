@@ -16,7 +16,7 @@ from tests.project import ROOT, pyproject
 
 PACKAGE = ROOT / "src" / "fewstep"
 
-FILES = frozenset({"atomic", "hashes", "names", "recipes_path"})  # leaves, for everyone who may touch files
+FILES = frozenset({"atomic", "hashes", "names", "recipes_path", "words"})  # leaves, for everyone who may touch files
 BELOW_METHODS = FILES | {"core", "objectives", "backbones", "roles", "trajp"}
 BELOW_API = BELOW_METHODS | {"methods", "training", "evaluation", "export", "report", "zoo"}
 
@@ -37,10 +37,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "zoo": FILES | {"core", "backbones", "training"},
     "checks": frozenset({"core", "backbones", "roles"}),
     "begin": BELOW_API,
-    "api": BELOW_API | {"begin"},
+    "runs": BELOW_API | {"begin"},
+    "api": BELOW_API | {"begin", "runs"},
     "fewstep": frozenset({"api"}),
     "studio": BELOW_API | {"api", "fewstep"},
-    "cli": BELOW_API | {"begin", "api", "fewstep", "studio"},
+    "cli": BELOW_API | {"begin", "runs", "api", "fewstep", "studio"},
     "__main__": frozenset({"cli"}),
 }
 

@@ -6,6 +6,8 @@ for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, iterations=4
 pipe = fewstep.load("emoji", "runs/mine/final")
 """
 
+import os
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,40 +17,67 @@ if TYPE_CHECKING:
     from .api import (
         TDM,
         Denoiser,
+        DistillationWarning,
         Imitation,
         LoadedStudent,
         Matching,
         PathImitation,
         PathsConfig,
+        ProcessCheck,
         Step,
+        Watch,
+        check,
         distill,
+        evaluate,
+        export_student,
         load,
         load_student,
         load_teacher,
+        method,
         sample,
         sample_states,
+        write_report,
     )
 
 __all__ = [
     "TDM",
     "Denoiser",
+    "DistillationWarning",
     "Imitation",
     "LoadedStudent",
     "Matching",
     "PathImitation",
     "PathsConfig",
+    "ProcessCheck",
     "Step",
+    "Watch",
+    "check",
     "distill",
+    "evaluate",
+    "export_student",
     "load",
     "load_student",
     "load_teacher",
+    "method",
     "sample",
     "sample_states",
+    "write_report",
 ]
+
+_VERBOSITY = "TRANSFORMERS_VERBOSITY"
 
 
 def __getattr__(name: str) -> Any:
-    """The public names are imported when first used, so that `fewstep --help` does not wait for torch."""
+    """The public names are imported when first used, so that `fewstep --help` does not wait for torch; other libraries' notices at their import are kept quiet."""
     if name not in __all__:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
-    return getattr(import_module(".api", __name__), name)
+    before = os.environ.get(_VERBOSITY)
+    os.environ.setdefault(_VERBOSITY, "error")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            api = import_module(".api", __name__)
+    finally:
+        if before is None:
+            os.environ.pop(_VERBOSITY, None)
+    return getattr(api, name)

@@ -2,46 +2,47 @@
 
 import warnings
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .backbones.base import Backbone, Cond, Denoiser, guided
-from .backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
-from .backbones.files import load_lora, load_network, load_vectors, loads_lora
-from .backbones.generate import device_of, trajectory
-from .backbones.load import around, at_size, fingerprint, load_teacher, pipeline_of, seen_from
-from .backbones.parts import denoiser_of
-from .backbones.student_scheduler import Walking
-from .begin import begun_head, roles_for
-from .core import solvers, timegrid
-from .core.solvers import State, solver_named
-from .export.card import StudentCard, card_evaluations, read_card
-from .hashes import sha256_of
+from .backbones.apart import apart
+from .backbones.base import Backbone, Denoiser
+from .backbones.load import fingerprint, load_teacher
+from .backbones.parts import Piped
+from .backbones.process import mapping_of
+from .begin import begun_head, require_network, roles_for
+from .evaluation.process import ProcessCheck, check_process
 from .methods.imitation import Imitation
 from .methods.matching import Matching
-from .methods.method import Method, student_of
+from .methods.method import Method
 from .methods.paths import PathImitation
-from .methods.presets import require_roles
-from .roles.adapters import switch
+from .methods.presets import preset, require_roles
+from .report.run import render_run
 from .roles.quantised import Kind
 from .roles.roles import RolesConfig
-from .roles.step_condition import attach, nearest, unfold
-from .roles.student import Student, with_lora, with_vectors, without_fold
-from .training.loop import Precision, Step, TrainConfig
-from .training.loop import distill as train
+from .runs.exporting import export_student
+from .runs.measure import evaluate
+from .runs.pipelines import load
+from .runs.run import Run, require_files, steps_of
+from .runs.sampling import backbone_of, check_steps, require_prompts, sample, sample_states
+from .runs.step import Step
+from .runs.students import LoadedStudent, Made, base_of, load_student, size_of, student_folder
+from .runs.walking import path_times, student_walker, walked_paths
+from .runs.watch import DistillationWarning, Watch
+from .training.loop import Precision, TrainConfig
 from .training.optimizer import OptimizerName
-from .training.paths import OF_STUDENT, TRAJECTORIES, PathsConfig, Walker, stops, teacher_paths, to_end, union
+from .training.paths import PathsConfig
 from .training.pictures import encode_pictures
 from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
-from .trajp.files import load_head
-from .trajp.head import Head, kind_of, require_steps
+from .words import in_python, told_in_python
+
+LEAST_REAL = 32  # samples of which a network's reading is judged
 
 
+@told_in_python
 def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
     """Trajectory Distribution Matching with the defaults of `Matching`; `settings` are its other fields.
 
@@ -50,6 +51,16 @@ def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any
     return Matching(steps=steps, guidance=guidance, name="tdm" if isinstance(steps, int) else "tdm-unify", **settings)
 
 
+@told_in_python
+def method(name: str, **settings: Any) -> Matching | Imitation | PathImitation:
+    """A method by its name, as recipes have it, with `settings` changed: tdm, tdm-unify, tdm-fisher, dmd2, diff-instruct, sid, lcm, progressive, trajp-l, pas, sfd.
+
+    `fewstep.method("dmd2", steps=4, guidance=3.5)`. Raises ValueError for a name or a setting that is not known.
+    """
+    return preset(name, **settings)
+
+
+@told_in_python
 def distill(
     teacher: Backbone,
     method: Method,
@@ -75,14 +86,19 @@ def distill(
     pictures: str | Path | None = None,
     paths: PathsConfig | None = None,
     start: str | Path | None = None,
+    watch: Watch | None = Watch(),  # noqa: B008 - frozen
 ) -> Generator[Step, None, None]:
     """Distil `teacher` and yield after every iteration: stop, log or look at any step.
 
     `pictures` is for methods that start from them (`Imitation`) and for an adversarial term (`Matching(gan=...)`): a folder of captioned
     ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `paths` are the teacher's
-    trajectories that `PathImitation` and `Matching(anchor=...)` learn from. `start` is a finished student to begin from. With
-    `out`, checkpoints go there and the same call resumes. `step.roles` holds the networks; `fewstep.sample` takes a step.
-    All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
+    trajectories that `PathImitation` and `Matching(anchor=...)` learn from; their number of network calls is told before they are walked. `start` is a finished student to begin from. With
+    `out`, checkpoints go there and the same call resumes; a finished run yields its last step again, and more `iterations` go on from it. At the end `out/final` holds the student,
+    which `load_student`, `start` and the command line read, and `out/report.html` says how it went.
+
+    `watch` says how the student is watched beside its teacher (None: its losses alone); what goes wrong is in `step.warnings` and told once as a
+    `fewstep.DistillationWarning`. The run has modules of its own around the teacher's weights: the teacher stays as it is, and several runs and students on one teacher
+    do not disturb each other. All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
     """
     config = TrainConfig(
         iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, decay=decay, accumulate=accumulate, ema=ema, checkpoint_every=checkpoint_every, seed=seed,
@@ -90,246 +106,116 @@ def distill(
     )  # fmt: skip
     networks = RolesConfig(share=share, rank=rank, checkpointing=checkpointing, base=base)
     require_roles(method.name, networks)
+    asked = require_prompts(prompts)
     folder, begin = (None if given is None else Path(given) for given in (out, start))
+    if begin is not None and (found := student_folder(begin)) is not None:
+        begin = found
+    require_network(teacher, asked)
     begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
-    cache, identity = None if folder is None else folder / "embeddings", fingerprint(teacher.module, *teacher.encoders)
-    data = embed(teacher, list(prompts), cache, identity)
-    real, walked = None, None
-    if method.needs.paths:
-        ways, times = paths or PathsConfig(), path_times(method, teacher)
-        place = None if folder is None else folder / (OF_STUDENT if ways.student else TRAJECTORIES)
-        walker = student_walker(teacher, ways.student, times) if ways.student else None
-        walked = to_end(
-            teacher_paths(teacher, data, ways, times, method.guidance, place, identity, parallel=method.guidance_parallel, walker=walker)
-        )
-    if pictures == "teacher":
-        real = teacher_pictures(
-            teacher, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, seed, parallel=method.guidance_parallel
-        )
-    elif pictures is not None:
-        real = encode_pictures(teacher, str(pictures), cache, identity)
-    yield from train(roles_for(teacher, method, networks, seed, walked, begin), method, data, config, folder, real, walked)
+    if folder is not None:
+        require_files(teacher, method)
+    return _distilled(teacher, method, asked, config, networks, folder, begin, pictures, paths, watch)
 
 
-def path_times(method: Method, backbone: Backbone) -> Tensor:
-    """All times at which a student of this method wants to know where the teacher is."""
-    return union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
+def _distilled(
+    teacher: Backbone,
+    method: Method,
+    prompts: list[str],
+    config: TrainConfig,
+    networks: RolesConfig,
+    folder: Path | None,
+    begin: Path | None,
+    pictures: str | Path | None,
+    paths: PathsConfig | None,
+    watch: Watch | None,
+) -> Generator[Step, None, None]:
+    """`distill` from its first step on, which is when its arguments are known to be right."""
+    with in_python():
+        base_hash, own = fingerprint(teacher.module), apart(teacher)
+        cache, identity = None if folder is None else folder / "embeddings", identity_of(teacher, prompts)
+        data = embed(own, prompts, cache, identity)
+        real, walked, origin = None, None, "prompts alone"
+        if method.needs.paths:
+            walked = walked_paths(own, method, data, paths or PathsConfig(), folder, identity)
+        if pictures == "teacher":
+            origin = "prompts and pictures that the teacher drew"
+            real = teacher_pictures(
+                own, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, config.seed, parallel=method.guidance_parallel
+            )
+        elif pictures is not None:
+            origin, real = "captioned pictures", encode_pictures(own, str(pictures), cache, identity)
+        rounded = f"{origin}, beside its base in {networks.base}" if networks.base else origin
+        made = Made(base_of(teacher), base_hash, 0, 0.0, method.name, rounded, size_of(teacher))
+        roles = roles_for(own, method, networks, config.seed, walked, begin)
+        yield from steps_of(Run(teacher, roles, method, data, config, made, folder, watch, real, walked))
 
 
-def student_walker(teacher: Backbone, folder: str | Path, times: Tensor) -> Walker:
-    """A finished student of this teacher, on its way in its default number of steps. Raises ValueError where that does not stop at all `times`, or is at random."""
-    folder, (loaded, schedule) = Path(folder), (load_student(folder, teacher), teacher.schedule)
-    card, student, count = loaded.card, loaded.student, loaded.card.steps[0]
-    grid, solver = _student_grid(card, teacher, count), card.solver[str(count)]
-    if solver == "renoise":
+def identity_of(teacher: Backbone, prompts: Sequence[str]) -> str:
+    """Names a network with its encoders; for conditions that have no weights, what they say of some prompts."""
+    weights, mapping = fingerprint(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
+    return f"{weights}-{mapping}" if mapping else weights
+
+
+@told_in_python
+def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, seed: int = 0) -> ProcessCheck:
+    """Whether a wrapped network is read as it was trained: the error of its clean estimate on clean states `real` [N, ...] at a few times.
+
+    A wrong noise schedule, prediction type, range of the data or index of times makes it larger than a right model's can be, or than another reading's is; what is
+    suspected is in `.suspected` and told as a `fewstep.DistillationWarning`. `real` is a tensor or an array of what the network was trained on, some hundred samples;
+    of a pipeline pictures [N, 3, H, W] in [0, 1]. `prompts` are theirs, one each; by default none. Printed, the result is a line for each time.
+    """
+    states = torch.as_tensor(real).float()
+    if isinstance(teacher, Piped) and states.shape[1:] != teacher.shape:
+        states = teacher.picture_states(states)
+    if states.shape[1:] != tuple(teacher.shape) or len(states) < LEAST_REAL:
         raise ValueError(
-            f"data.student: {folder} adds new noise at every step, which leaves nothing to follow; choose a student of another solver"
+            f"real: got {list(states.shape)}, allowed are at least {LEAST_REAL} states [N, {', '.join(map(str, teacher.shape))}]"
         )
-    places = stops(grid, times)
-    if places is None:
-        visits, asked = (", ".join(f"{t:.4g}" for t in of.tolist()) for of in (grid, times))
-        raise ValueError(
-            f"data.student: {folder} stops at {visits}, this one at {asked}; set method.steps and method.shift so that these are among those"
-        )
-
-    def states(cond: Cond, x: Tensor) -> list[State]:
-        return list(solvers.sample(student.denoise(cond, card.told[0]), schedule, x, grid, solver_named(solver), student.head))
-
-    about = {"student": sha256_of(*sorted(folder.rglob("*.safetensors"))), "solver": solver, "free_first": card.free_first}
-    return Walker(grid, places, card_evaluations(card, count), about, states)
-
-
-@dataclass(frozen=True)
-class LoadedStudent:
-    """A student from its folder, ready to sample, with its card."""
-
-    student: Student
-    card: StudentCard
-
-
-def load_student(
-    folder: str | Path, base: str | Path | Backbone | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> LoadedStudent:
-    """Read a student onto its base: by default the one its card names, in the card's dtype, on `device`. Raises ValueError with one line.
-
-    Another base of the same architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights; warns where the one that the
-    card names has changed.
-    """
-    folder = Path(folder)
-    card = read_card(folder)
-    named = seen_from(card.base, folder) if base is None else base
-    if isinstance(named, str | Path):
-        named = load_teacher(named, dtype or getattr(torch, card.dtype), device, guidance_rescale=card.guidance_rescale)
-    backbone = at_size(named, card.size or None)
-    vectors = load_vectors(folder) if card.time_layer else {}
-    head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
-    if card.weights == "none":
-        student = Student(backbone, backbone.module, (), "student")
-    elif card.weights == "full":
-        student = Student(backbone, load_network(folder, backbone.module), (), "student")
-        if vectors:
-            unfold(student.network, card.time_layer, vectors[card.told[0]])
-    else:
-        assert card.rank is not None and card.alpha is not None
-        state = load_lora(folder)
-        student = with_lora(backbone, without_fold(state, card.time_layer) if vectors else state, card.rank, card.alpha)
-    student = with_vectors(student, {k: vectors[k] for k in card.told}) if vectors else student
-    loaded = LoadedStudent(replace(student, head=head, free=card.free_first), card)
-    if base is None and (note := base_note(loaded)):
-        warnings.warn(note, stacklevel=2)
-    return loaded
-
-
-def base_note(loaded: LoadedStudent) -> str:
-    """Say where a student's base has other weights than the one that it was trained on; the empty text where it is the same."""
-    card, module = loaded.card, loaded.student.backbone.module
-    if not card.base_hash or (found := fingerprint(module, through=getattr(torch, card.dtype))) == card.base_hash:
-        return ""
-    return f"the base {loaded.student.backbone.name} has other weights (SHA-256 {found}...) than the one this student was trained on ({card.base_hash}...)"
-
-
-def load(base: Any, student: str | Path) -> FewStepPipeline:
-    """A diffusers pipeline that is right at `pipe(prompt)`: scheduler, times, steps and guidance come from the student.
-
-    `base` is a pipeline, or what `load_teacher` takes.
-    """
-    folder = Path(student)
-    card = read_card(folder)
-    pipeline, adapter = pipeline_of(base), "fewstep"
-    walking = _walking(card, around(pipeline, card.base), folder)
-    pipe = few_step_pipeline(pipeline, folder, Serving(card.steps, card.size, card.scales), card.weights, walking, adapter)
-    network = denoiser_of(pipe)
-    if card.weights == "lora" and not loads_lora(network):
-        assert card.rank is not None and card.alpha is not None
-        student_on_it = with_lora(around(pipe, card.base), load_lora(folder), card.rank, card.alpha)
-        switch(student_on_it.layers, adapter := student_on_it.adapter)
-    if card.time_layer:
-        vectors = load_vectors(folder)
-        unfold(network, card.time_layer, vectors[card.told[0]], adapter)
-        condition = attach(network, card.time_layer)
-
-        def tell(steps: int, guidance: float) -> None:
-            condition.active = nearest(vectors, guidance if card.scales else steps)
-
-        pipe.tell = tell
-    return pipe
-
-
-def _walking(card: StudentCard, backbone: Backbone, folder: Path) -> Walking | None:
-    """How a student is sampled that no stock scheduler can walk; None for all others."""
-    solver = card.solver[str(card.steps[0])]
-    grids = {int(k): torch.tensor(times, dtype=torch.float64) for k, times in card.timesteps.items()}
-    even = all(timegrid.even(backbone.schedule, times) for times in grids.values())
-    if even and not (card.head or card.free_first or solver == "ipndm"):
-        return None
-    head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
-    return Walking(backbone.schedule, backbone.row, solver_named(solver), grids, head, card.free_first)
-
-
-def sample(
-    model: Backbone | LoadedStudent | Step,
-    prompts: Sequence[str],
-    seeds: Sequence[int] | None = None,
-    *,
-    steps: int | None = None,
-    guidance: float = 1.0,
-    solver: str | None = None,
-    told: int | None = None,
-) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1], one per prompt (plain states for backbones without a picture).
-
-    A step or a student takes its own steps, solver and no guidance, unless it was trained to be told its `guidance`; a teacher takes
-    `steps` (default 50) and `guidance`.
-    Seeds default to 0, 1, 2, ...; a seed gives the same picture in any batch. A student of several step counts is told the one
-    it takes, or `told`.
-    """
-    states = sample_states(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, told=told)
-    return backbone_of(model).decode(states[-1].x)
-
-
-def sample_states(
-    model: Backbone | LoadedStudent | Step,
-    prompts: Sequence[str],
-    seeds: Sequence[int] | None = None,
-    *,
-    steps: int | None = None,
-    guidance: float = 1.0,
-    solver: str | None = None,
-    told: int | None = None,
-) -> list[State]:
-    """As `sample`, but the whole trajectory: K + 1 states with the clean estimate that led to each."""
-    if not prompts:
-        raise ValueError("prompts: got none; pass at least one")
-    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts; pass one seed a prompt")
-    backbone = backbone_of(model)
+    if not bool(states.isfinite().all()) or not bool(states.var(0).any()):
+        raise ValueError("real: its numbers are not finite, or all samples are the same; pass clean data")
+    asked = [""] * len(states) if prompts is None else require_prompts(prompts)
+    if len(asked) != len(states):
+        raise ValueError(f"prompts: got {len(asked)} for {len(states)} real samples; pass one each, or none")
+    require_network(teacher, asked)
+    own = apart(teacher)
     with torch.no_grad():
-        cond = backbone.encode(prompts)
-        null = backbone.encode([""])
-    scale = None if guidance == 1.0 else guidance
-    if isinstance(model, Step):
-        count = steps or model.method.counts[0]
-        check_steps(model, count)
-        times = model.method.times(backbone.schedule, count)
-        with model.roles.averaged():
-            denoise = student_of(model.method, model.roles, cond, told or count, scale)
-            return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
-    if isinstance(model, LoadedStudent):
-        count = steps or model.card.steps[0]
-        check_steps(model, count)
-        times = _student_grid(model.card, backbone, count)
-        own = model.card.solver.get(str(count), model.card.solver[str(model.card.steps[0])])
-        return trajectory(
-            backbone,
-            model.student.denoise(cond, scale if model.card.scales else told or count),
-            seeds,
-            times,
-            solver or own,
-            model.student.head,
-        )
-    denoise = guided(backbone, backbone.module, cond, null, guidance)
-    return trajectory(backbone, denoise, seeds, _grid(backbone, steps or 50), solver or "ddim")
+        result = check_process(own, states.cpu(), own.encode(asked), seed)
+    for line in result.suspected:
+        warnings.warn(f"{teacher.name}: {line}", DistillationWarning, stacklevel=3)
+    return result
 
 
-def check_steps(model: LoadedStudent | Step, steps: int, option: str = "steps") -> None:
-    """Raises ValueError where the student's head does not serve so many steps."""
-    head = model.roles.head if isinstance(model, Step) else model.student.head
-    if isinstance(head, Head):
-        require_steps(kind_of(head), head.counts, steps, option, "take as many or fewer, or train a student for more (method.steps)")
-
-
-def backbone_of(model: Backbone | LoadedStudent | Step) -> Backbone:
-    """The backbone behind anything that samples."""
-    if isinstance(model, Step):
-        return model.roles.backbone
-    return model.student.backbone if isinstance(model, LoadedStudent) else model
-
-
-def _grid(backbone: Backbone, steps: int) -> Tensor:
-    return timegrid.uniform(backbone.schedule, steps)
-
-
-def _student_grid(card: StudentCard, backbone: Backbone, steps: int) -> Tensor:
-    """The trained times of this step count, or a uniform grid for a count that was not trained."""
-    known = card.timesteps.get(str(steps))
-    return _grid(backbone, steps) if known is None else timegrid.check(backbone.schedule, torch.tensor(known, dtype=torch.float64))
+@told_in_python
+def write_report(run: str | Path) -> Path:
+    """Write `run/report.html` again from what the folder of a run holds by now; returns its path. As `fewstep report RUN`."""
+    return render_run(Path(run))
 
 
 __all__ = [
     "TDM",
     "Denoiser",
+    "DistillationWarning",
     "Imitation",
     "LoadedStudent",
     "Matching",
     "PathImitation",
     "PathsConfig",
+    "ProcessCheck",
     "Step",
+    "Watch",
     "backbone_of",
+    "check",
+    "check_steps",
     "distill",
+    "evaluate",
+    "export_student",
     "load",
     "load_student",
     "load_teacher",
+    "method",
+    "path_times",
     "sample",
     "sample_states",
+    "student_walker",
+    "write_report",
 ]

@@ -1,10 +1,19 @@
 """What a run begins with: the networks of its roles, and a student that begins as a finished one."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from .backbones.base import Backbone
+import torch
+
+from .backbones.base import Backbone, Denoiser
 from .backbones.files import load_lora, load_network, load_vectors
-from .export.card import read_card
+from .backbones.load import fingerprint
+from .backbones.parts import Piped
+from .backbones.process import differences, probe, process_data
+from .core import timegrid
+from .export.card import StudentCard, read_card
 from .methods.method import Method, require_beginning
 from .roles.roles import Roles, RolesConfig, make_roles
 from .roles.step_condition import unfold
@@ -48,6 +57,7 @@ def begun_head(method: Method, teacher: Backbone, start: Path | None) -> Head | 
         require_beginning(method, "", False, "the teacher")
         return None
     card = read_card(start)
+    require_own(card, teacher, start)
     require_beginning(method, card.head, card.free_first, f"the student in {start}")
     if method.head == "none" or not card.head:
         return None
@@ -97,3 +107,64 @@ def require_told(start: str, told: tuple[float, ...], counts: tuple[float, ...],
 
 def _counted(told: tuple[float, ...]) -> str:
     return f"one of {', '.join(f'{v:g}' for v in told)}" if told else "nothing"
+
+
+def process_of(backbone: Backbone) -> dict[str, Any]:
+    """What a card says of a network of one's own, so that it is not read in another way; empty for a pipeline, whose folder says it."""
+    if isinstance(backbone, Piped):
+        return {}
+    with torch.no_grad():
+        heard = probe(backbone.encode([""]))
+    return {**process_data(backbone), "shape": tuple(backbone.shape), "conditions": heard}
+
+
+def require_own(card: StudentCard, backbone: Backbone, folder: Path, other_weights: bool = True) -> None:
+    """Raises ValueError where a student of a network of one's own meets another process, other conditions or other weights."""
+    if not card.own_network:
+        if isinstance(backbone, Denoiser):
+            raise ValueError(
+                f"base: {folder} is a student of {card.base}, a diffusers pipeline, got the Denoiser {backbone.name}; leave base out"
+            )
+        return
+    if isinstance(backbone, Piped):
+        raise ValueError(
+            f"base: {folder} is a student of {card.base}, a network of one's own, got the pipeline {backbone.name}; pass its fewstep.Denoiser"
+        )
+    said = asdict(card)
+    now = process_of(backbone) | ({"time_layer": backbone.time_layer} if card.time_layer else {})
+    if odd := differences({k: said[k] for k in now}, now):
+        raise ValueError(f"base: {folder} was made with another base: {', '.join(odd)}; pass the fewstep.Denoiser that it was made from")
+    if not other_weights and card.weights != "full" and (here := fingerprint(backbone.module)) != card.base_hash:
+        raise ValueError(
+            f"base: {folder} was trained on other weights (hash {card.base_hash}, here {here}); load those, or pass other_weights=True to use it on these all the same"
+        )
+
+
+def require_network(backbone: Backbone, prompts: list[str]) -> None:
+    """Raises ValueError where a network of one's own does not take what its Denoiser says of it: one call, before anything is walked or trained."""
+    if isinstance(backbone, Piped):
+        return
+    asked = [*prompts[:1], ""]
+    with torch.no_grad():
+        cond = backbone.encode(asked)
+        if not isinstance(cond, Mapping) or not all(isinstance(v, torch.Tensor) and len(v) == len(asked) for v in cond.values()):
+            raise ValueError(f"conditions: what they give for {len(asked)} prompts is no dictionary of tensors [{len(asked)}, ...]")
+        device = next(backbone.module.parameters()).device
+        x = torch.randn((len(asked), *backbone.shape), generator=torch.Generator().manual_seed(0)).to(device)
+        u = torch.full((len(asked),), 0.5, dtype=torch.float64)
+        t = timegrid.time_at(backbone.schedule, u).to(device)
+        try:
+            m = backbone.predict(backbone.module, x, t, {k: v.to(device) for k, v in cond.items()})
+        except Exception as error:  # a network of one's own may raise anything
+            heard = "".join(f", {k} {list(v.shape)}" for k, v in cond.items())
+            raise ValueError(
+                f"teacher: the network of {backbone.name} does not take states {list(x.shape)} with times [{len(asked)}]{heard} "
+                f"({' '.join(str(error).split())[:160] or type(error).__name__}); check shape and conditions of the Denoiser"
+            ) from error
+    if not isinstance(m, torch.Tensor) or m.shape != x.shape:
+        got = list(m.shape) if isinstance(m, torch.Tensor) else type(m).__name__
+        raise ValueError(f"teacher: the network of {backbone.name} gives {got} for states {list(x.shape)}; check the Denoiser's shape")
+    if not bool(m.isfinite().all()):
+        raise ValueError(
+            f"teacher: the network of {backbone.name} gives numbers that are not finite in the middle of its way; check its weights and its schedule"
+        )

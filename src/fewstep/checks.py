@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backbones.apart import apart
 from .backbones.base import Backbone, Cond, denoiser, guided, rows
 from .core.schedule import expand
 from .roles.adapters import remove_adapters
@@ -74,17 +75,17 @@ def check_backbone(backbone: Backbone, prompts: Sequence[str] = ("a red cat", "t
         if not holds:
             raise ValueError(f"backbone {backbone.name}: {what}")
 
-    module = backbone.module.requires_grad_(False).eval()
+    backbone = apart(backbone)  # also after a training on it, whose networks stay what they are
+    module = backbone.module
+    remove_adapters(module, TRAINED)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     _check_schedule(backbone, require)
     case = _case(backbone, prompts, require)
     _check_predictions(backbone, case, require)
     _check_pictures(backbone, case, require)
     _check_gradients(backbone, case, require)
-    try:
-        _check_roles(backbone, case, require)
-    finally:
-        remove_adapters(module, TRAINED)
+    _check_roles(backbone, case, require)
+    remove_adapters(module, TRAINED)
     require(all(torch.equal(p, before[n]) for n, p in module.named_parameters()), "its weights have changed")
 
 

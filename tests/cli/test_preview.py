@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from fewstep.backbones.base import Backbone
-from fewstep.cli import preview
-from fewstep.cli.preview import Preview, labelled
+from fewstep.cli.distill import drawing_of
 from fewstep.cli.recipe import DistillRecipe
 from fewstep.core.solvers import State
 from fewstep.methods.method import Method
 from fewstep.methods.paths import PathImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.runs import preview
+from fewstep.runs.preview import Preview, labelled
 from fewstep.training.monitor import drift
 from fewstep.training.prompts import embed
 
@@ -37,7 +38,7 @@ def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidanc
     recipe = DistillRecipe.model_validate({**RECIPE, "method": {"name": "trajp-l", "guidance": guidance}})
     teacher = tiny.pixels(labels)
     shown = embed(teacher, labels or [""], None, "x")
-    pictures = Preview(recipe, teacher, shown, None).compare(make_roles(teacher, RolesConfig(rank=2), fake=False), method)
+    pictures = Preview(drawing_of(recipe), teacher, shown, None).compare(make_roles(teacher, RolesConfig(rank=2), fake=False), method)
     step = "unguided step" if "guided" in first else "step"
     assert list(pictures.rows) == [
         first,
@@ -53,7 +54,7 @@ def drawn(method: Mapping[str, Any], teacher: Backbone, labels: tuple[str, ...] 
     """The previews of a method, and what it trains, untrained."""
     recipe = DistillRecipe.model_validate({**RECIPE, "method": method, "train": {**RECIPE["train"], "batch": 2}})
     roles = make_roles(teacher, RolesConfig(rank=2), counts=recipe.method.conditioned, fake=recipe.method.needs.fake)
-    return Preview(recipe, teacher, embed(teacher, labels, None, "x"), None), roles
+    return Preview(drawing_of(recipe), teacher, embed(teacher, labels, None, "x"), None), roles
 
 
 def rows_shown(shown: Preview, roles: Roles, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:

@@ -103,9 +103,9 @@ def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({"warmup": 0}, "method.head: got fold with method.warmup=0"),
-    ({"solver": "renoise"}, "method.head: got fold with method.solver=renoise"),
-    ({"head": "span"}, "method.head: got 'span', allowed are keep, fold, none"),
+    ({"warmup": 0}, "head: got fold with warmup=0"),
+    ({"solver": "renoise"}, "head: got fold with solver=renoise"),
+    ({"head": "span"}, "head: got 'span', allowed are keep, fold, none"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):

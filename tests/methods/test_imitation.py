@@ -136,14 +136,14 @@ def test_the_teacher_is_asked_without_the_parallel_part(target: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"target": "x"}, "method.target: got 'x', allowed are consistency, progressive"),
-        ({"steps": 0}, "method.steps: got 0, allowed are whole numbers from 1"),
-        ({"stages": 0}, "method.stages: got 0, allowed"),
-        ({"steps": 3, "solver_steps": 50}, "method.solver_steps: got 50, allowed are multiples of method.steps (3)"),
-        ({"solver_steps": 0}, "method.solver_steps: got 0, allowed"),
-        ({"loss": "l3"}, "method.loss: got 'l3', allowed are l1, l2, huber"),
-        ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),
-        ({"guidance": float("inf")}, "method.guidance: got inf, allowed are numbers"),
+        ({"target": "x"}, "target: got 'x', allowed are consistency, progressive"),
+        ({"steps": 0}, "steps: got 0, allowed are whole numbers from 1"),
+        ({"stages": 0}, "stages: got 0, allowed"),
+        ({"steps": 3, "solver_steps": 50}, "solver_steps: got 50, allowed are multiples of steps (3)"),
+        ({"solver_steps": 0}, "solver_steps: got 0, allowed"),
+        ({"loss": "l3"}, "loss: got 'l3', allowed are l1, l2, huber"),
+        ({"shift": 0.0}, "shift: got 0.0, allowed are numbers above 0"),
+        ({"guidance": float("inf")}, "guidance: got inf, allowed are numbers"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
@@ -155,5 +155,5 @@ def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
 def test_names() -> None:
     assert preset("lcm") == Imitation()
     assert preset("progressive", stages=3, steps=2) == PROGRESSIVE
-    with pytest.raises(ValueError, match=r"method\.name: got 'dmd3', allowed are tdm, tdm-unify"):
+    with pytest.raises(ValueError, match=r"name: got 'dmd3', allowed are tdm, tdm-unify"):
         preset("dmd3")

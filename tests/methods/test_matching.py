@@ -275,28 +275,28 @@ def test_gap_of_every_segment_is_logged() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"steps": 0}, "method.steps: got 0, allowed are whole numbers from 1"),
-        ({"steps": ()}, "method.steps: got (), allowed are whole numbers from 1, or a list of them"),
-        ({"steps": (4, 0)}, "method.steps: got (4, 0), allowed are"),
-        ({"divergence": "kl"}, "method.divergence: got 'kl', allowed are reverse-kl, fisher"),
-        ({"match": "noisy"}, "method.match: got 'noisy', allowed are landing, clean"),
-        ({"tau": "all"}, "method.tau: got 'all', allowed are segment, above, whole"),
-        ({"tau": "whole"}, "method.tau: got whole, which needs method.match=clean"),
-        ({"tau_max": 0.01}, "method.tau_max: got 0.01, allowed are fractions above method.tau_min (0.02) up to 1"),
-        ({"gan": -1.0}, "method.gan: got -1.0, allowed are numbers from 0 (off)"),
+        ({"steps": 0}, "steps: got 0, allowed are whole numbers from 1"),
+        ({"steps": ()}, "steps: got (), allowed are whole numbers from 1, or a list of them"),
+        ({"steps": (4, 0)}, "steps: got (4, 0), allowed are"),
+        ({"divergence": "kl"}, "divergence: got 'kl', allowed are reverse-kl, fisher"),
+        ({"match": "noisy"}, "match: got 'noisy', allowed are landing, clean"),
+        ({"tau": "all"}, "tau: got 'all', allowed are segment, above, whole"),
+        ({"tau": "whole"}, "tau: got whole, which needs match=clean"),
+        ({"tau_max": 0.01}, "tau_max: got 0.01, allowed are fractions above tau_min (0.02) up to 1"),
+        ({"gan": -1.0}, "gan: got -1.0, allowed are numbers from 0 (off)"),
         ({"gan_r1": float("nan")}, "method.gan_r1: got nan, allowed are numbers from 0 (off)"),
-        ({"gan_loss": "w"}, "method.gan_loss: got 'w', allowed are hinge, non-saturating"),
-        ({"fake_draw": "noise"}, "method.fake_draw: got 'noise', allowed are landing, clean"),
-        ({"guidance": float("nan")}, "method.guidance: got nan, allowed are numbers"),
-        ({"loss": "l1"}, "method.loss: got 'l1', allowed are l2, huber, huber-elementwise"),
-        ({"fake_target": "noisy"}, "method.fake_target: got 'noisy', allowed are clean, transition"),
-        ({"fake_weight": "snr"}, "method.fake_weight: got 'snr', allowed are own, min-snr, v"),
-        ({"fake_updates": 0}, "method.fake_updates: got 0, allowed are whole numbers from 1"),
-        ({"warmup": -1}, "method.warmup: got -1, allowed are whole numbers from 0"),
+        ({"gan_loss": "w"}, "gan_loss: got 'w', allowed are hinge, non-saturating"),
+        ({"fake_draw": "noise"}, "fake_draw: got 'noise', allowed are landing, clean"),
+        ({"guidance": float("nan")}, "guidance: got nan, allowed are numbers"),
+        ({"loss": "l1"}, "loss: got 'l1', allowed are l2, huber, huber-elementwise"),
+        ({"fake_target": "noisy"}, "fake_target: got 'noisy', allowed are clean, transition"),
+        ({"fake_weight": "snr"}, "fake_weight: got 'snr', allowed are own, min-snr, v"),
+        ({"fake_updates": 0}, "fake_updates: got 0, allowed are whole numbers from 1"),
+        ({"warmup": -1}, "warmup: got -1, allowed are whole numbers from 0"),
         ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, ipndm, renoise"),
-        ({"shift": 0.0}, "method.shift: got 0.0, allowed are numbers above 0"),
-        ({"tau_min": 1.0}, "method.tau_min: got 1.0, allowed are fractions from 0 up to"),
-        ({"snr_clip": 0.0}, "method.snr_clip: got 0.0, allowed are numbers above 0"),
+        ({"shift": 0.0}, "shift: got 0.0, allowed are numbers above 0"),
+        ({"tau_min": 1.0}, "tau_min: got 1.0, allowed are fractions from 0 up to"),
+        ({"snr_clip": 0.0}, "snr_clip: got 0.0, allowed are numbers above 0"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
@@ -320,7 +320,7 @@ def test_tilted_guidance_is_stronger_near_noise_and_as_strong_in_the_middle() ->
     tau = torch.tensor([999.0, 499.0, -1.0], dtype=torch.float64)
     torch.testing.assert_close(guidance_at(method, tiny.TABLE, tau), torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64))
     assert guidance_at(Matching(guidance=4.0), tiny.TABLE, tau) == 4.0
-    with pytest.raises(ValueError, match=r"^method.guidance_tilt: got 2, allowed are numbers from -1 to 1"):
+    with pytest.raises(ValueError, match=r"^guidance_tilt: got 2, allowed are numbers from -1 to 1"):
         Matching(guidance_tilt=2)
 
 
@@ -329,7 +329,7 @@ def test_the_teacher_is_asked_without_the_parallel_part() -> None:
     roles = trained()
     plain, projected = (list(updates(roles, Matching(steps=2, guidance=3.0, guidance_parallel=p)))[-1].metrics["gap_1"] for p in (1.0, 0.0))
     assert not torch.allclose(plain, projected)
-    with pytest.raises(ValueError, match=r"^method.guidance_parallel: got 1.5, allowed are shares from 0"):
+    with pytest.raises(ValueError, match=r"^guidance_parallel: got 1.5, allowed are shares from 0"):
         Matching(guidance_parallel=1.5)
 
 

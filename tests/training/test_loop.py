@@ -1,7 +1,8 @@
 """The training loop: what it changes and what not, bit-exact resuming, and every way to stop."""
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone
+from fewstep.backbones.base import Backbone, Denoiser
+from fewstep.core.schedule import VP, Flow
+from fewstep.methods.imitation import Imitation
 from fewstep.methods.matching import Matching
 from fewstep.methods.method import Loss, Turn
 from fewstep.roles import adapters
@@ -18,6 +21,7 @@ from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.prompts import Embeddings, embed
+from fewstep.training.settings import require_unchanged
 from fewstep.training.state import checkpoints
 
 from .. import tiny
@@ -100,7 +104,7 @@ def test_the_students_rate_falls_to_zero_in_a_line(tmp_path: Path) -> None:
     list(distill(plain, METHOD, data, CONFIG))
     start, end, far = (torch.cat([p.detach().flatten() for p in r.trained["student"].values()]) for r in (others, roles, plain))
     assert 0 < (end - start).norm() < 0.75 * (far - start).norm()  # the same first three iterations, then smaller and smaller steps
-    with pytest.raises(ValueError, match="was made with other settings"):  # a longer run has had other rates
+    with pytest.raises(ValueError, match=r"other settings: train\.iterations 6 -> 9; set"):  # a longer run has had other rates
         next(distill(parts()[0], METHOD, data, replace(config, iterations=9), tmp_path))
 
 
@@ -270,45 +274,85 @@ def test_stopping_saves_where_it_stops(tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003", "checkpoint-000005"]
 
 
-def test_a_finished_run_has_nothing_to_do_and_can_be_made_longer(tmp_path: Path) -> None:
-    run(out=tmp_path)
-    assert run(out=tmp_path)[1] == []
+def test_a_finished_run_yields_its_last_step_and_can_be_made_longer(tmp_path: Path) -> None:
+    roles, first = run(out=tmp_path)
+    again_roles, (again,) = run(out=tmp_path)
+    assert (again.iteration, again.metrics, again.seconds) == (6, first[-1].metrics, 0.0)
+    assert all(torch.equal(v, again_roles.average[n]) for n, v in roles.average.items())
     longer = run(out=tmp_path, config=replace(CONFIG, iterations=8))[1]
     assert [s.iteration for s in longer] == [7, 8]
     assert metrics(longer) == metrics(run(config=replace(CONFIG, iterations=8))[1])[6:]
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "named"),
     [
-        {"method": replace(METHOD, loss="l2")},
-        {"method": replace(METHOD, steps=4)},
-        {"config": replace(CONFIG, lr=2e-3)},
-        {"config": replace(CONFIG, batch=8)},
-        {"config": replace(CONFIG, seed=1)},
-        {"share": False},
+        ({"method": replace(METHOD, loss="l2")}, "method.loss huber -> l2"),
+        ({"method": replace(METHOD, steps=4, guidance=3.0)}, "method.steps 2 -> 4, method.guidance 2 -> 3"),
+        ({"config": replace(CONFIG, lr=2e-3)}, "train.lr 0.001 -> 0.002"),
+        ({"config": replace(CONFIG, batch=8)}, f"train.batch {CONFIG.batch} -> 8"),
+        ({"config": replace(CONFIG, seed=1)}, "train.seed 0 -> 1"),
+        ({"share": False}, "roles.share True -> False"),
     ],
 )
-def test_other_settings_do_not_go_on(tmp_path: Path, other: dict) -> None:
+def test_other_settings_do_not_go_on_and_are_named(tmp_path: Path, other: dict, named: str) -> None:
     run(out=tmp_path, stop=3)
-    with pytest.raises(
-        ValueError, match=r"^run .*: its checkpoint was made with other settings; choose another --out, or delete the folder"
-    ):
+    said = f"^run {re.escape(str(tmp_path))}: was made with other settings: {re.escape(named)}; set them back"
+    with pytest.raises(ValueError, match=said):
         run(out=tmp_path, **other)
+    assert run(out=tmp_path)[1][0].iteration == 4  # nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (lambda b: replace(b, schedule=VP(tiny.TABLE.alpha_bar[:980])), "teacher.schedule.levels 1000 -> 980"),
+        (lambda b: replace(b, schedule=VP(tiny.TABLE.alpha_bar * 0.99)), r"teacher.schedule.alpha_bar \(33 numbers from 0.99915 to 0.0046"),
+        (lambda b: replace(b, schedule=Flow()), "teacher.schedule VP -> Flow"),
+        (lambda b: replace(b, prediction="eps"), "teacher.prediction v -> eps"),
+        (lambda b: replace(b, guidance_rescale=0.5), "teacher.guidance_rescale 0 -> 0.5"),
+        (lambda b: replace(b, conditions=lambda prompts: {"label": torch.ones(len(prompts), 3)}), "conditions.label.says"),
+    ],
+)
+def test_another_process_does_not_go_on(tmp_path: Path, changed: Callable[[Denoiser], Denoiser], named: str) -> None:
+    """What the network's weights do not say: its schedule, what it predicts, how prompts become conditions."""
+    run(out=tmp_path, stop=3)
+    backbone = changed(tiny.denoiser())
+    with pytest.raises(ValueError, match=rf"made with other settings: {named}"):
+        next(distill(make_roles(backbone, RolesConfig(rank=2)), METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
+
+
+def test_settings_survive_a_rounding_and_another_name(tmp_path: Path) -> None:
+    run(out=tmp_path, stop=3)
+    backbone = replace(tiny.denoiser(), name="other", schedule=VP(tiny.TABLE.alpha_bar.float()))
+    step = next(distill(make_roles(backbone, RolesConfig(rank=2)), METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
+    assert step.iteration == 4
+
+
+def test_stages_of_a_length_are_not_made_longer() -> None:
+    """Progressive distillation divides its length into stages, so another length is another run."""
+    assert Imitation(target="progressive", loss="l2", solver="ddim").needs.length
+    assert not Imitation().needs.length and not METHOD.needs.length
+
+
+def test_a_checkpoint_without_settings_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^run x: its checkpoint says nothing of its settings"):
+        require_unchanged(None, {}, "x")
 
 
 def test_other_prompts_rank_or_base_do_not_go_on(tmp_path: Path) -> None:
     run(out=tmp_path, stop=3)
     backbone = tiny.denoiser()
     roles = make_roles(backbone, RolesConfig(rank=2))
-    for data in (embed(backbone, ["other"], None, "tiny"), embed(backbone, tiny.WORDS, None, "other base")):
-        with pytest.raises(ValueError, match="made with other settings"):
+    named = {
+        "prompts.count 3 -> 1": embed(backbone, ["other"], None, "tiny"),
+        "teacher.weights": embed(backbone, tiny.WORDS, None, "other base"),
+    }
+    for said, data in named.items():
+        with pytest.raises(ValueError, match=f"made with other settings: {said}"):
             next(distill(roles, METHOD, data, CONFIG, tmp_path))
     roles = make_roles(backbone, RolesConfig(rank=3))
-    with pytest.raises(ValueError, match="made with other settings"):
-        next(distill(roles, METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
-    roles = make_roles(replace(tiny.denoiser(), guidance_rescale=0.5), RolesConfig(rank=2))
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match=r"made with other settings: roles\.rank 2 -> 3; set"):
         next(distill(roles, METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
 
 

@@ -112,7 +112,7 @@ def test_a_folder_without_an_end_of_guidance_is_another_ones(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
 def test_no_other_end_of_guidance_is_taken(value: float) -> None:
-    with pytest.raises(ValueError, match=r"data\.guidance_until: got"):
+    with pytest.raises(ValueError, match=r"guidance_until: got"):
         PathsConfig(guidance_until=value)
 
 
@@ -297,7 +297,7 @@ def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     assert not list((tmp_path / "other").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "data.count: got 0"), ({"solver": "euler"}, "data.solver: got 'euler'")])
+@pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "count: got 0"), ({"solver": "euler"}, "solver: got 'euler'")])
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         PathsConfig(**settings)

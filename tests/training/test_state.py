@@ -99,7 +99,7 @@ def test_damage_is_one_clear_error_and_the_older_one_is_whole(tmp_path: Path, fi
 
 def test_damage_of_the_only_checkpoint(tmp_path: Path) -> None:
     truncate(save_checkpoint(tmp_path, 2, GROUPS, {}) / "student.safetensors")
-    with pytest.raises(ValueError, match=r"; delete that folder to start again$"):
+    with pytest.raises(ValueError, match=r"; choose another --out to start again$"):
         latest_checkpoint(tmp_path)
 
 

@@ -1,5 +1,7 @@
 """What the rest of fewstep may ask of a model. The only protocol that a new backbone must satisfy."""
 
+import difflib
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -184,6 +186,24 @@ class Denoiser:
     precondition: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module) or next(self.module.parameters(), None) is None:
+            raise ValueError(f"module: got a {type(self.module).__name__}, allowed is a torch.nn.Module with parameters")
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"schedule: got a {type(self.schedule).__name__}, allowed are VP(alphas_cumprod), Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
+            )
+        try:
+            object.__setattr__(self, "shape", tuple(operator.index(n) for n in self.shape))
+        except TypeError as error:
+            raise ValueError(f"shape: got {self.shape!r}, allowed are the sizes of one state, e.g. (2,) or (3, 32, 32)") from error
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"shape: got {self.shape}, allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32)")
+        if self.conditions is not None and not callable(self.conditions):
+            raise ValueError(
+                f"conditions: got a {type(self.conditions).__name__}, allowed is a function from a list of prompts to a dictionary of tensors"
+            )
+        self._require_layers("time_layer", [self.time_layer] if self.time_layer else [])
+        self._require_layers("feature_layers", self.feature_layers)
         row_named(self.prediction)
         if self.prediction != "edm" and (self.precondition or self.sigma_data != 0.5):
             option = "precondition" if self.precondition else "sigma_data"
@@ -196,6 +216,18 @@ class Denoiser:
             raise ValueError(
                 f"sigma_data: got {self.sigma_data:g}, allowed are positive numbers; take that of the network's training, often 0.5"
             )
+
+    def _require_layers(self, option: str, names: Sequence[str]) -> None:
+        layers = dict(self.module.named_modules())
+        for name in names:
+            if name not in layers:
+                near = difflib.get_close_matches(name, layers, 1)
+                cure = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(list(layers)[1:6])}, ..."
+                raise ValueError(f"{option}: the network has no layer {name!r}; {cure}")
+            if option == "time_layer" and not isinstance(layers[name], nn.Linear):
+                raise ValueError(
+                    f"time_layer: {name!r} is a {type(layers[name]).__name__}, allowed is the linear layer whose output is the time embedding"
+                )
 
     @property
     def row(self) -> Row:

@@ -1,11 +1,12 @@
 """A student's weights as files that diffusers loads."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders import PeftAdapterMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from ..atomic import write_json, write_tensors
 from ..hashes import require_listed
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+NETWORK_FILE = "network.safetensors"  # a full student of a network of one's own: its state_dict
 CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
 # Of a LoRA: what every PEFT knows; older ones refuse a header with settings that came later, diffusers 0.35 one without these.
 SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
@@ -84,20 +86,38 @@ def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
 
 
 def save_network(folder: Path, network: nn.Module) -> None:
-    """A full student: the whole network in diffusers' format, in `folder/unet` or `folder/transformer`."""
-    network.save_pretrained(folder / part_name(network))  # type: ignore[operator]
+    """A full student: the whole network in diffusers' format, in `folder/unet` or `folder/transformer`; one of one's own in one file."""
+    if isinstance(network, ModelMixin):
+        network.save_pretrained(folder / part_name(network))
+        return
+    state = network.state_dict()
+    if odd := next((k for k, v in state.items() if not isinstance(v, Tensor)), None):
+        raise ValueError(
+            f"student: {odd} of its network is a {type(state[odd]).__name__}, which safetensors does not hold; make it a buffer"
+        )
+    write_tensors(folder / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in state.items()})  # a clone each: tied ones share memory
 
 
 def load_network(folder: Path, like: nn.Module) -> nn.Module:
-    """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing or damaged."""
-    path = folder / part_name(like)
+    """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing, damaged or another's."""
+    path = folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)
     require_listed(folder, path.name)
     try:
-        network = type(like).from_pretrained(path)  # type: ignore[attr-defined]
+        if isinstance(like, ModelMixin):
+            network = type(like).from_pretrained(path)
+        else:
+            network = copy.deepcopy(like)
+            network.load_state_dict(load_file(path))
         weight = next(like.parameters())
         return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
+    except RuntimeError as error:
+        raise ValueError(f"student: {path} does not fit this network ({_line(error)}); pass the base that it was made from") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
+        raise ValueError(f"student: {path} is missing or damaged ({_line(error)}); export the run again") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:

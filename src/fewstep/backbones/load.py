@@ -210,7 +210,7 @@ def load_teacher(
     for lora, strength in given.loras:
         fuse(pipe, lora, strength)
     backbone.pipe.to(device)
-    return at_size(replace(backbone, guidance_rescale=guidance_rescale), size)
+    return at_size(replace(backbone, guidance_rescale=guidance_rescale, source=str(source)), size)
 
 
 def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> None:

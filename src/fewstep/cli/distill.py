@@ -26,6 +26,10 @@ from ..report.run import BEST, BEST_FILE, SHAPE
 from ..report.words import finite, plural
 from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles
+from ..runs.metrics_log import MetricsLog
+from ..runs.preview import Drawing, Preview
+from ..runs.record import versions
+from ..runs.students import student_folder
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
@@ -50,15 +54,12 @@ from ..training.state import latest_checkpoint
 from .best import Best, measured_by
 from .ending import errors_along, finish, shape_seen, write_best
 from .evaluate import check_measures, measure_step
-from .metrics_log import MetricsLog
 from .plan import plans_of, show
 from .preflight import held, place_checks, require
-from .preview import Preview
 from .progress import console, meter
 from .prompts import count_in, say_found, say_size, training_prompts
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
-from .run_record import command_line, run_record, versions
-from .sample import student_folder
+from .run_record import command_line, run_record
 from .signals import stop_request
 
 
@@ -146,7 +147,9 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     found, record = latest_checkpoint(run), run / "run.json"
     if found is None or not record.exists() or student_folder(str(run)) is None:
         return False
-    same = read_json(record, f"delete {run} to begin again").get("recipe") == json.loads(recipe.model_dump_json())
+    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == json.loads(
+        recipe.model_dump_json()
+    )
     return same and int(found[1]["step"]) >= recipe.train.iterations
 
 
@@ -193,7 +196,7 @@ def distil(
         (run / BEST / BEST_FILE).unlink(missing_ok=True)  # what lies there is another training's
     with with_others():
         # Networks whose weights are spread draw in all processes or in none.
-        preview = Preview(recipe, teacher, shown, run if first else None) if first or sharded(recipe) else None
+        preview = Preview(drawing_of(recipe), teacher, shown, run if first else None) if first or sharded(recipe) else None
         keep = partial(write_best, run, recipe, roles, base_hash) if first and recipe.preview.keep_best and not sharded(recipe) else None
 
         def resumed(step: Step) -> None:
@@ -210,7 +213,7 @@ def distil(
         teacher = at_size(teacher_of(recipe)[0], recipe.size)
         roles = roles_of(recipe, teacher, paths)
         restore(roles, run)
-        preview = Preview(recipe, teacher, shown, run)
+        preview = Preview(drawing_of(recipe), teacher, shown, run)
     if paths is not None:
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
@@ -218,6 +221,11 @@ def distil(
 
 
 Keep = Callable[[Best, float], list[str]]  # (a preview's quality, seconds so far) -> what is to be said of it
+
+
+def drawing_of(recipe: DistillRecipe) -> Drawing:
+    """What the recipe's run draws."""
+    return Drawing(recipe.method, recipe.train.batch, recipe.preview.teacher_steps, recipe.preview.seed)
 
 
 def training(
@@ -235,6 +243,8 @@ def training(
         judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, prompts)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         for step in steps:
+            if step.iteration <= start:  # a finished run's last step once more: it has been logged and shown
+                break
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
             look_at(recipe, step, preview, log, prompts, keep)

@@ -2,36 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..backbones.base import calls, guided
 from ..backbones.generate import device_of
-from ..backbones.load import absolute, bundled, source_of
+from ..backbones.load import absolute
 from ..core.solvers import DDIM, evaluations, sample, solver_named
 from ..export.card import StudentCard, counted
 from ..export.final import write_final
 from ..methods.method import Method, student_of
-from ..names import LONGEST, made_name
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
 from ..report.summary import at_equal_cost, called
 from ..report.words import plural
 from ..roles.roles import Roles
 from ..roles.step_condition import folded_bias
+from ..runs.preview import Preview
+from ..runs.record import hardware
+from ..runs.students import Made, student_card
 from ..training.paths import Paths
 from ..trajp.analysis import shape_of, strays
-from ..trajp.head import Head, kind_of
+from ..trajp.head import Head
 from .best import Best, keep_best, missed
 from .evaluate import evaluate_student
-from .preview import Preview
 from .progress import console
 from .recipe import DistillRecipe
-from .run_record import hardware
 
 
 def finish(
@@ -69,26 +69,9 @@ def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, n
 
 def card_of(recipe: DistillRecipe, roles: Roles, base_hash: str, iterations: int, seconds: float) -> StudentCard:
     """What the student of so many iterations is."""
-    method, schedule = recipe.method, roles.backbone.schedule
-    called = method.name if recipe.first is None else f"{recipe.first.method.name}-{method.name}"
-    counts = method.counts
-    grids = {k: method.times(schedule, k) for k in counts}
-    weights = "full" if not recipe.roles.share else "lora" if recipe.roles.rank else "none"
-    rank = recipe.roles.rank if weights == "lora" else None
-    return StudentCard(
-        name=student_name(recipe, called), method=called, base=absolute(recipe.teacher), base_hash=base_hash,
-        steps=counts, timesteps={str(k): times.tolist() for k, times in grids.items()}, solver={str(k): method.solver for k in counts},
-        prediction=str(roles.backbone.scheduler_config.get("prediction_type", "")), weights=weights, head="" if roles.head is None else kind_of(roles.head), free_first=method.free_first,
-        rank=rank, alpha=None if rank is None else float(rank), teacher_guidance=method.guidance, guidance_rescale=recipe.guidance_rescale, guidance_parallel=method.guidance_parallel, licence="apache-2.0" if recipe.teacher in bundled() else "other",
-        iterations=iterations, train_seconds=seconds, hardware=hardware(), version=__version__,
-        scales=method.conditioned if method.tells == "guidance" and roles.counts else (), dtype=recipe.dtype, size=recipe.size or 0, data=_trained_from(recipe), time_layer=roles.backbone.time_layer if roles.counts else "",
-    )  # fmt: skip
-
-
-def student_name(recipe: DistillRecipe, called: str) -> str:
-    """What a student is called after: its teacher, its method, its step counts. A long teacher's name is shortened."""
-    ending = made_name(f"-{called}-{'-'.join(map(str, sorted(recipe.method.counts)))}step")
-    return made_name("-".join(source_of(recipe.teacher).names), ending, LONGEST - len(ending))
+    called = recipe.method.name if recipe.first is None else f"{recipe.first.method.name}-{recipe.method.name}"
+    made = Made(absolute(recipe.teacher), base_hash, iterations, seconds, called, _trained_from(recipe), recipe.size or 0)
+    return replace(student_card(roles, recipe.method, made), dtype=recipe.dtype)
 
 
 def _trained_from(recipe: DistillRecipe) -> str:

@@ -15,6 +15,7 @@ from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
+from ..runs.students import student_folder
 from ..training.loop import Step
 from ..training.prompts import find_prompts
 from ..zoo.pixel_data import read_pixel_data
@@ -22,7 +23,7 @@ from .preflight import require_output
 from .progress import console, meter
 from .prompts import prompts_from
 from .recipe import DistillRecipe
-from .sample import open_student, student_folder
+from .sample import open_student
 
 if TYPE_CHECKING:
     from ..evaluation.pictures import PictureProtocol

@@ -31,9 +31,10 @@ from ..roles.adapters import merge, remove_adapters
 from ..roles.roles import TRAINED
 from ..roles.step_condition import fold, folded_bias
 from ..roles.student import Student, plain_lora
+from ..runs.students import student_folder
 from .preflight import require_parent
 from .progress import console
-from .sample import open_student, student_folder
+from .sample import open_student
 
 CLOSE = 1e-4  # largest difference of a pixel, in [0, 1], between the student and its files
 PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one

@@ -15,9 +15,9 @@ from ..backbones.load import bundled, fingerprint, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
 from ..export.card import counted, read_card
 from ..export.headers import KEY
+from ..runs.students import student_folder
 from ..training.state import checkpoints
 from .progress import console
-from .sample import student_folder
 
 KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how they begin
     ".lora_A.weight": {"unet": "diffusers'", "transformer": "diffusers'", "base_model": "PEFT's", "": "PEFT's"},

@@ -2,16 +2,12 @@
 
 import json
 import os
-import platform
 import sys
 import time
-from importlib.metadata import version
 from typing import Any
 
-import torch
-
-from .. import __version__
 from ..names import quoted
+from ..runs.record import hardware, versions
 from ..training.processes import this_process
 from .recipe import DistillRecipe
 
@@ -22,19 +18,6 @@ def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: li
         "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": json.loads(recipe.model_dump_json()),
         "base_hash": base_hash, "seed": recipe.train.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    return {"fewstep": __version__, "python": platform.python_version()} | {
-        p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")
-    }
-
-
-def hardware() -> str:
-    """The device's name as a person would say it."""
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    count = this_process().num_processes
-    return name if count == 1 else f"{count} x {name}"
 
 
 def command_line() -> str:

@@ -6,26 +6,20 @@ from pathlib import Path
 
 import torch
 
-from ..api import LoadedStudent, backbone_of, base_note, check_steps, load_student, load_teacher, sample
+from ..api import LoadedStudent, backbone_of, check_steps, load_student, load_teacher, sample
 from ..backbones.base import Backbone, calls
 from ..backbones.load import quiet, seen_from
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
-from ..export.card import FILE, card_evaluations, read_card
+from ..export.card import card_evaluations, read_card
 from ..names import quoted
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
 from ..report.words import plural
+from ..runs.students import base_note, student_folder
 from ..training.loop import default_device
 from .preflight import require_output
 from .progress import console
-
-
-def student_folder(source: str) -> Path | None:
-    """The student's folder when `source` is one, or a run that has one; None when it must be a teacher."""
-    path = Path(source)
-    candidates = [path, path / "final"]
-    return next((p for p in candidates if (p / FILE).is_file()), None)
 
 
 def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Backbone | LoadedStudent:

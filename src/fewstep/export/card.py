@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..core.solvers import evaluations
 from ..hashes import LISTING
@@ -45,6 +46,11 @@ class StudentCard:
     data: str = "prompts alone"  # what the student was trained from
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weight files beside it, compared when they are read
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
+    own_network: str = ""  # the class of a network of one's own that it was made from, which a file cannot bring; empty for pipelines
+    sigma_data: float = 0.0  # of such a network's `edm` prediction; 0 for all others
+    schedule: dict[str, Any] = field(default_factory=dict)  # of such a network, as data: see `backbones.process.schedule_data`
+    shape: tuple[int, ...] = ()  # of one state of such a network
+    conditions: dict[str, Any] = field(default_factory=dict)  # what it hears of the empty prompt: see `backbones.process.probe`
     format: int = FORMAT
 
     @property
@@ -83,4 +89,6 @@ def read_card(folder: Path) -> StudentCard:
     if card.dtype not in DTYPES:
         raise ValueError(f"student: {path} has dtype {card.dtype!r}, allowed are {', '.join(DTYPES)}; export the run again")
     name = read_name(card.name, f"student: {path}: name")
-    return StudentCard(**{**asdict(card), "name": name, "steps": tuple(card.steps), "scales": tuple(card.scales)})
+    return StudentCard(
+        **{**asdict(card), "name": name, "steps": tuple(card.steps), "scales": tuple(card.scales), "shape": tuple(card.shape)}
+    )

@@ -27,6 +27,7 @@ from .comfy import workflow
 from .headers import own_header
 from .kohya import layers_of
 from .model_card import model_card
+from .own_card import own_card
 
 
 def write_final(
@@ -56,11 +57,13 @@ def write_final(
     try:
         beside.mkdir(parents=True)
         even = all(timegrid.even(backbone.schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
-        facts, schedule, file = facts_of(pipeline_of(backbone)), backbone.schedule, ""
+        schedule, file = backbone.schedule, ""
         if lora is None:
             save_network(beside, network)
         elif lora:
             save_lora(beside, network, lora, metadata, own_header(card))
+        if lora and not card.own_network:
+            facts = facts_of(pipeline_of(backbone))
             file = write_client_file(beside, network, card, facts, lora, backbone.picture_size)
             if graph := workflow(card, facts.pipeline, file, backbone.picture_size, schedule, backbone.scheduler_config):
                 write_json(beside / WORKFLOW, graph)
@@ -68,11 +71,16 @@ def write_final(
             save_head(beside, head)
         if vectors:
             save_vectors(beside, vectors)
-        scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])], even)
-        scheduler.save_pretrained(beside / "scheduler")
+        if card.own_network:
+            about = own_card(card, folder.name)
+        else:
+            facts = facts_of(pipeline_of(backbone))
+            scheduler = student_scheduler(backbone.scheduler_config, card.steps, card.solver[str(card.steps[0])], even)
+            scheduler.save_pretrained(beside / "scheduler")
+            elsewhere = other_programs(card, facts, schedule, backbone.scheduler_config, file, layers_of(lora or {}), folder.name)
+            about = model_card(card, folder.name, type(scheduler).__name__, facts, even, elsewhere)
         write_json(beside / FILE, asdict(replace(card, files=weight_hashes(beside))))
-        elsewhere = other_programs(card, facts, schedule, backbone.scheduler_config, file, layers_of(lora or {}), folder.name)
-        write_text(beside / "README.md", model_card(card, folder.name, type(scheduler).__name__, facts, even, elsewhere))
+        write_text(beside / "README.md", about)
         open_to_others(beside)
         sync_all(beside)
         if folder.is_dir():

@@ -13,12 +13,14 @@ from ..core.solvers import Denoise, land, solver_named
 from ..core.weighting import WEIGHTINGS, weighting_named
 from ..objectives.regression import consistency_function, landing_target, metric_named
 from ..roles.roles import Roles
+from ..words import speaks_python
 from .method import Loss, Needs, Turn
-from .settings import require_choice, require_guidance, require_positive, require_whole
+from .settings import require_choice, require_guidance, require_name, require_positive, require_whole
 
 TARGETS = ("consistency", "progressive")
 
 
+@speaks_python("method")
 @dataclass(frozen=True)
 class Imitation:
     """Settings of the method. Raises ValueError for settings that cannot be.
@@ -51,6 +53,9 @@ class Imitation:
         require_whole(self, "steps", "solver_steps", "stages")
         require_positive(self, "shift", "snr_clip")
         require_guidance(self)
+        if self.name == "lcm" and self.target == "progressive":  # the default name
+            object.__setattr__(self, "name", "progressive")
+        require_name(self)
         if self.target == "consistency" and self.solver_steps % self.steps:
             raise ValueError(
                 f"method.solver_steps: got {self.solver_steps}, allowed are multiples of method.steps ({self.steps}), so that the student is trained at the times it is asked for"
@@ -91,7 +96,7 @@ class Imitation:
     @property
     def needs(self) -> Needs:
         """Pictures; progressive distillation keeps the student of the stage before as the fake role."""
-        return Needs(fake=self.target == "progressive", pictures=True)
+        return Needs(fake=self.target == "progressive", pictures=True, length=self.target == "progressive")
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         return timegrid.uniform(schedule, steps or self.steps, self.shift)

@@ -26,9 +26,19 @@ from ..objectives.fisher import fisher
 from ..objectives.regression import metric_named
 from ..objectives.reverse_kl import dmd_normaliser, loss_named
 from ..roles.roles import Roles
+from ..words import speaks_python
 from .method import Loss, Needs, Real, Turn, Walk, draw_count, student_of
 from .paths import fold
-from .settings import require_choice, require_counts, require_free_first, require_guidance, require_positive, require_weight, require_whole
+from .settings import (
+    require_choice,
+    require_counts,
+    require_free_first,
+    require_guidance,
+    require_name,
+    require_positive,
+    require_weight,
+    require_whole,
+)
 
 CHOICES = {
     "divergence": ("reverse-kl", "fisher"),
@@ -40,6 +50,7 @@ CHOICES = {
 }
 
 
+@speaks_python("method")
 @dataclass(frozen=True)
 class Matching:
     """Settings of the method; the defaults are TDM's. Raises ValueError for settings that cannot be.
@@ -120,10 +131,22 @@ class Matching:
             )
         require_guidance(self)
         require_free_first(self)
+        if self.name == "tdm":  # the default: settings that are another's have its name
+            object.__setattr__(self, "name", self._own_name())
+        require_name(self)
         if not -1 <= self.guidance_tilt <= 1:
             raise ValueError(
                 f"method.guidance_tilt: got {self.guidance_tilt}, allowed are numbers from -1 to 1; 0 is the same guidance everywhere"
             )
+
+    def _own_name(self) -> str:
+        fisher, clean = self.divergence == "fisher", self.match == "clean" and self.tau == "whole"
+        if clean:
+            one = not fisher and self.counts == (1,) and self.fake_updates == 1 and self.solver != "renoise"
+            return "sid" if fisher else "diff-instruct" if one else "dmd2" if self.solver == "renoise" and not self.share_draw else "tdm"
+        if self.match != "landing":
+            return "tdm"
+        return "tdm-fisher" if fisher else "tdm-unify" if len(self.counts) > 1 else "tdm"
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -64,6 +64,7 @@ class Needs(NamedTuple):
     adversary: bool = False  # a discriminator
     pictures: bool = False  # clean states, of real pictures or of the teacher's
     paths: bool = False  # trajectories of the teacher
+    length: bool = False  # a run whose length is known: what an iteration does depends on it
 
 
 class Method(Protocol):

@@ -19,10 +19,12 @@ from ..core.solvers import Past, Visit, sample, solver_named, step
 from ..objectives.regression import metric_named
 from ..roles.roles import Roles
 from ..trajp.head import KINDS
+from ..words import speaks_python
 from .method import Loss, Method, Needs, Turn, Walk, draw_count, student_of
-from .settings import require_choice, require_counts, require_free_first, require_guidance, require_positive
+from .settings import require_choice, require_counts, require_free_first, require_guidance, require_name, require_positive
 
 
+@speaks_python("method")
 @dataclass(frozen=True)
 class PathImitation:
     """Settings of the method. Raises ValueError for settings that cannot be.
@@ -52,6 +54,7 @@ class PathImitation:
         require_positive(self, "shift")
         require_guidance(self)
         require_free_first(self)
+        require_name(self)
 
     @property
     def warmup(self) -> int:

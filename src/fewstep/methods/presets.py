@@ -44,4 +44,7 @@ def preset(name: str, **settings: Any) -> Matching | Imitation | PathImitation:
     """The method called `name` with `settings` changed. Raises ValueError listing the known names."""
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **settings)
+    known = PRESETS[name]
+    if unknown := [k for k in settings if k not in known.__dataclass_fields__]:
+        raise ValueError(f"method.{unknown[0]}: method {name} has no such setting; it has {', '.join(known.__dataclass_fields__)}")
+    return replace(known, **settings)

@@ -4,6 +4,27 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+# What a name stands for, whatever else is changed: with other settings it would be another method's.
+STANDS_FOR: dict[str, dict[str, Any]] = {
+    "tdm-fisher": {"divergence": "fisher", "match": "landing"},
+    "dmd2": {"divergence": "reverse-kl", "match": "clean", "tau": "whole"},
+    "diff-instruct": {"divergence": "reverse-kl", "match": "clean", "tau": "whole"},
+    "sid": {"divergence": "fisher", "match": "clean", "tau": "whole"},
+    "lcm": {"target": "consistency"},
+    "progressive": {"target": "progressive"},
+    "sfd": {"head": "none"},
+}
+
+
+def require_name(settings: Any) -> None:
+    """Settings that are those of their name."""
+    for option, wanted in STANDS_FOR.get(settings.name, {}).items():
+        if (got := getattr(settings, option)) != wanted:
+            raise ValueError(
+                f"method.name: got {settings.name} with method.{option}={got}, and {settings.name} stands for {wanted}; "
+                f"fewstep.method({settings.name!r}, ...) has all its settings, other settings take another name"
+            )
+
 
 def require_choice(settings: Any, option: str, allowed: Sequence[str]) -> None:
     """One of a list of words."""

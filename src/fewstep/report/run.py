@@ -52,7 +52,11 @@ def read_run(run: Path) -> Report:
         warnings=[f"Iteration {m['iteration']:,}: {text}" for m in metrics for text in m.get("warnings", ())],
         trajectories=_read_json(run / SHAPE),
         recipe=about.get("recipe", {}),
-        next_commands=next_commands(run, pictures.prompts) if (run / "final").is_dir() else go_on,
+        next_commands=[(what, line) for what, line in about["next"]]
+        if "next" in about
+        else next_commands(run, pictures.prompts)
+        if (run / "final").is_dir()
+        else go_on,
         versions={**about.get("versions", {}), **evaluation.get("versions", {})},
     )
 

@@ -1,12 +1,10 @@
 """The one training loop: a generator that yields after every iteration and resumes from its checkpoints, on a CPU bit for bit."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +23,7 @@ from .paths import Paths
 from .pictures import RealData
 from .processes import is_first, mean_of, meet, require_same, this_process
 from .prompts import Embeddings
+from .settings import require_unchanged, settings_of
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, require_optimizer_tensors, save_checkpoint, seeded
 
 Precision = Literal["no", "bf16"]
@@ -134,8 +133,8 @@ def distill(
 
     With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
     by (seed, iteration, rank), so the resumed run is the straight run: on a CPU of the same machine bit for bit, on a GPU as far as
-    its kernels are deterministic, which by default they are not. Raises ValueError
-    when the checkpoint belongs to other settings, FloatingPointError at a non-finite loss or gradient (the last checkpoint
+    its kernels are deterministic, which by default they are not. A run that is finished yields its last step again, without `seconds`.
+    Raises ValueError when the checkpoint belongs to other settings, which it names, FloatingPointError at a non-finite loss or gradient (the last checkpoint
     stays). Trains on the device that the network is on, and where the roles are sharded in all processes together.
     """
     accelerator = Accelerator()
@@ -163,16 +162,20 @@ def distill(
     optimizers = {role: optimizer_of(role) for role in roles.trained}
     batches = config.accumulate * accelerator.num_processes
     several = accelerator.num_processes > 1
-    fingerprint = "" if run is None and not several else _fingerprint(roles, method, data, config, batches, real, paths)
+    settings = {} if run is None and not several else settings_of(roles, method, data, config, batches, real, paths)
     if several:
-        require_same({"train": asdict(config), "training": fingerprint})
+        require_same({"iterations": config.iterations, **settings})
     found = None if run is None else latest_checkpoint(run)
-    start = _resume(roles, optimizers, run, found, fingerprint, batches, accelerator.num_processes)
+    start = _resume(roles, optimizers, run, found, settings, batches, accelerator.num_processes)
     if several:
         require_same({"checkpoint": start})
     if found is not None:
-        resumed(Step(start, found[1].get("metrics", {}), found[1].get("seconds", 0.0), roles, method))
+        last = Step(start, found[1].get("metrics", {}), found[1].get("seconds", 0.0), roles, method)
         del found
+        resumed(last)
+        if start >= config.iterations:
+            yield replace(last, seconds=0.0)
+            return
     null = data.unconditional(device)
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
@@ -204,7 +207,7 @@ def distill(
             roles.update_average(min(config.ema, done / (done + 9)))
         writes = accelerator.is_main_process or roles.sharded  # of the latter all give what they have, and the first writes
         numbers = {k: float(v) for k, v in metrics.items()}
-        state = {"fingerprint": fingerprint, "batches": batches, "metrics": numbers, "seconds": time.perf_counter() - began}
+        state = {"settings": settings, "batches": batches, "metrics": numbers, "seconds": time.perf_counter() - began}
         if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
             save_run(roles, optimizers, run, i + 1, state)
         saved = run is None or (i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations
@@ -321,37 +324,6 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
         )
 
 
-def _fingerprint(
-    roles: Roles, method: Method, data: Embeddings, config: TrainConfig, batches: int, real: RealData | None, paths: Paths | None
-) -> str:
-    """A hash of every setting that a resumed run must share, prompts and the student's beginning included.
-
-    The length of a run may grow where no rate depends on it. Of its `batches` an iteration it does not count in which process they are.
-    """
-    settings: dict[str, Any] = {
-        "method": repr(method),
-        "train": asdict(config) | {"accumulate": batches},
-        "roles": asdict(roles.config),
-        "base": (roles.backbone.name, roles.backbone.shape, str(next(roles.backbone.module.parameters()).dtype)),
-        "guidance_rescale": roles.backbone.guidance_rescale,
-        "begin": _digest(roles.average),
-        "prompts": data.key,
-        "real": None if real is None else real.key,
-        "paths": None if paths is None else paths.key,
-    }
-    for free in ("shard", "checkpoint_every") if config.decay else ("shard", "iterations", "checkpoint_every"):
-        settings["train"].pop(free)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = whole({name: tensors[name]})[name]
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, state: Mapping[str, Any]) -> None:
     """Every trained role with its optimiser, and the average, as one atomic checkpoint. The first process writes, those of sharded roles all come."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
@@ -375,7 +347,7 @@ def _resume(
     optimizers: Mapping[Role, torch.optim.Optimizer],
     run: Path | None,
     found: Found | None,
-    fingerprint: str,
+    settings: Mapping[str, Any],
     batches: int,
     processes: int,
 ) -> int:
@@ -387,15 +359,13 @@ def _resume(
         raise ValueError(
             f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; in {processes} processes set it to {before / processes:g}"
         )
-    if state.get("fingerprint") != fingerprint:
-        raise ValueError(
-            f"run {run}: its checkpoint was made with other settings; choose another --out, or delete the folder to start again"
-        )
+    require_unchanged(state.get("settings"), settings, str(run))
     place, names = (
         f"run {run}: the checkpoint of iteration {state['step']}",
         {r: _names(optimizers[r], roles.trained[r]) for r in roles.trained},
     )
-    for group, wanted in {"average": roles.average, **roles.trained}.items():
+    groups_of: dict[str, Mapping[str, Tensor]] = {"average": roles.average, **{str(r): own for r, own in roles.trained.items()}}
+    for group, wanted in groups_of.items():
         if odd := sorted({*wanted} ^ {*groups.get(group, {})}):
             raise ValueError(f"{place} does not fit what is trained, at {group}/{odd[0]}; delete that folder to go on from an older one")
     for role in roles.trained:

@@ -19,6 +19,7 @@ from ..core import timegrid
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
 from ..methods.method import Walk
+from ..words import speaks_python
 from .processes import this_process, together
 from .prompts import Embeddings
 
@@ -30,12 +31,14 @@ OF_STUDENT = "trajectories-of-student"  # and those of a student
 CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the curve and its plots
 
 
+@speaks_python("data")
 @dataclass(frozen=True)
 class PathsConfig:
     """`count` trajectories of about `steps` solver steps. `auto` is Heun, or DPM-Solver++ where pure noise holds no signal.
 
     The teacher is guided as long as more than `guidance_until` of its way to clean data is left. With `student`, the folder of a finished one, its ways are
-    learnt from instead, for a few network calls each; steps, solver and guidance are its own.
+    learnt from instead, for a few network calls each; steps, solver and guidance are its own. `folder` keeps them, for other runs on the same teacher too, by
+    which they are known (default: in the run's own folder).
     """
 
     count: int = 3000
@@ -44,6 +47,7 @@ class PathsConfig:
     seed: int = 0
     guidance_until: float = 0.0
     student: str | None = None
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         for option in ("count", "steps"):

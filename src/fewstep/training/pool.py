@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..backbones.base import Backbone, guided, rows
 from ..backbones.generate import device_of, trajectory
+from ..backbones.process import process_data
 from ..core import timegrid
 from .pictures import RealData, made_once
 from .prompts import Embeddings
+from .settings import LEVELS
 
 TEACHER_PICTURES, TEACHER_STEPS = 1024, 25  # how many, where nothing else is said, and in how many steps
 
@@ -33,7 +35,8 @@ def teacher_pictures(
 
     `guidance` and `parallel` as in `backbones.base.guided`. `show` is told how many there are, while they are drawn.
     """
-    made = [data.key, count, steps, guidance, backbone.guidance_rescale, seed, *([parallel] if parallel != 1 else [])]
+    process = process_data(backbone, LEVELS)
+    made = [data.key, count, steps, guidance, backbone.guidance_rescale, seed, process, *([parallel] if parallel != 1 else [])]
     key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(seed))
     of = order.repeat(-(-count // data.count))[:count]

@@ -102,8 +102,9 @@ def ignore(*_: object) -> None:
 class Embeddings:
     """Conditions of a list of prompts and of the empty prompt, encoded once; on the CPU, or in a file of which what is drawn is read."""
 
-    def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str) -> None:
+    def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str, identity: str = "") -> None:
         self.cond, self.null, self.prompts, self.count = cond, null, list(prompts), len(prompts)
+        self.identity = identity  # of the network and the encoder
         self.key = key  # a hash of the encoder's identity and the prompts
         self.encoded = encoded  # prompts that went through the encoder this time: 0 where the cache served
 
@@ -114,7 +115,7 @@ class Embeddings:
 
     def take(self, of: Tensor, key: str) -> "Embeddings":
         """These prompts, `of [N]`, in this order, again where one comes twice."""
-        return Embeddings(rows(self.cond, of), self.null, [self.prompts[i] for i in of.tolist()], 0, key)
+        return Embeddings(rows(self.cond, of), self.null, [self.prompts[i] for i in of.tolist()], 0, key, self.identity)
 
     def all(self, device: torch.device) -> Cond:
         """Conditions of all prompts, in their order."""
@@ -137,7 +138,7 @@ def embed(
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = None if cache is None else cache / f"{key}.safetensors"
     if path is not None and path.exists():
-        if (kept := _kept(path, prompts, key)) is not None:
+        if (kept := _kept(path, prompts, key, identity)) is not None:
             return kept
         path.unlink()  # a cache that is damaged, or holds something else, is rebuilt: it holds nothing that cannot be made again
     parts = (
@@ -146,16 +147,16 @@ def embed(
     null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and null:
         write_rows(path, len(prompts), parts, null, keep)  # every process of a run may do it
-        return _embeddings(read_tensors(path)[0], prompts, len(prompts), key)
+        return _embeddings(read_tensors(path)[0], prompts, len(prompts), key, identity)
     encoded = list(parts)
     tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
-    return _embeddings(tensors, prompts, len(prompts), key)
+    return _embeddings(tensors, prompts, len(prompts), key, identity)
 
 
-def _kept(path: Path, prompts: Sequence[str], key: str) -> Embeddings | None:
+def _kept(path: Path, prompts: Sequence[str], key: str, identity: str) -> Embeddings | None:
     """What a cache holds, if it is that of so many prompts."""
     try:
-        found = _embeddings(read_tensors(path)[0], prompts, 0, key)
+        found = _embeddings(read_tensors(path)[0], prompts, 0, key, identity)
     except SafetensorError:
         return None
     of_cond, of_null = ({k: (v.dtype, v.shape[1:]) for k, v in part.items()} for part in (found.cond, found.null))
@@ -168,7 +169,7 @@ def embedding_bytes(backbone: Backbone, count: int) -> int:
     return count * sum(v[0].numel() * v.dtype.itemsize for v in backbone.encode([""]).values())
 
 
-def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str) -> Embeddings:
+def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str, identity: str) -> Embeddings:
     cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
     null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
-    return Embeddings(cond, null, prompts, encoded, key)
+    return Embeddings(cond, null, prompts, encoded, key, identity)

@@ -143,5 +143,5 @@ def latest_checkpoint(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
     try:
         return load_checkpoint(found[-1])
     except ValueError as error:
-        older = f"; delete that folder to go on from {found[-2].name}" if len(found) > 1 else "; delete that folder to start again"
+        older = f"; delete that folder to go on from {found[-2].name}" if len(found) > 1 else "; choose another --out to start again"
         raise ValueError(f"{error}{older}") from error

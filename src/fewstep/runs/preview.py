@@ -24,7 +24,16 @@ from ..report.words import plural
 from ..roles.roles import Roles
 from ..training.monitor import MODERATE, Look, drift, look, unfit
 from ..training.prompts import Embeddings
-from .recipe import DistillRecipe
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a run draws over and over: the method's student, `batch` pictures at once, beside a teacher of `teacher_steps`, from `seed` on."""
+
+    method: Method
+    batch: int
+    teacher_steps: int = 50
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,19 @@ class Shown:
 class Preview:
     """The run's fixed pictures: the teacher's row once, the student's row every time. Without a run they are drawn and not written."""
 
-    def __init__(self, recipe: DistillRecipe, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
-        self.recipe, self.teacher, self.folder = recipe, teacher, None if run is None else run / "samples"
+    def __init__(self, drawing: Drawing, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
+        self.drawing, self.teacher, self.folder = drawing, teacher, None if run is None else run / "samples"
         self.prompts = shown.prompts
-        self.seeds = [recipe.preview.seed + i for i in range(len(self.prompts))]
+        self.seeds = [drawing.seed + i for i in range(len(self.prompts))]
         device = device_of(teacher.module)
         self.cond, self.null = shown.all(device), shown.unconditional(device)
-        times, scale = timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps), recipe.method.guidance
+        times, scale = timegrid.uniform(teacher.schedule, drawing.teacher_steps), drawing.method.guidance
         self.reference, self.look = self._looked(trajectory(teacher, self._guided(scale), self.seeds, times)[-1].x)
         self.moderate, seen = None, self.reference
         if self.null and scale > MODERATE:
             seen, self.moderate = self._looked(trajectory(teacher, self._guided(MODERATE), self.seeds, times)[-1].x)
         self.features, self.seen = feature_network(), seen
-        self.starts = {k: self._start(recipe.method, k) for k in recipe.method.counts}
+        self.starts = {k: self._start(drawing.method, k) for k in drawing.method.counts}
 
     def _looked(self, x: Tensor) -> tuple[Tensor, Look]:
         """The pictures that states are decoded to, clips as strips of frames, and their statistics."""
@@ -74,17 +83,17 @@ class Preview:
     def _guided(self, scale: float) -> Denoise:
         """The teacher, as many pictures at once as in training, whose memory is enough for it."""
         teacher = self.teacher
-        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, scale), self.recipe.train.batch)
+        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, scale), self.drawing.batch)
 
     def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
         """The student of this count, likewise."""
-        return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.recipe.train.batch)
+        return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.drawing.batch)
 
     def show(self, roles: Roles, iteration: int, method: Method) -> Shown:
         """Write `samples/step_N.png` and judge what is on it. Before the first iteration the teacher is judged, not the student."""
         with roles.averaged():
             own = {k: self._looked(self._student(roles, method, k)[-1].x) for k in method.counts}
-        rows = {f"teacher, {self.recipe.preview.teacher_steps} steps": self.reference}
+        rows = {f"teacher, {self.drawing.teacher_steps} steps": self.reference}
         rows |= {f"student, {plural(k, 'step')}": images for k, (images, _) in own.items()}
         if isinstance(method, Matching):
             rows |= self._compared(roles, method)
@@ -111,7 +120,7 @@ class Preview:
 
         The fake score should say what the student does; where it and the teacher differ is where the student is pushed.
         """
-        count, size, device = method.counts[0], self.recipe.train.batch, device_of(self.teacher.module)
+        count, size, device = method.counts[0], self.drawing.batch, device_of(self.teacher.module)
         found: list[list[Tensor]] = []
         with torch.no_grad():
             for first in range(0, len(self.seeds), size):
@@ -137,7 +146,7 @@ class Preview:
 
         Where a guided step costs two calls, the teacher has the default student's calls in either way: unguided, and half as many guided.
         """
-        teacher, most = self.teacher, self.recipe.preview.teacher_steps
+        teacher, most = self.teacher, self.drawing.teacher_steps
         each = calls(self.null, method.guidance)
         guide, plain = ("guided step", "unguided step") if each > 1 else ("step", "step")
         rows = {labelled("teacher", guide, most, evaluations(most, each)): self.reference}

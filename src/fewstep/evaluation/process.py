@@ -1,0 +1,265 @@
+"""Is a network read as it was trained? Its clean estimates on real data, beside what a right reading must have and what others would have.
+
+The posterior mean has the smallest mean square error of all functions of `x_t`. So a right reading is no worse than the best linear
+estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an element of variance v; and at the same data and the same ratio of noise to data no
+other reading of the same network is better than it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backbones.base import Backbone, Cond, rows
+from ..core.prediction import ROWS, Row, row_named, split
+from ..core.schedule import VP, Flow, Schedule, expand
+from .states import SURE
+
+FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+LOWEST = (1, 2, 3)  # indices of a table at which one index is most of the noise
+DRAWS = 2048  # numbers of noise that are drawn at each time, at least, to see how much of it is found
+OFF = 0.05  # by which noise that is found may be too much or too little
+BETTER = 0.9  # of the stated reading's error: what another has to get below to be suspected
+WORSE = 1.15  # of the linear estimate's error: what no right reading has
+SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of the way from clean data to noise
+GRID = 4096  # times of a continuum among which the one of a ratio is looked for
+RANGES = {"2 x - 1": (2.0, -1.0), "(x + 1) / 2": (0.5, 0.5), "x / 127.5 - 1": (1 / 127.5, -1.0), "x / 255": (1 / 255, 0.0)}  # scale, offset
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a network. At a time of the stated schedule it makes a state of data `scale x0 + offset` in its own `schedule`'s terms, at the time of
+    the same ratio of noise to data, tells the network `told` of that, and reads the answer by `row`."""
+
+    name: str
+    schedule: Schedule
+    row: Row
+    told: Callable[[Tensor], Tensor] = lambda t: t
+    scale: float = 1.0
+    offset: float = 0.0
+    same: bool = True  # its schedule is the stated one, so that its times are
+
+
+@dataclass(frozen=True)
+class At:
+    """At one time: the mean square error of the clean estimate, and that of the best linear estimate, which a right model does not exceed."""
+
+    t: float
+    error: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class ProcessCheck:
+    """What `fewstep.check` found: errors by time, and a line for everything that is suspected; none where all is well."""
+
+    times: tuple[At, ...]
+    suspected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"t {at.t:.6g}: error of the clean estimate {at.error:.4g}, of the best linear one {at.bound:.4g}" for at in self.times]
+        return "\n".join([*lines, *(self.suspected or ("nothing is suspected",))])
+
+
+def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, batch: int = 64) -> ProcessCheck:
+    """Compare the reading that a backbone states with others, on clean states `real` [N, ...] with their conditions.
+
+    Others: another prediction, another range of the data, times one index off, scaled or reversed, another noise schedule. One is suspected where its error is
+    far below the stated one's, by more than chance. About 25 times as many network calls as there are states and times.
+    """
+    schedule, table = backbone.schedule, backbone.schedule.resolution > 0
+    times = schedule.at(torch.tensor(FRACTIONS, dtype=torch.float64))
+    times = times.round() if table else times
+    noise = torch.randn((len(times), *real.shape), generator=torch.Generator().manual_seed(seed))
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    variance = real.double().flatten(1).var(0)
+    bound = torch.stack([(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]).clamp(min=1e-12)
+
+    def score(reading: Reading) -> Tensor:
+        return _errors(backbone, schedule, reading, times, real, noise, cond, batch) / bound[:, None]
+
+    own = score(Reading("", schedule, backbone.row))
+    found = _better(own, [(other.name, score(other)) for other in _others(backbone)])
+    at = tuple(At(float(t), float(e * b), float(b)) for t, e, b in zip(times, own.mean(1), bound, strict=True))
+    if found:
+        ratio, name = min(found)
+        return ProcessCheck(at, (f"suspected: {name} (its error is {100 * ratio:.2g} % of that of the network as it is stated)",))
+    if other := _miscalibrated(backbone, times, real, cond, seed, batch):
+        return ProcessCheck(at, (f"suspected: {other}",))
+    beyond = [a for a in at if not a.error <= WORSE * a.bound]
+    if not beyond:
+        return ProcessCheck(at, ())
+    worst = max(beyond, key=lambda a: a.error / a.bound if a.error == a.error else float("inf"))
+    return ProcessCheck(at, (
+        f"suspected: schedule, prediction or range of the data: at t {worst.t:.6g} the error of its clean estimate is {worst.error / worst.bound:.2g} times "
+        "that of a linear one, and no other reading that was tried does better; look at what the network was trained with",
+    ))  # fmt: skip
+
+
+def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[float, str]]:
+    """(error as a share of the own, name) of those that are better, and not by chance. own, others [T, N]."""
+    found = []
+    for name, theirs in others:
+        gain, ratio = (own - theirs).mean(0), float(theirs.mean() / own.mean().clamp(min=1e-30))
+        if ratio < BETTER and bool(gain.mean() > SURE * gain.std() / len(gain) ** 0.5):
+            found.append((ratio, name))
+    return found
+
+
+def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, seed: int, batch: int) -> str:
+    """What is suspected where the network finds too much or too little noise at some time; empty where it finds the right amount.
+
+    A network that was trained by regression has `E <eps - eps_hat, eps_hat> = 0` at every time, however well it fits. Asked about noise s' in a state of
+    noise s it is off by about s / s'. Of the usual mistakes the one is named that leaves least of it.
+    """
+    schedule = backbone.schedule
+    if schedule.resolution:
+        times = torch.cat([torch.tensor(LOWEST, dtype=torch.float64), times]).unique()
+    draws = max(1, -(-DRAWS // real[0].numel() // len(real)))
+    of = torch.arange(len(real)).repeat(draws)
+    noise = torch.randn((len(times), len(of), *real.shape[1:]), generator=torch.Generator().manual_seed(seed + 1))
+    x0, cond = real[of], rows(cond, of)
+
+    def excess(reading: Reading) -> tuple[Tensor, Tensor]:
+        """(share of the noise that is found too much, its standard error) [T]."""
+        own = times if reading.same else _time_of(reading.schedule, schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12))
+        alpha, sigma, found = reading.schedule.alpha(own), reading.schedule.sigma(own), []
+        for i, clean in enumerate(_estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)):
+            eps = noise[i] + alpha[i] / sigma[i] * (x0 - clean)
+            left, size = ((noise[i] - eps) * eps).flatten(1).mean(1), eps.square().mean().clamp(min=1e-12)
+            left = left.view(draws, -1).mean(0)  # draws of one sample are not independent
+            found.append(torch.stack([left.mean() / size, left.std() / size / len(left) ** 0.5]))
+        return torch.stack(found).nan_to_num(nan=1e6).unbind(1)  # type: ignore[return-value]
+
+    def total(reading: Reading) -> float:
+        share, error = excess(reading)
+        return float((share.abs() - 2 * error).clamp(min=0).mean())
+
+    stated = Reading("", schedule, backbone.row)
+    share, error = excess(stated)
+    wrong = (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
+    if not bool(wrong.any()):
+        return ""
+    own = float((share.abs() - 2 * error).clamp(min=0).mean())
+    best, name = min((total(other), other.name) for other in _schedules(backbone))
+    if best < own / 2:
+        return name
+    t = times[wrong][int(share[wrong].abs().argmax())]
+    amount = "too little" if float(share[wrong][int(share[wrong].abs().argmax())]) > 0 else "too much"
+    return f"the schedule: at t {float(t):.6g} the network finds {amount} noise, and on no schedule that was tried the right amount; pass the one that it was trained with"
+
+
+def _others(backbone: Backbone) -> list[Reading]:
+    """The readings that are mistaken for each other."""
+    schedule, row = backbone.schedule, backbone.row
+    here = torch.tensor([[0.6, 1.0], [0.8, 2.0]], dtype=torch.float64).unbind(0)
+    found = [
+        Reading(f"prediction is {name!r}, not the one stated", schedule, row_named(name))
+        for name in ("x0", "eps", "v", "flow")
+        if any(not torch.allclose(a, b) for a, b in zip(ROWS[name](*here), row(*here), strict=True))
+    ]
+    found += [
+        Reading(f"the range of the data: pass {name} of these", schedule, row, scale=scale, offset=offset, same=False)
+        for name, (scale, offset) in RANGES.items()
+    ]
+
+    def told(name: str, how: Callable[[Tensor], Tensor]) -> None:
+        found.append(Reading(name, schedule, row, how))
+
+    told("time runs the other way: the network knows t as t_max - t", lambda t: schedule.t_max - t)
+    if schedule.resolution:
+        told("the scale of time: the network wants t / 1000", lambda t: t / 1000)
+        told("the scale of time: the network wants t as a fraction of the table", lambda t: t / (schedule.t_max + 1))
+    else:
+        told("the scale of time: the network wants 1000 t", lambda t: 1000 * t)
+        told("the scale of time: the network wants log(sigma) / 4", lambda t: schedule.sigma(t).clamp(min=1e-12).log() / 4)
+    return found
+
+
+def _moved(schedule: Schedule, shift: float) -> Callable[[Tensor], Tensor]:
+    def told(t: Tensor) -> Tensor:
+        moved = schedule.at((schedule.fraction(t) + shift).clamp(0.001, 1))
+        return moved.round() if schedule.resolution else moved
+
+    return told
+
+
+def _schedules(backbone: Backbone) -> list[Reading]:
+    """The noise that is mistaken for another: one index off, times of the way off, the usual tables."""
+    schedule, row, found = backbone.schedule, backbone.row, []
+    for step in (1, -1) if schedule.resolution else ():
+        name = f"times are off by one: the network knows the noise of t as that of t {'+' if step > 0 else '-'} 1"
+        found.append(Reading(name, schedule, row, _stepped(schedule, step)))
+    for shift in SHIFTS:
+        way = "noisier" if shift > 0 else "cleaner"
+        name = f"the schedule: the network finds the right noise where it is told times {abs(shift):.0%} of the way {way}"
+        found.append(Reading(name, schedule, row, _moved(schedule, shift)))
+    return found + [Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)]
+
+
+def _stepped(schedule: Schedule, step: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: (t + step).clamp(0, schedule.t_max)
+
+
+def _usual(schedule: Schedule) -> list[tuple[str, Schedule]]:
+    """The usual schedules on the same times, those that are the stated one left out."""
+    if not schedule.resolution:
+        return [] if isinstance(schedule, Flow) else [("a straight line (Flow)", Flow())]
+    n = round(schedule.t_max) + 1
+    scale = 1000 / n
+    u = (torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008
+    cosine = (u * torch.pi / 2).cos().square()
+    betas = {
+        "betas linear from 0.0001 to 0.02 (DDPM)": torch.linspace(1e-4 * scale, 0.02 * scale, n, dtype=torch.float64),
+        "betas scaled linear from 0.00085 to 0.012 (Stable Diffusion)": torch.linspace(
+            (8.5e-4 * scale) ** 0.5, (0.012 * scale) ** 0.5, n, dtype=torch.float64
+        )
+        ** 2,
+        "the cosine schedule": 1 - cosine[1:] / cosine[:-1],
+    }
+    index = torch.arange(n, dtype=torch.float64)
+    tables = {name: VP((1 - b.clamp(max=0.999)).cumprod(0)) for name, b in betas.items()}
+    return [(name, vp) for name, vp in tables.items() if not torch.allclose(vp.sigma(index), schedule.sigma(index), atol=1e-3)]
+
+
+def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
+    """The times [T] at which noise is this multiple of the data, sigma / alpha, as near as the schedule has it."""
+    if schedule.resolution:
+        times = torch.arange(0, round(schedule.t_max) + 1, dtype=torch.float64)
+    else:
+        times = schedule.at(torch.linspace(1e-4, 1, GRID, dtype=torch.float64))
+    known = (schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)).clamp(min=1e-12).log()
+    return times[(known[None] - ratio.log()[:, None]).abs().argmin(1)]
+
+
+def _errors(
+    backbone: Backbone, stated: Schedule, reading: Reading, times: Tensor, real: Tensor, noise: Tensor, cond: Cond, batch: int
+) -> Tensor:
+    """Mean squares over elements [T, N], in units of the data as they were given. What is not finite counts as very large."""
+    own = times if reading.same else _time_of(reading.schedule, reading.scale * stated.sigma(times) / stated.alpha(times).clamp(min=1e-12))
+    x0 = reading.scale * real + reading.offset
+    estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
+    errors = [((clean - x0) / reading.scale).square().flatten(1).mean(1) for clean in estimates]
+    return torch.stack(errors).nan_to_num(nan=1e12, posinf=1e12).clamp(max=1e12)
+
+
+@torch.no_grad()
+def _estimates(
+    backbone: Backbone, reading: Reading, times: Tensor, told: Tensor, x0: Tensor, noise: Tensor, cond: Cond, batch: int
+) -> list[Tensor]:
+    """Clean estimates [N, ...] at each of the times [T], float64; NaN where a network fails for a time that only another reading asks for."""
+    device, found = next(backbone.module.parameters()).device, []
+    alpha, sigma = reading.schedule.alpha(times), reading.schedule.sigma(times)
+    for i in range(len(times)):
+        a, s, t = (v[i].expand(len(x0)) for v in (alpha, sigma, told))
+        x = (expand(a, x0) * x0 + expand(s, x0) * noise[i]).float()
+        parts = [slice(j, j + batch) for j in range(0, len(x0), batch)]
+        try:
+            m = torch.cat([backbone.predict(backbone.module, x[p].to(device), t[p].to(device), rows(cond, p)).cpu() for p in parts])
+        except (IndexError, ValueError, RuntimeError):
+            if not reading.name:
+                raise
+            m = torch.full_like(x, torch.nan)
+        found.append(split(m.double(), x.double(), expand(a, x.double()), expand(s, x.double()), reading.row).x0)
+    return found

@@ -1,0 +1,91 @@
+"""A student of a network that draws no pictures beside its teacher: distances of plain states, under one fixed protocol."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..atomic import write_json
+from ..backbones.base import Backbone, calls
+from ..backbones.parts import Piped
+from ..core.solvers import evaluations
+from ..evaluation.states import energy_distance, energy_noise, spread
+from ..export.card import card_evaluations
+from ..training.loop import Step as Iteration
+from ..words import told_in_python
+from .sampling import backbone_of, require_prompts, sample
+from .step import Step
+from .students import LoadedStudent
+
+PROTOCOL = "states"
+TEACHER_STEPS = 50
+CHUNK = 256  # states that are drawn at once
+
+
+@told_in_python
+def evaluate(
+    model: LoadedStudent | Step,
+    prompts: Sequence[str] = ("",),
+    real: Any = None,
+    count: int = 512,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure a student of a network of one's own beside its teacher; returns what `out`, if given, holds as JSON.
+
+    `rows`: the teacher in 50 steps, then for every step count served the teacher in as many, guided and not, and the student. Each has `nfe` (network calls a sample),
+    `energy_teacher` (energy distance to the teacher's 50 steps from other noise), `energy_real` (to `real` [N, ...], where given), `diversity_ratio` (the spread of
+    its states over the teacher's) and `seconds_per_sample`. `noise` is the energy distance of two halves of the teacher's own states: less is no difference. `count`
+    states a row, the prompts in turn. Students of diffusers pipelines, whose pictures are measured, are for `fewstep evaluate FOLDER`. Raises ValueError.
+    """
+    if isinstance(model, Iteration) and not isinstance(model, Step):
+        raise ValueError("model: got a step of the inner loop; pass one of fewstep.distill, or a student")
+    student = model.snapshot() if isinstance(model, Step) else model
+    teacher, card = backbone_of(student), student.card
+    if isinstance(teacher, Piped):
+        raise ValueError(
+            f"model: {card.name} is a student of a diffusers pipeline, whose pictures are measured; save it and run: fewstep evaluate FOLDER"
+        )
+    if count < 32:
+        raise ValueError(f"count: got {count}, allowed are whole numbers from 32")
+    asked = require_prompts(prompts)
+    truth = None if real is None else torch.as_tensor(real).float()
+    if truth is not None and (truth.shape[1:] != tuple(teacher.shape) or len(truth) < 2):
+        raise ValueError(f"real: got {list(truth.shape)}, allowed are states [N, {', '.join(map(str, teacher.shape))}]")
+    null = teacher.encode([""])
+    best = card.teacher_guidance if null else 1.0
+    goal = _drawn(teacher, asked, count, count, TEACHER_STEPS, best)[0]
+
+    def row(who: str, source: Backbone | LoadedStudent, steps: int, guidance: float, nfe: int) -> dict[str, Any]:
+        states, seconds = _drawn(source, asked, count, 0, steps, guidance)
+        return {
+            "model": who, "steps": steps, "guidance": guidance, "nfe": nfe, "n": count, "energy_teacher": energy_distance(states, goal),
+            "energy_real": None if truth is None else energy_distance(states, truth), "diversity_ratio": spread(states) / max(spread(goal), 1e-12),
+            "seconds_per_sample": seconds,
+        }  # fmt: skip
+
+    rows = [row("teacher", teacher, TEACHER_STEPS, best, evaluations(TEACHER_STEPS, calls(null, best)))]
+    for k in card.steps:
+        rows += [row("teacher", teacher, k, w, evaluations(k, calls(null, w))) for w in dict.fromkeys((best, 1.0))]
+        rows.append(row("student", student, k, 1.0, card_evaluations(card, k)))
+    half = count // 2
+    result = {
+        "protocol": PROTOCOL, "distance": "energy distance of plain states, zero for one distribution", "rows": rows,
+        "noise": energy_noise(goal[:half], goal[half : 2 * half]),
+    }  # fmt: skip
+    if out is not None:
+        write_json(Path(out), result)
+    return result
+
+
+def _drawn(
+    source: Backbone | LoadedStudent, prompts: list[str], count: int, first: int, steps: int, guidance: float
+) -> tuple[Tensor, float]:
+    """(states [count, ...], seconds each), the prompts in turn, seeds from `first` on."""
+    wanted, began, parts = [prompts[i % len(prompts)] for i in range(count)], time.perf_counter(), []
+    for i in range(0, count, CHUNK):
+        asked = wanted[i : i + CHUNK]
+        parts.append(sample(source, asked, list(range(first + i, first + i + len(asked))), steps=steps, guidance=guidance).float().cpu())
+    return torch.cat(parts), (time.perf_counter() - began) / count

@@ -1,0 +1,168 @@
+"""A run in Python: the training, watched, logged and kept; at its end a student's folder and a report."""
+
+import sys
+import time
+import warnings
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..atomic import write_json
+from ..backbones.base import Backbone
+from ..backbones.parts import Piped
+from ..backbones.schedulers import student_scheduler
+from ..core import timegrid
+from ..export.card import FILE, read_card
+from ..methods.method import Method
+from ..methods.metrics import filled, metric_names
+from ..report.pictures import save_pictures
+from ..report.run import PICTURES as PICTURES_FILE
+from ..report.run import render_run
+from ..roles.roles import Roles
+from ..training import loop
+from ..training.loop import TrainConfig
+from ..training.paths import Paths
+from ..training.pictures import RealData
+from ..training.prompts import Embeddings
+from ..training.settings import settings_of
+from ..words import python_words
+from .metrics_log import MetricsLog
+from .preview import Drawing, Preview
+from .record import hardware, versions
+from .step import Step
+from .students import Made
+from .watch import PICTURES, DistillationWarning, Watch, Watcher, affordable
+
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of. `teacher` is the one that was passed, `roles` are on modules of their own."""
+
+    teacher: Backbone
+    roles: Roles
+    method: Method
+    data: Embeddings
+    config: TrainConfig
+    made: Made
+    folder: Path | None
+    watch: Watch | None
+    real: RealData | None = None
+    paths: Paths | None = None
+
+
+def steps_of(run: Run) -> Generator[Step, None, None]:
+    """Train, and yield every iteration with its warnings; before the last one is yielded, its student lies in `folder/final` and `folder/report.html` is there."""
+    folder, method, roles, config = run.folder, run.method, run.roles, run.config
+    if folder is not None:
+        require_files(run.teacher, method)
+    names, preview = metric_names(method, roles), _preview(run)
+    watcher, log = Watcher(run.watch, roles, method, run.data, config, preview), MetricsLog(None, 0)
+    recent, told = list[float](), set[str]()
+    began = 0.0 if run.paths is None else run.paths.seconds
+    training = loop.distill(roles, method, run.data, config, folder, run.real, run.paths)
+    try:
+        for i, step in enumerate(training):
+            again = step.seconds == 0.0 and step.iteration >= config.iterations
+            if i == 0 and folder is not None:
+                log = _begin(run, folder, step.iteration if again else step.iteration - 1)
+                log.seconds = log.seconds or began
+            found: list[str] = []
+            if not again:
+                log.add(step)
+                found, numbers = watcher.seen(roles, step.iteration, step.metrics)
+                if found or numbers:
+                    log.note(step.iteration, ({"warnings": found} if found else {}) | ({"watch": numbers} if numbers else {}))
+            elif step.iteration > config.iterations:
+                found = [
+                    f"LONGER: {folder} has {step.iteration} iterations already, train.iterations is {config.iterations}; this is its last step"
+                ]
+            recent = [*recent[-19:], step.seconds]
+            made = replace(run.made, iterations=step.iteration, seconds=log.seconds)
+            left = sum(recent) / len(recent) * max(0, config.iterations - step.iteration)
+            said = tuple(python_words(text) for text in found)
+            whole = Step(
+                step.iteration, filled(step.metrics, names), step.seconds, roles, method, said, left, teacher=run.teacher, made=made
+            )
+            if folder is not None and step.iteration >= config.iterations:
+                _finish(run, folder, whole, preview)
+            _tell(step.iteration, said, told)
+            yield whole
+    finally:
+        training.close()
+
+
+def require_files(teacher: Backbone, method: Method) -> None:
+    """Raises ValueError before the training for a student that could not be written after it."""
+    if isinstance(teacher, Piped):
+        even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
+        student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
+    elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
+        raise ValueError(
+            f"teacher: {odd} in the state of its network is no tensor, so that no student of it can be written; make it a buffer"
+        )
+
+
+def _preview(run: Run) -> Preview | None:
+    """Pictures of a pipeline's run, where it is long enough for some."""
+    if run.watch is None or not isinstance(run.teacher, Piped):
+        return None
+    count = affordable(run.watch, run.method, run.data.null, run.config, PICTURES, PICTURES)
+    if not count:
+        return None
+    of = torch.arange(count) % run.data.count
+    shown = run.data.take(of, run.data.key)
+    return Preview(Drawing(run.method, run.config.batch, run.watch.teacher_steps, run.watch.seed), run.roles.backbone, shown, run.folder)
+
+
+def _begin(run: Run, folder: Path, start: int) -> MetricsLog:
+    """Once the checkpoint has been found to be of this run: `run.json` and the log."""
+    settings = settings_of(run.roles, run.method, run.data, run.config, run.config.accumulate, run.real, run.paths)
+    write_json(folder / "run.json", {
+        "title": folder.resolve().name, "recipe": {**settings, "iterations": run.config.iterations}, "base": run.made.base, "base_hash": run.made.base_hash,
+        "seed": run.config.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "next": next_lines(run, folder),
+    })  # fmt: skip
+    return MetricsLog(folder / "metrics.jsonl", start)
+
+
+def next_lines(run: Run, folder: Path) -> list[list[str]]:
+    """What one does with the student in Python, as lines to copy."""
+    final = str(folder / FINAL)
+    base = "" if isinstance(run.teacher, Piped) else ", base=teacher"
+    return [
+        ["Load the student", f"student = fewstep.load_student({final!r}{base})"],
+        ["Draw with it", "samples = fewstep.sample(student, prompts)"],
+        [
+            "Measure it beside its teacher",
+            f"fewstep.evaluate(student{'' if base else ', real=...'})" if base else f"fewstep evaluate {folder}",
+        ],
+        ["Begin another training as it", f"fewstep.distill(teacher, method, prompts, iterations=..., start={final!r})"],
+    ]
+
+
+def _finish(run: Run, folder: Path, step: Step, preview: Preview | None) -> None:
+    """The student's folder, its pictures and the report, where they are not there yet."""
+    final = folder / FINAL
+    if not ((final / FILE).is_file() and read_card(final).iterations == step.iteration):
+        step.save(final)
+        if preview is not None:
+            with run.roles.averaged():
+                save_pictures(folder / PICTURES_FILE, preview.compare(run.roles, run.method))
+    render_run(folder)
+
+
+def _tell(iteration: int, said: tuple[str, ...], told: set[str]) -> None:
+    """Each kind of warning once as Python's own, at the line of whoever iterates."""
+    level, frame = 1, sys._getframe()
+    package = str(Path(__file__).resolve().parent.parent)
+    while frame is not None and str(Path(frame.f_code.co_filename).resolve()).startswith(package):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    for text in said:
+        if (kind := text.partition(";")[0].partition(" is ")[0]) not in told:
+            told.add(kind)
+            warnings.warn(f"iteration {iteration}: {text}", DistillationWarning, stacklevel=level)

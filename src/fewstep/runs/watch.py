@@ -1,0 +1,184 @@
+"""Is the student going wrong? Losses and gaps that grow, states that leave the teacher's, a student no better than its start."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..backbones.base import calls, rows
+from ..backbones.generate import in_parts, trajectory
+from ..backbones.parts import Piped
+from ..core import timegrid
+from ..core.solvers import Denoise
+from ..evaluation.states import cells, energy_distance, energy_noise, shares, shifted, spread
+from ..methods.method import Method, student_of
+from ..roles.roles import Roles
+from ..training.loop import TrainConfig
+from ..training.prompts import Embeddings
+from .preview import Preview
+
+SHARE = 0.25  # of the training's network calls that watching may cost
+CALLS = 7  # of the network for one sample of an iteration, about: TDM with four steps
+LEAST, MOST = 32, 512  # states that are compared
+PICTURES = 8  # that a pipeline's student and teacher draw
+TOLERANCE = 0.35  # of the spread
+LIMITS = {"_loss": 5.0, "gap": 3.0}  # growth of losses and of gaps that is told
+
+
+class DistillationWarning(UserWarning):
+    """The monitor's lines: the student is going wrong, or is no better than where it began."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a run is watched: every so many iterations and at its end, beside the teacher in `teacher_steps`.
+
+    `count` states, or pictures of a pipeline; by default as many as cost a quarter of the training at most, 512 states or 8 pictures, and none in a
+    run too short for 32 or 8. Losses and gaps are watched in every run.
+    """
+
+    every: int = 100
+    count: int | None = None
+    teacher_steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("every", "teacher_steps"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
+        if self.count is not None and self.count < 2:
+            raise ValueError(f"count: got {self.count}, allowed are whole numbers from 2; watch=None watches nothing but losses")
+
+
+@dataclass
+class Trend:
+    """Losses and gaps per segment: the median of the last values beside that of the first, told once each time it has grown so much more."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+    told: dict[str, float] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, float]) -> list[str]:
+        """One line for each that has outgrown its limit. NaN counts for nothing."""
+        found = []
+        for name, value in metrics.items():
+            limit = next((most for part, most in LIMITS.items() if name.endswith(part) or name.startswith(f"{part}_")), None)
+            if limit is None or value != value:
+                continue
+            seen = self.values.setdefault(name, [])
+            seen.append(value)
+            window = min(10, len(seen) // 2)
+            if window < 4:
+                continue
+            first, last = (statistics.median(part) for part in (seen[:window], seen[-window:]))
+            if first > 1e-8 and not last <= first * max(limit, 2 * self.told.get(name, 0.0)):
+                self.told[name] = last / first
+                found.append(_grown(name, first, last))
+        return found
+
+
+def _grown(name: str, first: float, last: float) -> str:
+    cure = (
+        "lower train.lr"
+        if name.startswith(("student", "anchor", "fold"))
+        else "raise train.fake_lr or method.fake_updates, or lower train.lr"
+    )
+    what = "GAP: the fake score no longer follows the student," if name.startswith("gap") else "LOSS:"
+    return f"{what} {name} is {last / first:.1f} times what it was at first ({first:.3g} -> {last:.3g}); {cure}"
+
+
+class StateWatch:
+    """States of a network that draws no pictures: the student's beside the teacher's, from other noise, and beside its own beginning."""
+
+    def __init__(self, watch: Watch, count: int, roles: Roles, method: Method, data: Embeddings, batch: int) -> None:
+        backbone, self.method, self.watch, self.count, self.batch = roles.backbone, method, watch, count, batch
+        device = next(backbone.module.parameters()).device
+        order = torch.randperm(data.count, generator=torch.Generator().manual_seed(watch.seed))
+        of = order.repeat(-(-count // data.count))[:count]
+        self.cond = {k: v[of].to(device) for k, v in data.cond.items()}
+        self.null = data.unconditional(device)
+        self.seeds = [watch.seed + i for i in range(count)]
+        self.teacher = self._of_teacher(roles, watch.teacher_steps, method.guidance, [s + count for s in self.seeds])
+        self.centres = cells(self.teacher)
+        self.expected, self.wide = shares(self.teacher, self.centres), spread(self.teacher)
+        begun = self._of_student(roles)
+        self.begun, self.noise = energy_distance(begun, self.teacher), energy_noise(begun, self.teacher)
+        few = {guidance: self._of_teacher(roles, method.counts[0], guidance, self.seeds) for guidance in {1.0, method.guidance}}
+        self.few = min(energy_distance(x, self.teacher) for x in few.values())
+
+    def look(self, roles: Roles, last: bool) -> tuple[list[str], dict[str, float]]:
+        """(warnings, numbers) of the averaged student as it is now."""
+        own = self._of_student(roles)
+        distance, ratio, found = energy_distance(own, self.teacher), spread(own) / max(self.wide, 1e-12), []
+        if not abs(ratio - 1) <= TOLERANCE:
+            cure = (
+                "modes are being lost: lower train.lr, raise train.fake_lr or method.fake_updates"
+                if ratio < 1
+                else "lower train.lr or method.guidance"
+            )
+            found.append(f"DRIFT: the spread of its states is {ratio:.2f} of the teacher's; {cure}")
+        if (places := shifted(shares(own, self.centres), self.expected, self.count)) is not None:
+            found.append(
+                f"MODES: {100 * places[0]:.0f} % of its states lie where the teacher has {100 * places[1]:.0f} %; lower train.lr or train more slowly"
+            )
+        told = f"{distance:.3g}, {self.begun:.3g} at its beginning"
+        if not distance <= 1.2 * self.begun + self.noise:
+            found.append(
+                f"WORSE: the student is further from its teacher than where it began (energy distance {told}); lower train.lr, or keep an earlier one"
+            )
+        elif last and not distance <= self.few + self.noise:
+            found.append(
+                f"WORSE: the student is no better than its teacher in as many steps (energy distance {told}, the teacher's {self.few:.3g}); train for longer, or raise train.lr"
+            )
+        return found, {"distance": distance, "spread": ratio}
+
+    def _of_teacher(self, roles: Roles, steps: int, guidance: float, seeds: list[int]) -> Tensor:
+        def rowed(r: slice) -> Denoise:
+            return roles.teacher(rows(self.cond, r), self.null, guidance, self.method.guidance_parallel)
+
+        times = timegrid.uniform(roles.backbone.schedule, steps)
+        return trajectory(roles.backbone, in_parts(rowed, self.batch), seeds, times)[-1].x.float().cpu()
+
+    def _of_student(self, roles: Roles) -> Tensor:
+        count = self.method.counts[0]
+        with roles.averaged():
+            denoise = in_parts(lambda r: student_of(self.method, roles, rows(self.cond, r), count), self.batch)
+            times = self.method.times(roles.backbone.schedule, count)
+            states = trajectory(roles.backbone, denoise, self.seeds, times, self.method.solver, roles.head)
+        return states[-1].x.float().cpu()
+
+
+def affordable(watch: Watch, method: Method, cond: Mapping[str, Tensor], config: TrainConfig, most: int, least: int) -> int:
+    """How many samples watching takes: `watch.count`, or as many as cost `SHARE` of the training, up to `most`; 0 where `least` cost more."""
+    if watch.count is not None:
+        return watch.count
+    training = config.iterations * config.batch * config.accumulate * CALLS
+    count = int(SHARE * training / (watch.teacher_steps * calls(cond, method.guidance)))
+    return min(most, count) if count >= least else 0
+
+
+class Watcher:
+    """What a run in Python is watched with: `seen` after every iteration."""
+
+    def __init__(
+        self, watch: Watch | None, roles: Roles, method: Method, data: Embeddings, config: TrainConfig, preview: Preview | None
+    ) -> None:
+        self.watch, self.preview, self.trend, self.method, self.config = watch, preview, Trend(), method, config
+        self.states: StateWatch | None = None
+        own = watch is not None and not isinstance(roles.backbone, Piped)
+        if own and watch is not None and (count := affordable(watch, method, data.null, config, MOST, LEAST)):
+            self.states = StateWatch(watch, count, roles, method, data, max(config.batch, 64))
+
+    def seen(self, roles: Roles, iteration: int, metrics: Mapping[str, float]) -> tuple[list[str], dict[str, float]]:
+        """(warnings, numbers to log) of this iteration, in recipes' words."""
+        found, last = self.trend.add(metrics), iteration >= self.config.iterations
+        every = 0 if self.watch is None else min(self.watch.every, max(1, self.config.iterations // 4))
+        if not every or (iteration % every and not last) or iteration <= self.method.warmup:
+            return found, {}
+        if self.preview is not None:
+            found += self.preview.show(roles, iteration, self.method).warnings
+        if self.states is None:
+            return found, {}
+        warnings, numbers = self.states.look(roles, last)
+        return found + warnings, numbers
