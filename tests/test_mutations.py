@@ -91,7 +91,7 @@ MUTATIONS = {
 def test_a_mistake_is_caught(name: str, tmp_path: Path) -> None:
     file, old, new, tests = MUTATIONS[name]
     for part in ("src", "tests", "recipes", "pyproject.toml"):
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)  # type: ignore[operator]
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
     text = (tmp_path / file).read_text(encoding="utf-8")
     assert text.count(old) >= 1, f"{file} no longer says {old!r}"
     (tmp_path / file).write_text(text.replace(old, new), encoding="utf-8")

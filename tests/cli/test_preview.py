@@ -66,7 +66,7 @@ def rows_shown(shown: Preview, roles: Roles, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(preview, "write_grid", keep)
     shown.folder = Path("samples")
-    shown.show(roles, 1, shown.recipe.method)
+    shown.show(roles, 1, shown.drawing.method)
     return seen
 
 
@@ -88,7 +88,7 @@ def test_methods_without_a_fake_score_show_no_estimates(monkeypatch: pytest.Monk
 def test_every_step_count_is_judged_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one being well says nothing of the others."""
     shown, roles = drawn({"name": "tdm-unify", "steps": [4, 1], "guidance": 2.0}, tiny.pixels())
-    method = shown.recipe.method
+    method = shown.drawing.method
     assert shown.show(roles, 1, method).warnings == []  # a student that has not moved has not drifted, blurred as one step is
     whole = Preview._student
 
@@ -106,22 +106,22 @@ def test_every_step_count_is_judged_and_named(monkeypatch: pytest.MonkeyPatch) -
 def test_a_teacher_that_guidance_blows_out_is_said_before_the_training() -> None:
     teacher = tiny.stable_diffusion()
     shown, roles = drawn({"steps": 4, "guidance": 80.0}, teacher, ("red cat", "blue dog"))
-    first = shown.show(roles, 0, shown.recipe.method).warnings
+    first = shown.show(roles, 0, shown.drawing.method).warnings
     assert any("DRIFT spread is " in line and "the teacher's own previews at method.guidance=80" in line for line in first)
     moderate, roles = drawn({"steps": 4, "guidance": 4.5}, teacher, ("red cat", "blue dog"))
-    assert moderate.show(roles, 0, moderate.recipe.method).warnings == []
+    assert moderate.show(roles, 0, moderate.drawing.method).warnings == []
     assert moderate.moderate is None and shown.moderate is not None
 
 
 def test_the_distance_of_the_teacher_to_itself_is_none() -> None:
     shown, roles = drawn({"steps": 3, "guidance": 1.0, "solver": "ddim"}, tiny.pixels())
-    assert shown.show(roles, 1, shown.recipe.method).distance == pytest.approx(0, abs=1e-3)  # as many steps, the same network
+    assert shown.show(roles, 1, shown.drawing.method).distance == pytest.approx(0, abs=1e-3)  # as many steps, the same network
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(4, "teacher, 2 guided steps (4 evaluations)"), (1, None)])
 def test_the_report_shows_the_teacher_s_other_way_to_spend_the_student_s_calls(steps: int, expected: str | None) -> None:
     shown, roles = drawn({"steps": steps, "guidance": 2.0}, tiny.pixels())
-    rows = list(shown.compare(roles, shown.recipe.method).rows)
+    rows = list(shown.compare(roles, shown.drawing.method).rows)
     assert [r for r in rows[1:] if " guided " in r] == ([expected] if expected else [])
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import fewstep
 from fewstep.api import LoadedStudent, load_student
-from fewstep.atomic import sha256_of
 from fewstep.backbones.files import LORA_FILE, load_lora
 from fewstep.cli.export import FORMATS, run_export, single
 from fewstep.cli.inspect import safetensors_summary
@@ -25,6 +24,7 @@ from fewstep.core import timegrid
 from fewstep.export.final import require_change, write_final
 from fewstep.export.headers import public_base
 from fewstep.export.kohya import layers_of
+from fewstep.hashes import sha256_of
 from fewstep.roles import adapters
 from fewstep.roles.roles import RolesConfig
 from tests import pipelines

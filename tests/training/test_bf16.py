@@ -9,10 +9,10 @@ import torch
 from fewstep.begin import roles_for
 from fewstep.methods.imitation import Imitation
 from fewstep.methods.matching import Matching
-from fewstep.methods.method import Method
+from fewstep.methods.method import Loss, Method
 from fewstep.methods.paths import PathImitation
 from fewstep.methods.presets import PRESETS, ROLES
-from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths
@@ -45,7 +45,7 @@ def seen(name: str, share: bool) -> list[dict[str, float]]:
     times = method.times(backbone.schedule, max(method.counts))
     walked = torch.randn(len(tiny.WORDS), len(times), *backbone.shape, generator=rng)
     paths = Paths(walked, times, data, walked, times, "") if method.needs.paths else None
-    config = RolesConfig(**{"share": share, "rank": 4, **ROLES.get(name, {})})
+    config = replace(RolesConfig(share=share, rank=4), **ROLES.get(name, {}))  # type: ignore[arg-type]
     roles = roles_for(backbone, method, config, paths=paths)
     return [dict(step.metrics) for step in distill(roles, method, data, CONFIG, real=real, paths=paths)]
 
@@ -58,7 +58,7 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def without(kind: str, dtype: torch.dtype, enabled: bool = True, cache_enabled: bool = True) -> torch.autocast:
         return plain(kind, dtype, enabled=enabled, cache_enabled=False)
 
-    return lambda: monkeypatch.setattr(loop.torch, "autocast", without)
+    return lambda: monkeypatch.setattr(torch, "autocast", without)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -93,9 +93,9 @@ def test_folding_a_head_away_learns_from_what_the_student_was(no_cache: Callable
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the rollout, which is without gradient, came first and its casts were kept."""
-    backbone, reached, add = tiny.denoiser(), set(), loop._add_gradients
+    backbone, reached, add = tiny.denoiser(), set[tuple[str, str]](), loop._add_gradients
 
-    def watched(loss: loop.Loss, roles: loop.Roles, part: float) -> None:
+    def watched(loss: Loss, roles: Roles, part: float) -> None:
         add(loss, roles, part)
         reached.update((loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any()))
 

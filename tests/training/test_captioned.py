@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,7 @@ def special(name: str, kind: bytes, to: str = "") -> tarfile.TarInfo:
     return info
 
 
-def folder(root: Path, **files: bytes | str) -> Path:
+def folder(root: Path, **files: Any) -> Path:
     """Files by name, `__` for a slash; returns `root`."""
     for name, data in files.items():
         path = root / name.replace("__", "/")

@@ -23,7 +23,7 @@ SIDEWAYS[0x0112] = 6
 
 def stored(image: Image.Image | np.ndarray, kind: str, **how: object) -> bytes:
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **how)  # type: ignore[arg-type]
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **how)
     return buffer.getvalue()
 
 

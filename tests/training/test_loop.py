@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
 from fewstep.training.loop import Step, TrainConfig, distill
+from fewstep.training.optimizer import OptimizerName, make_optimizer
 from fewstep.training.prompts import Embeddings, embed
 from fewstep.training.settings import require_unchanged
 from fewstep.training.state import checkpoints
@@ -209,8 +210,14 @@ def test_every_iteration_batch_and_process_draws_its_own_noise_and_prompts(monke
 
 def test_both_roles_have_the_settings_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.optim.Optimizer] = []
-    inner = loop.make_optimizer
-    monkeypatch.setattr(loop, "make_optimizer", lambda *args: made.append(inner(*args)) or made[-1])
+
+    def watched(
+        parameters: Sequence[nn.Parameter], name: OptimizerName, lr: float, betas: tuple[float, float], decay: float
+    ) -> torch.optim.Optimizer:
+        made.append(make_optimizer(parameters, name, lr, betas, decay))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "make_optimizer", watched)
     config = replace(CONFIG, betas=(0.1, 0.95), weight_decay=0.03)
     roles, data = parts()
     list(distill(roles, METHOD, data, config))

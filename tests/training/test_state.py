@@ -172,6 +172,6 @@ def test_saving_holds_nothing_beside_what_is_there(share: bool, tmp_path: Path) 
     with Ledger() as ledger:
         ledger.add(*roles.average.values(), *states, *(p for own in roles.trained.values() for p in own.values()))
         held = ledger.now
-        save_run(roles, optimizers, tmp_path, 1, "", 1)
+        save_run(roles, optimizers, tmp_path, 1, {})
     assert ledger.most == held
     assert (tmp_path / "checkpoint-000001" / "optimizer_student.safetensors").is_file()
