@@ -38,9 +38,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "checks": frozenset({"core", "backbones", "roles"}),
     "begin": BELOW_API,
     "api": BELOW_API | {"begin"},
-    "fewstep": frozenset({"api"}),
+    "fewstep": frozenset({"api", "notices"}),
+    "notices": frozenset(),
     "studio": BELOW_API | {"api", "fewstep"},
-    "cli": BELOW_API | {"begin", "api", "fewstep", "studio"},
+    "cli": BELOW_API | {"begin", "api", "fewstep", "notices", "studio"},
     "__main__": frozenset({"cli"}),
 }
 

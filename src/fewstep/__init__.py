@@ -9,6 +9,8 @@ pipe = fewstep.load("emoji", "runs/mine/final")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .notices import mute_others
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -51,4 +53,5 @@ def __getattr__(name: str) -> Any:
     """The public names are imported when first used, so that `fewstep --help` does not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    mute_others()
     return getattr(import_module(".api", __name__), name)
