@@ -39,9 +39,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "begin": BELOW_API,
     "runs": BELOW_API | {"begin"},
     "api": BELOW_API | {"begin", "runs"},
-    "fewstep": frozenset({"api"}),
+    "fewstep": frozenset({"api", "notices"}),
+    "notices": frozenset(),
     "studio": BELOW_API | {"api", "fewstep"},
-    "cli": BELOW_API | {"begin", "runs", "api", "fewstep", "studio"},
+    "cli": BELOW_API | {"begin", "runs", "api", "fewstep", "notices", "studio"},
     "__main__": frozenset({"cli"}),
 }
 

@@ -11,6 +11,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .notices import mute_others
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -64,20 +66,10 @@ __all__ = [
     "write_report",
 ]
 
-_VERBOSITY = "TRANSFORMERS_VERBOSITY"
-
 
 def __getattr__(name: str) -> Any:
     """The public names are imported when first used, so that `fewstep --help` does not wait for torch; other libraries' notices at their import are kept quiet."""
     if name not in __all__:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
-    before = os.environ.get(_VERBOSITY)
-    os.environ.setdefault(_VERBOSITY, "error")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            api = import_module(".api", __name__)
-    finally:
-        if before is None:
-            os.environ.pop(_VERBOSITY, None)
-    return getattr(api, name)
+    mute_others()
+    return getattr(import_module(".api", __name__), name)

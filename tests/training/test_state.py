@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, or say what is wrong; a failed write leaves everything as it was."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fewstep.training.state import (
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    require_optimizer_tensors,
     save_checkpoint,
     seeded,
 )
@@ -175,3 +178,79 @@ def test_saving_holds_nothing_beside_what_is_there(share: bool, tmp_path: Path) 
         save_run(roles, optimizers, tmp_path, 1, {})
     assert ledger.most == held
     assert (tmp_path / "checkpoint-000001" / "optimizer_student.safetensors").is_file()
+
+
+def read(folder: Path) -> dict[str, Any] | str:
+    """The state of a checkpoint without its own hash, or what is said of it."""
+    try:
+        return {k: v for k, v in load_checkpoint(folder)[1].items() if not k.startswith("state_")}
+    except ValueError as error:
+        return str(error)
+
+
+def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 2, GROUPS, {"fingerprint": "x", "metrics": {"loss": 0.5}})
+    whole, damage = read(folder), f"checkpoint {folder} is damaged or incomplete ("
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        for at in range(0, len(data), 3):
+            file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            found = read(folder)
+            assert found == whole or (isinstance(found, str) and found.startswith(damage)), (file.name, at)
+            assert found != whole or data[at : at + 1] in b" \n" or b"state_sha" in data[at - 12 : at + 12], (file.name, at)
+        file.write_bytes(data)
+
+
+def test_a_checkpoint_without_hashes_is_read(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 2, GROUPS, {})
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    (folder / "state.json").write_text(json.dumps({"step": 2, "groups": state["groups"]}), encoding="utf-8")
+    assert load_checkpoint(folder)[1] == {"step": 2, "groups": ["optimizer", "student"]}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"step": "2", "groups": []}', '{"step": true, "groups": []}', '{"step": 2, "groups": 3}', '{"step": 2, "groups": [], "sha256": []}'])  # fmt: skip
+def test_a_state_of_another_kind_is_damage(text: str, tmp_path: Path) -> None:
+    (save_checkpoint(tmp_path, 2, {}, {}) / "state.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="is damaged or incomplete"):
+        latest_checkpoint(tmp_path)
+
+
+def test_copies_that_somebody_made_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, 3, GROUPS, {})
+    mine = [
+        "checkpoint-000003-good",
+        "checkpoint-000009 (copy)",
+        "checkpoint-9",
+        "checkpoint-0000003",
+        "checkpoint-000003.bak",
+        "checkpoint-best",
+        "checkpoint-٠٠٠٠٠٣",
+    ]
+    for name in mine:
+        shutil.copytree(first, tmp_path / name)
+    (tmp_path / "checkpoint-000012").symlink_to("checkpoint-000003-good")
+    for step in (4, 5, 6):
+        save_checkpoint(tmp_path, step, GROUPS, {})
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000005", "checkpoint-000006"]
+    assert (latest_checkpoint(tmp_path) or ({}, {}))[1]["step"] == 6
+    assert all((tmp_path / name / "student.safetensors").is_file() for name in mine)
+    shutil.copytree(tmp_path / "checkpoint-000005", tmp_path / "checkpoint-000099")
+    with pytest.raises(
+        ValueError, match=r"it is of iteration 5: a copy under another name\); delete that folder to go on from checkpoint-000006"
+    ):
+        latest_checkpoint(tmp_path)
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save_checkpoint(tmp_path, step, {}, {})
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1000000", "checkpoint-1000001"]
+
+
+def test_optimiser_state_is_whole_or_none() -> None:
+    one, other = {"a.step": torch.tensor(1), "a.exp": torch.ones(2)}, {"b.x.step": torch.tensor(1), "b.x.exp": torch.ones(2)}
+    require_optimizer_tensors(["a", "b.x"], one | other, "it")
+    require_optimizer_tensors(["a", "b.x"], {}, "it")
+    for there, said in ((one, "it lacks optimiser state of b.x"), (one | {"b.x.step": torch.tensor(1)}, "lacks optimiser state of b.x"), (other | {"c.step": torch.ones(1)}, "of c, which is not trained here")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            require_optimizer_tensors(["a", "b.x"], there, "it")

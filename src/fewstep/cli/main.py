@@ -1,6 +1,5 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` is immediate."""
 
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..names import expanded, visible
+from ..notices import mute_others
 from .progress import Plain, show_all_letters
 from .signals import Interrupted, interruptible
 
@@ -39,8 +39,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setti
 @app.callback()
 def about() -> None:
     """Turn a pretrained diffusion model into a generator that needs 1 to 4 steps, from prompts alone."""
-    # diffusers imports it wherever it is installed, used or not, and it warns of kernels that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    mute_others()
 
 
 @app.command()

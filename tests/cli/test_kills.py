@@ -1,0 +1,123 @@
+"""A kill at any moment: the same command again leaves what the straight run leaves, lines, previews and points of the curves."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from fewstep.cli import distill as module
+from fewstep.cli.distill import training
+from fewstep.cli.metrics_log import MetricsLog
+from fewstep.cli.preflight import held
+from fewstep.cli.preview import Preview
+from fewstep.cli.progress import console
+from fewstep.cli.recipe import DistillRecipe
+from fewstep.methods.matching import Matching
+from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.training.loop import Step, distill
+from fewstep.training.prompts import embed
+from fewstep.training.state import latest_checkpoint
+
+from .. import tiny
+from .test_distill import RECIPE
+
+METHOD = Matching(steps=2, guidance=1.0, warmup=1)
+TRAIN = {"iterations": 4, "batch": 2, "lr": 1e-3, "fake_lr": 1e-2, "checkpoint_every": 2}
+
+
+class Shown(Preview):
+    """A preview whose picture is a number of the student's weights, and which warns of every one."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def show(self, roles: Roles, iteration: int, method: Any) -> list[str]:
+        from fewstep.atomic import write_json
+
+        write_json(self.run / "samples" / f"step_{iteration:06d}.png", float(sum(t.sum() for t in roles.average.values())))
+        return [f"of {iteration}"]
+
+
+def run_once(run: Path) -> None:
+    """What the command does between its teacher and its student."""
+    recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN, "preview": {"every": 2}})  # fmt: skip
+    backbone = tiny.denoiser()
+    with held(run):
+        found = latest_checkpoint(run)
+        log, preview = MetricsLog(run / "metrics.jsonl", 0 if found is None else found[1]["step"]), Shown(run)
+
+        def resumed(step: Step) -> None:
+            module.complete(recipe, step, preview, log)
+
+        roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, tiny.WORDS, run / "embeddings", "tiny")
+        training(recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log)
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """The exit status of a copy of this process that does the work, or the signal that it died of."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 - it must not go on as a test
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def dying_at(event: int, counted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill this process at its n-th step of writing: a line, a file's or folder's name, or what comes before it."""
+
+    def before(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            with counted.open("ab") as file:
+                file.write(b".")
+            if counted.stat().st_size == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for owner, name in ((os, "replace"), (os, "fsync"), (MetricsLog, "note"), (module, "measure")):
+        monkeypatch.setattr(owner, name, before(getattr(owner, name)))
+
+
+def left(run: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str], set[str]]:
+    """The log without times, the previews, and the names of all files."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = sorted((r["iteration"], sorted(f"{k}={v}" for k, v in r.items() if k != "seconds")) for r in records)
+    pictures = {p.name: p.read_text(encoding="utf-8") for p in (run / "samples").iterdir()}
+    return lines, pictures, {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork")
+def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measure", lambda recipe, step, log: log.note(step.iteration, {"quality": {"fd_real": step.iteration}}))
+    monkeypatch.setattr(console, "quiet", True)
+    run_once(tmp_path / "straight")
+    lines, pictures, files = left(tmp_path / "straight")
+    assert [i for i, _ in lines] == [0, 1, 2, 2, 2, 3, 4, 4, 4] and sorted(pictures) == [f"step_{i:06d}.png" for i in (0, 2, 4)]
+    event, died = 0, -signal.SIGKILL
+    while died:
+        event += 3 if event > 12 else 1  # every one of the first, then every third of some hundred
+        run = tmp_path / f"killed-{event}"
+
+        def work(run: Path = run, event: int = event) -> None:
+            with monkeypatch.context() as patch:
+                dying_at(event, tmp_path / f"{event}.count", patch)
+                run_once(run)
+
+        died = in_a_child(work)
+        assert died in (0, -signal.SIGKILL)
+        run_once(run)
+        assert left(run) == (lines, pictures, files), event
+        for name in ("student", "average", "optimizer_student"):
+            one, other = (load_file(r / "checkpoint-000004" / f"{name}.safetensors") for r in (tmp_path / "straight", run))
+            assert all(one[n].equal(t) for n, t in other.items())
+    assert event > 30
