@@ -13,8 +13,9 @@ from fewstep.backbones.base import Backbone, denoiser
 from fewstep.backbones.few_step import FEW_STEP, FewStepPipeline, Serving, few_step_pipeline
 from fewstep.backbones.load import around
 from fewstep.backbones.student_scheduler import StudentScheduler, Walking
+from fewstep.core.prediction import Split
 from fewstep.core.schedule import diffuse
-from fewstep.core.solvers import Correct, Past, Split, sample, solver_named
+from fewstep.core.solvers import Correct, Past, sample, solver_named
 from fewstep.core.timegrid import uniform
 from tests import pipelines
 
