@@ -6,8 +6,6 @@ for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, iterations=4
 pipe = fewstep.load("emoji", "runs/mine/final")
 """
 
-import os
-import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

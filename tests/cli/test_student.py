@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoPipelineForText2Image
 from PIL import Image
 from torch import Tensor
 
@@ -100,6 +101,11 @@ def test_a_student_of_several_step_counts(
     assert student.card.steps == (4, 2, 1)
     pipe = fewstep.load(teacher, final)
     own = {k: fewstep.sample(student, ["red cat"], [0], steps=k) for k in (4, 2, 1)}
+    made_from_it = AutoPipelineForText2Image.from_pipe(pipe)  # which tells the student nothing
+    images = made_from_it(
+        "red cat", num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).images
+    assert (images - own[4]).abs().max() <= 1e-4
     for k, wanted in own.items():
         for _ in range(2):  # also after another count
             images = pipe("red cat", num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="pt").images

@@ -8,10 +8,11 @@ import pytest
 from fewstep.backbones.few_step import Facts
 from fewstep.core.schedule import Flow, Schedule
 from fewstep.export.card import StudentCard
-from fewstep.export.clients import UNREAD, other_programs
+from fewstep.export.clients import other_programs
 
 from .card import CARD
 from .test_comfy import BETAS, EPS, ZERO, V, on, process
+from .test_kohya import UNREAD
 
 SD = Facts("StableDiffusionPipeline", "unet", True, True, True, False)
 SD3 = Facts("StableDiffusion3Pipeline", "transformer", True, True, False, False)
@@ -68,7 +69,7 @@ def test_layers_that_some_programs_leave_out_are_named() -> None:
         CARD, layers=(LAYER, *UNREAD)
     )
     told = said(replace(CARD, time_layer=UNREAD[-1]), layers=(LAYER, UNREAD[-1]))
-    assert f"leave out 1 of its 2 layers ({UNREAD[-1]}); the last one says its step count" in told
+    assert f"leave out 1 of its 2 layers ({UNREAD[-1]}); {UNREAD[-1]} says its step count" in told
 
 
 def test_a_transformer_is_for_comfyui_and_diffusers() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from fewstep.export.clients import UNREAD
 from fewstep.export.kohya import kohya, layers_of, original_names
 from fewstep.roles.adapters import targets
 from fewstep.roles.roles import RolesConfig
 
+UNREAD = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")  # by sd-scripts and stable-diffusion.cpp
 SD15: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8,

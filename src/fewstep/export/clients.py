@@ -1,7 +1,7 @@
 """The file that other programs load a student's LoRA from, and the words of its model card on them."""
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .kohya import kohya, layers_of, original_names
 
 WORKFLOW = "comfyui-workflow.json"
 UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-UNREAD = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")  # by sd-scripts and stable-diffusion.cpp
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA beside these
 AUTOMATIC = {"ddim": "Euler", "dpmpp": "DPM++ 2M"}  # samplers of A1111 and Forge; their LCM walks times of its own
 
 
@@ -56,26 +56,27 @@ def other_programs(
         f"`{file}` is this LoRA under the names that {readers} read. Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
     ]
     if unet and (why := foreign(schedule, config)):
-        return _section([*rows, f"ComfyUI, A1111 and Forge cannot draw with it: {why}."])
-    if why := obstacle(card, facts.pipeline, schedule, config):
-        elsewhere = unet and not checkpoint_name(card.base)
-        cure = f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have." if elsewhere else ""
-        rows.append(f"There is no workflow for ComfyUI: {why}.{cure}")
+        rows.append(f"ComfyUI, A1111 and Forge cannot draw with it: {why}.")
     else:
-        rows.append(f"ComfyUI: drop `{WORKFLOW}` on its window. It loads `{checkpoint_name(card.base)}` and names all settings.")
-    if unet:
-        rows.append(_automatic(card, schedule, config))
-    if unread := [n for n in UNREAD if n in layers] if unet else []:
+        rows.append(_comfyui(card, facts, schedule, config, folder))
+        rows += [_automatic(card, schedule, config)] * unet
+    if unread := [n for n in layers if n.split(".")[0] not in BLOCKS] if unet else []:
         of = f"{len(unread)} of its {len(layers)} layers ({', '.join(unread)})"
-        told = "; the last one says its step count" if card.time_layer in unread else ""
+        told = f"; {card.time_layer} says its step count" if card.time_layer in unread else ""
         rows.append(
-            f"sd-scripts, stable-diffusion.cpp and diffusers 0.35 leave out {of}{told}; there use `fewstep export --format merged`."
+            f"sd-scripts, stable-diffusion.cpp and older diffusers leave out {of}{told}; there use `fewstep export --format merged`."
         )
-    return _section(rows)
-
-
-def _section(rows: Sequence[str]) -> str:
     return "\n## Other programs\n\n" + "\n".join(f"- {row}" for row in rows) + "\n"
+
+
+def _comfyui(card: StudentCard, facts: Facts, schedule: Schedule, config: Mapping[str, Any], folder: str) -> str:
+    """What to do in ComfyUI, or why nothing can be done."""
+    name = checkpoint_name(card.base)
+    if why := obstacle(card, facts.pipeline, schedule, config):
+        cured = facts.pipeline in UNETS and not name
+        cure = f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have." if cured else ""
+        return f"There is no workflow for ComfyUI: {why}.{cure}"
+    return f"ComfyUI: drop `{WORKFLOW}` on its window. It loads `{name}` and names all settings."
 
 
 def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any]) -> str:

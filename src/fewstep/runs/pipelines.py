@@ -45,6 +45,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
             condition.active = nearest(vectors, guidance if card.scales else steps)
 
         pipe.tell = tell
+        tell(card.steps[0], card.told[0])  # pipelines made from this one, as for image-to-image, tell it nothing
     return pipe
 
 
