@@ -13,7 +13,7 @@ from .backbones.base import Backbone, Cond, Denoiser, guided
 from .backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
 from .backbones.files import load_lora, load_network, load_vectors, loads_lora
 from .backbones.generate import device_of, trajectory
-from .backbones.load import around, at_size, fingerprint, load_teacher, pipeline_of
+from .backbones.load import around, at_size, beside, fingerprint, load_teacher, pipeline_of
 from .backbones.parts import denoiser_of
 from .backbones.student_scheduler import Walking
 from .begin import begun_head, roles_for
@@ -155,7 +155,7 @@ def load_student(
     """
     folder = Path(folder)
     card = read_card(folder)
-    named = card.base if base is None else base
+    named = beside(card.base, folder) if base is None else base
     if isinstance(named, str | Path):
         named = load_teacher(named, dtype or getattr(torch, card.dtype), device, guidance_rescale=card.guidance_rescale)
     backbone = at_size(named, card.size or None)

@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders import PeftAdapterMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..atomic import write_json, write_tensors
+from ..tensors import read_tensors
+from . import weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
@@ -50,9 +50,9 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / LORA_FILE
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
+        state = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"student: {path} is missing or damaged ({error}); export the run again") from error
     return {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
 
 
@@ -64,12 +64,12 @@ def save_network(folder: Path, network: nn.Module) -> None:
 def load_network(folder: Path, like: nn.Module) -> nn.Module:
     """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing or damaged."""
     path = folder / part_name(like)
+    weight = next(like.parameters())
     try:
-        network = type(like).from_pretrained(path)  # type: ignore[attr-defined]
-        weight = next(like.parameters())
-        return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
+        network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
+    except weights.UnfitError as error:
+        raise ValueError(f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}") from error
+    return network.to(weight.device).requires_grad_(False)
 
 
 def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
@@ -80,8 +80,6 @@ def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
 def load_vectors(folder: Path) -> dict[float, Tensor]:
     """Inverse of `save_vectors`. Raises ValueError when the file is missing or damaged."""
     try:
-        return {float(k): v for k, v in load_file(folder / CONDITION_FILE).items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"student: {folder / CONDITION_FILE} is missing or damaged ({str(error).splitlines()[0]}); export the run again"
-        ) from error
+        return {float(k): v for k, v in read_tensors(folder / CONDITION_FILE).items()}
+    except ValueError as error:
+        raise ValueError(f"student: {folder / CONDITION_FILE} is missing or damaged ({error}); export the run again") from error

@@ -1,6 +1,9 @@
 """From a name to a teacher: a bundled one, a diffusers folder, a hub id, or a checkpoint in one file."""
 
 import hashlib
+import json
+import math
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,13 +21,15 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..atomic import sha256_of
+from ..tensors import reason
 from .base import Backbone
 from .cogvideox import CogVideoX, around_cogvideox
+from .lora import fuse
 from .parts import LatentUNet, Piped, load_pipeline
 from .pixart import PixArt, around_pixart
 from .sd import StableDiffusion, around_sd
@@ -32,9 +37,12 @@ from .sd3 import StableDiffusion3, around_sd3
 from .sdxl import StableDiffusionXL, around_sdxl
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .unconditional import PixelModel, around_pixels
+from .weights import UnfitError, inside
 
 FUSED = " + "  # between a teacher and the LoRAs that are fused into it
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
+INDEX = "model_index.json"  # in every pipeline's folder
+HASHES = "hashes.json"  # in it: SHA-256 of the weights of each of them
 
 
 class Source(NamedTuple):
@@ -50,30 +58,75 @@ class Source(NamedTuple):
     @property
     def names(self) -> list[str]:
         """What the pipeline and its LoRAs are called: the last parts of their paths."""
-        return [Path(path).name.removesuffix(SUFFIX) for path in (self.place, *(lora for lora, _ in self.loras))]
+        return [_called(path).removesuffix(SUFFIX) for path in (self.place, *(lora for lora, _ in self.loras))]
+
+    @property
+    def text(self) -> str:
+        """What `source_of` reads it from."""
+        place = f"{self.place}@{self.reading}" if self.reading else self.place
+        return FUSED.join([place, *(lora if strength == 1 else f"{lora}@{strength:g}" for lora, strength in self.loras)])
+
+
+def _called(path: str) -> str:
+    """The last part of a path; `.` and `..` are called what they are links to."""
+    name = Path(path).expanduser().name
+    return Path(path).resolve().name if name in ("", "..") else name
 
 
 def source_of(text: str | Path) -> Source:
     """`owner/name + style.safetensors@0.8 + other.safetensors` in its parts; 1 where no strength is said; a checkpoint is `FILE` or `FILE@READING`.
 
-    Raises ValueError with one line.
+    A path that is there is taken as it is, whatever is in its name. Raises ValueError with one line.
     """
-    place, *styles = (part.strip() for part in str(text).split(FUSED))
-    file, told, reading = place.partition(f"{SUFFIX}@")
-    loras = []
-    for style in styles:
-        path, at, strength = style.rpartition("@")
-        try:
-            loras.append((path, float(strength)) if at else (style, 1.0))
-        except ValueError:
-            raise ValueError(f"--fuse-lora: got {style!r}, allowed are PATH or PATH@STRENGTH, e.g. style.safetensors@0.8") from None
-    return Source(file + SUFFIX if told else place, tuple(loras), reading)
+    place, *styles = _parts(str(text).split(FUSED))
+    file, told, reading = ("", "", "") if Path(place).expanduser().exists() else place.partition(f"{SUFFIX}@")
+    return Source(file + SUFFIX if told else place, tuple(_strength(style) for style in styles), reading)
+
+
+def _parts(pieces: list[str]) -> list[str]:
+    """The pieces between ` + `, put together again where that is in the name of a file or folder."""
+    parts: list[str] = []
+    while pieces:
+        ends = [n for n in range(len(pieces), 1, -1) if Path(_strength(FUSED.join(pieces[:n]), strict=False)[0]).expanduser().exists()]
+        count = ends[0] if ends else 1
+        parts.append(FUSED.join(pieces[:count]).strip())
+        pieces = pieces[count:]
+    return parts
+
+
+def _strength(style: str, strict: bool = True) -> tuple[str, float]:
+    """A LoRA's path and strength. Raises ValueError, if `strict`, for one that is no finite number but 0."""
+    path, at, strength = style.rpartition("@")
+    if not at or Path(style).expanduser().exists():
+        return style, 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if strict and (not math.isfinite(value) or value == 0):
+        raise ValueError(
+            f"--fuse-lora: got {style!r}, allowed are PATH or PATH@STRENGTH with a number other than 0, e.g. style.safetensors@0.8"
+        )
+    return path, value
+
+
+def beside(text: str, folder: Path) -> str:
+    """A student's base as it is to be loaded: relative paths that are not here are looked for from the student's own `folder` upwards."""
+    source = source_of(text)
+
+    def found(path: str) -> str:
+        if not path or Path(path).is_absolute() or Path(path).exists() or path in bundled():
+            return path
+        return next((str(up / path) for up in folder.resolve().parents if (up / path).exists()), path)
+
+    own = Source(found(source.place), tuple((found(lora), strength) for lora, strength in source.loras), found(source.reading))
+    return text if own == source else own.text
 
 
 def present(source: Source) -> Source:
     """The same, if the files of its LoRAs are there. Raises ValueError where one is not."""
     for path, _ in source.loras:
-        if path.endswith(".safetensors") and not Path(path).is_file():
+        if path.endswith(SUFFIX) and not Path(path).expanduser().is_file():
             raise ValueError(f"--fuse-lora: there is no {path}; pass a .safetensors file, a folder or a hub id")
     return source
 
@@ -104,7 +157,15 @@ FAMILIES = {
 
 def bundled() -> list[str]:
     """Names of the teachers that ship with the package."""
-    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
+    return sorted(p.parent.name for p in BUNDLED.glob(f"*/{INDEX}"))
+
+
+def require_shipped(folder: Path) -> None:
+    """Raises UnfitError where the weights of a bundled teacher are not those that were shipped."""
+    for name, digest in json.loads((folder.parent / HASHES).read_text(encoding="utf-8")).items():
+        file = folder.parent / name
+        if file.is_relative_to(folder) and (not file.is_file() or sha256_of(file) != digest):
+            raise UnfitError(f"{file.relative_to(folder)} is not the file that was shipped", "install fewstep again")
 
 
 def load_teacher(
@@ -125,6 +186,8 @@ def load_teacher(
     given = present(source_of(source))
     place, family, checkpoint = locate(given)
     try:
+        if given.place in bundled():
+            require_shipped(Path(place))
         if checkpoint is None:
             pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
         else:
@@ -136,20 +199,6 @@ def load_teacher(
         fuse(pipe, lora, strength)
     backbone.pipe.to(device)
     return at_size(replace(backbone, guidance_rescale=guidance_rescale), size)
-
-
-def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> None:
-    """Add a LoRA to a pipeline's own weights, in whatever names diffusers reads. Raises ValueError with one line where it cannot."""
-    if not isinstance(pipe, LoraBaseMixin):
-        raise ValueError(f"--fuse-lora: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out")
-    try:
-        pipe.load_lora_weights(lora)
-        pipe.fuse_lora(lora_scale=strength)
-        pipe.unload_lora_weights()
-    except Exception as error:  # as many types as there are kinds of damage
-        raise ValueError(
-            f"--fuse-lora: {lora} cannot be fused into this teacher ({_reason(error)}); check the file and what it was made for"
-        ) from error
 
 
 def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
@@ -166,17 +215,23 @@ def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
 
 def find(source: str | Path) -> str | Path:
     """The folder of a bundled name or of a folder; a hub id stays one. Raises ValueError for anything else."""
-    folder = BUNDLED / str(source) if str(source) in bundled() else Path(source)
-    if not folder.exists():
-        if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    name, folder = str(source), Path(source).expanduser()
+    if name in bundled():
+        if (folder / INDEX).is_file() and folder.resolve() != BUNDLED / name:
             raise ValueError(
-                f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, a hub id such as owner/name, or a checkpoint FILE{SUFFIX}"
+                f"teacher: {name} is a bundled teacher and a folder here; pass ./{name} for the folder, or rename it for the bundled one"
             )
-        return str(source)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote"
-        )
+        return BUNDLED / name
+    if not folder.exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+            raise ValueError(
+                f"teacher: got {name!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, a hub id such as owner/name, or a checkpoint FILE{SUFFIX}"
+            )
+        return name
+    if not folder.is_dir():
+        raise ValueError(f"teacher: {name} is no folder; pass a diffusers pipeline folder or a checkpoint FILE{SUFFIX}")
+    if not (folder / INDEX).exists():
+        raise ValueError(f"teacher: {folder} is no diffusers pipeline (it has no {INDEX}); pass the folder that save_pretrained wrote")
     return folder
 
 
@@ -201,23 +256,40 @@ def place_encoders(backbone: Backbone, device: str | torch.device) -> None:
 def family_of(source: str | Path) -> Family:
     """The family of a folder or a hub id. Raises ValueError with one line when it cannot be read or is not supported."""
     try:
-        name = DiffusionPipeline.load_config(str(source))["_class_name"]
+        if Path(source).is_dir():
+            for file in sorted(Path(source).glob("*.json")):
+                inside(file, Path(source))
+        index = DiffusionPipeline.load_config(str(source))
+        name = index["_class_name"] if isinstance(index, dict) else index
     except Exception as error:  # the hub and diffusers raise a different type for each kind of trouble
+        if Path(source).exists():
+            raise ValueError(
+                f"teacher: {source}: its {INDEX} cannot be read ({reason(error)}); save or download the pipeline again"
+            ) from error
         raise ValueError(
-            f"teacher: {source}: its model_index.json cannot be read ({_reason(error)}); save or download the pipeline again"
+            f"teacher: {source} is no folder here, and not to be had from the hub ({_trouble(error)}); check the name, or pass a folder"
         ) from error
-    if name not in FAMILIES:
-        raise ValueError(f"teacher: {source} is a {name}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser")
+    if not isinstance(name, str) or name not in FAMILIES:
+        called = name if isinstance(name, str) and name.isprintable() else repr(name)[:80]
+        raise ValueError(f"teacher: {source} is a {called}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser")
     return FAMILIES[name]
+
+
+def _trouble(error: Exception) -> str:
+    """Why the hub gave nothing: the cause behind what its client and diffusers say."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return next(
+        (f"no network: {reason(c)}" for c in causes if isinstance(c, ConnectionError | TimeoutError | socket.gaierror)), reason(error)
+    )
 
 
 def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
     """What to say of a pipeline that cannot be loaded."""
-    return ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check it, or download it again")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    if isinstance(error, UnfitError):
+        return ValueError(f"teacher: {source}: {error}; {error.cure or 'download it again'}")
+    return ValueError(f"teacher: {source} cannot be loaded ({reason(error)}); check it, or download it again")
 
 
 def quiet() -> None:
