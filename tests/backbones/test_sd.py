@@ -112,7 +112,7 @@ def test_sources_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a FluxPipeline, supported are StableDiffusionPipeline"):
         load_teacher(tmp_path)
     (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="text_encoder/ is missing; download it again"):
         load_teacher(tmp_path)
     with pytest.raises(ValueError, match=r"is no diffusers pipeline; sample it with fewstep\.sample"):
         pipeline_of(tiny.denoiser())

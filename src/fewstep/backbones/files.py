@@ -8,7 +8,6 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders import PeftAdapterMixin
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers.models import BPE
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..atomic import write_json, write_tensors
 from ..hashes import require_listed
+from ..tensors import read_tensors
+from . import weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NETWORK_FILE = "network.safetensors"  # a full student of a network of one's own: its state_dict
@@ -64,9 +65,9 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
     path = folder / LORA_FILE
     require_listed(folder, LORA_FILE)
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
+        state = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"student: {path} is missing or damaged ({error}); export the run again") from error
     return {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
 
 
@@ -102,22 +103,22 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
     """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing, damaged or another's."""
     path = folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)
     require_listed(folder, path.name)
+    weight = next(like.parameters())
+    if isinstance(like, ModelMixin):
+        try:
+            network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
+        except weights.UnfitError as error:
+            raise ValueError(f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}") from error
+        return network.to(weight.device).requires_grad_(False)
+    network = copy.deepcopy(like)
     try:
-        if isinstance(like, ModelMixin):
-            network = type(like).from_pretrained(path)
-        else:
-            network = copy.deepcopy(like)
-            network.load_state_dict(load_file(path))
-        weight = next(like.parameters())
-        return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
+        network.load_state_dict(read_tensors(path))
     except RuntimeError as error:
-        raise ValueError(f"student: {path} does not fit this network ({_line(error)}); pass the base that it was made from") from error
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"student: {path} is missing or damaged ({_line(error)}); export the run again") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"student: {path} does not fit this network ({said}); pass the base that it was made from") from error
+    except ValueError as error:
+        raise ValueError(f"student: {path} is missing or damaged ({error}); export the run again") from error
+    return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
 def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
@@ -129,8 +130,6 @@ def load_vectors(folder: Path) -> dict[float, Tensor]:
     """Inverse of `save_vectors`. Raises ValueError when the file is missing or damaged."""
     require_listed(folder, CONDITION_FILE)
     try:
-        return {float(k): v for k, v in load_file(folder / CONDITION_FILE).items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"student: {folder / CONDITION_FILE} is missing or damaged ({str(error).splitlines()[0]}); export the run again"
-        ) from error
+        return {float(k): v for k, v in read_tensors(folder / CONDITION_FILE).items()}
+    except ValueError as error:
+        raise ValueError(f"student: {folder / CONDITION_FILE} is missing or damaged ({error}); export the run again") from error

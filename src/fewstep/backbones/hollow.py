@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DiffusionPipeline, ModelMixin
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from .base import Backbone
 from .load import at_size, damaged, locate, present, source_of
-from .parts import frozen, own_dtype
+from .lora import changes_of
+from .parts import frozen, network_kind, own_dtype, part_kind, part_names
 from .schedulers import EDM_SCHEDULERS
 from .single_file import with_settings
+from .weights import weights_in
 
 WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
@@ -26,12 +28,14 @@ def hollow_teacher(
     source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None, guidance_rescale: float = 0.0
 ) -> Backbone:
     """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
-    given = present(source_of(source))  # fused LoRAs take no room
+    given = present(source_of(source))
     place, family, checkpoint = locate(given)
     try:
         index = DiffusionPipeline.load_config(str(place))
-        there = {n: entry[1] for n, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None}
-        parts = components(family.pipeline, place, {n: kind for n, kind in there.items() if n not in family.parts}, dtype)
+        named = {n: called for n, called in part_names(index).items() if n not in family.parts}
+        if checkpoint is None and Path(place).is_dir():
+            require_weights(family.pipeline, Path(place), named)
+        parts = components(family.pipeline, place, named, dtype)
         absent = {
             n: None for n in inspect.signature(family.pipeline).parameters if isinstance(index.get(n), list | tuple) and n not in parts
         }
@@ -41,15 +45,18 @@ def hollow_teacher(
             pipe = with_settings(pipe, checkpoint)
     except Exception as error:  # diffusers raises a different type for each kind of damage
         raise damaged(checkpoint or place, error) from error
+    for lora, strength in given.loras:
+        if Path(lora).expanduser().exists():  # nothing is downloaded for a plan
+            changes_of(pipe, lora, strength)  # fused ones take no room
     return at_size(replace(family.around(pipe, given.names[0]), guidance_rescale=guidance_rescale), size)
 
 
 def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
     """A pipeline's parts by name, of the classes that it asks for; networks without content. `named`: the names of the classes that its folder says."""
-    hints, made = get_type_hints(pipeline.__init__), dict[str, Any]()
+    made = dict[str, Any]()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: tensors of several do not mix
     for name, called in named.items():
-        kind: Any = next(k for k in (*get_args(hints[name]), hints[name]) if isinstance(k, type))
+        kind: Any = network_kind(pipeline, name, called) or part_kind(pipeline, name)[0]
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
             with mode, default_dtype(own_dtype(kind, config, dtype)):
@@ -63,6 +70,13 @@ def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapp
             kind = told or (DDIMScheduler if issubclass(kind, (Enum, *WITHOUT_TABLE)) else kind)
             made[name] = kind.from_pretrained(str(place), subfolder=name)
     return made
+
+
+def require_weights(pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str]) -> None:
+    """Raises UnfitError where a network's files are missing, damaged or pickled; their headers alone are read."""
+    for name, called in named.items():
+        if (kind := network_kind(pipeline, name, called)) is not None:
+            weights_in(kind, folder / name, folder)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """From a name to a teacher: a bundled one, a diffusers folder, a hub id, or a checkpoint in one file."""
 
 import hashlib
+import json
 import math
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,16 +23,18 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..hashes import sha256_of
 from ..names import expanded
+from ..tensors import reason
 from .base import Backbone
 from .cogvideox import CogVideoX, around_cogvideox
+from .lora import fuse
 from .parts import LatentUNet, Piped, load_pipeline
 from .pixart import PixArt, around_pixart
 from .sd import StableDiffusion, around_sd
@@ -38,11 +42,13 @@ from .sd3 import StableDiffusion3, around_sd3
 from .sdxl import StableDiffusionXL, around_sdxl
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .unconditional import PixelModel, around_pixels
+from .weights import UnfitError, inside
 
 FUSED = " + "  # between a teacher and the LoRAs that are fused into it
 WITHIN = " \\+ "  # the same inside the name of one of them
-INDEX = "model_index.json"
+INDEX = "model_index.json"  # in every pipeline's folder
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
+HASHES = "hashes.json"  # in it: SHA-256 of the weights of each of them
 
 
 class Source(NamedTuple):
@@ -80,12 +86,12 @@ def _style(text: str) -> tuple[str, float]:
     if not at or os.path.exists(text):
         return text, 1.0
     try:
-        if math.isfinite(value := float(strength)):
+        if math.isfinite(value := float(strength)) and value:
             return path, value
     except ValueError:
         if text.endswith(SUFFIX):
             return text, 1.0
-    raise ValueError(f"--fuse-lora: got {text!r}, allowed are PATH or PATH@STRENGTH, e.g. style.safetensors@0.8")
+    raise ValueError(f"--fuse-lora: got {text!r}, allowed are PATH or PATH@STRENGTH with a number other than 0, e.g. style.safetensors@0.8")
 
 
 def fused(teacher: str, styles: Sequence[str]) -> str:
@@ -148,7 +154,7 @@ def seen_from(source: str, folder: Path) -> str:
 def present(source: Source) -> Source:
     """The same, if the files of its LoRAs are there. Raises ValueError where one is not."""
     for path, _ in source.loras:
-        if path.endswith(".safetensors") and not Path(path).is_file():
+        if path.endswith(SUFFIX) and not Path(path).expanduser().is_file():
             raise ValueError(f"--fuse-lora: there is no {path}; pass a .safetensors file, a folder or a hub id")
     return source
 
@@ -179,7 +185,15 @@ FAMILIES = {
 
 def bundled() -> list[str]:
     """Names of the teachers that ship with the package."""
-    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
+    return sorted(p.parent.name for p in BUNDLED.glob(f"*/{INDEX}"))
+
+
+def require_shipped(folder: Path) -> None:
+    """Raises UnfitError where the weights of a bundled teacher are not those that were shipped."""
+    for name, digest in json.loads((folder.parent / HASHES).read_text(encoding="utf-8")).items():
+        file = folder.parent / name
+        if file.is_relative_to(folder) and (not file.is_file() or sha256_of(file) != digest):
+            raise UnfitError(f"{file.relative_to(folder)} is not the file that was shipped", "install fewstep again")
 
 
 def load_teacher(
@@ -200,6 +214,8 @@ def load_teacher(
     given = present(source_of(source))
     place, family, checkpoint = locate(given)
     try:
+        if given.place in bundled():
+            require_shipped(Path(place))
         if checkpoint is None:
             pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
         else:
@@ -211,20 +227,6 @@ def load_teacher(
         fuse(pipe, lora, strength)
     backbone.pipe.to(device)
     return at_size(replace(backbone, guidance_rescale=guidance_rescale, source=str(source)), size)
-
-
-def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> None:
-    """Add a LoRA to a pipeline's own weights, in whatever names diffusers reads. Raises ValueError with one line where it cannot."""
-    if not isinstance(pipe, LoraBaseMixin):
-        raise ValueError(f"--fuse-lora: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out")
-    try:
-        pipe.load_lora_weights(lora)
-        pipe.fuse_lora(lora_scale=strength)
-        pipe.unload_lora_weights()
-    except Exception as error:  # as many types as there are kinds of damage
-        raise ValueError(
-            f"--fuse-lora: {lora} cannot be fused into this teacher ({_reason(error)}); check the file and what it was made for"
-        ) from error
 
 
 def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
@@ -241,17 +243,23 @@ def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
 
 def find(source: str | Path) -> str | Path:
     """The folder of a bundled name or of a folder; a hub id stays one. Raises ValueError for anything else."""
-    folder = BUNDLED / str(source) if str(source) in bundled() else Path(source)
-    if not folder.exists():
-        if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    name, folder = str(source), Path(source).expanduser()
+    if name in bundled():
+        if (folder / INDEX).is_file() and folder.resolve() != BUNDLED / name:
             raise ValueError(
-                f"teacher: got {str(source)!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, a hub id such as owner/name, or a checkpoint FILE{SUFFIX}"
+                f"teacher: {name} is a bundled teacher and a folder here; pass ./{name} for the folder, or rename it for the bundled one"
             )
-        return str(source)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"teacher: {folder} is no diffusers pipeline (it has no model_index.json); pass the folder that save_pretrained wrote"
-        )
+        return BUNDLED / name
+    if not folder.exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+            raise ValueError(
+                f"teacher: got {name!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, a hub id such as owner/name, or a checkpoint FILE{SUFFIX}"
+            )
+        return name
+    if not folder.is_dir():
+        raise ValueError(f"teacher: {name} is no folder; pass a diffusers pipeline folder or a checkpoint FILE{SUFFIX}")
+    if not (folder / INDEX).exists():
+        raise ValueError(f"teacher: {folder} is no diffusers pipeline (it has no {INDEX}); pass the folder that save_pretrained wrote")
     return folder
 
 
@@ -291,7 +299,7 @@ def require_reached(name: str) -> None:
     except EntryNotFoundError as error:
         raise ValueError(f"teacher: {name} on the hub is no diffusers pipeline (it has no {INDEX}); pass one that is") from error
     except Exception as error:  # as many types as there are kinds of trouble on the way
-        raise ValueError(f"teacher: {here}, and the hub cannot be reached ({_reason(error)}); check the path, or the network") from error
+        raise ValueError(f"teacher: {here}, and the hub cannot be reached ({reason(error)}); check the path, or the network") from error
 
 
 def family_of(source: str | Path) -> Family:
@@ -299,23 +307,40 @@ def family_of(source: str | Path) -> Family:
     if isinstance(source, str) and not Path(source).exists():
         require_reached(source)
     try:
-        name = DiffusionPipeline.load_config(str(source))["_class_name"]
+        if Path(source).is_dir():
+            for file in sorted(Path(source).glob("*.json")):
+                inside(file, Path(source))
+        index = DiffusionPipeline.load_config(str(source))
+        name = index["_class_name"] if isinstance(index, dict) else index
     except Exception as error:  # the hub and diffusers raise a different type for each kind of trouble
+        if Path(source).exists():
+            raise ValueError(
+                f"teacher: {source}: its {INDEX} cannot be read ({reason(error)}); save or download the pipeline again"
+            ) from error
         raise ValueError(
-            f"teacher: {source}: its model_index.json cannot be read ({_reason(error)}); save or download the pipeline again"
+            f"teacher: {source} is no folder here, and not to be had from the hub ({_trouble(error)}); check the name, or pass a folder"
         ) from error
-    if name not in FAMILIES:
-        raise ValueError(f"teacher: {source} is a {name}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser")
+    if not isinstance(name, str) or name not in FAMILIES:
+        called = name if isinstance(name, str) and name.isprintable() else repr(name)[:80]
+        raise ValueError(f"teacher: {source} is a {called}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser")
     return FAMILIES[name]
+
+
+def _trouble(error: Exception) -> str:
+    """Why the hub gave nothing: the cause behind what its client and diffusers say."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return next(
+        (f"no network: {reason(c)}" for c in causes if isinstance(c, ConnectionError | TimeoutError | socket.gaierror)), reason(error)
+    )
 
 
 def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
     """What to say of a pipeline that cannot be loaded."""
-    return ValueError(f"teacher: {source} cannot be loaded ({_reason(error)}); check it, or download it again")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    if isinstance(error, UnfitError):
+        return ValueError(f"teacher: {source}: {error}; {error.cure or 'download it again'}")
+    return ValueError(f"teacher: {source} cannot be loaded ({reason(error)}); check it, or download it again")
 
 
 def quiet() -> None:

@@ -14,6 +14,8 @@ from tokenizers import Regex, pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .weights import load_network
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -101,7 +103,8 @@ class Decoder(nn.Module):
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     """An autoencoder that `save_pretrained` wrote, in eval mode."""
-    return AutoencoderKL.from_pretrained(folder).eval()
+    network: AutoencoderKL = load_network(AutoencoderKL, folder)
+    return network
 
 
 def unet(

@@ -12,6 +12,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from .weights import load_network
+
 COMPRESSION = 4  # of time, as in CogVideoX: 4 n + 1 frames are n + 1 latent ones
 
 
@@ -47,7 +49,8 @@ def autoencoder(channels: Sequence[int], latent: int, size: int, groups: int = 8
 
 def load_autoencoder(folder: Path) -> AutoencoderKLCogVideoX:
     """An autoencoder that `save_pretrained` wrote, in eval mode."""
-    return AutoencoderKLCogVideoX.from_pretrained(folder).eval()
+    network: AutoencoderKLCogVideoX = load_network(AutoencoderKLCogVideoX, folder)
+    return network
 
 
 def transformer(

@@ -5,15 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
 from .schedulers import EDM_SIGNS
+from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
 PIXELS = 2**18  # that go through an autoencoder at once, 64 pictures of 64x64 or one of 512x512: its memory stays below the denoiser's
@@ -118,8 +120,63 @@ class LatentTransformer(Latent):
 def load_pipeline(
     kind: type[Pipeline], source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})
 ) -> Pipeline:
-    """A pipeline, some of its `parts` replaced, `frozen`."""
-    return frozen(kind.from_pretrained(str(source), dtype=dtype, **parts), dtype)
+    """A pipeline from a folder or a hub id, some of its `parts` replaced, `frozen`; of its networks every weight is accounted for.
+
+    Raises UnfitError (see `weights.load_network`), and whatever diffusers raises for what is no network.
+    """
+    folder = Path(source) if Path(source).is_dir() else fetched(kind, str(source), parts)
+    named = part_names(kind.load_config(folder))
+    kinds = {n: network_kind(kind, n, called) for n, called in named.items() if n not in parts}
+    loaded = {n: load_part(k, folder, n, dtype) for n, k in kinds.items() if k is not None}
+    return frozen(kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **parts), dtype)
+
+
+def fetched(kind: type[DiffusionPipeline], source: str, parts: Mapping[str, Any]) -> Path:
+    """The folder in the hub's cache with a pipeline's files, downloaded where they are not there: those in full precision, else in half."""
+    try:
+        return Path(kind.download(source, use_safetensors=True, **parts))
+    except (OSError, ValueError) as error:
+        try:
+            return Path(kind.download(source, use_safetensors=True, variant="fp16", **parts))
+        except (OSError, ValueError):
+            raise error from None
+
+
+def part_names(index: Mapping[str, Any]) -> dict[str, str]:
+    """The parts that a pipeline's `model_index.json` names, and what their classes are called."""
+    return {n: entry[1] for n, entry in index.items() if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None}
+
+
+def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
+    """The classes that a pipeline allows for one of its parts. Raises UnfitError for a part that it does not have."""
+    hints = get_type_hints(pipeline.__init__)
+    if name not in hints:
+        raise UnfitError(
+            f"model_index.json names a part {name!r}, which a {pipeline.__name__} does not have",
+            "pass the folder that save_pretrained wrote",
+        )
+    return tuple(k for k in (*get_args(hints[name]), hints[name]) if isinstance(k, type) and k is not type(None))
+
+
+def network_kind(pipeline: type[DiffusionPipeline], name: str, called: str) -> type[nn.Module] | None:
+    """The class of one of a pipeline's networks; None for what is no network. Raises UnfitError where the folder calls it otherwise than the pipeline allows."""
+    kinds = [k for k in part_kind(pipeline, name) if issubclass(k, ModelMixin | PreTrainedModel)]
+    if not kinds:
+        return None
+    if (found := next((k for k in kinds if k.__name__ == called), None)) is None:
+        raise UnfitError(
+            f"its {name} is a {called}, allowed in a {pipeline.__name__} are {', '.join(k.__name__ for k in kinds)}",
+            "wrap your own network in fewstep.Denoiser",
+        )
+    return found
+
+
+def load_part(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """One network of a pipeline's folder, of its `own_dtype`. Raises UnfitError."""
+    place = folder / name
+    config = kind.load_config(place) if issubclass(kind, ModelMixin) and (place / "config.json").is_file() else {}
+    network: nn.Module = load_network(kind, place, own_dtype(kind, config, dtype), folder)
+    return network
 
 
 def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:

@@ -4,6 +4,8 @@ The file holds weights alone. What else a pipeline is made of (shapes, tokenizer
 kind, whose weights are read only for parts that the file leaves out.
 """
 
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +15,27 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from .parts import Pipeline, frozen, networks
+from ..tensors import reason
+from .parts import Pipeline, frozen, load_part, own_dtype
+from .weights import EIGHT_BITS, PICKLES, POSITIONS, Mark, UnfitError, Weights, mark, refuse, require_finite
 
 SUFFIX = ".safetensors"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 CONFIGURATION = ["*.json", "*.txt", "*.model"]  # of a pipeline on the hub: all but weights
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}  # what FILE@eps and FILE@v stand for
+MARKED = {
+    "v": "v",
+    "v_prediction": "v",
+    "v-prediction": "v",
+    "vpred": "v",
+    "eps": "eps",
+    "epsilon": "eps",
+}  # what files say of it in their header
+LEFT_OVER = (
+    "load it in the program that it is for and save it again, e.g. with ComfyUI's node Save Checkpoint, or pass a model without them"
+)
 NETWORK = "model.diffusion_model."
 FIRST = f"{NETWORK}input_blocks.0.0.weight"
 POOLED = f"{NETWORK}label_emb.0.0.weight"  # where SDXL takes the pooled text
@@ -72,6 +87,10 @@ def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
         raise ValueError(
             f"teacher: {file} is a pickle, which may run any code when it is read; pass the model's {SUFFIX}, or convert it as docs/checkpoints.md says"
         )
+    if not file.is_file():
+        raise ValueError(
+            f"teacher: {file} is missing or damaged (there is no regular file of this name); check the path, or download it again"
+        )
     try:
         with safe_open(file, "pt") as opened:
             names, said = set(opened.keys()), opened.metadata() or {}
@@ -79,35 +98,46 @@ def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
             texts = sorted(n for n in names if n.startswith(NETWORK) and n.endswith("attn2.to_k.weight"))
             width = opened.get_slice(texts[0]).get_shape()[1] if texts else 0
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"teacher: {file} is missing or damaged ({str(error).splitlines()[0]}); check the path, or download it again"
-        ) from error
+        raise ValueError(f"teacher: {file} is missing or damaged ({reason(error)}); check the path, or download it again") from error
     if why := _refused(names, channels):
         raise ValueError(f"teacher: {file} {why}")
     wide = POOLED in names
     parts = [n for n in PARTS if wide or n != "text_encoder_2"]
     absent = tuple(n for n in parts if not any(name.startswith(PARTS[n][1]) for name in names))
-    prediction = reading if reading in PREDICTIONS else _marked(names, said)
+    own = reading not in ("", *PREDICTIONS)
+    prediction = reading if reading in PREDICTIONS else _marked(file, names, said, own)
     standard = SDXL if wide else SD1 if width != 1024 else SD2_EPS if prediction == "eps" else SD2_V
-    config = standard if reading in ("", *PREDICTIONS) else reading
-    if config == reading and prediction == "eps":
+    config = reading if own else standard
+    if own and prediction == "eps":
         prediction = ""  # a configuration of one's own goes before a remark that programs write into files of all kinds
     scheduler: dict[str, Any] = {"prediction_type": PREDICTIONS[prediction]} if prediction else {}
-    if prediction == "v" and "ztsnr" in names:
+    if "ztsnr" in names and not reading and prediction != "v":
+        raise ValueError(
+            f"teacher: {file} is marked ztsnr, trained down to pure noise, and not as v-prediction, which that asks for; pass {file}@v, or {file}@eps to leave the mark out of account"
+        )
+    if "ztsnr" in names and prediction == "v":
         scheduler["rescale_betas_zero_snr"] = True
     return Checkpoint(file, StableDiffusionXLPipeline if wide else StableDiffusionPipeline, config, standard, scheduler, absent)
 
 
-def _marked(names: Collection[str], said: Mapping[str, str]) -> str:
+def _marked(file: Path, names: Collection[str], said: Mapping[str, str], own: bool) -> str:
+    """What a file says that its network predicts, empty where it says nothing. Raises ValueError for what is neither, unless a configuration of one's `own` says it."""
     if "v_pred" in names:
         return "v"
-    return {"v": "v", "v_prediction": "v", "epsilon": "eps"}.get(said.get("modelspec.prediction_type", ""), "")
+    told = said.get("modelspec.prediction_type", "").strip().lower()
+    if told and told not in MARKED and not own:
+        raise ValueError(
+            f"teacher: {file} says modelspec.prediction_type {told[:40]!r}, allowed are {', '.join(MARKED)}; pass {file}@v or {file}@eps where you know it is one of these"
+        )
+    return MARKED.get(told, "")
 
 
 def _refused(names: Collection[str], channels: int) -> str:
     """Why a file is no text-to-image model of these families; empty where it is one."""
     if FIRST not in names:
         return "is no checkpoint of Stable Diffusion 1, 2 or XL in its original layout; pass a LoRA by --fuse-lora, other families as a diffusers folder"
+    if scaled := sorted(n for n in names if EIGHT_BITS.search(n)):
+        return f"keeps its weights in 8 bits or fewer, with scales beside them ({scaled[0]}), which fewstep does not read; pass the model in float16, bfloat16 or float32"
     if channels != 4:
         return f"takes {channels} channels (for inpainting, editing or upscaling); pass a text-to-image model, which takes 4"
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:
@@ -137,24 +167,78 @@ def configuration(checkpoint: Checkpoint) -> Path:
 
 
 def load_checkpoint(kind: type[Pipeline], checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, parts: Mapping[str, Any]) -> Pipeline:
-    """A pipeline, `frozen`, of the file's weights and the configuration in `folder`; some of its `parts` replaced. Raises ValueError where weights are missing."""
+    """A pipeline, `frozen`, of the file's weights and the configuration in `folder`; some of its `parts` replaced.
+
+    Raises UnfitError where weights are missing, left over or not finite.
+    """
     other = {name: _from_configuration(checkpoint, name, dtype) for name in checkpoint.absent}
-    try:
-        pipe = kind.from_single_file(str(checkpoint.file), config=str(folder), local_files_only=True, dtype=dtype, **other, **parts)
-    except NotImplementedError as error:  # what moving a tensor without content raises
-        raise ValueError("some of the file's tensors are missing") from error
-    # In text encoders diffusers leaves such tensors as they are, and says nothing.
-    if any(p.is_meta for network in networks(pipe) for p in network.parameters()):
-        raise ValueError("some of the file's tensors are missing")
+    options: dict[str, Any] = {"config": str(folder), "local_files_only": True, **other, **parts}
+    try:  # without a type every tensor is as in the file, and can be compared
+        pipe = kind.from_single_file(str(checkpoint.file), **options)
+    except KeyError as error:  # what diffusers looks for and does not find
+        raise UnfitError(f"{checkpoint.file.name} lacks {error.args[0]!r}") from error
+    except NotImplementedError:  # what moving a tensor without content raises; which one is seen where it is filled at random
+        pipe = kind.from_single_file(str(checkpoint.file), low_cpu_mem_usage=False, **options)
+    read = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module) and n not in other}
+    require_read(checkpoint.file, read)
+    for part in read.values():  # a file may be of several types
+        if any(t.dtype != (wanted := own_dtype(type(part), part.config, dtype)) for t in part.parameters()):
+            part.to(dtype=wanted)
     return with_settings(frozen(pipe, dtype), checkpoint)
 
 
+def require_read(file: Path, read: Mapping[str, nn.Module]) -> None:
+    """Raises UnfitError unless the weights of these networks are those of the file, nothing of it is left over, and all of it is finite.
+
+    diffusers renames them, so what was read is known by its values.
+    """
+    state = {f"{part}.{n}": t for part, network in read.items() for n, t in network.state_dict().items()}
+    weights = Weights((file,), "")
+    refuse(weights, sorted(n for n, t in state.items() if t.is_meta), "lacks", "missing")
+    require_finite(state, weights)
+    layers = {n: part.config.num_hidden_layers for n, part in read.items() if "text_encoder" in n}
+    own, asked = dict[Mark, list[str]](), dict[Mark, list[str]]()  # what networks have, and what of the file they should have
+    for name, tensor in sorted(state.items()):
+        own.setdefault(mark(tensor, tensor.dtype), []).append(name)
+    held = Counter[Mark]()
+    with safe_open(file, "pt") as opened:
+        for name in sorted(opened.keys()):
+            tensor = opened.get_tensor(name)
+            pieces = tensor.chunk(3) if ".in_proj_" in name else (tensor.T.contiguous(),) if name.endswith("text_projection") else (tensor,)
+            for found in (mark(piece, piece.dtype) for piece in pieces):
+                held[found] += 1
+                if not _unread(name, tensor, layers):
+                    asked.setdefault(found, []).append(name)
+    # Of several tensors with the same values, such as biases of zeros, it is not known which one is missing or left over.
+    refuse(weights, sorted(n for found, names in own.items() for n in names[held[found] :]), "lacks", "missing")
+    left = [n for found, names in asked.items() for n in names[len(own.get(found, ())) :]]
+    refuse(weights, sorted(left), "has", "left over, which none of its networks has", LEFT_OVER)
+
+
+def _unread(name: str, tensor: Tensor, layers: Mapping[str, int]) -> bool:
+    """Whether a tensor of a checkpoint has no part in its pictures: tables and marks beside the networks, a training's averages and
+    losses, counts of positions, CLIP's temperature and mask, and what text encoders have behind the last layer that their configuration asks for.
+    """
+    part = next((n for n, (_, begins) in PARTS.items() if name.startswith(begins)), "unet" if name.startswith(NETWORK) else "")
+    if not part:
+        return tensor.ndim <= 1 or name.startswith("model_ema.")
+    if part.startswith("text_encoder"):
+        layer = re.search(r"\.(?:resblocks|layers)\.(\d+)\.", name)
+        behind = layer is not None and int(layer[1]) >= layers.get(part, 0)
+        return behind or name.rpartition(".")[2] in (POSITIONS, "logit_scale", "attn_mask", "text_projection")
+    return name.startswith("first_stage_model.loss.")
+
+
 def _from_configuration(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
-    kind: Any = PARTS[name][0]
+    folder = Path(checkpoint.config)
     try:
-        return kind.from_pretrained(checkpoint.config, subfolder=name, dtype=dtype)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(checkpoint.config, allow_patterns=[f"{name}/*.json", f"{name}/*.safetensors"]))
+        return load_part(PARTS[name][0], folder, name, dtype)
     except Exception as error:  # as many types as there are kinds of trouble
-        raise ValueError(f"it has no {name}, nor has {checkpoint.config}; pass FILE@FOLDER with a pipeline that has its weights") from error
+        raise UnfitError(
+            f"it has no {name}, nor has {checkpoint.config} ({reason(error)})", "pass FILE@FOLDER with a pipeline that has its weights"
+        ) from error
 
 
 def with_settings(pipe: Pipeline, checkpoint: Checkpoint) -> Pipeline:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..tensors import read_tensors
 
 WEIGHTS = Path(__file__).parents[1] / "zoo" / "features" / "efficientnet_lite0.safetensors"
 SIZE = 128
@@ -82,7 +83,7 @@ class EfficientNetLite0(nn.Module):
 def feature_network() -> EfficientNetLite0:
     """The network with the shipped weights, float32, frozen."""
     network = EfficientNetLite0()
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
+    network.load_state_dict({name: tensor.float() for name, tensor in read_tensors(WEIGHTS).items()})
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

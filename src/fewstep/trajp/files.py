@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..atomic import write_tensors
 from ..core.schedule import Schedule
 from ..hashes import require_listed
+from ..tensors import read_tensors
 from .curve import Curve
 from .head import Facts, Head, kind_of, make_head
 
@@ -35,13 +35,13 @@ def load_head(folder: Path, schedule: Schedule) -> Head:
     path = folder / FILE
     require_listed(folder, FILE)
     try:
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         with safe_open(path, "pt") as file:
             about: dict[str, Any] = json.loads(file.metadata()["fewstep"])
         curve = Curve(*(tensors.pop(f"{CURVE}{part}") for part in ("weights", "shape", "r2")))
         grids = tuple(torch.tensor(g, dtype=torch.float64) for g in about["grids"])
         head = make_head(about["kind"], schedule, Facts(curve, tensors["centre"], about["spread"], grids))
         head.load_state_dict(tensors)
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
     return head

@@ -1,0 +1,279 @@
+"""LoRAs in the names of diffusers, PEFT, kohya or the original programs, added to a pipeline's own weights: all of a file, or none of it.
+
+`W + strength alpha / r B A` for every layer, in single precision. What is no plain LoRA, and what does not belong to this model, is refused by name:
+libraries drop such tensors and say so in a log.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LoraBaseMixin
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..tensors import finite, read_tensors, reason
+from .original_names import original_names
+from .weights import PICKLES
+
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what libraries call a LoRA in its folder
+ADAPTER = "adapter_config.json"  # PEFT's settings beside it
+KEY = re.compile(  # layer, what it is, from the files of all programs
+    r"^(?P<layer>.*?)(?:\.processor)?(?P<old>\.to_(?:q|k|v|out)_lora)?"
+    r"\.(?P<role>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up|down|up|alpha)"
+    r"(?:\.(?!weight$)\w+)?(?P<weight>\.weight)?$"
+)
+DOWN = ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down", "down")
+OTHERS = {  # what is in the name of a tensor, and what such files hold
+    r"hada_w|hada_t": "LoHa, products of two LoRAs",
+    r"lokr_": "LoKr, Kronecker products",
+    r"dora_scale|lora_magnitude_vector": "DoRA, a LoRA with magnitudes",
+    r"lora_mid": "a LoRA of three factors (Tucker)",
+    r"\.diff(_b)?$|\.(w|b)_norm$|\.set_weight$": "whole differences of weights",
+    r"oft_|boft": "OFT, rotations",
+    r"on_input|ia3": "IA3, factors of activations",
+    r"\.(a1|a2|b1|b2|bm)\.weight$": "GLoRA",
+    r"lora_[AB]\.(default\.)?bias$|lora_(up|down)\.bias$": "a LoRA with biases",
+    r"lora_embedding": "a LoRA of embeddings",
+    r"bundle_emb|emb_params|string_to_param|^clip_[lg]$": "embeddings of new words",
+}
+
+
+class Facts(NamedTuple):
+    """A LoRA as it was read: its tensors, and alphas that its header or PEFT's settings say, by pattern; `alpha` for all other layers."""
+
+    tensors: dict[str, Tensor]
+    alpha: Mapping[str, float]
+    alphas: Mapping[str, float]
+    root: bool  # alpha / sqrt(r), rank-stabilised
+
+
+@dataclass
+class Factors:
+    """What a file has for one layer."""
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    alpha: float | None = None
+    names: list[str] = field(default_factory=list)
+
+
+class Target(NamedTuple):
+    """A layer of a pipeline; `part` is what the pipeline calls the network that it is in."""
+
+    part: str
+    name: str
+    layer: nn.Linear | nn.Conv2d
+
+
+def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> int:
+    """Add a LoRA to a pipeline's own weights; returns how many layers it changed.
+
+    Raises ValueError with one line, and nothing changed, where any of it cannot be used.
+    """
+    changes = changes_of(pipe, lora, strength)
+    with torch.no_grad():
+        for target, change in changes:
+            weight = target.layer.weight
+            weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))
+    return len(changes)
+
+
+def changes_of(pipe: DiffusionPipeline, lora: str, strength: float) -> list[tuple[Target, Tensor]]:
+    """What `fuse` would add to which layers; of the pipeline's own weights only shapes are asked. Raises ValueError as it does."""
+    if not isinstance(pipe, LoraBaseMixin):
+        raise ValueError(f"--fuse-lora: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out")
+    try:
+        return list(differences(pipe, read_lora(lora), strength))
+    except LoraError as error:
+        raise ValueError(
+            f"--fuse-lora: {lora} cannot be fused into this teacher ({error}); {error.cure or 'check the file and what it was made for'}"
+        ) from error
+
+
+class LoraError(ValueError):
+    """Why a LoRA cannot be used, in one line, and the `cure` where it is another than checking the file."""
+
+    def __init__(self, what: str, cure: str = "") -> None:
+        super().__init__(what)
+        self.cure = cure
+
+
+def differences(pipe: DiffusionPipeline, facts: Facts, strength: float) -> Iterator[tuple[Target, Tensor]]:
+    """What a LoRA adds to which layers, float32. Raises LoraError where any of its tensors has no place."""
+    places, layers = places_in(pipe), factors_of(facts)
+    if unknown := [layer for layer in layers if _place(layer, places) is None]:
+        own = ", ".join(sorted({t.part for t in places.values()}))
+        raise LoraError(
+            f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), the first is {unknown[0]!r}",
+            "pass a LoRA that was made for this kind of model",
+        )
+    moved = 0
+    seen: dict[Target, str] = {}
+    for layer, factors in layers.items():
+        target = _place(layer, places)
+        assert target is not None
+        if target in seen:
+            raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
+        seen[target] = layer
+        change = strength * difference(layer, factors, target, facts)
+        if not finite(change):
+            raise LoraError(f"what it adds to {layer!r} is not finite")
+        moved += bool(change.any())
+        yield target, change
+    if not moved:
+        raise LoraError("it changes no weight: all of it is zero", "train it, or leave it out")
+
+
+def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Tensor:
+    """`alpha / r B A` in the shape of the layer's weight. Raises LoraError where the factors are not its own."""
+    down, up, weight = factors.down, factors.up, target.layer.weight
+    if down is None or up is None:
+        raise LoraError(f"{layer!r} has half of a LoRA alone ({', '.join(factors.names)})")
+    rank = down.shape[0] if down.ndim > 1 else 0
+    fits = rank > 0 and up.numel() == rank * weight.shape[0] and up.shape[:2] == (weight.shape[0], rank)
+    # A linear layer may be said as a convolution of 1x1, and the other way round.
+    kernel = weight.shape[1:] + (1,) * (4 - weight.ndim)
+    if not fits or down.shape[1:] + (1,) * (4 - down.ndim) != kernel:
+        raise LoraError(
+            f"{layer!r} has factors of {list(down.shape)} and {list(up.shape)}, the layer here is {list(weight.shape)}",
+            "pass a LoRA that was made for this kind of model",
+        )
+    alpha = factors.alpha if factors.alpha is not None else _alpha(target, facts, rank)
+    scale = alpha / (math.sqrt(rank) if facts.root else rank)
+    return scale * (up.float().reshape(-1, rank) @ down.float().reshape(rank, -1)).reshape(weight.shape)
+
+
+def _alpha(target: Target, facts: Facts, rank: int) -> float:
+    """Of a layer beside which none is said: that of the header or of PEFT's settings, else the rank."""
+    name = f"{target.part}.{target.name}"
+    for pattern, alpha in facts.alphas.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return alpha
+    return facts.alpha.get(target.part, facts.alpha.get("", float(rank)))
+
+
+def factors_of(facts: Facts) -> dict[str, Factors]:
+    """The factors of every layer, by the file's own names for them. Raises LoraError for what is no plain LoRA."""
+    layers: dict[str, Factors] = {}
+    for kind, what in OTHERS.items():
+        if found := sorted(n for n in facts.tensors if re.search(kind, n)):
+            raise LoraError(
+                f"it holds {what}: {found[0]!r} and {len(found) - 1} more", "pass a plain LoRA, or merge it in the program that made it"
+            )
+    for name, tensor in facts.tensors.items():
+        match = KEY.match(name)
+        if match is None or (match["role"] != "alpha" and match["weight"] is None):
+            raise LoraError(f"{name!r} is no tensor of a LoRA", "pass a plain LoRA")
+        old = "" if match["old"] is None else ".to_out.0" if "out" in match["old"] else match["old"].removesuffix("_lora")
+        factors = layers.setdefault(match["layer"] + old, Factors())
+        factors.names.append(name)
+        if match["role"] == "alpha":
+            if tensor.numel() != 1:
+                raise LoraError(f"{name!r} is no number")
+            factors.alpha = float(tensor)
+        elif match["role"] in DOWN:
+            factors.down = tensor
+        else:
+            factors.up = tensor
+    if not layers:
+        raise LoraError("it is empty")
+    return layers
+
+
+def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
+    """Where tensors may go: by part, and by the layer's name with `_` for dots, in diffusers' names and in the original ones."""
+    places: dict[tuple[str, str], Target] = {}
+    for part, network in pipe.components.items():
+        if not isinstance(network, nn.Module) or part in ("vae", "safety_checker", "image_encoder"):
+            continue
+        layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        for name, layer in layers.items():
+            target = Target(part, name, layer)
+            bare = name.removeprefix("text_model.")
+            for known in {name, bare, f"text_model.{bare}"} if part.startswith("text_encoder") else {name}:
+                places[part, flat(known)] = target
+        if isinstance(network, UNet2DConditionModel):
+            for name, original in original_names(network):
+                if name in layers:
+                    places.setdefault((part, flat(original)), Target(part, name, layers[name]))
+    return places
+
+
+def flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _place(layer: str, places: Mapping[tuple[str, str], Target]) -> Target | None:
+    """The layer that a file means."""
+    layer = layer.removeprefix("base_model.model.")
+    denoiser = next(part for part, _ in places if part in ("unet", "transformer"))
+    starts = {
+        "lora_unet_": denoiser, "lora_transformer_": denoiser, "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
+        "lora_te3_": "text_encoder_3", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
+        f"{denoiser}.": denoiser, "diffusion_model.": denoiser, "": denoiser,
+    }  # fmt: skip
+    found = ((part, flat(layer.removeprefix(start))) for start, part in starts.items() if layer.startswith(start))
+    return next((places[key] for key in found if key in places), None)
+
+
+def read_lora(place: str) -> Facts:
+    """A LoRA from a file, a folder or a hub id. Raises LoraError."""
+    file = lora_file(place)
+    try:
+        tensors = read_tensors(file)
+        with safe_open(file, "pt") as opened:
+            said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        beside = file.with_name(ADAPTER)
+        if not said and beside.is_file() and file.name == "adapter_model.safetensors":
+            said = json.loads(beside.read_text(encoding="utf-8"))
+        return _facts(tensors, said)
+    except LoraError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise LoraError(reason(error)) from error
+
+
+def _facts(tensors: dict[str, Tensor], said: Mapping[str, Any]) -> Facts:
+    """`said` is PEFT's settings; in diffusers' headers the names of the parts stand before them."""
+    alpha, alphas, root = dict[str, float](), dict[str, float](), False
+    for key, value in said.items():
+        part, _, setting = key.rpartition(".")
+        if setting == "lora_alpha":
+            alpha[part] = float(value)
+        elif setting == "alpha_pattern":
+            alphas |= {re.compile(str(k)).pattern: float(v) for k, v in (value or {}).items()}
+        elif setting == "use_rslora":
+            root = root or bool(value)
+        elif setting == "use_dora" and value:
+            raise LoraError("it is DoRA, a LoRA with magnitudes", "pass a plain LoRA")
+    return Facts(tensors, alpha, alphas, root)
+
+
+def lora_file(place: str) -> Path:
+    """The file of a LoRA: itself, the one in a folder, or that of a hub id. Raises LoraError."""
+    path = Path(place).expanduser()
+    if path.suffix in PICKLES:
+        raise LoraError("it is a pickle, which may run any code when it is read", "pass it as .safetensors")
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return path
+    if not path.is_dir():
+        if place.count("/") != 1 or place.startswith((".", "/", "~")):
+            raise LoraError("there is no such file or folder", "pass a .safetensors file, a folder or a hub id")
+        try:
+            path = Path(snapshot_download(place, allow_patterns=["*.safetensors", ADAPTER]))
+        except Exception as error:  # the hub raises a different type for each kind of trouble
+            raise LoraError(f"it is not to be had from the hub: {reason(error)}", "pass a .safetensors file or a folder") from error
+    found = sorted(path.glob("*.safetensors"))
+    usual = [path / name for name in USUAL if path / name in found]
+    if not usual and len(found) != 1:
+        names = ", ".join(f.name for f in found[:8]) or "none"
+        raise LoraError(f"its .safetensors files are {names}, of which none is called {' or '.join(USUAL)}", "pass the file itself")
+    return (usual or found)[0]

@@ -1,0 +1,220 @@
+"""Networks from their files: every weight comes from them, nothing of them is left over, and all of it is finite.
+
+Every network that fewstep reads goes through `load_network` or `require_all`; libraries fill what is missing at random, and say so in a log.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..tensors import finite, reason
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+FIRST_CHOICE = ("", "fp32", "fp16", "bf16")  # among files of several precisions
+SAMPLED = 16  # numbers of a tensor that are compared with its file's
+POSITIONS = "position_ids"  # counts from 0 upwards, which text encoders used to keep among their weights
+EIGHT_BITS = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale\w*|input_scale|comfy_quant|SCB|absmax|quant_map|quant_state\..*)$"
+)
+
+
+Mark = tuple[torch.dtype, int, tuple[float, ...]]
+
+
+class UnfitError(ValueError):
+    """What is wrong with a file that it names, in one line, and the `cure` where it is another than getting the file again."""
+
+    def __init__(self, what: str, cure: str = "") -> None:
+        super().__init__(what)
+        self.cure = cure
+
+
+class Weights(NamedTuple):
+    """The files of a network; `variant` is what libraries call the precision in their names, empty for none."""
+
+    files: tuple[Path, ...]
+    variant: str
+
+    def __str__(self) -> str:
+        first = self.files[0]
+        return f"{first.parent.name}/{first.name}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+
+
+def load_network(kind: Any, folder: Path, dtype: torch.dtype | None = None, root: Path | None = None) -> Any:
+    """A network of this class from the folder that `save_pretrained` wrote, of `dtype`, in eval mode.
+
+    Links may lead to where `root` reaches, the folder itself by default. Raises UnfitError for files that are missing, damaged, pickled or elsewhere, and
+    for tensors that are missing, left over, of another shape, or not finite.
+    """
+    weights = weights_in(kind, folder, root)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        network, info = kind.from_pretrained(
+            folder, variant=weights.variant or None, use_safetensors=True, output_loading_info=True, local_files_only=True, **options
+        )
+    except Exception as error:  # as many types as there are kinds of damage
+        raise UnfitError(f"{weights} cannot be loaded ({reason(error)})") from error
+    require_all(network, weights, info["missing_keys"], info["unexpected_keys"], [entry[0] for entry in info["mismatched_keys"]])
+    return network.eval()
+
+
+def weights_in(kind: type[nn.Module], folder: Path, root: Path | None = None) -> Weights:
+    """The safetensors files of a network's folder: those without a precision in their names, else fp32, fp16, bf16, else the only ones there.
+
+    Nothing but their headers is read. Raises UnfitError where there are none, and for one that is damaged or leads elsewhere.
+    """
+    if not folder.is_dir():
+        raise UnfitError(f"{folder.name}/ is missing")
+    stem = "diffusion_pytorch_model" if issubclass(kind, ModelMixin) else "model"
+    found: dict[str, Path] = {}
+    # diffusers takes the index before the whole file, transformers the other way round: the last one found here stays.
+    forms = [rf"{stem}(?:\.(\w+))?\.safetensors", rf"{stem}\.safetensors\.index(?:\.(\w+))?\.json"]
+    for form in forms if issubclass(kind, ModelMixin) else forms[::-1]:
+        found |= {match[1] or "": file for file in sorted(folder.iterdir()) if (match := re.fullmatch(form, file.name))}
+    if not found:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+        if pickles:
+            raise UnfitError(
+                f"{folder.name}/{pickles[0]} is a pickle, which may run any code when it is read, and no {stem}.safetensors is beside it",
+                "pass a model in safetensors, or convert it as docs/checkpoints.md says",
+            )
+        raise UnfitError(f"{folder.name}/ has no weights (no {stem}.safetensors)")
+    variant = next((v for v in FIRST_CHOICE if v in found), None)
+    if variant is None:
+        if len(found) > 1:
+            raise UnfitError(f"{folder.name}/ has weights of several kinds ({', '.join(sorted(found))})", "leave one of them")
+        variant = next(iter(found))
+    entry, root = found[variant], root or folder
+    inside(entry, root)
+    shards = _shards(entry, root) if entry.suffix == ".json" else (entry,)
+    for file in shards:
+        header(file)
+    return Weights(shards, variant)
+
+
+def _shards(index: Path, root: Path) -> tuple[Path, ...]:
+    """The files that an index names, which lie beside it."""
+    said = f"{index.parent.name}/{index.name}"
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({n for n in named if isinstance(n, str)}) if all(isinstance(n, str) for n in named) else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UnfitError(f"{said} is damaged ({reason(error)})") from error
+    if not names:
+        raise UnfitError(f"{said} names no files")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UnfitError(f"{said} names {name!r}, allowed are .safetensors files beside it")
+        inside(index.parent / name, root)
+    return tuple(index.parent / name for name in names)
+
+
+def inside(file: Path, root: Path) -> Path:
+    """The same, if it is a regular file that lies in `root`, links followed. Raises UnfitError.
+
+    A folder of the hub's cache is links into the store beside it, which counts as inside.
+    """
+    place, said = root.resolve(), f"{file.parent.name}/{file.name}"
+    if not file.exists():
+        raise UnfitError(f"{said} is missing")
+    if not file.is_file():
+        raise UnfitError(f"{said} is no regular file")
+    store = [p.parent for p in place.parents if p.name == "snapshots"]
+    if not any(file.resolve().is_relative_to(p) for p in (place, *store)):
+        raise UnfitError(f"{said} is a link that leads out of {root}, to {str(file.resolve())!r}", "put the file itself there")
+    return file
+
+
+def header(file: Path) -> list[str]:
+    """The names of a safetensors file's tensors. Raises UnfitError."""
+    if not file.is_file():
+        raise UnfitError(f"{file.parent.name}/{file.name} is missing or no regular file")
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise UnfitError(f"{file.parent.name}/{file.name} is damaged ({reason(error)})") from error
+
+
+def require_all(
+    network: nn.Module, weights: Weights, missing: Collection[str], left: Collection[str], mismatched: Collection[str] = ()
+) -> None:
+    """Raises UnfitError unless every weight of `network` came from these files, nothing of them is left over, and all of it is finite.
+
+    `missing`, `left` and `mismatched` are what the library says of it. That no weight is made up is seen from their values, too.
+    """
+    state = network.state_dict()
+    missing = sorted({*missing, *(n for n, t in state.items() if t.is_meta)})
+    refuse(weights, missing, "lacks", "missing")
+    refuse(weights, sorted(mismatched), "has another shape of", "of another shape")
+    left = sorted(n for n in left if n.rpartition(".")[2] != POSITIONS)
+    if scaled := [n for n in left if EIGHT_BITS.search(n)]:
+        raise UnfitError(
+            f"{_file_of(weights, scaled[0])} keeps its weights in 8 bits or fewer, with scales beside them ({scaled[0]}), which fewstep does not read",
+            "pass the model in float16, bfloat16 or float32",
+        )
+    refuse(weights, left, "has", "left over, which this network does not have")
+    require_finite(state, weights)
+    made_up = sorted(strangers(state, weights.files))
+    refuse(
+        weights,
+        made_up,
+        "does not hold what was loaded as",
+        "made up by a library that does not know this file",
+        "run: pip install -U transformers diffusers",
+    )
+
+
+def refuse(weights: Weights, names: Sequence[str], verb: str, said: str, cure: str = "") -> None:
+    """Raises UnfitError where there are such names, with the first of them."""
+    if names:
+        count = f"{len(names)} tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+        raise UnfitError(f"{_file_of(weights, names[0])} {verb} {names[0]!r} ({count} {said})", cure)
+
+
+def _file_of(weights: Weights, name: str) -> str:
+    """Which of the files has it; all of them where none does."""
+    holder = next((f for f in weights.files if len(weights.files) > 1 and name in header(f)), None)
+    return str(weights if holder is None else Weights((holder,), weights.variant))
+
+
+def require_finite(state: Mapping[str, Tensor], weights: Weights) -> None:
+    """Raises UnfitError where one of these tensors holds NaN or infinity."""
+    odd = [n for n, t in state.items() if not finite(t)]
+    if odd:
+        kind = str(state[odd[0]].dtype).removeprefix("torch.")
+        raise UnfitError(
+            f"{_file_of(weights, odd[0])} has numbers in {odd[0]!r} that are not finite in {kind} ({len(odd)} of {len(state)} tensors)",
+            "" if kind == "float32" else "set dtype=float32, or download it again",
+        )
+
+
+def strangers(state: Mapping[str, Tensor], files: Sequence[Path]) -> list[str]:
+    """Names of tensors whose values are in none of the files, under any name: libraries rename what they read, and make up what they do not find."""
+    types = {t.dtype for t in state.values()}
+    known: set[Mark] = set()
+    for file in files:
+        for tensor in read_in(file):
+            known |= {mark(tensor, dtype) for dtype in types}
+    return [n for n, t in state.items() if mark(t, t.dtype) not in known]
+
+
+def read_in(file: Path) -> Iterator[Tensor]:
+    """All tensors of a file, one after the other."""
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            yield opened.get_tensor(name)
+
+
+def mark(tensor: Tensor, dtype: torch.dtype) -> Mark:
+    """A tensor's size and some of its numbers in `dtype`: two that were made independently differ in it."""
+    flat = tensor.detach().reshape(-1)
+    places = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).long()
+    return dtype, len(flat), tuple(flat[places.to(flat.device)].to(dtype).to(torch.float64).tolist())

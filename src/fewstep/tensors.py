@@ -1,0 +1,35 @@
+"""Reading safetensors files that somebody else may have made: regular files alone, whole, and every number finite."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file. Raises ValueError with one line, without a cure, where it is missing, no regular file, damaged, or holds NaN or infinity."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no regular file" if path.exists() else f"{path.name} is missing")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name} is damaged: {reason(error)}") from error
+    odd = [n for n, t in tensors.items() if not finite(t)]
+    if odd:
+        raise ValueError(f"{path.name} has numbers in {odd[0]!r} that are not finite ({len(odd)} of {len(tensors)} tensors)")
+    return tensors
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no number in it is NaN or infinite; whole numbers always are."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)  # NaN goes through to both
+    return bool(low.isfinite()) and bool(high.isfinite())
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, or its type."""
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
