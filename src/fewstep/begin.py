@@ -101,7 +101,7 @@ def require_told(start: str, told: tuple[float, ...], counts: tuple[float, ...],
         )
     if counts and not told and lora_on:
         raise ValueError(
-            f"start: {start} is a student that is told nothing, with a LoRA on {lora_on}, where this one is told {_counted(counts)}; train it with roles.skip=[add_embedding, {lora_on}], or both with roles.share=false"
+            f"start: {start} is a student that is told nothing, with a LoRA on {lora_on}, where this one is told {_counted(counts)}; train that one with {lora_on} among its roles.skip, or both with roles.share=false"
         )
 
 

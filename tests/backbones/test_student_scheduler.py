@@ -112,6 +112,13 @@ def test_a_student_that_begins_with_pure_noise_takes_no_picture(how: dict[str, A
         pipe(PROMPT, image=torch.rand(1, 3, 16, 16), strength=0.5, num_inference_steps=4, guidance_scale=1.0)
 
 
+def test_a_strength_that_leaves_no_step_is_refused() -> None:
+    base = pipelines.sd()
+    pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ddim"))
+    with pytest.raises(ValueError, match=r"^strength: it leaves none of the 4 steps; allowed are 0\.25 to 1$"):
+        pipe(PROMPT, image=torch.rand(1, 3, 16, 16), strength=0.2, num_inference_steps=4, guidance_scale=1.0)
+
+
 def test_steps_and_times_that_are_not_its_own_are_refused() -> None:
     base = pipelines.sd()
     pipe = student(around(base, "tiny"), base, "ddim")

@@ -109,7 +109,7 @@ def test_mistakes_are_one_line_before_anything_is_trained(
         ((bare, "data.student=nowhere"), "data.student: nowhere is no student folder; pass a run or its final/ folder"),
         ((bare, "first.data.student=first"), "data.student: first is no student folder"),
         (
-            (),
+            ("roles.skip=[add_embedding]",),
             "the first stage's is a student that is told nothing, with a LoRA on time_embedding.linear_2, where this one is told one of 4, 2, 1",
         ),
         ((bare, "first.method.steps=[4, 3]"), "is a student that is told one of 4, 3, this one one of 4, 2, 1; set method.steps"),

@@ -162,6 +162,7 @@ def test_kohyas_file_carries_what_other_programs_look_for(folders: Callable[[str
     assert (said["ss_network_module"], said["ss_network_dim"], said["ss_network_alpha"]) == ("networks.lora", "4", "4")
     assert (said["sshs_model_hash"], said["modelspec.hash_sha256"]) == (digest, f"0x{digest}")
     assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert said["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
     assert (said["modelspec.prediction_type"], said["modelspec.resolution"]) == ("v", "32x32")
     assert (said["modelspec.sai_model_spec"], said["modelspec.title"]) == ("1.0.0", "x-tdm-4step")
     assert "4 steps" in said["modelspec.usage_hint"] and all(isinstance(v, str) and v for v in said.values())

@@ -74,7 +74,11 @@ class StudentScheduler(DDIMScheduler):
         return apart.argmin(1)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """A picture's state at these times [B]. Raises ValueError for a student that has to begin with pure noise."""
+        """A picture's state at these times [B]. Raises ValueError where there is no step left, and for a student that has to begin with pure noise."""
+        if not timesteps.numel():
+            raise ValueError(
+                f"strength: it leaves none of the {self.num_inference_steps} steps; allowed are {1 / self.num_inference_steps:g} to 1"
+            )
         if self.student.correct is not None or self.student.free:
             by = (
                 "a head that knows where it began"

@@ -31,6 +31,7 @@ SHOWN = (
     "version",
 )
 VERSIONS = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", "stable-diffusion-v2-512")}  # by the width of the text
+STABILITY = "https://github.com/Stability-AI/generative-models"
 XL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
 
 
@@ -77,7 +78,7 @@ def kohya_header(card: StudentCard, facts: Facts, config: Mapping[str, Any], sta
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora" if architecture else "",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if architecture else "",
+        "modelspec.implementation": STABILITY if architecture == XL[1] else "diffusers",  # whose names the layers have
         "modelspec.title": card.name,
         "modelspec.resolution": f"{size}x{size}" if size else "",
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(card.prediction, ""),
