@@ -23,7 +23,7 @@ SIDEWAYS[0x0112] = 6
 
 def stored(image: Image.Image | np.ndarray, kind: str, **how: object) -> bytes:
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **how)  # type: ignore[arg-type]
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **how)
     return buffer.getvalue()
 
 
@@ -34,7 +34,7 @@ def colours(data: bytes) -> np.ndarray:
 
 def plain(mode: str, colour: int | tuple[int, ...], kind: str = "PNG", **how: object) -> list[int]:
     """The colour in which one of this colour in this mode is read."""
-    return colours(stored(Image.new(mode, (3, 2), colour), kind, **how))[1, 2].tolist()  # type: ignore[no-any-return]
+    return colours(stored(Image.new(mode, (3, 2), colour), kind, **how))[1, 2].tolist()
 
 
 def test_every_mode_has_its_colours() -> None:

@@ -131,7 +131,7 @@ def test_files_that_unpack_to_more_than_pictures_do(tmp_path: Path) -> None:
         zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("images.npy", "w") as file,
     ):
-        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(file, header)
         for _ in range(70):
             file.write(bytes(4_000_000))
     with pytest.raises(ValueError, match=r"^data: .*images\.npy claims 280,000,128 bytes in [\d,]+ packed ones"):
@@ -232,7 +232,7 @@ def test_arrays_are_pictures_of_some_brightness_or_one_line(shape: tuple[int, ..
     noise = np.random.default_rng(0).random(shape)
     noise.flat[:2] = 0, 1
     with np.errstate(all="ignore"):
-        array = (bounds[0] + (bounds[1] - bounds[0]) * noise).astype(kind)
+        array: np.ndarray = (bounds[0] + (bounds[1] - bounds[0]) * noise).astype(kind)
     assume((float(array.real.min()), float(array.real.max())) == bounds)  # the kind can count so far
     said = ""
     try:
