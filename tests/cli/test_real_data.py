@@ -1,17 +1,19 @@
 """Real pictures on the command line: a teacher fine-tuned on them is a teacher, and the adversarial term takes them."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from PIL import Image
 
 import fewstep
-from tests.cli.test_distill import error_of, recipe, teacher
+from tests.cli.test_distill import error_of, recipe, teacher, uncounted
 from tests.cli.test_distill import fewstep as command
 
-__all__ = ["recipe", "teacher"]  # fixtures
+__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
 
 
 @pytest.fixture
@@ -75,3 +77,26 @@ def test_the_term_and_the_pictures_go_together(recipe: Path, monkeypatch: pytest
     assert "data.source: method tdm needs pictures; pass a folder of captioned ones" in error_of(capsys)
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", "--set", "data.source=nowhere") == 2
     assert "data.source: there is no nowhere" in error_of(capsys)
+
+
+@pytest.mark.usefixtures("uncounted")
+def test_what_is_found_and_what_it_takes_is_said_first(
+    recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts, pictures and captions, and the bytes of what is going to be written, before it is; a full disk is found then."""
+    Path("prompts.csv").write_text('id,prompt\n1,"red cat, wet"\n2,\n3,blue dog\n4,blue dog\n')
+    assert command(monkeypatch, "distill", recipe, "--prompts", "prompts.csv", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "2 prompts in prompts.csv: 1 empty, 1 repeated" in said
+    assert re.search(r"embeddings of 2 prompts: 0\.0 MiB, of [\d.]+ [GM]iB that are free", said)
+    (pictures / "blue_dog.caption").write_text("a dog")
+    monkeypatch.setattr("fewstep.cli.prompts.WORTH_SAYING", 1)
+    gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.iterations=1")
+    assert command(monkeypatch, "distill", recipe, *gan) == 0
+    said = capsys.readouterr().out
+    assert f"2 pictures in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said
+    assert len(re.findall(r"writing runs/tiny/embeddings/\S+: 0\.0 MiB, of", said)) == 3
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    assert command(monkeypatch, "distill", recipe, "--out", "runs/full") == 2
+    assert re.search(r"cannot write runs/full/embeddings/\S+: it takes 0\.0 GiB, 0\.0 GiB are free there", error_of(capsys))
+    assert not list(Path("runs/full/embeddings").iterdir())

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from fewstep.atomic import write_tensors
 from fewstep.backbones.base import Backbone, Denoiser
+from fewstep.backbones.sd import StableDiffusion
 from fewstep.training.captioned import Captioned, read_pictures
 from fewstep.training.pictures import encode_pictures, to_tensor
 
@@ -73,6 +76,51 @@ def test_they_are_encoded_once_and_stay_with_their_captions(folder: Path, tmp_pa
     assert len({x.sum().item() for x in real.x0}) == 3
     (folder / "b.txt").write_text("another")
     assert encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny").key != first.key
+
+
+def test_they_are_checked_before_any_and_go_through_in_parts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers of all before the first is decoded; then no more than a part is in memory."""
+    backbone, sizes, told = tiny.stable_diffusion(), [], []
+    states = StableDiffusion.picture_states
+
+    def counted(self: StableDiffusion, pictures: Tensor) -> Tensor:
+        sizes.append(len(pictures))
+        return states(self, pictures)
+
+    monkeypatch.setattr(StableDiffusion, "picture_states", counted)
+    (folder / "z.png").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"^data\.source: z\.png is no picture"):
+        encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
+    assert not sizes and not (tmp_path / "cache").exists()
+    (folder / "z.png").write_bytes(png()[:-30])  # its header is whole
+    with pytest.raises(ValueError, match=r"^data\.source: z\.png cannot be read"):
+        encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny", chunk=2)
+    assert not list((tmp_path / "cache").glob("pictures-*"))
+    (folder / "z.png").unlink()
+    sizes.clear()
+    data = encode_pictures(
+        backbone, str(folder), tmp_path / "cache", "tiny", 2, lambda found: told.append(found.count), lambda path, size: told.append(size)
+    )
+    assert sizes == [2, 1] and len(data) == 3
+    assert told == [3, *(p.stat().st_size for p in sorted((tmp_path / "cache").iterdir(), key=lambda p: p.name.startswith("pictures")))]
+
+
+def test_a_cache_of_other_states_is_made_again(folder: Path, tmp_path: Path) -> None:
+    backbone = tiny.stable_diffusion()
+    first = encode_pictures(backbone, str(folder), tmp_path, "tiny").x0.clone()
+    (path,) = tmp_path.glob("pictures-*")
+    for tensors in ({"x": first}, {"x0": first[:2]}, {"x0": first[..., :4]}, {"x0": first.long()}):
+        write_tensors(path, tensors)
+        assert torch.equal(encode_pictures(backbone, str(folder), tmp_path, "tiny").x0, first)
+
+
+def test_captions_that_are_all_empty_teach_nothing(folder: Path) -> None:
+    for name in ("a_red_cat", "b", "more/c"):
+        (folder / f"{name}.txt").write_text(" \n")
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"^data\.source: none of the 3 pictures in .*: 0 by name, 3 empty has a caption; write metadata"):
+        encode_pictures(tiny.stable_diffusion(), str(folder), None, "tiny")
+    assert len(encode_pictures(tiny.pixels(()), str(folder), None, "x")) == 3  # which is told nothing
 
 
 def test_latents_are_those_that_decode_back() -> None:

@@ -12,6 +12,8 @@ from .plan import size
 from .progress import console
 from .recipe import DistillRecipe
 
+WORTH_SAYING = 2**20  # bytes
+
 
 def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
     """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
@@ -40,8 +42,9 @@ def say_found(found: Found) -> None:
 
 
 def say_size(path: Path, count: int) -> None:
-    """One line on a file of so many bytes that is going to be written."""
-    console.print(f"{count_in(count, path.parent)}: {printable(path)}", markup=False)
+    """One line on a file of so many bytes that is going to be written, if that is worth one."""
+    if count >= WORTH_SAYING:
+        console.print(f"writing {printable(path)}: {count_in(count, path.parent)}", markup=False)
 
 
 def count_in(count: int, folder: Path) -> str:

@@ -251,7 +251,7 @@ def _by_key(pictures: Mapping[str, object], texts: Mapping[str, str], path: Path
     Raises ValueError where a key has several pictures of other names, of which any may be the one that its caption speaks of.
     """
     own = {_stem(name) + Path(name).suffix.lower(): name for name in texts}
-    keyed = {(_key(name), Path(name).suffix.lower()): name for name in reversed(list(texts))}
+    keyed = {(_key(name), Path(name).suffix.lower()): name for name in [*texts][::-1]}
     stems = defaultdict(set)
     for name in pictures:
         stems[_key(name)].add(_stem(name))
