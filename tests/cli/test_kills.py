@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from fewstep.cli import distill as module
 from fewstep.cli.distill import training
-from fewstep.cli.metrics_log import MetricsLog
 from fewstep.cli.preflight import held
-from fewstep.cli.preview import Preview
 from fewstep.cli.progress import console
 from fewstep.cli.recipe import DistillRecipe
 from fewstep.methods.matching import Matching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.runs.metrics_log import MetricsLog
+from fewstep.runs.preview import Preview
+from fewstep.runs.preview import Shown as Seen
 from fewstep.training.loop import Step, distill
 from fewstep.training.prompts import embed
 from fewstep.training.state import latest_checkpoint
@@ -37,11 +38,11 @@ class Shown(Preview):
     def __init__(self, run: Path) -> None:
         self.run = run
 
-    def show(self, roles: Roles, iteration: int, method: Any) -> list[str]:
+    def show(self, roles: Roles, iteration: int, method: Any) -> Seen:
         from fewstep.atomic import write_json
 
         write_json(self.run / "samples" / f"step_{iteration:06d}.png", float(sum(t.sum() for t in roles.average.values())))
-        return [f"of {iteration}"]
+        return Seen([f"of {iteration}"], {2: 0.5})
 
 
 def run_once(run: Path) -> None:
@@ -53,10 +54,10 @@ def run_once(run: Path) -> None:
         log, preview = MetricsLog(run / "metrics.jsonl", 0 if found is None else found[1]["step"]), Shown(run)
 
         def resumed(step: Step) -> None:
-            module.complete(recipe, step, preview, log)
+            module.complete(recipe, step, preview, log, tiny.WORDS)
 
         roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, tiny.WORDS, run / "embeddings", "tiny")
-        training(recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log)
+        training(recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log, tiny.WORDS)
 
 
 def in_a_child(work: Callable[[], None]) -> int:
@@ -98,11 +99,16 @@ def left(run: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str], set[st
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fork")
 def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "measure", lambda recipe, step, log: log.note(step.iteration, {"quality": {"fd_real": step.iteration}}))
+
+    def measured(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: object) -> dict[str, float]:
+        log.note(step.iteration, {"quality": {"fd_real": step.iteration}})
+        return {"fd_real": step.iteration}
+
+    monkeypatch.setattr(module, "measure", measured)
     monkeypatch.setattr(console, "quiet", True)
     run_once(tmp_path / "straight")
     lines, pictures, files = left(tmp_path / "straight")
-    assert [i for i, _ in lines] == [0, 1, 2, 2, 2, 3, 4, 4, 4] and sorted(pictures) == [f"step_{i:06d}.png" for i in (0, 2, 4)]
+    assert [i for i, _ in lines] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4] and sorted(pictures) == [f"step_{i:06d}.png" for i in (0, 2, 4)]
     event, died = 0, -signal.SIGKILL
     while died:
         event += 3 if event > 12 else 1  # every one of the first, then every third of some hundred

@@ -409,7 +409,7 @@ class Breaking(nn.Module):
 @pytest.mark.parametrize(("role", "option"), [("fake", "train.fake_lr"), ("student", "train.lr")])
 def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role: str, option: str) -> None:
     backbone = tiny.denoiser()
-    roles, data = parts(False, replace(backbone, module=Breaking(backbone.module)))
+    roles, data = parts(False, replace(backbone, module=Breaking(backbone.module), time_layer="inner.time"))
     steps = distill(roles, METHOD, data, CONFIG, tmp_path)
     for _ in range(4):
         next(steps)

@@ -120,7 +120,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         written = {k: v for k, v in state.items() if k != STATE_SHA256}
-        if state.get(STATE_SHA256, values_hash(written)) != values_hash(written):
+        if (SHA256 in state or STATE_SHA256 in state) and state.get(STATE_SHA256) != values_hash(written):
             raise ValueError("state.json does not have the SHA-256 that it says")
         if isinstance(state["step"], bool) or not isinstance(state["step"], int):
             raise ValueError(f"state.json says step {state['step']!r}")
