@@ -127,7 +127,7 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path, kind: str) -> None
     (root / name).symlink_to(outside / to)
     with pytest.raises(ValueError, match=rf"^data\.source: [^\n]*{name} is a link that leads out of the folder, to "):
         read_pictures(str(root))
-    hub = folder(tmp_path / "hub", blobs__1=PNG, blobs__2="a caption", snapshots__rev__readme="") / "snapshots" / "rev"
+    hub = folder(tmp_path / "hub", {"blobs/1": PNG, "blobs/2": "a caption", "snapshots/rev/readme": ""}) / "snapshots" / "rev"
     (hub / "a.png").symlink_to("../../blobs/1")
     (hub / "a.txt").symlink_to("../../blobs/2")
     assert captions(hub) == {"a.png": "a caption"}
