@@ -171,6 +171,7 @@ def test_digits_are_not_called_clothes(tmp_path: Path) -> None:
         (b"hello", "Not a gzipped file"),
         (b"", "no IDX file of bytes"),
     ],
+    ids=range(11),  # bytes that say when they were compressed
 )
 def test_damaged_idx_files(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / IDX).write_bytes(data)
