@@ -35,12 +35,16 @@ def test_options_of_their_own_are_values(path: Path) -> None:
             continue
         read = read_recipe(str(path), [], DistillRecipe, {"teacher": name, "prompts.source": name})
         assert (read.teacher, read.prompts.source) == (name, name)
-        written = read_recipe(
-            str(path), [f"teacher={name}", f"prompts.source={name}", f"method.loss={'huber'}", f"roles.targets={name}"], DistillRecipe
-        )
-        assert (written.teacher, written.prompts.source, written.roles.targets) == (name, name, name)
-        if name != "null":
-            assert read_recipe(str(path), [f"start={name}"], DistillRecipe).start == name
+        sets = [f"teacher={name}", f"prompts.source={name}", f"roles.targets={name}", f"start={name}", f"first.data.folder={name}"]
+        value = override({}, sets, DistillRecipe)
+        left = None if name == "null" else name
+        assert value == {
+            "teacher": name,
+            "prompts": {"source": name},
+            "roles": {"targets": name},
+            "start": left,
+            "first": {"data": {"folder": left}},
+        }
 
 
 @pytest.mark.parametrize("option", ["evaluate", "start", "prompts.column", "preview.measure"])
