@@ -14,7 +14,7 @@ from fewstep.roles.student import Student
 from tests import tiny
 from tests.cli.test_distill import error_of, recipe, teacher
 from tests.cli.test_distill import fewstep as command
-from tests.export.test_formats import CARD
+from tests.export.card import CARD
 
 __all__ = ["recipe", "teacher"]  # fixtures
 
