@@ -99,4 +99,4 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     assert command(monkeypatch, "distill", recipe, "--out", "runs/full") == 2
     assert re.search(r"cannot write runs/full/embeddings/\S+: it takes 0\.0 GiB, 0\.0 GiB are free there", error_of(capsys))
-    assert not list(Path("runs/full/embeddings").iterdir())
+    assert not Path("runs/full/embeddings").exists()

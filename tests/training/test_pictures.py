@@ -98,11 +98,12 @@ def test_they_are_checked_before_any_and_go_through_in_parts(folder: Path, tmp_p
     assert not list((tmp_path / "cache").glob("pictures-*"))
     (folder / "z.png").unlink()
     sizes.clear()
+    again = tmp_path / "again"
     data = encode_pictures(
-        backbone, str(folder), tmp_path / "cache", "tiny", 2, lambda found: told.append(found.count), lambda path, size: told.append(size)
+        backbone, str(folder), again, "tiny", 2, lambda found: told.append(found.count), lambda path, size: told.append(size)
     )
     assert sizes == [2, 1] and len(data) == 3
-    assert told == [3, *(p.stat().st_size for p in sorted((tmp_path / "cache").iterdir(), key=lambda p: p.name.startswith("pictures")))]
+    assert told == [3, *(p.stat().st_size for p in sorted(again.iterdir(), key=lambda p: p.name.startswith("pictures")))]
 
 
 def test_a_cache_of_other_states_is_made_again(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ..export.card import counted, read_card
 from ..export.headers import KEY
 from ..runs.students import student_folder
 from ..training.state import checkpoints
+from ..training.texts import printable
 from .progress import console
 
 KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how they begin
@@ -103,11 +104,6 @@ def _json(header: Mapping[str, str], key: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def printable(value: Any) -> str:
-    """A value on one line, what would reach the terminal's controls escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def run_summary(path: Path) -> dict[str, Any]:
