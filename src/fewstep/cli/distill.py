@@ -25,6 +25,7 @@ from ..roles.roles import Roles
 from ..runs.metrics_log import MetricsLog
 from ..runs.preview import Drawing, Preview
 from ..runs.students import student_folder
+from ..runs.watch import Trend
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, require, state_bytes
@@ -185,7 +186,7 @@ def drawing_of(recipe: DistillRecipe) -> Drawing:
 
 def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, None], preview: Preview | None, log: MetricsLog) -> bool:
     """Go through the training and show, log and measure what comes; returns whether it was stopped before its end. Without `preview` only train."""
-    start, last = log.iteration, recipe.train.iterations
+    start, last, trend = log.iteration, recipe.train.iterations, Trend()
     if not start and preview is not None:
         preview.show(roles, 0, recipe.method)
         measure(recipe, Step(0, {}, 0.0, roles, recipe.method), log)
@@ -195,11 +196,13 @@ def training(recipe: DistillRecipe, roles: Roles, steps: Generator[Step, None, N
                 break
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
-            due = step.iteration % recipe.preview.every == 0 or step.iteration == last
+            warnings, due = trend.add(step.metrics), step.iteration % recipe.preview.every == 0 or step.iteration == last
             if due and preview is not None:
-                if warnings := preview.show(roles, step.iteration, recipe.method):
-                    console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
-                    log.note(step.iteration, {"warnings": warnings})
+                warnings += preview.show(roles, step.iteration, recipe.method)
+            if warnings:
+                console.print("\n".join(f"iteration {step.iteration}: {w}" for w in warnings))
+                log.note(step.iteration, {"warnings": warnings})
+            if due and preview is not None:
                 measure(recipe, step, log)
             if any_of(request.asked) and step.iteration < last:
                 return True
