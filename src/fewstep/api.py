@@ -106,12 +106,18 @@ def distill(
     )  # fmt: skip
     networks = RolesConfig(share=share, rank=rank, checkpointing=checkpointing, base=base)
     require_roles(method.name, networks)
+    if method.needs.pictures != (pictures is not None):
+        raise ValueError(
+            f"pictures: method {method.name} needs some; pass a folder of captioned ones, or 'teacher' for the teacher's own"
+            if method.needs.pictures
+            else f"pictures: method {method.name} is trained from prompts alone; leave them out, or take a method with gan above 0"
+        )
     asked = require_prompts(prompts)
     folder, begin = (None if given is None else Path(given) for given in (out, start))
     if begin is not None and (found := student_folder(begin)) is not None:
         begin = found
-    require_network(teacher, asked)
     begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
+    require_network(teacher, asked)
     if folder is not None:
         require_files(teacher, method)
     return _distilled(teacher, method, asked, config, networks, folder, begin, pictures, paths, watch)
@@ -134,7 +140,7 @@ def _distilled(
         base_hash, own = fingerprint(teacher.module), apart(teacher)
         cache, identity = None if folder is None else folder / "embeddings", identity_of(teacher, prompts)
         data = embed(own, prompts, cache, identity)
-        real, walked, origin = None, None, "prompts alone"
+        real, walked, origin = None, None, "prompts alone" if data.null else "its teacher alone"
         if method.needs.paths:
             walked = walked_paths(own, method, data, paths or PathsConfig(), folder, identity)
         if pictures == "teacher":

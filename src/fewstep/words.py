@@ -30,8 +30,8 @@ def python_words(text: str, section: str = "") -> str:
     """
     for recipe, python in PHRASES:
         text = text.replace(recipe, python)
-    text = re.sub(rf"\b(?:{SECTIONS}{'|' + section if section else ''})\.(?=[a-z_]+\b)", "", text)
-    text = re.sub(r"\bdata\.(?=[a-z_]+\b)", "paths.", text)
+    text = re.sub(rf"(?<![/\w.-])(?:{SECTIONS}{'|' + section if section else ''})\.(?=[a-z_]+\b)", "", text)
+    text = re.sub(r"(?<![/\w.-])data\.(?=[a-z_]+\b)", "paths.", text)
     return re.sub(r"(=|: got |\bto )(true|false|null)\b", lambda found: found[1] + VALUES[found[2]], text)
 
 

@@ -98,7 +98,7 @@ def test_a_run_that_gets_worse_leaves_its_best_student(
 ) -> None:
     """As its user sees it: a student to draw with, which is not the last one, and a line on the screen and in the report."""
     distances = iter([0.9, 0.5, 0.3, 0.4, 0.5, 0.6])
-    monkeypatch.setattr("fewstep.cli.preview.paired_distance", lambda *_: next(distances))
+    monkeypatch.setattr("fewstep.runs.preview.paired_distance", lambda *_: next(distances))
     assert command(monkeypatch, "distill", recipe, "--set", "preview.every=1") == 0
     run, said = Path("runs/tiny"), capsys.readouterr().out
     assert "best     runs/tiny/best: the student of iteration 2, preview.distance 0.3 where the last has 0.6" in said

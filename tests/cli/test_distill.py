@@ -218,7 +218,7 @@ def test_a_truncated_teacher_is_one_line(
     file = next((broken / "unet").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:1000])
     assert fewstep(monkeypatch, "distill", recipe, "--teacher", broken) == 2
-    assert "cannot be loaded" in error_of(capsys)
+    assert "is damaged" in error_of(capsys)
 
 
 def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(

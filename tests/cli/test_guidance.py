@@ -59,9 +59,9 @@ def test_what_it_was_not_trained_for_is_refused(told: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"scales": (1.0,)}, r"method\.scales: got \[1\.0\], allowed are different numbers above 1"),
-        ({"scales": (3.5,)}, r"method\.scales: got \[3\.5\], allowed are different"),
-        ({"scales": (2.0,), "target": "progressive"}, r"method\.scales: several guidance scales are for method\.target=consistency"),
+        ({"scales": (1.0,)}, r"scales: got \[1\.0\], allowed are different numbers above 1"),
+        ({"scales": (3.5,)}, r"scales: got \[3\.5\], allowed are different"),
+        ({"scales": (2.0,), "target": "progressive"}, r"scales: several guidance scales are for target=consistency"),
     ],
 )
 def test_impossible_scales(settings: dict[str, object], said: str) -> None:

@@ -151,7 +151,9 @@ def test_a_run_may_begin_as_a_finished_student(
     capsys.readouterr()
     from_teacher = still[:2] + still[4:]
     assert command(monkeypatch, "distill", recipe, *how, *from_teacher, "--set", "train.iterations=20") == 2
-    assert "its checkpoint was made with other settings" in error_of(capsys)  # it does not go on as a student of another beginning
+    assert "was made with other settings: start, the student to begin as (weights " in error_of(
+        capsys
+    )  # it does not go on as a student of another beginning
     for options, expected in (
         (("--set", "start=nowhere"), "start: nowhere is no student folder"),
         (("--set", f"roles.share={str(not share).lower()}"), f"set roles.share={str(share).lower()}"),

@@ -61,8 +61,8 @@ def test_a_free_first_step_is_walked_without_the_network_and_not_trained(solver:
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({"steps": (4, 1)}, "method.free_first: got true for a student of 1 step"),
-    ({"solver": "renoise"}, "method.free_first: got true with method.solver=renoise"),
+    ({"steps": (4, 1)}, "free_first: got True for a student of 1 step"),
+    ({"solver": "renoise"}, "free_first: got True with solver=renoise"),
 ])  # fmt: skip
 def test_a_free_first_step_is_neither_the_only_one_nor_at_random(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):

@@ -30,6 +30,7 @@ from ..runs.metrics_log import MetricsLog
 from ..runs.preview import Drawing, Preview
 from ..runs.record import versions
 from ..runs.students import student_folder
+from ..runs.watch import Trend
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
@@ -238,7 +239,7 @@ def training(
     keep: Keep | None = None,
 ) -> bool:
     """Go through the training and show, log and measure what comes; returns whether it was stopped before its end. Without `preview` only train."""
-    start, last = log.iteration, recipe.train.iterations
+    start, last, trend = log.iteration, recipe.train.iterations, Trend()
     if not start and preview is not None:
         judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, prompts)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
@@ -247,6 +248,9 @@ def training(
                 break
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
+            if grown := trend.add(step.metrics):
+                console.print("\n".join(f"iteration {step.iteration}: {w}" for w in grown))
+                log.note(step.iteration, {"warnings": grown})
             look_at(recipe, step, preview, log, prompts, keep)
             if any_of(request.asked) and step.iteration < last:
                 return True

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from ..training.loop import TrainConfig
 from ..training.paths import Paths
 from ..training.pictures import RealData
 from ..training.prompts import Embeddings
-from ..training.settings import settings_of
+from ..training.settings import begun, settings_of
 from ..words import python_words
 from .metrics_log import MetricsLog
 from .preview import Drawing, Preview
@@ -60,8 +61,11 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
     folder, method, roles, config = run.folder, run.method, run.roles, run.config
     if folder is not None:
         require_files(run.teacher, method)
-    names, preview = metric_names(method, roles), _preview(run)
-    watcher, log = Watcher(run.watch, roles, method, run.data, config, preview), MetricsLog(None, 0)
+    settings = settings_of(roles, method, run.data, config, config.accumulate, run.real, run.paths)
+    done = 0 if folder is None else begun(folder, settings)  # before the teacher is asked for anything
+    watch = run.watch if done < config.iterations else None
+    names, preview = metric_names(method, roles), _preview(run, watch)
+    watcher, log = Watcher(watch, roles, method, run.data, config, preview), MetricsLog(None, 0)
     recent, told = list[float](), set[str]()
     began = 0.0 if run.paths is None else run.paths.seconds
     training = loop.distill(roles, method, run.data, config, folder, run.real, run.paths)
@@ -69,7 +73,7 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
         for i, step in enumerate(training):
             again = step.seconds == 0.0 and step.iteration >= config.iterations
             if i == 0 and folder is not None:
-                log = _begin(run, folder, step.iteration if again else step.iteration - 1)
+                log = _begin(run, folder, settings, step.iteration if again else step.iteration - 1)
                 log.seconds = log.seconds or began
             found: list[str] = []
             if not again:
@@ -107,21 +111,20 @@ def require_files(teacher: Backbone, method: Method) -> None:
         )
 
 
-def _preview(run: Run) -> Preview | None:
+def _preview(run: Run, watch: Watch | None) -> Preview | None:
     """Pictures of a pipeline's run, where it is long enough for some."""
-    if run.watch is None or not isinstance(run.teacher, Piped):
+    if watch is None or not isinstance(run.teacher, Piped):
         return None
-    count = affordable(run.watch, run.method, run.data.null, run.config, PICTURES, PICTURES)
+    count = affordable(watch, run.method, run.data.null, run.config, PICTURES, PICTURES)
     if not count:
         return None
     of = torch.arange(count) % run.data.count
     shown = run.data.take(of, run.data.key)
-    return Preview(Drawing(run.method, run.config.batch, run.watch.teacher_steps, run.watch.seed), run.roles.backbone, shown, run.folder)
+    return Preview(Drawing(run.method, run.config.batch, watch.teacher_steps, watch.seed), run.roles.backbone, shown, run.folder)
 
 
-def _begin(run: Run, folder: Path, start: int) -> MetricsLog:
+def _begin(run: Run, folder: Path, settings: dict[str, Any], start: int) -> MetricsLog:
     """Once the checkpoint has been found to be of this run: `run.json` and the log."""
-    settings = settings_of(run.roles, run.method, run.data, run.config, run.config.accumulate, run.real, run.paths)
     write_json(folder / "run.json", {
         "title": folder.resolve().name, "recipe": {**settings, "iterations": run.config.iterations}, "base": run.made.base, "base_hash": run.made.base_hash,
         "seed": run.config.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -163,6 +166,7 @@ def _tell(iteration: int, said: tuple[str, ...], told: set[str]) -> None:
     while frame is not None and str(Path(frame.f_code.co_filename).resolve()).startswith(package):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     for text in said:
-        if (kind := text.partition(";")[0].partition(" is ")[0]) not in told:
-            told.add(kind)
+        kind = [text.partition(":")[0], *(word for word in text.split() if "_" in word)][: 2 if text.startswith(("LOSS", "GAP")) else 1]
+        if (named := " ".join(kind)) not in told:
+            told.add(named)
             warnings.warn(f"iteration {iteration}: {text}", DistillationWarning, stacklevel=level)

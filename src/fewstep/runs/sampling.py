@@ -63,6 +63,8 @@ def sample_states(
     prompts = require_prompts(prompts)
     if steps is not None and steps < 1:
         raise ValueError(f"steps: got {steps}, allowed are whole numbers from 1")
+    if isinstance(seeds, int):
+        raise ValueError(f"seeds: got {seeds}, allowed is a list of them; pass range({seeds}, {seeds + len(prompts)})")
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts; pass one seed a prompt")

@@ -24,6 +24,7 @@ CALLS = 7  # of the network for one sample of an iteration, about: TDM with four
 LEAST, MOST = 32, 512  # states that are compared
 PICTURES = 8  # that a pipeline's student and teacher draw
 TOLERANCE = 0.35  # of the spread
+SEEN = 0.01  # of a gap, in the units of states: below it there is nothing to see
 LIMITS = {"_loss": 5.0, "gap": 3.0}  # growth of losses and of gaps that is told
 
 
@@ -54,7 +55,7 @@ class Watch:
 
 @dataclass
 class Trend:
-    """Losses and gaps per segment: the median of the last values beside that of the first, told once each time it has grown so much more."""
+    """Losses and gaps per segment: the median of the last ten values beside that of the first quarter, told again each time it has doubled."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
     told: dict[str, float] = field(default_factory=dict)
@@ -68,11 +69,12 @@ class Trend:
                 continue
             seen = self.values.setdefault(name, [])
             seen.append(value)
-            window = min(10, len(seen) // 2)
-            if window < 4:
+            quarter = len(seen) // 4
+            if quarter < 4:
                 continue
-            first, last = (statistics.median(part) for part in (seen[:window], seen[-window:]))
-            if first > 1e-8 and not last <= first * max(limit, 2 * self.told.get(name, 0.0)):
+            first, last = (statistics.median(part) for part in (seen[: min(50, quarter)], seen[-min(10, quarter) :]))
+            least = 1e-8 if name.endswith("_loss") else SEEN
+            if first > 1e-8 and last > least and not last <= first * max(limit, 2 * self.told.get(name, 0.0)):
                 self.told[name] = last / first
                 found.append(_grown(name, first, last))
         return found

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,7 +176,7 @@ def distill(
         if start >= config.iterations:
             yield replace(last, seconds=0.0)
             return
-    null = data.unconditional(device)
+    null, reach = data.unconditional(device), Reach()
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
@@ -200,7 +200,7 @@ def distill(
             uncast(roles.layers if mixed else ()),
             compiled(),
         ):
-            metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i)
+            metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach)
         if i >= method.warmup:
             # A young average forgets faster, so that it is never a memory of the start.
             done = i - method.warmup + 1
@@ -222,6 +222,37 @@ def distill(
             meet()  # the first may have drawn and measured
 
 
+class Reach:
+    """Which tensors of a role its losses have reached; a free first step trains a head alone, so one iteration does not tell."""
+
+    PATIENCE = 8  # iterations in which a role is updated, after which it is known
+
+    def __init__(self) -> None:
+        self.reached: dict[Role, set[str]] = {}
+        self.seen: dict[Role, int] = {}
+
+    def add(self, role: Role, names: Iterable[str]) -> None:
+        """These tensors have a gradient."""
+        self.reached.setdefault(role, set()).update(names)
+
+    def check(self, roles: Roles, updated: Iterable[Role]) -> None:
+        """Refuse a role whose losses reach less than half of what they should train, once that is known.
+
+        Some layers of a network may have no part in its output; where most have none, gradients are being lost on the way.
+        """
+        for role in set(updated):
+            self.seen[role] = self.seen.get(role, 0) + 1
+            parameters = roles.trained[role]
+            lost = [n for n in parameters if n not in self.reached.get(role, ())]
+            if self.seen[role] == self.PATIENCE and 2 * sum(parameters[n].numel() for n in lost) > sum(
+                p.numel() for p in parameters.values()
+            ):
+                raise ValueError(
+                    f"train: the {role}'s loss reaches {len(parameters) - len(lost)} of {len(parameters)} trained tensors, not {lost[0]}; "
+                    "check that the network computes with gradients, or set train.precision=no"
+                )
+
+
 def _updates(
     accelerator: Accelerator,
     losses: Sequence[Iterator[Loss]],
@@ -229,6 +260,7 @@ def _updates(
     optimizers: Mapping[Role, torch.optim.Optimizer],
     config: TrainConfig,
     i: int,
+    reach: Reach,
 ) -> dict[str, Tensor]:
     """All updates of one iteration, each from the mean gradient over the batches in `losses`; returns what to log, means as well.
 
@@ -236,6 +268,7 @@ def _updates(
     """
     seen: dict[str, list[Tensor]] = {}
     norms: dict[str, Tensor] = {}
+    moved: list[Role] = []
     while True:
         updated: list[Role] = []
         for batch in losses:
@@ -243,33 +276,38 @@ def _updates(
                 _require_finite(loss.value, "loss", loss.role, i)
                 if loss.role not in updated:
                     updated.append(loss.role)
-                _add_gradients(loss, roles, 1 / len(losses))
+                _add_gradients(loss, roles, 1 / len(losses), reach)
                 for name, value in loss.metrics.items():
                     seen.setdefault(name, []).append(value)
                 if not loss.together:
                     break
         if not updated:
+            reach.check(roles, moved)
             return {n: torch.stack(v).mean() for n, v in seen.items()} | norms
+        moved += updated
         for role in updated:
             norms[f"{role}_grad"] = _update(accelerator, role, roles, optimizers[role], config, i)
 
 
-def _add_gradients(loss: Loss, roles: Roles, share: float) -> None:
+def _add_gradients(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
     """This share of the loss's gradients onto what its role's parameters have; zero for those that it does not reach."""
     if not loss.value.requires_grad:
-        _require_reach(loss.role, roles.trained[loss.role], [None] * len(roles.trained[loss.role]))
+        raise ValueError(
+            f"train: the {loss.role}'s loss reaches none of its {len(roles.trained[loss.role])} trained tensors; "
+            "check that the network computes with gradients, or set train.precision=no"
+        )
     if roles.sharded:
-        _add_gradients_of_parts(loss, roles, share)
+        _add_gradients_of_parts(loss, roles, share, reach)
         return
     parameters = list(roles.trained[loss.role].values())
     grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
-    _require_reach(loss.role, roles.trained[loss.role], grads)
+    reach.add(loss.role, (n for n, g in zip(roles.trained[loss.role], grads, strict=True) if g is not None))
     for p, g in zip(parameters, grads, strict=True):
         own = torch.zeros_like(p) if g is None else g if share == 1 else g * share
         p.grad = own if p.grad is None else p.grad.add_(own)
 
 
-def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float) -> None:
+def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
     """The same where weights are sharded: their gradients come by a backward pass alone, which may reach other roles; they keep what they had."""
     others = [(p, p.grad) for role, own in roles.trained.items() if role != loss.role for p in own.values()]
     for p, _ in others:
@@ -278,22 +316,9 @@ def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float) -> None:
     for p, kept in others:
         p.grad = kept
     own = roles.trained[loss.role]
-    _require_reach(loss.role, own, [p.grad for p in own.values()])
+    reach.add(loss.role, (n for n, p in own.items() if p.grad is not None))
     for p in own.values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-
-
-def _require_reach(role: Role, parameters: Mapping[str, torch.nn.Parameter], grads: Sequence[Tensor | None]) -> None:
-    """Refuse a loss that reaches less than half of what it should train.
-
-    Some layers of a network may have no part in its output; where most have none, gradients are being lost on the way.
-    """
-    lost = [n for (n, p), g in zip(parameters.items(), grads, strict=True) if g is None]
-    if 2 * sum(parameters[n].numel() for n in lost) > sum(p.numel() for p in parameters.values()):
-        raise ValueError(
-            f"train: the {role}'s loss reaches {len(parameters) - len(lost)} of {len(parameters)} trained tensors, not {lost[0]}; "
-            "check that the network computes with gradients, or set train.precision=no"
-        )
 
 
 def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int) -> Tensor:

@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..atomic import read_json
 from ..backbones.process import differences, probe, process_data
 from ..methods.method import Method
 from ..roles.roles import Roles
@@ -16,6 +18,7 @@ from ..roles.sharding import whole
 from .paths import Paths
 from .pictures import RealData
 from .prompts import Embeddings
+from .state import checkpoints
 
 if TYPE_CHECKING:
     from .loop import TrainConfig
@@ -60,7 +63,25 @@ def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], 
     if any(d.startswith("prompts.") for d in odd):  # conditions are those of the prompts
         odd = [d for d in odd if not d.startswith("conditions.")]
     if own := [d for d in odd if not d.startswith(DERIVED)] or odd:
-        raise ValueError(f"run {run}: was made with other settings: {', '.join(own)}; set them back, or choose another --out")
+        raise ValueError(f"run {run}: was made with other settings: {', '.join(map(_spoken, own))}; set them back, or choose another --out")
+
+
+def _spoken(difference: str) -> str:
+    """A hash of the weights that the student begins with is `start`."""
+    name, _, values = difference.partition(" ")
+    return f"start, the student to begin as (weights {values})" if name == "begin" else difference
+
+
+def begun(run: Path, now: Mapping[str, Any]) -> int:
+    """Iterations that a run's folder holds by now, without reading its weights. Raises ValueError where they are another run's."""
+    if not (found := checkpoints(run)):
+        return 0
+    try:
+        state = read_json(found[-1] / "state.json", "")
+    except (OSError, ValueError):
+        return 0  # damaged: whoever reads the whole of it says so
+    require_same(state.get("settings"), now, str(run))
+    return int(state["step"])
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

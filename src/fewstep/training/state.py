@@ -87,7 +87,7 @@ def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tens
         temporary.mkdir(parents=True)
         hashes = {}
         for name, tensors in groups.items():
-            plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            plain = _apart(tensors)
             hashes[name] = tensors_hash(plain)
             save_file(plain, temporary / f"{name}.safetensors")
         written = {"step": step, "groups": sorted(groups), **state, SHA256: hashes}
@@ -103,6 +103,17 @@ def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tens
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; those that share memory, as the tables of 8-bit optimisers do, as copies, which safetensors asks for."""
+    plain, held = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in held else own
+        held.add(place)
+    return plain
 
 
 def _cure(error: Exception) -> str:
