@@ -133,3 +133,11 @@ def autoencoder(scale: float, shift: float | None = None) -> AutoencoderKL:
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=32, scaling_factor=scale, shift_factor=shift,
     ).eval()  # fmt: skip
+
+
+def spoil(folder: Path) -> None:
+    """Let no weight of a folder be a number: its files keep their headers, and whoever reads more of them is refused."""
+    for file in folder.rglob("*.safetensors"):
+        data = file.read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little")
+        file.write_bytes(data[:header] + b"\xff" * (len(data) - header))

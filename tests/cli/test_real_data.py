@@ -91,7 +91,7 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     assert re.search(r"embeddings of 2 prompts: 0\.0 MiB, of [\d.]+ [GM]iB that are free", said)
     (pictures / "blue_dog.caption").write_text("a dog")
     monkeypatch.setattr("fewstep.cli.prompts.WORTH_SAYING", 1)
-    gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.iterations=1")
+    gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.iterations=1", "--set", "method.warmup=0")
     assert command(monkeypatch, "distill", recipe, *gan) == 0
     said = capsys.readouterr().out
     assert f"2 pictures in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said

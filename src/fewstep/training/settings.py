@@ -80,7 +80,7 @@ def begun(run: Path, now: Mapping[str, Any]) -> int:
         state = read_json(found[-1] / "state.json", "")
     except (OSError, ValueError):
         return 0  # damaged: whoever reads the whole of it says so
-    require_same(state.get("settings"), now, str(run))
+    require_unchanged(state.get("settings"), now, str(run))
     return int(state["step"])
 
 
