@@ -103,7 +103,8 @@ def test_two_processes_are_one_run_and_one_that_takes_both_batches(
     left: list[set[str]] = [
         {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()} for run in (Path("runs/tiny"), Path("runs/alone"))
     ]
-    assert left[0] == left[1]
+    best = {f for f in left[1] if f.startswith("best/")}  # whose weights no process has whole while they are spread
+    assert best and left[0] == (left[1] - best if engine else left[1])
 
 
 @pytest.mark.slow
