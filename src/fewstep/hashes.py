@@ -26,7 +26,7 @@ def sha256_of(*files: Path) -> str:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's content in memory, row by row, without a copy where it is on the CPU and lies so."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_of(tensor: Tensor) -> str:
