@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fewstep
-from fewstep.api import base_note
 from fewstep.backbones.few_step import facts_of
 from fewstep.backbones.load import absolute, fingerprint
 from fewstep.backbones.sd import StableDiffusion
@@ -25,6 +24,7 @@ from fewstep.export.model_card import model_card
 from fewstep.names import made_name
 from fewstep.roles.adapters import remove_adapters
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
+from fewstep.runs.students import base_note
 
 from .. import tiny
 

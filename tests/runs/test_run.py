@@ -20,12 +20,14 @@ from fewstep.core.schedule import VP, Flow
 
 from .. import tiny
 
+ODD: Any = 3
+WORD: Any = "linear"
 METHOD = fewstep.TDM(steps=2, guidance=2.0, warmup=2)
 SETTINGS: dict[str, Any] = {"iterations": 6, "batch": 4, "rank": 2, "lr": 1e-2, "watch": None}
 
 
 def drawn(model: Any) -> torch.Tensor:
-    return fewstep.sample(model, tiny.WORDS, **({"steps": 2} if isinstance(model, Denoiser) else {}))
+    return fewstep.sample(model, tiny.WORDS, steps=2)
 
 
 def last(teacher: Denoiser, **changed: Any) -> fewstep.Step:
@@ -145,7 +147,7 @@ def test_trajectories_are_shared_by_a_folder_and_say_their_cost(tmp_path: Path, 
 
 
 def test_a_method_by_its_name_has_all_its_settings() -> None:
-    made = fewstep.method("dmd2", steps=2, guidance=3.0)
+    made: Any = fewstep.method("dmd2", steps=2, guidance=3.0)
     assert (made.name, made.steps, made.guidance, made.match, made.tau, made.fake_updates, made.solver) == (
         "dmd2",
         2,
@@ -154,7 +156,7 @@ def test_a_method_by_its_name_has_all_its_settings() -> None:
         "whole",
         10,
         "renoise",
-    )  # type: ignore[union-attr]
+    )
     with pytest.raises(ValueError, match=r"^name: got 'dmd3', allowed are tdm, "):
         fewstep.method("dmd3")
     with pytest.raises(ValueError, match=r"^stpes: method dmd2 has no such setting"):
@@ -192,12 +194,12 @@ def test_settings_without_a_name_have_that_of_what_they_are() -> None:
         (lambda t: fewstep.distill(t, METHOD, "red cat", iterations=1), r"^prompts: got the string 'red cat', allowed is a list"),
         (lambda t: fewstep.sample(t, "abc"), r"^prompts: got the string 'abc'"),
         (lambda t: fewstep.distill(t, METHOD, [], iterations=1), r"^prompts: got none"),
-        (lambda t: fewstep.distill(t, METHOD, ["a", 3], iterations=1), r"^prompts: got 3 among them"),
+        (lambda t: fewstep.distill(t, METHOD, ["a", ODD], iterations=1), r"^prompts: got 3 among them"),
         (lambda t: fewstep.distill(t, METHOD, iterations=0), r"^iterations: got 0"),
         (lambda t: fewstep.distill(t, METHOD, iterations=1, share=False, base="int8"), r"^base: got int8, .* set share=True, or base=None"),
         (lambda t: fewstep.distill(t, fewstep.Imitation(steps=2), iterations=1), r"^pictures: method lcm needs some"),
         (lambda t: fewstep.distill(t, METHOD, iterations=1, pictures="teacher"), r"^pictures: method tdm is trained from prompts alone"),
-        (lambda t: fewstep.sample(t, ["a"], seeds=3), r"^seeds: got 3"),
+        (lambda t: fewstep.sample(t, ["a"], seeds=ODD), r"^seeds: got 3"),
         (lambda t: fewstep.Matching(steps=0), r"^steps: got 0"),
         (lambda t: fewstep.PathsConfig(count=0), r"^count: got 0"),
         (lambda t: fewstep.distill(replace(t, shape=(2, 5)), METHOD, iterations=1), r"^teacher: the network of own-network gives \[2, 2, 2, 5\] for states \[2, 2, 5\]"),
@@ -212,7 +214,7 @@ def test_settings_without_a_name_have_that_of_what_they_are() -> None:
         (lambda t: replace(t, conditions={}), r"^conditions: got a dict"),
         (lambda t: replace(t, module=nn.Identity()), r"^module: got a Identity"),
         (lambda t: VP(torch.linspace(0.9999, 0.98, 1000)), r"^schedule: alpha_bar goes from 0\.9999 to 0\.98.* not its alphas"),
-        (lambda t: VP("linear"), r"^schedule: alpha_bar is a str"),
+        (lambda t: VP(WORD), r"^schedule: alpha_bar is a str"),
         (lambda t: fewstep.check(t, torch.zeros(64, 2, 4, 4)), r"^real: "),
         (lambda t: fewstep.check(t, torch.randn(64, 3)), r"^real: got \[64, 3\]"),
     ],
@@ -225,7 +227,8 @@ def test_what_cannot_be_is_said_at_once_in_pythons_words(wrong: Callable[[Denois
 
 def test_tables_of_numpy_and_lists_are_tables() -> None:
     table = np.linspace(0.999, 0.01, 100)
-    for given in (table, table.tolist(), torch.from_numpy(table)):
+    tables: list[Any] = [table, table.tolist(), torch.from_numpy(table)]
+    for given in tables:
         assert VP(given).alpha(torch.tensor([99.0])) == pytest.approx(0.1)
 
 

@@ -174,7 +174,8 @@ def network_kind(pipeline: type[DiffusionPipeline], name: str, called: str) -> t
 def load_part(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     """One network of a pipeline's folder, of its `own_dtype`. Raises UnfitError."""
     place = folder / name
-    config = kind.load_config(place) if issubclass(kind, ModelMixin) and (place / "config.json").is_file() else {}
+    named: Any = kind
+    config = named.load_config(place) if issubclass(kind, ModelMixin) and (place / "config.json").is_file() else {}
     network: nn.Module = load_network(kind, place, own_dtype(kind, config, dtype), folder)
     return network
 

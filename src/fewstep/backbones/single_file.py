@@ -196,7 +196,8 @@ def require_read(file: Path, read: Mapping[str, nn.Module]) -> None:
     weights = Weights((file,), "")
     refuse(weights, sorted(n for n, t in state.items() if t.is_meta), "lacks", "missing")
     require_finite(state, weights)
-    layers = {n: part.config.num_hidden_layers for n, part in read.items() if "text_encoder" in n}
+    encoders: dict[str, Any] = {n: part for n, part in read.items() if "text_encoder" in n}
+    layers: dict[str, int] = {n: part.config.num_hidden_layers for n, part in encoders.items()}
     own, asked = dict[Mark, list[str]](), dict[Mark, list[str]]()  # what networks have, and what of the file they should have
     for name, tensor in sorted(state.items()):
         own.setdefault(mark(tensor, tensor.dtype), []).append(name)
