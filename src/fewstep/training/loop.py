@@ -389,7 +389,7 @@ def _resume(
         f"run {run}: the checkpoint of iteration {state['step']}",
         {r: _names(optimizers[r], roles.trained[r]) for r in roles.trained},
     )
-    trained: dict[str, Mapping[str, Tensor]] = {"average": roles.average, **roles.trained}
+    trained: dict[str, Mapping[str, Tensor]] = {"average": roles.average, **{str(r): own for r, own in roles.trained.items()}}
     for group, wanted in trained.items():
         if odd := sorted({*wanted} ^ {*groups.get(group, {})}):
             raise ValueError(f"{place} does not fit what is trained, at {group}/{odd[0]}; delete that folder to go on from an older one")
