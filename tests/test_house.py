@@ -82,8 +82,8 @@ def test_recipes_lie_flat() -> None:
     assert not list((ROOT / "recipes").rglob("*.yml"))
 
 
-def test_the_changelog_starts_with_this_version() -> None:
-    first = re.search(r"^## \[?([^\s\]]+)", read("CHANGELOG.md"), re.MULTILINE)
+def test_the_changelogs_newest_version_is_this_one() -> None:
+    first = re.search(r"^## \[?(\d[^\s\]]*)", read("CHANGELOG.md"), re.MULTILINE)
     assert first
     assert first[1] == fewstep.__version__
 
