@@ -24,7 +24,7 @@ def blocks() -> list[str]:
     found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-network.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(found) == 4
     return [
-        b.replace("iterations=600", "iterations=40").replace("== 300", "== 20").replace('"runs/ring-300"', '"runs/ring-20"') for b in found
+        b.replace("iterations=600", "iterations=40").replace("== 300", "== 30").replace('"runs/ring-300"', '"runs/ring-30"') for b in found
     ]
 
 
@@ -86,11 +86,11 @@ def test_a_run_leaves_a_report_and_the_command_line_says_what_it_cannot(page: Pa
 
 def test_a_snapshot_stays_what_it_was(page: Page) -> None:
     folder, names = page
-    saved = fewstep.load_student(folder / "runs/ring-20", base=names["wrapped"]())
+    saved = fewstep.load_student(folder / "runs/ring-30", base=names["wrapped"]())
     kept, last = (fewstep.sample(s, [""] * 8) for s in (names["best"], names["step"]))
     assert torch.equal(kept, fewstep.sample(saved, [""] * 8))
     assert not torch.equal(kept, last)
-    assert saved.card.iterations == 20
+    assert saved.card.iterations == 30
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def _resume(
         if odd := sorted({*wanted} ^ {*groups.get(group, {})}):
             raise ValueError(f"{place} does not fit what is trained, at {group}/{odd[0]}; delete that folder to go on from an older one")
     for role in roles.trained:
-        require_optimizer_tensors(names[role], groups.get(f"optimizer_{role}", {}), place)
+        require_optimizer_tensors(optimizer_tensors(optimizers[role], names[role]), groups.get(f"optimizer_{role}", {}), place)
     _put_back(roles, groups)
     for role in roles.trained:
         load_optimizer_tensors(optimizers[role], names[role], groups[f"optimizer_{role}"])

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +61,14 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
                 optimizer.state[p][key] = own if key == "step" else part_of(own, p)
 
 
-def require_optimizer_tensors(names: list[str], tensors: Mapping[str, Tensor], place: str) -> None:
-    """Raises ValueError where a parameter's optimiser state is missing while others' is there, or belongs to none of `names`."""
-    keys: dict[str, set[str]] = {name: set() for name in names}
-    for key in tensors:
-        name, _, entry = key.rpartition(".")
-        if name not in keys:
-            raise ValueError(
-                f"{place} has optimiser state of {name}, which is not trained here; delete that folder to go on from an older one"
-            )
-        keys[name].add(entry)
-    most = max(keys.values(), key=len, default=set())
-    if lacking := next((name for name, own in keys.items() if own != most), None):
-        raise ValueError(f"{place} lacks optimiser state of {lacking}; delete that folder to go on from an older one")
+def require_optimizer_tensors(wanted: Collection[str], tensors: Mapping[str, Tensor], place: str) -> None:
+    """Refuse a checkpoint whose optimiser state is not what this optimiser has, `wanted` as `name.key`. Raises ValueError."""
+    if odd := next((key for key in tensors if key not in wanted), None):
+        raise ValueError(
+            f"{place} has optimiser state of {odd.rpartition('.')[0]}, which is not trained here; delete that folder to go on from an older one"
+        )
+    if lacking := next((key for key in wanted if key not in tensors), None):
+        raise ValueError(f"{place} lacks optimiser state of {lacking.rpartition('.')[0]}; delete that folder to go on from an older one")
 
 
 def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
