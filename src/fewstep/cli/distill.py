@@ -37,7 +37,7 @@ from .ending import errors_along, finish, shape_seen
 from .evaluate import check_measures, measure_step
 from .metrics_log import MetricsLog
 from .plan import plans_of, show
-from .preflight import held, place_checks, require
+from .preflight import held, note_shadowed, place_checks, require
 from .preview import Preview
 from .progress import console, meter
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
@@ -59,6 +59,7 @@ def run_distill(
     check_measures(recipe)
     run = out or Path("runs") / recipe.name
     require(place_checks(run))
+    note_shadowed(recipe.teacher)
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
     if dry_run:
