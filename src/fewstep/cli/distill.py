@@ -1,6 +1,5 @@
 """`fewstep distill`: from a recipe to a student, its pictures, its numbers and its report."""
 
-import json
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -40,7 +39,7 @@ from .plan import plans_of, show
 from .preflight import held, note_shadowed, place_checks, require
 from .preview import Preview
 from .progress import console, meter
-from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
+from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe, settings_of
 from .run_record import command_line, run_record, versions
 from .sample import student_folder
 from .signals import stop_request
@@ -65,9 +64,7 @@ def run_distill(
     if dry_run:
         print_dry_run(recipe)
         return
-    require_same(
-        {"recipe": json.loads(recipe.model_dump_json()), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
-    )
+    require_same({"recipe": settings_of(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}})
     with held(run):
         run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())])
 
@@ -131,7 +128,7 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     found, record = latest_checkpoint(run), run / "run.json"
     if found is None or not record.exists() or student_folder(str(run)) is None:
         return False
-    same = read_json(record, f"delete {run} to begin again").get("recipe") == json.loads(recipe.model_dump_json())
+    same = read_json(record, f"delete {run} to begin again").get("recipe") == settings_of(recipe)
     return same and int(found[1]["step"]) >= recipe.train.iterations
 
 
@@ -354,7 +351,7 @@ def print_dry_run(recipe: DistillRecipe) -> None:
     prompts = training_prompts(recipe, teacher)
     for made in plans:
         stage = made.recipe
-        console.print(yaml.safe_dump(json.loads(stage.model_dump_json()), sort_keys=False), markup=False)
+        console.print(yaml.safe_dump(settings_of(stage), sort_keys=False), markup=False)
         show(made)
         rng = torch.Generator().manual_seed(stage.train.seed)
         first = [prompts[i] for i in torch.randint(len(prompts), (min(stage.train.batch, 8),), generator=rng).tolist()]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..names import expanded, visible
+from ..names import as_text, expanded, visible
 from ..notices import mute_others
 from .progress import Plain, show_all_letters
 from .signals import Interrupted, interruptible

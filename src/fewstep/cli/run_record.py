@@ -1,6 +1,5 @@
 """`run.json`: what was run, with what, on what."""
 
-import json
 import os
 import platform
 import sys
@@ -13,13 +12,13 @@ import torch
 from .. import __version__
 from ..names import quoted
 from ..training.processes import this_process
-from .recipe import DistillRecipe
+from .recipe import DistillRecipe, settings_of
 
 
 def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: list[str]) -> dict[str, Any]:
     """`run.json`."""
     return {
-        "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": json.loads(recipe.model_dump_json()),
+        "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": settings_of(recipe),
         "base_hash": base_hash, "seed": recipe.train.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 

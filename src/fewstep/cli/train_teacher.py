@@ -1,6 +1,5 @@
 """`fewstep train-teacher`: the bundled teachers from their data, resumable."""
 
-import json
 from collections.abc import Generator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
 from .preflight import held, place_checks, require
 from .progress import console, meter
-from .recipe import FinetuneRecipe, kind_of, read_recipe
+from .recipe import FinetuneRecipe, kind_of, read_recipe, settings_of
 from .signals import stop_request
 
 
@@ -54,7 +53,7 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     """Fine-tune a teacher on real pictures; ends with `run/teacher`, an ordinary pipeline folder, and the captions as its prompts."""
     teacher = load_teacher(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", json.loads(recipe.model_dump_json()))
+    write_json(run / "run.json", settings_of(recipe))
     data = encode_pictures(teacher, recipe.data.source, run / "embeddings", fingerprint(teacher.module, *teacher.encoders))
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
     yield from (("finetune", step) for step in training)
