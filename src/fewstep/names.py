@@ -49,7 +49,7 @@ def made_name(text: str, ending: str = "", longest: int = LONGEST) -> str:
 
     `ending` comes behind it, whole. A text that is a name already comes back as it is.
     """
-    text = _unescaped(text)
+    text = as_text(text)
     plain = "".join("_" if c in SEPARATORS or not _printable(c) else c for c in text).strip().rstrip(". ") or "unnamed"
     plain = f"_{plain}" if RESERVED.fullmatch(plain) or not plain.strip(". ") else plain
     if not _encodable(plain):  # in a locale without these letters
@@ -105,8 +105,8 @@ def _bytes(character: str) -> bytes:
     return os.fsencode(character) if _encodable(character) else character.encode("utf-8", "surrogatepass")
 
 
-def _unescaped(text: str) -> str:
-    """The letters of a name that was read in a locale without them."""
+def as_text(text: str) -> str:
+    """Return the letters of what was read in a locale without them."""
     try:
         return os.fsencode(text).decode("utf-8", "replace")
     except UnicodeEncodeError:

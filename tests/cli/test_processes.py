@@ -145,7 +145,7 @@ def test_one_that_dies_ends_the_run_with_one_line_and_the_same_command_resumes(e
     status, _, err = ended(processes)[0]
     assert status == 2
     assert [line for line in err.splitlines() if "error" in line.lower()] == [
-        "error: another process of this run has ended, see what it said; the last checkpoint is intact, the same command resumes"
+        "error: another process of this run has ended or stands still, see what it said; the last checkpoint is intact, the same command resumes"
     ]
     assert "Traceback" not in err
     again = start(path, 2, *engine)

@@ -11,6 +11,7 @@ import yaml
 from fewstep.atomic import write_json
 from fewstep.backbones.load import absolute, called, fused, hub_id, seen_from, source_of
 from fewstep.cli import distill as module
+from fewstep.cli.preflight import note_shadowed
 from fewstep.cli.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
 
 from .test_distill import RECIPE, error_of, fewstep
@@ -147,6 +148,16 @@ def test_what_was_typed_is_what_trains(path: Path, monkeypatch: pytest.MonkeyPat
     assert error_of(capsys) == "error: here" and not Path("runs").exists()
     assert seen[0].prompts.source == "[a]: b.txt"
     assert source_of(seen[0].teacher) == ("mymix #2", (("x + y@1.safetensors", 1.0),), "")
+
+
+def test_a_folder_that_is_called_as_a_bundled_teacher_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note_shadowed("emoji")
+    assert capsys.readouterr().out == ""
+    write_json(Path("emoji/model_index.json"), {})
+    note_shadowed("emoji + style.safetensors")
+    note_shadowed("./emoji")
+    assert capsys.readouterr().out == "note: teacher emoji is the one that ships with fewstep; pass ./emoji for the folder here\n"
+    assert source_of("./emoji").names == ["emoji"] and absolute("./emoji") == str(path.absolute().parent / "emoji")
 
 
 def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

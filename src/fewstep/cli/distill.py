@@ -1,6 +1,5 @@
 """`fewstep distill`: from a recipe to a student, its pictures, its numbers and its report."""
 
-import json
 import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -56,10 +55,10 @@ from .best import Best, measured_by
 from .ending import errors_along, finish, shape_seen, write_best
 from .evaluate import check_measures, measure_step
 from .plan import plans_of, show
-from .preflight import held, place_checks, require
+from .preflight import held, note_shadowed, place_checks, require
 from .progress import console, meter
 from .prompts import count_in, say_found, say_size, training_prompts
-from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe
+from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe, recorded
 from .run_record import command_line, run_record
 from .signals import stop_request
 
@@ -77,14 +76,13 @@ def run_distill(
     check_measures(recipe)
     run = out or Path("runs") / recipe.name
     require(place_checks(run))
+    note_shadowed(recipe.teacher)
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
     if dry_run:
         print_dry_run(recipe, run)
         return
-    require_same(
-        {"recipe": json.loads(recipe.model_dump_json()), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
-    )
+    require_same({"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}})
     with held(run):
         run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())])
 
@@ -148,9 +146,7 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     found, record = latest_checkpoint(run), run / "run.json"
     if found is None or not record.exists() or student_folder(str(run)) is None:
         return False
-    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == json.loads(
-        recipe.model_dump_json()
-    )
+    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == recorded(recipe)
     return same and int(found[1]["step"]) >= recipe.train.iterations
 
 
@@ -413,7 +409,7 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     console.print(f"embeddings of {len(prompts):,} prompts: {count_in(needed, run)}", markup=False)
     for made in plans:
         stage = made.recipe
-        console.print(yaml.safe_dump(json.loads(stage.model_dump_json()), sort_keys=False), markup=False)
+        console.print(yaml.safe_dump(recorded(stage), sort_keys=False), markup=False)
         show(made)
         rng = torch.Generator().manual_seed(stage.train.seed)
         first = [prompts[i] for i in torch.randint(len(prompts), (min(stage.train.batch, 8),), generator=rng).tolist()]

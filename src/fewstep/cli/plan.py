@@ -19,6 +19,7 @@ from ..roles.quantised import KINDS, Kind, layers_of, quantise
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from ..training.prompts import CHUNK, Embeddings
+from .preflight import note_shadowed
 from .progress import console
 from .recipe import DistillRecipe, first_stage, read_recipe
 
@@ -63,6 +64,7 @@ def run_plan(source: str, overrides: list[str], memory: str | None, given: Mappi
     """Print the plan, and with `memory` the settings that fit it. Raises ValueError with one line when none do."""
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe, given)
+    note_shadowed(recipe.teacher)
     usable = None if memory is None else usable_bytes(memory)
     teacher, plans = plans_of(recipe)
     for made in plans:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic import cure_of, link_or_copy, remove_left, require_replaceable, temporary_beside
+from ..backbones.load import bundled, source_of
 from ..export.card import FILE
 from ..names import LONGEST, visible
 from ..training.lock import locked
 from ..training.paths import OF_STUDENT, TRAJECTORIES
 from ..training.processes import any_of, is_first
+from .progress import console
 
 FINAL = "final"
 PARTS = ("first", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)  # folders in which a run writes files
@@ -58,6 +60,13 @@ def require_parent(path: Path, option: str) -> None:
         cause = cause or str(error.strerror).lower()
     if cause:
         raise ValueError(f"{option}: got {visible(str(path), lines=False)}, {cause}; choose another")
+
+
+def note_shadowed(teacher: str) -> None:
+    """Say which of two is meant where a folder here is called as a bundled teacher."""
+    place = source_of(teacher).place
+    if place in bundled() and (Path(place) / "model_index.json").is_file():
+        console.print(f"note: teacher {place} is the one that ships with fewstep; pass ./{place} for the folder here")
 
 
 def place_checks(run: Path) -> list[Check]:

@@ -194,6 +194,11 @@ def read_recipe(source: str, overrides: Sequence[str], model: type[Model], given
     return validate(value, model, str(path))
 
 
+def recorded(recipe: BaseModel) -> dict[str, Any]:
+    """A recipe as JSON values, names of files as they are in this locale."""
+    return recipe.model_dump(mode="json")
+
+
 def first_stage(recipe: DistillRecipe) -> DistillRecipe:
     """The recipe of the training that comes first. It is measured with the whole."""
     assert recipe.first is not None

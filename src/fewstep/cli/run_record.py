@@ -1,6 +1,5 @@
 """`run.json`: what was run, with what, on what."""
 
-import json
 import os
 import sys
 import time
@@ -9,13 +8,13 @@ from typing import Any
 from ..names import quoted
 from ..runs.record import hardware, versions
 from ..training.processes import this_process
-from .recipe import DistillRecipe
+from .recipe import DistillRecipe, recorded
 
 
 def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: list[str]) -> dict[str, Any]:
     """`run.json`."""
     return {
-        "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": json.loads(recipe.model_dump_json()),
+        "command": command_line(), "recipe_source": source, "overrides": overrides, "recipe": recorded(recipe),
         "base_hash": base_hash, "seed": recipe.train.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 

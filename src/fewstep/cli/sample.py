@@ -18,7 +18,7 @@ from ..report.video import strip, write_mp4
 from ..report.words import plural
 from ..runs.students import base_note, student_folder
 from ..training.loop import default_device
-from .preflight import require_output
+from .preflight import note_shadowed, require_output
 from .progress import console
 
 
@@ -29,6 +29,7 @@ def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Ba
         return open_student(folder, base)
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
+    note_shadowed(source)
     return load_teacher(source, device=default_device(), guidance_rescale=rescale)
 
 

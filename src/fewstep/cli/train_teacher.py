@@ -1,6 +1,5 @@
 """`fewstep train-teacher`: the bundled teachers from their data, resumable."""
 
-import json
 from collections.abc import Generator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ..zoo.teacher import TeacherConfig, train_teacher
 from .preflight import held, place_checks, require
 from .progress import console, meter
 from .prompts import say_found, say_size
-from .recipe import FinetuneRecipe, kind_of, read_recipe
+from .recipe import FinetuneRecipe, kind_of, read_recipe, recorded
 from .signals import stop_request
 
 
@@ -56,7 +55,7 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     """Fine-tune a teacher on real pictures; ends with `run/teacher`, an ordinary pipeline folder, and the captions as its prompts."""
     teacher = load_teacher(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", json.loads(recipe.model_dump_json()))
+    write_json(run / "run.json", recorded(recipe))
     identity, source = fingerprint(teacher.module, *teacher.encoders), recipe.data.source
     data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=say_size)
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)

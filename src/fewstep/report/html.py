@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from ..atomic import write_bytes
+from ..atomic import write_text
 from .grids import read_grid
 from .live import Metrics
 from .pictures import Pictures, png, to_pil
@@ -51,7 +51,7 @@ class Report:
 
 def write_report(path: Path, report: Report) -> Path:
     """Write the report as one self-contained file; it appears complete or not at all. Returns `path`."""
-    return write_bytes(path, render(report).encode())
+    return write_text(path, render(report))
 
 
 def render(report: Report) -> str:
