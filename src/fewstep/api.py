@@ -30,6 +30,7 @@ from .roles.quantised import Kind
 from .roles.roles import RolesConfig
 from .roles.step_condition import attach, nearest, unfold
 from .roles.student import Student, with_lora, with_vectors, without_fold
+from .tensors import finite
 from .training.loop import Precision, Step, TrainConfig
 from .training.loop import distill as train
 from .training.optimizer import OptimizerName
@@ -159,6 +160,7 @@ def load_student(
     if isinstance(named, str | Path):
         named = load_teacher(named, dtype or getattr(torch, card.dtype), device, guidance_rescale=card.guidance_rescale)
     backbone = at_size(named, card.size or None)
+    require_same_prediction(card, backbone, folder)
     vectors = load_vectors(folder) if card.time_layer else {}
     head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
     if card.weights == "none":
@@ -175,6 +177,15 @@ def load_student(
     return LoadedStudent(replace(student, head=head, free=card.free_first), card)
 
 
+def require_same_prediction(card: StudentCard, backbone: Backbone, folder: Path) -> None:
+    """Raises ValueError where a student would be put on a base whose network predicts something else than the one it was made on."""
+    own = str(backbone.scheduler_config.get("prediction_type", ""))
+    if own != card.prediction:
+        raise ValueError(
+            f"student: {folder} was made on a base that predicts {card.prediction or 'a flow'}, this one predicts {own or 'a flow'}; load it on {card.base}, or on another base of its kind"
+        )
+
+
 def load(base: Any, student: str | Path) -> FewStepPipeline:
     """A diffusers pipeline that is right at `pipe(prompt)`: scheduler, times, steps and guidance come from the student.
 
@@ -183,7 +194,9 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     folder = Path(student)
     card = read_card(folder)
     pipeline, adapter = pipeline_of(base), "fewstep"
-    walking = _walking(card, around(pipeline, card.base), folder)
+    backbone = around(pipeline, card.base)
+    require_same_prediction(card, backbone, folder)
+    walking = _walking(card, backbone, folder)
     pipe = few_step_pipeline(pipeline, folder, Serving(card.steps, card.size, card.scales), card.weights, walking, adapter)
     network = denoiser_of(pipe)
     if card.weights == "lora" and not loads_lora(network):
@@ -231,7 +244,12 @@ def sample(
     it takes, or `told`.
     """
     states = sample_states(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, told=told)
-    return backbone_of(model).decode(states[-1].x)
+    shown = backbone_of(model).decode(states[-1].x)
+    if not finite(shown):
+        raise FloatingPointError(
+            f"sample: the pictures of {backbone_of(model).name} are not finite; load it in float32 or bfloat16, or run fewstep doctor TEACHER"
+        )
+    return shown
 
 
 def sample_states(

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from .backbones.base import Backbone
 from .backbones.files import load_lora, load_network, load_vectors
 from .export.card import read_card
@@ -21,6 +23,8 @@ def roles_for(
 
     Without them it knows nothing of them: for looking at a plan.
     """
+    if next(teacher.module.parameters()).dtype == torch.float16:
+        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
     head = _head(method, teacher, seed, paths, start)
     against = method.counts if method.needs.adversary else ()
     told = method.conditioned if config.rank or not config.share else ()  # a head alone sees the times themselves

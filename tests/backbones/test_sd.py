@@ -1,5 +1,6 @@
 """A Stable Diffusion pipeline as a backbone gives the numbers that the pipeline itself gives."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from fewstep.backbones.base import denoiser, guided
 from fewstep.backbones.generate import noise_of, pictures, trajectory
-from fewstep.backbones.load import bundled, fingerprint, load_teacher, pipeline_of
+from fewstep.backbones.load import beside, bundled, fingerprint, load_teacher, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core import timegrid
@@ -116,6 +117,31 @@ def test_sources_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
         load_teacher(tmp_path)
     with pytest.raises(ValueError, match=r"is no diffusers pipeline; sample it with fewstep\.sample"):
         pipeline_of(tiny.denoiser())
+
+
+def test_places_of_every_kind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.`, `~`, a bundled name, and what is behind a relative path when one has gone elsewhere."""
+    monkeypatch.chdir(folder)
+    assert load_teacher(".").name == folder.name
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.chdir(tmp_path)
+    assert load_teacher(f"~/{folder.name}").shape == load_teacher(folder).shape
+    shutil.copytree(folder, tmp_path / "fashion")
+    with pytest.raises(ValueError, match=r"teacher: fashion is a bundled teacher and a folder here; pass ./fashion for the folder"):
+        load_teacher("fashion")
+    assert load_teacher("./fashion").shape == (4, 8, 8)
+    shutil.rmtree(tmp_path / "fashion")
+    assert load_teacher("fashion").shape == (1, 28, 28)
+    with pytest.raises(
+        ValueError, match=r"teacher: owner/name is no folder here, and not to be had from the hub \(.*\); check the name, or pass a folder"
+    ):
+        load_teacher("owner/name")
+    final = tmp_path / "project" / "runs" / "x" / "final"
+    final.mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "project" / "models" / "tiny")
+    assert beside("models/tiny", final) == str(tmp_path / "project" / "models" / "tiny")
+    assert beside("emoji", final) == "emoji"
+    assert beside("owner/name", final) == "owner/name"
 
 
 def test_bundled_teachers_are_folders_of_the_package() -> None:

@@ -1,5 +1,6 @@
 """A finished student in its user's hands: sample, inspect, the model card's snippet, `fewstep.load`."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -261,3 +262,19 @@ def test_inspect_and_doctor(final: Path, teacher: Path, monkeypatch: pytest.Monk
     assert re.search(r"network calls +4 in 4 steps", text)
     assert command(monkeypatch, "doctor") == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Path, tmp_path: Path) -> None:
+    """In fewstep and in a pipeline; and a pipeline with a student in it is no folder that anything loads, so it is not written."""
+    other = shutil.copytree(teacher, tmp_path / "other")
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    told = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "beta_schedule": "scaled_linear"}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | told))
+    for load in (lambda: fewstep.load_student(final, other), lambda: fewstep.load(other, final)):
+        with pytest.raises(
+            ValueError, match=r"^student: \S+ was made on a base that predicts v_prediction, this one predicts epsilon; load it on"
+        ):
+            load()
+    with pytest.raises(ValueError, match=r"^save_pretrained: .*; run: fewstep export STUDENT \S+ --format pipeline$"):
+        fewstep.load(teacher, final).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..atomic import write_json, write_tensors
 from ..tensors import read_tensors
 from . import weights
+from .parts import able_to_single
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
@@ -69,7 +70,7 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
         network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
     except weights.UnfitError as error:
         raise ValueError(f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}") from error
-    return network.to(weight.device).requires_grad_(False)
+    return able_to_single(network.to(weight.device).requires_grad_(False))
 
 
 def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:

@@ -13,6 +13,7 @@ from ..api import load_teacher, path_times, student_walker
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
+from ..backbones.hollow import require_loadable
 from ..backbones.load import BUNDLED, FUSED, at_size, fingerprint, pipeline_of, place_encoders, quiet, source_of
 from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
@@ -29,6 +30,7 @@ from ..training.paths import OF_STUDENT, TRAJECTORIES, Paths, PathsConfig, guide
 from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, this_process, together, with_others
+from ..training.prompt_lengths import said_of_prompts
 from ..training.prompts import Embeddings, embed, read_prompts
 from ..training.state import latest_checkpoint
 from .ending import errors_along, finish, shape_seen
@@ -63,6 +65,7 @@ def run_distill(source: str, overrides: list[str], out: Path | None, dry_run: bo
     check_start(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
     console.quiet = not is_first()
+    say_of_prompts(teacher, prompts)
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / FIRST, stage)
@@ -297,6 +300,12 @@ def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
     return read_prompts(str(shipped))
 
 
+def say_of_prompts(teacher: Backbone, prompts: list[str]) -> None:
+    """Print what encoders cut of them, and which signs they do not understand."""
+    for line in said_of_prompts(teacher, prompts):
+        console.print(line, markup=False)
+
+
 FIRST = "first"  # the folder inside a run that holds its first stage
 EMBEDDINGS = "embeddings"  # that with what was encoded
 
@@ -310,9 +319,11 @@ def measure(recipe: DistillRecipe, step: Step, log: MetricsLog) -> None:
 def print_dry_run(recipe: DistillRecipe) -> None:
     """What `--dry-run` prints; no weights are read."""
     start_folder(recipe)
+    require_loadable(recipe.teacher)
     teacher, plans = plans_of(recipe)
     check_start(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
+    say_of_prompts(teacher, prompts)
     for made in plans:
         stage = made.recipe
         console.print(yaml.safe_dump(json.loads(stage.model_dump_json()), sort_keys=False), markup=False)

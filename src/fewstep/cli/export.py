@@ -58,7 +58,7 @@ def run_export(source: str, out: Path, form: str, steps: int | None, base: str |
     try:
         found = FORMATS[form](student, single(student.card, count, scale), out)
         difference = float((found - wanted).abs().max())
-        if difference > CLOSE:
+        if not difference <= CLOSE:  # NaN is as far as can be
             raise ValueError(
                 f"export: the files differ from the student by {difference:.1e} in a pixel (allowed {CLOSE:g}); nothing was kept"
             )

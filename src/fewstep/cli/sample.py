@@ -58,6 +58,9 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     return list(given)
 
 
+FLAT = 1 / 255  # a picture whose pixels differ by less is one colour
+
+
 def run_sample(
     source: str,
     prompts: list[str],
@@ -118,6 +121,8 @@ def _timed(
     began = time.perf_counter()
     result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
+    if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
+        console.print(f"warning: {flat} of {len(result)} pictures are one colour; run fewstep doctor TEACHER")
     if isinstance(model, LoadedStudent):
         who, cost = "student", card_evaluations(model.card, steps)
     else:

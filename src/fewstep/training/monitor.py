@@ -3,6 +3,7 @@
 Losses of distribution matching say little; brightness, colour, contrast and variety of the pictures say it early.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,10 @@ def drift(student: Look, teacher: Look, tolerance: float = 0.35) -> list[str]:
     found = []
     for name, cure in advice.items():
         own, reference = getattr(student, name), getattr(teacher, name)
-        if abs(own - reference) > max(tolerance * reference, UNSEEN):
+        if not math.isfinite(own):
+            return [
+                f"DRIFT {name} is {own}: the student's pictures are not finite; stop the run, lower train.lr, or set train.precision to no"
+            ]
+        if not abs(own - reference) <= max(tolerance * reference, UNSEEN):
             found.append(f"DRIFT {name} is {own / max(reference, UNSEEN):.2f} of the teacher's; {cure}")
     return found
