@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.backbones.generate import pictures
+from fewstep.cli.export import FORMATS
 from fewstep.methods.matching import Matching
 from fewstep.roles.roles import RolesConfig, make_roles
 from tests.cli.test_distill import error_of, recipe, teacher, written
@@ -278,3 +279,11 @@ def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Pa
     with pytest.raises(ValueError, match=r"^save_pretrained: .*; run: fewstep export STUDENT \S+ --format pipeline$"):
         fewstep.load(teacher, final).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_an_export_that_draws_nothing_is_not_close(
+    final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FORMATS, "student", lambda *_: torch.full((2, 3, 16, 16), float("nan")))
+    assert command(monkeypatch, "export", str(final), str(tmp_path / "out")) == 2
+    assert "the files differ from the student by nan in a pixel" in error_of(capsys)

@@ -36,3 +36,11 @@ def test_what_the_teacher_s_pictures_lack_is_not_missed() -> None:
     assert drift(look(one), look(one)) == []
     assert drift(look(grey), look(grey)) == []
     assert any(line.startswith("DRIFT saturation is ") for line in drift(look(pictures()), look(grey)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pictures_that_are_not_finite_have_left_the_teacher_s(value: float) -> None:
+    broken = pictures().index_fill(0, torch.tensor([0]), value)
+    assert drift(look(broken), look(pictures()))[0].startswith("DRIFT brightness is ")
+    assert "are not finite; stop the run" in drift(look(broken), look(pictures()))[0]
+    assert len(drift(look(torch.zeros_like(pictures())), look(pictures()))) >= 2
