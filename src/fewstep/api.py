@@ -9,6 +9,7 @@ import torch
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Denoiser
+from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
 from .backbones.parts import Piped
 from .backbones.process import mapping_of
@@ -22,13 +23,14 @@ from .methods.presets import preset, require_roles
 from .report.run import render_run
 from .roles.quantised import Kind
 from .roles.roles import RolesConfig
+from .runs import sampling, students
 from .runs.exporting import export_student
 from .runs.measure import evaluate
 from .runs.pipelines import load
 from .runs.run import Run, require_files, steps_of
-from .runs.sampling import backbone_of, check_steps, require_prompts, sample, sample_states
+from .runs.sampling import backbone_of, check_steps, require_prompts
 from .runs.step import Step
-from .runs.students import LoadedStudent, Made, base_of, load_student, size_of, student_folder
+from .runs.students import LoadedStudent, Made, base_of, size_of, student_folder
 from .runs.walking import path_times, student_walker, walked_paths
 from .runs.watch import DistillationWarning, Watch
 from .training.loop import Precision, TrainConfig
@@ -39,6 +41,10 @@ from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
 from .words import in_python, told_in_python
 
+# The command line takes them from where they are, and tells mistakes in its own words.
+load_student = told_in_python(students.load_student)
+sample = told_in_python(sampling.sample)
+sample_states = told_in_python(sampling.sample_states)
 LEAST_REAL = 32  # samples of which a network's reading is judged
 
 
@@ -185,7 +191,8 @@ def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, se
     require_network(teacher, asked)
     own = apart(teacher)
     with torch.no_grad():
-        result = check_process(own, states.cpu(), own.encode(asked), seed)
+        cond = {k: v.to(device_of(own.module)) for k, v in own.encode(asked).items()}
+        result = check_process(own, states.cpu(), cond, seed)
     for line in result.suspected:
         warnings.warn(f"{teacher.name}: {line}", DistillationWarning, stacklevel=3)
     return result

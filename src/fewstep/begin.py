@@ -30,6 +30,8 @@ def roles_for(
 
     Without them it knows nothing of them: for looking at a plan.
     """
+    if next(teacher.module.parameters()).dtype == torch.float16:
+        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
     head = _head(method, teacher, seed, paths, start)
     against = method.counts if method.needs.adversary else ()
     told = method.conditioned if config.rank or not config.share else ()  # a head alone sees the times themselves
@@ -119,11 +121,16 @@ def process_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def require_own(card: StudentCard, backbone: Backbone, folder: Path, other_weights: bool = True) -> None:
-    """Raises ValueError where a student of a network of one's own meets another process, other conditions or other weights."""
+    """Raises ValueError where a student meets a base that predicts something else; one of a network of one's own also for another process, other conditions or weights."""
     if not card.own_network:
         if isinstance(backbone, Denoiser):
             raise ValueError(
                 f"base: {folder} is a student of {card.base}, a diffusers pipeline, got the Denoiser {backbone.name}; leave base out"
+            )
+        own = str(backbone.scheduler_config.get("prediction_type", ""))
+        if own != card.prediction:
+            raise ValueError(
+                f"student: {folder} was made on a base that predicts {card.prediction or 'a flow'}, this one predicts {own or 'a flow'}; load it on {card.base}, or on another base of its kind"
             )
         return
     if isinstance(backbone, Piped):

@@ -31,5 +31,6 @@ def finite(tensor: Tensor) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an exception says, or its type."""
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    """What an exception says, in one line of no more than 200 letters, or its type where it says nothing."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 200 else f"{text[:200]} ...") or type(error).__name__

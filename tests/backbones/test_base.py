@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Denoiser, calls, denoiser, guided, projected, rescaled, rows
 from fewstep.backbones.generate import in_parts
 from fewstep.core.prediction import ROWS, split
-from fewstep.core.schedule import EDM, Flow, expand
+from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
 from fewstep.core.solvers import Denoise
 
 from .. import tiny
@@ -122,13 +122,25 @@ def test_guidance_is_one_batched_call_and_half_of_it_without() -> None:
 
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
 def test_any_network_is_split_by_its_row(prediction: str) -> None:
-    backbone = tiny.denoiser(schedule=Flow(), prediction=prediction, conditional=False)
-    x, t = state()[0], torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    schedule = tiny.TABLE if prediction == "eps" else Flow()  # on flow's noisiest time eps says nothing of the data
+    backbone = tiny.denoiser(schedule=schedule, prediction=prediction, conditional=False)
+    x, t = state()[0], torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64) * (1000 if prediction == "eps" else 1)
     with torch.no_grad():
         got = denoiser(backbone, backbone.module, {})(x, t)
         raw = backbone.module(x, t.float())
-    alpha, sigma = expand(Flow().alpha(t), x), expand(Flow().sigma(t), x)
+    alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     torch.testing.assert_close(got.x0, split(raw, x, alpha, sigma, ROWS[prediction]).x0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "why"), [(Flow(), "(1) the schedule leaves 0"), (VP(tiny.TABLE.alpha_bar - tiny.TABLE.alpha_bar[-1]), "(999)")]
+)
+def test_noise_is_not_predicted_where_there_is_nothing_else(schedule: Schedule, why: str) -> None:
+    with pytest.raises(ValueError, match="a network of 'eps' predicts noise, and at its noisiest time") as error:
+        tiny.denoiser(schedule=schedule, prediction="eps")
+    assert why in str(error.value)
+    for prediction in ("v", "x0"):
+        tiny.denoiser(schedule=schedule, prediction=prediction)
 
 
 @pytest.mark.parametrize("done", [True, False], ids=["preconditioned", "by itself"])

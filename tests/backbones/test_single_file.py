@@ -1,5 +1,6 @@
 """Teachers in one file: they are the pipelines that they were made from, and what is none is said so in one line."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -198,9 +199,95 @@ def test_a_file_with_what_does_not_belong_to_it(saved: tuple[Path, Path], tmp_pa
             load_teacher(f"{tmp_path / 'less.safetensors'}@{saved[1].parent / 'configs'}")
 
 
+@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl"], indirect=True)
+def test_what_is_left_over_or_not_finite(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    """By name and by value: a tensor of no network, a second copy of one, one that is not finite; marks, tables and averages are left alone."""
+    _, file = saved
+    state, changed = load_file(file), tmp_path / "changed.safetensors"
+    some = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    for extra, said in (
+        (
+            {"model.diffusion_model.input_blocks.99.0.weight": torch.ones(3, 5)},
+            "has 'model.diffusion_model.input_blocks.99.0.weight' (1 tensor is left over",
+        ),
+        ({"model.diffusion_model.zzz.weight": state[some].clone()}, "has 'model.diffusion_model.zzz.weight' (1 tensor is left over"),
+        ({"control_model.input_blocks.0.0.weight": torch.ones(3, 5)}, "has 'control_model.input_blocks.0.0.weight' (1 tensor is left over"),
+        ({some: state[some] * float("nan")}, "that are not finite"),
+    ):
+        save_file(state | extra, changed)
+        with pytest.raises(ValueError, match=r"changed.safetensors ") as error:
+            load_teacher(f"{changed}@{file.parent / 'configs'}")
+        assert said in str(error.value) and "\n" not in str(error.value)
+    encoder = "cond_stage_model.transformer.text_model." if "cond_stage_model.transformer.text_model.final_layer_norm.bias" in state else ""
+    harmless = {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(()), "model_ema.diffusion_modelx": torch.ones(3, 5)}
+    harmless |= {f"{encoder}embeddings.position_ids": torch.arange(16)[None]} if encoder else {}
+    save_file(state | harmless, changed)
+    assert fingerprint(load_teacher(f"{changed}@{file.parent / 'configs'}").module) == fingerprint(load_teacher(configured(file)).module)
+
+
+@pytest.mark.parametrize("family", ["sd"], indirect=True)
+def test_eight_bits(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    """Plain ones are read as numbers; those with scales beside them are refused, for plans too, however they are called."""
+    _, file = saved
+    state, changed, configs = load_file(file), tmp_path / "small.safetensors", file.parent / "configs"
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, changed)
+    teacher = load_teacher(f"{changed}@{configs}")
+    read = dict(teacher.module.named_parameters())["mid_block.resnets.0.conv1.weight"]
+    assert torch.equal(read, state[name].to(torch.float8_e4m3fn).float())
+    for mark in (
+        "model.diffusion_model.scaled_fp8",
+        f"{name.removesuffix('weight')}scale_weight",
+        f"{name}_scale",
+        f"{name}.quant_state.bitsandbytes__nf4",
+        f"{name.removesuffix('weight')}comfy_quant",
+    ):
+        save_file(state | {mark: torch.ones(1)}, changed)
+        for load in (load_teacher, hollow_teacher):
+            with pytest.raises(ValueError, match="keeps its weights in 8 bits or fewer, with scales beside them"):
+                load(f"{changed}@{configs}")
+
+
+def test_what_a_file_says_of_its_prediction_and_nobody_knows(tmp_path: Path) -> None:
+    names = {KEYS: (8, 768), TEXT: (1,)}
+    file = header(tmp_path / "x.safetensors", 4, names, {"modelspec.prediction_type": "rectified flow"})
+    with pytest.raises(ValueError, match=r"says modelspec.prediction_type 'rectified flow', allowed are v, .*; pass \S+@v or \S+@eps"):
+        read_checkpoint(file)
+    assert read_checkpoint(file, "eps").scheduler == {"prediction_type": "epsilon"}
+    assert read_checkpoint(file, "my/own").scheduler == {}
+    for told, read in {"V": "v_prediction", " epsilon ": "epsilon", "v-prediction": "v_prediction", "": None}.items():
+        file = header(tmp_path / "x.safetensors", 4, names, {"modelspec.prediction_type": told})
+        assert read_checkpoint(file).scheduler.get("prediction_type") == read
+    file = header(tmp_path / "x.safetensors", 4, names | {"ztsnr": (1,)})
+    with pytest.raises(ValueError, match="is marked ztsnr, trained down to pure noise, and not as v-prediction"):
+        read_checkpoint(file)
+    assert read_checkpoint(file, "v").scheduler["rescale_betas_zero_snr"]
+    assert "rescale_betas_zero_snr" not in read_checkpoint(file, "eps").scheduler
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="there is no regular file of this name"):
+        load_teacher(tmp_path / "x.safetensors")
+
+
 def test_sources() -> None:
     assert source_of("a/b.safetensors") == ("a/b.safetensors", (), "")
     assert source_of("a/b.safetensors@v") == ("a/b.safetensors", (), "v")
     given = source_of("a/b.safetensors@my/folder + style.safetensors@0.8")
     assert given == Source("a/b.safetensors", (("style.safetensors", 0.8),), "my/folder")
     assert source_of("a/b.safetensors@my/folder + style.safetensors@0.8").names == ["b", "style"]
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"], indirect=True)
+@pytest.mark.parametrize(
+    ("kept", "wanted"), [("float16", "float32"), ("float16", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")]
+)
+def test_files_and_teachers_of_other_types(saved: tuple[Path, Path], kept: str, wanted: str, tmp_path: Path) -> None:
+    """What a file holds is known in any type that it is read in."""
+    _, file = saved
+    save_file(
+        {k: v.to(getattr(torch, kept)) if v.is_floating_point() else v for k, v in load_file(file).items()}, tmp_path / "x.safetensors"
+    )
+    teacher = load_teacher(f"{tmp_path / 'x.safetensors'}@{file.parent / 'configs'}", getattr(torch, wanted))
+    assert {p.dtype for p in teacher.module.parameters()} == {getattr(torch, wanted)}

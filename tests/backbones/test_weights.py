@@ -46,8 +46,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Part]:
 
 def networks_in(folder: Path) -> Iterator[Part]:
     index = DiffusionPipeline.load_config(folder)
-    for name, called in part_names(index).items():
-        kind = network_kind(FAMILIES[index["_class_name"]].pipeline, name, called)
+    pipeline = FAMILIES[index["_class_name"]].pipeline
+    for name, called in part_names(pipeline, index).items():
+        kind = network_kind(pipeline, name, called)
         if kind is not None:
             yield Part(folder, name, kind)
 

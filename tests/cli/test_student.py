@@ -1,5 +1,6 @@
 """A finished student in its user's hands: sample, inspect, the model card's snippet, `fewstep.load`."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 import fewstep
 from fewstep.backbones.generate import pictures
 from fewstep.begin import roles_for
+from fewstep.cli.export import FORMATS
 from fewstep.methods.matching import Matching
 from fewstep.roles.roles import RolesConfig, make_roles
 from tests.cli.test_distill import error_of, recipe, teacher, written
@@ -280,3 +282,27 @@ def test_inspect_and_doctor(final: Path, teacher: Path, monkeypatch: pytest.Monk
     assert re.search(r"network calls +4 in 4 steps", text)
     assert command(monkeypatch, "doctor") == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Path, tmp_path: Path) -> None:
+    """In fewstep and in a pipeline; and a pipeline with a student in it is no folder that anything loads, so it is not written."""
+    other = shutil.copytree(teacher, tmp_path / "other")
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    told = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "beta_schedule": "scaled_linear"}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | told))
+    for load in (lambda: fewstep.load_student(final, other), lambda: fewstep.load(other, final)):
+        with pytest.raises(
+            ValueError, match=r"^student: \S+ was made on a base that predicts v_prediction, this one predicts epsilon; load it on"
+        ):
+            load()
+    with pytest.raises(ValueError, match=r"^save_pretrained: .*; run: fewstep export STUDENT \S+ --format pipeline$"):
+        fewstep.load(teacher, final).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_export_that_draws_nothing_is_not_close(
+    final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FORMATS, "student", lambda *_: torch.full((2, 3, 16, 16), float("nan")))
+    assert command(monkeypatch, "export", str(final), str(tmp_path / "out")) == 2
+    assert "the files differ from the student by nan in a pixel" in error_of(capsys)

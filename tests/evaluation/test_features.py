@@ -56,3 +56,10 @@ def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int, out: i
     assert y.shape[2:] == (out, out)
     assert y[0, 0, 0, 0].item() == (kernel - total // 2) ** 2
     assert y[0, 0, -1, -1].item() == (kernel - (total - total // 2)) ** 2
+
+
+def test_pictures_that_are_not_finite_are_not_measured() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    images[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the pictures to be measured are not finite"):
+        features(feature_network(), images)

@@ -9,10 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.prediction import Row, Split, edm_inputs, row_named, split
+from ..core.prediction import Row, Split, edm_inputs, row_named, share, split
 from ..core.schedule import Schedule, expand
 from ..core.solvers import Denoise
 
+LEAST_SHARE = (
+    1e-3  # of the data in what a network says at the noisiest time: below it a clean estimate is a thousand times the network's error
+)
 Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
 
 
@@ -149,6 +152,17 @@ def rescaled(m: Tensor, m_cond: Tensor, share: float) -> Tensor:
     return m * expand(share * ratio + (1 - share), m)
 
 
+def speechless(schedule: Schedule, row: Row) -> str:
+    """Why the clean estimate at the noisiest time is lost; empty where it is not. Networks that predict eps need some signal there."""
+    end = torch.tensor([schedule.t_max], dtype=torch.float64)
+    left = float(share(schedule.alpha(end), schedule.sigma(end), row))
+    return (
+        ""
+        if left >= LEAST_SHARE
+        else f"predicts noise, and at its noisiest time ({schedule.t_max:g}) the schedule leaves {left:.1g} of the picture, so that nothing is said of it"
+    )
+
+
 def _split(backbone: Backbone, m: Tensor, x: Tensor, t: Tensor) -> Split:
     alpha, sigma = expand(backbone.schedule.alpha(t), x), expand(backbone.schedule.sigma(t), x)
     return split(m, x, alpha, sigma, backbone.row)
@@ -215,6 +229,10 @@ class Denoiser:
         if self.sigma_data <= 0:
             raise ValueError(
                 f"sigma_data: got {self.sigma_data:g}, allowed are positive numbers; take that of the network's training, often 0.5"
+            )
+        if why := speechless(self.schedule, self.row):
+            raise ValueError(
+                f"prediction: a network of {self.prediction!r} {why}; pass schedule=VP(alphas_cumprod[:N]) that ends earlier, or 'v' where it predicts that"
             )
 
     def _require_layers(self, option: str, names: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor, nn
 
-from ..core.schedule import VP
 from .base import Cond
-from .parts import Piped, on, transformer_features
+from .parts import Piped, on, single_output, transformer_features
+from .settings import table
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class CogVideoX(Piped):
             place = self.pipe._prepare_rotary_positional_embeddings(
                 config.sample_height * scale, config.sample_width * scale, x.shape[1], x.device
             )
-        return module(x.to(text.dtype), text, t.to(torch.float32), image_rotary_emb=place, return_dict=False)[0].float()
+        with single_output(module):
+            return module(x.to(text.dtype), text, t.to(torch.float32), image_rotary_emb=place, return_dict=False)[0].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         length = self.pipe.transformer.config.max_text_seq_length
@@ -72,4 +73,4 @@ class CogVideoX(Piped):
 
 def around_cogvideox(pipe: CogVideoXPipeline, name: str) -> CogVideoX:
     """The backbone of a pipeline, its videos as long as the network was made for."""
-    return CogVideoX(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()), pipe.transformer.config.sample_frames)
+    return CogVideoX(pipe, name, table(pipe), pipe.transformer.config.sample_frames)

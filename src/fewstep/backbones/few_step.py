@@ -1,6 +1,7 @@
 """Diffusers pipelines that are right without a word from their user: `pipe(prompt)` takes the student's steps, without guidance."""
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,19 @@ class FewStepPipeline(DiffusionPipeline):
         if self.serving.size:
             options = {"height": self.serving.size, "width": self.serving.size} | options
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+    ) -> None:
+        """Raises ValueError: a folder of it would say neither its steps nor its student, and nothing would load it."""
+        raise ValueError(
+            f"save_pretrained: this pipeline is a base and a student; run: fewstep export STUDENT {save_directory} --format pipeline"
+        )
 
 
 class FewStepSD(FewStepPipeline, StableDiffusionPipeline):
@@ -159,9 +173,14 @@ def with_network(base: DiffusionPipeline, network: nn.Module, scheduler: Schedul
 
 
 def drawn(
-    pipe: DiffusionPipeline, prompts: Sequence[str], steps: int, guidance: float = 1.0, times: Sequence[float] | None = None
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float = 1.0,
+    times: Sequence[float] | None = None,
+    size: int = 0,
 ) -> Tensor:
-    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given.
+    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given, and a `size` other than 0.
 
     One that takes no prompts draws one picture for each all the same.
     """
@@ -170,6 +189,7 @@ def drawn(
         options |= {"use_resolution_binning": False, "clean_caption": False}
     elif isinstance(pipe, CogVideoXPipeline):
         options |= {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
+    options |= {"height": size, "width": size} if size else {}
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     if isinstance(pipe, DDPMPipeline):
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images

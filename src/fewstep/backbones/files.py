@@ -18,6 +18,7 @@ from ..atomic import write_json, write_tensors
 from ..hashes import require_listed
 from ..tensors import read_tensors
 from . import weights
+from .parts import able_to_single
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NETWORK_FILE = "network.safetensors"  # a full student of a network of one's own: its state_dict
@@ -109,7 +110,7 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
             network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
         except weights.UnfitError as error:
             raise ValueError(f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}") from error
-        return network.to(weight.device).requires_grad_(False)
+        return able_to_single(network.to(weight.device).requires_grad_(False))
     network = copy.deepcopy(like)
     try:
         network.load_state_dict(read_tensors(path))

@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .base import Backbone
-from .load import at_size, damaged, locate, present, source_of
+from .load import at_size, backbone_of, damaged, locate, present, source_of
 from .lora import changes_of
 from .parts import frozen, network_kind, own_dtype, part_kind, part_names
 from .schedulers import EDM_SCHEDULERS
-from .single_file import with_settings
-from .weights import weights_in
+from .settings import read_settings
+from .single_file import SUFFIX, with_settings
+from .trial import small_shape
+from .weights import PICKLES, UnfitError, weights_in
 
 WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
@@ -32,8 +34,9 @@ def hollow_teacher(
     place, family, checkpoint = locate(given)
     try:
         index = DiffusionPipeline.load_config(str(place))
-        named = {n: called for n, called in part_names(index).items() if n not in family.parts}
+        named = {n: called for n, called in part_names(family.pipeline, index).items() if n not in family.parts}
         if checkpoint is None and Path(place).is_dir():
+            read_settings(Path(place), named)
             require_weights(family.pipeline, Path(place), named)
         parts = components(family.pipeline, place, named, dtype)
         absent = {
@@ -43,12 +46,18 @@ def hollow_teacher(
         pipe.register_to_config(_name_or_path=str(place))
         if checkpoint is not None:
             pipe = with_settings(pipe, checkpoint)
+        backbone = backbone_of(family, pipe, given.names[0])
     except Exception as error:  # diffusers raises a different type for each kind of damage
         raise damaged(checkpoint or place, error) from error
     for lora, strength in given.loras:
         if Path(lora).expanduser().exists():  # nothing is downloaded for a plan
             changes_of(pipe, lora, strength)  # fused ones take no room
-    return at_size(replace(family.around(pipe, given.names[0]), guidance_rescale=guidance_rescale), size)
+    backbone = at_size(replace(backbone, guidance_rescale=guidance_rescale), size)
+    try:
+        small_shape(backbone)
+    except UnfitError as error:
+        raise damaged(checkpoint or place, error) from error
+    return backbone
 
 
 def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
@@ -72,11 +81,26 @@ def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapp
     return made
 
 
-def require_weights(pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str]) -> None:
-    """Raises UnfitError where a network's files are missing, damaged or pickled; their headers alone are read."""
-    for name, called in named.items():
-        if (kind := network_kind(pipeline, name, called)) is not None:
-            weights_in(kind, folder / name, folder)
+def require_weights(pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True) -> None:
+    """Raises UnfitError where a network's files are missing, damaged or pickled; their headers alone are read.
+
+    A folder of configurations alone is all that a plan needs: it passes where `bare`.
+    """
+    kinds = {name: kind for name, called in named.items() if (kind := network_kind(pipeline, name, called)) is not None}
+    files = [f for name in kinds for f in (folder / name).glob("*") if f.suffix in (SUFFIX, *PICKLES) or f.name.endswith(".index.json")]
+    for name, kind in kinds.items() if files or not bare else ():
+        weights_in(kind, folder / name, folder)
+
+
+def require_loadable(source: str | Path) -> None:
+    """Raises ValueError where a teacher's folder has no weights that could be loaded; their headers alone are read, and nothing of the hub's."""
+    place, family, checkpoint = locate(present(source_of(source)))
+    if checkpoint is None and Path(place).is_dir():
+        try:
+            named = part_names(family.pipeline, DiffusionPipeline.load_config(str(place)))
+            require_weights(family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False)
+        except UnfitError as error:
+            raise damaged(place, error) from error
 
 
 @contextmanager

@@ -32,15 +32,17 @@ from transformers.utils import logging as transformers_logging
 from ..hashes import sha256_of
 from ..names import expanded
 from ..tensors import reason
-from .base import Backbone
+from .base import Backbone, speechless
 from .cogvideox import CogVideoX, around_cogvideox
 from .lora import fuse
-from .parts import LatentUNet, Piped, load_pipeline
+from .parts import LatentUNet, Piped, able_to_single, load_pipeline
 from .pixart import PixArt, around_pixart
 from .sd import StableDiffusion, around_sd
 from .sd3 import StableDiffusion3, around_sd3
 from .sdxl import StableDiffusionXL, around_sdxl
+from .settings import require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
+from .trial import require_runs
 from .unconditional import PixelModel, around_pixels
 from .weights import UnfitError, inside
 
@@ -220,13 +222,30 @@ def load_teacher(
             pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
         else:
             pipe = load_checkpoint(family.pipeline, checkpoint, Path(place), dtype, family.parts)
-        backbone = family.around(pipe, FUSED.join(given.names))
+        backbone = backbone_of(family, pipe, FUSED.join(given.names))
     except Exception as error:  # diffusers raises a different type for each kind of damage
         raise damaged(checkpoint or place, error) from error
     for lora, strength in given.loras:
         fuse(pipe, lora, strength)
     backbone.pipe.to(device)
-    return at_size(replace(backbone, guidance_rescale=guidance_rescale, source=str(source)), size)
+    backbone = at_size(replace(backbone, guidance_rescale=guidance_rescale, source=str(source)), size)
+    try:
+        require_runs(backbone)
+    except UnfitError as error:
+        raise damaged(checkpoint or place, error) from error
+    return backbone
+
+
+def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
+    """What goes around a pipeline, if all that its settings ask for is done. Raises UnfitError."""
+    backbone = family.around(require_settings(pipe), name)
+    able_to_single(backbone.module)
+    if why := speechless(backbone.schedule, backbone.row):
+        raise UnfitError(
+            f"its network {why}",
+            "set rescale_betas_zero_snr to false in scheduler/scheduler_config.json, or prediction_type to v_prediction where the network predicts that",
+        )
+    return backbone
 
 
 def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
@@ -265,12 +284,12 @@ def find(source: str | Path) -> str | Path:
 
 def at_size(backbone: Backbone, size: int | None) -> Backbone:
     """The same model for pictures of `size` x `size`; None leaves it as it is. Raises ValueError where it has one size alone."""
-    if size is None or size == backbone.picture_size:
+    if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.picture_size):
         return backbone
     if not isinstance(backbone, LatentUNet):
         raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
     unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
-    if size < unit or size % unit:
+    if not isinstance(size, int) or size < unit or size % unit:
         raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit}")
     return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
 
@@ -308,8 +327,7 @@ def family_of(source: str | Path) -> Family:
         require_reached(source)
     try:
         if Path(source).is_dir():
-            for file in sorted(Path(source).glob("*.json")):
-                inside(file, Path(source))
+            inside(Path(source) / INDEX, Path(source))
         index = DiffusionPipeline.load_config(str(source))
         name = index["_class_name"] if isinstance(index, dict) else index
     except Exception as error:  # the hub and diffusers raise a different type for each kind of trouble
@@ -331,9 +349,8 @@ def _trouble(error: Exception) -> str:
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
-    return next(
-        (f"no network: {reason(c)}" for c in causes if isinstance(c, ConnectionError | TimeoutError | socket.gaierror)), reason(error)
-    )
+    lost = next((c for c in causes if isinstance(c, ConnectionError | TimeoutError | socket.gaierror)), None)
+    return reason(error) if lost is None else f"no network: {reason(lost)}"
 
 
 def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
@@ -382,4 +399,9 @@ def around(pipe: DiffusionPipeline, name: str) -> Backbone:
         raise ValueError(
             f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"
         )
-    return family.around(pipe, name)
+    try:
+        found: Backbone = backbone_of(family, pipe, name)
+        assert found.shape
+    except UnfitError as error:
+        raise ValueError(f"base: {name}: {error}; {error.cure or 'pass another pipeline'}") from error
+    return found

@@ -1,7 +1,10 @@
 """What the pipelines of several families have in common: prediction types, autoencoders, layers worth looking at, loading."""
 
+import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +18,14 @@ from transformers import PreTrainedModel
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
 from .schedulers import EDM_SIGNS
+from .settings import read_settings, side
 from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
+OUTPUTS = ("conv_out", "proj_out")  # what U-Nets and transformers call their last layer
 PIXELS = 2**18  # that go through an autoencoder at once, 64 pictures of 64x64 or one of 512x512: its memory stays below the denoiser's
 
+INDEX_CURE = "pass the folder that save_pretrained wrote"
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
@@ -66,17 +72,28 @@ class Latent(Piped):
         """How many pictures go through the autoencoder at once."""
         return max(1, PIXELS // self.picture_size**2)
 
+    def latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """`(shift, scale)` of states `(z - shift) scale` for latents z: two numbers, or two tensors [1, C, 1, 1] where channels are normalised one by one."""
+        config = self.pipe.vae.config
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
+            return config.get("shift_factor") or 0.0, config.scaling_factor
+        mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return mean, config.scaling_factor / std
+
     def picture_states(self, pictures: Tensor) -> Tensor:
         """Latents in float32: means of pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
         with torch.no_grad():
             means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(self.chunk)]
-        return (torch.cat(means).float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        z = torch.cat(means).float()
+        shift, scale = self.latent_scale(z)
+        return (z - shift) * scale
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1], float32."""
         vae = self.pipe.vae
-        z = x.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        shift, scale = self.latent_scale(x)
+        z = x.float() / scale + shift
         with torch.no_grad():
             images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(self.chunk)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
@@ -103,8 +120,9 @@ class LatentUNet(WithUNet, Latent):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        size = self.size or self.pipe.unet.config.sample_size
-        return (self.pipe.unet.config.in_channels, size, size)
+        config = self.pipe.unet.config
+        size = side("unet", config.sample_size, self.size)
+        return (config.in_channels, size, size)
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,8 @@ class LatentTransformer(Latent):
     @property
     def shape(self) -> tuple[int, ...]:
         config = self.pipe.transformer.config
-        return (config.in_channels, config.sample_size, config.sample_size)
+        size = side("transformer", config.sample_size)
+        return (config.in_channels, size, size)
 
 
 def load_pipeline(
@@ -125,7 +144,8 @@ def load_pipeline(
     Raises UnfitError (see `weights.load_network`), and whatever diffusers raises for what is no network.
     """
     folder = Path(source) if Path(source).is_dir() else fetched(kind, str(source), parts)
-    named = part_names(kind.load_config(folder))
+    named = part_names(kind, kind.load_config(folder))
+    read_settings(folder, named)
     kinds = {n: network_kind(kind, n, called) for n, called in named.items() if n not in parts}
     loaded = {n: load_part(k, folder, n, dtype) for n, k in kinds.items() if k is not None}
     return frozen(kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **parts), dtype)
@@ -142,13 +162,28 @@ def fetched(kind: type[DiffusionPipeline], source: str, parts: Mapping[str, Any]
             raise error from None
 
 
-def part_names(index: Mapping[str, Any]) -> dict[str, str]:
-    """The parts that a pipeline's `model_index.json` names, and what their classes are called."""
-    return {n: entry[1] for n, entry in index.items() if isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None}
+def part_names(pipeline: type[DiffusionPipeline], index: Mapping[str, Any]) -> dict[str, str]:
+    """The parts that a pipeline's `model_index.json` names, and what their classes are called. Raises UnfitError where it is damaged, or lacks one."""
+    told = inspect.signature(pipeline.__init__).parameters
+    needed = {n for n, p in told.items() if p.default is p.empty} - {"self"}
+    parts, named = needed | set(pipeline._optional_components), dict[str, str]()
+    for name, entry in index.items():
+        if name.startswith("_") or (name in told and name not in parts):  # the latter are settings of the pipeline itself
+            continue
+        pair = entry if isinstance(entry, list | tuple) else ()
+        if name not in parts or len(pair) != 2 or not all(part is None or isinstance(part, str) for part in pair):
+            raise UnfitError(
+                f"model_index.json says {name!r} {json.dumps(entry)[:60]}, which is no part of a {pipeline.__name__}", INDEX_CURE
+            )
+        if pair[0] is not None and pair[1] is not None:
+            named[name] = pair[1]
+    if lacking := sorted(needed - set(index) - set(pipeline._optional_components)):
+        raise UnfitError(f"model_index.json names no {lacking[0]}", INDEX_CURE)
+    return named
 
 
 def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
-    """The classes that a pipeline allows for one of its parts. Raises UnfitError for a part that it does not have."""
+    """The classes that a pipeline allows for one of its parts."""
     hints = get_type_hints(pipeline.__init__)
     if name not in hints:
         raise UnfitError(
@@ -174,8 +209,8 @@ def network_kind(pipeline: type[DiffusionPipeline], name: str, called: str) -> t
 def load_part(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
     """One network of a pipeline's folder, of its `own_dtype`. Raises UnfitError."""
     place = folder / name
-    named: Any = kind
-    config = named.load_config(place) if issubclass(kind, ModelMixin) and (place / "config.json").is_file() else {}
+    loader: Any = kind
+    config = loader.load_config(place) if issubclass(kind, ModelMixin) and (place / "config.json").is_file() else {}
     network: nn.Module = load_network(kind, place, own_dtype(kind, config, dtype), folder)
     return network
 
@@ -189,6 +224,56 @@ def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
         if next(part.parameters()).dtype != wanted:
             part.to(dtype=wanted)
     return pipe
+
+
+class SingleConv2d(nn.Conv2d):
+    """A convolution that calculates in single precision while `single` is set, whatever goes on around it."""
+
+    single = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.single:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._conv_forward(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class SingleLinear(nn.Linear):
+    """A linear layer that calculates in single precision while `single` is set, whatever goes on around it."""
+
+    single = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.single:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def able_to_single(network: nn.Module) -> nn.Module:
+    """The same network, its last layer able to calculate in single precision (see `single_output`); weights, hooks and names stay."""
+    for name, layer in network.named_children():
+        if name in OUTPUTS and type(layer) in (nn.Conv2d, nn.Linear):
+            layer.__class__ = SingleConv2d if isinstance(layer, nn.Conv2d) else SingleLinear
+    return network
+
+
+@contextmanager
+def single_output(network: nn.Module) -> Iterator[None]:
+    """Within it the network's last layer calculates in single precision, where it is able to.
+
+    A clean estimate at the noisiest time is the output's error sigma / alpha times over for an eps network: rounding it to bfloat16, about 0.001 of what it
+    says, is 0.015 of x0's unit for Stable Diffusion's last time and 0.16 for PixArt's, and guidance multiplies that.
+    """
+    outputs = [child for name, child in network.named_children() if name in OUTPUTS]
+    layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]  # under an adapter, too
+    for layer in layers:
+        layer.single = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.single = False
 
 
 def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.dtype:

@@ -7,9 +7,9 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
-from ..core.schedule import VP
 from .base import Cond
-from .parts import LatentTransformer, on, transformer_features
+from .parts import LatentTransformer, on, single_output, transformer_features
+from .settings import table
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class PixArt(LatentTransformer):
         extra: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.pipe.transformer.config.use_additional_conditions:
             extra = {"resolution": text.new_full((len(x), 2), size), "aspect_ratio": text.new_ones(len(x), 1)}
-        output = module(
-            x.to(text.dtype), text, t.to(torch.float32), encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False
-        )[0]
+        states, times = x.to(text.dtype), t.to(torch.float32)
+        with single_output(module):
+            output = module(states, text, times, encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False)[0]
         return output[:, : x.shape[1]].float()  # the other half, where there is one, is the learned variance
 
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -48,4 +48,4 @@ class PixArt(LatentTransformer):
 
 def around_pixart(pipe: PixArtAlphaPipeline | PixArtSigmaPipeline, name: str) -> PixArt:
     """The backbone of a pipeline."""
-    return PixArt(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))
+    return PixArt(pipe, name, table(pipe))

@@ -17,6 +17,7 @@ from diffusers import (
 
 from ..atomic import read_json
 from ..core.schedule import EDM, VP, Schedule
+from .weights import UnfitError
 
 EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
 EDM_SIGNS = {
@@ -38,7 +39,7 @@ def process_of(scheduler: SchedulerMixin) -> Schedule:
             raise ValueError(
                 f"its {type(scheduler).__name__} has no table of betas and is none of {', '.join(s.__name__ for s in EDM_SCHEDULERS)}"
             )
-        return VP(scheduler.alphas_cumprod.double())
+        return table_of(scheduler)
     if config.prediction_type not in EDM_SIGNS:
         raise ValueError(f"its scheduler's prediction_type is {config.prediction_type}, allowed are {', '.join(EDM_SIGNS)}")
     if config.sigma_schedule != "karras":
@@ -46,6 +47,16 @@ def process_of(scheduler: SchedulerMixin) -> Schedule:
             f"its scheduler's sigma_schedule is {config.sigma_schedule}; set it to karras, which spaces steps otherwise, in {CONFIG}"
         )
     return noise_levels(config)
+
+
+def table_of(scheduler: SchedulerMixin) -> VP:
+    """The process of a scheduler's `alphas_cumprod`. Raises UnfitError where noise does not grow in it, and where it is not as long as is said."""
+    alphas, called = scheduler.alphas_cumprod.double(), type(scheduler).__name__
+    if len(alphas) != scheduler.config.num_train_timesteps:
+        raise UnfitError(f"its {called} has {len(alphas)} betas and says num_train_timesteps {scheduler.config.num_train_timesteps}")
+    if not bool(alphas.isfinite().all() and (alphas >= 0).all() and (alphas <= 1).all() and (alphas.diff() < 0).all()):
+        raise UnfitError(f"its {called}'s betas are no noise schedule: signal does not fall from 1 towards 0 in it")
+    return VP(alphas)
 
 
 def noise_levels(config: Mapping[str, Any]) -> EDM:

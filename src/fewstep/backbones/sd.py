@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from ..core.schedule import VP
 from .base import Cond
-from .parts import LatentUNet
+from .parts import LatentUNet, on, single_output
+from .settings import table
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class StableDiffusion(LatentUNet):
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = cond["text"].dtype
-        return module(x.to(dtype), t.to(torch.float32), encoder_hidden_states=cond["text"], return_dict=False)[0].float()
+        with single_output(module):
+            return module(x.to(dtype), t.to(torch.float32), encoder_hidden_states=cond["text"], return_dict=False)[0].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
-        mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
-        with torch.no_grad():
-            return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0].to(self.pipe.unet.device)}
+        device = self.pipe.text_encoder.device
+        with torch.no_grad():  # the pipeline's own, which knows words of several tokens
+            text, _ = self.pipe.encode_prompt(list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        return on(self.module, {"text": text})
 
 
 def around_sd(pipe: StableDiffusionPipeline, name: str) -> StableDiffusion:
     """The backbone of a pipeline."""
-    return StableDiffusion(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))
+    return StableDiffusion(pipe, name, table(pipe))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.schedule import Flow
 from .base import Cond
-from .parts import LatentTransformer, on, transformer_features
+from .parts import LatentTransformer, on, single_output, transformer_features
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class StableDiffusion3(LatentTransformer):
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         times = t.to(torch.float32) * self.pipe.scheduler.config.num_train_timesteps
-        return module(x.to(cond["text"].dtype), cond["text"], cond["pooled"], times, return_dict=False)[0].float()
+        with single_output(module):
+            return module(x.to(cond["text"].dtype), cond["text"], cond["pooled"], times, return_dict=False)[0].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():

@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from ..core.schedule import VP
 from .base import Cond
-from .parts import LatentUNet, on
+from .parts import LatentUNet, on, single_output
+from .settings import table
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class StableDiffusionXL(LatentUNet):
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}
         states = x.to(cond["text"].dtype)
-        return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[0].float()
+        with single_output(module):
+            return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[0].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
@@ -42,4 +43,4 @@ class StableDiffusionXL(LatentUNet):
 
 def around_sdxl(pipe: StableDiffusionXLPipeline, name: str) -> StableDiffusionXL:
     """The backbone of a pipeline."""
-    return StableDiffusionXL(pipe, name, VP(pipe.scheduler.alphas_cumprod.double()))
+    return StableDiffusionXL(pipe, name, table(pipe))

@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDif
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from ..tensors import reason
-from .parts import Pipeline, frozen, load_part, own_dtype
+from .parts import Pipeline, frozen, load_part
 from .weights import EIGHT_BITS, PICKLES, POSITIONS, Mark, UnfitError, Weights, mark, refuse, require_finite
 
 SUFFIX = ".safetensors"
@@ -173,7 +173,8 @@ def load_checkpoint(kind: type[Pipeline], checkpoint: Checkpoint, folder: Path, 
     """
     other = {name: _from_configuration(checkpoint, name, dtype) for name in checkpoint.absent}
     options: dict[str, Any] = {"config": str(folder), "local_files_only": True, **other, **parts}
-    try:  # without a type every tensor is as in the file, and can be compared
+    options["dtype"] = dtype
+    try:
         pipe = kind.from_single_file(str(checkpoint.file), **options)
     except KeyError as error:  # what diffusers looks for and does not find
         raise UnfitError(f"{checkpoint.file.name} lacks {error.args[0]!r}") from error
@@ -181,9 +182,6 @@ def load_checkpoint(kind: type[Pipeline], checkpoint: Checkpoint, folder: Path, 
         pipe = kind.from_single_file(str(checkpoint.file), low_cpu_mem_usage=False, **options)
     read = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module) and n not in other}
     require_read(checkpoint.file, read)
-    for part in read.values():  # a file may be of several types
-        if any(t.dtype != (wanted := own_dtype(type(part), part.config, dtype)) for t in part.parameters()):
-            part.to(dtype=wanted)
     return with_settings(frozen(pipe, dtype), checkpoint)
 
 
@@ -196,8 +194,8 @@ def require_read(file: Path, read: Mapping[str, nn.Module]) -> None:
     weights = Weights((file,), "")
     refuse(weights, sorted(n for n, t in state.items() if t.is_meta), "lacks", "missing")
     require_finite(state, weights)
-    encoders: dict[str, Any] = {n: part for n, part in read.items() if "text_encoder" in n}
-    layers: dict[str, int] = {n: part.config.num_hidden_layers for n, part in encoders.items()}
+    types = sorted({t.dtype for t in state.values()}, key=str)
+    layers = {n: int(part.config.num_hidden_layers) for n, part in read.items() if isinstance(part, PreTrainedModel)}
     own, asked = dict[Mark, list[str]](), dict[Mark, list[str]]()  # what networks have, and what of the file they should have
     for name, tensor in sorted(state.items()):
         own.setdefault(mark(tensor, tensor.dtype), []).append(name)
@@ -206,7 +204,9 @@ def require_read(file: Path, read: Mapping[str, nn.Module]) -> None:
         for name in sorted(opened.keys()):
             tensor = opened.get_tensor(name)
             pieces = tensor.chunk(3) if ".in_proj_" in name else (tensor.T.contiguous(),) if name.endswith("text_projection") else (tensor,)
-            for found in (mark(piece, piece.dtype) for piece in pieces):
+            for piece in pieces:
+                ways = [mark(piece, dtype) for dtype in types]  # networks may be of several types
+                found = next((way for way in ways if way in own), ways[0])
                 held[found] += 1
                 if not _unread(name, tensor, layers):
                     asked.setdefault(found, []).append(name)

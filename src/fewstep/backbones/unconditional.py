@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..core.prediction import edm_inputs
 from ..core.schedule import EDM
 from .base import Cond
-from .parts import WithUNet
+from .parts import WithUNet, single_output
 from .schedulers import EDM_SCHEDULERS, process_of
+from .settings import read_labels, require_pixels
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
@@ -54,7 +55,8 @@ class PixelModel(WithUNet):
         dtype = next(module.parameters()).dtype
         if isinstance(self.schedule, EDM):
             x, t = edm_inputs(x, t, self.pipe.scheduler.config.sigma_data)
-        return module(x.to(dtype), t.to(torch.float32), class_labels=cond.get("label"), return_dict=False)[0].float()
+        with single_output(module):
+            return module(x.to(dtype), t.to(torch.float32), class_labels=cond.get("label"), return_dict=False)[0].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         if not self.labels:
@@ -75,8 +77,8 @@ class PixelModel(WithUNet):
 
 def around_pixels(pipe: DiffusionPipeline, name: str) -> PixelModel:
     """The backbone of a pipeline, with the classes that `labels.json` in its folder names. Raises ValueError for a scheduler of another kind."""
-    names = Path(pipe.name_or_path or "") / LABELS
-    labels = tuple(json.loads(names.read_text(encoding="utf-8"))) if names.is_file() else ()
+    labels = read_labels(Path(pipe.name_or_path or "") / LABELS)
+    require_pixels(pipe.unet, labels)
     schedule = process_of(pipe.scheduler)
     if isinstance(schedule, EDM) and isinstance(pipe, DDPMPipeline):  # which draws other pictures than the model's
         kept, pipe = pipe.name_or_path, pixel_pipeline(pipe.unet, pipe.scheduler)

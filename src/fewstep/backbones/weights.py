@@ -152,14 +152,17 @@ def require_all(
     """
     state = network.state_dict()
     missing = sorted({*missing, *(n for n, t in state.items() if t.is_meta)})
-    refuse(weights, missing, "lacks", "missing")
-    refuse(weights, sorted(mismatched), "has another shape of", "of another shape")
     left = sorted(n for n in left if n.rpartition(".")[2] != POSITIONS)
     if scaled := [n for n in left if EIGHT_BITS.search(n)]:
         raise UnfitError(
             f"{_file_of(weights, scaled[0])} keeps its weights in 8 bits or fewer, with scales beside them ({scaled[0]}), which fewstep does not read",
             "pass the model in float16, bfloat16 or float32",
         )
+    other = f"; it has {left[0]!r} instead, as another version of the library names it" if missing and left else ""
+    refuse(
+        weights, missing, "lacks", f"missing{other}", "run: pip install -U transformers diffusers, or download it again" if other else ""
+    )
+    refuse(weights, sorted(mismatched), "has another shape of", "of another shape")
     refuse(weights, left, "has", "left over, which this network does not have")
     require_finite(state, weights)
     made_up = sorted(strangers(state, weights.files))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import yaml
 
-from ..api import load_teacher, path_times, student_walker
 from ..atomic import read_json, require_room, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
-from ..backbones.load import at_size, fingerprint, fused, pipeline_of, place_encoders, quiet
+from ..backbones.hollow import require_loadable
+from ..backbones.load import at_size, fingerprint, fused, load_teacher, pipeline_of, place_encoders, quiet
 from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
@@ -29,6 +29,7 @@ from ..runs.metrics_log import MetricsLog
 from ..runs.preview import Drawing, Preview
 from ..runs.record import versions
 from ..runs.students import student_folder
+from ..runs.walking import path_times, student_walker
 from ..runs.watch import Trend
 from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
@@ -57,7 +58,7 @@ from .evaluate import check_measures, measure_step
 from .plan import plans_of, show
 from .preflight import held, note_shadowed, place_checks, require
 from .progress import console, meter
-from .prompts import count_in, say_found, say_size, training_prompts
+from .prompts import count_in, say_found, say_of_prompts, say_size, training_prompts
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe, recorded
 from .run_record import command_line, run_record
 from .signals import stop_request
@@ -97,6 +98,7 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     check_start(recipe, teacher)
     console.quiet = not is_first()
     prompts = training_prompts(recipe, teacher)
+    say_of_prompts(teacher, prompts)
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / FIRST, stage)
@@ -401,10 +403,12 @@ def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: Sequenc
 def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     """What `--dry-run` prints; no weights are read."""
     start_folder(recipe)
+    require_loadable(recipe.teacher)
     teacher, plans = plans_of(recipe)
     check_start(recipe, teacher)
     check_measures(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
+    say_of_prompts(teacher, prompts)
     needed = embedding_bytes(at_size(teacher, recipe.size), len(prompts))
     console.print(f"embeddings of {len(prompts):,} prompts: {count_in(needed, run)}", markup=False)
     for made in plans:

@@ -1,4 +1,4 @@
-"""`fewstep doctor`: what is installed, which devices are there, what is missing and the command that installs it."""
+"""`fewstep doctor`: what is installed, which devices are there, what is missing and the command that installs it; and what a teacher is."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -27,9 +27,13 @@ OPTIONAL = {
 }
 
 
-def run_doctor() -> None:
-    """Print it. Raises ValueError when a core package is missing."""
+def run_doctor(teacher: str | None = None, dtype: str = "float32", size: int | None = None) -> None:
+    """Print it, or of a teacher what it is and whether it is sound. Raises ValueError when a core package is missing, and for a teacher that is not."""
     import torch
+
+    if teacher is not None:
+        check_teacher(teacher, dtype, size)
+        return
 
     from .. import __version__
     from ..backbones.load import bundled
@@ -51,6 +55,24 @@ def run_doctor() -> None:
         console.print(f"no GPU; CPU with {torch.get_num_threads()} threads")
     if missing:
         raise ValueError(f"missing: {', '.join(missing)}; run: pip install fewstep")
+
+
+def check_teacher(teacher: str, dtype: str, size: int | None) -> None:
+    """Load a teacher, look at it as before a training, and print what was found. Raises ValueError with one line where a check does not hold."""
+    import torch
+
+    from ..backbones.conformance import conformance, require
+    from ..backbones.load import load_teacher, quiet
+    from ..training.loop import default_device
+
+    quiet()
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(types)}")
+    checks = conformance(load_teacher(teacher, types[dtype], default_device(), size))
+    for check in checks:
+        console.print(f"  {'ok' if check.holds else 'NO':<4}{check.name:<14} {check.said}", markup=False)
+    require(checks, teacher)
 
 
 def _version(name: str) -> str | None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..api import LoadedStudent, backbone_of, sample
 from ..atomic import read_json, write_json
 from ..backbones.base import Backbone, calls
 from ..backbones.load import BUNDLED, quiet
@@ -15,7 +14,8 @@ from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
-from ..runs.students import student_folder
+from ..runs.sampling import backbone_of, sample
+from ..runs.students import LoadedStudent, student_folder
 from ..training.loop import Step
 from ..training.prompts import find_prompts
 from ..zoo.pixel_data import read_pixel_data

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..api import LoadedStudent, load_student, load_teacher, sample
 from ..atomic import open_to_others, write_text
 from ..backbones.few_step import drawn, facts_of, with_network
 from ..backbones.files import save_pipeline
 from ..backbones.generate import device_of
-from ..backbones.load import fingerprint, pipeline_of, quiet
+from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
 from ..backbones.schedulers import load_scheduler
 from ..backbones.student_scheduler import calls
 from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
@@ -31,7 +30,8 @@ from ..roles.adapters import merge, remove_adapters
 from ..roles.roles import TRAINED
 from ..roles.step_condition import fold, folded_bias
 from ..roles.student import Student, plain_lora
-from ..runs.students import student_folder
+from ..runs.sampling import sample
+from ..runs.students import LoadedStudent, load_student, student_folder
 from .preflight import require_parent
 from .progress import console
 from .sample import open_student
@@ -73,7 +73,7 @@ def run_export(
     try:
         found = FORMATS[form](student, single(student.card, count, scale), out, kept)
         difference = float((found - wanted).abs().max())
-        if difference > CLOSE:
+        if not difference <= CLOSE:  # NaN is as far as can be
             raise ValueError(
                 f"export: the files differ from the student by {difference:.1e} in a pixel (allowed {CLOSE:g}); nothing was kept"
             )

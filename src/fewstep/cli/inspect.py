@@ -9,9 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..api import load_teacher
 from ..atomic import read_json
-from ..backbones.load import bundled, fingerprint, quiet, source_of
+from ..backbones.load import bundled, fingerprint, load_teacher, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
 from ..export.card import counted, read_card
 from ..export.headers import KEY

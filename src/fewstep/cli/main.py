@@ -176,11 +176,17 @@ def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished, s
 
 
 @app.command()
-def doctor() -> None:
-    """Print versions, devices, and what is missing with the command that installs it."""
+def doctor(
+    teacher: Annotated[
+        str | None, typer.Argument(help="A teacher to look at as before a training: what it is, and whether it is sound.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="The type of the teacher's weights: float32, bfloat16 or float16.")] = "float32",
+    size: Annotated[int | None, typer.Option(help="Height and width of its pictures, if not its own.")] = None,
+) -> None:
+    """Print versions, devices, and what is missing with the command that installs it; or check a TEACHER."""
     from .doctor import run_doctor
 
-    run_doctor()
+    run_doctor(teacher, dtype, size)
 
 
 @app.command("train-teacher")

@@ -8,7 +8,6 @@ from types import MappingProxyType
 import torch
 from rich.table import Table
 
-from ..api import path_times
 from ..backbones.base import Backbone
 from ..backbones.hollow import hollow_teacher
 from ..backbones.load import at_size, quiet
@@ -16,6 +15,8 @@ from ..backbones.parts import Piped, networks
 from ..begin import roles_for
 from ..names import quoted
 from ..roles.quantised import KINDS, Kind, layers_of, quantise
+from ..runs.walking import path_times
+from ..tensors import reason
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from ..training.prompts import CHUNK, Embeddings
@@ -93,7 +94,19 @@ def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
     """The recipe's teacher without content, and the plan of each of its stages."""
     teacher = hollow_of(recipe)
     stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe]
-    return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
+    try:
+        return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ZeroDivisionError,
+    ) as error:  # networks that are not what they are told
+        raise ValueError(
+            f"teacher: {recipe.teacher} cannot be called as its configuration says ({reason(error)}); check it, or download it again"
+        ) from error
 
 
 def hollow_of(recipe: DistillRecipe) -> Backbone:

@@ -1,11 +1,12 @@
 """What a run is given to learn from: its prompts, and a word on what was found and on what is going to be written."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..backbones.base import Backbone
 from ..backbones.load import BUNDLED, source_of
+from ..training.prompt_lengths import said_of_prompts
 from ..training.prompts import find_prompts, ignore
 from ..training.texts import Found, printable
 from .plan import size
@@ -34,6 +35,12 @@ def prompts_from(source: str, column: str | None, teacher: str, say: Callable[[F
             f"prompts: teacher {teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
         )
     return find_prompts(str(shipped))[0]
+
+
+def say_of_prompts(teacher: Backbone, prompts: Sequence[str]) -> None:
+    """Print what encoders cut of them, and which signs they do not understand."""
+    for line in said_of_prompts(teacher, prompts):
+        console.print(line, markup=False)
 
 
 def say_found(found: Found) -> None:

@@ -147,7 +147,9 @@ class DistillRecipe(Strict):
     kind: Literal["distill"]
     name: Name
     teacher: Place
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base's weights; LoRA stays in single precision
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the base's weights; LoRA stays in single precision. float16's range loses gradients
+    )
     size: int | None = None  # height and width of the pictures, if not the teacher's own
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # of the teacher's guidance, as in diffusers' pipelines
     prompts: PromptsConfig = PromptsConfig()

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..api import LoadedStudent, backbone_of, check_steps, load_student, load_teacher, sample
 from ..backbones.base import Backbone, calls
-from ..backbones.load import quiet, seen_from
+from ..backbones.load import load_teacher, quiet, seen_from
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations, read_card
@@ -16,7 +15,8 @@ from ..names import quoted
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
 from ..report.words import plural
-from ..runs.students import base_note, student_folder
+from ..runs.sampling import backbone_of, check_steps, sample
+from ..runs.students import LoadedStudent, base_note, load_student, student_folder
 from ..training.loop import default_device
 from .preflight import note_shadowed, require_output
 from .progress import console
@@ -60,6 +60,9 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     if not all(p.strip() for p in given or [""]):
         raise ValueError(f"--prompt: got {'an empty prompt' if given else 'none'}; say what to draw, e.g. -p rocket")
     return list(given)
+
+
+FLAT = 1 / 255  # a picture whose pixels differ by less is one colour
 
 
 def run_sample(
@@ -123,6 +126,8 @@ def _timed(
     began = time.perf_counter()
     result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
+    if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
+        console.print(f"warning: {flat} of {len(result)} pictures are one colour; run fewstep doctor TEACHER")
     if isinstance(model, LoadedStudent):
         who, cost = "student", card_evaluations(model.card, steps)
     else:

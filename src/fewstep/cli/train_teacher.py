@@ -3,9 +3,8 @@
 from collections.abc import Generator
 from pathlib import Path
 
-from ..api import load_teacher
 from ..atomic import write_json, write_text
-from ..backbones.load import fingerprint, pipeline_of
+from ..backbones.load import fingerprint, load_teacher, pipeline_of
 from ..training.captioned import read_pictures
 from ..training.finetune import finetune
 from ..training.fit import FitStep

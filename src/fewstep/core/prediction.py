@@ -62,6 +62,12 @@ def split(m: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, row: Row) -> Split
     return Split(x0=(b * x - sigma * m) / det, eps=(alpha * m - a * x) / det)
 
 
+def share(alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
+    """`|alpha b - sigma a|`: errors of m are those of x0 times sigma over this. 0 where m and x together say nothing of the data, as eps of pure noise."""
+    a, b = row(alpha, sigma)
+    return (alpha * b - sigma * a).abs()
+
+
 def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, row: Row) -> Tensor:
     """What a network of this row should output for (x0, eps): `a x0 + b eps`."""
     a, b = row(alpha, sigma)

@@ -12,6 +12,7 @@ from ..backbones.generate import device_of
 from ..backbones.load import around, pipeline_of
 from ..backbones.parts import denoiser_of
 from ..backbones.student_scheduler import Walking
+from ..begin import require_own
 from ..core import timegrid
 from ..core.solvers import solver_named
 from ..export.card import StudentCard, read_card
@@ -29,7 +30,9 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     folder = Path(student)
     card = read_card(folder)
     pipeline, adapter = pipeline_of(base), "fewstep"
-    walking = _walking(card, around(pipeline, card.base), folder)
+    backbone = around(pipeline, card.base)
+    require_own(card, backbone, folder)
+    walking = _walking(card, backbone, folder)
     pipe = few_step_pipeline(pipeline, folder, Serving(card.steps, card.size, card.scales), card.weights, walking, adapter)
     network = denoiser_of(pipe)
     if card.weights == "lora" and not loads_lora(network):

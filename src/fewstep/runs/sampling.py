@@ -11,6 +11,7 @@ from ..core import timegrid
 from ..core.solvers import State
 from ..export.card import StudentCard
 from ..methods.method import student_of
+from ..tensors import finite
 from ..training.loop import Step
 from ..trajp.head import Head, kind_of, require_steps
 from .students import LoadedStudent
@@ -46,7 +47,12 @@ def sample(
     it takes, or `told`.
     """
     states = sample_states(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, told=told)
-    return backbone_of(model).decode(states[-1].x)
+    shown = backbone_of(model).decode(states[-1].x)
+    if not finite(shown):
+        raise FloatingPointError(
+            f"sample: the pictures of {backbone_of(model).name} are not finite; load it in float32 or bfloat16, or run fewstep doctor TEACHER"
+        )
+    return shown
 
 
 def sample_states(

@@ -31,6 +31,8 @@ def finetune(
     if how.base is not None:
         raise ValueError(f"roles.base: got {how.base}, a fine-tune changes the weights themselves; leave it out")
     module, schedule = backbone.module, backbone.schedule
+    if next(module.parameters()).dtype == torch.float16:
+        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
     device = next(module.parameters()).device
     adapters.remove_adapters(module, (ADAPTER, "student", "fake"))
     if how.share:

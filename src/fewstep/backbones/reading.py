@@ -1,0 +1,61 @@
+"""How prompts are read: how many tokens they are, and what of them an encoder takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from diffusers import CogVideoXPipeline, DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
+from diffusers.loaders import TextualInversionLoaderMixin
+from transformers import PreTrainedTokenizerBase
+
+from .base import Backbone
+from .parts import Piped
+
+T5_TOKENS = 256  # that SD3's pipeline gives its third encoder
+PIXART_TOKENS = 120  # of PixArt-alpha's call; Sigma's is 300
+SIGMA_TOKENS = 300
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One encoder's view of some prompts: the most tokens that it takes, begin and end included, how many each has, and those that are taken."""
+
+    encoder: str
+    most: int
+    lengths: tuple[int, ...]
+    taken: tuple[tuple[int, ...], ...]
+
+
+def readings(backbone: Backbone, prompts: Sequence[str]) -> list[Reading]:
+    """Of every text encoder; none where there are none, or where it is somebody's own."""
+    if not isinstance(backbone, Piped):
+        return []
+    pipe, found = backbone.pipe, []
+    for name, words, most in _tokenizers(pipe):
+        texts = [_converted(pipe, p, words) for p in prompts]
+        rows = words(texts, truncation=False, padding=False, add_special_tokens=True).input_ids if texts else []
+        taken = tuple(tuple(r) if len(r) <= most else (*r[: most - 1], r[-1]) for r in rows)
+        found.append(Reading(name.replace("tokenizer", "text_encoder"), most, tuple(len(r) for r in rows), taken))
+    return found
+
+
+def _tokenizers(pipe: DiffusionPipeline) -> Iterator[tuple[str, PreTrainedTokenizerBase, int]]:
+    """The tokenizers of a pipeline, and how many tokens it lets each have."""
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        words = pipe.components.get(name)
+        if not isinstance(words, PreTrainedTokenizerBase):
+            continue
+        if isinstance(pipe, CogVideoXPipeline):
+            yield name, words, pipe.transformer.config.max_text_seq_length
+        elif isinstance(pipe, PixArtSigmaPipeline):
+            yield name, words, SIGMA_TOKENS
+        elif isinstance(pipe, PixArtAlphaPipeline):
+            yield name, words, PIXART_TOKENS
+        elif isinstance(pipe, StableDiffusion3Pipeline) and name == "tokenizer_3":
+            yield name, words, T5_TOKENS
+        else:
+            yield name, words, words.model_max_length
+
+
+def _converted(pipe: DiffusionPipeline, prompt: str, words: PreTrainedTokenizerBase) -> str:
+    """A prompt with words of several tokens spelt out, where the pipeline does that."""
+    return str(pipe.maybe_convert_prompt(prompt, words)) if isinstance(pipe, TextualInversionLoaderMixin) else prompt

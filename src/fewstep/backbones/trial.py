@@ -1,0 +1,43 @@
+"""One small call of everything that a teacher is made of: parts that do not go together are found before anything is built on them."""
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..tensors import reason
+from .base import Backbone
+from .parts import Latent, WithUNet
+from .weights import UnfitError
+
+SMALL = 2**12  # numbers in a state, of which a call takes no time on a CPU either
+
+
+def require_runs(backbone: Backbone) -> None:
+    """Raises UnfitError where encoding, predicting or decoding fails.
+
+    The states are as small as the network takes them; where that is large, and there is no GPU, shapes alone are calculated.
+    """
+    shape = small_shape(backbone)
+    weight = next(backbone.module.parameters())
+    hollow = math.prod(shape) > SMALL and weight.device.type == "cpu"
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) if hollow else nullcontext():
+            cond = backbone.encode([""])
+            x = torch.zeros(1, *shape, device=weight.device)
+            t = torch.full((1,), float(backbone.schedule.t_max), dtype=torch.float64, device=weight.device)
+            backbone.predict(backbone.module, x, t, cond)
+            if isinstance(backbone, Latent):
+                backbone.decode(x)
+    except Exception as error:  # whatever a network raises for inputs that are not its own
+        raise UnfitError(f"its parts do not go together ({reason(error)})", "check its configuration, or download it again") from error
+
+
+def small_shape(backbone: Backbone) -> tuple[int, ...]:
+    """The smallest states that a network takes without loss: a U-Net's are halved at every level, transformers have one size."""
+    if not isinstance(backbone, WithUNet):
+        return backbone.shape
+    unit = 2 ** len(backbone.pipe.unet.config.block_out_channels)
+    channels, *sides = backbone.shape
+    return (channels, *(s if s <= 2 * unit else 2 * unit for s in sides))
