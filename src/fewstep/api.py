@@ -128,9 +128,9 @@ def distill(
         networks = replace(
             networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)) if rank is None else rank
         )
-        if note := large_rank(teacher.module, networks):
-            warnings.warn(python_words(note), DistillationWarning, stacklevel=3)
     require_roles(method.name, networks)
+    if note := large_rank(teacher.module, networks):
+        warnings.warn(python_words(note), DistillationWarning, stacklevel=3)
     require_updates(method, iterations)
     if method.needs.pictures != (pictures is not None):
         raise ValueError(
