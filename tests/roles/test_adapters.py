@@ -193,3 +193,15 @@ def test_uncast_is_the_same_under_autocast_and_keeps_no_second_copy_of_an_input(
     assert torch.equal(before, after)
     assert fewer < copies
     assert all(layer.cast_input_dtype_enabled for layer in layers)
+
+
+def test_a_rank_fits_its_network() -> None:
+    """The weights of a LoRA are counted as they are made; large networks get 32, small ones what trains at most a quarter, 4 at least."""
+    teacher = tiny.stable_diffusion()
+    names = adapters.targets(teacher.module, "all")
+    counted = adapters.lora_weights(teacher.module, names, 3)
+    adapters.add_adapter(teacher.module, "student", 3, 3, names, seed=0)
+    assert counted == sum(p.numel() for p in adapters.adapter_parameters(teacher.module, "student").values())
+
+    wide, narrow = nn.Sequential(nn.Linear(1024, 1024)), nn.Sequential(nn.Linear(16, 16))
+    assert (adapters.fitting_rank(wide, ["0"]), adapters.fitting_rank(narrow, ["0"])) == (32, 4)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..atomic import write_json, write_text
 from ..backbones.load import fingerprint, load_teacher, pipeline_of
+from ..findings import require
 from ..training.captioned import read_pictures
 from ..training.finetune import finetune
 from ..training.fit import FitStep
@@ -12,7 +13,7 @@ from ..training.loop import default_device
 from ..training.pictures import encode_pictures
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
-from .preflight import held, place_checks, require
+from .preflight import held, place_checks
 from .progress import console, meter
 from .prompts import say_found, say_size
 from .recipe import FinetuneRecipe, kind_of, read_recipe, recorded
@@ -34,7 +35,7 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
         config = read_recipe(source, overrides, TeacherConfig)
         stages = {"codec": config.codec.fit.steps, "decoder": config.codec.decoder.steps, "denoiser": config.denoiser.fit.steps}
         steps = train_teacher(config, run)
-    require(place_checks(run))
+    require(place_checks(run), "--out")
     with held(run), stop_request() as request:
         current = next(steps, None)
         while current is not None:

@@ -4,6 +4,7 @@ PEFT's own `set_adapter` and `disable_adapters` toggle `requires_grad`, which si
 forward pass came before another role's. The switch here changes nothing but which adapter the layers add.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from .sharding import part_of
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
+MOST_RANK, LEAST_RANK = 32, 4
+FITTING = 0.25  # of a network's weights
 
 
 def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]:
@@ -33,6 +36,20 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
             f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.share=false for full weights"
         )
     return [n for n, _ in layers]
+
+
+def lora_weights(module: nn.Module, names: Sequence[str], rank: int) -> int:
+    """How many weights a LoRA of this rank has: rank (in + out) a layer, of a convolution the inputs of its kernel."""
+    layers = [module.get_submodule(n) for n in names]
+    return sum(rank * (math.prod(m.weight.shape[1:]) + m.weight.shape[0]) for m in layers if isinstance(m, nn.Linear | nn.Conv2d))
+
+
+def fitting_rank(module: nn.Module, names: Sequence[str]) -> int:
+    """`MOST_RANK`, halved until a LoRA has at most `FITTING` of the network's weights; on small networks more is slower and no better."""
+    whole, rank = sum(p.numel() for p in module.parameters()), MOST_RANK
+    while rank > LEAST_RANK and lora_weights(module, names, rank) > FITTING * whole:
+        rank //= 2
+    return rank
 
 
 def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:
