@@ -14,6 +14,7 @@ from ..names import LONGEST, visible
 from ..training.lock import locked
 from ..training.paths import OF_STUDENT, TRAJECTORIES
 from ..training.processes import any_of, is_first
+from .faults import logged_in
 from .progress import console
 
 FINAL = "final"
@@ -129,4 +130,5 @@ def held(run: Path) -> Iterator[None]:
             if isinstance(refused, OSError):
                 raise ValueError(_unwritable(run, refused)) from refused
             raise refused or ValueError(f"--out: {visible(str(run), lines=False)} cannot be used, see what the first process said")
-        yield
+        with logged_in(run):
+            yield
