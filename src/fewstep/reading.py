@@ -63,7 +63,7 @@ def reason(error: BaseException) -> str:
     elif isinstance(error, UnicodeDecodeError):
         text = f"byte {error.start} is no {error.encoding.upper()} text"
     elif isinstance(error, RecursionError):
-        text = "it is nested too deeply"
+        text = "nested too deeply"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
     else:

@@ -122,5 +122,5 @@ def _require_sound(card: StudentCard) -> None:
         if not holds:
             raise ValueError(f"its {field_name} is {str(getattr(card, field_name))[:60]!r}, allowed are {allowed}")
     for count, times in card.timesteps.items():
-        if len(times) != int(count) + 1 or not all(math.isfinite(t) and t >= 0 for t in times) or sorted(set(times), reverse=True) != times:
+        if len(times) != int(count) + 1 or not all(math.isfinite(t) for t in times) or sorted(set(times), reverse=True) != times:
             raise ValueError(f"its timesteps of {count} steps are no {int(count) + 1} falling numbers")
