@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "hashes": frozenset({"reading"}),
     "reading": frozenset({"names"}),
     "tensors": frozenset({"reading"}),
+    "typed": frozenset({"names"}),
     "core": frozenset(),
     "objectives": frozenset({"core"}),
     "backbones": FILES | {"core"},

@@ -13,7 +13,8 @@ from typing import Any
 from .names import visible
 
 LONGEST = 200  # letters of what another library says
-FORESEEN = (OSError, ValueError, RecursionError)  # what damage usually raises; of all else the traceback is of use
+# What a mistake in a program raises, rather than damage: its traceback is of use.
+UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, IndexError, NameError, NotImplementedError, TypeError, UnboundLocalError)
 
 
 class ReadError(ValueError):
@@ -52,7 +53,7 @@ def unreadable(what: str, error: Exception, cure: str, wrong: str = "is damaged"
     if out_of_memory(error):
         wrong = "takes more memory than there is"
     made = ReadError(f"{shown} {wrong} ({reason(error)}); {cure}")
-    made.foreseen = isinstance(error, FORESEEN) or out_of_memory(error) or type(error).__name__ == "SafetensorError"
+    made.foreseen = not isinstance(error, UNFORESEEN)
     return made
 
 

@@ -1,9 +1,11 @@
 """JSON values as the types that they should have: what a file holds of another type is found where it is read."""
 
-from collections.abc import Mapping
+import reprlib
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from .names import visible
 
 NAMES = {
     int: "a whole number",
@@ -14,6 +16,9 @@ NAMES = {
     list: "a list",
     dict: "an object",
 }
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxlong, SHORT.maxother = 3, 80, 40, 80
 
 
 def typed(kind: Any, value: Any, where: str = "") -> Any:
@@ -84,7 +89,5 @@ def _below(where: str, key: object) -> str:
 
 def shown(value: Any) -> str:
     """A JSON value in a few words."""
-    if isinstance(value, (Mapping, list)):
-        return f"{NAMES[dict] if isinstance(value, Mapping) else NAMES[list]} of {len(value)}"
-    text = {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else f"{text[:60]} ..."
+    text = {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else SHORT.repr(value)
+    return visible(text, lines=False)

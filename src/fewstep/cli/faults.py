@@ -3,6 +3,7 @@
 import dis
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ LESS = {
     "train-teacher": "lower the batch of its fit, or its pictures' size",
     "sample": "draw fewer pictures at once (-n), or at a smaller size",
 }
+WORD = re.compile(r"\S{400,}")  # longer than any path is, and than anybody reads
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
@@ -32,7 +34,7 @@ class FaultError(Exception):
 
     def __init__(self, line: str, status: int) -> None:
         super().__init__(line)
-        self.line, self.status = visible(line, lines=False), status
+        self.line, self.status = WORD.sub(lambda long: f"{long[0][:200]} ... {long[0][-60:]}", visible(line, lines=False)), status
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..methods.matching import Matching
 from ..methods.method import require_beginning
 from ..methods.paths import PathImitation
 from ..methods.presets import preset, require_roles
-from ..names import expanded, require_name, visible
+from ..names import expanded, require_name
 from ..reading import reason, text_in, unreadable
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
@@ -78,7 +78,11 @@ METHODS: dict[str, type[Matching] | type[Imitation] | type[PathImitation]] = {
 
 def _with_preset(value: Any) -> Any:
     """A method's settings on top of what its name stands for."""
-    return {**asdict(preset(str(value.get("name", "tdm")))), **value} if isinstance(value, dict) else value
+    if isinstance(value, tuple(METHODS.values())):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it")
+    return {**asdict(preset(str(value.get("name", "tdm")))), **value}
 
 
 def _kind_of_method(value: Any) -> str:
@@ -374,7 +378,7 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             raise ValueError(
                 f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
-        got = "" if first["type"] == "missing" else f", got {visible(repr(first['input']), lines=False)}"
+        got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
 
 
