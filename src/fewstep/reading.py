@@ -12,8 +12,9 @@ from typing import Any
 
 from .names import visible
 
+PACKAGE = Path(__file__).resolve().parent
 LONGEST = 200  # letters of what another library says
-# What a mistake in a program raises, rather than damage: its traceback is of use.
+# What a mistake in a program raises, rather than damage: where it was fewstep's, its traceback is of use.
 UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, IndexError, NameError, NotImplementedError, TypeError, UnboundLocalError)
 
 
@@ -53,7 +54,8 @@ def unreadable(what: str, error: Exception, cure: str, wrong: str = "is damaged"
     if out_of_memory(error):
         wrong = "takes more memory than there is"
     made = ReadError(f"{shown} {wrong} ({reason(error)}); {cure}")
-    made.foreseen = not isinstance(error, UNFORESEEN)
+    trace = innermost(error)
+    made.foreseen = trace is None or not ours(trace) or not isinstance(error, UNFORESEEN)
     return made
 
 
@@ -76,6 +78,19 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out: Python's, a device's, or the allocator's of the CPU, which torch tells as a RuntimeError."""
     named = isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
     return named or (isinstance(error, RuntimeError) and any(t in str(error) for t in ("can't allocate memory", "out of memory")))
+
+
+def innermost(error: BaseException) -> TracebackType | None:
+    """Where an exception was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
+
+
+def ours(trace: TracebackType) -> bool:
+    """Whether it is in fewstep's own code."""
+    return Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
 
 
 def require_regular(path: Path) -> Path:

@@ -39,7 +39,7 @@ from .pixart import PixArt, around_pixart
 from .sd import StableDiffusion, around_sd
 from .sd3 import StableDiffusion3, around_sd3
 from .sdxl import StableDiffusionXL, around_sdxl
-from .settings import require_settings
+from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .trial import require_runs
 from .unconditional import PixelModel, around_pixels
@@ -290,8 +290,9 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     if not isinstance(backbone, LatentUNet):
         raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
     unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
-    if not isinstance(size, int) or size < unit or size % unit:
-        raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit}")
+    most = LARGEST * backbone.pipe.vae_scale_factor
+    if not isinstance(size, int) or not unit <= size <= most or size % unit:
+        raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
     return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
 
 

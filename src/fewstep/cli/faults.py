@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 
 from ..names import quoted, visible
-from ..reading import ReadError, out_of_memory, reason
+from ..reading import PACKAGE, ReadError, innermost, ours, out_of_memory, reason
 
-PACKAGE = Path(__file__).resolve().parent.parent
 LOG, ELSEWHERE = "error.log", "fewstep-error.log"  # in a run's folder, and where there is none
 USERS, OURS = 2, 1  # exit codes: of a mistake in what was asked or given, of a mistake of fewstep
 LESS = {
@@ -71,26 +69,20 @@ def fault_of(error: Exception, folder: Path | None = None) -> FaultError:
 
 def said_by_us(error: BaseException) -> bool:
     """Whether a `raise` in fewstep's own code made it: what other libraries and Python itself raise says nothing to a user."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and _ours(trace) and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    trace = innermost(error)
+    return trace is not None and ours(trace) and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def step_of(error: BaseException) -> str:
     """The function of fewstep in which it happened, as `in training.loop.distill, line 120`."""
     trace, last = error.__traceback__, None
     while trace is not None:
-        last, trace = (trace if _ours(trace) else last), trace.tb_next
+        last, trace = (trace if ours(trace) else last), trace.tb_next
     if last is None:
         return "starting"
     code = last.tb_frame.f_code
     module = ".".join(Path(code.co_filename).resolve().relative_to(PACKAGE).with_suffix("").parts)
     return f"in {module}.{code.co_name}, line {last.tb_lineno}"
-
-
-def _ours(trace: TracebackType) -> bool:
-    return Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
 
 
 def write_log(error: BaseException, folder: Path | None) -> str:

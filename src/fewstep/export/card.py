@@ -116,6 +116,7 @@ def _require_sound(card: StudentCard) -> None:
         ("size", card.size >= 0, "whole numbers from 0"),
         ("shape", all(n > 0 for n in card.shape), "whole numbers from 1"),
         ("dtype", card.dtype in DTYPES, ", ".join(DTYPES)),
+        ("sigma_data", 0 <= card.sigma_data < math.inf, "numbers from 0"),
         ("base", card.base.strip() != "", "the name of a teacher"),
         ("scales", not card.scales or card.time_layer != "", "none where there is no time_layer"),
     ):

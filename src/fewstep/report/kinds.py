@@ -106,10 +106,13 @@ class Line(_Counted, total=False):
     watch: dict[str, Any]
 
 
-class PicturesHeader(TypedDict):
-    """What `pictures.safetensors` says of itself."""
-
+class _Shown(TypedDict):
     prompts: list[str]
     rows: list[str]
     trajectories: dict[str, list[float]]
+
+
+class PicturesHeader(_Shown, total=False):
+    """What `pictures.safetensors` says of itself; older ones say no `grid`."""
+
     grid: tuple[list[int], list[int]] | None

@@ -35,10 +35,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """What a line holds; None where it has not been written to its end."""
+    """What a line holds; None where it has not been written to its end. Raises ValueError for what no line of such a file begins with."""
     try:
         entry = json.loads(line)
     except ValueError:
+        if line.strip("\0 ") and not line.startswith("{"):
+            raise
         return None
     found: dict[str, Any] = typed(Line, entry)
     for key in found.keys() - Line.__annotations__.keys():

@@ -104,12 +104,19 @@ def load_pictures(path: Path) -> Pictures:
     """Inverse of `save_pictures`; the 8-bit values come back exactly. Raises ValueError where the file is not one of ours."""
     with reading(f"pictures {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"):
         with safe_open(require_regular(path), framework="pt") as file:
-            about = typed(PicturesHeader, {"grid": None, **json.loads((file.metadata() or {})["pictures"])})
-            rows = {label: file.get_tensor(f"row/{label}").float() / 255 for label in about["rows"]}
+            about = typed(PicturesHeader, json.loads((file.metadata() or {})["pictures"]))
+            rows = {label: _pixels(file.get_tensor(f"row/{label}")) for label in about["rows"]}
             trajectories = {
-                label: Trajectory(tuple(times), file.get_tensor(f"trajectory/{label}").float() / 255)
+                label: Trajectory(tuple(times), _pixels(file.get_tensor(f"trajectory/{label}")))
                 for label, times in about["trajectories"].items()
             }
             counts = about.get("grid")
-            grid = None if counts is None else StepGrid(tuple(counts[0]), tuple(counts[1]), file.get_tensor("grid").float() / 255)
+            grid = None if counts is None else StepGrid(tuple(counts[0]), tuple(counts[1]), _pixels(file.get_tensor("grid")))
         return Pictures(tuple(about["prompts"]), rows, trajectories, grid)
+
+
+def _pixels(values: Tensor) -> Tensor:
+    """8 bits as numbers in [0, 1]. Raises ValueError for anything else."""
+    if values.dtype != torch.uint8:
+        raise ValueError(f"its pictures are {str(values.dtype).removeprefix('torch.')}, not uint8")
+    return values.float() / 255
