@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..atomic import read_json, require_room, write_json
+from ..atomic import require_room, write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
 from ..backbones.hollow import require_loadable
@@ -22,6 +22,7 @@ from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
 from ..export.card import read_card
 from ..findings import require
+from ..reading import read_json
 from ..report.run import BEST, BEST_FILE, SHAPE
 from ..report.words import finite, plural
 from ..roles.quantised import quantise, weight_count

@@ -14,9 +14,9 @@ from ..backbones.generate import device_of
 from ..begin import roles_for
 from ..findings import Check
 from ..methods.method import Method
+from ..reading import reason
 from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
-from ..tensors import reason
 from ..training.loop import TrainConfig
 from ..training.memory import module_bytes, storage_bytes
 from ..training.optimizer import state_bytes
