@@ -91,5 +91,5 @@ def disk_check(disk: int, folder: Path) -> Check:
     """Whether there is room for what a run leaves."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    said = f"{size(disk)} for checkpoints and the student, {size(free)} are free"
+    said = f"{size(disk)} for what a run keeps, {size(free)} are free"
     return Check("disk", said, disk <= free, "" if disk <= free else "free some space, or choose another folder")
