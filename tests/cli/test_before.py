@@ -13,11 +13,16 @@ from safetensors.torch import load_file, save_file
 from fewstep import atomic
 from fewstep.backbones import files
 
-from .test_distill import error_of, fewstep, recipe, teacher, uncounted
+from . import test_distill
+from .test_distill import error_of, recipe, teacher, uncounted
 
 assert all((recipe, teacher, uncounted))  # fixtures
 
 FEW = ("--set", "train.iterations=2", "--set", "preview.teacher_steps=1")
+
+
+def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    return test_distill.fewstep(monkeypatch, *arguments, look=True)
 
 
 def everything(folder: Path) -> list[str]:
