@@ -85,7 +85,9 @@ def weights(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     return {n.removesuffix(".weight"): v.double() for n, v in network.state_dict().items() if n.endswith(".weight")}
 
 
-@pytest.mark.parametrize(("family", "rank", "alpha"), [("sd", 4, 4.0), ("sd", 8, 1.0), ("sdxl", 4, 16.0)])
+@pytest.mark.parametrize(
+    ("family", "rank", "alpha"), [pytest.param("sd", 4, 4.0, marks=pytest.mark.slow), ("sd", 8, 1.0), ("sdxl", 4, 16.0)]
+)
 def test_every_format_changes_the_weights_alike_without_headers(
     folders: Callable[[str], Path], tmp_path: Path, family: str, rank: int, alpha: float
 ) -> None:
