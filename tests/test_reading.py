@@ -26,7 +26,7 @@ class StrangeError(Exception):
         (KeyError("weight"), "it lacks 'weight'"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "byte 0 is no UTF-8 text"),
-        (FileNotFoundError(2, "No such file or directory", "x"), "No such file or directory"),
+        (FileNotFoundError(2, "No such file or directory", "a/x"), "No such file or directory: x"),
         (ValueError("x" * 1000), "x" * 200 + " ..."),
     ],
 )
