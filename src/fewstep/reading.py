@@ -68,7 +68,7 @@ def reason(error: BaseException) -> str:
     elif isinstance(error, RecursionError):
         text = "nested too deeply"
     elif isinstance(error, OSError) and error.strerror:
-        text = error.strerror
+        text = error.strerror + (f": {visible(Path(str(error.filename)).name, lines=False)}" if error.filename is not None else "")
     else:
         text = visible(" ".join(str(error).split()), lines=False)
     return (text if len(text) <= LONGEST else f"{text[:LONGEST]} ...") or type(error).__name__

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fewstep
+from fewstep.atomic import write_json
 from fewstep.backbones.few_step import facts_of
 from fewstep.backbones.load import absolute, fingerprint
 from fewstep.backbones.sd import StableDiffusion
@@ -210,3 +211,51 @@ def test_any_teachers_name_makes_a_card_that_is_read(name: str, tmp_path: Path, 
 def test_a_card_names_the_hubs_base(base: str, said: str | None, backbone: StableDiffusion) -> None:
     readme = model_card(replace(CARD, base=base), "final", "DDIMScheduler", facts_of(backbone.pipe), True)
     assert yaml.safe_load(readme.split("---\n")[1]).get("base_model") == said
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(StudentCard)])
+def test_a_field_of_another_type_is_named(name: str, tmp_path: Path) -> None:
+    """Every field of `fewstep.json`, whatever stands there instead, is refused by its name, or is right."""
+    sound = {**json.loads(json.dumps(asdict(CARD))), "name": "x"}
+    odd = [None, "", "x", -1, 0.5, True, [], {}, [None], [[1]], {"a": 1}, float("nan"), 10**30, "\0"]
+    refused = list[str]()
+    for value in odd:
+        write_json(tmp_path / "fewstep.json", {**sound, name: value})
+        try:
+            card = read_card(tmp_path)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert type(getattr(card, name)) in (type(value), tuple)
+    assert all(name in said and str(tmp_path) in said and "\n" not in said for said in refused), refused
+    assert len(refused) >= 8
+    write_json(tmp_path / "fewstep.json", sound)
+    assert read_card(tmp_path) == replace(CARD, name="x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": [4, 4]},
+        {"steps": [4]},
+        {"timesteps": {"2": [999, -1]}},
+        {"timesteps": {"2": [499, 999, -1]}},
+        {"timesteps": {"2": [999, float("nan"), -1]}},
+        {"solver": {"2": "euler"}},
+        {"weights": "some"},
+        {"weights": "none"},
+        {"rank": None},
+        {"rank": 0},
+        {"alpha": 0},
+        {"head": "x"},
+        {"scales": [1.0, 2.0]},
+        {"guidance_rescale": 2},
+        {"base": ""},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_values_that_no_student_has_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    write_json(tmp_path / "fewstep.json", {**asdict(CARD), "name": "x", **change})
+    with pytest.raises(ValueError, match=r"student: .*fewstep\.json does not fit format 1 \(.+\); export the run again"):
+        read_card(tmp_path)

@@ -58,7 +58,9 @@ def fault_of(error: Exception, folder: Path | None = None) -> FaultError:
         return FaultError(f"error: out of memory while {step_of(error)} ({reason(error)[:120]}); {cure}", USERS)
     if isinstance(error, OSError) and error.errno is not None:
         names = " and ".join(str(n) for n in (error.filename, error.filename2) if n is not None)
-        return FaultError(f"error: {names or step_of(error)}: {reason(error).lower()}; check the path, its permissions and the disk", USERS)
+        return FaultError(
+            f"error: {names or step_of(error)}: {str(error.strerror).lower()}; check the path, its permissions and the disk", USERS
+        )
     if isinstance(error, ImportError):
         return FaultError(f"error: a package is missing or does not fit ({reason(error)}); run: fewstep doctor", USERS)
     what = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__

@@ -4,7 +4,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ..atomic import write_json, write_text
-from ..backbones.load import fingerprint, load_teacher, pipeline_of
+from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
 from ..findings import require
 from ..training.captioned import read_pictures
 from ..training.finetune import finetune
@@ -22,6 +22,7 @@ from .signals import stop_request
 
 def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> None:
     """Train every stage of the recipe in turn; the same command again resumes."""
+    quiet()
     run = out or Path("runs") / Path(source).stem
     steps: Generator[tuple[str, FitStep], None, None]
     if kind_of(source) == "pixel-teacher":

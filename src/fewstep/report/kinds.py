@@ -2,7 +2,7 @@
 
 from typing import Any, TypedDict
 
-Number = int | float | None
+Number = float | None
 
 
 class Stage(TypedDict, total=False):
@@ -99,7 +99,7 @@ class _Counted(TypedDict):
 class Line(_Counted, total=False):
     """A line of `metrics.jsonl`; all other values are numbers."""
 
-    seconds: int | float
+    seconds: float
     warnings: list[str]
     quality: dict[str, Number]
     preview: dict[str, Number]

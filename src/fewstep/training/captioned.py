@@ -64,6 +64,8 @@ def read_pictures(source: str) -> tuple[list[Captioned], Found]:
     path = Path(source)
     if not path.exists():
         raise ValueError(f"{OPTION}: there is no {printable(source)}; pass a folder of pictures or of webdataset .tar files")
+    if not path.is_dir():
+        require_regular(path, OPTION, "pass a folder of pictures or of webdataset .tar files")
     every = {"": path} if path.is_file() else dict(files_in(path, (*KINDS, *OTHERS, *BESIDE, ".tar", ".jsonl", ".csv", ".parquet"), OPTION))
     shards = [p for name, p in every.items() if not name or p.suffix.lower() == ".tar"]
     cases: Counter[str] = Counter()
