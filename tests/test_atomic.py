@@ -17,7 +17,6 @@ from fewstep.atomic import (
     DTYPES,
     cure_of,
     link_or_copy,
-    read_json,
     read_tensors,
     remove_left,
     replacing,
@@ -27,6 +26,7 @@ from fewstep.atomic import (
     write_rows,
     write_tensors,
 )
+from fewstep.reading import read_json
 
 
 def names(folder: Path) -> list[str]:

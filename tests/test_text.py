@@ -76,7 +76,8 @@ def test_the_one_console_prints_what_it_is_given() -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from fewstep.atomic import read_json, write_json, write_text
+from fewstep.atomic import write_json, write_text
+from fewstep.reading import read_json
 from fewstep.cli.progress import console, show_all_letters
 from fewstep.names import expanded, made_name
 show_all_letters()

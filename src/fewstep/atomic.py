@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .hashes import bytes_of, combined, tensors_hash
 from .names import visible
+from .reading import reason, require_regular
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}  # safetensors' names
 SHA256 = "sha256"  # in a header: of all tensors of the file
@@ -170,17 +171,6 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, utf8(plain))
 
 
-def read_json(path: Path, cure: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError that names the file and the `cure`; FileNotFoundError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {cure}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged (it holds a {type(value).__name__}, not an object); {cure}")
-    return value
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
     """One safetensors file, `about` and the tensors' hash in its header. Raises OSError that says what to do, with nothing changed."""
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -196,8 +186,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises SafetensorError where it is damaged: cut off, or its tensors are not those that the header has the hash of.
     """
-    with safe_open(path, "pt") as file:
-        about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.offset_keys()}
+    try:
+        with safe_open(require_regular(path), "pt") as file:
+            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # as many types as there are kinds of damage
+        raise SafetensorError(reason(error)) from error
     if SHA256 in about and about[SHA256] != tensors_hash(tensors):
         raise SafetensorError("its tensors do not have the SHA-256 that its header says")
     return tensors, about

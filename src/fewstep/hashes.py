@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reading import object_in, reading
+
 LISTING, FILES = "fewstep.json", "files"  # where a student's folder says the hashes of its weight files, and under which key
 UNLISTED = ("-lora.safetensors", "-kohya.safetensors")  # copies for other programs, which fewstep itself never reads
 
@@ -64,12 +66,10 @@ def require_listed(folder: Path, *names: str) -> None:
     Files that it says nothing of pass. Raises ValueError where one has changed, and where one that it lists is missing.
     """
     listing = folder / LISTING
-    try:
-        listed = json.loads(listing.read_text(encoding="utf-8")).get(FILES, {}) if listing.is_file() else {}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"student: {listing} is damaged ({error}); export the run again") from error
-    if not isinstance(listed, dict):
-        raise ValueError(f"student: {listing} is damaged (its {FILES} are a {type(listed).__name__}); export the run again")
+    with reading(f"student: {listing}", "export the run again"):
+        listed = object_in(listing).get(FILES, {}) if listing.is_file() else {}
+        if not isinstance(listed, dict):
+            raise ValueError(f"its {FILES} are a {type(listed).__name__}")
     for name, digest in listed.items():
         if not any(name == asked or name.startswith(f"{asked}/") for asked in names):
             continue

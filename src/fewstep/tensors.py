@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .reading import reason
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -14,7 +15,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path.name} is no regular file" if path.exists() else f"{path.name} is missing")
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # as many types as there are kinds of damage
         raise ValueError(f"{path.name} is damaged: {reason(error)}") from error
     odd = [n for n, t in tensors.items() if not finite(t)]
     if odd:
@@ -28,9 +29,3 @@ def finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)  # NaN goes through to both
     return bool(low.isfinite()) and bool(high.isfinite())
-
-
-def reason(error: Exception) -> str:
-    """What an exception says, in one line of no more than 200 letters, or its type where it says nothing."""
-    text = " ".join(str(error).split())
-    return (text if len(text) <= 200 else f"{text[:200]} ...") or type(error).__name__

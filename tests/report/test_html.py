@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fewstep.report.grids import write_grid
-from fewstep.report.html import Report, render, write_report
+from fewstep.report.html import Report, render
 from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_pictures, to_uint8
 from fewstep.report.plots import VARIABLES
 from fewstep.report.run import next_commands, read_run, render_run
@@ -325,12 +325,6 @@ def test_diversity_is_what_the_note_says_it_is() -> None:
     assert "1.18" in text and "0.46" not in text and "as a multiple of what the teacher's do" in text
     alone = [{"model": "student", "steps": 4, "diversity": 0.455, "diversity_ratio": None}]
     assert "Diversity" not in "".join(parsed(render(Report("t", rows=alone))).text)  # there is nothing that it is a multiple of
-
-
-def test_the_report_is_written_in_one_piece(tmp_path: Path) -> None:
-    path = write_report(tmp_path / "deep" / "report.html", full_report())
-    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
-    assert path.read_text(encoding="utf-8") == render(full_report())
 
 
 @pytest.fixture

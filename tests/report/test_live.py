@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from fewstep.report.live import read_metrics, series
 
 
@@ -53,4 +55,13 @@ def test_only_finite_numbers_are_drawn(tmp_path: Path) -> None:
 
 def test_no_file_yet_is_no_metrics(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    assert read_metrics(written(tmp_path / "empty.jsonl", "", "[]", "3", '{"other": 1}')) == []
+    assert read_metrics(written(tmp_path / "empty.jsonl", "", '{"iteration": 1, "lo')) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "3", '{"other": 1}', '{"iteration": 2.0}', '{"iteration": 2, "loss": "low"}', '{"iteration": 2, "quality": []}']
+)
+def test_a_whole_line_that_holds_something_else_is_named(line: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "metrics.jsonl", '{"iteration": 1}', line)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is damaged \(.+\); delete that line"):
+        read_metrics(path)

@@ -1,5 +1,6 @@
 """A student's files before there is a student, of every kind of student; and the bytes of a run."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +88,13 @@ def test_a_training_from_python_looks_before_it_begins(tmp_path: Path) -> None:
             p.zero_()
     with pytest.raises(ValueError, match=r"^teacher: tiny: its pictures are one colour"):
         next(fewstep.distill(teacher, METHOD, tiny.WORDS, iterations=2, out=tmp_path / "run"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_trajectories_that_have_no_room_are_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(".")._replace(free=100)
+    monkeypatch.setattr("fewstep.atomic.shutil.disk_usage", lambda path: full)
+    paths = fewstep.PathsConfig(count=40, steps=4, folder=str(tmp_path / "walked"))
+    with pytest.raises(OSError, match=r"walked/trajectories.json: it takes .* are free there"):
+        next(fewstep.distill(tiny.denoiser(), PathImitation(steps=2), tiny.WORDS, iterations=1, paths=paths))
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..atomic import write_json, write_tensors
 from ..hashes import require_listed
+from ..reading import reading
 from ..tensors import read_tensors
 from . import weights
 from .parts import able_to_single
@@ -65,10 +66,8 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / LORA_FILE
     require_listed(folder, LORA_FILE)
-    try:
+    with reading(f"student: {path}", "export the run again", "is missing or damaged"):
         state = read_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"student: {path} is missing or damaged ({error}); export the run again") from error
     return {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
 
 
@@ -113,12 +112,12 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
         return able_to_single(network.to(weight.device).requires_grad_(False))
     network = copy.deepcopy(like)
     try:
-        network.load_state_dict(read_tensors(path))
+        with reading(f"student: {path}", "export the run again", "is missing or damaged"):
+            tensors = read_tensors(path)
+        network.load_state_dict(tensors)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"student: {path} does not fit this network ({said}); pass the base that it was made from") from error
-    except ValueError as error:
-        raise ValueError(f"student: {path} is missing or damaged ({error}); export the run again") from error
     return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
@@ -130,7 +129,5 @@ def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
 def load_vectors(folder: Path) -> dict[float, Tensor]:
     """Inverse of `save_vectors`. Raises ValueError when the file is missing or damaged."""
     require_listed(folder, CONDITION_FILE)
-    try:
+    with reading(f"student: {folder / CONDITION_FILE}", "export the run again", "is missing or damaged"):
         return {float(k): v for k, v in read_tensors(folder / CONDITION_FILE).items()}
-    except ValueError as error:
-        raise ValueError(f"student: {folder / CONDITION_FILE} is missing or damaged ({error}); export the run again") from error

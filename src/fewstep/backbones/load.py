@@ -1,7 +1,6 @@
 """From a name to a teacher: a bundled one, a diffusers folder, a hub id, or a checkpoint in one file."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -31,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..hashes import sha256_of
 from ..names import expanded
-from ..tensors import reason
+from ..reading import ReadError, json_in, out_of_memory, reading, reason, unreadable
 from .base import Backbone, speechless
 from .cogvideox import CogVideoX, around_cogvideox
 from .lora import fuse
@@ -40,7 +39,7 @@ from .pixart import PixArt, around_pixart
 from .sd import StableDiffusion, around_sd
 from .sd3 import StableDiffusion3, around_sd3
 from .sdxl import StableDiffusionXL, around_sdxl
-from .settings import require_settings
+from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .trial import require_runs
 from .unconditional import PixelModel, around_pixels
@@ -192,7 +191,9 @@ def bundled() -> list[str]:
 
 def require_shipped(folder: Path) -> None:
     """Raises UnfitError where the weights of a bundled teacher are not those that were shipped."""
-    for name, digest in json.loads((folder.parent / HASHES).read_text(encoding="utf-8")).items():
+    with reading(folder.parent / HASHES, "install fewstep again"):
+        known = json_in(folder.parent / HASHES)
+    for name, digest in known.items():
         file = folder.parent / name
         if file.is_relative_to(folder) and (not file.is_file() or sha256_of(file) != digest):
             raise UnfitError(f"{file.relative_to(folder)} is not the file that was shipped", "install fewstep again")
@@ -289,8 +290,9 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     if not isinstance(backbone, LatentUNet):
         raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
     unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
-    if not isinstance(size, int) or size < unit or size % unit:
-        raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit}")
+    most = LARGEST * backbone.pipe.vae_scale_factor
+    if not isinstance(size, int) or not unit <= size <= most or size % unit:
+        raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
     return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
 
 
@@ -357,7 +359,11 @@ def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
     """What to say of a pipeline that cannot be loaded."""
     if isinstance(error, UnfitError):
         return ValueError(f"teacher: {source}: {error}; {error.cure or 'download it again'}")
-    return ValueError(f"teacher: {source} cannot be loaded ({reason(error)}); check it, or download it again")
+    if isinstance(error, ReadError):
+        return error
+    if out_of_memory(error):
+        return unreadable(f"teacher: {source}", error, "check the sizes that its configuration says, or load it in bfloat16")
+    return unreadable(f"teacher: {source}", error, "check it, or download it again", "cannot be loaded")
 
 
 def quiet() -> None:

@@ -19,7 +19,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..tensors import finite, read_tensors, reason
+from ..reading import json_in, reason, require_regular
+from ..tensors import finite, read_tensors
 from .original_names import original_names
 from .weights import PICKLES
 
@@ -229,15 +230,15 @@ def read_lora(place: str) -> Facts:
     file = lora_file(place)
     try:
         tensors = read_tensors(file)
-        with safe_open(file, "pt") as opened:
+        with safe_open(require_regular(file), "pt") as opened:
             said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         beside = file.with_name(ADAPTER)
         if not said and beside.is_file() and file.name == "adapter_model.safetensors":
-            said = json.loads(beside.read_text(encoding="utf-8"))
+            said = json_in(beside)
         return _facts(tensors, said)
     except LoraError:
         raise
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except Exception as error:  # as many types as there are kinds of damage
         raise LoraError(reason(error)) from error
 
 

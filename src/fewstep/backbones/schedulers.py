@@ -15,8 +15,8 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from ..atomic import read_json
 from ..core.schedule import EDM, VP, Schedule
+from ..reading import read_json, reading
 from .weights import UnfitError
 
 EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
@@ -119,9 +119,12 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
         raise ValueError(f"student: {path} is missing; export the run again") from error
     kinds = (DDIMScheduler, LCMScheduler, DPMSolverMultistepScheduler, CogVideoXDDIMScheduler, *EDM_SCHEDULERS)
     known: dict[str, Any] = {s.__name__: s for s in kinds}
-    if name not in known and name != "FlowMapEulerDiscreteScheduler":
-        raise ValueError(f"student: {path} names {name}, which fewstep does not write; export the run again")
-    return (known[name] if name in known else _flow()).from_pretrained(folder)
+    if not isinstance(name, str) or (name not in known and name != "FlowMapEulerDiscreteScheduler"):
+        raise ValueError(f"student: {path} names {name!r}, which fewstep does not write; export the run again")
+    kind = known[name] if name in known else _flow()
+    with reading(f"student: {path}", "export the run again"):
+        found: SchedulerMixin = kind.from_pretrained(folder)
+    return found
 
 
 def _flow() -> type[SchedulerMixin]:

@@ -23,7 +23,7 @@ from diffusers import (
 from transformers import PreTrainedTokenizerBase
 
 from ..core.schedule import VP
-from ..tensors import reason
+from ..reading import json_in, reason
 from .schedulers import table_of
 from .weights import UnfitError, inside
 
@@ -41,8 +41,8 @@ def read_settings(folder: Path, parts: Iterable[str]) -> None:
         for file in sorted((folder / part).glob("*config.json")):
             inside(file, folder)
             try:
-                value = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
+                value = json_in(file)
+            except Exception as error:  # as many types as there are kinds of damage
                 raise UnfitError(f"{part}/{file.name} is damaged ({reason(error)})") from error
             if not isinstance(value, dict):
                 raise UnfitError(f"{part}/{file.name} is damaged (it holds a {type(value).__name__}, not an object)")
@@ -347,8 +347,8 @@ def read_labels(file: Path) -> tuple[str, ...]:
         return ()
     inside(file, file.parent)
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        names = json_in(file)
+    except Exception as error:  # as many types as there are kinds of damage
         raise UnfitError(f"{file.name} is damaged ({reason(error)})") from error
     if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names) or len(set(names)) < len(names):
         raise UnfitError(f"{file.name} is no list of names, each another and none empty")

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
-from ..tensors import reason
+from ..reading import reason
 from .parts import Pipeline, frozen, load_part
 from .weights import EIGHT_BITS, PICKLES, POSITIONS, Mark, UnfitError, Weights, mark, refuse, require_finite
 
@@ -97,7 +97,7 @@ def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
             channels = opened.get_slice(FIRST).get_shape()[1] if FIRST in names else 0
             texts = sorted(n for n in names if n.startswith(NETWORK) and n.endswith("attn2.to_k.weight"))
             width = opened.get_slice(texts[0]).get_shape()[1] if texts else 0
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # as many types as there are kinds of damage
         raise ValueError(f"teacher: {file} is missing or damaged ({reason(error)}); check the path, or download it again") from error
     if why := _refused(names, channels):
         raise ValueError(f"teacher: {file} {why}")
@@ -158,9 +158,8 @@ def configuration(checkpoint: Checkpoint) -> Path:
     try:
         return Path(snapshot_download(checkpoint.config, allow_patterns=CONFIGURATION))
     except Exception as error:  # the hub raises a different type for each kind of trouble
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise ValueError(
-            f"teacher: the configuration of {checkpoint.file} is not to be had from {checkpoint.config} ({reason}); offline pass "
+            f"teacher: the configuration of {checkpoint.file} is not to be had from {checkpoint.config} ({reason(error)}); offline pass "
             f"{checkpoint.file}@FOLDER with any {checkpoint.pipeline.__name__} of its shapes, weights not needed, e.g. from: "
             f"hf download {checkpoint.standard} --include '*.json' --include '*.txt' --local-dir FOLDER"
         ) from error

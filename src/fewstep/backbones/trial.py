@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..tensors import reason
+from ..reading import reason
 from .base import Backbone
 from .parts import Latent, WithUNet
 from .weights import UnfitError

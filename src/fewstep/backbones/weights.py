@@ -3,7 +3,6 @@
 Every network that fewstep reads goes through `load_network` or `require_all`; libraries fill what is missing at random, and say so in a log.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..tensors import finite, reason
+from ..reading import json_in, reading, reason
+from ..tensors import finite
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 FIRST_CHOICE = ("", "fp32", "fp16", "bf16")  # among files of several precisions
@@ -103,9 +103,9 @@ def _shards(index: Path, root: Path) -> tuple[Path, ...]:
     """The files that an index names, which lie beside it."""
     said = f"{index.parent.name}/{index.name}"
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        named = json_in(index)["weight_map"].values()
         names = sorted({n for n in named if isinstance(n, str)}) if all(isinstance(n, str) for n in named) else []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # as many types as there are kinds of damage
         raise UnfitError(f"{said} is damaged ({reason(error)})") from error
     if not names:
         raise UnfitError(f"{said} names no files")
@@ -139,7 +139,7 @@ def header(file: Path) -> list[str]:
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # as many types as there are kinds of damage
         raise UnfitError(f"{file.parent.name}/{file.name} is damaged ({reason(error)})") from error
 
 
@@ -211,7 +211,7 @@ def strangers(state: Mapping[str, Tensor], files: Sequence[Path]) -> list[str]:
 
 def read_in(file: Path) -> Iterator[Tensor]:
     """All tensors of a file, one after the other."""
-    with safe_open(file, "pt") as opened:
+    with reading(file, "download it again"), safe_open(file, "pt") as opened:
         for name in opened.keys():  # noqa: SIM118 - it is no mapping
             yield opened.get_tensor(name)
 

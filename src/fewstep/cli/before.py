@@ -14,7 +14,10 @@ from ..backbones.parts import networks
 from ..findings import Check, require
 from ..report.words import size
 from ..runs.rehearsal import Trial, disk_check, student_check, trial_of
+from ..runs.walking import path_times
 from ..training.memory import module_bytes
+from ..training.paths import path_bytes
+from ..training.prompts import embedding_bytes
 from .ending import made_of
 from .preflight import in_first, place_checks, unwritable, writing_check
 from .progress import console, show_checks
@@ -23,7 +26,7 @@ from .recipe import DistillRecipe
 LOADED = 1.2  # memory that loading takes, in units of the weights
 
 
-def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompt: str, run: Path, place: Path) -> None:
+def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path) -> None:
     """Look at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
 
     The first process looks. The teacher's and the student's pictures are drawn where that takes seconds.
@@ -31,8 +34,9 @@ def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: s
 
     def look() -> None:
         began, trials = time.monotonic(), [_trial(stage, teacher, base_hash) for stage in stages]
-        room = [*place_checks(run), writing_check(place), disk_check(sum(trial.disk for trial in trials), place)]
-        found = conformance(teacher, prompt)
+        disk = sum(trial.disk for trial in trials) + _data_bytes(stages, teacher, prompts)
+        room = [*place_checks(run), writing_check(place), disk_check(disk, place)]
+        found = conformance(teacher, prompts[0])
         if all(check.holds for check in (*room, *found)):
             found += [student_check(trial, place / "trial") for trial in trials]
         console.print("before the training:")
@@ -44,12 +48,22 @@ def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: s
     in_first(look)
 
 
+def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Sequence[str]) -> int:
+    """What embeddings and trajectories will take in the run's folder, about."""
+    walks = {
+        path_bytes(data.count, teacher.shape, len(path_times(stage.method, teacher)), data.steps + 1)
+        for stage in stages
+        if (data := stage.data) is not None and data.source == "trajectories" and data.folder is None
+    }
+    return embedding_bytes(teacher, len(prompts)) + sum(walks)
+
+
 def _trial(recipe: DistillRecipe, teacher: Backbone, base_hash: str) -> Trial:
     return trial_of(teacher, recipe.method, recipe.roles, recipe.train, made_of(recipe, base_hash, 0, 0.0))
 
 
 def look_in_dry_run(
-    stages: Sequence[DistillRecipe], load: Callable[[], tuple[Backbone, str]], hollow: Backbone, prompt: str, run: Path
+    stages: Sequence[DistillRecipe], load: Callable[[], tuple[Backbone, str]], hollow: Backbone, prompts: Sequence[str], run: Path
 ) -> None:
     """The same without a run, where the teacher's weights are on this machine and fit in its memory; nothing is left of it."""
     teacher, room = stages[0].teacher, room_to_load(hollow)
@@ -61,7 +75,7 @@ def look_in_dry_run(
         place = temporary_beside(next(p for p in (run, *run.absolute().parents) if p.is_dir()) / "trial")
         try:
             place.mkdir()
-            look_before(stages, *load(), prompt, run, place)
+            look_before(stages, *load(), prompts, run, place)
         except OSError as error:
             require([unwritable(run, error)], "--out")
         finally:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..atomic import read_json, require_room, write_json
+from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
 from ..backbones.hollow import require_loadable
@@ -22,6 +22,7 @@ from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
 from ..export.card import read_card
 from ..findings import require
+from ..reading import read_json
 from ..report.run import BEST, BEST_FILE, SHAPE
 from ..report.words import finite, plural
 from ..roles.quantised import quantise, weight_count
@@ -37,14 +38,12 @@ from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
 from ..training.paths import (
-    CURVE_SAMPLES,
     OF_STUDENT,
-    RECORD,
     TRAJECTORIES,
     Paths,
     PathsConfig,
-    Walker,
     guided_teacher,
+    path_bytes,
     teacher_paths,
     to_end,
 )
@@ -104,7 +103,7 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     begun = checkpoints(run) or checkpoints(run / FIRST)
     together()  # nobody writes before all have looked
     if not begun:
-        look_before(stages, teacher, base_hash, prompts[0], run, run)
+        look_before(stages, teacher, base_hash, prompts, run, run)
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / FIRST, stage)
@@ -339,8 +338,7 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
         )
     else:
         walker = student_walker(teacher, student, times)
-    needed, there = path_bytes(config.count, walker, teacher.shape), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    require_room(folder / RECORD, needed - there)
+    needed = path_bytes(config.count, teacher.shape, len(walker.places), len(walker.grid))
     who = "the teacher" if student is None else f"the student in {student}"
     console.print(
         f"trajectories: {config.count:,} of {walker.calls} network calls of {who}, {config.count * walker.calls:,} in all, "
@@ -349,11 +347,6 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
     with meter("trajectories", config.count) as bar:
         walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, walker=walker)
         return to_end(walking, lambda done: bar.advance(done, {}))
-
-
-def path_bytes(count: int, walker: Walker, shape: tuple[int, ...]) -> int:
-    """What so many trajectories take on disk: states at the asked times in single precision, and some whole ones."""
-    return 4 * math.prod(shape) * (count * len(walker.places) + min(count, CURVE_SAMPLES) * len(walker.grid))
 
 
 def walking_student(data: DataConfig | None) -> Path | None:
@@ -426,7 +419,7 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
         console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
         for count in stage.method.counts:
             console.print(f"times, {plural(count, 'step')}: {stage.method.times(teacher.schedule, count).tolist()}")
-    look_in_dry_run([made.recipe for made in plans], lambda: teacher_of(recipe), teacher, prompts[0], run)
+    look_in_dry_run([made.recipe for made in plans], lambda: teacher_of(recipe), teacher, prompts, run)
 
 
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:

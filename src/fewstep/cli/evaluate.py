@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..atomic import read_json, write_json
+from ..atomic import write_json
 from ..backbones.base import Backbone, calls
 from ..backbones.load import BUNDLED, quiet
 from ..backbones.miniature import load_tokenizer
@@ -14,6 +14,7 @@ from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
+from ..reading import read_json
 from ..runs.sampling import backbone_of, sample
 from ..runs.students import LoadedStudent, student_folder
 from ..training.loop import Step

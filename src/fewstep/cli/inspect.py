@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ..atomic import read_json
 from ..backbones.load import bundled, fingerprint, load_teacher, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
 from ..export.card import counted, read_card
 from ..export.headers import KEY
+from ..reading import read_json, reading, require_regular
 from ..runs.students import student_folder
 from ..training.state import checkpoints
 from ..training.texts import printable
@@ -60,13 +60,13 @@ def run_inspect(source: str) -> None:
 
 def safetensors_summary(path: Path) -> dict[str, Any]:
     """What a weights file says of itself: tensors, its LoRA's names, rank and alpha, and how a student is called."""
-    try:
-        with safe_open(path, "pt") as file:
-            names, header = list(file.keys()), file.metadata() or {}
-            shapes = {n: file.get_slice(n).get_shape() for n in names}
-            alphas = [file.get_tensor(n).item() for n in names if n.endswith(".alpha") and math.prod(shapes[n]) == 1]
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"inspect: {path} is missing or damaged ({str(error).splitlines()[0]})") from error
+    with (
+        reading(f"inspect: {path}", "check the path, or copy it again", "is missing or damaged"),
+        safe_open(require_regular(path), "pt") as file,
+    ):
+        names, header = list(file.keys()), file.metadata() or {}
+        shapes = {n: file.get_slice(n).get_shape() for n in names}
+        alphas = [file.get_tensor(n).item() for n in names if n.endswith(".alpha") and math.prod(shapes[n]) == 1]
     values: dict[str, Any] = {
         "file": str(path),
         "tensors": len(names),
@@ -100,7 +100,7 @@ def _json(header: Mapping[str, str], key: str) -> dict[str, Any]:
     """An entry of a header that holds a JSON object; empty where it is missing or something else."""
     try:
         value = json.loads(header.get(key, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

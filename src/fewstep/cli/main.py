@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ..names import expanded, visible
+from ..names import expanded
 from ..notices import mute_others
+from .faults import FaultError, logged_in
 from .progress import Plain, show_all_letters
 from .signals import Interrupted, interruptible
 
@@ -202,14 +203,14 @@ def train_teacher(
 
 
 def run() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, a signal one line and 128 and its number."""
+    """Entry point: a user's mistake is one line and exit code 2, one of ours a line, a log and exit code 1, a signal a line and 128 and its number."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notice about torchvision, at import, is of no use to anyone here
     show_all_letters()
     try:
-        with interruptible():
+        with interruptible(), logged_in(None):
             app(standalone_mode=True)
-    except (ValueError, OSError, FloatingPointError) as error:
-        _leave(f"error: {visible(str(error), lines=False)}", 2)
+    except FaultError as fault:
+        _leave(fault.line, fault.status)
     except Interrupted as signal:
         _leave(f"interrupted by {signal.name}; the same command goes on: a training from its last checkpoint", 128 + signal.number)
 

@@ -14,10 +14,10 @@ from ..backbones.load import at_size, quiet
 from ..backbones.parts import Piped, networks
 from ..begin import roles_for
 from ..names import quoted
+from ..reading import reason
 from ..report.words import size
 from ..roles.quantised import KINDS, Kind, layers_of, quantise
 from ..runs.walking import path_times
-from ..tensors import reason
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from ..training.prompts import CHUNK, Embeddings

@@ -14,6 +14,7 @@ from ..names import LONGEST, visible
 from ..training.lock import locked
 from ..training.paths import OF_STUDENT, TRAJECTORIES
 from ..training.processes import any_of, is_first
+from .faults import logged_in
 from .progress import console
 
 FINAL = "final"
@@ -114,7 +115,8 @@ def held(run: Path) -> Iterator[None]:
             require([writing_check(run)], "--out")
 
         in_first(hold)
-        yield
+        with logged_in(run):
+            yield
 
 
 def in_first(work: Callable[[], None]) -> None:

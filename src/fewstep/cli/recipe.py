@@ -25,15 +25,18 @@ from ..methods.matching import Matching
 from ..methods.method import require_beginning
 from ..methods.paths import PathImitation
 from ..methods.presets import preset, require_roles
-from ..names import expanded, require_name, visible
+from ..names import expanded, require_name
+from ..reading import reason, text_in, unreadable
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
 from ..training.loop import TrainConfig, require_updates
 from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
 from ..trajp.head import KINDS, require_steps
+from ..typed import shown
 
 Model = TypeVar("Model", bound=BaseModel)
+MOST = 100_000  # values in a recipe
 Place = Annotated[str, AfterValidator(expanded)]  # a path, or whatever else says where something is
 Name = Annotated[str, AfterValidator(lambda name: require_name(name, "name", "it becomes the run's folder: choose another, or pass --out"))]
 
@@ -75,7 +78,11 @@ METHODS: dict[str, type[Matching] | type[Imitation] | type[PathImitation]] = {
 
 def _with_preset(value: Any) -> Any:
     """A method's settings on top of what its name stands for."""
-    return {**asdict(preset(str(value.get("name", "tdm")))), **value} if isinstance(value, dict) else value
+    if isinstance(value, tuple(METHODS.values())):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it")
+    return {**asdict(preset(str(value.get("name", "tdm")))), **value}
 
 
 def _kind_of_method(value: Any) -> str:
@@ -240,15 +247,45 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
+def _value_of(text: str) -> Any:
+    """What a YAML text holds. Raises whatever goes wrong, also where a few `&` and `*` would make more of it than a recipe is."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (size := _size(node, {})) > MOST:
+            raise ValueError(f"its & and * make {size:,} values of it, a recipe has fewer than {MOST:,}")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, those counted again that are named by `*`. Raises ValueError where it holds itself."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("a value of it holds itself (& and *)")
+        return known[id(node)]
+    known[id(node)] = 0
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    known[id(node)] = size = 1 + sum(_size(part, known) for part in inner)
+    return size
+
+
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        value = _value_of(text_in(path))
     except OSError as error:
         raise ValueError(f"recipe: cannot read {path} ({error.strerror}); check the path") from error
     except _Repeated as error:
         raise ValueError(f"recipe: {path} has {error}; the last one alone would count: keep one of them") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe: {path} is not YAML ({' '.join(str(error).split())}); correct it") from error
+    except Exception as error:  # as many types as there are kinds of damage
+        raise unreadable(f"recipe: {path}", error, "correct it", "is not YAML") from error
     if not isinstance(value, dict):
         raise ValueError(f"recipe: {path} holds no settings; start from a shipped one, e.g. recipes/demo.yaml")
     return value
@@ -268,9 +305,10 @@ def override(value: dict[str, Any], overrides: Sequence[str], model: type[BaseMo
             _put(value, key, None if "optional" in kinds and text in ("", "null") else text)
             continue
         try:
-            _put(value, key, yaml.load(text, _Loader))
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set: the value of {key} is not YAML ({text!r})") from error
+            what = _value_of(text)
+        except Exception as error:  # as for a recipe
+            raise ValueError(f"--set: the value of {key} is not YAML ({shown(text)}: {reason(error)})") from error
+        _put(value, key, what)
     return value
 
 
@@ -341,7 +379,7 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             raise ValueError(
                 f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
-        got = "" if first["type"] == "missing" else f", got {visible(repr(first['input']), lines=False)}"
+        got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from ..report.run import render_run
+from .faults import logged_in
 from .progress import console
 
 
 def run_report(source: str) -> None:
     """Write `report.html` into the run's folder and print its path. Raises ValueError where it is no run's."""
-    console.print(str(render_run(Path(source)).resolve()))
+    with logged_in(Path(source)):
+        console.print(str(render_run(Path(source)).resolve()))

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_tensors
+from ..reading import reading, require_regular
+from ..tensors import finite
 from .alignment import BINS, colour_histogram
 from .features import feature_network, features
 from .speed import timed
@@ -104,7 +105,7 @@ def measure(
 
 
 def _kept(gauge: Gauge, sampler: Sampler, plan: Asked, row: str, files: Sequence[Path]) -> Measured:
-    found = sorted((_read(f) for f in files if f.exists()), key=len, reverse=True)
+    found = sorted((_read(f, gauge.nothing) for f in files if f.exists()), key=len, reverse=True)
     if not found:
         return gauge.nothing
     again = gauge.draw(sampler, plan.prompts[:1], plan.seeds[:1], row).embeddings[0]
@@ -112,12 +113,19 @@ def _kept(gauge: Gauge, sampler: Sampler, plan: Asked, row: str, files: Sequence
     return next(same, gauge.nothing)
 
 
-def _read(file: Path) -> Measured:
-    try:
-        tensors = load_file(file)
-        return Measured(tensors["embeddings"], tensors["colours"], tensors["seconds"])
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ValueError(f"evaluation {file} is damaged ({error}); delete it and run the same command again") from error
+def _read(file: Path, like: Measured) -> Measured:
+    """What was measured before, whose rows are as wide as those of `like`. Raises ReadError."""
+    with reading(f"evaluation {file}", "delete it and run the same command again"):
+        tensors = load_file(require_regular(file))
+        found = Measured(tensors["embeddings"], tensors["colours"], tensors["seconds"])
+        shapes = [t.shape[1:] if t.ndim else None for t in (found.embeddings, found.colours, found.seconds)]
+        if shapes != [like.embeddings.shape[1:], like.colours.shape[1:], like.seconds.shape[1:]]:
+            raise ValueError("its tensors are of other shapes")
+        if not len(found.embeddings) or len(found.embeddings) != len(found.colours):
+            raise ValueError("its tensors are not of as many pictures")
+        if any(t.dtype != torch.float32 or not finite(t) for t in (found.embeddings, found.colours, found.seconds)):
+            raise ValueError("its numbers are not finite ones in float32")
+        return found
 
 
 def _write(file: Path, measured: Measured) -> None:

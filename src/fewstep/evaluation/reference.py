@@ -5,7 +5,6 @@ principal components of the square roots of EfficientNet-lite0 features (which a
 everything), in a unit in which the real emoji have a total variance of 100.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_json, write_tensors
 from ..hashes import sha256_of
+from ..reading import object_in, reading
 from .alignment import colour_histogram
 from .distances import principal_components
 from .features import SIZE, WEIGHTS, feature_network, features
@@ -135,8 +134,8 @@ def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = F
 
 def load_reference(folder: Path = FOLDER) -> Reference:
     """Read a reference. Raises ValueError with one line where it is missing, damaged, or made with another feature network."""
-    try:
-        texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
+    with reading(f"reference {folder}:", "install fewstep again, or call build_reference", "cannot be used"):
+        texts = object_in(folder / TEXTS)
         t = load_file(folder / TENSORS)
         if (texts["format"], texts["network_sha256"], texts["network_input"]) != (FORMAT, sha256_of(WEIGHTS), SIZE):
             raise ValueError("it was made with another format or feature network")
@@ -152,8 +151,6 @@ def load_reference(folder: Path = FOLDER) -> Reference:
             held_out=tuple(texts["held_out"]),
             sha256=sha256_of(folder / TENSORS, folder / TEXTS),
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"reference {folder}: cannot be used ({error}); install fewstep again, or call build_reference") from error
 
 
 def _labels(names: Sequence[str], pictures: Sequence[bytes]) -> list[int]:

@@ -1,17 +1,21 @@
 """`fewstep.json`: everything a student needs to be used right, beside its weights. Versioned; nothing else is authoritative."""
 
-import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.solvers import evaluations
+from ..core.solvers import SOLVERS, STOCHASTIC, evaluations
 from ..hashes import LISTING
 from ..names import read_name
+from ..reading import object_in, reading
+from ..trajp.head import KINDS
+from ..typed import shown, typed
 
 FORMAT = 1
 FILE = LISTING
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("lora", "full", "none")
 
 
 @dataclass(frozen=True)
@@ -71,24 +75,53 @@ def counted(card: StudentCard) -> str:
 
 
 def read_card(folder: Path) -> StudentCard:
-    """The card of a student folder. Raises ValueError with one line when there is none or it is of another format."""
+    """The card of a student folder. Raises ValueError with one line when there is none, it is of another format, or holds what no student has."""
     path = folder / FILE
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"student: {folder} has no {FILE}; pass the final/ folder of a run") from error
-    except ValueError as error:
-        raise ValueError(f"student: {path} is damaged ({error}); export the run again") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else value
-        raise ValueError(f"student: {path} has format {found}, this version reads {FORMAT}; install the fewstep that wrote it")
-    try:
-        card = StudentCard(**value)
-    except TypeError as error:
-        raise ValueError(f"student: {path} does not fit format {FORMAT} ({error}); export the run again") from error
-    if card.dtype not in DTYPES:
-        raise ValueError(f"student: {path} has dtype {card.dtype!r}, allowed are {', '.join(DTYPES)}; export the run again")
-    name = read_name(card.name, f"student: {path}: name")
-    return StudentCard(
-        **{**asdict(card), "name": name, "steps": tuple(card.steps), "scales": tuple(card.scales), "shape": tuple(card.shape)}
-    )
+    if not path.exists():
+        raise ValueError(f"student: {folder} has no {FILE}; pass the final/ folder of a run")
+    with reading(f"student: {path}", "export the run again"):
+        value = object_in(path)
+        if "format" not in value:
+            raise ValueError("it lacks its format")
+    if type(value["format"]) is not int or value["format"] != FORMAT:
+        raise ValueError(
+            f"student: {path} has format {shown(value['format'])}, this version reads {FORMAT}; install the fewstep that wrote it"
+        )
+    name = read_name(value.get("name"), f"student: {path}: name")
+    with reading(f"student: {path}", "export the run again", f"does not fit format {FORMAT}"):
+        card: StudentCard = typed(StudentCard, {**value, "name": name})
+        _require_sound(card)
+    return card
+
+
+def _require_sound(card: StudentCard) -> None:
+    """Raises ValueError that names the field for values that no student has."""
+    counts = {str(k) for k in card.steps}
+    for field_name, holds, allowed in (
+        ("steps", card.steps and min(card.steps) > 0 and len(counts) == len(card.steps), "different whole numbers from 1"),
+        ("timesteps", set(card.timesteps) == counts, "those of every step count"),
+        ("solver", set(card.solver) == counts, "that of every step count"),
+        ("solver", all(s in SOLVERS or s in STOCHASTIC for s in card.solver.values()), f"{', '.join([*SOLVERS, *STOCHASTIC])}"),
+        ("weights", card.weights in WEIGHTS, ", ".join(WEIGHTS)),
+        ("rank", card.weights != "lora" or (card.rank is not None and card.rank > 0), "a whole number from 1"),
+        ("alpha", card.weights != "lora" or (card.alpha is not None and 0 < card.alpha < math.inf), "a number above 0"),
+        ("head", card.head in ("", *KINDS), f"empty, {', '.join(KINDS)}"),
+        ("weights", card.weights != "none" or card.head != "", "lora or full where there is no head"),
+        ("guidance_rescale", 0 <= card.guidance_rescale <= 1, "numbers from 0 to 1"),
+        ("guidance_parallel", 0 <= card.guidance_parallel <= 1, "numbers from 0 to 1"),
+        ("teacher_guidance", math.isfinite(card.teacher_guidance), "finite numbers"),
+        ("train_seconds", 0 <= card.train_seconds < math.inf, "numbers from 0"),
+        ("iterations", card.iterations >= 0, "whole numbers from 0"),
+        ("scales", all(math.isfinite(w) for w in card.scales) and len(set(card.scales)) == len(card.scales), "different finite numbers"),
+        ("size", card.size >= 0, "whole numbers from 0"),
+        ("shape", all(n > 0 for n in card.shape), "whole numbers from 1"),
+        ("dtype", card.dtype in DTYPES, ", ".join(DTYPES)),
+        ("sigma_data", 0 <= card.sigma_data < math.inf, "numbers from 0"),
+        ("base", card.base.strip() != "", "the name of a teacher"),
+        ("scales", not card.scales or card.time_layer != "", "none where there is no time_layer"),
+    ):
+        if not holds:
+            raise ValueError(f"its {field_name} is {str(getattr(card, field_name))[:60]!r}, allowed are {allowed}")
+    for count, times in card.timesteps.items():
+        if len(times) != int(count) + 1 or not all(math.isfinite(t) for t in times) or sorted(set(times), reverse=True) != times:
+            raise ValueError(f"its timesteps of {count} steps are no {int(count) + 1} falling numbers")

@@ -4,14 +4,12 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from ..atomic import write_text
 from .grids import read_grid
 from .live import Metrics
 from .pictures import Pictures, png, to_pil
@@ -47,11 +45,6 @@ class Report:
     trajectories: Mapping[str, Any] = field(default_factory=dict)
     next_commands: Sequence[tuple[str, str]] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def write_report(path: Path, report: Report) -> Path:
-    """Write the report as one self-contained file; it appears complete or not at all. Returns `path`."""
-    return write_text(path, render(report))
 
 
 def render(report: Report) -> str:

@@ -6,28 +6,46 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..reading import reading, text_in
+from ..typed import typed
+from .kinds import Line, Number
+
 Metrics = Mapping[str, Any]
+CURE = "delete that line, or the file, and run the same command again"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """One record for each iteration, in order; empty where the file is not there yet.
 
     Lines of one iteration (training, `quality`, `warnings`) become one record. After a resume the same iterations stand
-    there twice: the later line counts. A half-written line, the last one or one that a crash left, is passed over.
+    there twice: the later line counts. A half-written line, the last one or one that a crash left, is passed over. Raises ReadError for a line
+    that is whole and holds something else.
     """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if not path.exists():
         return []
+    with reading(path, CURE):
+        text = text_in(path, lenient=True)
     records: dict[int, dict[str, Any]] = {}
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-            iteration = int(entry["iteration"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        records.setdefault(iteration, {}).update(entry)
+    for number, line in enumerate(text.splitlines(), 1):
+        with reading(f"{path}, line {number},", CURE):
+            entry = _record(line)
+        if entry is not None:
+            records.setdefault(entry["iteration"], {}).update(entry)
     return [records[i] for i in sorted(records)]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """What a line holds; None where it has not been written to its end. Raises ValueError for what no line of such a file begins with."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        if line.strip("\0 ") and not line.startswith("{"):
+            raise
+        return None
+    found: dict[str, Any] = typed(Line, entry)
+    for key in found.keys() - Line.__annotations__.keys():
+        typed(Number, found[key], key)
+    return found
 
 
 def series(metrics: Sequence[Metrics], key: str) -> tuple[list[int], list[float]]:

@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic import write_bytes
+from ..reading import reading, require_regular
+from ..typed import typed
+from .kinds import PicturesHeader
 
 
 @dataclass(frozen=True)
@@ -99,18 +102,21 @@ def save_pictures(path: Path, pictures: Pictures) -> Path:
 
 def load_pictures(path: Path) -> Pictures:
     """Inverse of `save_pictures`; the 8-bit values come back exactly. Raises ValueError where the file is not one of ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["pictures"])
-            rows = {label: file.get_tensor(f"row/{label}").float() / 255 for label in about["rows"]}
+    with reading(f"pictures {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"):
+        with safe_open(require_regular(path), framework="pt") as file:
+            about = typed(PicturesHeader, json.loads((file.metadata() or {})["pictures"]))
+            rows = {label: _pixels(file.get_tensor(f"row/{label}")) for label in about["rows"]}
             trajectories = {
-                label: Trajectory(tuple(times), file.get_tensor(f"trajectory/{label}").float() / 255)
+                label: Trajectory(tuple(times), _pixels(file.get_tensor(f"trajectory/{label}")))
                 for label, times in about["trajectories"].items()
             }
             counts = about.get("grid")
-            grid = None if counts is None else StepGrid(tuple(counts[0]), tuple(counts[1]), file.get_tensor("grid").float() / 255)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"pictures {path}: damaged, or not written by save_pictures ({error}); delete it and run `fewstep evaluate` again"
-        ) from error
-    return Pictures(tuple(about["prompts"]), rows, trajectories, grid)
+            grid = None if counts is None else StepGrid(tuple(counts[0]), tuple(counts[1]), _pixels(file.get_tensor("grid")))
+        return Pictures(tuple(about["prompts"]), rows, trajectories, grid)
+
+
+def _pixels(values: Tensor) -> Tensor:
+    """8 bits as numbers in [0, 1]. Raises ValueError for anything else."""
+    if values.dtype != torch.uint8:
+        raise ValueError(f"its pictures are {str(values.dtype).removeprefix('torch.')}, not uint8")
+    return values.float() / 255

@@ -1,12 +1,19 @@
 """A report made again from the files of a run folder."""
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import read_json
+from PIL import Image
+
+from ..atomic import write_text
 from ..names import quoted
-from .html import Report, write_report
+from ..reading import object_in, reading, require_regular
+from ..typed import typed
+from .html import Report, render
+from .kinds import About, BestPreview, Card, Evaluation, Shape
 from .live import read_metrics
 from .pictures import Pictures, load_pictures
 from .summary import Cost, headlines
@@ -16,6 +23,8 @@ SHAPE = "trajectories.json"  # what `trajp.analysis` says of the teacher's traje
 CARD = "fewstep.json"
 BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which one that was
 SHOWN_SAMPLES = 3
+STEP = re.compile(r"step_[0-9]{1,18}\.png")
+CURE = "delete it and run the command that made it again"
 
 
 def render_run(run: Path) -> Path:
@@ -27,12 +36,14 @@ def render_run(run: Path) -> Path:
     if not (run / "run.json").exists():
         lacks = "run.json" if run.is_dir() else "such folder"
         raise ValueError(f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first")
-    return write_report(run / "report.html", read_run(run))
+    with reading(f"run {run}", CURE, "cannot be shown"):
+        page = render(read_run(run))
+    return write_text(run / "report.html", page)
 
 
 def read_run(run: Path) -> Report:
     """The report of a run folder; parts whose files are not there yet are empty."""
-    about, evaluation = _read_json(run / "run.json"), _read_json(run / "final" / "eval.json")
+    about, evaluation = _read(run / "run.json", About), _read(run / "final" / "eval.json", Evaluation)
     metrics = read_metrics(run / "metrics.jsonl")
     rows = evaluation.get("rows", [])
     seconds = [m["seconds"] for m in metrics if "seconds" in m]
@@ -46,11 +57,11 @@ def read_run(run: Path) -> Report:
         rows=rows,
         protocol=evaluation.get("protocol", ""),
         pictures=pictures,
-        samples=[(int(p.stem.rpartition("_")[2]), p.read_bytes()) for p in _spread(sorted((run / "samples").glob("step_*[0-9].png")))],
+        samples=[(int(p.stem.rpartition("_")[2]), _grid(p)) for p in _spread(_grids(run / "samples"))],
         metrics=metrics,
         cost=cost,
         warnings=[f"Iteration {m['iteration']:,}: {text}" for m in metrics for text in m.get("warnings", ())],
-        trajectories=_read_json(run / SHAPE),
+        trajectories=_read(run / SHAPE, Shape),
         recipe=about.get("recipe", {}),
         next_commands=[(what, line) for what, line in about["next"]]
         if "next" in about
@@ -63,12 +74,12 @@ def read_run(run: Path) -> Report:
 
 def best_preview(run: Path) -> Mapping[str, Any]:
     """`iteration`, `value` and what was `measured` of the student in `run/best`; empty where there is none."""
-    return _read_json(run / BEST / BEST_FILE)
+    return _read(run / BEST / BEST_FILE, BestPreview)
 
 
 def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str, str]]:
     """What was made: teacher, method, steps, what was trained, and which file to use. Of a run without a student yet, what is being made."""
-    card = _read_json(run / "final" / CARD)
+    card = _read(run / "final" / CARD, Card)
     method, train = recipe.get("method") or {}, recipe.get("train") or {}
     first = ((recipe.get("first") or {}).get("method") or {}).get("name")
     name = card.get("method") or (f"{first}-{method.get('name')}" if first else method.get("name"))
@@ -117,5 +128,24 @@ def _spread(paths: Sequence[Path]) -> list[Path]:
     return [paths[round(i * (len(paths) - 1) / (SHOWN_SAMPLES - 1))] for i in range(SHOWN_SAMPLES)]
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    return read_json(path, "delete it and run the command that made it again") if path.exists() else {}
+def _grids(folder: Path) -> list[Path]:
+    """The grids of a run's previews, in order; what others put beside them is left alone."""
+    return sorted(p for p in folder.glob("step_*.png") if STEP.fullmatch(p.name))
+
+
+def _grid(path: Path) -> bytes:
+    """A picture's bytes. Raises ReadError where it is none."""
+    with reading(path, CURE):
+        data = require_regular(path).read_bytes()
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+            picture.load()
+        return data
+
+
+def _read(path: Path, kind: Any) -> Mapping[str, Any]:
+    """A JSON file of this kind; empty where there is none. Raises ReadError."""
+    if not path.exists():
+        return {}
+    with reading(path, CURE):
+        found: Mapping[str, Any] = typed(kind, object_in(path))
+    return found

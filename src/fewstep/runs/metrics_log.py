@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_text
+from ..reading import reading, text_in
 from ..training.loop import Step
 
 
@@ -35,10 +36,12 @@ class MetricsLog:
 def _records(path: Path) -> list[dict[str, Any]]:
     """Readable lines; a last line cut off by a kill is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    with reading(path, "move it away and run the same command again"):
+        text = text_in(path, lenient=True) if path.exists() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("iteration"), int):
             records.append(record)

@@ -14,9 +14,9 @@ from ..backbones.generate import device_of
 from ..begin import roles_for
 from ..findings import Check
 from ..methods.method import Method
+from ..reading import reason
 from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
-from ..tensors import reason
 from ..training.loop import TrainConfig
 from ..training.memory import module_bytes, storage_bytes
 from ..training.optimizer import state_bytes
@@ -91,5 +91,5 @@ def disk_check(disk: int, folder: Path) -> Check:
     """Whether there is room for what a run leaves."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    said = f"{size(disk)} for checkpoints and the student, {size(free)} are free"
+    said = f"{size(disk)} for what a run keeps, {size(free)} are free"
     return Check("disk", said, disk <= free, "" if disk <= free else "free some space, or choose another folder")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 
+from ..reading import ReadError, reading
 from .folders import files_in, hidden
 from .images import KINDS, OTHERS, opened
 from .texts import Found, decoded, json_lines, json_of, printable, read_text, require_regular, table, text_of
@@ -138,7 +139,7 @@ def _small(path: Path) -> str:
 def require_small(size: int, where: str) -> None:
     """Raises ValueError for a caption's file that nobody wrote as one."""
     if size > LARGEST_CAPTION:
-        raise ValueError(f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture")
+        raise ReadError(f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture")
 
 
 def _first(texts: Iterable[tuple[str, str, str]]) -> Caption | None:
@@ -184,16 +185,12 @@ def _shard(path: Path, cases: Counter[str]) -> Iterator[Captioned]:
         start = file.read(6)
     if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
         raise ValueError(f"{OPTION}: {printable(path)} is packed with {packed}; unpack it to a folder or a plain .tar first")
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = _members(tar, path)
-            pictures = {name: m for name, m in members.items() if Path(name).suffix.lower() in KINDS}
-            cases.update(_left_out(members))
-            texts = {name: _text(tar, m, _where(path, name)) for name, m in members.items() if Path(name).suffix.lower() in BESIDE}
-            _require_end(tar, path)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        reason = printable(str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__)
-        raise ValueError(f"{OPTION}: {printable(path)} is no tar file, or damaged ({reason})") from error
+    with reading(f"{OPTION}: {printable(path)}", "pack it again", "is no tar file, or damaged"), tarfile.open(path, "r:") as tar:
+        members = _members(tar, path)
+        pictures = {name: m for name, m in members.items() if Path(name).suffix.lower() in KINDS}
+        cases.update(_left_out(members))
+        texts = {name: _text(tar, m, _where(path, name)) for name, m in members.items() if Path(name).suffix.lower() in BESIDE}
+        _require_end(tar, path)
     for name, caption in _by_key(pictures, texts, path).items():
         member = pictures[name]
         yield Captioned(f"{path.name}:{name}", caption.text, caption.origin, path, member.offset_data, member.size)
@@ -214,7 +211,7 @@ def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
             beside = m.name.rpartition("/")[0]
             target = known.get(m.linkname, m) if m.islnk() else known.get(f"{beside}/{m.linkname}" if beside else m.linkname, m)
         if not target.isreg() or target.issparse():
-            raise ValueError(
+            raise ReadError(
                 f"{OPTION}: {printable(path)}: {printable(m.name)} is no file of this archive (a link that leads out, a device, or with holes); pack it again"
             )
         files[m.name] = target

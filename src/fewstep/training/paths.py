@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic import read_json, read_tensors, write_json, write_tensors
+from ..atomic import read_tensors, require_room, write_json, write_tensors
 from ..backbones.base import Backbone, Cond, calls, guided_until, rows
 from ..backbones.generate import device_of, noise_of
 from ..core import timegrid
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
 from ..methods.method import Walk
+from ..reading import read_json, reading, reason, require_regular
+from ..typed import typed
 from ..words import speaks_python
 from .processes import this_process, together
 from .prompts import Embeddings
@@ -172,7 +175,8 @@ def teacher_paths(
     """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
     `guidance` and `parallel` as in `backbones.base.guided`; a `walker` goes in the teacher's place. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
-    Several processes each walk their share into the folder and wait for the others, so all of them have to come here. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
+    Several processes each walk their share into the folder and wait for the others, so all of them have to come here. Raises ValueError where the folder holds another teacher's trajectories, or others
+    of this one, OSError where the disk has no room for them.
     """
     device, whole = device_of(backbone.module), torch.empty(0)
     walker = walker or guided_teacher(backbone, data.unconditional(device), config, times, guidance, parallel)
@@ -181,6 +185,9 @@ def teacher_paths(
         "seed": config.seed, "times": times.tolist(), "grid": walker.grid.tolist(), "chunk": chunk, **process_of(backbone, walker.grid),
     }  # fmt: skip
     known = Known(record) if folder is None else _claim(folder, record)
+    if folder is not None:
+        there = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        require_room(folder / RECORD, path_bytes(config.count, backbone.shape, len(walker.places), len(walker.grid)) - there)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = data.take(of, data.key)
@@ -191,7 +198,7 @@ def teacher_paths(
     def shard_from(start: int) -> dict[str, Tensor]:
         part = slice(start, min(start + chunk, config.count))
         path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
-        shard = _read(path, part.stop - part.start, known)
+        shard = _read(path, part, known)
         if shard is None:
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             shard = _walked(backbone, walker, cond, range(part.start, part.stop), config)
@@ -213,6 +220,11 @@ def teacher_paths(
         if processes == 1:
             yield min(start + chunk, config.count)
     return Paths(torch.cat(shards), times, own, whole, walker.grid, known.key, seconds)
+
+
+def path_bytes(count: int, shape: tuple[int, ...], asked: int, grid: int) -> int:
+    """What so many trajectories take on disk: states at the `asked` times in single precision, and some at all times of the `grid`."""
+    return 4 * math.prod(shape) * (count * asked + min(count, CURVE_SAMPLES) * grid)
 
 
 def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = lambda done: None) -> Paths:
@@ -243,6 +255,16 @@ def _walked(backbone: Backbone, walker: Walker, cond: Cond, samples: range, conf
         shard["whole"] = torch.stack([s.x.float().cpu() for s in states], 1)
     shard["seconds"] = torch.tensor(time.perf_counter() - began)
     return shard
+
+
+def _fits(shard: Mapping[str, Tensor], record: Mapping[str, Any], start: int) -> bool:
+    """Whether a file holds a shard of these trajectories, those from `start` on."""
+    wanted = {"states": len(record["times"])} | ({"whole": len(record["grid"])} if start < CURVE_SAMPLES else {})
+    shapes = {k: (shard[k].shape[1:], shard[k].dtype) for k in wanted if k in shard and shard[k].ndim}
+    own = {k: ((n, *record["shape"]), torch.float32) for k, n in wanted.items()}
+    seconds = shard.get("seconds")
+    counts = {len(shard[k]) for k in shapes}
+    return shapes == own and len(counts) == 1 and seconds is not None and seconds.numel() == 1 and bool(seconds.isfinite())
 
 
 def _finite(shard: Mapping[str, Tensor]) -> bool:
@@ -289,10 +311,10 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> Known:
         return Known(record, old)
     for shard in folder.glob("*.safetensors"):  # before the record is there: it would speak for them
         try:
-            with safe_open(shard, "pt") as file:
-                _require_own(shard, file.metadata(), known)
+            about = _about(shard)
         except SafetensorError:
             continue  # cut off by a crash
+        _require_own(shard, about, known)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, dict(record))
     return known
@@ -308,28 +330,42 @@ def _require_same(there: Mapping[str, Any], record: Mapping[str, Any], place: Pa
         raise ValueError(f"data.folder: the trajectories in {place} were made with another {odd[0]}; choose another folder, or delete it")
 
 
-def _require_own(path: Path, about: Mapping[str, str] | None, known: Known) -> None:
+def _about(path: Path) -> dict[str, str]:
+    """What a shard's header says. Raises SafetensorError where it is damaged."""
+    try:
+        with safe_open(require_regular(path), "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # as many types as there are kinds of damage
+        raise SafetensorError(reason(error)) from error
+
+
+def _require_own(path: Path, about: Mapping[str, str], known: Known) -> None:
     """Raises ValueError where a shard says that it is another's, or says nothing and its folder does not speak for it."""
-    said = (about or {}).get(HEADER)
+    said = about.get(HEADER)
     if said is None and not known.old:
         raise ValueError(
             f"data.folder: {path} does not say whose trajectories it holds, and no {RECORD} speaks for it; choose another folder, or delete it"
         )
     if said is not None and said != known.header:
-        _require_same(json.loads(said), json.loads(known.header), path)
+        with reading(f"data.folder: what {path} says of itself", "delete it and run the same command again"):
+            there = typed(dict[str, Any], json.loads(said))
+        _require_same(there, json.loads(known.header), path)
 
 
-def _read(path: Path | None, count: int, known: Known) -> dict[str, Tensor] | None:
-    """The first `count` of a shard, if it is there, whole and has as many. Raises ValueError where it is another's."""
+def _read(path: Path | None, part: slice, known: Known) -> dict[str, Tensor] | None:
+    """The first of a shard that a `part` of all asks for, if it is there, whole and has as many. Raises ValueError where it is another's."""
     if path is None or not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            _require_own(path, file.metadata(), known)
+        about = _about(path)
+        _require_own(path, about, known)
         shard, _ = read_tensors(path)
     except SafetensorError:
         shard = {}
-    if not shard or not _finite(shard):
+    count = part.stop - part.start
+    if not _fits(shard, known.record, part.start) or not _finite(shard):
         path.unlink()  # cut off by a crash, changed on its way, or from before what is not finite was refused; it is walked again
         return None
     return {k: v[:count] if v.ndim else v for k, v in shard.items()} if len(shard["states"]) >= count else None

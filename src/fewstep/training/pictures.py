@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..atomic import read_tensors, write_rows
+from ..atomic import SHA256, read_tensors, write_rows
 from ..backbones.base import Backbone
 from ..methods.method import Real
 from .captioned import OPTION, Captioned, read_pictures
@@ -82,8 +82,9 @@ def made_once(path: Path | None, count: int, shape: tuple[int, ...], make: Calla
     """The states [count, *shape] kept in `path`, or made in parts and kept there; a file that is damaged or holds others is made again."""
     if path is not None and path.exists():
         try:
-            x0 = read_tensors(path)[0]["x0"]
-            if x0.shape == (count, *shape) and x0.is_floating_point():
+            tensors, about = read_tensors(path)
+            x0 = tensors["x0"]
+            if SHA256 in about and x0.shape == (count, *shape) and x0.is_floating_point():
                 return x0
         except (SafetensorError, KeyError):
             pass

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..atomic import read_tensors, write_rows
+from ..atomic import SHA256, read_tensors, write_rows
 from ..backbones.base import Backbone, Cond, rows
 from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
 
@@ -156,9 +156,12 @@ def embed(
 def _kept(path: Path, prompts: Sequence[str], key: str, identity: str) -> Embeddings | None:
     """What a cache holds, if it is that of so many prompts."""
     try:
-        found = _embeddings(read_tensors(path)[0], prompts, 0, key, identity)
+        tensors, about = read_tensors(path)
     except SafetensorError:
         return None
+    if SHA256 not in about:  # nothing says that it is as it was written
+        return None
+    found = _embeddings(tensors, prompts, 0, key, identity)
     of_cond, of_null = ({k: (v.dtype, v.shape[1:]) for k, v in part.items()} for part in (found.cond, found.null))
     counts = all(len(v) == len(prompts) for v in found.cond.values()) and all(len(v) == 1 for v in found.null.values())
     return found if of_cond and of_cond == of_null and counts else None

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..atomic import read_json
 from ..backbones.process import differences, probe, process_data
 from ..methods.method import Method
+from ..reading import read_json
 from ..roles.roles import Roles
 from ..roles.sharding import whole
 from .paths import Paths

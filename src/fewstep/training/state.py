@@ -5,7 +5,6 @@ A checkpoint is a folder `checkpoint-000100/` with one `.safetensors` file per n
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..atomic import cure_of, open_to_others, sync, sync_all, write_json
 from ..hashes import tensors_hash, values_hash
+from ..reading import object_in, reason, require_regular
 from ..roles.sharding import part_of
 
 PREFIX = "checkpoint-"
@@ -124,7 +124,7 @@ def checkpoints(run: Path) -> list[Path]:
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(groups, state) of one checkpoint. Raises ValueError naming the file that is missing or damaged, by its hash too."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = object_in(folder / "state.json")
         written = {k: v for k, v in state.items() if k != STATE_SHA256}
         if (SHA256 in state or STATE_SHA256 in state) and state.get(STATE_SHA256) != values_hash(written):
             raise ValueError("state.json does not have the SHA-256 that it says")
@@ -132,12 +132,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             raise ValueError(f"state.json says step {state['step']!r}")
         if (named := OWN.fullmatch(folder.name)) and int(named[1]) != state["step"]:
             raise ValueError(f"it is of iteration {state['step']}: a copy under another name")
-        groups = {name: load_file(folder / f"{name}.safetensors") for name in state["groups"]}
+        groups = {name: load_file(require_regular(folder / f"{name}.safetensors")) for name in state["groups"]}
         for name, digest in state.get(SHA256, {}).items():
             if tensors_hash(groups[name]) != digest:
                 raise ValueError(f"{name}.safetensors does not have the SHA-256 that state.json says")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {folder} is damaged or incomplete ({error})") from error
+    except Exception as error:  # as many types as there are kinds of damage
+        raise ValueError(f"checkpoint {folder} is damaged or incomplete ({reason(error)})") from error
     return groups, state
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
 
+from ..reading import ReadError, reason
+
 LONGEST = 20_000  # characters of one text: encoders read some hundred words, so more is a file that was taken for a line
 COLUMNS = ("prompt", "caption", "text")
 LINE = re.compile(r"\r\n|\n")  # `str.splitlines` also ends a line at U+2028, form feeds and others that are part of a text
@@ -73,11 +75,11 @@ def decoded(data: bytes, where: str) -> str:
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise ReadError(
             f"{where} is not {encoding.upper().removesuffix('-LE').removesuffix('-BE')} text (byte {len(mark) + error.start}); save it as UTF-8"
         ) from error
     if "\0" in text:
-        raise ValueError(f"{where} has zero bytes in it (it is no text, or UTF-16 without its mark); save it as UTF-8")
+        raise ReadError(f"{where} has zero bytes in it (it is no text, or UTF-16 without its mark); save it as UTF-8")
     return text
 
 
@@ -113,9 +115,8 @@ def json_of(text: str, where: str) -> object:
     """A JSON value. Raises ValueError that begins with `where`."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise ValueError(f"{where} is not JSON ({reason}); correct it") from error
+    except Exception as error:  # as many types as there are kinds of damage
+        raise ValueError(f"{where} is not JSON ({reason(error)}); correct it") from error
 
 
 def json_lines(text: str, where: str) -> Iterator[tuple[str, object]]:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..atomic import write_tensors
 from ..core.schedule import Schedule
 from ..hashes import require_listed
+from ..reading import reading
 from ..tensors import read_tensors
 from .curve import Curve
 from .head import Facts, Head, kind_of, make_head
@@ -34,7 +35,7 @@ def load_head(folder: Path, schedule: Schedule) -> Head:
     """The head in `folder`. Raises ValueError when it is missing or damaged."""
     path = folder / FILE
     require_listed(folder, FILE)
-    try:
+    with reading(f"student: {path}", "export the run again", "is missing or damaged"):
         tensors = read_tensors(path)
         with safe_open(path, "pt") as file:
             about: dict[str, Any] = json.loads(file.metadata()["fewstep"])
@@ -42,6 +43,4 @@ def load_head(folder: Path, schedule: Schedule) -> Head:
         grids = tuple(torch.tensor(g, dtype=torch.float64) for g in about["grids"])
         head = make_head(about["kind"], schedule, Facts(curve, tensors["centre"], about["spread"], grids))
         head.load_state_dict(tensors)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"student: {path} is missing or damaged ({str(error).splitlines()[0]}); export the run again") from error
     return head

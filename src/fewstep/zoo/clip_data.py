@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_tensors
+from ..reading import reading
 from ..training.images import opened
 from .emoji_data import Emoji, catalogue, on_white, placed
 
@@ -45,7 +46,8 @@ def load_clips(names: Path, archive: Path, size: int, cache: Path) -> Clips:
             files = {Path(m.name).stem: file.read() for m in tar if m.name.endswith(".webp") and (file := tar.extractfile(m)) is not None}
         decoded = {key: read_frames(files[key], size) for key in emoji if key in files}
         write_tensors(cache, {key: frames for key, frames in decoded.items() if len(frames) > 1})
-    found = load_file(cache)
+    with reading(cache, "delete it and run the same command again"):
+        found = load_file(cache)
     return Clips([e for key, e in emoji.items() if key in found], [found[key] for key in emoji if key in found])
 
 

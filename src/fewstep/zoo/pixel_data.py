@@ -3,7 +3,6 @@
 import gzip
 import math
 import zipfile
-import zlib
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reading import ReadError, reading
 from ..training.folders import files_in, hidden
 from ..training.images import KINDS, in_colour, opened
 from ..training.texts import printable, require_regular
@@ -69,16 +69,13 @@ def load_idx(path: Path) -> Tensor:
     """A gzipped IDX file of bytes. Raises ValueError when it is not there or not one, or does not hold what its header says."""
     where = f"data: {printable(path)}"
     packed = require_regular(path, "data", CURE).stat().st_size
-    try:
-        with gzip.open(path) as file:
-            begin = file.read(4)
-            if len(begin) < 4 or begin[:3] != b"\0\0\x08" or not 1 <= begin[3] <= 4:
-                raise ValueError(f"{where} is no IDX file of bytes (it begins with {begin.hex()}); {CURE}")
-            shape = [int.from_bytes(file.read(4), "big") for _ in range(begin[3])]
-            _require_dense(math.prod(shape), packed, where)
-            data = file.read(math.prod(shape) + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data: cannot read {printable(path)} ({printable(error)}); {CURE}") from error
+    with reading(where, CURE, "cannot be read"), gzip.open(path) as file:
+        begin = file.read(4)
+        if len(begin) < 4 or begin[:3] != b"\0\0\x08" or not 1 <= begin[3] <= 4:
+            raise ReadError(f"{where} is no IDX file of bytes (it begins with {begin.hex()}); {CURE}")
+        shape = [int.from_bytes(file.read(4), "big") for _ in range(begin[3])]
+        _require_dense(math.prod(shape), packed, where)
+        data = file.read(math.prod(shape) + 1)
     if len(data) != math.prod(shape):
         raise ValueError(
             f"{where} holds {'more' if len(data) > math.prod(shape) else 'less'} than its header says, {shape}; download it again"
@@ -89,29 +86,21 @@ def load_idx(path: Path) -> Tensor:
 def _require_dense(size: int, packed: int, where: str) -> None:
     """Raises ValueError for a file that unpacks to many times what pictures do."""
     if size > SMALL and size > DENSE * packed:
-        raise ValueError(f"{where} claims {size:,} bytes in {packed:,} packed ones, more than pictures have; check where it is from")
+        raise ReadError(f"{where} claims {size:,} bytes in {packed:,} packed ones, more than pictures have; check where it is from")
 
 
 def _npz(path: Path) -> Pictures:
     where = f"data: {printable(path)}"
     require_regular(path, "data", "pass an npz")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{where} cannot be read as npz ({printable(error)}); pass another file") from error
+    with reading(where, "pass another file", "cannot be read as npz"), zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
     for entry in entries:
         _require_dense(entry.file_size, entry.compress_size, f"{where}: {printable(entry.filename)}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files)
-            kinds = {k: next((n for n in ns if n in names), None) for k, ns in {"images": ("images",), "labels": ("labels", "y")}.items()}
-            wanted = [n for n in (*kinds.values(), "jpeg", "offset", "classes") if n in names]
-            parts = {n: file[n] for n in wanted}
-    except MemoryError as error:
-        raise ValueError(f"{where} holds more than this machine's memory; pass fewer pictures") from error
-    except Exception as error:  # numpy raises as many types as there are kinds of damage
-        raise ValueError(f"{where} cannot be read as npz ({printable(error)}); pass another file") from error
+    with reading(where, "pass another file", "cannot be read as npz"), np.load(path, allow_pickle=False) as file:
+        names = list(file.files)
+        kinds = {k: next((n for n in ns if n in names), None) for k, ns in {"images": ("images",), "labels": ("labels", "y")}.items()}
+        wanted = [n for n in (*kinds.values(), "jpeg", "offset", "classes") if n in names]
+        parts = {n: file[n] for n in wanted}
     if "images" in parts:
         images = pixels(parts["images"], f"{where}: images")
     elif {"jpeg", "offset"} <= parts.keys():

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..atomic import read_json, write_json
+from ..atomic import write_json
 from ..backbones import miniature
 from ..backbones.schedulers import process_of
 from ..backbones.unconditional import PixelModel, edm_scheduler, pixel_pipeline, pixel_unet, save_pixel_model
 from ..core.prediction import target
 from ..core.schedule import EDM, Schedule, diffuse, expand
+from ..reading import read_json
 from ..training.fit import FitConfig, FitStep, fit
 from ..training.loop import default_device
 from ..training.state import seeded

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..atomic import write_json, write_tensors
 from ..backbones import miniature
 from ..core.schedule import expand
+from ..reading import reading
 from ..training.fit import FitConfig, FitStep, fit
 from ..training.state import seeded
 from . import emoji_data
@@ -226,7 +227,8 @@ def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor]
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.denoiser.fit.bf16):
                 parts.append(torch.cat([encode(p) for p in x.split(64)]))
         write_tensors(file, {"latents": torch.stack(parts, 1).half()})
-    return load_file(file)["latents"]
+    with reading(file, "delete it and run the same command again"):
+        return load_file(file)["latents"]
 
 
 def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: object) -> Path:
