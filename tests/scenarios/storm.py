@@ -104,15 +104,20 @@ class Server:
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT
-        )
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
 
     def run(self, folder: Path, kill: Mapping[str, Any] | None = None, fault: Mapping[str, Any] | None = None) -> Ended:
         """The storm's command in a folder; killed `after` so many seconds of the `nth` time that it is in a `phase`, or with writes that fail."""
         assert self.process.stdin is not None and self.process.stdout is not None
         log, mark = folder.parent / f"{folder.name}-said.txt", folder.parent / f"{folder.name}-mark.txt"
-        job = {"folder": str(folder), "log": str(log), "mark": str(mark), "arguments": ["distill", "storm.yaml"], "kill": kill, "fault": fault}
+        job = {
+            "folder": str(folder),
+            "log": str(log),
+            "mark": str(mark),
+            "arguments": ["distill", "storm.yaml"],
+            "kill": kill,
+            "fault": fault,
+        }
         mark.write_text("")
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()

@@ -38,7 +38,9 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
     """Full names of the layers of `kind` (all, linear, conv, attention) that can carry LoRA. Names containing a `skip` are left out."""
     if kind not in (*KINDS, "attention"):
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join([*KINDS, 'attention'])}")
-    layers = [(n, m) for n, m in plain_layers(module).items() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)]
+    layers = [
+        (n, m) for n, m in plain_layers(module).items() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)
+    ]
     if kind == "attention":
         layers = [
             (n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
