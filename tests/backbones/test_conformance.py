@@ -99,6 +99,11 @@ def test_half_precision_is_held_to_what_it_can_do() -> None:
     checks = named(conformance(around(pipe, "tiny")))
     assert all(c.holds for c in checks.values()), checks
     assert "allowed in bfloat16: 0.5" in checks["diffusers"].said and "bfloat16" in checks["model"].said
+    pixels = tiny.pixels()
+    pixels.module.to(torch.bfloat16)
+    checks = named(conformance(pixels))
+    assert all(c.holds for c in checks.values()), checks
+    assert "allowed in float32: 0.001" in checks["diffusers"].said and "bfloat16" in checks["model"].said
 
 
 def test_the_last_layer_is_calculated_in_single_precision() -> None:
