@@ -1,9 +1,6 @@
 """A storm on a run of two stages: killed at random moments, writes that fail, and the same command again ends as if nothing had been."""
 
-import json
 import random
-import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass

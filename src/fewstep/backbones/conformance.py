@@ -179,7 +179,7 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
     return [*found, Check("pictures", colour, not flat, "check its weights, its dtype and what it predicts" if flat else "")]
 
 
-def _of_diffusers(backbone: Piped, prompts: list[str], steps: int, scale: float) -> Tensor:
+def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -> Tensor:
     scheduler = student_scheduler(backbone.scheduler_config, [steps], "ddim")
     if isinstance(backbone, PixelModel):
         pipe = pixel_pipeline(backbone.pipe.unet, scheduler, told=bool(backbone.labels))

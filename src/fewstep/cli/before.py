@@ -13,7 +13,7 @@ from ..backbones.load import hub_id, pipeline_of
 from ..backbones.parts import networks
 from ..findings import Check, require
 from ..report.words import size
-from ..runs.rehearsal import Trial, disk_check, student_check, trial_of
+from ..runs.rehearsal import CHECKPOINTS, Trial, disk_check, student_check, trial_of
 from ..runs.walking import path_times
 from ..training.memory import module_bytes
 from ..training.paths import path_bytes
@@ -21,7 +21,7 @@ from ..training.prompts import embedding_bytes
 from .ending import made_of
 from .preflight import in_first, place_checks, unwritable, writing_check
 from .progress import console, show_checks
-from .recipe import DistillRecipe
+from .recipe import DistillRecipe, FinetuneRecipe
 
 LOADED = 1.2  # memory that loading takes, in units of the weights
 
@@ -46,6 +46,17 @@ def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: s
         require(found, f"teacher: {stages[0].teacher}")
 
     in_first(look)
+
+
+def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -> None:
+    """The same for a teacher that is going to be fine-tuned, where all weights are trained four times them in a checkpoint. Raises ValueError."""
+    checkpoint = 0 if recipe.roles.share else 4 * module_bytes(teacher.module)
+    disk = disk_check(CHECKPOINTS * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
+    found = conformance(teacher)
+    console.print("before the training:")
+    show_checks([disk, *found])
+    require([disk], "--out")
+    require(found, f"teacher: {recipe.teacher}")
 
 
 def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Sequence[str]) -> int:

@@ -11,8 +11,10 @@ from ..training.finetune import finetune
 from ..training.fit import FitStep
 from ..training.loop import default_device
 from ..training.pictures import encode_pictures
+from ..training.state import checkpoints
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
+from .before import look_before_finetune
 from .preflight import held, place_checks
 from .progress import console, meter
 from .prompts import say_found, say_size
@@ -56,6 +58,8 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     """Fine-tune a teacher on real pictures; ends with `run/teacher`, an ordinary pipeline folder, and the captions as its prompts."""
     teacher = load_teacher(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
+    if not checkpoints(run):
+        look_before_finetune(recipe, teacher, run)
     write_json(run / "run.json", recorded(recipe))
     identity, source = fingerprint(teacher.module, *teacher.encoders), recipe.data.source
     data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=say_size)
