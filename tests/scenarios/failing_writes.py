@@ -68,14 +68,14 @@ class Places:
         there, marked = runs.exists(), self.mark.stat().st_size
         if there:
             runs.rename(own)
-            shutil.copytree(own, runs)
+            shutil.copytree(own, runs, copy_function=os.link)  # a write that fails changes no file in its place
         sys.stdout.flush(), sys.stderr.flush()
         if not (pid := os.fork()):
             storm.print_to(str(log))
             return False
         code = waited(pid)
         row = {"number": self.number, "kind": kind, "phase": phase, "what": what, "path": path, "code": code, "said": log.read_text()}
-        self.found.append({**row, "odd": storm.half_written(Path()), "kept": ""})
+        self.found.append({**row, "odd": storm.half_written(runs, own), "kept": ""})
         self.keep(runs)
         if there:
             own.rename(runs)
@@ -84,14 +84,14 @@ class Places:
         return True
 
     def keep(self, runs: Path) -> None:
-        """Of every phase and kind the folder of one place, each as likely as the others."""
+        """Of every phase the folder of one place, each as likely as the others."""
         row = self.found[-1]
-        group = f"{row['kind']}-{row['phase']}"
+        group = row["phase"]
         self.seen[group] += 1
         if runs.exists() and self.rng.random() * self.seen[group] < 1:
             place = Path(self.fault["out"]) / group
             shutil.rmtree(place, ignore_errors=True)
-            shutil.move(runs, place)
+            shutil.copytree(runs, place)
             for other in self.found:
                 other["kept"] = "" if other["kept"] == str(place) else other["kept"]
             row["kept"] = str(place)
@@ -125,9 +125,9 @@ def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
         return opened
 
     def os_open(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and places.fails("open", path):
-            if places.failing == "read-only" or not os.path.exists(path):
-                raise places.error(path)
+        wanted = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if wanted and places.fails("open", path) and (places.failing == "read-only" or not os.path.exists(path)):
+            raise places.error(path)
         return real_os_open(path, flags, *arguments, **options)
 
     def write(handle: int, data: Any) -> int:

@@ -246,17 +246,27 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
-def half_written(folder: Path) -> list[str]:
-    """Files of a run that are not whole: temporary ones, and those that cannot be read."""
-    odd = [p for p in (folder / "runs").rglob("*") if LEFT.fullmatch(p.name)]
-    for path in (p for p in (folder / "runs").rglob("*") if p.is_file() and p not in odd):
-        try:
-            if path.suffix == ".safetensors":
-                read_tensors(path)
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".jsonl":
-                [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (ValueError, SafetensorError):
-            odd.append(path)
-    return [str(p.relative_to(folder)) for p in odd]
+def half_written(runs: Path, before: Path | None = None) -> list[str]:
+    """Files of runs that are not whole: temporary ones, and those that cannot be read; what lay in the folder `before` as it does now is left out."""
+    odd = []
+    for path in sorted(runs.rglob("*")):
+        name = path.relative_to(runs)
+        if before is not None and path.is_file() and (before / name).is_file() and path.samefile(before / name):
+            continue
+        if LEFT.fullmatch(path.name) or (path.is_file() and not readable(path)):
+            odd.append(str(name))
+    return odd
+
+
+def readable(path: Path) -> bool:
+    """Whether a file is what it is called, from its first byte to its last."""
+    try:
+        if path.suffix == ".safetensors":
+            read_tensors(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".jsonl":
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, SafetensorError):
+        return False
+    return True

@@ -1,6 +1,9 @@
 """A storm on a run of two stages: killed at random moments, writes that fail, and the same command again ends as if nothing had been."""
 
+import json
 import random
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,21 +12,22 @@ from typing import Any
 
 import pytest
 
+from fewstep.training.lock import LOCK
+
 from .storm import PHASES, Server, assert_same, fresh, half_written, left, place, serving
 
-KILLS = 30
-LIVES = 3  # runs that the kills are spread over
+KILLS, LIVES = 30, 3  # in all, and the runs that they are spread over
 ALL = ["loading", *PHASES]
+LONG = 0.3  # seconds after which a kill falls, on average, once its phase has begun
 
 
 @dataclass(frozen=True)
 class World:
-    """A server, the folder that every run has in its turn, what an undisturbed run leaves there, and its seconds."""
+    """A server, the folder that every run has in its turn, and what an undisturbed run leaves there."""
 
     server: Server
     folder: Path
     expected: dict[str, Any]
-    seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +36,56 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with serving() as server:
         ended = server.run(folder)
         assert ended.code == 0, ended.said
-        yield World(server, folder, left(folder), ended.seconds)
+        yield World(server, folder, left(folder))
+
+
+def assert_ends_well(world: World) -> None:
+    """The same command goes on from whatever is there, and ends as if nothing had been."""
+    ended, run = world.server.run(world.folder), world.folder / "runs" / "storm"
+    assert ended.code == 0, ended.said
+    assert_same(left(world.folder), world.expected)
+    assert half_written(run) == [] and not (run / LOCK).exists()
 
 
 @pytest.mark.slow
 def test_kills_at_random_moments_leave_no_trace(world: World) -> None:
-    """Each is followed by the same command, which is killed a phase later, and in the end by none; all phases have their share."""
+    """Each is followed by the same command, which is killed in its turn, the last one of a life by one that ends. All phases have their share."""
     rng, fell = random.Random(0), Counter[str]()
-    for life in range(LIVES):
-        folder = fresh(world.folder)
-        for phase in [*ALL, "loading"][: KILLS // LIVES]:
-            kill = {"phase": phase, "nth": rng.randint(1, 1 + life), "after": rng.expovariate(1 / 0.1)}
-            ended = world.server.run(folder, kill=kill)
-            print(life, kill, ended.code, ended.phase, ended.seconds)
+    while fell.total() < KILLS:
+        fresh(world.folder)
+        for phase in [*ALL, rng.choice(ALL)]:  # in the order in which a run comes to them
+            ended = world.server.run(world.folder, {"phase": phase, "nth": rng.randint(1, 2), "after": rng.expovariate(1 / LONG)})
             assert ended.code in (0, -9), ended.said
             fell[ended.phase] += ended.code == -9
-        ended = world.server.run(folder)
-        assert ended.code == 0, ended.said
-        assert_same(left(folder), world.expected)
-        assert half_written(folder) == [] and not (folder / "runs" / "storm" / "run.lock").exists()
-    print(fell)
-    assert fell.total() == KILLS and all(fell[phase] for phase in ALL), fell
+        assert_ends_well(world)
+    print(dict(fell))
+    assert all(fell[phase] for phase in ALL), fell
+
+
+@pytest.mark.slow
+def test_every_write_may_fail_and_the_same_command_goes_on(world: World, tmp_path: Path) -> None:
+    """On a disk that is full, or may not be written to, from each place of writing in its turn: one line, exit code 2, nothing half-written.
+
+    After one place of each phase, chosen at random, the same command is run again.
+    """
+    ended = world.server.run(fresh(world.folder), fault={"out": str(tmp_path)})
+    assert ended.code == 0, ended.said
+    assert_same(left(world.folder), world.expected)  # which the children have not disturbed
+    places = json.loads((tmp_path / "places.json").read_text(encoding="utf-8"))
+    assert {row["phase"] for row in places} == {*ALL} and len({row["number"] for row in places}) > 200
+    for row in places:
+        lines = [line for line in row["said"].splitlines() if line.startswith("error: ")]
+        assert row["code"] == 2 and lines == row["said"].splitlines()[-1:], row
+        assert not re.search("Traceback|Exception ignored|please report", row["said"]), row
+        assert re.search({"full": "no space left on device", "read-only": "read-only file system"}[row["kind"]], lines[0], re.IGNORECASE), (
+            row
+        )
+        assert re.search(r"error: (--out: )?(cannot write |runs/storm)", lines[0]), row  # it names the file or the folder
+        assert len(re.findall("run the same command again|may not be written to|check the path", lines[0])) == 1, row
+        temporary = row["kind"] == "read-only"  # where nothing can be removed; the next run does
+        assert [name for name in row["odd"] if not (temporary and name.endswith(".tmp"))] == [], row
+    kept = [row["kept"] for row in places if row["kept"]]
+    assert len(kept) == len(ALL)
+    for folder in kept:
+        shutil.move(folder, fresh(world.folder) / "runs")
+        assert_ends_well(world)

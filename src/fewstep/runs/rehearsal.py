@@ -75,7 +75,9 @@ def student_check(trial: Trial, folder: Path) -> Check:
         if device_of(teacher.module).type == "cpu" and 2 * steps * operations_of(teacher, teacher.shape) > LARGE:
             return Check("student", "its files are written and read; drawing with them takes long on a CPU and is left out")
         wanted, found = (sample(s, [""], steps=steps) for s in (student, again))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except OSError as error:  # a full disk is no fault of the recipe's
+        raise ValueError(f"--out: {error}") from error
+    except (ValueError, FloatingPointError) as error:
         return Check(
             "student", f"its files cannot be written, read and drawn with ({reason(error)})", False, "please report it with the recipe"
         )
