@@ -116,7 +116,7 @@ def test_a_drive_that_says_late_that_it_is_full_is_heard(
 
 def test_the_same_tensors_are_the_same_file(tmp_path: Path) -> None:
     """Its hash says whether a student has changed; safetensors puts what a header says into another order each time."""
-    about = {letter: 'ä\u2028\x7f"' for letter in "qwertyuiop"}
+    about = dict.fromkeys("qwertyuiop", 'ä\u2028\x7f"')
     written = set()
     for i in range(5):
         write_tensors(tmp_path / f"{i}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)}, about)

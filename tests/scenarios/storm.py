@@ -210,7 +210,9 @@ def fresh(folder: Path) -> Path:
 
 
 TIMES = re.compile(r"seconds|started|state_sha256")  # keys of what depends on how long something took, or when it was
-SPANS = re.compile(r"""\d+(?:\.\d+)?(?: s\b| minutes|×)|(?<=<data value=")[\d.e-]+|\ class="best"|<span class="hidden">\ \(best\)</span>""")
+SPANS = re.compile(
+    r"""\d+(?:\.\d+)?(?:\ss\b|\sminutes|×)|(?<=<data value=")[\d.e-]+|\sclass="best"|<span class="hidden">\s\(best\)</span>"""
+)
 
 
 def left(folder: Path) -> dict[str, Any]:
@@ -242,8 +244,11 @@ def _timeless(value: Any) -> Any:
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Nothing is missing, nothing is there too many, and all of it is the same."""
-    assert (sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())) == ([], [])
-    assert [name for name in expected if found[name] != expected[name]] == []
+    missing, more = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    other = [
+        f"{k}: {found[k]!r:.2000}\ninstead of {expected[k]!r:.2000}" for k in expected.keys() & found.keys() if found[k] != expected[k]
+    ]
+    assert not missing and not more and not other, f"missing {missing}, too many {more}, other {len(other)}:\n" + "\n".join(other)
 
 
 def half_written(runs: Path, before: Path | None = None) -> list[str]:
