@@ -116,8 +116,8 @@ def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
         os.open,
         os.write,
         os.mkdir,
-        getattr(safetensors.torch, "serialize_file"),
-    )  # noqa: B009 - not among its declared names
+        safetensors.torch.serialize_file,
+    )
 
     def open_(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if not set(mode) & set("wxa+") or not places.fails("open", file):
@@ -172,7 +172,7 @@ def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
 
     builtins.open = io.open = open_
     os.open, os.write, os.mkdir = os_open, write, mkdir
-    setattr(safetensors.torch, "serialize_file", serialize_file)  # noqa: B010 - not among its declared names
+    vars(safetensors.torch)["serialize_file"] = serialize_file  # not among the names that it declares
     for name in ("replace", "rename", "link"):
         setattr(os, name, naming(name, getattr(os, name)))
     for name in ("unlink", "remove", "rmdir"):
