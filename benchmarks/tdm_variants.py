@@ -105,5 +105,7 @@ def recipe_value(variant: Variant, seed: int, iterations: int, rate: float = 1.0
     value = BASE | variant.other | {"method": own}
     value["train"] = BASE["train"] | {"iterations": iterations, "decay": iterations // 2} | variant.other.get("train", {}) | {"seed": seed}
     value["train"]["decay"] = min(value["train"]["decay"], value["train"]["iterations"])
+    if "warmup" in own:
+        value["method"] = own | {"warmup": min(own["warmup"], value["train"]["iterations"] - 1)}  # a rehearsal of a few has updates, too
     value["train"] |= {k: rate * variant.rate * value["train"][k] for k in ("lr", "fake_lr")}
     return value

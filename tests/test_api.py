@@ -1,5 +1,8 @@
 """The public functions against what stands behind them."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,6 +28,43 @@ def test_distill_trains_as_it_is_told() -> None:
     for a, b in zip(ours.roles.average.values(), roles.average.values(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match=r"^base: got int8"):  # arrives: the network is too narrow for it
-        next(fewstep.distill(backbone, method, tiny.WORDS, iterations=1, base="int8"))
+        next(fewstep.distill(backbone, method, tiny.WORDS, iterations=2, base="int8"))
     with pytest.raises(ValueError, match=r"^rank: got 32, method pas stands for 0; set rank=0"):
-        next(fewstep.distill(backbone, fewstep.PathImitation(head="shared", name="pas"), tiny.WORDS, iterations=1))
+        next(fewstep.distill(backbone, fewstep.PathImitation(head="shared", name="pas"), tiny.WORDS, iterations=1, rank=32))
+
+
+def first(teacher: fewstep.Denoiser, **settings: Any) -> fewstep.Step:
+    steps = fewstep.distill(teacher, fewstep.TDM(steps=2, warmup=0), tiny.WORDS, iterations=1, batch=2, watch=None, **settings)
+    step = next(steps)
+    steps.close()
+    return step
+
+
+def test_rates_and_rank_that_are_not_said_are_those_of_what_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA takes ten times the rates of all weights, and its rank is one that a small network can carry; what is said is taken."""
+    seen: list[TrainConfig] = []
+    made = TrainConfig.__post_init__
+
+    def noted(config: TrainConfig) -> None:
+        seen.append(config)
+        made(config)
+
+    monkeypatch.setattr(TrainConfig, "__post_init__", noted)
+    rank = first(tiny.denoiser()).roles.config.rank
+    assert (seen[-1].lr, seen[-1].fake_lr, rank) == (1e-4, 1e-3, 4)
+    first(tiny.denoiser(), share=False)
+    assert (seen[-1].lr, seen[-1].fake_lr) == (1e-5, 1e-4)
+    first(tiny.denoiser(), share=False, lr=3e-4, fake_lr=2e-4, lr_warmup=1, betas=(0.9, 0.99), clip=0.5)
+    assert (seen[-1].lr, seen[-1].fake_lr, seen[-1].lr_warmup, seen[-1].betas, seen[-1].clip) == (3e-4, 2e-4, 1, (0.9, 0.99), 0.5)
+    with pytest.raises(ValueError, match=r"^lr_warmup: got 5, allowed are whole numbers from 0"):
+        first(tiny.denoiser(), lr_warmup=5)
+
+
+def test_a_rank_that_is_too_large_for_its_network_is_told() -> None:
+    with pytest.warns(
+        fewstep.DistillationWarning, match=r"^LORA rank: 32 trains \d+% as many weights as this small network has.*set rank=4, or"
+    ):
+        assert first(tiny.denoiser(), rank=32).roles.config.rank == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fewstep.DistillationWarning)
+        first(tiny.denoiser(), rank=4)

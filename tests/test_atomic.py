@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.atomic import (
     DTYPES,
+    append_text,
     cure_of,
     link_or_copy,
     read_tensors,
     remove_left,
     replacing,
     require_replaceable,
+    unwritten,
     write_bytes,
     write_json,
     write_rows,
@@ -55,9 +57,73 @@ def test_folders_are_made(tmp_path: Path) -> None:
 
 def test_tensors_that_cannot_be_written_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"cannot write .*x\.safetensors: .*x\.safetensors is a folder, and only ordinary files are replaced"):
+    with pytest.raises(OSError, match=r"^[^ ]*x\.safetensors is a folder, and only ordinary files are replaced; move it away$"):
         write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
     assert names(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_said_with_the_file_and_what_to_do(tmp_path: Path) -> None:
+    """The system does not say which file it was; of a file inside another's writing the cause is said once."""
+
+    def fill(path: Path) -> None:
+        with replacing(path) as temporary, open("/dev/full", "wb") as full:
+            temporary.write_bytes(b"half")
+            full.write(b"x")
+
+    said = r"^cannot write [^ ]*out\.png: \[Errno 28\] No space left on device; free some space, then run the same command again$"
+    with pytest.raises(OSError, match=said) as found:
+        fill(tmp_path / "out.png")
+    assert names(tmp_path) == []
+    assert str(unwritten(Path("final"), found.value, "!")) == (
+        "cannot write final: [Errno 28] No space left on device; free some space, then run the same command again!"
+    )
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"^cannot write [^ ]*log\.jsonl: \[Errno 28\] .*; free some space"):
+        append_text(tmp_path / "log.jsonl", "line\n")
+
+
+def test_a_disk_that_may_not_be_written_to_keeps_the_first_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written cannot be removed either, which is no news."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "somewhere")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=r"^cannot write [^ ]*run\.json: .*this folder may not be written to"):
+        write_json(tmp_path / "run.json", {})
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, True), (errno.EINVAL, False)])
+def test_a_drive_that_says_late_that_it_is_full_is_heard(
+    number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network drives take what they have no room for, and say so when it is to be brought to the disk; some cannot be asked for that."""
+    write_json(tmp_path / "state.json", {"step": 1})
+
+    def failing(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    if raised:
+        with pytest.raises(OSError, match=r"^cannot write [^ ]*state\.json: "):
+            write_json(tmp_path / "state.json", {"step": 2})
+    else:
+        write_json(tmp_path / "state.json", {"step": 2})
+    assert read_json(tmp_path / "state.json", "") == {"step": 1 if raised else 2} and names(tmp_path) == ["state.json"]
+
+
+def test_the_same_tensors_are_the_same_file(tmp_path: Path) -> None:
+    """Its hash says whether a student has changed; safetensors puts what a header says into another order each time."""
+    about = dict.fromkeys("qwertyuiop", 'ä\u2028\x7f"')
+    written = set()
+    for i in range(5):
+        write_tensors(tmp_path / f"{i}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)}, about)
+        written.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(written) == 1
+    tensors, said = read_tensors(tmp_path / "0.safetensors")
+    assert {k: v for k, v in said.items() if k != "sha256"} == about and torch.equal(tensors["b"], torch.ones(3))
 
 
 @pytest.mark.parametrize(("text", "said"), [("{", "Expecting"), ("[1]", "holds a list"), ("3", "holds a int")])

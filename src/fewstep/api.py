@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +10,48 @@ import torch
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Denoiser
+from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
 from .backbones.parts import Piped
 from .backbones.process import mapping_of
 from .begin import begun_head, require_network, roles_for
 from .evaluation.process import ProcessCheck, check_process
+from .findings import require
 from .methods.imitation import Imitation
 from .methods.matching import Matching
 from .methods.method import Method
 from .methods.paths import PathImitation
-from .methods.presets import preset, require_roles
+from .methods.presets import ROLES, preset, require_roles
 from .report.run import render_run
+from .roles.adapters import fitting_rank, targets
 from .roles.quantised import Kind
-from .roles.roles import RolesConfig
+from .roles.roles import RolesConfig, large_rank
 from .runs import sampling, students
 from .runs.exporting import export_student
 from .runs.measure import evaluate
 from .runs.pipelines import load
+from .runs.rehearsal import disk_check, student_check, trial_of
 from .runs.run import Run, require_files, steps_of
 from .runs.sampling import backbone_of, check_steps, require_prompts
 from .runs.step import Step
 from .runs.students import LoadedStudent, Made, base_of, size_of, student_folder
 from .runs.walking import path_times, student_walker, walked_paths
 from .runs.watch import DistillationWarning, Watch
-from .training.loop import Precision, TrainConfig
+from .training.loop import Precision, TrainConfig, require_updates
 from .training.optimizer import OptimizerName
 from .training.paths import PathsConfig
 from .training.pictures import encode_pictures
 from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
 from .training.prompts import embed
-from .words import in_python, told_in_python
+from .training.state import checkpoints
+from .words import in_python, python_words, told_in_python
 
 # The command line takes them from where they are, and tells mistakes in its own words.
 load_student = told_in_python(students.load_student)
 sample = told_in_python(sampling.sample)
 sample_states = told_in_python(sampling.sample_states)
+LORA_RATES, COPY_RATES = (1e-4, 1e-3), (1e-5, 1e-4)  # of student and fake score: what the demo and its run with all weights have
 LEAST_REAL = 32  # samples of which a network's reading is judged
 
 
@@ -74,16 +81,19 @@ def distill(
     *,
     iterations: int,
     batch: int = 16,
-    lr: float = 1e-5,
-    fake_lr: float = 1e-4,
+    lr: float | None = None,
+    fake_lr: float | None = None,
     ema: float = 0.98,
     decay: int = 0,
+    lr_warmup: int = 0,
+    betas: tuple[float, float] = (0.0, 0.999),
+    clip: float = 1.0,
     accumulate: int = 1,
     precision: Precision = "no",
     optimizer: OptimizerName = "adamw",
     compile: bool = False,
     share: bool = True,
-    rank: int = 32,
+    rank: int | None = None,
     checkpointing: bool = False,
     base: Kind | None = None,
     seed: int = 0,
@@ -104,14 +114,24 @@ def distill(
 
     `watch` says how the student is watched beside its teacher (None: its losses alone); what goes wrong is in `step.warnings` and told once as a
     `fewstep.DistillationWarning`. The run has modules of its own around the teacher's weights: the teacher stays as it is, and several runs and students on one teacher
-    do not disturb each other. All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
+    do not disturb each other. `lr` and `fake_lr` are by default `LORA_RATES`, or `COPY_RATES` where `share` is false; `rank` is 32, less on a small network
+    (`roles.adapters.fitting_rank`), and what a method's name stands for. All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
     """
+    rates = LORA_RATES if share else COPY_RATES
     config = TrainConfig(
-        iterations=iterations, batch=batch, lr=lr, fake_lr=fake_lr, decay=decay, accumulate=accumulate, ema=ema, checkpoint_every=checkpoint_every, seed=seed,
-        precision=precision, optimizer=optimizer, compile=compile,
+        iterations=iterations, batch=batch, lr=rates[0] if lr is None else lr, fake_lr=rates[1] if fake_lr is None else fake_lr, decay=decay, lr_warmup=lr_warmup,
+        accumulate=accumulate, ema=ema, betas=betas, clip=clip, checkpoint_every=checkpoint_every, seed=seed, precision=precision, optimizer=optimizer, compile=compile,
     )  # fmt: skip
-    networks = RolesConfig(share=share, rank=rank, checkpointing=checkpointing, base=base)
+    networks = RolesConfig(share=share, checkpointing=checkpointing, base=base)
+    if share:
+        names = targets(teacher.module, networks.targets, networks.skip)
+        networks = replace(
+            networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)) if rank is None else rank
+        )
     require_roles(method.name, networks)
+    if note := large_rank(teacher.module, networks):
+        warnings.warn(python_words(note), DistillationWarning, stacklevel=3)
+    require_updates(method, iterations)
     if method.needs.pictures != (pictures is not None):
         raise ValueError(
             f"pictures: method {method.name} needs some; pass a folder of captioned ones, or 'teacher' for the teacher's own"
@@ -144,6 +164,11 @@ def _distilled(
     """`distill` from its first step on, which is when its arguments are known to be right."""
     with in_python():
         base_hash, own = fingerprint(teacher.module), apart(teacher)
+        made = Made(base_of(teacher), base_hash, 0, 0.0, method.name, size=size_of(teacher))
+        if folder is not None and not checkpoints(folder):
+            trial = trial_of(teacher, method, networks, config, made)
+            require([disk_check(trial.disk, folder)], "out")
+            require([*conformance(teacher, prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
         cache, identity = None if folder is None else folder / "embeddings", identity_of(teacher, prompts)
         data = embed(own, prompts, cache, identity)
         real, walked, origin = None, None, "prompts alone" if data.null else "its teacher alone"
@@ -157,9 +182,8 @@ def _distilled(
         elif pictures is not None:
             origin, real = "captioned pictures", encode_pictures(own, str(pictures), cache, identity)
         rounded = f"{origin}, beside its base in {networks.base}" if networks.base else origin
-        made = Made(base_of(teacher), base_hash, 0, 0.0, method.name, rounded, size_of(teacher))
         roles = roles_for(own, method, networks, config.seed, walked, begin)
-        yield from steps_of(Run(teacher, roles, method, data, config, made, folder, watch, real, walked))
+        yield from steps_of(Run(teacher, roles, method, data, config, replace(made, data=rounded), folder, watch, real, walked))
 
 
 def identity_of(teacher: Backbone, prompts: Sequence[str]) -> str:

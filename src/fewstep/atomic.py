@@ -48,6 +48,21 @@ def cure_of(error: Exception) -> str:
     return next((cure for cure, numbers in CURES.items() if number in numbers), "see to that, then run the same command again")
 
 
+class WriteError(OSError):
+    """What to say of a file that could not be written; its cause is what the system said."""
+
+
+def unwritten(path: Path, error: Exception, more: str = "") -> WriteError:
+    """Say which file could not be written, why, and what to do; of one inside it the cause alone."""
+    cause = cause_of(error)
+    return WriteError(f"cannot write {path}: {cause}; {cure_of(cause)}{more}")
+
+
+def cause_of(error: Exception) -> Exception:
+    """Return what the system said of a file that could not be written."""
+    return error.__cause__ if isinstance(error, WriteError) and isinstance(error.__cause__, Exception) else error
+
+
 def temporary_beside(path: Path) -> Path:
     """Return a name in the same folder that nobody else takes, short whatever `path` is called."""
     return path.with_name(f".{os.getpid()}-{next(_count)}{ENDING}")
@@ -72,13 +87,16 @@ def require_replaceable(path: Path, option: str = "") -> Path:
 
 
 def sync(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk, where the system can."""
-    with suppress(OSError):  # Windows opens no folders, some network drives sync none
+    """Bring a file or a folder's list of names to the disk, where the system can. Raises OSError where the disk has no room for it, or fails."""
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:  # Windows opens no folders, some network drives sync none; others say at this time only that they are full
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            raise
 
 
 def sync_all(folder: Path) -> None:
@@ -120,12 +138,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` when the block ends, and nothing is left of it when the block fails.
 
     Folders are made as needed. Several processes may do it at once: each has its own name, the last one stays. The file is on the disk
-    before it has its name, and its permissions are those of any new file. Raises OSError where something else than a file has that name.
+    before it has its name, and its permissions are those of any new file. Raises OSError that says what to do, with nothing changed, also
+    where something else than a file has that name.
     """
     require_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as made:
             mode = stat.S_IMODE(os.fstat(made.fileno()).st_mode)
         yield temporary
@@ -135,8 +154,13 @@ def replacing(path: Path) -> Iterator[Path]:
         require_replaceable(path)
         os.replace(temporary, path)
         sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # our own, which says all that
+            raise
+        raise unwritten(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written often cannot be removed either; the next run does
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> Path:
@@ -149,6 +173,15 @@ def write_bytes(path: Path, data: bytes) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """Write text in UTF-8 and return `path`. Raises OSError with nothing changed."""
     return write_bytes(path, utf8(text))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text in UTF-8 to the end of a file. Raises OSError that says what to do; a part of the text may be there then."""
+    try:
+        with path.open("ab") as file:
+            file.write(utf8(text))
+    except OSError as error:
+        raise unwritten(path, error) from error
 
 
 def utf8(text: str) -> bytes:
@@ -174,11 +207,21 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
     """One safetensors file, `about` and the tensors' hash in its header. Raises OSError that says what to do, with nothing changed."""
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    try:
-        with replacing(path) as temporary:
-            save_file(plain, temporary, {**(about or {}), SHA256: tensors_hash(plain)})
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}; {cure_of(error)}") from error
+    with replacing(path) as temporary:
+        save_file(plain, temporary, {**(about or {}), SHA256: tensors_hash(plain)})
+        _sort_header(temporary)
+
+
+def _sort_header(path: Path) -> None:
+    """Put what a header says into the order of its keys: safetensors' own is another each time, and with it the hash of the file."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -235,19 +278,16 @@ def write_rows(
     at = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
     planned(path, 8 + len(text) + end)
     require_room(path, 8 + len(text) + end)
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for part in chain([first], rest, [whole]):
-                for name, rows in part.items():
-                    file.seek(at[name])
-                    content = bytes_of(rows)
-                    hashes[name].update(content)
-                    at[name] += file.write(content)
-            if ends := [n for n in shapes if at[n] != 8 + len(text) + header[n]["data_offsets"][1]]:
-                raise ValueError(f"{path}: the rows of {ends[0]} are not {count}")
-            whole_hash = combined((n, str(dtype), shape, hashes[n].hexdigest()) for n, (dtype, shape) in shapes.items())
-            file.seek(8)
-            file.write(text.replace(b"0" * 64, whole_hash.encode(), 1))
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}; {cure_of(error)}") from error
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in chain([first], rest, [whole]):
+            for name, rows in part.items():
+                file.seek(at[name])
+                content = bytes_of(rows)
+                hashes[name].update(content)
+                at[name] += file.write(content)
+        if ends := [n for n in shapes if at[n] != 8 + len(text) + header[n]["data_offsets"][1]]:
+            raise ValueError(f"{path}: the rows of {ends[0]} are not {count}")
+        whole_hash = combined((n, str(dtype), shape, hashes[n].hexdigest()) for n, (dtype, shape) in shapes.items())
+        file.seek(8)
+        file.write(text.replace(b"0" * 64, whole_hash.encode(), 1))

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from fewstep.backbones.base import Cond
-from fewstep.backbones.conformance import Check, conformance, require
+from fewstep.backbones.conformance import conformance
 from fewstep.backbones.load import around
 from fewstep.backbones.parts import able_to_single, frozen, single_output
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core.schedule import VP
+from fewstep.findings import Check, require
 
 from .. import pipelines, tiny
 
@@ -25,9 +26,9 @@ def named(checks: list[Check]) -> dict[str, Check]:
 def test_every_family_conforms(family: str) -> None:
     checks = named(conformance(around(frozen(pipelines.FAMILIES[family](), torch.float32), "tiny")))
     assert all(c.holds and c.said for c in checks.values()), [c for c in checks.values() if not c.holds]
-    assert checks["diffusers"].said.startswith("2 steps at guidance 3 differ by ")
+    assert checks["diffusers"].said.startswith("pictures of 2 steps at guidance 3 differ by ")
     assert "of the pictures' spread" in checks["diffusers"].said
-    require(list(checks.values()), "tiny")
+    require(list(checks.values()), "teacher: tiny")
 
 
 def test_what_is_said() -> None:
@@ -60,9 +61,9 @@ def test_a_setting_that_is_not_read_is_seen_in_the_pictures() -> None:
     failed = [c for c in conformance(wrong) if not c.holds]
     assert [c.name for c in failed] == ["diffusers"]
     with pytest.raises(
-        ValueError, match=r"^teacher: tiny: diffusers: 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting"
+        ValueError, match=r"^teacher: tiny: pictures of 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting"
     ):
-        require(failed, "tiny")
+        require(failed, "teacher: tiny")
 
 
 def test_another_schedule_is_seen_in_the_pictures() -> None:
@@ -98,6 +99,11 @@ def test_half_precision_is_held_to_what_it_can_do() -> None:
     checks = named(conformance(around(pipe, "tiny")))
     assert all(c.holds for c in checks.values()), checks
     assert "allowed in bfloat16: 0.5" in checks["diffusers"].said and "bfloat16" in checks["model"].said
+    pixels = tiny.pixels()
+    pixels.module.to(torch.bfloat16)
+    checks = named(conformance(pixels))
+    assert all(c.holds for c in checks.values()), checks
+    assert "allowed in float32: 0.001" in checks["diffusers"].said and "bfloat16" in checks["model"].said
 
 
 def test_the_last_layer_is_calculated_in_single_precision() -> None:

@@ -25,6 +25,11 @@ from .. import pipelines, tiny
 PROMPTS = ["red cat", "a photo of a green house"]
 
 
+def predicted(teacher: Any) -> str:
+    """What a card says of its base."""
+    return str(teacher.scheduler_config.get("prediction_type", ""))
+
+
 @pytest.fixture(scope="module", params=pipelines.FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -62,7 +67,7 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
     *_, step = fewstep.distill(teacher, method, PROMPTS, iterations=2, batch=2, lr=0.02, share=share, rank=2)
     grids = {str(k): method.times(teacher.schedule, k) for k in method.counts}
     card = StudentCard(
-        "tiny-2step", "tdm-unify", str(folder), "", method.counts, {k: v.tolist() for k, v in grids.items()}, dict.fromkeys(grids, "ddim"), "",
+        "tiny-2step", "tdm-unify", str(folder), "", method.counts, {k: v.tolist() for k, v in grids.items()}, dict.fromkeys(grids, "ddim"), predicted(teacher),
         "lora" if share else "full", 2 if share else None, 2.0 if share else None, 3.0, "other", 2, 1.0, "", "", time_layer=teacher.time_layer,
     )  # fmt: skip
     own = {k: fewstep.sample(step, PROMPTS, [0, 1], steps=k) for k in method.counts}
@@ -96,8 +101,8 @@ def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkey
     assert not timegrid.even(teacher.schedule, times)
     *_, step = fewstep.distill(teacher, method, PROMPTS, iterations=1, batch=2, lr=0.02, rank=2)
     card = StudentCard(
-        "tiny-2step", "tdm", str(folder), "", (2,), {"2": times.tolist()}, {"2": "ddim"}, "", "lora", 2, 2.0, 3.0, "other", 1, 1.0, "", ""
-    )
+        "tiny-2step", "tdm", str(folder), "", (2,), {"2": times.tolist()}, {"2": "ddim"}, predicted(teacher), "lora", 2, 2.0, 3.0, "other", 1, 1.0, "", "",
+    )  # fmt: skip
     own, final = fewstep.sample(step, PROMPTS, [0, 1]), tmp_path / "final"
     with step.roles.averaged():
         write_student(final, card, step.roles, times[:-1])

@@ -61,8 +61,11 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_: Training(6, 5, 4, 3, 2, 1))
 
 
-def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command line in this process; returns its exit code."""
+def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object, look: bool = False) -> int:
+    """Run the command line in this process; returns its exit code. What is looked at before a training takes seconds, and `look` does it."""
+    if not look:
+        for name in ("look_before", "look_in_dry_run"):
+            monkeypatch.setattr(f"fewstep.cli.distill.{name}", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["fewstep", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
         main.run()

@@ -17,13 +17,13 @@ def sd(tmp_path: Path) -> Path:
 def test_a_sound_teacher(sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert fewstep(monkeypatch, "doctor", str(sd)) == 0
     out = capsys.readouterr().out
-    assert "ok  model          StableDiffusionPipeline" in out and "ok  diffusers      2 steps at guidance 3 differ by" in out
+    assert "ok  model          StableDiffusionPipeline" in out and "ok  diffusers      pictures of 2 steps at guidance 3 differ by" in out
     assert "NO" not in out
 
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [("unet", "unet/diffusion_pytorch_model.safetensors has numbers"), ("vae", "pictures: they are one colour")],
+    [("unet", "unet/diffusion_pytorch_model.safetensors has numbers"), ("vae", ": its pictures are one colour")],
 )
 def test_one_that_is_not(part: str, said: str, sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = sd / part / "diffusion_pytorch_model.safetensors"

@@ -115,6 +115,9 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         ("full", ["emoji-full", "pictures-full"]),
     ):
         assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
+    assert measuring(other, "pictures-12", None)[0].total(1) == 12
+    with pytest.raises(ValueError, match=r"^--protocol: got pictures-12, emoji draws emoji; choose one of emoji-quick, [^N]+$"):
+        measuring(emoji, "pictures-12", None)
     with pytest.raises(
         ValueError, match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict"
     ):

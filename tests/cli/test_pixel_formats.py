@@ -39,7 +39,7 @@ def by_diffusers(folder: str, steps: int, options: dict[str, Any]) -> Tensor:
     return pipe(batch_size=2, num_inference_steps=steps, generator=seeds, output_type="pt", **options).images.expand(-1, 3, -1, -1)
 
 
-@pytest.mark.parametrize(("process", "labels"), [("edm", LABELS), pytest.param("edm", (), marks=pytest.mark.slow), ("vp", LABELS), pytest.param("vp", (), marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(("process", "labels"), [("edm", LABELS), pytest.param("edm", (), marks=pytest.mark.slow), pytest.param("vp", LABELS, marks=pytest.mark.slow), pytest.param("vp", (), marks=pytest.mark.slow)])  # fmt: skip
 def test_an_exported_student_is_itself_in_diffusers(
     process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_fine_tuned_teacher_is_a_teacher(
     recipe: Path, teacher: Path, pictures: Path, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,6 +42,7 @@ def test_a_fine_tuned_teacher_is_a_teacher(
     assert command(monkeypatch, "distill", recipe, "--teacher", tuned, "--prompts", tuned / "prompts.txt", "--out", "runs/after") == 0
 
 
+@pytest.mark.slow
 def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.checkpoint_every=2")
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/straight") == 0

@@ -22,6 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("uncounted")
+@pytest.mark.slow
 def test_a_student_of_a_rounded_base_goes_with_the_base_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def seen(run: Path) -> torch.Tensor:
 
 @pytest.mark.usefixtures("uncounted")
 @pytest.mark.parametrize("family", ["sd"], indirect=True)
+@pytest.mark.slow
 def test_a_file_gives_the_student_that_its_folder_gives(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ def test_a_dry_run_says_what_becomes_of_prompts_and_of_teachers(
     folder = pipelines.save("sd", tmp_path / "sd")
     path = recipe(folder)
     long = "a photo of a green house " * 5
-    Path("prompts.txt").write_text(f"{long}red\n{long}blue\na (red:1.2) cat\n")
+    Path("prompts.txt").write_text(f"{long}red\n{long}blue\n(a:1)\n")
     assert fewstep(monkeypatch, "distill", path, "--dry-run") == 0
     said = capsys.readouterr().out
     assert "prompts: 2 of 3 are longer than the 8 tokens of text_encoder" in said

@@ -92,7 +92,7 @@ def plain_diffusers(teacher: Path, folder: Path, share: bool, steps: int) -> Ten
     return pipe("red cat", num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="pt").images
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_student_of_several_step_counts(
     recipe: Path, teacher: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

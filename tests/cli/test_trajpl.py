@@ -97,6 +97,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     assert (as_tensor([names["image"]]) - wanted[4][:1]).abs().max() <= 0.5 / 255 + 1e-4
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command(monkeypatch, "distill", trajpl) == 0
     assert command(monkeypatch, "distill", trajpl, "--out", "runs/parts", "--set", "train.iterations=2") == 0
@@ -110,6 +111,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.Mon
         assert all(torch.equal(straight[k], parts[k]) for k in straight)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_shows_what_it_learns_from(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> torch.Tensor:
         raise KeyboardInterrupt
@@ -122,6 +124,7 @@ def test_a_run_that_was_stopped_shows_what_it_learns_from(trajpl: Path, monkeypa
     assert "Straying from the teacher" not in page  # there is no student yet
 
 
+@pytest.mark.slow
 def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Distribution matching begins as the student of trajectories, its head kept and trained on, folded away or left out, its first direction as free as it was."""
     assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.free_first=true", "--out", "runs/first") == 0
@@ -208,6 +211,7 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2
 
 
+@pytest.mark.slow
 def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Walked once, beside both stages; what they cost is counted once; the student starts as the first stage's and stays near what it imitates."""
     value = yaml.safe_load(trajpl.read_text())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
-from fewstep.evaluation.pictures import PICTURES, PictureProtocol, asked, chosen, evaluate_pictures, shuffled, spread
+from fewstep.evaluation.pictures import PICTURES, PictureProtocol, asked, chosen, evaluate_pictures, pictures_named, shuffled, spread
 from fewstep.evaluation.plan import digest
 from fewstep.evaluation.protocols import Row
 
@@ -54,6 +54,23 @@ def test_classes_come_in_turn_and_seeds_are_frozen(protocol: PictureProtocol) ->
     assert digest(drawn.seeds)[:16] == FROZEN[protocol.name]
     assert asked(replace(protocol, count=11), ("cat", "dog")).seeds == drawn.seeds[:11]
     assert set(asked(protocol, ()).prompts) == {""}
+
+
+def test_a_protocol_may_be_of_any_number_of_pictures() -> None:
+    """As many components for each as `pictures-quick` has, which the pictures of a row can fill."""
+    assert [pictures_named(f"pictures-{n}") for n in (8, 128, 1000)] == [
+        PictureProtocol("pictures-8", 8, 3),
+        PictureProtocol("pictures-128", 128, 48),
+        PictureProtocol("pictures-1000", 1000, 48),
+    ]
+    assert [pictures_named(p.name) for p in PICTURES] == [None] * 3
+    for name in ("pictures-7", "pictures-0", "pictures-50001", "pictures-008", f"pictures-{'9' * 5000}"):
+        with pytest.raises(ValueError, match=r"^protocol: got pictures-\d+; choose pictures-N of N from 8 to 50000$"):
+            pictures_named(name)
+    few = pictures_named("pictures-8")
+    assert few is not None
+    result = evaluate_pictures(rows(0.05, 0.5), few, CLASSES)
+    assert result["rows"][2]["fd_teacher"] < result["rows"][3]["fd_teacher"]
 
 
 def test_a_student_is_as_far_from_its_teacher_as_it_draws_otherwise() -> None:

@@ -104,7 +104,7 @@ def test_a_table_that_is_one_longer() -> None:
         (LINEAR, TABLE, "betas linear from 0.0001"),
         (TABLE, LINEAR, "betas scaled linear"),
         (VP(TABLE.alpha_bar), VP(TABLE.alpha_bar**2), "betas scaled linear"),
-        (VP(LINEAR.alpha_bar**1.7), LINEAR, "finds too little noise"),
+        (VP(TABLE.alpha_bar**1.7), TABLE, "finds too little noise"),
     ],
 )
 def test_another_schedule(trained: VP, said: VP, named: str) -> None:

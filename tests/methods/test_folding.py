@@ -49,6 +49,7 @@ def turn(roles: Roles, iteration: int = 0) -> Turn:
     return Turn(iteration, 9, BATCH, *conditions(roles.backbone), None, seed(iteration))
 
 
+@pytest.mark.slow
 def test_folded_away_a_head_is_hardly_missed() -> None:
     """Without it the student ends much nearer to where it ended with it than where the head is simply left out."""
     roles = begun()

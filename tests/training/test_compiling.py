@@ -22,7 +22,7 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_it_is_the_same_training(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Roles, guidance and adapters go through torch's tracing and its derivatives; compiled to what runs without a compiler."""
     plain, expected = run(share)

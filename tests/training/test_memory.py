@@ -40,7 +40,9 @@ def embeddings(backbone: Backbone) -> Embeddings:
     return Embeddings(backbone.encode(["red cat", "blue dog"]), backbone.encode([""]), ["red cat", "blue dog"], 0, "")
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl") else f for f in pipelines.FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl", "pixart", "cogvideox") else f for f in pipelines.FAMILIES]
+)
 def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tmp_path: Path) -> None:
     folder = pipelines.save(family, tmp_path / family)
     roles, config = RolesConfig(rank=4), TrainConfig(1, 4, 1e-4, 1e-4)
@@ -64,6 +66,7 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
         pytest.param(Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: Matching, roles: RolesConfig, batch: int) -> None:
     config = TrainConfig(2, batch, 1e-4, 1e-4)
     planned = bytes_of(hollow_teacher("emoji"), method, roles, config).total
@@ -96,6 +99,7 @@ def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
     assert planned.optimiser < 0.4 * plain.optimiser
 
 
+@pytest.mark.slow
 def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:
     teacher = hollow_teacher(pipelines.save("sd", tmp_path / "sd"))
     planned = bytes_of(teacher, PathImitation(steps=2), RolesConfig(rank=4), TrainConfig(1, 2, 1e-4, 1e-4))

@@ -101,6 +101,7 @@ def test_a_sharded_training_is_the_whole_one(name: str, share: bool, mesh: Devic
         torch.testing.assert_close(found[n], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_family_with_checkpointing_and_its_checkpoint_in_one_process(mesh: DeviceMesh, tmp_path: Path) -> None:
     """What a sharded run has written, another that is not sharded goes on with, and the other way round."""
     method = METHODS["unify"]

@@ -3,9 +3,10 @@
 Two families of checks: facts that are said (what it predicts, its schedule, its sizes, what is not read), and tests that hold or do not.
 """
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..core import timegrid
 from ..core.prediction import ROWS, share
 from ..core.schedule import EDM, VP, Flow
+from ..findings import Check
 from ..tensors import finite
 from .base import LEAST_SHARE, Backbone, Denoiser, guided
 from .few_step import drawn, with_network
@@ -39,30 +41,13 @@ SAMPLING = {  # settings of schedulers that say how somebody samples, and what t
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at: what was found, and, where it does not hold, what cures it."""
-
-    name: str
-    said: str
-    holds: bool = True
-    cure: str = ""
-
-
 def conformance(backbone: Backbone, prompt: str = PROMPT, steps: int = 2, guidance: float = 3.0) -> list[Check]:
-    """Everything that can be said of a teacher in less than a minute; see `require` for those that forbid a training.
+    """Everything that can be said of a teacher in less than a minute; see `findings.require` for those that forbid a training.
 
     The few-step pictures are guided DDIM's, one of fewstep's and one of the pipeline's own call from the same noise. A U-Net on a CPU draws small ones.
     """
     checks = [*facts(backbone), *calls_are_finite(backbone, prompt)]
     return [*checks, *same_pictures(backbone, prompt, steps, guidance)] if all(c.holds for c in checks) else checks
-
-
-def require(checks: Sequence[Check], teacher: str) -> None:
-    """Raises ValueError with one line for the first check that does not hold."""
-    for check in checks:
-        if not check.holds:
-            raise ValueError(f"teacher: {teacher}: {check.name}: {check.said}; {check.cure}")
 
 
 def facts(backbone: Backbone) -> list[Check]:
@@ -130,7 +115,7 @@ def calls_are_finite(backbone: Backbone, prompt: str = PROMPT) -> list[Check]:
     """One call of the network at its noisiest and its cleanest time, and one of the autoencoder each way."""
     device, schedule = device_of(backbone.module), backbone.schedule
     shape = backbone.shape if device.type != "cpu" else small_shape(backbone)
-    if device.type == "cpu" and (cost := _operations(backbone, shape)) > MOST:
+    if device.type == "cpu" and (cost := operations_of(backbone, shape)) > MOST:
         return [Check("calls", f"not looked at: on a CPU one takes about {cost / MOST:.0f} minutes")]
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     small = (
@@ -160,15 +145,17 @@ def calls_are_finite(backbone: Backbone, prompt: str = PROMPT) -> list[Check]:
 
 
 def _finite(name: str, holds: bool, what: str, cure: str) -> Check:
-    return Check(name, f"{what} is finite" if holds else f"{what} is not finite", holds, "" if holds else cure)
+    return Check(name, f"{what}: {'finite' if holds else 'not finite'}", holds, "" if holds else cure)
 
 
 def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) -> list[Check]:
     """Guided few-step pictures of fewstep and of diffusers' own call from the same noise; largest relative difference in units of their spread."""
     if not isinstance(backbone, Piped):
         return []
-    plain: Any = _small(replace(backbone, guidance_rescale=0.0))
-    if device_of(backbone.module).type == "cpu" and (cost := 4 * steps * _operations(plain, plain.shape)) > MOST:
+    plain: Any = small(replace(backbone, guidance_rescale=0.0))
+    if isinstance(plain, PixelModel):  # its pipeline takes no noise of ours, and what older torch draws in half precision is other noise
+        plain = replace(plain, pipe=pixel_pipeline(copy.deepcopy(plain.module).float(), plain.pipe.scheduler, told=bool(plain.labels)))
+    if device_of(backbone.module).type == "cpu" and (cost := 4 * steps * operations_of(plain, plain.shape)) > MOST:
         return [Check("diffusers", f"not compared: on a CPU that takes about {cost / MOST:.0f} minutes")]
     prompts = [_prompt(backbone, prompt)]
     with torch.no_grad():
@@ -176,23 +163,23 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
         scale = guidance if cond and not isinstance(plain, PixelModel) else 1.0
         ours = pictures(plain, guided(plain, plain.module, cond, null, scale), [0], timegrid.uniform(plain.schedule, steps))
         theirs = _of_diffusers(plain, prompts, steps, scale)
-    limit, spread = CLOSE[_type(backbone)], float(theirs.std())
+    limit, spread = CLOSE[_type(plain)], float(theirs.std())
     apart = float((ours.to(theirs) - theirs).square().mean().sqrt()) / max(spread, FLAT)
-    kind = str(_type(backbone)).removeprefix("torch.")
+    kind = str(_type(plain)).removeprefix("torch.")
     same = apart <= limit  # not so where it is NaN
-    said = f"{steps} steps at guidance {scale:g} differ by {apart:.1e} of the pictures' spread from diffusers' own (allowed in {kind}: {limit:g})"
+    said = f"pictures of {steps} steps at guidance {scale:g} differ by {apart:.1e} of the pictures' spread from diffusers' own (allowed in {kind}: {limit:g})"
     cure = "a setting of this model is not read: please report it with its configuration files"
     found = [Check("diffusers", said, same, "" if same else cure)]
     flat = not spread >= FLAT
     colour = (
-        f"they are one colour, {float(theirs.mean()):.2f} of white"
+        f"its pictures are one colour, {float(theirs.mean()):.2f} of white"
         if flat
-        else f"their pixels spread by {spread:.2f} around {float(theirs.mean()):.2f}"
+        else f"pixels of its pictures spread by {spread:.2f} around {float(theirs.mean()):.2f}"
     )
     return [*found, Check("pictures", colour, not flat, "check its weights, its dtype and what it predicts" if flat else "")]
 
 
-def _of_diffusers(backbone: Piped, prompts: list[str], steps: int, scale: float) -> Tensor:
+def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -> Tensor:
     scheduler = student_scheduler(backbone.scheduler_config, [steps], "ddim")
     if isinstance(backbone, PixelModel):
         pipe = pixel_pipeline(backbone.pipe.unet, scheduler, told=bool(backbone.labels))
@@ -200,10 +187,10 @@ def _of_diffusers(backbone: Piped, prompts: list[str], steps: int, scale: float)
         return drawn_pixels(replace(backbone, pipe=pipe), prompts, steps).to(device_of(backbone.module))
     pipe = with_network(backbone.pipe, backbone.module, scheduler, type(backbone.pipe))
     size = backbone.picture_size if isinstance(backbone, LatentUNet) else 0
-    return drawn(pipe, prompts, steps, scale, size=size).to(device_of(backbone.module))
+    return drawn(pipe, prompts, steps, scale, size=size, shape=backbone.shape).to(device_of(backbone.module))
 
 
-def _small(backbone: Any) -> Any:
+def small(backbone: Any) -> Any:
     """A U-Net on a CPU draws pictures as small as it can."""
     if isinstance(backbone, LatentUNet) and device_of(backbone.module).type == "cpu":
         unit = 2 ** len(backbone.pipe.unet.config.block_out_channels)
@@ -211,7 +198,7 @@ def _small(backbone: Any) -> Any:
     return backbone
 
 
-def _operations(backbone: Backbone, shape: Sequence[int]) -> float:
+def operations_of(backbone: Backbone, shape: Sequence[int]) -> float:
     """Of one call, about: two for every weight and place; places are patches of 2 x 2."""
     *frames, _, height, width = shape if len(shape) > 2 else (1, 1, *shape)
     return 2.0 * sum(p.numel() for p in backbone.module.parameters()) * math.prod(frames) * height * width / 4

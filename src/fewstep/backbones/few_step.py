@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..hashes import require_listed
 from .files import LORA_FILE, load_network, loads_lora, part_name
+from .generate import noise_of
 from .parts import denoiser_of
 from .schedulers import load_scheduler
 from .student_scheduler import StudentScheduler, Walking
@@ -179,10 +180,12 @@ def drawn(
     guidance: float = 1.0,
     times: Sequence[float] | None = None,
     size: int = 0,
+    shape: Sequence[int] = (),
 ) -> Tensor:
     """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given, and a `size` other than 0.
 
-    One that takes no prompts draws one picture for each all the same.
+    One that takes no prompts draws one picture for each all the same. States of a `shape` begin as fewstep's do: what older torch draws in half
+    precision is other noise.
     """
     options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
     if isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
@@ -193,6 +196,8 @@ def drawn(
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     if isinstance(pipe, DDPMPipeline):
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images
+    if shape:
+        options |= {"latents": noise_of(generators, shape).to(pipe.dtype)}
     result = pipe(
         prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..atomic import require_room, write_json
+from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
 from ..backbones.hollow import require_loadable
@@ -21,11 +21,12 @@ from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
 from ..export.card import read_card
+from ..findings import require
 from ..reading import read_json
 from ..report.run import BEST, BEST_FILE, SHAPE
 from ..report.words import finite, plural
 from ..roles.quantised import quantise, weight_count
-from ..roles.roles import Roles
+from ..roles.roles import Roles, large_rank
 from ..runs.metrics_log import MetricsLog
 from ..runs.preview import Drawing, Preview
 from ..runs.record import versions
@@ -37,14 +38,12 @@ from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
 from ..training.paths import (
-    CURVE_SAMPLES,
     OF_STUDENT,
-    RECORD,
     TRAJECTORIES,
     Paths,
     PathsConfig,
-    Walker,
     guided_teacher,
+    path_bytes,
     teacher_paths,
     to_end,
 )
@@ -52,12 +51,13 @@ from ..training.pictures import RealData, encode_pictures
 from ..training.pool import teacher_pictures
 from ..training.processes import any_of, is_first, mesh_of_all, require_same, this_process, together, with_others
 from ..training.prompts import Embeddings, embed, embedding_bytes
-from ..training.state import latest_checkpoint
+from ..training.state import checkpoints, latest_checkpoint
+from .before import look_before, look_in_dry_run
 from .best import Best, measured_by
 from .ending import errors_along, finish, shape_seen, write_best
 from .evaluate import check_measures, measure_step
 from .plan import plans_of, show
-from .preflight import held, note_shadowed, place_checks, require
+from .preflight import held, note_shadowed, place_checks
 from .progress import console, meter
 from .prompts import count_in, say_found, say_of_prompts, say_size, training_prompts
 from .recipe import DataConfig, DistillRecipe, first_stage, read_recipe, recorded
@@ -77,7 +77,7 @@ def run_distill(
     recipe = recipe.model_copy(update={"teacher": fused(recipe.teacher, styles)})
     check_measures(recipe)
     run = out or Path("runs") / recipe.name
-    require(place_checks(run))
+    require(place_checks(run), "--out")
     note_shadowed(recipe.teacher)
     if recipe.first is not None and recipe.start is not None:
         raise ValueError("start: the recipe has a first stage, which is what its student begins as; leave one of the two out")
@@ -100,6 +100,10 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     console.quiet = not is_first()
     prompts = training_prompts(recipe, teacher)
     say_of_prompts(teacher, prompts)
+    begun = checkpoints(run) or checkpoints(run / FIRST)
+    together()  # nobody writes before all have looked
+    if not begun:
+        look_before(stages, teacher, base_hash, prompts, run, run)
     for stage in stages[:-1]:
         console.print(f"first: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / FIRST, stage)
@@ -334,8 +338,7 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
         )
     else:
         walker = student_walker(teacher, student, times)
-    needed, there = path_bytes(config.count, walker, teacher.shape), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    require_room(folder / RECORD, needed - there)
+    needed = path_bytes(config.count, teacher.shape, len(walker.places), len(walker.grid))
     who = "the teacher" if student is None else f"the student in {student}"
     console.print(
         f"trajectories: {config.count:,} of {walker.calls} network calls of {who}, {config.count * walker.calls:,} in all, "
@@ -344,11 +347,6 @@ def trajectories(recipe: DistillRecipe, teacher: Backbone, prompts: Embeddings, 
     with meter("trajectories", config.count) as bar:
         walking = teacher_paths(teacher, prompts, config, times, method.guidance, folder, identity, walker=walker)
         return to_end(walking, lambda done: bar.advance(done, {}))
-
-
-def path_bytes(count: int, walker: Walker, shape: tuple[int, ...]) -> int:
-    """What so many trajectories take on disk: states at the asked times in single precision, and some whole ones."""
-    return 4 * math.prod(shape) * (count * len(walker.places) + min(count, CURVE_SAMPLES) * len(walker.grid))
 
 
 def walking_student(data: DataConfig | None) -> Path | None:
@@ -402,7 +400,7 @@ def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: Sequenc
 
 
 def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
-    """What `--dry-run` prints; no weights are read."""
+    """What `--dry-run` prints: the settings, what they need, and what is looked at before a training. Nothing is left of it."""
     start_folder(recipe)
     require_loadable(recipe.teacher)
     teacher, plans = plans_of(recipe)
@@ -421,6 +419,7 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
         console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
         for count in stage.method.counts:
             console.print(f"times, {plural(count, 'step')}: {stage.method.times(teacher.schedule, count).tolist()}")
+    look_in_dry_run([made.recipe for made in plans], lambda: teacher_of(recipe), teacher, prompts, run)
 
 
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
@@ -430,6 +429,8 @@ def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
         held.pop(id(p), None)
     how = "three networks" if not roles.config.share else f"one shared network, {roles.config.base or 'as it is'}"
     console.print(f"network weights in memory: {storage_bytes(*held.values()) / 2**20:.1f} MiB ({how})")
+    if note := large_rank(roles.networks["teacher"], roles.config):
+        console.print(f"note: {note.removeprefix('LORA ')}")
     weights = weight_count(roles.networks["teacher"])
     for role, parameters in roles.trained.items():
         count, size = sum(p.numel() for p in parameters.values()), storage_bytes(*parameters.values())

@@ -3,7 +3,8 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from .progress import console
+from ..findings import require
+from .progress import console, show_checks
 
 CORE = (
     "torch",
@@ -61,7 +62,7 @@ def check_teacher(teacher: str, dtype: str, size: int | None) -> None:
     """Load a teacher, look at it as before a training, and print what was found. Raises ValueError with one line where a check does not hold."""
     import torch
 
-    from ..backbones.conformance import conformance, require
+    from ..backbones.conformance import conformance
     from ..backbones.load import load_teacher, quiet
     from ..training.loop import default_device
 
@@ -70,9 +71,8 @@ def check_teacher(teacher: str, dtype: str, size: int | None) -> None:
     if dtype not in types:
         raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(types)}")
     checks = conformance(load_teacher(teacher, types[dtype], default_device(), size))
-    for check in checks:
-        console.print(f"  {'ok' if check.holds else 'NO':<4}{check.name:<14} {check.said}", markup=False)
-    require(checks, teacher)
+    show_checks(checks)
+    require(checks, f"teacher: {teacher}")
 
 
 def _version(name: str) -> str | None:

@@ -69,9 +69,13 @@ def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, n
 
 def card_of(recipe: DistillRecipe, roles: Roles, base_hash: str, iterations: int, seconds: float) -> StudentCard:
     """What the student of so many iterations is."""
+    return replace(student_card(roles, recipe.method, made_of(recipe, base_hash, iterations, seconds)), dtype=recipe.dtype)
+
+
+def made_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: float) -> Made:
+    """How the student of so many iterations came about."""
     called = recipe.method.name if recipe.first is None else f"{recipe.first.method.name}-{recipe.method.name}"
-    made = Made(absolute(recipe.teacher), base_hash, iterations, seconds, called, _trained_from(recipe), recipe.size or 0)
-    return replace(student_card(roles, recipe.method, made), dtype=recipe.dtype)
+    return Made(absolute(recipe.teacher), base_hash, iterations, seconds, called, _trained_from(recipe), recipe.size or 0)
 
 
 def _trained_from(recipe: DistillRecipe) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TEACHER_STEPS = 50
 SIZES = ("quick", "medium", "full")  # each stands for the protocol of this size of the teacher's kind
+ANY = "pictures-N (of N pictures)"
 CURVES = ("fd_real", "retrieval_top1", "retrieval_top5", "diversity")
 COLUMNS = (
     "model",
@@ -146,9 +147,9 @@ def measuring(
     by_size = dict(zip(SIZES, own, strict=False))
     usual = "full" if emoji else "medium" if isinstance(teacher, PixelModel) else "quick"  # others may be large
     rules = protocol_named(by_size.get(name or usual, name or list(own)[-1]))
-    if rules.name not in own:
+    if isinstance(rules, PictureProtocol) == emoji:
         kind = "draws emoji" if emoji else "is a pixel model" if isinstance(teacher, PixelModel) else "knows no emoji by name"
-        raise ValueError(f"{option}: got {rules.name}, {teacher.name} {kind}; choose one of {', '.join(own)}")
+        raise ValueError(f"{option}: got {rules.name}, {teacher.name} {kind}; choose one of {', '.join(own)}{'' if emoji else f', {ANY}'}")
     if real is None:
         return rules, None
     try:
@@ -227,10 +228,12 @@ def rows_of(student: LoadedStudent) -> "list[Row]":
 
 def protocol_named(name: str) -> "EmojiProtocol | PictureProtocol":
     """Of all there are. Raises ValueError with their names."""
+    from ..evaluation.pictures import pictures_named
+
     known = {p.name: p for emoji in (True, False) for p in protocols_of(emoji)}
-    if name not in known:
-        raise ValueError(f"protocol: got {name!r}; choose one of {', '.join(known)}, or a size: {', '.join(SIZES)}")
-    return known[name]
+    if (found := known.get(name) or pictures_named(name)) is None:
+        raise ValueError(f"protocol: got {name!r}; choose one of {', '.join(known)}, {ANY}, or a size: {', '.join(SIZES)}")
+    return found
 
 
 def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> None:

@@ -157,7 +157,7 @@ def write_kohya(loaded: LoadedStudent, card: StudentCard, out: Path, dtype: torc
     remove_adapters(bare, TRAINED)
     fresh = with_network(pipe, bare, load_scheduler(out / "scheduler"), type(pipe))
     fresh.load_lora_weights(str(out), weight_name=file.name)
-    return drawn(fresh, PROMPTS, card.steps[0], times=own_times(loaded, card))
+    return drawn(fresh, PROMPTS, card.steps[0], times=own_times(loaded, card), shape=loaded.student.backbone.shape)
 
 
 def own_times(loaded: LoadedStudent, card: StudentCard) -> list[float] | None:
@@ -238,7 +238,7 @@ def write_pipeline(loaded: LoadedStudent, card: StudentCard, out: Path, dtype: t
     again = load_teacher(out, device=device_of(loaded.student.network))
     if isinstance(again, PixelModel):
         return drawn_pixels(again, prompts_for(loaded), card.steps[0])
-    return drawn(pipeline_of(again), prompts_for(loaded), card.steps[0], times=own_times(loaded, card))
+    return drawn(pipeline_of(again), prompts_for(loaded), card.steps[0], times=own_times(loaded, card), shape=again.shape)
 
 
 WHOLE = ("merged", "pipeline")  # formats of whole networks, which have a dtype

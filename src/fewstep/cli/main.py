@@ -115,7 +115,7 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Which protocol: how many prompts and seeds, which reference; or its size (quick, medium, full). By default emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
+            help="Which protocol: how many prompts and seeds, which reference; or its size (quick, medium, full), or pictures-N of N pictures. By default emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
         ),
     ] = None,
     real: Annotated[

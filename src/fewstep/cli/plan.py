@@ -15,6 +15,7 @@ from ..backbones.parts import Piped, networks
 from ..begin import roles_for
 from ..names import quoted
 from ..reading import reason
+from ..report.words import size
 from ..roles.quantised import KINDS, Kind, layers_of, quantise
 from ..runs.walking import path_times
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
@@ -240,11 +241,6 @@ def show(made: Plan) -> None:
     table.add_row("in between, decoding previews", size(made.drawing))
     table.add_row("needed", size(made.total), style="bold")
     console.print(table)
-
-
-def size(count: int) -> str:
-    """Bytes in GiB, or in MiB below one."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def usable_bytes(memory: str) -> int:

@@ -2,14 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic import cure_of, link_or_copy, remove_left, require_replaceable, temporary_beside
 from ..backbones.load import bundled, source_of
 from ..export.card import FILE
+from ..findings import Check, require
 from ..names import LONGEST, visible
 from ..training.lock import locked
 from ..training.paths import OF_STUDENT, TRAJECTORIES
@@ -20,21 +20,6 @@ from .progress import console
 FINAL = "final"
 PARTS = ("first", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)  # folders in which a run writes files
 DEEPEST = ("unet", f"{'x' * (LONGEST + len('-kohya.safetensors') - 18)}-kohya.safetensors")  # as deep and as long as what a run writes
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was looked at, whether it will do, and if not what to say."""
-
-    name: str
-    ok: bool
-    message: str = ""
-
-
-def require(checks: Sequence[Check]) -> None:
-    """Raises ValueError with the message of the first check that failed."""
-    if failed := next((check for check in checks if not check.ok), None):
-        raise ValueError(failed.message)
 
 
 def require_output(path: Path, option: str) -> None:
@@ -77,12 +62,13 @@ def place_checks(run: Path) -> list[Check]:
     foreign = next((name for name in (FILE, "model_index.json") if (run / name).exists()), "")
     blocked = next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None)
     student = next((f for f in (run / FINAL, run / "first" / FINAL) if _somebodys(f)), None)
-    return [
-        Check("place", not own, f"--out: {shown} is no folder for one run; pass one inside it, e.g. --out {visible(str(real / 'runs' / 'mine'), lines=False)}"),
-        Check("path", blocked is None, f"--out: {visible(str(blocked), lines=False)} is a file or a device, a run needs a folder; choose another"),
-        Check("foreign", not foreign, f"--out: {shown} is a model's own folder (it has {foreign} in it); choose another"),
-        Check("final", student is None, f"--out: {visible(str(student), lines=False)} is there and no student of fewstep's; move it away, or choose another --out"),
+    found = [
+        (own, f"{shown} is no folder for one run", f"pass one inside it, e.g. --out {visible(str(real / 'runs' / 'mine'), lines=False)}"),
+        (blocked is not None, f"{visible(str(blocked), lines=False)} is a file or a device, a run needs a folder", "choose another"),
+        (bool(foreign), f"{shown} is a model's own folder (it has {foreign} in it)", "choose another"),
+        (student is not None, f"{visible(str(student), lines=False)} is there and no student of fewstep's", "move it away, or choose another --out"),
     ]  # fmt: skip
+    return [Check("folder", said, False, cure) for wrong, said, cure in found if wrong] or [Check("folder", f"{shown} is for this run")]
 
 
 def _somebodys(folder: Path) -> bool:
@@ -92,7 +78,7 @@ def _somebodys(folder: Path) -> bool:
     return folder.is_dir() and not (folder / FILE).is_file() and any(folder.iterdir())
 
 
-def writing_checks(run: Path) -> list[Check]:
+def writing_check(run: Path) -> Check:
     """Whether a run can write its folder: as deep and long names as it will, second names, and renamed folders. Nothing is left of it."""
     trial = temporary_beside(run / "trial")
     try:
@@ -103,32 +89,43 @@ def writing_checks(run: Path) -> list[Check]:
         os.replace(trial, renamed := temporary_beside(run / "trial"))
         trial = renamed
     except OSError as error:
-        return [Check("writing", False, _unwritable(run, error))]
+        return unwritable(run, error)
     finally:
         shutil.rmtree(trial, ignore_errors=True)
-    return [Check("writing", True)]
+    return Check("writing", "long names, second names of files, and renamed folders")
 
 
-def _unwritable(run: Path, error: OSError) -> str:
-    return f"--out: cannot write to {visible(str(run), lines=False)} ({error.strerror or error}); {cure_of(error)}"
+def unwritable(run: Path, error: OSError) -> Check:
+    """What to say of a folder that cannot be written to."""
+    return Check("writing", f"cannot write to {visible(str(run), lines=False)} ({error.strerror or error})", False, cure_of(error))
 
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
     """Hold a run's folder, in which nothing half-written is left, for all processes of the run. Raises ValueError in all where the first cannot."""
-    refused: Exception | None = None
     with ExitStack() as stack:
-        if is_first():
+
+        def hold() -> None:
             try:
                 stack.enter_context(locked(run))
                 for part in (run, *(run / name for name in PARTS)):
                     remove_left(part, below=part is not run)
-                require(writing_checks(run))
-            except (OSError, ValueError) as error:
-                refused = error
-        if any_of(refused is not None):
-            if isinstance(refused, OSError):
-                raise ValueError(_unwritable(run, refused)) from refused
-            raise refused or ValueError(f"--out: {visible(str(run), lines=False)} cannot be used, see what the first process said")
+            except OSError as error:
+                require([unwritable(run, error)], "--out")
+            require([writing_check(run)], "--out")
+
+        in_first(hold)
         with logged_in(run):
             yield
+
+
+def in_first(work: Callable[[], None]) -> None:
+    """Do it in the first process alone. Raises ValueError in all of them where that one does."""
+    refused: ValueError | None = None
+    try:
+        if is_first():
+            work()
+    except ValueError as error:
+        refused = error
+    if any_of(refused is not None):
+        raise refused or ValueError("see what the first process said")

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.style import Style
 from rich.text import Text
 
+from ..findings import Check
 from ..names import visible
 
 CLOSED = 141  # exit status of a program whose reader has left: 128 + SIGPIPE
@@ -98,3 +99,9 @@ def meter(title: str, total: int, done: int = 0) -> Iterator[Meter]:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def show_checks(checks: Sequence[Check], stage: str = "") -> None:
+    """A line for each of them."""
+    for check in checks:
+        console.print(f"  {'ok' if check.holds else 'NO':<4}{stage}{check.name:<14} {check.said}", markup=False)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ..backbones.base import Backbone
 from ..backbones.load import BUNDLED, source_of
+from ..report.words import size
 from ..training.prompt_lengths import said_of_prompts
 from ..training.prompts import find_prompts, ignore
 from ..training.texts import Found, printable
-from .plan import size
 from .progress import console
 from .recipe import DistillRecipe
 

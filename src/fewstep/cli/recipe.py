@@ -30,7 +30,7 @@ from ..reading import reason, text_in, unreadable
 from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
-from ..training.loop import TrainConfig
+from ..training.loop import TrainConfig, require_updates
 from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
 from ..trajp.head import KINDS, require_steps
 from ..typed import shown
@@ -172,8 +172,9 @@ class DistillRecipe(Strict):
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
         """What does not fit is said before anything is walked or trained."""
-        for method in (self.method, *([self.first.method] if self.first is not None else [])):
+        for method, train in ((self.method, self.train), *([(self.first.method, self.first.train)] if self.first is not None else [])):
             require_roles(method.name, self.roles)
+            require_updates(method, train.iterations)
         if self.start is None:
             require_beginning(self.method if self.first is None else self.first.method, "", False, "the teacher")
         if self.first is not None:

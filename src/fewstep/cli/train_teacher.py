@@ -5,14 +5,17 @@ from pathlib import Path
 
 from ..atomic import write_json, write_text
 from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
+from ..findings import require
 from ..training.captioned import read_pictures
 from ..training.finetune import finetune
 from ..training.fit import FitStep
 from ..training.loop import default_device
 from ..training.pictures import encode_pictures
+from ..training.state import checkpoints
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
-from .preflight import held, place_checks, require
+from .before import look_before_finetune
+from .preflight import held, place_checks
 from .progress import console, meter
 from .prompts import say_found, say_size
 from .recipe import FinetuneRecipe, kind_of, read_recipe, recorded
@@ -35,7 +38,7 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
         config = read_recipe(source, overrides, TeacherConfig)
         stages = {"codec": config.codec.fit.steps, "decoder": config.codec.decoder.steps, "denoiser": config.denoiser.fit.steps}
         steps = train_teacher(config, run)
-    require(place_checks(run))
+    require(place_checks(run), "--out")
     with held(run), stop_request() as request:
         current = next(steps, None)
         while current is not None:
@@ -55,6 +58,8 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     """Fine-tune a teacher on real pictures; ends with `run/teacher`, an ordinary pipeline folder, and the captions as its prompts."""
     teacher = load_teacher(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
+    if not checkpoints(run):
+        look_before_finetune(recipe, teacher, run)
     write_json(run / "run.json", recorded(recipe))
     identity, source = fingerprint(teacher.module, *teacher.encoders), recipe.data.source
     data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=say_size)

@@ -5,6 +5,7 @@ of the real pictures or else of the teacher's, in a unit in which these have a t
 the same number of pictures; it depends on that number, so compare the rows of one table.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,20 @@ class PictureProtocol:
 
 SEEDS = 32  # pictures of a prompt whose distances are taken: they grow with the square
 PICTURES = (PictureProtocol("pictures-quick", 128), PictureProtocol("pictures", 512), PictureProtocol("pictures-full", 5000))
+FEWEST, MOST = 8, 50_000  # pictures of a row
+
+
+def pictures_named(name: str) -> PictureProtocol | None:
+    """The protocol `pictures-N`, for teachers too large for the others: 3/8 as many components as pictures, at most as many as they have.
+
+    None for any other name. Raises ValueError for a number that cannot be had.
+    """
+    if not (match := re.fullmatch(r"pictures-(\d+)", name, re.ASCII)):
+        return None
+    count = int(match[1][:9])
+    if not FEWEST <= count <= MOST or match[1] != str(count):
+        raise ValueError(f"protocol: got {name}; choose pictures-N of N from {FEWEST} to {MOST}")
+    return PictureProtocol(name, count, min(48, 3 * count // 8))
 
 
 @dataclass(frozen=True)

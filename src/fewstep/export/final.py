@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..atomic import cure_of, open_to_others, sync, sync_all, temporary_beside, write_json, write_text
+from ..atomic import open_to_others, sync, sync_all, temporary_beside, unwritten, write_json, write_text
 from ..backbones.base import Backbone
 from ..backbones.few_step import facts_of
 from ..backbones.files import save_lora, save_network, save_vectors
@@ -90,7 +90,7 @@ def write_final(
     except (OSError, SafetensorError) as error:
         if before.is_dir() and not folder.exists():
             os.replace(before, folder)
-        raise OSError(f"cannot write {folder}: {error}; {cure_of(error)} (training is not repeated)") from error
+        raise unwritten(folder, error, " (training is not repeated)") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)

@@ -29,3 +29,8 @@ def times(ratio: float) -> str:
 def plural(count: float, noun: str) -> str:
     """`1 step`, `4 steps`."""
     return f"{count:g} {noun}{'s' if count != 1 else ''}"
+
+
+def size(count: int) -> str:
+    """Bytes in GiB, or in MiB below one."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -4,6 +4,7 @@ PEFT's own `set_adapter` and `disable_adapters` toggle `requires_grad`, which si
 forward pass came before another role's. The switch here changes nothing but which adapter the layers add.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,29 @@ from torch import Tensor, nn
 from .sharding import part_of
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
+MOST_RANK, LEAST_RANK = 32, 4
+FITTING = 0.25  # of a network's weights
+
+
+def plain_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Name all modules of a network as they are without adapters, which may be there by now."""
+    found, inside = dict[str, nn.Module](), "\0"
+    for name, part in module.named_modules():
+        if name.startswith(inside):
+            continue
+        adapted = isinstance(part, LoraLayer)
+        inside = f"{name}." if adapted else inside
+        found[name] = part.get_base_layer() if adapted else part
+    return found
 
 
 def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]:
     """Full names of the layers of `kind` (all, linear, conv, attention) that can carry LoRA. Names containing a `skip` are left out."""
     if kind not in (*KINDS, "attention"):
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join([*KINDS, 'attention'])}")
-    layers = [(n, m) for n, m in module.named_modules() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)]
+    layers = [
+        (n, m) for n, m in plain_layers(module).items() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)
+    ]
     if kind == "attention":
         layers = [
             (n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
@@ -33,6 +50,21 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
             f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.share=false for full weights"
         )
     return [n for n, _ in layers]
+
+
+def lora_weights(module: nn.Module, names: Sequence[str], rank: int) -> int:
+    """How many weights a LoRA of this rank has: rank (in + out) a layer, of a convolution the inputs of its kernel."""
+    plain = plain_layers(module)
+    layers = [plain[n] for n in names]
+    return sum(rank * (math.prod(m.weight.shape[1:]) + m.weight.shape[0]) for m in layers if isinstance(m, nn.Linear | nn.Conv2d))
+
+
+def fitting_rank(module: nn.Module, names: Sequence[str]) -> int:
+    """`MOST_RANK`, halved until a LoRA has at most `FITTING` of the network's weights; on small networks more is slower and no better."""
+    whole, rank = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n), MOST_RANK
+    while rank > LEAST_RANK and lora_weights(module, names, rank) > FITTING * whole:
+        rank //= 2
+    return rank
 
 
 def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:

@@ -19,12 +19,13 @@ from ..core.solvers import Denoise
 from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, make_discriminator
-from .quantised import KINDS, Kind, quantise
+from .quantised import KINDS, Kind, quantise, weight_count
 from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake", "discriminator"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
 HEAD = "head."  # how its parameters' names begin
+LARGE = 0.5  # of a network's weights
 CONDITION = "step_condition"  # the table's name among the trained parameters
 
 
@@ -61,6 +62,21 @@ class RolesConfig:
     def scale(self) -> float:
         """What a LoRA's effect is multiplied by: alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def large_rank(network: nn.Module, config: RolesConfig) -> str:
+    """What to say of a LoRA that is no small change of its network any more; the empty text of one that is."""
+    if not (config.share and config.rank):
+        return ""
+    names = adapters.targets(network, config.targets, config.skip)
+    share = adapters.lora_weights(network, names, config.rank) / weight_count(network)
+    fits = adapters.fitting_rank(network, names)
+    if share <= LARGE or fits >= config.rank:
+        return ""
+    return (
+        f"LORA roles.rank: {config.rank} trains {share:.0%} as many weights as this small network has, which is slower and no better; "
+        f"set roles.rank={fits}, or train all weights (roles.share=false)"
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_text
+from ..atomic import append_text, write_text
 from ..reading import reading, text_in
 from ..training.loop import Step
 
@@ -29,8 +29,7 @@ class MetricsLog:
     def note(self, iteration: int, values: dict[str, Any]) -> None:
         if self.path is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        append_text(self.path, json.dumps({"iteration": iteration, **values}) + "\n")
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The run's fixed prompts and seeds as pictures: while it trains, and for its report."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..report.pictures import Pictures, StepGrid, Trajectory
 from ..report.video import strip
 from ..report.words import plural
 from ..roles.roles import Roles
+from ..tensors import finite
 from ..training.monitor import MODERATE, Look, drift, look, unfit
 from ..training.prompts import Embeddings
 
@@ -99,11 +101,17 @@ class Preview:
             rows |= self._compared(roles, method)
         if self.folder is not None:
             write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts)
-        goal = features(self.features, self.seen.cpu())
-        distances = {k: paired_distance(features(self.features, images.cpu()), goal) for k, (images, _) in own.items()}
+        goal = self.seen.cpu()
+        distances = {k: self._distance(images.cpu(), goal) for k, (images, _) in own.items()}
         if not iteration:
             return Shown(unfit(self.look, self.moderate, method.guidance), distances)
         return Shown([line for k, (_, seen) in own.items() for line in self._left(seen, k)], distances)
+
+    def _distance(self, images: Tensor, goal: Tensor) -> float:
+        """See `paired_distance`; NaN where either are not finite, which a run goes on to say."""
+        if not (finite(images) and finite(goal)):
+            return math.nan
+        return paired_distance(features(self.features, images), features(self.features, goal))
 
     def _left(self, seen: Look, count: int) -> list[str]:
         """In what the student of this count has left its teacher, or the teacher under moderate guidance; each thing is said once."""

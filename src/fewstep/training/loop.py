@@ -117,6 +117,14 @@ def default_device() -> torch.device:
     return device if device.type in ("cuda", "xpu") else torch.device("cpu")  # times are float64, which Apple's GPUs do not know
 
 
+def require_updates(method: Method, iterations: int) -> None:
+    """Raises ValueError for a training that would end before the student's first update."""
+    if iterations <= method.warmup:
+        raise ValueError(
+            f"train.iterations: got {iterations}, of which the first {method.warmup} (method.warmup) do not train the student; set more than these"
+        )
+
+
 def distill(
     roles: Roles,
     method: Method,
@@ -149,10 +157,7 @@ def distill(
             f"data.source: method {method.name} {'needs pictures' if method.needs.pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
             + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.pictures else "leave data out")
         )
-    if roles.folding is not None and config.iterations <= method.warmup:
-        raise ValueError(
-            f"train.iterations: got {config.iterations}, and method.warmup={method.warmup} of them fold the head away; set more than these"
-        )
+    require_updates(method, config.iterations)
 
     def optimizer_of(role: Role) -> torch.optim.Optimizer:
         return make_optimizer(

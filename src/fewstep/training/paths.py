@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic import read_tensors, write_json, write_tensors
+from ..atomic import read_tensors, require_room, write_json, write_tensors
 from ..backbones.base import Backbone, Cond, calls, guided_until, rows
 from ..backbones.generate import device_of, noise_of
 from ..core import timegrid
@@ -174,7 +175,8 @@ def teacher_paths(
     """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
     `guidance` and `parallel` as in `backbones.base.guided`; a `walker` goes in the teacher's place. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
-    Several processes each walk their share into the folder and wait for the others, so all of them have to come here. Raises ValueError where the folder holds another teacher's trajectories, or others of this one.
+    Several processes each walk their share into the folder and wait for the others, so all of them have to come here. Raises ValueError where the folder holds another teacher's trajectories, or others
+    of this one, OSError where the disk has no room for them.
     """
     device, whole = device_of(backbone.module), torch.empty(0)
     walker = walker or guided_teacher(backbone, data.unconditional(device), config, times, guidance, parallel)
@@ -183,6 +185,9 @@ def teacher_paths(
         "seed": config.seed, "times": times.tolist(), "grid": walker.grid.tolist(), "chunk": chunk, **process_of(backbone, walker.grid),
     }  # fmt: skip
     known = Known(record) if folder is None else _claim(folder, record)
+    if folder is not None:
+        there = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        require_room(folder / RECORD, path_bytes(config.count, backbone.shape, len(walker.places), len(walker.grid)) - there)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = data.take(of, data.key)
@@ -215,6 +220,11 @@ def teacher_paths(
         if processes == 1:
             yield min(start + chunk, config.count)
     return Paths(torch.cat(shards), times, own, whole, walker.grid, known.key, seconds)
+
+
+def path_bytes(count: int, shape: tuple[int, ...], asked: int, grid: int) -> int:
+    """What so many trajectories take on disk: states at the `asked` times in single precision, and some at all times of the `grid`."""
+    return 4 * math.prod(shape) * (count * asked + min(count, CURVE_SAMPLES) * grid)
 
 
 def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = lambda done: None) -> Paths:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic import cure_of, open_to_others, sync, sync_all, write_json
+from ..atomic import cause_of, cure_of, open_to_others, sync, sync_all, write_json
 from ..hashes import tensors_hash, values_hash
 from ..reading import object_in, reason, require_regular
 from ..roles.sharding import part_of
@@ -94,7 +94,7 @@ def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tens
         sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write checkpoint {final}: {error}; {_cure(error)}") from error
+        raise OSError(f"cannot write checkpoint {final}: {cause_of(error)}; {_cure(cause_of(error))}") from error
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

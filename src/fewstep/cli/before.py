@@ -1,0 +1,101 @@
+"""Before a long training: what could fail at its end is tried now, and shown as a list."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..atomic import temporary_beside
+from ..backbones.base import Backbone
+from ..backbones.conformance import conformance
+from ..backbones.load import hub_id, pipeline_of
+from ..backbones.parts import networks
+from ..findings import Check, require
+from ..report.words import size
+from ..runs.rehearsal import CHECKPOINTS, Trial, disk_check, student_check, trial_of
+from ..runs.walking import path_times
+from ..training.memory import module_bytes
+from ..training.paths import path_bytes
+from ..training.prompts import embedding_bytes
+from .ending import made_of
+from .preflight import in_first, place_checks, unwritable, writing_check
+from .progress import console, show_checks
+from .recipe import DistillRecipe, FinetuneRecipe
+
+LOADED = 1.2  # memory that loading takes, in units of the weights
+
+
+def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path) -> None:
+    """Look at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
+
+    The first process looks. The teacher's and the student's pictures are drawn where that takes seconds.
+    """
+
+    def look() -> None:
+        began, trials = time.monotonic(), [_trial(stage, teacher, base_hash) for stage in stages]
+        disk = sum(trial.disk for trial in trials) + _data_bytes(stages, teacher, prompts)
+        room = [*place_checks(run), writing_check(place), disk_check(disk, place)]
+        found = conformance(teacher, prompts[0])
+        if all(check.holds for check in (*room, *found)):
+            found += [student_check(trial, place / "trial") for trial in trials]
+        console.print("before the training:")
+        show_checks([*room, *found])
+        console.print(f"  {len(room) + len(found)} checks in {time.monotonic() - began:.1f} s")
+        require(room, "--out")
+        require(found, f"teacher: {stages[0].teacher}")
+
+    in_first(look)
+
+
+def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -> None:
+    """The same for a teacher that is going to be fine-tuned, where all weights are trained four times them in a checkpoint. Raises ValueError."""
+    checkpoint = 0 if recipe.roles.share else 4 * module_bytes(teacher.module)
+    disk = disk_check(CHECKPOINTS * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
+    found = conformance(teacher)
+    console.print("before the training:")
+    show_checks([disk, *found])
+    require([disk], "--out")
+    require(found, f"teacher: {recipe.teacher}")
+
+
+def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Sequence[str]) -> int:
+    """What embeddings and trajectories will take in the run's folder, about."""
+    walks = {
+        path_bytes(data.count, teacher.shape, len(path_times(stage.method, teacher)), data.steps + 1)
+        for stage in stages
+        if (data := stage.data) is not None and data.source == "trajectories" and data.folder is None
+    }
+    return embedding_bytes(teacher, len(prompts)) + sum(walks)
+
+
+def _trial(recipe: DistillRecipe, teacher: Backbone, base_hash: str) -> Trial:
+    return trial_of(teacher, recipe.method, recipe.roles, recipe.train, made_of(recipe, base_hash, 0, 0.0))
+
+
+def look_in_dry_run(
+    stages: Sequence[DistillRecipe], load: Callable[[], tuple[Backbone, str]], hollow: Backbone, prompts: Sequence[str], run: Path
+) -> None:
+    """The same without a run, where the teacher's weights are on this machine and fit in its memory; nothing is left of it."""
+    teacher, room = stages[0].teacher, room_to_load(hollow)
+    if hub_id(teacher):
+        console.print(f"not looked at before the training: {teacher} is on the hub; a run downloads it, and looks at it then")
+    elif not room.holds:
+        console.print(f"not looked at before the training: {room.said}; {room.cure}")
+    else:
+        place = temporary_beside(next(p for p in (run, *run.absolute().parents) if p.is_dir()) / "trial")
+        try:
+            place.mkdir()
+            look_before(stages, *load(), prompts, run, place)
+        except OSError as error:
+            require([unwritable(run, error)], "--out")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def room_to_load(hollow: Backbone) -> Check:
+    """Whether this machine's memory holds a teacher, of which only the shapes are there."""
+    needed = int(LOADED * module_bytes(*networks(pipeline_of(hollow))))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    said = f"loading the teacher takes {size(needed)}, {size(free)} are free"
+    return Check("memory", said, needed <= free, "run it where the training will run")

@@ -1,0 +1,97 @@
+"""A student's files before there is a student: written, read again, drawn with; and what a run leaves on the disk."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..atomic import temporary_beside
+from ..backbones.apart import apart
+from ..backbones.base import Backbone
+from ..backbones.conformance import operations_of, small
+from ..backbones.generate import device_of
+from ..begin import roles_for
+from ..findings import Check
+from ..methods.method import Method
+from ..reading import reason
+from ..report.words import size
+from ..roles.roles import Roles, RolesConfig
+from ..training.loop import TrainConfig
+from ..training.memory import module_bytes, storage_bytes
+from ..training.optimizer import state_bytes
+from .sampling import sample
+from .students import LoadedStudent, Made, load_student, put_together, save_student, student_card
+
+CHECKPOINTS = 3  # at once: two are kept while the next one is written
+STUDENTS = 3  # at once: the last one, the best one, and one of them while it is replaced
+CHANGE = 1e-2  # standard deviation of a trial's weights: small, so that it draws as its teacher; not zero, so that its files say something
+SAME, ROUNDED = 1e-3, 0.05  # largest difference of a pixel, in single and in half precision
+LARGE = 2e12  # operations that take a CPU some seconds
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A student that nobody has trained, and the bytes that its run leaves."""
+
+    student: LoadedStudent
+    disk: int
+
+
+def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: TrainConfig, made: Made) -> Trial:
+    """The student of a run before its training, changed a little. A U-Net on a CPU gets small pictures; full copies are not made for it."""
+    teacher, full = small(teacher), not networks.share
+    roles = roles_for(apart(teacher), method, replace(networks, share=True, rank=1, alpha=None) if full else networks, config.seed)
+    rng = torch.Generator().manual_seed(config.seed)
+    lora = {n: torch.randn(v.shape, generator=rng).to(v) * CHANGE for n, v in roles.student_state().items()}
+    vectors = {k: torch.randn(v.shape, generator=rng) * CHANGE for k, v in roles.vectors().items()}
+    card = student_card(roles, method, made)
+    card = replace(card, weights="full", rank=None, alpha=None) if full else card
+    weights = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())  # a LoRA is written under two names
+    disk = CHECKPOINTS * _checkpoint(roles, config, weights if full else 0) + STUDENTS * weights
+    return Trial(put_together(card, teacher, lora, None, vectors, roles.head), disk)
+
+
+def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
+    """Of what is trained, its optimiser's state and the student's average; `copy` are the bytes of a network where copies are trained."""
+    if copy:
+        moments = 0.5 if config.optimizer == "adamw8bit" else 2
+        return int(copy * (1 + sum(role in roles.trained for role in ("student", "fake")) * (1 + moments)))
+    parameters = [p for role in roles.trained.values() for p in role.values()]
+    return storage_bytes(*parameters, *roles.average.values()) + state_bytes(parameters, config.optimizer)
+
+
+def student_check(trial: Trial, folder: Path) -> Check:
+    """Write the student beside `folder`, read it on its base, draw with both; nothing is left of it.
+
+    Their pictures differ by rounding alone. Where a call takes long, the files are written and read, and nothing is drawn.
+    """
+    student, place, steps = trial.student, temporary_beside(folder), trial.student.card.steps[0]
+    teacher = student.student.backbone
+    half = next(teacher.module.parameters()).dtype != torch.float32
+    try:
+        save_student(student, place)
+        again = load_student(place, student.base)
+        if device_of(teacher.module).type == "cpu" and 2 * steps * operations_of(teacher, teacher.shape) > LARGE:
+            return Check("student", "its files are written and read; drawing with them takes long on a CPU and is left out")
+        wanted, found = (sample(s, [""], steps=steps) for s in (student, again))
+    except OSError as error:  # a full disk is no fault of the recipe's
+        raise ValueError(f"--out: {error}") from error
+    except (ValueError, FloatingPointError) as error:
+        return Check(
+            "student", f"its files cannot be written, read and drawn with ({reason(error)})", False, "please report it with the recipe"
+        )
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    apart_by = float((found - wanted).abs().max())
+    same = apart_by <= (ROUNDED if half else SAME)  # not so where it is NaN
+    said = f"its files are written, read and drawn with in {steps} steps: largest difference {apart_by:.1e}"
+    return Check("student", said, same, "" if same else "they do not hold all of it: please report it with the recipe")
+
+
+def disk_check(disk: int, folder: Path) -> Check:
+    """Whether there is room for what a run leaves."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    said = f"{size(disk)} for what a run keeps, {size(free)} are free"
+    return Check("disk", said, disk <= free, "" if disk <= free else "free some space, or choose another folder")
