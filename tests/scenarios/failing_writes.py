@@ -111,13 +111,8 @@ def waited(pid: int) -> int:
 def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
     """Let this process's writes fail from the place `at` on, as `kind`; without these at every place in its turn, in children, told in `out`."""
     places = Places(fault, mark)
-    real_open, real_os_open, real_write, real_mkdir, serialize = (
-        io.open,
-        os.open,
-        os.write,
-        os.mkdir,
-        safetensors.torch.serialize_file,
-    )
+    real_open, real_os_open, real_write, real_mkdir = io.open, os.open, os.write, os.mkdir
+    serialize = vars(safetensors.torch)["serialize_file"]
 
     def open_(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if not set(mode) & set("wxa+") or not places.fails("open", file):
