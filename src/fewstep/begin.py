@@ -16,7 +16,7 @@ from .core import timegrid
 from .export.card import StudentCard, read_card
 from .methods.method import Method, require_beginning
 from .roles.roles import Roles, RolesConfig, make_roles
-from .roles.step_condition import unfold
+from .roles.step_condition import unfold, width
 from .roles.student import without_fold
 from .training.paths import Paths
 from .trajp.files import load_head
@@ -80,7 +80,7 @@ def start_from(roles: Roles, folder: Path) -> None:
     if card.weights == "none":
         return  # a head alone, which `roles_for` has put in place
     told = card.told if card.time_layer else ()
-    vectors = load_vectors(folder) if told else {}
+    vectors = load_vectors(folder, told, width(roles.backbone.module, card.time_layer)) if told else {}
     if not roles.config.share:
         require_told(str(folder), told, roles.counts)
     else:
@@ -132,6 +132,7 @@ def require_own(card: StudentCard, backbone: Backbone, folder: Path, other_weigh
             raise ValueError(
                 f"student: {folder} was made on a base that predicts {card.prediction or 'a flow'}, this one predicts {own or 'a flow'}; load it on {card.base}, or on another base of its kind"
             )
+        _require_times(card, backbone, folder)
         return
     if isinstance(backbone, Piped):
         raise ValueError(
@@ -144,6 +145,17 @@ def require_own(card: StudentCard, backbone: Backbone, folder: Path, other_weigh
     if not other_weights and card.weights != "full" and (here := fingerprint(backbone.module)) != card.base_hash:
         raise ValueError(
             f"base: {folder} was trained on other weights (hash {card.base_hash}, here {here}); load those, or pass other_weights=True to use it on these all the same"
+        )
+
+
+def _require_times(card: StudentCard, backbone: Backbone, folder: Path) -> None:
+    """Raises ValueError for times that are not those of the base's process, and for vectors where the base tells nothing."""
+    low, high = backbone.schedule.t_clean, backbone.schedule.t_max
+    if odd := [t for times in card.timesteps.values() for t in times if not low <= t <= high]:
+        raise ValueError(f"student: {folder} visits the time {odd[0]:g}, those of its base are {low:g} to {high:g}; export the run again")
+    if card.time_layer not in ("", backbone.time_layer):
+        raise ValueError(
+            f"student: {folder} is told its steps at {card.time_layer!r}, its base is told at {backbone.time_layer!r}; export the run again"
         )
 
 

@@ -23,6 +23,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def require_floating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same where all are real numbers. Raises ValueError with one line, without a cure, for whole numbers and truth values."""
+    if odd := [n for n, t in tensors.items() if not t.is_floating_point()]:
+        raise ValueError(
+            f"{odd[0]!r} is {str(tensors[odd[0]].dtype).removeprefix('torch.')} ({len(odd)} of {len(tensors)} tensors), not real numbers"
+        )
+    return tensors
+
+
 def finite(tensor: Tensor) -> bool:
     """Whether no number in it is NaN or infinite; whole numbers always are."""
     if not tensor.is_floating_point() or not tensor.numel():

@@ -226,6 +226,7 @@ PAIR = {f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B}
         (PAIR | {f"{LAYER}.alpha": torch.tensor(float("inf"))}, "are not finite"),
         ({f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": 0 * B}, "changes no weight: all of it is zero"),
         ({}, "it is empty"),
+        ({f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B.long()}, "is int64 (1 of 2 tensors), not real numbers"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tensors: dict[str, Tensor], said: str, pipe: DiffusionPipeline, tmp_path: Path) -> None:

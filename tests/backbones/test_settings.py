@@ -29,6 +29,10 @@ def pipes() -> dict[str, DiffusionPipeline]:
 @pytest.mark.parametrize(
     ("family", "part", "setting", "value", "said"),
     [
+        ("sd", "unet", "flip_sin_to_cos", 3, "unet says flip_sin_to_cos 3, allowed are true and false"),
+        ("sd", "scheduler", "rescale_betas_zero_snr", "no", 'scheduler says rescale_betas_zero_snr "no", allowed are true and false'),
+        ("sdxl", "vae", "use_quant_conv", [False], "vae says use_quant_conv [false], allowed are true and false"),
+        ("pixels", "scheduler", "prediction_type", ["epsilon"], 'prediction_type ["epsilon"], allowed are epsilon, v_prediction, sample'),
         ("sd", "unet", "in_channels", 9, "unet says in_channels 9, text-to-image with this autoencoder takes 4"),
         ("sd", "unet", "out_channels", 8, "unet says out_channels 8"),
         ("sd", "unet", "time_cond_proj_dim", 256, "takes guidance as an input"),

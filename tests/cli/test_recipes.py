@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,41 @@ def test_a_word_is_no_boolean(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.precision: input should be 'no' or 'bf16', got 'nothing'"):
         read_recipe("demo", ["train.precision=nothing"], DistillRecipe)
     assert read_recipe("demo", ["prompts.source=true story.txt"], DistillRecipe).prompts.source == "true story.txt"
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghi"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind: distill\nmethod:\n", "method: got null, allowed are settings"),
+        ("kind: distill\nmethod: 1.5\n", "method: got 1.5, allowed are settings"),
+        ("kind: distill\nmethod: [tdm]\n", "method: got ['tdm'], allowed are settings"),
+        ("kind: distill\nmethod: {name: {}}\n", "method"),
+        (BOMB, "its & and * make 1,111,111,1"),
+        ("a: &a [*a]", "a value of it holds itself (& and *)"),
+        ("a: &a {b: *a}", "a value of it holds itself (& and *)"),
+        ("[" * 3000, "nested too deeply"),
+        ("a: !!timestamp x", "is not YAML"),
+        ("a: !!binary x", "is not YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("a: 2001-99-99", "is not YAML"),
+        ("--- a\n--- b", "expected a single document"),
+        ("{[a]: b}", "found unhashable key"),
+        ("\0", "is not YAML"),
+        ("", "holds no settings"),
+    ],
+    ids=lambda text: text[:20].encode("unicode_escape").decode(),
+)
+def test_a_recipe_of_another_kind_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(said)) as told:
+        read_recipe(str(tmp_path / "a.yaml"), [], DistillRecipe)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 400 + len(str(tmp_path))
+    for setting in ("[" * 3000, "&a [*a]", "!!timestamp x"):
+        with pytest.raises(ValueError, match=r"--set: the value of train\.lr is not YAML"):
+            read_recipe("demo", [f"train.lr={setting}"], DistillRecipe)
 
 
 def test_the_help_pages_are_up_to_date() -> None:

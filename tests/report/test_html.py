@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.reading import ReadError
 from fewstep.report.grids import write_grid
 from fewstep.report.html import Report, render
 from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_pictures, to_uint8
@@ -379,6 +380,42 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
     (run / "final" / "eval.json").write_text(broken)
     with pytest.raises(ValueError, match=r"eval\.json"):
         render_run(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", '{"title": 3}'),
+        ("run.json", '{"recipe": []}'),
+        ("run.json", '{"recipe": {"method": "tdm"}}'),
+        ("run.json", '{"recipe": {"first": 3}}'),
+        ("run.json", '{"versions": {"torch": null}}'),
+        ("run.json", '{"next": [["a"]]}'),
+        ("run.json", "[" * 100_000),
+        ("final/eval.json", '{"rows": {}}'),
+        ("final/eval.json", '{"rows": [{"model": "student", "steps": "4"}]}'),
+        ("final/eval.json", '{"rows": [null]}'),
+        ("final/fewstep.json", '{"steps": "4"}'),
+        ("best/preview.json", '{"iteration": "4", "value": 1, "measured": "x"}'),
+        ("best/preview.json", "{}"),
+        ("trajectories.json", '{"errors": {"a": [1]}}'),
+        ("trajectories.json", '{"mean": [[1, 2, 3]]}'),
+        ("metrics.jsonl", '{"iteration": 1, "seconds": "x"}\n'),
+        ("metrics.jsonl", "root:x:0:0:root:/root:/bin/bash\n"),
+        ("samples/step_000100.png", "no picture"),
+        ("pictures.safetensors", "no tensors"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(run: Path, name: str, text: str) -> None:
+    for folder in ("best", "samples"):
+        (run / folder).mkdir(exist_ok=True)
+    for sample in list((run / "samples").iterdir())[1:]:
+        sample.unlink()
+    (run / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ReadError) as told:
+        render_run(run)
+    assert str(run / name if name != "trajectories.json" else run) in str(told.value) and "\n" not in str(told.value)
+    assert len(str(told.value)) < 400 + len(str(run)) and not (run / "report.html").exists()
 
 
 def test_commands_can_be_pasted_into_a_shell_and_are_commands() -> None:

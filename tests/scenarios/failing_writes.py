@@ -111,7 +111,8 @@ def waited(pid: int) -> int:
 def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
     """Let this process's writes fail from the place `at` on, as `kind`; without these at every place in its turn, in children, told in `out`."""
     places = Places(fault, mark)
-    real_open, real_os_open, real_write, real_mkdir, serialize = io.open, os.open, os.write, os.mkdir, safetensors.torch.serialize_file
+    real_open, real_os_open, real_write, real_mkdir = io.open, os.open, os.write, os.mkdir
+    serialize = vars(safetensors.torch)["serialize_file"]
 
     def open_(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if not set(mode) & set("wxa+") or not places.fails("open", file):
@@ -164,8 +165,9 @@ def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
 
         return removed
 
-    builtins.open = io.open = open_  # type: ignore[assignment]
-    os.open, os.write, os.mkdir, safetensors.torch.serialize_file = os_open, write, mkdir, serialize_file  # type: ignore[assignment]
+    builtins.open = io.open = open_
+    os.open, os.write, os.mkdir = os_open, write, mkdir
+    vars(safetensors.torch)["serialize_file"] = serialize_file  # not among the names that it declares
     for name in ("replace", "rename", "link"):
         setattr(os, name, naming(name, getattr(os, name)))
     for name in ("unlink", "remove", "rmdir"):

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..atomic import write_json, write_tensors
 from ..hashes import require_listed
 from ..reading import reading
-from ..tensors import read_tensors
+from ..tensors import read_tensors, require_floating
 from . import weights
 from .parts import able_to_single
 
@@ -67,7 +67,7 @@ def load_lora(folder: Path) -> dict[str, Tensor]:
     path = folder / LORA_FILE
     require_listed(folder, LORA_FILE)
     with reading(f"student: {path}", "export the run again", "is missing or damaged"):
-        state = read_tensors(path)
+        state = require_floating(read_tensors(path))
     return {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
 
 
@@ -126,8 +126,11 @@ def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
     write_tensors(folder / CONDITION_FILE, {f"{k:g}": v.float() for k, v in vectors.items()})
 
 
-def load_vectors(folder: Path) -> dict[float, Tensor]:
-    """Inverse of `save_vectors`. Raises ValueError when the file is missing or damaged."""
+def load_vectors(folder: Path, told: Sequence[float], width: int) -> dict[float, Tensor]:
+    """Inverse of `save_vectors`, one of `width` numbers for each of `told`. Raises ValueError when the file is missing, damaged or another's."""
     require_listed(folder, CONDITION_FILE)
     with reading(f"student: {folder / CONDITION_FILE}", "export the run again", "is missing or damaged"):
-        return {float(k): v for k, v in read_tensors(folder / CONDITION_FILE).items()}
+        vectors = {float(k): v for k, v in require_floating(read_tensors(folder / CONDITION_FILE)).items()}
+        if {f"{k:g}" for k in vectors} != {f"{k:g}" for k in told} or any(v.shape != (width,) for v in vectors.values()):
+            raise ValueError(f"it has no vectors of {width} numbers for {', '.join(f'{k:g}' for k in told)}")
+        return vectors

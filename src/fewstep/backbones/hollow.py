@@ -1,6 +1,7 @@
 """A teacher of its true shapes without content: built from a pipeline's configurations alone, to count what it needs."""
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,7 +69,8 @@ def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapp
         kind: Any = network_kind(pipeline, name, called) or part_kind(pipeline, name)[0]
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
-            with mode, default_dtype(own_dtype(kind, config, dtype)):
+            with mode, default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of layers of odd sizes
                 made[name] = kind.from_config(config)
         elif issubclass(kind, PreTrainedModel):
             config = kind.config_class.from_pretrained(str(place), subfolder=name, dtype=dtype)

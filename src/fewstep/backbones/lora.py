@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..reading import json_in, reason, require_regular
-from ..tensors import finite, read_tensors
+from ..tensors import finite, read_tensors, require_floating
 from .original_names import original_names
 from .weights import PICKLES
 
@@ -230,6 +230,7 @@ def read_lora(place: str) -> Facts:
     file = lora_file(place)
     try:
         tensors = read_tensors(file)
+        require_floating({n: t for n, t in tensors.items() if not n.endswith("alpha")})
         with safe_open(require_regular(file), "pt") as opened:
             said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         beside = file.with_name(ADAPTER)

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core.schedule import VP
 from ..reading import json_in, reason
 from .schedulers import table_of
+from .switches import require_switches
 from .weights import UnfitError, inside
 
 LARGEST = 4096  # height and width of states
@@ -69,6 +70,7 @@ def _numbers(value: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
 
 def require_settings(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """The same pipeline, if all that its settings ask for is done. Raises UnfitError."""
+    require_switches(pipe)
     if isinstance(pipe, IMAGES):
         _autoencoder(pipe)
     if isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):

@@ -159,7 +159,7 @@ def configuration(checkpoint: Checkpoint) -> Path:
         return Path(snapshot_download(checkpoint.config, allow_patterns=CONFIGURATION))
     except Exception as error:  # the hub raises a different type for each kind of trouble
         raise ValueError(
-            f"teacher: the configuration of {checkpoint.file} is not to be had from {checkpoint.config} ({reason(error)}); offline pass "
+            f"teacher: the configuration of {checkpoint.file} is not to be had from {checkpoint.config} ({reason(error)[:80]}); offline pass "
             f"{checkpoint.file}@FOLDER with any {checkpoint.pipeline.__name__} of its shapes, weights not needed, e.g. from: "
             f"hf download {checkpoint.standard} --include '*.json' --include '*.txt' --local-dir FOLDER"
         ) from error

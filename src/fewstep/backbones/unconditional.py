@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..core.prediction import edm_inputs
 from ..core.schedule import EDM
 from .base import Cond
-from .parts import WithUNet, single_output
-from .schedulers import EDM_SCHEDULERS, process_of
-from .settings import read_labels, require_pixels
+from .parts import PREDICTIONS, WithUNet, single_output
+from .schedulers import EDM_SCHEDULERS, EDM_SIGNS, process_of
+from .settings import read_labels, require_pixels, require_prediction
 
 LABELS = "labels.json"  # class names beside model_index.json; one more class than names is the unconditional one
 
@@ -79,6 +79,8 @@ def around_pixels(pipe: DiffusionPipeline, name: str) -> PixelModel:
     """The backbone of a pipeline, with the classes that `labels.json` in its folder names. Raises ValueError for a scheduler of another kind."""
     labels = read_labels(Path(pipe.name_or_path or "") / LABELS)
     require_pixels(pipe.unet, labels)
+    if "prediction_type" in pipe.scheduler.config:
+        require_prediction(pipe, tuple(EDM_SIGNS if "sigma_data" in pipe.scheduler.config else PREDICTIONS))
     schedule = process_of(pipe.scheduler)
     if isinstance(schedule, EDM) and isinstance(pipe, DDPMPipeline):  # which draws other pictures than the model's
         kept, pipe = pipe.name_or_path, pixel_pipeline(pipe.unet, pipe.scheduler)

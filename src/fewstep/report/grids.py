@@ -43,6 +43,13 @@ def write_grid(path: Path, images: Tensor, labels: Sequence[str], prompts: Seque
     return write_bytes(path, png(draw_grid(images, labels, prompts)))
 
 
+def require_png(data: bytes) -> bytes:
+    """The same, if it is a whole PNG picture. Raises whatever Pillow does."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        picture.load()
+    return data
+
+
 def read_grid(data: bytes) -> Grid | None:
     """The pictures and words of a grid that `write_grid` made; None of any other picture, or of one from before they were written down."""
     try:

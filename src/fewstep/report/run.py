@@ -1,17 +1,15 @@
 """A report made again from the files of a run folder."""
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..atomic import write_text
 from ..names import quoted
 from ..reading import object_in, reading, require_regular
 from ..typed import typed
+from .grids import require_png
 from .html import Report, render
 from .kinds import About, BestPreview, Card, Evaluation, Shape
 from .live import read_metrics
@@ -136,10 +134,7 @@ def _grids(folder: Path) -> list[Path]:
 def _grid(path: Path) -> bytes:
     """A picture's bytes. Raises ReadError where it is none."""
     with reading(path, CURE):
-        data = require_regular(path).read_bytes()
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-            picture.load()
-        return data
+        return require_png(require_regular(path).read_bytes())
 
 
 def _read(path: Path, kind: Any) -> Mapping[str, Any]:

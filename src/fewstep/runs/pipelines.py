@@ -17,7 +17,7 @@ from ..core import timegrid
 from ..core.solvers import solver_named
 from ..export.card import StudentCard, read_card
 from ..roles.adapters import switch
-from ..roles.step_condition import attach, nearest, unfold
+from ..roles.step_condition import attach, nearest, unfold, width
 from ..roles.student import with_lora
 from ..trajp.files import load_head
 
@@ -40,7 +40,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
         student_on_it = with_lora(around(pipe, card.base), load_lora(folder), card.rank, card.alpha)
         switch(student_on_it.layers, adapter := student_on_it.adapter)
     if card.time_layer:
-        vectors = load_vectors(folder)
+        vectors = load_vectors(folder, card.told, width(network, card.time_layer))
         unfold(network, card.time_layer, vectors[card.told[0]], adapter)
         condition = attach(network, card.time_layer)
 

@@ -22,7 +22,7 @@ from ..export.final import write_final
 from ..methods.method import Method
 from ..names import LONGEST, made_name
 from ..roles.roles import Roles
-from ..roles.step_condition import folded_bias, unfold
+from ..roles.step_condition import folded_bias, unfold, width
 from ..roles.student import Student, plain_lora, with_lora, with_vectors, without_fold
 from ..trajp.files import load_head
 from ..trajp.head import kind_of
@@ -149,8 +149,7 @@ def load_student(
         named = load_teacher(named, dtype or getattr(torch, card.dtype), device, guidance_rescale=card.guidance_rescale)
     backbone = at_size(named, card.size or None)
     require_own(card, backbone, folder, other_weights)
-    _require_times(card, backbone, folder)
-    vectors = load_vectors(folder) if card.time_layer else {}
+    vectors = load_vectors(folder, card.told, width(backbone.module, card.time_layer)) if card.time_layer else {}
     head = load_head(folder, backbone.schedule).to(device_of(backbone.module)) if card.head else None
     lora, network = None, None
     if card.weights == "full":
@@ -164,17 +163,6 @@ def load_student(
     if base is None and (note := base_note(loaded)):
         warnings.warn(note, stacklevel=2)
     return loaded
-
-
-def _require_times(card: StudentCard, backbone: Backbone, folder: Path) -> None:
-    """Raises ValueError for times that are not those of the base's process, and for vectors where the base tells nothing."""
-    low, high = backbone.schedule.t_clean, backbone.schedule.t_max
-    if odd := [t for times in card.timesteps.values() for t in times if not low <= t <= high]:
-        raise ValueError(f"student: {folder} visits the time {odd[0]:g}, those of its base are {low:g} to {high:g}; export the run again")
-    if card.time_layer not in ("", backbone.time_layer):
-        raise ValueError(
-            f"student: {folder} is told its steps at {card.time_layer!r}, its base is told at {backbone.time_layer!r}; export the run again"
-        )
 
 
 def base_note(loaded: LoadedStudent) -> str:
