@@ -155,6 +155,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.joi
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("kind: [[1]]", "kind: input should be 'distill', got [[1]]"),
         ("kind: distill\nname: a\nteacher: b\nmethod:\n", "method: got null, allowed are settings"),
         ("kind: distill\nname: a\nteacher: b\nmethod: 1.5\n", "method: got 1.5, allowed are settings"),
         ("kind: distill\nname: a\nteacher: b\nmethod: [tdm]\n", "method: got ['tdm'], allowed are settings"),
