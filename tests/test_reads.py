@@ -26,6 +26,7 @@ BYTES = "raises OSError alone, which names the file; it ends a command in one li
 OURS = "reads what ships with fewstep, what it wrote a moment ago, or what came by a hash that has been compared"
 SKIPS = "passes over what is no JSON, as is said, and so does what it is for: a lock, a log that a kill cut off, a header of others"
 ALLOWED = {
+    "atomic._sort_header": OURS,
     "reading.text_in": PARSERS,
     "reading.json_in": PARSERS,
     "reading.object_in": PARSERS,

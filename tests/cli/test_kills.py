@@ -6,17 +6,20 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from fewstep.atomic import write_json, write_text
 from fewstep.cli import distill as module
 from fewstep.cli.distill import training
 from fewstep.cli.preflight import held
 from fewstep.cli.progress import console
-from fewstep.cli.recipe import DistillRecipe
+from fewstep.cli.recipe import DistillRecipe, recorded
 from fewstep.methods.matching import Matching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.metrics_log import MetricsLog
@@ -24,9 +27,10 @@ from fewstep.runs.preview import Preview
 from fewstep.runs.preview import Shown as Seen
 from fewstep.training.loop import Step, distill
 from fewstep.training.prompts import embed
-from fewstep.training.state import latest_checkpoint
+from fewstep.training.state import latest_checkpoint, save_checkpoint
 
 from .. import tiny
+from ..export.card import CARD
 from .test_distill import RECIPE
 
 METHOD = Matching(steps=2, guidance=1.0, warmup=1)
@@ -128,3 +132,20 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
             one, other = (load_file(r / "checkpoint-000003" / f"{name}.safetensors") for r in (tmp_path / "straight", run))
             assert all(one[n].equal(t) for n, t in other.items())
     assert event > 20
+
+
+@pytest.mark.parametrize("lost", ["final", "report.html", "report of before", "student of before", ""])
+def test_a_first_stage_is_finished_when_nothing_of_it_is_missing(lost: str, tmp_path: Path) -> None:
+    """A kill after its last checkpoint leaves no student, no report, or those of a shorter training before; the second stage begins from none of these."""
+    recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN})
+    save_checkpoint(tmp_path, 3, {"student": {"x": torch.ones(1)}}, {})
+    write_json(tmp_path / "run.json", {"recipe": recorded(recipe)})
+    write_json(tmp_path / "final" / "fewstep.json", asdict(replace(CARD, iterations=2 if lost == "student of before" else 3)))
+    write_text(tmp_path / "report.html", "")
+    if lost == "report of before":
+        os.utime(tmp_path / "report.html", (0, 0))
+    elif (tmp_path / lost).is_dir() and lost:
+        shutil.rmtree(tmp_path / lost)
+    elif lost == "report.html":
+        (tmp_path / lost).unlink()
+    assert module.finished(tmp_path, recipe) == (lost == "")

@@ -117,7 +117,7 @@ def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
     def open_(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if not set(mode) & set("wxa+") or not places.fails("open", file):
             return real_open(file, mode, *arguments, **options)
-        if places.failing == "read-only":
+        if places.failing == "read-only" or "+" in mode:
             raise places.error(file)
         opened = real_open(file, mode, *arguments, **options)  # a full disk has room for a name
         full = real_os_open("/dev/full", os.O_WRONLY)

@@ -20,10 +20,10 @@ from ..backbones.load import at_size, fingerprint, fused, load_teacher, pipeline
 from ..backbones.schedulers import student_scheduler
 from ..begin import begun_head, require_told, roles_for
 from ..core import timegrid
-from ..export.card import read_card
+from ..export.card import FILE, read_card
 from ..findings import require
 from ..reading import read_json
-from ..report.run import BEST, BEST_FILE, SHAPE
+from ..report.run import BEST, BEST_FILE, REPORT, SHAPE
 from ..report.words import finite, plural
 from ..roles.quantised import quantise, weight_count
 from ..roles.roles import Roles, large_rank
@@ -149,12 +149,14 @@ def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float
 
 
 def finished(run: Path, recipe: DistillRecipe) -> bool:
-    """Whether a stage has nothing left to do."""
-    found, record = latest_checkpoint(run), run / "run.json"
-    if found is None or not record.exists() or student_folder(str(run)) is None:
+    """Whether a stage has nothing left to do: it was trained as far as the recipe says, the student of then is there, and its report after it."""
+    found, record, report = latest_checkpoint(run), run / "run.json", run / REPORT
+    final = student_folder(str(run))
+    if found is None or not record.exists() or final is None or not report.exists():
         return False
     same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == recorded(recipe)
-    return same and int(found[1]["step"]) >= recipe.train.iterations
+    trained = min(int(found[1]["step"]), read_card(final).iterations) >= recipe.train.iterations
+    return same and trained and report.stat().st_mtime_ns >= (final / FILE).stat().st_mtime_ns
 
 
 def distil(

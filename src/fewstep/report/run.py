@@ -17,6 +17,7 @@ from .pictures import Pictures, load_pictures
 from .summary import Cost, headlines
 
 PICTURES = "pictures.safetensors"
+REPORT = "report.html"
 SHAPE = "trajectories.json"  # what `trajp.analysis` says of the teacher's trajectories
 CARD = "fewstep.json"
 BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which one that was
@@ -36,7 +37,7 @@ def render_run(run: Path) -> Path:
         raise ValueError(f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first")
     with reading(f"run {run}", CURE, "cannot be shown"):
         page = render(read_run(run))
-    return write_text(run / "report.html", page)
+    return write_text(run / REPORT, page)
 
 
 def read_run(run: Path) -> Report:
