@@ -59,7 +59,6 @@ ALLOWED = {
     "training.texts.read_text": BYTES,
     "training.texts.table": "raises csv.Error alone, which is turned into a line right there",
     "zoo.pixel_data._folder": BYTES,
-    "atomic._sort_header": OURS,
     "backbones.files.save_pipeline": OURS,
     "backbones.miniature.load_tokenizer": OURS,
     "backbones.miniature_video.load_tokenizer": OURS,
