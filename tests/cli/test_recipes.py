@@ -155,11 +155,12 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.joi
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("kind: distill\nmethod:\n", "method: got null, allowed are settings"),
-        ("kind: distill\nmethod: 1.5\n", "method: got 1.5, allowed are settings"),
-        ("kind: distill\nmethod: [tdm]\n", "method: got ['tdm'], allowed are settings"),
-        ("kind: distill\nmethod: {name: {}}\n", "method"),
-        (BOMB, "its & and * make 1,111,111,1"),
+        ("kind: [[1]]", "kind: input should be 'distill', got [[1]]"),
+        ("kind: distill\nname: a\nteacher: b\nmethod:\n", "method: got null, allowed are settings"),
+        ("kind: distill\nname: a\nteacher: b\nmethod: 1.5\n", "method: got 1.5, allowed are settings"),
+        ("kind: distill\nname: a\nteacher: b\nmethod: [tdm]\n", "method: got ['tdm'], allowed are settings"),
+        ("kind: distill\nname: a\nteacher: b\nmethod: {name: {}}\n", "method"),
+        (BOMB, "its & and * make 1,234,567,909 values of it"),
         ("a: &a [*a]", "a value of it holds itself (& and *)"),
         ("a: &a {b: *a}", "a value of it holds itself (& and *)"),
         ("[" * 3000, "nested too deeply"),
@@ -172,7 +173,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.joi
         ("\0", "is not YAML"),
         ("", "holds no settings"),
     ],
-    ids=lambda text: text[:20].encode("unicode_escape").decode(),
+    ids=lambda text: text[-20:].encode("unicode_escape").decode(),
 )
 def test_a_recipe_of_another_kind_is_one_line(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")

@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_not_its_beginning(tmp_path: Path) -> None:
     header = whole[:second] + b"x" * 512 + whole[second + 512 :]
     for data in (header, whole + whole, whole[: second + 100], whole[: second + 1024]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"^data\.source: .*a\.tar is no tar file, or damaged \([^\n]+\)$"):
+        with pytest.raises(ValueError, match=r"^data\.source: .*a\.tar is no tar file, or damaged \([^\n]+\); pack it again$"):
             read_pictures(str(path))
 
 

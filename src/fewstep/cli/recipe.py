@@ -366,7 +366,7 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
         "finetune": "fewstep train-teacher",
     }
     kind, expected = value.get("kind"), model.model_fields["kind"].annotation
-    if kind in kinds and kind not in str(expected):
+    if isinstance(kind, str) and kind in kinds and kind not in str(expected):
         raise ValueError(f"recipe: {source} is of kind {kind}; run: {kinds[kind]} {source}")
     try:
         return model.model_validate(value)
