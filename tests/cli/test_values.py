@@ -1,6 +1,7 @@
 """What people call their files comes through the command line and recipes to the letter; what no file may be called is one line."""
 
 import json
+import math
 import string
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from fewstep.cli import distill as module
 from fewstep.cli.preflight import note_shadowed
 from fewstep.cli.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
 
+from .. import tiny
 from .test_distill import RECIPE, error_of, fewstep
 
 NAMES = [
@@ -191,3 +193,45 @@ def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir("/")
     assert source_of(seen_from("me/base + gone", student)) == source_of("me/base + gone")
     assert seen_from("lo@ra", student) == str(tmp_path / "lo@ra") and seen_from("me/other", student) == "me/other"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("train.iterations", True, r"^train\.iterations: input should be a number, got true"),
+        ("train.lr", True, r"^train\.lr: input should be a number, got true"),
+        ("guidance_rescale", False, r"^guidance_rescale: input should be a number, got false"),
+        ("method.steps", [4, True], r"^method\.steps: input should be a number, got true"),
+        ("train.betas", [False, 0.9], r"^train\.betas: input should be a number, got false"),
+        ("size", False, r"^size: input should be a number, got false"),
+        ("name", True, r"^name: input should be a text, got true"),
+        ("roles.alpha", math.nan, r"^roles\.alpha: got nan, allowed are numbers above 0"),
+        ("roles.alpha", math.inf, r"^roles\.alpha: got inf, allowed are numbers above 0"),
+        ("method.fisher_correction", math.nan, r"^method\.fisher_correction: got nan, allowed are finite numbers"),
+        *((f"{part}.seed", 10**30, rf"^{part}\.seed: got 10+, allowed are whole numbers from -2\^62") for part in ("train", "preview", "data")),
+    ],
+)
+def test_numbers_that_are_none(option: str, value: object, said: str, path: Path) -> None:
+    """A truth value is no number, though Python takes it for one."""
+    recipe: dict[str, Any] = {**RECIPE, "teacher": "x", "data": {"source": "teacher"}}
+    *parents, last = option.split(".")
+    inside = recipe
+    for parent in parents:
+        inside[parent] = inside = {**inside[parent]}
+    inside[last] = value
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=said) as error:
+        read_recipe(str(path), [], DistillRecipe)
+    assert "\n" not in str(error.value)
+
+
+def test_truth_values_stay_where_they_are_meant(path: Path) -> None:
+    sets = ["roles.share=true", "train.shard=false", "method.free_first=false", "preview.keep_best=true", "start=true", "name=no"]
+    recipe = read_recipe(str(path), sets, DistillRecipe)
+    assert recipe.roles.share and recipe.preview.keep_best and (recipe.start, recipe.name) == ("true", "no")
+
+
+def test_more_steps_of_the_teacher_than_it_has_are_said_before_anything_is_walked() -> None:
+    recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "preview": {"teacher_steps": 1001}})
+    with pytest.raises(ValueError, match=r"^preview\.teacher_steps: got 1001, allowed are 1 to 1000"):
+        module.check_start(recipe, tiny.denoiser())

@@ -15,6 +15,16 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+SEEDS = 2**62  # torch's generators take 64 bits, and seeds are counted up from what is asked for
+
+
+def require_seed(seed: int, option: str) -> int:
+    """The same. Raises ValueError where no generator takes it."""
+    if not -SEEDS <= seed < SEEDS:
+        raise ValueError(f"{option}: got {seed}, allowed are whole numbers from -2^62 up to, not including, 2^62")
+    return seed
+
+
 def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
     """The next state of noise of each generator, [len(generators), *shape], on the CPU: as diffusers draws from a list of generators."""
     return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])

@@ -378,6 +378,7 @@ def check_start(recipe: DistillRecipe, teacher: Backbone) -> None:
     """Raises ValueError where the student that the recipe's begins as is not there, or does not serve it, and where one whose trajectories are asked for is not."""
     if (folder := start_folder(recipe)) is not None:
         begun_head(recipe.method, teacher, folder)
+    require_preview_steps(recipe, teacher)
     roles, layer = recipe.roles, teacher.time_layer
     if (own := recipe.first) is not None and (roles.rank or not roles.share):  # a head alone is told nothing
         bare = not roles.share or any(skipped in layer for skipped in roles.skip)
@@ -386,6 +387,14 @@ def check_start(recipe: DistillRecipe, teacher: Backbone) -> None:
         walking_student(recipe.first.data)
     if recipe.first is None or recipe.data is None or recipe.data.student != FIRST:  # that one is still to come
         walking_student(recipe.data)
+
+
+def require_preview_steps(recipe: DistillRecipe, teacher: Backbone) -> None:
+    """Raises ValueError where the teacher cannot take the steps of the previews' top row, before anything is walked or trained."""
+    try:
+        timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
+    except ValueError as error:
+        raise ValueError(f"preview.teacher_steps: {str(error).removeprefix('steps: ')}") from error
 
 
 FIRST = "first"  # the folder inside a run that holds its first stage

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..backbones.generate import require_seed
 from ..methods.imitation import Imitation
 from ..methods.matching import Matching
 from ..methods.method import require_beginning
@@ -62,7 +64,7 @@ class PreviewConfig(Strict):
     """
 
     prompts: list[str] = Field(default_factory=list)
-    seed: int = 0
+    seed: Annotated[int, AfterValidator(partial(require_seed, option="preview.seed"))] = 0
     every: int = Field(default=100, ge=1)
     teacher_steps: int = Field(default=50, ge=1)
     measure: str | None = None
@@ -112,7 +114,7 @@ class DataConfig(Strict):
     steps: int = Field(default=TEACHER_STEPS, ge=1)
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
     guidance_until: float = Field(default=0.0, ge=0, lt=1)
-    seed: int | None = None
+    seed: Annotated[int, AfterValidator(partial(require_seed, option="data.seed"))] | None = None
     folder: Place | None = None
     student: Place | None = None
     real: Place | None = None
@@ -136,7 +138,7 @@ class FinetuneRecipe(Strict):
     roles: RolesConfig
     fit: FitConfig
     drop_caption: float = Field(default=0.1, ge=0, le=1)
-    seed: int = 0
+    seed: Annotated[int, AfterValidator(partial(require_seed, option="seed"))] = 0
 
 
 class StageConfig(Strict):
@@ -368,6 +370,7 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
     kind, expected = value.get("kind"), model.model_fields["kind"].annotation
     if isinstance(kind, str) and kind in kinds and kind not in str(expected):
         raise ValueError(f"recipe: {source} is of kind {kind}; run: {kinds[kind]} {source}")
+    _require_no_boolean(value, model, source)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -381,6 +384,20 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             ) from error
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
+
+
+def _require_no_boolean(value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()) -> None:
+    """`true` where a number is wanted is a slip of the pen, and not 1 as Python has it. Raises ValueError for the first one."""
+    for key, inner in value.items():
+        place = (*parents, str(key))
+        if isinstance(inner, dict):
+            _require_no_boolean(inner, model, source, place)
+            continue
+        kinds = [kind for annotation in _annotations(model, place) for kind in _kinds(annotation)]
+        odd = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, bool)), None)
+        if odd is not None and kinds and bool not in kinds:
+            wanted = "a number" if {int, float} & {kind for k in kinds for kind in (k, *get_args(k))} else "a text"
+            raise ValueError(f"{'.'.join(place)}: input should be {wanted}, got {str(odd).lower()} (in {source})")
 
 
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

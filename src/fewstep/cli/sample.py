@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..backbones.base import Backbone, calls
+from ..backbones.generate import require_seed
 from ..backbones.load import load_teacher, quiet, seen_from
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
@@ -85,6 +86,7 @@ def run_sample(
         raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
     if count < 1:
         raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
+    require_seed(seed, "--seed")
     if rescale is not None and student_folder(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
     model = open_model(source, base, rescale or 0.0)

@@ -32,6 +32,7 @@ from .paths import fold
 from .settings import (
     require_choice,
     require_counts,
+    require_finite,
     require_free_first,
     require_guidance,
     require_name,
@@ -112,6 +113,7 @@ class Matching:
         if self.tau == "whole" and self.match != "clean":
             raise ValueError("method.tau: got whole, which needs method.match=clean: a noisy state is diffused to noisier times only")
         require_positive(self, "shift", "snr_clip")
+        require_finite(self, "fisher_correction")
         require_weight(self, "gan", "gan_r1", "anchor")
         if self.anchor and self.gan:
             raise ValueError(

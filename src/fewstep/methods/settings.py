@@ -46,6 +46,13 @@ def require_positive(settings: Any, *options: str) -> None:
             raise ValueError(f"method.{option}: got {got}, allowed are numbers above 0")
 
 
+def require_finite(settings: Any, *options: str) -> None:
+    """A number, and no infinite one."""
+    for option in options:
+        if not math.isfinite(got := getattr(settings, option)):
+            raise ValueError(f"method.{option}: got {got}, allowed are finite numbers")
+
+
 def require_weight(settings: Any, *options: str) -> None:
     """A finite number from 0, which switches a term off."""
     for option in options:

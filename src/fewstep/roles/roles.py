@@ -1,6 +1,7 @@
 """Teacher, student and fake score: three adapters' worth of one frozen network, or three networks."""
 
 import copy
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class RolesConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA); 32 is a good start")
-        if self.alpha is not None and self.alpha <= 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"roles.alpha: got {self.alpha}, allowed are numbers above 0; leave it out for the rank itself")
         if self.base not in (None, *KINDS):
             raise ValueError(f"roles.base: got {self.base!r}, allowed are {', '.join(KINDS)}, and null for the weights as they are")

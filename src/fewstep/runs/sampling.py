@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone, guided
-from ..backbones.generate import trajectory
+from ..backbones.generate import require_seed, trajectory
 from ..core import timegrid
 from ..core.solvers import State
 from ..export.card import StudentCard
@@ -74,6 +74,8 @@ def sample_states(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts; pass one seed a prompt")
+    for seed in seeds:
+        require_seed(seed, "seeds")
     backbone = backbone_of(model)
     with torch.no_grad():
         cond = backbone.encode(prompts)

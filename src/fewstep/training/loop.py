@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..backbones.generate import device_of
+from ..backbones.generate import device_of, require_seed
 from ..methods.method import Loss, Method, Turn, draw_count
 from ..roles.adapters import assign, uncast
 from ..roles.roles import Role, Roles
@@ -67,6 +67,7 @@ class TrainConfig:
         for option in ("lr", "fake_lr", "clip"):
             if not 0 < getattr(self, option) < math.inf:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        require_seed(self.seed, "train.seed")
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"train.precision: got {self.precision!r}, allowed are no, bf16")
         if self.optimizer not in OPTIMIZERS:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..atomic import read_tensors, require_room, write_json, write_tensors
 from ..backbones.base import Backbone, Cond, calls, guided_until, rows
-from ..backbones.generate import device_of, noise_of
+from ..backbones.generate import device_of, noise_of, require_seed
 from ..core import timegrid
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
@@ -56,6 +56,7 @@ class PathsConfig:
         for option in ("count", "steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"data.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
+        require_seed(self.seed, "data.seed")
         if self.solver not in ("auto", "heun", "ddim", "dpmpp"):
             raise ValueError(f"data.solver: got {self.solver!r}, allowed are auto, heun, ddim, dpmpp")
         if not 0 <= self.guidance_until < 1:
