@@ -161,11 +161,14 @@ def test_a_model_with_a_table_may_come_in_the_pipeline_that_is_told_classes(tmp_
     [
         (CMStochasticIterativeScheduler(), "its CMStochasticIterativeScheduler has no table of betas"),
         (EDMEulerScheduler(sigma_schedule="exponential"), "sigma_schedule is exponential; set it to karras"),
-        (EDMDPMSolverMultistepScheduler(prediction_type="sample"), "prediction_type is sample, allowed are epsilon, v_prediction"),
+        (
+            EDMDPMSolverMultistepScheduler(prediction_type="sample"),
+            "prediction_type (is|says)? ?.?sample.?, allowed are epsilon, v_prediction",
+        ),
     ],
 )
 def test_other_schedulers_are_refused_in_a_line(tmp_path: Path, scheduler: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"^teacher: .* cannot be loaded \(.*{reason}") as told:
+    with pytest.raises(ValueError, match=rf"^teacher: .*digits.*{reason}") as told:
         load_teacher(saved(tmp_path / "digits", scheduler))
     assert "\n" not in str(told.value)
     with pytest.raises(ValueError, match=reason):  # nor is it planned

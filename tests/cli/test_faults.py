@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 
 from fewstep.cli import distill, faults, plan
 from fewstep.cli import report as report_command
+from fewstep.cli.evaluate import real_of
 from fewstep.cli.faults import FaultError, fault_of, said_by_us
-from fewstep.reading import PACKAGE, reading
+from fewstep.reading import PACKAGE, ReadError, reading
 
 from .test_distill import fewstep, recipe, teacher
 
@@ -149,3 +150,14 @@ def test_what_the_system_says_names_its_file(tmp_path: Path, monkeypatch: pytest
 def test_a_line_is_never_a_page() -> None:
     assert len(FaultError("error: got " + "[" * 100_000, 2).line) < 300
     assert faults.USERS != faults.OURS
+
+
+@pytest.mark.parametrize(
+    "record", ['{"recipe": []}', '{"recipe": {"data": {"real": 3}}}', '{"recipe": {"first": [1]}}', '{"recipe": {"prompts": "x"}}', "[]"]
+)
+def test_what_a_run_says_of_itself_is_looked_at_before_it_is_measured(record: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(record, encoding="utf-8")
+    with pytest.raises(ReadError, match=r"run\.json is damaged \(.+\); delete .*run\.json$"):
+        real_of(tmp_path)
+    (tmp_path / "run.json").write_text('{"recipe": {"first": {"data": {"real": "x.npz"}}, "teacher": {"weights": "a"}}}', encoding="utf-8")
+    assert real_of(tmp_path) == "x.npz"

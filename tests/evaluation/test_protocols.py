@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.evaluation.distances import frechet_distance, moments
@@ -242,6 +243,26 @@ def test_a_damaged_file_is_named(world: World, tmp_path: Path) -> None:
     run(world, [student(world.draw(0.02))], tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*; delete it and run the same command again"):
+        run(world, [student(world.draw(0.02))], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {k: v for k, v in t.items() if k != "seconds"},
+        lambda t: t | {"embeddings": t["embeddings"][:, 1:]},
+        lambda t: t | {"colours": t["colours"][1:]},
+        lambda t: t | {"seconds": t["seconds"][:0]},
+        lambda t: t | {"seconds": torch.tensor(1.0)},
+        lambda t: t | {"colours": t["colours"].double()},
+        lambda t: t | {"embeddings": t["embeddings"] * float("nan")},
+    ],
+)
+def test_a_file_of_other_tensors_is_named(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], world: World, tmp_path: Path) -> None:
+    run(world, [student(world.draw(0.02))], tmp_path)
+    (file,) = tmp_path.iterdir()
+    save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file)
     with pytest.raises(ValueError, match=rf"{file.name} is damaged .*; delete it and run the same command again"):
         run(world, [student(world.draw(0.02))], tmp_path)
 

@@ -116,5 +116,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> Non
 def test_a_training_that_ends_before_its_warm_up_folds_nothing() -> None:
     roles = begun()
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
-    with pytest.raises(ValueError, match=r"train\.iterations: got 2, and method\.warmup=2 of them fold the head away; set more than these"):
+    with pytest.raises(
+        ValueError, match=r"train\.iterations: got 2, of which the first 2 \(method\.warmup\) do not train the student; set more"
+    ):
         next(distill(roles, METHOD, data, TrainConfig(2, batch=4, lr=1e-3, fake_lr=1e-3)))

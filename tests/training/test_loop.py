@@ -228,7 +228,7 @@ def test_both_roles_have_the_settings_of_the_training(monkeypatch: pytest.Monkey
 
 
 def test_a_step_shows_its_networks_and_its_time() -> None:
-    roles, steps = run(config=replace(CONFIG, iterations=1))
+    roles, steps = run(config=replace(CONFIG, iterations=METHOD.warmup + 1))
     assert steps[0].roles is roles
     assert steps[0].method is METHOD
     assert steps[0].seconds > 0

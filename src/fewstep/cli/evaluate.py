@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
@@ -14,11 +14,12 @@ from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.solvers import evaluations
 from ..export.card import card_evaluations
-from ..reading import read_json
+from ..reading import object_in, reading
 from ..runs.sampling import backbone_of, sample
 from ..runs.students import LoadedStudent, student_folder
 from ..training.loop import Step
 from ..training.prompts import find_prompts
+from ..typed import typed
 from ..zoo.pixel_data import read_pixel_data
 from .preflight import require_output
 from .progress import console, meter
@@ -67,17 +68,55 @@ def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: s
     console.print(str(path.resolve()))
 
 
-def recipe_of(run: Path) -> dict[str, Any]:
-    """What the recipe of a run said; empty where the folder is none."""
+class Data(TypedDict, total=False):
+    """Of a recipe's `data`, what an evaluation asks for."""
+
+    real: str | None
+
+
+class Stage(TypedDict, total=False):
+    """Of a stage."""
+
+    data: Data | None
+
+
+class Asked(TypedDict, total=False):
+    """Of a recipe's `prompts`."""
+
+    source: str
+    column: str | None
+
+
+class Recipe(Stage, total=False):
+    """Of a whole recipe; runs from Python say what their teacher is made of, and no names of files."""
+
+    first: Stage | None
+    prompts: Asked
+    teacher: str | dict[str, Any]
+
+
+class Record(TypedDict, total=False):
+    """Of `run.json`."""
+
+    recipe: Recipe
+
+
+def recipe_of(run: Path) -> Recipe:
+    """What the recipe of a run said; empty where the folder is none. Raises ReadError where it holds something else."""
     record = run / "run.json"
-    return read_json(record, f"delete {record}").get("recipe", {}) if record.is_file() else {}
+    if not record.is_file():
+        return {}
+    with reading(record, f"delete {record}"):
+        found: Record = typed(Record, object_in(record))
+    return found.get("recipe", {})
 
 
 def real_of(run: Path) -> str | None:
     """The real pictures that a run's recipe names, if it is a run and does."""
     recipe = recipe_of(run)
-    stages = [recipe, recipe.get("first") or {}]
-    return next((data["real"] for stage in stages if (data := stage.get("data")) and data.get("real")), None)
+    stages: list[Stage] = [recipe, recipe.get("first") or {}]
+    named = [(stage.get("data") or {}).get("real") for stage in stages]
+    return next((real for real in named if real), None)
 
 
 def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules: "PictureProtocol") -> tuple[str, ...]:
@@ -89,11 +128,12 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
     if prompts is not None:
         return chosen(rules, prompts)
     recipe = recipe_of(run)
-    if not recipe:
+    named = recipe.get("teacher")
+    if not isinstance(named, str):
         raise ValueError(f"--prompts: there is no run around {run} that says what {teacher.name} was asked for; pass a prompt file")
-    told = recipe.get("prompts", {})
+    told: Asked = recipe.get("prompts", {})
     try:
-        return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), str(recipe["teacher"])))
+        return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), named))
     except ValueError as error:
         raise ValueError(f"{error}; or pass --prompts FILE to evaluate") from error
 

@@ -121,7 +121,7 @@ def _read(file: Path, like: Measured) -> Measured:
         shapes = [t.shape[1:] if t.ndim else None for t in (found.embeddings, found.colours, found.seconds)]
         if shapes != [like.embeddings.shape[1:], like.colours.shape[1:], like.seconds.shape[1:]]:
             raise ValueError("its tensors are of other shapes")
-        if not len(found.embeddings) or len(found.embeddings) != len(found.colours):
+        if not len(found.embeddings) or len(found.embeddings) != len(found.colours) or not len(found.seconds):
             raise ValueError("its tensors are not of as many pictures")
         if any(t.dtype != torch.float32 or not finite(t) for t in (found.embeddings, found.colours, found.seconds)):
             raise ValueError("its numbers are not finite ones in float32")

@@ -246,7 +246,7 @@ class Reach:
 
         Some layers of a network may have no part in its output; where most have none, gradients are being lost on the way.
         """
-        for role in set(updated):
+        for role in dict.fromkeys(updated):
             self.seen[role] = self.seen.get(role, 0) + 1
             parameters = roles.trained[role]
             lost = [n for n in parameters if n not in self.reached.get(role, ())]

@@ -80,8 +80,11 @@ def begun(run: Path, now: Mapping[str, Any]) -> int:
         state = read_json(found[-1] / "state.json", "")
     except (OSError, ValueError):
         return 0  # damaged: whoever reads the whole of it says so
-    require_unchanged(state.get("settings"), now, str(run))
-    return int(state["step"])
+    settings, step = state.get("settings"), state.get("step")
+    if type(step) is not int or not isinstance(settings, dict | None):
+        return 0  # as damaged
+    require_unchanged(settings, now, str(run))
+    return step
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
