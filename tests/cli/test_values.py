@@ -208,7 +208,10 @@ def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pyte
         ("roles.alpha", math.nan, r"^roles\.alpha: got nan, allowed are numbers above 0"),
         ("roles.alpha", math.inf, r"^roles\.alpha: got inf, allowed are numbers above 0"),
         ("method.fisher_correction", math.nan, r"^method\.fisher_correction: got nan, allowed are finite numbers"),
-        *((f"{part}.seed", 10**30, rf"^{part}\.seed: got 10+, allowed are whole numbers from -2\^62") for part in ("train", "preview", "data")),
+        *(
+            (f"{part}.seed", 10**30, rf"^{part}\.seed: got 10+, allowed are whole numbers from -2\^62")
+            for part in ("train", "preview", "data")
+        ),
     ],
 )
 def test_numbers_that_are_none(option: str, value: object, said: str, path: Path) -> None:
