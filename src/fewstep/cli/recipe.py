@@ -393,10 +393,10 @@ def _require_no_boolean(value: Mapping[str, Any], model: type[BaseModel], source
         if isinstance(inner, dict):
             _require_no_boolean(inner, model, source, place)
             continue
-        kinds = [kind for annotation in _annotations(model, place) for kind in _kinds(annotation)]
+        kinds = {k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *get_args(kind))}
         odd = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, bool)), None)
         if odd is not None and kinds and bool not in kinds:
-            wanted = "a number" if {int, float} & {kind for k in kinds for kind in (k, *get_args(k))} else "a text"
+            wanted = "a number" if {int, float} & kinds else "a text"
             raise ValueError(f"{'.'.join(place)}: input should be {wanted}, got {str(odd).lower()} (in {source})")
 
 
