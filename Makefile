@@ -1,6 +1,6 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check slow floor clean
+.PHONY: help setup demo test check slow floor floor-core clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
+# What the lowest versions have broken before: bf16, loading, LoRA and its files, the methods, the Python API.
+CORE := tests/training/test_bf16.py tests/backbones/test_conformance.py tests/backbones/test_lora.py tests/roles/test_adapters.py \
+	tests/export/test_final.py tests/methods tests/test_api.py
 
 # The build of torch. Not set: what pip finds by itself; on Linux without an NVIDIA driver the CPU build, which saves gigabytes of CUDA.
 # `make setup TORCH_INDEX=URL` takes it from that index, `make setup TORCH_INDEX=` always takes what pip finds.
@@ -15,10 +18,10 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # Two test processes with two threads each are many times slower than with one (OpenMP's spinning barriers).
-test slow floor: export OMP_NUM_THREADS := 1
+test slow floor floor-core: export OMP_NUM_THREADS := 1
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(STAMP) ## make .venv with the versions of constraints.txt
 
@@ -38,6 +41,9 @@ slow: setup ## the tests that take minutes
 
 floor: $(FLOOR)/.installed ## every test that is not slow, with the lowest versions that pyproject.toml allows
 	$(FLOOR)/bin/python -m pytest -q -n logical --maxprocesses 4 $(PYTEST_ARGS)
+
+floor-core: $(FLOOR)/.installed ## the core of them: a few minutes, which CI takes too
+	$(FLOOR)/bin/python -m pytest -q -n logical --maxprocesses 4 $(CORE) $(PYTEST_ARGS)
 
 clean: ## remove caches and built packages; runs/ and .venv stay
 	rm -rf dist .mypy_cache .pytest_cache .ruff_cache

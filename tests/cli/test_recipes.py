@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
@@ -187,6 +188,10 @@ def test_a_recipe_of_another_kind_is_one_line(text: str, said: str, tmp_path: Pa
 
 def test_the_help_pages_are_up_to_date() -> None:
     """Write them anew with `FEWSTEP_WRITE_HELP=1 python -m pytest tests/cli/test_recipes.py`."""
+    if not re.search(
+        rf"^typer=={re.escape(typer.__version__)}(?:\s|$)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        pytest.skip("another typer lays them out in another way")
     runner, pages = CliRunner(), ["# The command line\n"]
     for command in ("", *COMMANDS):
         arguments = [*([command] if command else []), "--help"]
