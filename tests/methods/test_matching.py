@@ -276,7 +276,7 @@ def test_gap_of_every_segment_is_logged() -> None:
     ("settings", "expected"),
     [
         ({"steps": 0}, "steps: got 0, allowed are whole numbers from 1"),
-        ({"steps": ()}, "steps: got (), allowed are whole numbers from 1, or a list of them"),
+        ({"steps": ()}, "steps: got (), allowed are whole numbers from 1 to 1000, or a list of them"),
         ({"steps": (4, 0)}, "steps: got (4, 0), allowed are"),
         ({"divergence": "kl"}, "divergence: got 'kl', allowed are reverse-kl, fisher"),
         ({"match": "noisy"}, "match: got 'noisy', allowed are landing, clean"),
@@ -292,6 +292,9 @@ def test_gap_of_every_segment_is_logged() -> None:
         ({"fake_target": "noisy"}, "fake_target: got 'noisy', allowed are clean, transition"),
         ({"fake_weight": "snr"}, "fake_weight: got 'snr', allowed are own, min-snr, v"),
         ({"fake_updates": 0}, "fake_updates: got 0, allowed are whole numbers from 1"),
+        ({"fake_updates": 2**31}, "fake_updates: got 2147483648, allowed are whole numbers from 1 to 1000"),
+        ({"guidance": 1e30}, "guidance: got 1e+30, allowed are numbers from -1000 to 1000"),
+        ({"steps": 2**31}, "steps: got 2147483648, allowed are whole numbers from 1 to 1000"),
         ({"warmup": -1}, "warmup: got -1, allowed are whole numbers from 0"),
         ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, ipndm, renoise"),
         ({"shift": 0.0}, "shift: got 0.0, allowed are numbers above 0"),

@@ -267,6 +267,8 @@ def test_a_lora_of_another_network_is_refused() -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"roles\.rank: got -1, allowed are whole numbers from 0"):
         RolesConfig(rank=-1)
+    with pytest.raises(ValueError, match=r"roles\.rank: got 2147483648, allowed are whole numbers from 0 \(no LoRA\) to 4096"):
+        RolesConfig(rank=2**31)
 
 
 def test_copies_of_half_precision_weights_are_refused_with_one_line() -> None:

@@ -438,6 +438,7 @@ def test_a_gradient_that_is_no_number_updates_nothing() -> None:
     [
         ({"iterations": 0}, "train.iterations: got 0, allowed are whole numbers from 1"),
         ({"batch": 0}, "train.batch: got 0, allowed are whole numbers from 1"),
+        ({"batch": 2**31}, "train.batch: got 2147483648, allowed are whole numbers from 1 to 65536"),
         ({"checkpoint_every": 0}, "train.checkpoint_every: got 0, allowed are whole numbers from 1"),
         ({"lr": 0.0}, "train.lr: got 0.0, allowed are numbers above 0"),
         ({"lr": float("nan")}, "train.lr: got nan, allowed are numbers above 0"),

@@ -15,7 +15,7 @@ from ..objectives.regression import consistency_function, landing_target, metric
 from ..roles.roles import Roles
 from ..words import speaks_python
 from .method import Loss, Needs, Turn
-from .settings import require_choice, require_guidance, require_name, require_positive, require_whole
+from .settings import MOST_STEPS, require_choice, require_guidance, require_name, require_positive, require_whole
 
 TARGETS = ("consistency", "progressive")
 
@@ -50,7 +50,7 @@ class Imitation:
         metric_named(self.loss), solver_named(self.solver)
         require_choice(self, "target", TARGETS)
         require_choice(self, "weight", tuple(WEIGHTINGS))
-        require_whole(self, "steps", "solver_steps", "stages")
+        require_whole(self, "steps", "solver_steps", "stages", most=MOST_STEPS)
         require_positive(self, "shift", "snr_clip")
         require_guidance(self)
         if self.name == "lcm" and self.target == "progressive":  # the default name

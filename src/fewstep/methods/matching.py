@@ -30,6 +30,7 @@ from ..words import speaks_python
 from .method import Loss, Needs, Real, Turn, Walk, draw_count, student_of
 from .paths import fold
 from .settings import (
+    MOST_UPDATES,
     require_choice,
     require_counts,
     require_finite,
@@ -104,7 +105,7 @@ class Matching:
         require_counts(self.steps)
         for option, allowed in CHOICES.items():
             require_choice(self, option, allowed)
-        require_whole(self, "fake_updates")
+        require_whole(self, "fake_updates", most=MOST_UPDATES)
         require_whole(self, "warmup", least=0)
         if not 0 <= self.tau_min < 1:
             raise ValueError(f"method.tau_min: got {self.tau_min}, allowed are fractions from 0 up to, not including, 1")

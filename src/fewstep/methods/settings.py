@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+MOST_GUIDANCE = 1000
+MOST_STEPS = 1000  # as many as teachers are trained with
+MOST_UPDATES = 1000  # of the fake score, an iteration
+
 # What a name stands for, whatever else is changed: with other settings it would be another method's.
 STANDS_FOR: dict[str, dict[str, Any]] = {
     "tdm-fisher": {"divergence": "fisher", "match": "landing"},
@@ -32,11 +36,12 @@ def require_choice(settings: Any, option: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"method.{option}: got {got!r}, allowed are {', '.join(allowed)}")
 
 
-def require_whole(settings: Any, *options: str, least: int = 1) -> None:
-    """A whole number from `least`."""
+def require_whole(settings: Any, *options: str, least: int = 1, most: float = math.inf) -> None:
+    """A whole number from `least` to `most`."""
     for option in options:
-        if (got := getattr(settings, option)) < least:
-            raise ValueError(f"method.{option}: got {got}, allowed are whole numbers from {least}{'' if least else ' (off)'}")
+        if not least <= (got := getattr(settings, option)) <= most:
+            end = "" if most == math.inf else f" to {most}"
+            raise ValueError(f"method.{option}: got {got}, allowed are whole numbers from {least}{'' if least else ' (off)'}{end}")
 
 
 def require_positive(settings: Any, *options: str) -> None:
@@ -61,9 +66,12 @@ def require_weight(settings: Any, *options: str) -> None:
 
 
 def require_guidance(settings: Any) -> None:
-    """A finite guidance scale, and a share of its parallel part."""
-    if not math.isfinite(settings.guidance):
-        raise ValueError(f"method.guidance: got {settings.guidance}, allowed are numbers; 1 is without guidance, 3.5 is a good start")
+    """A guidance scale that leaves numbers of a size that networks know, and a share of its parallel part."""
+    if not abs(settings.guidance) <= MOST_GUIDANCE:
+        raise ValueError(
+            f"method.guidance: got {settings.guidance}, allowed are numbers from -{MOST_GUIDANCE} to {MOST_GUIDANCE}; "
+            "1 is without guidance, 3.5 is a good start"
+        )
     if not 0 <= settings.guidance_parallel <= 1:
         raise ValueError(
             f"method.guidance_parallel: got {settings.guidance_parallel}, allowed are shares from 0, which saturates less, to 1, plain guidance"
@@ -83,8 +91,8 @@ def require_free_first(settings: Any) -> None:
 def require_counts(steps: int | Sequence[int]) -> tuple[int, ...]:
     """The different step counts, the default first, of one or several; one that comes more than once is drawn as much more often."""
     counts = (steps,) if isinstance(steps, int) else tuple(steps)
-    if not counts or min(counts) < 1:
+    if not counts or not 1 <= min(counts) <= max(counts) <= MOST_STEPS:
         raise ValueError(
-            f"method.steps: got {steps}, allowed are whole numbers from 1, or a list of them such as [4, 2, 1]; few-step students use 1 to 8"
+            f"method.steps: got {steps}, allowed are whole numbers from 1 to {MOST_STEPS}, or a list of them such as [4, 2, 1]; few-step students use 1 to 8"
         )
     return tuple(dict.fromkeys(counts))

@@ -26,6 +26,7 @@ from .step_condition import StepCondition
 Role = Literal["teacher", "student", "fake", "discriminator"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
 HEAD = "head."  # how its parameters' names begin
+LARGEST_RANK = 4096
 LARGE = 0.5  # of a network's weights
 CONDITION = "step_condition"  # the table's name among the trained parameters
 
@@ -48,8 +49,10 @@ class RolesConfig:
     base: Kind | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA); 32 is a good start")
+        if not 0 <= self.rank <= LARGEST_RANK:
+            raise ValueError(
+                f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA) to {LARGEST_RANK}; 32 is a good start"
+            )
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"roles.alpha: got {self.alpha}, allowed are numbers above 0; leave it out for the rank itself")
         if self.base not in (None, *KINDS):

@@ -29,6 +29,8 @@ from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors,
 Precision = Literal["no", "bf16"]
 Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and the state of a checkpoint
 
+MOST_BATCH = 65_536
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -64,6 +66,9 @@ class TrainConfig:
         for option in ("iterations", "batch", "accumulate", "checkpoint_every"):
             if getattr(self, option) < 1:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
+        for option in ("batch", "accumulate"):
+            if getattr(self, option) > MOST_BATCH:
+                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1 to {MOST_BATCH}")
         for option in ("lr", "fake_lr", "clip"):
             if not 0 < getattr(self, option) < math.inf:
                 raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
