@@ -40,7 +40,7 @@ from torch import Tensor
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import Embeddings
@@ -181,7 +181,7 @@ def by_role(roles: Roles, data: Embeddings, batch: int, device: torch.device, re
 
 def iterations(roles: Roles, data: Embeddings, config: TrainConfig, device: torch.device) -> float:
     """Seconds of an iteration of the training loop after the first two: the least, or where a batch has too few samples for all steps the mean."""
-    loop, found = distill(roles, Matching(steps=4, warmup=0), data, config), []
+    loop, found = distill(roles, DistributionMatching(steps=4, warmup=0), data, config), []
     for _ in range(config.iterations):
         began = clock(device)
         next(loop)

@@ -24,7 +24,7 @@ from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.hollow import default_dtype
 from fewstep.backbones.load import around
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig
 from fewstep.training.memory import training_bytes
@@ -67,7 +67,7 @@ def hollow(name: str, dtype: torch.dtype) -> Backbone:
 def row(name: str, arrangement: str, batch: int) -> dict[str, Any]:
     """One row, in bytes."""
     roles, optimizer, dtype = ARRANGEMENTS[arrangement]
-    began, backbone, method = time.perf_counter(), hollow(name, dtype), Matching(steps=4)
+    began, backbone, method = time.perf_counter(), hollow(name, dtype), DistributionMatching(steps=4)
     data = embeddings(name, backbone, dtype, 2)
     config = TrainConfig(iterations=1, batch=batch, lr=1e-4, fake_lr=1e-4, precision="bf16", optimizer=optimizer)
     made = training_bytes(backbone, lambda: make_roles(backbone, roles), method, method.times(backbone.schedule), config, data)

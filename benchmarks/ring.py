@@ -68,7 +68,7 @@ def run(variant: Variant, seed: int, teacher: fewstep.Denoiser, example: dict[st
     """Train one student and measure it in each of its step counts."""
     settings = BASE | variant.method
     own = vars(preset(settings.get("name", "tdm"))) | settings
-    method, began = fewstep.Matching(**own), time.perf_counter()
+    method, began = fewstep.DistributionMatching(**own), time.perf_counter()
     *_, step = fewstep.distill(teacher, method, iterations=iterations, batch=256, lr=3e-4, fake_lr=1e-3, ema=0.995, share=False, seed=seed)
     seconds, points, prompts = time.perf_counter() - began, example["POINTS"], [""] * example["POINTS"]
     rows = []

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.api import Matching, load_teacher
+from fewstep.api import DistributionMatching, load_teacher
 from fewstep.backbones.base import rows
 from fewstep.core import timegrid
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
@@ -28,7 +28,7 @@ from fewstep.training.state import seeded
 from origin import commit, hardware
 
 
-def bare(roles: Roles, method: Matching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int) -> None:
+def bare(roles: Roles, method: DistributionMatching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int) -> None:
     """The network calls of one iteration and nothing else."""
     backbone, module = roles.backbone, roles.networks["student"]
     segments = timegrid.draw_segments(batch, method.counts[0], seeded(0, 0, "draw"))
@@ -73,7 +73,7 @@ def main() -> None:
         prompts = ["rocket"] * a.batch
         cond, null = dict(teacher.encode(prompts)), dict(teacher.encode([""]))
         roles = make_roles(teacher, RolesConfig(share=share, rank=a.rank))
-        method = Matching(steps=4, warmup=0)
+        method = DistributionMatching(steps=4, warmup=0)
         config = TrainConfig(iterations=a.repeats, batch=a.batch, lr=1e-6, fake_lr=1e-6)
         loop = distill(roles, method, embed(teacher, prompts, None, a.teacher), config)
         best = minimum(

@@ -29,7 +29,7 @@ from fewstep.backbones.load import fingerprint, quiet
 from fewstep.begin import start_from
 from fewstep.cli.distill import roles_of
 from fewstep.cli.ending import write_student
-from fewstep.cli.recipe import DistillRecipe, validate
+from fewstep.runs.recipe import DistillRecipe, validate
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.export.card import StudentCard
 from fewstep.roles.roles import Roles

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fewstep.cli.recipe import DistillRecipe, validate
+from fewstep.runs.recipe import DistillRecipe, validate
 
 Settings = dict[str, Any]
 Relation = Literal["worse", "better", "level"]

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep import PathImitation, PathsConfig
+from fewstep import TrajectoryImitation, PathsConfig
 from fewstep.api import path_times
 from fewstep.atomic import write_json
 from fewstep.backbones.base import denoiser
 from fewstep.begin import roles_for
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method, student_of
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.loop import TrainConfig, distill
@@ -130,7 +130,7 @@ def training_of(student: Student, part: Part) -> TrainConfig:
 
 def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], Paths], data: Embeddings, seed: int) -> dict[str, Any]:
     """Train one student on what `walks` gives, and measure it at every count that it serves."""
-    teacher, method = part.teacher, PathImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method})
+    teacher, method = part.teacher, TrajectoryImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method})
     about: dict[str, Any] = {"commit": commit(), "hardware": hardware()}
     about |= {"part": name, "key": key, "label": student.label, "seed": seed, "teacher": part.floors, "asked": asked_of(student, part)}
     if not student.trained:
@@ -142,7 +142,7 @@ def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], P
     began = CLOCK()
     stages: list[tuple[Method, TrainConfig]] = [(method, training_of(student, part))]
     if student.matching:
-        stages.append((Matching(**{"guidance": part.guidance, **student.matching}), MATCHING))
+        stages.append((DistributionMatching(**{"guidance": part.guidance, **student.matching}), MATCHING))
     for i, (stage, config) in enumerate(stages):
         if i:
             with roles.averaged():
@@ -182,7 +182,7 @@ def main() -> None:
     for name in a.only:
         part = make_part(name, a)
         data = embed(part.teacher, list(part.prompts), None, name)
-        times = path_times(PathImitation(steps=COUNTS), part.teacher)
+        times = path_times(TrajectoryImitation(steps=COUNTS), part.teacher)
         for key, student in PARTS[name].items():
             if a.keys and key not in a.keys:
                 continue

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep import Denoiser, PathImitation, PathsConfig
+from fewstep import Denoiser, TrajectoryImitation, PathsConfig
 from fewstep.api import load_teacher
 from fewstep.atomic import write_tensors
 from fewstep.backbones.base import Backbone, Cond, denoiser, guided, rows
@@ -18,7 +18,7 @@ from fewstep.backbones.load import BUNDLED
 from fewstep.backbones.toy import Mixture
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, diffuse, expand
-from fewstep.core.solvers import Correct, Denoise, Solver, sample, solver_named
+from fewstep.core.solvers import Correction, Denoise, Solver, sample, solver_named
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.plan import plan
@@ -103,7 +103,7 @@ Call = Callable[[int, Cond], Denoise]  # a step count and conditions -> the stud
 
 
 def in_parts(
-    made: Callable[[Cond], Denoise], teacher: Backbone, cond: Cond, noise: Tensor, times: Tensor, solver: Solver, head: Correct | None = None
+    made: Callable[[Cond], Denoise], teacher: Backbone, cond: Cond, noise: Tensor, times: Tensor, solver: Solver, head: Correction | None = None
 ) -> Tensor:  # fmt: skip
     """The ends of the way from all of `noise`, as many at once as caches like."""
     ends = []
@@ -129,7 +129,7 @@ class Part:
     floors: dict[str, float] = field(default_factory=dict)  # of the goal
     guidance: float = 1.0
 
-    def measure(self, call: Call, method: PathImitation, head: Correct | None) -> dict[str, dict[int, float]]:
+    def measure(self, call: Call, method: TrajectoryImitation, head: Correction | None) -> dict[str, dict[int, float]]:
         """Name of the measure -> step count -> number, lower is better."""
         found: dict[str, dict[int, float]] = {}
         for count in sorted(method.counts):

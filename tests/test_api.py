@@ -30,7 +30,7 @@ def test_distill_trains_as_it_is_told() -> None:
     with pytest.raises(ValueError, match=r"^base: got int8"):  # arrives: the network is too narrow for it
         next(fewstep.distill(backbone, method, tiny.WORDS, iterations=2, base="int8"))
     with pytest.raises(ValueError, match=r"^rank: got 32, method pas stands for 0; set rank=0"):
-        next(fewstep.distill(backbone, fewstep.PathImitation(head="shared", name="pas"), tiny.WORDS, iterations=1, rank=32))
+        next(fewstep.distill(backbone, fewstep.TrajectoryImitation(head="shared", name="pas"), tiny.WORDS, iterations=1, rank=32))
 
 
 def first(teacher: fewstep.Denoiser, **settings: Any) -> fewstep.Step:

@@ -37,7 +37,7 @@ ALLOWED = {
     "backbones.single_file.require_read": BY_CALLERS,
     "report.grids.read_grid": BY_CALLERS,
     "report.grids.require_png": BY_CALLERS,
-    "cli.recipe._value_of": BY_CALLERS,
+    "runs.recipe._value_of": BY_CALLERS,
     "report.live._record": SKIPS,
     "runs.metrics_log._records": SKIPS,
     "cli.inspect._json": SKIPS,

@@ -1,9 +1,9 @@
 """fewstep: turn a pretrained diffusion model into a generator of 1 to 4 steps, from prompts alone.
 
 teacher = fewstep.load_teacher("emoji")
-for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, iterations=400, out="runs/mine"):
+for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, train=fewstep.TrainConfig(iterations=400), out="runs/mine"):
     print(step.iteration, step.metrics)
-pipe = fewstep.load("emoji", "runs/mine/final")
+pipe = fewstep.load("emoji", "runs/mine")
 """
 
 from importlib import import_module
@@ -16,15 +16,23 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import (
         TDM,
+        ConsistencyDistillation,
         Denoiser,
         DistillationWarning,
-        Imitation,
-        LoadedStudent,
-        Matching,
-        PathImitation,
-        PathsConfig,
+        DistributionMatching,
+        FakeScoreConfig,
+        GanConfig,
+        Guidance,
+        ImageSource,
+        MatchConfig,
         ProcessCheck,
+        ProgressiveDistillation,
+        RolesConfig,
         Step,
+        Student,
+        TrainConfig,
+        TrajectoryConfig,
+        TrajectoryImitation,
         Watch,
         check,
         distill,
@@ -35,21 +43,29 @@ if TYPE_CHECKING:
         load_teacher,
         method,
         sample,
-        sample_states,
+        sample_trajectory,
         write_report,
     )
 
 __all__ = [
     "TDM",
+    "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
-    "Imitation",
-    "LoadedStudent",
-    "Matching",
-    "PathImitation",
-    "PathsConfig",
+    "DistributionMatching",
+    "FakeScoreConfig",
+    "GanConfig",
+    "Guidance",
+    "ImageSource",
+    "MatchConfig",
     "ProcessCheck",
+    "ProgressiveDistillation",
+    "RolesConfig",
     "Step",
+    "Student",
+    "TrainConfig",
+    "TrajectoryConfig",
+    "TrajectoryImitation",
     "Watch",
     "check",
     "distill",
@@ -60,7 +76,7 @@ __all__ = [
     "load_teacher",
     "method",
     "sample",
-    "sample_states",
+    "sample_trajectory",
     "write_report",
 ]
 

@@ -14,61 +14,60 @@ from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
 from .backbones.parts import Piped
-from .backbones.process import mapping_of
-from .begin import begun_head, require_network, roles_for
+from .core.guidance import Guidance, guidance_of
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
-from .methods.imitation import Imitation
-from .methods.matching import Matching
+from .methods.consistency import ConsistencyDistillation
+from .methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig
 from .methods.method import Method
-from .methods.paths import PathImitation
 from .methods.presets import ROLES, preset, require_roles
+from .methods.progressive import ProgressiveDistillation
+from .methods.trajectory_imitation import TrajectoryImitation
 from .report.run import render_run
 from .roles.adapters import fitting_rank, targets
-from .roles.quantised import Kind
 from .roles.roles import RolesConfig, large_rank
-from .runs import sampling, students
-from .runs.exporting import export_student
+from .runs import sampling
+from .runs.init import inherited_head, require_network
 from .runs.measure import evaluate
-from .runs.pipelines import load
+from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
 from .runs.rehearsal import disk_check, student_check, trial_of
-from .runs.run import Run, require_files, steps_of
+from .runs.run import Run, steps_of
 from .runs.sampling import backbone_of, check_steps, require_prompts
 from .runs.step import Step
-from .runs.students import LoadedStudent, Made, base_of, size_of, student_folder
-from .runs.walking import path_times, student_walker, walked_paths
+from .runs.walking import student_source, trajectory_times
 from .runs.watch import DistillationWarning, Watch
-from .training.loop import Precision, TrainConfig, require_updates
-from .training.optimizer import OptimizerName
-from .training.paths import PathsConfig
-from .training.pictures import encode_pictures
-from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
-from .training.prompts import embed
+from .student import formats
+from .student.folder import require_folder
+from .student.pipeline import load
+from .student.student import Origin, Student, base_of, size_of
+from .training.loop import TrainConfig, require_updates
+from .training.paths import TrajectoryConfig
 from .training.state import checkpoints
 from .words import in_python, python_words, told_in_python
 
-# The command line takes them from where they are, and tells mistakes in its own words.
-load_student = told_in_python(students.load_student)
+# The command line takes them from where they are, and gives errors in its own words.
+load_student = told_in_python(Student.read)
 sample = told_in_python(sampling.sample)
-sample_states = told_in_python(sampling.sample_states)
-LORA_RATES, COPY_RATES = (1e-4, 1e-3), (1e-5, 1e-4)  # of student and fake score: what the demo and its run with all weights have
-LEAST_REAL = 32  # samples of which a network's reading is judged
+sample_trajectory = told_in_python(sampling.sample_trajectory)
+LEAST_REAL = 32  # samples by which a network's reading is judged
 
 
 @told_in_python
-def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
-    """Trajectory Distribution Matching with the defaults of `Matching`; `settings` are its other fields.
+def TDM(steps: int | tuple[int, ...] = 4, guidance: Guidance | float = 3.5, **settings: Any) -> DistributionMatching:  # noqa: N802 - reads as the method's name
+    """Return Trajectory Distribution Matching; `settings` are the other fields of `DistributionMatching`.
 
     Several `steps` make one student for all of them (TDM-unify).
     """
-    return Matching(steps=steps, guidance=guidance, name="tdm" if isinstance(steps, int) else "tdm-unify", **settings)
+    name = "tdm" if isinstance(steps, int) else "tdm-unify"
+    return DistributionMatching(name=name, steps=steps, guidance=guidance_of(guidance), **settings)
 
 
 @told_in_python
-def method(name: str, **settings: Any) -> Matching | Imitation | PathImitation:
-    """A method by its name, as recipes have it, with `settings` changed: tdm, tdm-unify, tdm-fisher, dmd2, diff-instruct, sid, lcm, progressive, trajp-l, pas, sfd.
+def method(name: str, **settings: Any) -> Method:
+    """Return a method by its name in recipes, with settings changed: `fewstep.method("dmd2", steps=4, guidance=3.5)`.
 
-    `fewstep.method("dmd2", steps=4, guidance=3.5)`. Raises ValueError for a name or a setting that is not known.
+    Names: tdm, tdm-unify, tdm-fisher, dmd2, diff-instruct, sid, lcm, progressive, trajp-l, pas, sfd. A dictionary changes some settings
+    of a block: `fake={"updates": 5}`. Raises ValueError for an unknown name or setting.
     """
     return preset(name, **settings)
 
@@ -79,117 +78,79 @@ def distill(
     method: Method,
     prompts: Sequence[str] = ("",),
     *,
-    iterations: int,
-    batch: int = 16,
-    lr: float | None = None,
-    fake_lr: float | None = None,
-    ema: float = 0.98,
-    decay: int = 0,
-    lr_warmup: int = 0,
-    betas: tuple[float, float] = (0.0, 0.999),
-    clip: float = 1.0,
-    accumulate: int = 1,
-    precision: Precision = "no",
-    optimizer: OptimizerName = "adamw",
-    compile: bool = False,
-    share: bool = True,
-    rank: int | None = None,
-    checkpointing: bool = False,
-    base: Kind | None = None,
-    seed: int = 0,
+    train: TrainConfig,
+    roles: RolesConfig | None = None,
     out: str | Path | None = None,
-    checkpoint_every: int = 100,
-    pictures: str | Path | None = None,
-    paths: PathsConfig | None = None,
-    start: str | Path | None = None,
+    images: str | Path | ImageSource | None = None,
+    trajectories: TrajectoryConfig | None = None,
+    init_from: str | Path | None = None,
     watch: Watch | None = Watch(),  # noqa: B008 - frozen
 ) -> Generator[Step, None, None]:
     """Distil `teacher` and yield after every iteration: stop, log or look at any step.
 
-    `pictures` is for methods that start from them (`Imitation`) and for an adversarial term (`Matching(gan=...)`): a folder of captioned
-    ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `paths` are the teacher's
-    trajectories that `PathImitation` and `Matching(anchor=...)` learn from; their number of network calls is told before they are walked. `start` is a finished student to begin from. With
-    `out`, checkpoints go there and the same call resumes; a finished run yields its last step again, and more `iterations` go on from it. At the end `out/final` holds the student,
-    which `load_student`, `start` and the command line read, and `out/report.html` says how it went.
+    `train` and `roles` are those of a recipe; without `roles` a LoRA is trained, of rank 32 or less on a small network. `images` are for
+    methods that start from them (LCM, progressive distillation) and for an adversarial term: a folder of captioned ones, webdataset
+    shards, or `teacher` for images that the guided teacher samples first. `trajectories` are the teacher's, for trajectory imitation and
+    a regression term; their number of network calls is shown before they are generated. `init_from` is a finished student to continue:
+    a run, or its `final/`.
 
-    `watch` says how the student is watched beside its teacher (None: its losses alone); what goes wrong is in `step.warnings` and told once as a
-    `fewstep.DistillationWarning`. The run has modules of its own around the teacher's weights: the teacher stays as it is, and several runs and students on one teacher
-    do not disturb each other. `lr` and `fake_lr` are by default `LORA_RATES`, or `COPY_RATES` where `share` is false; `rank` is 32, less on a small network
-    (`roles.adapters.fitting_rank`), and what a method's name stands for. All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
+    With `out`, checkpoints go there and the same call resumes; a finished run yields its last step again, and more `iterations` go on
+    from it. At the end `out/final` holds the student, which `load_student`, `init_from` and the command line read, and
+    `out/report.html` says how it went. `watch` says how the student is watched next to its teacher (None: its losses alone); what goes
+    wrong is in `step.warnings`, and shown once as a `fewstep.DistillationWarning`.
+
+    The run has modules of its own around the teacher's weights: the teacher stays as it is, but for its encoders, which are on the CPU
+    while it trains. Several runs and students on one teacher do not disturb each other. Raises ValueError before anything is trained.
     """
-    rates = LORA_RATES if share else COPY_RATES
-    config = TrainConfig(
-        iterations=iterations, batch=batch, lr=rates[0] if lr is None else lr, fake_lr=rates[1] if fake_lr is None else fake_lr, decay=decay, lr_warmup=lr_warmup,
-        accumulate=accumulate, ema=ema, betas=betas, clip=clip, checkpoint_every=checkpoint_every, seed=seed, precision=precision, optimizer=optimizer, compile=compile,
-    )  # fmt: skip
-    networks = RolesConfig(share=share, checkpointing=checkpointing, base=base)
-    if share:
+    networks = RolesConfig(share=ROLES.get(method.name, {}).get("share", True) is not False) if roles is None else roles
+    if roles is None and networks.share:
         names = targets(teacher.module, networks.targets, networks.skip)
-        networks = replace(
-            networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)) if rank is None else rank
-        )
+        networks = replace(networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)))
     require_roles(method.name, networks)
     if note := large_rank(teacher.module, networks):
         warnings.warn(python_words(note), DistillationWarning, stacklevel=3)
-    require_updates(method, iterations)
-    if method.needs.pictures != (pictures is not None):
+    require_updates(method, train.iterations)
+    if method.needs.images != (images is not None):
         raise ValueError(
-            f"pictures: method {method.name} needs some; pass a folder of captioned ones, or 'teacher' for the teacher's own"
-            if method.needs.pictures
-            else f"pictures: method {method.name} is trained from prompts alone; leave them out, or take a method with gan above 0"
+            f"images: method {method.name} needs some; pass a folder of captioned ones, or 'teacher' for the teacher's own"
+            if method.needs.images
+            else f"images: method {method.name} is trained from prompts alone; leave them out, or take a method with gan.weight above 0"
         )
     asked = require_prompts(prompts)
-    folder, begin = (None if given is None else Path(given) for given in (out, start))
-    if begin is not None and (found := student_folder(begin)) is not None:
-        begin = found
-    begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
+    source = images if images is None or isinstance(images, ImageSource) else ImageSource(str(images))
+    initial = None if init_from is None else require_folder(init_from, "init_from")
+    inherited_head(method, teacher, initial)  # what does not fit is said before anything is generated
     require_network(teacher, asked)
-    if folder is not None:
-        require_files(teacher, method)
-    return _distilled(teacher, method, asked, config, networks, folder, begin, pictures, paths, watch)
+    if out is not None:
+        require_exportable(teacher, method)
+    spec = RunSpec(method, train, networks, asked, source, trajectories, initial)
+    return _distilled(teacher, spec, None if out is None else Path(out), watch)
 
 
-def _distilled(
-    teacher: Backbone,
-    method: Method,
-    prompts: list[str],
-    config: TrainConfig,
-    networks: RolesConfig,
-    folder: Path | None,
-    begin: Path | None,
-    pictures: str | Path | None,
-    paths: PathsConfig | None,
-    watch: Watch | None,
-) -> Generator[Step, None, None]:
-    """`distill` from its first step on, which is when its arguments are known to be right."""
+def _distilled(teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Watch | None) -> Generator[Step, None, None]:
+    """Run `distill` from its first step on, when its arguments are known to be right."""
     with in_python():
-        base_hash, own = fingerprint(teacher.module), apart(teacher)
-        made = Made(base_of(teacher), base_hash, 0, 0.0, method.name, size=size_of(teacher))
+        own, base_hash = apart(teacher), fingerprint(teacher.module)
+        origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.origin, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
-            trial = trial_of(teacher, method, networks, config, made)
+            trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([disk_check(trial.disk, folder)], "out")
-            require([*conformance(teacher, prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
-        cache, identity = None if folder is None else folder / "embeddings", identity_of(teacher, prompts)
-        data = embed(own, prompts, cache, identity)
-        real, walked, origin = None, None, "prompts alone" if data.null else "its teacher alone"
-        if method.needs.paths:
-            walked = walked_paths(own, method, data, paths or PathsConfig(), folder, identity)
-        if pictures == "teacher":
-            origin = "prompts and pictures that the teacher drew"
-            real = teacher_pictures(
-                own, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, config.seed, parallel=method.guidance_parallel
-            )
-        elif pictures is not None:
-            origin, real = "captioned pictures", encode_pictures(own, str(pictures), cache, identity)
-        rounded = f"{origin}, beside its base in {networks.base}" if networks.base else origin
-        roles = roles_for(own, method, networks, config.seed, walked, begin)
-        yield from steps_of(Run(teacher, roles, method, data, config, replace(made, data=rounded), folder, watch, real, walked))
+            require([*conformance(teacher, spec.prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
+        ready = prepare(own, spec, folder, folder, Lines())
+        run = Run(teacher, ready.roles, spec.method, ready.data, spec.train, origin, folder, watch, ready.images, ready.trajectories)
+        yield from steps_of(run)
 
 
-def identity_of(teacher: Backbone, prompts: Sequence[str]) -> str:
-    """Names a network with its encoders; for conditions that have no weights, what they say of some prompts."""
-    weights, mapping = fingerprint(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
-    return f"{weights}-{mapping}" if mapping else weights
+@told_in_python
+def export_student(model: Student | Step, folder: str | Path, form: str = "student", steps: int | None = None) -> Path:
+    """Write a student to a new `folder` as files for others, load them again and compare. Return `folder`.
+
+    `form` is `student`, or `merged` for one network without LoRA, which `module.load_state_dict` takes; students of diffusers pipelines
+    also have `kohya` and `pipeline`. Raises ValueError with nothing kept.
+    """
+    student = model.snapshot() if isinstance(model, Step) else model
+    formats.export(student if steps is None else student.single(steps), Path(folder), form)
+    return Path(folder)
 
 
 @told_in_python
@@ -230,15 +191,23 @@ def write_report(run: str | Path) -> Path:
 
 __all__ = [
     "TDM",
+    "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
-    "Imitation",
-    "LoadedStudent",
-    "Matching",
-    "PathImitation",
-    "PathsConfig",
+    "DistributionMatching",
+    "FakeScoreConfig",
+    "GanConfig",
+    "Guidance",
+    "ImageSource",
+    "MatchConfig",
     "ProcessCheck",
+    "ProgressiveDistillation",
+    "RolesConfig",
     "Step",
+    "Student",
+    "TrainConfig",
+    "TrajectoryConfig",
+    "TrajectoryImitation",
     "Watch",
     "backbone_of",
     "check",
@@ -250,9 +219,9 @@ __all__ = [
     "load_student",
     "load_teacher",
     "method",
-    "path_times",
     "sample",
-    "sample_states",
-    "student_walker",
+    "sample_trajectory",
+    "student_source",
+    "trajectory_times",
     "write_report",
 ]

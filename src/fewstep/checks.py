@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Cond, denoiser, guided, rows
+from .core.guidance import Guidance
 from .core.schedule import expand
 from .roles.adapters import remove_adapters
 from .roles.discriminator import features
@@ -140,9 +141,8 @@ def _check_predictions(backbone: Backbone, case: _Case, require: Require) -> Non
     if cond:
         away = denoiser(backbone, module, {k: v.expand_as(cond[k]) for k, v in null.items()})(x, t)
         require(not torch.equal(away.x0, own.x0), "predict does not look at the conditions")
-        mixed = guided(backbone, module, cond, null, 3.0)(x, t)
-        plain = backbone.guidance_rescale == 0  # rescaling is not affine
-        require(not plain or same(mixed.x0, away.x0 + 3 * (own.x0 - away.x0)), "guidance in one batched call is not guidance in two")
+        mixed = guided(backbone, module, cond, null, Guidance(scale=3.0))(x, t)
+        require(same(mixed.x0, away.x0 + 3 * (own.x0 - away.x0)), "guidance in one batched call is not guidance in two")
     again = expand(backbone.schedule.alpha(t), x) * own.x0 + expand(backbone.schedule.sigma(t), x) * own.eps
     require(same(again, x), "x0 and eps do not make up the state: wrong row or schedule")
 

@@ -41,7 +41,7 @@ class Guard:
 
 
 def reading(what: object, cure: str, wrong: str = "is damaged") -> Guard:
-    """Turn any exception of the block into a ReadError `WHAT is damaged (its cause); CURE`; one that is a ReadError already stays.
+    """TrainBatch any exception of the block into a ReadError `WHAT is damaged (its cause); CURE`; one that is a ReadError already stays.
 
     `what` names the file, with the option that it was given by. What the block itself raises as ValueError is a cause, too.
     """

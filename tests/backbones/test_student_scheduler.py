@@ -15,19 +15,19 @@ from fewstep.backbones.load import around
 from fewstep.backbones.student_scheduler import StudentScheduler, Walking
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import diffuse
-from fewstep.core.solvers import Correct, Past, sample, solver_named
+from fewstep.core.solvers import Correction, SolverHistory, sample, solver_named
 from fewstep.core.timegrid import uniform
 from tests import pipelines
 
 PROMPT = "red cat"
 
 
-def unchanged(way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+def unchanged(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
     """A head that only serves to be there."""
     return way
 
 
-def student(backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correct | None = None, free: bool = False) -> FewStepPipeline:
+def student(backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correction | None = None, free: bool = False) -> FewStepPipeline:
     """A pipeline of the teacher's own weights on uneven times, in 4 and 3 steps."""
     grids = {k: uniform(backbone.schedule, k, shift=2.5) for k in (4, 3)}
     walking = Walking(backbone.schedule, backbone.row, solver_named(solver), grids, head, free)

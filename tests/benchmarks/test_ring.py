@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fewstep.backbones.toy import Mixture
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.presets import preset
 
 from ..project import ROOT
@@ -36,7 +36,7 @@ def test_every_variant_is_settings_of_one_method(bench: Bench) -> None:
     assert len({v.key for v in bench["VARIANTS"]}) == len(bench["VARIANTS"])
     for variant in bench["VARIANTS"]:
         settings = bench["BASE"] | variant.method
-        method = Matching(**(vars(preset(settings.get("name", "tdm"))) | settings))
+        method = DistributionMatching(**(vars(preset(settings.get("name", "tdm"))) | settings))
         assert set(variant.counts) <= set(method.counts)
 
 

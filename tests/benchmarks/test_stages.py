@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.cli.recipe import DistillRecipe, validate
+from fewstep.runs.recipe import DistillRecipe, validate
 
 from ..project import ROOT
 

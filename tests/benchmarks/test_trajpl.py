@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import PathImitation, PathsConfig
+from fewstep import TrajectoryImitation, PathsConfig
 from fewstep.backbones.base import denoiser
 from fewstep.backbones.generate import noise_of
 from fewstep.core import timegrid
@@ -45,7 +45,7 @@ def test_the_error_is_the_distance_to_the_teacher_s_end_over_its_size(part: Any)
     def call(count: int, cond: Any) -> Any:
         return denoiser(part.teacher, part.teacher.module, cond)
 
-    method = PathImitation(steps=(2, 4), head="none", guidance=1.0)
+    method = TrajectoryImitation(steps=(2, 4), head="none", guidance=1.0)
     with torch.no_grad():
         own, other = (replace(part, goal=goal).measure(call, method, None)["error"] for goal in (part.goal, 2 * part.goal))
     assert own[2] == pytest.approx(0, abs=1e-6)

@@ -71,7 +71,7 @@ def test_a_row_costs_what_the_network_is_asked(
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
-    card = replace(CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, free_first=free)
+    card = replace(CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, analytic_first_step=free)
     rows = rows_of(LoadedStudent(Student(backbone, backbone.module, (), "student", free=free), card))
     assert [r.nfe for r in rows] == costs
     assert any(r.model == "teacher" and r.nfe == rows[-1].nfe for r in rows)

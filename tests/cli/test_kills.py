@@ -19,8 +19,8 @@ from fewstep.cli import distill as module
 from fewstep.cli.distill import training
 from fewstep.cli.preflight import held
 from fewstep.cli.progress import console
-from fewstep.cli.recipe import DistillRecipe, recorded
-from fewstep.methods.matching import Matching
+from fewstep.runs.recipe import DistillRecipe, recorded
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.metrics_log import MetricsLog
 from fewstep.runs.preview import Preview
@@ -33,7 +33,7 @@ from .. import tiny
 from ..export.card import CARD
 from .test_distill import RECIPE
 
-METHOD = Matching(steps=2, guidance=1.0, warmup=1)
+METHOD = DistributionMatching(steps=2, guidance=1.0, warmup=1)
 TRAIN = {"iterations": 3, "batch": 2, "lr": 1e-3, "fake_lr": 1e-2, "checkpoint_every": 2}
 
 

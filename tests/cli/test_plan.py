@@ -8,7 +8,7 @@ from fewstep.backbones.base import Backbone
 from fewstep.backbones.hollow import hollow_teacher
 from fewstep.cli import plan
 from fewstep.cli.plan import LEAST_BATCH, Phases, Plan, fit, parse_bytes, phases_of, plan_of, roundings, savings
-from fewstep.cli.recipe import DistillRecipe, read_recipe
+from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.memory import Training
 
 from .. import pipelines, tiny

@@ -10,10 +10,10 @@ import torch
 
 from fewstep.backbones.base import Backbone
 from fewstep.cli.distill import drawing_of
-from fewstep.cli.recipe import DistillRecipe
+from fewstep.runs.recipe import DistillRecipe
 from fewstep.core.solvers import State
 from fewstep.methods.method import Method
-from fewstep.methods.paths import PathImitation
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs import preview
 from fewstep.runs.preview import Preview, labelled
@@ -34,7 +34,7 @@ from .test_distill import RECIPE
 )
 def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidance: float, first: str) -> None:
     """A guided step is two, one that leaves the network out is none; without classes there is nothing to guide."""
-    method = PathImitation(steps=(4, 2), guidance=guidance, free_first=True, head="none", condition=False)
+    method = TrajectoryImitation(steps=(4, 2), guidance=guidance, analytic_first_step=True, head="none", condition=False)
     recipe = DistillRecipe.model_validate({**RECIPE, "method": {"name": "trajp-l", "guidance": guidance}})
     teacher = tiny.pixels(labels)
     shown = embed(teacher, labels or [""], None, "x")
@@ -53,7 +53,7 @@ def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidanc
 def drawn(method: Mapping[str, Any], teacher: Backbone, labels: tuple[str, ...] = ("cat", "dog", "cat")) -> tuple[Preview, Roles]:
     """The previews of a method, and what it trains, untrained."""
     recipe = DistillRecipe.model_validate({**RECIPE, "method": method, "train": {**RECIPE["train"], "iterations": 101, "batch": 2}})
-    roles = make_roles(teacher, RolesConfig(rank=2), counts=recipe.method.conditioned, fake=recipe.method.needs.fake)
+    roles = make_roles(teacher, RolesConfig(rank=2), counts=recipe.method.condition_values, fake=recipe.method.needs.fake)
     return Preview(drawing_of(recipe), teacher, embed(teacher, labels, None, "x"), None), roles
 
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
 from fewstep.cli import main
-from fewstep.cli.recipe import DistillRecipe, first_stage, kind_of, read_recipe
-from fewstep.methods.matching import Matching
+from fewstep.runs.recipe import DistillRecipe, first_stage, kind_of, read_recipe
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.recipes_path import recipe_names, recipe_path
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig
 from fewstep.zoo.teacher import TeacherConfig
@@ -62,12 +62,12 @@ def test_a_recipe_with_all_weights_has_the_papers_settings(name: str) -> None:
     batch, iterations, lr, fake_lr, guidance = PAPER[name]
     for stage, length in zip(stages(name), iterations, strict=True):
         train, method = stage.train, stage.method
-        assert isinstance(method, Matching)
+        assert isinstance(method, DistributionMatching)
         assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (batch, lr, fake_lr, guidance)
         assert train.iterations - method.warmup == length
         assert (train.betas, train.clip, train.decay, train.lr_warmup) == ((0.0, 0.999), 1.0, 0, 0)
         assert not stage.roles.share
-        assert replace(method, steps=4, name="tdm", guidance=3.5, warmup=100) == Matching()
+        assert replace(method, steps=4, name="tdm", guidance=3.5, warmup=100) == DistributionMatching()
         header = recipe_path(name).read_text(encoding="utf-8").partition("\nkind:")[0]
         for own in (f"{method.warmup} iterations of warm-up", f"ema {train.ema}"):  # what the paper has not
             assert own in header, own
@@ -80,7 +80,7 @@ def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> 
     family = name.partition("-")[0]
     for stage in stages(name):
         assert TEACHERS[family] in stage.teacher
-        assert isinstance(stage.method, Matching)
+        assert isinstance(stage.method, DistributionMatching)
         assert stage.method.guidance == {"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0}[family]
         assert stage.train.batch * stage.train.accumulate >= 8
         if name.endswith("-lora"):  # one set of rates for all: those of runs with LoRA on the bundled teacher

@@ -15,7 +15,7 @@ import fewstep
 from fewstep.backbones.generate import pictures
 from fewstep.begin import roles_for
 from fewstep.cli.export import FORMATS
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from tests.cli.test_distill import error_of, recipe, teacher, written
 from tests.cli.test_distill import fewstep as command
@@ -130,7 +130,7 @@ def test_a_student_of_several_step_counts(
 
 
 def test_the_fake_score_beside_a_student_that_begins_as_another_is_the_teacher(trained: Path, teacher: Path) -> None:
-    roles = roles_for(fewstep.load_teacher(teacher), Matching(steps=2), RolesConfig(rank=2), start=trained / "final")
+    roles = roles_for(fewstep.load_teacher(teacher), DistributionMatching(steps=2), RolesConfig(rank=2), start=trained / "final")
     cond, t = roles.backbone.encode(["red cat"]), torch.tensor([999.0]).double()
     x = torch.randn((1, *roles.backbone.shape), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> 
     roles = make_roles(backbone, RolesConfig(rank=4, alpha=2.0))
     for p in roles.trained["student"].values():
         p.data.normal_(0, 0.05)
-    method = Matching(steps=2)
+    method = DistributionMatching(steps=2)
     memory = pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], method.times(backbone.schedule))
     card = StudentCard(
         name="x", method="tdm", base=str(teacher), base_hash="", steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, prediction="v_prediction",

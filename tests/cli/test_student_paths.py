@@ -10,7 +10,7 @@ import fewstep
 from fewstep.api import path_times, student_walker
 from fewstep.backbones.base import Backbone
 from fewstep.export.card import read_card
-from fewstep.methods.paths import PathImitation
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.training.paths import OF_STUDENT, TRAJECTORIES, Paths, PathsConfig, teacher_paths, to_end
 from fewstep.training.prompts import embed
 from tests.cli.test_distill import error_of, recipe, teacher
@@ -20,10 +20,10 @@ from tests.cli.test_student import final, trained
 __all__ = ["final", "recipe", "teacher", "trained"]  # fixtures
 
 PROMPTS = ["red cat", "blue dog"]
-FURTHER = PathImitation(steps=(2, 1), head="none")
+FURTHER = TrajectoryImitation(steps=(2, 1), head="none")
 
 
-def walked(base: Backbone, student: Path, folder: Path | None, method: PathImitation = FURTHER) -> Paths:
+def walked(base: Backbone, student: Path, folder: Path | None, method: TrajectoryImitation = FURTHER) -> Paths:
     times, data = path_times(method, base), embed(base, PROMPTS, None, "x")
     walker = student_walker(base, student, times)
     assert walker.calls == 4
@@ -59,7 +59,7 @@ def test_a_folder_holds_those_of_one_student(
 def test_times_that_it_does_not_visit_are_refused(final: Path, teacher: Path) -> None:
     base = fewstep.load_teacher(str(teacher))
     with pytest.raises(ValueError, match=r"stops at 999, 749, 499, 249, -1, this one at 999, .*; set method.steps and method.shift so"):
-        walked(base, final, None, PathImitation(steps=3, head="none"))
+        walked(base, final, None, TrajectoryImitation(steps=3, head="none"))
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import fewstep
 from fewstep.cli.distill import data_seed, spent_before
-from fewstep.cli.recipe import DistillRecipe, read_recipe
-from fewstep.export.card import card_evaluations, read_card
+from fewstep.runs.recipe import DistillRecipe, read_recipe
+from fewstep.export.card import card_nfe, read_card
 from fewstep.training import loop
 from fewstep.training.paths import Paths
 from fewstep.training.prompts import Embeddings
@@ -44,7 +44,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture; more steps than it can are refused."""
     options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
     if how.get("rank") == 0:
-        options += ["--set", "method.free_first=true", "--set", "method.solver=ipndm"]
+        options += ["--set", "method.analytic_first_step=true", "--set", "method.solver=ipndm"]
     assert command(monkeypatch, "distill", trajpl, *options) == 0
     final = Path("runs/tiny/final")
     costs = "3 in 4 steps, 1 in 2 steps (the first step is free)" if how.get("rank") == 0 else "4 in 4 steps, 2 in 2 steps"
@@ -74,8 +74,8 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         calls.clear()
         shown = pipe(["red cat", "blue dog"], num_inference_steps=k, generator=seeds, output_type="pt").images
         assert (shown - pictures).abs().max() <= 1e-4
-        assert len(calls) == card_evaluations(read_card(final), k) == k - card["free_first"]
-    assert card["free_first"] == (how.get("rank") == 0)
+        assert len(calls) == card_nfe(read_card(final), k) == k - card["analytic_first_step"]
+    assert card["analytic_first_step"] == (how.get("rank") == 0)
     with (
         pytest.raises(ValueError, match="num_inference_steps: got 3, this student serves 4, 2"),
         pytest.warns(match="num_inference_steps: got 3"),
@@ -127,8 +127,8 @@ def test_a_run_that_was_stopped_shows_what_it_learns_from(trajpl: Path, monkeypa
 @pytest.mark.slow
 def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Distribution matching begins as the student of trajectories, its head kept and trained on, folded away or left out, its first direction as free as it was."""
-    assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.free_first=true", "--out", "runs/first") == 0
-    value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"] | {"free_first": True}, "start": "runs/first"}
+    assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.analytic_first_step=true", "--out", "runs/first") == 0
+    value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"] | {"analytic_first_step": True}, "start": "runs/first"}
     del value["data"]
     Path("match.yaml").write_text(yaml.safe_dump(value))
     still = ("--set", "train.lr=1e-12")
@@ -142,7 +142,7 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert read_card(Path("runs/folded/final")).head == ""
     assert not (Path("runs/folded/final") / "trajp.safetensors").exists()
     lines = [json.loads(line) for line in Path("runs/folded/metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if line.get("fold_loss", 0) > 0] == [1]
+    assert [line["iteration"] for line in lines if line.get("absorb_loss", 0) > 0] == [1]
     capsys.readouterr()
     assert (
         command(monkeypatch, "distill", "match.yaml", "--set", "start=runs/dropped", "--set", "method.head=fold", "--out", "runs/more") == 2
@@ -152,12 +152,12 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "method.head: got fold, the teacher has none" in error_of(capsys)
     assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
     assert "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made" in error_of(capsys)
-    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.free_first=false", "--out", "runs/more") == 2
-    assert "method.free_first: got false, the student in runs/first/final takes its first direction without the network; set" in error_of(
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.analytic_first_step=false", "--out", "runs/more") == 2
+    assert "method.analytic_first_step: got false, the student in runs/first/final takes its first direction without the network; set" in error_of(
         capsys
     )
     assert not Path("runs/more").exists()
-    assert read_card(Path("runs/kept/final")).free_first
+    assert read_card(Path("runs/kept/final")).analytic_first_step
 
 
 @pytest.mark.parametrize(("options", "expected"), [
@@ -206,8 +206,8 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     assert "made with another seed" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "method.steps=[8, 4]", "--out", "runs/more") == 2
     assert "method.steps: got 8, the student's span head serves up to 4 steps; set first.method.steps to as many" in error_of(capsys)
-    assert command(monkeypatch, "distill", "both.yaml", "--set", "first.method.free_first=true", "--out", "runs/more") == 2
-    assert "method.free_first: got false, the first stage's student takes its first direction without the network" in error_of(capsys)
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "first.method.analytic_first_step=true", "--out", "runs/more") == 2
+    assert "method.analytic_first_step: got false, the first stage's student takes its first direction without the network" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2
 
 
@@ -233,7 +233,7 @@ def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path
     assert (record["guidance_until"], record["guidance_parallel"]) == (0.3, 0.5)
     assert "0.5 of its part along the clean estimate" in (run / "final" / "README.md").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert any(line.get("anchor_loss", 0) > 0 for line in lines)
+    assert any(line.get("regression_loss", 0) > 0 for line in lines)
     both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "first" / "final")
     walked = Paths(*(torch.empty(0),) * 2, Embeddings({}, {}, [], 0, ""), *(torch.empty(0),) * 2, "", 100.0)
     assert spent_before(both, run, walked) == first.train_seconds

@@ -14,7 +14,7 @@ from fewstep.atomic import write_json
 from fewstep.backbones.load import absolute, called, fused, hub_id, seen_from, source_of
 from fewstep.cli import distill as module
 from fewstep.cli.preflight import note_shadowed
-from fewstep.cli.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
+from fewstep.runs.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
 
 from .. import tiny
 from .test_distill import RECIPE, error_of, fewstep
@@ -229,7 +229,7 @@ def test_numbers_that_are_none(option: str, value: object, said: str, path: Path
 
 
 def test_truth_values_stay_where_they_are_meant(path: Path) -> None:
-    sets = ["roles.share=true", "train.shard=false", "method.free_first=false", "preview.keep_best=true", "start=true", "name=no"]
+    sets = ["roles.share=true", "train.shard=false", "method.analytic_first_step=false", "preview.keep_best=true", "start=true", "name=no"]
     recipe = read_recipe(str(path), sets, DistillRecipe)
     assert recipe.roles.share and recipe.preview.keep_best and (recipe.start, recipe.name) == ("true", "no")
 

@@ -15,7 +15,7 @@ from fewstep.backbones.toy import Gaussian
 from fewstep.core import timegrid
 from fewstep.core.prediction import ROWS, Split, split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
-from fewstep.core.solvers import DDIM, SOLVERS, Denoise, Past, Solver, State, free_first, heun, sample, solver_named
+from fewstep.core.solvers import DDIM, SOLVERS, Denoise, SolverHistory, Solver, State, with_analytic_first_step, heun, sample, solver_named
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = (1, 2, 4, 5, 8)
@@ -208,7 +208,7 @@ def test_ipndm_keeps_the_state_that_it_steps_from() -> None:
     """Where pure noise holds no signal its first estimate is the network's own; afterwards the way splits the state itself."""
     schedule, seen = Flow(), []
 
-    def watch(way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+    def watch(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
         seen.append((way, t))
         return way
 
@@ -222,7 +222,7 @@ def test_a_correction_sees_the_whole_past_and_has_the_last_word() -> None:
     schedule, times = Flow(), timegrid.uniform(Flow(), 4)
     x, lengths = torch.ones((2, 2), dtype=torch.float64), []
 
-    def shift(way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+    def shift(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
         lengths.append(len(past.visits))
         assert torch.equal(past.noise, x)
         assert all(bool((newer.t < older.t).all()) for newer, older in pairwise(past.visits))
@@ -243,19 +243,19 @@ def test_the_first_direction_may_be_free(schedule: Schedule) -> None:
         return exact(schedule)(x, t)
 
     x = schedule.start_std * torch.randn((3, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    list(sample(free_first(denoise, schedule), schedule, x, timegrid.uniform(schedule, 3)))
+    list(sample(with_analytic_first_step(denoise, schedule), schedule, x, timegrid.uniform(schedule, 3)))
     assert len(calls) == 2
     t = torch.full((3,), schedule.t_max, dtype=torch.float64)
-    first = free_first(denoise, schedule)(x, t)
+    first = with_analytic_first_step(denoise, schedule)(x, t)
     alpha, sigma = schedule.alpha(t)[0], schedule.sigma(t)[0]
     torch.testing.assert_close(first.eps, x / (alpha**2 + sigma**2).sqrt())
     torch.testing.assert_close(alpha * first.x0 + sigma * first.eps, x)
     later = torch.where(torch.arange(3) == 1, schedule.at(torch.tensor(0.5)), t)
-    mixed, asked = free_first(denoise, schedule)(x, later), exact(schedule)(x, later)
+    mixed, asked = with_analytic_first_step(denoise, schedule)(x, later), exact(schedule)(x, later)
     for got, own, network in zip(mixed, first, asked, strict=True):
         assert torch.equal(got[[0, 2]], own[[0, 2]])
         assert torch.equal(got[1], network[1])
     calls.clear()
-    for got, own in zip(free_first(denoise, schedule, always=True)(x, t), first, strict=True):
+    for got, own in zip(with_analytic_first_step(denoise, schedule, always=True)(x, t), first, strict=True):
         assert torch.equal(got, own)
     assert len(calls) == 1  # asked, and not heeded

@@ -7,8 +7,8 @@ from torch import Tensor
 from fewstep.core import timegrid
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import VP, Flow, expand
-from fewstep.core.solvers import SOLVERS, Denoise, Past, sample, step
-from fewstep.core.trajectory import segment_starts
+from fewstep.core.solvers import SOLVERS, Denoise, SolverHistory, sample, step
+from fewstep.core.rollout import segment_starts
 
 TABLE = VP(torch.linspace(0.999, 0.005, 1000, dtype=torch.float64))
 
@@ -85,7 +85,7 @@ def test_there_is_no_gradient() -> None:
 def test_a_correction_meets_the_same_past_in_a_segment_as_on_the_way(solver: str) -> None:
     """Its answer depends on all that it is given: starting noise, times, and every visit."""
 
-    def correct(way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+    def correct(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
         extra = 0.1 * past.noise + expand(t_next / 1e4, way.x0)
         for age, visit in enumerate(past.visits, 1):
             extra = extra + expand((visit.t > t) / (10 * age), way.x0) * (visit.way.x0 - 0.5 * visit.here.eps)

@@ -159,7 +159,7 @@ BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
     [
         (CARD, "PixArtAlphaPipeline", EPS, "it loads no checkpoint of this family by itself"),
         (replace(CARD, head="span"), "StableDiffusionPipeline", EPS, "no sampler like this student's .a head."),
-        (replace(CARD, free_first=True), "StableDiffusionPipeline", EPS, "no sampler like this student's .a free first direction."),
+        (replace(CARD, analytic_first_step=True), "StableDiffusionPipeline", EPS, "no sampler like this student's .a free first direction."),
         (replace(CARD, solver={"4": "ipndm"}), "StableDiffusionPipeline", EPS, "no sampler like this student's .ipndm."),
         (replace(CARD, base="emoji"), "StableDiffusionPipeline", EPS, "no file of the base is known"),
         (replace(CARD, base="somebody/their-model"), "StableDiffusionPipeline", EPS, "no file of the base is known"),

@@ -17,11 +17,11 @@ from .card import CARD
 def test_every_step_count_says_its_calls() -> None:
     assert counted(CARD) == "4 in 4 steps"
     assert counted(replace(CARD, steps=(4, 1), head="span")) == "4 in 4 steps, 1 in 1 step"
-    assert counted(replace(CARD, steps=(4, 1), free_first=True)) == "3 in 4 steps, 0 in 1 step (the first step is free)"
+    assert counted(replace(CARD, steps=(4, 1), analytic_first_step=True)) == "3 in 4 steps, 0 in 1 step (the first step is free)"
 
 
 @pytest.mark.parametrize(
-    ("own", "by"), [({"head": "span"}, "a head"), ({"free_first": True}, "a free first direction"), ({"solver": {"4": "ipndm"}}, "iPNDM")]
+    ("own", "by"), [({"head": "span"}, "a head"), ({"analytic_first_step": True}, "a free first direction"), ({"solver": {"4": "ipndm"}}, "iPNDM")]
 )
 def test_what_no_stock_pipeline_does_is_not_written_for_one(own: dict[str, Any], by: str) -> None:
     with pytest.raises(

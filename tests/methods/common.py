@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone, Cond
-from fewstep.methods.matching import (
-    Matching,
+from fewstep.methods.distribution_matching import (
+    DistributionMatching,
     losses,
 )
 from fewstep.methods.method import Loss
@@ -41,6 +41,6 @@ def gradients(value: Tensor, roles: Roles, role: Role) -> list[Tensor | None]:
     return list(torch.autograd.grad(value, list(roles.trained[role].values()), allow_unused=True, retain_graph=True))
 
 
-def updates(roles: Roles, method: Matching, warming_up: bool = False, batch: int = BATCH) -> Iterator[Loss]:
+def updates(roles: Roles, method: DistributionMatching, warming_up: bool = False, batch: int = BATCH) -> Iterator[Loss]:
     cond, null = conditions(roles.backbone, batch)
     return losses(method, roles, cond, null, batch, seed(), warming_up)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.schedule import expand
-from fewstep.methods.matching import (
-    Matching,
+from fewstep.methods.distribution_matching import (
+    DistributionMatching,
     adversarial_loss,
     discriminator_loss,
     draw,
@@ -41,7 +41,7 @@ def real_data(roles: Roles) -> Real:
 @pytest.mark.parametrize("share_draw", [True, False])
 @pytest.mark.parametrize("share", [True, False])
 def test_the_adversarial_term_has_a_role_of_its_own(share: bool, share_draw: bool) -> None:
-    roles, method = adversaries(share), Matching(gan=0.5, gan_r1=0.1, share_draw=share_draw)
+    roles, method = adversaries(share), DistributionMatching(gan=0.5, gan_r1=0.1, share_draw=share_draw)
     cond, null = conditions(roles.backbone)
     found = []
     for loss in losses(method, roles, cond, null, BATCH, seed(), False, real_data(roles)):
@@ -61,7 +61,7 @@ def test_the_adversarial_term_has_a_role_of_its_own(share: bool, share_draw: boo
 @pytest.mark.parametrize("game", GAMES)
 def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
     roles = adversaries()
-    d = draw(Matching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
+    d = draw(DistributionMatching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     real, judge, rules = real_data(roles), roles.discriminator, GAMES[game]
     assert judge is not None
     x_real = expand(tiny.TABLE.alpha(d.tau), real.x0) * real.x0 + expand(tiny.TABLE.sigma(d.tau), real.x0) * d.e
@@ -70,14 +70,14 @@ def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
     slopes = torch.autograd.grad(logits.mean(1).sum(), theirs, create_graph=True)
     penalty = sum(g.square().flatten(1).sum(1) for g in slopes) / 2
     expected = (rules.real(logits) + rules.fake(ours) + 0.3 * penalty).mean()
-    torch.testing.assert_close(discriminator_loss(Matching(gan=1.0, gan_loss=game, gan_r1=0.3), roles, d, real), expected)
-    torch.testing.assert_close(adversarial_loss(Matching(gan=1.0, gan_loss=game), roles, d), rules.student(ours).mean())
+    torch.testing.assert_close(discriminator_loss(DistributionMatching(gan=1.0, gan_loss=game, gan_r1=0.3), roles, d, real), expected)
+    torch.testing.assert_close(adversarial_loss(DistributionMatching(gan=1.0, gan_loss=game), roles, d), rules.student(ours).mean())
 
 
 def test_the_discriminator_is_told_the_step_count_that_the_student_took(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = replace(tiny.denoiser(), feature_layers=("inp", "to_q"))
-    method = Matching(steps=(4, 2, 1), gan=0.5)
-    roles = make_roles(backbone, RolesConfig(rank=2), counts=method.conditioned, against=method.counts)
+    method = DistributionMatching(steps=(4, 2, 1), gan=0.5)
+    roles = make_roles(backbone, RolesConfig(rank=2), counts=method.condition_values, against=method.counts)
     told: list[int] = []
     logits = Discriminator.logits
 

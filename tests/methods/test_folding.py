@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 from fewstep.core.solvers import sample
-from fewstep.methods.matching import Matching
-from fewstep.methods.method import Turn, student_of
-from fewstep.methods.paths import PathImitation, fold
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.method import TrainBatch, student_of
+from fewstep.methods.trajectory_imitation import TrajectoryImitation, fold
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import embed
-from fewstep.trajp.head import facts_of, make_head
+from fewstep.heads.head import facts_of, make_head
 
 from .. import tiny
 from .common import BATCH, conditions, seed
 from .test_paths import walked
 
-METHOD = Matching(steps=3, guidance=1.0, head="fold", warmup=2)
+METHOD = DistributionMatching(steps=3, guidance=1.0, head="fold", warmup=2)
 
 
 def begun(move: float = 0.05) -> Roles:
     """A student in general position that begins with a head in general position."""
-    backbone, paths = tiny.denoiser(), walked(PathImitation(steps=3))
+    backbone, paths = tiny.denoiser(), walked(TrajectoryImitation(steps=3))
     head = make_head("span", tiny.TABLE, facts_of(tiny.TABLE, paths.whole, paths.grid, paths.states[:, -1], [METHOD.times(tiny.TABLE)]))
-    roles = make_roles(backbone, RolesConfig(rank=8), folding=head)
+    roles = make_roles(backbone, RolesConfig(rank=8), head_to_absorb=head)
     with torch.no_grad():
         for p in (*roles.trained["student"].values(), *head.parameters()):
             p.add_(move * torch.randn(p.shape, generator=seed(p.numel())))
@@ -41,12 +41,12 @@ def ends(roles: Roles, head: bool) -> Tensor:
     x = torch.randn((BATCH, *roles.backbone.shape), generator=seed(99))
     with torch.no_grad():
         denoise, times = student_of(METHOD, roles, cond), METHOD.times(tiny.TABLE)
-        *_, last = sample(denoise, tiny.TABLE, x, times, correct=roles.folding if head else None)
+        *_, last = sample(denoise, tiny.TABLE, x, times, correct=roles.head_to_absorb if head else None)
     return last.x
 
 
-def turn(roles: Roles, iteration: int = 0) -> Turn:
-    return Turn(iteration, 9, BATCH, *conditions(roles.backbone), None, seed(iteration))
+def turn(roles: Roles, iteration: int = 0) -> TrainBatch:
+    return TrainBatch(iteration, 9, BATCH, *conditions(roles.backbone), None, seed(iteration))
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_it_is_folded_while_the_fake_score_warms_up_and_never_after() -> None:
     for iteration, expected in ((0, ["fake", *["student"] * 3]), (1, ["fake", *["student"] * 3]), (2, ["fake", "student"])):
         found = list(METHOD.losses(roles, turn(roles, iteration)))
         assert [loss.role for loss in found] == expected
-        assert ("fold_loss" in found[-1].metrics) == (iteration < 2)
+        assert ("absorb_loss" in found[-1].metrics) == (iteration < 2)
     assert not any(name.startswith("head") for name in roles.trained["student"])
     values = [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))]
     assert values[0] > 1e-3
@@ -82,13 +82,13 @@ def test_it_is_folded_while_the_fake_score_warms_up_and_never_after() -> None:
     assert [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))] != values  # the student has moved
     roles.update_average(0.0)
     with torch.no_grad():
-        for p in roles.folding.parameters() if roles.folding is not None else ():
+        for p in roles.head_to_absorb.parameters() if roles.head_to_absorb is not None else ():
             p.zero_()
     assert all(float(loss.value.detach()) == 0 for loss in fold(METHOD, roles, turn(roles)))
 
 
 def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
-    """Adam's first update is its rate in every weight; with moments of other gradients it would be anything. The folding ends at rest."""
+    """Adam's first update is its rate in every weight; with moments of other gradients it would be anything. The head_to_absorb ends at rest."""
     roles, lr = begun(), 1e-3
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
     config = TrainConfig(4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)

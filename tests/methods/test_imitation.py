@@ -7,9 +7,9 @@ import torch
 
 from fewstep.core import timegrid
 from fewstep.core.schedule import diffuse
-from fewstep.core.solvers import land
+from fewstep.core.solvers import ddim_step
 from fewstep.methods.imitation import Imitation, consistency_loss, progressive_loss, stage_of
-from fewstep.methods.method import Real, Turn
+from fewstep.methods.method import Real, TrainBatch
 from fewstep.methods.presets import preset
 from fewstep.objectives.regression import METRICS, consistency_function
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
@@ -20,10 +20,10 @@ from .common import BATCH, conditions, gradients, seed, trained
 PROGRESSIVE = Imitation(target="progressive", loss="l2", solver="ddim", name="progressive", stages=3, steps=2)
 
 
-def turn(roles: Roles, iteration: int = 0, iterations: int = 9) -> Turn:
+def turn(roles: Roles, iteration: int = 0, iterations: int = 9) -> TrainBatch:
     cond, null = conditions(roles.backbone)
     pictures = Real(torch.randn((BATCH, *roles.backbone.shape), generator=seed(5)), cond)
-    return Turn(iteration, iterations, BATCH, cond, null, pictures, seed())
+    return TrainBatch(iteration, iterations, BATCH, cond, null, pictures, seed())
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -48,7 +48,7 @@ def test_consistency_is_its_formula(metric: str) -> None:
     t, s = times[n], times[n + 1]
     x_t = diffuse(tiny.TABLE, x_0, t, torch.randn(x_0.shape, generator=rng))
     with torch.no_grad():
-        x_s = land(tiny.TABLE, roles.teacher(cond, here.null, 3.5)(x_t, t), s)
+        x_s = ddim_step(tiny.TABLE, roles.teacher(cond, here.null, 3.5)(x_t, t), s)
         own = consistency_function(x_t, roles.denoise("student", cond)(x_t, t).x0, t, -1.0)
         current = roles.denoise("student", cond)(x_s, s.clamp(min=0)).x0
         with roles.averaged():
@@ -104,10 +104,10 @@ def test_one_step_lands_where_two_of_the_stage_before_land() -> None:
     x = diffuse(tiny.TABLE, x_0, high, torch.randn(x_0.shape, generator=rng))
     with torch.no_grad():
         teacher = roles.teacher(cond, here.null, 3.5)
-        x_middle = land(tiny.TABLE, teacher(x, high), middle)
-        x_low = land(tiny.TABLE, teacher(x_middle, middle), low)
+        x_middle = ddim_step(tiny.TABLE, teacher(x, high), middle)
+        x_low = ddim_step(tiny.TABLE, teacher(x_middle, middle), low)
         split = roles.denoise("student", cond)(x, high)
-        landed = land(tiny.TABLE, split, low)
+        landed = ddim_step(tiny.TABLE, split, low)
     loss = progressive_loss(replace(PROGRESSIVE, snr_clip=1e-9), roles, here)
     factor = tiny.TABLE.alpha(low) - tiny.TABLE.sigma(low) / tiny.TABLE.sigma(high) * tiny.TABLE.alpha(high)
     expected = ((landed - x_low).square().flatten(1).mean(1) / factor**2).mean() * 1e-9

@@ -12,9 +12,9 @@ from fewstep.core import timegrid
 from fewstep.core.prediction import row_named
 from fewstep.core.schedule import expand
 from fewstep.core.weighting import own_output, truncated_v
-from fewstep.methods.matching import (
+from fewstep.methods.distribution_matching import (
     Draw,
-    Matching,
+    DistributionMatching,
     draw,
     fake_loss,
     fisher_loss,
@@ -33,7 +33,7 @@ V = row_named("v")
 
 
 def made_up_draw() -> tuple[Draw, Tensor, Tensor]:
-    roles, method = trained(), Matching()
+    roles, method = trained(), DistributionMatching()
     d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     f_fake, f_teacher = torch.randn((2, *d.x_m.shape), generator=seed(7))
     return d, f_fake, f_teacher
@@ -43,8 +43,8 @@ def test_fake_loss_on_the_clean_estimate() -> None:
     d, f_fake, _ = made_up_draw()
     per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
     expected = (own_output(tiny.TABLE, V, d.tau, 5.0).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(Matching(), tiny.TABLE, V, d, f_fake), expected)
-    assert not fake_loss(Matching(), tiny.TABLE, V, d, f_fake).requires_grad  # nothing reaches the student
+    torch.testing.assert_close(fake_loss(DistributionMatching(), tiny.TABLE, V, d, f_fake), expected)
+    assert not fake_loss(DistributionMatching(), tiny.TABLE, V, d, f_fake).requires_grad  # nothing reaches the student
 
 
 def test_fake_loss_on_the_transition_noise() -> None:
@@ -52,12 +52,12 @@ def test_fake_loss_on_the_transition_noise() -> None:
     goal, weight = transition_target(tiny.TABLE, d.x_m.detach(), d.e, d.t, d.tau)
     per_sample = (f_fake - goal).square().flatten(1).mean(1)
     expected = ((weight * own_output(tiny.TABLE, V, d.tau, 2.0)).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(Matching(fake_target="transition", snr_clip=2.0), tiny.TABLE, V, d, f_fake), expected)
+    torch.testing.assert_close(fake_loss(DistributionMatching(fake_target="transition", snr_clip=2.0), tiny.TABLE, V, d, f_fake), expected)
 
 
 def test_without_the_importance_draw_the_fake_score_learns_around_the_clean_estimate() -> None:
     """Its x_tau is diffused from x0_hat and its target is x0_hat; the student's gradient is taken where it was."""
-    method = Matching(fake_draw="clean", tau_min=0.0)
+    method = DistributionMatching(fake_draw="clean", tau_min=0.0)
     inputs: list[Tensor] = []
     copies = trained(share=False)
     copies.networks["fake"].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
@@ -74,19 +74,19 @@ def test_fisher_loss_is_its_formula() -> None:
     goal, weight = transition_target(tiny.TABLE, d.x_m, d.e, d.t, d.tau)
     delta, n = f_teacher - f_fake, (d.x0 - f_teacher).abs().flatten(1).mean(1)
     expected = (delta * (f_teacher - goal)).flatten(1).sum(1) - 0.7 * delta.square().flatten(1).sum(1)
-    found = fisher_loss(Matching(fisher_correction=0.7), tiny.TABLE, d, f_fake, f_teacher)
+    found = fisher_loss(DistributionMatching(fisher_correction=0.7), tiny.TABLE, d, f_fake, f_teacher)
     torch.testing.assert_close(found, (weight.float() * expected / n).mean())
 
 
 def test_fisher_goes_through_the_scores_inputs() -> None:
     """Unlike reverse KL: the gradient is not that of fixed scores."""
     roles = trained()
-    *_, loss = updates(roles, Matching(divergence="fisher"))
-    d = draw(Matching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
+    *_, loss = updates(roles, DistributionMatching(divergence="fisher"))
+    d = draw(DistributionMatching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     cond, null = conditions(roles.backbone)
     with torch.no_grad():
         fixed = roles.denoise("fake", cond)(d.x_tau, d.tau).x0, roles.teacher(cond, null, 3.5)(d.x_tau, d.tau).x0
-    still = fisher_loss(Matching(), tiny.TABLE, d, *fixed)
+    still = fisher_loss(DistributionMatching(), tiny.TABLE, d, *fixed)
     torch.testing.assert_close(loss.value, still, rtol=1e-4, atol=1e-4)  # the same value, another gradient
     through, around = gradients(loss.value, roles, "student"), gradients(still, roles, "student")
     assert any(not torch.allclose(a, b, rtol=0.05) for a, b in zip(through, around, strict=True) if a is not None and b is not None)
@@ -97,10 +97,10 @@ def test_the_fake_scores_errors_are_weighed_by_what_the_network_predicts() -> No
     eps = row_named("eps")
     per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
     expected = ((tiny.TABLE.alpha(d.tau) / tiny.TABLE.sigma(d.tau)).square().clamp(max=5).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(Matching(), tiny.TABLE, eps, d, f_fake), expected)
+    torch.testing.assert_close(fake_loss(DistributionMatching(), tiny.TABLE, eps, d, f_fake), expected)
     backbone = tiny.denoiser(prediction="eps")
-    loss = next(iter(updates(trained(backbone=backbone), replace(Matching(), share_draw=False))))
-    other = next(iter(updates(trained(backbone=backbone), replace(Matching(fake_weight="v"), share_draw=False))))
+    loss = next(iter(updates(trained(backbone=backbone), replace(DistributionMatching(), share_draw=False))))
+    other = next(iter(updates(trained(backbone=backbone), replace(DistributionMatching(fake_weight="v"), share_draw=False))))
     assert float(loss.value) < float(other.value)
 
 
@@ -108,13 +108,13 @@ def test_fake_loss_weighted_like_v() -> None:
     d, f_fake, _ = made_up_draw()
     per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
     expected = (truncated_v(tiny.TABLE, V, d.tau, 3.0).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(Matching(fake_weight="v", snr_clip=3.0), tiny.TABLE, V, d, f_fake), expected)
+    torch.testing.assert_close(fake_loss(DistributionMatching(fake_weight="v", snr_clip=3.0), tiny.TABLE, V, d, f_fake), expected)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_student_loss_pulls_the_landing_state_against_the_difference(loss: str) -> None:
     d, f_fake, f_teacher = made_up_draw()
-    value = student_loss(Matching(loss=loss), d, f_fake, f_teacher)
+    value = student_loss(DistributionMatching(loss=loss), d, f_fake, f_teacher)
     (got,) = torch.autograd.grad(value, d.x_m, retain_graph=True)
     delta, n = f_fake - f_teacher, expand((d.x0.detach() - f_teacher).abs().flatten(1).mean(1), f_fake)
     size = delta.numel() / BATCH
@@ -132,7 +132,7 @@ def test_equal_roles_without_guidance_have_no_gradient_at_all(backbone: type, lo
     """Fake score = teacher, bit for bit: the matching gradient is exactly zero, not a small number."""
     roles = make_roles(backbone(), RolesConfig(rank=2))
     cond, null = conditions(roles.backbone, 4)
-    for item in losses(Matching(loss=loss, guidance=1.0), roles, cond, null, 4, seed(), warming_up=False):
+    for item in losses(DistributionMatching(loss=loss, guidance=1.0), roles, cond, null, 4, seed(), warming_up=False):
         if item.role == "student":
             assert item.value.item() == 0
             assert all(g is None or not bool(g.any()) for g in gradients(item.value, roles, "student"))
@@ -144,7 +144,7 @@ def test_equal_roles_without_guidance_have_no_gradient_at_all(backbone: type, lo
 def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
     roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
     cond, null = conditions(roles.backbone)
-    *_, last = losses(Matching(guidance=3.5), roles, cond, null, BATCH, seed(), warming_up=False)
+    *_, last = losses(DistributionMatching(guidance=3.5), roles, cond, null, BATCH, seed(), warming_up=False)
     assert any(g is not None and bool(g.any()) for g in gradients(last.value, roles, "student"))
 
 
@@ -163,7 +163,7 @@ def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
     ],
 )
 def test_order_of_updates(share_draw: bool, fake_updates: int, warming_up: bool, expected: list[str]) -> None:
-    method = Matching(share_draw=share_draw, fake_updates=fake_updates)
+    method = DistributionMatching(share_draw=share_draw, fake_updates=fake_updates)
     assert [loss.role for loss in updates(trained(), method, warming_up)] == expected
 
 
@@ -171,7 +171,7 @@ def test_order_of_updates(share_draw: bool, fake_updates: int, warming_up: bool,
 @pytest.mark.parametrize("share", [True, False])
 def test_each_loss_trains_its_own_role_and_no_other(share: bool, share_draw: bool) -> None:
     roles = trained(share)
-    for loss in updates(roles, Matching(share_draw=share_draw)):
+    for loss in updates(roles, DistributionMatching(share_draw=share_draw)):
         other: Role = "student" if loss.role == "fake" else "fake"
         if loss.role == "student":
             assert all(g is None for g in gradients(loss.value, roles, other))
@@ -186,7 +186,7 @@ def test_the_fake_step_in_between_leaves_the_students_gradient_exact(share: bool
     found = []
     for step in (0.0, 10.0):
         roles = trained(share)
-        for loss in updates(roles, Matching()):
+        for loss in updates(roles, DistributionMatching()):
             if loss.role == "fake":
                 with torch.no_grad():
                     for p, g in zip(roles.trained["fake"].values(), gradients(loss.value, roles, "fake"), strict=True):
@@ -197,8 +197,8 @@ def test_the_fake_step_in_between_leaves_the_students_gradient_exact(share: bool
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
 
 
-@pytest.mark.parametrize("method", [Matching(), Matching(loss="l2", fake_target="transition"), Matching(share_draw=False, fake_updates=2)])
-def test_shared_and_copied_roles_have_the_same_first_iteration(method: Matching) -> None:
+@pytest.mark.parametrize("method", [DistributionMatching(), DistributionMatching(loss="l2", fake_target="transition"), DistributionMatching(share_draw=False, fake_updates=2)])
+def test_shared_and_copied_roles_have_the_same_first_iteration(method: DistributionMatching) -> None:
     values = []
     for share in (True, False):
         roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
@@ -228,21 +228,21 @@ ROLLOUT = [6, 4, 2]  # 8 samples, 2 a segment: those that go further than the fi
 @pytest.mark.parametrize(
     ("method", "warming_up", "student", "teacher", "fake"),
     [
-        (Matching(), False, [*ROLLOUT, 8], [16], [8]),
-        (Matching(guidance=1.0), False, [*ROLLOUT, 8], [8], [8]),
-        (Matching(share_draw=False), False, [*ROLLOUT, 8] * 2, [16], [8, 8]),
-        (Matching(fake_updates=3), False, [*ROLLOUT, 8] * 3, [16], [8] * 3),
-        (Matching(fake_updates=3, share_draw=False), False, [*ROLLOUT, 8] * 4, [16], [8] * 4),
-        (Matching(), True, [*ROLLOUT, 8], [], [8]),
-        (Matching(fake_updates=2), True, [*ROLLOUT, 8] * 2, [], [8, 8]),
-        (Matching(divergence="fisher"), False, [*ROLLOUT, 8], [16], [8, 8]),
-        (Matching(fake_draw="clean"), False, [*ROLLOUT, 8], [16], [8, 8]),
-        (Matching(match="clean", solver="renoise", tau="whole"), False, [*ROLLOUT, 8], [16], [8]),
-        (Matching(steps=1), False, [8], [16], [8]),
-        (Matching(steps=2), False, [4, 8], [16], [8]),
+        (DistributionMatching(), False, [*ROLLOUT, 8], [16], [8]),
+        (DistributionMatching(guidance=1.0), False, [*ROLLOUT, 8], [8], [8]),
+        (DistributionMatching(share_draw=False), False, [*ROLLOUT, 8] * 2, [16], [8, 8]),
+        (DistributionMatching(fake_updates=3), False, [*ROLLOUT, 8] * 3, [16], [8] * 3),
+        (DistributionMatching(fake_updates=3, share_draw=False), False, [*ROLLOUT, 8] * 4, [16], [8] * 4),
+        (DistributionMatching(), True, [*ROLLOUT, 8], [], [8]),
+        (DistributionMatching(fake_updates=2), True, [*ROLLOUT, 8] * 2, [], [8, 8]),
+        (DistributionMatching(divergence="fisher"), False, [*ROLLOUT, 8], [16], [8, 8]),
+        (DistributionMatching(fake_draw="clean"), False, [*ROLLOUT, 8], [16], [8, 8]),
+        (DistributionMatching(match="clean", solver="renoise", tau="whole"), False, [*ROLLOUT, 8], [16], [8]),
+        (DistributionMatching(steps=1), False, [8], [16], [8]),
+        (DistributionMatching(steps=2), False, [4, 8], [16], [8]),
     ],
 )
-def test_network_calls_of_an_iteration(method: Matching, warming_up: bool, student: list[int], teacher: list[int], fake: list[int]) -> None:
+def test_network_calls_of_an_iteration(method: DistributionMatching, warming_up: bool, student: list[int], teacher: list[int], fake: list[int]) -> None:
     copies = make_roles(tiny.denoiser(), RolesConfig(share=False))
     with batch_sizes([copies.networks[r] for r in ("student", "teacher", "fake")]) as seen:
         list(updates(copies, method, warming_up))
@@ -258,14 +258,14 @@ def test_forward_passes_per_sample(steps: int) -> None:
     """(K + 1)/2 for the student, 2 for the guided teacher, 1 for the fake score, which serves both updates."""
     roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
     with batch_sizes([roles.backbone.module]) as (seen,):
-        list(updates(roles, Matching(steps=steps)))
+        list(updates(roles, DistributionMatching(steps=steps)))
     assert sum(seen) / BATCH == (steps + 1) / 2 + 2 + 1
 
 
 def test_gap_of_every_segment_is_logged() -> None:
-    *_, last = updates(trained(), Matching())
+    *_, last = updates(trained(), DistributionMatching())
     assert set(last.metrics) == {"student_loss", "gap_0", "gap_1", "gap_2", "gap_3"}
-    *_, small = updates(trained(), Matching(), batch=2)
+    *_, small = updates(trained(), DistributionMatching(), batch=2)
     assert len(small.metrics) == 3
 
 
@@ -304,40 +304,40 @@ def test_gap_of_every_segment_is_logged() -> None:
 )
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        Matching(**settings)
+        DistributionMatching(**settings)
     assert expected in str(error.value)
 
 
 def test_times_are_the_uniform_grid_of_any_step_count() -> None:
-    method = Matching(steps=4, shift=2.0)
+    method = DistributionMatching(steps=4, shift=2.0)
     assert torch.equal(method.times(tiny.TABLE), timegrid.uniform(tiny.TABLE, 4, 2.0))
     assert torch.equal(method.times(tiny.TABLE, 2), timegrid.uniform(tiny.TABLE, 2, 2.0))
-    several = Matching(steps=(2, 4))
+    several = DistributionMatching(steps=(2, 4))
     assert torch.equal(several.times(tiny.TABLE), timegrid.uniform(tiny.TABLE, 2))
-    assert (several.counts, several.conditioned) == ((2, 4), (2, 4))
-    assert Matching(steps=(2, 4), condition=False).conditioned == Matching(steps=(2,)).conditioned == Matching(steps=4).conditioned == ()
+    assert (several.counts, several.condition_values) == ((2, 4), (2, 4))
+    assert DistributionMatching(steps=(2, 4), condition=False).condition_values == DistributionMatching(steps=(2,)).condition_values == DistributionMatching(steps=4).condition_values == ()
 
 
 def test_tilted_guidance_is_stronger_near_noise_and_as_strong_in_the_middle() -> None:
-    method = Matching(guidance=4.0, guidance_tilt=0.5)
+    method = DistributionMatching(guidance=4.0, guidance_tilt=0.5)
     tau = torch.tensor([999.0, 499.0, -1.0], dtype=torch.float64)
     torch.testing.assert_close(guidance_at(method, tiny.TABLE, tau), torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64))
-    assert guidance_at(Matching(guidance=4.0), tiny.TABLE, tau) == 4.0
+    assert guidance_at(DistributionMatching(guidance=4.0), tiny.TABLE, tau) == 4.0
     with pytest.raises(ValueError, match=r"^guidance_tilt: got 2, allowed are numbers from -1 to 1"):
-        Matching(guidance_tilt=2)
+        DistributionMatching(guidance_tilt=2)
 
 
 def test_the_teacher_is_asked_without_the_parallel_part() -> None:
     """The same draws and networks: what is taken away from the teacher's belief is along its clean estimate."""
     roles = trained()
-    plain, projected = (list(updates(roles, Matching(steps=2, guidance=3.0, guidance_parallel=p)))[-1].metrics["gap_1"] for p in (1.0, 0.0))
+    plain, projected = (list(updates(roles, DistributionMatching(steps=2, guidance=3.0, guidance_parallel=p)))[-1].metrics["gap_1"] for p in (1.0, 0.0))
     assert not torch.allclose(plain, projected)
     with pytest.raises(ValueError, match=r"^guidance_parallel: got 1.5, allowed are shares from 0"):
-        Matching(guidance_parallel=1.5)
+        DistributionMatching(guidance_parallel=1.5)
 
 
 def test_the_teacher_is_asked_with_it() -> None:
     """The same guidance on average, another one at each tau: another loss."""
     roles = trained()
-    plain, tilted = (list(updates(roles, Matching(steps=2, guidance=g, guidance_tilt=b)))[-1].value for g, b in ((3.0, 0.0), (3.0, 0.4)))
+    plain, tilted = (list(updates(roles, DistributionMatching(steps=2, guidance=g, guidance_tilt=b)))[-1].value for g, b in ((3.0, 0.0), (3.0, 0.4)))
     assert not torch.allclose(plain, tilted)

@@ -10,30 +10,30 @@ from fewstep.api import sample_states
 from fewstep.backbones.base import Backbone, denoiser
 from fewstep.begin import roles_for
 from fewstep.core import timegrid
-from fewstep.core.solvers import SOLVERS, Correct, Denoise, Past, sample, step
-from fewstep.methods.matching import Matching, draw
-from fewstep.methods.method import Turn, student_of
-from fewstep.methods.paths import PathImitation
+from fewstep.core.solvers import SOLVERS, Correction, Denoise, SolverHistory, sample, step
+from fewstep.methods.distribution_matching import DistributionMatching, draw
+from fewstep.methods.method import TrainBatch, student_of
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.methods.presets import preset, require_roles
 from fewstep.objectives.regression import METRICS
 from fewstep.roles.roles import CONDITION, HEAD, Roles, RolesConfig, make_roles
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.paths import Paths, PathsConfig, teacher_paths, to_end, union
 from fewstep.training.prompts import embed
-from fewstep.trajp.head import KINDS
+from fewstep.heads.head import KINDS
 
 from .. import tiny
 from ..training.test_loop import digest
 from .common import BATCH, conditions, seed
 
 
-def walked(method: PathImitation, backbone: Backbone | None = None) -> Paths:
+def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Paths:
     backbone = backbone or tiny.denoiser()
     times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
     return to_end(teacher_paths(backbone, embed(backbone, tiny.WORDS, None, ""), PathsConfig(6, 12), times, method.guidance, None, ""))
 
 
-def student(method: PathImitation, paths: Paths, config: RolesConfig, move: float = 0.1) -> Roles:
+def student(method: TrajectoryImitation, paths: Paths, config: RolesConfig, move: float = 0.1) -> Roles:
     roles = roles_for(tiny.denoiser(), method, config, paths=paths)
     with torch.no_grad():
         for p in roles.trained["student"].values():
@@ -41,16 +41,16 @@ def student(method: PathImitation, paths: Paths, config: RolesConfig, move: floa
     return roles
 
 
-def turn(paths: Paths) -> Turn:
+def turn(paths: Paths) -> TrainBatch:
     walk = paths.draw(BATCH, seed(4), torch.device("cpu"))
-    return Turn(0, 9, BATCH, *conditions(tiny.denoiser()), None, seed(), walk)
+    return TrainBatch(0, 9, BATCH, *conditions(tiny.denoiser()), None, seed(), walk)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp", "ipndm"])
 @pytest.mark.parametrize("head", ["none", *KINDS])
 def test_every_step_starts_where_the_student_is_and_meets_the_teachers_state(head: str, solver: str) -> None:
     """Nothing is stepped here, so the student's positions are its sampler's own, and each loss is their distance to the teacher's."""
-    method = PathImitation(steps=3, head=head, solver=solver)
+    method = TrajectoryImitation(steps=3, head=head, solver=solver)
     paths = walked(method)
     roles = student(method, paths, RolesConfig(rank=2))
     here = turn(paths)
@@ -66,7 +66,7 @@ def test_every_step_starts_where_the_student_is_and_meets_the_teachers_state(hea
 
 def test_the_gradient_of_a_step_is_its_own() -> None:
     """No backpropagation through earlier steps: the last loss has the gradient of a single step from where they led."""
-    method = PathImitation(steps=3, loss="l2")
+    method = TrajectoryImitation(steps=3, loss="l2")
     paths = walked(method)
     roles = student(method, paths, RolesConfig(rank=2))
     here = turn(paths)
@@ -75,18 +75,18 @@ def test_the_gradient_of_a_step_is_its_own() -> None:
     parameters = list(roles.trained["student"].values())
     got = torch.autograd.grad(last.value, parameters)
     times, x = method.times(tiny.TABLE), here.walk.states[:, 0]
-    past = Past(x)
+    past = SolverHistory(x)
     for n, (t, t_next) in enumerate(pairwise(s.expand(len(x)) for s in times)):
         with torch.set_grad_enabled(n == 2):
             x, visit = step(SOLVERS["ddim"], tiny.TABLE, roles.denoise("student", here.walk.cond, 3)(x, t), t, t_next, past, roles.head)
-        past = Past(past.noise, (visit, *past.visits))
+        past = SolverHistory(past.noise, (visit, *past.visits))
     expected = torch.autograd.grad((x - here.walk.states[:, -1]).square().mean(), parameters)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
-    method = PathImitation(steps=(4, 2, 3))
+    method = TrajectoryImitation(steps=(4, 2, 3))
     paths = walked(method)
     assert len(paths.times) == 7
     roles = student(method, paths, RolesConfig(rank=2), move=0.0)
@@ -111,7 +111,7 @@ def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
 ])  # fmt: skip
 def test_rivals_are_settings(name: str, settings: dict[str, Any], config: RolesConfig, parts: set[str]) -> None:
     method = preset(name, steps=2, **settings)
-    assert isinstance(method, PathImitation)
+    assert isinstance(method, TrajectoryImitation)
     require_roles(name, config)
     paths = walked(method)
     roles = student(method, paths, config)
@@ -124,7 +124,7 @@ def test_rivals_are_settings(name: str, settings: dict[str, Any], config: RolesC
 
 
 def test_a_free_first_step_without_a_head_has_nothing_to_learn() -> None:
-    method = PathImitation(steps=3, head="none", free_first=True)
+    method = TrajectoryImitation(steps=3, head="none", analytic_first_step=True)
     paths = walked(method)
     calls: list[int] = []
     roles = student(method, paths, RolesConfig(rank=2))
@@ -135,11 +135,11 @@ def test_a_free_first_step_without_a_head_has_nothing_to_learn() -> None:
 
 @pytest.mark.parametrize("head", KINDS)
 def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> None:
-    backbone, method = tiny.stable_diffusion(), PathImitation(steps=(3, 2), guidance=1.0, head=head)
+    backbone, method = tiny.stable_diffusion(), TrajectoryImitation(steps=(3, 2), guidance=1.0, head=head)
     schedule, (cond, _) = backbone.schedule, conditions(backbone, 2)
     x = torch.randn((2, *backbone.shape), generator=seed())
 
-    def states(denoise: Denoise, steps: int, correct: Correct | None = None) -> list[torch.Tensor]:
+    def states(denoise: Denoise, steps: int, correct: Correction | None = None) -> list[torch.Tensor]:
         with torch.no_grad():
             return [s.x for s in sample(denoise, schedule, x, method.times(schedule, steps), correct=correct)]
 
@@ -153,7 +153,7 @@ def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> 
 
 @pytest.mark.parametrize("config", [RolesConfig(rank=2), RolesConfig(rank=0), RolesConfig(share=False)], ids=["lora", "head", "copy"])
 def test_imitation_leaves_the_teacher_as_it_was(config: RolesConfig) -> None:
-    method = PathImitation(steps=(3, 2))
+    method = TrajectoryImitation(steps=(3, 2))
     paths = walked(method)
     roles = student(method, paths, config, move=0.0)
     data, before = embed(roles.backbone, tiny.WORDS, None, ""), digest(roles.networks["teacher"])
@@ -165,7 +165,7 @@ def test_imitation_leaves_the_teacher_as_it_was(config: RolesConfig) -> None:
 
 
 def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
-    method = PathImitation(steps=2)
+    method = TrajectoryImitation(steps=2)
     paths = walked(method)
     roles = student(method, paths, RolesConfig(rank=0))
     assert not any(p.requires_grad for p in roles.backbone.module.parameters())
@@ -177,10 +177,10 @@ def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
 @pytest.mark.parametrize("free", [False, True])
 def test_a_head_goes_along_into_distribution_matching(free: bool) -> None:
     """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient, from a free first step too."""
-    paths = walked(PathImitation(steps=4))
-    roles = student(PathImitation(steps=4), paths, RolesConfig(rank=2))
+    paths = walked(TrajectoryImitation(steps=4))
+    roles = student(TrajectoryImitation(steps=4), paths, RolesConfig(rank=2))
     cond, _ = conditions(roles.backbone)
-    method = Matching(steps=4, free_first=free)
+    method = DistributionMatching(steps=4, analytic_first_step=free)
     d = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
     assert set(d.segment.tolist()) == {0, 1, 2, 3}
     rng = seed()
@@ -196,7 +196,7 @@ def test_a_head_goes_along_into_distribution_matching(free: bool) -> None:
 
 
 def test_a_step_of_training_is_not_sampled_in_more_steps_than_its_head_serves() -> None:
-    method = PathImitation(steps=3)
+    method = TrajectoryImitation(steps=3)
     step = Step(1, {}, 0.0, student(method, walked(method), RolesConfig(rank=2)), method)
     assert len(sample_states(step, ["red cat"], steps=2)) == 3
     with pytest.raises(ValueError, match=r"^steps: got 4, the student's span head serves up to 3 steps; take as many or fewer"):
@@ -208,26 +208,26 @@ def test_a_step_of_training_is_not_sampled_in_more_steps_than_its_head_serves() 
     ({"solver": "renoise"}, "solver: got 'renoise', allowed are ddim, dpmpp, ipndm"),
     ({"steps": 0}, "steps: got 0"),
     ({"loss": "l3"}, "loss: got 'l3', allowed are l1, l2, huber"),
-    ({"steps": (2, 1), "free_first": True}, "free_first: got True for a student of 1 step"),
+    ({"steps": (2, 1), "analytic_first_step": True}, "analytic_first_step: got True for a student of 1 step"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        PathImitation(**settings)
+        TrajectoryImitation(**settings)
 
 
 # The same states as an anchor of distribution matching
 
 
-def anchored(anchor: float, rank: int = 2) -> tuple[list[torch.Tensor], float, Roles, Turn]:
+def anchored(anchor: float, rank: int = 2) -> tuple[list[torch.Tensor], float, Roles, TrainBatch]:
     """Gradient and anchor of the student's update from fixed states of the teacher."""
-    method = Matching(steps=3, anchor=anchor, guidance=1.0, warmup=0)
-    paths = walked(PathImitation(steps=3))
+    method = DistributionMatching(steps=3, anchor=anchor, guidance=1.0, warmup=0)
+    paths = walked(TrajectoryImitation(steps=3))
     roles, here = make_roles(tiny.denoiser(), RolesConfig(rank=rank)), turn(paths)
     if not anchor:
         here = here._replace(walk=None)
     *_, last = method.losses(roles, here)
     found = torch.autograd.grad(last.value, list(roles.trained["student"].values()))
-    return list(found), float(last.metrics.get("anchor_loss", 0.0)), roles, here
+    return list(found), float(last.metrics.get("regression_loss", 0.0)), roles, here
 
 
 def test_an_anchor_is_the_distance_of_every_landing_state_to_the_teachers_trajectory() -> None:
@@ -241,7 +241,7 @@ def test_an_anchor_is_the_distance_of_every_landing_state_to_the_teachers_trajec
     assert value == same
     torch.testing.assert_close([2 * g for g in once], twice)
     assert here.walk is not None
-    method = Matching(steps=3)
+    method = DistributionMatching(steps=3)
     segment = draw(method, roles, here.walk.cond, BATCH, seed(), False, begin=here.walk.states[:, 0]).segment
     with torch.no_grad():
         states = list(sample(roles.denoise("student", here.walk.cond, 3), tiny.TABLE, here.walk.states[:, 0], method.times(tiny.TABLE)))
@@ -253,4 +253,4 @@ def test_an_anchor_is_the_distance_of_every_landing_state_to_the_teachers_trajec
 @pytest.mark.parametrize("settings", [{"solver": "renoise"}, {"gan": 1.0}])
 def test_an_anchor_wants_a_deterministic_solver_and_the_recipes_only_data(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"anchor: got"):
-        Matching(anchor=0.5, **settings)
+        DistributionMatching(anchor=0.5, **settings)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fewstep.methods.matching import (
-    Matching,
+from fewstep.methods.distribution_matching import (
+    DistributionMatching,
 )
 from fewstep.methods.presets import PRESETS, ROLES, preset, require_roles
 from fewstep.roles.roles import TRAINED, Role, RolesConfig, make_roles
@@ -13,13 +13,13 @@ from .. import tiny
 from .common import gradients, updates
 
 
-@pytest.mark.parametrize("name", [n for n, m in PRESETS.items() if isinstance(m, Matching)])
+@pytest.mark.parametrize("name", [n for n, m in PRESETS.items() if isinstance(m, DistributionMatching)])
 @pytest.mark.parametrize("share", [True, False])
 def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
     method = preset(name)
-    assert isinstance(method, Matching)
+    assert isinstance(method, DistributionMatching)
     backbone = tiny.denoiser()
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2), counts=method.conditioned)
+    roles = make_roles(backbone, RolesConfig(share=share, rank=2), counts=method.condition_values)
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for role in TRAINED:
@@ -52,16 +52,16 @@ PAPERS = {
 
 
 def test_a_presets_settings_are_its_papers() -> None:
-    assert {n for n, m in PRESETS.items() if isinstance(m, Matching)} == PAPERS.keys()
+    assert {n for n, m in PRESETS.items() if isinstance(m, DistributionMatching)} == PAPERS.keys()
     for name, (match, divergence, correction, tau, updates_, solver) in PAPERS.items():
         m = preset(name)
-        assert isinstance(m, Matching)
+        assert isinstance(m, DistributionMatching)
         assert (m.match, m.divergence, m.tau, m.fake_updates, m.solver) == (match, divergence, tau, updates_, solver)
         assert correction in (None, m.fisher_correction)
 
 
 def test_settings_beside_a_preset_win() -> None:
-    assert preset("dmd2", fake_updates=5, steps=2) == Matching(
+    assert preset("dmd2", fake_updates=5, steps=2) == DistributionMatching(
         steps=2, match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=5, loss="l2", share_draw=False, name="dmd2"
     )
 

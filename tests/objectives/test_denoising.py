@@ -7,7 +7,7 @@ from torch import Tensor
 from fewstep.backbones.toy import Gaussian
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import VP, Flow, Schedule, diffuse, expand, transition
-from fewstep.core.solvers import land
+from fewstep.core.solvers import ddim_step
 from fewstep.objectives.denoising import denoising, transition_target
 
 TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -56,7 +56,7 @@ def landed(schedule: Schedule, high: float, landing: float, rng: torch.Generator
     x = diffuse(schedule, data.draw(N, rng), t, torch.randn((N, 1), generator=rng, dtype=torch.float64))
     x0 = data.flow(schedule, x, t, constant(schedule.t_clean))
     eps = (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x)
-    return land(schedule, Split(x0, eps), s)[:, 0], x0[:, 0]
+    return ddim_step(schedule, Split(x0, eps), s)[:, 0], x0[:, 0]
 
 
 @pytest.mark.parametrize(

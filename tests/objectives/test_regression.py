@@ -5,7 +5,7 @@ import torch
 
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
-from fewstep.core.solvers import land
+from fewstep.core.solvers import ddim_step
 from fewstep.objectives.regression import METRICS, consistency_function, landing_target, metric_named
 
 TABLE = VP(torch.linspace(0.999, 0.005, 1000, dtype=torch.float64))
@@ -21,7 +21,7 @@ def test_a_ddim_step_with_the_target_lands_there(schedule: Schedule, t: float, s
     start, end = (torch.full((3,), u, dtype=torch.float64) for u in (t, s))
     x0 = landing_target(schedule, x_t, x_s, start, end)
     alpha, sigma = (expand(f(start), x_t) for f in (schedule.alpha, schedule.sigma))
-    torch.testing.assert_close(land(schedule, Split(x0, (x_t - alpha * x0) / sigma), end), x_s)
+    torch.testing.assert_close(ddim_step(schedule, Split(x0, (x_t - alpha * x0) / sigma), end), x_s)
 
 
 def test_consistency_function_is_the_identity_on_clean_data_and_x0_far_from_it() -> None:

@@ -55,7 +55,7 @@ def test_nothing_to_show_is_no_chart() -> None:
     assert [c.title for c in charts(METRICS, [])] == [
         "Distance to real images while training",
         "Prompt match while training",
-        "Matching gap by step",
+        "DistributionMatching gap by step",
         "Losses",
         "Gradient norms",
     ]

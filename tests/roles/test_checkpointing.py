@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import load_teacher
-from fewstep.methods.matching import Matching, losses
+from fewstep.methods.distribution_matching import DistributionMatching, losses
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import pipelines, tiny
@@ -32,7 +32,7 @@ def prepared(backbone: Backbone, checkpointing: bool, share: bool = True) -> Rol
 def gradients(roles: Roles) -> dict[Role, list[Tensor]]:
     """Those of one iteration; each backward pass comes after other roles have been called."""
     _, _, cond, null = given(roles.backbone)
-    method = Matching(steps=(2, 1), guidance=3.0, warmup=0)
+    method = DistributionMatching(steps=(2, 1), guidance=3.0, warmup=0)
     found: dict[Role, list[Tensor]] = {}
     for loss in losses(method, roles, cond, null, 2, torch.Generator().manual_seed(0), warming_up=False):
         parameters = list(roles.trained[loss.role].values())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.api import load_teacher
 from fewstep.backbones.base import Backbone
-from fewstep.methods.matching import Matching, losses
+from fewstep.methods.distribution_matching import DistributionMatching, losses
 from fewstep.roles import adapters
 from fewstep.roles.quantised import (
     BLOCK,
@@ -147,7 +147,7 @@ def test_adapters_train_beside_a_base_that_does_not_move(kind: Kind, checkpointi
             assert torch.equal(roles.denoise(role, cond)(x, t).x0, teacher)
     before = digest(backbone.module)
     start = {r: {n: p.detach().clone() for n, p in roles.trained[r].items()} for r in TRAINED}
-    data, method = embed(backbone, tiny.WORDS, None, "wide"), Matching(steps=2, guidance=2.0, warmup=8)
+    data, method = embed(backbone, tiny.WORDS, None, "wide"), DistributionMatching(steps=2, guidance=2.0, warmup=8)
 
     def loss() -> float:
         """The fake score's, at the same draws each time."""

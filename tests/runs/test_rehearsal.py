@@ -11,8 +11,8 @@ import fewstep
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around, fingerprint
 from fewstep.backbones.parts import frozen
-from fewstep.methods.matching import Matching
-from fewstep.methods.paths import PathImitation
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.rehearsal import CHECKPOINTS, STUDENTS, Trial, student_check, trial_of
 from fewstep.runs.students import Made
@@ -20,7 +20,7 @@ from fewstep.training.loop import TrainConfig
 
 from .. import tiny
 
-METHOD = Matching(steps=2, guidance=2.0, warmup=1)
+METHOD = DistributionMatching(steps=2, guidance=2.0, warmup=1)
 
 
 def trial(teacher: Backbone, method: Any = METHOD, config: TrainConfig | None = None, **roles: Any) -> Trial:
@@ -34,10 +34,10 @@ def trial(teacher: Backbone, method: Any = METHOD, config: TrainConfig | None = 
         (tiny.stable_diffusion, METHOD, {"rank": 2}),
         (tiny.stable_diffusion, METHOD, {"rank": 2, "alpha": 1.0}),
         (tiny.stable_diffusion, METHOD, {"share": False}),
-        (tiny.stable_diffusion, Matching(steps=(4, 2, 1), guidance=2.0), {"rank": 2}),
-        (tiny.stable_diffusion, Matching(steps=(4, 2, 1), guidance=2.0), {"share": False}),
-        (tiny.stable_diffusion, PathImitation(steps=2, head="span", guidance=2.0), {"rank": 2}),
-        (tiny.stable_diffusion, PathImitation(steps=2, head="span", guidance=2.0), {"rank": 0}),
+        (tiny.stable_diffusion, DistributionMatching(steps=(4, 2, 1), guidance=2.0), {"rank": 2}),
+        (tiny.stable_diffusion, DistributionMatching(steps=(4, 2, 1), guidance=2.0), {"share": False}),
+        (tiny.stable_diffusion, TrajectoryImitation(steps=2, head="span", guidance=2.0), {"rank": 2}),
+        (tiny.stable_diffusion, TrajectoryImitation(steps=2, head="span", guidance=2.0), {"rank": 0}),
         (tiny.denoiser, METHOD, {"rank": 2}),
         (tiny.denoiser, METHOD, {"share": False}),
     ],
@@ -96,5 +96,5 @@ def test_trajectories_that_have_no_room_are_not_walked(tmp_path: Path, monkeypat
     monkeypatch.setattr("fewstep.atomic.shutil.disk_usage", lambda path: full)
     paths = fewstep.PathsConfig(count=40, steps=4, folder=str(tmp_path / "walked"))
     with pytest.raises(OSError, match=r"walked/trajectories.json: it takes .* are free there"):
-        next(fewstep.distill(tiny.denoiser(), PathImitation(steps=2), tiny.WORDS, iterations=1, paths=paths))
+        next(fewstep.distill(tiny.denoiser(), TrajectoryImitation(steps=2), tiny.WORDS, iterations=1, paths=paths))
     assert not list(tmp_path.rglob("*.safetensors"))

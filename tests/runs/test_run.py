@@ -133,7 +133,7 @@ def test_a_student_of_a_pipeline_is_kept_with_its_pictures(tmp_path: Path) -> No
 
 
 def test_trajectories_are_shared_by_a_folder_and_say_their_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    method, ways = fewstep.PathImitation(steps=2, guidance=2.0), fewstep.PathsConfig(count=8, steps=4, folder=str(tmp_path / "walks"))
+    method, ways = fewstep.TrajectoryImitation(steps=2, guidance=2.0), fewstep.PathsConfig(count=8, steps=4, folder=str(tmp_path / "walks"))
     teacher, runs = tiny.denoiser(), []
     for seed in (0, 1):
         runs += list(fewstep.distill(teacher, method, tiny.WORDS, **(SETTINGS | {"iterations": 2}), seed=seed, paths=ways))
@@ -166,12 +166,12 @@ def test_a_method_by_its_name_has_all_its_settings() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        (fewstep.Matching, {"name": "dmd2"}),
-        (fewstep.Matching, {"name": "sid", "match": "clean", "tau": "whole"}),
-        (fewstep.Matching, {"name": "tdm-fisher"}),
-        (fewstep.Matching, {"name": "diff-instruct", "steps": 1}),
+        (fewstep.DistributionMatching, {"name": "dmd2"}),
+        (fewstep.DistributionMatching, {"name": "sid", "match": "clean", "tau": "whole"}),
+        (fewstep.DistributionMatching, {"name": "tdm-fisher"}),
+        (fewstep.DistributionMatching, {"name": "diff-instruct", "steps": 1}),
         (fewstep.Imitation, {"name": "progressive"}),
-        (fewstep.PathImitation, {"name": "sfd"}),
+        (fewstep.TrajectoryImitation, {"name": "sfd"}),
     ],
 )
 def test_a_name_on_other_settings_is_refused(kind: Callable[..., Any], settings: dict[str, Any]) -> None:
@@ -180,8 +180,8 @@ def test_a_name_on_other_settings_is_refused(kind: Callable[..., Any], settings:
 
 
 def test_settings_without_a_name_have_that_of_what_they_are() -> None:
-    assert fewstep.TDM().name == "tdm" and fewstep.Matching(steps=(2, 1)).name == "tdm-unify"
-    assert fewstep.Matching(divergence="fisher").name == "tdm-fisher"
+    assert fewstep.TDM().name == "tdm" and fewstep.DistributionMatching(steps=(2, 1)).name == "tdm-unify"
+    assert fewstep.DistributionMatching(divergence="fisher").name == "tdm-fisher"
     assert replace(fewstep.method("dmd2"), name="tdm").name == "dmd2"
 
 
@@ -200,7 +200,7 @@ def test_settings_without_a_name_have_that_of_what_they_are() -> None:
         (lambda t: fewstep.distill(t, fewstep.Imitation(steps=2), iterations=3), r"^pictures: method lcm needs some"),
         (lambda t: fewstep.distill(t, METHOD, iterations=3, pictures="teacher"), r"^pictures: method tdm is trained from prompts alone"),
         (lambda t: fewstep.sample(t, ["a"], seeds=ODD), r"^seeds: got 3"),
-        (lambda t: fewstep.Matching(steps=0), r"^steps: got 0"),
+        (lambda t: fewstep.DistributionMatching(steps=0), r"^steps: got 0"),
         (lambda t: fewstep.PathsConfig(count=0), r"^count: got 0"),
         (lambda t: fewstep.distill(replace(t, shape=(2, 5)), METHOD, iterations=3), r"^teacher: the network of own-network gives \[2, 2, 2, 5\] for states \[2, 2, 5\]"),
         (lambda t: fewstep.distill(replace(t, shape=(3, 4, 4)), METHOD, iterations=3), r"^teacher: the network of own-network does not take states \[2, 3, 4, 4\]"),

@@ -115,7 +115,7 @@ def test_watching_costs_no_more_than_its_share() -> None:
         ("data.folder: the trajectories", "paths.folder: the trajectories"),
         ("data.source: method lcm needs pictures; leave data out", "pictures: method lcm needs pictures; leave pictures out"),
         ("x: choose another --out", "x: choose another out"),
-        ("method.free_first: got true with method.solver=renoise", "free_first: got True with solver=renoise"),
+        ("method.analytic_first_step: got true with method.solver=renoise", "analytic_first_step: got True with solver=renoise"),
         ("read runs/train.log and train.", "read runs/train.log and train."),
     ],
 )

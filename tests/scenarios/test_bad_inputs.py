@@ -22,8 +22,8 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from fewstep.cli import main
-from fewstep.cli.recipe import DistillRecipe, _kinds
-from fewstep.methods.matching import Matching
+from fewstep.runs.recipe import DistillRecipe, _kinds
+from fewstep.methods.distribution_matching import DistributionMatching
 
 from .storm import RECIPE, place
 
@@ -102,7 +102,7 @@ def leaves(kind: Any, where: str = "") -> Iterator[tuple[str, list[Any]]]:
         kinds = _kinds(annotation)
         inner = [k for k in kinds if isinstance(k, type) and (issubclass(k, BaseModel) or is_dataclass(k))]
         if name == "method":
-            inner = [Matching]
+            inner = [DistributionMatching]
         if name in ("first", "data", "kind"):
             continue
         if inner:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.core.schedule import VP, Flow
 from fewstep.methods.imitation import Imitation
-from fewstep.methods.matching import Matching
-from fewstep.methods.method import Loss, Turn
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.method import Loss, TrainBatch
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
@@ -27,7 +27,7 @@ from fewstep.training.state import checkpoints
 
 from .. import tiny
 
-METHOD = Matching(steps=2, guidance=2.0, warmup=2)
+METHOD = DistributionMatching(steps=2, guidance=2.0, warmup=2)
 CONFIG = TrainConfig(iterations=6, batch=4, lr=1e-3, fake_lr=1e-2, checkpoint_every=3)
 
 
@@ -37,7 +37,7 @@ def parts(share: bool = True, backbone: Backbone | None = None) -> tuple[Roles, 
 
 
 def run(
-    share: bool = True, method: Matching = METHOD, config: TrainConfig = CONFIG, out: Path | None = None, stop: int | None = None
+    share: bool = True, method: DistributionMatching = METHOD, config: TrainConfig = CONFIG, out: Path | None = None, stop: int | None = None
 ) -> tuple[Roles, list[Step]]:
     roles, data = parts(share)
     steps = []
@@ -179,16 +179,16 @@ class Place:
 def draws_of(rank: int, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, list[float]]]]:
     """For every iteration and batch of a process: the seed of its noise, and which conditions it took."""
     seen: list[list[tuple[int, list[float]]]] = []
-    inner = Matching.losses
+    inner = DistributionMatching.losses
 
-    def watched(method: Matching, roles: Roles, turn: Turn) -> Iterator[Loss]:
+    def watched(method: DistributionMatching, roles: Roles, turn: TrainBatch) -> Iterator[Loss]:
         if len(seen) <= turn.iteration:
             seen.append([])
         seen[turn.iteration].append((turn.rng.initial_seed(), turn.cond["label"].flatten().tolist()))
         return inner(method, roles, turn)
 
     monkeypatch.setattr(loop, "Accelerator", lambda: Place(rank))
-    monkeypatch.setattr(Matching, "losses", watched)
+    monkeypatch.setattr(DistributionMatching, "losses", watched)
     backbone = tiny.denoiser()
     words = [letter * n for letter in "abe" for n in range(1, 30)]
     roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, words, None, "tiny")

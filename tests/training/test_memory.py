@@ -15,9 +15,9 @@ from fewstep.backbones.base import Backbone
 from fewstep.backbones.hollow import hollow_teacher
 from fewstep.backbones.load import load_teacher
 from fewstep.begin import roles_for
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
-from fewstep.methods.paths import PathImitation
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.quantised import quantise
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.loop import TrainConfig, distill
@@ -27,7 +27,7 @@ from fewstep.training.prompts import Embeddings
 
 from .. import pipelines
 
-TDM = Matching(steps=2, warmup=0)
+TDM = DistributionMatching(steps=2, warmup=0)
 
 
 def bytes_of(backbone: Backbone, method: Method, roles: RolesConfig, config: TrainConfig) -> Training:
@@ -62,18 +62,18 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
         pytest.param(
             TDM, RolesConfig(rank=4, base="nf4"), 8, marks=pytest.mark.slow
         ),  # with checkpointing, a weight decoded on a CPU is too much of all
-        pytest.param(Matching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
-        pytest.param(Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
+        pytest.param(DistributionMatching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
+        pytest.param(DistributionMatching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.slow
-def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: Matching, roles: RolesConfig, batch: int) -> None:
+def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: DistributionMatching, roles: RolesConfig, batch: int) -> None:
     config = TrainConfig(2, batch, 1e-4, 1e-4)
     planned = bytes_of(hollow_teacher("emoji"), method, roles, config).total
     assert planned == pytest.approx(taken(load_teacher("emoji"), method, roles, config), rel=0.05)
 
 
-def taken(teacher: Backbone, method: Matching, roles: RolesConfig, config: TrainConfig) -> int:
+def taken(teacher: Backbone, method: DistributionMatching, roles: RolesConfig, config: TrainConfig) -> int:
     """What the network has, and what the allocator gave in a training of it."""
     quantise(teacher, roles.base)
     base, data = module_bytes(teacher.module), embeddings(teacher)  # before it carries adapters
@@ -102,7 +102,7 @@ def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
 @pytest.mark.slow
 def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:
     teacher = hollow_teacher(pipelines.save("sd", tmp_path / "sd"))
-    planned = bytes_of(teacher, PathImitation(steps=2), RolesConfig(rank=4), TrainConfig(1, 2, 1e-4, 1e-4))
+    planned = bytes_of(teacher, TrajectoryImitation(steps=2), RolesConfig(rank=4), TrainConfig(1, 2, 1e-4, 1e-4))
     assert planned.total > planned.base > 0
 
 

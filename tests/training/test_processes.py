@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import embed
@@ -25,7 +25,7 @@ from dataclasses import replace
 from accelerate import debug_launcher
 from safetensors.torch import save_file
 from tests import tiny
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import embed
@@ -37,7 +37,7 @@ def work(folder):
     roles = make_roles(backbone, RolesConfig(rank=2))
     data = embed(backbone, tiny.WORDS, None, "tiny")
     config = TrainConfig(iterations=4, batch=4, lr=1e-3, fake_lr=1e-2, checkpoint_every=2)
-    steps = list(distill(roles, Matching(steps=(2, 1), warmup=1), data, config, __import__("pathlib").Path(folder)))
+    steps = list(distill(roles, DistributionMatching(steps=(2, 1), warmup=1), data, config, __import__("pathlib").Path(folder)))
     rank = torch.distributed.get_rank()
     found = {f"{r}/{n}": p.detach().clone() for r in TRAINED for n, p in roles.trained[r].items()}
     found["loss"] = torch.tensor([s.metrics["fake_loss"] for s in steps])
@@ -65,7 +65,7 @@ def alone(folder: Path, accumulate: int) -> None:
     roles = make_roles(backbone, RolesConfig(rank=2))
     data = embed(backbone, tiny.WORDS, None, "tiny")
     config = TrainConfig(iterations=4, batch=4, accumulate=accumulate, lr=1e-3, fake_lr=1e-2, checkpoint_every=2)
-    list(distill(roles, Matching(steps=(2, 1), warmup=1), data, config, folder))
+    list(distill(roles, DistributionMatching(steps=(2, 1), warmup=1), data, config, folder))
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ APART = """
 import datetime, os, signal, sys, time
 from pathlib import Path
 import torch
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training import processes
 from fewstep.training.loop import TrainConfig, distill
@@ -101,7 +101,7 @@ data = embed(backbone, words, None, "tiny")
 count = {(1, "iterations"): 5, (0, "stop"): 400, (1, "stop"): 400}.get((rank, what), 4)
 config = TrainConfig(iterations=count, batch=4, lr=2e-3 if (rank, what) == (1, "lr") else 1e-3, fake_lr=1e-2)
 try:
-    for step in distill(roles, Matching(steps=(2, 1), warmup=1), data, config, run):
+    for step in distill(roles, DistributionMatching(steps=(2, 1), warmup=1), data, config, run):
         if what == "stop" and step.iteration == 3 and rank == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGSTOP)
     print("finished", flush=True)

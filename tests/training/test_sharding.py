@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.backbones.parts import blocks_of
 from fewstep.methods.imitation import Imitation
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.roles.sharding import whole
@@ -30,10 +30,10 @@ from ..project import ROOT
 
 CONFIG = TrainConfig(iterations=3, batch=2, lr=1e-3, fake_lr=1e-3, checkpoint_every=2, weight_decay=0.01)
 METHODS: dict[str, Method] = {
-    "unify": Matching(steps=(2, 1), warmup=1),
-    "small batch": Matching(steps=4, warmup=0, fake_updates=2, share_draw=False),
-    "fisher": Matching(steps=2, warmup=0, divergence="fisher"),
-    "gan": Matching(steps=2, warmup=0, gan=0.1, gan_r1=0.1),
+    "unify": DistributionMatching(steps=(2, 1), warmup=1),
+    "small batch": DistributionMatching(steps=4, warmup=0, fake_updates=2, share_draw=False),
+    "fisher": DistributionMatching(steps=2, warmup=0, divergence="fisher"),
+    "gan": DistributionMatching(steps=2, warmup=0, gan=0.1, gan_r1=0.1),
     "lcm": Imitation(scales=(2.0,)),
 }
 
@@ -72,14 +72,14 @@ def deep() -> Denoiser:
 def roles_of(backbone: Backbone, method: Method, share: bool, checkpointing: bool = False) -> Roles:
     against = method.counts if method.needs.adversary else ()
     config = RolesConfig(share, rank=2, checkpointing=checkpointing)
-    return make_roles(backbone, config, 0, method.conditioned, against, None, method.needs.fake)
+    return make_roles(backbone, config, 0, method.condition_values, against, None, method.needs.fake)
 
 
 def trained(roles: Roles, method: Method, run: Path | None = None, config: TrainConfig = CONFIG) -> list[dict[str, float]]:
     """All metrics."""
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
     real = RealData(torch.randn(3, *roles.backbone.shape, generator=torch.Generator().manual_seed(5)), data, "")
-    return [dict(s.metrics) for s in distill(roles, method, data, config, run, real if method.needs.pictures else None)]
+    return [dict(s.metrics) for s in distill(roles, method, data, config, run, real if method.needs.images else None)]
 
 
 def weights(roles: Roles) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from fewstep.backbones.toy import Gaussian, Mixture
 from fewstep.core.schedule import EDM, expand
 from fewstep.core.solvers import heun
-from fewstep.trajp.curve import basis, coordinates, fit_curve
+from fewstep.heads.curve import basis, coordinates, fit_curve
 
 S = torch.linspace(0, 1, 61, dtype=torch.float64)
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from fewstep.core import timegrid
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import EDM, Flow, Schedule, expand
-from fewstep.core.solvers import SOLVERS, Past, Visit, sample
-from fewstep.trajp.curve import Curve
-from fewstep.trajp.files import load_head, save_head
-from fewstep.trajp.head import KINDS, Facts, Head, facts_of, make_head, require_steps
+from fewstep.core.solvers import SOLVERS, SolverHistory, SolverStep, sample
+from fewstep.heads.curve import Curve
+from fewstep.heads.files import load_head, save_head
+from fewstep.heads.head import KINDS, Facts, Head, facts_of, make_head, require_steps
 
 from .. import tiny
 
@@ -57,7 +57,7 @@ def test_a_correction_splits_the_same_state(kind: str) -> None:
     head, x = head_of(kind, schedule), noise(schedule)
     t, t_next = torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
     way = denoise(schedule, x, t)
-    other = head(way, t, t_next, Past(x))
+    other = head(way, t, t_next, SolverHistory(x))
     assert (other.x0 - way.x0).abs().max() > 1e-3
     torch.testing.assert_close(expand(schedule.alpha(t), x) * other.x0 + expand(schedule.sigma(t), x) * other.eps, x)
 
@@ -69,10 +69,10 @@ def test_a_visit_of_somebody_else_is_not_seen(kind: str) -> None:
     head, x = head_of(kind, schedule), noise(schedule)
     t, t_next = torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
     way = denoise(schedule, x, t)
-    strange = Visit(torch.full((3,), -1.0).double(), Split(x * 5, x), Split(x * 7, x))
-    torch.testing.assert_close(head(way, t, t_next, Past(x, (strange,))), head(way, t, t_next, Past(x)))
-    own = Visit(torch.full((3,), 999.0).double(), Split(x * 5, x), Split(x * 7, x))
-    assert (head(way, t, t_next, Past(x, (own,))).x0 - head(way, t, t_next, Past(x)).x0).abs().max() > 1e-3
+    strange = SolverStep(torch.full((3,), -1.0).double(), Split(x * 5, x), Split(x * 7, x))
+    torch.testing.assert_close(head(way, t, t_next, SolverHistory(x, (strange,))), head(way, t, t_next, SolverHistory(x)))
+    own = SolverStep(torch.full((3,), 999.0).double(), Split(x * 5, x), Split(x * 7, x))
+    assert (head(way, t, t_next, SolverHistory(x, (own,))).x0 - head(way, t, t_next, SolverHistory(x)).x0).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["span", "shared"])
@@ -82,14 +82,14 @@ def test_the_span_moves_and_turns_with_the_data(kind: str) -> None:
     head = head_of(kind, schedule, shape=shape)
     turn = torch.linalg.qr(torch.randn((32, 32), generator=torch.Generator().manual_seed(0)))[0]
     x, t, t_next = noise(schedule, shape), *(torch.full((3,), v).double() for v in (5.0, 1.0))
-    past = Past(x / 80, (Visit(torch.full((3,), 80.0).double(), Split(x / 90, x / 80), Split(x / 95, x / 80)),))
+    past = SolverHistory(x / 80, (SolverStep(torch.full((3,), 80.0).double(), Split(x / 90, x / 80), Split(x / 95, x / 80)),))
 
     def corrected(r: Tensor) -> Tensor:
         def move(a: Tensor, centre: float = 0.0) -> Tensor:
             return (a - centre) @ r + centre
 
-        visit = Visit(past.visits[0].t, Split(x, x), Split(move(x / 95, 0.3), x))
-        return head(Split(move(x / 100, 0.3), move(x / 80)), t, t_next, Past(move(x / 80), (visit,))).x0
+        visit = SolverStep(past.visits[0].t, Split(x, x), Split(move(x / 95, 0.3), x))
+        return head(Split(move(x / 100, 0.3), move(x / 80)), t, t_next, SolverHistory(move(x / 80), (visit,))).x0
 
     plain, turned = corrected(torch.eye(32)), corrected(turn)
     torch.testing.assert_close(turned, (plain - 0.3) @ turn + 0.3, atol=1e-4, rtol=1e-4)
@@ -100,7 +100,7 @@ def test_the_span_stays_in_the_span() -> None:
     head, x = head_of("span", schedule, shape=shape), noise(schedule, (32,))
     t, t_next = (torch.full((3,), v).double() for v in (5.0, 1.0))
     way = denoise(schedule, x, t)
-    delta = head(way, t, t_next, Past(x / 80)).x0 - way.x0
+    delta = head(way, t, t_next, SolverHistory(x / 80)).x0 - way.x0
     tokens = torch.stack([way.x0 - 0.3, x / 80], 2)
     rest = tokens @ torch.linalg.lstsq(tokens, delta[..., None]).solution - delta[..., None]
     assert rest.norm() < 1e-4 * delta.norm()
@@ -113,7 +113,7 @@ def test_shared_weights_are_a_few_numbers_a_step() -> None:
     for t, t_next in ((999, 749), (749, 499), (499, 249), (249, -1), (999, 499), (499, -1)):
         head.zero_grad()
         way = denoise(tiny.TABLE, noise(tiny.TABLE), torch.full((3,), float(t)))
-        head(way, *(torch.full((3,), float(v)).double() for v in (t, t_next)), Past(noise(tiny.TABLE))).x0.sum().backward()
+        head(way, *(torch.full((3,), float(v)).double() for v in (t, t_next)), SolverHistory(noise(tiny.TABLE))).x0.sum().backward()
         (grad,) = [p.grad for p in head.parameters()]
         assert grad is not None
         rows.append(int(grad.abs().sum(1).argmax()))
@@ -142,7 +142,7 @@ def test_a_head_sees_where_its_step_is_on_the_curve(kind: str) -> None:
     head, other = head_of(kind, schedule), head_of(kind, schedule)
     other.facts = replace(other.facts, curve=Curve(CURVE.weights.flip(0), CURVE.shape.flip(0), CURVE.r2))
     assert (head.place(t) - other.place(t)).abs().max() > 0.1
-    apart = head(denoise(schedule, x, t), t, t_next, Past(x)).x0 - other(denoise(schedule, x, t), t, t_next, Past(x)).x0
+    apart = head(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0 - other(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0
     assert apart.abs().max() > 1e-2
     places = head.places(t, t_next)
     torch.testing.assert_close(places, torch.cat([head.place(t), head.place(t_next)], 1))
@@ -163,7 +163,7 @@ def test_a_head_is_a_file(kind: str, tmp_path: object) -> None:
     again = load_head(folder, tiny.TABLE)
     x, t, t_next = noise(tiny.TABLE), torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
     way = denoise(tiny.TABLE, x, t)
-    assert torch.equal(head(way, t, t_next, Past(x)).x0, again(way, t, t_next, Past(x)).x0)
+    assert torch.equal(head(way, t, t_next, SolverHistory(x)).x0, again(way, t, t_next, SolverHistory(x)).x0)
     (folder / "trajp.safetensors").write_bytes((folder / "trajp.safetensors").read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"student: .*trajp.safetensors is missing or damaged"):
         load_head(folder, tiny.TABLE)

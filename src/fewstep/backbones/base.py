@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..core.guidance import Guidance, guide
 from ..core.prediction import Row, Split, edm_inputs, row_named, share, split
 from ..core.schedule import Schedule, expand
 from ..core.solvers import Denoise
@@ -61,11 +62,6 @@ class Backbone(Protocol):
         """Height and width of the pictures that states decode to; 0 where they are no pictures."""
         ...
 
-    @property
-    def guidance_rescale(self) -> float:
-        """Share of `rescaled` guidance in this model's guided predictions, 0..1; 0 is plain classifier-free guidance."""
-        ...
-
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Raw network output m = a x0 + b eps, [B, ...] in float32. x [B, ...], t [B] float64 on the schedule's times."""
         ...
@@ -92,64 +88,28 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
     return denoise
 
 
-def calls(cond: Cond, scale: float | Tensor) -> int:
-    """Network evaluations in one answer of `guided`: two halves, or one where there is nothing to guide."""
-    return 1 if not cond or (not isinstance(scale, Tensor) and scale == 1) else 2
+def nfe_per_step(cond: Cond, guidance: Guidance) -> int:
+    """Return the network evaluations in one step of a guided model: 2, or 1 without conditions or guidance."""
+    return 2 if cond and guidance.active else 1
 
 
-def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float | Tensor, parallel: float = 1.0) -> Denoise:
-    """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; a number w = 1, or a model without conditions, is one half only.
+def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
+    """Return `(x, t) -> (x0, eps)` of one network under guidance, both halves in one batched call.
 
-    `scale` is one number or one a sample, `[B]`. Guidance is affine, so mixing raw outputs equals mixing x0 or eps. `parallel` below 1 takes away from
-    guidance what points along the clean estimate (see `projected`). What the backbone's `guidance_rescale` asks for comes after.
+    A batch for which guidance has stopped, and a model without conditions or guidance, is one half only.
     """
-    if calls(cond, scale) == 1:
-        return denoiser(backbone, module, cond)
+    plain = denoiser(backbone, module, cond)
+    if nfe_per_step(cond, guidance) == 1:
+        return plain
 
     def denoise(x: Tensor, t: Tensor) -> Split:
+        if guidance.stop and bool(guidance.stopped(backbone.schedule, t).all()):
+            return plain(x, t)
         both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in cond.items()}
         m_null, m_cond = backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        if parallel != 1:
-            m_null = m_cond - projected(m_cond - m_null, _split(backbone, m_cond, x, t).x0, parallel)
-        m = m_null + (expand(scale, m_cond) if isinstance(scale, Tensor) else scale) * (m_cond - m_null)
-        return _split(backbone, rescaled(m, m_cond, backbone.guidance_rescale) if backbone.guidance_rescale else m, x, t)
+        return _split(backbone, guide(guidance, backbone.schedule, backbone.row, m_cond, m_null, x, t), x, t)
 
     return denoise
-
-
-def guided_until(
-    backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float, until: float, parallel: float = 1.0
-) -> Denoise:
-    """`guided` where more than the fraction `until` of the way to clean data is left, the bare network after it: guidance in an interval.
-
-    At low noise guidance no longer decides what is drawn, and only overshoots (Kynkaanniemi et al. 2024, arXiv 2404.07724). `t` is the same for all of a batch.
-    """
-    early, late = guided(backbone, module, cond, null, scale, parallel), denoiser(backbone, module, cond)
-
-    def denoise(x: Tensor, t: Tensor) -> Split:
-        return (early if float(backbone.schedule.fraction(t[:1])) > until else late)(x, t)
-
-    return denoise
-
-
-def projected(difference: Tensor, x0: Tensor, parallel: float) -> Tensor:
-    """`d - (1 - parallel) <d, x0> x0 / |x0|^2` per sample: what guidance adds, with this share of its part along the clean estimate.
-
-    That part makes what is there stronger, which saturates; the rest makes it clearer. difference [B, ...] may be between raw outputs, which at one state
-    and time is a multiple of that between clean estimates. Sadat et al. 2024 (arXiv 2410.02416), whose eta is `parallel`; their momentum and norm are left out.
-    """
-    along = (difference * x0).flatten(1).sum(1) / x0.square().flatten(1).sum(1).clamp(min=torch.finfo(x0.dtype).tiny)
-    return difference - expand((1 - parallel) * along, x0) * x0
-
-
-def rescaled(m: Tensor, m_cond: Tensor, share: float) -> Tensor:
-    """`share m std(m_cond) / std(m) + (1 - share) m`, standard deviations per sample: guidance without its excess of contrast.
-
-    m, m_cond [B, ...] are raw outputs with and without guidance. Lin et al. 2024 (arXiv 2305.08891), eq. 15 and 16; for models whose
-    last time is pure noise. diffusers' pipelines call the share `guidance_rescale`.
-    """
-    ratio = m_cond.flatten(1).std(1) / m.flatten(1).std(1)
-    return m * expand(share * ratio + (1 - share), m)
 
 
 def speechless(schedule: Schedule, row: Row) -> str:
@@ -180,7 +140,7 @@ class Denoiser:
     `prediction` names the row (`x0, eps, v, flow, edm`); `shape` is that of one state. `conditions` maps a prompt to the
     keyword arguments of the network; without it the model is unconditional and prompts are ignored. `time_layer` is the full
     name of the linear layer whose output is the time embedding: students of several step counts are told theirs there.
-    `feature_layers` are those whose outputs a discriminator may read; `guidance_rescale`: see `rescaled`.
+    `feature_layers` are those whose outputs a discriminator may read.
 
     `edm` is the raw F of EDM's `D = c_skip x + c_out F` for data of standard deviation `sigma_data`. With `precondition` the network is called
     as `F(c_in x, c_noise)`, all of EDM's preconditioning being done for it; without, it is called as all others, and scales its inputs itself.
@@ -195,7 +155,6 @@ class Denoiser:
     name: str = "own-network"
     time_layer: str = ""
     feature_layers: tuple[str, ...] = ()
-    guidance_rescale: float = 0.0
     sigma_data: float = 0.5
     precondition: bool = False
 

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..core import timegrid
+from ..core.guidance import Guidance
 from ..core.prediction import ROWS, share
 from ..core.schedule import EDM, VP, Flow
 from ..findings import Check
@@ -152,7 +153,7 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
     """Guided few-step pictures of fewstep and of diffusers' own call from the same noise; largest relative difference in units of their spread."""
     if not isinstance(backbone, Piped):
         return []
-    plain: Any = small(replace(backbone, guidance_rescale=0.0))
+    plain: Any = small(backbone)
     if isinstance(plain, PixelModel):  # its pipeline takes no noise of ours, and what older torch draws in half precision is other noise
         plain = replace(plain, pipe=pixel_pipeline(copy.deepcopy(plain.module).float(), plain.pipe.scheduler, told=bool(plain.labels)))
     if device_of(backbone.module).type == "cpu" and (cost := 4 * steps * operations_of(plain, plain.shape)) > MOST:
@@ -161,7 +162,7 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
     with torch.no_grad():
         cond, null = plain.encode(prompts), plain.encode([""])
         scale = guidance if cond and not isinstance(plain, PixelModel) else 1.0
-        ours = pictures(plain, guided(plain, plain.module, cond, null, scale), [0], timegrid.uniform(plain.schedule, steps))
+        ours = pictures(plain, guided(plain, plain.module, cond, null, Guidance(scale=scale)), [0], timegrid.uniform(plain.schedule, steps))
         theirs = _of_diffusers(plain, prompts, steps, scale)
     limit, spread = CLOSE[_type(plain)], float(theirs.std())
     apart = float((ours.to(theirs) - theirs).square().mean().sqrt()) / max(spread, FLAT)

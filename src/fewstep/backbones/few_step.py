@@ -1,11 +1,9 @@
 """Diffusers pipelines that are right without a word from their user: `pipe(prompt)` takes the student's steps, without guidance."""
 
-import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,51 +20,48 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from ..hashes import require_listed
-from .files import LORA_FILE, load_network, loads_lora, part_name
+from .files import loads_lora, part_name
 from .generate import noise_of
 from .parts import denoiser_of
-from .schedulers import load_scheduler
-from .student_scheduler import StudentScheduler, Walking
 
 Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How a student wants to be called: step counts served, the first one the default; guidance is baked in."""
+class SamplingDefaults:
+    """How a student is called: step counts served, the first one the default; guidance is baked in."""
 
     steps: tuple[int, ...]
-    size: int = 0  # of its pictures, where it is another than the base's
-    scales: tuple[float, ...] = ()  # guidance scales that it is told apart; empty where one is baked in
+    size: int = 0  # of its images, if it is another than the base's
+    scales: tuple[float, ...] = ()  # guidance scales that it is conditioned on; empty where one is baked in
 
 
 class FewStepPipeline(DiffusionPipeline):
     """What stands before a family's own pipeline and changes its defaults to the student's."""
 
-    serving = Serving((4,))
-    tell: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # tells a student what it is told apart by
+    defaults = SamplingDefaults((4,))
+    set_condition: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # conditions a student
 
     def __call__(
         self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
     ) -> Any:
         """As the family's own `__call__`, to which `options` go; warns when asked for other steps or for guidance."""
-        steps, guidance = num_inference_steps or self.serving.steps[0], guidance_scale
-        if steps not in self.serving.steps:
+        steps, guidance = num_inference_steps or self.defaults.steps[0], guidance_scale
+        if steps not in self.defaults.steps:
             warnings.warn(
-                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.serving.steps))}", stacklevel=2
+                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.defaults.steps))}", stacklevel=2
             )
-        if self.serving.scales:
-            guidance = self.serving.scales[0] if guidance_scale == 1 else guidance_scale
-            if guidance not in self.serving.scales:
-                known = ", ".join(f"{w:g}" for w in self.serving.scales)
+        if self.defaults.scales:
+            guidance = self.defaults.scales[0] if guidance_scale == 1 else guidance_scale
+            if guidance not in self.defaults.scales:
+                known = ", ".join(f"{w:g}" for w in self.defaults.scales)
                 warnings.warn(f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken", stacklevel=2)
             guidance_scale = 1.0
         elif guidance_scale > 1:
             warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
-        self.tell(steps, guidance)
-        if self.serving.size:
-            options = {"height": self.serving.size, "width": self.serving.size} | options
+        self.set_condition(steps, guidance)
+        if self.defaults.size:
+            options = {"height": self.defaults.size, "width": self.defaults.size} | options
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
 
     def save_pretrained(
@@ -141,27 +136,14 @@ def facts_of(pipe: DiffusionPipeline) -> Facts:
 
 
 def few_step_pipeline(
-    base: DiffusionPipeline, student: Path, serving: Serving, weights: str, walking: Walking | None = None, adapter: str = "fewstep"
+    base: DiffusionPipeline, network: nn.Module, scheduler: SchedulerMixin, defaults: SamplingDefaults
 ) -> FewStepPipeline:
-    """`base` with the student in `student/` on it: LoRA at strength 1.0 or whole network (`weights` lora, full, none), its scheduler, its steps.
-
-    `walking` takes the place of the scheduler in its folder. A LoRA that the pipeline has no loader for is left to the caller. Raises
-    ValueError for a pipeline that takes no prompts.
-    """
+    """Return the parts of `base` with a student's network, scheduler and defaults. Raises ValueError for a pipeline without prompts."""
     kind = next((few for plain, few in FEW_STEP.items() if isinstance(base, plain)), None)
     if kind is None:
         raise ValueError(f"base: {type(base).__name__} takes no prompts; sample its students with fewstep.sample")
-    # Modules of its own around the same weights: the LoRA goes on this pipeline, and whoever holds `base` keeps the teacher.
-    plain = denoiser_of(base)
-    shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
-    network = load_network(student, plain) if weights == "full" else copy.deepcopy(plain, shared)
-    walk = load_scheduler(student / "scheduler") if walking is None else StudentScheduler.walking(base.scheduler.config, walking)
-    pipe = with_network(base, network, walk, kind)
-    pipe.serving = serving
-    if weights == "lora" and loads_lora(network):
-        require_listed(student, LORA_FILE)
-        pipe.load_lora_weights(str(student), adapter_name=adapter)
-        pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
+    pipe = with_network(base, network, scheduler, kind)
+    pipe.defaults = defaults
     return pipe
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.prediction import Split
-from ..core.solvers import Correct, Denoise, State, sample, solver_named
-from ..core.trajectory import DenoiseRows
+from ..core.rollout import DenoiseRows
+from ..core.solvers import Correction, Denoise, State, sample, solver_named
 from .base import Backbone
 
 
@@ -31,7 +31,7 @@ def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Ten
 
 
 def trajectory(
-    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correct | None = None
+    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correction | None = None
 ) -> list[State]:
     """All K + 1 states from these seeds, without gradient. A seed gives the same picture in any batch and on any device."""
     device = device_of(backbone.module)
@@ -53,7 +53,7 @@ def in_parts(denoise_rows: DenoiseRows, size: int) -> Denoise:
 
 
 def pictures(
-    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correct | None = None
+    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correction | None = None
 ) -> Tensor:
     """Decoded final states, [len(seeds), 3, H, W] in [0, 1] (or plain points for backbones without a picture)."""
     return backbone.decode(trajectory(backbone, denoise, seeds, times, solver, correct)[-1].x)

@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
 
 def hollow_teacher(
-    source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None, guidance_rescale: float = 0.0
+    source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None
 ) -> Backbone:
     """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
     given = present(source_of(source))
@@ -53,7 +52,7 @@ def hollow_teacher(
     for lora, strength in given.loras:
         if Path(lora).expanduser().exists():  # nothing is downloaded for a plan
             changes_of(pipe, lora, strength)  # fused ones take no room
-    backbone = at_size(replace(backbone, guidance_rescale=guidance_rescale), size)
+    backbone = at_size(backbone, size)
     try:
         small_shape(backbone)
     except UnfitError as error:

@@ -204,16 +204,12 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     size: int | None = None,
-    guidance_rescale: float = 0.0,
 ) -> Backbone:
     """A teacher by bundled name, folder, hub id (`owner/name`), or checkpoint (`FILE.safetensors`, or `FILE@CONFIG`), with all its networks on `device`.
 
     LoRAs behind ` + ` are fused in (see `source_of`). What a checkpoint predicts and where its configuration is: see `single_file.read_checkpoint`.
-    `size` is the height and width of its pictures, where it is to draw others than it was made for; `guidance_rescale` belongs to its guidance (see
-    `backbones.base.rescaled`). Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
+    `size` is the height and width of its pictures, where it is to draw others than it was made for. Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
     """
-    if not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale: got {guidance_rescale}, allowed are numbers from 0 to 1")
     given = present(source_of(source))
     place, family, checkpoint = locate(given)
     try:
@@ -229,7 +225,7 @@ def load_teacher(
     for lora, strength in given.loras:
         fuse(pipe, lora, strength)
     backbone.pipe.to(device)
-    backbone = at_size(replace(backbone, guidance_rescale=guidance_rescale, source=str(source)), size)
+    backbone = at_size(replace(backbone, source=str(source)), size)
     try:
         require_runs(backbone)
     except UnfitError as error:

@@ -36,7 +36,6 @@ class Piped(ABC):
     pipe: DiffusionPipeline
     name: str
     schedule: Schedule
-    guidance_rescale: float = field(default=0.0, kw_only=True)
     source: str = field(default="", kw_only=True)  # what `load_teacher` was told, so that a student can name its base
 
     @property

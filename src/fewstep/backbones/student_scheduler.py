@@ -11,41 +11,41 @@ from torch import Tensor
 
 from ..core.prediction import Row, Split, split
 from ..core.schedule import Schedule, diffuse, expand
-from ..core.solvers import Correct, Past, Solver, free_direction, free_first, step
+from ..core.solvers import Correction, Solver, SolverHistory, analytic_direction, step, with_analytic_first_step
 
 
 @dataclass(frozen=True)
-class Walking:
+class SamplingSpec:
     """What a student is sampled with. `grids`: its times for every step count served."""
 
     schedule: Schedule
     row: Row
     solver: Solver
     grids: Mapping[int, Tensor]
-    correct: Correct | None
-    free: bool
+    correct: Correction | None
+    analytic_first_step: bool
 
 
-def calls(schedule: Schedule, free: bool, steps: int) -> int:
-    """How often a pipeline asks the network for a picture in so many steps.
+def pipeline_nfe(schedule: Schedule, analytic: bool, steps: int) -> int:
+    """Return the network calls of a pipeline for an image in so many steps.
 
-    A free first step is taken where it hands the scheduler the state that it is going to ask about; flow's does not, and asks for nothing.
+    An analytic first step saves one if the pipeline hands its scheduler the state that it calls the network on; flow's does not.
     """
-    return steps - int(free and steps > 1 and schedule.resolution > 0)
+    return steps - int(analytic and steps > 1 and schedule.resolution > 0)
 
 
 class StudentScheduler(DDIMScheduler):
-    """In the place of DDIM, with the numbers and the network calls of `core.solvers.sample`. Make one with `walking`.
+    """In the place of DDIM, with the numbers and the network calls of `core.solvers.sample`. Make one with `of`.
 
     Where a step begins is what the pipeline says, not how many there were: image-to-image begins in the middle.
     """
 
-    student: Walking
+    student: SamplingSpec
     skipped = 0  # steps that the pipeline does not know of
-    past: Past | None = None
+    history: SolverHistory | None = None
 
     @staticmethod
-    def walking(config: Mapping[str, Any], student: Walking) -> "StudentScheduler":
+    def of(config: Mapping[str, Any], student: SamplingSpec) -> "StudentScheduler":
         scheduler = StudentScheduler.from_config(dict(config))
         scheduler.student = student
         return scheduler
@@ -54,15 +54,15 @@ class StudentScheduler(DDIMScheduler):
         """Raises ValueError for a step count that the student does not serve."""
         if num_inference_steps not in self.student.grids:
             raise ValueError(
-                f"num_inference_steps: got {num_inference_steps}, this student serves {', '.join(map(str, self.student.grids))}; its steps cannot be made up"
+                f"num_inference_steps: got {num_inference_steps}, this student serves {', '.join(map(str, self.student.grids))}; supported step counts are these alone"
             )
         self.num_inference_steps = num_inference_steps
         self.grid = self.student.grids[num_inference_steps]
         # A pipeline hands the network these: indices of a table, or flow's times as parts of one.
         told = self.grid if self.student.schedule.resolution else self.grid * self.config.num_train_timesteps
-        self.skipped = num_inference_steps - calls(self.student.schedule, self.student.free, num_inference_steps)
+        self.skipped = num_inference_steps - pipeline_nfe(self.student.schedule, self.student.analytic_first_step, num_inference_steps)
         self.timesteps = told[self.skipped : -1].to(device, torch.long if self.student.schedule.resolution else torch.float32)
-        self.past = None
+        self.history = None
 
     def places(self, timestep: int | float | Tensor) -> Tensor:
         """Which of `timesteps` these are, [N]. Raises ValueError for a time that the student does not visit."""
@@ -79,7 +79,7 @@ class StudentScheduler(DDIMScheduler):
             raise ValueError(
                 f"strength: it leaves none of the {self.num_inference_steps} steps; allowed are {1 / self.num_inference_steps:g} to 1"
             )
-        if self.student.correct is not None or self.student.free:
+        if self.student.correct is not None or self.student.analytic_first_step:
             by = (
                 "a head that knows where it began"
                 if self.student.correct is not None
@@ -98,12 +98,12 @@ class StudentScheduler(DDIMScheduler):
         first = self.skipped and timestep is not None and int(self.places(timestep)[0]) == 0
         return self._skip(sample.float())[0].to(sample.dtype) if first else sample
 
-    def _skip(self, x: Tensor) -> tuple[Tensor, Past]:
+    def _skip(self, x: Tensor) -> tuple[Tensor, SolverHistory]:
         """Where the free first step leads from noise, and the past that it leaves."""
-        s, past = self.student, Past(x / self.student.schedule.start_std)
+        s, history = self.student, SolverHistory(x / self.student.schedule.start_std)
         t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[:2])
-        landed, visit = step(s.solver, s.schedule, free_direction(s.schedule, x, t), t, t_next, past, s.correct)
-        return landed, Past(past.noise, (visit,))
+        landed, done = step(s.solver, s.schedule, analytic_direction(s.schedule, x, t), t, t_next, history, s.correct)
+        return landed, SolverHistory(history.noise, (done,))
 
     def step(
         self,
@@ -119,15 +119,15 @@ class StudentScheduler(DDIMScheduler):
         """One step of the student from `timestep`; only the first three arguments count."""
         s, x, place = self.student, sample.float(), int(self.places(timestep)[0]) + self.skipped
         if self.skipped and place == self.skipped:
-            x, self.past = self._skip(x)
+            x, self.history = self._skip(x)
         t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[place : place + 2])
 
         def network(x: Tensor, t: Tensor) -> Split:
             return split(model_output.float(), x, expand(s.schedule.alpha(t), x), expand(s.schedule.sigma(t), x), s.row)
 
-        here = (free_first(network, s.schedule) if s.free else network)(x, t)
-        past = Past(x / s.schedule.start_std) if self.past is None else self.past
-        landed, visit = step(s.solver, s.schedule, here, t, t_next, past, s.correct)
-        self.past = Past(past.noise, (visit, *past.visits))
+        pred = (with_analytic_first_step(network, s.schedule) if s.analytic_first_step else network)(x, t)
+        history = SolverHistory(x / s.schedule.start_std) if self.history is None else self.history
+        landed, done = step(s.solver, s.schedule, pred, t, t_next, history, s.correct)
+        self.history = SolverHistory(history.noise, (done, *history.steps))
         landed = landed.to(sample.dtype)
-        return DDIMSchedulerOutput(landed, visit.way.x0) if return_dict else (landed,)
+        return DDIMSchedulerOutput(landed, done.used.x0) if return_dict else (landed,)

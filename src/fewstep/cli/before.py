@@ -13,15 +13,15 @@ from ..backbones.load import hub_id, pipeline_of
 from ..backbones.parts import networks
 from ..findings import Check, require
 from ..report.words import size
+from ..runs.recipe import DistillRecipe, FinetuneRecipe
 from ..runs.rehearsal import CHECKPOINTS, Trial, disk_check, student_check, trial_of
-from ..runs.walking import path_times
+from ..runs.walking import trajectory_times
 from ..training.memory import module_bytes
 from ..training.paths import path_bytes
 from ..training.prompts import embedding_bytes
-from .ending import made_of
+from .ending import origin_of
 from .preflight import in_first, place_checks, unwritable, writing_check
 from .progress import console, show_checks
-from .recipe import DistillRecipe, FinetuneRecipe
 
 LOADED = 1.2  # memory that loading takes, in units of the weights
 
@@ -62,7 +62,7 @@ def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -
 def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Sequence[str]) -> int:
     """What embeddings and trajectories will take in the run's folder, about."""
     walks = {
-        path_bytes(data.count, teacher.shape, len(path_times(stage.method, teacher)), data.steps + 1)
+        path_bytes(data.count, teacher.shape, len(trajectory_times(stage.method, teacher)), data.steps + 1)
         for stage in stages
         if (data := stage.data) is not None and data.source == "trajectories" and data.folder is None
     }
@@ -70,7 +70,7 @@ def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Seq
 
 
 def _trial(recipe: DistillRecipe, teacher: Backbone, base_hash: str) -> Trial:
-    return trial_of(teacher, recipe.method, recipe.roles, recipe.train, made_of(recipe, base_hash, 0, 0.0))
+    return trial_of(teacher, recipe.method, recipe.roles, recipe.train, origin_of(recipe, base_hash, 0, 0.0))
 
 
 def look_in_dry_run(

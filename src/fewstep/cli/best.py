@@ -8,7 +8,7 @@ from ..atomic import write_json
 from ..report.live import read_metrics, series
 from ..report.run import BEST, BEST_FILE, best_preview
 from ..report.words import finite, plural
-from .recipe import DistillRecipe
+from ..runs.recipe import DistillRecipe
 
 PATIENCE = 3  # previews in a row that are no better, after which it is said
 
@@ -24,7 +24,7 @@ class Best:
 
 def measured_by(recipe: DistillRecipe) -> str:
     """The key in metrics.jsonl of a preview's quality: the distance to real pictures where it is measured, else that of the previews to the teacher's."""
-    return "preview.distance" if recipe.preview.measure is None else "quality.fd_real"
+    return "preview.distance" if recipe.preview.protocol is None else "quality.fd_real"
 
 
 def read_best(run: Path, measured: str) -> Best | None:

@@ -1,60 +1,51 @@
 """What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..backbones.base import calls, guided
+from ..backbones.base import guided, nfe_per_step
 from ..backbones.generate import device_of
 from ..backbones.load import absolute
-from ..core.solvers import DDIM, evaluations, sample, solver_named
-from ..export.card import StudentCard, counted
-from ..export.final import write_final
+from ..core.solvers import DDIM, sample, solver_named, total_nfe
+from ..heads.head import Head
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
 from ..report.summary import at_equal_cost, called
+from ..report.trajectories import shape_of, strays
 from ..report.words import plural
 from ..roles.roles import Roles
-from ..roles.step_condition import folded_bias
 from ..runs.preview import Preview
+from ..runs.recipe import DistillRecipe
 from ..runs.record import hardware
-from ..runs.students import Made, student_card
+from ..student.card import counted
+from ..student.student import Origin, Student
 from ..training.paths import Paths
-from ..trajp.analysis import shape_of, strays
-from ..trajp.head import Head
 from .best import Best, keep_best, missed
 from .evaluate import evaluate_student
 from .progress import console
-from .recipe import DistillRecipe
 
 
 def finish(
     recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float, prompts: Sequence[str]
 ) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
-    method, card = recipe.method, card_of(recipe, roles, base_hash, recipe.train.iterations, seconds)
+    method = recipe.method
     with roles.averaged():
-        write_student(run / "final", card, roles, first_times(method, roles))
+        student = Student.of(roles, method, origin_of(recipe, base_hash, recipe.train.iterations, seconds))
+        student.write(run / "final")
         save_pictures(run / PICTURES, preview.compare(roles, method))
     result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts) if recipe.evaluate else None
     report = render_run(run)
     most = recipe.preview.teacher_steps
-    teacher = evaluations(most, calls(preview.null, method.guidance))
-    cost = f"{counted(card)}; the teacher takes {teacher} in {most}"
+    teacher = total_nfe(most, nfe_per_step(preview.null, method.guidance))
+    cost = f"{counted(student.card)}; the teacher takes {teacher} in {most}"
     print_ending(run, report, result, seconds, cost, next_commands(run, preview.prompts))
     if best := missed(run, recipe):
         console.print(f"best     {best}", markup=False)
-
-
-def first_times(method: Method, roles: Roles) -> Tensor:
-    """The times that the default student visits, [K]."""
-    return method.times(roles.backbone.schedule, method.counts[0])[:-1]
 
 
 def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, now: Best, seconds: float) -> list[str]:
@@ -62,41 +53,24 @@ def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, n
 
     def write(folder: Path) -> None:
         with roles.averaged():
-            write_student(folder, card_of(recipe, roles, base_hash, now.iteration, seconds), roles, first_times(recipe.method, roles))
+            Student.of(roles, recipe.method, origin_of(recipe, base_hash, now.iteration, seconds)).write(folder)
 
     return keep_best(run, now, write, recipe.method.warmup)
 
 
-def card_of(recipe: DistillRecipe, roles: Roles, base_hash: str, iterations: int, seconds: float) -> StudentCard:
-    """What the student of so many iterations is."""
-    return replace(student_card(roles, recipe.method, made_of(recipe, base_hash, iterations, seconds)), dtype=recipe.dtype)
-
-
-def made_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: float) -> Made:
-    """How the student of so many iterations came about."""
-    called = recipe.method.name if recipe.first is None else f"{recipe.first.method.name}-{recipe.method.name}"
-    return Made(absolute(recipe.teacher), base_hash, iterations, seconds, called, _trained_from(recipe), recipe.size or 0)
+def origin_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: float) -> Origin:
+    """Return how the student of so many iterations came about."""
+    called = recipe.method.name if recipe.warm_start is None else f"{recipe.warm_start.method.name}-{recipe.method.name}"
+    base, size = absolute(recipe.teacher), recipe.size or 0
+    return Origin(base, base_hash, iterations, seconds, called, hardware(), _trained_from(recipe), size, recipe.dtype)
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
-    """What a model card says about the data, and about a teacher that was not quite its base."""
-    rounded = f", beside its base in {recipe.roles.base}" if recipe.roles.base else ""
+    """Return what a model card says about the data, and about a teacher that was not quite its base."""
+    rounded = f", next to its base in {recipe.roles.base}" if recipe.roles.base else ""
     if recipe.data is None or recipe.data.source == "trajectories":
         return f"prompts alone{rounded}"
-    return ("prompts and pictures that the teacher drew" if recipe.data.source == "teacher" else "captioned pictures") + rounded
-
-
-def write_student(folder: Path, card: StudentCard, roles: Roles, times: Tensor) -> None:
-    """`final/`, whose weights alone are the student of the card's first step count and guidance scale, which visits these `times`."""
-    count, network, vectors = card.told[0], roles.networks["student"], roles.vectors()
-    if roles.config.share:
-        told, settings = roles.told(count, times), roles.adapter_settings()
-        if told:
-            settings["target_modules"] = sorted({*settings["target_modules"], card.time_layer})
-        write_final(folder, roles.backbone, card, network, roles.student_state() | told, settings, vectors, roles.head)
-        return
-    with folded_bias(network, card.time_layer, vectors[count]) if vectors else nullcontext():
-        write_final(folder, roles.backbone, card, network, None, {}, vectors, roles.head)
+    return ("prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images") + rounded
 
 
 def shape_seen(roles: Roles, paths: Paths) -> dict[str, Any]:
@@ -118,7 +92,7 @@ def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) ->
         for steps in method.counts:
             times = method.times(teacher.schedule, steps)
             own = {
-                f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance, method.guidance_parallel), DDIM, None),
+                f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance), DDIM, None),
                 f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
             }
             for name, (denoise, solver, correct) in own.items():

@@ -1,22 +1,26 @@
 """`fewstep evaluate`: a student beside its teacher under a named protocol."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
 from ..atomic import write_json
-from ..backbones.base import Backbone, calls
+from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.load import BUNDLED, quiet
 from ..backbones.miniature import load_tokenizer
 from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
-from ..core.solvers import evaluations
-from ..export.card import card_evaluations
+from ..core.guidance import Guidance
+from ..core.solvers import total_nfe
 from ..reading import object_in, reading
+from ..runs.recipe import DistillRecipe
 from ..runs.sampling import backbone_of, sample
-from ..runs.students import LoadedStudent, student_folder
+from ..student.card import card_nfe
+from ..student.folder import require_folder
+from ..student.student import Student
 from ..training.loop import Step
 from ..training.prompts import find_prompts
 from ..typed import typed
@@ -24,7 +28,6 @@ from ..zoo.pixel_data import read_pixel_data
 from .preflight import require_output
 from .progress import console, meter
 from .prompts import prompts_from
-from .recipe import DistillRecipe
 from .sample import open_student
 
 if TYPE_CHECKING:
@@ -57,9 +60,7 @@ def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: s
     quiet()
     if out is not None:
         require_output(out, "-o")
-    folder = student_folder(source)
-    if folder is None:
-        raise ValueError(f"student: {source} is no student folder; pass a run or its final/ folder")
+    folder = require_folder(source, "student")
     asked = None if prompts is None else find_prompts(prompts)[0]
     result = evaluate_student(folder, protocol, folder / "evaluation", real or real_of(folder.parent), asked)
     path = out or folder / "eval.json"
@@ -164,7 +165,7 @@ def evaluate_student(
             measured = evaluate_pictures(rows, rules, asked, seen, cache, tell)
         else:
             measured = evaluate(rows, rules, cache, tell)
-    result = {**measured, "guidance_rescale": student.card.guidance_rescale}
+    result = {**measured, "guidance": asdict(student.card.guidance)}
     write_json(folder / "eval.json", result)
     return result
 
@@ -235,7 +236,7 @@ def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Ten
     return images
 
 
-def rows_of(student: LoadedStudent) -> "list[Row]":
+def rows_of(student: Student) -> "list[Row]":
     """Teacher@50, then for every K served teacher@K guided and unguided, all that the teacher draws at the student's cost, student@K.
 
     At a student's cost of c network calls the teacher takes c unguided steps, or half as many guided ones: which is better is not known
@@ -245,24 +246,24 @@ def rows_of(student: LoadedStudent) -> "list[Row]":
 
     teacher, card = backbone_of(student), student.card
     null = teacher.encode([""])
-    best = card.teacher_guidance if null else 1.0
-    scales, each = tuple(dict.fromkeys((best, 1.0))), calls(null, best)
-    rows: dict[tuple[str, int, float], Row] = {}
+    best = card.guidance if null else Guidance()
+    ways, each = tuple(dict.fromkeys((best, Guidance()))), nfe_per_step(null, best)
+    rows: dict[tuple[str, int, Guidance], Row] = {}
 
-    def add_teacher(steps: int, scale: float) -> None:
-        nfe = evaluations(steps, calls(null, scale))
-        rows.setdefault(("teacher", steps, scale), Row("teacher", steps, scale, nfe, _sampler(teacher, steps, scale)))
+    def add_teacher(steps: int, guidance: Guidance) -> None:
+        cost = total_nfe(steps, nfe_per_step(null, guidance))
+        rows.setdefault(("teacher", steps, guidance), Row("teacher", steps, guidance, cost, _sampler(teacher, steps, guidance)))
 
     add_teacher(TEACHER_STEPS, best)
     for k in card.steps:
-        cost = card_evaluations(card, k)
-        for scale in scales:
-            add_teacher(k, scale)
+        cost = card_nfe(card, k)
+        for guidance in ways:
+            add_teacher(k, guidance)
         if cost:
-            add_teacher(cost, 1.0)
+            add_teacher(cost, Guidance())
         if cost and cost % each == 0:
             add_teacher(cost // each, best)
-        rows["student", k, 1.0] = Row("student", k, 1.0, cost, _sampler(student, k, 1.0))
+        rows["student", k, Guidance()] = Row("student", k, Guidance(), cost, _sampler(student, k, Guidance()))
     return list(rows.values())
 
 
@@ -283,7 +284,7 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
     """
     from ..evaluation.pictures import PictureProtocol
 
-    for option, name in (("evaluate", recipe.evaluate), ("preview.measure", recipe.preview.measure)):
+    for option, name in (("evaluate", recipe.evaluate), ("preview.protocol", recipe.preview.protocol)):
         if name is None:
             continue
         if teacher is None:
@@ -291,11 +292,11 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
                 protocol_named(name)
             continue
         rules, seen = measuring(teacher, name, recipe.real, option)
-        if option == "preview.measure" and seen is None and isinstance(rules, PictureProtocol):
+        if option == "preview.protocol" and seen is None and isinstance(rules, PictureProtocol):
             if name not in SIZES:
-                raise ValueError(f"preview.measure: got {name}, which needs real pictures here; set data.real, or leave it out")
+                raise ValueError(f"preview.protocol: got {name}, which needs real pictures here; set data.real, or leave it out")
             console.print(
-                f"preview.measure: {teacher.name} is not measured along the way, which takes real pictures (data.real)", markup=False
+                f"preview.protocol: {teacher.name} is not measured along the way, which takes real pictures (data.real)", markup=False
             )
 
 
@@ -308,8 +309,8 @@ def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Se
     from ..evaluation.protocols import Row, evaluate
 
     count = step.method.counts[0]
-    nfe = evaluations(count, free=step.method.free_first)
-    rows, teacher = [Row("student", count, 1.0, nfe, _sampler(step, count, 1.0))], backbone_of(step)
+    nfe = total_nfe(count, analytic=step.method.analytic_first_step)
+    rows, teacher = [Row("student", count, Guidance(), nfe, _sampler(step, count, Guidance()))], backbone_of(step)
     rules, seen = measuring(teacher, protocol, real)
     if not isinstance(rules, PictureProtocol):
         found = evaluate(rows, rules)
@@ -320,7 +321,7 @@ def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Se
     return {k: v for k, v in found["rows"][0].items() if k in CURVES}
 
 
-def _sampler(model: Backbone | LoadedStudent | Step, steps: int, guidance: float) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+def _sampler(model: Backbone | Student | Step, steps: int, guidance: Guidance) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return sample(model, list(prompts), list(seeds), steps=steps, guidance=guidance)
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from ..backbones.load import bundled, fingerprint, load_teacher, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
-from ..export.card import counted, read_card
-from ..export.headers import KEY
 from ..reading import read_json, reading, require_regular
-from ..runs.students import student_folder
+from ..student.card import counted
+from ..student.folder import find_folder, read_card
+from ..student.headers import KEY
 from ..training.state import checkpoints
 from ..training.texts import printable
 from .progress import console
@@ -34,7 +34,7 @@ def run_inspect(source: str) -> None:
         values = safetensors_summary(path)
     elif (path / "run.json").is_file():
         values = run_summary(path)
-    elif (folder := student_folder(source)) is not None:
+    elif (folder := find_folder(source)) is not None:
         card = read_card(folder)
         values = {"student": str(folder), "network calls": counted(card), **asdict(card)}
     elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:

@@ -12,18 +12,18 @@ from ..backbones.base import Backbone
 from ..backbones.hollow import hollow_teacher
 from ..backbones.load import at_size, quiet
 from ..backbones.parts import Piped, networks
-from ..begin import roles_for
 from ..names import quoted
 from ..reading import reason
 from ..report.words import size
 from ..roles.quantised import KINDS, Kind, layers_of, quantise
-from ..runs.walking import path_times
+from ..runs.init import roles_for
+from ..runs.recipe import DistillRecipe, first_stage, read_recipe
+from ..runs.walking import trajectory_times
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from ..training.prompts import CHUNK, Embeddings
 from .preflight import note_shadowed
 from .progress import console
-from .recipe import DistillRecipe, first_stage, read_recipe
 
 UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "M": 2**20, "G": 2**30}
 RESERVE = 0.05  # of a card's memory: fragments, workspaces of its libraries
@@ -94,7 +94,7 @@ def run_plan(source: str, overrides: list[str], memory: str | None, given: Mappi
 def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
     """The recipe's teacher without content, and the plan of each of its stages."""
     teacher = hollow_of(recipe)
-    stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe]
+    stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
     try:
         return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
     except (
@@ -112,7 +112,7 @@ def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
 
 def hollow_of(recipe: DistillRecipe) -> Backbone:
     """The recipe's teacher without content, rounded where it says so."""
-    teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size, recipe.guidance_rescale)
+    teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size)
     quantise(teacher, recipe.roles.base)
     return teacher
 
@@ -210,7 +210,7 @@ def plan_of(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
     """The plan of one training."""
     sized, method = at_size(teacher, recipe.size), recipe.method
     data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
-    times = path_times(method, sized)
+    times = trajectory_times(method, sized)
     return Plan(recipe, phases, training_bytes(sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data))
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..atomic import cure_of, link_or_copy, remove_left, require_replaceable, temporary_beside
 from ..backbones.load import bundled, source_of
-from ..export.card import FILE
 from ..findings import Check, require
 from ..names import LONGEST, visible
+from ..student.folder import FILE as CARD_FILE
+from ..student.folder import holds_student
 from ..training.lock import locked
 from ..training.paths import OF_STUDENT, TRAJECTORIES
 from ..training.processes import any_of, is_first
@@ -59,7 +60,7 @@ def place_checks(run: Path) -> list[Check]:
     """Whether a run may have this folder. Nothing is written."""
     shown, real = visible(str(run), lines=False), Path(os.path.realpath(run))
     own = real in (Path(real.anchor), Path(os.path.realpath(Path.home())))
-    foreign = next((name for name in (FILE, "model_index.json") if (run / name).exists()), "")
+    foreign = next((name for name in (CARD_FILE, "model_index.json") if (run / name).exists()), "")
     blocked = next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None)
     student = next((f for f in (run / FINAL, run / "first" / FINAL) if _somebodys(f)), None)
     found = [
@@ -75,7 +76,7 @@ def _somebodys(folder: Path) -> bool:
     """Whether something is in the place of a finished student that is none, and would be lost."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return True
-    return folder.is_dir() and not (folder / FILE).is_file() and any(folder.iterdir())
+    return folder.is_dir() and not holds_student(folder) and any(folder.iterdir())
 
 
 def writing_check(run: Path) -> Check:

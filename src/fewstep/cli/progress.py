@@ -2,10 +2,12 @@
 
 import io
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +16,7 @@ from rich.text import Text
 
 from ..findings import Check
 from ..names import visible
+from ..report.words import size as said_size
 
 CLOSED = 141  # exit status of a program whose reader has left: 128 + SIGPIPE
 
@@ -62,6 +65,7 @@ def show_all_letters() -> None:
 
 
 console = Plain()
+WORTH_SAYING = 2**20  # bytes
 
 
 class Meter:
@@ -105,3 +109,28 @@ def show_checks(checks: Sequence[Check], stage: str = "") -> None:
     """A line for each of them."""
     for check in checks:
         console.print(f"  {'ok' if check.holds else 'NO':<4}{stage}{check.name:<14} {check.said}", markup=False)
+
+
+class OnScreen:
+    """A run's progress on the screen."""
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        console.print(text, markup=False)
+
+    @contextmanager
+    def meter(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar."""
+        with meter(title, total) as bar:
+            yield lambda done: bar.advance(done, {})
+
+    def writing(self, path: Path, size: int) -> None:
+        """Say what a large file will take."""
+        if size >= WORTH_SAYING:
+            console.print(f"writing {visible(str(path), lines=False)}: {count_in(size, path.parent)}", markup=False)
+
+
+def count_in(count: int, folder: Path) -> str:
+    """Return `17.00 GiB, of 25.00 GiB that are free`."""
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    return f"{said_size(count)}, of {said_size(shutil.disk_usage(there).free)} that are free"

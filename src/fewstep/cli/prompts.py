@@ -1,19 +1,14 @@
 """What a run is given to learn from: its prompts, and a word on what was found and on what is going to be written."""
 
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ..backbones.base import Backbone
 from ..backbones.load import BUNDLED, source_of
-from ..report.words import size
+from ..runs.recipe import DistillRecipe
 from ..training.prompt_lengths import said_of_prompts
 from ..training.prompts import find_prompts, ignore
-from ..training.texts import Found, printable
+from ..training.texts import Found
 from .progress import console
-from .recipe import DistillRecipe
-
-WORTH_SAYING = 2**20  # bytes
 
 
 def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
@@ -46,15 +41,3 @@ def say_of_prompts(teacher: Backbone, prompts: Sequence[str]) -> None:
 def say_found(found: Found) -> None:
     """One line on what a source has."""
     console.print(found.line, markup=False)
-
-
-def say_size(path: Path, count: int) -> None:
-    """One line on a file of so many bytes that is going to be written, if that is worth one."""
-    if count >= WORTH_SAYING:
-        console.print(f"writing {printable(path)}: {count_in(count, path.parent)}", markup=False)
-
-
-def count_in(count: int, folder: Path) -> str:
-    """`17.00 GiB, of 25.00 GiB that are free`."""
-    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    return f"{size(count)}, of {size(shutil.disk_usage(there).free)} that are free"

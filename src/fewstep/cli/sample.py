@@ -6,38 +6,40 @@ from pathlib import Path
 
 import torch
 
-from ..backbones.base import Backbone, calls
+from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.generate import require_seed
 from ..backbones.load import load_teacher, quiet, seen_from
 from ..backbones.unconditional import PixelModel
-from ..core.solvers import evaluations
-from ..export.card import card_evaluations, read_card
+from ..core.guidance import Guidance
+from ..core.solvers import total_nfe
 from ..names import quoted
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
 from ..report.words import plural
 from ..runs.sampling import backbone_of, check_steps, sample
-from ..runs.students import LoadedStudent, base_note, load_student, student_folder
+from ..student.card import card_nfe
+from ..student.folder import find_folder, read_card
+from ..student.student import Student
 from ..training.loop import default_device
 from .preflight import note_shadowed, require_output
 from .progress import console
 
 
-def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Backbone | LoadedStudent:
+def open_model(source: str, base: str | None = None) -> Backbone | Student:
     """A student or a teacher. Raises ValueError with one line when it is neither."""
-    folder = student_folder(source)
+    folder = find_folder(source)
     if folder is not None:
         return open_student(folder, base)
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
     note_shadowed(source)
-    return load_teacher(source, device=default_device(), guidance_rescale=rescale)
+    return load_teacher(source, device=default_device())
 
 
-def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> LoadedStudent:
+def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> Student:
     """A student on its base, or on another; says so where that has other weights than the one that it was trained on."""
-    student = load_student(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
-    if note := base_note(student):
+    student = Student.read(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
+    if note := student.base_note():
         console.print(f"note: {note}")
     return student
 
@@ -87,33 +89,34 @@ def run_sample(
     if count < 1:
         raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
     require_seed(seed, "--seed")
-    if rescale is not None and student_folder(source) is not None:
+    if rescale is not None and find_folder(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
-    model = open_model(source, base, rescale or 0.0)
+    model = open_model(source, base)
     prompts = prompts_of(backbone_of(model), prompts)
     wanted = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     pictures, labels = [], []
-    if isinstance(model, LoadedStudent):
-        if guidance not in (None, 1.0) and not model.card.scales:
+    if isinstance(model, Student):
+        card = model.card
+        if guidance not in (None, 1.0) and not card.guidance_scales:
             raise ValueError(
-                f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {model.card.teacher_guidance:g}); leave it out"
+                f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {card.guidance.scale:g}); leave it out"
             )
-        if guidance is not None and model.card.scales and guidance not in model.card.scales:
-            known = ", ".join(f"{w:g}" for w in model.card.scales)
+        if guidance is not None and card.guidance_scales and guidance not in card.guidance_scales:
+            known = ", ".join(f"{w:g}" for w in card.guidance_scales)
             console.print(f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken")
         taken = steps or model.card.steps[0]
         check_steps(model, taken, "--steps")
         if taken not in model.card.steps:
             console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")
         if compare:
-            pictures.append(_timed(model.student.backbone, wanted, seeds, 50, model.card.teacher_guidance, "ddim"))
-            labels.append(f"teacher, 50 steps, guidance {model.card.teacher_guidance:g}")
-        pictures.append(_timed(model, wanted, seeds, taken, guidance or 1.0, solver))
+            pictures.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
+            labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")
+        pictures.append(_timed(model, wanted, seeds, taken, Guidance(scale=guidance or 1.0), solver))
         labels.append(f"student, {plural(taken, 'step')}")
     else:
         taken, scale = steps or 50, 1.0 if guidance is None else guidance
-        pictures.append(_timed(model, wanted, seeds, taken, scale, solver))
+        pictures.append(_timed(model, wanted, seeds, taken, Guidance(scale=scale, rescale=rescale or 0.0), solver))
         labels.append(f"teacher, {plural(taken, 'step')}, guidance {scale:g}")
     write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
     console.print(str(out.resolve()))
@@ -123,16 +126,16 @@ def run_sample(
 
 
 def _timed(
-    model: Backbone | LoadedStudent, prompts: list[str], seeds: list[int], steps: int, guidance: float, solver: str | None
+    model: Backbone | Student, prompts: list[str], seeds: list[int], steps: int, guidance: Guidance, solver: str | None
 ) -> torch.Tensor:
     began = time.perf_counter()
     result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
     if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
         console.print(f"warning: {flat} of {len(result)} pictures are one colour; run fewstep doctor TEACHER")
-    if isinstance(model, LoadedStudent):
-        who, cost = "student", card_evaluations(model.card, steps)
+    if isinstance(model, Student):
+        who, cost = "student", card_nfe(model.card, steps)
     else:
-        who, cost = "teacher", evaluations(steps, calls(model.encode([""]), guidance))
+        who, cost = "teacher", total_nfe(steps, nfe_per_step(model.encode([""]), guidance))
     console.print(f"{who}: {plural(steps, 'step')}, {plural(cost, 'network call')} and {seconds:.3f} s a picture")
     return result

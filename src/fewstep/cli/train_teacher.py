@@ -6,6 +6,7 @@ from pathlib import Path
 from ..atomic import write_json, write_text
 from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
 from ..findings import require
+from ..runs.recipe import FinetuneRecipe, kind_of, read_recipe, recorded
 from ..training.captioned import read_pictures
 from ..training.finetune import finetune
 from ..training.fit import FitStep
@@ -16,9 +17,8 @@ from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
 from .before import look_before_finetune
 from .preflight import held, place_checks
-from .progress import console, meter
-from .prompts import say_found, say_size
-from .recipe import FinetuneRecipe, kind_of, read_recipe, recorded
+from .progress import OnScreen, console, meter
+from .prompts import say_found
 from .signals import stop_request
 
 
@@ -62,7 +62,7 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
         look_before_finetune(recipe, teacher, run)
     write_json(run / "run.json", recorded(recipe))
     identity, source = fingerprint(teacher.module, *teacher.encoders), recipe.data.source
-    data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=say_size)
+    data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=OnScreen().writing)
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
     yield from (("finetune", step) for step in training)
     pipeline_of(teacher).save_pretrained(run / "teacher")

@@ -39,10 +39,3 @@ def truncated_v(schedule: Schedule, row: Row, t: Tensor, clip: float = 5.0) -> T
 
 Weighting = Callable[[Schedule, Row, Tensor, float], Tensor]
 WEIGHTINGS: dict[str, Weighting] = {"own": own_output, "min-snr": min_snr, "v": truncated_v}
-
-
-def weighting_named(name: str) -> Weighting:
-    """A weighting by name. Raises ValueError listing the known ones."""
-    if name not in WEIGHTINGS:
-        raise ValueError(f"method.fake_weight: got {name!r}, allowed are {', '.join(WEIGHTINGS)}")
-    return WEIGHTINGS[name]

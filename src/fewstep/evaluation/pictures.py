@@ -153,7 +153,7 @@ def evaluate_pictures(
             {
                 "model": r.model,
                 "steps": r.steps,
-                "guidance": r.guidance,
+                "guidance": r.guidance.scale,
                 "nfe": r.nfe,
                 "n": count,
                 "fd_real": to_real(own[i]),

@@ -4,14 +4,16 @@ The distance is labelled FD-efflite0 and is no FID: it sees another network, and
 depends on the number of pictures, so compare the rows of one protocol; `fd_floor` is what that many real emoji get themselves.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..core.guidance import Guidance
 from .measure import Asked, Gauge, Measured, Sampler, measure
 from .plan import EmojiProtocol, digest, plan
 from .quality import Ruler
@@ -40,7 +42,7 @@ class Row:
 
     model: str
     steps: int
-    guidance: float
+    guidance: Guidance
     nfe: int
     sampler: Sampler
 
@@ -82,7 +84,7 @@ def evaluate(
             {
                 "model": r.model,
                 "steps": r.steps,
-                "guidance": r.guidance,
+                "guidance": r.guidance.scale,
                 "nfe": r.nfe,
                 "n": protocol.names,
                 **ruler.quality(m, best).as_dict(),
@@ -111,8 +113,9 @@ def measured_rows(
     """Every row's pictures as numbers; those kept in `cache` or `shipped` under the same `stamp` are not drawn again."""
     measured: list[Measured] = []
     for row in rows:
-        title = f"{row.model}-{row.steps}steps-guidance{row.guidance:g}"
-        file = f"{title}-{digest([*stamp, batch, row.nfe])[:12]}.safetensors"
+        title = f"{row.model}-{row.steps}steps-guidance{row.guidance.scale:g}"
+        special = [] if row.guidance == Guidance(scale=row.guidance.scale) else [json.dumps(asdict(row.guidance))]
+        file = f"{title}-{digest([*stamp, batch, row.nfe, *special])[:12]}.safetensors"
         kept = [folder / file for folder in (cache, shipped) if folder is not None]
         before = len(measured) * len(asked.prompts)
 

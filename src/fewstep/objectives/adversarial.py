@@ -9,7 +9,7 @@ from torch import Tensor
 Logits = Callable[[Tensor], Tensor]  # logits [B, N] -> per sample [B]
 
 
-class Game(NamedTuple):
+class GanLoss(NamedTuple):
     """What each side minimises; logits are positive where the discriminator believes in real data."""
 
     real: Logits
@@ -17,17 +17,10 @@ class Game(NamedTuple):
     student: Logits
 
 
-GAMES: dict[str, Game] = {
-    "hinge": Game(lambda d: F.relu(1 - d).mean(1), lambda d: F.relu(1 + d).mean(1), lambda d: -d.mean(1)),
-    "non-saturating": Game(lambda d: F.softplus(-d).mean(1), lambda d: F.softplus(d).mean(1), lambda d: F.softplus(-d).mean(1)),
+GAN_LOSSES: dict[str, GanLoss] = {
+    "hinge": GanLoss(lambda d: F.relu(1 - d).mean(1), lambda d: F.relu(1 + d).mean(1), lambda d: -d.mean(1)),
+    "non-saturating": GanLoss(lambda d: F.softplus(-d).mean(1), lambda d: F.softplus(d).mean(1), lambda d: F.softplus(-d).mean(1)),
 }
-
-
-def game_named(name: str) -> Game:
-    """A game by name. Raises ValueError listing the known ones."""
-    if name not in GAMES:
-        raise ValueError(f"method.gan_loss: got {name!r}, allowed are {', '.join(GAMES)}")
-    return GAMES[name]
 
 
 def gradient_penalty(gradients: list[Tensor]) -> Tensor:

@@ -3,6 +3,9 @@
 from torch import Tensor
 
 from ..core.schedule import expand
+from .denoising import transition_target
+from .matched_state import MatchedState
+from .reverse_kl import dmd_normaliser
 
 
 def fisher(f_teacher: Tensor, f_fake: Tensor, f_cond: Tensor, normaliser: Tensor, correction: float = 0.5) -> Tensor:
@@ -18,3 +21,14 @@ def fisher(f_teacher: Tensor, f_fake: Tensor, f_cond: Tensor, normaliser: Tensor
     d = f_teacher - f_fake
     value = (d * (f_teacher - f_cond)).flatten(1).sum(1) - correction * d.square().flatten(1).sum(1)
     return value / expand(normaliser.detach(), value)
+
+
+def fisher_loss(state: MatchedState, loss: str, correction: float) -> Tensor:
+    """Return the weighted Fisher divergence per sample, [B] (tab. 8); it has no surrogate `loss`.
+
+    Both estimates carry the gradient of the x_tau at which they were made.
+    """
+    f_cond, weight = transition_target(state.schedule, state.x, state.noise, state.t, state.tau)
+    normaliser = dmd_normaliser(state.x0.detach(), state.f_teacher.detach())
+    value = fisher(state.f_teacher, state.f_fake, f_cond, normaliser, correction)
+    return weight.to(value) * value

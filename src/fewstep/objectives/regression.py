@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..core.schedule import Schedule, expand
 
-Metric = Callable[[Tensor, Tensor], Tensor]  # (prediction, target) [B, ...] -> [B]
+RegressionLoss = Callable[[Tensor, Tensor], Tensor]  # (prediction, target) [B, ...] -> [B]
 
 
 def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
@@ -24,14 +24,7 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
     return ((prediction - target).square() + c**2).sqrt().flatten(1).mean(1) - c
 
 
-METRICS: dict[str, Metric] = {"l1": mean_absolute, "l2": mean_square, "huber": pseudo_huber}
-
-
-def metric_named(name: str) -> Metric:
-    """A metric by name. Raises ValueError listing the known ones."""
-    if name not in METRICS:
-        raise ValueError(f"method.loss: got {name!r}, allowed are {', '.join(METRICS)}")
-    return METRICS[name]
+REGRESSION_LOSSES: dict[str, RegressionLoss] = {"l1": mean_absolute, "l2": mean_square, "huber": pseudo_huber}
 
 
 def consistency_function(x: Tensor, x0: Tensor, t: Tensor, clean: float, scaling: float = 10.0, sigma_data: float = 0.5) -> Tensor:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..core.schedule import expand
+from .matched_state import MatchedState
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, delta, normaliser [B]) -> [B]
+SurrogateLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, delta, normaliser [B]) -> [B]
 
 
 def l2(x: Tensor, delta: Tensor, normaliser: Tensor) -> Tensor:
@@ -35,14 +36,13 @@ def huber_elementwise(x: Tensor, delta: Tensor, normaliser: Tensor, c: float = 1
     return ((square + c**2).sqrt() - c).flatten(1).sum(1)
 
 
-LOSSES: dict[str, Loss] = {"l2": l2, "huber": huber, "huber-elementwise": huber_elementwise}
+SURROGATE_LOSSES: dict[str, SurrogateLoss] = {"l2": l2, "huber": huber, "huber-elementwise": huber_elementwise}
 
 
-def loss_named(name: str) -> Loss:
-    """A surrogate loss by name. Raises ValueError listing the known ones."""
-    if name not in LOSSES:
-        raise ValueError(f"method.loss: got {name!r}, allowed are {', '.join(LOSSES)}")
-    return LOSSES[name]
+def reverse_kl_loss(state: MatchedState, loss: str, correction: float) -> Tensor:
+    """Return the surrogate loss of the reverse KL per sample, [B] (eq. 6, 11); `correction` has no part in it."""
+    delta = (state.f_fake - state.f_teacher).detach()
+    return SURROGATE_LOSSES[loss](state.x, delta, dmd_normaliser(state.x0.detach(), state.f_teacher.detach()))
 
 
 def dmd_normaliser(x0: Tensor, f_teacher: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Evaluation(TypedDict, total=False):
     versions: dict[str, str]
 
 
-class Walk(TypedDict):
+class TrajectoryBatch(TypedDict):
     """An error along the way."""
 
     s: list[float]
@@ -63,7 +63,7 @@ class Walk(TypedDict):
 class Shape(TypedDict, total=False):
     """`trajectories.json` of a run: what `trajp.analysis` says of them."""
 
-    errors: dict[str, Walk]
+    errors: dict[str, TrajectoryBatch]
     s: list[float]
     mean: list[list[float]]
     fit: list[list[float]]

@@ -64,7 +64,7 @@ WORDS = {
     "Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
     "Prompt match while training": "Share of the student's images whose nearest real image is the one of their own prompt, higher is "
     "better. Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
-    "Matching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
+    "DistributionMatching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
     "Falling means that the student's images look more and more like the teacher's; step 1 starts from noise.",
     "Losses": "Faint: every iteration. Strong: average over a twentieth of them. These need not fall: the student and the fake score chase "
     "each other, so judge by the images and the distances above.",

@@ -8,7 +8,9 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -20,6 +22,18 @@ from .sharding import part_of
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
 MOST_RANK, LEAST_RANK = 32, 4
 FITTING = 0.25  # of a network's weights
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA of a network: the layers that carry adapters, and its name in them."""
+
+    layers: tuple[LoraLayer, ...]
+    name: str
+
+    def switch(self, on: bool) -> None:
+        """Add this adapter to the layers' outputs, or none."""
+        switch(self.layers, self.name if on else None)
 
 
 def plain_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -187,3 +201,29 @@ def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
         for n, p in parameters.items():
             p.copy_(part_of(tensors[n], p))
     torch.clear_autocast_cache()
+
+
+def attach_adapter(module: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: float) -> Adapter:
+    """Attach a LoRA in PEFT's file format to a network, next to those that are there, switched off. Raises ValueError if it does not fit."""
+    name = unused_name(module, "student")
+    names = sorted({k.rsplit(".lora_", 1)[0] for k in state})
+    known = {n.replace(".base_layer", "") for n, _ in module.named_modules()}
+    if missing := [n for n in names if n not in known]:
+        raise ValueError(
+            f"student: the base network has no layer {missing[0]} ({len(missing)} of {len(names)} are missing); load it on the base named in its fewstep.json"
+        )
+    add_adapter(module, name, rank, alpha, names, seed=0)
+    load_adapter(module, name, state)
+    adapter = Adapter(tuple(adapter_layers(module)), name)
+    adapter.switch(False)
+    return adapter
+
+
+def plain_state(module: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a LoRA with its scale in its weights, in PEFT's file format, and PEFT's settings for its header.
+
+    Whatever alpha it was made with, here it is the rank, so that the LoRA is right also where headers are not read.
+    """
+    settings = module.peft_config[name].to_dict()  # type: ignore[union-attr,index]
+    state = {k: v.detach().cpu().clone() for k, v in adapter_state(module, name).items()}
+    return scaled(state, settings["lora_alpha"] / settings["r"]), settings | {"lora_alpha": settings["r"]}

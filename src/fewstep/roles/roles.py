@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
 from ..backbones.parts import set_checkpointing
+from ..core.guidance import Guidance
 from ..core.prediction import Split
 from ..core.solvers import Denoise
 from . import adapters, sharding, step_condition
@@ -96,17 +97,17 @@ class Roles:
     counts: tuple[float, ...] = ()  # step counts, or guidance scales, that student and fake score are told apart; usually none
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
-    head: nn.Module | None = None  # a `core.solvers.Correct` that is trained as part of the student
-    folding: nn.Module | None = None  # one that the student begins with and learns to do without
+    head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
+    head_to_absorb: nn.Module | None = None  # one that the student begins with and learns to do without
     now: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # who the shared network is, told which count
 
     def denoise(self, role: Role, cond: Cond, told: float | None = None) -> Denoise:
         """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
         return self._as(role, denoiser(self.backbone, self.networks[role], cond), told)
 
-    def teacher(self, cond: Cond, null: Cond, scale: float | Tensor, parallel: float = 1.0) -> Denoise:
-        """The frozen teacher under classifier-free guidance, see `backbones.base.guided`."""
-        return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale, parallel))
+    def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
+        """Return the frozen teacher under guidance."""
+        return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, guidance))
 
     def _as(self, role: Role, inner: Denoise, told: float | None = None) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
@@ -157,7 +158,7 @@ class Roles:
                 self.trained[role] = {n: after[n] if before.get(n) is p else p for n, p in own.items()}
         for p in sharding.by_kind([p for own in self.trained.values() for p in own.values()])[1]:
             p.data = p.data.to(device)
-        for head in (self.head, self.folding):
+        for head in (self.head, self.head_to_absorb):
             if head is not None:
                 head.to(device)
         for name, p in self.trained["student"].items():
@@ -253,12 +254,12 @@ def make_roles(
     against: tuple[int, ...] = (),
     head: nn.Module | None = None,
     fake: bool = True,
-    folding: nn.Module | None = None,
+    head_to_absorb: nn.Module | None = None,
 ) -> Roles:
     """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several `counts`: step counts or guidance scales.
 
     `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
-    (rank 0) is all of it; one that it is `folding` away stays as it is. Raises ValueError where there is nothing to train, or copies of half-precision weights.
+    (rank 0) is all of it; one that it is `head_to_absorb` away stays as it is. Raises ValueError where there is nothing to train, or copies of half-precision weights.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
     the same backbone are taken out, and `config.base` rounds its weights for good. Copies: two deep copies.
     """
@@ -298,14 +299,14 @@ def make_roles(
     if head is not None:
         head.to(next(base.parameters()).device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
-    if folding is not None:
-        folding.to(next(base.parameters()).device).requires_grad_(False)
+    if head_to_absorb is not None:
+        head_to_absorb.to(next(base.parameters()).device).requires_grad_(False)
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
     adapters.switch(layers, None)
     discriminator = make_discriminator(backbone, base, against, seed) if against else None
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
-    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head, folding)
+    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head, head_to_absorb)
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
         checkpoint_blocks(network, lambda: roles.now[0], lambda who: roles.activate(*who))

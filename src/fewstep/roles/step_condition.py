@@ -124,3 +124,8 @@ def _bias(network: nn.Module, layer: str) -> Tensor:
     bias = time_layer(network, layer).bias
     assert isinstance(bias, Tensor)
     return bias
+
+
+def without_fold(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """Return a LoRA's weights without those that fold in one condition value."""
+    return {k: v for k, v in state.items() if not k.startswith(f"{layer}.lora_")}

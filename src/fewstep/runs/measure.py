@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from ..atomic import write_json
-from ..backbones.base import Backbone, calls
+from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.parts import Piped
-from ..core.solvers import evaluations
+from ..core.guidance import Guidance
+from ..core.solvers import total_nfe
 from ..evaluation.states import energy_distance, energy_noise, spread
-from ..export.card import card_evaluations
+from ..student.card import card_nfe
+from ..student.student import Student
 from ..training.loop import Step as Iteration
 from ..words import told_in_python
 from .sampling import backbone_of, require_prompts, sample
 from .step import Step
-from .students import LoadedStudent
 
 PROTOCOL = "states"
 TEACHER_STEPS = 50
@@ -27,7 +28,7 @@ CHUNK = 256  # states that are drawn at once
 
 @told_in_python
 def evaluate(
-    model: LoadedStudent | Step,
+    model: Student | Step,
     prompts: Sequence[str] = ("",),
     real: Any = None,
     count: int = 512,
@@ -55,21 +56,21 @@ def evaluate(
     if truth is not None and (truth.shape[1:] != tuple(teacher.shape) or len(truth) < 2):
         raise ValueError(f"real: got {list(truth.shape)}, allowed are states [N, {', '.join(map(str, teacher.shape))}]")
     null = teacher.encode([""])
-    best = card.teacher_guidance if null else 1.0
+    best = card.guidance if null else Guidance()
     goal = _drawn(teacher, asked, count, count, TEACHER_STEPS, best)[0]
 
-    def row(who: str, source: Backbone | LoadedStudent, steps: int, guidance: float, nfe: int) -> dict[str, Any]:
+    def row(who: str, source: Backbone | Student, steps: int, guidance: Guidance, nfe: int) -> dict[str, Any]:
         states, seconds = _drawn(source, asked, count, 0, steps, guidance)
         return {
-            "model": who, "steps": steps, "guidance": guidance, "nfe": nfe, "n": count, "energy_teacher": energy_distance(states, goal),
+            "model": who, "steps": steps, "guidance": guidance.scale, "nfe": nfe, "n": count, "energy_teacher": energy_distance(states, goal),
             "energy_real": None if truth is None else energy_distance(states, truth), "diversity_ratio": spread(states) / max(spread(goal), 1e-12),
             "seconds_per_sample": seconds,
         }  # fmt: skip
 
-    rows = [row("teacher", teacher, TEACHER_STEPS, best, evaluations(TEACHER_STEPS, calls(null, best)))]
+    rows = [row("teacher", teacher, TEACHER_STEPS, best, total_nfe(TEACHER_STEPS, nfe_per_step(null, best)))]
     for k in card.steps:
-        rows += [row("teacher", teacher, k, w, evaluations(k, calls(null, w))) for w in dict.fromkeys((best, 1.0))]
-        rows.append(row("student", student, k, 1.0, card_evaluations(card, k)))
+        rows += [row("teacher", teacher, k, w, total_nfe(k, nfe_per_step(null, w))) for w in dict.fromkeys((best, Guidance()))]
+        rows.append(row("student", student, k, Guidance(), card_nfe(card, k)))
     half = count // 2
     result = {
         "protocol": PROTOCOL, "distance": "energy distance of plain states, zero for one distribution", "rows": rows,
@@ -81,7 +82,7 @@ def evaluate(
 
 
 def _drawn(
-    source: Backbone | LoadedStudent, prompts: list[str], count: int, first: int, steps: int, guidance: float
+    source: Backbone | Student, prompts: list[str], count: int, first: int, steps: int, guidance: Guidance
 ) -> tuple[Tensor, float]:
     """(states [count, ...], seconds each), the prompts in turn, seeds from `first` on."""
     wanted, began, parts = [prompts[i % len(prompts)] for i in range(count)], time.perf_counter(), []

@@ -2,21 +2,22 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, calls, guided
+from ..backbones.base import Backbone, guided, nfe_per_step
 from ..backbones.base import rows as rows_of
 from ..backbones.generate import device_of, in_parts, pictures, trajectory
 from ..core import timegrid
-from ..core.solvers import Denoise, State, evaluations
+from ..core.guidance import Guidance
+from ..core.solvers import Denoise, State, total_nfe
 from ..evaluation.distances import paired_distance
 from ..evaluation.features import feature_network, features
 from ..evaluation.motion import motion
-from ..methods.matching import Matching, draw, guidance_at
+from ..methods.distribution_matching import DistributionMatching, draw
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
 from ..report.pictures import Pictures, StepGrid, Trajectory
@@ -64,11 +65,12 @@ class Preview:
         self.seeds = [drawing.seed + i for i in range(len(self.prompts))]
         device = device_of(teacher.module)
         self.cond, self.null = shown.all(device), shown.unconditional(device)
-        times, scale = timegrid.uniform(teacher.schedule, drawing.teacher_steps), drawing.method.guidance
-        self.reference, self.look = self._looked(trajectory(teacher, self._guided(scale), self.seeds, times)[-1].x)
+        times, guidance = timegrid.uniform(teacher.schedule, drawing.teacher_steps), drawing.method.guidance
+        self.reference, self.look = self._looked(trajectory(teacher, self._guided(guidance), self.seeds, times)[-1].x)
         self.moderate, seen = None, self.reference
-        if self.null and scale > MODERATE:
-            seen, self.moderate = self._looked(trajectory(teacher, self._guided(MODERATE), self.seeds, times)[-1].x)
+        if self.null and guidance.scale > MODERATE:
+            moderate = self._guided(replace(guidance, scale=MODERATE))
+            seen, self.moderate = self._looked(trajectory(teacher, moderate, self.seeds, times)[-1].x)
         self.features, self.seen = feature_network(), seen
         self.starts = {k: self._start(drawing.method, k) for k in drawing.method.counts}
 
@@ -79,13 +81,13 @@ class Preview:
 
     def _start(self, method: Method, count: int) -> Look:
         """The teacher's own steps without guidance, which is what a student begins as."""
-        states = trajectory(self.teacher, self._guided(1.0), self.seeds, method.times(self.teacher.schedule, count), method.solver)
+        states = trajectory(self.teacher, self._guided(Guidance()), self.seeds, method.times(self.teacher.schedule, count), method.solver)
         return self._looked(states[-1].x)[1]
 
-    def _guided(self, scale: float) -> Denoise:
+    def _guided(self, guidance: Guidance) -> Denoise:
         """The teacher, as many pictures at once as in training, whose memory is enough for it."""
         teacher = self.teacher
-        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, scale), self.drawing.batch)
+        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch)
 
     def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
         """The student of this count, likewise."""
@@ -97,14 +99,14 @@ class Preview:
             own = {k: self._looked(self._student(roles, method, k)[-1].x) for k in method.counts}
         rows = {f"teacher, {self.drawing.teacher_steps} steps": self.reference}
         rows |= {f"student, {plural(k, 'step')}": images for k, (images, _) in own.items()}
-        if isinstance(method, Matching):
+        if isinstance(method, DistributionMatching):
             rows |= self._compared(roles, method)
         if self.folder is not None:
             write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts)
         goal = self.seen.cpu()
         distances = {k: self._distance(images.cpu(), goal) for k, (images, _) in own.items()}
         if not iteration:
-            return Shown(unfit(self.look, self.moderate, method.guidance), distances)
+            return Shown(unfit(self.look, self.moderate, method.guidance.scale), distances)
         return Shown([line for k, (_, seen) in own.items() for line in self._left(seen, k)], distances)
 
     def _distance(self, images: Tensor, goal: Tensor) -> float:
@@ -123,7 +125,7 @@ class Preview:
             found += [line for line in more if line.split()[1] not in said]
         return found
 
-    def _compared(self, roles: Roles, method: Matching) -> dict[str, Tensor]:
+    def _compared(self, roles: Roles, method: DistributionMatching) -> dict[str, Tensor]:
         """What student, teacher and fake score take for the clean picture where they are compared, at a state drawn as in training.
 
         The fake score should say what the student does; where it and the teacher differ is where the student is pushed.
@@ -135,8 +137,7 @@ class Preview:
                 part = slice(first, min(first + size, len(self.seeds)))
                 cond, rng = rows_of(self.cond, part), torch.Generator(device).manual_seed(self.seeds[first])
                 d = draw(method, roles, cond, len(self.seeds[part]), rng, with_gradient=False, steps=count)
-                scale = guidance_at(method, self.teacher.schedule, d.tau)
-                guide = roles.teacher(cond, self.null, scale, method.guidance_parallel)
+                guide = roles.teacher(cond, self.null, method.guidance)
                 fake = roles.denoise("fake", cond, count)
                 found.append([d.x0, guide(d.x_tau, d.tau).x0, fake(d.x_tau, d.tau).x0])
         who = ("student", "teacher", "fake score")
@@ -155,10 +156,10 @@ class Preview:
         Where a guided step costs two calls, the teacher has the default student's calls in either way: unguided, and half as many guided.
         """
         teacher, most = self.teacher, self.drawing.teacher_steps
-        each = calls(self.null, method.guidance)
+        each = nfe_per_step(self.null, method.guidance)
         guide, plain = ("guided step", "unguided step") if each > 1 else ("step", "step")
-        rows = {labelled("teacher", guide, most, evaluations(most, each)): self.reference}
-        cost = evaluations(method.counts[0], free=method.free_first)
+        rows = {labelled("teacher", guide, most, total_nfe(most, each)): self.reference}
+        cost = total_nfe(method.counts[0], analytic=method.analytic_first_step)
         if each > 1 and cost and cost % each == 0:
             times = timegrid.uniform(teacher.schedule, cost // each)
             half = trajectory(teacher, self._guided(method.guidance), self.seeds, times)
@@ -166,16 +167,16 @@ class Preview:
         paths, shown = {}, min(4, len(self.prompts))
         for steps in method.counts:
             times = method.times(teacher.schedule, steps)
-            few = trajectory(teacher, self._guided(1.0), self.seeds, times)
+            few = trajectory(teacher, self._guided(Guidance()), self.seeds, times)
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = labelled(who, "step", steps)
-                cost = evaluations(steps, free=method.free_first and who == "student")
+                cost = total_nfe(steps, analytic=method.analytic_first_step and who == "student")
                 rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(teacher.decode(states[-1].x))
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
         return Pictures(
-            self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts and method.tells == "steps" else None
+            self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts and method.condition_on == "steps" else None
         )
 
     def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:

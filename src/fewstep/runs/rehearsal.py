@@ -11,17 +11,18 @@ from ..backbones.apart import apart
 from ..backbones.base import Backbone
 from ..backbones.conformance import operations_of, small
 from ..backbones.generate import device_of
-from ..begin import roles_for
 from ..findings import Check
 from ..methods.method import Method
 from ..reading import reason
 from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
+from ..student.folder import Parts
+from ..student.student import Origin, Student, student_card
 from ..training.loop import TrainConfig
 from ..training.memory import module_bytes, storage_bytes
 from ..training.optimizer import state_bytes
+from .init import roles_for
 from .sampling import sample
-from .students import LoadedStudent, Made, load_student, put_together, save_student, student_card
 
 CHECKPOINTS = 3  # at once: two are kept while the next one is written
 STUDENTS = 3  # at once: the last one, the best one, and one of them while it is replaced
@@ -34,22 +35,22 @@ LARGE = 2e12  # operations that take a CPU some seconds
 class Trial:
     """A student that nobody has trained, and the bytes that its run leaves."""
 
-    student: LoadedStudent
+    student: Student
     disk: int
 
 
-def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: TrainConfig, made: Made) -> Trial:
+def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: TrainConfig, origin: Origin) -> Trial:
     """The student of a run before its training, changed a little. A U-Net on a CPU gets small pictures; full copies are not made for it."""
     teacher, full = small(teacher), not networks.share
     roles = roles_for(apart(teacher), method, replace(networks, share=True, rank=1, alpha=None) if full else networks, config.seed)
     rng = torch.Generator().manual_seed(config.seed)
     lora = {n: torch.randn(v.shape, generator=rng).to(v) * CHANGE for n, v in roles.student_state().items()}
     vectors = {k: torch.randn(v.shape, generator=rng) * CHANGE for k, v in roles.vectors().items()}
-    card = student_card(roles, method, made)
+    card = student_card(roles, method, origin)
     card = replace(card, weights="full", rank=None, alpha=None) if full else card
     weights = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())  # a LoRA is written under two names
     disk = CHECKPOINTS * _checkpoint(roles, config, weights if full else 0) + STUDENTS * weights
-    return Trial(put_together(card, teacher, lora, None, vectors, roles.head), disk)
+    return Trial(Student.from_parts(Parts(card, lora, {}, None, vectors, roles.head), teacher), disk)
 
 
 def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
@@ -67,11 +68,11 @@ def student_check(trial: Trial, folder: Path) -> Check:
     Their pictures differ by rounding alone. Where a call takes long, the files are written and read, and nothing is drawn.
     """
     student, place, steps = trial.student, temporary_beside(folder), trial.student.card.steps[0]
-    teacher = student.student.backbone
+    teacher = student.backbone
     half = next(teacher.module.parameters()).dtype != torch.float32
     try:
-        save_student(student, place)
-        again = load_student(place, student.base)
+        student.write(place)
+        again = Student.read(place, student.base)
         if device_of(teacher.module).type == "cpu" and 2 * steps * operations_of(teacher, teacher.shape) > LARGE:
             return Check("student", "its files are written and read; drawing with them takes long on a CPU and is left out")
         wanted, found = (sample(s, [""], steps=steps) for s in (student, again))

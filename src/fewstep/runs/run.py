@@ -16,13 +16,14 @@ from ..backbones.base import Backbone
 from ..backbones.parts import Piped
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
-from ..export.card import FILE, read_card
 from ..methods.method import Method
 from ..methods.metrics import filled, metric_names
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES as PICTURES_FILE
 from ..report.run import render_run
 from ..roles.roles import Roles
+from ..student.folder import holds_student, read_card
+from ..student.student import Origin
 from ..training import loop
 from ..training.loop import TrainConfig
 from ..training.paths import Paths
@@ -34,7 +35,6 @@ from .metrics_log import MetricsLog
 from .preview import Drawing, Preview
 from .record import hardware, versions
 from .step import Step
-from .students import Made
 from .watch import PICTURES, DistillationWarning, Watch, Watcher, affordable
 
 FINAL = "final"
@@ -49,7 +49,7 @@ class Run:
     method: Method
     data: Embeddings
     config: TrainConfig
-    made: Made
+    origin: Origin
     folder: Path | None
     watch: Watch | None
     real: RealData | None = None
@@ -86,11 +86,11 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
                     f"LONGER: {folder} has {step.iteration} iterations already, train.iterations is {config.iterations}; this is its last step"
                 ]
             recent = [*recent[-19:], step.seconds]
-            made = replace(run.made, iterations=step.iteration, seconds=log.seconds)
+            origin = replace(run.origin, iterations=step.iteration, seconds=log.seconds)
             left = sum(recent) / len(recent) * max(0, config.iterations - step.iteration)
             said = tuple(python_words(text) for text in found)
             whole = Step(
-                step.iteration, filled(step.metrics, names), step.seconds, roles, method, said, left, teacher=run.teacher, made=made
+                step.iteration, filled(step.metrics, names), step.seconds, roles, method, said, left, teacher=run.teacher, origin=origin
             )
             if folder is not None and step.iteration >= config.iterations:
                 _finish(run, folder, whole, preview)
@@ -126,7 +126,7 @@ def _preview(run: Run, watch: Watch | None) -> Preview | None:
 def _begin(run: Run, folder: Path, settings: dict[str, Any], start: int) -> MetricsLog:
     """Once the checkpoint has been found to be of this run: `run.json` and the log."""
     write_json(folder / "run.json", {
-        "title": folder.resolve().name, "recipe": {**settings, "iterations": run.config.iterations}, "base": run.made.base, "base_hash": run.made.base_hash,
+        "title": folder.resolve().name, "recipe": {**settings, "iterations": run.config.iterations}, "base": run.origin.base, "base_hash": run.origin.base_hash,
         "seed": run.config.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "next": next_lines(run, folder),
     })  # fmt: skip
@@ -144,14 +144,14 @@ def next_lines(run: Run, folder: Path) -> list[list[str]]:
             "Measure it beside its teacher",
             f"fewstep.evaluate(student{'' if base else ', real=...'})" if base else f"fewstep evaluate {folder}",
         ],
-        ["Begin another training as it", f"fewstep.distill(teacher, method, prompts, iterations=..., start={final!r})"],
+        ["Initialize another training from it", f"fewstep.distill(teacher, method, prompts, train=fewstep.TrainConfig(iterations=...), init_from={final!r})"],
     ]
 
 
 def _finish(run: Run, folder: Path, step: Step, preview: Preview | None) -> None:
     """The student's folder, its pictures and the report, where they are not there yet."""
     final = folder / FINAL
-    if not ((final / FILE).is_file() and read_card(final).iterations == step.iteration):
+    if not (holds_student(final) and read_card(final).iterations == step.iteration):
         step.save(final)
         if preview is not None:
             with run.roles.averaged():

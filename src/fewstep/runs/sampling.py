@@ -8,13 +8,12 @@ from torch import Tensor
 from ..backbones.base import Backbone, guided
 from ..backbones.generate import require_seed, trajectory
 from ..core import timegrid
+from ..core.guidance import Guidance, guidance_of
 from ..core.solvers import State
-from ..export.card import StudentCard
 from ..methods.method import student_of
+from ..student.student import Student, require_steps_of
 from ..tensors import finite
 from ..training.loop import Step
-from ..trajp.head import Head, kind_of, require_steps
-from .students import LoadedStudent
 
 
 def require_prompts(prompts: Sequence[str]) -> list[str]:
@@ -30,42 +29,41 @@ def require_prompts(prompts: Sequence[str]) -> list[str]:
 
 
 def sample(
-    model: Backbone | LoadedStudent | Step,
+    model: Backbone | Student | Step,
     prompts: Sequence[str],
     seeds: Sequence[int] | None = None,
     *,
     steps: int | None = None,
-    guidance: float = 1.0,
+    guidance: Guidance | float = 1.0,
     solver: str | None = None,
-    told: int | None = None,
+    condition: int | None = None,
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1], one per prompt (plain states for backbones without a picture).
+    """Sample images [B, 3, H, W] in [0, 1], one per prompt; plain states of backbones without images.
 
-    A step or a student takes its own steps, solver and no guidance, unless it was trained to be told its `guidance`; a teacher takes
-    `steps` (default 50) and `guidance`.
-    Seeds default to 0, 1, 2, ...; a seed gives the same picture in any batch. A student of several step counts is told the one
-    it takes, or `told`.
+    A step or a student has its own steps, solver and no guidance, unless it was trained for several `guidance` scales; a teacher takes
+    `steps` (default 50) and `guidance`. Seeds default to 0, 1, 2, ...; a seed gives the same image in any batch. A student of several
+    step counts is conditioned on `steps` unless `condition` is given.
     """
-    states = sample_states(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, told=told)
+    states = sample_trajectory(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, condition=condition)
     shown = backbone_of(model).decode(states[-1].x)
     if not finite(shown):
         raise FloatingPointError(
-            f"sample: the pictures of {backbone_of(model).name} are not finite; load it in float32 or bfloat16, or run fewstep doctor TEACHER"
+            f"sample: the images of {backbone_of(model).name} are not finite; load it in float32 or bfloat16, or run fewstep doctor TEACHER"
         )
     return shown
 
 
-def sample_states(
-    model: Backbone | LoadedStudent | Step,
+def sample_trajectory(
+    model: Backbone | Student | Step,
     prompts: Sequence[str],
     seeds: Sequence[int] | None = None,
     *,
     steps: int | None = None,
-    guidance: float = 1.0,
+    guidance: Guidance | float = 1.0,
     solver: str | None = None,
-    told: int | None = None,
+    condition: int | None = None,
 ) -> list[State]:
-    """As `sample`, but the whole trajectory: K + 1 states with the clean estimate that led to each."""
+    """Sample as `sample` does, but return the whole trajectory: K + 1 states with the clean estimate that led to each."""
     prompts = require_prompts(prompts)
     if steps is not None and steps < 1:
         raise ValueError(f"steps: got {steps}, allowed are whole numbers from 1")
@@ -76,54 +74,31 @@ def sample_states(
         raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts; pass one seed a prompt")
     for seed in seeds:
         require_seed(seed, "seeds")
-    backbone = backbone_of(model)
+    backbone, guidance = backbone_of(model), guidance_of(guidance)
     with torch.no_grad():
         cond = backbone.encode(prompts)
         null = backbone.encode([""])
-    scale = None if guidance == 1.0 else guidance
+    scale = guidance.scale if guidance.active else None
     if isinstance(model, Step):
         count = steps or model.method.counts[0]
         check_steps(model, count)
         times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
-            denoise = student_of(model.method, model.roles, cond, told or count, scale)
+            denoise = student_of(model.method, model.roles, cond, condition or count, scale)
             return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
-    if isinstance(model, LoadedStudent):
-        count = steps or model.card.steps[0]
-        check_steps(model, count)
-        times = student_grid(model.card, backbone, count)
-        own = model.card.solver.get(str(count), model.card.solver[str(model.card.steps[0])])
-        return trajectory(
-            backbone,
-            model.student.denoise(cond, scale if model.card.scales else told or count),
-            seeds,
-            times,
-            solver or own,
-            model.student.head,
-        )
+    if isinstance(model, Student):
+        return model.sample_trajectory(cond, seeds, steps or model.card.steps[0], scale, solver, condition)
     denoise = guided(backbone, backbone.module, cond, null, guidance)
-    return trajectory(backbone, denoise, seeds, _grid(backbone, steps or 50), solver or "ddim")
+    return trajectory(backbone, denoise, seeds, timegrid.uniform(backbone.schedule, steps or 50), solver or "ddim")
 
 
-def check_steps(model: LoadedStudent | Step, steps: int, option: str = "steps") -> None:
-    """Raises ValueError where the student's head does not serve so many steps."""
-    head = model.roles.head if isinstance(model, Step) else model.student.head
-    if isinstance(head, Head):
-        require_steps(kind_of(head), head.counts, steps, option, "take as many or fewer, or train a student for more (method.steps)")
+def check_steps(model: Student | Step, steps: int, option: str = "steps") -> None:
+    """Raises ValueError if the student's head does not serve so many steps."""
+    require_steps_of(model.roles.head if isinstance(model, Step) else model.head, steps, option)
 
 
-def backbone_of(model: Backbone | LoadedStudent | Step) -> Backbone:
-    """The backbone behind anything that samples."""
+def backbone_of(model: Backbone | Student | Step) -> Backbone:
+    """Return the backbone behind anything that samples."""
     if isinstance(model, Step):
         return model.roles.backbone
-    return model.student.backbone if isinstance(model, LoadedStudent) else model
-
-
-def _grid(backbone: Backbone, steps: int) -> Tensor:
-    return timegrid.uniform(backbone.schedule, steps)
-
-
-def student_grid(card: StudentCard, backbone: Backbone, steps: int) -> Tensor:
-    """The trained times of this step count, or a uniform grid for a count that was not trained."""
-    known = card.timesteps.get(str(steps))
-    return _grid(backbone, steps) if known is None else timegrid.check(backbone.schedule, torch.tensor(known, dtype=torch.float64))
+    return model.backbone if isinstance(model, Student) else model

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backbones.base import calls, rows
+from ..backbones.base import nfe_per_step, rows
 from ..backbones.generate import in_parts, trajectory
 from ..backbones.parts import Piped
 from ..core import timegrid
+from ..core.guidance import Guidance
 from ..core.solvers import Denoise
 from ..evaluation.states import cells, energy_distance, energy_noise, shares, shifted, spread
 from ..methods.method import Method, student_of
@@ -84,8 +85,8 @@ class Trend:
 def _grown(name: str, first: float, last: float) -> str:
     cure = (
         "lower train.lr"
-        if name.startswith(("student", "anchor", "fold"))
-        else "raise train.fake_lr or method.fake_updates, or lower train.lr"
+        if name.startswith(("student", "regression", "absorb"))
+        else "raise train.fake_lr or method.fake.updates, or lower train.lr"
     )
     what = "GAP: the fake score no longer follows the student," if name.startswith("gap") else "LOSS:"
     return f"{what} {name} is {last / first:.1f} times what it was at first ({first:.3g} -> {last:.3g}); {cure}"
@@ -107,8 +108,8 @@ class StateWatch:
         self.expected, self.wide = shares(self.teacher, self.centres), spread(self.teacher)
         begun = self._of_student(roles)
         self.begun, self.noise = energy_distance(begun, self.teacher), energy_noise(begun, self.teacher)
-        few = {guidance: self._of_teacher(roles, method.counts[0], guidance, self.seeds) for guidance in {1.0, method.guidance}}
-        self.few = min(energy_distance(x, self.teacher) for x in few.values())
+        few = [self._of_teacher(roles, method.counts[0], guidance, self.seeds) for guidance in {Guidance(), method.guidance}]
+        self.few = min(energy_distance(x, self.teacher) for x in few)
 
     def look(self, roles: Roles, last: bool) -> tuple[list[str], dict[str, float]]:
         """(warnings, numbers) of the averaged student as it is now."""
@@ -116,7 +117,7 @@ class StateWatch:
         distance, ratio, found = energy_distance(own, self.teacher), spread(own) / max(self.wide, 1e-12), []
         if not abs(ratio - 1) <= TOLERANCE:
             cure = (
-                "modes are being lost: lower train.lr, raise train.fake_lr or method.fake_updates"
+                "modes are being lost: lower train.lr, raise train.fake_lr or method.fake.updates"
                 if ratio < 1
                 else "lower train.lr or method.guidance"
             )
@@ -136,9 +137,9 @@ class StateWatch:
             )
         return found, {"distance": distance, "spread": ratio}
 
-    def _of_teacher(self, roles: Roles, steps: int, guidance: float, seeds: list[int]) -> Tensor:
+    def _of_teacher(self, roles: Roles, steps: int, guidance: Guidance, seeds: list[int]) -> Tensor:
         def rowed(r: slice) -> Denoise:
-            return roles.teacher(rows(self.cond, r), self.null, guidance, self.method.guidance_parallel)
+            return roles.teacher(rows(self.cond, r), self.null, guidance)
 
         times = timegrid.uniform(roles.backbone.schedule, steps)
         return trajectory(roles.backbone, in_parts(rowed, self.batch), seeds, times)[-1].x.float().cpu()
@@ -157,7 +158,7 @@ def affordable(watch: Watch, method: Method, cond: Mapping[str, Tensor], config:
     if watch.count is not None:
         return watch.count
     training = config.iterations * config.batch * config.accumulate * CALLS
-    count = int(SHARE * training / (watch.teacher_steps * calls(cond, method.guidance)))
+    count = int(SHARE * training / (watch.teacher_steps * nfe_per_step(cond, method.guidance)))
     return min(most, count) if count >= least else 0
 
 

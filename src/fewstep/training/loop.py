@@ -1,24 +1,25 @@
 """The one training loop: a generator that yields after every iteration and resumes from its checkpoints, on a CPU bit for bit."""
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..backbones.generate import device_of, require_seed
-from ..methods.method import Loss, Method, Turn, draw_count
+from ..config_fields import POSITIVE, WEIGHT, Range, check_fields
+from ..methods.method import Loss, Method, TrainBatch, draw_count
 from ..roles.adapters import assign, uncast
 from ..roles.roles import Role, Roles
 from ..roles.sharding import by_kind, clip_gradients, part_of, whole
+from ..words import speaks_python
 from .compiling import Compiled
-from .optimizer import OPTIMIZERS, OptimizerName, make_optimizer
+from .optimizer import OptimizerName, make_optimizer
 from .paths import Paths
 from .pictures import RealData
 from .processes import is_first, mean_of, meet, require_same, this_process
@@ -32,78 +33,92 @@ Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and t
 MOST_BATCH = 65_536
 
 
-@dataclass(frozen=True)
+LORA_RATES, COPY_RATES = (1e-4, 1e-3), (1e-5, 1e-4)  # of student and fake score, where none are given
+
+
+@speaks_python("train")
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Iterations include the fake score's warm-up. `lr` is the student's; `fake_lr` the fake score's.
+    """How long, in which batches, and at which rates a student is trained. Raises ValueError for settings that cannot be."""
 
-    An iteration takes `accumulate` batches one after the other: as much memory as one, the update of all. N processes do the same with
-    N times as many, and draw what one process would draw that accumulates as often.
-    With `shard` each of them holds a part of all weights and optimiser states (FSDP2) instead of all; one process takes no notice.
-    Over the last `decay` iterations the student's rate falls to zero in a line, and over a warm-up that folds its head away.
-    Over its first `lr_warmup` iterations every role's rate rises from zero in a line: Adam's first updates move each weight by the whole rate,
-    however small or noisy its gradient.
-    """
+    iterations: Annotated[int, Range(1)]
+    """Iterations, the fake score's warm-up included."""
 
-    iterations: int
-    batch: int
-    lr: float
-    fake_lr: float
-    decay: int = 0
-    lr_warmup: int = 0
-    accumulate: int = 1
-    ema: float = 0.98
-    betas: tuple[float, float] = (0.0, 0.999)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    checkpoint_every: int = 100
+    batch: Annotated[int, Range(1, MOST_BATCH)] = 16
+    """Samples in a batch, of each process."""
+
+    lr: Annotated[float, POSITIVE] | None = None
+    """Learning rate of the student; by default 1e-4 for a LoRA, 1e-5 for all weights."""
+
+    fake_lr: Annotated[float, POSITIVE] | None = None
+    """Learning rate of the fake score and the discriminator; by default 1e-3 for a LoRA, 1e-4 for all weights."""
+
+    decay: Annotated[int, Range(0)] = 0
+    """Iterations at the end, and of a warm-up that absorbs a head, in which the student's rate falls linearly to zero."""
+
+    lr_warmup: Annotated[int, Range(0)] = 0
+    """Updates at the beginning in which every role's rate rises linearly from zero."""
+
+    accumulate: Annotated[int, Range(1, MOST_BATCH)] = 1
+    """Batches of an iteration, one after the other: the memory of one, the update of all."""
+
+    ema: Annotated[float, Range(0, 1, below=True)] = 0.98
+    """Decay of the student's average; 0 is off."""
+
+    betas: tuple[Annotated[float, Range(0, 1, below=True)], Annotated[float, Range(0, 1, below=True)]] = (0.0, 0.999)
+    """Adam's betas."""
+
+    weight_decay: Annotated[float, WEIGHT] = 0.0
+    """Decoupled weight decay."""
+
+    clip: Annotated[float, POSITIVE] = 1.0
+    """Largest norm of a gradient."""
+
+    checkpoint_every: Annotated[int, Range(1)] = 100
+    """Iterations between two checkpoints."""
+
     seed: int = 0
-    precision: Precision = "no"  # bf16: the networks compute in it, weights and losses stay float32
+    """Seed of every draw."""
+
+    precision: Precision = "no"
+    """bf16: the networks compute in it, weights and losses stay in single precision."""
+
     shard: bool = False
-    optimizer: OptimizerName = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory, and another result
-    compile: bool = False  # the networks by torch.compile: minutes at the start of every run, for iterations that may be faster on a GPU
+    """Share all weights and optimizer states between processes (FSDP2); one process ignores it."""
+
+    optimizer: OptimizerName = "adamw"
+    """adamw8bit keeps its moments in 8 bits: a quarter of their memory, and another result."""
+
+    compile: bool = False
+    """Compile the networks (torch.compile): minutes at the start of every run, for iterations that may be faster on a GPU."""
 
     def __post_init__(self) -> None:
-        for option in ("iterations", "batch", "accumulate", "checkpoint_every"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
-        for option in ("batch", "accumulate"):
-            if getattr(self, option) > MOST_BATCH:
-                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1 to {MOST_BATCH}")
-        for option in ("lr", "fake_lr", "clip"):
-            if not 0 < getattr(self, option) < math.inf:
-                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        check_fields(self, "train")
         require_seed(self.seed, "train.seed")
-        if self.precision not in ("no", "bf16"):
-            raise ValueError(f"train.precision: got {self.precision!r}, allowed are no, bf16")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"train.optimizer: got {self.optimizer!r}, allowed are {', '.join(OPTIMIZERS)}")
         if self.shard and self.optimizer != "adamw":
             raise ValueError(f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw")
         if self.shard and self.compile:
             raise ValueError("train.compile: got true with train.shard=true, which has not been made to work; set one of them to false")
-        if not 0 <= self.decay <= self.iterations:
-            raise ValueError(
-                f"train.decay: got {self.decay}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
-            )
-        if not 0 <= self.lr_warmup <= self.iterations:
-            raise ValueError(
-                f"train.lr_warmup: got {self.lr_warmup}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
-            )
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"train.weight_decay: got {self.weight_decay}, allowed are numbers from 0 (off)")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas: got {list(self.betas)}, allowed are two numbers from 0 up to, not including, 1")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema: got {self.ema}, allowed are numbers from 0 (off) up to, not including, 1")
+        for option in ("decay", "lr_warmup"):
+            if (got := getattr(self, option)) > self.iterations:
+                raise ValueError(
+                    f"train.{option}: got {got}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
+                )
 
-    def lr_at(self, role: Role, iteration: int, warmup: int = 0) -> float:
-        """The rate of a role in an iteration, from 0; the student's own updates begin after `warmup`."""
+    def rates(self, share: bool) -> tuple[float, float]:
+        """Return the rates of student and fake score."""
+        student, fake = LORA_RATES if share else COPY_RATES
+        return student if self.lr is None else self.lr, fake if self.fake_lr is None else self.fake_lr
+
+    def lr_at(self, role: Role, iteration: int, warmup: int = 0, share: bool = True) -> float:
+        """Return the rate of a role in an iteration, from 0; the student's own updates begin after `warmup`."""
+        lr, fake_lr = self.rates(share)
         if role == "student" and iteration < warmup:
-            return self.lr * (warmup - iteration) / warmup
+            return lr * (warmup - iteration) / warmup
         updates = iteration - warmup if role == "student" else iteration
         rise = min(1.0, (updates + 1) / self.lr_warmup) if self.lr_warmup else 1.0
         fall = min(1.0, (self.iterations - iteration) / self.decay) if self.decay and role == "student" else 1.0
-        return rise * fall * (self.lr if role == "student" else self.fake_lr)
+        return rise * fall * (lr if role == "student" else fake_lr)
 
 
 @dataclass(frozen=True)
@@ -153,21 +168,21 @@ def distill(
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
-    if method.needs.paths != (paths is not None):
+    if method.needs.trajectories != (paths is not None):
         raise ValueError(
-            f"data.source: method {method.name} {'needs' if method.needs.paths else 'takes no'} trajectories of the teacher; "
-            + ("set it to trajectories" if method.needs.paths else "leave data out")
+            f"data.source: method {method.name} {'needs' if method.needs.trajectories else 'takes no'} trajectories of the teacher; "
+            + ("set it to trajectories" if method.needs.trajectories else "leave data out")
         )
-    if method.needs.pictures != (real is not None):
+    if method.needs.images != (real is not None):
         raise ValueError(
-            f"data.source: method {method.name} {'needs pictures' if method.needs.pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
-            + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.pictures else "leave data out")
+            f"data.source: method {method.name} {'needs pictures' if method.needs.images else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
+            + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.images else "leave data out")
         )
     require_updates(method, config.iterations)
 
     def optimizer_of(role: Role) -> torch.optim.Optimizer:
         return make_optimizer(
-            list(roles.trained[role].values()), config.optimizer, config.lr_at(role, 0), config.betas, config.weight_decay
+            list(roles.trained[role].values()), config.optimizer, config.lr_at(role, 0, 0, roles.config.share), config.betas, config.weight_decay
         )
 
     optimizers = {role: optimizer_of(role) for role in roles.trained}
@@ -191,19 +206,19 @@ def distill(
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
-        if i == method.warmup and roles.folding is not None:
+        if i == method.warmup and roles.head_to_absorb is not None:
             optimizers["student"] = optimizer_of("student")  # the gradients that folded a head away say nothing of the method's
         for role, optimizer in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(role, i, method.warmup)
-        turns, steps = [], draw_count(method.steps, seeded(config.seed, i, "count"))
+                group["lr"] = config.lr_at(role, i, method.warmup, roles.config.share)
+        turns, steps = list[TrainBatch](), draw_count(method.steps, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part
             rng = seeded(config.seed, i, "draw", stream, device)
             cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
             pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
-            turns.append(Turn(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
+            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
         mixed = config.precision == "bf16"
         # What autocast keeps of sharded weights would be whole, and of the block that was fetched into the same memory before.
         with (

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backbones.base import Backbone
-from ..methods.matching import Matching
 from ..methods.method import Method
 from ..roles.roles import Roles
 from .loop import TrainConfig, distill
@@ -93,12 +92,12 @@ def training_bytes(
     enough as `data`. What an optimiser holds is counted by its formula, which needs no package. Raises ValueError as the training would.
     """
     states = torch.zeros(data.count, *backbone.shape)
-    real = RealData(states, data, "") if method.needs.pictures else None
+    real = RealData(states, data, "") if method.needs.images else None
     walks = torch.zeros(data.count, len(times), *backbone.shape)
-    paths = Paths(walks, times, data, walks[:0], times, "") if method.needs.paths else None
+    paths = Paths(walks, times, data, walks[:0], times, "") if method.needs.trajectories else None
     one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2), optimizer="adamw")
     # One step costs what four do: those before the one with gradients hold less than it.
-    begun = replace(method, warmup=0, steps=1, head="keep", free_first=False) if isinstance(method, Matching) else method
+    begun = method.one_step()
     roles = make()  # a base that is rounded is there as it was only before
     parameters = [p for role in roles.trained.values() for p in role.values()]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]

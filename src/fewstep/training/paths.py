@@ -5,21 +5,23 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic import read_tensors, require_room, write_json, write_tensors
-from ..backbones.base import Backbone, Cond, calls, guided_until, rows
+from ..backbones.base import Backbone, Cond, guided, nfe_per_step, rows
 from ..backbones.generate import device_of, noise_of, require_seed
+from ..config_fields import Range, check_fields
 from ..core import timegrid
+from ..core.guidance import Guidance
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
-from ..methods.method import Walk
+from ..methods.method import TrajectoryBatch
 from ..reading import read_json, reading, reason, require_regular
 from ..typed import typed
 from ..words import speaks_python
@@ -35,34 +37,34 @@ CURVE_SAMPLES = 64  # trajectories that are kept with all their states, for the 
 
 
 @speaks_python("data")
-@dataclass(frozen=True)
-class PathsConfig:
-    """`count` trajectories of about `steps` solver steps. `auto` is Heun, or DPM-Solver++ where pure noise holds no signal.
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig:
+    """Which trajectories the student learns from. Raises ValueError for settings that cannot be."""
 
-    The teacher is guided as long as more than `guidance_until` of its way to clean data is left. With `student`, the folder of a finished one, its ways are
-    learnt from instead, for a few network calls each; steps, solver and guidance are its own. `folder` keeps them, for other runs on the same teacher too, by
-    which they are known (default: in the run's own folder).
-    """
+    count: Annotated[int, Range(1)] = 3000
+    """Number of trajectories."""
 
-    count: int = 3000
-    steps: int = 50
+    steps: Annotated[int, Range(1)] = 50
+    """Solver steps of each, about: the grid stops at all times of the student."""
+
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
+    """Solver of the teacher; `auto` is Heun, or DPM-Solver++ where pure noise holds no signal."""
+
+    guidance: Guidance | None = None
+    """The teacher's guidance on its trajectories; by default the method's."""
+
     seed: int = 0
-    guidance_until: float = 0.0
+    """Seed of the first trajectory's noise."""
+
     student: str | None = None
+    """Folder of a finished student that is followed instead of the teacher, in its own steps, for a few network calls each."""
+
     folder: str | None = None
+    """Folder that keeps the trajectories, for other runs too; by default one in the run's own."""
 
     def __post_init__(self) -> None:
-        for option in ("count", "steps"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"data.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
+        check_fields(self, "data")
         require_seed(self.seed, "data.seed")
-        if self.solver not in ("auto", "heun", "ddim", "dpmpp"):
-            raise ValueError(f"data.solver: got {self.solver!r}, allowed are auto, heun, ddim, dpmpp")
-        if not 0 <= self.guidance_until < 1:
-            raise ValueError(
-                f"data.guidance_until: got {self.guidance_until}, allowed are fractions of the way from 0 up to, not including, 1"
-            )
 
 
 def union(schedule: Schedule, grids: Sequence[Tensor]) -> Tensor:
@@ -90,16 +92,16 @@ def solver_on(schedule: Schedule, grid: Tensor, solver: str) -> str:
     return "heun" if float(schedule.alpha(grid[:1])) > 0 else "dpmpp"
 
 
-def path_evaluations(backbone: Backbone, cond: Cond, config: PathsConfig, times: Tensor, guidance: float) -> int:
-    """Network evaluations in one trajectory that stops at these `times`, as `teacher_paths` walks it."""
+def trajectory_nfe(backbone: Backbone, cond: Cond, config: TrajectoryConfig, times: Tensor, guidance: Guidance) -> int:
+    """Return the network evaluations of one of the teacher's trajectories that stops at these `times`."""
     schedule, (grid, _) = backbone.schedule, refine(backbone.schedule, times, config.steps)
-    asked = grid[:-1] if solver_on(schedule, grid, config.solver) != "heun" else torch.cat([grid[:-1], grid[1:-1]])
-    early = int((schedule.fraction(asked) > config.guidance_until).sum())
-    return calls(cond, guidance) * early + len(asked) - early
+    called = grid[:-1] if solver_on(schedule, grid, config.solver) != "heun" else torch.cat([grid[:-1], grid[1:-1]])
+    stopped = int(guidance.stopped(schedule, called).sum()) if guidance.stop else 0
+    return nfe_per_step(cond, guidance) * (len(called) - stopped) + stopped
 
 
-def walk(backbone: Backbone, denoise: Denoise, x: Tensor, grid: Tensor, solver: str) -> list[State]:
-    """All states from x down the grid."""
+def solve(backbone: Backbone, denoise: Denoise, x: Tensor, grid: Tensor, solver: str) -> list[State]:
+    """Return all states from x down the grid."""
     solver = solver_on(backbone.schedule, grid, solver)
     with torch.no_grad():
         if solver == "heun":
@@ -108,33 +110,30 @@ def walk(backbone: Backbone, denoise: Denoise, x: Tensor, grid: Tensor, solver: 
 
 
 @dataclass(frozen=True)
-class Walker:
-    """Who walks: from noise x [B, ...] under a condition down its `grid [F]`, in `calls` of a network each. `places [J]` are those of the asked times in the grid.
+class TrajectorySource:
+    """Where trajectories come from: from noise x [B, ...] under a condition down a `grid [F]`, in `nfe` network calls each.
 
-    `about` is what tells its trajectories from others' from the same noise.
+    `places [J]` are those of the asked times in the grid; `about` tells its trajectories from others from the same noise.
     """
 
     grid: Tensor
     places: Tensor
-    calls: int
+    nfe: int
     about: Mapping[str, Any]
     states: Callable[[Cond, Tensor], list[State]]
 
 
-def guided_teacher(backbone: Backbone, null: Cond, config: PathsConfig, times: Tensor, guidance: float, parallel: float = 1.0) -> Walker:
-    """The teacher under guidance, down a grid of `config.steps` that stops at all `times`."""
+def guided_teacher(backbone: Backbone, null: Cond, config: TrajectoryConfig, times: Tensor, guidance: Guidance) -> TrajectorySource:
+    """Return the teacher under guidance, down a grid of `config.steps` that stops at all `times`."""
+    guidance = config.guidance or guidance
     grid, places = refine(backbone.schedule, times, config.steps)
-    about: dict[str, Any] = {"guidance": guidance, "guidance_rescale": backbone.guidance_rescale, "solver": config.solver}
-    if config.guidance_until:
-        about["guidance_until"] = config.guidance_until
-    if parallel != 1:
-        about["guidance_parallel"] = parallel
+    about: dict[str, Any] = {"guidance": asdict(guidance), "solver": config.solver}
 
     def states(cond: Cond, x: Tensor) -> list[State]:
-        teacher = guided_until(backbone, backbone.module, cond, null, guidance, config.guidance_until, parallel)
-        return walk(backbone, teacher, x, grid, config.solver)
+        teacher = guided(backbone, backbone.module, cond, null, guidance)
+        return solve(backbone, teacher, x, grid, config.solver)
 
-    return Walker(grid, places, path_evaluations(backbone, null, config, times, guidance), about, states)
+    return TrajectorySource(grid, places, trajectory_nfe(backbone, null, config, times, guidance), about, states)
 
 
 def stops(grid: Tensor, times: Tensor) -> Tensor | None:
@@ -155,40 +154,37 @@ class Paths:
         self.states, self.times, self.embeddings, self.key = states, times, embeddings, key
         self.whole, self.grid, self.seconds = whole, grid, seconds
 
-    def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Walk:
+    def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> TrajectoryBatch:
         """A batch drawn at random, each trajectory with its own condition."""
         picked = torch.randint(len(self.states), (batch,), generator=rng)
-        return Walk(self.states[picked].to(device), self.times, {k: v[picked].to(device) for k, v in self.embeddings.cond.items()})
+        return TrajectoryBatch(self.states[picked].to(device), self.times, {k: v[picked].to(device) for k, v in self.embeddings.cond.items()})
 
 
 def teacher_paths(
     backbone: Backbone,
     data: Embeddings,
-    config: PathsConfig,
+    config: TrajectoryConfig,
     times: Tensor,
-    guidance: float,
+    source: TrajectorySource,
     folder: Path | None,
     identity: str,
     chunk: int = 32,
-    parallel: float = 1.0,
-    walker: Walker | None = None,
 ) -> Generator[int, None, Paths]:
-    """Walk `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
+    """TrajectoryBatch `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
-    `guidance` and `parallel` as in `backbones.base.guided`; a `walker` goes in the teacher's place. A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
+    A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
     Several processes each walk their share into the folder and wait for the others, so all of them have to come here. Raises ValueError where the folder holds another teacher's trajectories, or others
     of this one, OSError where the disk has no room for them.
     """
     device, whole = device_of(backbone.module), torch.empty(0)
-    walker = walker or guided_teacher(backbone, data.unconditional(device), config, times, guidance, parallel)
     record = {
-        "teacher": identity, "shape": list(backbone.shape), "prompts": data.key, **walker.about, "count": config.count,
-        "seed": config.seed, "times": times.tolist(), "grid": walker.grid.tolist(), "chunk": chunk, **process_of(backbone, walker.grid),
+        "teacher": identity, "shape": list(backbone.shape), "prompts": data.key, **source.about, "count": config.count,
+        "seed": config.seed, "times": times.tolist(), "grid": source.grid.tolist(), "chunk": chunk, **process_of(backbone, source.grid),
     }  # fmt: skip
     known = Known(record) if folder is None else _claim(folder, record)
     if folder is not None:
         there = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-        require_room(folder / RECORD, path_bytes(config.count, backbone.shape, len(walker.places), len(walker.grid)) - there)
+        require_room(folder / RECORD, path_bytes(config.count, backbone.shape, len(source.places), len(source.grid)) - there)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = data.take(of, data.key)
@@ -202,7 +198,7 @@ def teacher_paths(
         shard = _read(path, part, known)
         if shard is None:
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
-            shard = _walked(backbone, walker, cond, range(part.start, part.stop), config)
+            shard = _walked(backbone, source, cond, range(part.start, part.stop), config)
             shard["seconds"] /= processes
             if path is not None:
                 write_tensors(path, shard, {HEADER: known.header})
@@ -220,7 +216,7 @@ def teacher_paths(
         whole = torch.cat([whole, shard["whole"]]) if "whole" in shard else whole
         if processes == 1:
             yield min(start + chunk, config.count)
-    return Paths(torch.cat(shards), times, own, whole, walker.grid, known.key, seconds)
+    return Paths(torch.cat(shards), times, own, whole, source.grid, known.key, seconds)
 
 
 def path_bytes(count: int, shape: tuple[int, ...], asked: int, grid: int) -> int:
@@ -237,14 +233,14 @@ def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = l
             return end.value
 
 
-def _walked(backbone: Backbone, walker: Walker, cond: Cond, samples: range, config: PathsConfig) -> dict[str, Tensor]:
+def _walked(backbone: Backbone, source: TrajectorySource, cond: Cond, samples: range, config: TrajectoryConfig) -> dict[str, Tensor]:
     """One shard. The first ones hold whole trajectories as well."""
     began = time.perf_counter()
     generators = [torch.Generator().manual_seed(config.seed + i) for i in samples]
     x = noise_of(generators, backbone.shape).to(device_of(backbone.module)) * backbone.schedule.start_std
     with torch.no_grad():
-        states = walker.states(cond, x)
-    shard = {"states": torch.stack([states[i].x.float().cpu() for i in walker.places.tolist()], 1)}
+        states = source.states(cond, x)
+    shard = {"states": torch.stack([states[i].x.float().cpu() for i in source.places.tolist()], 1)}
     if not _finite(shard):
         who, cure = f"data.solver: {config.solver} led the teacher's", "choose dpmpp, more data.steps"
         if config.student is not None:

@@ -1,4 +1,4 @@
-"""Real pictures as clean states: for fine-tuning a teacher and for the adversarial term."""
+"""RealBatch pictures as clean states: for fine-tuning a teacher and for the adversarial term."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..atomic import SHA256, read_tensors, write_rows
 from ..backbones.base import Backbone
-from ..methods.method import Real
+from ..methods.method import RealBatch
 from .captioned import OPTION, Captioned, read_pictures
 from .images import in_colour, opened, squared
 from .prompts import Embeddings, Kept, embed, ignore
@@ -36,10 +36,10 @@ class RealData:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Real:
+    def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> RealBatch:
         """A batch drawn at random, each picture with its own caption."""
         rows = torch.randint(len(self), (batch,), generator=rng)
-        return Real(self.x0[rows].to(device), {k: v[rows].to(device) for k, v in self.embeddings.cond.items()})
+        return RealBatch(self.x0[rows].to(device), {k: v[rows].to(device) for k, v in self.embeddings.cond.items()})
 
 
 def encode_pictures(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ..backbones.base import Backbone, guided, rows
 from ..backbones.generate import device_of, trajectory
 from ..backbones.process import process_data
 from ..core import timegrid
+from ..core.guidance import Guidance
 from .pictures import RealData, made_once
 from .prompts import Embeddings
 from .settings import LEVELS
@@ -24,19 +26,18 @@ def teacher_pictures(
     data: Embeddings,
     count: int,
     steps: int,
-    guidance: float,
+    guidance: Guidance,
     cache: Path | None,
     seed: int = 0,
     chunk: int = 32,
     show: Callable[[int], None] = lambda done: None,
-    parallel: float = 1.0,
 ) -> RealData:
     """`count` guided samples of the teacher in `steps` steps, of prompts drawn evenly; drawn once where there is a cache folder.
 
-    `guidance` and `parallel` as in `backbones.base.guided`. `show` is told how many there are, while they are drawn.
+    `show` is called with how many there are, while they are drawn.
     """
     process = process_data(backbone, LEVELS)
-    made = [data.key, count, steps, guidance, backbone.guidance_rescale, seed, process, *([parallel] if parallel != 1 else [])]
+    made = [data.key, count, steps, asdict(guidance), seed, process]
     key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(seed))
     of = order.repeat(-(-count // data.count))[:count]
@@ -49,7 +50,7 @@ def teacher_pictures(
             part = slice(start, min(start + chunk, count))
             cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
             seeds = [seed + i for i in range(part.start, part.stop)]
-            teacher = guided(backbone, backbone.module, cond, null, guidance, parallel)
+            teacher = guided(backbone, backbone.module, cond, null, guidance)
             yield trajectory(backbone, teacher, seeds, times)[-1].x.cpu()
             show(part.stop)
 

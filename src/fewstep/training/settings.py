@@ -43,7 +43,7 @@ def settings_of(
         "roles": asdict(roles.config),
         "teacher": {
             "weights": data.identity.partition("-")[0], "shape": backbone.shape, "dtype": str(next(backbone.module.parameters()).dtype).removeprefix("torch."),
-            "guidance_rescale": backbone.guidance_rescale, "time_layer": backbone.time_layer, **process_data(backbone, LEVELS),
+            "time_layer": backbone.time_layer, **process_data(backbone, LEVELS),
         },
         "begin": _digest(roles.average),
         "prompts": {"count": data.count, "hash": _hash("\0".join(data.prompts).encode())},

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def public_base(base: str) -> str:
 
 def own_header(card: StudentCard) -> dict[str, str]:
     """The student's facts in one entry: how to call it, on what."""
-    facts = {k: v for k, v in vars(replace(card, base=public_base(card.base))).items() if k in SHOWN}
+    facts = {k: v for k, v in asdict(replace(card, base=public_base(card.base))).items() if k in SHOWN}
     return {"format": "pt", KEY: json.dumps(facts)}
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from ..backbones.load import source_of
 from ..backbones.single_file import SUFFIX
 from ..core.schedule import VP, Schedule
-from ..core.solvers import SIGNAL
+from ..core.solvers import SIGNAL, SOLVERS
 from .card import StudentCard
 
-SAMPLERS = {"ddim": "euler", "dpmpp": "dpmpp_2m", "renoise": "lcm"}  # Euler's steps on noise levels are DDIM's
 LATENTS = {  # of the pipelines whose checkpoints ComfyUI loads by itself
     "StableDiffusionPipeline": "EmptyLatentImage",
     "StableDiffusionXLPipeline": "EmptyLatentImage",
@@ -83,13 +82,12 @@ def foreign(schedule: Schedule, config: Mapping[str, Any]) -> str:
 
 def obstacle(card: StudentCard, pipeline: str, schedule: Schedule, config: Mapping[str, Any]) -> str:
     """Why ComfyUI has no nodes for this student, or no checkpoint of its base; empty where it has."""
-    solver = card.solver[str(card.steps[0])]
+    solver = SOLVERS[card.solver[str(card.steps[0])]]
     if pipeline not in LATENTS:
         return "it loads no checkpoint of this family by itself"
-    if card.head or card.free_first or solver not in SAMPLERS:
-        return (
-            f"it has no sampler like this student's ({'a head' if card.head else 'a free first direction' if card.free_first else solver})"
-        )
+    if card.head or card.analytic_first_step or "comfyui" not in solver.clients:
+        own = "a head" if card.head else "an analytic first step" if card.analytic_first_step else solver.name
+        return f"it has no sampler like this student's ({own})"
     if card.weights != "lora":
         return "the student is no LoRA"
     if why := foreign(schedule, config):
@@ -113,7 +111,8 @@ def workflow(
     if obstacle(card, pipeline, schedule, config):
         return None
     steps, base = card.steps[0], source_of(card.base)
-    solver, times = card.solver[str(steps)], card.timesteps[str(steps)][:-1]
+    solver, times = SOLVERS[card.solver[str(steps)]], card.timesteps[str(steps)][:-1]
+    sampler = solver.clients["comfyui"]
 
     def node(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
@@ -139,13 +138,13 @@ def workflow(
         "5": node(LATENTS[pipeline], {"width": size, "height": size, "batch_size": 1}),
     }
     shared = {"model": ["20", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "cfg": 1.0}
-    # DPM-Solver++ extrapolates from the first noise level, where ComfyUI keeps another rest of the signal.
-    if gap(schedule, times) == 0 and not (zero and solver == "dpmpp"):
-        own = {"seed": 0, "steps": steps, "sampler_name": SAMPLERS[solver], "scheduler": "simple", "denoise": 1.0}
+    # A multistep solver extrapolates from the first noise level, where ComfyUI keeps another rest of the signal.
+    if gap(schedule, times) == 0 and not (zero and solver.memory):
+        own = {"seed": 0, "steps": steps, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}
         graph["6"] = node("KSampler", shared | own)
     else:
         sigmas = ", ".join(f"{s:.7f}" for s in [*levels(schedule, times), 0.0])  # its node reads no exponents
-        graph["21"] = node("KSamplerSelect", {"sampler_name": SAMPLERS[solver]})
+        graph["21"] = node("KSamplerSelect", {"sampler_name": sampler})
         graph["22"] = node("ManualSigmas", {"sigmas": sigmas})
         graph["6"] = node("SamplerCustom", shared | {"add_noise": True, "noise_seed": 0, "sampler": ["21", 0], "sigmas": ["22", 0]})
     return graph | {

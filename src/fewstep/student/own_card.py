@@ -1,6 +1,6 @@
 """The README.md of a student of a network of one's own: which network to bring, and how to call it."""
 
-from .card import StudentCard, counted
+from .card import StudentCard, counted, guidance_text
 
 
 def own_card(card: StudentCard, folder: str) -> str:
@@ -26,7 +26,7 @@ A {steps}-step generator distilled from `{card.base}`, a network of one's own (`
 | network calls a sample | {counted(card)} |
 | times | {times} |
 | solver | {card.solver[str(steps)]} |
-| guidance | {card.guidance}, the teacher was guided at {card.teacher_guidance:g} |
+| guidance | baked in; the teacher's guidance: {guidance_text(card)} |
 | state | {list(card.shape)} |
 | process | {card.schedule.get("kind")}, {process}; `fewstep.json` has all of it |
 | weights | {kind} |

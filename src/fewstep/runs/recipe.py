@@ -14,19 +14,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
+    GetCoreSchemaHandler,
     ValidationError,
     model_validator,
 )
+from pydantic_core import core_schema
 
 from ..backbones.generate import require_seed
-from ..methods.imitation import Imitation
-from ..methods.matching import Matching
-from ..methods.method import require_beginning
-from ..methods.paths import PathImitation
-from ..methods.presets import preset, require_roles
+from ..core.guidance import Guidance
+from ..heads.head import KINDS, require_steps
+from ..methods.method import Method, require_initial_student
+from ..methods.presets import METHODS, PRESETS, require_roles
 from ..names import expanded, require_name
 from ..reading import reason, text_in, unreadable
 from ..recipes_path import recipe_path
@@ -34,7 +33,6 @@ from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
 from ..training.loop import TrainConfig, require_updates
 from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
-from ..trajp.head import KINDS, require_steps
 from ..typed import shown
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -59,7 +57,7 @@ class PromptsConfig(Strict):
 class PreviewConfig(Strict):
     """Fixed prompts and seeds of the pictures that a run shows; `teacher_steps` of its top row.
 
-    `measure` names a protocol under which the student is measured each time, for the report's quality curves. With `keep_best` the
+    `protocol` names one under which the student is measured each time, for the report's quality curves. With `keep_best` the
     student of the best preview stays in the run's `best` folder.
     """
 
@@ -67,64 +65,102 @@ class PreviewConfig(Strict):
     seed: Annotated[int, AfterValidator(partial(require_seed, option="preview.seed"))] = 0
     every: int = Field(default=100, ge=1)
     teacher_steps: int = Field(default=50, ge=1)
-    measure: str | None = None
+    protocol: str | None = None
     keep_best: bool = True
 
 
-METHODS: dict[str, type[Matching] | type[Imitation] | type[PathImitation]] = {
-    "matching": Matching,
-    "imitation": Imitation,
-    "paths": PathImitation,
+# Keys of fewstep 0.1.0 and what they are called now.
+RENAMED = {
+    "start": "init_from",
+    "first": "warm_start",
+    "guidance_rescale": "method.guidance.rescale",
+    "preview.measure": "preview.protocol",
+    "data.guidance_until": "data.guidance.stop",
+    "data.student": "data.from_student",
+    "method.guidance_tilt": "method.guidance.tilt",
+    "method.guidance_parallel": "method.guidance.apg_eta",
+    "method.divergence": "method.match.divergence",
+    "method.fisher_correction": "method.match.fisher_correction",
+    "method.tau": "method.match.tau_range",
+    "method.tau_min": "method.match.tau_min",
+    "method.tau_max": "method.match.tau_max",
+    "method.fake_draw": "method.fake.input",
+    "method.fake_target": "method.fake.target",
+    "method.fake_updates": "method.fake.updates",
+    "method.fake_weight": "method.fake.weight",
+    "method.share_draw": "method.fake.share_noised_sample",
+    "method.gan_loss": "method.gan.loss",
+    "method.gan_r1": "method.gan.r1",
+    "method.anchor": "method.regression_weight",
+    "method.free_first": "method.analytic_first_step",
+    "method.scales": "method.guidance_scales",
+    "method.target": "method.name",
+    "roles.share": "roles.lora",
+    "roles.skip": "roles.exclude",
+    "roles.base": "roles.quantize",
 }
 
 
+def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings on top of others, block by block."""
+    return {**known, **{k: _merged(known[k], v) if isinstance(v, Mapping) and isinstance(known.get(k), dict) else v for k, v in value.items()}}
+
+
+def _number_as_scale(value: Any) -> Any:
+    """A number is the scale of plain guidance."""
+    return {"scale": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class _AnyMethod:
+    """A method of any kind: its settings on top of what its name stands for."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        kinds = core_schema.tagged_union_schema({k: handler.generate_schema(kind) for k, kind in METHODS.items()}, _kind_of_method)
+        return core_schema.no_info_before_validator_function(_with_preset, kinds)
+
+
 def _with_preset(value: Any) -> Any:
-    """A method's settings on top of what its name stands for."""
-    if isinstance(value, tuple(METHODS.values())):
+    if isinstance(value, Method):
         return value
     if not isinstance(value, dict):
         raise ValueError(f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it")
-    return {**asdict(preset(str(value.get("name", "tdm")))), **value}
+    name = str(value.get("name", "tdm"))
+    if name not in PRESETS:
+        raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
+    given = {**value, "guidance": _number_as_scale(value["guidance"])} if "guidance" in value else value
+    return _merged(asdict(PRESETS[name]), given)
 
 
 def _kind_of_method(value: Any) -> str:
-    name = value.get("name", "tdm") if isinstance(value, dict) else value.name
-    return next(kind for kind, method in METHODS.items() if isinstance(preset(name), method))
+    return type(value if isinstance(value, Method) else PRESETS[value["name"]]).__name__
 
 
-AnyMethod = Annotated[
-    Annotated[Matching, Tag("matching")] | Annotated[Imitation, Tag("imitation")] | Annotated[PathImitation, Tag("paths")],
-    Discriminator(_kind_of_method),
-    BeforeValidator(_with_preset),
-]
+AnyMethod = Annotated[Method, _AnyMethod()]
+AnyGuidance = Annotated[Guidance, BeforeValidator(_number_as_scale)]
 
 
 class DataConfig(Strict):
     """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards.
 
-    For a distillation also `teacher`: `count` pictures that the guided teacher draws of the prompts in `steps` steps; or `trajectories`:
-    as many of its whole ways, walked by `solver`, guided until `guidance_until` of the way is left, kept in `folder` (default: the run's own); those of a finished `student` (a run, or
-    `first` for the first stage's) cost a few calls each. `seed` is that
-    of what the teacher draws (default: the training's). `real` are pictures, as in `zoo.pixel_data.read_pixel_data`, that a student of a
-    pixel model is measured against.
+    For a distillation also `teacher`: `count` images that the guided teacher samples in `steps` steps; or `trajectories`, see
+    `TrajectoryConfig`. `real` are images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured against.
     """
 
     source: Place
     count: int = Field(default=TEACHER_PICTURES, ge=1)
     steps: int = Field(default=TEACHER_STEPS, ge=1)
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
-    guidance_until: float = Field(default=0.0, ge=0, lt=1)
+    guidance: AnyGuidance | None = None
     seed: Annotated[int, AfterValidator(partial(require_seed, option="data.seed"))] | None = None
     folder: Place | None = None
-    student: Place | None = None
+    from_student: Place | None = None  # a run, or `warm_start` for the student of the stage before
     real: Place | None = None
 
     @model_validator(mode="after")
     def _student_walks(self) -> "DataConfig":
-        if self.student is not None and self.source != "trajectories":
-            raise ValueError(
-                f"data.student: got {self.student} with data.source={self.source}; set data.source=trajectories, or leave it out"
-            )
+        for option in ("from_student", "guidance", "folder"):
+            if (got := getattr(self, option)) is not None and self.source != "trajectories":
+                raise ValueError(f"data.{option}: got {got} with data.source={self.source}; set data.source=trajectories, or leave it out")
         return self
 
 
@@ -151,7 +187,7 @@ class StageConfig(Strict):
 
 
 class DistillRecipe(Strict):
-    """`fewstep distill RECIPE`. `first` trains the student to begin as (imitate, then match). `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
+    """`fewstep distill RECIPE`. `warm_start` trains the student that is then continued (imitate, then match). `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
 
     kind: Literal["distill"]
     name: Name
@@ -160,36 +196,35 @@ class DistillRecipe(Strict):
         "float32"  # of the base's weights; LoRA stays in single precision. float16's range loses gradients
     )
     size: int | None = None  # height and width of the pictures, if not the teacher's own
-    guidance_rescale: float = Field(default=0.0, ge=0, le=1)  # of the teacher's guidance, as in diffusers' pipelines
     prompts: PromptsConfig = PromptsConfig()
     method: AnyMethod
     roles: RolesConfig
     train: TrainConfig
     data: DataConfig | None = None
-    first: StageConfig | None = None
-    start: Place | None = None  # a student folder to begin from, instead of the teacher
+    warm_start: StageConfig | None = None  # a training that comes first
+    init_from: Place | None = None  # a run whose student is continued, instead of the teacher
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
         """What does not fit is said before anything is walked or trained."""
-        for method, train in ((self.method, self.train), *([(self.first.method, self.first.train)] if self.first is not None else [])):
+        for method, train in ((self.method, self.train), *([(self.warm_start.method, self.warm_start.train)] if self.warm_start is not None else [])):
             require_roles(method.name, self.roles)
             require_updates(method, train.iterations)
-        if self.start is None:
-            require_beginning(self.method if self.first is None else self.first.method, "", False, "the teacher")
-        if self.first is not None:
-            own, most = self.first.method, max(self.method.counts)
-            require_beginning(self.method, own.head if own.head in KINDS else "", own.free_first, "the first stage's student")
-            if self.method.head != "none" and own.head in KINDS:
-                require_steps(own.head, own.counts, most, "method.steps", "set first.method.steps to as many, or method.head=none")
+        if self.init_from is None:
+            require_initial_student(self.method if self.warm_start is None else self.warm_start.method, "", False, "the teacher")
+        if self.warm_start is not None:
+            own, most = self.warm_start.method, max(self.method.counts)
+            require_initial_student(self.method, own.head if own.head in KINDS else "", own.analytic_first_step, "the first stage's student")
+            if self.method.init_head != "drop" and own.head in KINDS:
+                require_steps(own.head, own.counts, most, "method.steps", "set warm_start.method.steps to as many, or drop the head")
         return self
 
     @property
     def real(self) -> str | None:
         """The real pictures that it is measured against, where one of its stages names some."""
-        return next((data.real for data in (self.data, self.first and self.first.data) if data and data.real), None)
+        return next((data.real for data in (self.data, self.warm_start and self.warm_start.data) if data and data.real), None)
 
 
 def read_recipe(source: str, overrides: Sequence[str], model: type[Model], given: Mapping[str, str] = MappingProxyType({})) -> Model:
@@ -199,11 +234,27 @@ def read_recipe(source: str, overrides: Sequence[str], model: type[Model], given
     """
     path = recipe_path(source)
     value = override(_yaml(path), overrides, model)
+    _require_new_keys(value, str(path))
     for key, text in given.items():
         if not text:
             raise ValueError(f"--{key.partition('.')[0]}: got an empty text; pass a value, or leave the option out")
         _put(value, key, text)
     return validate(value, model, str(path))
+
+
+def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", within: str = "") -> None:
+    """Raises ValueError with the name of today for a key of an earlier version."""
+    for key, inner in value.items():
+        name, shown_name = f"{above}{key}", f"{within}{above}{key}"
+        old = name == "method.match" and isinstance(inner, str)
+        new = "method.match.state" if old else RENAMED.get(name)
+        if new is not None and not (name == "method.gan" and isinstance(inner, dict)):
+            raise ValueError(f"{shown_name}: this option is called {within}{new} now; rename it in {source}, see docs/recipes.md")
+        if isinstance(inner, dict):
+            if key == "warm_start":
+                _require_new_keys(inner, source, "", "warm_start.")
+            else:
+                _require_new_keys(inner, source, f"{name}.", within)
 
 
 def recorded(recipe: BaseModel) -> dict[str, Any]:
@@ -213,10 +264,10 @@ def recorded(recipe: BaseModel) -> dict[str, Any]:
 
 def first_stage(recipe: DistillRecipe) -> DistillRecipe:
     """The recipe of the training that comes first. It is measured with the whole."""
-    assert recipe.first is not None
-    preview = recipe.preview.model_copy(update={"measure": None})
-    own = {"method": recipe.first.method, "train": recipe.first.train, "data": recipe.first.data, "size": recipe.first.size or recipe.size}
-    return recipe.model_copy(update={**own, "name": f"{recipe.name}, first", "first": None, "evaluate": None, "preview": preview})
+    assert recipe.warm_start is not None
+    preview = recipe.preview.model_copy(update={"protocol": None})
+    own = {"method": recipe.warm_start.method, "train": recipe.warm_start.train, "data": recipe.warm_start.data, "size": recipe.warm_start.size or recipe.size}
+    return recipe.model_copy(update={**own, "name": f"{recipe.name}, warm start", "warm_start": None, "evaluate": None, "preview": preview})
 
 
 def kind_of(source: str) -> str:
@@ -331,7 +382,8 @@ def _kinds(annotation: Any) -> list[Any]:
     """The types that an annotation allows, one by one."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
+        first, *more = get_args(annotation)
+        return list(METHODS.values()) if any(isinstance(m, _AnyMethod) for m in more) else _kinds(first)
     if origin in (Union, UnionType):
         return [kind for part in get_args(annotation) for kind in _kinds(part)]
     return [annotation]

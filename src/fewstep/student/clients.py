@@ -9,27 +9,27 @@ from torch import Tensor, nn
 
 from ..atomic import write_tensors
 from ..backbones.few_step import Facts
-from ..backbones.files import LORA_FILE
 from ..core.schedule import Schedule
+from ..core.solvers import SOLVERS
 from .card import StudentCard
-from .comfy import TABLE, checkpoint_name, foreign, gap, obstacle
+from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header
 from .kohya import kohya, layers_of, original_names
 
-WORKFLOW = "comfyui-workflow.json"
 UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA beside these
-AUTOMATIC = {"ddim": "Euler", "dpmpp": "DPM++ 2M"}  # samplers of A1111 and Forge; their LCM walks times of its own
 
 
-def write_client_file(folder: Path, network: nn.Module, card: StudentCard, facts: Facts, state: Mapping[str, Tensor], size: int) -> str:
-    """Write the LoRA `state`, alpha equal to its rank, for programs that only know files; returns the file's name.
+def write_client_file(
+    folder: Path, lora: Path, network: nn.Module, card: StudentCard, facts: Facts, state: Mapping[str, Tensor], size: int
+) -> str:
+    """Write the LoRA `state`, alpha equal to its rank, for programs that only know files; return the file's name.
 
     A U-Net's has kohya's names, which all of them read; a transformer's is what diffusers reads, as ComfyUI does.
     """
     if facts.pipeline not in UNETS:
         name = f"{card.name}-lora.safetensors"
-        shutil.copyfile(folder / LORA_FILE, folder / name)
+        shutil.copyfile(lora, folder / name)
         return name
     assert card.alpha is not None
     layers = layers_of(state)
@@ -76,14 +76,14 @@ def _comfyui(card: StudentCard, facts: Facts, schedule: Schedule, config: Mappin
         cured = facts.pipeline in UNETS and not name
         cure = f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have." if cured else ""
         return f"There is no workflow for ComfyUI: {why}.{cure}"
-    return f"ComfyUI: drop `{WORKFLOW}` on its window. It loads `{name}` and names all settings."
+    return f"ComfyUI: drop `comfyui-workflow.json` on its window. It loads `{name}` and names all settings."
 
 
 def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any]) -> str:
     """What to choose in A1111 and Forge, whose schedule `Simple` is ComfyUI's."""
     steps = card.steps[0]
-    times, solver = card.timesteps[str(steps)][:-1], card.solver[str(steps)]
-    if card.head or card.free_first or solver not in AUTOMATIC:
+    times, sampler = card.timesteps[str(steps)][:-1], SOLVERS[card.solver[str(steps)]].clients.get("a1111")
+    if card.head or card.analytic_first_step or sampler is None:
         return "A1111, Forge: they have no sampler that steps as this student does."
     if (off := gap(schedule, times)) > 1.001:
         return "A1111, Forge: no schedule of theirs visits this student's times."
@@ -91,7 +91,7 @@ def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any])
     own = ["v-prediction"] * (config.get("prediction_type") == "v_prediction")
     own += ["zero terminal SNR"] * bool(config.get("rescale_betas_zero_snr"))
     base = f", the base set to {' and '.join(own)}" if own else ""
-    return f"A1111 from 1.10, Forge: sampler {AUTOMATIC[solver]}, schedule type Simple, {plural_of(steps)}, CFG scale 1{base}; {there}."
+    return f"A1111 from 1.10, Forge: sampler {sampler}, schedule type Simple, {plural_of(steps)}, CFG scale 1{base}; {there}."
 
 
 def plural_of(steps: int) -> str:

@@ -1,4 +1,4 @@
-"""Heads that correct the direction of a step, zero at first. Each is a `core.solvers.Correct`.
+"""Heads that correct the direction of a step, zero at first. Each is a `core.solvers.Correction`.
 
 A direction is the noise `eps` of the split that a step is taken along; with the state held fixed, a change of the clean estimate by
 `delta` is a change of `eps` by `-(alpha/sigma) delta`. Heads answer with `delta`, which is of the size of data at every time. The
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.prediction import Split
 from ..core.schedule import Schedule, expand
-from ..core.solvers import Past
+from ..core.solvers import SolverHistory
 from .curve import TERMS, Curve, coordinates, fit_curve
 
 SMALL = 1e-4  # lengths below this share of the data's spread count as nothing
@@ -71,26 +71,26 @@ class Head(nn.Module, ABC):
         """The step counts that it was made for."""
         return tuple(len(g) - 1 for g in self.facts.grids)
 
-    def forward(self, way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+    def forward(self, pred: Split, t: Tensor, t_next: Tensor, history: SolverHistory) -> Split:
         """The corrected way: the same state, another clean estimate. All [B, ...]; t, t_next [B]."""
-        delta = self.delta(self.tokens(way, t, past), t, t_next).to(way.x0)
+        delta = self.delta(self.tokens(pred, t, history), t, t_next).to(pred.x0)
         ratio = self.schedule.alpha(t) / self.schedule.sigma(t)
-        return Split(way.x0 + delta, way.eps - expand(ratio, delta) * delta)
+        return Split(pred.x0 + delta, pred.eps - expand(ratio, delta) * delta)
 
     @abstractmethod
     def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
         """Change of the clean estimate, [B, ...]."""
 
-    def tokens(self, way: Split, t: Tensor, past: Past) -> Tokens:
+    def tokens(self, pred: Split, t: Tensor, history: SolverHistory) -> Tokens:
         """The tokens of a step."""
-        seen = [v.t > t for v in past.visits]
-        earlier = [expand(s, way.x0) * (way.x0 - v.way.x0) for s, v in zip(seen, past.visits, strict=True)]
-        raw = torch.stack([way.x0 - self.centre.to(way.x0), past.noise.to(way.x0), *earlier], 1)
+        seen = [s.t > t for s in history.steps]
+        earlier = [expand(there, pred.x0) * (pred.x0 - s.used.x0) for there, s in zip(seen, history.steps, strict=True)]
+        raw = torch.stack([pred.x0 - self.centre.to(pred.x0), history.noise.to(pred.x0), *earlier], 1)
         # Constants to the gradient: that of the length of nothing is not a number.
         lengths = raw.detach().flatten(2).float().square().mean(2).sqrt() / self.facts.spread
         values = raw / (lengths + SMALL).to(raw).reshape(lengths.shape + (1,) * (raw.ndim - 2))
         always = torch.ones_like(t, dtype=torch.bool)
-        times = [t, t, *(torch.where(s, v.t, t) for s, v in zip(seen, past.visits, strict=True))]
+        times = [t, t, *(torch.where(there, s.t, t) for there, s in zip(seen, history.steps, strict=True))]
         return Tokens(values, torch.stack([always, always, *seen], 1), lengths, times)
 
     def place(self, t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.schedule import Schedule
-from .curve import Curve, fit_curve, own_coordinates
+from ..heads.curve import Curve, fit_curve, own_coordinates
 
 SHOWN = 48  # samples of which a report has the curves
 DIGITS = 6  # of their coordinates, whose unit is the length of the way

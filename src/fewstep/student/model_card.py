@@ -10,7 +10,8 @@ from ..backbones.few_step import Facts
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, called, hub_id, source_of
 from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
-from .card import StudentCard, counted
+from ..core.solvers import SOLVERS
+from .card import StudentCard, counted, guidance_text
 
 
 def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, even: bool, elsewhere: str = "", whole: bool = False) -> str:
@@ -21,7 +22,7 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, eve
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
-    served = " or ".join(map(str, card.steps))
+    counts = " or ".join(map(str, card.steps))
     part, peft = f"pipe.{facts.part}", card.weights == "lora" and not facts.loads_lora
     lora = f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})" if peft else f"pipe.load_lora_weights({at})"
     full = f'{part} = type({part}).from_pretrained({at}, subfolder="{facts.part}")'
@@ -39,13 +40,13 @@ def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, eve
         ""
         if len(card.steps) == 1
         else f"""
-The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep tells it the others: `fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
+The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep conditions it on the others: `fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
     sized = f", height={card.size}, width={card.size}" if card.size else ""
     result = "frame" if facts.video else "image"
-    # A head corrects every step, and no stock scheduler takes iPNDM's or free first steps: these students need fewstep at hand.
-    stock = (even or facts.takes_times) and not (card.head or card.free_first or card.solver[str(steps)] == "ipndm")
+    # A head corrects every step, and no stock scheduler takes an analytic first step or those of some solvers: these students need fewstep at hand.
+    stock = (even or facts.takes_times) and not (card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock)
     how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
     student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained({at}, subfolder="scheduler")\n'
     snippet = f"""{imports}
@@ -73,13 +74,11 @@ pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of class
         beyond = f'With fewstep the settings come from the folder: `fewstep.load({at if whole else home}, {at})("a prompt")`.'
     if stock and whole:
         beyond = f"Steps and guidance have to be said: by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
-    free = "; its first direction is taken without the network" if card.free_first else ""
-    rescale = f", guidance_rescale {card.guidance_rescale:g}" if card.guidance_rescale else ""
-    if card.guidance_parallel != 1:
-        rescale += f", {card.guidance_parallel:g} of its part along the clean estimate"
-    guidance = f"{card.guidance}: call it with `guidance_scale=1.0` (the teacher was guided at {card.teacher_guidance:g}{rescale})"
-    if card.scales:
-        guidance = f"told: with fewstep {', '.join(f'{w:g}' for w in card.scales)} by `guidance_scale`; the files alone are the student of the first"
+    free = "; the first step is analytic, without a network call" if card.analytic_first_step else ""
+    guidance = f"baked in: call it with `guidance_scale=1.0` (the teacher's guidance: {guidance_text(card)})"
+    if card.guidance_scales:
+        served = ", ".join(f"{w:g}" for w in card.guidance_scales)
+        guidance = f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
     tag = ("text-to-video" if facts.video else "text-to-image") if facts.takes_prompts else "unconditional-image-generation"
     tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
     header = {"license": card.licence, "base_model": hub_id(card.base), "library_name": "diffusers", "pipeline_tag": tag, "tags": tags}
@@ -95,7 +94,7 @@ A {steps}-step generator distilled from {_code(called(card.base))} with {_plain(
 
 | | |
 |---|---|
-| steps | {served} |
+| steps | {counts} |
 | network calls a picture | {counted(card)} |
 | timesteps | {times} |
 | solver | {card.solver[str(steps)]}{free} |

@@ -1,0 +1,61 @@
+"""The student's own trajectory: roll out to a drawn segment without gradient, and take that one step with it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .prediction import Split
+from .schedule import Schedule
+from .solvers import DDIM, Correction, Denoise, Solver, SolverHistory, SolverStep, step
+
+DenoiseRows = Callable[[slice], Denoise]  # the denoiser under the conditions of these rows of the batch
+
+
+def segment_starts(
+    denoise_rows: DenoiseRows,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    segments: Tensor,
+    solver: Solver = DDIM,
+    correct: Correction | None = None,
+    calls: int = 0,
+) -> tuple[Tensor, SolverHistory]:
+    """Return the states at the noisy end of each sample's segment, `x_{t_{m+1}}` [B, ...], and their history; without gradient.
+
+    x [B, ...] at times[0]; segments [B], sorted ascending, 0 starts from noise. Only samples with steps left are evaluated, so a
+    batch spread evenly over K segments costs (K - 1)/2 network calls, not K - 1. With `calls`, one-sample dummy calls pad the rollout
+    to a fixed number of forwards, as FSDP requires. Multistep solvers and corrections need the history for the next step.
+    """
+    x, noise = x.clone(), x / schedule.start_std
+    steps = [_no_step(schedule, x) for _ in range(solver.memory if correct is None else len(times) - 2)]
+    with torch.no_grad():
+        for k in range(int(segments.max())):
+            rows = slice(int((segments <= k).sum()), None)
+            t, t_next = (s.to(x.device).expand(len(x[rows])) for s in (times[k], times[k + 1]))
+            pred, history = denoise_rows(rows)(x[rows].clone(), t), _rows(SolverHistory(noise, steps), rows)
+            x[rows], done = step(solver, schedule, pred, t, t_next, history, correct)
+            for older, newer in zip(steps[::-1], [*history.steps[-2::-1], done] if steps else [], strict=True):
+                _put(older, rows, newer)
+        for k in range(int(segments.max()), calls):
+            denoise_rows(slice(0, 1))(x[:1], times[k].to(x.device).expand(1))
+    return x, SolverHistory(noise, steps)
+
+
+def _no_step(schedule: Schedule, x: Tensor) -> SolverStep:
+    """Return a step that counts for no sample: at clean data."""
+    t = torch.full((len(x),), schedule.t_clean, dtype=torch.float64, device=x.device)
+    return SolverStep(t, *(Split(torch.zeros_like(x), torch.zeros_like(x)) for _ in range(2)))
+
+
+def _rows(history: SolverHistory, rows: slice) -> SolverHistory:
+    """Copy what belongs to these rows."""
+    steps = [SolverStep(s.t[rows].clone(), *(Split(*(p[rows].clone() for p in q)) for q in (s.pred, s.used))) for s in history.steps]
+    return SolverHistory(history.noise[rows], steps)
+
+
+def _put(into: SolverStep, rows: slice, done: SolverStep) -> None:
+    into.t[rows] = done.t
+    for mine, other in ((into.pred, done.pred), (into.used, done.used)):
+        mine.x0[rows], mine.eps[rows] = other.x0, other.eps

@@ -1,0 +1,24 @@
+"""What a method's name stands for: settings that another name would have to have."""
+
+from operator import attrgetter
+from typing import Any
+
+from .method import Method
+
+STANDS_FOR: dict[str, dict[str, Any]] = {
+    "tdm-fisher": {"match.divergence": "fisher", "match.state": "noisy"},
+    "dmd2": {"match.divergence": "reverse-kl", "match.state": "clean", "match.tau_range": "full"},
+    "diff-instruct": {"match.divergence": "reverse-kl", "match.state": "clean", "match.tau_range": "full"},
+    "sid": {"match.divergence": "fisher", "match.state": "clean", "match.tau_range": "full"},
+    "sfd": {"head": "none"},
+}
+
+
+def require_name(method: Method) -> None:
+    """Check that the settings are those of the method's name. Raises ValueError."""
+    for option, wanted in STANDS_FOR.get(method.name, {}).items():
+        if (got := attrgetter(option)(method)) != wanted:
+            raise ValueError(
+                f"method.name: got {method.name} with method.{option}={got}, and {method.name} stands for {wanted}; "
+                f"fewstep.method({method.name!r}, ...) has all its settings, other settings take another name"
+            )

@@ -1,0 +1,27 @@
+"""Divergences between the diffused student and teacher, by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .fisher import fisher_loss
+from .matched_state import MatchedState
+from .reverse_kl import reverse_kl_loss
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A loss on matched states, `(state, surrogate loss, correction) -> [B]`.
+
+    `scores_carry_gradient`: both scores are differentiated in x_tau, so that the fake score's update cannot share their forward pass.
+    """
+
+    loss: Callable[[MatchedState, str, float], Tensor]
+    scores_carry_gradient: bool
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "reverse-kl": Divergence(reverse_kl_loss, scores_carry_gradient=False),
+    "fisher": Divergence(fisher_loss, scores_carry_gradient=True),
+}

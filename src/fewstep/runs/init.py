@@ -1,0 +1,131 @@
+"""How a run is initialized: the networks of its roles, and a student that continues a finished one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..backbones.base import Backbone
+from ..backbones.parts import Piped
+from ..core import timegrid
+from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
+from ..methods.method import Method, require_initial_student
+from ..roles.roles import Roles, RolesConfig, make_roles
+from ..student.base import require_own
+from ..student.folder import read_card, read_head, read_parts
+from ..training.paths import Paths
+
+
+def roles_for(
+    teacher: Backbone, method: Method, config: RolesConfig, seed: int = 0, paths: Paths | None = None, init_from: Path | None = None
+) -> Roles:
+    """Return the networks that a method needs, the student initialized from the finished one in `init_from`.
+
+    A new head is fitted to the trajectories `paths`; without them it knows nothing of the data, which is enough for a plan.
+    """
+    if next(teacher.module.parameters()).dtype == torch.float16:
+        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
+    head = _head(method, teacher, seed, paths, init_from)
+    gan_step_counts = method.counts if method.needs.adversary else ()
+    values = method.condition_values if config.rank or not config.share else ()  # a head alone sees the times themselves
+    kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
+    roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
+    if init_from is not None:
+        initialize(roles, init_from)
+    return roles
+
+
+def _head(method: Method, teacher: Backbone, seed: int, paths: Paths | None, init_from: Path | None) -> Head | None:
+    if init_from is not None and (head := inherited_head(method, teacher, init_from)) is not None:
+        return head
+    if method.head == "none":
+        return None
+    grids = [method.times(teacher.schedule, k) for k in method.counts]
+    if paths is None:
+        return make_head(method.head, teacher.schedule, unknown(teacher.shape, grids), seed)
+    return make_head(method.head, teacher.schedule, facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids), seed)
+
+
+def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) -> Head | None:
+    """Return the head that a student of this method inherits from a finished one. Raises ValueError if they do not go together."""
+    if init_from is None:
+        require_initial_student(method, "", False, "the teacher")
+        return None
+    card = read_card(init_from)
+    require_own(card, teacher, init_from)
+    require_initial_student(method, card.head, card.analytic_first_step, f"the student in {init_from}")
+    if method.init_head == "drop" or not card.head:
+        return None
+    head = read_head(init_from, teacher.schedule)
+    most, cure = max(method.counts), f"that of {init_from} was made for no more: choose as many, or drop the head"
+    require_steps(kind_of(head), head.counts, most, "method.steps", cure)
+    return head
+
+
+def initialize(roles: Roles, folder: Path) -> None:
+    """Let the student of a run continue the finished one in `folder`, conditioned on the same values. Raises ValueError if it does not fit."""
+    card = read_card(folder)
+    if (card.weights != "full") != roles.config.share:
+        raise ValueError(
+            f"init_from: {folder} is a student of weights {card.weights}; set roles.share={str(card.weights != 'full').lower()}"
+        )
+    if card.weights == "none":
+        return  # a head alone, which `roles_for` has put in place
+    parts, layer = read_parts(folder, roles.backbone), roles.backbone.time_layer
+    values = card.condition_values if parts.vectors else ()
+    carries = layer and not parts.vectors and any(k.startswith(f"{layer}.lora_") for k in parts.lora or {})
+    check_conditioning(str(folder), values, roles.counts, layer if carries else "")
+    state = parts.lora if parts.network is None else parts.network.state_dict()
+    assert state is not None
+    roles.start_from(state, parts.vectors)
+
+
+def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[float, ...], lora_on: str = "") -> None:
+    """Raises ValueError if a student conditioned on `wanted` cannot continue one that is conditioned on other values.
+
+    `lora_on` is the layer of the condition where the initial student has a LoRA on it.
+    """
+    if values and set(values) != set(wanted):
+        raise ValueError(
+            f"init_from: {student} is conditioned on {_counted(values)}, this student on {_counted(wanted)}; "
+            "set method.steps, method.condition or method.guidance_scales to match"
+        )
+    if wanted and not values and lora_on:
+        raise ValueError(
+            f"init_from: this student is conditioned on {_counted(wanted)} through {lora_on}, but {student} has a LoRA on {lora_on}; "
+            f"train that one with {lora_on} in roles.skip, or use roles.share=false for both"
+        )
+
+
+def _counted(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:g}" for v in values) if values else "nothing"
+
+
+def require_network(backbone: Backbone, prompts: list[str]) -> None:
+    """Raises ValueError where a network of one's own does not take what its Denoiser says of it: one call, before anything is walked or trained."""
+    if isinstance(backbone, Piped):
+        return
+    asked = [*prompts[:1], ""]
+    with torch.no_grad():
+        cond = backbone.encode(asked)
+        if not isinstance(cond, Mapping) or not all(isinstance(v, torch.Tensor) and len(v) == len(asked) for v in cond.values()):
+            raise ValueError(f"conditions: what they give for {len(asked)} prompts is no dictionary of tensors [{len(asked)}, ...]")
+        device = next(backbone.module.parameters()).device
+        x = torch.randn((len(asked), *backbone.shape), generator=torch.Generator().manual_seed(0)).to(device)
+        u = torch.full((len(asked),), 0.5, dtype=torch.float64)
+        t = timegrid.time_at(backbone.schedule, u).to(device)
+        try:
+            m = backbone.predict(backbone.module, x, t, {k: v.to(device) for k, v in cond.items()})
+        except Exception as error:  # a network of one's own may raise anything
+            heard = "".join(f", {k} {list(v.shape)}" for k, v in cond.items())
+            raise ValueError(
+                f"teacher: the network of {backbone.name} does not take states {list(x.shape)} with times [{len(asked)}]{heard} "
+                f"({' '.join(str(error).split())[:160] or type(error).__name__}); check shape and conditions of the Denoiser"
+            ) from error
+    if not isinstance(m, torch.Tensor) or m.shape != x.shape:
+        got = list(m.shape) if isinstance(m, torch.Tensor) else type(m).__name__
+        raise ValueError(f"teacher: the network of {backbone.name} gives {got} for states {list(x.shape)}; check the Denoiser's shape")
+    if not bool(m.isfinite().all()):
+        raise ValueError(
+            f"teacher: the network of {backbone.name} gives numbers that are not finite in the middle of its way; check its weights and its schedule"
+        )

@@ -1,0 +1,193 @@
+"""What every run does before its first iteration: embed prompts, make or read data, build the networks. One way for Python and recipes."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from ..backbones.base import Backbone
+from ..backbones.generate import device_of
+from ..backbones.load import fingerprint, place_encoders
+from ..backbones.parts import Piped
+from ..backbones.process import mapping_of
+from ..backbones.schedulers import student_scheduler
+from ..core import timegrid
+from ..methods.method import Method
+from ..report.words import size
+from ..roles.roles import Roles, RolesConfig
+from ..training.loop import TrainConfig
+from ..training.paths import OF_STUDENT, TRAJECTORIES, Paths, TrajectoryConfig, guided_teacher, path_bytes, teacher_paths, to_end
+from ..training.pictures import RealData, encode_pictures
+from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
+from ..training.processes import this_process, with_others
+from ..training.prompts import Embeddings, embed
+from .init import roles_for
+from .walking import student_source, trajectory_times
+
+EMBEDDINGS = "embeddings"  # the folder of a run that holds what was encoded
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that a method starts from: a folder of captioned ones, webdataset shards, or `teacher`, which samples `count` in `steps` steps."""
+
+    source: str
+    count: int = TEACHER_PICTURES
+    steps: int = TEACHER_STEPS
+    seed: int | None = None  # by default the training's
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training: who learns by which method, from what, initialized from whom."""
+
+    method: Method
+    train: TrainConfig
+    roles: RolesConfig
+    prompts: list[str]
+    images: ImageSource | None = None
+    trajectories: TrajectoryConfig | None = None
+    init_from: Path | None = None
+
+    @property
+    def origin(self) -> str:
+        """What a model card says about the data, and about a teacher that was not quite its base."""
+        text = "prompts alone" if any(self.prompts) else "its teacher alone"
+        if self.images is not None:
+            text = "prompts and images sampled from the teacher" if self.images.source == "teacher" else "captioned images"
+        return f"{text}, next to its base in {self.roles.base}" if self.roles.base else text
+
+
+class Progress(Protocol):
+    """Where a run says what it does."""
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+
+    def meter(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show how many of `total` are done: the function that is entered takes the number."""
+
+    def writing(self, path: Path, size: int) -> None:
+        """Show that a file of so many bytes is going to be written."""
+
+
+class Lines:
+    """Progress as lines on the standard error: from time to time, and only for what takes long."""
+
+    PATIENCE = 10.0  # seconds between two lines
+
+    def say(self, text: str) -> None:
+        """Write one line."""
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+    @contextmanager
+    def meter(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Write how far it has come."""
+        began = last = time.monotonic()
+
+        def seen(done: int) -> None:
+            nonlocal last
+            if done and (now := time.monotonic()) - last >= self.PATIENCE:
+                last = now
+                self.say(f"{title}: {done:,} of {total:,}, {(now - began) / done * (total - done):.0f} s left")
+
+        yield seen
+
+    def writing(self, path: Path, size: int) -> None:
+        """Write nothing."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training that can begin."""
+
+    roles: Roles
+    data: Embeddings
+    images: RealData | None
+    trajectories: Paths | None
+
+
+def require_exportable(teacher: Backbone, method: Method) -> None:
+    """Raises ValueError before the training for a student that could not be written after it."""
+    if isinstance(teacher, Piped):
+        even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
+        student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
+    elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
+        raise ValueError(
+            f"teacher: {odd} in the state of its network is no tensor, so that no student of it can be written; make it a buffer"
+        )
+
+
+def identity_of(teacher: Backbone, prompts: list[str]) -> str:
+    """Name a network with its encoders; for conditions without weights, by what they give for some prompts."""
+    weights, mapping = fingerprint(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
+    return f"{weights}-{mapping}" if mapping else weights
+
+
+def prepare(
+    teacher: Backbone, spec: RunSpec, run: Path | None, place: Path | None, progress: Progress, more: Callable[[], None] = lambda: None
+) -> Prepared:
+    """Prepare a training in the folder `run`; what is encoded and generated lies in `place`, which several stages share.
+
+    `more` is called while the encoders are on the device. Encoders are on the CPU afterwards, where they still serve, slowly.
+    In all processes together. Raises ValueError for what cannot end well.
+    """
+    method = spec.method
+    require_exportable(teacher, method)
+    place_encoders(teacher, device_of(teacher.module))
+    identity, cache = identity_of(teacher, spec.prompts), None if place is None else place / EMBEDDINGS
+    with this_process().main_process_first():  # what it makes the others find
+        data = embed(teacher, spec.prompts, cache, identity, keep=progress.writing)
+        images = None if spec.images is None else _images(teacher, spec, spec.images, data, cache, identity, progress)
+        more()
+    place_encoders(teacher, "cpu")
+    trajectories = None
+    if method.needs.trajectories:
+        with with_others():
+            trajectories = generate(teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress)
+    if spec.train.shard and this_process().num_processes > 1:
+        teacher.module.cpu()  # whence it and its copies come back in parts
+    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from)
+    return Prepared(roles, data, images, trajectories)
+
+
+def _images(
+    teacher: Backbone, spec: RunSpec, wanted: ImageSource, data: Embeddings, cache: Path | None, identity: str, progress: Progress
+) -> RealData:
+    """Return the images that the method starts from, encoded."""
+    if wanted.source != "teacher":
+        return encode_pictures(teacher, wanted.source, cache, identity, found=lambda found: progress.say(found.line), keep=progress.writing)
+    seed = spec.train.seed if wanted.seed is None else wanted.seed
+    with progress.meter("teacher's images", wanted.count) as seen:
+        return teacher_pictures(teacher, data, wanted.count, wanted.steps, spec.method.guidance, cache, seed, show=seen)
+
+
+def generate(
+    teacher: Backbone, method: Method, data: Embeddings, config: TrajectoryConfig, run: Path | None, identity: str, progress: Progress
+) -> Paths:
+    """Return the teacher's trajectories, or a student's, reusing those in their folder; what they cost is said before."""
+    times = trajectory_times(method, teacher)
+    own = None if run is None else run / (OF_STUDENT if config.student else TRAJECTORIES)
+    place = own if config.folder is None else Path(config.folder)
+    if config.student:
+        source = student_source(teacher, config.student, times)
+    else:
+        source = guided_teacher(teacher, data.unconditional(device_of(teacher.module)), config, times, method.guidance)
+    who = "teacher" if config.student is None else f"student in {config.student}"
+    needed = size(path_bytes(config.count, teacher.shape, len(source.places), len(source.grid)))
+    kept = (
+        f"{needed}; existing ones in {place} are reused"
+        if place is not None
+        else "they are not kept: TrajectoryConfig(folder=...) or out keeps them"
+    )
+    progress.say(
+        f"generating {config.count:,} trajectories of the {who} ({source.nfe} NFE each, {config.count * source.nfe:,} in total); {kept}"
+    )
+    with progress.meter("trajectories", config.count) as seen:
+        return to_end(teacher_paths(teacher, data, config, times, source, place, identity), seen)

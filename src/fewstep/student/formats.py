@@ -1,0 +1,203 @@
+"""A student as files for other programs: written, loaded again, drawn with, and compared before they are called done."""
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..atomic import open_to_others, write_text
+from ..backbones.few_step import drawn, facts_of, with_network
+from ..backbones.files import save_pipeline
+from ..backbones.generate import device_of
+from ..backbones.load import load_teacher, pipeline_of
+from ..backbones.parts import Piped
+from ..backbones.schedulers import load_scheduler
+from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
+from ..core import timegrid
+from ..core.solvers import SOLVERS
+from ..roles.adapters import remove_adapters
+from ..roles.roles import TRAINED
+from .card import StudentCard
+from .folder import scheduler_path, seal
+from .model_card import model_card
+from .student import Student
+
+CLOSE = 1e-4  # largest difference, of a pixel in [0, 1] or relative to the largest element of a state, between student and files
+PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write a student of one step count to a new folder. `write` returns what the files draw when they are loaded again.
+
+    `whole`: all weights are written, in a dtype of choice; `own`: for networks of one's own, too.
+    """
+
+    text: str
+    write: Callable[[Student, Path, torch.dtype], Tensor]
+    whole: bool = False
+    own: bool = False
+    elsewhere: str = ""  # why a network of one's own has no such files
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was compared: the largest difference of student and files, and of half-precision files what rounding did."""
+
+    difference: float
+    rounded: float | None = None
+
+
+def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = None) -> Exported:
+    """Write a student to a new folder, load it again, draw with both and compare. Raises ValueError with nothing kept."""
+    own_network = not isinstance(student.backbone, Piped)
+    if form not in FORMATS:
+        raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
+    how = FORMATS[form]
+    if own_network and not how.own:
+        allowed = ", ".join(name for name, known in FORMATS.items() if known.own)
+        raise ValueError(f"--format: got {form}, which {how.elsewhere}; of a network of one's own there are {allowed}")
+    if os.path.lexists(out):
+        raise ValueError(f"DIR: {out} is there already; choose another folder")
+    kept = dtype or getattr(torch, student.card.dtype)
+    wanted = draw(student)
+    limit = CLOSE * max(1.0, float(wanted.abs().max())) if own_network else CLOSE
+    try:
+        difference = float((how.write(student, out, kept) - wanted).abs().max())
+        if not difference <= limit:  # NaN is as far as can be
+            raise ValueError(
+                f"export: the files differ from the student by {difference:.1e} in an element (allowed {limit:g}); nothing was kept"
+            )
+        if not how.whole or kept == torch.float32 or own_network:
+            return Exported(difference)
+        rounded = float((draw(Student.read(out, student.backbone)) - wanted).abs().max())
+        if not math.isfinite(rounded):
+            raise ValueError(
+                f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; choose bfloat16 or float32"
+            )
+        return Exported(difference, rounded)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def draw(student: Student) -> Tensor:
+    """Draw what is compared: decoded states of a student's first step count."""
+    prompts = prompts_for(student)
+    with torch.no_grad():
+        cond = student.backbone.encode(prompts)
+    count = student.card.steps[0]
+    states = student.sample_trajectory(cond, list(range(len(prompts))), count, None, None, None)
+    return student.backbone.decode(states[-1].x)
+
+
+def prompts_for(student: Student) -> list[str]:
+    """Return the prompts that student and files are compared with."""
+    backbone = student.backbone
+    if not isinstance(backbone, Piped):
+        return [""] * 4
+    return PROMPTS if facts_of(pipeline_of(backbone)).takes_prompts else EMPTY
+
+
+def write_student(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a folder like `final/`."""
+    student.write(out)
+    return draw(Student.read(out, student.backbone if student.base is None else student.base))
+
+
+def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a folder like `final/`; draw with the LoRA under kohya's names in diffusers, on a fresh base."""
+    pipe = pipeline_of(student.backbone)
+    _require_stock(student.card)
+    if student.card.weights != "lora":
+        raise ValueError("--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline")
+    if facts_of(pipe).part != "unet" or not facts_of(pipe).loads_lora:
+        raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
+    _require_times(student)
+    student.write(out)
+    (file,) = out.glob("*-kohya.safetensors")
+    bare = copy.deepcopy(student.network)
+    remove_adapters(bare, TRAINED)
+    fresh = with_network(pipe, bare, load_scheduler(scheduler_path(out)), type(pipe))
+    fresh.load_lora_weights(str(out), weight_name=file.name)
+    return drawn(fresh, PROMPTS, student.card.steps[0], times=own_times(student), shape=student.backbone.shape)
+
+
+def own_times(student: Student) -> list[float] | None:
+    """Return the times that a stock pipeline has to be given; None if its step count says them."""
+    times = student.card.timesteps[str(student.card.steps[0])]
+    return None if timegrid.even(student.backbone.schedule, torch.tensor(times, dtype=torch.float64)) else times[:-1]
+
+
+def _require_stock(card: StudentCard) -> None:
+    """Raises ValueError for a student that is sampled as no stock pipeline does."""
+    special = [s for s in card.solver.values() if not SOLVERS[s].stock]
+    by = "a head" if card.head else "an analytic first step" if card.analytic_first_step else special[0] if special else ""
+    if by:
+        raise ValueError(f"--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged")
+
+
+def _require_times(student: Student) -> None:
+    """Raises ValueError for a student whose times no stock pipeline of its family takes."""
+    if own_times(student) is not None and not facts_of(pipeline_of(student.backbone)).takes_times:
+        raise ValueError("--format: this student's times are its own, which no scheduler of its family takes; choose student or merged")
+
+
+def write_merged(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a folder like that of a full student; of half-precision files return what is drawn before they are rounded."""
+    exact = student.merged()
+    found = None if dtype == torch.float32 else draw(exact)
+    replace(exact, network=exact.network.to(dtype)).write(out)
+    again = Student.read(out, student.backbone if student.base is None else student.base)
+    if found is None:
+        return draw(again)
+    written, own = again.network.state_dict(), exact.network.state_dict()
+    if odd := [n for n, v in own.items() if not torch.equal(v.to(written[n].dtype), written[n])]:
+        raise ValueError(f"export: {odd[0]} is not in the files what it was in memory; nothing was kept")
+    return found
+
+
+def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a whole pipeline folder that needs no base; of half-precision files return what is drawn before they are rounded."""
+    _require_stock(student.card)
+    _require_times(student)
+    found = write_merged(student, out, dtype)
+    backbone, whole, scheduler = student.backbone, student.merged(), load_scheduler(scheduler_path(out))
+    network, steps = whole.network.to(dtype), student.card.steps[0]
+    if isinstance(backbone, PixelModel):
+        save_pixel_pipeline(out, pixel_pipeline(network, scheduler, told=bool(backbone.labels)), backbone.labels)
+    else:
+        pipe = pipeline_of(backbone)
+        # The base's other parts are copied where they are rounded: they still serve.
+        parts = with_network(pipe, network, scheduler, type(pipe))
+        save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
+        even = own_times(student) is None
+        page = model_card(whole.card, out.name, type(scheduler).__name__, facts_of(pipe), even, whole=True)
+        write_text(out / "README.md", page)
+    open_to_others(out)
+    seal(out)
+    if dtype != torch.float32:
+        return found
+    again = load_teacher(out, device=device_of(student.network))
+    if isinstance(again, PixelModel):
+        return drawn_pixels(again, prompts_for(student), steps)
+    return drawn(pipeline_of(again), prompts_for(student), steps, times=own_times(student), shape=again.shape)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return `bfloat16` of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+FORMATS: dict[str, Format] = {
+    "student": Format("a folder like final/, for fewstep, diffusers, ComfyUI and A1111", write_student, own=True),
+    "kohya": Format("the same, its LoRA under kohya's names compared", write_kohya, elsewhere="names the layers of diffusers' U-Nets"),
+    "merged": Format("one network without LoRA", write_merged, whole=True, own=True),
+    "pipeline": Format("a whole diffusers folder that needs no base", write_pipeline, whole=True, elsewhere="is a diffusers pipeline"),
+}
