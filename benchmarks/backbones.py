@@ -208,7 +208,7 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
     backbone = around(pipe, name)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    roles = make_roles(backbone, RolesConfig(share=share, rank=a.rank, checkpointing=a.checkpointing))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=a.rank, checkpointing=a.checkpointing))
     data = embeddings(name, backbone, dtype if share else torch.float32, 8)
     precision: Literal["no", "bf16"] = "bf16" if device.type == "cuda" else "no"
     config = TrainConfig(iterations=a.repeats + 2, batch=batch, lr=1e-6, fake_lr=1e-6, precision=precision)

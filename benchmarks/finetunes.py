@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fewstep.api import LoadedStudent, load_student, load_teacher, sample
+from fewstep.api import Student, load_student, load_teacher, sample
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import quiet
@@ -111,7 +111,7 @@ def seconds(folder: Path, part: str) -> float:
     return float(json.loads((folder / f"{part}-seconds.json").read_text())["seconds"])
 
 
-def row(name: str, model: Backbone | LoadedStudent, steps: int, guidance: float, solver: str | None = None) -> Row:
+def row(name: str, model: Backbone | Student, steps: int, guidance: float, solver: str | None = None) -> Row:
     nfe = steps * (2 if guidance != 1 else 1)
     return Row(name, steps, guidance, nfe, lambda p, s: sample(model, list(p), list(s), steps=steps, guidance=guidance, solver=solver))
 

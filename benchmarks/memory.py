@@ -45,12 +45,12 @@ ARRANGEMENTS = {
     "one base": Arrangement(RolesConfig(rank=32)),
     "one base, checkpointing": Arrangement(RolesConfig(rank=32, checkpointing=True)),
     "one base, checkpointing, adamw8bit": Arrangement(RolesConfig(rank=32, checkpointing=True), "adamw8bit"),
-    "one base, checkpointing, adamw8bit, int8": Arrangement(RolesConfig(rank=32, checkpointing=True, base="int8"), "adamw8bit"),
-    "one base, checkpointing, adamw8bit, nf4": Arrangement(RolesConfig(rank=32, checkpointing=True, base="nf4"), "adamw8bit"),
+    "one base, checkpointing, adamw8bit, int8": Arrangement(RolesConfig(rank=32, checkpointing=True, quantize="int8"), "adamw8bit"),
+    "one base, checkpointing, adamw8bit, nf4": Arrangement(RolesConfig(rank=32, checkpointing=True, quantize="nf4"), "adamw8bit"),
     "one base, single precision": Arrangement(RolesConfig(rank=32), dtype=torch.float32),
     "one base, checkpointing, single precision": Arrangement(RolesConfig(rank=32, checkpointing=True), dtype=torch.float32),
-    COPIES: Arrangement(RolesConfig(share=False), dtype=torch.float32),
-    COPIES + CHECKPOINTED: Arrangement(RolesConfig(share=False, checkpointing=True), dtype=torch.float32),
+    COPIES: Arrangement(RolesConfig(lora=False), dtype=torch.float32),
+    COPIES + CHECKPOINTED: Arrangement(RolesConfig(lora=False, checkpointing=True), dtype=torch.float32),
 }
 
 

@@ -69,7 +69,12 @@ def run(variant: Variant, seed: int, teacher: fewstep.Denoiser, example: dict[st
     settings = BASE | variant.method
     own = vars(preset(settings.get("name", "tdm"))) | settings
     method, began = fewstep.DistributionMatching(**own), time.perf_counter()
-    *_, step = fewstep.distill(teacher, method, iterations=iterations, batch=256, lr=3e-4, fake_lr=1e-3, ema=0.995, share=False, seed=seed)
+    *_, step = fewstep.distill(
+        teacher,
+        method,
+        train=fewstep.TrainConfig(iterations=iterations, batch=256, lr=3e-4, fake_lr=1e-3, ema=0.995, seed=seed),
+        roles=fewstep.RolesConfig(lora=False),
+    )
     seconds, points, prompts = time.perf_counter() - began, example["POINTS"], [""] * example["POINTS"]
     rows = []
     for count in variant.counts:

@@ -72,7 +72,7 @@ def main() -> None:
         teacher = load_teacher(a.teacher)
         prompts = ["rocket"] * a.batch
         cond, null = dict(teacher.encode(prompts)), dict(teacher.encode([""]))
-        roles = make_roles(teacher, RolesConfig(share=share, rank=a.rank))
+        roles = make_roles(teacher, RolesConfig(lora=share, rank=a.rank))
         method = DistributionMatching(steps=4, warmup=0)
         config = TrainConfig(iterations=a.repeats, batch=a.batch, lr=1e-6, fake_lr=1e-6)
         loop = distill(roles, method, embed(teacher, prompts, None, a.teacher), config)

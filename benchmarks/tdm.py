@@ -26,13 +26,12 @@ from fewstep.api import load_teacher, sample
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import fingerprint, quiet
-from fewstep.begin import start_from
 from fewstep.cli.distill import roles_of
 from fewstep.cli.ending import write_student
-from fewstep.runs.recipe import DistillRecipe, validate
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
-from fewstep.export.card import StudentCard
 from fewstep.roles.roles import Roles
+from fewstep.runs.recipe import DistillRecipe, validate
+from fewstep.student.card import StudentCard
 from fewstep.training.loop import Step, distill
 from fewstep.training.pictures import encode_pictures
 from fewstep.training.pool import teacher_pictures
@@ -99,7 +98,7 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
         step = Step(recipe.train.iterations, {}, 0.0, roles, method)
     rows = measure(step, teacher, variant.draws, a.protocol, run, a)
     grids = {str(k): method.times(teacher.schedule, k).tolist() for k in method.counts}
-    card = StudentCard(variant.key, method.name, "emoji", "", method.counts, grids, dict.fromkeys(grids, method.solver), "v_prediction", "lora" if recipe.roles.share else "full", recipe.roles.rank, float(recipe.roles.rank), method.guidance, "other", recipe.train.iterations, seconds, "", "", time_layer=teacher.time_layer if roles.counts else "")  # fmt: skip
+    card = StudentCard(variant.key, method.name, "emoji", "", method.counts, grids, dict.fromkeys(grids, method.solver), "v_prediction", "lora" if recipe.roles.lora else "full", recipe.roles.rank, float(recipe.roles.rank), method.guidance, "other", recipe.train.iterations, seconds, "", "", time_layer=teacher.time_layer if roles.counts else "")  # fmt: skip
     with roles.averaged():
         write_student(run / "final", card, roles, method.times(teacher.schedule)[:-1])
     result = {
@@ -158,7 +157,7 @@ def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str,
 
 def _sampler(model: Any, d: Draw, guidance: float = 1.0) -> Any:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return sample(model, list(prompts), list(seeds), steps=d.steps, guidance=guidance, solver=d.solver, told=d.told)
+        return sample(model, list(prompts), list(seeds), steps=d.steps, guidance=guidance, solver=d.solver, condition=d.told)
 
     return draw
 

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep import TrajectoryImitation, PathsConfig
-from fewstep.api import path_times
+from fewstep import TrajectoryConfig, TrajectoryImitation
+from fewstep.api import trajectory_times
 from fewstep.atomic import write_json
 from fewstep.backbones.base import denoiser
-from fewstep.begin import roles_for
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method, student_of
 from fewstep.roles.roles import RolesConfig
+from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths, teacher_paths, to_end
 from fewstep.training.prompts import Embeddings, embed
@@ -67,7 +67,7 @@ LORAS = {
     "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
 }
 ANCHORED = {"steps": 2, "anchor": 32.0, "warmup": 40, "fake_weight": "v"}
-MATCHING = TrainConfig(160, 32, 1e-4, 1e-3, decay=80, ema=0.95)
+MATCHING = TrainConfig(iterations=160, batch=32, lr=1e-4, fake_lr=1e-3, decay=80, ema=0.95)
 SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
 
 
@@ -103,7 +103,7 @@ PARTS: dict[str, dict[str, Student]] = {
 }
 
 
-def walked(part: Part, data: Embeddings, config: PathsConfig, times: Tensor, folder: Path, name: str) -> Paths:
+def walked(part: Part, data: Embeddings, config: TrajectoryConfig, times: Tensor, folder: Path, name: str) -> Paths:
     """The teacher's trajectories, kept in the folder."""
     return to_end(teacher_paths(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500)))
 
@@ -182,7 +182,7 @@ def main() -> None:
     for name in a.only:
         part = make_part(name, a)
         data = embed(part.teacher, list(part.prompts), None, name)
-        times = path_times(TrajectoryImitation(steps=COUNTS), part.teacher)
+        times = trajectory_times(TrajectoryImitation(steps=COUNTS), part.teacher)
         for key, student in PARTS[name].items():
             if a.keys and key not in a.keys:
                 continue

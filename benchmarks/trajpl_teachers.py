@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep import Denoiser, TrajectoryImitation, PathsConfig
+from fewstep import Denoiser, TrajectoryConfig, TrajectoryImitation
 from fewstep.api import load_teacher
 from fewstep.atomic import write_tensors
 from fewstep.backbones.base import Backbone, Cond, denoiser, guided, rows
@@ -120,7 +120,7 @@ class Part:
 
     teacher: Backbone
     prompts: tuple[str, ...]
-    paths: PathsConfig
+    paths: TrajectoryConfig
     train: TrainConfig
     noise: Tensor
     goal: Tensor
@@ -146,14 +146,14 @@ def mixture_part(teacher: Backbone, count: int, a: argparse.Namespace) -> Part:
     """Fresh noise, 64 steps of Heun's method from it, and the distance to draws of the mixture as they are."""
     noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
     goal = walk(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
-    train = TrainConfig(a.iterations, a.batch, a.lr, a.lr, decay=a.iterations // 2, ema=0.99)
+    train = TrainConfig(iterations=a.iterations, batch=a.batch, lr=a.lr, fake_lr=a.lr, decay=a.iterations // 2, ema=0.99)
     truth = moments(mixture().draw(100_000, torch.Generator().manual_seed(0)))
-    part = Part(teacher, ("",), PathsConfig(count, 64), train, noise, goal, teacher.encode([""] * FRESH))
+    part = Part(teacher, ("",), TrajectoryConfig(count=count, steps=64), train, noise, goal, teacher.encode([""] * FRESH))
     return against(part, fd_data=lambda x: frechet_distance(truth, moments(x)))
 
 
 def picture_part(
-    name: str, teacher: Backbone, guidance: float, train: TrainConfig, paths: PathsConfig, prompts: Sequence[str], asked: Sequence[str], a: argparse.Namespace
+    name: str, teacher: Backbone, guidance: float, train: TrainConfig, paths: TrajectoryConfig, prompts: Sequence[str], asked: Sequence[str], a: argparse.Namespace
 ) -> Part:  # fmt: skip
     """A teacher of pictures, trained on `prompts`: 50 steps of DDIM for those that are `asked`, which take a while and are kept."""
     noise = torch.randn((len(asked), *teacher.shape), generator=torch.Generator().manual_seed(10**6))
@@ -212,9 +212,9 @@ def pixel_part(a: argparse.Namespace) -> Part:
     """Distances to the first pictures of the test set, in principal components of their features."""
     teacher, data = load_teacher("fashion"), read_pixel_data(str(a.pixels))
     classes = data.classes
-    train = TrainConfig(a.pixel_iterations, 32, 1e-3, 1e-3, decay=a.pixel_iterations // 2, ema=0.99)
+    train = TrainConfig(iterations=a.pixel_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.pixel_iterations // 2, ema=0.99)
     asked = [classes[i % len(classes)] for i in range(FRESH)]
-    part = picture_part("pixel", teacher, 1.0, train, PathsConfig(5000, 24), classes, asked, a)
+    part = picture_part("pixel", teacher, 1.0, train, TrajectoryConfig(count=5000, steps=24), classes, asked, a)
     network, told = feature_network(), class_features(data, a.folder / "classes.safetensors")
     real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float() / 255
     right = told(2 * real - 1).argmax(1) == load_idx(a.pixels / "t10k-labels-idx1-ubyte.gz")[:FRESH]
@@ -233,11 +233,18 @@ def pixel_part(a: argparse.Namespace) -> Part:
 def emoji_part(a: argparse.Namespace) -> Part:
     """Distances to all real emoji, of the names that `emoji-medium` asks for."""
     teacher, known, protocol = load_teacher("emoji"), load_reference(), protocol_named("emoji-medium")
-    train = TrainConfig(a.emoji_iterations, 32, 1e-3, 1e-3, decay=a.emoji_iterations // 2, ema=0.99)
+    train = TrainConfig(iterations=a.emoji_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.emoji_iterations // 2, ema=0.99)
     asked = plan(protocol, known)
     names = asked.prompts[asked.plain][: a.names]
     part = picture_part(
-        "emoji", teacher, 4.5, train, PathsConfig(a.emoji_count, 12), read_prompts(str(BUNDLED / "emoji" / "prompts.txt")), names, a
+        "emoji",
+        teacher,
+        4.5,
+        train,
+        TrajectoryConfig(count=a.emoji_count, steps=12),
+        read_prompts(str(BUNDLED / "emoji" / "prompts.txt")),
+        names,
+        a,
     )
     network, leading = feature_network(), protocol.components
     truth = moments(known.gallery[:, :leading])

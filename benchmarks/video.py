@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.api import LoadedStudent, load_student, load_teacher, sample
+from fewstep.api import Student, load_student, load_teacher, sample
 from fewstep.atomic import write_json, write_tensors
 from fewstep.backbones import miniature_video
 from fewstep.backbones.base import Backbone
@@ -30,9 +30,9 @@ from fewstep.cli.sample import run_sample
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.motion import motion, rank_correlation
-from fewstep.export.card import FILE as CARD
 from fewstep.report.grids import write_grid
 from fewstep.report.video import strip
+from fewstep.student.card import FILE as CARD
 from fewstep.training.fit import FitConfig, FitStep, fit
 from fewstep.training.state import seeded
 from fewstep.zoo import clip_data, emoji_data
@@ -185,7 +185,7 @@ def train_student(plan: Plan, teacher: Path, run: Path) -> Path:
     return run / "final"
 
 
-def drawn(plan: Plan, clips: Clips, teacher: Backbone, student: LoadedStudent, run: Path) -> dict[str, Tensor]:
+def drawn(plan: Plan, clips: Clips, teacher: Backbone, student: Student, run: Path) -> dict[str, Tensor]:
     """The clips of every row, [N, F, 3, S, S] in [0, 1], of the same prompts; made once."""
     rows = chosen(plan, clips)
     prompts, seeds = [clips.emoji[i].caption for i in rows], list(range(len(rows)))
@@ -271,7 +271,7 @@ def measure(plan: Plan, clips: Clips, found: dict[str, Tensor]) -> list[dict[str
     ]
 
 
-def write(plan: Plan, clips: Clips, rows: list[dict[str, Any]], found: dict[str, Tensor], student: LoadedStudent, to: Path) -> None:
+def write(plan: Plan, clips: Clips, rows: list[dict[str, Any]], found: dict[str, Tensor], student: Student, to: Path) -> None:
     """The table, the rows and the strips."""
     command, names = "python benchmarks/video.py", [clips.emoji[i].caption for i in chosen(plan, clips)]
     settings = {"plan": asdict(plan), "prompts": names, "train_seconds": student.card.train_seconds}

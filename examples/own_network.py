@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fewstep
 from fewstep.backbones.toy import Mixture
 from fewstep.core.schedule import Flow, diffuse, expand
+from fewstep.methods.distribution_matching import FakeScoreConfig
 
 DATA, PROCESS, POINTS = Mixture.ring(), Flow(), 2000
 
@@ -72,10 +73,14 @@ def main(teacher_steps: int = 2000, iterations: int = 600, draws: int = 16) -> t
     print(fewstep.check(teacher, real=DATA.draw(512, torch.Generator().manual_seed(0))))  # is it read as it was trained?
     prompts, seeds = [""] * POINTS, [range(i * POINTS, (i + 1) * POINTS) for i in range(draws)]
 
-    method = fewstep.TDM(steps=2, guidance=1.0, shift=0.35, loss="l2", fake_updates=3, warmup=50, snr_clip=50.0)
+    method = fewstep.TDM(steps=2, shift=0.35, loss="l2", warmup=50, fake=FakeScoreConfig(updates=3, snr_clip=50.0), guidance=1.0)
     with tempfile.TemporaryDirectory() as out:
         for step in fewstep.distill(
-            teacher, method, iterations=iterations, batch=256, lr=3e-4, fake_lr=1e-3, ema=0.995, share=False, out=out
+            teacher,
+            method,
+            train=fewstep.TrainConfig(iterations=iterations, batch=256, lr=3e-4, fake_lr=1e-3, ema=0.995),
+            roles=fewstep.RolesConfig(lora=False),
+            out=out,
         ):
             if step.iteration % 200 == 0:
                 print(

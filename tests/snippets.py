@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from fewstep.backbones.load import called
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 
 
 def snippet_of(final: Path) -> str:

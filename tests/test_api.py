@@ -15,26 +15,37 @@ from . import tiny
 
 
 def test_distill_trains_as_it_is_told() -> None:
-    method = fewstep.TDM(steps=2, guidance=2.0, warmup=1)
-    *_, ours = fewstep.distill(
-        tiny.stable_diffusion(), method, tiny.WORDS, iterations=3, batch=2, lr=1e-3, fake_lr=1e-2, ema=0.9, decay=2, accumulate=2, precision="bf16",
-        rank=2, checkpointing=True, seed=5,
-    )  # fmt: skip
+    method = fewstep.TDM(steps=2, warmup=1, guidance=2.0)
+    *_, ours = fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=3,batch=2,lr=1e-3,fake_lr=1e-2,ema=0.9,decay=2,accumulate=2,precision="bf16",seed=5), roles=fewstep.RolesConfig(rank=2,checkpointing=True))  # fmt: skip
     backbone = tiny.stable_diffusion()
-    config = TrainConfig(3, batch=2, lr=1e-3, fake_lr=1e-2, decay=2, accumulate=2, ema=0.9, seed=5, precision="bf16")
+    config = TrainConfig(iterations=3, batch=2, lr=1e-3, fake_lr=1e-2, decay=2, accumulate=2, ema=0.9, seed=5, precision="bf16")
     roles = make_roles(backbone, RolesConfig(rank=2, checkpointing=True), seed=5)
     *_, expected = distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), config)
     assert ours.metrics == expected.metrics
     for a, b in zip(ours.roles.average.values(), roles.average.values(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match=r"^base: got int8"):  # arrives: the network is too narrow for it
-        next(fewstep.distill(backbone, method, tiny.WORDS, iterations=2, base="int8"))
+        next(
+            fewstep.distill(
+                backbone, method, tiny.WORDS, train=fewstep.TrainConfig(iterations=2), roles=fewstep.RolesConfig(quantize="int8")
+            )
+        )
     with pytest.raises(ValueError, match=r"^rank: got 32, method pas stands for 0; set rank=0"):
-        next(fewstep.distill(backbone, fewstep.TrajectoryImitation(head="shared", name="pas"), tiny.WORDS, iterations=1, rank=32))
+        next(
+            fewstep.distill(
+                backbone,
+                fewstep.TrajectoryImitation(head="shared", name="pas"),
+                tiny.WORDS,
+                train=fewstep.TrainConfig(iterations=1),
+                roles=fewstep.RolesConfig(rank=32),
+            )
+        )
 
 
 def first(teacher: fewstep.Denoiser, **settings: Any) -> fewstep.Step:
-    steps = fewstep.distill(teacher, fewstep.TDM(steps=2, warmup=0), tiny.WORDS, iterations=1, batch=2, watch=None, **settings)
+    steps = fewstep.distill(
+        teacher, fewstep.TDM(steps=2, warmup=0), tiny.WORDS, train=fewstep.TrainConfig(iterations=1, batch=2), watch=None, **settings
+    )
     step = next(steps)
     steps.close()
     return step

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fewstep import objectives
 from fewstep.backbones.base import Cond, Denoiser
 from fewstep.checks import Inputs, check_backbone, check_objective
-from fewstep.objectives.adversarial import GAMES, gradient_penalty
+from fewstep.objectives.adversarial import GAN_LOSSES, gradient_penalty
 from fewstep.objectives.denoising import denoising
 from fewstep.objectives.fisher import fisher
-from fewstep.objectives.regression import METRICS
-from fewstep.objectives.reverse_kl import LOSSES
+from fewstep.objectives.regression import REGRESSION_LOSSES
+from fewstep.objectives.reverse_kl import SURROGATE_LOSSES
 
 from . import tiny
 
@@ -38,9 +38,13 @@ def penalty(x: Tensor, y: Tensor) -> Tensor:
 
 
 OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
-    **{f"reverse-kl {name}": (loss, states("x", "x", "n"), (0,)) for name, loss in LOSSES.items()},
-    **{f"regression {name}": (metric, states("x", "x"), (0, 1)) for name, metric in METRICS.items()},
-    **{f"{name} {side}": (getattr(game, side), states("d"), (0,)) for name, game in GAMES.items() for side in ("real", "fake", "student")},
+    **{f"reverse-kl {name}": (loss, states("x", "x", "n"), (0,)) for name, loss in SURROGATE_LOSSES.items()},
+    **{f"regression {name}": (metric, states("x", "x"), (0, 1)) for name, metric in REGRESSION_LOSSES.items()},
+    **{
+        f"{name} {side}": (getattr(game, side), states("d"), (0,))
+        for name, game in GAN_LOSSES.items()
+        for side in ("real", "fake", "student")
+    },
     "denoising": (denoising, states("x", "x", "n"), (0,)),
     "fisher": (fisher, states("x", "x", "x", "n"), (0, 1, 2)),
     "r1": (penalty, states("x", "x"), (0, 1)),
@@ -48,7 +52,7 @@ OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
 
 
 HELPERS = {
-    "game_named",
+    "GAN_LOSSES",
     "loss_named",
     "metric_named",
     "dmd_normaliser",

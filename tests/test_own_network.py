@@ -108,7 +108,9 @@ def test_another_base_is_refused_with_both_values(page: Page, changed: dict[str,
     with pytest.raises(ValueError, match=rf"^base: .*was made with another base: .*({said})"):
         fewstep.load_student(folder / "runs/ring/final", base=replace(names["teacher"], **changed))
     with pytest.raises(ValueError, match="was made with another base"):
-        fewstep.distill(replace(names["teacher"], **changed), names["method"], iterations=30, start=folder / "runs/ring")
+        fewstep.distill(
+            replace(names["teacher"], **changed), names["method"], train=fewstep.TrainConfig(iterations=30), init_from=folder / "runs/ring"
+        )
 
 
 def test_other_weights_are_refused_and_allowed_where_asked_for(page: Page) -> None:
@@ -137,12 +139,28 @@ def test_formats_that_make_no_sense_and_folders_of_others_are_refused(page: Page
 def test_full_networks_and_students_of_several_counts_come_back(
     page: Page, tmp_path: Path, share: bool, steps: int | tuple[int, ...]
 ) -> None:
-    teacher, method = page[1]["teacher"], fewstep.TDM(steps=steps, guidance=1.0, warmup=2)
-    *_, step = fewstep.distill(teacher, method, iterations=6, batch=16, rank=2, lr=1e-2, share=share, out=tmp_path, watch=None)
+    teacher, method = page[1]["teacher"], fewstep.TDM(steps=steps, warmup=2, guidance=1.0)
+    *_, step = fewstep.distill(
+        teacher,
+        method,
+        train=fewstep.TrainConfig(iterations=6, batch=16, lr=1e-2),
+        roles=fewstep.RolesConfig(rank=2, lora=share),
+        out=tmp_path,
+        watch=None,
+    )
     student = fewstep.load_student(tmp_path / "final", base=teacher)
     for count in method.counts:
         assert torch.allclose(fewstep.sample(student, [""] * 4, steps=count), fewstep.sample(step, [""] * 4, steps=count), atol=1e-5)
-    begun = next(fewstep.distill(teacher, method, iterations=3, batch=16, rank=2, lr=1e-2, share=share, start=tmp_path, watch=None))
+    begun = next(
+        fewstep.distill(
+            teacher,
+            method,
+            train=fewstep.TrainConfig(iterations=3, batch=16, lr=1e-2),
+            roles=fewstep.RolesConfig(rank=2, lora=share),
+            init_from=tmp_path,
+            watch=None,
+        )
+    )
     assert torch.allclose(
         fewstep.sample(begun, [""] * 4), fewstep.sample(step, [""] * 4), atol=1e-6
     )  # the warm-up moves the fake score alone

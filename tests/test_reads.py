@@ -47,7 +47,7 @@ ALLOWED = {
     "atomic.sync": BYTES,
     "hashes.sha256_of": BYTES,
     "export.final.write_final": BYTES,
-    "runs.students.save_student": BYTES,
+    "student.student.save_student": BYTES,
     "cli.preflight._somebodys": BYTES,
     "cli.progress.Plain.on_broken_pipe": BYTES,
     "backbones.weights.weights_in": BYTES,

@@ -102,9 +102,9 @@ def distill(
     The run has modules of its own around the teacher's weights: the teacher stays as it is, but for its encoders, which are on the CPU
     while it trains. Several runs and students on one teacher do not disturb each other. Raises ValueError before anything is trained.
     """
-    networks = RolesConfig(share=ROLES.get(method.name, {}).get("share", True) is not False) if roles is None else roles
-    if roles is None and networks.share:
-        names = targets(teacher.module, networks.targets, networks.skip)
+    networks = RolesConfig(lora=ROLES.get(method.name, {}).get("lora", True) is not False) if roles is None else roles
+    if roles is None and networks.lora:
+        names = targets(teacher.module, networks.targets, networks.exclude)
         networks = replace(networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)))
     require_roles(method.name, networks)
     if note := large_rank(teacher.module, networks):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Denoiser, nfe_per_step, denoiser, guided, projected, rescaled, rows
+from fewstep.backbones.base import Denoiser, denoiser, guided, projected, rescaled, rows
 from fewstep.backbones.generate import in_parts
 from fewstep.core.prediction import ROWS, split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand

@@ -18,6 +18,7 @@ from fewstep.backbones.schedulers import load_scheduler, student_scheduler
 from fewstep.backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, pixel_unet, save_pixel_model
 from fewstep.checks import check_backbone
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM
 from fewstep.core.solvers import SOLVERS, sample
 from fewstep.methods.distribution_matching import DistributionMatching
@@ -25,7 +26,7 @@ from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.paths import PathsConfig, teacher_paths, to_end
+from fewstep.training.paths import TrajectoryConfig, teacher_paths, to_end
 from fewstep.training.prompts import embed
 
 LABELS = ("zero", "one", "two")
@@ -184,15 +185,21 @@ def test_it_keeps_what_a_backbone_promises(model: PixelModel, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "method", [DistributionMatching(steps=2, guidance=2.0, warmup=0), TrajectoryImitation(steps=(2, 1), head="span")], ids=["tdm", "trajp-l"]
+    "method",
+    [DistributionMatching(steps=2, warmup=0, guidance=Guidance(scale=2.0)), TrajectoryImitation(steps=(2, 1), head="span")],
+    ids=["tdm", "trajp-l"],
 )
 @pytest.mark.parametrize("share", [True, False], ids=["LoRA", "full"])
 def test_it_is_distilled(model: PixelModel, method: Method, share: bool) -> None:
     data = embed(model, list(LABELS), None, "digits")
     config = TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)
     times = torch.unique(torch.cat([method.times(model.schedule, k) for k in method.counts])).flip(0)
-    paths = to_end(teacher_paths(model, data, PathsConfig(8, 8), times, 1.0, None, "digits")) if method.needs.trajectories else None
-    roles = make_roles(model, RolesConfig(rank=2, share=share), fake=method.needs.fake)
+    paths = (
+        to_end(teacher_paths(model, data, TrajectoryConfig(count=8, steps=8), times, 1.0, None, "digits"))
+        if method.needs.trajectories
+        else None
+    )
+    roles = make_roles(model, RolesConfig(rank=2, lora=share), fake=method.needs.fake)
     cond = model.encode(["one", "two"])
     x, t = 3 * torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 0.4], dtype=torch.float64)
     with torch.no_grad():

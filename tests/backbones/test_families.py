@@ -18,7 +18,7 @@ from fewstep.checks import check_backbone
 from fewstep.cli.ending import write_student
 from fewstep.cli.export import FORMATS, run_export
 from fewstep.core import timegrid
-from fewstep.export.card import StudentCard
+from fewstep.student.card import StudentCard
 
 from .. import pipelines, tiny
 
@@ -63,8 +63,10 @@ def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path
 def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_path: Path) -> None:
     """Two updates of TDM for two step counts, written, loaded by fewstep, as a pipeline, and in every format: one picture each."""
     teacher = load_teacher(folder)
-    method = fewstep.TDM(steps=(2, 1), guidance=3.0, warmup=0)
-    *_, step = fewstep.distill(teacher, method, PROMPTS, iterations=2, batch=2, lr=0.02, share=share, rank=2)
+    method = fewstep.TDM(steps=(2, 1), warmup=0, guidance=3.0)
+    *_, step = fewstep.distill(
+        teacher, method, PROMPTS, train=fewstep.TrainConfig(iterations=2, batch=2, lr=0.02), roles=fewstep.RolesConfig(lora=share, rank=2)
+    )
     grids = {str(k): method.times(teacher.schedule, k) for k in method.counts}
     card = StudentCard(
         "tiny-2step", "tdm-unify", str(folder), "", method.counts, {k: v.tolist() for k, v in grids.items()}, dict.fromkeys(grids, "ddim"), predicted(teacher),
@@ -96,10 +98,12 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
 
 def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid that no step count says: fewstep knows it from the folder, stock pipelines are told it, and what cannot be told is refused."""
-    teacher, method = load_teacher(folder), fewstep.TDM(steps=2, guidance=3.0, warmup=0, shift=2)
+    teacher, method = load_teacher(folder), fewstep.TDM(steps=2, warmup=0, shift=2, guidance=3.0)
     times = method.times(teacher.schedule)
     assert not timegrid.even(teacher.schedule, times)
-    *_, step = fewstep.distill(teacher, method, PROMPTS, iterations=1, batch=2, lr=0.02, rank=2)
+    *_, step = fewstep.distill(
+        teacher, method, PROMPTS, train=fewstep.TrainConfig(iterations=1, batch=2, lr=0.02), roles=fewstep.RolesConfig(rank=2)
+    )
     card = StudentCard(
         "tiny-2step", "tdm", str(folder), "", (2,), {"2": times.tolist()}, {"2": "ddim"}, predicted(teacher), "lora", 2, 2.0, 3.0, "other", 1, 1.0, "", "",
     )  # fmt: skip

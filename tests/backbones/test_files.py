@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
+from fewstep.backbones.few_step import FewStepPipeline, SamplingDefaults, few_step_pipeline
 from fewstep.backbones.files import LORA_FILE, load_lora, load_network, save_lora, save_network
 from fewstep.backbones.generate import pictures
 from fewstep.backbones.schedulers import student_scheduler
@@ -18,7 +18,7 @@ from .. import tiny
 
 
 def trained(share: bool) -> Roles:
-    roles = make_roles(tiny.stable_diffusion(), RolesConfig(share=share, rank=2))
+    roles = make_roles(tiny.stable_diffusion(), RolesConfig(lora=share, rank=2))
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in roles.trained["student"].values():
@@ -27,7 +27,7 @@ def trained(share: bool) -> Roles:
 
 
 def saved(roles: Roles, folder: Path) -> Path:
-    if roles.config.share:
+    if roles.config.lora:
         save_lora(folder, roles.networks["student"], roles.student_state(), roles.adapter_settings())
     else:
         save_network(folder, roles.networks["student"])
@@ -55,7 +55,7 @@ def test_pictures_are_those_in_memory_and_the_base_stays_the_teacher(tmp_path: P
     folder, teacher = saved(roles, tmp_path), tiny.stable_diffusion() if base == "fresh" else backbone
     assert isinstance(teacher, StableDiffusion)
     before = of_teacher(teacher)
-    pipes = [few_step_pipeline(teacher.pipe, folder, Serving((2, 4)), weights="lora" if share else "full") for _ in range(2)]
+    pipes = [few_step_pipeline(teacher.pipe, folder, SamplingDefaults((2, 4)), weights="lora" if share else "full") for _ in range(2)]
     for pipe in pipes:
         torch.testing.assert_close(shown(pipe), wanted, rtol=0, atol=1e-4)
         assert pipe.scheduler.timesteps.tolist() == [999, 499]  # two steps, the first count served
@@ -67,13 +67,13 @@ def test_pictures_are_those_in_memory_and_the_base_stays_the_teacher(tmp_path: P
 
 def test_the_pipeline_keeps_no_second_copy_of_the_base(tmp_path: Path) -> None:
     teacher = tiny.stable_diffusion()
-    pipe = few_step_pipeline(teacher.pipe, saved(trained(True), tmp_path), Serving((2,)), weights="lora")
+    pipe = few_step_pipeline(teacher.pipe, saved(trained(True), tmp_path), SamplingDefaults((2,)), weights="lora")
     own = {p.data_ptr() for p in teacher.module.parameters()}
     assert own <= {p.data_ptr() for p in pipe.unet.parameters()}
 
 
 def test_unusual_wishes_are_granted_with_a_warning(tmp_path: Path) -> None:
-    pipe = few_step_pipeline(tiny.stable_diffusion().pipe, saved(trained(True), tmp_path), Serving((2, 4)), weights="lora")
+    pipe = few_step_pipeline(tiny.stable_diffusion().pipe, saved(trained(True), tmp_path), SamplingDefaults((2, 4)), weights="lora")
     with pytest.warns(UserWarning, match="num_inference_steps: got 3, this student was trained for 2, 4"):
         pipe("red cat", num_inference_steps=3, output_type="pt")
     with pytest.warns(UserWarning, match=r"guidance_scale: got 5\.0, guidance is baked into this student"):

@@ -10,9 +10,9 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone, denoiser
-from fewstep.backbones.few_step import FEW_STEP, FewStepPipeline, Serving, few_step_pipeline
+from fewstep.backbones.few_step import FEW_STEP, FewStepPipeline, SamplingDefaults, few_step_pipeline
 from fewstep.backbones.load import around
-from fewstep.backbones.student_scheduler import StudentScheduler, Walking
+from fewstep.backbones.student_scheduler import SamplingSpec, StudentScheduler
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import diffuse
 from fewstep.core.solvers import Correction, SolverHistory, sample, solver_named
@@ -27,11 +27,13 @@ def unchanged(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Spl
     return way
 
 
-def student(backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correction | None = None, free: bool = False) -> FewStepPipeline:
+def student(
+    backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correction | None = None, free: bool = False
+) -> FewStepPipeline:
     """A pipeline of the teacher's own weights on uneven times, in 4 and 3 steps."""
     grids = {k: uniform(backbone.schedule, k, shift=2.5) for k in (4, 3)}
-    walking = Walking(backbone.schedule, backbone.row, solver_named(solver), grids, head, free)
-    return few_step_pipeline(base, Path("nowhere"), Serving((4, 3)), "none", walking)
+    walking = SamplingSpec(backbone.schedule, backbone.row, solver_named(solver), grids, head, free)
+    return few_step_pipeline(base, Path("nowhere"), SamplingDefaults((4, 3)), "none", walking)
 
 
 def asked_at(pipe: DiffusionPipeline) -> list[float]:

@@ -9,6 +9,7 @@ from fewstep.backbones import miniature
 from fewstep.backbones.base import denoiser, guided
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.unconditional import PixelModel, pixel_unet, save_pixel_model
+from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
@@ -80,6 +81,10 @@ def test_it_is_a_teacher(model: PixelModel, tmp_path: Path) -> None:
     assert teacher.labels == model.labels
     data = embed(teacher, list(LABELS), None, "digits")
     config = TrainConfig(iterations=2, batch=4, lr=1e-4, fake_lr=1e-3)
-    steps = list(distill(make_roles(teacher, RolesConfig(rank=2)), DistributionMatching(steps=2, guidance=2.0, warmup=0), data, config))
+    steps = list(
+        distill(
+            make_roles(teacher, RolesConfig(rank=2)), DistributionMatching(steps=2, warmup=0, guidance=Guidance(scale=2.0)), data, config
+        )
+    )
     assert [s.iteration for s in steps] == [1, 2]
     assert steps[-1].metrics["student_grad"] > 0

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import TrajectoryImitation, PathsConfig
+from fewstep import TrajectoryConfig, TrajectoryImitation
 from fewstep.backbones.base import denoiser
 from fewstep.backbones.generate import noise_of
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import sample
 from fewstep.training.loop import TrainConfig
 
@@ -38,14 +39,22 @@ def part(bench: Bench) -> Any:
     noise = noise_of([torch.Generator().manual_seed(i) for i in range(5)], teacher.shape)
     with torch.no_grad():
         *_, last = sample(denoiser(teacher, teacher.module, {}), teacher.schedule, noise, timegrid.uniform(teacher.schedule, 2))
-    return bench["Part"](teacher, ("",), PathsConfig(10, 8), TrainConfig(40, 4, 1e-3, 1e-3, decay=20), noise, last.x, {})
+    return bench["Part"](
+        teacher,
+        ("",),
+        TrajectoryConfig(count=10, steps=8),
+        TrainConfig(iterations=40, batch=4, lr=1e-3, fake_lr=1e-3, decay=20),
+        noise,
+        last.x,
+        {},
+    )
 
 
 def test_the_error_is_the_distance_to_the_teacher_s_end_over_its_size(part: Any) -> None:
     def call(count: int, cond: Any) -> Any:
         return denoiser(part.teacher, part.teacher.module, cond)
 
-    method = TrajectoryImitation(steps=(2, 4), head="none", guidance=1.0)
+    method = TrajectoryImitation(steps=(2, 4), head="none", guidance=Guidance(scale=1.0))
     with torch.no_grad():
         own, other = (replace(part, goal=goal).measure(call, method, None)["error"] for goal in (part.goal, 2 * part.goal))
     assert own[2] == pytest.approx(0, abs=1e-6)

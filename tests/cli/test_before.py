@@ -113,7 +113,7 @@ def test_files_that_lose_a_part_of_the_student_are_seen_before_it_is_trained(
         files.save_network(folder, smaller)
 
     monkeypatch.setattr(files, "write_tensors", lossy)
-    monkeypatch.setattr("fewstep.export.final.save_network", rounded)
-    assert fewstep(monkeypatch, "distill", recipe, *FEW, "--set", f"roles.share={share}") == 2
+    monkeypatch.setattr("fewstep.student.folder.save_network", rounded)
+    assert fewstep(monkeypatch, "distill", recipe, *FEW, "--set", f"roles.lora={share}") == 2
     assert "they do not hold all of it: please report it with the recipe" in error_of(capsys)
     assert not list(Path("runs").rglob("*.safetensors"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.api import LoadedStudent
+from fewstep.api import Student
 from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
 from fewstep.cli.ending import quality_of
@@ -16,11 +16,10 @@ from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
 from fewstep.evaluation import protocols
 from fewstep.evaluation.pictures import PictureProtocol
 from fewstep.evaluation.plan import EmojiProtocol
-from fewstep.roles.student import Student
 from tests import tiny
 from tests.cli.test_distill import error_of, recipe, teacher, uncounted
 from tests.cli.test_distill import fewstep as command
-from tests.export.card import CARD
+from tests.student.card import CARD
 
 __all__ = ["recipe", "teacher", "uncounted"]  # fixtures
 
@@ -71,8 +70,10 @@ def test_a_row_costs_what_the_network_is_asked(
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
-    card = replace(CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, analytic_first_step=free)
-    rows = rows_of(LoadedStudent(Student(backbone, backbone.module, (), "student", free=free), card))
+    card = replace(
+        CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, analytic_first_step=free
+    )
+    rows = rows_of(Student(Student(backbone, backbone.module, (), "student", free=free), card))
     assert [r.nfe for r in rows] == costs
     assert any(r.model == "teacher" and r.nfe == rows[-1].nfe for r in rows)
     assert [r.model for r in rows] == ["teacher"] * (len(costs) - 1) + ["student"]

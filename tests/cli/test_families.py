@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from fewstep.api import load_student
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 
 from .. import pipelines
 from .test_distill import error_of, fewstep

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.api import load_student, load_teacher, sample
 from fewstep.backbones.load import fingerprint, source_of
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 
 from .. import pipelines
 from ..snippets import snippet_of

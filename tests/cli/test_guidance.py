@@ -7,7 +7,7 @@ import torch
 import yaml
 
 import fewstep
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 
 from .test_distill import RECIPE, error_of, recipe, teacher
 from .test_distill import fewstep as command
@@ -28,7 +28,7 @@ def told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_scale_is_another_student(told: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, pipe = fewstep.load_student(told), fewstep.load(teacher, told)
-    assert student.card.scales == tuple(SCALES)
+    assert student.card.guidance_scales == tuple(SCALES)
     prompts, seen = ["red cat", "blue dog"], []
     for scale in SCALES:
         own = fewstep.sample(student, prompts, [3, 4], guidance=scale)
@@ -37,7 +37,7 @@ def test_every_scale_is_another_student(told: Path, teacher: Path, monkeypatch: 
         assert (piped - own).abs().max() <= 1e-4
         out = f"at-{scale}"
         assert command(monkeypatch, "export", told, out, "--guidance", str(scale)) == 0
-        assert (read_card(Path(out)).teacher_guidance, read_card(Path(out)).scales) == (scale, ())
+        assert (read_card(Path(out)).guidance.scale, read_card(Path(out)).scales) == (scale, ())
         assert (fewstep.sample(fewstep.load_student(out), prompts, [3, 4]) - own).abs().max() <= 1e-4
         seen.append(own)
     assert (seen[0] - seen[1]).abs().max() > 1e-3
@@ -66,4 +66,4 @@ def test_what_it_was_not_trained_for_is_refused(told: Path, monkeypatch: pytest.
 )
 def test_impossible_scales(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        fewstep.Imitation(**settings)  # type: ignore[arg-type]
+        fewstep.ConsistencyDistillation(**settings)  # type: ignore[arg-type]

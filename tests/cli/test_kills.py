@@ -19,21 +19,22 @@ from fewstep.cli import distill as module
 from fewstep.cli.distill import training
 from fewstep.cli.preflight import held
 from fewstep.cli.progress import console
-from fewstep.runs.recipe import DistillRecipe, recorded
+from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.metrics_log import MetricsLog
 from fewstep.runs.preview import Preview
 from fewstep.runs.preview import Shown as Seen
+from fewstep.runs.recipe import DistillRecipe, recorded
 from fewstep.training.loop import Step, distill
 from fewstep.training.prompts import embed
 from fewstep.training.state import latest_checkpoint, save_checkpoint
 
 from .. import tiny
-from ..export.card import CARD
+from ..student.card import CARD
 from .test_distill import RECIPE
 
-METHOD = DistributionMatching(steps=2, guidance=1.0, warmup=1)
+METHOD = DistributionMatching(steps=2, warmup=1, guidance=Guidance(scale=1.0))
 TRAIN = {"iterations": 3, "batch": 2, "lr": 1e-3, "fake_lr": 1e-2, "checkpoint_every": 2}
 
 

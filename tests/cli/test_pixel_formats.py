@@ -53,7 +53,7 @@ def test_an_exported_student_is_itself_in_diffusers(
         assert command(monkeypatch, "export", "runs/tiny", f"out-{steps}", "--format", "pipeline", "--steps", steps) == 0
         wanted = fewstep.sample(student, names, [3, 4], steps=steps)
         assert (by_diffusers(f"out-{steps}", steps, options) - wanted).abs().max() <= 1e-4
-        teacher = fewstep.sample(student.student.backbone, names, [3, 4], steps=steps)
+        teacher = fewstep.sample(student.backbone, names, [3, 4], steps=steps)
         assert (teacher - wanted).abs().max() > 0.02
         assert fewstep.load_teacher(f"out-{steps}").encode(names).keys() == ({"label"} if labels else set())
 

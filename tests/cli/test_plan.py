@@ -62,7 +62,7 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
 
 def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
     """Round numbers: a base of 100, moments of 40, 20 each for adapters and gradients, 4 a sample, 1 with checkpointing."""
-    base, moments = {None: 100, "int8": 50, "nf4": 25}[recipe.roles.base], {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer]
+    base, moments = {None: 100, "int8": 50, "nf4": 25}[recipe.roles.quantize], {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer]
     return Plan(recipe, phases, Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)))
 
 
@@ -73,9 +73,9 @@ def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
         (200, ["train.batch=4", "train.accumulate=2"]),
         (181, ["train.batch=1", "train.accumulate=8", "roles.checkpointing=true"]),
         (180, ["train.optimizer=adamw8bit", "train.batch=4", "train.accumulate=2"]),
-        (150, ["roles.base=int8", "train.batch=4", "train.accumulate=2"]),
-        (105, ["train.optimizer=adamw8bit", "roles.base=int8", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
-        (80, ["train.optimizer=adamw8bit", "roles.base=nf4", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
+        (150, ["roles.quantize=int8", "train.batch=4", "train.accumulate=2"]),
+        (105, ["train.optimizer=adamw8bit", "roles.quantize=int8", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
+        (80, ["train.optimizer=adamw8bit", "roles.quantize=nf4", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
     ],
 )
 def test_what_changes_the_result_comes_last_the_least_first(usable: int, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +100,8 @@ def test_what_a_recipe_rounds_stays_so() -> None:
         return [sets for sets, _ in roundings(settings, teacher, "first.")]
 
     eight = "first.train.optimizer=adamw8bit"
-    assert ways(wide) == [[eight], ["roles.base=int8"], [eight, "roles.base=int8"], [eight, "roles.base=nf4"]]
-    assert ways(wide, base="int8") == [[eight], [eight, "roles.base=nf4"]]
+    assert ways(wide) == [[eight], ["roles.quantize=int8"], [eight, "roles.quantize=int8"], [eight, "roles.quantize=nf4"]]
+    assert ways(wide, base="int8") == [[eight], [eight, "roles.quantize=nf4"]]
     assert ways(wide, share=False) == ways(narrow) == [[eight]]
 
 

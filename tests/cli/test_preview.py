@@ -10,13 +10,14 @@ import torch
 
 from fewstep.backbones.base import Backbone
 from fewstep.cli.distill import drawing_of
-from fewstep.runs.recipe import DistillRecipe
+from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import State
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs import preview
 from fewstep.runs.preview import Preview, labelled
+from fewstep.runs.recipe import DistillRecipe
 from fewstep.training.monitor import drift
 from fewstep.training.prompts import embed
 
@@ -34,7 +35,7 @@ from .test_distill import RECIPE
 )
 def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidance: float, first: str) -> None:
     """A guided step is two, one that leaves the network out is none; without classes there is nothing to guide."""
-    method = TrajectoryImitation(steps=(4, 2), guidance=guidance, analytic_first_step=True, head="none", condition=False)
+    method = TrajectoryImitation(steps=(4, 2), analytic_first_step=True, head="none", condition=False, guidance=Guidance(scale=guidance))
     recipe = DistillRecipe.model_validate({**RECIPE, "method": {"name": "trajp-l", "guidance": guidance}})
     teacher = tiny.pixels(labels)
     shown = embed(teacher, labels or [""], None, "x")

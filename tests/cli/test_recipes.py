@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
 from fewstep.cli import main
-from fewstep.runs.recipe import DistillRecipe, first_stage, kind_of, read_recipe
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.recipes_path import recipe_names, recipe_path
+from fewstep.runs.recipe import DistillRecipe, first_stage, kind_of, read_recipe
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig
 from fewstep.zoo.teacher import TeacherConfig
 
@@ -66,7 +66,7 @@ def test_a_recipe_with_all_weights_has_the_papers_settings(name: str) -> None:
         assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (batch, lr, fake_lr, guidance)
         assert train.iterations - method.warmup == length
         assert (train.betas, train.clip, train.decay, train.lr_warmup) == ((0.0, 0.999), 1.0, 0, 0)
-        assert not stage.roles.share
+        assert not stage.roles.lora
         assert replace(method, steps=4, name="tdm", guidance=3.5, warmup=100) == DistributionMatching()
         header = recipe_path(name).read_text(encoding="utf-8").partition("\nkind:")[0]
         for own in (f"{method.warmup} iterations of warm-up", f"ema {train.ema}"):  # what the paper has not
@@ -144,7 +144,7 @@ def test_a_word_is_no_boolean(tmp_path: Path) -> None:
     """YAML of old takes `no`, `yes`, `on` and `off` for them, and no precision could be said."""
     (tmp_path / "own.yaml").write_text(recipe_path("demo").read_text().replace("train: {", "train: {precision: no, "))
     for source, sets in ((str(tmp_path / "own.yaml"), []), ("sd15-tdm4-lora", ["train.precision=no"])):
-        assert read_recipe(source, [*sets, "roles.share=true", "roles.checkpointing=FALSE"], DistillRecipe).train.precision == "no"
+        assert read_recipe(source, [*sets, "roles.lora=true", "roles.checkpointing=FALSE"], DistillRecipe).train.precision == "no"
     with pytest.raises(ValueError, match=r"train\.precision: input should be 'no' or 'bf16', got 'nothing'"):
         read_recipe("demo", ["train.precision=nothing"], DistillRecipe)
     assert read_recipe("demo", ["prompts.source=true story.txt"], DistillRecipe).prompts.source == "true story.txt"

@@ -15,7 +15,7 @@ import fewstep as package
 from fewstep.api import load_student, load_teacher, sample
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.load import absolute, called, fingerprint
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 from fewstep.training import loop
 
 from .. import single_file

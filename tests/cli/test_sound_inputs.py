@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import api
 from fewstep.backbones.load import load_teacher
-from fewstep.begin import roles_for
 from fewstep.roles.roles import RolesConfig
+from fewstep.runs.init import roles_for
 
 from .. import pipelines, tiny
 from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import fewstep
 from fewstep.backbones.generate import pictures
-from fewstep.begin import roles_for
 from fewstep.cli.export import FORMATS
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.runs.init import roles_for
 from tests.cli.test_distill import error_of, recipe, teacher, written
 from tests.cli.test_distill import fewstep as command
 from tests.snippets import snippet_of
@@ -48,14 +48,14 @@ def as_tensor(images: list[Image.Image]) -> Tensor:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_the_model_cards_snippet_draws_what_sample_draws(recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", f"roles.share={str(share).lower()}") == 0
+    assert command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", f"roles.lora={str(share).lower()}") == 0
     final = Path("runs/tiny/final")
     code = snippet_of(final)
     monkeypatch.chdir(final.parent)
     names: dict[str, Image.Image] = {}
     exec(code.replace("a prompt", "red cat"), names)
     own = fewstep.sample(fewstep.load_student("final"), ["red cat"], [0])
-    base = fewstep.sample(fewstep.load_student("final").student.backbone, ["red cat"], [0], steps=4)
+    base = fewstep.sample(fewstep.load_student("final").backbone, ["red cat"], [0], steps=4)
     assert (own - base).abs().max() > 0.02  # the student is not the teacher
     assert (as_tensor([names["image"]]) - own).abs().max() <= 0.5 / 255 + 1e-4
 
@@ -97,7 +97,7 @@ def test_a_student_of_several_step_counts(
     recipe: Path, teacher: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever count it takes and however it is loaded, the pictures are those of the student that was told this count."""
-    assert command(monkeypatch, "distill", recipe, *UNIFIED, "--set", f"roles.share={str(share).lower()}") == 0
+    assert command(monkeypatch, "distill", recipe, *UNIFIED, "--set", f"roles.lora={str(share).lower()}") == 0
     final = Path("runs/tiny/final")
     student = fewstep.load_student(final)
     assert student.card.steps == (4, 2, 1)
@@ -119,7 +119,7 @@ def test_a_student_of_several_step_counts(
         assert not (Path(f"single-{k}") / "step_condition.safetensors").exists()
         assert (fewstep.sample(again, ["red cat"], [0]) - wanted).abs().max() <= 1e-4
     assert (plain_diffusers(teacher, final, share, 4) - own[4]).abs().max() <= 1e-4
-    other = fewstep.sample(student, ["red cat"], [0], steps=2, told=1)
+    other = fewstep.sample(student, ["red cat"], [0], steps=2, condition=1)
     assert (other - own[2]).abs().max() > 1e-3  # the condition says something
     capsys.readouterr()
     assert command(monkeypatch, "export", final, "single-4") == 2
@@ -143,7 +143,7 @@ def test_the_fake_score_beside_a_student_that_begins_as_another_is_the_teacher(t
 def test_a_run_may_begin_as_a_finished_student(
     recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    how = ("--set", f"roles.share={str(share).lower()}")
+    how = ("--set", f"roles.lora={str(share).lower()}")
     assert command(monkeypatch, "distill", recipe, *how, "--set", "train.lr=0.02") == 0
     first = fewstep.sample(fewstep.load_student("runs/tiny/final"), ["red cat"], [0])
     still = ("--set", "train.lr=1e-12", "--set", "start=runs/tiny", "--out", "runs/second")
@@ -158,7 +158,7 @@ def test_a_run_may_begin_as_a_finished_student(
     )  # it does not go on as a student of another beginning
     for options, expected in (
         (("--set", "start=nowhere"), "start: nowhere is no student folder"),
-        (("--set", f"roles.share={str(not share).lower()}"), f"set roles.share={str(share).lower()}"),
+        (("--set", f"roles.lora={str(not share).lower()}"), f"set roles.lora={str(share).lower()}"),
         *([(("--set", "roles.rank=3"), "set roles.rank to that of the file")] if share else []),
     ):
         capsys.readouterr()
@@ -182,8 +182,8 @@ def test_a_stochastic_student_is_the_same_in_diffusers(recipe: Path, teacher: Pa
 
 def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> None:
     """In-memory pictures of the averaged student equal those of the student read back."""
-    from fewstep.export.card import StudentCard
-    from fewstep.export.final import write_final
+    from fewstep.student.card import StudentCard
+    from fewstep.student.folder import write_final
 
     backbone = fewstep.load_teacher(teacher)
     roles = make_roles(backbone, RolesConfig(rank=4, alpha=2.0))

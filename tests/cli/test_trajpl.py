@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep.cli.distill import data_seed, spent_before
 from fewstep.runs.recipe import DistillRecipe, read_recipe
-from fewstep.export.card import card_nfe, read_card
+from fewstep.student.folder import read_card
 from fewstep.training import loop
 from fewstep.training.paths import Paths
 from fewstep.training.prompts import Embeddings
@@ -65,7 +65,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     assert card["weights"] == {"rank": "none", "share": "full"}.get(next(iter(how), ""), "lora")
     student = fewstep.load_student(final)
     wanted = {k: fewstep.sample(student, ["red cat", "blue dog"], [3, 4], steps=k) for k in (4, 2)}
-    base = fewstep.sample(student.student.backbone, ["red cat", "blue dog"], [3, 4], steps=4)
+    base = fewstep.sample(student.backbone, ["red cat", "blue dog"], [3, 4], steps=4)
     assert (wanted[4] - base).abs().max() > 0.02
     pipe, calls = fewstep.load(teacher, final), list[int]()
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -127,7 +127,12 @@ def test_a_run_that_was_stopped_shows_what_it_learns_from(trajpl: Path, monkeypa
 @pytest.mark.slow
 def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Distribution matching begins as the student of trajectories, its head kept and trained on, folded away or left out, its first direction as free as it was."""
-    assert command(monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.analytic_first_step=true", "--out", "runs/first") == 0
+    assert (
+        command(
+            monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.analytic_first_step=true", "--out", "runs/first"
+        )
+        == 0
+    )
     value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"] | {"analytic_first_step": True}, "start": "runs/first"}
     del value["data"]
     Path("match.yaml").write_text(yaml.safe_dump(value))
@@ -153,8 +158,9 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
     assert "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made" in error_of(capsys)
     assert command(monkeypatch, "distill", "match.yaml", "--set", "method.analytic_first_step=false", "--out", "runs/more") == 2
-    assert "method.analytic_first_step: got false, the student in runs/first/final takes its first direction without the network; set" in error_of(
-        capsys
+    assert (
+        "method.analytic_first_step: got false, the student in runs/first/final takes its first direction without the network; set"
+        in error_of(capsys)
     )
     assert not Path("runs/more").exists()
     assert read_card(Path("runs/kept/final")).analytic_first_step
@@ -166,7 +172,7 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
     (("--set", "data.solver=rk4"), "data.solver"),
     (("--set", "method.name=pas"), "roles.rank: got 2, method pas stands for 0; set roles.rank=0"),
-    (("--set", "method.name=sfd"), "roles.share: got true, method sfd stands for false; set roles.share=false"),
+    (("--set", "method.name=sfd"), "roles.lora: got true, method sfd stands for false; set roles.lora=false"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(
     trajpl: Path, options: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -207,7 +213,9 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     assert command(monkeypatch, "distill", "both.yaml", "--set", "method.steps=[8, 4]", "--out", "runs/more") == 2
     assert "method.steps: got 8, the student's span head serves up to 4 steps; set first.method.steps to as many" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "first.method.analytic_first_step=true", "--out", "runs/more") == 2
-    assert "method.analytic_first_step: got false, the first stage's student takes its first direction without the network" in error_of(capsys)
+    assert "method.analytic_first_step: got false, the first stage's student takes its first direction without the network" in error_of(
+        capsys
+    )
     assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2
 
 

@@ -64,7 +64,7 @@ def test_all_else_is_yaml() -> None:
     def put(*sets: str) -> dict[str, Any]:
         return override({"method": {}}, sets, DistillRecipe)
 
-    assert put("train.lr=1e-5", "train.iterations=7", "roles.skip=[a, b]", "method.condition=false", "data={source: x}") == {
+    assert put("train.lr=1e-5", "train.iterations=7", "roles.exclude=[a, b]", "method.condition=false", "data={source: x}") == {
         "method": {"condition": False}, "train": {"lr": "1e-5", "iterations": 7}, "roles": {"skip": ["a", "b"]}, "data": {"source": "x"},
     }  # fmt: skip
     assert put("first.method.loss=3", "data.folder=007", "method.steps=2", "preview.prompts=[a]", "nowhere=3") == {
@@ -229,9 +229,9 @@ def test_numbers_that_are_none(option: str, value: object, said: str, path: Path
 
 
 def test_truth_values_stay_where_they_are_meant(path: Path) -> None:
-    sets = ["roles.share=true", "train.shard=false", "method.analytic_first_step=false", "preview.keep_best=true", "start=true", "name=no"]
+    sets = ["roles.lora=true", "train.shard=false", "method.analytic_first_step=false", "preview.keep_best=true", "start=true", "name=no"]
     recipe = read_recipe(str(path), sets, DistillRecipe)
-    assert recipe.roles.share and recipe.preview.keep_best and (recipe.start, recipe.name) == ("true", "no")
+    assert recipe.roles.lora and recipe.preview.keep_best and (recipe.start, recipe.name) == ("true", "no")
 
 
 def test_more_steps_of_the_teacher_than_it_has_are_said_before_anything_is_walked() -> None:

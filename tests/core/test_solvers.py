@@ -15,7 +15,7 @@ from fewstep.backbones.toy import Gaussian
 from fewstep.core import timegrid
 from fewstep.core.prediction import ROWS, Split, split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
-from fewstep.core.solvers import DDIM, SOLVERS, Denoise, SolverHistory, Solver, State, with_analytic_first_step, heun, sample, solver_named
+from fewstep.core.solvers import DDIM, SOLVERS, Denoise, Solver, SolverHistory, State, heun, sample, solver_named, with_analytic_first_step
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = (1, 2, 4, 5, 8)

@@ -24,7 +24,7 @@ def conditions(backbone: Backbone, batch: int = BATCH) -> tuple[Cond, Cond]:
 
 def trained(share: bool = True, backbone: Backbone | None = None, size: float = 0.1) -> Roles:
     """Roles in general position: student and fake score have left the teacher."""
-    roles = make_roles(backbone or tiny.denoiser(), RolesConfig(share=share, rank=2))
+    roles = make_roles(backbone or tiny.denoiser(), RolesConfig(lora=share, rank=2))
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for role in TRAINED:

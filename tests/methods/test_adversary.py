@@ -10,13 +10,15 @@ from torch import Tensor
 from fewstep.core.schedule import expand
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
+    FakeScoreConfig,
+    GanConfig,
     adversarial_loss,
     discriminator_loss,
     draw,
     losses,
 )
 from fewstep.methods.method import Real
-from fewstep.objectives.adversarial import GAMES
+from fewstep.objectives.adversarial import GAN_LOSSES
 from fewstep.roles.discriminator import Discriminator
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 
@@ -26,7 +28,7 @@ from .common import BATCH, conditions, gradients, seed
 
 def adversaries(share: bool = True) -> Roles:
     backbone = replace(tiny.denoiser(), feature_layers=("inp", "to_q"))
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2), against=(4,))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2), against=(4,))
     with torch.no_grad():
         for role in TRAINED:
             for p in roles.trained[role].values():
@@ -41,7 +43,10 @@ def real_data(roles: Roles) -> Real:
 @pytest.mark.parametrize("share_draw", [True, False])
 @pytest.mark.parametrize("share", [True, False])
 def test_the_adversarial_term_has_a_role_of_its_own(share: bool, share_draw: bool) -> None:
-    roles, method = adversaries(share), DistributionMatching(gan=0.5, gan_r1=0.1, share_draw=share_draw)
+    roles, method = (
+        adversaries(share),
+        DistributionMatching(gan=GanConfig(weight=0.5, r1=0.1), fake=FakeScoreConfig(share_noised_sample=share_draw)),
+    )
     cond, null = conditions(roles.backbone)
     found = []
     for loss in losses(method, roles, cond, null, BATCH, seed(), False, real_data(roles)):
@@ -58,11 +63,11 @@ def test_the_adversarial_term_has_a_role_of_its_own(share: bool, share_draw: boo
     assert {"student_loss", "gan_loss"} <= set(loss.metrics)
 
 
-@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("game", GAN_LOSSES)
 def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
     roles = adversaries()
     d = draw(DistributionMatching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
-    real, judge, rules = real_data(roles), roles.discriminator, GAMES[game]
+    real, judge, rules = real_data(roles), roles.discriminator, GAN_LOSSES[game]
     assert judge is not None
     x_real = expand(tiny.TABLE.alpha(d.tau), real.x0) * real.x0 + expand(tiny.TABLE.sigma(d.tau), real.x0) * d.e
     theirs = [f.requires_grad_() for f in judge.tokens(x_real, d.tau, real.cond)]
@@ -70,13 +75,17 @@ def test_the_adversarial_losses_are_their_formulas(game: str) -> None:
     slopes = torch.autograd.grad(logits.mean(1).sum(), theirs, create_graph=True)
     penalty = sum(g.square().flatten(1).sum(1) for g in slopes) / 2
     expected = (rules.real(logits) + rules.fake(ours) + 0.3 * penalty).mean()
-    torch.testing.assert_close(discriminator_loss(DistributionMatching(gan=1.0, gan_loss=game, gan_r1=0.3), roles, d, real), expected)
-    torch.testing.assert_close(adversarial_loss(DistributionMatching(gan=1.0, gan_loss=game), roles, d), rules.student(ours).mean())
+    torch.testing.assert_close(
+        discriminator_loss(DistributionMatching(gan=GanConfig(weight=1.0, loss=game, r1=0.3)), roles, d, real), expected
+    )
+    torch.testing.assert_close(
+        adversarial_loss(DistributionMatching(gan=GanConfig(weight=1.0, loss=game)), roles, d), rules.student(ours).mean()
+    )
 
 
 def test_the_discriminator_is_told_the_step_count_that_the_student_took(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = replace(tiny.denoiser(), feature_layers=("inp", "to_q"))
-    method = DistributionMatching(steps=(4, 2, 1), gan=0.5)
+    method = DistributionMatching(steps=(4, 2, 1), gan=GanConfig(weight=0.5))
     roles = make_roles(backbone, RolesConfig(rank=2), counts=method.condition_values, against=method.counts)
     told: list[int] = []
     logits = Discriminator.logits

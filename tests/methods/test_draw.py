@@ -11,8 +11,9 @@ from fewstep.backbones.base import Backbone, Cond
 from fewstep.core.schedule import EDM, expand, transition
 from fewstep.core.solvers import Denoise, sample, solver_named
 from fewstep.methods.distribution_matching import (
-    Draw,
     DistributionMatching,
+    Draw,
+    MatchConfig,
     draw,
     losses,
 )
@@ -72,7 +73,11 @@ def test_a_free_first_step_is_neither_the_only_one_nor_at_random(settings: dict[
 @pytest.mark.parametrize("backbone", [tiny.denoiser(), tiny.flow_denoiser()], ids=["table", "flow"])
 @pytest.mark.parametrize(("steps", "tau_min"), [(4, 0.02), (4, 0.0), (1, 0.1), (2, 0.6)])
 def test_tau_is_drawn_in_the_segment_and_away_from_clean_data(backbone: Backbone, steps: int, tau_min: float) -> None:
-    roles, method, schedule = make_roles(backbone, RolesConfig(rank=2)), DistributionMatching(steps=steps, tau_min=tau_min), backbone.schedule
+    roles, method, schedule = (
+        make_roles(backbone, RolesConfig(rank=2)),
+        DistributionMatching(steps=steps, match=MatchConfig(tau_min=tau_min)),
+        backbone.schedule,
+    )
     cond, _ = conditions(backbone, 64)
     times = method.times(schedule)
     least = schedule.t_clean + tau_min * (schedule.t_max - schedule.t_clean)
@@ -110,7 +115,7 @@ def test_a_draw_depends_on_its_generator_alone() -> None:
 
 
 def test_the_rollout_starts_at_the_schedules_noise() -> None:
-    roles = make_roles(tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), RolesConfig(share=False))
+    roles = make_roles(tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), RolesConfig(lora=False))
     seen: list[Tensor] = []
     roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     draw(DistributionMatching(steps=1), roles, conditions(roles.backbone, 256)[0], 256, seed(), with_gradient=False)
@@ -122,7 +127,7 @@ def test_the_rollout_starts_at_the_schedules_noise() -> None:
 
 def clean_draws(tau: str, steps: int = 4) -> tuple[Roles, Draw]:
     roles = trained()
-    method = DistributionMatching(steps=steps, match="clean", tau=tau, tau_min=0.1, tau_max=0.9)  # type: ignore[arg-type]
+    method = DistributionMatching(steps=steps, match=MatchConfig(state="clean", tau_range=tau, tau_min=0.1, tau_max=0.9))  # type: ignore[arg-type]
     return roles, draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=True)
 
 
@@ -152,7 +157,7 @@ def test_tau_over_its_segment_over_what_is_noisier_and_over_all_times() -> None:
 
 
 def test_a_noisy_state_is_diffused_to_all_noisier_times() -> None:
-    roles, method = trained(), DistributionMatching(tau="above")
+    roles, method = trained(), DistributionMatching(match=MatchConfig(tau_range="to_noise"))
     d = draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=False)
     assert bool((d.tau > d.t).all())
     assert d.tau[d.segment == 3].max() > 500
@@ -179,7 +184,7 @@ def test_sharded_processes_make_the_same_calls_whatever_they_draw(analytic_first
 def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
     """With a student that always says 1, a state at time t is alpha + sigma e: its spread is sigma_t's and nothing is left of the start."""
     backbone = tiny.denoiser(prediction="x0")
-    roles = make_roles(backbone, RolesConfig(share=False))
+    roles = make_roles(backbone, RolesConfig(lora=False))
     with torch.no_grad():
         for p in roles.trained["student"].values():
             p.zero_()

@@ -7,20 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import sample
+from fewstep.heads.head import facts_of, make_head
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import TrainBatch, student_of
 from fewstep.methods.trajectory_imitation import TrajectoryImitation, fold
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.prompts import embed
-from fewstep.heads.head import facts_of, make_head
 
 from .. import tiny
 from .common import BATCH, conditions, seed
 from .test_paths import walked
 
-METHOD = DistributionMatching(steps=3, guidance=1.0, head="fold", warmup=2)
+METHOD = DistributionMatching(steps=3, init_head="absorb", warmup=2, guidance=Guidance(scale=1.0))
 
 
 def begun(move: float = 0.05) -> Roles:
@@ -91,7 +92,7 @@ def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
     """Adam's first update is its rate in every weight; with moments of other gradients it would be anything. The head_to_absorb ends at rest."""
     roles, lr = begun(), 1e-3
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
-    config = TrainConfig(4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)
+    config = TrainConfig(iterations=4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)
     assert [config.lr_at("student", i, METHOD.warmup) for i in range(4)] == [lr, lr / 2, lr, lr]
     states: list[list[Tensor]] = []
     for _ in distill(roles, METHOD, data, config):
@@ -119,4 +120,4 @@ def test_a_training_that_ends_before_its_warm_up_folds_nothing() -> None:
     with pytest.raises(
         ValueError, match=r"train\.iterations: got 2, of which the first 2 \(method\.warmup\) do not train the student; set more"
     ):
-        next(distill(roles, METHOD, data, TrainConfig(2, batch=4, lr=1e-3, fake_lr=1e-3)))
+        next(distill(roles, METHOD, data, TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)))

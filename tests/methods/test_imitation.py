@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import diffuse
 from fewstep.core.solvers import ddim_step
-from fewstep.methods.imitation import Imitation, consistency_loss, progressive_loss, stage_of
+from fewstep.methods.consistency import ConsistencyDistillation, consistency_loss, progressive_loss, stage_of
 from fewstep.methods.method import Real, TrainBatch
 from fewstep.methods.presets import preset
-from fewstep.objectives.regression import METRICS, consistency_function
+from fewstep.methods.progressive import ProgressiveDistillation
+from fewstep.objectives.regression import REGRESSION_LOSSES, consistency_function
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 
 from .. import tiny
 from .common import BATCH, conditions, gradients, seed, trained
 
-PROGRESSIVE = Imitation(target="progressive", loss="l2", solver="ddim", name="progressive", stages=3, steps=2)
+PROGRESSIVE = ProgressiveDistillation(loss="l2", solver="ddim", name="progressive", stages=3, steps=2)
 
 
 def turn(roles: Roles, iteration: int = 0, iterations: int = 9) -> TrainBatch:
@@ -36,10 +38,10 @@ def test_only_the_student_is_trained(name: str, share: bool) -> None:
     assert not any(g is not None for g in gradients(loss.value, roles, "fake"))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", REGRESSION_LOSSES)
 def test_consistency_is_its_formula(metric: str) -> None:
     """The goal comes from the average, one guided step of the teacher further; the student's own weights are as they were."""
-    roles, method = trained(), Imitation(steps=5, loss=metric, solver_steps=10)
+    roles, method = trained(), ConsistencyDistillation(steps=5, loss=metric, solver_steps=10)
     here = turn(roles)
     assert here.pictures is not None
     x_0, cond = here.pictures
@@ -54,21 +56,21 @@ def test_consistency_is_its_formula(metric: str) -> None:
         with roles.averaged():
             average = roles.denoise("student", cond)(x_s, s.clamp(min=0)).x0
         assert not torch.allclose(average, current)
-    expected = METRICS[metric](own, consistency_function(x_s, average, s, -1.0)).mean()
+    expected = REGRESSION_LOSSES[metric](own, consistency_function(x_s, average, s, -1.0)).mean()
     torch.testing.assert_close(consistency_loss(method, roles, here), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("shift", [1.0, 0.5])
 def test_a_consistent_student_is_trained_at_the_times_it_is_asked_for(steps: int, shift: float) -> None:
-    method = Imitation(steps=steps, shift=shift)
+    method = ConsistencyDistillation(steps=steps, shift=shift)
     trained_at = timegrid.uniform(tiny.TABLE, method.solver_steps, shift)
     assert set(method.times(tiny.TABLE).tolist()) <= set(trained_at.tolist())
 
 
 def test_the_last_consistency_goal_is_the_teachers_clean_state() -> None:
     """Where the next time is clean data, the network is not asked: its answer counts for nothing."""
-    roles, method = trained(), Imitation(steps=1, solver_steps=1)
+    roles, method = trained(), ConsistencyDistillation(steps=1, solver_steps=1)
     before = consistency_loss(method, roles, turn(roles)).item()
     roles.average.update({n: a + 1 for n, a in roles.average.items()})
     assert consistency_loss(method, roles, turn(roles)).item() == before
@@ -76,14 +78,14 @@ def test_the_last_consistency_goal_is_the_teachers_clean_state() -> None:
 
 def test_a_perfect_student_of_a_straight_path_has_no_consistency_loss() -> None:
     """A teacher that always says 0: every path leads to 0 and the student that says 0 is consistent."""
-    roles = make_roles(tiny.denoiser(prediction="x0"), RolesConfig(share=False))
+    roles = make_roles(tiny.denoiser(prediction="x0"), RolesConfig(lora=False))
     with torch.no_grad():
         for network in roles.networks.values():
             for p in network.parameters():
                 p.zero_()
         for a in roles.average.values():
             a.zero_()
-    assert consistency_loss(Imitation(), roles, turn(roles)).item() < 1e-4
+    assert consistency_loss(ConsistencyDistillation(), roles, turn(roles)).item() < 1e-4
 
 
 def test_stages_are_of_equal_length_and_begin_once() -> None:
@@ -129,7 +131,9 @@ def test_the_next_stage_imitates_the_average_as_it_was() -> None:
 @pytest.mark.parametrize("target", ["consistency", "progressive"])
 def test_the_teacher_is_asked_without_the_parallel_part(target: str) -> None:
     roles = trained()
-    plain, projected = (next(iter(Imitation(target=target, guidance_parallel=p).losses(roles, turn(roles)))).value for p in (1.0, 0.0))  # type: ignore[arg-type]
+    plain, projected = (
+        next(iter(ConsistencyDistillation(guidance=Guidance(apg_eta=p)).losses(roles, turn(roles)))).value for p in (1.0, 0.0)
+    )  # type: ignore[arg-type]
     assert not torch.allclose(plain, projected)
 
 
@@ -148,12 +152,12 @@ def test_the_teacher_is_asked_without_the_parallel_part(target: str) -> None:
 )
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        Imitation(**settings)
+        ConsistencyDistillation(**settings)
     assert expected in str(error.value)
 
 
 def test_names() -> None:
-    assert preset("lcm") == Imitation()
+    assert preset("lcm") == ConsistencyDistillation()
     assert preset("progressive", stages=3, steps=2) == PROGRESSIVE
     with pytest.raises(ValueError, match=r"name: got 'dmd3', allowed are tdm, tdm-unify"):
         preset("dmd3")

@@ -5,6 +5,8 @@ import torch
 
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
+    FakeScoreConfig,
+    MatchConfig,
 )
 from fewstep.methods.presets import PRESETS, ROLES, preset, require_roles
 from fewstep.roles.roles import TRAINED, Role, RolesConfig, make_roles
@@ -19,7 +21,7 @@ def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
     method = preset(name)
     assert isinstance(method, DistributionMatching)
     backbone = tiny.denoiser()
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2), counts=method.condition_values)
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2), counts=method.condition_values)
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for role in TRAINED:
@@ -62,14 +64,19 @@ def test_a_presets_settings_are_its_papers() -> None:
 
 def test_settings_beside_a_preset_win() -> None:
     assert preset("dmd2", fake_updates=5, steps=2) == DistributionMatching(
-        steps=2, match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=5, loss="l2", share_draw=False, name="dmd2"
+        steps=2,
+        solver="renoise",
+        loss="l2",
+        name="dmd2",
+        match=MatchConfig(state="clean", tau_range="full", tau_max=0.98),
+        fake=FakeScoreConfig(updates=5, share_noised_sample=False),
     )
 
 
 @pytest.mark.parametrize(("name", "roles", "expected"), [
     ("pas", RolesConfig(), "roles.rank: got 32, method pas stands for 0; set roles.rank=0, or method.name=trajp-l with method.head=shared to train a LoRA"),
-    ("pas", RolesConfig(share=False), "roles.share: got false, method pas stands for true"),
-    ("sfd", RolesConfig(), "roles.share: got true, method sfd stands for false; set roles.share=false, or method.name=trajp-l with method.head=none to train a LoRA"),
+    ("pas", RolesConfig(lora=False), "roles.lora: got false, method pas stands for true"),
+    ("sfd", RolesConfig(), "roles.lora: got true, method sfd stands for false; set roles.lora=false, or method.name=trajp-l with method.head=none to train a LoRA"),
 ])  # fmt: skip
 def test_a_name_is_not_trained_in_roles_that_make_it_another_method(name: str, roles: RolesConfig, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^{expected}"):
@@ -78,5 +85,5 @@ def test_a_name_is_not_trained_in_roles_that_make_it_another_method(name: str, r
 
 def test_all_other_names_take_any_roles() -> None:
     for name in PRESETS.keys() - ROLES.keys():
-        for roles in (RolesConfig(), RolesConfig(rank=0), RolesConfig(share=False)):
+        for roles in (RolesConfig(), RolesConfig(rank=0), RolesConfig(lora=False)):
             require_roles(name, roles)

@@ -6,7 +6,7 @@ import torch
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
 from fewstep.core.solvers import ddim_step
-from fewstep.objectives.regression import METRICS, consistency_function, landing_target, metric_named
+from fewstep.objectives.regression import REGRESSION_LOSSES, consistency_function, landing_target, metric_named
 
 TABLE = VP(torch.linspace(0.999, 0.005, 1000, dtype=torch.float64))
 
@@ -37,6 +37,6 @@ def test_metrics() -> None:
     torch.testing.assert_close(metric_named("l1")(a, b), (a - b).abs().mean((1, 2)))
     torch.testing.assert_close(metric_named("l2")(a, b), (a - b).square().mean((1, 2)))
     torch.testing.assert_close(metric_named("huber")(a, b), ((a - b).square() + 1e-6).sqrt().mean((1, 2)) - 1e-3)
-    assert all(not bool(m(a, a).any()) for m in METRICS.values())
+    assert all(not bool(m(a, a).any()) for m in REGRESSION_LOSSES.values())
     with pytest.raises(ValueError, match=r"method\.loss: got 'l3', allowed are l1, l2, huber"):
         metric_named("l3")

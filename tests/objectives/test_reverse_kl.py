@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fewstep.backbones.toy import Gaussian
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand, transition
-from fewstep.objectives.reverse_kl import LOSSES, dmd_normaliser, huber, huber_elementwise, l2, loss_named
+from fewstep.objectives.reverse_kl import SURROGATE_LOSSES, dmd_normaliser, huber, huber_elementwise, l2, loss_named
 
 SHAPE = (3, 4, 5, 5)
 D = 4 * 5 * 5
@@ -65,22 +65,22 @@ def test_the_constants_of_huber_are_read() -> None:
     assert not torch.allclose(gradient(huber_elementwise(x, delta, n, c=10.0), x), gradient(huber_elementwise(x, delta, n), x))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SURROGATE_LOSSES)
 def test_no_difference_no_gradient(name: str) -> None:
     x, delta, n = made_up()
-    value = LOSSES[name](x, torch.zeros_like(delta), n)
+    value = SURROGATE_LOSSES[name](x, torch.zeros_like(delta), n)
     assert torch.equal(value, torch.zeros(3, dtype=torch.float64))
     assert torch.equal(gradient(value, x), torch.zeros(SHAPE, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SURROGATE_LOSSES)
 def test_a_batch_is_its_samples(name: str) -> None:
     """Per sample throughout: nothing of one sample, its normaliser least of all, reaches another."""
     x, delta, _ = made_up()
     x0, f_teacher = x.detach() + 1, x.detach() * expand(torch.tensor([0.1, 1.0, 5.0]), delta)
 
     def loss(rows: slice) -> Tensor:
-        return LOSSES[name](x[rows], delta[rows], dmd_normaliser(x0[rows], f_teacher[rows]))
+        return SURROGATE_LOSSES[name](x[rows], delta[rows], dmd_normaliser(x0[rows], f_teacher[rows]))
 
     torch.testing.assert_close(loss(slice(0, 3)), torch.cat([loss(slice(i, i + 1)) for i in range(3)]))
     torch.testing.assert_close(gradient(loss(slice(0, 3)), x), sum(gradient(loss(slice(i, i + 1)), x) for i in range(3)))

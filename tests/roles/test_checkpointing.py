@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import load_teacher
+from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching, losses
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
@@ -23,7 +24,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def prepared(backbone: Backbone, checkpointing: bool, share: bool = True) -> Roles:
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2, checkpointing=checkpointing), counts=(2, 1))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2, checkpointing=checkpointing), counts=(2, 1))
     perturb(roles, "student", 1, 0.02)
     perturb(roles, "fake", 2, 0.02)
     return roles
@@ -32,7 +33,7 @@ def prepared(backbone: Backbone, checkpointing: bool, share: bool = True) -> Rol
 def gradients(roles: Roles) -> dict[Role, list[Tensor]]:
     """Those of one iteration; each backward pass comes after other roles have been called."""
     _, _, cond, null = given(roles.backbone)
-    method = DistributionMatching(steps=(2, 1), guidance=3.0, warmup=0)
+    method = DistributionMatching(steps=(2, 1), warmup=0, guidance=Guidance(scale=3.0))
     found: dict[Role, list[Tensor]] = {}
     for loss in losses(method, roles, cond, null, 2, torch.Generator().manual_seed(0), warming_up=False):
         parameters = list(roles.trained[loss.role].values())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.api import load_teacher
 from fewstep.backbones.base import Backbone
+from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching, losses
 from fewstep.roles import adapters
 from fewstep.roles.quantised import (
@@ -26,7 +27,6 @@ from fewstep.roles.quantised import (
     weight_count,
 )
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
-from fewstep.roles.student import with_lora
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import Ledger, module_bytes
 from fewstep.training.prompts import embed
@@ -52,7 +52,7 @@ def wide() -> Backbone:
 def test_weights_are_counted_without_adapters_and_as_what_they_stand_for(kind: Kind | None) -> None:
     backbone = wide()
     before = sum(p.numel() for p in backbone.module.parameters())
-    make_roles(backbone, RolesConfig(rank=2, base=kind))
+    make_roles(backbone, RolesConfig(rank=2, quantize=kind))
     assert weight_count(backbone.module) == before
 
 
@@ -138,7 +138,7 @@ def test_the_bundled_teacher_is_near_what_it_was_in_a_fraction_of_its_memory(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_train_beside_a_base_that_does_not_move(kind: Kind, checkpointing: bool) -> None:
     backbone = wide()
-    roles = make_roles(backbone, RolesConfig(rank=2, base=kind, checkpointing=checkpointing))
+    roles = make_roles(backbone, RolesConfig(rank=2, quantize=kind, checkpointing=checkpointing))
     assert kind_of(backbone.module) == kind
     x, t, cond, null = given(backbone)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_adapters_train_beside_a_base_that_does_not_move(kind: Kind, checkpointi
             assert torch.equal(roles.denoise(role, cond)(x, t).x0, teacher)
     before = digest(backbone.module)
     start = {r: {n: p.detach().clone() for n, p in roles.trained[r].items()} for r in TRAINED}
-    data, method = embed(backbone, tiny.WORDS, None, "wide"), DistributionMatching(steps=2, guidance=2.0, warmup=8)
+    data, method = embed(backbone, tiny.WORDS, None, "wide"), DistributionMatching(steps=2, warmup=8, guidance=Guidance(scale=2.0))
 
     def loss() -> float:
         """The fake score's, at the same draws each time."""
@@ -155,7 +155,7 @@ def test_adapters_train_beside_a_base_that_does_not_move(kind: Kind, checkpointi
         return one.value.item()
 
     at_first = loss()
-    for step in distill(roles, method, data, TrainConfig(10, 4, 1e-3, 3e-3)):
+    for step in distill(roles, method, data, TrainConfig(iterations=10, batch=4, lr=1e-3, fake_lr=3e-3)):
         assert step.iteration != method.warmup or loss() < 0.99 * at_first
     for role in TRAINED:
         assert all(not torch.equal(p, start[role][n]) for n, p in roles.trained[role].items() if "lora_B" in n and "to_" not in n)
@@ -167,7 +167,7 @@ def test_adapters_train_beside_a_base_that_does_not_move(kind: Kind, checkpointi
 def test_checkpointed_gradients_are_those_without_it() -> None:
     found = []
     for checkpointing in (False, True):
-        roles = make_roles(wide(), RolesConfig(rank=2, base="int8", checkpointing=checkpointing))
+        roles = make_roles(wide(), RolesConfig(rank=2, quantize="int8", checkpointing=checkpointing))
         perturb(roles, "student", 1, 0.02)
         x, t, cond, null = given(roles.backbone)
         value = roles.denoise("student", cond)(x, t).x0.square().sum()
@@ -179,7 +179,7 @@ def test_checkpointed_gradients_are_those_without_it() -> None:
 
 def test_what_was_trained_goes_with_the_weights_as_they_were() -> None:
     """The same file, whichever base it was trained beside; with it the student is as far off as the teacher was."""
-    roles = make_roles(wide(), RolesConfig(rank=2, base="int8"))
+    roles = make_roles(wide(), RolesConfig(rank=2, quantize="int8"))
     perturb(roles, "student", 1, 0.02)
     plain = make_roles(wide(), RolesConfig(rank=2))
     assert {n: v.shape for n, v in roles.student_state().items()} == {n: v.shape for n, v in plain.student_state().items()}
@@ -194,15 +194,15 @@ def test_what_was_trained_goes_with_the_weights_as_they_were() -> None:
 
 def test_a_teacher_is_rounded_once() -> None:
     backbone = wide()
-    make_roles(backbone, RolesConfig(rank=2, base="int8"))
+    make_roles(backbone, RolesConfig(rank=2, quantize="int8"))
     before = digest(backbone.module)
-    make_roles(backbone, RolesConfig(rank=3, base="int8"))
+    make_roles(backbone, RolesConfig(rank=3, quantize="int8"))
     assert digest(backbone.module) == before
     for base, said in ((None, "null"), ("nf4", "nf4")):
         with pytest.raises(
             ValueError, match=rf"^roles\.base: got {said}, this teacher's weights are in int8 already; load the teacher again$"
         ):
-            make_roles(backbone, RolesConfig(rank=2, base=base))  # type: ignore[arg-type]
+            make_roles(backbone, RolesConfig(rank=2, quantize=base))  # type: ignore[arg-type]
 
 
 def test_what_is_small_and_what_is_told_stays_as_it_is() -> None:
@@ -215,8 +215,8 @@ def test_what_is_small_and_what_is_told_stays_as_it_is() -> None:
 
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"^roles\.base: got 'int3', allowed are int8, nf4, and null for the weights as they are$"):
-        RolesConfig(base="int3")  # type: ignore[arg-type]
+        RolesConfig(quantize="int3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^roles\.base: got int8, which is for weights that stay as they are; set roles\.share=true"):
-        replace(RolesConfig(share=False), base="int8")
+        replace(RolesConfig(lora=False), base="int8")
     with pytest.raises(ValueError, match=r"^roles\.base: got int8, this network has no layer of more than 64 channels; set it to null$"):
-        make_roles(tiny.denoiser(), RolesConfig(rank=2, base="int8"))
+        make_roles(tiny.denoiser(), RolesConfig(rank=2, quantize="int8"))

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Backbone, Cond
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
-from fewstep.roles.student import with_lora
 
 from .. import tiny
 
@@ -58,7 +57,7 @@ def test_copies_start_with_the_teachers_weights(name: str) -> None:
     """Frozen as it is they give its very bits; torch's matmul goes another way, to another last bit, where a weight is to be trained."""
     backbone = BACKBONES[name]()
     x, t, cond, null = given(backbone)
-    roles = make_roles(backbone, RolesConfig(share=False))
+    roles = make_roles(backbone, RolesConfig(lora=False))
     with torch.no_grad():
         for role in TRAINED:
             for (_, a), (_, b) in zip(roles.networks[role].state_dict().items(), backbone.module.state_dict().items(), strict=True):
@@ -76,13 +75,13 @@ def test_sharing_keeps_one_copy_of_the_weights(name: str) -> None:
     lora = sum(p.numel() * p.element_size() for role in TRAINED for p in roles.trained[role].values())
     assert storage_bytes(roles) == base + lora
     assert len({id(n) for n in roles.networks.values()}) == 1
-    copies = make_roles(BACKBONES[name](), RolesConfig(share=False))
+    copies = make_roles(BACKBONES[name](), RolesConfig(lora=False))
     assert storage_bytes(copies) == 3 * base
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_only_the_two_trained_roles_can_be_trained(share: bool) -> None:
-    roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+    roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
     wanted = {id(p) for role in TRAINED for p in roles.trained[role].values()}
     can = {id(p) for n in roles.networks.values() for p in n.parameters() if p.requires_grad}
     assert can == wanted
@@ -92,7 +91,7 @@ def test_only_the_two_trained_roles_can_be_trained(share: bool) -> None:
 
 def merged_copies(shared: Roles, fresh: Backbone) -> Roles:
     """Full copies whose weights are `W + B A` of the shared roles' adapters."""
-    copies = make_roles(fresh, RolesConfig(share=False))
+    copies = make_roles(fresh, RolesConfig(lora=False))
     with torch.no_grad():
         for role in TRAINED:
             state = adapters.adapter_state(shared.networks[role], role)
@@ -158,7 +157,7 @@ def test_the_backbone_is_the_teacher_between_calls(share: bool) -> None:
     """Whoever holds the backbone (to sample the teacher, to hash it) finds the teacher, not the role that was called last."""
     backbone = tiny.denoiser()
     x, t, cond, _ = given(backbone)
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2))
     with torch.no_grad():
         before = backbone.predict(backbone.module, x, t, cond)
         for role in TRAINED:
@@ -171,7 +170,7 @@ def test_the_backbone_is_the_teacher_between_calls(share: bool) -> None:
 @pytest.mark.parametrize("share", [True, False])
 def test_average_of_the_student(share: bool) -> None:
     """`average <- decay average + (1 - decay) student`, shown in place of the student and gone again."""
-    roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+    roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
     x, t, cond, _ = given(roles.backbone)
     start = {n: v.clone() for n, v in roles.average.items()}
     perturb(roles, "student", 1)
@@ -199,7 +198,7 @@ def test_student_state_is_a_copy_of_the_lora_or_of_the_network() -> None:
     settings = shared.adapter_settings()
     assert (settings["r"], settings["lora_alpha"]) == (2, 2)
 
-    copies = make_roles(tiny.denoiser(), RolesConfig(share=False))
+    copies = make_roles(tiny.denoiser(), RolesConfig(lora=False))
     assert list(copies.student_state()) == list(tiny.denoiser().module.state_dict())
     assert copies.adapter_settings() == {}
 
@@ -233,7 +232,7 @@ def test_a_second_run_on_the_same_teacher_starts_anew() -> None:
         assert torch.equal(second.denoise("student", cond)(x, t).x0, second.teacher(cond, null, 1.0)(x, t).x0)
         with pytest.raises(ValueError, match="student: its network has gone to another run on the same teacher"):
             first.denoise("student", cond)(x, t)
-    copies = make_roles(backbone, RolesConfig(share=False))
+    copies = make_roles(backbone, RolesConfig(lora=False))
     assert list(copies.trained["student"]) == [n for n, _ in tiny.denoiser().module.named_parameters()]
 
 
@@ -275,5 +274,5 @@ def test_copies_of_half_precision_weights_are_refused_with_one_line() -> None:
     backbone = tiny.denoiser()
     backbone.module.to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"roles\.share: got false, which trains weights that are bfloat16 here .* set dtype to float32"):
-        make_roles(backbone, RolesConfig(share=False))
-    make_roles(backbone, RolesConfig(share=True))  # the adapters are in single precision
+        make_roles(backbone, RolesConfig(lora=False))
+    make_roles(backbone, RolesConfig(lora=True))  # the adapters are in single precision

@@ -11,8 +11,7 @@ from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.core import timegrid
 from fewstep.roles import adapters
 from fewstep.roles.roles import CONDITION, TRAINED, Roles, RolesConfig, make_roles
-from fewstep.roles.step_condition import GAIN, attach, folded_bias, nearest, unfold
-from fewstep.roles.student import plain_lora, with_lora, with_vectors, without_fold
+from fewstep.roles.step_condition import GAIN, attach, folded_bias, nearest, unfold, without_fold
 
 from .. import tiny
 from .test_roles import given, perturb
@@ -22,7 +21,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {"own": tiny.denoiser, "sd": tiny
 
 
 def make(name: str = "own", share: bool = True, alpha: float | None = None) -> Roles:
-    return make_roles(BACKBONES[name](), RolesConfig(share=share, rank=4, alpha=alpha), counts=COUNTS)
+    return make_roles(BACKBONES[name](), RolesConfig(lora=share, rank=4, alpha=alpha), counts=COUNTS)
 
 
 def at_grid(roles: Roles, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

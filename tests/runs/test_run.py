@@ -16,13 +16,15 @@ from torch import nn
 import fewstep
 from fewstep.backbones.base import Denoiser
 from fewstep.checks import check_backbone
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
+from fewstep.methods.distribution_matching import MatchConfig
 
 from .. import tiny
 
 ODD: Any = 3
 WORD: Any = "linear"
-METHOD = fewstep.TDM(steps=2, guidance=2.0, warmup=2)
+METHOD = fewstep.TDM(steps=2, warmup=2, guidance=2.0)
 SETTINGS: dict[str, Any] = {"iterations": 6, "batch": 4, "rank": 2, "lr": 1e-2, "watch": None}
 
 
@@ -41,7 +43,7 @@ def test_runs_and_students_on_one_teacher_do_not_disturb_each_other(tmp_path: Pa
     teacher.module.requires_grad_(True).train()
     before, layers = drawn(teacher), [n for n, _ in teacher.module.named_modules()]
     alone = [drawn(last(tiny.denoiser(), seed=s)) for s in (0, 1)]
-    runs = [fewstep.distill(teacher, METHOD, tiny.WORDS, **SETTINGS, seed=s) for s in (0, 1)]
+    runs = [fewstep.distill(teacher, METHOD, tiny.WORDS, train=fewstep.TrainConfig(seed=s), **SETTINGS) for s in (0, 1)]
     for _ in range(6):
         steps = [next(r) for r in runs]
     assert all(torch.equal(drawn(step), expected) for step, expected in zip(steps, alone, strict=True))
@@ -107,7 +109,7 @@ def test_another_mapping_from_prompts_is_another_run(tmp_path: Path) -> None:
 
 
 def test_metrics_have_the_same_keys_in_every_iteration() -> None:
-    method = fewstep.TDM(steps=(4, 2), guidance=2.0, warmup=2)
+    method = fewstep.TDM(steps=(4, 2), warmup=2, guidance=2.0)
     steps = list(fewstep.distill(tiny.denoiser(), method, tiny.WORDS, **SETTINGS))
     assert len({tuple(s.metrics) for s in steps}) == 1
     assert list(steps[0].metrics) == [
@@ -133,14 +135,21 @@ def test_a_student_of_a_pipeline_is_kept_with_its_pictures(tmp_path: Path) -> No
 
 
 def test_trajectories_are_shared_by_a_folder_and_say_their_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    method, ways = fewstep.TrajectoryImitation(steps=2, guidance=2.0), fewstep.PathsConfig(count=8, steps=4, folder=str(tmp_path / "walks"))
+    method, ways = (
+        fewstep.TrajectoryImitation(steps=2, guidance=Guidance(scale=2.0)),
+        fewstep.TrajectoryConfig(count=8, steps=4, folder=str(tmp_path / "walks")),
+    )
     teacher, runs = tiny.denoiser(), []
     for seed in (0, 1):
-        runs += list(fewstep.distill(teacher, method, tiny.WORDS, **(SETTINGS | {"iterations": 2}), seed=seed, paths=ways))
+        runs += list(
+            fewstep.distill(
+                teacher, method, tiny.WORDS, train=fewstep.TrainConfig(seed=seed), **SETTINGS | {"iterations": 2}, trajectories=ways
+            )
+        )
     assert "trajectories: 8 of 14 network calls of the teacher, 112 in all" in capsys.readouterr().err
     assert len(list((tmp_path / "walks").glob("*.safetensors"))) == 1
     with pytest.raises(ValueError, match=r"^paths\.folder: the trajectories in .* are those of teacher"):
-        next(fewstep.distill(tiny.denoiser(seed=1), method, tiny.WORDS, **SETTINGS, paths=ways))
+        next(fewstep.distill(tiny.denoiser(seed=1), method, tiny.WORDS, **SETTINGS, trajectories=ways))
 
 
 # Names of methods
@@ -181,7 +190,7 @@ def test_a_name_on_other_settings_is_refused(kind: Callable[..., Any], settings:
 
 def test_settings_without_a_name_have_that_of_what_they_are() -> None:
     assert fewstep.TDM().name == "tdm" and fewstep.DistributionMatching(steps=(2, 1)).name == "tdm-unify"
-    assert fewstep.DistributionMatching(divergence="fisher").name == "tdm-fisher"
+    assert fewstep.DistributionMatching(match=MatchConfig(divergence="fisher")).name == "tdm-fisher"
     assert replace(fewstep.method("dmd2"), name="tdm").name == "dmd2"
 
 
@@ -191,20 +200,20 @@ def test_settings_without_a_name_have_that_of_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda t: fewstep.distill(t, METHOD, "red cat", iterations=3), r"^prompts: got the string 'red cat', allowed is a list"),
+        (lambda t: fewstep.distill(t, METHOD, "red cat", train=fewstep.TrainConfig(iterations=3)), r"^prompts: got the string 'red cat', allowed is a list"),
         (lambda t: fewstep.sample(t, "abc"), r"^prompts: got the string 'abc'"),
-        (lambda t: fewstep.distill(t, METHOD, [], iterations=3), r"^prompts: got none"),
-        (lambda t: fewstep.distill(t, METHOD, ["a", ODD], iterations=3), r"^prompts: got 3 among them"),
-        (lambda t: fewstep.distill(t, METHOD, iterations=0), r"^iterations: got 0"),
-        (lambda t: fewstep.distill(t, METHOD, iterations=3, share=False, base="int8"), r"^base: got int8, .* set share=True, or base=None"),
-        (lambda t: fewstep.distill(t, fewstep.Imitation(steps=2), iterations=3), r"^pictures: method lcm needs some"),
-        (lambda t: fewstep.distill(t, METHOD, iterations=3, pictures="teacher"), r"^pictures: method tdm is trained from prompts alone"),
+        (lambda t: fewstep.distill(t, METHOD, [], train=fewstep.TrainConfig(iterations=3)), r"^prompts: got none"),
+        (lambda t: fewstep.distill(t, METHOD, ["a", ODD], train=fewstep.TrainConfig(iterations=3)), r"^prompts: got 3 among them"),
+        (lambda t: fewstep.distill(t, METHOD, train=fewstep.TrainConfig(iterations=0)), r"^iterations: got 0"),
+        (lambda t: fewstep.distill(t, METHOD, train=fewstep.TrainConfig(iterations=3), roles=fewstep.RolesConfig(lora=False,quantize="int8")), r"^base: got int8, .* set share=True, or base=None"),
+        (lambda t: fewstep.distill(t, fewstep.ConsistencyDistillation(steps=2), train=fewstep.TrainConfig(iterations=3)), r"^pictures: method lcm needs some"),
+        (lambda t: fewstep.distill(t, METHOD, train=fewstep.TrainConfig(iterations=3), images="teacher"), r"^pictures: method tdm is trained from prompts alone"),
         (lambda t: fewstep.sample(t, ["a"], seeds=ODD), r"^seeds: got 3"),
         (lambda t: fewstep.DistributionMatching(steps=0), r"^steps: got 0"),
-        (lambda t: fewstep.PathsConfig(count=0), r"^count: got 0"),
-        (lambda t: fewstep.distill(replace(t, shape=(2, 5)), METHOD, iterations=3), r"^teacher: the network of own-network gives \[2, 2, 2, 5\] for states \[2, 2, 5\]"),
-        (lambda t: fewstep.distill(replace(t, shape=(3, 4, 4)), METHOD, iterations=3), r"^teacher: the network of own-network does not take states \[2, 3, 4, 4\]"),
-        (lambda t: fewstep.distill(replace(t, conditions=lambda p: {"label": torch.zeros(1, 3)}), METHOD, iterations=3), r"^conditions: "),
+        (lambda t: fewstep.TrajectoryConfig(count=0), r"^count: got 0"),
+        (lambda t: fewstep.distill(replace(t, shape=(2, 5)), METHOD, train=fewstep.TrainConfig(iterations=3)), r"^teacher: the network of own-network gives \[2, 2, 2, 5\] for states \[2, 2, 5\]"),
+        (lambda t: fewstep.distill(replace(t, shape=(3, 4, 4)), METHOD, train=fewstep.TrainConfig(iterations=3)), r"^teacher: the network of own-network does not take states \[2, 3, 4, 4\]"),
+        (lambda t: fewstep.distill(replace(t, conditions=lambda p: {"label": torch.zeros(1, 3)}), METHOD, train=fewstep.TrainConfig(iterations=3)), r"^conditions: "),
         (lambda t: replace(t, time_layer="tiem"), r"^time_layer: the network has no layer 'tiem'; did you mean 'time'"),
         (lambda t: replace(t, time_layer="inp"), r"^time_layer: 'inp' is a Conv2d"),
         (lambda t: replace(t, feature_layers=("oot",)), r"^feature_layers: the network has no layer 'oot'"),

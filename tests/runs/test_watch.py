@@ -56,10 +56,17 @@ def test_a_gap_is_told_earlier_than_a_loss() -> None:
 
 def test_a_collapsed_student_is_told() -> None:
     """A full-weight training at a rate that throws it away: every kind of line is there, in Python's words, once each as Python's warning."""
-    method = fewstep.TDM(steps=2, guidance=1.0, warmup=2, loss="l2")
+    method = fewstep.TDM(steps=2, warmup=2, loss="l2", guidance=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        steps = list(fewstep.distill(teacher(), method, iterations=80, batch=64, lr=0.1, fake_lr=1e-4, share=False, ema=0.0))
+        steps = list(
+            fewstep.distill(
+                teacher(),
+                method,
+                train=fewstep.TrainConfig(iterations=80, batch=64, lr=0.1, fake_lr=1e-4, ema=0.0),
+                roles=fewstep.RolesConfig(lora=False),
+            )
+        )
     said = [line for step in steps for line in step.warnings]
     assert any(line.startswith(("WORSE", "DRIFT", "MODES")) for line in said)
     assert not any("train." in line or "method." in line for line in said)
@@ -69,10 +76,17 @@ def test_a_collapsed_student_is_told() -> None:
 
 
 def test_a_student_that_stays_well_is_not() -> None:
-    method = fewstep.TDM(steps=8, guidance=1.0, warmup=2, loss="l2")
+    method = fewstep.TDM(steps=8, warmup=2, loss="l2", guidance=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", fewstep.DistillationWarning)
-        steps = list(fewstep.distill(teacher(), method, iterations=40, batch=64, lr=1e-5, fake_lr=1e-4, share=False))
+        steps = list(
+            fewstep.distill(
+                teacher(),
+                method,
+                train=fewstep.TrainConfig(iterations=40, batch=64, lr=1e-5, fake_lr=1e-4),
+                roles=fewstep.RolesConfig(lora=False),
+            )
+        )
     assert all(step.warnings == () for step in steps)
 
 
@@ -111,7 +125,7 @@ def test_watching_costs_no_more_than_its_share() -> None:
     ("recipe", "python"),
     [
         ("train.lr: got -1, allowed are numbers above 0", "lr: got -1, allowed are numbers above 0"),
-        ("roles.base: got int8; set roles.share=true, or roles.base=null", "base: got int8; set share=True, or base=None"),
+        ("roles.quantize: got int8; set roles.lora=true, or roles.quantize=null", "base: got int8; set share=True, or base=None"),
         ("data.folder: the trajectories", "paths.folder: the trajectories"),
         ("data.source: method lcm needs pictures; leave data out", "pictures: method lcm needs pictures; leave pictures out"),
         ("x: choose another --out", "x: choose another out"),

@@ -22,8 +22,8 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from fewstep.cli import main
-from fewstep.runs.recipe import DistillRecipe, _kinds
 from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.runs.recipe import DistillRecipe, _kinds
 
 from .storm import RECIPE, place
 

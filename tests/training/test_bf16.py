@@ -6,19 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.begin import roles_for
-from fewstep.methods.imitation import Imitation
-from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.heads.head import make_head, unknown
+from fewstep.methods.consistency import ConsistencyDistillation
+from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig
 from fewstep.methods.method import Loss, Method
-from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.methods.presets import PRESETS, ROLES
+from fewstep.methods.progressive import ProgressiveDistillation
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.runs.init import roles_for
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.paths import Paths
 from fewstep.training.pictures import RealData
 from fewstep.training.prompts import embed
-from fewstep.heads.head import make_head, unknown
 
 from .. import tiny
 
@@ -26,11 +27,11 @@ CONFIG = TrainConfig(iterations=3, batch=4, lr=1e-2, fake_lr=1e-2, precision="bf
 # Every method by name, and what only some settings reach.
 METHODS: dict[str, Method] = {
     **{name: replace(m, warmup=1) if isinstance(m, DistributionMatching) else m for name, m in PRESETS.items()},
-    "several-updates": DistributionMatching(steps=4, fake_updates=3, warmup=1),
-    "gan": DistributionMatching(steps=2, gan=1.0, warmup=1),
-    "anchor": DistributionMatching(steps=2, anchor=1.0, warmup=1),
-    "scales": Imitation(steps=2, scales=(5.0,)),
-    "stages": Imitation(steps=1, target="progressive", loss="l2", solver="ddim", name="progressive"),
+    "several-updates": DistributionMatching(steps=4, warmup=1, fake=FakeScoreConfig(updates=3)),
+    "gan": DistributionMatching(steps=2, warmup=1, gan=GanConfig(weight=1.0)),
+    "anchor": DistributionMatching(steps=2, regression_weight=1.0, warmup=1),
+    "scales": ConsistencyDistillation(steps=2, guidance_scales=(5.0,)),
+    "stages": ProgressiveDistillation(steps=1, loss="l2", solver="ddim", name="progressive"),
     "free-first": TrajectoryImitation(steps=2, head="none", analytic_first_step=True),
 }
 
@@ -45,7 +46,7 @@ def seen(name: str, share: bool) -> list[dict[str, float]]:
     times = method.times(backbone.schedule, max(method.counts))
     walked = torch.randn(len(tiny.WORDS), len(times), *backbone.shape, generator=rng)
     paths = Paths(walked, times, data, walked, times, "") if method.needs.trajectories else None
-    config = replace(RolesConfig(share=share, rank=4), **ROLES.get(name, {}))  # type: ignore[arg-type]
+    config = replace(RolesConfig(lora=share, rank=4), **ROLES.get(name, {}))  # type: ignore[arg-type]
     roles = roles_for(backbone, method, config, paths=paths)
     return [dict(step.metrics) for step in distill(roles, method, data, CONFIG, real=real, paths=paths)]
 
@@ -74,7 +75,7 @@ def test_what_autocast_keeps_is_what_the_weights_are(name: str, share: bool, no_
 
 def test_folding_a_head_away_learns_from_what_the_student_was(no_cache: Callable[[], None]) -> None:
     def losses() -> list[float]:
-        method, backbone = DistributionMatching(steps=2, warmup=3, head="fold"), tiny.denoiser()
+        method, backbone = DistributionMatching(steps=2, warmup=3, init_head="absorb"), tiny.denoiser()
         head = make_head("span", backbone.schedule, unknown(backbone.shape, [method.times(backbone.schedule)]), 0)
         with torch.no_grad():
             for p in head.parameters():
@@ -100,7 +101,7 @@ def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monke
         reached.update((loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any()))
 
     monkeypatch.setattr(loop, "_add_gradients", watched)
-    roles = make_roles(backbone, RolesConfig(share=share, rank=4))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=4))
     method = DistributionMatching(steps=4, warmup=0)
     config = TrainConfig(iterations=3, batch=8, lr=1e-2, fake_lr=1e-2, precision=precision)  # type: ignore[arg-type]
     list(distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), config))
@@ -111,7 +112,7 @@ def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monke
 def test_gradients_that_are_lost_on_the_way_end_a_training(share: bool, layer: str) -> None:
     """As casts without history lost them: all, or all but the last layer's."""
     backbone = tiny.denoiser()
-    roles = make_roles(backbone, RolesConfig(share=share, rank=4))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=4))
     for network in {id(n): n for n in roles.networks.values()}.values():
         network.get_submodule(layer).register_forward_hook(lambda _, __, output: output.detach())
     data = embed(backbone, tiny.WORDS, None, "tiny")

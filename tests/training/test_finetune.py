@@ -27,7 +27,7 @@ def data(backbone: Denoiser) -> RealData:
 def test_it_learns_and_leaves_a_plain_network(tmp_path: Path, share: bool) -> None:
     backbone = tiny.denoiser()
     before = copy.deepcopy(backbone.module.state_dict())
-    steps = list(finetune(backbone, data(backbone), RolesConfig(share=share, rank=4), CONFIG, tmp_path))
+    steps = list(finetune(backbone, data(backbone), RolesConfig(lora=share, rank=4), CONFIG, tmp_path))
     assert sum(s.loss for s in steps[-10:]) < 0.7 * sum(s.loss for s in steps[:10])
     after = backbone.module.state_dict()
     assert set(after) == set(before)  # no adapter is left
@@ -39,7 +39,7 @@ def test_it_learns_and_leaves_a_plain_network(tmp_path: Path, share: bool) -> No
 @pytest.mark.parametrize("share", [True, False])
 def test_stopped_and_resumed_it_is_the_same_teacher(tmp_path: Path, share: bool) -> None:
     straight, resumed = tiny.denoiser(), tiny.denoiser()
-    how = RolesConfig(share=share, rank=4)
+    how = RolesConfig(lora=share, rank=4)
     list(finetune(straight, data(straight), how, CONFIG, tmp_path / "straight"))
     for step in finetune(tiny.denoiser(), data(straight), how, CONFIG, tmp_path / "stopped"):
         if step.step == 40:

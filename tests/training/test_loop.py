@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, Denoiser
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
-from fewstep.methods.imitation import Imitation
+from fewstep.methods.consistency import ConsistencyDistillation
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Loss, TrainBatch
+from fewstep.methods.progressive import ProgressiveDistillation
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
@@ -27,17 +29,21 @@ from fewstep.training.state import checkpoints
 
 from .. import tiny
 
-METHOD = DistributionMatching(steps=2, guidance=2.0, warmup=2)
+METHOD = DistributionMatching(steps=2, warmup=2, guidance=Guidance(scale=2.0))
 CONFIG = TrainConfig(iterations=6, batch=4, lr=1e-3, fake_lr=1e-2, checkpoint_every=3)
 
 
 def parts(share: bool = True, backbone: Backbone | None = None) -> tuple[Roles, Embeddings]:
     backbone = backbone or tiny.denoiser()
-    return make_roles(backbone, RolesConfig(share=share, rank=2)), embed(backbone, tiny.WORDS, None, "tiny")
+    return make_roles(backbone, RolesConfig(lora=share, rank=2)), embed(backbone, tiny.WORDS, None, "tiny")
 
 
 def run(
-    share: bool = True, method: DistributionMatching = METHOD, config: TrainConfig = CONFIG, out: Path | None = None, stop: int | None = None
+    share: bool = True,
+    method: DistributionMatching = METHOD,
+    config: TrainConfig = CONFIG,
+    out: Path | None = None,
+    stop: int | None = None,
 ) -> tuple[Roles, list[Step]]:
     roles, data = parts(share)
     steps = []
@@ -224,7 +230,7 @@ def test_both_roles_have_the_settings_of_the_training(monkeypatch: pytest.Monkey
     for optimizer, lr in zip(made, (config.lr, config.fake_lr), strict=True):
         (group,) = optimizer.param_groups
         assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.1, 0.95), 0.03, lr)
-    assert TrainConfig(1, 1, 1.0, 1.0).betas == (0.0, 0.999)  # TDM, app. D
+    assert TrainConfig(iterations=1, batch=1, lr=1.0, fake_lr=1.0).betas == (0.0, 0.999)  # TDM, app. D
 
 
 def test_a_step_shows_its_networks_and_its_time() -> None:
@@ -299,7 +305,7 @@ def test_a_finished_run_yields_its_last_step_and_can_be_made_longer(tmp_path: Pa
         ({"config": replace(CONFIG, lr=2e-3)}, "train.lr 0.001 -> 0.002"),
         ({"config": replace(CONFIG, batch=8)}, f"train.batch {CONFIG.batch} -> 8"),
         ({"config": replace(CONFIG, seed=1)}, "train.seed 0 -> 1"),
-        ({"share": False}, "roles.share True -> False"),
+        ({"share": False}, "roles.lora True -> False"),
     ],
 )
 def test_other_settings_do_not_go_on_and_are_named(tmp_path: Path, other: dict, named: str) -> None:
@@ -338,8 +344,8 @@ def test_settings_survive_a_rounding_and_another_name(tmp_path: Path) -> None:
 
 def test_stages_of_a_length_are_not_made_longer() -> None:
     """Progressive distillation divides its length into stages, so another length is another run."""
-    assert Imitation(target="progressive", loss="l2", solver="ddim").needs.length
-    assert not Imitation().needs.length and not METHOD.needs.length
+    assert ProgressiveDistillation(loss="l2", solver="ddim").needs.length
+    assert not ConsistencyDistillation().needs.length and not METHOD.needs.length
 
 
 def test_a_checkpoint_without_settings_is_refused_by_name() -> None:

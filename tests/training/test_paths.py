@@ -19,12 +19,12 @@ from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
-from fewstep.training.paths import Paths, PathsConfig, path_evaluations, refine, teacher_paths, union
+from fewstep.training.paths import Paths, TrajectoryConfig, refine, teacher_paths, trajectory_nfe, union
 from fewstep.training.prompts import embed
 
 from .. import tiny
 
-CONFIG = PathsConfig(count=7, steps=9, solver="ddim", seed=3)
+CONFIG = TrajectoryConfig(count=7, steps=9, solver="ddim", seed=3)
 
 
 def finish(generator: Generator[int, None, Paths]) -> tuple[list[int], Paths]:
@@ -40,7 +40,7 @@ def finish(generator: Generator[int, None, Paths]) -> tuple[list[int], Paths]:
 def make(
     folder: Path | None,
     backbone: Backbone,
-    config: PathsConfig = CONFIG,
+    config: TrajectoryConfig = CONFIG,
     identity: str = "teacher",
     guidance: float = 2.0,
     parallel: float = 1.0,
@@ -95,10 +95,10 @@ def test_what_a_trajectory_costs_is_what_the_network_is_asked(
 ) -> None:
     backbone, asked = tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
-    config = PathsConfig(count=1, steps=9, solver=solver, guidance_until=until)
+    config = TrajectoryConfig(count=1, steps=9, solver=solver, guidance_until=until)
     times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
     finish(make(None, backbone, config, guidance=guidance))
-    assert path_evaluations(backbone, backbone.encode(["red cat"]), config, times, guidance) == sum(asked)
+    assert trajectory_nfe(backbone, backbone.encode(["red cat"]), config, times, guidance) == sum(asked)
 
 
 def test_a_folder_without_an_end_of_guidance_is_another_ones(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_folder_without_an_end_of_guidance_is_another_ones(tmp_path: Path) -> 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
 def test_no_other_end_of_guidance_is_taken(value: float) -> None:
     with pytest.raises(ValueError, match=r"guidance_until: got"):
-        PathsConfig(guidance_until=value)
+        TrajectoryConfig(guidance_until=value)
 
 
 def test_a_stopped_walk_goes_on_and_a_damaged_shard_is_walked_again(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
     """Two network calls a step but for the last; elsewhere DPM-Solver++ with one."""
     backbone, calls = tiny.denoiser(schedule=schedule, prediction="x0"), []
     backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
-    _, paths = finish(make(None, backbone, PathsConfig(count=2, steps=9), guidance=1.0))
+    _, paths = finish(make(None, backbone, TrajectoryConfig(count=2, steps=9), guidance=1.0))
     steps = len(paths.grid) - 1
     assert len(calls) == (2 * steps - 1 if isinstance(schedule, EDM) else steps)
 
@@ -270,7 +270,7 @@ def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
 def test_heun_where_pure_noise_holds_none() -> None:
     """Chosen by its name it walks there too, where `auto` takes DPM-Solver++, and near where that does."""
     backbone = tiny.flow_denoiser()
-    ways = {s: finish(make(None, backbone, PathsConfig(count=2, steps=60, solver=s)))[1] for s in ("heun", "auto", "ddim")}
+    ways = {s: finish(make(None, backbone, TrajectoryConfig(count=2, steps=60, solver=s)))[1] for s in ("heun", "auto", "ddim")}
     ends = {s: way.states[:, -1] for s, way in ways.items()}
     assert bool(ends["heun"].isfinite().all())
     assert (ends["heun"] - ends["auto"]).norm() < 0.5 * (ends["ddim"] - ends["auto"]).norm()
@@ -300,4 +300,4 @@ def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "count: got 0"), ({"solver": "euler"}, "solver: got 'euler'")])
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        PathsConfig(**settings)
+        TrajectoryConfig(**settings)

@@ -40,9 +40,11 @@ def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
 def test_the_public_function_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.api.TEACHER_PICTURES", 4)
     monkeypatch.setattr("fewstep.api.TEACHER_STEPS", 2)
-    method = fewstep.Imitation(steps=2, solver_steps=10)
-    for step in fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, iterations=2, batch=2, pictures="teacher", out=tmp_path):
+    method = fewstep.ConsistencyDistillation(steps=2, solver_steps=10)
+    for step in fewstep.distill(
+        tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=2, batch=2), images="teacher", out=tmp_path
+    ):
         assert step.metrics["student_loss"] > 0
     assert len(list((tmp_path / "embeddings").glob("teacher-*.safetensors"))) == 1
     with pytest.raises(ValueError, match=r"pictures: method lcm needs some"):
-        next(fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, iterations=2, batch=2))
+        next(fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=2, batch=2)))

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.backbones.parts import blocks_of
-from fewstep.methods.imitation import Imitation
-from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.consistency import ConsistencyDistillation
+from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig
 from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.roles.sharding import whole
@@ -31,10 +31,10 @@ from ..project import ROOT
 CONFIG = TrainConfig(iterations=3, batch=2, lr=1e-3, fake_lr=1e-3, checkpoint_every=2, weight_decay=0.01)
 METHODS: dict[str, Method] = {
     "unify": DistributionMatching(steps=(2, 1), warmup=1),
-    "small batch": DistributionMatching(steps=4, warmup=0, fake_updates=2, share_draw=False),
-    "fisher": DistributionMatching(steps=2, warmup=0, divergence="fisher"),
-    "gan": DistributionMatching(steps=2, warmup=0, gan=0.1, gan_r1=0.1),
-    "lcm": Imitation(scales=(2.0,)),
+    "small batch": DistributionMatching(steps=4, warmup=0, fake=FakeScoreConfig(updates=2, share_noised_sample=False)),
+    "fisher": DistributionMatching(steps=2, warmup=0, match=MatchConfig(divergence="fisher")),
+    "gan": DistributionMatching(steps=2, warmup=0, gan=GanConfig(weight=0.1, r1=0.1)),
+    "lcm": ConsistencyDistillation(guidance_scales=(2.0,)),
 }
 
 

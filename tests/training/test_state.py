@@ -169,7 +169,7 @@ def test_an_optimiser_goes_on_bit_for_bit() -> None:
 @pytest.mark.parametrize("share", [True, False])
 def test_saving_holds_nothing_beside_what_is_there(share: bool, tmp_path: Path) -> None:
     """Copies of weights or of optimiser states would be made on the card: gigabytes at the first checkpoint."""
-    roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+    roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
     optimizers = {r: make_optimizer(list(p.values()), "adamw", 1e-3, (0.0, 0.999), 0.0) for r, p in roles.trained.items()}
     states = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
     with Ledger() as ledger:

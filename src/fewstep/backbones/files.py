@@ -81,7 +81,9 @@ def save_network(folder: Path, network: nn.Module) -> None:
         raise ValueError(
             f"student: {odd} of its network is a {type(state[odd]).__name__}, which safetensors does not hold; make it a buffer"
         )
-    write_tensors(network_place(folder, network), {k: v.detach().cpu().clone() for k, v in state.items()})  # a clone each: tied ones share memory
+    write_tensors(
+        network_place(folder, network), {k: v.detach().cpu().clone() for k, v in state.items()}
+    )  # a clone each: tied ones share memory
 
 
 def network_place(folder: Path, like: nn.Module) -> Path:

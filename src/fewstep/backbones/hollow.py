@@ -26,9 +26,7 @@ from .weights import PICKLES, UnfitError, weights_in
 WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
 
-def hollow_teacher(
-    source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None
-) -> Backbone:
+def hollow_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None) -> Backbone:
     """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
     given = present(source_of(source))
     place, family, checkpoint = locate(given)

@@ -50,7 +50,7 @@ def read_settings(folder: Path, parts: Iterable[str]) -> None:
             if "quantization_config" in value:
                 raise UnfitError(
                     f"{part}/{file.name} asks for weights in fewer bits (quantization_config), which fewstep does not read",
-                    "pass the model in float16, bfloat16 or float32; roles.base rounds it",
+                    "pass the model in float16, bfloat16 or float32; roles.quantize rounds it",
                 )
             for key, number in _numbers(value):
                 if LAYERS.match(key) and not 0 <= number <= MOST:

@@ -50,7 +50,7 @@ def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: s
 
 def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -> None:
     """The same for a teacher that is going to be fine-tuned, where all weights are trained four times them in a checkpoint. Raises ValueError."""
-    checkpoint = 0 if recipe.roles.share else 4 * module_bytes(teacher.module)
+    checkpoint = 0 if recipe.roles.lora else 4 * module_bytes(teacher.module)
     disk = disk_check(CHECKPOINTS * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
     found = conformance(teacher)
     console.print("before the training:")

@@ -103,7 +103,7 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
 
 def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
     """The recipe's teacher, and the hash of its weights as they were. Where it is rounded, the device never holds more than what is left."""
-    device, rounded = default_device(), recipe.roles.base
+    device, rounded = default_device(), recipe.roles.quantize
     teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size)
     base_hash = fingerprint(teacher.module)
     quantise(teacher, rounded)
@@ -315,8 +315,8 @@ def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
         inherited_head(recipe.method, teacher, folder)
     require_preview_steps(recipe, teacher)
     roles, layer = recipe.roles, teacher.time_layer
-    if (own := recipe.warm_start) is not None and (roles.rank or not roles.share):  # a head alone is not conditioned
-        bare = not roles.share or any(skipped in layer for skipped in roles.skip)
+    if (own := recipe.warm_start) is not None and (roles.rank or not roles.lora):  # a head alone is not conditioned
+        bare = not roles.lora or any(skipped in layer for skipped in roles.exclude)
         check_conditioning("the warm start's student", own.method.condition_values, recipe.method.condition_values, "" if bare else layer)
     if recipe.warm_start is not None:
         initial_student(recipe.warm_start.data)
@@ -370,9 +370,9 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
     """What each role trains, of how many weights, and bytes, counted by storage."""
     held = {id(t): t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())}
-    for p in (p for r in roles.trained.values() for p in r.values() if roles.config.share):
+    for p in (p for r in roles.trained.values() for p in r.values() if roles.config.lora):
         held.pop(id(p), None)
-    how = "three networks" if not roles.config.share else f"one shared network, {roles.config.base or 'as it is'}"
+    how = "three networks" if not roles.config.lora else f"one shared network, {roles.config.quantize or 'as it is'}"
     console.print(f"network weights in memory: {storage_bytes(*held.values()) / 2**20:.1f} MiB ({how})")
     if note := large_rank(roles.networks["teacher"], roles.config):
         console.print(f"note: {note.removeprefix('LORA ')}")

@@ -67,7 +67,7 @@ def origin_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: f
 
 def _trained_from(recipe: DistillRecipe) -> str:
     """Return what a model card says about the data, and about a teacher that was not quite its base."""
-    rounded = f", next to its base in {recipe.roles.base}" if recipe.roles.base else ""
+    rounded = f", next to its base in {recipe.roles.quantize}" if recipe.roles.quantize else ""
     if recipe.data is None or recipe.data.source == "trajectories":
         return f"prompts alone{rounded}"
     return ("prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images") + rounded

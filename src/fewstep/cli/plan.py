@@ -32,7 +32,7 @@ BASES: tuple[Kind | None, ...] = (None, *KINDS)
 ROUNDINGS: tuple[tuple[Kind | None, OptimizerName], ...] = (
     (None, "adamw8bit"), ("int8", "adamw"), ("int8", "adamw8bit"), ("nf4", "adamw8bit")
 )  # fmt: skip
-ROUNDED = {"train.optimizer": "Adam's moments are kept in 8 bits", "roles.base": "the base's weights are rounded, the teacher's too"}
+ROUNDED = {"train.optimizer": "Adam's moments are kept in 8 bits", "roles.quantize": "the base's weights are rounded, the teacher's too"}
 LEAST_BATCH = 4  # below it a card is rather kept busy by computing blocks again than by smaller batches
 
 
@@ -113,7 +113,7 @@ def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
 def hollow_of(recipe: DistillRecipe) -> Backbone:
     """The recipe's teacher without content, rounded where it says so."""
     teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size)
-    quantise(teacher, recipe.roles.base)
+    quantise(teacher, recipe.roles.quantize)
     return teacher
 
 
@@ -162,12 +162,12 @@ def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[li
 
 def roundings(recipe: DistillRecipe, teacher: Backbone, prefix: str) -> list[tuple[list[str], DistillRecipe]]:
     """Ways to need less that change the result, the least first; what the recipe rounds already stays so."""
-    own, by = recipe.roles.base, recipe.train.optimizer
-    able = recipe.roles.share and (own is not None or bool(layers_of(teacher)))
+    own, by = recipe.roles.quantize, recipe.train.optimizer
+    able = recipe.roles.lora and (own is not None or bool(layers_of(teacher)))
     return [
         (
-            [f"{prefix}train.optimizer={optimizer}"] * (optimizer != by) + [f"roles.base={base}"] * (base != own),
-            recipe.model_copy(update={"train": replace(recipe.train, optimizer=optimizer), "roles": replace(recipe.roles, base=base)}),
+            [f"{prefix}train.optimizer={optimizer}"] * (optimizer != by) + [f"roles.quantize={base}"] * (base != own),
+            recipe.model_copy(update={"train": replace(recipe.train, optimizer=optimizer), "roles": replace(recipe.roles, quantize=base)}),
         )
         for base, optimizer in ROUNDINGS
         if (base, optimizer) != (own, by)
@@ -219,13 +219,13 @@ def show(made: Plan) -> None:
     recipe, t = made.recipe, made.training
     how = f"batch {recipe.train.batch}" + (f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else "")
     table = Table(
-        title=f"{recipe.name}: {recipe.teacher}, {recipe.roles.base or recipe.dtype}, {how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}",
+        title=f"{recipe.name}: {recipe.teacher}, {recipe.roles.quantize or recipe.dtype}, {how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}",
         title_justify="left",
     )
     table.add_column("what")
     table.add_column("bytes", justify="right")
     rows = {
-        f"denoiser ({'one for all roles' if recipe.roles.share else 'three copies, those of student and fake score among the trained'})": t.base,
+        f"denoiser ({'one for all roles' if recipe.roles.lora else 'three copies, those of student and fake score among the trained'})": t.base,
         "autoencoder": made.phases.idle,
         "trained parameters": t.trained,
         "their gradients": t.gradients,

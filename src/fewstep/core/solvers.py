@@ -71,12 +71,16 @@ class Solver:
     noise: Noise = torch.randn_like  # what a stochastic one draws
 
 
-def ddim(schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like) -> Split:
+def ddim(
+    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+) -> Split:
     """Return the network's own prediction: DDIM (arXiv 2010.02502, eq. 12 with eta = 0)."""
     return pred
 
 
-def dpmpp(schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like) -> Split:
+def dpmpp(
+    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+) -> Split:
     """Extrapolate x0 in half the log signal-to-noise ratio: DPM-Solver++(2M) (arXiv 2211.01095, alg. 2).
 
     Without a past step and into clean data it is DDIM, as in diffusers. Pure noise counts as alpha = `SIGNAL`,
@@ -97,7 +101,9 @@ def dpmpp(schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Seq
 ADAMS_BASHFORTH = ((1.0, 0.0, 0.0, 0.0), (3 / 2, -1 / 2, 0.0, 0.0), (23 / 12, -16 / 12, 5 / 12, 0.0), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def ipndm(schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like) -> Split:
+def ipndm(
+    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+) -> Split:
     """Combine eps of up to three past steps by Adams and Bashforth's coefficients: iPNDM (arXiv 2204.13902)."""
     if not steps:
         return pred
@@ -110,7 +116,9 @@ def ipndm(schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Seq
     return Split(pred.x0 - expand(ratio, change) * change, pred.eps + change)
 
 
-def renoise(schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like) -> Split:
+def renoise(
+    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+) -> Split:
     """Replace eps by fresh noise: stochastic few-step sampling (consistency models; DMD2)."""
     return Split(pred.x0, noise(pred.x0))
 

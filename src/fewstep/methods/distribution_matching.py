@@ -44,9 +44,6 @@ class MatchConfig:
     divergence: Annotated[str, OneOf(tuple(DIVERGENCES))] = "reverse-kl"
     """Divergence between the diffused student and teacher."""
 
-    loss: Annotated[str, OneOf(tuple(SURROGATE_LOSSES))] = "huber"
-    """Surrogate loss of the reverse KL (eq. 6 and 11)."""
-
     fisher_correction: Annotated[float, Range()] = 0.5
     """Factor c of the Fisher divergence's second term; 1/2 gives half of its exact gradient, SiD uses 1."""
 
@@ -128,6 +125,9 @@ class DistributionMatching(Method):
 
     condition: bool = True
     """Condition student and fake score on the step count, where there are several."""
+
+    loss: Annotated[str, OneOf(tuple(SURROGATE_LOSSES))] = "huber"
+    """Surrogate loss of the reverse KL (eq. 6 and 11)."""
 
     match: MatchConfig = MatchConfig()
     """What is matched, where, and by which divergence."""
@@ -300,7 +300,7 @@ def fake_loss(method: DistributionMatching, schedule: Schedule, row: Row, d: Noi
 def student_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor) -> Tensor:
     """Return the divergence of student and teacher at x_tau (step 5)."""
     state = MatchedState(schedule, d.x_m, d.x0, d.e, d.t, d.tau, f_teacher, f_fake)
-    return DIVERGENCES[method.match.divergence].loss(state, method.match.loss, method.match.fisher_correction).mean()
+    return DIVERGENCES[method.match.divergence].loss(state, method.loss, method.match.fisher_correction).mean()
 
 
 def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSample, real: RealBatch) -> Tensor:

@@ -11,7 +11,7 @@ from .method import Method
 from .progressive import ProgressiveDistillation
 from .trajectory_imitation import TrajectoryImitation
 
-FULL = MatchConfig(state="clean", tau_range="full", tau_max=0.98, loss="l2")
+FULL = MatchConfig(state="clean", tau_range="full", tau_max=0.98)
 
 # DMD2 as in TDM sec. 4.3 and app. F; the others from their papers.
 PRESETS: dict[str, Method] = {
@@ -20,8 +20,10 @@ PRESETS: dict[str, Method] = {
         DistributionMatching(),
         DistributionMatching(name="tdm-unify", steps=(4, 2, 1)),
         DistributionMatching(name="tdm-fisher", match=MatchConfig(divergence="fisher")),
-        DistributionMatching(name="dmd2", match=FULL, solver="renoise", fake=FakeScoreConfig(updates=10, share_noised_sample=False)),
-        DistributionMatching(name="diff-instruct", steps=1, match=FULL),
+        DistributionMatching(
+            name="dmd2", match=FULL, loss="l2", solver="renoise", fake=FakeScoreConfig(updates=10, share_noised_sample=False)
+        ),
+        DistributionMatching(name="diff-instruct", steps=1, match=FULL, loss="l2"),
         DistributionMatching(
             name="sid",
             match=MatchConfig(divergence="fisher", fisher_correction=1.0, state="clean", tau_range="full", tau_max=0.98),
@@ -37,7 +39,7 @@ PRESETS: dict[str, Method] = {
 METHODS: dict[str, type[Method]] = {kind.__name__: kind for kind in dict.fromkeys(type(m) for m in PRESETS.values())}
 
 # Roles that a name stands for as well; with others it would be another method.
-ROLES: dict[str, dict[str, int]] = {"pas": {"share": True, "rank": 0}, "sfd": {"share": False}}
+ROLES: dict[str, dict[str, int]] = {"pas": {"lora": True, "rank": 0}, "sfd": {"lora": False}}
 
 
 def require_roles(name: str, roles: RolesConfig) -> None:

@@ -19,8 +19,13 @@ from torch import Tensor, nn
 
 from .sharding import part_of
 
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
-MOST_RANK, LEAST_RANK = 32, 4
+TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
+    "all": (nn.Linear, nn.Conv2d),
+    "linear": (nn.Linear,),
+    "conv": (nn.Conv2d,),
+    "attention": (nn.Linear,),
+}
+DEFAULT_RANK, LEAST_RANK = 32, 4
 FITTING = 0.25  # of a network's weights
 
 
@@ -50,18 +55,16 @@ def plain_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]:
     """Full names of the layers of `kind` (all, linear, conv, attention) that can carry LoRA. Names containing a `skip` are left out."""
-    if kind not in (*KINDS, "attention"):
-        raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join([*KINDS, 'attention'])}")
-    layers = [
-        (n, m) for n, m in plain_layers(module).items() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)
-    ]
+    if kind not in TARGETS:
+        raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join(TARGETS)}")
+    layers = [(n, m) for n, m in plain_layers(module).items() if isinstance(m, TARGETS[kind]) and not any(s in n for s in skip)]
     if kind == "attention":
         layers = [
             (n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
         ]
     if not layers:
         raise ValueError(
-            f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.share=false for full weights"
+            f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.lora=false for full weights"
         )
     return [n for n, _ in layers]
 
@@ -74,8 +77,8 @@ def lora_weights(module: nn.Module, names: Sequence[str], rank: int) -> int:
 
 
 def fitting_rank(module: nn.Module, names: Sequence[str]) -> int:
-    """`MOST_RANK`, halved until a LoRA has at most `FITTING` of the network's weights; on small networks more is slower and no better."""
-    whole, rank = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n), MOST_RANK
+    """`DEFAULT_RANK`, halved until a LoRA has at most `FITTING` of the network's weights; on small networks more is slower and no better."""
+    whole, rank = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n), DEFAULT_RANK
     while rank > LEAST_RANK and lora_weights(module, names, rank) > FITTING * whole:
         rank //= 2
     return rank
@@ -177,7 +180,7 @@ def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
     if result.unexpected_keys or set(placed) != set(state):
         odd = sorted(set(placed) ^ set(state))[:3]
         raise ValueError(
-            f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json, begin from it with its own roles.targets and roles.skip"
+            f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json, begin from it with its own roles.targets and roles.exclude"
         )
 
 

@@ -116,11 +116,11 @@ def quantise(backbone: Backbone, kind: Kind | None) -> None:
     where they are rounded otherwise, and where no layer is wide enough.
     """
     if (own := kind_of(backbone.module)) is not None and own != kind:
-        raise ValueError(f"roles.base: got {kind or 'null'}, this teacher's weights are in {own} already; load the teacher again")
+        raise ValueError(f"roles.quantize: got {kind or 'null'}, this teacher's weights are in {own} already; load the teacher again")
     if kind is None or own is not None:
         return
     if not (layers := layers_of(backbone)):
-        raise ValueError(f"roles.base: got {kind}, this network has no layer of more than {NARROW} channels; set it to null")
+        raise ValueError(f"roles.quantize: got {kind}, this network has no layer of more than {NARROW} channels; set it to null")
     for layer in layers:
         packed = Packed(layer.weight, kind)
         del layer.weight

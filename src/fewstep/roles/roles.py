@@ -1,12 +1,11 @@
 """Teacher, student and fake score: three adapters' worth of one frozen network, or three networks."""
 
 import copy
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,13 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
 from ..backbones.parts import set_checkpointing
+from ..config_fields import OneOf, Range, check_fields
 from ..core.guidance import Guidance
 from ..core.prediction import Split
 from ..core.solvers import Denoise
+from ..words import speaks_python
 from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, make_discriminator
-from .quantised import KINDS, Kind, quantise, weight_count
+from .quantised import Kind, quantise, weight_count
 from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake", "discriminator"]
@@ -32,35 +33,37 @@ LARGE = 0.5  # of a network's weights
 CONDITION = "step_condition"  # the table's name among the trained parameters
 
 
-@dataclass(frozen=True)
+@speaks_python("roles")
+@dataclass(frozen=True, kw_only=True)
 class RolesConfig:
-    """`share`: LoRA adapters on one copy of the weights; otherwise full copies, all weights trained.
+    """How student and fake score are kept next to the teacher. Raises ValueError for settings that cannot be."""
 
-    `checkpointing` keeps only the inputs of the networks' blocks and computes the rest again: a third more time, a fraction of the memory.
-    `base` rounds the frozen weights that adapters share, the teacher's too; what was trained beside them goes with the weights as they were.
-    """
+    lora: bool = True
+    """Train LoRA adapters on one copy of the weights; otherwise full copies, all weights trained."""
 
-    share: bool = True
-    rank: int = 32
-    alpha: float | None = None  # None: alpha = rank, so that a LoRA is right at strength 1.0
-    targets: str = "all"
+    rank: Annotated[int, Range(0, LARGEST_RANK, hint=" (0: no LoRA); 32 is a good start")] = 32
+    """Rank of the LoRA; 0 trains a head alone."""
+
+    alpha: Annotated[float, Range(0, above=True, hint="; leave it out for the rank itself")] | None = None
+    """LoRA alpha; by default the rank, so that a LoRA is right at strength 1.0."""
+
+    targets: Annotated[str, OneOf(tuple(adapters.TARGETS))] = "all"
+    """Layers that carry LoRA: all, linear, conv or attention."""
+
+    exclude: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    """Layers without LoRA, by a part of their name; by default those that programs which read kohya's names leave out."""
+
     checkpointing: bool = False
-    # Programs that read LoRA under kohya's names drop these: sd-scripts, stable-diffusion.cpp and diffusers 0.35.
-    skip: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
-    base: Kind | None = None
+    """Keep only the inputs of the networks' blocks and compute the rest again: a third more time, a fraction of the memory."""
+
+    quantize: Kind | None = None
+    """Quantize the frozen weights that adapters share, the teacher's too: int8 or nf4."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank <= LARGEST_RANK:
+        check_fields(self, "roles")
+        if self.quantize is not None and not self.lora:
             raise ValueError(
-                f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA) to {LARGEST_RANK}; 32 is a good start"
-            )
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"roles.alpha: got {self.alpha}, allowed are numbers above 0; leave it out for the rank itself")
-        if self.base not in (None, *KINDS):
-            raise ValueError(f"roles.base: got {self.base!r}, allowed are {', '.join(KINDS)}, and null for the weights as they are")
-        if self.base is not None and not self.share:
-            raise ValueError(
-                f"roles.base: got {self.base}, which is for weights that stay as they are; set roles.share=true, or roles.base=null"
+                f"roles.quantize: got {self.quantize}, which is for weights that stay as they are; set roles.lora=true, or roles.quantize=null"
             )
 
     @property
@@ -71,16 +74,16 @@ class RolesConfig:
 
 def large_rank(network: nn.Module, config: RolesConfig) -> str:
     """What to say of a LoRA that is no small change of its network any more; the empty text of one that is."""
-    if not (config.share and config.rank):
+    if not (config.lora and config.rank):
         return ""
-    names = adapters.targets(network, config.targets, config.skip)
+    names = adapters.targets(network, config.targets, config.exclude)
     share = adapters.lora_weights(network, names, config.rank) / weight_count(network)
     fits = adapters.fitting_rank(network, names)
     if share <= LARGE or fits >= config.rank:
         return ""
     return (
         f"LORA roles.rank: {config.rank} trains {share:.0%} as many weights as this small network has, which is slower and no better; "
-        f"set roles.rank={fits}, or train all weights (roles.share=false)"
+        f"set roles.rank={fits}, or train all weights (roles.lora=false)"
     )
 
 
@@ -146,9 +149,9 @@ class Roles:
         For good: whoever wants them whole makes roles anew. Before it the student may begin as another, after it no more. Raises ValueError
         for a base that is rounded, whose codes every process would hold.
         """
-        if self.config.base is not None:
+        if self.config.quantize is not None:
             raise ValueError(
-                f"train.shard: got true, but roles.base={self.config.base} is not spread; set roles.base=null or train.shard=false"
+                f"train.shard: got true, but roles.quantize={self.config.quantize} is not spread; set roles.quantize=null or train.shard=false"
             )
         for network in {id(n): n for n in self.networks.values()}.values():
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -176,7 +179,7 @@ class Roles:
         Raises ValueError where it does not fit.
         """
         network = self.networks["student"]
-        if self.config.share:
+        if self.config.lora:
             adapters.load_adapter(network, "student", adapters.scaled(state, 1 / self.config.scale))
         else:
             own = network.state_dict()
@@ -205,16 +208,16 @@ class Roles:
         A LoRA's scale is part of its weights, so that it is right at strength 1.0 also where its alpha is not read.
         """
         network = self.networks["student"]
-        if self.config.share and not self.config.rank:
+        if self.config.lora and not self.config.rank:
             return {}
         state = network.state_dict()
-        if self.config.share:
+        if self.config.lora:
             state = adapters.scaled(adapters.adapter_state(network, "student"), self.config.scale)
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
     def told(self, count: float, times: Tensor) -> dict[str, Tensor]:
         """What makes the shared student a plain LoRA for one step count, or guidance scale, with these `times`; empty where it is not told its count."""
-        if not (self.counts and self.config.share and self.config.rank):
+        if not (self.counts and self.config.lora and self.config.rank):
             return {}
         network = self.networks["student"]
         self.activate("student", count)
@@ -225,7 +228,7 @@ class Roles:
 
     def adapter_settings(self) -> dict[str, Any]:
         """PEFT's settings of `student_state`, for the header of its file; empty for a full student."""
-        if not (self.config.share and self.config.rank):
+        if not (self.config.lora and self.config.rank):
             return {}
         return self.networks["student"].peft_config["student"].to_dict() | {"lora_alpha": self.config.rank}  # type: ignore[union-attr,index]
 
@@ -241,7 +244,7 @@ def _require_single(network: nn.Module) -> None:
     """Raises ValueError where weights that are to be trained themselves are too coarse for their updates."""
     if coarse := {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}:
         raise ValueError(
-            f"roles.share: got false, which trains weights that are {str(coarse.pop()).removeprefix('torch.')} here and would lose "
+            f"roles.lora: got false, which trains weights that are {str(coarse.pop()).removeprefix('torch.')} here and would lose "
             "updates smaller than their rounding; set dtype to float32 (train.precision bf16 computes in half of it all the same)"
         )
 
@@ -261,18 +264,18 @@ def make_roles(
     `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
     (rank 0) is all of it; one that it is `head_to_absorb` away stays as it is. Raises ValueError where there is nothing to train, or copies of half-precision weights.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
-    the same backbone are taken out, and `config.base` rounds its weights for good. Copies: two deep copies.
+    the same backbone are taken out, and `config.quantize` rounds its weights for good. Copies: two deep copies.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
-    quantise(backbone, config.base)
+    quantise(backbone, config.quantize)
     set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
     made: tuple[Role, ...] = TRAINED if fake else ("student",)
-    if config.share and not config.rank and (fake or head is None):
+    if config.lora and not config.rank and (fake or head is None):
         raise ValueError("roles.rank: got 0, which trains a head alone; choose a rank from 1, e.g. 32")
     if counts:
         width = step_condition.width(base, backbone.time_layer)
-    if not config.share:
+    if not config.lora:
         _require_single(base)
         networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
@@ -280,7 +283,7 @@ def make_roles(
     else:
         if config.rank:
             # Where the step count enters, it takes the adapter's place, so that at export it can become one.
-            names = adapters.targets(base, config.targets, (*config.skip, *([backbone.time_layer] if counts else [])))
+            names = adapters.targets(base, config.targets, (*config.exclude, *([backbone.time_layer] if counts else [])))
             for i, role in enumerate(made):
                 adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
         networks = {"teacher": base, **dict.fromkeys(made, base)}
@@ -293,7 +296,7 @@ def make_roles(
     if counts:
         device = next(base.parameters()).device
         for role in made:
-            shared = config.share and bool(conditions)
+            shared = config.lora and bool(conditions)
             conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
             trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(counts), width, device=device))}
     if head is not None:

@@ -27,7 +27,7 @@ def roles_for(
         raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
     head = _head(method, teacher, seed, paths, init_from)
     gan_step_counts = method.counts if method.needs.adversary else ()
-    values = method.condition_values if config.rank or not config.share else ()  # a head alone sees the times themselves
+    values = method.condition_values if config.rank or not config.lora else ()  # a head alone sees the times themselves
     kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
     roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
     if init_from is not None:
@@ -65,9 +65,9 @@ def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) ->
 def initialize(roles: Roles, folder: Path) -> None:
     """Let the student of a run continue the finished one in `folder`, conditioned on the same values. Raises ValueError if it does not fit."""
     card = read_card(folder)
-    if (card.weights != "full") != roles.config.share:
+    if (card.weights != "full") != roles.config.lora:
         raise ValueError(
-            f"init_from: {folder} is a student of weights {card.weights}; set roles.share={str(card.weights != 'full').lower()}"
+            f"init_from: {folder} is a student of weights {card.weights}; set roles.lora={str(card.weights != 'full').lower()}"
         )
     if card.weights == "none":
         return  # a head alone, which `roles_for` has put in place
@@ -93,7 +93,7 @@ def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[fl
     if wanted and not values and lora_on:
         raise ValueError(
             f"init_from: this student is conditioned on {_counted(wanted)} through {lora_on}, but {student} has a LoRA on {lora_on}; "
-            f"train that one with {lora_on} in roles.skip, or use roles.share=false for both"
+            f"train that one with {lora_on} in roles.exclude, or use roles.lora=false for both"
         )
 
 

@@ -81,9 +81,7 @@ def evaluate(
     return result
 
 
-def _drawn(
-    source: Backbone | Student, prompts: list[str], count: int, first: int, steps: int, guidance: Guidance
-) -> tuple[Tensor, float]:
+def _drawn(source: Backbone | Student, prompts: list[str], count: int, first: int, steps: int, guidance: Guidance) -> tuple[Tensor, float]:
     """(states [count, ...], seconds each), the prompts in turn, seeds from `first` on."""
     wanted, began, parts = [prompts[i % len(prompts)] for i in range(count)], time.perf_counter(), []
     for i in range(0, count, CHUNK):

@@ -60,7 +60,7 @@ class RunSpec:
         text = "prompts alone" if any(self.prompts) else "its teacher alone"
         if self.images is not None:
             text = "prompts and images sampled from the teacher" if self.images.source == "teacher" else "captioned images"
-        return f"{text}, next to its base in {self.roles.base}" if self.roles.base else text
+        return f"{text}, next to its base in {self.roles.quantize}" if self.roles.quantize else text
 
 
 class Progress(Protocol):

@@ -95,15 +95,18 @@ RENAMED = {
     "method.free_first": "method.analytic_first_step",
     "method.scales": "method.guidance_scales",
     "method.target": "method.name",
-    "roles.share": "roles.lora",
-    "roles.skip": "roles.exclude",
-    "roles.base": "roles.quantize",
+    "roles.lora": "roles.lora",
+    "roles.exclude": "roles.exclude",
+    "roles.quantize": "roles.quantize",
 }
 
 
 def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """Settings on top of others, block by block."""
-    return {**known, **{k: _merged(known[k], v) if isinstance(v, Mapping) and isinstance(known.get(k), dict) else v for k, v in value.items()}}
+    return {
+        **known,
+        **{k: _merged(known[k], v) if isinstance(v, Mapping) and isinstance(known.get(k), dict) else v for k, v in value.items()},
+    }
 
 
 def _number_as_scale(value: Any) -> Any:
@@ -209,14 +212,19 @@ class DistillRecipe(Strict):
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
         """What does not fit is said before anything is walked or trained."""
-        for method, train in ((self.method, self.train), *([(self.warm_start.method, self.warm_start.train)] if self.warm_start is not None else [])):
+        for method, train in (
+            (self.method, self.train),
+            *([(self.warm_start.method, self.warm_start.train)] if self.warm_start is not None else []),
+        ):
             require_roles(method.name, self.roles)
             require_updates(method, train.iterations)
         if self.init_from is None:
             require_initial_student(self.method if self.warm_start is None else self.warm_start.method, "", False, "the teacher")
         if self.warm_start is not None:
             own, most = self.warm_start.method, max(self.method.counts)
-            require_initial_student(self.method, own.head if own.head in KINDS else "", own.analytic_first_step, "the first stage's student")
+            require_initial_student(
+                self.method, own.head if own.head in KINDS else "", own.analytic_first_step, "the first stage's student"
+            )
             if self.method.init_head != "drop" and own.head in KINDS:
                 require_steps(own.head, own.counts, most, "method.steps", "set warm_start.method.steps to as many, or drop the head")
         return self
@@ -266,7 +274,12 @@ def first_stage(recipe: DistillRecipe) -> DistillRecipe:
     """The recipe of the training that comes first. It is measured with the whole."""
     assert recipe.warm_start is not None
     preview = recipe.preview.model_copy(update={"protocol": None})
-    own = {"method": recipe.warm_start.method, "train": recipe.warm_start.train, "data": recipe.warm_start.data, "size": recipe.warm_start.size or recipe.size}
+    own = {
+        "method": recipe.warm_start.method,
+        "train": recipe.warm_start.train,
+        "data": recipe.warm_start.data,
+        "size": recipe.warm_start.size or recipe.size,
+    }
     return recipe.model_copy(update={**own, "name": f"{recipe.name}, warm start", "warm_start": None, "evaluate": None, "preview": preview})
 
 

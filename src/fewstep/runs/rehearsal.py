@@ -41,8 +41,8 @@ class Trial:
 
 def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: TrainConfig, origin: Origin) -> Trial:
     """The student of a run before its training, changed a little. A U-Net on a CPU gets small pictures; full copies are not made for it."""
-    teacher, full = small(teacher), not networks.share
-    roles = roles_for(apart(teacher), method, replace(networks, share=True, rank=1, alpha=None) if full else networks, config.seed)
+    teacher, full = small(teacher), not networks.lora
+    roles = roles_for(apart(teacher), method, replace(networks, lora=True, rank=1, alpha=None) if full else networks, config.seed)
     rng = torch.Generator().manual_seed(config.seed)
     lora = {n: torch.randn(v.shape, generator=rng).to(v) * CHANGE for n, v in roles.student_state().items()}
     vectors = {k: torch.randn(v.shape, generator=rng) * CHANGE for k, v in roles.vectors().items()}

@@ -144,7 +144,10 @@ def next_lines(run: Run, folder: Path) -> list[list[str]]:
             "Measure it beside its teacher",
             f"fewstep.evaluate(student{'' if base else ', real=...'})" if base else f"fewstep evaluate {folder}",
         ],
-        ["Initialize another training from it", f"fewstep.distill(teacher, method, prompts, train=fewstep.TrainConfig(iterations=...), init_from={final!r})"],
+        [
+            "Initialize another training from it",
+            f"fewstep.distill(teacher, method, prompts, train=fewstep.TrainConfig(iterations=...), init_from={final!r})",
+        ],
     ]
 
 

@@ -78,9 +78,7 @@ def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = N
             return Exported(difference)
         rounded = float((draw(Student.read(out, student.backbone)) - wanted).abs().max())
         if not math.isfinite(rounded):
-            raise ValueError(
-                f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; choose bfloat16 or float32"
-            )
+            raise ValueError(f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; choose bfloat16 or float32")
         return Exported(difference, rounded)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)

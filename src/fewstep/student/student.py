@@ -58,7 +58,7 @@ def size_of(backbone: Backbone) -> int:
 def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
     """Return the card of the student in these roles."""
     backbone, counts = roles.backbone, method.counts
-    weights = "full" if not roles.config.share else "lora" if roles.config.rank else "none"
+    weights = "full" if not roles.config.lora else "lora" if roles.config.rank else "none"
     rank = roles.config.rank if weights == "lora" else None
     own = process_of(backbone)
     names = [origin.base] if own else source_of(origin.base).names
@@ -162,7 +162,7 @@ class Student:
     @staticmethod
     def of(roles: Roles, method: Method, origin: Origin) -> "Student":
         """Show the student of a run as it is now: on the run's own modules, for as long as they stay as they are."""
-        shared = roles.config.share and roles.config.rank
+        shared = roles.config.lora and roles.config.rank
         adapter = Adapter(roles.layers, "student") if shared else None
         card, network = student_card(roles, method, origin), roles.networks["student"]
         return Student(card, roles.backbone, network, adapter, roles.vectors(), roles.conditions.get("student"), roles.head)

@@ -25,18 +25,18 @@ def finetune(
 ) -> Generator[FitStep, None, None]:
     """Train the backbone's own network on its own prediction type, at uniform times; afterwards its weights are the averaged result.
 
-    `how.share` trains a LoRA, which is merged at the end, otherwise all weights. Captions are left out at the rate `drop_caption`,
+    `how.lora` trains a LoRA, which is merged at the end, otherwise all weights. Captions are left out at the rate `drop_caption`,
     so that the teacher can still be guided. Resumes from `run`. Raises ValueError for a base that is to be rounded.
     """
-    if how.base is not None:
-        raise ValueError(f"roles.base: got {how.base}, a fine-tune changes the weights themselves; leave it out")
+    if how.quantize is not None:
+        raise ValueError(f"roles.quantize: got {how.quantize}, a fine-tune changes the weights themselves; leave it out")
     module, schedule = backbone.module, backbone.schedule
     if next(module.parameters()).dtype == torch.float16:
         raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
     device = next(module.parameters()).device
     adapters.remove_adapters(module, (ADAPTER, "student", "fake"))
-    if how.share:
-        adapters.add_adapter(module, ADAPTER, how.rank, how.alpha or how.rank, adapters.targets(module, how.targets, how.skip), seed)
+    if how.lora:
+        adapters.add_adapter(module, ADAPTER, how.rank, how.alpha or how.rank, adapters.targets(module, how.targets, how.exclude), seed)
         layers = adapters.adapter_layers(module)
         trained = nn.ParameterList(adapters.adapter_parameters(module, ADAPTER).values()).requires_grad_(True)
     else:

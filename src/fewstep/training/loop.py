@@ -182,7 +182,11 @@ def distill(
 
     def optimizer_of(role: Role) -> torch.optim.Optimizer:
         return make_optimizer(
-            list(roles.trained[role].values()), config.optimizer, config.lr_at(role, 0, 0, roles.config.share), config.betas, config.weight_decay
+            list(roles.trained[role].values()),
+            config.optimizer,
+            config.lr_at(role, 0, 0, roles.config.lora),
+            config.betas,
+            config.weight_decay,
         )
 
     optimizers = {role: optimizer_of(role) for role in roles.trained}
@@ -210,7 +214,7 @@ def distill(
             optimizers["student"] = optimizer_of("student")  # the gradients that folded a head away say nothing of the method's
         for role, optimizer in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(role, i, method.warmup, roles.config.share)
+                group["lr"] = config.lr_at(role, i, method.warmup, roles.config.lora)
         turns, steps = list[TrainBatch](), draw_count(method.steps, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part

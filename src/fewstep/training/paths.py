@@ -157,7 +157,9 @@ class Paths:
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> TrajectoryBatch:
         """A batch drawn at random, each trajectory with its own condition."""
         picked = torch.randint(len(self.states), (batch,), generator=rng)
-        return TrajectoryBatch(self.states[picked].to(device), self.times, {k: v[picked].to(device) for k, v in self.embeddings.cond.items()})
+        return TrajectoryBatch(
+            self.states[picked].to(device), self.times, {k: v[picked].to(device) for k, v in self.embeddings.cond.items()}
+        )
 
 
 def teacher_paths(

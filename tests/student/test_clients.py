@@ -7,8 +7,8 @@ import pytest
 
 from fewstep.backbones.few_step import Facts
 from fewstep.core.schedule import Flow, Schedule
-from fewstep.export.card import StudentCard
-from fewstep.export.clients import other_programs
+from fewstep.student.card import StudentCard
+from fewstep.student.clients import other_programs
 
 from .card import CARD
 from .test_comfy import BETAS, EPS, ZERO, V, on, process

@@ -8,7 +8,7 @@ import pytest
 from fewstep.backbones.student_scheduler import calls
 from fewstep.cli.export import _require_stock
 from fewstep.core.schedule import Flow
-from fewstep.export.card import counted
+from fewstep.student.card import counted
 
 from .. import tiny
 from .card import CARD
@@ -21,7 +21,8 @@ def test_every_step_count_says_its_calls() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "by"), [({"head": "span"}, "a head"), ({"analytic_first_step": True}, "a free first direction"), ({"solver": {"4": "ipndm"}}, "iPNDM")]
+    ("own", "by"),
+    [({"head": "span"}, "a head"), ({"analytic_first_step": True}, "a free first direction"), ({"solver": {"4": "ipndm"}}, "iPNDM")],
 )
 def test_what_no_stock_pipeline_does_is_not_written_for_one(own: dict[str, Any], by: str) -> None:
     with pytest.raises(

@@ -8,19 +8,20 @@ import torch
 
 from fewstep.api import sample_states
 from fewstep.backbones.base import Backbone, denoiser
-from fewstep.begin import roles_for
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import SOLVERS, Correction, Denoise, SolverHistory, sample, step
+from fewstep.heads.head import KINDS
 from fewstep.methods.distribution_matching import DistributionMatching, draw
 from fewstep.methods.method import TrainBatch, student_of
-from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.methods.presets import preset, require_roles
-from fewstep.objectives.regression import METRICS
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
+from fewstep.objectives.regression import REGRESSION_LOSSES
 from fewstep.roles.roles import CONDITION, HEAD, Roles, RolesConfig, make_roles
+from fewstep.runs.init import roles_for
 from fewstep.training.loop import Step, TrainConfig, distill
-from fewstep.training.paths import Paths, PathsConfig, teacher_paths, to_end, union
+from fewstep.training.paths import Paths, TrajectoryConfig, teacher_paths, to_end, union
 from fewstep.training.prompts import embed
-from fewstep.heads.head import KINDS
 
 from .. import tiny
 from ..training.test_loop import digest
@@ -30,7 +31,11 @@ from .common import BATCH, conditions, seed
 def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Paths:
     backbone = backbone or tiny.denoiser()
     times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
-    return to_end(teacher_paths(backbone, embed(backbone, tiny.WORDS, None, ""), PathsConfig(6, 12), times, method.guidance, None, ""))
+    return to_end(
+        teacher_paths(
+            backbone, embed(backbone, tiny.WORDS, None, ""), TrajectoryConfig(count=6, steps=12), times, method.guidance, None, ""
+        )
+    )
 
 
 def student(method: TrajectoryImitation, paths: Paths, config: RolesConfig, move: float = 0.1) -> Roles:
@@ -61,7 +66,7 @@ def test_every_step_starts_where_the_student_is_and_meets_the_teachers_state(hea
         denoise = roles.denoise("student", here.walk.cond, 3)
         states = list(sample(denoise, tiny.TABLE, here.walk.states[:, 0], method.times(tiny.TABLE), SOLVERS[solver], roles.head))
     for n, (loss, state) in enumerate(zip(found, states[1:], strict=True), 1):
-        torch.testing.assert_close(loss.value, METRICS["l1"](state.x, here.walk.states[:, n]).mean())
+        torch.testing.assert_close(loss.value, REGRESSION_LOSSES["l1"](state.x, here.walk.states[:, n]).mean())
 
 
 def test_the_gradient_of_a_step_is_its_own() -> None:
@@ -98,7 +103,7 @@ def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
         denoise = roles.denoise("student", here.walk.cond, len(found))
         times = timegrid.uniform(tiny.TABLE, len(found))
         *_, last = sample(denoise, tiny.TABLE, here.walk.states[:, 0], times)
-        torch.testing.assert_close(found[-1].value, METRICS["l1"](last.x, here.walk.states[:, -1]).mean())
+        torch.testing.assert_close(found[-1].value, REGRESSION_LOSSES["l1"](last.x, here.walk.states[:, -1]).mean())
         seen.add(len(found))
     assert seen == {4, 2, 3}
 
@@ -107,7 +112,7 @@ def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
     ("trajp-l", {}, RolesConfig(rank=2), {"lora", "head"}),
     ("trajp-l", {"head": "none"}, RolesConfig(rank=2), {"lora"}),
     ("pas", {}, RolesConfig(rank=0), {"head"}),
-    ("sfd", {}, RolesConfig(share=False), {"network"}),
+    ("sfd", {}, RolesConfig(lora=False), {"network"}),
 ])  # fmt: skip
 def test_rivals_are_settings(name: str, settings: dict[str, Any], config: RolesConfig, parts: set[str]) -> None:
     method = preset(name, steps=2, **settings)
@@ -135,7 +140,7 @@ def test_a_free_first_step_without_a_head_has_nothing_to_learn() -> None:
 
 @pytest.mark.parametrize("head", KINDS)
 def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> None:
-    backbone, method = tiny.stable_diffusion(), TrajectoryImitation(steps=(3, 2), guidance=1.0, head=head)
+    backbone, method = tiny.stable_diffusion(), TrajectoryImitation(steps=(3, 2), head=head, guidance=Guidance(scale=1.0))
     schedule, (cond, _) = backbone.schedule, conditions(backbone, 2)
     x = torch.randn((2, *backbone.shape), generator=seed())
 
@@ -151,13 +156,13 @@ def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> 
         assert all(torch.equal(a, b) for a, b in zip(states(student_of(method, roles, cond, k), k, roles.head), wanted, strict=True))
 
 
-@pytest.mark.parametrize("config", [RolesConfig(rank=2), RolesConfig(rank=0), RolesConfig(share=False)], ids=["lora", "head", "copy"])
+@pytest.mark.parametrize("config", [RolesConfig(rank=2), RolesConfig(rank=0), RolesConfig(lora=False)], ids=["lora", "head", "copy"])
 def test_imitation_leaves_the_teacher_as_it_was(config: RolesConfig) -> None:
     method = TrajectoryImitation(steps=(3, 2))
     paths = walked(method)
     roles = student(method, paths, config, move=0.0)
     data, before = embed(roles.backbone, tiny.WORDS, None, ""), digest(roles.networks["teacher"])
-    for _ in distill(roles, method, data, TrainConfig(3, batch=4, lr=1e-2, fake_lr=1e-2), paths=paths):
+    for _ in distill(roles, method, data, TrainConfig(iterations=3, batch=4, lr=1e-2, fake_lr=1e-2), paths=paths):
         pass
     assert digest(roles.networks["teacher"]) == before == digest(tiny.denoiser().module)
     start = student(method, paths, config, move=0.0).trained["student"]
@@ -220,7 +225,7 @@ def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
 
 def anchored(anchor: float, rank: int = 2) -> tuple[list[torch.Tensor], float, Roles, TrainBatch]:
     """Gradient and anchor of the student's update from fixed states of the teacher."""
-    method = DistributionMatching(steps=3, anchor=anchor, guidance=1.0, warmup=0)
+    method = DistributionMatching(steps=3, regression_weight=anchor, warmup=0, guidance=Guidance(scale=1.0))
     paths = walked(TrajectoryImitation(steps=3))
     roles, here = make_roles(tiny.denoiser(), RolesConfig(rank=rank)), turn(paths)
     if not anchor:
@@ -253,4 +258,4 @@ def test_an_anchor_is_the_distance_of_every_landing_state_to_the_teachers_trajec
 @pytest.mark.parametrize("settings", [{"solver": "renoise"}, {"gan": 1.0}])
 def test_an_anchor_wants_a_deterministic_solver_and_the_recipes_only_data(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"anchor: got"):
-        DistributionMatching(anchor=0.5, **settings)
+        DistributionMatching(regression_weight=0.5, **settings)

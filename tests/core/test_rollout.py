@@ -6,9 +6,9 @@ from torch import Tensor
 
 from fewstep.core import timegrid
 from fewstep.core.prediction import Split
+from fewstep.core.rollout import segment_starts
 from fewstep.core.schedule import VP, Flow, expand
 from fewstep.core.solvers import SOLVERS, Denoise, SolverHistory, sample, step
-from fewstep.core.rollout import segment_starts
 
 TABLE = VP(torch.linspace(0.999, 0.005, 1000, dtype=torch.float64))
 

@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler
 
 from fewstep.core.schedule import VP, Flow, Schedule
 from fewstep.core.timegrid import uniform
-from fewstep.export.card import StudentCard
-from fewstep.export.comfy import checkpoint_name, gap, levels, obstacle, simple, table, workflow
+from fewstep.student.card import StudentCard
+from fewstep.student.comfyui import checkpoint_name, gap, levels, obstacle, simple, table, workflow
 
 from .card import CARD
 
@@ -159,7 +159,12 @@ BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
     [
         (CARD, "PixArtAlphaPipeline", EPS, "it loads no checkpoint of this family by itself"),
         (replace(CARD, head="span"), "StableDiffusionPipeline", EPS, "no sampler like this student's .a head."),
-        (replace(CARD, analytic_first_step=True), "StableDiffusionPipeline", EPS, "no sampler like this student's .a free first direction."),
+        (
+            replace(CARD, analytic_first_step=True),
+            "StableDiffusionPipeline",
+            EPS,
+            "no sampler like this student's .a free first direction.",
+        ),
         (replace(CARD, solver={"4": "ipndm"}), "StableDiffusionPipeline", EPS, "no sampler like this student's .ipndm."),
         (replace(CARD, base="emoji"), "StableDiffusionPipeline", EPS, "no file of the base is known"),
         (replace(CARD, base="somebody/their-model"), "StableDiffusionPipeline", EPS, "no file of the base is known"),

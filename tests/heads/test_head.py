@@ -11,7 +11,6 @@ from fewstep.core.prediction import Split
 from fewstep.core.schedule import EDM, Flow, Schedule, expand
 from fewstep.core.solvers import SOLVERS, SolverHistory, SolverStep, sample
 from fewstep.heads.curve import Curve
-from fewstep.heads.files import load_head, save_head
 from fewstep.heads.head import KINDS, Facts, Head, facts_of, make_head, require_steps
 
 from .. import tiny
@@ -159,14 +158,14 @@ def test_a_head_is_a_file(kind: str, tmp_path: object) -> None:
     from pathlib import Path
 
     folder, head = Path(str(tmp_path)), head_of(kind, tiny.TABLE)
-    save_head(folder, head)
-    again = load_head(folder, tiny.TABLE)
+    write_head(folder, head)
+    again = read_head(folder, tiny.TABLE)
     x, t, t_next = noise(tiny.TABLE), torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
     way = denoise(tiny.TABLE, x, t)
     assert torch.equal(head(way, t, t_next, SolverHistory(x)).x0, again(way, t, t_next, SolverHistory(x)).x0)
     (folder / "trajp.safetensors").write_bytes((folder / "trajp.safetensors").read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"student: .*trajp.safetensors is missing or damaged"):
-        load_head(folder, tiny.TABLE)
+        read_head(folder, tiny.TABLE)
 
 
 def test_facts_are_those_of_the_clean_states() -> None:

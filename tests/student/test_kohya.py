@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from fewstep.export.kohya import kohya, layers_of, original_names
 from fewstep.roles.adapters import targets
 from fewstep.roles.roles import RolesConfig
+from fewstep.student.kohya import kohya, layers_of, original_names
 
 UNREAD = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")  # by sd-scripts and stable-diffusion.cpp
 SD15: dict[str, Any] = {

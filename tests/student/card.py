@@ -1,6 +1,6 @@
 """The card of a student that several tests write or read."""
 
-from fewstep.export.card import StudentCard
+from fewstep.student.card import StudentCard
 
 CARD = StudentCard(
     name="x-tdm-4step", method="tdm", base="some/where/model.safetensors", base_hash="", steps=(4,), timesteps={"4": [999, 749, 499, 249, -1]}, solver={"4": "ddim"},

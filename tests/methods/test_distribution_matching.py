@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.prediction import row_named
 from fewstep.core.schedule import expand
 from fewstep.core.weighting import own_output, truncated_v
 from fewstep.methods.distribution_matching import (
-    Draw,
     DistributionMatching,
+    Draw,
+    FakeScoreConfig,
+    MatchConfig,
     draw,
     fake_loss,
     fisher_loss,
@@ -23,7 +26,7 @@ from fewstep.methods.distribution_matching import (
     student_loss,
 )
 from fewstep.objectives.denoising import transition_target
-from fewstep.objectives.reverse_kl import LOSSES
+from fewstep.objectives.reverse_kl import SURROGATE_LOSSES
 from fewstep.roles.roles import Role, RolesConfig, make_roles
 
 from .. import tiny
@@ -52,12 +55,14 @@ def test_fake_loss_on_the_transition_noise() -> None:
     goal, weight = transition_target(tiny.TABLE, d.x_m.detach(), d.e, d.t, d.tau)
     per_sample = (f_fake - goal).square().flatten(1).mean(1)
     expected = ((weight * own_output(tiny.TABLE, V, d.tau, 2.0)).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(DistributionMatching(fake_target="transition", snr_clip=2.0), tiny.TABLE, V, d, f_fake), expected)
+    torch.testing.assert_close(
+        fake_loss(DistributionMatching(fake=FakeScoreConfig(target="transition", snr_clip=2.0)), tiny.TABLE, V, d, f_fake), expected
+    )
 
 
 def test_without_the_importance_draw_the_fake_score_learns_around_the_clean_estimate() -> None:
     """Its x_tau is diffused from x0_hat and its target is x0_hat; the student's gradient is taken where it was."""
-    method = DistributionMatching(fake_draw="clean", tau_min=0.0)
+    method = DistributionMatching(fake=FakeScoreConfig(input="clean"), match=MatchConfig(tau_min=0.0))
     inputs: list[Tensor] = []
     copies = trained(share=False)
     copies.networks["fake"].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
@@ -74,14 +79,14 @@ def test_fisher_loss_is_its_formula() -> None:
     goal, weight = transition_target(tiny.TABLE, d.x_m, d.e, d.t, d.tau)
     delta, n = f_teacher - f_fake, (d.x0 - f_teacher).abs().flatten(1).mean(1)
     expected = (delta * (f_teacher - goal)).flatten(1).sum(1) - 0.7 * delta.square().flatten(1).sum(1)
-    found = fisher_loss(DistributionMatching(fisher_correction=0.7), tiny.TABLE, d, f_fake, f_teacher)
+    found = fisher_loss(DistributionMatching(match=MatchConfig(fisher_correction=0.7)), tiny.TABLE, d, f_fake, f_teacher)
     torch.testing.assert_close(found, (weight.float() * expected / n).mean())
 
 
 def test_fisher_goes_through_the_scores_inputs() -> None:
     """Unlike reverse KL: the gradient is not that of fixed scores."""
     roles = trained()
-    *_, loss = updates(roles, DistributionMatching(divergence="fisher"))
+    *_, loss = updates(roles, DistributionMatching(match=MatchConfig(divergence="fisher")))
     d = draw(DistributionMatching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     cond, null = conditions(roles.backbone)
     with torch.no_grad():
@@ -100,7 +105,9 @@ def test_the_fake_scores_errors_are_weighed_by_what_the_network_predicts() -> No
     torch.testing.assert_close(fake_loss(DistributionMatching(), tiny.TABLE, eps, d, f_fake), expected)
     backbone = tiny.denoiser(prediction="eps")
     loss = next(iter(updates(trained(backbone=backbone), replace(DistributionMatching(), share_draw=False))))
-    other = next(iter(updates(trained(backbone=backbone), replace(DistributionMatching(fake_weight="v"), share_draw=False))))
+    other = next(
+        iter(updates(trained(backbone=backbone), replace(DistributionMatching(fake=FakeScoreConfig(weight="v")), share_draw=False)))
+    )
     assert float(loss.value) < float(other.value)
 
 
@@ -108,10 +115,12 @@ def test_fake_loss_weighted_like_v() -> None:
     d, f_fake, _ = made_up_draw()
     per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
     expected = (truncated_v(tiny.TABLE, V, d.tau, 3.0).float() * per_sample).mean()
-    torch.testing.assert_close(fake_loss(DistributionMatching(fake_weight="v", snr_clip=3.0), tiny.TABLE, V, d, f_fake), expected)
+    torch.testing.assert_close(
+        fake_loss(DistributionMatching(fake=FakeScoreConfig(weight="v", snr_clip=3.0)), tiny.TABLE, V, d, f_fake), expected
+    )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SURROGATE_LOSSES)
 def test_student_loss_pulls_the_landing_state_against_the_difference(loss: str) -> None:
     d, f_fake, f_teacher = made_up_draw()
     value = student_loss(DistributionMatching(loss=loss), d, f_fake, f_teacher)
@@ -126,13 +135,13 @@ def test_student_loss_pulls_the_landing_state_against_the_difference(loss: str) 
     torch.testing.assert_close(got, expected / BATCH, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SURROGATE_LOSSES)
 @pytest.mark.parametrize("backbone", [tiny.denoiser, tiny.flow_denoiser, tiny.stable_diffusion], ids=["table", "flow", "sd"])
 def test_equal_roles_without_guidance_have_no_gradient_at_all(backbone: type, loss: str) -> None:
     """Fake score = teacher, bit for bit: the matching gradient is exactly zero, not a small number."""
     roles = make_roles(backbone(), RolesConfig(rank=2))
     cond, null = conditions(roles.backbone, 4)
-    for item in losses(DistributionMatching(loss=loss, guidance=1.0), roles, cond, null, 4, seed(), warming_up=False):
+    for item in losses(DistributionMatching(loss=loss, guidance=Guidance(scale=1.0)), roles, cond, null, 4, seed(), warming_up=False):
         if item.role == "student":
             assert item.value.item() == 0
             assert all(g is None or not bool(g.any()) for g in gradients(item.value, roles, "student"))
@@ -144,7 +153,7 @@ def test_equal_roles_without_guidance_have_no_gradient_at_all(backbone: type, lo
 def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
     roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
     cond, null = conditions(roles.backbone)
-    *_, last = losses(DistributionMatching(guidance=3.5), roles, cond, null, BATCH, seed(), warming_up=False)
+    *_, last = losses(DistributionMatching(guidance=Guidance(scale=3.5)), roles, cond, null, BATCH, seed(), warming_up=False)
     assert any(g is not None and bool(g.any()) for g in gradients(last.value, roles, "student"))
 
 
@@ -163,7 +172,7 @@ def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
     ],
 )
 def test_order_of_updates(share_draw: bool, fake_updates: int, warming_up: bool, expected: list[str]) -> None:
-    method = DistributionMatching(share_draw=share_draw, fake_updates=fake_updates)
+    method = DistributionMatching(fake=FakeScoreConfig(share_noised_sample=share_draw, updates=fake_updates))
     assert [loss.role for loss in updates(trained(), method, warming_up)] == expected
 
 
@@ -171,7 +180,7 @@ def test_order_of_updates(share_draw: bool, fake_updates: int, warming_up: bool,
 @pytest.mark.parametrize("share", [True, False])
 def test_each_loss_trains_its_own_role_and_no_other(share: bool, share_draw: bool) -> None:
     roles = trained(share)
-    for loss in updates(roles, DistributionMatching(share_draw=share_draw)):
+    for loss in updates(roles, DistributionMatching(fake=FakeScoreConfig(share_noised_sample=share_draw))):
         other: Role = "student" if loss.role == "fake" else "fake"
         if loss.role == "student":
             assert all(g is None for g in gradients(loss.value, roles, other))
@@ -197,11 +206,18 @@ def test_the_fake_step_in_between_leaves_the_students_gradient_exact(share: bool
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
 
 
-@pytest.mark.parametrize("method", [DistributionMatching(), DistributionMatching(loss="l2", fake_target="transition"), DistributionMatching(share_draw=False, fake_updates=2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        DistributionMatching(),
+        DistributionMatching(loss="l2", fake=FakeScoreConfig(target="transition")),
+        DistributionMatching(fake=FakeScoreConfig(share_noised_sample=False, updates=2)),
+    ],
+)
 def test_shared_and_copied_roles_have_the_same_first_iteration(method: DistributionMatching) -> None:
     values = []
     for share in (True, False):
-        roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+        roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
         values.append([(loss.role, {k: v.item() for k, v in loss.metrics.items()}) for loss in updates(roles, method)])
     for (role, mine), (other, theirs) in zip(*values, strict=True):
         assert role == other
@@ -229,21 +245,23 @@ ROLLOUT = [6, 4, 2]  # 8 samples, 2 a segment: those that go further than the fi
     ("method", "warming_up", "student", "teacher", "fake"),
     [
         (DistributionMatching(), False, [*ROLLOUT, 8], [16], [8]),
-        (DistributionMatching(guidance=1.0), False, [*ROLLOUT, 8], [8], [8]),
-        (DistributionMatching(share_draw=False), False, [*ROLLOUT, 8] * 2, [16], [8, 8]),
-        (DistributionMatching(fake_updates=3), False, [*ROLLOUT, 8] * 3, [16], [8] * 3),
-        (DistributionMatching(fake_updates=3, share_draw=False), False, [*ROLLOUT, 8] * 4, [16], [8] * 4),
+        (DistributionMatching(guidance=Guidance(scale=1.0)), False, [*ROLLOUT, 8], [8], [8]),
+        (DistributionMatching(fake=FakeScoreConfig(share_noised_sample=False)), False, [*ROLLOUT, 8] * 2, [16], [8, 8]),
+        (DistributionMatching(fake=FakeScoreConfig(updates=3)), False, [*ROLLOUT, 8] * 3, [16], [8] * 3),
+        (DistributionMatching(fake=FakeScoreConfig(updates=3, share_noised_sample=False)), False, [*ROLLOUT, 8] * 4, [16], [8] * 4),
         (DistributionMatching(), True, [*ROLLOUT, 8], [], [8]),
-        (DistributionMatching(fake_updates=2), True, [*ROLLOUT, 8] * 2, [], [8, 8]),
-        (DistributionMatching(divergence="fisher"), False, [*ROLLOUT, 8], [16], [8, 8]),
-        (DistributionMatching(fake_draw="clean"), False, [*ROLLOUT, 8], [16], [8, 8]),
-        (DistributionMatching(match="clean", solver="renoise", tau="whole"), False, [*ROLLOUT, 8], [16], [8]),
+        (DistributionMatching(fake=FakeScoreConfig(updates=2)), True, [*ROLLOUT, 8] * 2, [], [8, 8]),
+        (DistributionMatching(match=MatchConfig(divergence="fisher")), False, [*ROLLOUT, 8], [16], [8, 8]),
+        (DistributionMatching(fake=FakeScoreConfig(input="clean")), False, [*ROLLOUT, 8], [16], [8, 8]),
+        (DistributionMatching(solver="renoise", match=MatchConfig(state="clean", tau_range="full")), False, [*ROLLOUT, 8], [16], [8]),
         (DistributionMatching(steps=1), False, [8], [16], [8]),
         (DistributionMatching(steps=2), False, [4, 8], [16], [8]),
     ],
 )
-def test_network_calls_of_an_iteration(method: DistributionMatching, warming_up: bool, student: list[int], teacher: list[int], fake: list[int]) -> None:
-    copies = make_roles(tiny.denoiser(), RolesConfig(share=False))
+def test_network_calls_of_an_iteration(
+    method: DistributionMatching, warming_up: bool, student: list[int], teacher: list[int], fake: list[int]
+) -> None:
+    copies = make_roles(tiny.denoiser(), RolesConfig(lora=False))
     with batch_sizes([copies.networks[r] for r in ("student", "teacher", "fake")]) as seen:
         list(updates(copies, method, warming_up))
     assert seen == [student, teacher, fake]
@@ -315,29 +333,40 @@ def test_times_are_the_uniform_grid_of_any_step_count() -> None:
     several = DistributionMatching(steps=(2, 4))
     assert torch.equal(several.times(tiny.TABLE), timegrid.uniform(tiny.TABLE, 2))
     assert (several.counts, several.condition_values) == ((2, 4), (2, 4))
-    assert DistributionMatching(steps=(2, 4), condition=False).condition_values == DistributionMatching(steps=(2,)).condition_values == DistributionMatching(steps=4).condition_values == ()
+    assert (
+        DistributionMatching(steps=(2, 4), condition=False).condition_values
+        == DistributionMatching(steps=(2,)).condition_values
+        == DistributionMatching(steps=4).condition_values
+        == ()
+    )
 
 
 def test_tilted_guidance_is_stronger_near_noise_and_as_strong_in_the_middle() -> None:
-    method = DistributionMatching(guidance=4.0, guidance_tilt=0.5)
+    method = DistributionMatching(guidance=Guidance(scale=4.0, tilt=0.5))
     tau = torch.tensor([999.0, 499.0, -1.0], dtype=torch.float64)
     torch.testing.assert_close(guidance_at(method, tiny.TABLE, tau), torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64))
-    assert guidance_at(DistributionMatching(guidance=4.0), tiny.TABLE, tau) == 4.0
+    assert guidance_at(DistributionMatching(guidance=Guidance(scale=4.0)), tiny.TABLE, tau) == 4.0
     with pytest.raises(ValueError, match=r"^guidance_tilt: got 2, allowed are numbers from -1 to 1"):
-        DistributionMatching(guidance_tilt=2)
+        DistributionMatching(guidance=Guidance(tilt=2))
 
 
 def test_the_teacher_is_asked_without_the_parallel_part() -> None:
     """The same draws and networks: what is taken away from the teacher's belief is along its clean estimate."""
     roles = trained()
-    plain, projected = (list(updates(roles, DistributionMatching(steps=2, guidance=3.0, guidance_parallel=p)))[-1].metrics["gap_1"] for p in (1.0, 0.0))
+    plain, projected = (
+        list(updates(roles, DistributionMatching(steps=2, guidance=Guidance(scale=3.0, apg_eta=p))))[-1].metrics["gap_1"]
+        for p in (1.0, 0.0)
+    )
     assert not torch.allclose(plain, projected)
     with pytest.raises(ValueError, match=r"^guidance_parallel: got 1.5, allowed are shares from 0"):
-        DistributionMatching(guidance_parallel=1.5)
+        DistributionMatching(guidance=Guidance(apg_eta=1.5))
 
 
 def test_the_teacher_is_asked_with_it() -> None:
     """The same guidance on average, another one at each tau: another loss."""
     roles = trained()
-    plain, tilted = (list(updates(roles, DistributionMatching(steps=2, guidance=g, guidance_tilt=b)))[-1].value for g, b in ((3.0, 0.0), (3.0, 0.4)))
+    plain, tilted = (
+        list(updates(roles, DistributionMatching(steps=2, guidance=Guidance(scale=g, tilt=b))))[-1].value
+        for g, b in ((3.0, 0.0), (3.0, 0.4))
+    )
     assert not torch.allclose(plain, tilted)

@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewstep
-from fewstep.api import LoadedStudent, load_student
+from fewstep.api import Student, load_student
 from fewstep.backbones.files import LORA_FILE, load_lora
 from fewstep.cli.export import FORMATS, run_export, single
 from fewstep.cli.inspect import safetensors_summary
 from fewstep.core import timegrid
-from fewstep.export.final import require_change, write_final
-from fewstep.export.headers import public_base
-from fewstep.export.kohya import layers_of
 from fewstep.roles import adapters
 from fewstep.roles.roles import RolesConfig
+from fewstep.student.folder import require_change
+from fewstep.student.headers import public_base
+from fewstep.student.kohya import layers_of
 from tests import pipelines
 
 from .card import CARD
@@ -62,7 +62,7 @@ def delta(down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
     return scale * (up.flatten(1).double() @ down.flatten(1).double()).reshape(len(up), *down.shape[1:])
 
 
-def student(folder: Path, out: Path, rank: int, alpha: float, dtype: str = "float32") -> tuple[LoadedStudent, dict[str, Tensor]]:
+def student(folder: Path, out: Path, rank: int, alpha: float, dtype: str = "float32") -> tuple[Student, dict[str, Tensor]]:
     """A student folder whose card names this alpha, loaded; and what its LoRA changes, by layer."""
     teacher = fewstep.load_teacher(folder)
     state = lora_of(teacher.module, rank)
@@ -108,7 +108,7 @@ def test_every_format_changes_the_weights_alike_without_headers(
     if "pipeline" in forms:
         again = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
         found["pipeline"] = {n: v - base[n] for n, v in weights(again).items()}
-    merged = load_student(tmp_path / "merged", folders(family)).student.network.state_dict()
+    merged = load_student(tmp_path / "merged", folders(family)).network.state_dict()
     found["merged"] = {n: merged[f"{n}.weight"].double() - base[n] for n in base}
     size = max(float(v.abs().max()) for v in wanted.values())
     assert size > 0.01
@@ -123,10 +123,9 @@ def test_every_format_changes_the_weights_alike_without_headers(
 
 def test_a_student_of_several_step_counts_says_one_without_headers(folders: Callable[[str], Path], tmp_path: Path) -> None:
     """The layer that says it is in kohya's file, too."""
-    from fewstep.roles.student import plain_lora, with_vectors
 
     loaded, _ = student(folders("sd"), tmp_path / "final", 4, 16.0)
-    teacher = loaded.student.backbone
+    teacher = loaded.backbone
     width = teacher.module.get_submodule(teacher.time_layer).out_features
     assert isinstance(width, int)
     told = with_vectors(loaded.student, {4: torch.full((width,), 0.5), 2: torch.zeros(width)})
@@ -233,7 +232,7 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
         fewstep.load("whole", "whole")(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="pt").images, wanted, rtol=0, atol=1e-4
     )  # fmt: skip
     vocabulary = json.loads(Path("whole/tokenizer/vocab.json").read_text())
-    assert vocabulary == loaded.student.backbone.pipe.tokenizer.get_vocab()  # type: ignore[attr-defined]
+    assert vocabulary == loaded.backbone.pipe.tokenizer.get_vocab()  # type: ignore[attr-defined]
     assert Path("whole/tokenizer/merges.txt").is_file()
     assert all(k.startswith("text_model.") for k in load_file("whole/text_encoder/model.safetensors"))  # as in published models
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.schedule import EDM
-from fewstep.report.trajectories import SHOWN, shape_of, strays
 from fewstep.heads.head import unknown
+from fewstep.report.trajectories import SHOWN, shape_of, strays
 
 SCHEDULE = EDM()
 GRID = SCHEDULE.at(torch.linspace(1, 0, 41, dtype=torch.float64))

@@ -19,13 +19,12 @@ from fewstep.backbones.few_step import facts_of
 from fewstep.backbones.load import absolute, fingerprint
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.cli.sample import open_student
-from fewstep.export.card import StudentCard, read_card
-from fewstep.export.final import write_final
-from fewstep.export.model_card import model_card
 from fewstep.names import made_name
 from fewstep.roles.adapters import remove_adapters
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
-from fewstep.runs.students import base_note
+from fewstep.student.folder import read_card, write_final
+from fewstep.student.model_card import model_card
+from fewstep.student.student import base_note
 
 from .. import tiny
 
@@ -109,7 +108,7 @@ def test_a_failure_says_its_cause_and_keeps_what_was_there(
 
     before = {p: p.read_bytes() for p in final.rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr("fewstep.export.final.sync_all", refuse)
+        patch.setattr("fewstep.student.folder.sync_all", refuse)
         with pytest.raises(OSError, match=f"cannot write .*final: .*{cure}.* \\(training is not repeated\\)$"):
             written(final, backbone)
     assert before == {p: p.read_bytes() for p in final.parent.rglob("*") if p.is_file()}
