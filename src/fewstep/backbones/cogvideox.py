@@ -8,6 +8,7 @@ from diffusers import CogVideoXPipeline
 from torch import Tensor, nn
 
 from .base import Cond
+from .family import Family
 from .parts import Piped, on, single_output, transformer_features
 from .settings import table
 
@@ -71,6 +72,10 @@ class CogVideoX(Piped):
         return (videos.float() / 2 + 0.5).clamp(0, 1).movedim(1, 2)
 
 
-def around_cogvideox(pipe: CogVideoXPipeline, name: str) -> CogVideoX:
-    """The backbone of a pipeline, its videos as long as the network was made for."""
-    return CogVideoX(pipe, name, table(pipe), pipe.transformer.config.sample_frames)
+FAMILY = Family(
+    CogVideoXPipeline,
+    lambda pipe, name: CogVideoX(pipe, name, table(pipe), pipe.transformer.config.sample_frames),
+    takes_times=False,
+    video=True,
+    call_options=lambda pipe: {"max_sequence_length": pipe.transformer.config.max_text_seq_length},
+)

@@ -7,19 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from diffusers import (
-    CogVideoXPipeline,
-    DDPMPipeline,
-    DiffusionPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    SchedulerMixin,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from .families import FAMILIES, family_of_pipeline
+from .family import Family
 from .files import loads_lora, part_name
 from .generate import noise_of
 from .parts import denoiser_of
@@ -78,70 +70,45 @@ class FewStepPipeline(DiffusionPipeline):
         )
 
 
-class FewStepSD(FewStepPipeline, StableDiffusionPipeline):
-    """Stable Diffusion."""
+def _few_step(family: Family) -> type[FewStepPipeline]:
+    """Return a family's pipeline with a student's defaults.
+
+    It has the family's own name, by which diffusers finds its other pipelines: AutoPipelineForImage2Image.from_pipe.
+    """
+    return type(
+        family.name, (FewStepPipeline, family.pipeline), {"__doc__": f"A {family.name} with a student's defaults.", "__module__": __name__}
+    )
 
 
-class FewStepSDXL(FewStepPipeline, StableDiffusionXLPipeline):
-    """Stable Diffusion XL."""
-
-
-class FewStepPixArtAlpha(FewStepPipeline, PixArtAlphaPipeline):
-    """PixArt-alpha."""
-
-
-class FewStepPixArtSigma(FewStepPipeline, PixArtSigmaPipeline):
-    """PixArt-Sigma."""
-
-
-class FewStepCogVideoX(FewStepPipeline, CogVideoXPipeline):
-    """CogVideoX."""
-
-
-class FewStepSD3(FewStepPipeline, StableDiffusion3Pipeline):
-    """Stable Diffusion 3."""
-
-
-FEW_STEP: dict[type[DiffusionPipeline], type[FewStepPipeline]] = {
-    StableDiffusionPipeline: FewStepSD,
-    StableDiffusionXLPipeline: FewStepSDXL,
-    PixArtAlphaPipeline: FewStepPixArtAlpha,
-    PixArtSigmaPipeline: FewStepPixArtSigma,
-    CogVideoXPipeline: FewStepCogVideoX,
-    StableDiffusion3Pipeline: FewStepSD3,
-}
-for _plain, _few in FEW_STEP.items():  # by this name diffusers finds a family's other pipelines: AutoPipelineForImage2Image.from_pipe
-    _few.__name__ = _plain.__name__
+FEW_STEP: dict[str, type[FewStepPipeline]] = {name: _few_step(family) for name, family in FAMILIES.items() if family.takes_prompts}
 
 
 @dataclass(frozen=True)
-class Facts:
-    """How a pipeline is called: its class, its denoiser, whether it loads LoRA, takes prompts and a list of times, and gives videos."""
+class PipelineInfo:
+    """How a pipeline is called: its family, its denoiser, whether it loads LoRA and takes a list of times."""
 
-    pipeline: str
+    family: Family
     part: str
     loads_lora: bool
-    takes_prompts: bool
-    takes_times: bool  # with a scheduler that students of its family have
-    video: bool
+    takes_times: bool
 
 
-def facts_of(pipe: DiffusionPipeline) -> Facts:
-    """What a model card has to know of the base."""
-    plain = next((p for p in FEW_STEP if isinstance(pipe, p)), type(pipe))
-    network = denoiser_of(pipe)
-    told = plain in FEW_STEP and plain not in (CogVideoXPipeline, StableDiffusion3Pipeline)
-    told = told and not pipe.scheduler.config.get("rescale_betas_zero_snr")  # DPM-Solver++ takes no signal for 2^-12 of one, which is seen
-    return Facts(plain.__name__, part_name(network), loads_lora(network), plain in FEW_STEP, told, plain is CogVideoXPipeline)
+def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
+    """Return what a model card says of the base."""
+    family, network = family_of_pipeline(pipe), denoiser_of(pipe)
+    # DPM-Solver++ replaces zero signal by 2^-12 of one, which is seen.
+    takes_times = family.takes_times and not pipe.scheduler.config.get("rescale_betas_zero_snr")
+    return PipelineInfo(family, part_name(network), loads_lora(network), takes_times)
 
 
 def few_step_pipeline(
     base: DiffusionPipeline, network: nn.Module, scheduler: SchedulerMixin, defaults: SamplingDefaults
 ) -> FewStepPipeline:
     """Return the parts of `base` with a student's network, scheduler and defaults. Raises ValueError for a pipeline without prompts."""
-    kind = next((few for plain, few in FEW_STEP.items() if isinstance(base, plain)), None)
-    if kind is None:
+    family = family_of_pipeline(base)
+    if not family.takes_prompts:
         raise ValueError(f"base: {type(base).__name__} takes no prompts; sample its students with fewstep.sample")
+    kind = FEW_STEP[family.name]
     pipe = with_network(base, network, scheduler, kind)
     pipe.defaults = defaults
     return pipe
@@ -169,18 +136,16 @@ def drawn(
     One that takes no prompts draws one picture for each all the same. States of a `shape` begin as fewstep's do: what older torch draws in half
     precision is other noise.
     """
+    family = family_of_pipeline(pipe)
     options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
-    if isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
-        options |= {"use_resolution_binning": False, "clean_caption": False}
-    elif isinstance(pipe, CogVideoXPipeline):
-        options |= {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
+    options |= family.call_options(pipe)
     options |= {"height": size, "width": size} if size else {}
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    if isinstance(pipe, DDPMPipeline):
+    if not family.takes_prompts:
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images
     if shape:
         options |= {"latents": noise_of(generators, shape).to(pipe.dtype)}
     result = pipe(
         prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options
     )
-    return result.frames if isinstance(pipe, CogVideoXPipeline) else result.images
+    return result.frames if family.video else result.images

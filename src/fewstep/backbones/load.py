@@ -5,23 +5,13 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import (
-    CogVideoXPipeline,
-    ConsistencyModelPipeline,
-    DDPMPipeline,
-    DiffusionPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -32,17 +22,13 @@ from ..hashes import sha256_of
 from ..names import expanded
 from ..reading import ReadError, json_in, out_of_memory, reading, reason, unreadable
 from .base import Backbone, speechless
-from .cogvideox import CogVideoX, around_cogvideox
+from .families import FAMILIES, family_of_pipeline
+from .family import Family
 from .lora import fuse
 from .parts import LatentUNet, Piped, able_to_single, load_pipeline
-from .pixart import PixArt, around_pixart
-from .sd import StableDiffusion, around_sd
-from .sd3 import StableDiffusion3, around_sd3
-from .sdxl import StableDiffusionXL, around_sdxl
 from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .trial import require_runs
-from .unconditional import PixelModel, around_pixels
 from .weights import UnfitError, inside
 
 FUSED = " + "  # between a teacher and the LoRAs that are fused into it
@@ -160,30 +146,6 @@ def present(source: Source) -> Source:
     return source
 
 
-@dataclass(frozen=True)
-class Family:
-    """A diffusers pipeline, the backbone that goes around it, and parts that are loaded otherwise than it says."""
-
-    pipeline: type[DiffusionPipeline]
-    around: Callable[[Any, str], StableDiffusion | StableDiffusionXL | PixArt | CogVideoX | StableDiffusion3 | PixelModel]
-    parts: Mapping[str, Any] = field(default_factory=dict)
-
-
-FAMILIES = {
-    family.pipeline.__name__: family
-    for family in (
-        Family(StableDiffusionPipeline, around_sd, {"safety_checker": None, "requires_safety_checker": False}),
-        Family(StableDiffusionXLPipeline, around_sdxl),
-        Family(PixArtAlphaPipeline, around_pixart),
-        Family(PixArtSigmaPipeline, around_pixart),
-        Family(CogVideoXPipeline, around_cogvideox),
-        Family(StableDiffusion3Pipeline, around_sd3),
-        Family(DDPMPipeline, around_pixels),
-        Family(ConsistencyModelPipeline, around_pixels),
-    )
-}
-
-
 def bundled() -> list[str]:
     """Names of the teachers that ship with the package."""
     return sorted(p.parent.name for p in BUNDLED.glob(f"*/{INDEX}"))
@@ -235,7 +197,7 @@ def load_teacher(
 
 def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
     """What goes around a pipeline, if all that its settings ask for is done. Raises UnfitError."""
-    backbone = family.around(require_settings(pipe), name)
+    backbone = family.from_pipeline(require_settings(pipe), name)
     able_to_single(backbone.module)
     if why := speechless(backbone.schedule, backbone.row):
         raise UnfitError(
@@ -396,11 +358,7 @@ def pipeline_of(base: str | Path | Backbone | DiffusionPipeline) -> DiffusionPip
 
 def around(pipe: DiffusionPipeline, name: str) -> Backbone:
     """The backbone of a pipeline that is there already. Raises ValueError for a family that is not supported."""
-    family = next((f for f in FAMILIES.values() if isinstance(pipe, f.pipeline)), None)
-    if family is None:
-        raise ValueError(
-            f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"
-        )
+    family = family_of_pipeline(pipe)
     try:
         found: Backbone = backbone_of(family, pipe, name)
         assert found.shape

@@ -8,6 +8,7 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from .base import Cond
+from .family import Family
 from .parts import LatentTransformer, on, single_output, transformer_features
 from .settings import table
 
@@ -46,6 +47,11 @@ class PixArt(LatentTransformer):
         return on(self.module, {"text": text, "mask": mask})
 
 
-def around_pixart(pipe: PixArtAlphaPipeline | PixArtSigmaPipeline, name: str) -> PixArt:
-    """The backbone of a pipeline."""
-    return PixArt(pipe, name, table(pipe))
+ALPHA, SIGMA = (
+    Family(
+        pipeline,
+        lambda pipe, name: PixArt(pipe, name, table(pipe)),
+        call_options=lambda pipe: {"use_resolution_binning": False, "clean_caption": False},
+    )
+    for pipeline in (PixArtAlphaPipeline, PixArtSigmaPipeline)
+)

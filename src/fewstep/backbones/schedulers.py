@@ -16,6 +16,7 @@ from diffusers import (
 )
 
 from ..core.schedule import EDM, VP, Schedule
+from ..core.solvers import SOLVERS, Solver
 from ..reading import read_json, reading
 from .weights import UnfitError
 
@@ -65,49 +66,54 @@ def noise_levels(config: Mapping[str, Any]) -> EDM:
 
 
 def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: str, even: bool = True) -> SchedulerMixin:
-    """A stock scheduler that visits exactly the trained times for every step count served.
+    """Return a scheduler of diffusers that visits exactly the trained times for every step count served.
 
-    On a table of times, DDIM on trailing times is exact where the step count divides the table; DPM-Solver++ of order 1 is the same
-    rule and is exact for any. Stochastic students get diffusers' LCM scheduler. Video has a scheduler of its own, which alone knows
-    its shift, and flow another; these two walk DDIM's way, which on flow is Euler's. ValueError where there is none. `config` is
-    that of the teacher's scheduler. Times that are not `even` have to be told, which DPM-Solver++ takes and those two do not.
-    On EDM's noise levels it is right for the first of `steps` alone (see `_on_noise_levels`).
+    `config` is that of the teacher's scheduler; times that are not `even` have to be given to the pipeline. On a table of times, DDIM on
+    trailing times is exact if the step count divides the table; DPM-Solver++ of order 1 is the same rule and is exact for any.
+    Students of a stochastic solver get LCM's scheduler; students of a solver that no stock scheduler has get the one of the nearest
+    order, and fewstep's own when fewstep samples them. CogVideoX has a scheduler of its own, which alone knows its shift, and flow
+    another, whose Euler steps are DDIM's. On EDM's noise levels it is right for the first of `steps` alone (see `_on_noise_levels`).
+    Raises ValueError if there is none.
     """
+    rule = SOLVERS[solver]
     if "sigma_data" in config:
-        return _on_noise_levels(config, steps[0], solver, even)
-    if not even and solver == "renoise":
-        raise ValueError("method.shift: students that re-noise are exported for even times alone; set it to 1, or method.solver=ddim")
+        return _on_noise_levels(config, steps[0], rule, even)
+    if not even and rule.stochastic:
+        raise ValueError(
+            "method.shift: students of a stochastic solver can only be exported with uniform time grids; set it to 1, or method.solver=ddim"
+        )
     if "snr_shift_scale" in config:
-        _only("ddim", solver)
+        _only_ddim(rule)
         if even:
             _divides(config, steps)
         shared = {k: config[k] for k in (*_TABLE, "snr_shift_scale") if k in config}
         return CogVideoXDDIMScheduler(**shared, **_WHOLE, timestep_spacing="trailing")
-    if "shift" in config:
-        _only("ddim", solver)
-        return _flow()(num_train_timesteps=config["num_train_timesteps"], shift=config["shift"])
+    if "beta_schedule" not in config:  # no table of betas: flow
+        _only_ddim(rule)
+        return _flow()(num_train_timesteps=config["num_train_timesteps"], shift=config.get("shift", 1.0))
     shared = {k: config[k] for k in _TABLE if k in config}
-    if solver == "renoise":
+    if rule.stock == "lcm":
         _divides(config, steps)
         return LCMScheduler(**shared, original_inference_steps=config["num_train_timesteps"], clip_sample=False)
-    if solver == "ddim" and even and all(config["num_train_timesteps"] % k == 0 for k in steps):
+    if rule.order == 1 and even and all(config["num_train_timesteps"] % k == 0 for k in steps):
         return DDIMScheduler(**shared, **_WHOLE, **_TRAILING)
-    return DPMSolverMultistepScheduler(**shared, **_TRAILING, solver_order=1 if solver == "ddim" else 2)
+    return DPMSolverMultistepScheduler(**shared, **_TRAILING, solver_order=min(rule.order, 2))
 
 
-def _on_noise_levels(config: Mapping[str, Any], steps: int, solver: str, even: bool) -> SchedulerMixin:
-    """EDM's Euler, which is DDIM there, or DPM-Solver++ whose last noise level is that of the student's last step.
+def _on_noise_levels(config: Mapping[str, Any], steps: int, rule: Solver, even: bool) -> SchedulerMixin:
+    """Return EDM's Euler, which is DDIM there, or DPM-Solver++ whose last noise level is that of the student's last step.
 
     diffusers spaces K levels evenly in the rho-th root from `sigma_max` to `sigma_min` and goes to clean data from there; fewstep spaces
     K steps evenly from `sigma_max` to clean data, and its last level is `sigma_min` of the scheduler for these K.
     """
     if not even:
         raise ValueError("method.shift: students on EDM's noise levels are exported for even times alone; set it to 1")
-    if solver == "renoise":
-        raise ValueError("method.solver: got renoise, students on EDM's noise levels are exported for ddim or dpmpp; choose one")
+    if rule.stochastic:
+        raise ValueError(f"method.solver: got {rule.name}, students on EDM's noise levels are exported for ddim or dpmpp; choose one")
     last = float(noise_levels(config).at(torch.tensor(1 / steps, dtype=torch.float64)))
     shared = {**{k: config[k] for k in _LEVELS if k in config}, "sigma_min": last}
-    return EDMDPMSolverMultistepScheduler(**shared) if solver == "dpmpp" else EDMEulerScheduler(**shared)
+    multistep = rule.order > 1 and rule.stock
+    return EDMDPMSolverMultistepScheduler(**shared) if multistep else EDMEulerScheduler(**shared)
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
@@ -136,9 +142,9 @@ def _flow() -> type[SchedulerMixin]:
     return FlowMapEulerDiscreteScheduler
 
 
-def _only(allowed: str, solver: str) -> None:
-    if solver != allowed:
-        raise ValueError(f"method.solver: got {solver}, students of this family are exported for {allowed} alone; choose that")
+def _only_ddim(rule: Solver) -> None:
+    if rule.name != "ddim":
+        raise ValueError(f"method.solver: got {rule.name}, students of this family are exported for ddim alone; choose that")
 
 
 def _divides(config: Mapping[str, Any], steps: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from .base import Cond
+from .family import Family
 from .parts import LatentUNet, on, single_output
 from .settings import table
 
@@ -32,6 +33,10 @@ class StableDiffusion(LatentUNet):
         return on(self.module, {"text": text})
 
 
-def around_sd(pipe: StableDiffusionPipeline, name: str) -> StableDiffusion:
-    """The backbone of a pipeline."""
-    return StableDiffusion(pipe, name, table(pipe))
+FAMILY = Family(
+    StableDiffusionPipeline,
+    lambda pipe, name: StableDiffusion(pipe, name, table(pipe)),
+    parts={"safety_checker": None, "requires_safety_checker": False},
+    comfyui_latent="EmptyLatentImage",
+    kohya="diffusers",
+)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.schedule import Flow
 from .base import Cond
+from .family import Family
 from .parts import LatentTransformer, on, single_output, transformer_features
 
 
@@ -41,6 +42,9 @@ class StableDiffusion3(LatentTransformer):
         return on(self.module, {"text": text, "pooled": pooled})
 
 
-def around_sd3(pipe: StableDiffusion3Pipeline, name: str) -> StableDiffusion3:
-    """The backbone of a pipeline."""
-    return StableDiffusion3(pipe, name, Flow(shift=pipe.scheduler.config.shift))
+FAMILY = Family(
+    StableDiffusion3Pipeline,
+    lambda pipe, name: StableDiffusion3(pipe, name, Flow(shift=pipe.scheduler.config.shift)),
+    takes_times=False,
+    comfyui_latent="EmptySD3LatentImage",
+)

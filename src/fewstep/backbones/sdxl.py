@@ -8,6 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from .base import Cond
+from .family import Family
 from .parts import LatentUNet, on, single_output
 from .settings import table
 
@@ -41,6 +42,9 @@ class StableDiffusionXL(LatentUNet):
         return on(self.module, {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)})
 
 
-def around_sdxl(pipe: StableDiffusionXLPipeline, name: str) -> StableDiffusionXL:
-    """The backbone of a pipeline."""
-    return StableDiffusionXL(pipe, name, table(pipe))
+FAMILY = Family(
+    StableDiffusionXLPipeline,
+    lambda pipe, name: StableDiffusionXL(pipe, name, table(pipe)),
+    comfyui_latent="EmptyLatentImage",
+    kohya="original",
+)

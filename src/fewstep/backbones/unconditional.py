@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.prediction import edm_inputs
 from ..core.schedule import EDM
 from .base import Cond
+from .family import Family
 from .parts import PREDICTIONS, WithUNet, single_output
 from .schedulers import EDM_SCHEDULERS, EDM_SIGNS, process_of
 from .settings import read_labels, require_pixels, require_prediction
@@ -76,7 +77,7 @@ class PixelModel(WithUNet):
 
 
 def around_pixels(pipe: DiffusionPipeline, name: str) -> PixelModel:
-    """The backbone of a pipeline, with the classes that `labels.json` in its folder names. Raises ValueError for a scheduler of another kind."""
+    """Return the backbone of a pipeline, with the classes that `labels.json` in its folder names. Raises ValueError for a scheduler of another kind."""
     labels = read_labels(Path(pipe.name_or_path or "") / LABELS)
     require_pixels(pipe.unet, labels)
     if "prediction_type" in pipe.scheduler.config:
@@ -138,3 +139,8 @@ def drawn_pixels(model: PixelModel, prompts: Sequence[str], steps: int) -> Tenso
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     shown = model.pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt", **options).images
     return model.decode(2 * shown - 1)
+
+
+DDPM, CONSISTENCY = (
+    Family(pipeline, around_pixels, takes_prompts=False, takes_times=False) for pipeline in (DDPMPipeline, ConsistencyModelPipeline)
+)

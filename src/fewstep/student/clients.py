@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..atomic import write_tensors
-from ..backbones.few_step import Facts
+from ..backbones.few_step import PipelineInfo
 from ..core.schedule import Schedule
 from ..core.solvers import SOLVERS
 from .card import StudentCard
@@ -16,33 +16,32 @@ from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header
 from .kohya import kohya, layers_of, original_names
 
-UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA beside these
 
 
 def write_client_file(
-    folder: Path, lora: Path, network: nn.Module, card: StudentCard, facts: Facts, state: Mapping[str, Tensor], size: int
+    folder: Path, lora: Path, network: nn.Module, card: StudentCard, info: PipelineInfo, state: Mapping[str, Tensor], size: int
 ) -> str:
     """Write the LoRA `state`, alpha equal to its rank, for programs that only know files; return the file's name.
 
     A U-Net's has kohya's names, which all of them read; a transformer's is what diffusers reads, as ComfyUI does.
     """
-    if facts.pipeline not in UNETS:
+    if not info.family.kohya:
         name = f"{card.name}-lora.safetensors"
         shutil.copyfile(lora, folder / name)
         return name
     assert card.alpha is not None
     layers = layers_of(state)
     modules = [n.replace(".base_layer", "") for n, _ in network.named_modules()]
-    original = original_names(layers, modules) if facts.pipeline == "StableDiffusionXLPipeline" else None
+    original = original_names(layers, modules) if info.family.kohya == "original" else None
     named, name = kohya(state, card.alpha, original), f"{card.name}-kohya.safetensors"
     config: Mapping[str, Any] = network.config  # type: ignore[assignment]
-    write_tensors(folder / name, named, kohya_header(card, facts, config, named, size))
+    write_tensors(folder / name, named, kohya_header(card, info, config, named, size))
     return name
 
 
 def other_programs(
-    card: StudentCard, facts: Facts, schedule: Schedule, config: Mapping[str, Any], file: str, layers: Collection[str], folder: str
+    card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], file: str, layers: Collection[str], folder: str
 ) -> str:
     """The section of a model card on programs other than diffusers; empty where there is none to speak of.
 
@@ -50,7 +49,7 @@ def other_programs(
     """
     if not file:
         return ""
-    unet = facts.pipeline in UNETS
+    unet = bool(info.family.kohya)
     readers = "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp" if unet else "ComfyUI and diffusers"
     rows = [
         f"`{file}` is this LoRA under the names that {readers} read. Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
@@ -58,7 +57,7 @@ def other_programs(
     if unet and (why := foreign(schedule, config)):
         rows.append(f"ComfyUI, A1111 and Forge cannot draw with it: {why}.")
     else:
-        rows.append(_comfyui(card, facts, schedule, config, folder))
+        rows.append(_comfyui(card, info, schedule, config, folder))
         rows += [_automatic(card, schedule, config)] * unet
     if unread := [n for n in layers if n.split(".")[0] not in BLOCKS] if unet else []:
         of = f"{len(unread)} of its {len(layers)} layers ({', '.join(unread)})"
@@ -69,11 +68,11 @@ def other_programs(
     return "\n## Other programs\n\n" + "\n".join(f"- {row}" for row in rows) + "\n"
 
 
-def _comfyui(card: StudentCard, facts: Facts, schedule: Schedule, config: Mapping[str, Any], folder: str) -> str:
+def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], folder: str) -> str:
     """What to do in ComfyUI, or why nothing can be done."""
     name = checkpoint_name(card.base)
-    if why := obstacle(card, facts.pipeline, schedule, config):
-        cured = facts.pipeline in UNETS and not name
+    if why := obstacle(card, info.family, schedule, config):
+        cured = bool(info.family.kohya) and not name
         cure = f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have." if cured else ""
         return f"There is no workflow for ComfyUI: {why}.{cure}"
     return f"ComfyUI: drop `comfyui-workflow.json` on its window. It loads `{name}` and names all settings."

@@ -7,17 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbones.family import Family
 from ..backbones.load import source_of
 from ..backbones.single_file import SUFFIX
 from ..core.schedule import VP, Schedule
 from ..core.solvers import SIGNAL, SOLVERS
 from .card import StudentCard
 
-LATENTS = {  # of the pipelines whose checkpoints ComfyUI loads by itself
-    "StableDiffusionPipeline": "EmptyLatentImage",
-    "StableDiffusionXLPipeline": "EmptyLatentImage",
-    "StableDiffusion3Pipeline": "EmptySD3LatentImage",
-}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 CHECKPOINTS = {  # the files that those who publish these models call so
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "v1-5-pruned-emaonly.safetensors",
@@ -80,10 +76,10 @@ def foreign(schedule: Schedule, config: Mapping[str, Any]) -> str:
     return ""
 
 
-def obstacle(card: StudentCard, pipeline: str, schedule: Schedule, config: Mapping[str, Any]) -> str:
+def obstacle(card: StudentCard, family: Family, schedule: Schedule, config: Mapping[str, Any]) -> str:
     """Why ComfyUI has no nodes for this student, or no checkpoint of its base; empty where it has."""
     solver = SOLVERS[card.solver[str(card.steps[0])]]
-    if pipeline not in LATENTS:
+    if not family.comfyui_latent:
         return "it loads no checkpoint of this family by itself"
     if card.head or card.analytic_first_step or "comfyui" not in solver.clients:
         own = "a head" if card.head else "an analytic first step" if card.analytic_first_step else solver.name
@@ -101,14 +97,14 @@ def obstacle(card: StudentCard, pipeline: str, schedule: Schedule, config: Mappi
 
 
 def workflow(
-    card: StudentCard, pipeline: str, lora: str, size: int, schedule: Schedule, config: Mapping[str, Any]
+    card: StudentCard, family: Family, lora: str, size: int, schedule: Schedule, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """In ComfyUI's API format, ready to be dropped on its window; None where there is an `obstacle`.
 
     `config` is that of the base's scheduler. What the network predicts and the noise it was trained on are said, not left to be guessed
     from the checkpoint. Times that `simple` does not visit are given as noise levels, to a node that ComfyUI has since December 2025.
     """
-    if obstacle(card, pipeline, schedule, config):
+    if obstacle(card, family, schedule, config):
         return None
     steps, base = card.steps[0], source_of(card.base)
     solver, times = SOLVERS[card.solver[str(steps)]], card.timesteps[str(steps)][:-1]
@@ -135,7 +131,7 @@ def workflow(
     graph |= {
         "3": node("CLIPTextEncode", {"text": "a prompt", "clip": ["2", 1]}),
         "4": node("CLIPTextEncode", {"text": "", "clip": ["2", 1]}),
-        "5": node(LATENTS[pipeline], {"width": size, "height": size, "batch_size": 1}),
+        "5": node(family.comfyui_latent, {"width": size, "height": size, "batch_size": 1}),
     }
     shared = {"model": ["20", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "cfg": 1.0}
     # A multistep solver extrapolates from the first noise level, where ComfyUI keeps another rest of the signal.

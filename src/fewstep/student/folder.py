@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..atomic import open_to_others, sync, sync_all, temporary_beside, unwritten, write_json, write_tensors, write_text
 from ..backbones.base import Backbone
-from ..backbones.few_step import facts_of
+from ..backbones.few_step import pipeline_info
 from ..backbones.files import load_network, network_place, save_lora, save_network
 from ..backbones.load import pipeline_of
 from ..backbones.schedulers import student_scheduler
@@ -220,9 +220,9 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         lora = parts.lora or {}
         save_lora(lora_path(folder), backbone.module, lora, parts.settings, own_header(card))
         if not card.own_network:
-            facts = facts_of(pipeline_of(backbone))
-            file = write_client_file(folder, lora_path(folder), backbone.module, card, facts, lora, backbone.picture_size)
-            if graph := workflow(card, facts.pipeline, file, backbone.picture_size, schedule, config):
+            info = pipeline_info(pipeline_of(backbone))
+            file = write_client_file(folder, lora_path(folder), backbone.module, card, info, lora, backbone.picture_size)
+            if graph := workflow(card, info.family, file, backbone.picture_size, schedule, config):
                 write_json(folder / WORKFLOW, graph)
     if parts.head is not None:
         write_head(folder, parts.head)
@@ -231,11 +231,11 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
     if card.own_network:
         about = own_card(card, name)
     else:
-        facts = facts_of(pipeline_of(backbone))
+        info = pipeline_info(pipeline_of(backbone))
         scheduler = student_scheduler(config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(scheduler_path(folder))
-        elsewhere = other_programs(card, facts, schedule, config, file, layers_of(parts.lora or {}), name)
-        about = model_card(card, name, type(scheduler).__name__, facts, even, elsewhere)
+        elsewhere = other_programs(card, info, schedule, config, file, layers_of(parts.lora or {}), name)
+        about = model_card(card, name, type(scheduler).__name__, info, even, elsewhere)
     write_json(folder / FILE, asdict(replace(card, files=weight_hashes(folder))))
     write_text(folder / "README.md", about)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import open_to_others, write_text
-from ..backbones.few_step import drawn, facts_of, with_network
+from ..backbones.few_step import drawn, pipeline_info, with_network
 from ..backbones.files import save_pipeline
 from ..backbones.generate import device_of
 from ..backbones.load import load_teacher, pipeline_of
@@ -100,7 +100,7 @@ def prompts_for(student: Student) -> list[str]:
     backbone = student.backbone
     if not isinstance(backbone, Piped):
         return [""] * 4
-    return PROMPTS if facts_of(pipeline_of(backbone)).takes_prompts else EMPTY
+    return PROMPTS if pipeline_info(pipeline_of(backbone)).family.takes_prompts else EMPTY
 
 
 def write_student(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
@@ -115,7 +115,7 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     _require_stock(student.card)
     if student.card.weights != "lora":
         raise ValueError("--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline")
-    if facts_of(pipe).part != "unet" or not facts_of(pipe).loads_lora:
+    if pipeline_info(pipe).part != "unet" or not pipeline_info(pipe).loads_lora:
         raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
     _require_times(student)
     student.write(out)
@@ -143,7 +143,7 @@ def _require_stock(card: StudentCard) -> None:
 
 def _require_times(student: Student) -> None:
     """Raises ValueError for a student whose times no stock pipeline of its family takes."""
-    if own_times(student) is not None and not facts_of(pipeline_of(student.backbone)).takes_times:
+    if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).takes_times:
         raise ValueError("--format: this student's times are its own, which no scheduler of its family takes; choose student or merged")
 
 
@@ -176,7 +176,7 @@ def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
         parts = with_network(pipe, network, scheduler, type(pipe))
         save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
         even = own_times(student) is None
-        page = model_card(whole.card, out.name, type(scheduler).__name__, facts_of(pipe), even, whole=True)
+        page = model_card(whole.card, out.name, type(scheduler).__name__, pipeline_info(pipe), even, whole=True)
         write_text(out / "README.md", page)
     open_to_others(out)
     seal(out)

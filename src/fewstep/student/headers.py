@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ..backbones.few_step import Facts
+from ..backbones.few_step import PipelineInfo
 from ..backbones.load import FUSED, source_of
 from .card import StudentCard, counted
 
@@ -49,15 +49,15 @@ def own_header(card: StudentCard) -> dict[str, str]:
     return {"format": "pt", KEY: json.dumps(facts)}
 
 
-def kohya_header(card: StudentCard, facts: Facts, config: Mapping[str, Any], state: Mapping[str, Tensor], size: int) -> dict[str, str]:
+def kohya_header(
+    card: StudentCard, info: PipelineInfo, config: Mapping[str, Any], state: Mapping[str, Tensor], size: int
+) -> dict[str, str]:
     """`ss_*` as kohya's scripts write it, and Stability's `modelspec`; what is not known is left out.
 
     `config` is that of the U-Net, `state` what the file holds, `size` that of the pictures. The hash is SHA-256 of the file behind its
     header, as these programs count it.
     """
-    version, architecture = (
-        XL if facts.pipeline == "StableDiffusionXLPipeline" else VERSIONS.get(config.get("cross_attention_dim", 0), ("", ""))
-    )
+    version, architecture = XL if info.family.kohya == "original" else VERSIONS.get(config.get("cross_attention_dim", 0), ("", ""))
     if architecture == VERSIONS[1024][1] and card.prediction == "v_prediction":
         architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"
     data = save(dict(state))

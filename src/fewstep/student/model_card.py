@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from ..backbones.few_step import Facts
+from ..backbones.few_step import PipelineInfo
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, called, hub_id, source_of
 from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
@@ -14,25 +14,27 @@ from ..core.solvers import SOLVERS
 from .card import StudentCard, counted, guidance_text
 
 
-def model_card(card: StudentCard, folder: str, scheduler: str, facts: Facts, even: bool, elsewhere: str = "", whole: bool = False) -> str:
+def model_card(
+    card: StudentCard, folder: str, scheduler: str, info: PipelineInfo, even: bool, elsewhere: str = "", whole: bool = False
+) -> str:
     """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler.
 
-    `facts` are those of the base's pipeline; times that are not `even` are told where its family's schedulers listen.
+    `info` is that of the base's pipeline; times that are not `even` are told where its family's schedulers listen.
     `elsewhere` is a section on other programs; `whole` says that the folder is a pipeline, which needs no base.
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     counts = " or ".join(map(str, card.steps))
-    part, peft = f"pipe.{facts.part}", card.weights == "lora" and not facts.loads_lora
+    part, peft = f"pipe.{info.part}", card.weights == "lora" and not info.loads_lora
     lora = f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})" if peft else f"pipe.load_lora_weights({at})"
-    full = f'{part} = type({part}).from_pretrained({at}, subfolder="{facts.part}")'
+    full = f'{part} = type({part}).from_pretrained({at}, subfolder="{info.part}")'
     load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
-    base, ours = (f"{facts.pipeline}.from_pretrained({at})", False) if whole else base_loading(card.base, facts.pipeline)
-    names = [facts.pipeline] if whole else sorted([scheduler] if ours else [scheduler, facts.pipeline])
+    base, ours = (f"{info.family.name}.from_pretrained({at})", False) if whole else base_loading(card.base, info.family.name)
+    names = [info.family.name] if whole else sorted([scheduler] if ours else [scheduler, info.family.name])
     imports = "\n".join(
         ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ours
     )
@@ -44,9 +46,9 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
     sized = f", height={card.size}, width={card.size}" if card.size else ""
-    result = "frame" if facts.video else "image"
+    result = "frame" if info.family.video else "image"
     # A head corrects every step, and no stock scheduler takes an analytic first step or those of some solvers: these students need fewstep at hand.
-    stock = (even or facts.takes_times) and not (card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock)
+    stock = (even or info.takes_times) and not (card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock)
     how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
     student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained({at}, subfolder="scheduler")\n'
     snippet = f"""{imports}
@@ -59,7 +61,7 @@ import fewstep
 
 pipe = fewstep.load({home}, {at})
 {result} = pipe("a prompt", generator=torch.Generator().manual_seed(0)).{result}s[0]"""
-    if not facts.takes_prompts:
+    if not info.family.takes_prompts:
         stock, own = (
             False,
             f"""import fewstep
@@ -79,7 +81,7 @@ pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of class
     if card.guidance_scales:
         served = ", ".join(f"{w:g}" for w in card.guidance_scales)
         guidance = f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
-    tag = ("text-to-video" if facts.video else "text-to-image") if facts.takes_prompts else "unconditional-image-generation"
+    tag = ("text-to-video" if info.family.video else "text-to-image") if info.family.takes_prompts else "unconditional-image-generation"
     tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
     header = {"license": card.licence, "base_model": hub_id(card.base), "library_name": "diffusers", "pipeline_tag": tag, "tags": tags}
     own_base = (
