@@ -43,7 +43,7 @@ from fewstep.backbones.load import around
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import Embeddings
+from fewstep.data.prompts import Embeddings
 from origin import commit
 
 TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from backbones import FAMILIES, embeddings
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.hollow import default_dtype
+from fewstep.backbones.meta import default_dtype
 from fewstep.backbones.load import around
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles

@@ -23,7 +23,7 @@ from fewstep.backbones.base import rows
 from fewstep.core import timegrid
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 from fewstep.training.state import seeded
 from origin import commit, hardware
 

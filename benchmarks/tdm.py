@@ -27,15 +27,15 @@ from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import fingerprint, quiet
 from fewstep.cli.distill import roles_of
-from fewstep.cli.ending import write_student
+from fewstep.cli.finish import write_student
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.roles.roles import Roles
 from fewstep.runs.recipe import DistillRecipe, validate
 from fewstep.student.card import StudentCard
 from fewstep.training.loop import Step, distill
-from fewstep.training.pictures import encode_pictures
-from fewstep.training.pool import teacher_pictures
-from fewstep.training.prompts import embed, read_prompts
+from fewstep.data.images import encode_images_of
+from fewstep.data.teacher_images import teacher_images
+from fewstep.data.prompts import embed, read_prompts
 from origin import CLOCK, commit, hardware
 from tables import spread
 from tdm_variants import BASE, VARIANTS, Draw, Relation, Settings, Variant, recipe_value
@@ -69,7 +69,7 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
     real = None
     if recipe.data is not None:
         own = a.pictures if variant.key == "gan" and a.pictures else None
-        real = encode_pictures(teacher, own, folder / "embeddings", identity) if own else teacher_pictures(teacher, prompts, recipe.data.count, recipe.data.steps, method.guidance, folder / "embeddings", seed)  # fmt: skip
+        real = encode_images_of(teacher, own, folder / "embeddings", identity) if own else teacher_images(teacher, prompts, recipe.data.count, recipe.data.steps, method.guidance, folder / "embeddings", seed)  # fmt: skip
     roles = roles_of(recipe, teacher, None)
     if variant.start:
         start_from(roles, folder / f"{variant.start}-{seed}" / "final")
@@ -98,7 +98,7 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
         step = Step(recipe.train.iterations, {}, 0.0, roles, method)
     rows = measure(step, teacher, variant.draws, a.protocol, run, a)
     grids = {str(k): method.times(teacher.schedule, k).tolist() for k in method.counts}
-    card = StudentCard(variant.key, method.name, "emoji", "", method.counts, grids, dict.fromkeys(grids, method.solver), "v_prediction", "lora" if recipe.roles.lora else "full", recipe.roles.rank, float(recipe.roles.rank), method.guidance, "other", recipe.train.iterations, seconds, "", "", time_layer=teacher.time_layer if roles.counts else "")  # fmt: skip
+    card = StudentCard(variant.key, method.name, "emoji", "", method.counts, grids, dict.fromkeys(grids, method.solver), "v_prediction", "lora" if recipe.roles.lora else "full", recipe.roles.rank, float(recipe.roles.rank), method.guidance, "other", recipe.train.iterations, seconds, "", "", time_layer=teacher.time_layer if roles.condition_values else "")  # fmt: skip
     with roles.averaged():
         write_student(run / "final", card, roles, method.times(teacher.schedule)[:-1])
     result = {

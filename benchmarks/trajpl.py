@@ -35,8 +35,8 @@ from fewstep.methods.method import Method, student_of
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.paths import Paths, teacher_paths, to_end
-from fewstep.training.prompts import Embeddings, embed
+from fewstep.data.trajectories import Trajectories, generate_trajectories, run_to_completion
+from fewstep.data.prompts import Embeddings, embed
 from origin import CLOCK, commit, hardware
 from tables import spread
 from trajpl_teachers import Part, make_part
@@ -103,9 +103,9 @@ PARTS: dict[str, dict[str, Student]] = {
 }
 
 
-def walked(part: Part, data: Embeddings, config: TrajectoryConfig, times: Tensor, folder: Path, name: str) -> Paths:
+def walked(part: Part, data: Embeddings, config: TrajectoryConfig, times: Tensor, folder: Path, name: str) -> Trajectories:
     """The teacher's trajectories, kept in the folder."""
-    return to_end(teacher_paths(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500)))
+    return run_to_completion(generate_trajectories(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500)))
 
 
 def asked_of(student: Student, part: Part) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def training_of(student: Student, part: Part) -> TrainConfig:
     return replace(part.train, iterations=its, decay=its // 2, lr=lr, fake_lr=lr)
 
 
-def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], Paths], data: Embeddings, seed: int) -> dict[str, Any]:
+def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], Trajectories], data: Embeddings, seed: int) -> dict[str, Any]:
     """Train one student on what `walks` gives, and measure it at every count that it serves."""
     teacher, method = part.teacher, TrajectoryImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method})
     about: dict[str, Any] = {"commit": commit(), "hardware": hardware()}

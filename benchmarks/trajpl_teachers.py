@@ -25,8 +25,8 @@ from fewstep.evaluation.plan import plan
 from fewstep.evaluation.protocols import protocol_named
 from fewstep.evaluation.reference import load_reference
 from fewstep.training.loop import TrainConfig
-from fewstep.training.paths import walk
-from fewstep.training.prompts import read_prompts
+from fewstep.data.trajectories import walk
+from fewstep.data.prompts import read_prompts
 from fewstep.zoo.pixel_data import Pictures, load_idx, read_pixel_data
 
 D, FRESH = 128, 1000

@@ -9,7 +9,7 @@ import torch
 import fewstep
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 
 from . import tiny
 

@@ -13,9 +13,9 @@ CODE = """
 import logging, sys, warnings
 import fewstep
 fewstep.load_teacher
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 import torch
-hollow_teacher(sys.argv[1], torch.float32, None, 0.0)
+meta_teacher(sys.argv[1], torch.float32, None, 0.0)
 logging.getLogger("transformers.utils.import_utils").warning("`CLIPImageProcessor` requires torchvision (not installed); falling back")
 print("---", file=sys.stderr)
 warnings.warn("ours", stacklevel=1)

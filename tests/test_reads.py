@@ -21,7 +21,7 @@ GUARD = "reading"
 
 # Reads outside a guard, each with the reason why no more is needed there.
 PARSERS = "parses alone; its callers are the guards of this list's own file"
-BY_CALLERS = "the functions that call it are guards: load_teacher and hollow_teacher, render_run, _yaml and override, files_in"
+BY_CALLERS = "the functions that call it are guards: load_teacher and meta_teacher, render_run, _yaml and override, files_in"
 BYTES = "raises OSError alone, which names the file; it ends a command in one line, or is turned into one right there"
 OURS = "reads what ships with fewstep, what it wrote a moment ago, or what came by a hash that has been compared"
 SKIPS = "passes over what is no JSON, as is said, and so does what it is for: a lock, a log that a kill cut off, a header of others"
@@ -30,7 +30,7 @@ ALLOWED = {
     "reading.text_in": PARSERS,
     "reading.json_in": PARSERS,
     "reading.object_in": PARSERS,
-    "backbones.hollow.components": BY_CALLERS,
+    "backbones.meta.components": BY_CALLERS,
     "backbones.parts.load_pipeline": BY_CALLERS,
     "backbones.parts.load_part": BY_CALLERS,
     "backbones.single_file.load_checkpoint": BY_CALLERS,
@@ -51,19 +51,19 @@ ALLOWED = {
     "cli.preflight._somebodys": BYTES,
     "cli.progress.Plain.on_broken_pipe": BYTES,
     "backbones.weights.weights_in": BYTES,
-    "training.captioned.Captioned.read": BYTES,
-    "training.captioned.require_picture": BYTES,
-    "training.captioned._shard": BYTES,
-    "training.captioned._require_end": BYTES,
-    "training.folders._below": BYTES,
-    "training.texts.read_text": BYTES,
-    "training.texts.table": "raises csv.Error alone, which is turned into a line right there",
+    "data.captioned.Captioned.read": BYTES,
+    "data.captioned.require_picture": BYTES,
+    "data.captioned._shard": BYTES,
+    "data.captioned._require_end": BYTES,
+    "data.folders._below": BYTES,
+    "data.texts.read_text": BYTES,
+    "data.texts.table": "raises csv.Error alone, which is turned into a line right there",
     "zoo.pixel_data._folder": BYTES,
     "backbones.files.save_pipeline": OURS,
     "backbones.miniature.load_tokenizer": OURS,
     "backbones.miniature_video.load_tokenizer": OURS,
     "report.html.render": OURS,
-    "training.paths._require_own": OURS,
+    "data.trajectories._require_own": OURS,
     "training.processes.require_same": OURS,
     "zoo.clip_data.load_clips": OURS,
     "zoo.emoji_data.fetch": OURS,

@@ -1,4 +1,4 @@
-"""The public functions: load a teacher, distil it, sample, load a student. The command line is written against these."""
+"""The public functions: load a teacher, run_stage it, sample, load a student. The command line is written against these."""
 
 import warnings
 from collections.abc import Generator, Sequence
@@ -13,8 +13,9 @@ from .backbones.base import Backbone, Denoiser
 from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
-from .backbones.parts import Piped
+from .backbones.parts import DiffusersBackbone
 from .core.guidance import Guidance, guidance_of
+from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
 from .methods.consistency import ConsistencyDistillation
@@ -34,14 +35,13 @@ from .runs.rehearsal import disk_check, student_check, trial_of
 from .runs.run import Run, steps_of
 from .runs.sampling import backbone_of, check_steps, require_prompts
 from .runs.step import Step
-from .runs.walking import student_source, trajectory_times
+from .runs.trajectory_sources import student_source, trajectory_times
 from .runs.watch import DistillationWarning, Watch
 from .student import formats
 from .student.folder import require_folder
 from .student.pipeline import load
 from .student.student import Origin, Student, base_of, size_of
 from .training.loop import TrainConfig, require_updates
-from .training.paths import TrajectoryConfig
 from .training.state import checkpoints
 from .words import in_python, python_words, told_in_python
 
@@ -162,8 +162,8 @@ def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, se
     of a pipeline pictures [N, 3, H, W] in [0, 1]. `prompts` are theirs, one each; by default none. Printed, the result is a line for each time.
     """
     states = torch.as_tensor(real).float()
-    if isinstance(teacher, Piped) and states.shape[1:] != teacher.shape:
-        states = teacher.picture_states(states)
+    if isinstance(teacher, DiffusersBackbone) and states.shape[1:] != teacher.shape:
+        states = teacher.encode_images(states)
     if states.shape[1:] != tuple(teacher.shape) or len(states) < LEAST_REAL:
         raise ValueError(
             f"real: got {list(states.shape)}, allowed are at least {LEAST_REAL} states [N, {', '.join(map(str, teacher.shape))}]"

@@ -149,14 +149,12 @@ def _check_predictions(backbone: Backbone, case: _Case, require: Require) -> Non
 
 @torch.no_grad()
 def _check_pictures(backbone: Backbone, case: _Case, require: Require) -> None:
-    shown, side = backbone.decode(case.x), backbone.picture_size
+    shown, side = backbone.decode(case.x), backbone.image_size
     require(len(shown) == 2, "decode does not keep the batch")
     if side:
         require(shown.shape[-2:] == (side, side), f"decode gives {list(shown.shape)}, pictures are [2, 3, {side}, {side}]")
-        states = backbone.picture_states(torch.rand((2, shown.shape[1], side, side), generator=torch.Generator().manual_seed(1)).to(case.x))
-        require(
-            states.shape == case.x.shape, f"picture_states gives {list(states.shape)} for two pictures, states are {list(case.x.shape)}"
-        )
+        states = backbone.encode_images(torch.rand((2, shown.shape[1], side, side), generator=torch.Generator().manual_seed(1)).to(case.x))
+        require(states.shape == case.x.shape, f"encode_images gives {list(states.shape)} for two pictures, states are {list(case.x.shape)}")
 
 
 def _check_gradients(backbone: Backbone, case: _Case, require: Require) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.api import sample as drawn_by_fewstep
 from fewstep.backbones import miniature
 from fewstep.backbones.base import denoiser
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.schedulers import load_scheduler, student_scheduler
 from fewstep.backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, pixel_unet, save_pixel_model
@@ -26,8 +26,8 @@ from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.paths import TrajectoryConfig, teacher_paths, to_end
-from fewstep.training.prompts import embed
+from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, run_to_completion
+from fewstep.data.prompts import embed
 
 LABELS = ("zero", "one", "two")
 LEVELS = {"sigma_max": 70.0, "sigma_min": 0.01, "rho": 5.0, "sigma_data": 0.6}
@@ -151,7 +151,7 @@ def test_a_model_with_a_table_may_come_in_the_pipeline_that_is_told_classes(tmp_
     (tmp_path / "digits" / "labels.json").write_text('["zero", "one", "two"]')
     model = load_teacher(tmp_path / "digits")
     assert isinstance(model, PixelModel)
-    assert model.schedule.resolution == hollow_teacher(tmp_path / "digits").schedule.resolution == 1
+    assert model.schedule.resolution == meta_teacher(tmp_path / "digits").schedule.resolution == 1
     wanted = drawn_by_fewstep(model, ["one", "two"], steps=4)
     model.pipe.scheduler = student_scheduler(model.scheduler_config, [4], "ddim")
     assert (drawn_pixels(model, ["one", "two"], 4) - wanted).abs().max() < 1e-5
@@ -173,13 +173,13 @@ def test_other_schedulers_are_refused_in_a_line(tmp_path: Path, scheduler: Any, 
         load_teacher(saved(tmp_path / "digits", scheduler))
     assert "\n" not in str(told.value)
     with pytest.raises(ValueError, match=reason):  # nor is it planned
-        hollow_teacher(tmp_path / "digits")
+        meta_teacher(tmp_path / "digits")
 
 
 def test_it_keeps_what_a_backbone_promises(model: PixelModel, tmp_path: Path) -> None:
     """Students of LoRA that do nothing are the teacher bit for bit, several step counts are told apart, guidance is right."""
     check_backbone(model, ["one", "two"])
-    hollow = hollow_teacher(tmp_path / "digits")
+    hollow = meta_teacher(tmp_path / "digits")
     assert hollow.schedule == model.schedule
     assert hollow.scheduler_config == model.scheduler_config
 
@@ -195,7 +195,7 @@ def test_it_is_distilled(model: PixelModel, method: Method, share: bool) -> None
     config = TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)
     times = torch.unique(torch.cat([method.times(model.schedule, k) for k in method.counts])).flip(0)
     paths = (
-        to_end(teacher_paths(model, data, TrajectoryConfig(count=8, steps=8), times, 1.0, None, "digits"))
+        run_to_completion(generate_trajectories(model, data, TrajectoryConfig(count=8, steps=8), times, 1.0, None, "digits"))
         if method.needs.trajectories
         else None
     )

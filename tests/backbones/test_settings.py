@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 import fewstep
 from fewstep.backbones.few_step import drawn
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import around, load_teacher
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.core import timegrid
@@ -165,7 +165,7 @@ def test_files_that_are_no_settings(text: str, sd: Path) -> None:
         path, kept = sd / name, (sd / name).read_text()
         try:
             path.write_text(text)
-            for load in (load_teacher, hollow_teacher):
+            for load in (load_teacher, meta_teacher):
                 with pytest.raises(ValueError, match=r"config.json is damaged|model_index.json cannot be read|is a ") as error:
                     load(sd)
                 assert "\n" not in str(error.value)
@@ -179,7 +179,7 @@ def test_a_tokenizer_without_a_length_has_that_of_its_encoder(sd: Path, edit: An
     path = sd / "tokenizer" / "tokenizer_config.json"
     edit("tokenizer/tokenizer_config.json")
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}))
-    for teacher in (load_teacher(sd), hollow_teacher(sd)):
+    for teacher in (load_teacher(sd), meta_teacher(sd)):
         assert teacher.pipe.tokenizer.model_max_length == 8  # type: ignore[attr-defined]
     assert torch.equal(load_teacher(sd).encode(["a photo of a green house, red cat, blue dog, red cat"])["text"], wanted)
 
@@ -187,7 +187,7 @@ def test_a_tokenizer_without_a_length_has_that_of_its_encoder(sd: Path, edit: An
 def test_sizes_said_twice_or_not_at_all(sd: Path, edit: Any) -> None:
     assert load_teacher(edit("unet/config.json", sample_size=[8, 8])).shape == (4, 8, 8)
     folder = edit("unet/config.json", sample_size=None)
-    for load in (load_teacher, hollow_teacher):
+    for load in (load_teacher, meta_teacher):
         with pytest.raises(ValueError, match="unet says no sample_size; pass size=PIXELS"):
             load(folder)
         assert load(folder, size=32).shape == (4, 16, 16)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.api import sample
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import Source, fingerprint, load_teacher, pipeline_of, source_of
 from fewstep.backbones.parts import networks
 from fewstep.backbones.single_file import FIRST, POOLED, SD1, SD2_EPS, SD2_V, SDXL, read_checkpoint
@@ -51,7 +51,7 @@ def test_a_file_is_the_pipeline_it_was_made_from(saved: tuple[Path, Path]) -> No
     assert all(torch.equal(theirs_said[k], ours_said[k]) for k in theirs_said)
     assert torch.equal(theirs_seen, ours_seen)
     pictures = torch.rand(2, 3, 32, 32)
-    assert torch.equal(ours.picture_states(pictures), theirs.picture_states(pictures))
+    assert torch.equal(ours.encode_images(pictures), theirs.encode_images(pictures))
     assert torch.equal(sample(ours, PROMPTS, steps=2, guidance=3.0), sample(theirs, PROMPTS, steps=2, guidance=3.0))
     assert not [p for network in networks(pipeline_of(ours)) for p in network.parameters() if p.requires_grad]
 
@@ -67,7 +67,7 @@ def test_a_plan_reads_no_weights(saved: tuple[Path, Path], tmp_path: Path) -> No
     cut.write_bytes(file.read_bytes()[: 8 + int.from_bytes(file.read_bytes()[:8], "little")])
     with cut.open("ab") as opened:
         opened.truncate(file.stat().st_size)  # as long as before, all zeros
-    hollow, folder = hollow_teacher(f"{cut}@{file.parent / 'configs'}"), hollow_teacher(whole)
+    hollow, folder = meta_teacher(f"{cut}@{file.parent / 'configs'}"), meta_teacher(whole)
     assert {n: p.shape for n, p in hollow.module.named_parameters()} == {n: p.shape for n, p in folder.module.named_parameters()}
     assert hollow.scheduler_config == folder.scheduler_config
 
@@ -79,7 +79,7 @@ def test_what_the_file_says_it_predicts_goes_before_the_configuration(saved: tup
     marked = tmp_path / "marked.safetensors"
     save_file(load_file(file) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, marked)
     plain = load_teacher(whole)
-    for teacher in (load_teacher(f"{marked}@{file.parent / 'configs'}"), hollow_teacher(f"{marked}@{file.parent / 'configs'}")):
+    for teacher in (load_teacher(f"{marked}@{file.parent / 'configs'}"), meta_teacher(f"{marked}@{file.parent / 'configs'}")):
         config = teacher.scheduler_config
         assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == ("v_prediction", True)
         assert config["beta_end"] == plain.scheduler_config["beta_end"]
@@ -243,7 +243,7 @@ def test_eight_bits(saved: tuple[Path, Path], tmp_path: Path) -> None:
         f"{name.removesuffix('weight')}comfy_quant",
     ):
         save_file(state | {mark: torch.ones(1)}, changed)
-        for load in (load_teacher, hollow_teacher):
+        for load in (load_teacher, meta_teacher):
             with pytest.raises(ValueError, match="keeps its weights in 8 bits or fewer, with scales beside them"):
                 load(f"{changed}@{configs}")
 

@@ -64,7 +64,7 @@ def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solv
     seen, grid = asked_at(pipe), pipe.scheduler.student.grids[4]
     assert grid.tolist() != uniform(backbone.schedule, 4).tolist()
     told = grid if backbone.schedule.resolution else grid * 1000
-    size = {"height": backbone.picture_size, "width": backbone.picture_size} if family == "sd3" else {}
+    size = {"height": backbone.image_size, "width": backbone.image_size} if family == "sd3" else {}
     for strength, first in ((1.0, 0), (0.75, 1), (0.5, 2), (0.25, 3), (0.99, 0 if family == "sd3" else 1)):
         seen.clear()
         generator = torch.Generator().manual_seed(7)

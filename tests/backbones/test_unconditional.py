@@ -13,7 +13,7 @@ from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 
 from .. import tiny
 

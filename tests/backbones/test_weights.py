@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import BUNDLED, FAMILIES, HASHES, bundled, load_teacher
 from fewstep.backbones.parts import load_part, network_kind, part_names
 from fewstep.backbones.weights import UnfitError, load_network, strangers, weights_in
@@ -109,7 +109,7 @@ def test_one_line_for_the_user_and_for_a_plan(sd: Path) -> None:
     ):
         load_teacher(sd)
     file.unlink()
-    for load in (load_teacher, hollow_teacher):
+    for load in (load_teacher, meta_teacher):
         with pytest.raises(ValueError, match=rf"^teacher: {sd}: text_encoder/ has no weights \(no model.safetensors\); download it again$"):
             load(sd)
 
@@ -131,7 +131,7 @@ def test_files_of_another_precision_are_found_by_what_is_there(sd: Path) -> None
         (file,) = (sd / part).glob("*.safetensors")
         save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
         file.unlink()
-    hollow_teacher(sd)
+    meta_teacher(sd)
     found = load_teacher(sd, torch.float16)
     assert all(torch.equal(a, b) for a, b in zip(wanted.module.parameters(), found.module.parameters(), strict=True))
     other = sd / "unet" / "diffusion_pytorch_model.ema.safetensors"
@@ -185,7 +185,7 @@ def test_only_regular_files_inside_the_folder(sd: Path, tmp_path: Path) -> None:
         load_teacher(sd)
     file.unlink()
     shutil.copy(elsewhere, sd / "vae" / "diffusion_pytorch_model.bin")
-    for load in (load_teacher, hollow_teacher):
+    for load in (load_teacher, meta_teacher):
         with pytest.raises(
             ValueError,
             match=r"vae/diffusion_pytorch_model.bin is a pickle, .*; pass a model in safetensors, or convert it as docs/checkpoints.md says$",
@@ -209,7 +209,7 @@ def test_the_hubs_cache_is_links_into_its_store(sd: Path, tmp_path: Path) -> Non
 def test_classes_are_those_of_the_family(sd: Path) -> None:
     index = json.loads((sd / "model_index.json").read_text())
     (sd / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
-    for load in (load_teacher, hollow_teacher):
+    for load in (load_teacher, meta_teacher):
         with pytest.raises(ValueError, match="its vae is a AutoencoderTiny, allowed in a StableDiffusionPipeline are AutoencoderKL"):
             load(sd)
 

@@ -11,7 +11,7 @@ import torch
 from fewstep.api import Student
 from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
-from fewstep.cli.ending import quality_of
+from fewstep.cli.finish import quality_of
 from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
 from fewstep.evaluation import protocols
 from fewstep.evaluation.pictures import PictureProtocol

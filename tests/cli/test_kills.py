@@ -27,7 +27,7 @@ from fewstep.runs.preview import Preview
 from fewstep.runs.preview import Shown as Seen
 from fewstep.runs.recipe import DistillRecipe, recorded
 from fewstep.training.loop import Step, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 from fewstep.training.state import latest_checkpoint, save_checkpoint
 
 from .. import tiny

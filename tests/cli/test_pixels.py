@@ -14,7 +14,7 @@ import fewstep
 from fewstep.backbones import miniature
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.unconditional import PixelModel, save_pixel_model
-from fewstep.cli.ending import quality_of
+from fewstep.cli.finish import quality_of
 from fewstep.evaluation.pictures import PictureProtocol
 
 from .. import tiny

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
 from fewstep.cli.plan import LEAST_BATCH, Phases, Plan, fit, parse_bytes, phases_of, plan_of, roundings, savings
 from fewstep.runs.recipe import DistillRecipe, read_recipe
@@ -23,7 +23,7 @@ def planned(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("planned"))
         settings = read_recipe(str(recipe(tiny_teacher, train=train)), [], DistillRecipe)
-    hollow = hollow_teacher(tiny_teacher)
+    hollow = meta_teacher(tiny_teacher)
     return plan_of(settings, hollow, phases_of(settings, hollow)), hollow
 
 
@@ -83,7 +83,7 @@ def test_what_changes_the_result_comes_last_the_least_first(usable: int, expecte
     settings = read_recipe(str(recipe(Path("none"), train=train)), [], DistillRecipe)
     none = tiny.stable_diffusion(channels=(96, 96))
     monkeypatch.setattr(plan, "plan_of", counted)
-    monkeypatch.setattr(plan, "hollow_of", lambda _: none)
+    monkeypatch.setattr(plan, "meta_of", lambda _: none)
     monkeypatch.setattr(plan, "phases_of", lambda *_: Phases(0, 0, 0))
     made = counted(settings, none, Phases(0, 0, 0))
     assert fit(made, none, usable, "")[0] == expected

@@ -8,7 +8,7 @@ import torch
 
 from fewstep.api import load_student
 from fewstep.backbones.load import fingerprint, load_teacher
-from fewstep.roles.quantised import kind_of
+from fewstep.roles.quantized import kind_of
 
 from .. import tiny
 from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture

@@ -11,8 +11,8 @@ from fewstep.api import student_source, trajectory_times
 from fewstep.backbones.base import Backbone
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.student.folder import read_card
-from fewstep.training.paths import OF_STUDENT, TRAJECTORIES, Paths, TrajectoryConfig, teacher_paths, to_end
-from fewstep.training.prompts import embed
+from fewstep.data.trajectories import OF_STUDENT, TRAJECTORIES, Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion
+from fewstep.data.prompts import embed
 from tests.cli.test_distill import error_of, recipe, teacher
 from tests.cli.test_distill import fewstep as command
 from tests.cli.test_student import final, trained
@@ -23,12 +23,12 @@ PROMPTS = ["red cat", "blue dog"]
 FURTHER = TrajectoryImitation(steps=(2, 1), head="none")
 
 
-def walked(base: Backbone, student: Path, folder: Path | None, method: TrajectoryImitation = FURTHER) -> Paths:
+def walked(base: Backbone, student: Path, folder: Path | None, method: TrajectoryImitation = FURTHER) -> Trajectories:
     times, data = trajectory_times(method, base), embed(base, PROMPTS, None, "x")
     walker = student_source(base, student, times)
     assert walker.calls == 4
-    return to_end(
-        teacher_paths(base, data, TrajectoryConfig(count=4, seed=7, student=str(student)), times, 2.0, folder, "teacher", walker=walker)
+    return run_to_completion(
+        generate_trajectories(base, data, TrajectoryConfig(count=4, seed=7, student=str(student)), times, 2.0, folder, "teacher", walker=walker)
     )
 
 

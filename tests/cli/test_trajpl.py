@@ -15,8 +15,8 @@ from fewstep.cli.distill import data_seed, spent_before
 from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.student.folder import read_card
 from fewstep.training import loop
-from fewstep.training.paths import Paths
-from fewstep.training.prompts import Embeddings
+from fewstep.data.trajectories import Trajectories
+from fewstep.data.prompts import Embeddings
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
 from tests.cli.test_distill import fewstep as command
 from tests.cli.test_student import as_tensor
@@ -243,7 +243,7 @@ def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("regression_loss", 0) > 0 for line in lines)
     both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "first" / "final")
-    walked = Paths(*(torch.empty(0),) * 2, Embeddings({}, {}, [], 0, ""), *(torch.empty(0),) * 2, "", 100.0)
+    walked = Trajectories(*(torch.empty(0),) * 2, Embeddings({}, {}, [], 0, ""), *(torch.empty(0),) * 2, "", 100.0)
     assert spent_before(both, run, walked) == first.train_seconds
     assert spent_before(read_recipe("both.yaml", ["data.count=41"], DistillRecipe), run, walked) == first.train_seconds + 100
     assert not (run / "final" / "trajp.safetensors").exists()

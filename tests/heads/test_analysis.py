@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.core.schedule import EDM
 from fewstep.heads.head import unknown
-from fewstep.report.trajectories import SHOWN, shape_of, strays
+from fewstep.report.trajectories import SHOWN, shape_of, trajectory_errors
 
 SCHEDULE = EDM()
 GRID = SCHEDULE.at(torch.linspace(1, 0, 41, dtype=torch.float64))
@@ -24,7 +24,7 @@ def along(coordinates: Tensor, samples: int, length: float = 3.0) -> Tensor:
 
 
 def test_what_lies_in_a_plane_bends_in_one_direction() -> None:
-    """Through noise, data and one direction beside the line between them: nothing is left for a second."""
+    """DequantizeMatmul noise, data and one direction beside the line between them: nothing is left for a second."""
     arch = 0.2 * torch.sin(math.pi * S)
     shape = shape_of(SCHEDULE, along(torch.stack([1 - S, arch], 1), 60), GRID)
     assert shape["unexplained"] == pytest.approx([0, 0, 0], abs=1e-12)
@@ -48,7 +48,7 @@ def test_a_walk_strays_by_its_distance_in_units_of_the_data() -> None:
     times = GRID[[0, 10, 20, 40]]
     beside = goals.clone()
     beside[:, 1] += 2 * goals[:, 3]
-    found = strays(SCHEDULE, goals, times, {"same": (times, goals), "beside": (times[[0, 1, 3]], beside[:, [0, 1, 3]])})
+    found = trajectory_errors(SCHEDULE, goals, times, {"same": (times, goals), "beside": (times[[0, 1, 3]], beside[:, [0, 1, 3]])})
     assert found["same"]["error"] == [0, 0, 0, 0]
     assert found["beside"]["error"] == pytest.approx([0, 2, 0])
     assert found["beside"]["s"] == pytest.approx([0, 0.25, 1])

@@ -15,7 +15,7 @@ from fewstep.methods.method import TrainBatch, student_of
 from fewstep.methods.trajectory_imitation import TrajectoryImitation, fold
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 
 from .. import tiny
 from .common import BATCH, conditions, seed

@@ -20,25 +20,25 @@ from fewstep.objectives.regression import REGRESSION_LOSSES
 from fewstep.roles.roles import CONDITION, HEAD, Roles, RolesConfig, make_roles
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import Step, TrainConfig, distill
-from fewstep.training.paths import Paths, TrajectoryConfig, teacher_paths, to_end, union
-from fewstep.training.prompts import embed
+from fewstep.data.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion, union
+from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..training.test_loop import digest
 from .common import BATCH, conditions, seed
 
 
-def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Paths:
+def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Trajectories:
     backbone = backbone or tiny.denoiser()
     times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
-    return to_end(
-        teacher_paths(
+    return run_to_completion(
+        generate_trajectories(
             backbone, embed(backbone, tiny.WORDS, None, ""), TrajectoryConfig(count=6, steps=12), times, method.guidance, None, ""
         )
     )
 
 
-def student(method: TrajectoryImitation, paths: Paths, config: RolesConfig, move: float = 0.1) -> Roles:
+def student(method: TrajectoryImitation, paths: Trajectories, config: RolesConfig, move: float = 0.1) -> Roles:
     roles = roles_for(tiny.denoiser(), method, config, paths=paths)
     with torch.no_grad():
         for p in roles.trained["student"].values():
@@ -46,7 +46,7 @@ def student(method: TrajectoryImitation, paths: Paths, config: RolesConfig, move
     return roles
 
 
-def turn(paths: Paths) -> TrainBatch:
+def turn(paths: Trajectories) -> TrainBatch:
     walk = paths.draw(BATCH, seed(4), torch.device("cpu"))
     return TrainBatch(0, 9, BATCH, *conditions(tiny.denoiser()), None, seed(), walk)
 
@@ -150,7 +150,7 @@ def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> 
 
     alone = {k: states(denoiser(backbone, backbone.module, cond), k) for k in method.counts}
     roles = roles_for(backbone, method, RolesConfig(rank=2), paths=walked(method, backbone))
-    assert roles.counts == (3, 2)
+    assert roles.condition_values == (3, 2)
     assert {n.split(".")[0] for n in roles.trained["student"]} >= {"head", CONDITION, "down_blocks"}
     for k, wanted in alone.items():
         assert all(torch.equal(a, b) for a, b in zip(states(student_of(method, roles, cond, k), k, roles.head), wanted, strict=True))

@@ -55,7 +55,7 @@ def test_nothing_to_show_is_no_chart() -> None:
     assert [c.title for c in charts(REGRESSION_LOSSES, [])] == [
         "Distance to real images while training",
         "Prompt match while training",
-        "DistributionMatching gap by step",
+        "Matching gap by step",
         "Losses",
         "Gradient norms",
     ]

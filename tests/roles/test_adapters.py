@@ -138,7 +138,7 @@ def test_values_come_back_even_after_an_error() -> None:
     ones = {n: torch.ones_like(p) for n, p in kept.items()}
 
     def within() -> None:
-        with adapters.values(parameters, ones):
+        with adapters.swapped_parameters(parameters, ones):
             assert all(torch.equal(p, ones[n]) for n, p in parameters.items())
             raise RuntimeError("stop")
 
@@ -189,7 +189,7 @@ def test_uncast_is_the_same_under_autocast_and_keeps_no_second_copy_of_an_input(
             return module[0](x), made
 
     before, copies = walk()
-    with adapters.uncast(layers):
+    with adapters.keep_input_dtype(layers):
         after, fewer = walk()
     assert torch.equal(before, after)
     assert fewer < copies

@@ -54,13 +54,13 @@ PHASES = {  # of a command, in the order in which it enters them, and the functi
     "training": ["fewstep.cli.distill.training"],
     "checkpoint": ["fewstep.training.loop.save_checkpoint"],
     "preview": ["fewstep.cli.distill.judge"],
-    "export": ["fewstep.cli.ending.write_student"],
-    "evaluation": ["fewstep.cli.ending.evaluate_student"],
-    "report": ["fewstep.cli.ending.render_run"],
+    "export": ["fewstep.cli.finish.write_student"],
+    "evaluation": ["fewstep.cli.finish.evaluate_student"],
+    "report": ["fewstep.cli.finish.render_run"],
 }
 SERVER = """
 import json, os, signal, sys, time
-import fewstep.api, fewstep.cli.distill, fewstep.cli.ending, fewstep.cli.evaluate, fewstep.report.html
+import fewstep.api, fewstep.cli.distill, fewstep.cli.finish, fewstep.cli.evaluate, fewstep.report.html
 from fewstep.cli import main
 from matplotlib import pyplot
 from matplotlib.figure import Figure

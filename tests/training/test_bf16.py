@@ -17,9 +17,9 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.init import roles_for
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.paths import Paths
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import embed
+from fewstep.data.trajectories import Trajectories
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
 
 from .. import tiny
 
@@ -42,10 +42,10 @@ def seen(name: str, share: bool) -> list[dict[str, float]]:
     data = embed(backbone, tiny.WORDS, None, "tiny")
     rng = torch.Generator().manual_seed(1)
     states = torch.randn(len(tiny.WORDS), *backbone.shape, generator=rng)
-    real = RealData(states, data, "") if method.needs.images else None
+    real = ImageData(states, data, "") if method.needs.images else None
     times = method.times(backbone.schedule, max(method.counts))
     walked = torch.randn(len(tiny.WORDS), len(times), *backbone.shape, generator=rng)
-    paths = Paths(walked, times, data, walked, times, "") if method.needs.trajectories else None
+    paths = Trajectories(walked, times, data, walked, times, "") if method.needs.trajectories else None
     config = replace(RolesConfig(lora=share, rank=4), **ROLES.get(name, {}))  # type: ignore[arg-type]
     roles = roles_for(backbone, method, config, paths=paths)
     return [dict(step.metrics) for step in distill(roles, method, data, CONFIG, real=real, paths=paths)]

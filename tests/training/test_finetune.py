@@ -10,17 +10,17 @@ from fewstep.backbones.base import Denoiser
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.finetune import finetune
 from fewstep.training.fit import FitConfig
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import embed
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
 
 from .. import tiny
 
 CONFIG = FitConfig(steps=60, batch=16, lr=1e-2, warmup=5, decay=20, ema=0.9, checkpoint_every=30)
 
 
-def data(backbone: Denoiser) -> RealData:
+def data(backbone: Denoiser) -> ImageData:
     x0 = torch.full((3, *backbone.shape), 0.7)
-    return RealData(x0, embed(backbone, tiny.WORDS, None, "x"), "x")
+    return ImageData(x0, embed(backbone, tiny.WORDS, None, "x"), "x")
 
 
 @pytest.mark.parametrize("share", [True, False])

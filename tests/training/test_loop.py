@@ -23,7 +23,7 @@ from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.optimizer import OptimizerName, make_optimizer
-from fewstep.training.prompts import Embeddings, embed
+from fewstep.data.prompts import Embeddings, embed
 from fewstep.training.settings import require_unchanged
 from fewstep.training.state import checkpoints
 

@@ -12,18 +12,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from fewstep.api import trajectory_times
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import load_teacher
 from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, MatchConfig
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
-from fewstep.roles.quantised import quantise
+from fewstep.roles.quantized import quantize
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import Training, module_bytes, peak_bytes, training_bytes
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import Embeddings
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import Embeddings
 
 from .. import pipelines
 
@@ -46,7 +46,7 @@ def embeddings(backbone: Backbone) -> Embeddings:
 def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tmp_path: Path) -> None:
     folder = pipelines.save(family, tmp_path / family)
     roles, config = RolesConfig(rank=4), TrainConfig(iterations=1, batch=4, lr=1e-4, fake_lr=1e-4)
-    planned, real = (bytes_of(b, TDM, roles, config) for b in (hollow_teacher(folder), load_teacher(folder)))
+    planned, real = (bytes_of(b, TDM, roles, config) for b in (meta_teacher(folder), load_teacher(folder)))
     assert planned.total == pytest.approx(real.total, rel=0.01)
     assert (planned.base, planned.trained) == (real.base, real.trained)
 
@@ -74,15 +74,15 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
 @pytest.mark.slow
 def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: DistributionMatching, roles: RolesConfig, batch: int) -> None:
     config = TrainConfig(iterations=2, batch=batch, lr=1e-4, fake_lr=1e-4)
-    planned = bytes_of(hollow_teacher("emoji"), method, roles, config).total
+    planned = bytes_of(meta_teacher("emoji"), method, roles, config).total
     assert planned == pytest.approx(taken(load_teacher("emoji"), method, roles, config), rel=0.05)
 
 
 def taken(teacher: Backbone, method: DistributionMatching, roles: RolesConfig, config: TrainConfig) -> int:
     """What the network has, and what the allocator gave in a training of it."""
-    quantise(teacher, roles.quantize)
+    quantize(teacher, roles.quantize)
     base, data = module_bytes(teacher.module), embeddings(teacher)  # before it carries adapters
-    real = RealData(torch.zeros(2, *teacher.shape), data, "") if method.gan else None
+    real = ImageData(torch.zeros(2, *teacher.shape), data, "") if method.gan else None
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in distill(roles_for(teacher, method, roles), method, data, config, real=real):
@@ -97,16 +97,16 @@ def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
     """Bytes that a training with the package takes, against those planned without it."""
     pytest.importorskip("bitsandbytes")
     roles, config = RolesConfig(rank=32, quantize="int8"), TrainConfig(iterations=2, batch=2, lr=1e-4, fake_lr=1e-4, optimizer="adamw8bit")
-    planned = bytes_of(hollow_teacher("emoji"), TDM, roles, config)
+    planned = bytes_of(meta_teacher("emoji"), TDM, roles, config)
     assert planned.total == pytest.approx(taken(load_teacher("emoji"), TDM, roles, config), rel=0.05)
-    plain = bytes_of(hollow_teacher("emoji"), TDM, RolesConfig(rank=32), replace(config, optimizer="adamw"))
+    plain = bytes_of(meta_teacher("emoji"), TDM, RolesConfig(rank=32), replace(config, optimizer="adamw"))
     assert planned.base < 0.33 * plain.base
     assert planned.optimiser < 0.4 * plain.optimiser
 
 
 @pytest.mark.slow
 def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:
-    teacher = hollow_teacher(pipelines.save("sd", tmp_path / "sd"))
+    teacher = meta_teacher(pipelines.save("sd", tmp_path / "sd"))
     planned = bytes_of(
         teacher, TrajectoryImitation(steps=2), RolesConfig(rank=4), TrainConfig(iterations=1, batch=2, lr=1e-4, fake_lr=1e-4)
     )
@@ -120,14 +120,14 @@ def test_nothing_is_read_or_allocated(tmp_path: Path) -> None:
     path = folder / "unet" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"block_out_channels": [16384 for _ in config["block_out_channels"]]}))
-    teacher = hollow_teacher(folder, torch.bfloat16)
+    teacher = meta_teacher(folder, torch.bfloat16)
     assert next(teacher.module.parameters()).dtype == torch.bfloat16
     assert module_bytes(teacher.module) > 50 * 2**30
 
 
 def test_decoding_goes_by_parts(tmp_path: Path) -> None:
     """Many pictures need little more than as many as fit together."""
-    teacher = hollow_teacher("emoji")
+    teacher = meta_teacher("emoji")
     vae = teacher.pipe.vae  # type: ignore[attr-defined]
     one, many = (peak_bytes(partial(teacher.decode, torch.zeros(n, *teacher.shape)), vae) for n in (64, 640))
     assert many < 1.25 * one + 640 * 3 * 64 * 64 * 4 * 4

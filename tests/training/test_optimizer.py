@@ -14,7 +14,7 @@ from fewstep.training import optimizer as module
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import storage_bytes, training_bytes
 from fewstep.training.optimizer import make_optimizer, require, state_bytes
-from fewstep.training.prompts import Embeddings, embed
+from fewstep.data.prompts import Embeddings, embed
 from fewstep.training.state import checkpoints
 
 from .. import tiny

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..project import ROOT
@@ -28,7 +28,7 @@ from tests import tiny
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 
 def work(folder):
     import torch
@@ -89,7 +89,7 @@ from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training import processes
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 from tests import tiny
 torch.set_num_threads(1)
 processes.TRAINING = datetime.timedelta(seconds=4)

@@ -22,8 +22,8 @@ from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.roles.sharding import whole
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import embed
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..project import ROOT
@@ -78,7 +78,7 @@ def roles_of(backbone: Backbone, method: Method, share: bool, checkpointing: boo
 def trained(roles: Roles, method: Method, run: Path | None = None, config: TrainConfig = CONFIG) -> list[dict[str, float]]:
     """All metrics."""
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
-    real = RealData(torch.randn(3, *roles.backbone.shape, generator=torch.Generator().manual_seed(5)), data, "")
+    real = ImageData(torch.randn(3, *roles.backbone.shape, generator=torch.Generator().manual_seed(5)), data, "")
     return [dict(s.metrics) for s in distill(roles, method, data, config, run, real if method.needs.images else None)]
 
 
@@ -140,7 +140,7 @@ from accelerate import debug_launcher
 from safetensors.torch import save_file
 from dataclasses import replace
 from tests.training import test_sharding as t
-from fewstep.training.processes import mesh_of_all
+from fewstep.processes import mesh_of_all
 from fewstep.training.loop import distill
 
 def work(folder, name, share):

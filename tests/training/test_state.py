@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training import state as module
 from fewstep.training.loop import save_run
-from fewstep.training.memory import Ledger
+from fewstep.training.memory import MemoryTracker
 from fewstep.training.optimizer import make_optimizer
 from fewstep.training.state import (
     checkpoints,
@@ -172,11 +172,11 @@ def test_saving_holds_nothing_beside_what_is_there(share: bool, tmp_path: Path) 
     roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
     optimizers = {r: make_optimizer(list(p.values()), "adamw", 1e-3, (0.0, 0.999), 0.0) for r, p in roles.trained.items()}
     states = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         ledger.add(*roles.average.values(), *states, *(p for own in roles.trained.values() for p in own.values()))
         held = ledger.now
         save_run(roles, optimizers, tmp_path, 1, {})
-    assert ledger.most == held
+    assert ledger.peak == held
     assert (tmp_path / "checkpoint-000001" / "optimizer_student.safetensors").is_file()
 
 

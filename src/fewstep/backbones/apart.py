@@ -7,7 +7,7 @@ from torch import nn
 
 from .base import Backbone
 from .few_step import with_network
-from .parts import Piped
+from .parts import DiffusersBackbone
 
 Model = TypeVar("Model", bound=Backbone)
 
@@ -20,7 +20,7 @@ def apart(backbone: Model) -> Model:
     """
     network = around_same_weights(backbone.module, backbone.name)
     again = copy.copy(backbone)
-    if isinstance(backbone, Piped):
+    if isinstance(backbone, DiffusersBackbone):
         pipe = backbone.pipe
         object.__setattr__(again, "pipe", with_network(pipe, network, pipe.scheduler, type(pipe)))
         return again

@@ -58,7 +58,7 @@ class Backbone(Protocol):
         ...
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         """Height and width of the pictures that states decode to; 0 where they are no pictures."""
         ...
 
@@ -70,7 +70,7 @@ class Backbone(Protocol):
         """Conditions of these prompts, each tensor [len(prompts), ...]; the empty prompt is the unconditional one."""
         ...
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         """Clean states [B, ...] of pictures [B, 3, H, W] in [0, 1]: the inverse of `decode`, of real data for SFT and GAN."""
         ...
 
@@ -215,7 +215,7 @@ class Denoiser:
         return {}
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         return self.shape[-1] if len(self.shape) == 3 else 0
 
     @property
@@ -231,7 +231,7 @@ class Denoiser:
     def encode(self, prompts: Sequence[str]) -> Cond:
         return {} if self.conditions is None else self.conditions(prompts)
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         return pictures
 
     def decode(self, x: Tensor) -> Tensor:

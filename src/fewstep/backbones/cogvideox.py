@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .base import Cond
 from .family import Family
-from .parts import Piped, on, single_output, transformer_features
+from .parts import DiffusersBackbone, on, single_output, transformer_features
 from .settings import table
 
 
 @dataclass(frozen=True)
-class CogVideoX(Piped):
+class CogVideoX(DiffusersBackbone):
     """A `CogVideoXPipeline` as a backbone. States are scaled latents [T, C, h, w]; the condition is `text [B, L, D]`.
 
     `decode` gives videos [B, F, 3, H, W] with F = `frames`.
@@ -29,7 +29,7 @@ class CogVideoX(Piped):
         return (steps, config.in_channels, config.sample_height, config.sample_width)
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         return 0  # a state is a video
 
     @property
@@ -62,7 +62,7 @@ class CogVideoX(Piped):
             )
         return on(self.module, {"text": text})
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         raise ValueError(f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out")
 
     def decode(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..tensors import finite
 from .base import LEAST_SHARE, Backbone, Denoiser, guided
 from .few_step import drawn, with_network
 from .generate import device_of, pictures
-from .parts import PREDICTIONS, LatentUNet, Piped
+from .parts import PREDICTIONS, DiffusersBackbone, LatentUNet
 from .schedulers import student_scheduler
 from .trial import small_shape
 from .unconditional import PixelModel, drawn_pixels, pixel_pipeline
@@ -56,12 +56,12 @@ def facts(backbone: Backbone) -> list[Check]:
     module, schedule = backbone.module, backbone.schedule
     weights = sum(p.numel() for p in module.parameters())
     types = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
-    family = type(backbone.pipe).__name__ if isinstance(backbone, Piped) else type(backbone).__name__
+    family = type(backbone.pipe).__name__ if isinstance(backbone, DiffusersBackbone) else type(backbone).__name__
     end = torch.tensor([schedule.t_max], dtype=torch.float64)
     alpha, sigma = float(schedule.alpha(end)), float(schedule.sigma(end))
     left = float(share(schedule.alpha(end), schedule.sigma(end), backbone.row))
     terminal = "zero terminal SNR" if alpha / sigma < LEAST_SHARE else f"terminal SNR {(alpha / sigma) ** 2:.2g}"
-    shown = f", pictures {backbone.picture_size} x {backbone.picture_size}" if backbone.picture_size else ""
+    shown = f", pictures {backbone.image_size} x {backbone.image_size}" if backbone.image_size else ""
     found = [
         Check("model", f"{family}, {type(module).__name__} of {weights / 1e6:.1f} M weights in {' and '.join(types)}"),
         Check(
@@ -71,7 +71,7 @@ def facts(backbone: Backbone) -> list[Check]:
         Check("schedule", f"{_schedule(schedule)}, {terminal}"),
         Check("states", f"{list(backbone.shape)}{shown}"),
     ]
-    if isinstance(backbone, Piped):
+    if isinstance(backbone, DiffusersBackbone):
         found += _of_pipeline(backbone.pipe)
     return found
 
@@ -136,9 +136,9 @@ def calls_are_finite(backbone: Backbone, prompt: str = PROMPT) -> list[Check]:
             found.append(_finite(name, finite(m), f"what the network says at {time:g}", small))
         drawn_there = backbone.decode(noise)
         found.append(_finite("decoder", finite(drawn_there), "what it makes of noise", small))
-        if backbone.picture_size:
+        if backbone.image_size:
             side = drawn_there.shape[-1]
-            states = backbone.picture_states(
+            states = backbone.encode_images(
                 torch.rand(1, drawn_there.shape[-3], side, side, generator=torch.Generator().manual_seed(1)).to(device)
             )
             found.append(_finite("encoder", finite(states), "what it makes of a picture", small))
@@ -151,7 +151,7 @@ def _finite(name: str, holds: bool, what: str, cure: str) -> Check:
 
 def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) -> list[Check]:
     """Guided few-step pictures of fewstep and of diffusers' own call from the same noise; largest relative difference in units of their spread."""
-    if not isinstance(backbone, Piped):
+    if not isinstance(backbone, DiffusersBackbone):
         return []
     plain: Any = small(backbone)
     if isinstance(plain, PixelModel):  # its pipeline takes no noise of ours, and what older torch draws in half precision is other noise
@@ -187,7 +187,7 @@ def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -
         pipe.set_progress_bar_config(disable=True)
         return drawn_pixels(replace(backbone, pipe=pipe), prompts, steps).to(device_of(backbone.module))
     pipe = with_network(backbone.pipe, backbone.module, scheduler, type(backbone.pipe))
-    size = backbone.picture_size if isinstance(backbone, LatentUNet) else 0
+    size = backbone.image_size if isinstance(backbone, LatentUNet) else 0
     return drawn(pipe, prompts, steps, scale, size=size, shape=backbone.shape).to(device_of(backbone.module))
 
 

@@ -25,7 +25,7 @@ from .base import Backbone, speechless
 from .families import FAMILIES, family_of_pipeline
 from .family import Family
 from .lora import fuse
-from .parts import LatentUNet, Piped, able_to_single, load_pipeline
+from .parts import DiffusersBackbone, LatentUNet, able_to_single, load_pipeline
 from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .trial import require_runs
@@ -138,7 +138,7 @@ def seen_from(source: str, folder: Path) -> str:
     return FUSED.join([place, *(_said((found(path), strength)) for path, strength in given.loras)])
 
 
-def present(source: Source) -> Source:
+def require_lora_files(source: Source) -> Source:
     """The same, if the files of its LoRAs are there. Raises ValueError where one is not."""
     for path, _ in source.loras:
         if path.endswith(SUFFIX) and not Path(path).expanduser().is_file():
@@ -172,7 +172,7 @@ def load_teacher(
     LoRAs behind ` + ` are fused in (see `source_of`). What a checkpoint predicts and where its configuration is: see `single_file.read_checkpoint`.
     `size` is the height and width of its pictures, where it is to draw others than it was made for. Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
     """
-    given = present(source_of(source))
+    given = require_lora_files(source_of(source))
     place, family, checkpoint = locate(given)
     try:
         if given.place in bundled():
@@ -243,7 +243,7 @@ def find(source: str | Path) -> str | Path:
 
 def at_size(backbone: Backbone, size: int | None) -> Backbone:
     """The same model for pictures of `size` x `size`; None leaves it as it is. Raises ValueError where it has one size alone."""
-    if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.picture_size):
+    if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.image_size):
         return backbone
     if not isinstance(backbone, LatentUNet):
         raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
@@ -351,7 +351,7 @@ def pipeline_of(base: str | Path | Backbone | DiffusionPipeline) -> DiffusionPip
     if isinstance(base, DiffusionPipeline):
         return base
     backbone = load_teacher(base) if isinstance(base, str | Path) else base
-    if not isinstance(backbone, Piped):
+    if not isinstance(backbone, DiffusersBackbone):
         raise ValueError(f"base: {backbone.name} is no diffusers pipeline; sample it with fewstep.sample")
     return backbone.pipe
 

@@ -30,7 +30,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 @dataclass(frozen=True)
-class Piped(ABC):
+class DiffusersBackbone(ABC):
     """What all backbones around a diffusers pipeline have in common; a family adds what is its own, and overrides nothing."""
 
     pipe: DiffusionPipeline
@@ -55,11 +55,11 @@ class Piped(ABC):
 
 
 @dataclass(frozen=True)
-class Latent(Piped):
+class Latent(DiffusersBackbone):
     """A backbone whose states are the scaled latents [C, h, w] of an image autoencoder."""
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         return self.shape[-1] * self.pipe.vae_scale_factor
 
     @property
@@ -69,7 +69,7 @@ class Latent(Piped):
     @property
     def chunk(self) -> int:
         """How many pictures go through the autoencoder at once."""
-        return max(1, PIXELS // self.picture_size**2)
+        return max(1, PIXELS // self.image_size**2)
 
     def latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """`(shift, scale)` of states `(z - shift) scale` for latents z: two numbers, or two tensors [1, C, 1, 1] where channels are normalised one by one."""
@@ -79,7 +79,7 @@ class Latent(Piped):
         mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return mean, config.scaling_factor / std
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         """Latents in float32: means of pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
         with torch.no_grad():
@@ -99,7 +99,7 @@ class Latent(Piped):
 
 
 @dataclass(frozen=True)
-class WithUNet(Piped):
+class WithUNet(DiffusersBackbone):
     """The layers that diffusers' U-Nets have in common."""
 
     @property

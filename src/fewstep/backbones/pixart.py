@@ -30,7 +30,7 @@ class PixArt(LatentTransformer):
         return transformer_features(self.pipe.transformer.transformer_blocks)
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        text, size = cond["text"], self.picture_size
+        text, size = cond["text"], self.image_size
         extra: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.pipe.transformer.config.use_additional_conditions:
             extra = {"resolution": text.new_full((len(x), 2), size), "aspect_ratio": text.new_ones(len(x), 1)}

@@ -17,6 +17,8 @@ from .base import Backbone
 PROBES = 17  # fractions of the way at which a schedule that is none of ours is written down
 SHOWN = 6  # numbers of a list that are printed in full
 
+LEVELS = 33  # of a schedule's table that are kept
+
 
 def process_data(backbone: Backbone, most: int | None = None) -> dict[str, Any]:
     """`prediction`, `sigma_data` where it has one, and `schedule` of a backbone, ready for JSON.

@@ -8,7 +8,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
 
 from .base import Backbone
-from .parts import Piped
+from .parts import DiffusersBackbone
 
 T5_TOKENS = 256  # that SD3's pipeline gives its third encoder
 PIXART_TOKENS = 120  # of PixArt-alpha's call; Sigma's is 300
@@ -27,7 +27,7 @@ class Reading:
 
 def readings(backbone: Backbone, prompts: Sequence[str]) -> list[Reading]:
     """Of every text encoder; none where there are none, or where it is somebody's own."""
-    if not isinstance(backbone, Piped):
+    if not isinstance(backbone, DiffusersBackbone):
         return []
     pipe, found = backbone.pipe, []
     for name, words, most in _tokenizers(pipe):

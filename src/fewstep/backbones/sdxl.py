@@ -38,7 +38,7 @@ class StableDiffusionXL(LatentUNet):
         if self.pipe.config.force_zeros_for_empty_prompt:
             said = torch.tensor([bool(p) for p in prompts], device=text.device)
             text, pooled = text * said[:, None, None], pooled * said[:, None]
-        sizes = torch.tensor([self.picture_size, self.picture_size, 0, 0, self.picture_size, self.picture_size])
+        sizes = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size])
         return on(self.module, {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)})
 
 

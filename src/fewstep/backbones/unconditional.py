@@ -39,7 +39,7 @@ class PixelModel(WithUNet):
         return (self.pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         return self.shape[-1]
 
     @property
@@ -67,7 +67,7 @@ class PixelModel(WithUNet):
             raise ValueError(f"prompts: {self.name} knows no {unknown[0]!r}; its classes are {self.classes}")
         return {"label": torch.tensor([numbers[p] for p in prompts], device=self.pipe.device)}
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, pictures: Tensor) -> Tensor:
         grey = self.pipe.unet.config.in_channels == 1
         return 2 * (pictures.mean(1, keepdim=True) if grey else pictures) - 1
 

@@ -11,15 +11,15 @@ from ..backbones.base import Backbone
 from ..backbones.conformance import conformance
 from ..backbones.load import hub_id, pipeline_of
 from ..backbones.parts import networks
+from ..data.prompts import embedding_bytes
+from ..data.trajectories import trajectory_bytes
 from ..findings import Check, require
 from ..report.words import size
 from ..runs.recipe import DistillRecipe, FinetuneRecipe
 from ..runs.rehearsal import CHECKPOINTS, Trial, disk_check, student_check, trial_of
-from ..runs.walking import trajectory_times
+from ..runs.trajectory_sources import trajectory_times
 from ..training.memory import module_bytes
-from ..training.paths import path_bytes
-from ..training.prompts import embedding_bytes
-from .ending import origin_of
+from .finish import origin_of
 from .preflight import in_first, place_checks, unwritable, writing_check
 from .progress import console, show_checks
 
@@ -27,7 +27,7 @@ LOADED = 1.2  # memory that loading takes, in units of the weights
 
 
 def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path) -> None:
-    """Look at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
+    """ImageStats at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
 
     The first process looks. The teacher's and the student's pictures are drawn where that takes seconds.
     """
@@ -62,7 +62,7 @@ def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -
 def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Sequence[str]) -> int:
     """What embeddings and trajectories will take in the run's folder, about."""
     walks = {
-        path_bytes(data.count, teacher.shape, len(trajectory_times(stage.method, teacher)), data.steps + 1)
+        trajectory_bytes(data.count, teacher.shape, len(trajectory_times(stage.method, teacher)), data.steps + 1)
         for stage in stages
         if (data := stage.data) is not None and data.source == "trajectories" and data.folder is None
     }

@@ -14,14 +14,17 @@ import yaml
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
-from ..backbones.hollow import require_loadable
 from ..backbones.load import at_size, fingerprint, fused, load_teacher, pipeline_of, quiet
+from ..backbones.meta import require_loadable
 from ..core import timegrid
+from ..data.prompts import Embeddings, embed, embedding_bytes
+from ..data.trajectories import Trajectories, TrajectoryConfig
 from ..findings import require
+from ..processes import any_rank, barrier, distributed_errors, is_first, mesh_of_all, require_same, this_process
 from ..reading import read_json
 from ..report.run import BEST, BEST_FILE, REPORT, SHAPE
 from ..report.words import finite, plural
-from ..roles.quantised import quantise, weight_count
+from ..roles.quantized import quantize, weight_count
 from ..roles.roles import Roles, large_rank
 from ..runs.init import check_conditioning, inherited_head, roles_for
 from ..runs.metrics_log import MetricsLog
@@ -35,14 +38,11 @@ from ..training.loop import Step, default_device, distill, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
-from ..training.paths import Paths, TrajectoryConfig
-from ..training.processes import any_of, is_first, mesh_of_all, require_same, this_process, together, with_others
-from ..training.prompts import Embeddings, embed, embedding_bytes
 from ..training.state import checkpoints, latest_checkpoint
 from .before import look_before, look_in_dry_run
 from .best import Best, measured_by
-from .ending import errors_along, finish, shape_seen, write_best
 from .evaluate import check_measures, measure_step
+from .finish import errors_along, finish, shape_seen, write_best
 from .plan import plans_of, show
 from .preflight import held, note_shadowed, place_checks
 from .progress import OnScreen, console, count_in, meter
@@ -87,16 +87,16 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     prompts = training_prompts(recipe, teacher)
     say_of_prompts(teacher, prompts)
     begun = checkpoints(run) or checkpoints(run / WARM_START)
-    together()  # nobody writes before all have looked
+    barrier()  # nobody writes before all have looked
     if not begun:
         look_before(stages, teacher, base_hash, prompts, run, run)
     for stage in stages[:-1]:
         console.print(f"warm start: {stage.method.name}, {stage.train.iterations} iterations")
         done = finished(run / WARM_START, stage)
-        together()
+        barrier()
         if not done:
             run_stage(stage, teacher, base_hash, prompts, run / WARM_START, source, overrides, run)
-            together()
+            barrier()
             teacher = teacher_of(recipe)[0] if sharded(stage) else teacher
     run_stage(stages[-1], teacher, base_hash, prompts, run, source, overrides, run)
 
@@ -106,7 +106,7 @@ def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
     device, rounded = default_device(), recipe.roles.quantize
     teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size)
     base_hash = fingerprint(teacher.module)
-    quantise(teacher, rounded)
+    quantize(teacher, rounded)
     pipeline_of(teacher).to(device)
     return teacher, base_hash
 
@@ -124,7 +124,7 @@ def second_stage(recipe: DistillRecipe, first: Path) -> DistillRecipe:
     return recipe.model_copy(update={"init_from": str(first), "data": data})
 
 
-def spent_before(recipe: DistillRecipe, run: Path, paths: Paths | None) -> float:
+def spent_before(recipe: DistillRecipe, run: Path, paths: Trajectories | None) -> float:
     """Seconds that went into a first stage and into trajectories, each once: they are part of what a student costs."""
     walked = 0.0 if paths is None else paths.seconds
     if recipe.warm_start is None:
@@ -171,7 +171,7 @@ def run_stage(
     if sharded(recipe):
         roles.shard(mesh_of_all(), default_device())
     found = latest_checkpoint(run)
-    together()  # nobody writes before all have looked
+    barrier()  # nobody writes before all have looked
     start = 0 if found is None else int(found[1]["step"])
     log = MetricsLog(run / "metrics.jsonl" if first else None, start)
     if start:
@@ -179,7 +179,7 @@ def run_stage(
     else:
         log.seconds = spent_before(recipe, run, paths)
         (run / BEST / BEST_FILE).unlink(missing_ok=True)  # what lies there is another training's
-    with with_others():
+    with distributed_errors():
         # Networks whose weights are sharded sample in all processes or in none.
         preview = Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
         keep = partial(write_best, run, recipe, roles, base_hash) if first and recipe.preview.keep_best and not sharded(recipe) else None
@@ -256,7 +256,7 @@ def training(
                 console.print("\n".join(f"iteration {step.iteration}: {w}" for w in grown))
                 log.note(step.iteration, {"warnings": grown})
             look_at(recipe, step, preview, log, prompts, keep)
-            if any_of(request.asked) and step.iteration < last:
+            if any_rank(request.asked) and step.iteration < last:
                 return True
     return False
 
@@ -279,7 +279,7 @@ def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, 
     if "preview" not in log.known:
         log.note(step.iteration, {"preview": {k: v if finite(v) else None for k, v in values.items()}})
     quality = log.known.get("quality", {}) if is_first() else {}
-    if any_of(not quality and is_first()) if sharded(recipe) else not quality and is_first():
+    if any_rank(not quality and is_first()) if sharded(recipe) else not quality and is_first():
         quality = measure(recipe, step, log, prompts)
     value = seen.distance if recipe.preview.protocol is None else quality.get("fd_real")
     kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds) if keep else []

@@ -15,6 +15,7 @@ from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
+from ..data.prompts import find_prompts
 from ..reading import object_in, reading
 from ..runs.recipe import DistillRecipe
 from ..runs.sampling import backbone_of, sample
@@ -22,7 +23,6 @@ from ..student.card import card_nfe
 from ..student.folder import require_folder
 from ..student.student import Student
 from ..training.loop import Step
-from ..training.prompts import find_prompts
 from ..typed import typed
 from ..zoo.pixel_data import read_pixel_data
 from .preflight import require_output
@@ -81,7 +81,7 @@ class Stage(TypedDict, total=False):
     data: Data | None
 
 
-class Asked(TypedDict, total=False):
+class SamplePlan(TypedDict, total=False):
     """Of a recipe's `prompts`."""
 
     source: str
@@ -92,7 +92,7 @@ class Recipe(Stage, total=False):
     """Of a whole recipe; runs from Python say what their teacher is made of, and no names of files."""
 
     first: Stage | None
-    prompts: Asked
+    prompts: SamplePlan
     teacher: str | dict[str, Any]
 
 
@@ -132,7 +132,7 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
     named = recipe.get("teacher")
     if not isinstance(named, str):
         raise ValueError(f"--prompts: there is no run around {run} that says what {teacher.name} was asked for; pass a prompt file")
-    told: Asked = recipe.get("prompts", {})
+    told: SamplePlan = recipe.get("prompts", {})
     try:
         return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), named))
     except ValueError as error:
@@ -179,7 +179,7 @@ def measuring(
     """
     from ..evaluation.pictures import PictureProtocol
 
-    if not teacher.picture_size:
+    if not teacher.image_size:
         raise ValueError(
             f"{option}: {teacher.name} draws no single pictures, and nothing else is measured yet; leave it out, and look at the run's samples/ and report"
         )
@@ -229,7 +229,7 @@ def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Ten
         raise ValueError(
             f"{real} has {len(images)} pictures, protocol {rules.name} compares {rules.count} with {rules.count}; pass more, or choose a smaller protocol"
         )
-    size = teacher.picture_size
+    size = teacher.image_size
     if images.shape[2:] != (size, size):
         got = "x".join(map(str, images.shape[2:]))
         raise ValueError(f"the pictures of {real} are {got}, {teacher.name} draws {size}x{size}; scale them as it has seen them")

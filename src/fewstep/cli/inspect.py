@@ -11,12 +11,12 @@ from safetensors import safe_open
 
 from ..backbones.load import bundled, fingerprint, load_teacher, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
+from ..data.texts import printable
 from ..reading import read_json, reading, require_regular
 from ..student.card import counted
 from ..student.folder import find_folder, read_card
 from ..student.headers import KEY
 from ..training.state import checkpoints
-from ..training.texts import printable
 from .progress import console
 
 KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how they begin

@@ -9,19 +9,19 @@ import torch
 from rich.table import Table
 
 from ..backbones.base import Backbone
-from ..backbones.hollow import hollow_teacher
 from ..backbones.load import at_size, quiet
-from ..backbones.parts import Piped, networks
+from ..backbones.meta import meta_teacher
+from ..backbones.parts import DiffusersBackbone, networks
+from ..data.prompts import CHUNK, Embeddings
 from ..names import quoted
 from ..reading import reason
 from ..report.words import size
-from ..roles.quantised import KINDS, Kind, layers_of, quantise
+from ..roles.quantized import KINDS, Kind, layers_of, quantize
 from ..runs.init import roles_for
 from ..runs.recipe import DistillRecipe, first_stage, read_recipe
-from ..runs.walking import trajectory_times
+from ..runs.trajectory_sources import trajectory_times
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
-from ..training.prompts import CHUNK, Embeddings
 from .preflight import note_shadowed
 from .progress import console
 
@@ -93,7 +93,7 @@ def run_plan(source: str, overrides: list[str], memory: str | None, given: Mappi
 
 def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
     """The recipe's teacher without content, and the plan of each of its stages."""
-    teacher = hollow_of(recipe)
+    teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
     try:
         return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
@@ -110,10 +110,10 @@ def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
         ) from error
 
 
-def hollow_of(recipe: DistillRecipe) -> Backbone:
+def meta_of(recipe: DistillRecipe) -> Backbone:
     """The recipe's teacher without content, rounded where it says so."""
-    teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size)
-    quantise(teacher, recipe.roles.quantize)
+    teacher = meta_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size)
+    quantize(teacher, recipe.roles.quantize)
     return teacher
 
 
@@ -126,7 +126,7 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
         return [], made.total
     found, needed = fastest(made, teacher, usable, prefix)
     for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
-        hollow = hollow_of(recipe)
+        hollow = meta_of(recipe)
         rounded = plan_of(recipe, hollow, phases_of(recipe, hollow))
         ways, needed = ([], rounded.total) if rounded.total <= usable else fastest(rounded, hollow, usable, prefix)
         if ways is not None:
@@ -196,7 +196,7 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
 def phases_of(recipe: DistillRecipe, teacher: Backbone) -> Phases:
     """What comes before and beside the training."""
     sized = at_size(teacher, recipe.size)
-    assert isinstance(sized, Piped)
+    assert isinstance(sized, DiffusersBackbone)
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
     shown = len(recipe.preview.prompts or [None] * 8)
     return Phases(

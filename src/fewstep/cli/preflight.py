@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..atomic import cure_of, link_or_copy, remove_left, require_replaceable, temporary_beside
 from ..backbones.load import bundled, source_of
+from ..data.trajectories import OF_STUDENT, TRAJECTORIES
 from ..findings import Check, require
 from ..names import LONGEST, visible
+from ..processes import any_rank, is_first
 from ..student.folder import FILE as CARD_FILE
 from ..student.folder import holds_student
 from ..training.lock import locked
-from ..training.paths import OF_STUDENT, TRAJECTORIES
-from ..training.processes import any_of, is_first
 from .faults import logged_in
 from .progress import console
 
@@ -128,5 +128,5 @@ def in_first(work: Callable[[], None]) -> None:
             work()
     except ValueError as error:
         refused = error
-    if any_of(refused is not None):
+    if any_rank(refused is not None):
         raise refused or ValueError("see what the first process said")

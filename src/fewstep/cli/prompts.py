@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 from ..backbones.base import Backbone
 from ..backbones.load import BUNDLED, source_of
+from ..data.prompt_lengths import said_of_prompts
+from ..data.prompts import find_prompts, ignore
+from ..data.texts import Found
 from ..runs.recipe import DistillRecipe
-from ..training.prompt_lengths import said_of_prompts
-from ..training.prompts import find_prompts, ignore
-from ..training.texts import Found
 from .progress import console
 
 

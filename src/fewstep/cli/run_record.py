@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from ..names import quoted
+from ..processes import this_process
 from ..runs.recipe import DistillRecipe, recorded
 from ..runs.record import hardware, versions
-from ..training.processes import this_process
 
 
 def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: list[str]) -> dict[str, Any]:

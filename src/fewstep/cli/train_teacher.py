@@ -5,13 +5,13 @@ from pathlib import Path
 
 from ..atomic import write_json, write_text
 from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
+from ..data.captioned import read_pictures
+from ..data.images import encode_images_of
 from ..findings import require
 from ..runs.recipe import FinetuneRecipe, kind_of, read_recipe, recorded
-from ..training.captioned import read_pictures
 from ..training.finetune import finetune
 from ..training.fit import FitStep
 from ..training.loop import default_device
-from ..training.pictures import encode_pictures
 from ..training.state import checkpoints
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
@@ -62,7 +62,7 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
         look_before_finetune(recipe, teacher, run)
     write_json(run / "run.json", recorded(recipe))
     identity, source = fingerprint(teacher.module, *teacher.encoders), recipe.data.source
-    data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=OnScreen().writing)
+    data = encode_images_of(teacher, source, run / "embeddings", identity, found=say_found, keep=OnScreen().writing)
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
     yield from (("finetune", step) for step in training)
     pipeline_of(teacher).save_pretrained(run / "teacher")

@@ -40,7 +40,7 @@ class Measured:
         return Measured(*(torch.cat(pair) for pair in pairs))
 
 
-class Asked(Protocol):
+class SamplePlan(Protocol):
     """Every picture's prompt and seed."""
 
     @property
@@ -57,7 +57,7 @@ class Space(Protocol):
     def embed(self, features: Tensor) -> Tensor: ...
 
 
-class Gauge:
+class FeatureExtractor:
     """Draws and measures. The feature network stays on the CPU, so that the numbers do not depend on where the pictures were drawn."""
 
     def __init__(self, space: Space) -> None:
@@ -76,9 +76,9 @@ class Gauge:
 
 
 def measure(
-    gauge: Gauge,
+    gauge: FeatureExtractor,
     sampler: Sampler,
-    plan: Asked,
+    plan: SamplePlan,
     *,
     batch: int,
     row: str,
@@ -104,7 +104,7 @@ def measure(
     return done
 
 
-def _kept(gauge: Gauge, sampler: Sampler, plan: Asked, row: str, files: Sequence[Path]) -> Measured:
+def _kept(gauge: FeatureExtractor, sampler: Sampler, plan: SamplePlan, row: str, files: Sequence[Path]) -> Measured:
     found = sorted((_read(f, gauge.nothing) for f in files if f.exists()), key=len, reverse=True)
     if not found:
         return gauge.nothing

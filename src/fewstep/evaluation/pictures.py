@@ -19,7 +19,7 @@ from .. import __version__
 from .alignment import COLLAPSED, diversity
 from .distances import Moments, frechet_distance, moments, principal_components
 from .features import WIDTH, features
-from .measure import Gauge
+from .measure import FeatureExtractor
 from .plan import digest, seed_of
 from .protocols import Row, best_teacher, measured_rows
 from .reference import VARIANCE
@@ -58,7 +58,7 @@ def pictures_named(name: str) -> PictureProtocol | None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplePlan:
     """The prompts and seeds of every row."""
 
     prompts: tuple[str, ...]
@@ -76,11 +76,11 @@ class Roots:
         return features.sqrt()
 
 
-def asked(protocol: PictureProtocol, names: Sequence[str]) -> Asked:
+def asked(protocol: PictureProtocol, names: Sequence[str]) -> SamplePlan:
     """Classes or prompts in turn, the empty one where there are none: a small protocol is the beginning of a large one."""
     names = tuple(names) or ("",)
     pictures = [(names[i % len(names)], i // len(names)) for i in range(protocol.count)]
-    return Asked(tuple(name for name, _ in pictures), tuple(seed_of(*picture) for picture in pictures))
+    return SamplePlan(tuple(name for name, _ in pictures), tuple(seed_of(*picture) for picture in pictures))
 
 
 def chosen(protocol: PictureProtocol, prompts: Sequence[str]) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ def evaluate_pictures(
         raise ValueError(f"real: got {len(real)} pictures, protocol {protocol.name} compares {count} with {count}; choose a smaller one")
     if real is None and best is None:
         raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real pictures; pass some")
-    drawn, gauge = asked(protocol, classes), Gauge(Roots())
+    drawn, gauge = asked(protocol, classes), FeatureExtractor(Roots())
     stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds)}
     measured = measured_rows(rows, drawn, gauge, [*stamp.values(), "roots"], protocol.batch, cache, progress)
     own = [m.embeddings for m in measured]

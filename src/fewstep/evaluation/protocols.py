@@ -14,9 +14,9 @@ import torch
 
 from .. import __version__
 from ..core.guidance import Guidance
-from .measure import Asked, Gauge, Measured, Sampler, measure
+from .measure import FeatureExtractor, Measured, SamplePlan, Sampler, measure
 from .plan import EmojiProtocol, digest, plan
-from .quality import Ruler
+from .quality import MetricSuite
 from .reference import FOLDER, load_reference
 
 REFERENCE = "4228312292527cfbffcd641eaf5df5757565bfad90002a8d6ed067dbd6705a42"
@@ -68,10 +68,10 @@ def evaluate(
     if known.sha256 != protocol.reference:
         found = f"the reference {reference} has hash {known.sha256[:12]}, expected {protocol.reference[:12]}"
         raise ValueError(f"protocol {protocol.name}: {found}; install fewstep again, or name your own reference's hash in the protocol")
-    drawn, gauge = plan(protocol, known), Gauge(known)
+    drawn, gauge = plan(protocol, known), FeatureExtractor(known)
     stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds), "reference_sha256": known.sha256}
     measured = measured_rows(rows, drawn, gauge, list(stamp.values()), protocol.batch, cache, progress, shipped)
-    ruler, most = Ruler(protocol, drawn, known), best_teacher(rows)
+    ruler, most = MetricSuite(protocol, drawn, known), best_teacher(rows)
     best = None if most is None else measured[most]
     return {
         "protocol": protocol.name,
@@ -102,8 +102,8 @@ def best_teacher(rows: Sequence[Row]) -> int | None:
 
 def measured_rows(
     rows: Sequence[Row],
-    asked: Asked,
-    gauge: Gauge,
+    asked: SamplePlan,
+    gauge: FeatureExtractor,
     stamp: Sequence[str],
     batch: int,
     cache: Path | None,

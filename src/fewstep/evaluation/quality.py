@@ -39,7 +39,7 @@ class Quality:
         return asdict(self)
 
 
-class Ruler:
+class MetricSuite:
     """Measures rows of one plan against one reference."""
 
     def __init__(self, protocol: EmojiProtocol, plan: Plan, reference: Reference) -> None:

@@ -64,7 +64,7 @@ WORDS = {
     "Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
     "Prompt match while training": "Share of the student's images whose nearest real image is the one of their own prompt, higher is "
     "better. Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
-    "DistributionMatching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
+    "Matching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
     "Falling means that the student's images look more and more like the teacher's; step 1 starts from noise.",
     "Losses": "Faint: every iteration. Strong: average over a twentieth of them. These need not fall: the student and the fake score chase "
     "each other, so judge by the images and the distances above.",
@@ -91,7 +91,7 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, 
         gaps(metrics),
         losses(metrics),
         gradients(metrics),
-        strays(shape or {}),
+        trajectory_errors(shape or {}),
         space(shape or {}),
         explained(shape or {}),
         coordinates(shape or {}),
@@ -140,7 +140,7 @@ def gradients(metrics: Sequence[Metrics]) -> Figure | None:
     return _logarithmic(metrics, [("student", STUDENT, "student_grad"), ("fake score", FAKE, "fake_grad")])
 
 
-def strays(shape: Mapping[str, Any]) -> Figure | None:
+def trajectory_errors(shape: Mapping[str, Any]) -> Figure | None:
     """Cumulative error of few steps along the way, `errors`: name -> {s, error}."""
     if not shape.get("errors"):
         return None

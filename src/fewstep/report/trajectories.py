@@ -28,7 +28,7 @@ def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor, curve: Curve | Non
     }  # fmt: skip
 
 
-def strays(
+def trajectory_errors(
     schedule: Schedule, goals: Tensor, times: Tensor, walks: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, dict[str, list[float]]]:
     """Cumulative error of walks along the way: `||x - x_teacher|| / ||x_teacher, clean||`, averaged over samples.

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .sharding import part_of
+from .sharding import shard_like
 
 TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "all": (nn.Linear, nn.Conv2d),
@@ -142,7 +142,7 @@ def switch(layers: Sequence[LoraLayer], name: str | None) -> None:
 
 
 @contextmanager
-def uncast(layers: Sequence[LoraLayer]) -> Iterator[None]:
+def keep_input_dtype(layers: Sequence[LoraLayer]) -> Iterator[None]:
     """Within it LoRA take their inputs as they come: for autocast, which casts weights instead, so that no second copy of every input is kept."""
     for layer in layers:
         layer.cast_input_dtype_enabled = False
@@ -185,7 +185,7 @@ def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
 
 
 @contextmanager
-def values(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_parameters(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Tensor]) -> Iterator[None]:
     """Run with other values in these parameters, then put the old ones back."""
     kept = {n: p.detach().clone() for n, p in parameters.items()}
     try:
@@ -202,7 +202,7 @@ def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
     """
     with torch.no_grad():
         for n, p in parameters.items():
-            p.copy_(part_of(tensors[n], p))
+            p.copy_(shard_like(tensors[n], p))
     torch.clear_autocast_cache()
 
 

@@ -22,7 +22,7 @@ from ..words import speaks_python
 from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, make_discriminator
-from .quantised import Kind, quantise, weight_count
+from .quantized import Kind, quantize, weight_count
 from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake", "discriminator"]
@@ -97,24 +97,24 @@ class Roles:
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
-    counts: tuple[float, ...] = ()  # step counts, or guidance scales, that student and fake score are told apart; usually none
+    condition_values: tuple[float, ...] = ()  # step counts or guidance scales that student and fake score are conditioned on; usually none
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # one that the student begins with and learns to do without
-    now: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # who the shared network is, told which count
+    active: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # whose role the shared network has
 
-    def denoise(self, role: Role, cond: Cond, told: float | None = None) -> Denoise:
+    def denoise(self, role: Role, cond: Cond, condition: float | None = None) -> Denoise:
         """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
-        return self._as(role, denoiser(self.backbone, self.networks[role], cond), told)
+        return self._as(role, denoiser(self.backbone, self.networks[role], cond), condition)
 
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
         """Return the frozen teacher under guidance."""
         return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, guidance))
 
-    def _as(self, role: Role, inner: Denoise, told: float | None = None) -> Denoise:
+    def _as(self, role: Role, inner: Denoise, condition: float | None = None) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
-            self.activate(role, told)
+            self.activate(role, condition)
             try:
                 return inner(x, t)
             finally:
@@ -122,21 +122,21 @@ class Roles:
 
         return denoise
 
-    def activate(self, role: Role, told: float | None = None) -> None:
+    def activate(self, role: Role, condition: float | None = None) -> None:
         """Let the shared network be this role, told its step count or guidance scale, until another is activated.
 
         Between two calls of a role it is the teacher, so that whoever holds the backbone finds what it was.
         """
-        self.now[0] = (role, told)
+        self.active[0] = (role, condition)
         adapters.switch(self.layers, None if role == "teacher" else role)
         for condition in self.conditions.values():
             condition.active = None
-        if self.counts and role != "teacher":
-            self.conditions[role].active = step_condition.nearest(self.vectors(role), told or self.counts[0])
+        if self.condition_values and role != "teacher":
+            self.conditions[role].active = step_condition.nearest(self.vectors(role), condition or self.condition_values[0])
 
     def vectors(self, role: Role = "student") -> dict[float, Tensor]:
         """What is added to the role's time embedding for each value that it is told; empty where it is not told."""
-        return step_condition.vectors(self.counts, self.trained[role][CONDITION]) if self.counts else {}
+        return step_condition.vectors(self.condition_values, self.trained[role][CONDITION]) if self.condition_values else {}
 
     @property
     def sharded(self) -> bool:
@@ -165,7 +165,7 @@ class Roles:
             if head is not None:
                 head.to(device)
         for name, p in self.trained["student"].items():
-            self.average[name] = sharding.part_of(self.average[name], p).to(p.device)
+            self.average[name] = sharding.shard_like(self.average[name], p).to(p.device)
 
     def update_average(self, decay: float) -> None:
         """`average <- decay average + (1 - decay) student`."""
@@ -189,7 +189,7 @@ class Roles:
                 )
             network.load_state_dict(state)
         if vectors:
-            step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.counts])
+            step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.condition_values])
         for name, p in self.trained["student"].items():
             self.average[name].copy_(p.detach())
 
@@ -200,7 +200,7 @@ class Roles:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it the student has its averaged weights: for pictures, evaluation and export."""
-        return adapters.values(self.trained["student"], self.average)
+        return adapters.swapped_parameters(self.trained["student"], self.average)
 
     def student_state(self) -> dict[str, Tensor]:
         """The student's weights as they are now, without its step condition: LoRA in PEFT's file format, or the whole network.
@@ -214,23 +214,6 @@ class Roles:
         if self.config.lora:
             state = adapters.scaled(adapters.adapter_state(network, "student"), self.config.scale)
         return {k: v.detach().cpu().clone() for k, v in state.items()}
-
-    def told(self, count: float, times: Tensor) -> dict[str, Tensor]:
-        """What makes the shared student a plain LoRA for one step count, or guidance scale, with these `times`; empty where it is not told its count."""
-        if not (self.counts and self.config.lora and self.config.rank):
-            return {}
-        network = self.networks["student"]
-        self.activate("student", count)
-        try:
-            return step_condition.folded_lora(self.backbone, network, self.vectors()[count], times, self.config.rank, self.config.rank)
-        finally:
-            self.activate("teacher")
-
-    def adapter_settings(self) -> dict[str, Any]:
-        """PEFT's settings of `student_state`, for the header of its file; empty for a full student."""
-        if not (self.config.lora and self.config.rank):
-            return {}
-        return self.networks["student"].peft_config["student"].to_dict() | {"lora_alpha": self.config.rank}  # type: ignore[union-attr,index]
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -253,27 +236,27 @@ def make_roles(
     backbone: Backbone,
     config: RolesConfig,
     seed: int = 0,
-    counts: tuple[float, ...] = (),
-    against: tuple[int, ...] = (),
+    condition_values: tuple[float, ...] = (),
+    gan_step_counts: tuple[int, ...] = (),
     head: nn.Module | None = None,
     fake: bool = True,
     head_to_absorb: nn.Module | None = None,
 ) -> Roles:
-    """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several `counts`: step counts or guidance scales.
+    """Student and `fake` score that start as the teacher, bit for bit, also when they are conditioned on `condition_values`: step counts or guidance scales.
 
-    `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
+    `gan_step_counts` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
     (rank 0) is all of it; one that it is `head_to_absorb` away stays as it is. Raises ValueError where there is nothing to train, or copies of half-precision weights.
     Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
     the same backbone are taken out, and `config.quantize` rounds its weights for good. Copies: two deep copies.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
-    quantise(backbone, config.quantize)
+    quantize(backbone, config.quantize)
     set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
     made: tuple[Role, ...] = TRAINED if fake else ("student",)
     if config.lora and not config.rank and (fake or head is None):
         raise ValueError("roles.rank: got 0, which trains a head alone; choose a rank from 1, e.g. 32")
-    if counts:
+    if condition_values:
         width = step_condition.width(base, backbone.time_layer)
     if not config.lora:
         _require_single(base)
@@ -283,7 +266,7 @@ def make_roles(
     else:
         if config.rank:
             # Where the step count enters, it takes the adapter's place, so that at export it can become one.
-            names = adapters.targets(base, config.targets, (*config.exclude, *([backbone.time_layer] if counts else [])))
+            names = adapters.targets(base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else [])))
             for i, role in enumerate(made):
                 adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
         networks = {"teacher": base, **dict.fromkeys(made, base)}
@@ -293,12 +276,12 @@ def make_roles(
             for p in parameters.values():
                 p.requires_grad_(True)
     conditions: dict[Role, StepCondition] = {}
-    if counts:
+    if condition_values:
         device = next(base.parameters()).device
         for role in made:
             shared = config.lora and bool(conditions)
             conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
-            trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(counts), width, device=device))}
+            trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device))}
     if head is not None:
         head.to(next(base.parameters()).device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
@@ -306,11 +289,11 @@ def make_roles(
         head_to_absorb.to(next(base.parameters()).device).requires_grad_(False)
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
     adapters.switch(layers, None)
-    discriminator = make_discriminator(backbone, base, against, seed) if against else None
+    discriminator = make_discriminator(backbone, base, gan_step_counts, seed) if gan_step_counts else None
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
-    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head, head_to_absorb)
+    roles = Roles(backbone, networks, trained, layers, config, average, condition_values, conditions, discriminator, head, head_to_absorb)
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
-        checkpoint_blocks(network, lambda: roles.now[0], lambda who: roles.activate(*who))
+        checkpoint_blocks(network, lambda: roles.active[0], lambda who: roles.activate(*who))
     return roles

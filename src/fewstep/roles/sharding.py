@@ -53,7 +53,7 @@ def fetch_for(output: Tensor, network: nn.Module, layer: str) -> None:
         output.register_hook(fetch)
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that all have, spread as `like` is; the tensor itself where `like` is not, or where it is spread already."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor

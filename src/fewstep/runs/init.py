@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 
 from ..backbones.base import Backbone
-from ..backbones.parts import Piped
+from ..backbones.parts import DiffusersBackbone
 from ..core import timegrid
+from ..data.trajectories import Trajectories
 from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
 from ..methods.method import Method, require_initial_student
 from ..roles.roles import Roles, RolesConfig, make_roles
 from ..student.base import require_own
 from ..student.folder import read_card, read_head, read_parts
-from ..training.paths import Paths
 
 
 def roles_for(
-    teacher: Backbone, method: Method, config: RolesConfig, seed: int = 0, paths: Paths | None = None, init_from: Path | None = None
+    teacher: Backbone, method: Method, config: RolesConfig, seed: int = 0, paths: Trajectories | None = None, init_from: Path | None = None
 ) -> Roles:
     """Return the networks that a method needs, the student initialized from the finished one in `init_from`.
 
@@ -35,7 +35,7 @@ def roles_for(
     return roles
 
 
-def _head(method: Method, teacher: Backbone, seed: int, paths: Paths | None, init_from: Path | None) -> Head | None:
+def _head(method: Method, teacher: Backbone, seed: int, paths: Trajectories | None, init_from: Path | None) -> Head | None:
     if init_from is not None and (head := inherited_head(method, teacher, init_from)) is not None:
         return head
     if method.head == "none":
@@ -74,7 +74,7 @@ def initialize(roles: Roles, folder: Path) -> None:
     parts, layer = read_parts(folder, roles.backbone), roles.backbone.time_layer
     values = card.condition_values if parts.vectors else ()
     carries = layer and not parts.vectors and any(k.startswith(f"{layer}.lora_") for k in parts.lora or {})
-    check_conditioning(str(folder), values, roles.counts, layer if carries else "")
+    check_conditioning(str(folder), values, roles.condition_values, layer if carries else "")
     state = parts.lora if parts.network is None else parts.network.state_dict()
     assert state is not None
     roles.start_from(state, parts.vectors)
@@ -103,7 +103,7 @@ def _counted(values: tuple[float, ...]) -> str:
 
 def require_network(backbone: Backbone, prompts: list[str]) -> None:
     """Raises ValueError where a network of one's own does not take what its Denoiser says of it: one call, before anything is walked or trained."""
-    if isinstance(backbone, Piped):
+    if isinstance(backbone, DiffusersBackbone):
         return
     asked = [*prompts[:1], ""]
     with torch.no_grad():

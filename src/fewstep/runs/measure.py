@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..atomic import write_json
 from ..backbones.base import Backbone, nfe_per_step
-from ..backbones.parts import Piped
+from ..backbones.parts import DiffusersBackbone
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
 from ..evaluation.states import energy_distance, energy_noise, spread
@@ -45,7 +45,7 @@ def evaluate(
         raise ValueError("model: got a step of the inner loop; pass one of fewstep.distill, or a student")
     student = model.snapshot() if isinstance(model, Step) else model
     teacher, card = backbone_of(student), student.card
-    if isinstance(teacher, Piped):
+    if isinstance(teacher, DiffusersBackbone):
         raise ValueError(
             f"model: {card.name} is a student of a diffusers pipeline, whose pictures are measured; save it and run: fewstep evaluate FOLDER"
         )

@@ -13,21 +13,30 @@ from torch import Tensor
 from ..backbones.base import Backbone
 from ..backbones.generate import device_of
 from ..backbones.load import fingerprint, place_encoders
-from ..backbones.parts import Piped
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.process import mapping_of
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
+from ..data.images import ImageData, encode_images_of
+from ..data.prompts import Embeddings, embed
+from ..data.teacher_images import TEACHER_PICTURES, TEACHER_STEPS, teacher_images
+from ..data.trajectories import (
+    OF_STUDENT,
+    TRAJECTORIES,
+    Trajectories,
+    TrajectoryConfig,
+    generate_trajectories,
+    guided_teacher,
+    run_to_completion,
+    trajectory_bytes,
+)
 from ..methods.method import Method
+from ..processes import distributed_errors, this_process
 from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
 from ..training.loop import TrainConfig
-from ..training.paths import OF_STUDENT, TRAJECTORIES, Paths, TrajectoryConfig, guided_teacher, path_bytes, teacher_paths, to_end
-from ..training.pictures import RealData, encode_pictures
-from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
-from ..training.processes import this_process, with_others
-from ..training.prompts import Embeddings, embed
 from .init import roles_for
-from .walking import student_source, trajectory_times
+from .trajectory_sources import student_source, trajectory_times
 
 EMBEDDINGS = "embeddings"  # the folder of a run that holds what was encoded
 
@@ -109,13 +118,13 @@ class Prepared:
 
     roles: Roles
     data: Embeddings
-    images: RealData | None
-    trajectories: Paths | None
+    images: ImageData | None
+    trajectories: Trajectories | None
 
 
 def require_exportable(teacher: Backbone, method: Method) -> None:
     """Raises ValueError before the training for a student that could not be written after it."""
-    if isinstance(teacher, Piped):
+    if isinstance(teacher, DiffusersBackbone):
         even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
         student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
     elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
@@ -149,7 +158,7 @@ def prepare(
     place_encoders(teacher, "cpu")
     trajectories = None
     if method.needs.trajectories:
-        with with_others():
+        with distributed_errors():
             trajectories = generate(teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress)
     if spec.train.shard and this_process().num_processes > 1:
         teacher.module.cpu()  # whence it and its copies come back in parts
@@ -159,18 +168,20 @@ def prepare(
 
 def _images(
     teacher: Backbone, spec: RunSpec, wanted: ImageSource, data: Embeddings, cache: Path | None, identity: str, progress: Progress
-) -> RealData:
+) -> ImageData:
     """Return the images that the method starts from, encoded."""
     if wanted.source != "teacher":
-        return encode_pictures(teacher, wanted.source, cache, identity, found=lambda found: progress.say(found.line), keep=progress.writing)
+        return encode_images_of(
+            teacher, wanted.source, cache, identity, found=lambda found: progress.say(found.line), keep=progress.writing
+        )
     seed = spec.train.seed if wanted.seed is None else wanted.seed
     with progress.meter("teacher's images", wanted.count) as seen:
-        return teacher_pictures(teacher, data, wanted.count, wanted.steps, spec.method.guidance, cache, seed, show=seen)
+        return teacher_images(teacher, data, wanted.count, wanted.steps, spec.method.guidance, cache, seed, show=seen)
 
 
 def generate(
     teacher: Backbone, method: Method, data: Embeddings, config: TrajectoryConfig, run: Path | None, identity: str, progress: Progress
-) -> Paths:
+) -> Trajectories:
     """Return the teacher's trajectories, or a student's, reusing those in their folder; what they cost is said before."""
     times = trajectory_times(method, teacher)
     own = None if run is None else run / (OF_STUDENT if config.student else TRAJECTORIES)
@@ -180,7 +191,7 @@ def generate(
     else:
         source = guided_teacher(teacher, data.unconditional(device_of(teacher.module)), config, times, method.guidance)
     who = "teacher" if config.student is None else f"student in {config.student}"
-    needed = size(path_bytes(config.count, teacher.shape, len(source.places), len(source.grid)))
+    needed = size(trajectory_bytes(config.count, teacher.shape, len(source.places), len(source.grid)))
     kept = (
         f"{needed}; existing ones in {place} are reused"
         if place is not None
@@ -190,4 +201,4 @@ def generate(
         f"generating {config.count:,} trajectories of the {who} ({source.nfe} NFE each, {config.count * source.nfe:,} in total); {kept}"
     )
     with progress.meter("trajectories", config.count) as seen:
-        return to_end(teacher_paths(teacher, data, config, times, source, place, identity), seen)
+        return run_to_completion(generate_trajectories(teacher, data, config, times, source, place, identity), seen)

@@ -14,6 +14,7 @@ from ..backbones.generate import device_of, in_parts, pictures, trajectory
 from ..core import timegrid
 from ..core.guidance import Guidance
 from ..core.solvers import Denoise, State, total_nfe
+from ..data.prompts import Embeddings
 from ..evaluation.distances import paired_distance
 from ..evaluation.features import feature_network, features
 from ..evaluation.motion import motion
@@ -25,8 +26,7 @@ from ..report.video import strip
 from ..report.words import plural
 from ..roles.roles import Roles
 from ..tensors import finite
-from ..training.monitor import MODERATE, Look, drift, look, unfit
-from ..training.prompts import Embeddings
+from ..training.monitor import MODERATE, ImageStats, drift, look, unfit
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Preview:
         self.features, self.seen = feature_network(), seen
         self.starts = {k: self._start(drawing.method, k) for k in drawing.method.counts}
 
-    def _looked(self, x: Tensor) -> tuple[Tensor, Look]:
+    def _looked(self, x: Tensor) -> tuple[Tensor, ImageStats]:
         """The pictures that states are decoded to, clips as strips of frames, and their statistics."""
         decoded = self.teacher.decode(x)
         return strip(decoded), look(decoded, x, motion(decoded) / 255 if decoded.ndim == 5 else None)
 
-    def _start(self, method: Method, count: int) -> Look:
+    def _start(self, method: Method, count: int) -> ImageStats:
         """The teacher's own steps without guidance, which is what a student begins as."""
         states = trajectory(self.teacher, self._guided(Guidance()), self.seeds, method.times(self.teacher.schedule, count), method.solver)
         return self._looked(states[-1].x)[1]
@@ -115,7 +115,7 @@ class Preview:
             return math.nan
         return paired_distance(features(self.features, images), features(self.features, goal))
 
-    def _left(self, seen: Look, count: int) -> list[str]:
+    def _left(self, seen: ImageStats, count: int) -> list[str]:
         """In what the student of this count has left its teacher, or the teacher under moderate guidance; each thing is said once."""
         where, start = f" in {plural(count, 'step')}", self.starts[count]
         found = drift(seen, self.look, start, where=where)
@@ -176,7 +176,10 @@ class Preview:
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
         return Pictures(
-            self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts and method.condition_on == "steps" else None
+            self.prompts,
+            rows,
+            paths,
+            self._step_grid(roles, method, shown) if roles.condition_values and method.condition_on == "steps" else None,
         )
 
     def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:

@@ -23,6 +23,7 @@ from pydantic_core import core_schema
 
 from ..backbones.generate import require_seed
 from ..core.guidance import Guidance
+from ..data.teacher_images import TEACHER_PICTURES, TEACHER_STEPS
 from ..heads.head import KINDS, require_steps
 from ..methods.method import Method, require_initial_student
 from ..methods.presets import METHODS, PRESETS, require_roles
@@ -32,7 +33,6 @@ from ..recipes_path import recipe_path
 from ..roles.roles import RolesConfig
 from ..training.fit import FitConfig
 from ..training.loop import TrainConfig, require_updates
-from ..training.pool import TEACHER_PICTURES, TEACHER_STEPS
 from ..typed import shown
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -48,7 +48,7 @@ class Strict(BaseModel):
 
 
 class PromptsConfig(Strict):
-    """`source` as in `training.prompts.read_prompts`, or `bundled` for the prompts that came with a bundled teacher."""
+    """`source` as in `data.prompts.read_prompts`, or `bundled` for the prompts that came with a bundled teacher."""
 
     source: Place = "bundled"
     column: str | None = None
@@ -143,7 +143,7 @@ AnyGuidance = Annotated[Guidance, BeforeValidator(_number_as_scale)]
 
 
 class DataConfig(Strict):
-    """`source` as in `training.pictures.read_pictures`: a folder of captioned pictures, or webdataset shards.
+    """`source` as in `data.images.read_pictures`: a folder of captioned pictures, or webdataset shards.
 
     For a distillation also `teacher`: `count` images that the guided teacher samples in `steps` steps; or `trajectories`, see
     `TrajectoryConfig`. `real` are images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured against.

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import torch
 
 from .. import __version__
-from ..training.processes import this_process
+from ..processes import this_process
 
 
 def versions() -> dict[str, str]:

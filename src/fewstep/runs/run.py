@@ -13,9 +13,12 @@ from torch import Tensor
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
-from ..backbones.parts import Piped
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..methods.metrics import filled, metric_names
 from ..report.pictures import save_pictures
@@ -26,9 +29,6 @@ from ..student.folder import holds_student, read_card
 from ..student.student import Origin
 from ..training import loop
 from ..training.loop import TrainConfig
-from ..training.paths import Paths
-from ..training.pictures import RealData
-from ..training.prompts import Embeddings
 from ..training.settings import begun, settings_of
 from ..words import python_words
 from .metrics_log import MetricsLog
@@ -52,8 +52,8 @@ class Run:
     origin: Origin
     folder: Path | None
     watch: Watch | None
-    real: RealData | None = None
-    paths: Paths | None = None
+    real: ImageData | None = None
+    paths: Trajectories | None = None
 
 
 def steps_of(run: Run) -> Generator[Step, None, None]:
@@ -102,7 +102,7 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
 
 def require_files(teacher: Backbone, method: Method) -> None:
     """Raises ValueError before the training for a student that could not be written after it."""
-    if isinstance(teacher, Piped):
+    if isinstance(teacher, DiffusersBackbone):
         even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
         student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
     elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
@@ -113,7 +113,7 @@ def require_files(teacher: Backbone, method: Method) -> None:
 
 def _preview(run: Run, watch: Watch | None) -> Preview | None:
     """Pictures of a pipeline's run, where it is long enough for some."""
-    if watch is None or not isinstance(run.teacher, Piped):
+    if watch is None or not isinstance(run.teacher, DiffusersBackbone):
         return None
     count = affordable(watch, run.method, run.data.null, run.config, PICTURES, PICTURES)
     if not count:
@@ -136,7 +136,7 @@ def _begin(run: Run, folder: Path, settings: dict[str, Any], start: int) -> Metr
 def next_lines(run: Run, folder: Path) -> list[list[str]]:
     """What one does with the student in Python, as lines to copy."""
     final = str(folder / FINAL)
-    base = "" if isinstance(run.teacher, Piped) else ", base=teacher"
+    base = "" if isinstance(run.teacher, DiffusersBackbone) else ", base=teacher"
     return [
         ["Load the student", f"student = fewstep.load_student({final!r}{base})"],
         ["Draw with it", "samples = fewstep.sample(student, prompts)"],

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ..backbones.base import nfe_per_step, rows
 from ..backbones.generate import in_parts, trajectory
-from ..backbones.parts import Piped
+from ..backbones.parts import DiffusersBackbone
 from ..core import timegrid
 from ..core.guidance import Guidance
 from ..core.solvers import Denoise
+from ..data.prompts import Embeddings
 from ..evaluation.states import cells, energy_distance, energy_noise, shares, shifted, spread
 from ..methods.method import Method, student_of
 from ..roles.roles import Roles
 from ..training.loop import TrainConfig
-from ..training.prompts import Embeddings
 from .preview import Preview
 
 SHARE = 0.25  # of the training's network calls that watching may cost
@@ -170,7 +170,7 @@ class Watcher:
     ) -> None:
         self.watch, self.preview, self.trend, self.method, self.config = watch, preview, Trend(), method, config
         self.states: StateWatch | None = None
-        own = watch is not None and not isinstance(roles.backbone, Piped)
+        own = watch is not None and not isinstance(roles.backbone, DiffusersBackbone)
         if own and watch is not None and (count := affordable(watch, method, data.null, config, MOST, LEAST)):
             self.states = StateWatch(watch, count, roles, method, data, max(config.batch, 64))
 

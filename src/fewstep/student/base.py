@@ -8,14 +8,14 @@ import torch
 
 from ..backbones.base import Backbone, Denoiser
 from ..backbones.load import fingerprint
-from ..backbones.parts import Piped
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.process import differences, probe, process_data
 from .card import StudentCard
 
 
 def process_of(backbone: Backbone) -> dict[str, Any]:
     """What a card says of a network of one's own, so that it is not read in another way; empty for a pipeline, whose folder says it."""
-    if isinstance(backbone, Piped):
+    if isinstance(backbone, DiffusersBackbone):
         return {}
     with torch.no_grad():
         heard = probe(backbone.encode([""]))
@@ -36,7 +36,7 @@ def require_own(card: StudentCard, backbone: Backbone, folder: Path, other_weigh
             )
         _require_times(card, backbone, folder)
         return
-    if isinstance(backbone, Piped):
+    if isinstance(backbone, DiffusersBackbone):
         raise ValueError(
             f"base: {folder} is a student of {card.base}, a network of one's own, got the pipeline {backbone.name}; pass its fewstep.Denoiser"
         )

@@ -221,8 +221,8 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         save_lora(lora_path(folder), backbone.module, lora, parts.settings, own_header(card))
         if not card.own_network:
             info = pipeline_info(pipeline_of(backbone))
-            file = write_client_file(folder, lora_path(folder), backbone.module, card, info, lora, backbone.picture_size)
-            if graph := workflow(card, info.family, file, backbone.picture_size, schedule, config):
+            file = write_client_file(folder, lora_path(folder), backbone.module, card, info, lora, backbone.image_size)
+            if graph := workflow(card, info.family, file, backbone.image_size, schedule, config):
                 write_json(folder / WORKFLOW, graph)
     if parts.head is not None:
         write_head(folder, parts.head)

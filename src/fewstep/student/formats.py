@@ -16,7 +16,7 @@ from ..backbones.few_step import drawn, pipeline_info, with_network
 from ..backbones.files import save_pipeline
 from ..backbones.generate import device_of
 from ..backbones.load import load_teacher, pipeline_of
-from ..backbones.parts import Piped
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.schedulers import load_scheduler
 from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
 from ..core import timegrid
@@ -56,7 +56,7 @@ class Exported:
 
 def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = None) -> Exported:
     """Write a student to a new folder, load it again, draw with both and compare. Raises ValueError with nothing kept."""
-    own_network = not isinstance(student.backbone, Piped)
+    own_network = not isinstance(student.backbone, DiffusersBackbone)
     if form not in FORMATS:
         raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
     how = FORMATS[form]
@@ -98,7 +98,7 @@ def draw(student: Student) -> Tensor:
 def prompts_for(student: Student) -> list[str]:
     """Return the prompts that student and files are compared with."""
     backbone = student.backbone
-    if not isinstance(backbone, Piped):
+    if not isinstance(backbone, DiffusersBackbone):
         return [""] * 4
     return PROMPTS if pipeline_info(pipeline_of(backbone)).family.takes_prompts else EMPTY
 

@@ -14,7 +14,7 @@ from ..backbones.apart import apart
 from ..backbones.base import Backbone, Cond, denoiser
 from ..backbones.generate import device_of, trajectory
 from ..backbones.load import at_size, bundled, fingerprint, load_teacher, seen_from, source_of
-from ..backbones.parts import LatentUNet, Piped
+from ..backbones.parts import DiffusersBackbone, LatentUNet
 from ..core import timegrid
 from ..core.prediction import Split
 from ..core.solvers import Denoise, State, with_analytic_first_step
@@ -47,12 +47,12 @@ class Origin:
 
 def base_of(backbone: Backbone) -> str:
     """Return what a card calls this base."""
-    return backbone.source or backbone.name if isinstance(backbone, Piped) else backbone.name
+    return backbone.source or backbone.name if isinstance(backbone, DiffusersBackbone) else backbone.name
 
 
 def size_of(backbone: Backbone) -> int:
     """Return the size of its images if it was set to another than its network's own; else 0."""
-    return backbone.picture_size if isinstance(backbone, LatentUNet) and backbone.size else 0
+    return backbone.image_size if isinstance(backbone, LatentUNet) and backbone.size else 0
 
 
 def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
@@ -64,7 +64,7 @@ def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
     names = [origin.base] if own else source_of(origin.base).names
     ending = made_name(f"-{origin.called}-{'-'.join(map(str, sorted(counts)))}step")
     own.setdefault("prediction", str(backbone.scheduler_config.get("prediction_type", "")))
-    conditioned = bool(roles.counts)
+    conditioned = bool(roles.condition_values)
     return StudentCard(
         name=made_name("-".join(names), ending, LONGEST - len(ending)),
         method=origin.called,

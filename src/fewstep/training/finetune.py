@@ -11,17 +11,17 @@ from ..backbones.base import Backbone
 from ..core import timegrid
 from ..core.prediction import target
 from ..core.schedule import diffuse, expand
+from ..data.images import ImageData
 from ..roles import adapters
 from ..roles.roles import RolesConfig
 from .fit import FitConfig, FitStep, fit
-from .pictures import RealData
 from .state import seeded
 
 ADAPTER = "finetune"
 
 
 def finetune(
-    backbone: Backbone, data: RealData, how: RolesConfig, config: FitConfig, run: Path, seed: int = 0, drop_caption: float = 0.1
+    backbone: Backbone, data: ImageData, how: RolesConfig, config: FitConfig, run: Path, seed: int = 0, drop_caption: float = 0.1
 ) -> Generator[FitStep, None, None]:
     """Train the backbone's own network on its own prediction type, at uniform times; afterwards its weights are the averaged result.
 

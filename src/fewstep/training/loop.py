@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ..backbones.generate import device_of, require_seed
 from ..config_fields import POSITIVE, WEIGHT, Range, check_fields
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
 from ..methods.method import Loss, Method, TrainBatch, draw_count
-from ..roles.adapters import assign, uncast
+from ..processes import is_first, mean_of, meet, require_same, this_process
+from ..roles.adapters import assign, keep_input_dtype
 from ..roles.roles import Role, Roles
-from ..roles.sharding import by_kind, clip_gradients, part_of, whole
+from ..roles.sharding import by_kind, clip_gradients, shard_like, whole
 from ..words import speaks_python
 from .compiling import Compiled
 from .optimizer import OptimizerName, make_optimizer
-from .paths import Paths
-from .pictures import RealData
-from .processes import is_first, mean_of, meet, require_same, this_process
-from .prompts import Embeddings
 from .settings import require_unchanged, settings_of
 from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, require_optimizer_tensors, save_checkpoint, seeded
 
@@ -152,8 +152,8 @@ def distill(
     data: Embeddings,
     config: TrainConfig,
     run: Path | None = None,
-    real: RealData | None = None,
-    paths: Paths | None = None,
+    real: ImageData | None = None,
+    paths: Trajectories | None = None,
     resumed: Callable[[Step], None] = lambda step: None,
 ) -> Generator[Step, None, None]:
     """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
@@ -227,7 +227,7 @@ def distill(
         # What autocast keeps of sharded weights would be whole, and of the block that was fetched into the same memory before.
         with (
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=not roles.sharded),
-            uncast(roles.layers if mixed else ()),
+            keep_input_dtype(roles.layers if mixed else ()),
             compiled(),
         ):
             metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach)
@@ -442,4 +442,4 @@ def _put_back(roles: Roles, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
     for role in roles.trained:
         assign(roles.trained[role], groups[role])
     for name, tensor in roles.average.items():
-        tensor.copy_(part_of(groups["average"][name], tensor))
+        tensor.copy_(shard_like(groups["average"][name], tensor))

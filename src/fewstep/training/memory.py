@@ -12,19 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backbones.base import Backbone
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..roles.roles import Roles
 from .loop import TrainConfig, distill
 from .optimizer import state_bytes
-from .paths import Paths
-from .pictures import RealData
-from .prompts import Embeddings
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that operations make within it, until they are freed. `now` and `most` are in bytes.
 
-    Asked for the value of a tensor without content, it says 1: losses are finite, norms are small.
+    SamplePlan for the value of a tensor without content, it says 1: losses are finite, norms are small.
     """
 
     def __init__(self) -> None:
@@ -92,28 +92,28 @@ def training_bytes(
     enough as `data`. What an optimiser holds is counted by its formula, which needs no package. Raises ValueError as the training would.
     """
     states = torch.zeros(data.count, *backbone.shape)
-    real = RealData(states, data, "") if method.needs.images else None
+    real = ImageData(states, data, "") if method.needs.images else None
     walks = torch.zeros(data.count, len(times), *backbone.shape)
-    paths = Paths(walks, times, data, walks[:0], times, "") if method.needs.trajectories else None
+    paths = Trajectories(walks, times, data, walks[:0], times, "") if method.needs.trajectories else None
     one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2), optimizer="adamw")
     # One step costs what four do: those before the one with gradients hold less than it.
     begun = method.one_step()
     roles = make()  # a base that is rounded is there as it was only before
     parameters = [p for role in roles.trained.values() for p in role.values()]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         ledger.add(*held, *parameters, *roles.average.values())
         for _ in distill(roles, begun, data, one, real=real, paths=paths):
             pass
     trained, average = storage_bytes(*parameters), storage_bytes(*roles.average.values())
     base = storage_bytes(*held) - storage_bytes(*(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad))
-    work = ledger.most - base - 2 * trained - state_bytes(parameters, one.optimizer) - average
+    work = ledger.peak - base - 2 * trained - state_bytes(parameters, one.optimizer) - average
     return Training(base, trained, trained, state_bytes(parameters, config.optimizer), average, work)
 
 
 def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
     """What `run` and these networks hold at the most."""
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
         run()
-    return ledger.most
+    return ledger.peak

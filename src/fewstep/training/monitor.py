@@ -28,7 +28,7 @@ ADVICE = {
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageStats:
     """Statistics of P previews: means over pictures, variety across prompts, `spread` of the states they are decoded from.
 
     `blank` of each picture: not finite, or of one colour. `motions` of each clip, as a share of a picture's range; empty for pictures.
@@ -44,7 +44,7 @@ class Look:
     motions: tuple[float, ...]
 
 
-def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None = None) -> Look:
+def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None = None) -> ImageStats:
     """Of pictures [P, 3, H, W] or clips [P, F, 3, H, W] in [0, 1], of the `states` [P, ...] they were, of each clip's `motions` [P].
 
     `variety` is the mean distance between pictures of different prompts, per pixel: it falls when modes are lost. Spread and motion are
@@ -55,7 +55,7 @@ def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None 
     variety = torch.pdist(flat).mean() / flat.shape[1] ** 0.5 if len(x) > 1 else torch.zeros(())
     one_colour = (x.movedim(-3, 1).flatten(2).std(2, correction=0) <= UNSEEN).all(1)
     moved = torch.zeros(0) if motions is None else motions.detach().float().cpu()
-    return Look(
+    return ImageStats(
         brightness=float(x.mean()),
         saturation=float((x.amax(-3) - x.amin(-3)).mean()),
         contrast=float(x.mean(-3).flatten(1).std(1).mean()),
@@ -67,7 +67,9 @@ def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None 
     )
 
 
-def drift(student: Look, teacher: Look, start: Look | None = None, named: str = "the teacher's", where: str = "") -> list[str]:
+def drift(
+    student: ImageStats, teacher: ImageStats, start: ImageStats | None = None, named: str = "the teacher's", where: str = ""
+) -> list[str]:
     """One line of advice for everything in which the student has left the teacher; `where` says which of its previews.
 
     A statistic has, when it is off by more than `TOLERANCE`, relative, and than can be seen, and farther than the `start` was: a student
@@ -91,7 +93,7 @@ def drift(student: Look, teacher: Look, start: Look | None = None, named: str = 
     return found
 
 
-def unfit(teacher: Look, moderate: Look | None, guidance: float) -> list[str]:
+def unfit(teacher: ImageStats, moderate: ImageStats | None, guidance: float) -> list[str]:
     """What is wrong with the teacher's own previews, which a student would learn; `moderate` are those at guidance `MODERATE`."""
     found = []
     if blank := sum(teacher.blank):

@@ -10,26 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backbones.process import differences, probe, process_data
+from ..backbones.process import LEVELS, differences, probe, process_data
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..reading import read_json
 from ..roles.roles import Roles
 from ..roles.sharding import whole
-from .paths import Paths
-from .pictures import RealData
-from .prompts import Embeddings
 from .state import checkpoints
 
 if TYPE_CHECKING:
     from .loop import TrainConfig
 
-LEVELS = 33  # of a schedule's table that are kept
 DERIVED = ("begin ", "trajectories ")  # hashes of what other settings decide: named where nothing else differs
 FREE = ("shard", "checkpoint_every")  # what changes nothing of what comes out
 
 
 def settings_of(
-    roles: Roles, method: Method, data: Embeddings, config: "TrainConfig", batches: int, real: RealData | None, paths: Paths | None
+    roles: Roles, method: Method, data: Embeddings, config: "TrainConfig", batches: int, real: ImageData | None, paths: Trajectories | None
 ) -> dict[str, Any]:
     """Every setting that a resumed run must share, prompts and the student's beginning included, ready for JSON.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..atomic import cause_of, cure_of, open_to_others, sync, sync_all, write_json
 from ..hashes import tensors_hash, values_hash
 from ..reading import object_in, reason, require_regular
-from ..roles.sharding import part_of
+from ..roles.sharding import shard_like
 
 PREFIX = "checkpoint-"
 OWN = re.compile(rf"{PREFIX}(\d{{6,}})", re.ASCII)  # names of ours; a copy under any other is its owner's
@@ -58,7 +58,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
             if isinstance(optimizer.state[p].get(key), int):
                 optimizer.state[p][key] = int(own)
             else:
-                optimizer.state[p][key] = own if key == "step" else part_of(own, p)
+                optimizer.state[p][key] = own if key == "step" else shard_like(own, p)
 
 
 def require_optimizer_tensors(wanted: Collection[str], tensors: Mapping[str, Tensor], place: str) -> None:

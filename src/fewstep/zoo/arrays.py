@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, from_numpy
 
-from ..training.texts import printable, text_of
+from ..data.texts import printable, text_of
 
 PART = 1024  # pictures whose floats are turned into bytes at once
 CHANNELS = (1, 3, 4)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic import write_tensors
+from ..data.image_files import opened
 from ..reading import reading
-from ..training.images import opened
 from .emoji_data import Emoji, catalogue, on_white, placed
 
 STRIDE = 3  # eight frames a second, CogVideoX's own rate, of the clips' 24

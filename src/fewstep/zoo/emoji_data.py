@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..training.images import opened
+from ..data.image_files import opened
 from ..training.state import seeded
 
 TONES = {
@@ -130,7 +130,7 @@ def placed(images: Tensor, mirrors: Tensor, least: float, rng: torch.Generator) 
     """Every picture once at a place, size and side of its own: uint8 [N, 3, 64, 64] -> the same, on white.
 
     Scaled by a factor between `least` and 1, moved within the room that this leaves, and mirrored half of the time where `mirrors`
-    [N]. A name then has many pictures: without this a teacher knows its only one by heart, and there is nothing left to distil.
+    [N]. A name then has many pictures: without this a teacher knows its only one by heart, and there is nothing left to run_stage.
     """
     n = len(images)
     scale = least + (1 - least) * torch.rand(n, generator=rng)

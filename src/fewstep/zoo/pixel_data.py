@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.folders import files_in, hidden
+from ..data.image_files import KINDS, in_colour, opened
+from ..data.texts import printable, require_regular
 from ..reading import ReadError, reading
-from ..training.folders import files_in, hidden
-from ..training.images import KINDS, in_colour, opened
-from ..training.texts import printable, require_regular
 from .arrays import DARK, class_names, labels_of, pixels
 
 IDX, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewstep.training.images import LARGEST, in_colour, opened, squared
+from fewstep.data.image_files import LARGEST, in_colour, opened, squared
 
 from ..project import ROOT
 

@@ -19,7 +19,7 @@ from fewstep.runs import preview
 from fewstep.runs.preview import Preview, labelled
 from fewstep.runs.recipe import DistillRecipe
 from fewstep.training.monitor import drift
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 
 from .. import tiny
 from .test_distill import RECIPE

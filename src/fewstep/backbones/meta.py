@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .base import Backbone
-from .load import at_size, backbone_of, damaged, locate, present, source_of
+from .load import at_size, backbone_of, damaged, locate, require_lora_files, source_of
 from .lora import changes_of
 from .parts import frozen, network_kind, own_dtype, part_kind, part_names
 from .schedulers import EDM_SCHEDULERS
@@ -26,9 +26,9 @@ from .weights import PICKLES, UnfitError, weights_in
 WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
 
-def hollow_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None) -> Backbone:
+def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None) -> Backbone:
     """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
-    given = present(source_of(source))
+    given = require_lora_files(source_of(source))
     place, family, checkpoint = locate(given)
     try:
         index = DiffusionPipeline.load_config(str(place))
@@ -93,12 +93,12 @@ def require_weights(pipeline: type[DiffusionPipeline], folder: Path, named: Mapp
 
 def require_loadable(source: str | Path) -> None:
     """Raises ValueError where a teacher's folder has no weights that could be loaded; their headers alone are read, and nothing of the hub's."""
-    place, family, checkpoint = locate(present(source_of(source)))
+    place, family, checkpoint = locate(require_lora_files(source_of(source)))
     if checkpoint is None and Path(place).is_dir():
         try:
             named = part_names(family.pipeline, DiffusionPipeline.load_config(str(place)))
             require_weights(family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False)
-        except Exception as error:  # as in `hollow_teacher`
+        except Exception as error:  # as in `meta_teacher`
             raise damaged(place, error) from error
 
 

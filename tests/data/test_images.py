@@ -12,8 +12,8 @@ from torch import Tensor
 from fewstep.atomic import write_tensors
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.training.captioned import Captioned, read_pictures
-from fewstep.training.pictures import encode_pictures, to_tensor
+from fewstep.data.captioned import Captioned, read_pictures
+from fewstep.data.images import encode_images_of, to_tensor
 
 from .. import tiny
 
@@ -60,11 +60,11 @@ def test_the_middle_is_cut_out_and_transparency_is_white(tmp_path: Path) -> None
 
 def test_they_are_encoded_once_and_stay_with_their_captions(folder: Path, tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
-    first = encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
+    first = encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny")
     assert first.x0.shape == (3, 4, 8, 8)
     pictures = torch.stack([to_tensor(p, 16) for p in read_pictures(str(folder))[0]])
-    torch.testing.assert_close(first.x0, backbone.picture_states(pictures))
-    again = encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
+    torch.testing.assert_close(first.x0, backbone.encode_images(pictures))
+    again = encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny")
     assert again.embeddings.encoded == 0
     assert torch.equal(again.x0, first.x0)
     assert again.key == first.key
@@ -75,31 +75,31 @@ def test_they_are_encoded_once_and_stay_with_their_captions(folder: Path, tmp_pa
         torch.testing.assert_close(text, told[row])
     assert len({x.sum().item() for x in real.x0}) == 3
     (folder / "b.txt").write_text("another")
-    assert encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny").key != first.key
+    assert encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny").key != first.key
 
 
 def test_they_are_checked_before_any_and_go_through_in_parts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers of all before the first is decoded; then no more than a part is in memory."""
     backbone, sizes, told = tiny.stable_diffusion(), [], []
-    states = StableDiffusion.picture_states
+    states = StableDiffusion.encode_images
 
     def counted(self: StableDiffusion, pictures: Tensor) -> Tensor:
         sizes.append(len(pictures))
         return states(self, pictures)
 
-    monkeypatch.setattr(StableDiffusion, "picture_states", counted)
+    monkeypatch.setattr(StableDiffusion, "encode_images", counted)
     (folder / "z.png").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"^data\.source: z\.png is no picture"):
-        encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny")
+        encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny")
     assert not sizes and not (tmp_path / "cache").exists()
     (folder / "z.png").write_bytes(png()[:-30])  # its header is whole
     with pytest.raises(ValueError, match=r"^data\.source: z\.png cannot be read"):
-        encode_pictures(backbone, str(folder), tmp_path / "cache", "tiny", chunk=2)
+        encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny", chunk=2)
     assert not list((tmp_path / "cache").glob("pictures-*"))
     (folder / "z.png").unlink()
     sizes.clear()
     again = tmp_path / "again"
-    data = encode_pictures(
+    data = encode_images_of(
         backbone, str(folder), again, "tiny", 2, lambda found: told.append(found.count), lambda path, size: told.append(size)
     )
     assert sizes == [2, 1] and len(data) == 3
@@ -108,11 +108,11 @@ def test_they_are_checked_before_any_and_go_through_in_parts(folder: Path, tmp_p
 
 def test_a_cache_of_other_states_is_made_again(folder: Path, tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
-    first = encode_pictures(backbone, str(folder), tmp_path, "tiny").x0.clone()
+    first = encode_images_of(backbone, str(folder), tmp_path, "tiny").x0.clone()
     (path,) = tmp_path.glob("pictures-*")
     for tensors in ({"x": first}, {"x0": first[:2]}, {"x0": first[..., :4]}, {"x0": first.long()}):
         write_tensors(path, tensors)
-        assert torch.equal(encode_pictures(backbone, str(folder), tmp_path, "tiny").x0, first)
+        assert torch.equal(encode_images_of(backbone, str(folder), tmp_path, "tiny").x0, first)
 
 
 def test_captions_that_are_all_empty_teach_nothing(folder: Path) -> None:
@@ -120,17 +120,17 @@ def test_captions_that_are_all_empty_teach_nothing(folder: Path) -> None:
         (folder / f"{name}.txt").write_text(" \n")
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match=r"^data\.source: none of the 3 pictures in .*: 0 by name, 3 empty has a caption; write metadata"):
-        encode_pictures(tiny.stable_diffusion(), str(folder), None, "tiny")
-    assert len(encode_pictures(tiny.pixels(()), str(folder), None, "x")) == 3  # which is told nothing
+        encode_images_of(tiny.stable_diffusion(), str(folder), None, "tiny")
+    assert len(encode_images_of(tiny.pixels(()), str(folder), None, "x")) == 3  # which is told nothing
 
 
 def test_latents_are_those_that_decode_back() -> None:
-    """`picture_states` inverts `decode`'s scaling: on the bundled teacher a picture comes back as itself."""
+    """`encode_images` inverts `decode`'s scaling: on the bundled teacher a picture comes back as itself."""
     from fewstep.backbones.load import load_teacher
 
     backbone = load_teacher("emoji")
     disc = (torch.linspace(-1, 1, 64)[:, None].square() + torch.linspace(-1, 1, 64).square() > 0.5).float().expand(3, 64, 64)
-    back = backbone.decode(backbone.picture_states(disc[None]))
+    back = backbone.decode(backbone.encode_images(disc[None]))
     assert (back[0] - disc).abs().mean() < 0.08
 
 
@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(tmp_path: Path, case: str) -> None:
         read_pictures(str(source))
     assert str(error.value).startswith(expected)
     with pytest.raises(ValueError, match="are no pictures; leave it out"):
-        encode_pictures(tiny_points(), str(source), None, "x")
+        encode_images_of(tiny_points(), str(source), None, "x")
 
 
 def tiny_points() -> Backbone:

@@ -7,12 +7,12 @@ from torch import Tensor
 from ..backbones.base import Backbone, Cond
 from ..core import solvers
 from ..core.solvers import State, solver_named
+from ..data.trajectories import TrajectorySource, stops, union
 from ..hashes import sha256_of
 from ..methods.method import Method
 from ..student.card import card_nfe
 from ..student.folder import require_folder
 from ..student.student import Student
-from ..training.paths import TrajectorySource, stops, union
 
 
 def trajectory_times(method: Method, backbone: Backbone) -> Tensor:

@@ -13,7 +13,7 @@ from ..atomic import SHA256, read_tensors, write_rows
 from ..backbones.base import Backbone
 from ..methods.method import RealBatch
 from .captioned import OPTION, Captioned, read_pictures
-from .images import in_colour, opened, squared
+from .image_files import in_colour, opened, squared
 from .prompts import Embeddings, Kept, embed, ignore
 from .texts import Found
 
@@ -26,7 +26,7 @@ def to_tensor(picture: Captioned, size: int) -> Tensor:
         return squared(in_colour(image), size)
 
 
-class RealData:
+class ImageData:
     """Clean states of real pictures and their conditions, encoded once and kept on the CPU."""
 
     def __init__(self, x0: Tensor, embeddings: Embeddings, key: str) -> None:
@@ -42,7 +42,7 @@ class RealData:
         return RealBatch(self.x0[rows].to(device), {k: v[rows].to(device) for k, v in self.embeddings.cond.items()})
 
 
-def encode_pictures(
+def encode_images_of(
     backbone: Backbone,
     source: str,
     cache: Path | None,
@@ -50,13 +50,13 @@ def encode_pictures(
     chunk: int = 32,
     found: Callable[[Found], None] = ignore,
     keep: Kept = ignore,
-) -> RealData:
+) -> ImageData:
     """Encode the real pictures of `source`, once: `cache` is a folder, `identity` names the encoders. A chunk of them is in memory at a time.
 
     `found` hears what the source has before it is encoded, `keep` what is going to be written. Raises ValueError for a backbone without
     pictures, and where one that is told captions would be told none.
     """
-    if not (size := backbone.picture_size):
+    if not (size := backbone.image_size):
         raise ValueError(f"{OPTION}: the states of {backbone.name} are no pictures; leave it out")
     pictures, seen = read_pictures(source)
     found(seen)
@@ -72,10 +72,10 @@ def encode_pictures(
 
     def encode() -> Iterator[Tensor]:
         for i in range(0, len(pictures), chunk):
-            yield backbone.picture_states(torch.stack([to_tensor(p, size) for p in pictures[i : i + chunk]])).cpu()
+            yield backbone.encode_images(torch.stack([to_tensor(p, size) for p in pictures[i : i + chunk]])).cpu()
 
     path = None if cache is None else cache / f"pictures-{key}.safetensors"
-    return RealData(made_once(path, len(pictures), backbone.shape, encode, keep), embeddings, key)
+    return ImageData(made_once(path, len(pictures), backbone.shape, encode, keep), embeddings, key)
 
 
 def made_once(path: Path | None, count: int, shape: tuple[int, ...], make: Callable[[], Iterator[Tensor]], keep: Kept = ignore) -> Tensor:

@@ -24,7 +24,7 @@ NF4 = (
 )  # fmt: skip
 
 
-class Packed(nn.Module):
+class QuantizedWeight(nn.Module):
     """A frozen weight; called, it is decoded in its own shape and type. What it holds are buffers, so that no optimiser finds codes to train.
 
     `codes` [N / 64, 64], or [N / 64, 32] bytes of nf4, and `scale` [N / 64, 1] in the weight's type, for its N numbers.
@@ -56,11 +56,13 @@ class Packed(nn.Module):
         return (blocks * self.scale).view(self.shape)
 
 
-class Through(torch.autograd.Function):
+class DequantizeMatmul(torch.autograd.Function):
     """`run(x, w)`, linear in x. For its gradient, `back(x's shape, gradient, w)`, the weight is decoded again instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, run: Callable[[Tensor, Tensor], Tensor], back: Callable[..., Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, packed: QuantizedWeight, run: Callable[[Tensor, Tensor], Tensor], back: Callable[..., Tensor]
+    ) -> Tensor:
         ctx.packed, ctx.back, ctx.shape = packed, back, x.shape
         return run(x, packed().to(x.dtype))
 
@@ -79,20 +81,20 @@ def cast(x: Tensor) -> Tensor:
 class QuantisedLinear(nn.Linear):
     """A linear layer whose weight is `packed`; `weight` is a copy to look at."""
 
-    packed: Packed
+    packed: QuantizedWeight
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        return Through.apply(cast(x), self.packed, lambda x, w: F.linear(x, w, self.bias), lambda _, g, w: g @ w)
+        return DequantizeMatmul.apply(cast(x), self.packed, lambda x, w: F.linear(x, w, self.bias), lambda _, g, w: g @ w)
 
 
 class QuantisedConv2d(nn.Conv2d):
     """A convolution whose weight is `packed`; `weight` is a copy to look at."""
 
-    packed: Packed
+    packed: QuantizedWeight
 
     def __new__(cls, *sizes: Any, **options: Any) -> Any:
         """PEFT makes adapters of their layer's class: those are plain ones. Copies come here without sizes."""
@@ -106,10 +108,10 @@ class QuantisedConv2d(nn.Conv2d):
         def back(shape: Sequence[int], g: Tensor, w: Tensor) -> Tensor:
             return conv2d_input(shape, w, g, self.stride, self.padding, self.dilation, self.groups)
 
-        return Through.apply(cast(x), self.packed, lambda x, w: self._conv_forward(x, w, self.bias), back)
+        return DequantizeMatmul.apply(cast(x), self.packed, lambda x, w: self._conv_forward(x, w, self.bias), back)
 
 
-def quantise(backbone: Backbone, kind: Kind | None) -> None:
+def quantize(backbone: Backbone, kind: Kind | None) -> None:
     """Round the weights of the backbone's own network, in place and for good; nothing happens where they are so already, or for None.
 
     Its time embedding stays what it was: it is small, and where a student is told its step count. So do narrow layers. Raises ValueError
@@ -122,7 +124,7 @@ def quantise(backbone: Backbone, kind: Kind | None) -> None:
     if not (layers := layers_of(backbone)):
         raise ValueError(f"roles.quantize: got {kind}, this network has no layer of more than {NARROW} channels; set it to null")
     for layer in layers:
-        packed = Packed(layer.weight, kind)
+        packed = QuantizedWeight(layer.weight, kind)
         del layer.weight
         layer.packed = packed
         # The same layer of another class, as torch's own parametrisations have it: hooks and settings stay.
@@ -137,14 +139,14 @@ def layers_of(backbone: Backbone) -> list[nn.Linear | nn.Conv2d]:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """What a network's weights are rounded to; None for weights as they are."""
-    packed = next((m for m in module.modules() if isinstance(m, Packed)), None)
+    packed = next((m for m in module.modules() if isinstance(m, QuantizedWeight)), None)
     return None if packed is None else "int8" if packed.pairs is None else "nf4"
 
 
 def weight_count(module: nn.Module) -> int:
     """How many weights a network has of its own: adapters left out, rounded ones counted as the numbers that they stand for."""
     own = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n)
-    return own + sum(m.shape.numel() for m in module.modules() if isinstance(m, Packed))
+    return own + sum(m.shape.numel() for m in module.modules() if isinstance(m, QuantizedWeight))
 
 
 def _fits(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:

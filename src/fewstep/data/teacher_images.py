@@ -11,17 +11,16 @@ from torch import Tensor
 
 from ..backbones.base import Backbone, guided, rows
 from ..backbones.generate import device_of, trajectory
-from ..backbones.process import process_data
+from ..backbones.process import LEVELS, process_data
 from ..core import timegrid
 from ..core.guidance import Guidance
-from .pictures import RealData, made_once
+from .images import ImageData, made_once
 from .prompts import Embeddings
-from .settings import LEVELS
 
 TEACHER_PICTURES, TEACHER_STEPS = 1024, 25  # how many, where nothing else is said, and in how many steps
 
 
-def teacher_pictures(
+def teacher_images(
     backbone: Backbone,
     data: Embeddings,
     count: int,
@@ -31,7 +30,7 @@ def teacher_pictures(
     seed: int = 0,
     chunk: int = 32,
     show: Callable[[int], None] = lambda done: None,
-) -> RealData:
+) -> ImageData:
     """`count` guided samples of the teacher in `steps` steps, of prompts drawn evenly; drawn once where there is a cache folder.
 
     `show` is called with how many there are, while they are drawn.
@@ -55,4 +54,4 @@ def teacher_pictures(
             show(part.stop)
 
     path = None if cache is None else cache / f"teacher-{key}.safetensors"
-    return RealData(made_once(path, count, backbone.shape, draw), own, key)
+    return ImageData(made_once(path, count, backbone.shape, draw), own, key)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.training.captioned import read_pictures
+from fewstep.data.captioned import read_pictures
 
 from .test_pictures import captions, png
 

@@ -13,23 +13,23 @@ from fewstep.backbones.base import Backbone
 from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching, losses
 from fewstep.roles import adapters
-from fewstep.roles.quantised import (
+from fewstep.roles.quantized import (
     BLOCK,
     KINDS,
     NF4,
     Kind,
-    Packed,
+    QuantizedWeight,
     QuantisedConv2d,
     QuantisedLinear,
     kind_of,
     layers_of,
-    quantise,
+    quantize,
     weight_count,
 )
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.memory import Ledger, module_bytes
-from fewstep.training.prompts import embed
+from fewstep.training.memory import MemoryTracker, module_bytes
+from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..training.test_loop import digest
@@ -60,7 +60,7 @@ def rounded(layer: nn.Linear | nn.Conv2d, kind: Kind) -> nn.Module:
     """The same layer, in a network of its own."""
     made = tiny.denoiser()
     made.module.add_module("layer", copy.deepcopy(layer))
-    quantise(made, kind)
+    quantize(made, kind)
     return made.module.get_submodule("layer")
 
 
@@ -70,7 +70,7 @@ def test_every_code_is_the_nearest(kind: Kind, dtype: torch.dtype) -> None:
     """Against all levels of each block; a block of zeros and what is a level already come back as they were."""
     weight = torch.randn(4, 3 * BLOCK, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight[0, :BLOCK] = 0
-    packed = Packed(weight, kind)
+    packed = QuantizedWeight(weight, kind)
     found = packed().float().reshape(-1, BLOCK)
     assert packed().dtype == dtype and packed().shape == weight.shape
     choices = packed.scale.float()[..., None] * LEVELS[kind] * (127 if kind == "int8" else 1)  # [blocks, 1, levels]
@@ -78,7 +78,7 @@ def test_every_code_is_the_nearest(kind: Kind, dtype: torch.dtype) -> None:
     off = (weight.float().reshape(-1, BLOCK) - found).abs()
     torch.testing.assert_close(off, least, rtol=0, atol=0.01 if dtype == torch.bfloat16 else 1e-6)
     assert not found[0].any()
-    again = Packed(packed().view(4, -1), kind)
+    again = QuantizedWeight(packed().view(4, -1), kind)
     torch.testing.assert_close(again(), packed(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
@@ -106,7 +106,7 @@ def test_a_layer_and_its_gradient_are_those_of_the_decoded_weight(kind: Kind, na
 def test_no_decoded_weight_is_kept_for_the_backward_pass(kind: Kind) -> None:
     layers = [rounded(nn.Linear(512, 512), kind) for _ in range(4)]
     x = torch.zeros(1, 512, requires_grad=True)
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         y = x
         for layer in layers:
             y = layer(y)
@@ -119,7 +119,7 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass(kind: Kind) -> None:
 def test_the_bundled_teacher_is_near_what_it_was_in_a_fraction_of_its_memory(kind: Kind) -> None:
     """Measured as documented: 0.5-1.0 % of its prediction in int8, 3.7-13.7 % in nf4."""
     teacher, before = load_teacher("emoji"), load_teacher("emoji")
-    quantise(teacher, kind)
+    quantize(teacher, kind)
     cond = teacher.encode(["rocket", "red heart", "dog face", "pizza"])
     x = torch.randn(4, *teacher.shape, generator=torch.Generator().manual_seed(0))
     for time in (999, 499, 50):
@@ -129,7 +129,7 @@ def test_the_bundled_teacher_is_near_what_it_was_in_a_fraction_of_its_memory(kin
         assert 0 < (found - wanted).norm() < FAR[kind] * wanted.norm()
     bits = {"int8": 8 + 32 / BLOCK, "nf4": 4 + 32 / BLOCK}[kind]  # in single precision a scale has 32
     whole, plain = module_bytes(before.module), sum(4 * m.weight.numel() for m in layers_of(before))
-    tables = sum(m.pairs.nbytes for m in teacher.module.modules() if isinstance(m, Packed) and m.pairs is not None)
+    tables = sum(m.pairs.nbytes for m in teacher.module.modules() if isinstance(m, QuantizedWeight) and m.pairs is not None)
     assert plain > 0.9 * whole and tables < 0.01 * whole
     assert module_bytes(teacher.module) == whole - plain * (1 - bits / 32) + tables
 

@@ -22,10 +22,10 @@ from ..core.guidance import Guidance
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
 from ..methods.method import TrajectoryBatch
+from ..processes import barrier, this_process
 from ..reading import read_json, reading, reason, require_regular
 from ..typed import typed
 from ..words import speaks_python
-from .processes import this_process, together
 from .prompts import Embeddings
 
 RECORD = "trajectories.json"
@@ -142,7 +142,7 @@ def stops(grid: Tensor, times: Tensor) -> Tensor | None:
     return apart.argmin(1) if bool((apart.amin(1) < 1e-6 * grid.max()).all()) else None
 
 
-class Paths:
+class Trajectories:
     """States [count, J, ...] of the teacher at `times [J]`, from noise to data, with their conditions; on the CPU.
 
     `whole [n, F, ...]` are some trajectories with all states of the teacher's own `grid [F]`; `seconds` is what they cost.
@@ -162,7 +162,7 @@ class Paths:
         )
 
 
-def teacher_paths(
+def generate_trajectories(
     backbone: Backbone,
     data: Embeddings,
     config: TrajectoryConfig,
@@ -171,7 +171,7 @@ def teacher_paths(
     folder: Path | None,
     identity: str,
     chunk: int = 32,
-) -> Generator[int, None, Paths]:
+) -> Generator[int, None, Trajectories]:
     """TrajectoryBatch `config.count` trajectories of the guided teacher and yield how many there are; what is in `folder` is not walked again.
 
     A folder may grow: more of the same begin with those that are there, fewer are its first. `identity` names teacher and encoders.
@@ -183,10 +183,10 @@ def teacher_paths(
         "teacher": identity, "shape": list(backbone.shape), "prompts": data.key, **source.about, "count": config.count,
         "seed": config.seed, "times": times.tolist(), "grid": source.grid.tolist(), "chunk": chunk, **process_of(backbone, source.grid),
     }  # fmt: skip
-    known = Known(record) if folder is None else _claim(folder, record)
+    known = TrajectoryRecord(record) if folder is None else _claim(folder, record)
     if folder is not None:
         there = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-        require_room(folder / RECORD, path_bytes(config.count, backbone.shape, len(source.places), len(source.grid)) - there)
+        require_room(folder / RECORD, trajectory_bytes(config.count, backbone.shape, len(source.places), len(source.grid)) - there)
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = data.take(of, data.key)
@@ -210,7 +210,7 @@ def teacher_paths(
         for start in starts[this_process().process_index :: processes]:
             shard_from(start)
             yield min(start + chunk, config.count)
-        together()
+        barrier()
     for start in starts:
         shard = shard_from(start)
         shards.append(shard["states"])
@@ -218,16 +218,16 @@ def teacher_paths(
         whole = torch.cat([whole, shard["whole"]]) if "whole" in shard else whole
         if processes == 1:
             yield min(start + chunk, config.count)
-    return Paths(torch.cat(shards), times, own, whole, source.grid, known.key, seconds)
+    return Trajectories(torch.cat(shards), times, own, whole, source.grid, known.key, seconds)
 
 
-def path_bytes(count: int, shape: tuple[int, ...], asked: int, grid: int) -> int:
+def trajectory_bytes(count: int, shape: tuple[int, ...], asked: int, grid: int) -> int:
     """What so many trajectories take on disk: states at the `asked` times in single precision, and some at all times of the `grid`."""
     return 4 * math.prod(shape) * (count * asked + min(count, CURVE_SAMPLES) * grid)
 
 
-def to_end(walking: Generator[int, None, Paths], seen: Callable[[int], None] = lambda done: None) -> Paths:
-    """What `teacher_paths` returns; `seen` is told how many there are."""
+def run_to_completion(walking: Generator[int, None, Trajectories], seen: Callable[[int], None] = lambda done: None) -> Trajectories:
+    """What `generate_trajectories` returns; `seen` is told how many there are."""
     while True:
         try:
             seen(next(walking))
@@ -282,7 +282,7 @@ def process_of(backbone: Backbone, times: Tensor) -> dict[str, list[float]]:
 
 
 @dataclass(frozen=True)
-class Known:
+class TrajectoryRecord:
     """The record of trajectories, and whether their folder is from before shards had it in their headers: then it speaks for those without."""
 
     record: Mapping[str, Any]
@@ -300,14 +300,14 @@ class Known:
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _claim(folder: Path, record: Mapping[str, Any]) -> Known:
+def _claim(folder: Path, record: Mapping[str, Any]) -> TrajectoryRecord:
     """Compare with the record that is there; where there is none, with the shards, and write it."""
-    path, known = folder / RECORD, Known(record)
+    path, known = folder / RECORD, TrajectoryRecord(record)
     if path.exists():
         there = read_json(path, f"delete {folder} and run the same command again")
         old = not any(k in there for k in PROCESS)
         _require_same(there, {k: v for k, v in record.items() if not (old and k in PROCESS)}, folder)
-        return Known(record, old)
+        return TrajectoryRecord(record, old)
     for shard in folder.glob("*.safetensors"):  # before the record is there: it would speak for them
         try:
             about = _about(shard)
@@ -340,7 +340,7 @@ def _about(path: Path) -> dict[str, str]:
         raise SafetensorError(reason(error)) from error
 
 
-def _require_own(path: Path, about: Mapping[str, str], known: Known) -> None:
+def _require_own(path: Path, about: Mapping[str, str], known: TrajectoryRecord) -> None:
     """Raises ValueError where a shard says that it is another's, or says nothing and its folder does not speak for it."""
     said = about.get(HEADER)
     if said is None and not known.old:
@@ -353,7 +353,7 @@ def _require_own(path: Path, about: Mapping[str, str], known: Known) -> None:
         _require_same(there, json.loads(known.header), path)
 
 
-def _read(path: Path | None, part: slice, known: Known) -> dict[str, Tensor] | None:
+def _read(path: Path | None, part: slice, known: TrajectoryRecord) -> dict[str, Tensor] | None:
     """The first of a shard that a `part` of all asks for, if it is there, whole and has as many. Raises ValueError where it is another's."""
     if path is None or not path.exists():
         return None

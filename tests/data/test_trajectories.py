@@ -19,15 +19,15 @@ from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
-from fewstep.training.paths import Paths, TrajectoryConfig, refine, teacher_paths, trajectory_nfe, union
-from fewstep.training.prompts import embed
+from fewstep.data.trajectories import Trajectories, TrajectoryConfig, refine, generate_trajectories, trajectory_nfe, union
+from fewstep.data.prompts import embed
 
 from .. import tiny
 
 CONFIG = TrajectoryConfig(count=7, steps=9, solver="ddim", seed=3)
 
 
-def finish(generator: Generator[int, None, Paths]) -> tuple[list[int], Paths]:
+def finish(generator: Generator[int, None, Trajectories]) -> tuple[list[int], Trajectories]:
     """What it yields, and what it returns."""
     seen = []
     while True:
@@ -44,9 +44,9 @@ def make(
     identity: str = "teacher",
     guidance: float = 2.0,
     parallel: float = 1.0,
-) -> Generator[int, None, Paths]:
+) -> Generator[int, None, Trajectories]:
     times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
-    return teacher_paths(backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, 3, parallel)
+    return generate_trajectories(backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, 3, parallel)
 
 
 @pytest.mark.parametrize("schedule", [tiny.TABLE, Flow(), EDM()])
@@ -158,9 +158,9 @@ def test_processes_walk_a_share_each_and_read_the_others(tmp_path: Path, monkeyp
     """Seen by the second of two: it has walked the second of three shards when it waits for the first, and all of them after that."""
     backbone, walked = tiny.denoiser(), list[str]()
 
-    def as_process(index: int, wait: Callable[[], None]) -> tuple[list[int], Paths]:
-        monkeypatch.setattr("fewstep.training.paths.this_process", lambda: SimpleNamespace(process_index=index, num_processes=2))
-        monkeypatch.setattr("fewstep.training.paths.together", wait)
+    def as_process(index: int, wait: Callable[[], None]) -> tuple[list[int], Trajectories]:
+        monkeypatch.setattr("fewstep.data.trajectories.this_process", lambda: SimpleNamespace(process_index=index, num_processes=2))
+        monkeypatch.setattr("fewstep.data.trajectories.together", wait)
         return finish(make(tmp_path, backbone))
 
     def first_walks() -> None:

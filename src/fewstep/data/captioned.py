@@ -10,7 +10,7 @@ from unicodedata import normalize
 
 from ..reading import ReadError, reading
 from .folders import files_in, hidden
-from .images import KINDS, OTHERS, opened
+from .image_files import KINDS, OTHERS, opened
 from .texts import Found, decoded, json_lines, json_of, printable, read_text, require_regular, table, text_of
 
 OPTION = "data.source"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from fewstep.atomic import write_tensors
 from fewstep.backbones.base import Denoiser
 from fewstep.core.schedule import EDM
-from fewstep.training.prompts import Embeddings, embed, embedding_bytes, find_prompts, read_prompts
-from fewstep.training.texts import text_of
+from fewstep.data.prompts import Embeddings, embed, embedding_bytes, find_prompts, read_prompts
+from fewstep.data.texts import text_of
 
 from .. import tiny
 

@@ -44,17 +44,17 @@ def _between() -> distributed.ProcessGroup:
 
 def mean_of(tensor: Tensor) -> Tensor:
     """The mean over all processes, each of which has to ask for it. Raises ConnectionError with one line where one has ended."""
-    with with_others():
+    with distributed_errors():
         total = tensor.clone()
         distributed.all_reduce(total, group=_training())
     return total / this_process().num_processes
 
 
-def any_of(asked: bool) -> bool:
+def any_rank(asked: bool) -> bool:
     """Whether any process of the run was asked; all of them have to call it. Raises ConnectionError as `mean_of` does."""
     if this_process().num_processes == 1:
         return asked
-    with with_others():
+    with distributed_errors():
         count = torch.tensor(float(asked))
         distributed.all_reduce(count, group=_between())
     return bool(count > 0)
@@ -62,7 +62,7 @@ def any_of(asked: bool) -> bool:
 
 def meet() -> None:
     """Wait between two iterations until every process is here, with the patience of `_between`."""
-    any_of(False)
+    any_rank(False)
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ def require_same(settings: Mapping[str, Any]) -> None:
         for key in {**first, **settings}
         if json.dumps(first.get(key), sort_keys=True, default=str) != json.dumps(settings.get(key), sort_keys=True, default=str)
     ]
-    if any_of(bool(odd)):
+    if any_rank(bool(odd)):
         which = f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here" if odd else "other settings in another process"
         raise ValueError(
             f"process {state.process_index} of {state.num_processes}: {which} than in process 0; start all of them with the same command and files"
@@ -95,7 +95,7 @@ def _where(first: Any, own: Any, key: str) -> str:
 def _from_first(text: str) -> str:
     """What the first process has, in all of them."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    with with_others():
+    with distributed_errors():
         size = torch.tensor(len(data))
         distributed.broadcast(size, 0, group=_between())
         told = data if is_first() else torch.empty(int(size), dtype=torch.uint8)
@@ -104,7 +104,7 @@ def _from_first(text: str) -> str:
 
 
 @contextmanager
-def with_others() -> Iterator[None]:
+def distributed_errors() -> Iterator[None]:
     """Within it, networks whose weights are spread over processes work. Raises ConnectionError with one line where one has ended."""
     try:
         yield
@@ -122,6 +122,6 @@ def mesh_of_all() -> DeviceMesh:
     return DeviceMesh.from_group(_training(), state.device.type)
 
 
-def together() -> None:
+def barrier() -> None:
     """Wait until every process of the run is here."""
     this_process().wait_for_everyone()

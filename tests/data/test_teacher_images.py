@@ -9,8 +9,8 @@ import fewstep
 from fewstep.backbones.base import guided, rows
 from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
-from fewstep.training.pool import teacher_pictures
-from fewstep.training.prompts import embed
+from fewstep.data.teacher_images import teacher_images
+from fewstep.data.prompts import embed
 
 from .. import tiny
 
@@ -19,7 +19,7 @@ def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     data = embed(backbone, tiny.WORDS, None, "base")
     told: list[int] = []
-    drawn = teacher_pictures(backbone, data, 7, 3, 2.0, tmp_path, seed=5, chunk=4, show=told.append)
+    drawn = teacher_images(backbone, data, 7, 3, 2.0, tmp_path, seed=5, chunk=4, show=told.append)
     assert told == [4, 7]
     assert len(drawn) == 7
     counts = [int((drawn.embeddings.cond["text"] == c).flatten(1).all(1).sum()) for c in data.cond["text"]]
@@ -28,13 +28,13 @@ def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
     denoise = guided(backbone, backbone.module, cond, data.null, 2.0)
     alone = trajectory(backbone, denoise, [9], timegrid.uniform(backbone.schedule, 3))[-1].x
     torch.testing.assert_close(drawn.x0[4:5], alone, atol=1e-5, rtol=1e-4)
-    projected = teacher_pictures(backbone, data, 2, 3, 2.0, tmp_path, seed=5, parallel=0.0)
+    projected = teacher_images(backbone, data, 2, 3, 2.0, tmp_path, seed=5, parallel=0.0)
     denoise = guided(backbone, backbone.module, rows(projected.embeddings.cond, slice(1, 2)), data.null, 2.0, 0.0)
     torch.testing.assert_close(
         projected.x0[1:2], trajectory(backbone, denoise, [6], timegrid.uniform(backbone.schedule, 3))[-1].x, atol=1e-5, rtol=1e-4
     )
     backbone.module.forward = None  # type: ignore[assignment]
-    assert torch.equal(teacher_pictures(backbone, data, 7, 3, 2.0, tmp_path, seed=5).x0, drawn.x0)
+    assert torch.equal(teacher_images(backbone, data, 7, 3, 2.0, tmp_path, seed=5).x0, drawn.x0)
 
 
 def test_the_public_function_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ from ..backbones.base import guided, nfe_per_step
 from ..backbones.generate import device_of
 from ..backbones.load import absolute
 from ..core.solvers import DDIM, sample, solver_named, total_nfe
+from ..data.trajectories import Trajectories
 from ..heads.head import Head
 from ..methods.method import Method, student_of
 from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
 from ..report.summary import at_equal_cost, called
-from ..report.trajectories import shape_of, strays
+from ..report.trajectories import shape_of, trajectory_errors
 from ..report.words import plural
 from ..roles.roles import Roles
 from ..runs.preview import Preview
@@ -23,7 +24,6 @@ from ..runs.recipe import DistillRecipe
 from ..runs.record import hardware
 from ..student.card import counted
 from ..student.student import Origin, Student
-from ..training.paths import Paths
 from .best import Best, keep_best, missed
 from .evaluate import evaluate_student
 from .progress import console
@@ -73,7 +73,7 @@ def _trained_from(recipe: DistillRecipe) -> str:
     return ("prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images") + rounded
 
 
-def shape_seen(roles: Roles, paths: Paths) -> dict[str, Any]:
+def shape_seen(roles: Roles, paths: Trajectories) -> dict[str, Any]:
     """What a report shows of the teacher's trajectories; says how well the curve fits them, the head's own where there is one."""
     curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
     shape = shape_of(roles.backbone.schedule, paths.whole, paths.grid, curve)
@@ -82,7 +82,7 @@ def shape_seen(roles: Roles, paths: Paths) -> dict[str, Any]:
     return shape
 
 
-def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) -> dict[str, Any]:
+def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int = 16) -> dict[str, Any]:
     """How the teacher's own few steps and the student stray from the teacher's trajectories, for every step count."""
     teacher, goals, walks = roles.backbone, paths.states[:count], {}
     device = device_of(teacher.module)
@@ -98,7 +98,7 @@ def errors_along(method: Method, roles: Roles, paths: Paths, count: int = 16) ->
             for name, (denoise, solver, correct) in own.items():
                 states = [s.x.cpu() for s in sample(denoise, teacher.schedule, goals[:, 0].to(device), times, solver, correct)]
                 walks[name] = (times, torch.stack(states, 1))
-    return strays(teacher.schedule, goals, paths.times, walks)
+    return trajectory_errors(teacher.schedule, goals, paths.times, walks)
 
 
 def print_ending(

@@ -3,7 +3,7 @@
 import pytest
 
 from fewstep.backbones.load import around
-from fewstep.training.prompt_lengths import said_of_prompts
+from fewstep.data.prompt_lengths import said_of_prompts
 
 from .. import pipelines, tiny
 
