@@ -174,7 +174,7 @@ def _check_roles(backbone: Backbone, case: _Case, require: Require) -> None:
     (x, t, cond, _), layer = case, backbone.time_layer
     with torch.no_grad():
         teacher = denoiser(backbone, backbone.module, cond)(x, t).x0
-    roles = make_roles(backbone, RolesConfig(rank=2), counts=(4, 2) if layer else ())
+    roles = make_roles(backbone, RolesConfig(rank=2), condition_values=(4, 2) if layer else ())
     with torch.no_grad():
         for role in TRAINED:
             require(torch.equal(roles.denoise(role, cond)(x, t).x0, teacher), f"with LoRA that does nothing the {role} is not the teacher")

@@ -38,21 +38,6 @@ if TYPE_CHECKING:
 TEACHER_STEPS = 50
 SIZES = ("quick", "medium", "full")  # each stands for the protocol of this size of the teacher's kind
 ANY = "pictures-N (of N pictures)"
-CURVES = ("fd_real", "retrieval_top1", "retrieval_top5", "diversity")
-COLUMNS = (
-    "model",
-    "steps",
-    "guidance",
-    "nfe",
-    "fd_real",
-    "fd_teacher",
-    "retrieval_top1",
-    "retrieval_top5",
-    "tone",
-    "held_out_tone",
-    "diversity_ratio",
-    "seconds_per_image",
-)
 
 
 def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: str | None, out: Path | None) -> None:
@@ -305,6 +290,7 @@ def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Se
 
     Empty where it could only be compared with its teacher.
     """
+    from ..evaluation.metrics import METRICS
     from ..evaluation.pictures import PictureProtocol, evaluate_pictures
     from ..evaluation.protocols import Row, evaluate
 
@@ -318,7 +304,7 @@ def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Se
         return {}
     else:
         found = evaluate_pictures(rows, rules, asked_of(teacher, Path(), prompts, rules), seen)
-    return {k: v for k, v in found["rows"][0].items() if k in CURVES}
+    return {k: v for k, v in found["rows"][0].items() if k in METRICS and METRICS[k].curve}
 
 
 def _sampler(model: Backbone | Student | Step, steps: int, guidance: Guidance) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
@@ -330,7 +316,10 @@ def _sampler(model: Backbone | Student | Step, steps: int, guidance: Guidance) -
 
 def print_table(result: dict[str, Any]) -> None:
     """The rows as a person reads them, and what is measured in how many pictures; columns that no row fills are left out."""
-    names = [n for n in COLUMNS if any(row.get(n) is not None for row in result["rows"])]
+    from ..evaluation.metrics import METRICS
+
+    columns = ("model", "steps", "guidance", "nfe", *(m.key for m in METRICS.values() if m.printed))
+    names = [n for n in columns if any(row.get(n) is not None for row in result["rows"])]
     console.print("  ".join(f"{n[:10]:>10}" for n in names))
     for row in result["rows"]:
         console.print("  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names))

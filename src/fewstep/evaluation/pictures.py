@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from .alignment import COLLAPSED, diversity
+from .alignment import diversity
 from .distances import Moments, frechet_distance, moments, principal_components
 from .features import WIDTH, features
 from .measure import FeatureExtractor
+from .metrics import values
 from .plan import digest, seed_of
 from .protocols import Row, best_teacher, measured_rows
 from .reference import VARIANCE
@@ -74,6 +75,26 @@ class Roots:
     def embed(self, features: Tensor) -> Tensor:
         """[B, 1280] of features [B, 1280]."""
         return features.sqrt()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A row of images as metrics see it; see `metric.Measurement`."""
+
+    real: Moments | None
+    teacher: Moments | None
+    own: Moments
+    embeddings: Tensor
+    diversity: float | None
+    teacher_diversity: float | None
+    seconds: float
+    gallery: Tensor | None = None
+    ranks: Tensor | None = None
+    held_out_ranks: Tensor | None = None
+    tones: tuple[float, float] | None = None
+
+
+ALWAYS = ("fd_real", "fd_teacher", "diversity", "diversity_ratio", "collapsed")  # keys that every row has, if only with null
 
 
 def asked(protocol: PictureProtocol, names: Sequence[str]) -> SamplePlan:
@@ -135,11 +156,14 @@ def evaluate_pictures(
     theirs = None if best is None else spreads[best]
     whole = float(torch.pdist(space(reference.double()) * unit).mean())
 
-    def to_real(roots: Tensor) -> float | None:
-        return None if others is None else frechet_distance(seen(others[:count]), seen(roots))
+    others_own = None if others is None else seen(others[:count])
 
-    def to_teacher(i: int) -> float | None:
-        return None if goal is None or i == best else frechet_distance(seen(goal), seen(own[i]))
+    def measurement(i: int) -> Drawn:
+        compared = None if goal is None or i == best else seen(goal)
+        ours = spreads[i]
+        ratio_of = None if theirs is None or not whole else theirs / whole
+        relative = ours / whole if ours is not None and whole else None
+        return Drawn(others_own, compared, seen(own[i]), own[i], relative, ratio_of, measured[i].fastest(protocol.batch))
 
     whose = "the teacher's" if others is None else "the real pictures'"
     return {
@@ -148,7 +172,9 @@ def evaluate_pictures(
         "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
         **stamp,
         "batch": protocol.batch,
-        "fd_floor": to_real(others[count:]) if others is not None and len(others) == 2 * count else None,
+        "fd_floor": frechet_distance(others_own, seen(others[count:]))
+        if others_own and others is not None and len(others) == 2 * count
+        else None,
         "rows": [
             {
                 "model": r.model,
@@ -156,23 +182,10 @@ def evaluate_pictures(
                 "guidance": r.guidance.scale,
                 "nfe": r.nfe,
                 "n": count,
-                "fd_real": to_real(own[i]),
-                "fd_teacher": to_teacher(i),
-                **varied(spreads[i], theirs, whole),
-                "seconds_per_image": measured[i].fastest(protocol.batch),
+                **{k: v for k, v in values(measurement(i)).items() if v is not None or k in ALWAYS},
             }
             for i, r in enumerate(rows)
         ],
-    }
-
-
-def varied(ours: float | None, theirs: float | None, whole: float) -> dict[str, Any]:
-    """The part of a row that says how much seeds matter."""
-    ratio = ours / theirs if ours is not None and theirs else None
-    return {
-        "diversity": ours / whole if ours is not None and whole else None,
-        "diversity_ratio": ratio,
-        "collapsed": None if ratio is None else ratio < COLLAPSED,
     }
 
 

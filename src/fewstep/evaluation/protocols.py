@@ -15,6 +15,7 @@ import torch
 from .. import __version__
 from ..core.guidance import Guidance
 from .measure import FeatureExtractor, Measured, SamplePlan, Sampler, measure
+from .metrics import values
 from .plan import EmojiProtocol, digest, plan
 from .quality import MetricSuite
 from .reference import FOLDER, load_reference
@@ -71,7 +72,7 @@ def evaluate(
     drawn, gauge = plan(protocol, known), FeatureExtractor(known)
     stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds), "reference_sha256": known.sha256}
     measured = measured_rows(rows, drawn, gauge, list(stamp.values()), protocol.batch, cache, progress, shipped)
-    ruler, most = MetricSuite(protocol, drawn, known), best_teacher(rows)
+    suite, most = MetricSuite(protocol, drawn, known), best_teacher(rows)
     best = None if most is None else measured[most]
     return {
         "protocol": protocol.name,
@@ -79,7 +80,7 @@ def evaluate(
         "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
         **stamp,
         "batch": protocol.batch,
-        "fd_floor": ruler.floor(),
+        "fd_floor": suite.floor(),
         "rows": [
             {
                 "model": r.model,
@@ -87,7 +88,7 @@ def evaluate(
                 "guidance": r.guidance.scale,
                 "nfe": r.nfe,
                 "n": protocol.names,
-                **ruler.quality(m, best).as_dict(),
+                **values(suite.measurement(m, best)),
             }
             for r, m in zip(rows, measured, strict=True)
         ],

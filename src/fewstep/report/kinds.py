@@ -15,7 +15,7 @@ class Stage(TypedDict, total=False):
 class Recipe(Stage, total=False):
     """A run's settings, as a recipe or the arguments of `fewstep.distill` said them."""
 
-    first: Stage | None
+    warm_start: Stage | None
 
 
 class About(TypedDict, total=False):
@@ -29,20 +29,7 @@ class About(TypedDict, total=False):
     next: list[tuple[str, str]]
 
 
-class Row(TypedDict, total=False):
-    """One model of `eval.json`: texts and numbers by column."""
-
-    model: str
-    steps: Number
-    guidance: Number
-    nfe: Number
-    n: Number
-    fd_real: Number
-    fd_teacher: Number
-    retrieval_top1: Number
-    retrieval_top5: Number
-    diversity_ratio: Number
-    seconds_per_image: Number
+Row = dict[str, str | bool | float | None]  # one model of `eval.json`: texts and numbers by column
 
 
 class Evaluation(TypedDict, total=False):
@@ -53,7 +40,7 @@ class Evaluation(TypedDict, total=False):
     versions: dict[str, str]
 
 
-class TrajectoryBatch(TypedDict):
+class ErrorCurve(TypedDict):
     """An error along the way."""
 
     s: list[float]
@@ -61,16 +48,16 @@ class TrajectoryBatch(TypedDict):
 
 
 class Shape(TypedDict, total=False):
-    """`trajectories.json` of a run: what `trajp.analysis` says of them."""
+    """`trajectories.json` of a run: what `report.trajectories` says of them."""
 
-    errors: dict[str, TrajectoryBatch]
+    errors: dict[str, ErrorCurve]
     s: list[float]
     mean: list[list[float]]
     fit: list[list[float]]
     samples: list[list[list[float]]]
     r2: list[float]
     unexplained: list[float]
-    walked_by: str | None
+    sampled_from: str | None
 
 
 class BestPreview(TypedDict):

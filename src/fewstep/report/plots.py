@@ -79,7 +79,7 @@ WORDS = {
     "straight line, then along the two principal directions of what is left. Faint: samples. Strong: their mean. Dashed: the fitted curve.",
     "The bend, seen along the straight line": "The two coordinates beside the straight line, in its length. Faint: samples. Strong: their mean.",
 }
-OF_TRAJECTORIES = 5  # the last ones are about trajectories: the teacher's, or a student's, which `walked_by` names
+OF_TRAJECTORIES = 5  # the last ones are about trajectories: the teacher's, or a student's, which `sampled_from` names
 
 
 def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, Any] | None = None) -> list[Chart]:
@@ -97,7 +97,7 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, 
         coordinates(shape or {}),
         bend(shape or {}),
     )
-    walker, found = (shape or {}).get("walked_by"), []
+    walker, found = (shape or {}).get("sampled_from"), []
     for i, ((title, caption), figure) in enumerate(zip(WORDS.items(), figures, strict=True)):
         if walker and i >= len(WORDS) - OF_TRAJECTORIES:
             title, caption = (w.replace("the teacher", f"the student in {walker}") for w in (title, caption))

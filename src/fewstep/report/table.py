@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..evaluation.metrics import METRICS
 from .words import finite
 
 Row = Mapping[str, Any]
@@ -36,12 +37,7 @@ COLUMNS = (
     Column("guidance", "Guidance", 1),
     Column("nfe", "Network evaluations"),
     Column("n", "Images measured"),
-    Column("fd_real", "FD to real images", 1, "low"),
-    Column("fd_teacher", "FD to teacher", 1, "low"),
-    Column("retrieval_top1", "Prompt match, top 1", 1, "high", "%", 100),
-    Column("retrieval_top5", "Prompt match, top 5", 1, "high", "%", 100),
-    Column("diversity_ratio", "Diversity, teacher = 1", 2),
-    Column("seconds_per_image", "Time per image", 3, "low", "s"),
+    *(Column(m.key, m.heading, m.digits, m.better, m.unit, m.factor) for m in METRICS.values() if m.shown),
 )
 
 

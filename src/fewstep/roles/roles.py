@@ -129,8 +129,8 @@ class Roles:
         """
         self.active[0] = (role, condition)
         adapters.switch(self.layers, None if role == "teacher" else role)
-        for condition in self.conditions.values():
-            condition.active = None
+        for attached in self.conditions.values():
+            attached.active = None
         if self.condition_values and role != "teacher":
             self.conditions[role].active = step_condition.nearest(self.vectors(role), condition or self.condition_values[0])
 
