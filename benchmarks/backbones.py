@@ -40,10 +40,10 @@ from torch import Tensor
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around
+from fewstep.data.prompts import Embeddings
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.prompts import Embeddings
 from origin import commit
 
 TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}

@@ -26,9 +26,9 @@ from fewstep.atomic import write_json
 from fewstep.backbones.load import quiet
 from fewstep.cli.distill import run_distill
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
+from fewstep.processes import is_first, this_process
 from fewstep.recipes_path import recipe_path
 from fewstep.student.folder import read_card
-from fewstep.processes import is_first, this_process
 from origin import commit, hardware
 from tables import spread
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from fewstep.api import DistributionMatching, load_teacher
 from fewstep.backbones.base import rows
 from fewstep.core import timegrid
+from fewstep.data.prompts import embed
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.prompts import embed
 from fewstep.training.state import seeded
 from origin import commit, hardware
 

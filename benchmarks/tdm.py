@@ -28,14 +28,14 @@ from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import fingerprint, quiet
 from fewstep.cli.distill import roles_of
 from fewstep.cli.finish import write_student
+from fewstep.data.images import encode_images_of
+from fewstep.data.prompts import embed, read_prompts
+from fewstep.data.teacher_images import teacher_images
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.roles.roles import Roles
 from fewstep.runs.recipe import DistillRecipe, validate
 from fewstep.student.card import StudentCard
 from fewstep.training.loop import Step, distill
-from fewstep.data.images import encode_images_of
-from fewstep.data.teacher_images import teacher_images
-from fewstep.data.prompts import embed, read_prompts
 from origin import CLOCK, commit, hardware
 from tables import spread
 from tdm_variants import BASE, VARIANTS, Draw, Relation, Settings, Variant, recipe_value

@@ -30,13 +30,13 @@ from fewstep import TrajectoryConfig, TrajectoryImitation
 from fewstep.api import trajectory_times
 from fewstep.atomic import write_json
 from fewstep.backbones.base import denoiser
+from fewstep.data.prompts import Embeddings, embed
+from fewstep.data.trajectories import Trajectories, generate_trajectories, run_to_completion
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method, student_of
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.trajectories import Trajectories, generate_trajectories, run_to_completion
-from fewstep.data.prompts import Embeddings, embed
 from origin import CLOCK, commit, hardware
 from tables import spread
 from trajpl_teachers import Part, make_part
@@ -105,7 +105,9 @@ PARTS: dict[str, dict[str, Student]] = {
 
 def walked(part: Part, data: Embeddings, config: TrajectoryConfig, times: Tensor, folder: Path, name: str) -> Trajectories:
     """The teacher's trajectories, kept in the folder."""
-    return run_to_completion(generate_trajectories(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500)))
+    return run_to_completion(
+        generate_trajectories(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500))
+    )
 
 
 def asked_of(student: Student, part: Part) -> dict[str, Any]:
@@ -128,7 +130,9 @@ def training_of(student: Student, part: Part) -> TrainConfig:
     return replace(part.train, iterations=its, decay=its // 2, lr=lr, fake_lr=lr)
 
 
-def run(name: str, key: str, student: Student, part: Part, walks: Callable[[], Trajectories], data: Embeddings, seed: int) -> dict[str, Any]:
+def run(
+    name: str, key: str, student: Student, part: Part, walks: Callable[[], Trajectories], data: Embeddings, seed: int
+) -> dict[str, Any]:
     """Train one student on what `walks` gives, and measure it at every count that it serves."""
     teacher, method = part.teacher, TrajectoryImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method})
     about: dict[str, Any] = {"commit": commit(), "hardware": hardware()}

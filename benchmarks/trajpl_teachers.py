@@ -19,14 +19,14 @@ from fewstep.backbones.toy import Mixture
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, diffuse, expand
 from fewstep.core.solvers import Correction, Denoise, Solver, sample, solver_named
+from fewstep.data.prompts import read_prompts
+from fewstep.data.trajectories import walk
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.plan import plan
 from fewstep.evaluation.protocols import protocol_named
 from fewstep.evaluation.reference import load_reference
 from fewstep.training.loop import TrainConfig
-from fewstep.data.trajectories import walk
-from fewstep.data.prompts import read_prompts
 from fewstep.zoo.pixel_data import Pictures, load_idx, read_pixel_data
 
 D, FRESH = 128, 1000

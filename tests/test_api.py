@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fewstep
+from fewstep.data.prompts import embed
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.prompts import embed
 
 from . import tiny
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fewstep.api import sample as drawn_by_fewstep
 from fewstep.backbones import miniature
 from fewstep.backbones.base import denoiser
-from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import load_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.schedulers import load_scheduler, student_scheduler
 from fewstep.backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, pixel_unet, save_pixel_model
 from fewstep.checks import check_backbone
@@ -21,13 +21,13 @@ from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM
 from fewstep.core.solvers import SOLVERS, sample
+from fewstep.data.prompts import embed
+from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, run_to_completion
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, run_to_completion
-from fewstep.data.prompts import embed
 
 LABELS = ("zero", "one", "two")
 LEVELS = {"sigma_max": 70.0, "sigma_min": 0.01, "rho": 5.0, "sigma_data": 0.6}

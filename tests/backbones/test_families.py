@@ -15,8 +15,8 @@ from fewstep.backbones.generate import pictures
 from fewstep.backbones.load import load_teacher, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.checks import check_backbone
-from fewstep.cli.finish import write_student
 from fewstep.cli.export import FORMATS, run_export
+from fewstep.cli.finish import write_student
 from fewstep.core import timegrid
 from fewstep.student.card import StudentCard
 

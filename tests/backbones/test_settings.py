@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 
 import fewstep
 from fewstep.backbones.few_step import drawn
-from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import around, load_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.core import timegrid
 

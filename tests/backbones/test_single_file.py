@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.api import sample
-from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import Source, fingerprint, load_teacher, pipeline_of, source_of
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.parts import networks
 from fewstep.backbones.single_file import FIRST, POOLED, SD1, SD2_EPS, SD2_V, SDXL, read_checkpoint
 from fewstep.checks import check_backbone

@@ -10,10 +10,10 @@ from fewstep.backbones.base import denoiser, guided
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.unconditional import PixelModel, pixel_unet, save_pixel_model
 from fewstep.core.guidance import Guidance
+from fewstep.data.prompts import embed
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.prompts import embed
 
 from .. import tiny
 

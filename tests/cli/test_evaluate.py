@@ -11,8 +11,8 @@ import torch
 from fewstep.api import Student
 from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
-from fewstep.cli.finish import quality_of
 from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
+from fewstep.cli.finish import quality_of
 from fewstep.evaluation import protocols
 from fewstep.evaluation.pictures import PictureProtocol
 from fewstep.evaluation.plan import EmojiProtocol

@@ -20,6 +20,7 @@ from fewstep.cli.distill import training
 from fewstep.cli.preflight import held
 from fewstep.cli.progress import console
 from fewstep.core.guidance import Guidance
+from fewstep.data.prompts import embed
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.metrics_log import MetricsLog
@@ -27,7 +28,6 @@ from fewstep.runs.preview import Preview
 from fewstep.runs.preview import Shown as Seen
 from fewstep.runs.recipe import DistillRecipe, recorded
 from fewstep.training.loop import Step, distill
-from fewstep.data.prompts import embed
 from fewstep.training.state import latest_checkpoint, save_checkpoint
 
 from .. import tiny

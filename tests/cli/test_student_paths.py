@@ -9,10 +9,10 @@ import yaml
 import fewstep
 from fewstep.api import student_source, trajectory_times
 from fewstep.backbones.base import Backbone
+from fewstep.data.prompts import embed
+from fewstep.data.trajectories import OF_STUDENT, TRAJECTORIES, Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.student.folder import read_card
-from fewstep.data.trajectories import OF_STUDENT, TRAJECTORIES, Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion
-from fewstep.data.prompts import embed
 from tests.cli.test_distill import error_of, recipe, teacher
 from tests.cli.test_distill import fewstep as command
 from tests.cli.test_student import final, trained
@@ -28,7 +28,9 @@ def walked(base: Backbone, student: Path, folder: Path | None, method: Trajector
     walker = student_source(base, student, times)
     assert walker.calls == 4
     return run_to_completion(
-        generate_trajectories(base, data, TrajectoryConfig(count=4, seed=7, student=str(student)), times, 2.0, folder, "teacher", walker=walker)
+        generate_trajectories(
+            base, data, TrajectoryConfig(count=4, seed=7, student=str(student)), times, 2.0, folder, "teacher", walker=walker
+        )
     )
 
 

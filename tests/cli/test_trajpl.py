@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 import fewstep
 from fewstep.cli.distill import data_seed, spent_before
+from fewstep.data.prompts import Embeddings
+from fewstep.data.trajectories import Trajectories
 from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.student.folder import read_card
 from fewstep.training import loop
-from fewstep.data.trajectories import Trajectories
-from fewstep.data.prompts import Embeddings
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
 from tests.cli.test_distill import fewstep as command
 from tests.cli.test_student import as_tensor

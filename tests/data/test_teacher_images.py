@@ -9,8 +9,8 @@ import fewstep
 from fewstep.backbones.base import guided, rows
 from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
-from fewstep.data.teacher_images import teacher_images
 from fewstep.data.prompts import embed
+from fewstep.data.teacher_images import teacher_images
 
 from .. import tiny
 

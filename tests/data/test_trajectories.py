@@ -19,8 +19,8 @@ from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
-from fewstep.data.trajectories import Trajectories, TrajectoryConfig, refine, generate_trajectories, trajectory_nfe, union
 from fewstep.data.prompts import embed
+from fewstep.data.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, refine, trajectory_nfe, union
 
 from .. import tiny
 

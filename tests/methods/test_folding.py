@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import sample
+from fewstep.data.prompts import embed
 from fewstep.heads.head import facts_of, make_head
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import TrainBatch, student_of
 from fewstep.methods.trajectory_imitation import TrajectoryImitation, fold
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.prompts import embed
 
 from .. import tiny
 from .common import BATCH, conditions, seed

@@ -11,6 +11,8 @@ from fewstep.backbones.base import Backbone, denoiser
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import SOLVERS, Correction, Denoise, SolverHistory, sample, step
+from fewstep.data.prompts import embed
+from fewstep.data.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion, union
 from fewstep.heads.head import KINDS
 from fewstep.methods.distribution_matching import DistributionMatching, draw
 from fewstep.methods.method import TrainBatch, student_of
@@ -20,8 +22,6 @@ from fewstep.objectives.regression import REGRESSION_LOSSES
 from fewstep.roles.roles import CONDITION, HEAD, Roles, RolesConfig, make_roles
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import Step, TrainConfig, distill
-from fewstep.data.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion, union
-from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..training.test_loop import digest

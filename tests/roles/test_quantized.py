@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.api import load_teacher
 from fewstep.backbones.base import Backbone
 from fewstep.core.guidance import Guidance
+from fewstep.data.prompts import embed
 from fewstep.methods.distribution_matching import DistributionMatching, losses
 from fewstep.roles import adapters
 from fewstep.roles.quantized import (
@@ -18,9 +19,9 @@ from fewstep.roles.quantized import (
     KINDS,
     NF4,
     Kind,
-    QuantizedWeight,
     QuantisedConv2d,
     QuantisedLinear,
+    QuantizedWeight,
     kind_of,
     layers_of,
     quantize,
@@ -29,7 +30,6 @@ from fewstep.roles.quantized import (
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import MemoryTracker, module_bytes
-from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..training.test_loop import digest

@@ -12,6 +12,7 @@ from fewstep.backbones.base import Backbone
 from fewstep.cli.distill import drawing_of
 from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import State
+from fewstep.data.prompts import embed
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
@@ -19,7 +20,6 @@ from fewstep.runs import preview
 from fewstep.runs.preview import Preview, labelled
 from fewstep.runs.recipe import DistillRecipe
 from fewstep.training.monitor import drift
-from fewstep.data.prompts import embed
 
 from .. import tiny
 from .test_distill import RECIPE

@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
+from fewstep.data.trajectories import Trajectories
 from fewstep.heads.head import make_head, unknown
 from fewstep.methods.consistency import ConsistencyDistillation
 from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig
@@ -17,9 +20,6 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.init import roles_for
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.trajectories import Trajectories
-from fewstep.data.images import ImageData
-from fewstep.data.prompts import embed
 
 from .. import tiny
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fewstep.backbones.base import Denoiser
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.finetune import finetune
 from fewstep.training.fit import FitConfig
-from fewstep.data.images import ImageData
-from fewstep.data.prompts import embed
 
 from .. import tiny
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
+from fewstep.data.prompts import Embeddings, embed
 from fewstep.methods.consistency import ConsistencyDistillation
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Loss, TrainBatch
@@ -23,7 +24,6 @@ from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.optimizer import OptimizerName, make_optimizer
-from fewstep.data.prompts import Embeddings, embed
 from fewstep.training.settings import require_unchanged
 from fewstep.training.state import checkpoints
 

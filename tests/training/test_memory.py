@@ -12,8 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from fewstep.api import trajectory_times
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.load import load_teacher
+from fewstep.backbones.meta import meta_teacher
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import Embeddings
 from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, MatchConfig
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
@@ -22,8 +24,6 @@ from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import Training, module_bytes, peak_bytes, training_bytes
-from fewstep.data.images import ImageData
-from fewstep.data.prompts import Embeddings
 
 from .. import pipelines
 

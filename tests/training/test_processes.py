@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from fewstep.data.prompts import embed
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..project import ROOT

@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.backbones.parts import blocks_of
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
 from fewstep.methods.consistency import ConsistencyDistillation
 from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig
 from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.roles.sharding import whole
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.data.images import ImageData
-from fewstep.data.prompts import embed
 
 from .. import tiny
 from ..project import ROOT
