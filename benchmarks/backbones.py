@@ -164,7 +164,7 @@ def by_role(roles: Roles, data: Embeddings, batch: int, device: torch.device, re
 
     def teacher() -> Tensor:
         with torch.no_grad():
-            return roles.teacher(cond, null, 3.5)(x, t).x0
+            return roles.teacher(cond, null, Guidance(scale=3.5))(x, t).x0
 
     def rollout() -> Tensor:
         with torch.no_grad():

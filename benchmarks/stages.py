@@ -50,7 +50,7 @@ def shorter(count: int, imitation: int, matching: int, warmup: int) -> Settings:
     """`stages` with so many trajectories and iterations, the rates falling over about the last two thirds, as there."""
     data = {"count": count}
     return {
-        "first": {"data": data, "train": {"iterations": imitation, "decay": 2 * imitation // 3}},
+        "warm_start": {"data": data, "train": {"iterations": imitation, "decay": 2 * imitation // 3}},
         "data": data,
         "method": {"warmup": warmup},
         "train": {"iterations": matching, "decay": 2 * matching // 3},
@@ -66,7 +66,7 @@ WAYS = (
         "tdm-same",
         "TDM alone, with the stages' times and guidance",
         "tdm4",
-        {"method": {"shift": 0.5, "guidance_parallel": 0}, "train": {"iterations": 520, "decay": 260}},
+        {"method": {"shift": 0.5, "guidance": {"scale": 4.5, "apg_eta": 0}}, "train": {"iterations": 520, "decay": 260}},
     ),
     Way("tdm-equal", "TDM alone", "tdm4", {"train": {"iterations": 650, "decay": 325}}),
     Way("imitation-equal", "imitation alone", "stages", {"train": {"iterations": 300, "decay": 200}}, alone=True),
@@ -74,12 +74,12 @@ WAYS = (
     Way("stages-quarter", "imitation, then TDM", "stages", shorter(count=1024, imitation=50, matching=30, warmup=15)),
     Way("stages-half", "imitation, then TDM", "stages", shorter(count=1536, imitation=80, matching=45, warmup=20)),
     Way("stages", "imitation, then TDM", "stages"),
-    Way("head", "TrajP-L, then TDM with its head", "stages", {"first": {"method": {"head": "span"}}}),
+    Way("head", "TrajP-L, then TDM with its head", "stages", {"warm_start": {"method": {"head": "span"}}}),
     Way(
         "fold",
         "TrajP-L, its head folded, then TDM",
         "stages",
-        {"first": {"method": {"head": "span"}}, "method": {"head": "fold", "warmup": 100}, "train": {"iterations": 170}},
+        {"warm_start": {"method": {"head": "span"}}, "method": {"init_head": "absorb", "warmup": 100}, "train": {"iterations": 170}},
     ),
 )
 
@@ -88,19 +88,14 @@ STAGED = ("stages-quarter", "stages-half", "stages")
 MEASURED = (("fd_real", 1), ("retrieval_top1", 100), ("retrieval_top5", 100))
 
 
-def merged(value: Settings, changed: Settings) -> Settings:
-    """Nested settings on top of others."""
-    return value | {k: merged(value.get(k, {}), v) if isinstance(v, dict) else v for k, v in changed.items()}
-
-
 def recipe_of(way: Way, folder: Path, batch: int, seed: int) -> Settings:
     """What is trained. Trajectories are walked once for all."""
     value: Settings = yaml.safe_load(recipe_path(way.recipe).read_text())
     if way.alone:
-        value |= value.pop("first")
+        value |= value.pop("warm_start")
     value = merged(value, way.changed)
     value |= {"name": way.key, "preview": {"every": 10_000, "prompts": ["rocket"]}, "evaluate": None}
-    for stage in (value, value.get("first", {})):
+    for stage in (value, value.get("warm_start", {})):
         if stage:
             stage["train"] |= {"batch": batch, "seed": stage["train"].get("seed", 0) + 10 * seed}  # a second stage draws other batches
         if "data" in stage:
@@ -133,8 +128,8 @@ def run(way: Way, seed: int, a: argparse.Namespace) -> Settings | None:
             student = load_student(out / "final")
             teacher = load_teacher("emoji")
             rows = [
-                Row("teacher", 50, 4.5, 100, lambda p, s: sample(teacher, list(p), list(s), steps=50, guidance=4.5)),
-                Row("student", 4, 1.0, 4, lambda p, s: sample(student, list(p), list(s), steps=4)),
+                Row("teacher", 50, Guidance(scale=4.5), 100, lambda p, s: sample(teacher, list(p), list(s), steps=50, guidance=4.5)),
+                Row("student", 4, Guidance(), 4, lambda p, s: sample(student, list(p), list(s), steps=4)),
             ]
             measured = evaluate(rows, protocol_named("emoji-medium"), None, shipped=a.out / "teacher" if a.teacher is None else a.teacher)[
                 "rows"

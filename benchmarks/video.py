@@ -32,7 +32,7 @@ from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.motion import motion, rank_correlation
 from fewstep.report.grids import write_grid
 from fewstep.report.video import strip
-from fewstep.student.card import FILE as CARD
+from fewstep.student.folder import FILE as CARD
 from fewstep.training.fit import FitConfig, FitStep, fit
 from fewstep.training.state import seeded
 from fewstep.zoo import clip_data, emoji_data

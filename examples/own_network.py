@@ -68,7 +68,7 @@ def mean_distance(points: list[Tensor]) -> float:
 
 
 def main(teacher_steps: int = 2000, iterations: int = 600, draws: int = 16) -> tuple[dict[str, float], Tensor]:
-    """Train, run_stage, compare; returns the distances and points of the student."""
+    """Train, distil, compare; returns the distances and points of the student."""
     teacher = fewstep.Denoiser(train_teacher(teacher_steps), PROCESS, shape=(2,), prediction="x0", name="ring")
     print(fewstep.check(teacher, real=DATA.draw(512, torch.Generator().manual_seed(0))))  # is it read as it was trained?
     prompts, seeds = [""] * POINTS, [range(i * POINTS, (i + 1) * POINTS) for i in range(draws)]

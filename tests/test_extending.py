@@ -23,7 +23,7 @@ def test_an_objective_in_ten_minutes() -> None:
         roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
         method = DistributionMatching(loss="charbonnier", steps=2)
         d = draw(method, roles, roles.backbone.encode(["red cat"] * 4), 4, torch.Generator().manual_seed(0), with_gradient=True)
-        value = student_loss(method, d, d.x0 + 1, d.x0 * 0)
+        value = student_loss(method, roles.backbone.schedule, d, d.x0 + 1, d.x0 * 0)
         assert any(g.any() for g in torch.autograd.grad(value, list(roles.trained["student"].values())))
     finally:
         SURROGATE_LOSSES.pop("charbonnier", None)

@@ -5,7 +5,7 @@ import inspect
 import math
 import reprlib
 import textwrap
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -35,11 +35,11 @@ class Range:
         return f"{number}{low}{high}{self.hint}" if low + high else f"finite {number}{self.hint}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OneOf:
-    """The names of a table."""
+    """The names of a table, as it is when a setting is checked."""
 
-    names: tuple[str, ...]
+    names: Collection[str]
 
 
 POSITIVE = Range(0, above=True)

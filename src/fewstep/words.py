@@ -13,8 +13,8 @@ R = TypeVar("R")
 SECTIONS = "method|train|roles|preview|evaluate"
 VALUES = {"true": "True", "false": "False", "null": "None"}
 PHRASES = (
-    ("data.source", "pictures"),
-    ("leave data out", "leave pictures out"),
+    ("data.source", "images"),
+    ("leave data out", "leave images out"),
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
     ("the same command", "the same call"),
@@ -24,14 +24,14 @@ PHRASES = (
 
 
 def python_words(text: str, section: str = "") -> str:
-    """`train.lr: got true` as `lr: got True`, `data.count` as `paths.count`; options of `section` stand by themselves.
+    """`train.lr: got true` as `lr: got True`, `data.count` as `trajectories.count`; options of `section` stand by themselves.
 
     The one place where recipes' keys and the command line's options become arguments of `fewstep.distill` and its settings.
     """
     for recipe, python in PHRASES:
         text = text.replace(recipe, python)
     text = re.sub(rf"(?<![/\w.-])(?:{SECTIONS}{'|' + section if section else ''})\.(?=[a-z_]+\b)", "", text)
-    text = re.sub(r"(?<![/\w.-])data\.(?=[a-z_]+\b)", "paths.", text)
+    text = re.sub(r"(?<![/\w.-])data\.(?=[a-z_]+\b)", "trajectories.", text)
     return re.sub(r"(=|: got |\bto )(true|false|null)\b", lambda found: found[1] + VALUES[found[2]], text)
 
 

@@ -28,21 +28,21 @@ def recipe(bench: Bench, key: str, batch: int = 32, seed: int = 3) -> DistillRec
 def test_every_way_is_a_recipe_of_the_same_batch_seed_and_trajectories(bench: Bench) -> None:
     for way in bench["WAYS"]:
         found = recipe(bench, way.key, batch=8, seed=3)
-        for stage in (found, found.first) if found.first else (found,):
+        for stage in (found, found.warm_start) if found.warm_start else (found,):
             assert stage.train.batch == 8
-            assert stage.train.seed == (31 if stage is found and found.first else 30)
+            assert stage.train.seed == (31 if stage is found and found.warm_start else 30)
             assert stage.data is None or Path(str(stage.data.folder)) == Path("kept/trajectories")
-    assert recipe(bench, "tdm").first is None
+    assert recipe(bench, "tdm").warm_start is None
     assert {w.key for w in bench["WAYS"]} >= {*bench["ALONE"], *bench["STAGED"]}
-    assert recipe(bench, "imitation-equal").first is None
+    assert recipe(bench, "imitation-equal").warm_start is None
     assert recipe(bench, "imitation-equal").method.name == "trajp-l"
     assert [recipe(bench, f"{key}-equal").method.head for key in ("imitation", "trajpl")] == ["none", "span"]
 
 
 def test_a_head_is_kept_or_folded(bench: Bench) -> None:
     plain, head, folded = (recipe(bench, key) for key in ("stages", "head", "fold"))
-    assert plain.first and head.first and folded.first
-    assert [r.first.method.head for r in (plain, head, folded) if r.first] == ["none", "span", "span"]
+    assert plain.warm_start and head.warm_start and folded.warm_start
+    assert [r.warm_start.method.head for r in (plain, head, folded) if r.warm_start] == ["none", "span", "span"]
     assert (head.method.head, folded.method.head) == ("keep", "fold")
     assert folded.train.iterations - folded.method.warmup == head.train.iterations - head.method.warmup  # as much matching after it
 

@@ -38,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_measured_along_the_way_and_at_its_end(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    how = ("--set", "evaluate=small", "--set", "preview.measure=small", "--set", "method.steps=[2, 1]", "--set", "method.name=tdm-unify")
+    how = ("--set", "evaluate=small", "--set", "preview.protocol=small", "--set", "method.steps=[2, 1]", "--set", "method.name=tdm-unify")
     assert command(monkeypatch, "distill", recipe, *how) == 0
     run = Path("runs/tiny")
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
@@ -96,7 +96,7 @@ def test_what_a_run_says_of_quality_names_the_best_teacher_at_its_cost() -> None
     assert said.endswith("2.0 in 4 network calls, the teacher 8.0 at the student's cost (2 guided steps), 128 pictures")
 
 
-@pytest.mark.parametrize("option", ["evaluate", "preview.measure"])
+@pytest.mark.parametrize("option", ["evaluate", "preview.protocol"])
 def test_an_unknown_protocol_is_found_before_the_training(
     recipe: Path, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,9 +137,9 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     """At the end, later from its run, and anywhere with prompts that are passed; along the way there is nothing to compare with, which is said."""
     monkeypatch.setattr("fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
-    sizes = ("--set", "evaluate=quick", "--set", "preview.measure=quick")
+    sizes = ("--set", "evaluate=quick", "--set", "preview.protocol=quick")
     assert command(monkeypatch, "distill", recipe, *sizes) == 0
-    assert "preview.measure: tiny is not measured along the way, which takes real pictures" in capsys.readouterr().out
+    assert "preview.protocol: tiny is not measured along the way, which takes real pictures" in capsys.readouterr().out
     assert '"quality"' not in Path("runs/tiny/metrics.jsonl").read_text()
     result = json.loads(Path("runs/tiny/final/eval.json").read_text())
     assert result["protocol"] == "pictures-quick" and "retrieval_top1" not in result["rows"][0]

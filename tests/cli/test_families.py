@@ -55,10 +55,10 @@ def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatc
     """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
     folder = pipelines.save(family, tmp_path / "xl")
     stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 32}
-    path = recipe(folder, method={"steps": 2, "warmup": 0}, first=stage, size=64, dtype=dtype)
+    path = recipe(folder, method={"steps": 2, "warmup": 0}, warm_start=stage, size=64, dtype=dtype)
     assert fewstep(monkeypatch, "distill", path) == 0
-    assert (read_card(Path("runs/tiny/first/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
-    student = load_student("runs/tiny/final").student
+    assert (read_card(Path("runs/tiny/warm_start/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
+    student = load_student("runs/tiny/final")
     assert {p.dtype for n, p in student.network.named_parameters() if "lora" not in n} == {getattr(torch, dtype)}
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
     assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0

@@ -118,7 +118,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     """Every command on a student with a head, measured against real pictures along the way, at its end and later."""
     monkeypatch.chdir(tmp_path)
     data = {"source": "trajectories", "count": 6, "steps": 4, "real": str(real(tmp_path, 14))}
-    path = recipe(tmp_path, CLASSES, data=data, evaluate="pictures", preview={"every": 2, "teacher_steps": 3, "measure": "pictures"})
+    path = recipe(tmp_path, CLASSES, data=data, evaluate="pictures", preview={"every": 2, "teacher_steps": 3, "protocol": "pictures"})
     assert command(monkeypatch, "distill", path) == 0
     run = Path("runs/pix")
     result = json.loads((run / "final" / "eval.json").read_text())
@@ -190,7 +190,7 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     ("changes", "said"),
     [
         ({"evaluate": "emoji-quick"}, "evaluate: got emoji-quick, pixels is a pixel model; choose one of pictures-quick, pictures"),
-        ({"preview": {"measure": "pictures"}}, "preview.measure: got pictures, which needs real pictures here; set data.real"),
+        ({"preview": {"protocol": "pictures"}}, "preview.protocol: got pictures, which needs real pictures here; set data.real"),
         ({"evaluate": "pictures", "data": {"source": "trajectories", "real": "nowhere"}}, "data.real: there is no nowhere"),
     ],
 )

@@ -33,7 +33,7 @@ def test_the_table_adds_up_and_no_weights_are_read(
     folder = pipelines.save("sd", tmp_path / "sd")
     pipelines.spoil(folder)
     stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 16}
-    assert fewstep(monkeypatch, "plan", recipe(folder, first=stage, size=32), "--memory", "2GiB") == 0
+    assert fewstep(monkeypatch, "plan", recipe(folder, warm_start=stage, size=32), "--memory", "2GiB") == 0
     said = capsys.readouterr().out
     assert said.count("needed") == 2 and said.count("as it is") == 2
     assert "fewstep distill" not in said
@@ -54,9 +54,9 @@ def test_what_fits_is_found_and_is_the_same_training(planned: tuple[Plan, Backbo
 
 
 def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None:
-    parts, both = savings(planned[0].recipe, "first.")
-    assert [s for s, _ in parts] == [[f"first.train.batch={32 // k}", f"first.train.accumulate={k}"] for k in (2, 4, 8)]
-    assert both[0][0] == ["roles.checkpointing=true"] and "first.train.batch=1" in both[-1][0]
+    parts, both = savings(planned[0].recipe, "warm_start.")
+    assert [s for s, _ in parts] == [[f"warm_start.train.batch={32 // k}", f"warm_start.train.accumulate={k}"] for k in (2, 4, 8)]
+    assert both[0][0] == ["roles.checkpointing=true"] and "warm_start.train.batch=1" in both[-1][0]
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
 
 
@@ -97,12 +97,12 @@ def test_what_a_recipe_rounds_stays_so() -> None:
 
     def ways(teacher: Backbone, **roles: object) -> list[list[str]]:
         settings = read_recipe(str(recipe(Path("none"), roles={"rank": 2, **roles})), [], DistillRecipe)
-        return [sets for sets, _ in roundings(settings, teacher, "first.")]
+        return [sets for sets, _ in roundings(settings, teacher, "warm_start.")]
 
-    eight = "first.train.optimizer=adamw8bit"
+    eight = "warm_start.train.optimizer=adamw8bit"
     assert ways(wide) == [[eight], ["roles.quantize=int8"], [eight, "roles.quantize=int8"], [eight, "roles.quantize=nf4"]]
-    assert ways(wide, base="int8") == [[eight], [eight, "roles.quantize=nf4"]]
-    assert ways(wide, share=False) == ways(narrow) == [[eight]]
+    assert ways(wide, quantize="int8") == [[eight], [eight, "roles.quantize=nf4"]]
+    assert ways(wide, lora=False) == ways(narrow) == [[eight]]
 
 
 def test_a_card_that_is_too_small_is_said_so(planned: tuple[Plan, Backbone]) -> None:

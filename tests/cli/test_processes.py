@@ -83,7 +83,7 @@ def test_two_processes_walk_what_one_walks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("roles", [{"rank": 2}, {"share": False, "checkpointing": True}])
+@pytest.mark.parametrize("roles", [{"rank": 2}, {"lora": False, "checkpointing": True}])
 def test_two_processes_are_one_run_and_one_that_takes_both_batches(
     engine: tuple[str, ...], roles: dict[str, object], tmp_path: Path
 ) -> None:
@@ -99,7 +99,7 @@ def test_two_processes_are_one_run_and_one_that_takes_both_batches(
     one, two = weights("runs/alone"), weights("runs/tiny")
     apart = torch.cat([(one[n] - two[n]).abs().flatten() for n in one])
     # AdamW makes whole steps of the rounding where a full network has no gradient; tests/training/test_sharding.py is in double precision.
-    assert one.keys() == two.keys() and float(apart.quantile(0.99) if "share" in roles else apart.max()) < 1e-5
+    assert one.keys() == two.keys() and float(apart.quantile(0.99) if "lora" in roles else apart.max()) < 1e-5
     left: list[set[str]] = [
         {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()} for run in (Path("runs/tiny"), Path("runs/alone"))
     ]

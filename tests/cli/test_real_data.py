@@ -31,7 +31,7 @@ def test_a_fine_tuned_teacher_is_a_teacher(
 ) -> None:
     value = {
         "kind": "finetune", "name": "tuned", "teacher": str(teacher), "data": {"source": str(pictures)},
-        "roles": {"share": share, "rank": 2}, "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
+        "roles": {"lora": share, "rank": 2}, "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
     }  # fmt: skip
     Path("tuned.yaml").write_text(yaml.safe_dump(value))
     assert command(monkeypatch, "train-teacher", "tuned.yaml") == 0

@@ -146,7 +146,7 @@ def test_a_run_may_begin_as_a_finished_student(
     how = ("--set", f"roles.lora={str(share).lower()}")
     assert command(monkeypatch, "distill", recipe, *how, "--set", "train.lr=0.02") == 0
     first = fewstep.sample(fewstep.load_student("runs/tiny/final"), ["red cat"], [0])
-    still = ("--set", "train.lr=1e-12", "--set", "start=runs/tiny", "--out", "runs/second")
+    still = ("--set", "train.lr=1e-12", "--set", "init_from=runs/tiny", "--out", "runs/second")
     assert command(monkeypatch, "distill", recipe, *how, *still) == 0
     second = fewstep.sample(fewstep.load_student("runs/second/final"), ["red cat"], [0])
     assert (first - second).abs().max() <= 1e-4  # nothing was trained since: the start, average included, is what came out
@@ -157,7 +157,7 @@ def test_a_run_may_begin_as_a_finished_student(
         capsys
     )  # it does not go on as a student of another beginning
     for options, expected in (
-        (("--set", "start=nowhere"), "start: nowhere is no student folder"),
+        (("--set", "init_from=nowhere"), "start: nowhere is no student folder"),
         (("--set", f"roles.lora={str(not share).lower()}"), f"set roles.lora={str(share).lower()}"),
         *([(("--set", "roles.rank=3"), "set roles.rank to that of the file")] if share else []),
     ):
@@ -169,7 +169,7 @@ def test_a_run_may_begin_as_a_finished_student(
 def test_a_stochastic_student_is_the_same_in_diffusers(recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DMD2's student takes diffusers' LCM scheduler, with the same fresh noise."""
     assert (
-        command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", "method.name=dmd2", "--set", "method.fake_updates=1")
+        command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", "method.name=dmd2", "--set", "method.fake.updates=1")
         == 0
     )
     student = fewstep.load_student("runs/tiny/final")

@@ -100,11 +100,11 @@ def test_a_second_stage_goes_further_from_the_first_ones_student(
     assert not Path("runs").exists()
     assert command(monkeypatch, "distill", further, *how, "--set", "train.lr=1e-12") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "trajectories: 12 of 4 network calls of the student in runs/tiny/first/final, 48 in all" in said
+    assert "trajectories: 12 of 4 network calls of the student in runs/tiny/warm_start/final, 48 in all" in said
     assert {p.name for p in Path("runs/tiny").glob("traj*") if p.is_dir()} == {TRAJECTORIES, OF_STUDENT}
     page = Path("runs/tiny/report.html").read_text()
-    assert "Straying from the student in runs/tiny/first" in page and "Straying from the teacher" not in page
-    first, last = (fewstep.load_student(p) for p in (Path("runs/tiny/first/final"), Path("runs/tiny/final")))
+    assert "Straying from the student in runs/tiny/warm_start" in page and "Straying from the teacher" not in page
+    first, last = (fewstep.load_student(p) for p in (Path("runs/tiny/warm_start/final"), Path("runs/tiny/final")))
     assert (fewstep.sample(first, PROMPTS, [1, 2]) - fewstep.sample(last, PROMPTS, [1, 2], steps=4)).abs().max() <= 1e-4
     assert (last.card.steps, last.card.condition_values) == ((4, 2, 1), (4, 2, 1))
     assert read_card(Path("runs/tiny/final")).train_seconds > first.card.train_seconds
@@ -119,12 +119,12 @@ def test_mistakes_are_one_line_before_anything_is_trained(
     bare = "roles.exclude=[add_embedding, time_embedding.linear_2]"
     for options, expected in (
         ((bare, "data.student=nowhere"), "data.student: nowhere is no student folder; pass a run or its final/ folder"),
-        ((bare, "first.data.student=first"), "data.student: first is no student folder"),
+        ((bare, "warm_start.data.student=first"), "data.student: first is no student folder"),
         (
             ("roles.exclude=[add_embedding]",),
             "the first stage's is a student that is told nothing, with a LoRA on time_embedding.linear_2, where this one is told one of 4, 2, 1",
         ),
-        ((bare, "first.method.steps=[4, 3]"), "is a student that is told one of 4, 3, this one one of 4, 2, 1; set method.steps"),
+        ((bare, "warm_start.method.steps=[4, 3]"), "is a student that is told one of 4, 3, this one one of 4, 2, 1; set method.steps"),
         ((bare, "data.source=teacher"), "data.student: got first with data.source=teacher; set data.source=trajectories"),
     ):
         capsys.readouterr()

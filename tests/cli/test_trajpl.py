@@ -37,7 +37,7 @@ def trajpl(recipe: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"share": False}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"lora": False}, marks=pytest.mark.slow)])
 def test_a_student_with_a_head_is_the_same_everywhere(
     trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +62,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     assert "The shape that trajectories share" in page
     card = json.loads((final / "fewstep.json").read_text())
     assert card["head"] == "span"
-    assert card["weights"] == {"rank": "none", "share": "full"}.get(next(iter(how), ""), "lora")
+    assert card["weights"] == {"rank": "none", "lora": "full"}.get(next(iter(how), ""), "lora")
     student = fewstep.load_student(final)
     wanted = {k: fewstep.sample(student, ["red cat", "blue dog"], [3, 4], steps=k) for k in (4, 2)}
     base = fewstep.sample(student.backbone, ["red cat", "blue dog"], [3, 4], steps=4)
@@ -150,10 +150,10 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert [line["iteration"] for line in lines if line.get("absorb_loss", 0) > 0] == [1]
     capsys.readouterr()
     assert (
-        command(monkeypatch, "distill", "match.yaml", "--set", "start=runs/dropped", "--set", "method.head=fold", "--out", "runs/more") == 2
+        command(monkeypatch, "distill", "match.yaml", "--set", "init_from=runs/dropped", "--set", "method.head=fold", "--out", "runs/more") == 2
     )
     assert "method.head: got fold, the student in runs/dropped/final has none; set method.head=none, or begin as" in error_of(capsys)
-    assert command(monkeypatch, "distill", "match.yaml", "--set", "start=null", "--set", "method.head=fold", "--out", "runs/more") == 2
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "init_from=null", "--set", "method.head=fold", "--out", "runs/more") == 2
     assert "method.head: got fold, the teacher has none" in error_of(capsys)
     assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
     assert "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made" in error_of(capsys)
@@ -197,26 +197,26 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     )
     assert command(monkeypatch, "distill", "both.yaml", "--dry-run") == 0
     assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12") == 0
-    for run in ("runs/tiny/first", "runs/tiny"):  # each stage's page leads to its own student
+    for run in ("runs/tiny/warm_start", "runs/tiny"):  # each stage's page leads to its own student
         assert f"fewstep sample {run} -p " in (Path(run) / "report.html").read_text()
     cards = [json.loads((Path("runs/tiny") / p / "fewstep.json").read_text()) for p in ("first/final", "final")]
     assert [c["method"] for c in cards] == ["trajp-l", "trajp-l-tdm-unify"]
     assert cards[1]["train_seconds"] > cards[0]["train_seconds"]
     a, b = (fewstep.sample(fewstep.load_student(f"runs/tiny/{p}"), ["red cat"], [0], steps=2) for p in ("first/final", "final"))
     assert (a - b).abs().max() <= 1e-4  # the step counts' vectors came along
-    kept = (Path("runs/tiny/first/final/fewstep.json")).stat().st_mtime_ns
+    kept = (Path("runs/tiny/warm_start/final/fewstep.json")).stat().st_mtime_ns
     assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12", "--set", "train.iterations=6") == 0
-    assert (Path("runs/tiny/first/final/fewstep.json")).stat().st_mtime_ns == kept
+    assert (Path("runs/tiny/warm_start/final/fewstep.json")).stat().st_mtime_ns == kept
     capsys.readouterr()
-    assert command(monkeypatch, "distill", "both.yaml", "--set", "first.train.seed=3") == 2
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "warm_start.train.seed=3") == 2
     assert "made with another seed" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "method.steps=[8, 4]", "--out", "runs/more") == 2
     assert "method.steps: got 8, the student's span head serves up to 4 steps; set first.method.steps to as many" in error_of(capsys)
-    assert command(monkeypatch, "distill", "both.yaml", "--set", "first.method.analytic_first_step=true", "--out", "runs/more") == 2
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "warm_start.method.analytic_first_step=true", "--out", "runs/more") == 2
     assert "method.analytic_first_step: got false, the first stage's student takes its first direction without the network" in error_of(
         capsys
     )
-    assert command(monkeypatch, "distill", "both.yaml", "--set", "start=runs/tiny") == 2
+    assert command(monkeypatch, "distill", "both.yaml", "--set", "init_from=runs/tiny") == 2
 
 
 @pytest.mark.slow
@@ -244,8 +244,8 @@ def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path
     assert any(line.get("regression_loss", 0) > 0 for line in lines)
     both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "first" / "final")
     walked = Trajectories(*(torch.empty(0),) * 2, Embeddings({}, {}, [], 0, ""), *(torch.empty(0),) * 2, "", 100.0)
-    assert spent_before(both, run, walked) == first.train_seconds
-    assert spent_before(read_recipe("both.yaml", ["data.count=41"], DistillRecipe), run, walked) == first.train_seconds + 100
+    assert spent_before(both, run, walked) == warm_start.train_seconds
+    assert spent_before(read_recipe("both.yaml", ["data.count=41"], DistillRecipe), run, walked) == warm_start.train_seconds + 100
     assert not (run / "final" / "trajp.safetensors").exists()
     for sets, seed in (([], 0), (["train.seed=3"], 3), (["train.seed=3", "data.seed=0"], 0)):
         drawn = read_recipe("both.yaml", sets, DistillRecipe)

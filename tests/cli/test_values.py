@@ -39,7 +39,7 @@ def test_options_of_their_own_are_values(path: Path) -> None:
             continue
         read = read_recipe(str(path), [], DistillRecipe, {"teacher": name, "prompts.source": name})
         assert (read.teacher, read.prompts.source) == (name, name)
-        sets = [f"teacher={name}", f"prompts.source={name}", f"roles.targets={name}", f"start={name}", f"first.data.folder={name}"]
+        sets = [f"teacher={name}", f"prompts.source={name}", f"roles.targets={name}", f"init_from={name}", f"warm_start.data.folder={name}"]
         value = override({}, sets, DistillRecipe)
         left = None if name == "null" else name
         assert value == {
@@ -51,7 +51,7 @@ def test_options_of_their_own_are_values(path: Path) -> None:
         }
 
 
-@pytest.mark.parametrize("option", ["evaluate", "start", "prompts.column", "preview.measure"])
+@pytest.mark.parametrize("option", ["evaluate", "start", "prompts.column", "preview.protocol"])
 def test_what_may_be_left_out_is_left_out_by_null(option: str, path: Path) -> None:
     for text in ("null", ""):
         value = read_recipe(str(path), [f"{option}=x", f"{option}={text}"], DistillRecipe)
@@ -65,9 +65,9 @@ def test_all_else_is_yaml() -> None:
         return override({"method": {}}, sets, DistillRecipe)
 
     assert put("train.lr=1e-5", "train.iterations=7", "roles.exclude=[a, b]", "method.condition=false", "data={source: x}") == {
-        "method": {"condition": False}, "train": {"lr": "1e-5", "iterations": 7}, "roles": {"skip": ["a", "b"]}, "data": {"source": "x"},
+        "method": {"condition": False}, "train": {"lr": "1e-5", "iterations": 7}, "roles": {"exclude": ["a", "b"]}, "data": {"source": "x"},
     }  # fmt: skip
-    assert put("first.method.loss=3", "data.folder=007", "method.steps=2", "preview.prompts=[a]", "nowhere=3") == {
+    assert put("warm_start.method.loss=3", "data.folder=007", "method.steps=2", "preview.prompts=[a]", "nowhere=3") == {
         "first": {"method": {"loss": "3"}}, "data": {"folder": "007"}, "method": {"steps": 2}, "preview": {"prompts": ["a"]}, "nowhere": 3,
     }  # fmt: skip
     assert override({}, ["teacher=007", "data.source=1"], FinetuneRecipe) == {"teacher": "007", "data": {"source": "1"}}
@@ -104,7 +104,7 @@ def test_what_is_merged_may_be_said_anew(path: Path) -> None:
     path.write_text(
         text + "data: {source: trajectories}\nfirst:\n  method: {name: trajp-l}\n  train:\n    <<: *base\n    batch: 9\n", encoding="utf-8"
     )
-    assert read_recipe(str(path), ["start=null", "method.head=none"], DistillRecipe).first is not None
+    assert read_recipe(str(path), ["init_from=null", "method.head=none"], DistillRecipe).first is not None
 
 
 @pytest.mark.parametrize("option", ["--teacher", "--prompts"])
@@ -229,7 +229,7 @@ def test_numbers_that_are_none(option: str, value: object, said: str, path: Path
 
 
 def test_truth_values_stay_where_they_are_meant(path: Path) -> None:
-    sets = ["roles.lora=true", "train.shard=false", "method.analytic_first_step=false", "preview.keep_best=true", "start=true", "name=no"]
+    sets = ["roles.lora=true", "train.shard=false", "method.analytic_first_step=false", "preview.keep_best=true", "init_from=true", "name=no"]
     recipe = read_recipe(str(path), sets, DistillRecipe)
     assert recipe.roles.lora and recipe.preview.keep_best and (recipe.start, recipe.name) == ("true", "no")
 

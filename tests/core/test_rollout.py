@@ -87,8 +87,8 @@ def test_a_correction_meets_the_same_past_in_a_segment_as_on_the_way(solver: str
 
     def correct(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
         extra = 0.1 * past.noise + expand(t_next / 1e4, way.x0)
-        for age, visit in enumerate(past.visits, 1):
-            extra = extra + expand((visit.t > t) / (10 * age), way.x0) * (visit.way.x0 - 0.5 * visit.here.eps)
+        for age, visit in enumerate(past.steps, 1):
+            extra = extra + expand((visit.t > t) / (10 * age), way.x0) * (visit.used.x0 - 0.5 * visit.pred.eps)
         return Split(way.x0 + extra, way.eps)
 
     segments, times = torch.tensor([0, 0, 1, 2, 3, 3]), timegrid.uniform(TABLE, 4)

@@ -223,9 +223,9 @@ def test_a_correction_sees_the_whole_past_and_has_the_last_word() -> None:
     x, lengths = torch.ones((2, 2), dtype=torch.float64), []
 
     def shift(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
-        lengths.append(len(past.visits))
+        lengths.append(len(past.steps))
         assert torch.equal(past.noise, x)
-        assert all(bool((newer.t < older.t).all()) for newer, older in pairwise(past.visits))
+        assert all(bool((newer.t < older.t).all()) for newer, older in pairwise(past.steps))
         return Split(way.x0 + 1, way.eps)
 
     plain, moved = (list(sample(exact(schedule), schedule, x, times, DDIM, c)) for c in (None, shift))

@@ -12,6 +12,7 @@ from fewstep.core.schedule import EDM, Flow, Schedule, expand
 from fewstep.core.solvers import SOLVERS, SolverHistory, SolverStep, sample
 from fewstep.heads.curve import Curve
 from fewstep.heads.head import KINDS, Facts, Head, facts_of, make_head, require_steps
+from fewstep.student.folder import read_head, write_head
 
 from .. import tiny
 
@@ -87,7 +88,7 @@ def test_the_span_moves_and_turns_with_the_data(kind: str) -> None:
         def move(a: Tensor, centre: float = 0.0) -> Tensor:
             return (a - centre) @ r + centre
 
-        visit = SolverStep(past.visits[0].t, Split(x, x), Split(move(x / 95, 0.3), x))
+        visit = SolverStep(past.steps[0].t, Split(x, x), Split(move(x / 95, 0.3), x))
         return head(Split(move(x / 100, 0.3), move(x / 80)), t, t_next, SolverHistory(move(x / 80), (visit,))).x0
 
     plain, turned = corrected(torch.eye(32)), corrected(turn)

@@ -6,7 +6,8 @@ import torch
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
 from fewstep.core.solvers import ddim_step
-from fewstep.objectives.regression import REGRESSION_LOSSES, consistency_function, landing_target, metric_named
+from fewstep.methods.consistency import ConsistencyDistillation
+from fewstep.objectives.regression import REGRESSION_LOSSES, consistency_function, landing_target
 
 TABLE = VP(torch.linspace(0.999, 0.005, 1000, dtype=torch.float64))
 
@@ -34,9 +35,9 @@ def test_consistency_function_is_the_identity_on_clean_data_and_x0_far_from_it()
 
 def test_metrics() -> None:
     a, b = torch.randn((2, 2, 3, 4), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(metric_named("l1")(a, b), (a - b).abs().mean((1, 2)))
-    torch.testing.assert_close(metric_named("l2")(a, b), (a - b).square().mean((1, 2)))
-    torch.testing.assert_close(metric_named("huber")(a, b), ((a - b).square() + 1e-6).sqrt().mean((1, 2)) - 1e-3)
+    torch.testing.assert_close(REGRESSION_LOSSES["l1"](a, b), (a - b).abs().mean((1, 2)))
+    torch.testing.assert_close(REGRESSION_LOSSES["l2"](a, b), (a - b).square().mean((1, 2)))
+    torch.testing.assert_close(REGRESSION_LOSSES["huber"](a, b), ((a - b).square() + 1e-6).sqrt().mean((1, 2)) - 1e-3)
     assert all(not bool(m(a, a).any()) for m in REGRESSION_LOSSES.values())
-    with pytest.raises(ValueError, match=r"method\.loss: got 'l3', allowed are l1, l2, huber"):
-        metric_named("l3")
+    with pytest.raises(ValueError, match=r"^loss: got 'l3', allowed are l1, l2, huber$"):
+        ConsistencyDistillation(loss="l3")

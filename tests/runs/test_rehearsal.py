@@ -40,13 +40,13 @@ def trial(teacher: Backbone, method: Any = METHOD, config: TrainConfig | None = 
     [
         (tiny.stable_diffusion, METHOD, {"rank": 2}),
         (tiny.stable_diffusion, METHOD, {"rank": 2, "alpha": 1.0}),
-        (tiny.stable_diffusion, METHOD, {"share": False}),
+        (tiny.stable_diffusion, METHOD, {"lora": False}),
         (tiny.stable_diffusion, DistributionMatching(steps=(4, 2, 1), guidance=Guidance(scale=2.0)), {"rank": 2}),
-        (tiny.stable_diffusion, DistributionMatching(steps=(4, 2, 1), guidance=Guidance(scale=2.0)), {"share": False}),
+        (tiny.stable_diffusion, DistributionMatching(steps=(4, 2, 1), guidance=Guidance(scale=2.0)), {"lora": False}),
         (tiny.stable_diffusion, TrajectoryImitation(steps=2, head="span", guidance=Guidance(scale=2.0)), {"rank": 2}),
         (tiny.stable_diffusion, TrajectoryImitation(steps=2, head="span", guidance=Guidance(scale=2.0)), {"rank": 0}),
         (tiny.denoiser, METHOD, {"rank": 2}),
-        (tiny.denoiser, METHOD, {"share": False}),
+        (tiny.denoiser, METHOD, {"lora": False}),
     ],
 )
 def test_every_kind_of_student_is_rehearsed(teacher: Any, method: Any, roles: dict[str, Any], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_student_that_draws_otherwise_than_its_files_is_seen(tmp_path: Path, m
 def test_the_bytes_are_those_that_a_run_leaves(share: bool, tmp_path: Path) -> None:
     """Counted against the files: a checkpoint, and the student's weights."""
     teacher, config = tiny.stable_diffusion(), TrainConfig(iterations=2, batch=2, lr=1e-4, fake_lr=1e-4)
-    disk = trial(teacher, METHOD, config, share=share, rank=4).disk
+    disk = trial(teacher, METHOD, config, lora=share, rank=4).disk
     steps = fewstep.distill(
         teacher,
         METHOD,

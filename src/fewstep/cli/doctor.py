@@ -17,13 +17,11 @@ CORE = (
     "pydantic",
     "typer",
     "rich",
-    "torchmetrics",
     "matplotlib",
     "jinja2",
 )
 OPTIONAL = {
     "datasets": "pip install datasets   # prompts from a hub data set",
-    "gradio": "pip install 'fewstep[studio]'",
     "bitsandbytes": "pip install 'fewstep[train8bit]'",
 }
 

@@ -76,7 +76,7 @@ class SamplePlan(TypedDict, total=False):
 class Recipe(Stage, total=False):
     """Of a whole recipe; runs from Python say what their teacher is made of, and no names of files."""
 
-    first: Stage | None
+    warm_start: Stage | None
     prompts: SamplePlan
     teacher: str | dict[str, Any]
 
@@ -100,7 +100,7 @@ def recipe_of(run: Path) -> Recipe:
 def real_of(run: Path) -> str | None:
     """The real pictures that a run's recipe names, if it is a run and does."""
     recipe = recipe_of(run)
-    stages: list[Stage] = [recipe, recipe.get("first") or {}]
+    stages: list[Stage] = [recipe, recipe.get("warm_start") or {}]
     named = [(stage.get("data") or {}).get("real") for stage in stages]
     return next((real for real in named if real), None)
 

@@ -19,7 +19,7 @@ from .faults import logged_in
 from .progress import console
 
 FINAL = "final"
-PARTS = ("first", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)  # folders in which a run writes files
+PARTS = ("warm_start", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)  # folders in which a run writes files
 DEEPEST = ("unet", f"{'x' * (LONGEST + len('-kohya.safetensors') - 18)}-kohya.safetensors")  # as deep and as long as what a run writes
 
 
@@ -62,7 +62,7 @@ def place_checks(run: Path) -> list[Check]:
     own = real in (Path(real.anchor), Path(os.path.realpath(Path.home())))
     foreign = next((name for name in (CARD_FILE, "model_index.json") if (run / name).exists()), "")
     blocked = next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None)
-    student = next((f for f in (run / FINAL, run / "first" / FINAL) if _somebodys(f)), None)
+    student = next((f for f in (run / FINAL, run / "warm_start" / FINAL) if _somebodys(f)), None)
     found = [
         (own, f"{shown} is no folder for one run", f"pass one inside it, e.g. --out {visible(str(real / 'runs' / 'mine'), lines=False)}"),
         (blocked is not None, f"{visible(str(blocked), lines=False)} is a file or a device, a run needs a folder", "choose another"),

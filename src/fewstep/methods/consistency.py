@@ -30,13 +30,13 @@ class ConsistencyDistillation(Method):
 
     name: str = "lcm"
 
-    solver: Annotated[str, OneOf(tuple(SOLVERS))] = "renoise"
+    solver: Annotated[str, OneOf(SOLVERS)] = "renoise"
     """Solver that the student is sampled with."""
 
     guidance_scales: tuple[float, ...] = ()
     """Further guidance scales: every iteration draws one of all, on which the student is conditioned (LCM's guidance embedding)."""
 
-    loss: Annotated[str, OneOf(tuple(REGRESSION_LOSSES))] = "huber"
+    loss: Annotated[str, OneOf(REGRESSION_LOSSES)] = "huber"
     """Regression loss."""
 
     solver_steps: Annotated[int, Range(1, MOST_STEPS)] = 48  # a multiple of 1, 2, 3, 4, 6 and 8

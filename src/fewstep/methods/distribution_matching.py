@@ -41,7 +41,7 @@ MOST_UPDATES = 1000  # of the fake score, an iteration
 class MatchConfig:
     """What is matched, where, and by which divergence. Raises ValueError for settings that cannot be."""
 
-    divergence: Annotated[str, OneOf(tuple(DIVERGENCES))] = "reverse-kl"
+    divergence: Annotated[str, OneOf(DIVERGENCES)] = "reverse-kl"
     """Divergence between the diffused student and teacher."""
 
     fisher_correction: Annotated[float, Range()] = 0.5
@@ -85,7 +85,7 @@ class FakeScoreConfig:
     target: Literal["clean", "transition"] = "clean"
     """Regression target: the student's clean estimate, or the noise of the transition to x_tau."""
 
-    weight: Annotated[str, OneOf(tuple(WEIGHTINGS))] = "own"
+    weight: Annotated[str, OneOf(WEIGHTINGS)] = "own"
     """Weighting over time; `own` weights errors as those of the network's own output."""
 
     snr_clip: Annotated[float, POSITIVE] = 5.0
@@ -106,7 +106,7 @@ class GanConfig:
     weight: Annotated[float, WEIGHT] = 0.0
     """Weight of the term. It is a mean over tokens: next to `huber`, 5 is a fifth of the gradient."""
 
-    loss: Annotated[str, OneOf(tuple(GAN_LOSSES))] = "hinge"
+    loss: Annotated[str, OneOf(GAN_LOSSES)] = "hinge"
     """Adversarial loss."""
 
     r1: Annotated[float, WEIGHT] = 0.0
@@ -126,7 +126,7 @@ class DistributionMatching(Method):
     condition: bool = True
     """Condition student and fake score on the step count, where there are several."""
 
-    loss: Annotated[str, OneOf(tuple(SURROGATE_LOSSES))] = "huber"
+    loss: Annotated[str, OneOf(SURROGATE_LOSSES)] = "huber"
     """Surrogate loss of the reverse KL (eq. 6 and 11)."""
 
     match: MatchConfig = MatchConfig()

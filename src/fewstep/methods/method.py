@@ -83,7 +83,7 @@ class Method(ABC):
     guidance: Guidance = Guidance(scale=3.5)
     """The teacher's guidance, which the student learns to do without: a scale, or a block of settings."""
 
-    solver: Annotated[str, OneOf(tuple(SOLVERS))] = "ddim"
+    solver: Annotated[str, OneOf(SOLVERS)] = "ddim"
     """Solver that the student is trained and sampled with."""
 
     shift: Annotated[float, POSITIVE] = 1.0

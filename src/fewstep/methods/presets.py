@@ -59,17 +59,19 @@ def preset(name: str, **settings: Any) -> Method:
     """
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
-    changed: Method = _changed(PRESETS[name], settings, "method", name)
-    return changed
+    known = PRESETS[name]
+    settings = _blocks(known, settings, "method", name)
+    return replace(known, **settings)
 
 
-def _changed(known: Any, settings: Mapping[str, Any], section: str, name: str) -> Any:
+def _blocks(known: Any, settings: Mapping[str, Any], section: str, name: str) -> dict[str, Any]:
+    """Settings with every mapping as a block on top of the one that is there."""
     names = [f.name for f in fields(known)]
     if unknown := [k for k in settings if k not in names]:
         raise ValueError(f"{section}.{unknown[0]}: method {name} has no such setting; it has {', '.join(names)}")
-    return replace(known, **{k: _block(getattr(known, k), v, f"{section}.{k}", name) for k, v in settings.items()})
-
-
-def _block(known: Any, value: Any, section: str, name: str) -> Any:
-    """A block's settings on top of those that it has; a number alone is its scale (guidance) or weight (gan)."""
-    return _changed(known, value, section, name) if is_dataclass(known) and isinstance(value, Mapping) else value
+    made = {}
+    for key, value in settings.items():
+        block = getattr(known, key)
+        nested = is_dataclass(block) and not isinstance(block, type) and isinstance(value, Mapping)
+        made[key] = replace(block, **_blocks(block, value, f"{section}.{key}", name)) if nested else value
+    return made

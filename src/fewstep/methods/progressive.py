@@ -26,13 +26,13 @@ class ProgressiveDistillation(Method):
 
     name: str = "progressive"
 
-    loss: Annotated[str, OneOf(tuple(REGRESSION_LOSSES))] = "l2"
+    loss: Annotated[str, OneOf(REGRESSION_LOSSES)] = "l2"
     """Regression loss."""
 
     stages: Annotated[int, Range(1, MOST_STEPS)] = 3
     """Stages, each of which halves the number of steps; the last one has `steps`."""
 
-    weight: Annotated[str, OneOf(tuple(WEIGHTINGS))] = "own"
+    weight: Annotated[str, OneOf(WEIGHTINGS)] = "own"
     """Weighting over time; `own` weights errors as those of the network's own output."""
 
     snr_clip: Annotated[float, POSITIVE] = 5.0

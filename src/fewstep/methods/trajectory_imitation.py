@@ -35,7 +35,7 @@ class TrajectoryImitation(Method):
     condition: bool = True
     """Condition the student on the step count, where there are several."""
 
-    loss: Annotated[str, OneOf(tuple(REGRESSION_LOSSES))] = "l1"
+    loss: Annotated[str, OneOf(REGRESSION_LOSSES)] = "l1"
     """Regression loss."""
 
     head: Annotated[str, OneOf(("none", *KINDS))] = "span"

@@ -80,7 +80,7 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
     """What was made: teacher, method, steps, what was trained, and which file to use. Of a run without a student yet, what is being made."""
     card = _read(run / "final" / CARD, Card)
     method, train = recipe.get("method") or {}, recipe.get("train") or {}
-    first = ((recipe.get("first") or {}).get("method") or {}).get("name")
+    first = ((recipe.get("warm_start") or {}).get("method") or {}).get("name")
     name = card.get("method") or (f"{first}-{method.get('name')}" if first else method.get("name"))
     steps = card.get("steps") or method.get("steps")
     counts = [steps] if isinstance(steps, int) else list(steps or [])

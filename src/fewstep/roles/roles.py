@@ -47,7 +47,7 @@ class RolesConfig:
     alpha: Annotated[float, Range(0, above=True, hint="; leave it out for the rank itself")] | None = None
     """LoRA alpha; by default the rank, so that a LoRA is right at strength 1.0."""
 
-    targets: Annotated[str, OneOf(tuple(adapters.TARGETS))] = "all"
+    targets: Annotated[str, OneOf(adapters.TARGETS)] = "all"
     """Layers that carry LoRA: all, linear, conv or attention."""
 
     exclude: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")

@@ -6,7 +6,7 @@ from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -14,12 +14,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
-    GetCoreSchemaHandler,
+    Tag,
     ValidationError,
     model_validator,
 )
-from pydantic_core import core_schema
 
 from ..backbones.generate import require_seed
 from ..core.guidance import Guidance
@@ -95,9 +95,9 @@ RENAMED = {
     "method.free_first": "method.analytic_first_step",
     "method.scales": "method.guidance_scales",
     "method.target": "method.name",
-    "roles.lora": "roles.lora",
-    "roles.exclude": "roles.exclude",
-    "roles.quantize": "roles.quantize",
+    "roles.share": "roles.lora",
+    "roles.skip": "roles.exclude",
+    "roles.base": "roles.quantize",
 }
 
 
@@ -109,17 +109,9 @@ def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number_as_scale(value: Any) -> Any:
-    """A number is the scale of plain guidance."""
-    return {"scale": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-class _AnyMethod:
-    """A method of any kind: its settings on top of what its name stands for."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        kinds = core_schema.tagged_union_schema({k: handler.generate_schema(kind) for k, kind in METHODS.items()}, _kind_of_method)
-        return core_schema.no_info_before_validator_function(_with_preset, kinds)
+def _number_as(setting: str, value: Any) -> Any:
+    """A number in the place of a block is its main setting."""
+    return {setting: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _with_preset(value: Any) -> Any:
@@ -130,7 +122,10 @@ def _with_preset(value: Any) -> Any:
     name = str(value.get("name", "tdm"))
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
-    given = {**value, "guidance": _number_as_scale(value["guidance"])} if "guidance" in value else value
+    given = dict(value)
+    for block, number in (("guidance", "scale"), ("gan", "weight")):
+        if block in given:
+            given[block] = _number_as(number, given[block])
     return _merged(asdict(PRESETS[name]), given)
 
 
@@ -138,8 +133,16 @@ def _kind_of_method(value: Any) -> str:
     return type(value if isinstance(value, Method) else PRESETS[value["name"]]).__name__
 
 
-AnyMethod = Annotated[Method, _AnyMethod()]
-AnyGuidance = Annotated[Guidance, BeforeValidator(_number_as_scale)]
+
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:  # one of the classes of `METHODS`: the settings on top of what the method's name stands for
+    AnyMethod = Annotated[
+        Union[tuple(Annotated[kind, Tag(name)] for name, kind in METHODS.items())],
+        Discriminator(_kind_of_method),
+        BeforeValidator(_with_preset),
+    ]
+AnyGuidance = Annotated[Guidance, BeforeValidator(partial(_number_as, "scale"))]
 
 
 class DataConfig(Strict):
@@ -395,8 +398,7 @@ def _kinds(annotation: Any) -> list[Any]:
     """The types that an annotation allows, one by one."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        first, *more = get_args(annotation)
-        return list(METHODS.values()) if any(isinstance(m, _AnyMethod) for m in more) else _kinds(first)
+        return _kinds(get_args(annotation)[0])
     if origin in (Union, UnionType):
         return [kind for part in get_args(annotation) for kind in _kinds(part)]
     return [annotation]
@@ -441,14 +443,23 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"] if part not in METHODS)
-        if first["type"] == "value_error":  # our own text names the option already
-            raise ValueError(str(first["ctx"]["error"])) from error
+        if first["type"] == "value_error":
+            raise ValueError(_named(str(first["ctx"]["error"]), option)) from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(
                 f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
+
+
+def _named(text: str, place: str) -> str:
+    """A settings class's own text, its option named from the recipe's top: `place` is where the class stands in it."""
+    option = text.partition(":")[0]
+    for i, part in enumerate(parts := place.split(".")):
+        if option.startswith(f"{part}."):
+            return ".".join([*parts[:i], text])
+    return text
 
 
 def _require_no_boolean(value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()) -> None:
