@@ -41,7 +41,7 @@ class Guard:
 
 
 def reading(what: object, cure: str, wrong: str = "is damaged") -> Guard:
-    """TrainBatch any exception of the block into a ReadError `WHAT is damaged (its cause); CURE`; one that is a ReadError already stays.
+    """Turn any exception of the block into a ReadError `WHAT is damaged (its cause); CURE`; one that is a ReadError already stays.
 
     `what` names the file, with the option that it was given by. What the block itself raises as ValueError is a cause, too.
     """
@@ -106,9 +106,22 @@ def text_in(path: Path, lenient: bool = False) -> str:
     return require_regular(path).read_text(encoding="utf-8", errors="replace" if lenient else "strict")
 
 
+def json_of(text: str) -> Any:
+    """Parse JSON. Raises ValueError for what is none, and for a key that is there twice, of which Python would keep the last one."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {next(n for n in names if names.count(n) > 1)!r} twice")
+    return found
+
+
 def json_in(path: Path) -> Any:
     """The JSON value of a regular file. Raises whatever goes wrong."""
-    return json.loads(text_in(path))
+    return json_of(text_in(path))
 
 
 def object_in(path: Path) -> dict[str, Any]:

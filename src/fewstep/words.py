@@ -14,6 +14,7 @@ SECTIONS = "method|train|roles|preview|evaluate"
 VALUES = {"true": "True", "false": "False", "null": "None"}
 PHRASES = (
     ("data.source", "images"),
+    ("data.from_student", "trajectories.student"),
     ("leave data out", "leave images out"),
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),

@@ -22,7 +22,7 @@ from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM
 from fewstep.core.solvers import SOLVERS, sample
 from fewstep.data.prompts import embed
-from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, run_to_completion
+from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, guided_teacher, run_to_completion
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
@@ -194,8 +194,10 @@ def test_it_is_distilled(model: PixelModel, method: Method, share: bool) -> None
     data = embed(model, list(LABELS), None, "digits")
     config = TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)
     times = torch.unique(torch.cat([method.times(model.schedule, k) for k in method.counts])).flip(0)
+    walked = TrajectoryConfig(count=8, steps=8)
+    source = guided_teacher(model, data.unconditional(torch.device("cpu")), walked, times, Guidance())
     paths = (
-        run_to_completion(generate_trajectories(model, data, TrajectoryConfig(count=8, steps=8), times, 1.0, None, "digits"))
+        run_to_completion(generate_trajectories(model, data, walked, times, source, None, "digits"))
         if method.needs.trajectories
         else None
     )

@@ -12,6 +12,7 @@ from fewstep.backbones.load import bundled, fingerprint, load_teacher, pipeline_
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP
 
 from .. import tiny
@@ -59,7 +60,7 @@ def test_pictures_are_those_of_the_pipeline(backbone: StableDiffusion, process: 
         pipe = StableDiffusionPipeline(**{**backbone.pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
         backbone = StableDiffusion(pipe, "sd", VP(scheduler.alphas_cumprod.double()))
     cond, null = backbone.encode(PROMPTS), backbone.encode([""])
-    denoise = guided(backbone, backbone.module, cond, null, guidance)
+    denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=guidance))
     ours = pictures(backbone, denoise, [3, 4], timegrid.uniform(backbone.schedule, steps))
     pipe = StableDiffusionPipeline(**backbone.pipe.components, requires_safety_checker=False)
     pipe.scheduler = student_scheduler(backbone.scheduler_config, [steps], "ddim")

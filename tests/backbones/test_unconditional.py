@@ -62,7 +62,7 @@ def test_guidance_leaves_the_class_out(model: PixelModel) -> None:
     cond, null = model.encode(["one", "two"]), model.encode([""])
     x, t = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([999.0, 300], dtype=torch.float64)
     with torch.no_grad():
-        got = guided(model, model.module, cond, null, 3.0)(x, t).x0
+        got = guided(model, model.module, cond, null, Guidance(scale=3.0))(x, t).x0
         yes, no = denoiser(model, model.module, cond)(x, t).x0, denoiser(model, model.module, model.encode(["", ""]))(x, t).x0
     torch.testing.assert_close(got, no + 3 * (yes - no), rtol=1e-4, atol=1e-5)
     assert torch.equal(yes, no) == (not model.labels)

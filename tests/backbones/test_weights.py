@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fewstep.backbones.load import BUNDLED, FAMILIES, HASHES, bundled, load_teacher
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.load import BUNDLED, HASHES, bundled, load_teacher
 from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.parts import load_part, network_kind, part_names
 from fewstep.backbones.weights import UnfitError, load_network, strangers, weights_in

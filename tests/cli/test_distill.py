@@ -125,7 +125,7 @@ def test_a_run_leaves_everything_it_promises(
     assert [r["iteration"] for r in records if "preview" in r] == [0, 5]
     card = json.loads((run / "final" / "fewstep.json").read_text())
     assert card["timesteps"] == {"4": [999.0, 749.0, 499.0, 249.0, -1.0]}
-    assert card["guidance"] == "baked"
+    assert card["guidance"] == {"scale": 2.0, "tilt": 0.0, "apg_eta": 1.0, "stop": 0.0, "rescale": 0.0}
 
 
 def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
 from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
 from fewstep.cli.finish import quality_of
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation import protocols
 from fewstep.evaluation.pictures import PictureProtocol
 from fewstep.evaluation.plan import EmojiProtocol
@@ -71,9 +72,9 @@ def test_a_row_costs_what_the_network_is_asked(
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
     card = replace(
-        CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, analytic_first_step=free
+        CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, guidance=Guidance(scale=guidance), analytic_first_step=free
     )
-    rows = rows_of(Student(Student(backbone, backbone.module, (), "student", free=free), card))
+    rows = rows_of(Student(card, backbone, backbone.module))
     assert [r.nfe for r in rows] == costs
     assert any(r.model == "teacher" and r.nfe == rows[-1].nfe for r in rows)
     assert [r.model for r in rows] == ["teacher"] * (len(costs) - 1) + ["student"]

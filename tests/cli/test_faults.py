@@ -153,11 +153,14 @@ def test_a_line_is_never_a_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", ['{"recipe": []}', '{"recipe": {"data": {"real": 3}}}', '{"recipe": {"first": [1]}}', '{"recipe": {"prompts": "x"}}', "[]"]
+    "record",
+    ['{"recipe": []}', '{"recipe": {"data": {"real": 3}}}', '{"recipe": {"warm_start": [1]}}', '{"recipe": {"prompts": "x"}}', "[]"],
 )
 def test_what_a_run_says_of_itself_is_looked_at_before_it_is_measured(record: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(record, encoding="utf-8")
     with pytest.raises(ReadError, match=r"run\.json is damaged \(.+\); delete .*run\.json$"):
         real_of(tmp_path)
-    (tmp_path / "run.json").write_text('{"recipe": {"first": {"data": {"real": "x.npz"}}, "teacher": {"weights": "a"}}}', encoding="utf-8")
+    (tmp_path / "run.json").write_text(
+        '{"recipe": {"warm_start": {"data": {"real": "x.npz"}}, "teacher": {"weights": "a"}}}', encoding="utf-8"
+    )
     assert real_of(tmp_path) == "x.npz"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
 from fewstep.cli import main
+from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.recipes_path import recipe_names, recipe_path
 from fewstep.runs.recipe import DistillRecipe, first_stage, kind_of, read_recipe
@@ -54,7 +55,7 @@ HUB_RECIPES = [n for n in recipe_names() if n.partition("-")[0] in TEACHERS]
 
 def stages(name: str) -> list[DistillRecipe]:
     recipe = read_recipe(name, [], DistillRecipe)
-    return [recipe] if recipe.first is None else [first_stage(recipe), recipe]
+    return [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -63,11 +64,11 @@ def test_a_recipe_with_all_weights_has_the_papers_settings(name: str) -> None:
     for stage, length in zip(stages(name), iterations, strict=True):
         train, method = stage.train, stage.method
         assert isinstance(method, DistributionMatching)
-        assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (batch, lr, fake_lr, guidance)
+        assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (batch, lr, fake_lr, Guidance(scale=guidance))
         assert train.iterations - method.warmup == length
         assert (train.betas, train.clip, train.decay, train.lr_warmup) == ((0.0, 0.999), 1.0, 0, 0)
         assert not stage.roles.lora
-        assert replace(method, steps=4, name="tdm", guidance=3.5, warmup=100) == DistributionMatching()
+        assert replace(method, steps=4, name="tdm", guidance=Guidance(scale=3.5), warmup=100) == DistributionMatching()
         header = recipe_path(name).read_text(encoding="utf-8").partition("\nkind:")[0]
         for own in (f"{method.warmup} iterations of warm-up", f"ema {train.ema}"):  # what the paper has not
             assert own in header, own
@@ -81,7 +82,7 @@ def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> 
     for stage in stages(name):
         assert TEACHERS[family] in stage.teacher
         assert isinstance(stage.method, DistributionMatching)
-        assert stage.method.guidance == {"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0}[family]
+        assert stage.method.guidance == Guidance(scale={"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0}[family])
         assert stage.train.batch * stage.train.accumulate >= 8
         if name.endswith("-lora"):  # one set of rates for all: those of runs with LoRA on the bundled teacher
             assert (stage.train.lr, stage.train.fake_lr) == (5e-5, 2e-4)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 
 import fewstep
 from fewstep.backbones.generate import pictures
-from fewstep.cli.export import FORMATS
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.runs.init import roles_for
+from fewstep.student.formats import FORMATS
+from fewstep.student.student import Origin, Student
 from tests.cli.test_distill import error_of, recipe, teacher, written
 from tests.cli.test_distill import fewstep as command
 from tests.snippets import snippet_of
@@ -130,7 +132,7 @@ def test_a_student_of_several_step_counts(
 
 
 def test_the_fake_score_beside_a_student_that_begins_as_another_is_the_teacher(trained: Path, teacher: Path) -> None:
-    roles = roles_for(fewstep.load_teacher(teacher), DistributionMatching(steps=2), RolesConfig(rank=2), start=trained / "final")
+    roles = roles_for(fewstep.load_teacher(teacher), DistributionMatching(steps=2), RolesConfig(rank=2), init_from=trained / "final")
     cond, t = roles.backbone.encode(["red cat"]), torch.tensor([999.0]).double()
     x = torch.randn((1, *roles.backbone.shape), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -153,11 +155,11 @@ def test_a_run_may_begin_as_a_finished_student(
     capsys.readouterr()
     from_teacher = still[:2] + still[4:]
     assert command(monkeypatch, "distill", recipe, *how, *from_teacher, "--set", "train.iterations=20") == 2
-    assert "was made with other settings: start, the student to begin as (weights " in error_of(
+    assert "was made with other settings: init_from, the student to begin as (weights " in error_of(
         capsys
     )  # it does not go on as a student of another beginning
     for options, expected in (
-        (("--set", "init_from=nowhere"), "start: nowhere is no student folder"),
+        (("--set", "init_from=nowhere"), "init_from: nowhere is no student folder"),
         (("--set", f"roles.lora={str(not share).lower()}"), f"set roles.lora={str(share).lower()}"),
         *([(("--set", "roles.rank=3"), "set roles.rank to that of the file")] if share else []),
     ):
@@ -182,20 +184,13 @@ def test_a_stochastic_student_is_the_same_in_diffusers(recipe: Path, teacher: Pa
 
 def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> None:
     """In-memory pictures of the averaged student equal those of the student read back."""
-    from fewstep.student.card import StudentCard
-    from fewstep.student.folder import write_final
-
     backbone = fewstep.load_teacher(teacher)
     roles = make_roles(backbone, RolesConfig(rank=4, alpha=2.0))
     for p in roles.trained["student"].values():
         p.data.normal_(0, 0.05)
     method = DistributionMatching(steps=2)
     memory = pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], method.times(backbone.schedule))
-    card = StudentCard(
-        name="x", method="tdm", base=str(teacher), base_hash="", steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, prediction="v_prediction",
-        weights="lora", rank=4, alpha=4.0, teacher_guidance=1.0, licence="other", iterations=0, train_seconds=0, hardware="", version="0",
-    )  # fmt: skip
-    write_final(tmp_path / "final", backbone, card, backbone.module, roles.student_state(), roles.adapter_settings())
+    Student.of(roles, method, Origin(str(teacher), "", 0, 0.0, "tdm")).write(tmp_path / "final")
     assert torch.allclose(fewstep.sample(fewstep.load_student(tmp_path / "final"), ["red cat"], [0]), memory, atol=1e-5)
     pipe = fewstep.load(teacher, tmp_path / "final")
     image = pipe("red cat", generator=torch.Generator().manual_seed(0), output_type="pt").images
@@ -223,7 +218,7 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
         (["sample", "runs/tiny"], "--prompt: got none; say what to draw"),
         (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
         (["sample", "runs/tiny", "-p", "x", "--guidance-rescale", "0.5"], "needs no guidance"),
-        (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "guidance_rescale: got 2"),
+        (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "guidance.rescale: got 2"),
         (["sample", "nothing", "-p", "x"], "teacher: got 'nothing'"),
         (["inspect", "nothing"], "inspect: there is no nothing"),
         (["report", "nothing"], "run nothing: there is no such folder, allowed are folders that `fewstep distill RECIPE` made"),
@@ -303,6 +298,7 @@ def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Pa
 def test_an_export_that_draws_nothing_is_not_close(
     final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(FORMATS, "student", lambda *_: torch.full((2, 3, 16, 16), float("nan")))
+    nothing = replace(FORMATS["student"], write=lambda *_: torch.full((2, 3, 16, 16), float("nan")))
+    monkeypatch.setitem(FORMATS, "student", nothing)
     assert command(monkeypatch, "export", str(final), str(tmp_path / "out")) == 2
-    assert "the files differ from the student by nan in a pixel" in error_of(capsys)
+    assert "the files differ from the student by nan in an element" in error_of(capsys)

@@ -46,12 +46,12 @@ def test_options_of_their_own_are_values(path: Path) -> None:
             "teacher": name,
             "prompts": {"source": name},
             "roles": {"targets": name},
-            "start": left,
-            "first": {"data": {"folder": left}},
+            "init_from": left,
+            "warm_start": {"data": {"folder": left}},
         }
 
 
-@pytest.mark.parametrize("option", ["evaluate", "start", "prompts.column", "preview.protocol"])
+@pytest.mark.parametrize("option", ["evaluate", "init_from", "prompts.column", "preview.protocol"])
 def test_what_may_be_left_out_is_left_out_by_null(option: str, path: Path) -> None:
     for text in ("null", ""):
         value = read_recipe(str(path), [f"{option}=x", f"{option}={text}"], DistillRecipe)
@@ -68,7 +68,7 @@ def test_all_else_is_yaml() -> None:
         "method": {"condition": False}, "train": {"lr": "1e-5", "iterations": 7}, "roles": {"exclude": ["a", "b"]}, "data": {"source": "x"},
     }  # fmt: skip
     assert put("warm_start.method.loss=3", "data.folder=007", "method.steps=2", "preview.prompts=[a]", "nowhere=3") == {
-        "first": {"method": {"loss": "3"}}, "data": {"folder": "007"}, "method": {"steps": 2}, "preview": {"prompts": ["a"]}, "nowhere": 3,
+        "warm_start": {"method": {"loss": "3"}}, "data": {"folder": "007"}, "method": {"steps": 2}, "preview": {"prompts": ["a"]}, "nowhere": 3,
     }  # fmt: skip
     assert override({}, ["teacher=007", "data.source=1"], FinetuneRecipe) == {"teacher": "007", "data": {"source": "1"}}
 
@@ -102,9 +102,10 @@ def test_a_key_that_is_there_twice_is_named_with_its_lines(
 def test_what_is_merged_may_be_said_anew(path: Path) -> None:
     text = yaml.safe_dump({**RECIPE, "teacher": "x"}).replace("train:", "train: &base", 1)
     path.write_text(
-        text + "data: {source: trajectories}\nfirst:\n  method: {name: trajp-l}\n  train:\n    <<: *base\n    batch: 9\n", encoding="utf-8"
+        text + "data: {source: trajectories}\nwarm_start:\n  method: {name: trajp-l}\n  train:\n    <<: *base\n    batch: 9\n",
+        encoding="utf-8",
     )
-    assert read_recipe(str(path), ["init_from=null", "method.head=none"], DistillRecipe).first is not None
+    assert read_recipe(str(path), ["init_from=null", "method.init_head=drop"], DistillRecipe).warm_start is not None
 
 
 @pytest.mark.parametrize("option", ["--teacher", "--prompts"])
@@ -200,14 +201,14 @@ def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pyte
     [
         ("train.iterations", True, r"^train\.iterations: input should be a number, got true"),
         ("train.lr", True, r"^train\.lr: input should be a number, got true"),
-        ("guidance_rescale", False, r"^guidance_rescale: input should be a number, got false"),
+        ("method.guidance.rescale", False, r"^method\.guidance\.rescale: input should be a number, got false"),
         ("method.steps", [4, True], r"^method\.steps: input should be a number, got true"),
         ("train.betas", [False, 0.9], r"^train\.betas: input should be a number, got false"),
         ("size", False, r"^size: input should be a number, got false"),
         ("name", True, r"^name: input should be a text, got true"),
         ("roles.alpha", math.nan, r"^roles\.alpha: got nan, allowed are numbers above 0"),
         ("roles.alpha", math.inf, r"^roles\.alpha: got inf, allowed are numbers above 0"),
-        ("method.fisher_correction", math.nan, r"^method\.fisher_correction: got nan, allowed are finite numbers"),
+        ("method.match.fisher_correction", math.nan, r"^method\.match\.fisher_correction: got nan, allowed are finite numbers"),
         *(
             (f"{part}.seed", 10**30, rf"^{part}\.seed: got 10+, allowed are whole numbers from -2\^62")
             for part in ("train", "preview", "data")
@@ -229,12 +230,19 @@ def test_numbers_that_are_none(option: str, value: object, said: str, path: Path
 
 
 def test_truth_values_stay_where_they_are_meant(path: Path) -> None:
-    sets = ["roles.lora=true", "train.shard=false", "method.analytic_first_step=false", "preview.keep_best=true", "init_from=true", "name=no"]
+    sets = [
+        "roles.lora=true",
+        "train.shard=false",
+        "method.analytic_first_step=false",
+        "preview.keep_best=true",
+        "init_from=true",
+        "name=no",
+    ]
     recipe = read_recipe(str(path), sets, DistillRecipe)
-    assert recipe.roles.lora and recipe.preview.keep_best and (recipe.start, recipe.name) == ("true", "no")
+    assert recipe.roles.lora and recipe.preview.keep_best and (recipe.init_from, recipe.name) == ("true", "no")
 
 
 def test_more_steps_of_the_teacher_than_it_has_are_said_before_anything_is_walked() -> None:
     recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "preview": {"teacher_steps": 1001}})
     with pytest.raises(ValueError, match=r"^preview\.teacher_steps: got 1001, allowed are 1 to 1000"):
-        module.check_start(recipe, tiny.denoiser())
+        module.check_initial(recipe, tiny.denoiser())

@@ -184,7 +184,7 @@ def test_renoise_has_the_marginal_of_each_time() -> None:
 
 
 def test_unknown_solver_lists_the_known() -> None:
-    assert solver_named("dpmpp") is SOLVERS["dpmpp"]
+    assert solver_named("dpmpp") == SOLVERS["dpmpp"]
     with pytest.raises(ValueError, match="solver: got 'euler', allowed are ddim, dpmpp, ipndm, renoise"):
         solver_named("euler")
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation.distances import frechet_distance, moments
 from fewstep.evaluation.plan import plan
 from fewstep.evaluation.protocols import PROTOCOLS, Row, evaluate, protocol_named
@@ -29,11 +30,11 @@ def run(world: World, rows: Sequence[Row], cache: Path | None = None, **options:
 
 
 def teacher(draw: Draw, steps: int = 50) -> Row:
-    return Row("teacher", steps, 3.0, 2 * steps, draw)
+    return Row("teacher", steps, Guidance(scale=3.0), 2 * steps, draw)
 
 
 def student(draw: Draw, steps: int = 4) -> Row:
-    return Row("student", steps, 1.0, steps, draw)
+    return Row("student", steps, Guidance(), steps, draw)
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def test_the_longest_kept_row_is_used(world: World, tmp_path: Path) -> None:
 
 def test_rows_of_one_name_and_other_costs_are_kept_apart(world: World, tmp_path: Path) -> None:
     calls: list[int] = []
-    rows = [Row("student", 4, 1.0, nfe, counting(world.draw(noise), calls)) for nfe, noise in ((4, 0.02), (7, 0.1))]
+    rows = [Row("student", 4, Guidance(), nfe, counting(world.draw(noise), calls)) for nfe, noise in ((4, 0.02), (7, 0.1))]
     run(world, rows, tmp_path)
     calls.clear()
     run(world, rows, tmp_path)

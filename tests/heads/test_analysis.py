@@ -24,7 +24,7 @@ def along(coordinates: Tensor, samples: int, length: float = 3.0) -> Tensor:
 
 
 def test_what_lies_in_a_plane_bends_in_one_direction() -> None:
-    """DequantizeMatmul noise, data and one direction beside the line between them: nothing is left for a second."""
+    """Through noise, data and one direction beside the line between them: nothing is left for a second."""
     arch = 0.2 * torch.sin(math.pi * S)
     shape = shape_of(SCHEDULE, along(torch.stack([1 - S, arch], 1), 60), GRID)
     assert shape["unexplained"] == pytest.approx([0, 0, 0], abs=1e-12)

@@ -39,7 +39,7 @@ def noise(schedule: Schedule, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return schedule.start_std * torch.randn((3, *shape), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [s.name for s in SOLVERS.values() if not s.stochastic])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_head_changes_no_bit(kind: str, solver: str) -> None:
     for schedule in (EDM(), tiny.TABLE):

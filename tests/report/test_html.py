@@ -295,7 +295,7 @@ def test_the_top_says_what_was_made(run: Path) -> None:
     about = json.loads((run / "run.json").read_text())
     recipe = {"teacher": "emoji", "method": {"name": "tdm-unify", "steps": [4, 2, 1]}, "train": {"iterations": 260}}
     (run / "run.json").write_text(json.dumps(about | {"recipe": recipe}))
-    facts = dict(read_run(run).origin)
+    facts = dict(read_run(run).made)
     assert facts == {
         "Teacher": "emoji",
         "Method": "tdm-unify",
@@ -307,7 +307,7 @@ def test_the_top_says_what_was_made(run: Path) -> None:
     (run / "final" / "emoji-lora.safetensors").write_text("")
     (run / "best").mkdir()
     (run / "best" / "preview.json").write_text(json.dumps({"iteration": 5, "value": 12.3456, "measured": "quality.fd_real"}))
-    facts = dict(read_run(run).origin)
+    facts = dict(read_run(run).made)
     assert facts["Method"] == "trajp-l-tdm" and facts["Steps"] == "4"
     assert facts["Trained"] == "LoRA of rank 32, for strength 1.0, and a span head"
     assert facts["File to use"] == f"{run / 'final'}, for other programs emoji-lora.safetensors in it"

@@ -22,7 +22,7 @@ from fewstep.runs.recipe import DistillRecipe
 from fewstep.training.monitor import drift
 
 from .. import tiny
-from .test_distill import RECIPE
+from ..cli.test_distill import RECIPE
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidanc
 def drawn(method: Mapping[str, Any], teacher: Backbone, labels: tuple[str, ...] = ("cat", "dog", "cat")) -> tuple[Preview, Roles]:
     """The previews of a method, and what it trains, untrained."""
     recipe = DistillRecipe.model_validate({**RECIPE, "method": method, "train": {**RECIPE["train"], "iterations": 101, "batch": 2}})
-    roles = make_roles(teacher, RolesConfig(rank=2), counts=recipe.method.condition_values, fake=recipe.method.needs.fake)
+    roles = make_roles(teacher, RolesConfig(rank=2), condition_values=recipe.method.condition_values, fake=recipe.method.needs.fake)
     return Preview(drawing_of(recipe), teacher, embed(teacher, labels, None, "x"), None), roles
 
 

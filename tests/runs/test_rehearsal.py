@@ -66,7 +66,8 @@ def test_half_precision_too(tmp_path: Path) -> None:
 
 def test_a_student_that_draws_otherwise_than_its_files_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trial(tiny.stable_diffusion(), rank=4)
-    monkeypatch.setattr("fewstep.runs.rehearsal.load_student", lambda place, base: trial(tiny.stable_diffusion(seed=1), rank=4).student)
+    other = trial(tiny.stable_diffusion(seed=1), rank=4).student
+    monkeypatch.setattr("fewstep.runs.rehearsal.Student.read", lambda place, base: other)
     check = student_check(made, tmp_path / "trial")
     assert not check.holds and "do not hold all" in check.cure
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from fewstep.backbones.few_step import Facts
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.few_step import PipelineInfo
 from fewstep.core.schedule import Flow, Schedule
 from fewstep.student.card import StudentCard
 from fewstep.student.clients import other_programs
@@ -14,15 +15,15 @@ from .card import CARD
 from .test_comfy import BETAS, EPS, ZERO, V, on, process
 from .test_kohya import UNREAD
 
-SD = Facts("StableDiffusionPipeline", "unet", True, True, True, False)
-SD3 = Facts("StableDiffusion3Pipeline", "transformer", True, True, False, False)
+SD = PipelineInfo(FAMILIES["StableDiffusionPipeline"], "unet", loads_lora=True, takes_times=True)
+SD3 = PipelineInfo(FAMILIES["StableDiffusion3Pipeline"], "transformer", loads_lora=True, takes_times=False)
 LAYER = "down_blocks.0.resnets.0.conv1"
 
 
 def said(
-    card: StudentCard, facts: Facts = SD, config: dict[str, Any] = EPS, schedule: Schedule | None = None, layers: tuple[str, ...] = (LAYER,)
+    card: StudentCard, info: PipelineInfo = SD, config: dict[str, Any] = EPS, schedule: Schedule | None = None, layers: tuple[str, ...] = (LAYER,)
 ) -> str:
-    return other_programs(card, facts, schedule or process(config), config, "x-kohya.safetensors", layers, "final")
+    return other_programs(card, info, schedule or process(config), config, "x-kohya.safetensors", layers, "final")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from fewstep.backbones.families import FAMILIES
 from fewstep.core.schedule import VP, Flow, Schedule
 from fewstep.core.timegrid import uniform
 from fewstep.student.card import StudentCard
@@ -56,7 +57,7 @@ def on(schedule: Schedule, steps: int = 4, shift: float = 1.0, **own: Any) -> St
 
 def nodes(card: StudentCard, pipeline: str, schedule: Schedule, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What each kind of node is told; checks that all it needs is there, and that links lead somewhere."""
-    graph = workflow(card, pipeline, "x-kohya.safetensors", 512, schedule, config)
+    graph = workflow(card, FAMILIES[pipeline], "x-kohya.safetensors", 512, schedule, config)
     assert graph is not None
     graph = json.loads(json.dumps(graph))
     links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
@@ -81,7 +82,7 @@ def test_a_workflow_takes_the_students_steps_without_guidance_at_strength_one() 
 
 def test_styles_that_were_fused_into_the_base_come_before_the_student() -> None:
     card = replace(CARD, base="a.safetensors + some/style.safetensors@0.5")
-    graph = workflow(card, "StableDiffusionPipeline", "x-kohya.safetensors", 512, process(EPS), EPS)
+    graph = workflow(card, FAMILIES["StableDiffusionPipeline"], "x-kohya.safetensors", 512, process(EPS), EPS)
     assert graph is not None
     assert [(n["inputs"]["lora_name"], n["inputs"]["strength_model"]) for n in graph.values() if n["class_type"] == "LoraLoader"] == [
         ("style.safetensors", 0.5),
@@ -163,7 +164,7 @@ BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
             replace(CARD, analytic_first_step=True),
             "StableDiffusionPipeline",
             EPS,
-            "no sampler like this student's .a free first direction.",
+            "no sampler like this student's .an analytic first step.",
         ),
         (replace(CARD, solver={"4": "ipndm"}), "StableDiffusionPipeline", EPS, "no sampler like this student's .ipndm."),
         (replace(CARD, base="emoji"), "StableDiffusionPipeline", EPS, "no file of the base is known"),
@@ -179,8 +180,8 @@ BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
     ],
 )
 def test_there_is_no_workflow_that_could_not_run(card: StudentCard, pipeline: str, config: dict[str, Any], why: str) -> None:
-    assert workflow(card, pipeline, "x.safetensors", 512, process(config), config) is None
-    assert re.search(why, obstacle(card, pipeline, process(config), config))
+    assert workflow(card, FAMILIES[pipeline], "x.safetensors", 512, process(config), config) is None
+    assert re.search(why, obstacle(card, FAMILIES[pipeline], process(config), config))
 
 
 @pytest.mark.parametrize(

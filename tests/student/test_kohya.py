@@ -82,7 +82,7 @@ def test_every_layer_that_is_trained_has_its_name_in_the_original_code(
     shape: dict[str, Any], rule: tuple[list[int], int, list[int]], count: int
 ) -> None:
     net = network(shape)
-    layers = targets(net, "all", RolesConfig().skip)
+    layers = targets(net, "all", RolesConfig().exclude)
     assert len(layers) == count
     theirs = {ours: name for name, ours in original_layers(*rule)}
     assert original_names(layers, [n for n, _ in net.named_modules()]) == {n: theirs[n] for n in layers}
@@ -94,7 +94,7 @@ def test_every_layer_that_is_trained_has_its_name_in_the_original_code(
 @pytest.mark.parametrize("shape", [SD15, SDXL], ids=["sd15", "sdxl"])
 def test_layers_that_some_programs_leave_out_are_not_trained_by_default(shape: dict[str, Any]) -> None:
     net = network(shape)
-    every, own = targets(net, "all"), targets(net, "all", RolesConfig().skip)
+    every, own = targets(net, "all"), targets(net, "all", RolesConfig().exclude)
     outside = {n for n in every if n.split(".")[0] not in ("down_blocks", "mid_block", "up_blocks")}
     assert set(every) - set(own) == outside
     assert set(UNREAD) == {n for n in outside if not n.startswith("add_embedding")}

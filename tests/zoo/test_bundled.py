@@ -28,7 +28,8 @@ def test_plain_diffusers_draws_what_fewstep_draws(rescale: float) -> None:
     theirs = pipe(
         prompts, num_inference_steps=5, guidance_scale=3.0, guidance_rescale=rescale, generator=generators, output_type="pt"
     ).images
-    ours = fewstep.sample(fewstep.load_teacher("emoji", guidance_rescale=rescale), prompts, seeds, steps=5, guidance=3.0)
+    guidance = fewstep.Guidance(scale=3.0, rescale=rescale)
+    ours = fewstep.sample(fewstep.load_teacher("emoji"), prompts, seeds, steps=5, guidance=guidance)
     assert (theirs - ours).abs().max() <= 1e-3
     assert ours.std() > 0.1
 

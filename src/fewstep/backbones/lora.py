@@ -4,7 +4,6 @@
 libraries drop such tensors and say so in a log.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,9 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..reading import json_in, reason, require_regular
+from ..reading import json_in, json_of, reason, require_regular
 from ..tensors import finite, read_tensors, require_floating
+from ..typed import typed
 from .original_names import original_names
 from .weights import PICKLES
 
@@ -231,8 +231,10 @@ def read_lora(place: str) -> Facts:
     try:
         tensors = read_tensors(file)
         require_floating({n: t for n, t in tensors.items() if not n.endswith("alpha")})
+        if odd := next((n for n, t in tensors.items() if t.dtype == torch.bool), None):
+            raise LoraError(f"its {odd} holds truth values, not numbers", "write the file again")
         with safe_open(require_regular(file), "pt") as opened:
-            said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            said = typed(dict[str, Any], json_of((opened.metadata() or {}).get("lora_adapter_metadata", "{}")))
         beside = file.with_name(ADAPTER)
         if not said and beside.is_file() and file.name == "adapter_model.safetensors":
             said = json_in(beside)
@@ -249,14 +251,22 @@ def _facts(tensors: dict[str, Tensor], said: Mapping[str, Any]) -> Facts:
     for key, value in said.items():
         part, _, setting = key.rpartition(".")
         if setting == "lora_alpha":
-            alpha[part] = float(value)
+            alpha[part] = typed(float, value, key)
         elif setting == "alpha_pattern":
-            alphas |= {re.compile(str(k)).pattern: float(v) for k, v in (value or {}).items()}
+            alphas |= {_pattern(k, key): v for k, v in (typed(dict[str, float] | None, value, key) or {}).items()}
         elif setting == "use_rslora":
-            root = root or bool(value)
-        elif setting == "use_dora" and value:
+            root = bool(typed(bool | None, value, key)) or root
+        elif setting == "use_dora" and typed(bool | None, value, key):
             raise LoraError("it is DoRA, a LoRA with magnitudes", "pass a plain LoRA")
     return Facts(tensors, alpha, alphas, root)
+
+
+def _pattern(text: str, key: str) -> str:
+    """A regular expression. Raises ValueError for what is none."""
+    try:
+        return re.compile(text).pattern
+    except re.error as error:
+        raise ValueError(f"{key} has {text!r}, which is no pattern") from error
 
 
 def lora_file(place: str) -> Path:

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DModel,
 )
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..core.schedule import VP
@@ -127,7 +128,7 @@ def side(where: str, value: object, size: int = 0) -> int:
 def table(pipe: DiffusionPipeline) -> VP:
     """The process that a scheduler with a table of betas undoes. Raises UnfitError for another one, and for a table that is none."""
     scheduler = pipe.scheduler
-    if "beta_schedule" not in scheduler.config:
+    if "beta_schedule" not in scheduler.config or not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         raise UnfitError(
             f"its {type(scheduler).__name__} has no table of betas, which a {type(pipe).__name__} is read by",
             "wrap your own network in fewstep.Denoiser",

@@ -27,7 +27,7 @@ LOADED = 1.2  # memory that loading takes, in units of the weights
 
 
 def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path) -> None:
-    """ImageStats at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
+    """Look at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
 
     The first process looks. The teacher's and the student's pictures are drawn where that takes seconds.
     """

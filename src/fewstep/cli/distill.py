@@ -16,6 +16,7 @@ from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.load import at_size, fingerprint, fused, load_teacher, pipeline_of, quiet
 from ..backbones.meta import require_loadable
+from ..backbones.unconditional import PixelModel
 from ..core import timegrid
 from ..data.prompts import Embeddings, embed, embedding_bytes
 from ..data.trajectories import Trajectories, TrajectoryConfig
@@ -43,6 +44,7 @@ from .before import look_before, look_in_dry_run
 from .best import Best, measured_by
 from .evaluate import check_measures, measure_step
 from .finish import errors_along, finish, shape_seen, write_best
+from .options import in_options
 from .plan import plans_of, show
 from .preflight import held, note_shadowed, place_checks
 from .progress import OnScreen, console, count_in, meter
@@ -314,6 +316,9 @@ def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
     if (folder := initial_folder(recipe)) is not None:
         inherited_head(recipe.method, teacher, folder)
     require_preview_steps(recipe, teacher)
+    if isinstance(teacher, PixelModel) and recipe.preview.prompts:
+        with in_options({"prompts": "preview.prompts"}):
+            teacher.encode(recipe.preview.prompts)
     roles, layer = recipe.roles, teacher.time_layer
     if (own := recipe.warm_start) is not None and (roles.rank or not roles.lora):  # a head alone is not conditioned
         bare = not roles.lora or any(skipped in layer for skipped in roles.exclude)

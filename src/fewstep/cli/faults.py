@@ -37,7 +37,7 @@ class FaultError(Exception):
 
 @contextmanager
 def logged_in(folder: Path | None) -> Iterator[None]:
-    """TrainBatch whatever goes wrong within it into a FaultError; the log of what nobody foresaw goes to this folder, which is a run's, if it is one."""
+    """Turn whatever goes wrong within it into a FaultError; the log of what nobody foresaw goes to this folder, which is a run's, if it is one."""
     try:
         yield
     except Exception as error:

@@ -39,7 +39,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setti
 
 @app.callback()
 def about() -> None:
-    """TrainBatch a pretrained diffusion model into a generator that needs 1 to 4 steps, from prompts alone."""
+    """Turn a pretrained diffusion model into a generator that needs 1 to 4 steps, from prompts alone."""
     mute_others()
 
 

@@ -77,7 +77,7 @@ def run_plan(source: str, overrides: list[str], memory: str | None, given: Mappi
         f"{memory}: {size(usable)} are usable; CUDA takes about {size(CONTEXT)}, {RESERVE:.0%} are kept for workspaces and fragments"
     )
     sets: list[str] = []
-    for made, prefix in zip(plans, ("first.", "") if len(plans) > 1 else ("",), strict=True):
+    for made, prefix in zip(plans, ("warm_start.", "") if len(plans) > 1 else ("",), strict=True):
         own, needed = fit(made, teacher, usable, prefix)
         sets += [s for s in own if s not in sets]
         console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")

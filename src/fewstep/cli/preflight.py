@@ -62,10 +62,12 @@ def place_checks(run: Path) -> list[Check]:
     own = real in (Path(real.anchor), Path(os.path.realpath(Path.home())))
     foreign = next((name for name in (CARD_FILE, "model_index.json") if (run / name).exists()), "")
     blocked = next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None)
+    within = next((p for p in real.parents if holds_student(p) or (p / "state.json").is_file()), None)
     student = next((f for f in (run / FINAL, run / "warm_start" / FINAL) if _somebodys(f)), None)
     found = [
         (own, f"{shown} is no folder for one run", f"pass one inside it, e.g. --out {visible(str(real / 'runs' / 'mine'), lines=False)}"),
         (blocked is not None, f"{visible(str(blocked), lines=False)} is a file or a device, a run needs a folder", "choose another"),
+        (within is not None, f"{visible(str(within), lines=False)} is a student or a checkpoint, no place for a run", "choose another"),
         (bool(foreign), f"{shown} is a model's own folder (it has {foreign} in it)", "choose another"),
         (student is not None, f"{visible(str(student), lines=False)} is there and no student of fewstep's", "move it away, or choose another --out"),
     ]  # fmt: skip

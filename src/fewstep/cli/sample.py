@@ -21,6 +21,7 @@ from ..student.card import card_nfe
 from ..student.folder import find_folder, read_card
 from ..student.student import Student
 from ..training.loop import default_device
+from .options import in_options
 from .preflight import note_shadowed, require_output
 from .progress import console
 
@@ -65,6 +66,7 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     return list(given)
 
 
+MOST = 1024  # images of a prompt
 FLAT = 1 / 255  # a picture whose pixels differ by less is one colour
 
 
@@ -84,10 +86,14 @@ def run_sample(
     """Draw, write one PNG grid (a row per model; videos as strips, and as mp4 beside), and print its path and the time a picture took."""
     quiet()
     require_output(out, "-o")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"-o: got {out.name}, allowed are names that end in .png; pass {out.with_suffix('.png').name}")
     if steps is not None and steps < 1:
         raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
-    if count < 1:
-        raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
+    if not 1 <= count <= MOST:
+        raise ValueError(f"--count: got {count}, allowed are whole numbers from 1 to {MOST}")
+    with in_options({"guidance.scale": "--guidance", "guidance.rescale": "--guidance-rescale"}):
+        wished = Guidance(scale=1.0 if guidance is None else guidance, rescale=rescale or 0.0)
     require_seed(seed, "--seed")
     if rescale is not None and find_folder(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
@@ -112,12 +118,12 @@ def run_sample(
         if compare:
             pictures.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
             labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")
-        pictures.append(_timed(model, wanted, seeds, taken, Guidance(scale=guidance or 1.0), solver))
+        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
         labels.append(f"student, {plural(taken, 'step')}")
     else:
-        taken, scale = steps or 50, 1.0 if guidance is None else guidance
-        pictures.append(_timed(model, wanted, seeds, taken, Guidance(scale=scale, rescale=rescale or 0.0), solver))
-        labels.append(f"teacher, {plural(taken, 'step')}, guidance {scale:g}")
+        taken = steps or 50
+        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
+        labels.append(f"teacher, {plural(taken, 'step')}, guidance {wished.scale:g}")
     write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
     console.print(str(out.resolve()))
     if pictures[-1].ndim == 5:
@@ -129,7 +135,8 @@ def _timed(
     model: Backbone | Student, prompts: list[str], seeds: list[int], steps: int, guidance: Guidance, solver: str | None
 ) -> torch.Tensor:
     began = time.perf_counter()
-    result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
+    with in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}):
+        result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
     if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
         console.print(f"warning: {flat} of {len(result)} pictures are one colour; run fewstep doctor TEACHER")

@@ -38,7 +38,7 @@ class Guidance:
     @property
     def active(self) -> bool:
         """Whether an unconditional prediction is needed at all."""
-        return self.scale != 1
+        return self.scale != 1 or self.tilt != 0
 
     def scale_at(self, schedule: Schedule, t: Tensor) -> float | Tensor:
         """Return the scale at t `[B]`: `scale (1 + tilt (2u - 1))` at the fraction u of the path; one number without a tilt."""

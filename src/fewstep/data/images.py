@@ -1,4 +1,4 @@
-"""RealBatch pictures as clean states: for fine-tuning a teacher and for the adversarial term."""
+"""Real pictures as clean states: for fine-tuning a teacher and for the adversarial term."""
 
 import hashlib
 import json

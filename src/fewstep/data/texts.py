@@ -12,6 +12,7 @@ from pathlib import Path
 from unicodedata import category
 
 from ..reading import ReadError, reason
+from ..reading import json_of as parsed_json
 
 LONGEST = 20_000  # characters of one text: encoders read some hundred words, so more is a file that was taken for a line
 COLUMNS = ("prompt", "caption", "text")
@@ -114,7 +115,7 @@ def text_of(value: object, where: str) -> str:
 def json_of(text: str, where: str) -> object:
     """A JSON value. Raises ValueError that begins with `where`."""
     try:
-        return json.loads(text)
+        return parsed_json(text)
     except Exception as error:  # as many types as there are kinds of damage
         raise ValueError(f"{where} is not JSON ({reason(error)}); correct it") from error
 

@@ -246,7 +246,7 @@ def _walked(backbone: Backbone, source: TrajectorySource, cond: Cond, samples: r
     if not _finite(shard):
         who, cure = f"data.solver: {config.solver} led the teacher's", "choose dpmpp, more data.steps"
         if config.student is not None:
-            who, cure = f"data.student: {config.student} leads", "choose another student"
+            who, cure = f"data.from_student: {config.student} leads", "choose another student"
         raise ValueError(
             f"{who} trajectories {samples.start} to {samples.stop - 1} to numbers that are not finite; {cure} or dtype=float32"
         )

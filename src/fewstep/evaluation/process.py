@@ -110,7 +110,7 @@ def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[flo
 def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, seed: int, batch: int) -> str:
     """What is suspected where the network finds too much or too little noise at some time; empty where it finds the right amount.
 
-    A network that was trained by regression has `E <eps - eps_hat, eps_hat> = 0` at every time, however well it fits. SamplePlan about noise s' in a state of
+    A network that was trained by regression has `E <eps - eps_hat, eps_hat> = 0` at every time, however well it fits. Asked about noise s' in a state of
     noise s it is off by about s / s'. Of the usual mistakes the one is named that leaves least of it.
     """
     schedule = backbone.schedule

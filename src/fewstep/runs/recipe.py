@@ -133,7 +133,6 @@ def _kind_of_method(value: Any) -> str:
     return type(value if isinstance(value, Method) else PRESETS[value["name"]]).__name__
 
 
-
 if TYPE_CHECKING:
     AnyMethod = Method
 else:  # one of the classes of `METHODS`: the settings on top of what the method's name stands for
@@ -309,11 +308,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [known for known in resolvers if known[0] != _BOOL] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+# Numbers as people write them: neither `017`, which YAML 1.1 takes for 15, nor `1:30` for 90, nor `1_0` for 10.
+_WRITTEN = {
+    "tag:yaml.org,2002:bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": ("[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
 }
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.yaml_implicit_resolvers = {
+    first: [known for known in resolvers if known[0] not in _WRITTEN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _WRITTEN.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def _value_of(text: str) -> Any:
@@ -470,6 +479,9 @@ def _require_no_boolean(value: Mapping[str, Any], model: type[BaseModel], source
             _require_no_boolean(inner, model, source, place)
             continue
         kinds = {k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *get_args(kind))}
+        text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
+        if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
+            raise ValueError(f"{'.'.join(place)}: input should be a number, got {shown(text)} (in {source})")
         odd = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, bool)), None)
         if odd is not None and kinds and bool not in kinds:
             wanted = "a number" if {int, float} & kinds else "a text"

@@ -25,6 +25,8 @@ def require_prompts(prompts: Sequence[str]) -> list[str]:
         raise ValueError('prompts: got none; pass at least one, [""] for a network without conditions')
     if odd := [p for p in found if not isinstance(p, str)]:
         raise ValueError(f"prompts: got {odd[0]!r} among them, allowed are strings")
+    if broken := next((p for p in found if any("\ud800" <= c <= "\udfff" for c in p)), None):
+        raise ValueError(f"prompts: {broken!r} has bytes that are no letters here; write it in UTF-8")
     return found
 
 

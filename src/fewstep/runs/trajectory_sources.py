@@ -30,18 +30,18 @@ def student_source(teacher: Backbone, folder: str | Path, times: Tensor) -> Traj
     grid, solver = student.times(count), solver_named(student.solver(count))
     if solver.stochastic:
         raise ValueError(
-            f"data.student: {folder} adds new noise at every step, which leaves nothing to follow; choose a student of another solver"
+            f"data.from_student: {folder} adds new noise at every step, which leaves nothing to follow; choose a student of another solver"
         )
     places = stops(grid, times)
     if places is None:
         visits, asked = (", ".join(f"{t:.4g}" for t in of.tolist()) for of in (grid, times))
         raise ValueError(
-            f"data.student: {folder} stops at {visits}, this one at {asked}; set method.steps and method.shift so that these are among those"
+            f"data.from_student: {folder} stops at {visits}, this one at {asked}; set method.steps and method.shift so that these are among those"
         )
 
     def states(cond: Cond, x: Tensor) -> list[State]:
         return list(solvers.sample(student.denoise(cond), schedule, x, grid, solver, student.head))
 
-    weights = sha256_of(*sorted(require_folder(folder, "data.student").rglob("*.safetensors")))
+    weights = sha256_of(*sorted(require_folder(folder, "data.from_student").rglob("*.safetensors")))
     about = {"student": weights, "solver": solver.name, "analytic_first_step": card.analytic_first_step}
     return TrajectorySource(grid, places, card_nfe(card, count), about, states)

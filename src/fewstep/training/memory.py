@@ -22,14 +22,14 @@ from .optimizer import state_bytes
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make within it, until they are freed. `now` and `most` are in bytes.
+    """Counts the bytes of all storages that operations make within it, until they are freed. `now` and `peak` are in bytes.
 
     SamplePlan for the value of a tensor without content, it says 1: losses are finite, norms are small.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.most = 0, 0
+        self.now, self.peak = 0, 0
         self._seen: set[int] = set()
 
     def add(self, *tensors: Tensor) -> None:
@@ -40,7 +40,7 @@ class MemoryTracker(TorchDispatchMode):
             if key not in self._seen:
                 self._seen.add(key)
                 self.now += size
-                self.most = max(self.most, self.now)
+                self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:

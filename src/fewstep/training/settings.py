@@ -66,9 +66,9 @@ def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], 
 
 
 def _spoken(difference: str) -> str:
-    """A hash of the weights that the student begins with is `start`."""
+    """A hash of the weights that the student begins with is `init_from`."""
     name, _, values = difference.partition(" ")
-    return f"start, the student to begin as (weights {values})" if name == "begin" else difference
+    return f"init_from, the student to begin as (weights {values})" if name == "begin" else difference
 
 
 def begun(run: Path, now: Mapping[str, Any]) -> int:
