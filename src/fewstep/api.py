@@ -127,7 +127,9 @@ def distill(
     return _distilled(teacher, spec, None if out is None else Path(out), watch)
 
 
-def _distilled(teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Watch | None) -> Generator[Step, None, None]:
+def _distilled(
+    teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Watch | None
+) -> Generator[Step, None, None]:
     """Run `distill` from its first step on, when its arguments are known to be right."""
     with in_python():
         own, base_hash = apart(teacher), fingerprint(teacher.module)
@@ -135,9 +137,23 @@ def _distilled(teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Wat
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([disk_check(trial.disk, folder)], "out")
-            require([*conformance(teacher, spec.prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
+            require(
+                [*conformance(teacher, spec.prompts[0]), student_check(trial, folder / "trial")],
+                f"teacher: {teacher.name}",
+            )
         ready = prepare(own, spec, folder, folder, Lines())
-        run = Run(teacher, ready.roles, spec.method, ready.data, spec.train, origin, folder, watch, ready.images, ready.trajectories)
+        run = Run(
+            teacher,
+            ready.roles,
+            spec.method,
+            ready.data,
+            spec.train,
+            origin,
+            folder,
+            watch,
+            ready.images,
+            ready.trajectories,
+        )
         yield from steps_of(run)
 
 

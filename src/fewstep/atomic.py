@@ -24,13 +24,25 @@ from .hashes import bytes_of, combined, tensors_hash
 from .names import visible
 from .reading import reason, require_regular
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}  # safetensors' names
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}  # safetensors' names
 SHA256 = "sha256"  # in a header: of all tensors of the file
 ENDING = ".fewstep.tmp"
-LEFT = re.compile(rf"\..*{re.escape(ENDING)}|\..+\.\d+\.tmp|\.checkpoint-\d{{6,}}\.tmp", re.DOTALL)  # names that a killed process leaves
+LEFT = re.compile(
+    rf"\..*{re.escape(ENDING)}|\..+\.\d+\.tmp|\.checkpoint-\d{{6,}}\.tmp", re.DOTALL
+)  # names that a killed process leaves
 CURES = {
     "free some space, then run the same command again": (errno.ENOSPC, errno.EDQUOT),
-    "this folder may not be written to: choose another, or change its permissions": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "this folder may not be written to: choose another, or change its permissions": (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ),
     "its name is too long for this file system: choose a shorter one": (errno.ENAMETOOLONG,),
     "something else is in its place: move that away": (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST),
     "a part of its path is a file: choose another": (errno.ENOTDIR,),
@@ -44,8 +56,12 @@ def cure_of(error: Exception) -> str:
     if number is None and (said := re.search(r"os error (\d+)", str(error))):  # safetensors says it in words
         number = int(said[1])
     if number is None:
-        number = next((n for n in (errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG) if os.strerror(n) in str(error)), None)
-    return next((cure for cure, numbers in CURES.items() if number in numbers), "see to that, then run the same command again")
+        number = next(
+            (n for n in (errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG) if os.strerror(n) in str(error)), None
+        )
+    return next(
+        (cure for cure, numbers in CURES.items() if number in numbers), "see to that, then run the same command again"
+    )
 
 
 class WriteError(OSError):
@@ -79,10 +95,17 @@ def require_replaceable(path: Path, option: str = "") -> Path:
         return path
     if stat.S_ISREG(mode):
         return path
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
     kind, name = kinds.get(stat.S_IFMT(mode), "a device"), visible(str(path), lines=False)
     if option:
-        raise ValueError(f"{option}: got {name}, which is {kind}; only ordinary files are replaced: pass the name of one, or of a new one")
+        raise ValueError(
+            f"{option}: got {name}, which is {kind}; only ordinary files are replaced: pass the name of one, or of a new one"
+        )
     raise OSError(f"{name} is {kind}, and only ordinary files are replaced; move it away")
 
 
@@ -124,7 +147,11 @@ def open_to_others(folder: Path) -> None:
 
 def remove_left(folder: Path, below: bool = True) -> list[Path]:
     """Remove what killed processes left of half-written files in `folder`, and `below` it; returns what it was. Nobody may be writing there."""
-    found = [p for p in (folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")) if LEFT.fullmatch(p.name) and not p.is_symlink()]
+    found = [
+        p
+        for p in (folder.rglob(".*.tmp") if below else folder.glob(".*.tmp"))
+        if LEFT.fullmatch(p.name) and not p.is_symlink()
+    ]
     for path in found:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -200,7 +227,9 @@ def _restored(text: str) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Indented, in UTF-8. Raises OSError with nothing changed."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    plain = text if _restored(text) else json.dumps(value, indent=2) + "\n"  # bytes that are no UTF-8 come back as they were
+    plain = (
+        text if _restored(text) else json.dumps(value, indent=2) + "\n"
+    )  # bytes that are no UTF-8 come back as they were
     write_bytes(path, utf8(plain))
 
 
@@ -266,7 +295,9 @@ def write_rows(
     """
     rest = iter(parts)
     first = next(rest)
-    shapes = {k: (v.dtype, (count, *v.shape[1:])) for k, v in first.items()} | {k: (v.dtype, tuple(v.shape)) for k, v in whole.items()}
+    shapes = {k: (v.dtype, (count, *v.shape[1:])) for k, v in first.items()} | {
+        k: (v.dtype, tuple(v.shape)) for k, v in whole.items()
+    }
     header: dict[str, Any] = {"__metadata__": {SHA256: "0" * 64}}  # as long as the hash that comes when all is written
     hashes = {name: hashlib.sha256() for name in shapes}
     end = 0

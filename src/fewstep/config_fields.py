@@ -74,7 +74,9 @@ def _wrong(value: Any, kinds: tuple[Any, ...], limits: tuple[Any, ...]) -> str:
     if not plain:
         return ""
     number = int in plain or float in plain
-    if number and ((isinstance(value, bool) and bool not in plain) or not isinstance(value, int | float if float in plain else int)):
+    if number and (
+        (isinstance(value, bool) and bool not in plain) or not isinstance(value, int | float if float in plain else int)
+    ):
         return next((limit.text(float not in plain) for limit in limits if isinstance(limit, Range)), "numbers")
     if not number and not isinstance(value, plain):
         return " or ".join({str: "texts", bool: "true, false"}[k] for k in plain)
@@ -120,7 +122,11 @@ def field_texts(config: type) -> dict[str, str]:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(tree, ast.ClassDef)
         for field, below in _pairs(tree.body):
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            if (
+                isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+                and isinstance(below.value.value, str)
+            ):
                 found[field] = inspect.cleandoc(below.value.value)
     return found
 

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from .reading import object_in, reading
 
-LISTING, FILES = "fewstep.json", "files"  # where a student's folder says the hashes of its weight files, and under which key
+LISTING, FILES = (
+    "fewstep.json",
+    "files",
+)  # where a student's folder says the hashes of its weight files, and under which key
 UNLISTED = ("-lora.safetensors", "-kohya.safetensors")  # copies for other programs, which fewstep itself never reads
 
 
@@ -46,7 +49,9 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Return the hash of named tensors: names, dtypes, shapes and contents. Several are read at once."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(hash_of, tensors.values())
-        return combined((name, str(t.dtype), t.shape, digest) for (name, t), digest in zip(tensors.items(), digests, strict=True))
+        return combined(
+            (name, str(t.dtype), t.shape, digest) for (name, t), digest in zip(tensors.items(), digests, strict=True)
+        )
 
 
 def values_hash(value: Any) -> str:

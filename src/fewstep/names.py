@@ -8,9 +8,13 @@ import unicodedata
 from pathlib import Path
 
 LONGEST = 100  # bytes of a name, which leaves room for endings where a file system allows 143 (eCryptfs) and not 255
-RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE | re.DOTALL)  # devices of Windows
+RESERVED = re.compile(
+    r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE | re.DOTALL
+)  # devices of Windows
 SEPARATORS = frozenset('/\\<>:"|?*')  # of some file system or other
-TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # change the order in which text is read
+TURNING = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # change the order in which text is read
 ALLOWED = "one folder's name: letters, digits, spaces, dots, - and _, with a letter or digit in it"
 
 
@@ -33,7 +37,9 @@ def fault_of(name: object) -> str:
 def require_name(name: object, option: str, cure: str = "choose another") -> str:
     """Return `name` where a file may be called so. Raises ValueError with one line that names the `option`."""
     if fault := fault_of(name):
-        raise ValueError(f"{option}: got {visible(repr(name)[:160], lines=False)}, which {fault}; allowed is {ALLOWED}; {cure}")
+        raise ValueError(
+            f"{option}: got {visible(repr(name)[:160], lines=False)}, which {fault}; allowed is {ALLOWED}; {cure}"
+        )
     return str(name)
 
 
@@ -98,7 +104,9 @@ def _written(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    )
 
 
 def _bytes(character: str) -> bytes:

@@ -8,10 +8,16 @@ ABSENT = "requires torchvision (not installed)"  # of image processors that no t
 
 def mute_others() -> None:
     """Keep these few notices off the screen, and nothing else; to be called before the libraries are imported."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it wherever it is installed, used or not
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # diffusers imports it wherever it is installed, used or not
     logging.getLogger("transformers.utils.import_utils").addFilter(_for_users)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers\.")  # whole configurations of schedulers, old spellings
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)  # diffusers' to the hub
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"diffusers\."
+    )  # whole configurations of schedulers, old spellings
+    warnings.filterwarnings(
+        "ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning
+    )  # diffusers' to the hub
 
 
 def _for_users(record: logging.LogRecord) -> bool:

@@ -75,10 +75,15 @@ def require_same(settings: Mapping[str, Any]) -> None:
     odd = [
         key
         for key in {**first, **settings}
-        if json.dumps(first.get(key), sort_keys=True, default=str) != json.dumps(settings.get(key), sort_keys=True, default=str)
+        if json.dumps(first.get(key), sort_keys=True, default=str)
+        != json.dumps(settings.get(key), sort_keys=True, default=str)
     ]
     if any_rank(bool(odd)):
-        which = f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here" if odd else "other settings in another process"
+        which = (
+            f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here"
+            if odd
+            else "other settings in another process"
+        )
         raise ValueError(
             f"process {state.process_index} of {state.num_processes}: {which} than in process 0; start all of them with the same command and files"
         )

@@ -15,7 +15,16 @@ from .names import visible
 PACKAGE = Path(__file__).resolve().parent
 LONGEST = 200  # letters of what another library says
 # What a mistake in a program raises, rather than damage: where it was fewstep's, its traceback is of use.
-UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, IndexError, NameError, NotImplementedError, TypeError, UnboundLocalError)
+UNFORESEEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    UnboundLocalError,
+)
 
 
 class ReadError(ValueError):
@@ -35,8 +44,12 @@ class Guard:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ReadError):  # parsers raise as many types as there are kinds of damage
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(
+            error, ReadError
+        ):  # parsers raise as many types as there are kinds of damage
             raise unreadable(self.what, error, self.cure, self.wrong) from error
 
 
@@ -68,7 +81,9 @@ def reason(error: BaseException) -> str:
     elif isinstance(error, RecursionError):
         text = "nested too deeply"
     elif isinstance(error, OSError) and error.strerror:
-        text = error.strerror + (f": {visible(Path(str(error.filename)).name, lines=False)}" if error.filename is not None else "")
+        text = error.strerror + (
+            f": {visible(Path(str(error.filename)).name, lines=False)}" if error.filename is not None else ""
+        )
     else:
         text = visible(" ".join(str(error).split()), lines=False)
     return (text if len(text) <= LONGEST else f"{text[:LONGEST]} ...") or type(error).__name__
@@ -77,7 +92,9 @@ def reason(error: BaseException) -> str:
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out: Python's, a device's, or the allocator's of the CPU, which torch tells as a RuntimeError."""
     named = isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    return named or (isinstance(error, RuntimeError) and any(t in str(error) for t in ("can't allocate memory", "out of memory")))
+    return named or (
+        isinstance(error, RuntimeError) and any(t in str(error) for t in ("can't allocate memory", "out of memory"))
+    )
 
 
 def innermost(error: BaseException) -> TracebackType | None:

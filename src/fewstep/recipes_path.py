@@ -23,9 +23,13 @@ def recipe_path(recipe: str) -> Path:
     if recipe.endswith((".yaml", ".yml")):
         if (file := Path(recipe)).is_file():
             return file
-        raise ValueError(f"recipe: there is no file {recipe}; pass the path of a YAML file or a name: {', '.join(recipe_names())}")
+        raise ValueError(
+            f"recipe: there is no file {recipe}; pass the path of a YAML file or a name: {', '.join(recipe_names())}"
+        )
     if recipe in (names := recipe_names()):
         return recipes_folder() / f"{recipe}.yaml"
     near = get_close_matches(recipe, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"recipe: no shipped recipe is called {recipe}; {hint}pass a name ({', '.join(names)}) or the path of a YAML file")
+    raise ValueError(
+        f"recipe: no shipped recipe is called {recipe}; {hint}pass a name ({', '.join(names)}) or the path of a YAML file"
+    )

@@ -19,7 +19,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path.name} is damaged: {reason(error)}") from error
     odd = [n for n, t in tensors.items() if not finite(t)]
     if odd:
-        raise ValueError(f"{path.name} has numbers in {odd[0]!r} that are not finite ({len(odd)} of {len(tensors)} tensors)")
+        raise ValueError(
+            f"{path.name} has numbers in {odd[0]!r} that are not finite ({len(odd)} of {len(tensors)} tensors)"
+        )
     return tensors
 
 

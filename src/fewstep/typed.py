@@ -89,5 +89,9 @@ def _below(where: str, key: object) -> str:
 
 def shown(value: Any) -> str:
     """A JSON value in a few words."""
-    text = {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else SHORT.repr(value)
+    text = (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else SHORT.repr(value)
+    )
     return visible(text, lines=False)

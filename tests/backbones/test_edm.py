@@ -197,9 +197,7 @@ def test_it_is_distilled(model: PixelModel, method: Method, share: bool) -> None
     walked = TrajectoryConfig(count=8, steps=8)
     source = guided_teacher(model, data.unconditional(torch.device("cpu")), walked, times, Guidance())
     paths = (
-        run_to_completion(generate_trajectories(model, data, walked, times, source, None, "digits"))
-        if method.needs.trajectories
-        else None
+        run_to_completion(generate_trajectories(model, data, walked, times, source, None, "digits")) if method.needs.trajectories else None
     )
     roles = make_roles(model, RolesConfig(rank=2, lora=share), fake=method.needs.fake)
     cond = model.encode(["one", "two"])

@@ -108,7 +108,9 @@ def test_inpainting_is_found_too() -> None:
     assert seen == pipe.scheduler.student.grids[4][2:-1].tolist()
 
 
-@pytest.mark.parametrize(("how", "by"), [({"head": unchanged}, "a head that knows where it began"), ({"analytic": True}, "a first direction")])
+@pytest.mark.parametrize(
+    ("how", "by"), [({"head": unchanged}, "a head that knows where it began"), ({"analytic": True}, "a first direction")]
+)
 def test_a_student_that_begins_with_pure_noise_takes_no_picture(how: dict[str, Any], by: str) -> None:
     base = pipelines.sd()
     pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ddim", **how))

@@ -21,7 +21,11 @@ LAYER = "down_blocks.0.resnets.0.conv1"
 
 
 def said(
-    card: StudentCard, info: PipelineInfo = SD, config: dict[str, Any] = EPS, schedule: Schedule | None = None, layers: tuple[str, ...] = (LAYER,)
+    card: StudentCard,
+    info: PipelineInfo = SD,
+    config: dict[str, Any] = EPS,
+    schedule: Schedule | None = None,
+    layers: tuple[str, ...] = (LAYER,),
 ) -> str:
     return other_programs(card, info, schedule or process(config), config, "x-kohya.safetensors", layers, "final")
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 import fewstep
 from fewstep.api import Student, load_student
-from fewstep.backbones.files import LORA_FILE, load_lora
-from fewstep.cli.export import FORMATS, run_export, single
+from fewstep.cli.export import run_export
 from fewstep.cli.inspect import safetensors_summary
 from fewstep.core import timegrid
 from fewstep.roles import adapters
 from fewstep.roles.roles import RolesConfig
-from fewstep.student.folder import require_change
+from fewstep.student.folder import LORA_FILE, Parts, read_lora, require_change, write_parts
+from fewstep.student.formats import FORMATS
 from fewstep.student.headers import public_base
 from fewstep.student.kohya import layers_of
 from tests import pipelines
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def lora_of(network: torch.nn.Module, rank: int) -> dict[str, Tensor]:
     """A LoRA that is seen, on all layers that one is trained on by default."""
     rng, state = torch.Generator().manual_seed(0), dict[str, Tensor]()
-    for name in adapters.targets(network, "all", RolesConfig().skip):
+    for name in adapters.targets(network, "all", RolesConfig().exclude):
         weight = network.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         small = weight.shape[2:] if weight.ndim == 4 else ()
@@ -69,7 +69,7 @@ def student(folder: Path, out: Path, rank: int, alpha: float, dtype: str = "floa
     grid = timegrid.uniform(teacher.schedule, 4).tolist()
     card = replace(CARD, base=str(folder), timesteps={"4": grid}, rank=rank, alpha=alpha, dtype=dtype)
     card = replace(card, prediction=teacher.scheduler_config["prediction_type"])
-    write_final(out, teacher, card, teacher.module, state, {"r": rank, "lora_alpha": alpha, "target_modules": layers_of(state)})
+    write_parts(out, teacher, Parts(card, state, {"r": rank, "lora_alpha": alpha, "target_modules": layers_of(state)}))
     return load_student(out, folder), {
         n: delta(state[f"{n}.lora_A.weight"], state[f"{n}.lora_B.weight"], alpha / rank) for n in layers_of(state)
     }
@@ -93,10 +93,10 @@ def test_every_format_changes_the_weights_alike_without_headers(
 ) -> None:
     loaded, wanted = student(folders(family), tmp_path / "final", rank, alpha)
     base = weights(DiffusionPipeline.from_pretrained(folders(family)))
-    card, found = single(loaded.card, 4, 1.0), dict[str, dict[str, Tensor]]()
+    found = dict[str, dict[str, Tensor]]()
     forms = ("kohya", "merged", *(["pipeline"] if alpha < rank else []))  # a pipeline has the merged network in it: once is enough
     for form in forms:
-        FORMATS[form](loaded, card, tmp_path / form, torch.float32)
+        FORMATS[form].write(loaded.single(4), tmp_path / form, torch.float32)
     (kohya,) = (tmp_path / "kohya").glob("*-kohya.safetensors")
     for name, file in (("kohya", kohya), ("student", tmp_path / "kohya" / LORA_FILE)):
         stripped(file)
@@ -128,12 +128,23 @@ def test_a_student_of_several_step_counts_says_one_without_headers(folders: Call
     teacher = loaded.backbone
     width = teacher.module.get_submodule(teacher.time_layer).out_features
     assert isinstance(width, int)
-    told = with_vectors(loaded.student, {4: torch.full((width,), 0.5), 2: torch.zeros(width)})
-    times = timegrid.uniform(teacher.schedule, 4)[:-1]
-    state, settings = plain_lora(told, 4, times)
-    assert settings["lora_alpha"] == settings["r"] == 4
-    card = replace(single(loaded.card, 4, 1.0), time_layer=teacher.time_layer)
-    write_final(tmp_path / "told", teacher, card, told.network, state, settings)
+    grids = {k: timegrid.uniform(teacher.schedule, k).tolist() for k in (4, 2)}
+    card = replace(
+        loaded.card, steps=(4, 2), timesteps={str(k): times for k, times in grids.items()}, solver={"4": "ddim", "2": "ddim"},
+        time_layer=teacher.time_layer,
+    )  # fmt: skip
+    vectors = {4.0: torch.full((width,), 0.5), 2.0: torch.zeros(width)}
+    assert loaded.base is not None
+    told = Student.from_parts(Parts(card, read_lora(tmp_path / "final"), vectors=vectors), loaded.base)
+    told.write(tmp_path / "told")
+    with safe_open(tmp_path / "told" / LORA_FILE, "pt") as opened:
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert settings["unet.lora_alpha"] == settings["unet.r"] == 4
+    again = load_student(tmp_path / "told", folders("sd"))
+    assert again.card.alpha == 4
+    for k in (4, 2):
+        wanted, found = (fewstep.sample(model, PROMPTS[:1], [0], steps=k) for model in (told, again))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     (file,) = (tmp_path / "told").glob("*-kohya.safetensors")
     assert f"lora_unet_{teacher.time_layer.replace('.', '_')}.lora_up.weight" in load_file(file)
     said = (tmp_path / "told" / "README.md").read_text()
@@ -178,9 +189,9 @@ def test_diffusers_header_says_what_every_peft_knows(folders: Callable[[str], Pa
         settings = json.loads(opened.metadata()["lora_adapter_metadata"])
     known = {"r": 8, "lora_alpha": 1.0, "target_modules": sorted(wanted), "rank_pattern": {}, "alpha_pattern": {}}
     assert settings == {f"unet.{k}": v for k, v in known.items()}
-    FORMATS["student"](loaded, single(loaded.card, 4, 1.0), tmp_path / "again", torch.float32)
+    FORMATS["student"].write(loaded.single(4), tmp_path / "again", torch.float32)
     assert load_student(tmp_path / "again", folders("sd")).card.alpha == 8
-    assert layers_of(load_lora(tmp_path / "again")) == sorted(wanted)
+    assert layers_of(read_lora(tmp_path / "again")) == sorted(wanted)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +208,7 @@ def test_a_lora_that_is_its_teacher_is_refused(lora: dict[str, Tensor], said: st
         require_change(lora)
     teacher = fewstep.load_teacher(folders("sd"))
     with pytest.raises(ValueError, match=said):
-        write_final(tmp_path / "final", teacher, replace(CARD, base="sd"), teacher.module, lora, {})
+        write_parts(tmp_path / "final", teacher, Parts(replace(CARD, base="sd"), lora))
     assert not any(tmp_path.iterdir())
     require_change({"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.ones(3, 1)})
 

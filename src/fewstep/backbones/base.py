@@ -14,9 +14,7 @@ from ..core.prediction import Row, Split, edm_inputs, row_named, share, split
 from ..core.schedule import Schedule, expand
 from ..core.solvers import Denoise
 
-LEAST_SHARE = (
-    1e-3  # of the data in what a network says at the noisiest time: below it a clean estimate is a thousand times the network's error
-)
+LEAST_SHARE = 1e-3  # of the data in what a network says at the noisiest time: below it a clean estimate is a thousand times the network's error
 Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
 
 
@@ -160,7 +158,9 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module) or next(self.module.parameters(), None) is None:
-            raise ValueError(f"module: got a {type(self.module).__name__}, allowed is a torch.nn.Module with parameters")
+            raise ValueError(
+                f"module: got a {type(self.module).__name__}, allowed is a torch.nn.Module with parameters"
+            )
         if not isinstance(self.schedule, Schedule):
             raise ValueError(
                 f"schedule: got a {type(self.schedule).__name__}, allowed are VP(alphas_cumprod), Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
@@ -168,9 +168,13 @@ class Denoiser:
         try:
             object.__setattr__(self, "shape", tuple(operator.index(n) for n in self.shape))
         except TypeError as error:
-            raise ValueError(f"shape: got {self.shape!r}, allowed are the sizes of one state, e.g. (2,) or (3, 32, 32)") from error
+            raise ValueError(
+                f"shape: got {self.shape!r}, allowed are the sizes of one state, e.g. (2,) or (3, 32, 32)"
+            ) from error
         if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape: got {self.shape}, allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32)")
+            raise ValueError(
+                f"shape: got {self.shape}, allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32)"
+            )
         if self.conditions is not None and not callable(self.conditions):
             raise ValueError(
                 f"conditions: got a {type(self.conditions).__name__}, allowed is a function from a list of prompts to a dictionary of tensors"
@@ -180,7 +184,9 @@ class Denoiser:
         row_named(self.prediction)
         if self.prediction != "edm" and (self.precondition or self.sigma_data != 0.5):
             option = "precondition" if self.precondition else "sigma_data"
-            raise ValueError(f"{option}: is for prediction='edm' alone, got {self.prediction!r}; leave it out, or choose 'edm'")
+            raise ValueError(
+                f"{option}: is for prediction='edm' alone, got {self.prediction!r}; leave it out, or choose 'edm'"
+            )
         if self.prediction == "edm" and float(self.schedule.alpha(torch.tensor([self.schedule.t_max]))) != 1:
             raise ValueError(
                 f"prediction: 'edm' is for data that noise is added to, {type(self.schedule).__name__} scales them; pass schedule=EDM()"

@@ -42,7 +42,9 @@ class CogVideoX(DiffusersBackbone):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")  # a block itself gives a pair, video and text
+        return transformer_features(
+            self.pipe.transformer.transformer_blocks, ".ff"
+        )  # a block itself gives a pair, video and text
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         text, config, scale = cond["text"], self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
@@ -52,18 +54,25 @@ class CogVideoX(DiffusersBackbone):
                 config.sample_height * scale, config.sample_width * scale, x.shape[1], x.device
             )
         with single_output(module):
-            return module(x.to(text.dtype), text, t.to(torch.float32), image_rotary_emb=place, return_dict=False)[0].float()
+            return module(x.to(text.dtype), text, t.to(torch.float32), image_rotary_emb=place, return_dict=False)[
+                0
+            ].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         length = self.pipe.transformer.config.max_text_seq_length
         with torch.no_grad():
             text, _ = self.pipe.encode_prompt(
-                list(prompts), do_classifier_free_guidance=False, max_sequence_length=length, device=self.pipe.text_encoder.device
+                list(prompts),
+                do_classifier_free_guidance=False,
+                max_sequence_length=length,
+                device=self.pipe.text_encoder.device,
             )
         return on(self.module, {"text": text})
 
     def encode_images(self, pictures: Tensor) -> Tensor:
-        raise ValueError(f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out")
+        raise ValueError(
+            f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out"
+        )
 
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -34,7 +34,11 @@ CLOSE = {
 }  # of the pictures' own spread, by the type that networks calculate in
 FLAT = 1 / 255  # a picture whose pixels differ by less is one colour
 MOST = 2e13  # operations of a comparison on a CPU: a minute
-BY_STEP = ("LCMScheduler", "TCDScheduler", "EulerAncestralDiscreteScheduler")  # of models that are often distilled already
+BY_STEP = (
+    "LCMScheduler",
+    "TCDScheduler",
+    "EulerAncestralDiscreteScheduler",
+)  # of models that are often distilled already
 PROMPT = "a photo of a red cat"
 SAMPLING = {  # settings of schedulers that say how somebody samples, and what they are when they do nothing
     "clip_sample": False, "thresholding": False, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
@@ -124,7 +128,9 @@ def calls_are_finite(backbone: Backbone, prompt: str = PROMPT) -> list[Check]:
         if _type(backbone) == torch.float16
         else "check its weights and its configuration"
     )
-    first = schedule.resolution - 1 if schedule.resolution else float(schedule.at(torch.tensor(1e-3, dtype=torch.float64)))
+    first = (
+        schedule.resolution - 1 if schedule.resolution else float(schedule.at(torch.tensor(1e-3, dtype=torch.float64)))
+    )
     found = []
     with torch.no_grad():
         cond = backbone.encode([_prompt(backbone, prompt)])
@@ -154,15 +160,25 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
     if not isinstance(backbone, DiffusersBackbone):
         return []
     plain: Any = small(backbone)
-    if isinstance(plain, PixelModel):  # its pipeline takes no noise of ours, and what older torch draws in half precision is other noise
-        plain = replace(plain, pipe=pixel_pipeline(copy.deepcopy(plain.module).float(), plain.pipe.scheduler, told=bool(plain.labels)))
+    if isinstance(
+        plain, PixelModel
+    ):  # its pipeline takes no noise of ours, and what older torch draws in half precision is other noise
+        plain = replace(
+            plain,
+            pipe=pixel_pipeline(copy.deepcopy(plain.module).float(), plain.pipe.scheduler, told=bool(plain.labels)),
+        )
     if device_of(backbone.module).type == "cpu" and (cost := 4 * steps * operations_of(plain, plain.shape)) > MOST:
         return [Check("diffusers", f"not compared: on a CPU that takes about {cost / MOST:.0f} minutes")]
     prompts = [_prompt(backbone, prompt)]
     with torch.no_grad():
         cond, null = plain.encode(prompts), plain.encode([""])
         scale = guidance if cond and not isinstance(plain, PixelModel) else 1.0
-        ours = pictures(plain, guided(plain, plain.module, cond, null, Guidance(scale=scale)), [0], timegrid.uniform(plain.schedule, steps))
+        ours = pictures(
+            plain,
+            guided(plain, plain.module, cond, null, Guidance(scale=scale)),
+            [0],
+            timegrid.uniform(plain.schedule, steps),
+        )
         theirs = _of_diffusers(plain, prompts, steps, scale)
     limit, spread = CLOSE[_type(plain)], float(theirs.std())
     apart = float((ours.to(theirs) - theirs).square().mean().sqrt()) / max(spread, FLAT)
@@ -177,7 +193,10 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
         if flat
         else f"pixels of its pictures spread by {spread:.2f} around {float(theirs.mean()):.2f}"
     )
-    return [*found, Check("pictures", colour, not flat, "check its weights, its dtype and what it predicts" if flat else "")]
+    return [
+        *found,
+        Check("pictures", colour, not flat, "check its weights, its dtype and what it predicts" if flat else ""),
+    ]
 
 
 def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -> Tensor:

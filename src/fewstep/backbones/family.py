@@ -13,13 +13,21 @@ class Family:
 
     pipeline: type[DiffusionPipeline]
     from_pipeline: Callable[[Any, str], Any]
-    parts: Mapping[str, Any] = field(default_factory=dict)  # parts that are loaded otherwise than the pipeline's folder says
+    parts: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # parts that are loaded otherwise than the pipeline's folder says
     takes_prompts: bool = True
     takes_times: bool = True  # `timesteps=...`, with a scheduler that its students have
     video: bool = False
-    call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}  # of `pipe(prompt, ...)`, so that it takes the prompt as it is
-    comfyui_latent: str = ""  # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself
-    kohya: Literal["", "diffusers", "original"] = ""  # whose layer names kohya's scripts use for its U-Net; empty for no U-Net
+    call_options: Callable[[Any], Mapping[str, Any]] = (
+        lambda pipe: {}
+    )  # of `pipe(prompt, ...)`, so that it takes the prompt as it is
+    comfyui_latent: str = (
+        ""  # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself
+    )
+    kohya: Literal["", "diffusers", "original"] = (
+        ""  # whose layer names kohya's scripts use for its U-Net; empty for no U-Net
+    )
 
     @property
     def name(self) -> str:

@@ -35,22 +35,33 @@ class FewStepPipeline(DiffusionPipeline):
     set_condition: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # conditions a student
 
     def __call__(
-        self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        **options: Any,
     ) -> Any:
         """As the family's own `__call__`, to which `options` go; warns when asked for other steps or for guidance."""
         steps, guidance = num_inference_steps or self.defaults.steps[0], guidance_scale
         if steps not in self.defaults.steps:
             warnings.warn(
-                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.defaults.steps))}", stacklevel=2
+                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.defaults.steps))}",
+                stacklevel=2,
             )
         if self.defaults.scales:
             guidance = self.defaults.scales[0] if guidance_scale == 1 else guidance_scale
             if guidance not in self.defaults.scales:
                 known = ", ".join(f"{w:g}" for w in self.defaults.scales)
-                warnings.warn(f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken", stacklevel=2)
+                warnings.warn(
+                    f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken",
+                    stacklevel=2,
+                )
             guidance_scale = 1.0
         elif guidance_scale > 1:
-            warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
+            warnings.warn(
+                f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0",
+                stacklevel=2,
+            )
         self.set_condition(steps, guidance)
         if self.defaults.size:
             options = {"height": self.defaults.size, "width": self.defaults.size} | options
@@ -76,11 +87,15 @@ def _few_step(family: Family) -> type[FewStepPipeline]:
     It has the family's own name, by which diffusers finds its other pipelines: AutoPipelineForImage2Image.from_pipe.
     """
     return type(
-        family.name, (FewStepPipeline, family.pipeline), {"__doc__": f"A {family.name} with a student's defaults.", "__module__": __name__}
+        family.name,
+        (FewStepPipeline, family.pipeline),
+        {"__doc__": f"A {family.name} with a student's defaults.", "__module__": __name__},
     )
 
 
-FEW_STEP: dict[str, type[FewStepPipeline]] = {name: _few_step(family) for name, family in FAMILIES.items() if family.takes_prompts}
+FEW_STEP: dict[str, type[FewStepPipeline]] = {
+    name: _few_step(family) for name, family in FAMILIES.items() if family.takes_prompts
+}
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,11 @@ def drawn(
     if shape:
         options |= {"latents": noise_of(generators, shape).to(pipe.dtype)}
     result = pipe(
-        prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options
+        prompt=list(prompts),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="pt",
+        **options,
     )
     return result.frames if family.video else result.images

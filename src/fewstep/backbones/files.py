@@ -38,7 +38,11 @@ def loads_lora(network: nn.Module) -> bool:
 
 
 def save_lora(
-    path: Path, network: nn.Module, state: Mapping[str, Tensor], metadata: Mapping[str, Any], about: Mapping[str, str] | None = None
+    path: Path,
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    about: Mapping[str, str] | None = None,
 ) -> None:
     """Write a LoRA in diffusers' format, with what the adapter's settings say of a LoRA, and `about`, in its header.
 
@@ -66,7 +70,9 @@ def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
         if isinstance(part, CLIPTextModel):
             path = folder / name / SAFE_WEIGHTS_NAME
             tensors = load_file(path)
-            write_tensors(path, {k if k.startswith(CLIP) else CLIP + k: v for k, v in tensors.items()}, {"format": "pt"})
+            write_tensors(
+                path, {k if k.startswith(CLIP) else CLIP + k: v for k, v in tensors.items()}, {"format": "pt"}
+            )
         if isinstance(part, PreTrainedTokenizerFast) and isinstance(part.backend_tokenizer.model, BPE):
             part.backend_tokenizer.model.save(str(folder / name))
 
@@ -99,7 +105,9 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
         try:
             network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
         except weights.UnfitError as error:
-            raise ValueError(f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}") from error
+            raise ValueError(
+                f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}"
+            ) from error
         return able_to_single(network.to(weight.device).requires_grad_(False))
     network = copy.deepcopy(like)
     try:
@@ -108,5 +116,7 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"student: {path} does not fit this network ({said}); pass the base that it was made from") from error
+        raise ValueError(
+            f"student: {path} does not fit this network ({said}); pass the base that it was made from"
+        ) from error
     return network.to(weight.device, weight.dtype).requires_grad_(False).eval()

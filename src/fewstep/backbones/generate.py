@@ -31,7 +31,12 @@ def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Ten
 
 
 def trajectory(
-    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correction | None = None
+    backbone: Backbone,
+    denoise: Denoise,
+    seeds: Sequence[int],
+    times: Tensor,
+    solver: str = "ddim",
+    correct: Correction | None = None,
 ) -> list[State]:
     """All K + 1 states from these seeds, without gradient. A seed gives the same picture in any batch and on any device."""
     device = device_of(backbone.module)
@@ -46,14 +51,22 @@ def in_parts(denoise_rows: DenoiseRows, size: int) -> Denoise:
     """A denoiser that asks its network about `size` rows at a time: as many pictures as one likes in the memory of a few."""
 
     def denoise(x: Tensor, t: Tensor) -> Split:
-        parts = [denoise_rows(rows)(x[rows], t[rows]) for rows in (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))]
+        parts = [
+            denoise_rows(rows)(x[rows], t[rows])
+            for rows in (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
+        ]
         return Split(torch.cat([p.x0 for p in parts]), torch.cat([p.eps for p in parts]))
 
     return denoise
 
 
 def pictures(
-    backbone: Backbone, denoise: Denoise, seeds: Sequence[int], times: Tensor, solver: str = "ddim", correct: Correction | None = None
+    backbone: Backbone,
+    denoise: Denoise,
+    seeds: Sequence[int],
+    times: Tensor,
+    solver: str = "ddim",
+    correct: Correction | None = None,
 ) -> Tensor:
     """Decoded final states, [len(seeds), 3, H, W] in [0, 1] (or plain points for backbones without a picture)."""
     return backbone.decode(trajectory(backbone, denoise, seeds, times, solver, correct)[-1].x)

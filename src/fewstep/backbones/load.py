@@ -52,7 +52,9 @@ class Source(NamedTuple):
     def names(self) -> list[str]:
         """What the pipeline and its LoRAs are called: the last parts of their paths."""
         paths = (self.place, *(lora for lora, _ in self.loras))
-        return [Path(os.path.abspath(path)).name.removesuffix(SUFFIX) for path in paths]  # `.` is called what its folder is
+        return [
+            Path(os.path.abspath(path)).name.removesuffix(SUFFIX) for path in paths
+        ]  # `.` is called what its folder is
 
 
 def source_of(text: str | Path) -> Source:
@@ -78,7 +80,9 @@ def _style(text: str) -> tuple[str, float]:
     except ValueError:
         if text.endswith(SUFFIX):
             return text, 1.0
-    raise ValueError(f"--fuse-lora: got {text!r}, allowed are PATH or PATH@STRENGTH with a number other than 0, e.g. style.safetensors@0.8")
+    raise ValueError(
+        f"--fuse-lora: got {text!r}, allowed are PATH or PATH@STRENGTH with a number other than 0, e.g. style.safetensors@0.8"
+    )
 
 
 def fused(teacher: str, styles: Sequence[str]) -> str:
@@ -105,7 +109,9 @@ def _whole(path: str) -> str:
 
 def local(path: str) -> bool:
     """Whether a part of a source is a path on somebody's machine, and neither a bundled name nor a hub id."""
-    return path not in bundled() and (os.path.isabs(path) or os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    return path not in bundled() and (
+        os.path.isabs(path) or os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    )
 
 
 def hub_id(source: str) -> str:
@@ -237,7 +243,9 @@ def find(source: str | Path) -> str | Path:
     if not folder.is_dir():
         raise ValueError(f"teacher: {name} is no folder; pass a diffusers pipeline folder or a checkpoint FILE{SUFFIX}")
     if not (folder / INDEX).exists():
-        raise ValueError(f"teacher: {folder} is no diffusers pipeline (it has no {INDEX}); pass the folder that save_pretrained wrote")
+        raise ValueError(
+            f"teacher: {folder} is no diffusers pipeline (it has no {INDEX}); pass the folder that save_pretrained wrote"
+        )
     return folder
 
 
@@ -268,17 +276,25 @@ def require_reached(name: str) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(name, INDEX), timeout=10)
     except OfflineModeIsEnabled as error:
-        raise ValueError(f"teacher: {here}, and HF_HUB_OFFLINE forbids asking the hub; check the path, or unset it") from error
+        raise ValueError(
+            f"teacher: {here}, and HF_HUB_OFFLINE forbids asking the hub; check the path, or unset it"
+        ) from error
     except GatedRepoError as error:
-        raise ValueError(f"teacher: {name} is gated; accept its terms on its page on the hub, then run: hf auth login") from error
+        raise ValueError(
+            f"teacher: {name} is gated; accept its terms on its page on the hub, then run: hf auth login"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"teacher: {here}, and the hub has none of that name, or it is private; check it, or run: hf auth login"
         ) from error
     except EntryNotFoundError as error:
-        raise ValueError(f"teacher: {name} on the hub is no diffusers pipeline (it has no {INDEX}); pass one that is") from error
+        raise ValueError(
+            f"teacher: {name} on the hub is no diffusers pipeline (it has no {INDEX}); pass one that is"
+        ) from error
     except Exception as error:  # as many types as there are kinds of trouble on the way
-        raise ValueError(f"teacher: {here}, and the hub cannot be reached ({reason(error)}); check the path, or the network") from error
+        raise ValueError(
+            f"teacher: {here}, and the hub cannot be reached ({reason(error)}); check the path, or the network"
+        ) from error
 
 
 def family_of(source: str | Path) -> Family:
@@ -300,7 +316,9 @@ def family_of(source: str | Path) -> Family:
         ) from error
     if not isinstance(name, str) or name not in FAMILIES:
         called = name if isinstance(name, str) and name.isprintable() else repr(name)[:80]
-        raise ValueError(f"teacher: {source} is a {called}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser")
+        raise ValueError(
+            f"teacher: {source} is a {called}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"
+        )
     return FAMILIES[name]
 
 
@@ -320,7 +338,9 @@ def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
     if isinstance(error, ReadError):
         return error
     if out_of_memory(error):
-        return unreadable(f"teacher: {source}", error, "check the sizes that its configuration says, or load it in bfloat16")
+        return unreadable(
+            f"teacher: {source}", error, "check the sizes that its configuration says, or load it in bfloat16"
+        )
     return unreadable(f"teacher: {source}", error, "check it, or download it again", "cannot be loaded")
 
 
@@ -341,7 +361,13 @@ def fingerprint(*modules: nn.Module, through: torch.dtype = torch.float32) -> st
         if "lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(
-                tensor.detach().cpu().to(through if tensor.is_floating_point() else tensor.dtype).half().contiguous().numpy().tobytes()
+                tensor.detach()
+                .cpu()
+                .to(through if tensor.is_floating_point() else tensor.dtype)
+                .half()
+                .contiguous()
+                .numpy()
+                .tobytes()
             )
     return digest.hexdigest()[:16]
 

@@ -167,13 +167,16 @@ def factors_of(facts: Facts) -> dict[str, Factors]:
     for kind, what in OTHERS.items():
         if found := sorted(n for n in facts.tensors if re.search(kind, n)):
             raise LoraError(
-                f"it holds {what}: {found[0]!r} and {len(found) - 1} more", "pass a plain LoRA, or merge it in the program that made it"
+                f"it holds {what}: {found[0]!r} and {len(found) - 1} more",
+                "pass a plain LoRA, or merge it in the program that made it",
             )
     for name, tensor in facts.tensors.items():
         match = KEY.match(name)
         if match is None or (match["role"] != "alpha" and match["weight"] is None):
             raise LoraError(f"{name!r} is no tensor of a LoRA", "pass a plain LoRA")
-        old = "" if match["old"] is None else ".to_out.0" if "out" in match["old"] else match["old"].removesuffix("_lora")
+        old = (
+            "" if match["old"] is None else ".to_out.0" if "out" in match["old"] else match["old"].removesuffix("_lora")
+        )
         factors = layers.setdefault(match["layer"] + old, Factors())
         factors.names.append(name)
         if match["role"] == "alpha":
@@ -282,10 +285,14 @@ def lora_file(place: str) -> Path:
         try:
             path = Path(snapshot_download(place, allow_patterns=["*.safetensors", ADAPTER]))
         except Exception as error:  # the hub raises a different type for each kind of trouble
-            raise LoraError(f"it is not to be had from the hub: {reason(error)}", "pass a .safetensors file or a folder") from error
+            raise LoraError(
+                f"it is not to be had from the hub: {reason(error)}", "pass a .safetensors file or a folder"
+            ) from error
     found = sorted(path.glob("*.safetensors"))
     usual = [path / name for name in USUAL if path / name in found]
     if not usual and len(found) != 1:
         names = ", ".join(f.name for f in found[:8]) or "none"
-        raise LoraError(f"its .safetensors files are {names}, of which none is called {' or '.join(USUAL)}", "pass the file itself")
+        raise LoraError(
+            f"its .safetensors files are {names}, of which none is called {' or '.join(USUAL)}", "pass the file itself"
+        )
     return (usual or found)[0]

@@ -38,7 +38,9 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
             require_weights(family.pipeline, Path(place), named)
         parts = components(family.pipeline, place, named, dtype)
         absent = {
-            n: None for n in inspect.signature(family.pipeline).parameters if isinstance(index.get(n), list | tuple) and n not in parts
+            n: None
+            for n in inspect.signature(family.pipeline).parameters
+            if isinstance(index.get(n), list | tuple) and n not in parts
         }
         pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
@@ -58,7 +60,9 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
     return backbone
 
 
-def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
+def components(
+    pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, Any]:
     """A pipeline's parts by name, of the classes that it asks for; networks without content. `named`: the names of the classes that its folder says."""
     made = dict[str, Any]()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: tensors of several do not mix
@@ -80,13 +84,20 @@ def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapp
     return made
 
 
-def require_weights(pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True) -> None:
+def require_weights(
+    pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True
+) -> None:
     """Raises UnfitError where a network's files are missing, damaged or pickled; their headers alone are read.
 
     A folder of configurations alone is all that a plan needs: it passes where `bare`.
     """
     kinds = {name: kind for name, called in named.items() if (kind := network_kind(pipeline, name, called)) is not None}
-    files = [f for name in kinds for f in (folder / name).glob("*") if f.suffix in (SUFFIX, *PICKLES) or f.name.endswith(".index.json")]
+    files = [
+        f
+        for name in kinds
+        for f in (folder / name).glob("*")
+        if f.suffix in (SUFFIX, *PICKLES) or f.name.endswith(".index.json")
+    ]
     for name, kind in kinds.items() if files or not bare else ():
         weights_in(kind, folder / name, folder)
 
@@ -97,7 +108,9 @@ def require_loadable(source: str | Path) -> None:
     if checkpoint is None and Path(place).is_dir():
         try:
             named = part_names(family.pipeline, DiffusionPipeline.load_config(str(place)))
-            require_weights(family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False)
+            require_weights(
+                family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False
+            )
         except Exception as error:  # as in `meta_teacher`
             raise damaged(place, error) from error
 

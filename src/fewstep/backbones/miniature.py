@@ -128,7 +128,9 @@ def scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def pipeline(vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, net: UNet2DConditionModel) -> StableDiffusionPipeline:
+def pipeline(
+    vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, net: UNet2DConditionModel
+) -> StableDiffusionPipeline:
     """The four parts as an ordinary `StableDiffusionPipeline`, in eval mode."""
     return StableDiffusionPipeline(
         vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=net.eval(), scheduler=scheduler(),

@@ -22,7 +22,9 @@ def tokenizer(corpus: Sequence[str], length: int) -> T5Tokenizer:
     words = sorted({f"▁{word}" for text in corpus for word in re.findall(r"[\w-]+", text.lower()) if len(word) > 1})
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = [(chr(c), -3.0) for c in range(33, 127)]
-    return T5Tokenizer(vocab=[*special, *letters, *((word, -2.0) for word in words)], extra_ids=0, model_max_length=length)
+    return T5Tokenizer(
+        vocab=[*special, *letters, *((word, -2.0) for word in words)], extra_ids=0, model_max_length=length
+    )
 
 
 def load_tokenizer(folder: Path) -> T5Tokenizer:
@@ -54,7 +56,15 @@ def load_autoencoder(folder: Path) -> AutoencoderKLCogVideoX:
 
 
 def transformer(
-    width: int, heads: int, layers: int, latent: int, size: int, frames: int, text_width: int, length: int, rotary: bool = False
+    width: int,
+    heads: int,
+    layers: int,
+    latent: int,
+    size: int,
+    frames: int,
+    text_width: int,
+    length: int,
+    rotary: bool = False,
 ) -> CogVideoXTransformer3DModel:
     """A denoiser of videos of `frames` frames, whose latents are `size` x `size`, in patches of 2 x 2; random weights."""
     return CogVideoXTransformer3DModel(

@@ -26,7 +26,10 @@ def original_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
         kind, *rest = name.split(".")
         if kind == "mid_block" and len(rest) > 1:
             layer, i, tail = rest[0], int(rest[1]), rest[2:]
-            block, inner = f"middle_block.{1 if layer == 'attentions' else 2 * i}", tail if layer == "attentions" else _resnet(tail)
+            block, inner = (
+                f"middle_block.{1 if layer == 'attentions' else 2 * i}",
+                tail if layer == "attentions" else _resnet(tail),
+            )
         elif kind in ("down_blocks", "up_blocks") and len(rest) > 2:
             level, layer, i, tail = int(rest[0]), rest[1], int(rest[2]), rest[3:]
             if layer == "downsamplers":

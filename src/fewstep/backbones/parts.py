@@ -23,7 +23,9 @@ from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
 OUTPUTS = ("conv_out", "proj_out")  # what U-Nets and transformers call their last layer
-PIXELS = 2**18  # that go through an autoencoder at once, 64 pictures of 64x64 or one of 512x512: its memory stays below the denoiser's
+PIXELS = (
+    2**18
+)  # that go through an autoencoder at once, 64 pictures of 64x64 or one of 512x512: its memory stays below the denoiser's
 
 INDEX_CURE = "pass the folder that save_pretrained wrote"
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -76,14 +78,18 @@ class Latent(DiffusersBackbone):
         config = self.pipe.vae.config
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return config.get("shift_factor") or 0.0, config.scaling_factor
-        mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
         return mean, config.scaling_factor / std
 
     def encode_images(self, pictures: Tensor) -> Tensor:
         """Latents in float32: means of pictures [B, 3, H, W] in [0, 1]."""
         vae = self.pipe.vae
         with torch.no_grad():
-            means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(self.chunk)]
+            means = [
+                vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(self.chunk)
+            ]
         z = torch.cat(means).float()
         shift, scale = self.latent_scale(z)
         return (z - shift) * scale
@@ -167,12 +173,15 @@ def part_names(pipeline: type[DiffusionPipeline], index: Mapping[str, Any]) -> d
     needed = {n for n, p in told.items() if p.default is p.empty} - {"self"}
     parts, named = needed | set(pipeline._optional_components), dict[str, str]()
     for name, entry in index.items():
-        if name.startswith("_") or (name in told and name not in parts):  # the latter are settings of the pipeline itself
+        if name.startswith("_") or (
+            name in told and name not in parts
+        ):  # the latter are settings of the pipeline itself
             continue
         pair = entry if isinstance(entry, list | tuple) else ()
         if name not in parts or len(pair) != 2 or not all(part is None or isinstance(part, str) for part in pair):
             raise UnfitError(
-                f"model_index.json says {name!r} {json.dumps(entry)[:60]}, which is no part of a {pipeline.__name__}", INDEX_CURE
+                f"model_index.json says {name!r} {json.dumps(entry)[:60]}, which is no part of a {pipeline.__name__}",
+                INDEX_CURE,
             )
         if pair[0] is not None and pair[1] is not None:
             named[name] = pair[1]
@@ -246,7 +255,9 @@ class SingleLinear(nn.Linear):
         if not self.single:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            return nn.functional.linear(
+                x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+            )
 
 
 def able_to_single(network: nn.Module) -> nn.Module:
@@ -265,7 +276,9 @@ def single_output(network: nn.Module) -> Iterator[None]:
     says, is 0.015 of x0's unit for Stable Diffusion's last time and 0.16 for PixArt's, and guidance multiplies that.
     """
     outputs = [child for name, child in network.named_children() if name in OUTPUTS]
-    layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]  # under an adapter, too
+    layers = [
+        m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)
+    ]  # under an adapter, too
     for layer in layers:
         layer.single = True
     try:
@@ -277,7 +290,11 @@ def single_output(network: nn.Module) -> Iterator[None]:
 
 def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, but single precision for an autoencoder that overflows in half, as SDXL's does."""
-    return torch.float32 if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True) else dtype
+    return (
+        torch.float32
+        if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True)
+        else dtype
+    )
 
 
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:

@@ -36,7 +36,9 @@ class PixArt(LatentTransformer):
             extra = {"resolution": text.new_full((len(x), 2), size), "aspect_ratio": text.new_ones(len(x), 1)}
         states, times = x.to(text.dtype), t.to(torch.float32)
         with single_output(module):
-            output = module(states, text, times, encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False)[0]
+            output = module(
+                states, text, times, encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False
+            )[0]
         return output[:, : x.shape[1]].float()  # the other half, where there is one, is the learned variance
 
     def encode(self, prompts: Sequence[str]) -> Cond:

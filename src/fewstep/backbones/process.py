@@ -60,7 +60,11 @@ def schedule_data(schedule: Schedule, most: int | None = None) -> dict[str, Any]
     """The kind of a schedule and its table or parameters; of one that is none of ours alpha and sigma along the way."""
     if isinstance(schedule, VP):
         table = schedule.alpha_bar.double().cpu()
-        kept = table if most is None or len(table) <= most else table[torch.linspace(0, len(table) - 1, most).round().long()]
+        kept = (
+            table
+            if most is None or len(table) <= most
+            else table[torch.linspace(0, len(table) - 1, most).round().long()]
+        )
         return {"kind": "VP", "levels": len(table), "alpha_bar": kept.tolist()}
     if isinstance(schedule, EDM | Flow):
         return {"kind": type(schedule).__name__, **asdict(schedule)}
@@ -118,12 +122,28 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], under: str = 
 def _equal(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool) and not isinstance(b, bool):
-        return math.isclose(a, b, rel_tol=1e-4 if isinstance(a, float) or isinstance(b, float) else 0, abs_tol=0 if a == b else tolerance)
+    if (
+        isinstance(a, float | int)
+        and isinstance(b, float | int)
+        and not isinstance(a, bool)
+        and not isinstance(b, bool)
+    ):
+        return math.isclose(
+            a,
+            b,
+            rel_tol=1e-4 if isinstance(a, float) or isinstance(b, float) else 0,
+            abs_tol=0 if a == b else tolerance,
+        )
     return bool(a == b)
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > SHOWN:
         return f"({len(value)} numbers from {_short(value[0])} to {_short(value[-1])})"
-    return f"{value:.6g}" if isinstance(value, float) else repr(value) if isinstance(value, str) and not value else str(value)
+    return (
+        f"{value:.6g}"
+        if isinstance(value, float)
+        else repr(value)
+        if isinstance(value, str) and not value
+        else str(value)
+    )

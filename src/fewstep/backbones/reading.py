@@ -3,7 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from diffusers import CogVideoXPipeline, DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+)
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
 

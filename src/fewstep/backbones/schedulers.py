@@ -26,7 +26,15 @@ EDM_SIGNS = {
     "v_prediction": -1.0,
 }  # of EDM's F in the output: with these schedulers the names mean no noise and no velocity
 CONFIG = "scheduler_config.json"
-_TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+_TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 _TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 _WHOLE = {"set_alpha_to_one": True, "clip_sample": False}
 _LEVELS = ("sigma_max", "sigma_data", "rho", "prediction_type", "num_train_timesteps")
@@ -42,7 +50,9 @@ def process_of(scheduler: SchedulerMixin) -> Schedule:
             )
         return table_of(scheduler)
     if config.prediction_type not in EDM_SIGNS:
-        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type}, allowed are {', '.join(EDM_SIGNS)}")
+        raise ValueError(
+            f"its scheduler's prediction_type is {config.prediction_type}, allowed are {', '.join(EDM_SIGNS)}"
+        )
     if config.sigma_schedule != "karras":
         raise ValueError(
             f"its scheduler's sigma_schedule is {config.sigma_schedule}; set it to karras, which spaces steps otherwise, in {CONFIG}"
@@ -54,7 +64,9 @@ def table_of(scheduler: SchedulerMixin) -> VP:
     """The process of a scheduler's `alphas_cumprod`. Raises UnfitError where noise does not grow in it, and where it is not as long as is said."""
     alphas, called = scheduler.alphas_cumprod.double(), type(scheduler).__name__
     if len(alphas) != scheduler.config.num_train_timesteps:
-        raise UnfitError(f"its {called} has {len(alphas)} betas and says num_train_timesteps {scheduler.config.num_train_timesteps}")
+        raise UnfitError(
+            f"its {called} has {len(alphas)} betas and says num_train_timesteps {scheduler.config.num_train_timesteps}"
+        )
     if not bool(alphas.isfinite().all() and (alphas >= 0).all() and (alphas <= 1).all() and (alphas.diff() < 0).all()):
         raise UnfitError(f"its {called}'s betas are no noise schedule: signal does not fall from 1 towards 0 in it")
     return VP(alphas)
@@ -65,7 +77,9 @@ def noise_levels(config: Mapping[str, Any]) -> EDM:
     return EDM(t_max=config["sigma_max"], t_min=config["sigma_min"], rho=config["rho"], data_std=1.0)
 
 
-def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: str, even: bool = True) -> SchedulerMixin:
+def student_scheduler(
+    config: Mapping[str, Any], steps: Sequence[int], solver: str, even: bool = True
+) -> SchedulerMixin:
     """Return a scheduler of diffusers that visits exactly the trained times for every step count served.
 
     `config` is that of the teacher's scheduler; times that are not `even` have to be given to the pipeline. On a table of times, DDIM on
@@ -109,7 +123,9 @@ def _on_noise_levels(config: Mapping[str, Any], steps: int, rule: Solver, even: 
     if not even:
         raise ValueError("method.shift: students on EDM's noise levels are exported for even times alone; set it to 1")
     if rule.stochastic:
-        raise ValueError(f"method.solver: got {rule.name}, students on EDM's noise levels are exported for ddim or dpmpp; choose one")
+        raise ValueError(
+            f"method.solver: got {rule.name}, students on EDM's noise levels are exported for ddim or dpmpp; choose one"
+        )
     last = float(noise_levels(config).at(torch.tensor(1 / steps, dtype=torch.float64)))
     shared = {**{k: config[k] for k in _LEVELS if k in config}, "sigma_min": last}
     multistep = rule.order > 1 and rule.stock
@@ -138,13 +154,17 @@ def _flow() -> type[SchedulerMixin]:
     try:
         from diffusers import FlowMapEulerDiscreteScheduler
     except ImportError as error:
-        raise ValueError("student: few-step students of flow models need diffusers 0.42 or newer; run: pip install -U diffusers") from error
+        raise ValueError(
+            "student: few-step students of flow models need diffusers 0.42 or newer; run: pip install -U diffusers"
+        ) from error
     return FlowMapEulerDiscreteScheduler
 
 
 def _only_ddim(rule: Solver) -> None:
     if rule.name != "ddim":
-        raise ValueError(f"method.solver: got {rule.name}, students of this family are exported for ddim alone; choose that")
+        raise ValueError(
+            f"method.solver: got {rule.name}, students of this family are exported for ddim alone; choose that"
+        )
 
 
 def _divides(config: Mapping[str, Any], steps: Sequence[int]) -> None:

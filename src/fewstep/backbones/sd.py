@@ -24,12 +24,16 @@ class StableDiffusion(LatentUNet):
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = cond["text"].dtype
         with single_output(module):
-            return module(x.to(dtype), t.to(torch.float32), encoder_hidden_states=cond["text"], return_dict=False)[0].float()
+            return module(x.to(dtype), t.to(torch.float32), encoder_hidden_states=cond["text"], return_dict=False)[
+                0
+            ].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         device = self.pipe.text_encoder.device
         with torch.no_grad():  # the pipeline's own, which knows words of several tokens
-            text, _ = self.pipe.encode_prompt(list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+            text, _ = self.pipe.encode_prompt(
+                list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         return on(self.module, {"text": text})
 
 

@@ -19,7 +19,9 @@ class StableDiffusion3(LatentTransformer):
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
-        return [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
+        return [
+            e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None
+        ]
 
     @property
     def time_layer(self) -> str:
@@ -27,7 +29,9 @@ class StableDiffusion3(LatentTransformer):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")  # a block itself gives a pair, text and picture
+        return transformer_features(
+            self.pipe.transformer.transformer_blocks, ".ff"
+        )  # a block itself gives a pair, text and picture
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         times = t.to(torch.float32) * self.pipe.scheduler.config.num_train_timesteps

@@ -28,7 +28,9 @@ class StableDiffusionXL(LatentUNet):
         added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}
         states = x.to(cond["text"].dtype)
         with single_output(module):
-            return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[0].float()
+            return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[
+                0
+            ].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():

@@ -33,7 +33,13 @@ LARGEST = 4096  # height and width of states
 LAYERS = re.compile(r"^(num_.*layers|layers_per_block|num_.*blocks|num_layers)$")
 MOST = 1000  # of layers, which libraries build one by one
 TABLE = 100_000  # times that a table of noise levels may have
-IMAGES = (PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
+IMAGES = (
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 SIZES = "pass the folder that save_pretrained wrote"
 
 
@@ -58,7 +64,9 @@ def read_settings(folder: Path, parts: Iterable[str]) -> None:
                     raise UnfitError(f"{part}/{file.name} says {key} {number:g}, allowed are 0 to {MOST}")
                 if key == "num_train_timesteps" and not 1 < number <= TABLE:
                     raise UnfitError(f"{part}/{file.name} says {key} {number:g}, allowed are 2 to {TABLE}")
-                if (math.isnan(number) or (math.isfinite(number) and abs(number) >= 2**31)) and key != "model_max_length":
+                if (
+                    math.isnan(number) or (math.isfinite(number) and abs(number) >= 2**31)
+                ) and key != "model_max_length":
                     raise UnfitError(f"{part}/{file.name} says {key} {number:g}, which is no setting of a network")
 
 
@@ -95,8 +103,15 @@ def whole(where: str, key: str, value: object, least: int = 1, most: int = LARGE
 
 def number(where: str, key: str, value: object, positive: bool = True) -> float:
     """A finite number. Raises UnfitError."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or (positive and value <= 0):
-        raise UnfitError(f"{where} says {key} {_shown(value)}, allowed are {'positive' if positive else 'finite'} numbers", SIZES)
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or (positive and value <= 0)
+    ):
+        raise UnfitError(
+            f"{where} says {key} {_shown(value)}, allowed are {'positive' if positive else 'finite'} numbers", SIZES
+        )
     return float(value)
 
 
@@ -118,7 +133,8 @@ def side(where: str, value: object, size: int = 0) -> int:
     pair = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(pair) != 2 or pair[0] != pair[1]:
         raise UnfitError(
-            f"{where} says sample_size {_shown(value)}, fewstep draws squares", "pass size=PIXELS, or set it in its config.json"
+            f"{where} says sample_size {_shown(value)}, fewstep draws squares",
+            "pass size=PIXELS, or set it in its config.json",
         )
     if pair[0] is None:
         raise UnfitError(f"{where} says no sample_size", "pass size=PIXELS, or set it in its config.json")
@@ -141,7 +157,8 @@ def require_prediction(pipe: DiffusionPipeline, allowed: Sequence[str]) -> None:
     said = pipe.scheduler.config.get("prediction_type", "epsilon")
     if said not in allowed:
         raise UnfitError(
-            f"its scheduler says prediction_type {_shown(said)}, allowed are {', '.join(allowed)}", "set it in scheduler_config.json"
+            f"its scheduler says prediction_type {_shown(said)}, allowed are {', '.join(allowed)}",
+            "set it in scheduler_config.json",
         )
 
 
@@ -155,17 +172,22 @@ def _autoencoder(pipe: DiffusionPipeline) -> None:
         number("vae", "shift_factor", config.shift_factor, positive=False)
     elif config.get("shift_factor"):
         raise UnfitError(
-            f"vae says shift_factor {_shown(config.shift_factor)}, which a {called} does not read", "set it to null in vae/config.json"
+            f"vae says shift_factor {_shown(config.shift_factor)}, which a {called} does not read",
+            "set it to null in vae/config.json",
         )
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         return
     if not isinstance(pipe, StableDiffusionXLPipeline):
-        raise UnfitError(f"vae says latents_mean and latents_std, which a {called} does not read", "set both to null in vae/config.json")
+        raise UnfitError(
+            f"vae says latents_mean and latents_std, which a {called} does not read",
+            "set both to null in vae/config.json",
+        )
     for key, values in (("latents_mean", mean), ("latents_std", std)):
         if not isinstance(values, list | tuple) or len(values) != config.latent_channels:
             raise UnfitError(
-                f"vae says {key} {_shown(values)}, allowed are {config.latent_channels} numbers, one a channel, or null for both", SIZES
+                f"vae says {key} {_shown(values)}, allowed are {config.latent_channels} numbers, one a channel, or null for both",
+                SIZES,
             )
         for value in values:
             number("vae", key, value, positive=key == "latents_std")
@@ -189,7 +211,14 @@ def _unet(pipe: DiffusionPipeline) -> None:
             "pass the model that it was distilled from",
         )
     for key in ("class_embed_type", "num_class_embeds"):
-        same("unet", key, config.get(key), None, f"a {called} has no classes to tell it", "wrap your own network in fewstep.Denoiser")
+        same(
+            "unet",
+            key,
+            config.get(key),
+            None,
+            f"a {called} has no classes to tell it",
+            "wrap your own network in fewstep.Denoiser",
+        )
     if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
         raise UnfitError(
             f"unet says encoder_hid_dim_type {_shown(config.encoder_hid_dim_type)}: it takes pictures beside the text",
@@ -203,7 +232,9 @@ def _unet(pipe: DiffusionPipeline) -> None:
             SIZES,
         )
     if pipe.config.get("requires_aesthetics_score"):
-        raise UnfitError("it asks for aesthetic scores: it is a refiner, which begins with pictures", "pass the base model")
+        raise UnfitError(
+            "it asks for aesthetic scores: it is a refiner, which begins with pictures", "pass the base model"
+        )
     width = pipe.text_encoder.config.hidden_size + (pipe.text_encoder_2.config.hidden_size if both else 0)
     _texts(
         "unet",
@@ -212,7 +243,9 @@ def _unet(pipe: DiffusionPipeline) -> None:
         width,
     )
     if both:
-        told = pipe.text_encoder_2.config.projection_dim + 6 * whole("unet", "addition_time_embed_dim", config.addition_time_embed_dim)
+        told = pipe.text_encoder_2.config.projection_dim + 6 * whole(
+            "unet", "addition_time_embed_dim", config.addition_time_embed_dim
+        )
         same(
             "unet",
             "projection_class_embeddings_input_dim",
@@ -235,11 +268,14 @@ def _pixart(pipe: DiffusionPipeline) -> None:
     same("transformer", "in_channels", config.in_channels, latent, f"its autoencoder's latents have {latent}")
     if config.out_channels not in (latent, 2 * latent):
         raise UnfitError(
-            f"transformer says out_channels {_shown(config.out_channels)}, allowed are {latent}, or {2 * latent} with a variance", SIZES
+            f"transformer says out_channels {_shown(config.out_channels)}, allowed are {latent}, or {2 * latent} with a variance",
+            SIZES,
         )
     size = side("transformer", config.sample_size)
     if size % whole("transformer", "patch_size", config.patch_size):
-        raise UnfitError(f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES)
+        raise UnfitError(
+            f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES
+        )
     if config.caption_channels is not None:
         _texts("transformer", "caption_channels", config.caption_channels, pipe.text_encoder.config.d_model)
     table(pipe)
@@ -252,18 +288,23 @@ def _sd3(pipe: DiffusionPipeline) -> None:
         same("transformer", key, config[key], latent, f"its autoencoder's latents have {latent}")
     size = side("transformer", config.sample_size)
     if size % whole("transformer", "patch_size", config.patch_size):
-        raise UnfitError(f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES)
+        raise UnfitError(
+            f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES
+        )
     for name in ("text_encoder", "text_encoder_2"):
         if getattr(pipe, name) is None:
             raise UnfitError(f"it has no {name}", "pass the whole pipeline; text_encoder_3 alone may be left out")
     pooled = pipe.text_encoder.config.projection_dim + pipe.text_encoder_2.config.projection_dim
-    same("transformer", "pooled_projection_dim", config.pooled_projection_dim, pooled, f"its text encoders give {pooled}")
+    same(
+        "transformer", "pooled_projection_dim", config.pooled_projection_dim, pooled, f"its text encoders give {pooled}"
+    )
     if pipe.text_encoder_3 is not None:
         _texts("transformer", "joint_attention_dim", config.joint_attention_dim, pipe.text_encoder_3.config.d_model)
     scheduler = pipe.scheduler.config
     if "shift" not in scheduler or "beta_schedule" in scheduler:
         raise UnfitError(
-            f"its {type(pipe.scheduler).__name__} is no scheduler of flow matching", "pass a pipeline with FlowMatchEulerDiscreteScheduler"
+            f"its {type(pipe.scheduler).__name__} is no scheduler of flow matching",
+            "pass a pipeline with FlowMatchEulerDiscreteScheduler",
         )
     number("scheduler", "shift", scheduler.shift)
     for key in ("use_dynamic_shifting", "invert_sigmas"):
@@ -278,7 +319,8 @@ def _cogvideox(pipe: DiffusionPipeline) -> None:
     config, latent = pipe.transformer.config, pipe.vae.config.latent_channels
     if config.get("patch_size_t") is not None or config.get("ofs_embed_dim") is not None:
         raise UnfitError(
-            "transformer says patch_size_t: it is CogVideoX 1.5, which fewstep does not read", "pass CogVideoX-2b or CogVideoX-5b"
+            "transformer says patch_size_t: it is CogVideoX 1.5, which fewstep does not read",
+            "pass CogVideoX-2b or CogVideoX-5b",
         )
     same(
         "transformer",
@@ -292,12 +334,23 @@ def _cogvideox(pipe: DiffusionPipeline) -> None:
     number("vae", "scaling_factor", pipe.vae.config.scaling_factor)
     for key in ("latents_mean", "latents_std", "invert_scale_latents"):
         if pipe.vae.config.get(key):
-            raise UnfitError(f"vae says {key}, which a CogVideoXPipeline does not read", "set it to null in vae/config.json")
+            raise UnfitError(
+                f"vae says {key}, which a CogVideoXPipeline does not read", "set it to null in vae/config.json"
+            )
     for key in ("sample_height", "sample_width"):
         if whole("transformer", key, config[key]) % whole("transformer", "patch_size", config.patch_size):
-            raise UnfitError(f"transformer says {key} {config[key]}, which is no multiple of its patch_size {config.patch_size}", SIZES)
+            raise UnfitError(
+                f"transformer says {key} {config[key]}, which is no multiple of its patch_size {config.patch_size}",
+                SIZES,
+            )
     every = whole("vae", "temporal_compression_ratio", pipe.vae.config.temporal_compression_ratio, most=64)
-    same("transformer", "temporal_compression_ratio", config.temporal_compression_ratio, every, f"its autoencoder says {every}")
+    same(
+        "transformer",
+        "temporal_compression_ratio",
+        config.temporal_compression_ratio,
+        every,
+        f"its autoencoder says {every}",
+    )
     if (whole("transformer", "sample_frames", config.sample_frames) - 1) % every:
         raise UnfitError(f"transformer says sample_frames {config.sample_frames}, allowed are {every} n + 1", SIZES)
     whole("transformer", "max_text_seq_length", config.max_text_seq_length)
@@ -312,7 +365,8 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
     config = unet.config
     if config.in_channels not in (1, 3):
         raise UnfitError(
-            f"unet says in_channels {_shown(config.in_channels)}, pictures have 1 or 3", "wrap your own network in fewstep.Denoiser"
+            f"unet says in_channels {_shown(config.in_channels)}, pictures have 1 or 3",
+            "wrap your own network in fewstep.Denoiser",
         )
     same(
         "unet",
@@ -325,7 +379,9 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
     for value in config.sample_size if isinstance(config.sample_size, list | tuple) else [config.sample_size] * 2:
         whole("unet", "sample_size", value)
     if isinstance(config.sample_size, list | tuple) and len(config.sample_size) != 2:
-        raise UnfitError(f"unet says sample_size {_shown(config.sample_size)}, allowed are a number, or height and width", SIZES)
+        raise UnfitError(
+            f"unet says sample_size {_shown(config.sample_size)}, allowed are a number, or height and width", SIZES
+        )
     same(
         "unet",
         "class_embed_type",
@@ -341,7 +397,9 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
             f"write {classes - 1} names, the last class being the one of no name",
         )
     if classes is None and labels:
-        raise UnfitError(f"labels.json names {len(labels)} classes, the unet has none (num_class_embeds null)", "remove labels.json")
+        raise UnfitError(
+            f"labels.json names {len(labels)} classes, the unet has none (num_class_embeds null)", "remove labels.json"
+        )
 
 
 def read_labels(file: Path) -> tuple[str, ...]:
@@ -353,7 +411,12 @@ def read_labels(file: Path) -> tuple[str, ...]:
         names = json_in(file)
     except Exception as error:  # as many types as there are kinds of damage
         raise UnfitError(f"{file.name} is damaged ({reason(error)})") from error
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names) or len(set(names)) < len(names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(n, str) and n for n in names)
+        or len(set(names)) < len(names)
+    ):
         raise UnfitError(f"{file.name} is no list of names, each another and none empty")
     return tuple(names)
 
@@ -379,4 +442,6 @@ def _tokenizers(pipe: DiffusionPipeline) -> None:
             if isinstance(pipe, StableDiffusion3Pipeline) and name == "tokenizer":
                 pipe.tokenizer_max_length = most
         elif length < 3:
-            raise UnfitError(f"{name} says model_max_length {length}, allowed are 3 to {most}", "set it in tokenizer_config.json")
+            raise UnfitError(
+                f"{name} says model_max_length {length}, allowed are 3 to {most}", "set it in tokenizer_config.json"
+            )

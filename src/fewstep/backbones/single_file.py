@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -33,9 +39,7 @@ MARKED = {
     "eps": "eps",
     "epsilon": "eps",
 }  # what files say of it in their header
-LEFT_OVER = (
-    "load it in the program that it is for and save it again, e.g. with ComfyUI's node Save Checkpoint, or pass a model without them"
-)
+LEFT_OVER = "load it in the program that it is for and save it again, e.g. with ComfyUI's node Save Checkpoint, or pass a model without them"
 NETWORK = "model.diffusion_model."
 FIRST = f"{NETWORK}input_blocks.0.0.weight"
 POOLED = f"{NETWORK}label_emb.0.0.weight"  # where SDXL takes the pooled text
@@ -98,7 +102,9 @@ def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
             texts = sorted(n for n in names if n.startswith(NETWORK) and n.endswith("attn2.to_k.weight"))
             width = opened.get_slice(texts[0]).get_shape()[1] if texts else 0
     except Exception as error:  # as many types as there are kinds of damage
-        raise ValueError(f"teacher: {file} is missing or damaged ({reason(error)}); check the path, or download it again") from error
+        raise ValueError(
+            f"teacher: {file} is missing or damaged ({reason(error)}); check the path, or download it again"
+        ) from error
     if why := _refused(names, channels):
         raise ValueError(f"teacher: {file} {why}")
     wide = POOLED in names
@@ -117,7 +123,9 @@ def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
         )
     if "ztsnr" in names and prediction == "v":
         scheduler["rescale_betas_zero_snr"] = True
-    return Checkpoint(file, StableDiffusionXLPipeline if wide else StableDiffusionPipeline, config, standard, scheduler, absent)
+    return Checkpoint(
+        file, StableDiffusionXLPipeline if wide else StableDiffusionPipeline, config, standard, scheduler, absent
+    )
 
 
 def _marked(file: Path, names: Collection[str], said: Mapping[str, str], own: bool) -> str:
@@ -141,9 +149,7 @@ def _refused(names: Collection[str], channels: int) -> str:
     if channels != 4:
         return f"takes {channels} channels (for inpainting, editing or upscaling); pass a text-to-image model, which takes 4"
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:
-        return (
-            "was trained on EDM's noise levels (Playground 2.5, CosXL), which a Stable Diffusion pipeline does not have; pass another SDXL"
-        )
+        return "was trained on EDM's noise levels (Playground 2.5, CosXL), which a Stable Diffusion pipeline does not have; pass another SDXL"
     if any(n.startswith("conditioner.embedders.0.model.") for n in names):
         return "is SDXL's refiner, which begins with pictures; pass the base model"
     if POOLED in names and any(n.startswith("cond_stage_model.") for n in names):
@@ -165,7 +171,9 @@ def configuration(checkpoint: Checkpoint) -> Path:
         ) from error
 
 
-def load_checkpoint(kind: type[Pipeline], checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, parts: Mapping[str, Any]) -> Pipeline:
+def load_checkpoint(
+    kind: type[Pipeline], checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, parts: Mapping[str, Any]
+) -> Pipeline:
     """A pipeline, `frozen`, of the file's weights and the configuration in `folder`; some of its `parts` replaced.
 
     Raises UnfitError where weights are missing, left over or not finite.
@@ -177,7 +185,9 @@ def load_checkpoint(kind: type[Pipeline], checkpoint: Checkpoint, folder: Path, 
         pipe = kind.from_single_file(str(checkpoint.file), **options)
     except KeyError as error:  # what diffusers looks for and does not find
         raise UnfitError(f"{checkpoint.file.name} lacks {error.args[0]!r}") from error
-    except NotImplementedError:  # what moving a tensor without content raises; which one is seen where it is filled at random
+    except (
+        NotImplementedError
+    ):  # what moving a tensor without content raises; which one is seen where it is filled at random
         pipe = kind.from_single_file(str(checkpoint.file), low_cpu_mem_usage=False, **options)
     read = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module) and n not in other}
     require_read(checkpoint.file, read)
@@ -195,14 +205,23 @@ def require_read(file: Path, read: Mapping[str, nn.Module]) -> None:
     require_finite(state, weights)
     types = sorted({t.dtype for t in state.values()}, key=str)
     layers = {n: int(part.config.num_hidden_layers) for n, part in read.items() if isinstance(part, PreTrainedModel)}
-    own, asked = dict[Mark, list[str]](), dict[Mark, list[str]]()  # what networks have, and what of the file they should have
+    own, asked = (
+        dict[Mark, list[str]](),
+        dict[Mark, list[str]](),
+    )  # what networks have, and what of the file they should have
     for name, tensor in sorted(state.items()):
         own.setdefault(mark(tensor, tensor.dtype), []).append(name)
     held = Counter[Mark]()
     with safe_open(file, "pt") as opened:
         for name in sorted(opened.keys()):
             tensor = opened.get_tensor(name)
-            pieces = tensor.chunk(3) if ".in_proj_" in name else (tensor.T.contiguous(),) if name.endswith("text_projection") else (tensor,)
+            pieces = (
+                tensor.chunk(3)
+                if ".in_proj_" in name
+                else (tensor.T.contiguous(),)
+                if name.endswith("text_projection")
+                else (tensor,)
+            )
             for piece in pieces:
                 ways = [mark(piece, dtype) for dtype in types]  # networks may be of several types
                 found = next((way for way in ways if way in own), ways[0])
@@ -219,7 +238,9 @@ def _unread(name: str, tensor: Tensor, layers: Mapping[str, int]) -> bool:
     """Whether a tensor of a checkpoint has no part in its pictures: tables and marks beside the networks, a training's averages and
     losses, counts of positions, CLIP's temperature and mask, and what text encoders have behind the last layer that their configuration asks for.
     """
-    part = next((n for n, (_, begins) in PARTS.items() if name.startswith(begins)), "unet" if name.startswith(NETWORK) else "")
+    part = next(
+        (n for n, (_, begins) in PARTS.items() if name.startswith(begins)), "unet" if name.startswith(NETWORK) else ""
+    )
     if not part:
         return tensor.ndim <= 1 or name.startswith("model_ema.")
     if part.startswith("text_encoder"):
@@ -233,11 +254,14 @@ def _from_configuration(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -
     folder = Path(checkpoint.config)
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(checkpoint.config, allow_patterns=[f"{name}/*.json", f"{name}/*.safetensors"]))
+            folder = Path(
+                snapshot_download(checkpoint.config, allow_patterns=[f"{name}/*.json", f"{name}/*.safetensors"])
+            )
         return load_part(PARTS[name][0], folder, name, dtype)
     except Exception as error:  # as many types as there are kinds of trouble
         raise UnfitError(
-            f"it has no {name}, nor has {checkpoint.config} ({reason(error)})", "pass FILE@FOLDER with a pipeline that has its weights"
+            f"it has no {name}, nor has {checkpoint.config} ({reason(error)})",
+            "pass FILE@FOLDER with a pipeline that has its weights",
         ) from error
 
 

@@ -60,8 +60,12 @@ class StudentScheduler(DDIMScheduler):
         self.grid = self.student.grids[num_inference_steps]
         # A pipeline hands the network these: indices of a table, or flow's times as parts of one.
         told = self.grid if self.student.schedule.resolution else self.grid * self.config.num_train_timesteps
-        self.skipped = num_inference_steps - pipeline_nfe(self.student.schedule, self.student.analytic_first_step, num_inference_steps)
-        self.timesteps = told[self.skipped : -1].to(device, torch.long if self.student.schedule.resolution else torch.float32)
+        self.skipped = num_inference_steps - pipeline_nfe(
+            self.student.schedule, self.student.analytic_first_step, num_inference_steps
+        )
+        self.timesteps = told[self.skipped : -1].to(
+            device, torch.long if self.student.schedule.resolution else torch.float32
+        )
         self.history = None
 
     def places(self, timestep: int | float | Tensor) -> Tensor:
@@ -70,7 +74,9 @@ class StudentScheduler(DDIMScheduler):
         apart = (self.timesteps[None].double() - asked[:, None].double()).abs()
         if bool((apart.amin(1) > 0.25).any()):  # half precision and the like, never another time of a table
             visits = ", ".join(f"{t:g}" for t in self.timesteps.tolist())
-            raise ValueError(f"timestep: got {asked.tolist()}, this student visits {visits}; leave timesteps and sigmas to its scheduler")
+            raise ValueError(
+                f"timestep: got {asked.tolist()}, this student visits {visits}; leave timesteps and sigmas to its scheduler"
+            )
         return apart.argmin(1)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -85,7 +91,9 @@ class StudentScheduler(DDIMScheduler):
                 if self.student.correct is not None
                 else "a first direction that is taken from pure noise"
             )
-            raise ValueError(f"image: this student has {by}; it draws from prompts alone, without a picture to begin with")
+            raise ValueError(
+                f"image: this student has {by}; it draws from prompts alone, without a picture to begin with"
+            )
         t = self.grid[self.skipped :][self.places(timesteps).cpu()].to(original_samples.device)
         return diffuse(self.student.schedule, original_samples, t, noise)
 

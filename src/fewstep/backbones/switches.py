@@ -18,5 +18,6 @@ def require_switches(pipe: DiffusionPipeline) -> None:
         for key, value in part.config.items():
             if kinds.get(key) is bool and value is not None and not isinstance(value, bool):
                 raise UnfitError(
-                    f"{name} says {key} {json.dumps(value, default=repr)[:60]}, allowed are true and false", "set it in its config.json"
+                    f"{name} says {key} {json.dumps(value, default=repr)[:60]}, allowed are true and false",
+                    "set it in its config.json",
                 )

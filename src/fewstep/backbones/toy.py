@@ -18,7 +18,9 @@ class Gaussian:
     var: Tensor
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.mean + self.var.sqrt() * torch.randn((n, len(self.mean)), generator=generator, dtype=self.mean.dtype)
+        return self.mean + self.var.sqrt() * torch.randn(
+            (n, len(self.mean)), generator=generator, dtype=self.mean.dtype
+        )
 
     def denoise(self, schedule: Schedule, x: Tensor, t: Tensor) -> Split:
         """`E[x0 | x_t]` and the noise that goes with it."""
@@ -41,7 +43,9 @@ class Mixture:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         k = torch.randint(len(self.means), (n,), generator=generator)
-        return self.means[k] + self.std * torch.randn((n, self.means.shape[1]), generator=generator, dtype=self.means.dtype)
+        return self.means[k] + self.std * torch.randn(
+            (n, self.means.shape[1]), generator=generator, dtype=self.means.dtype
+        )
 
     def denoise(self, schedule: Schedule, x: Tensor, t: Tensor) -> Split:
         """`E[x0 | x_t]`: responsibilities times each component's own denoiser."""

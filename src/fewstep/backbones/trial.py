@@ -31,7 +31,9 @@ def require_runs(backbone: Backbone) -> None:
             if isinstance(backbone, Latent):
                 backbone.decode(x)
     except Exception as error:  # whatever a network raises for inputs that are not its own
-        raise UnfitError(f"its parts do not go together ({reason(error)})", "check its configuration, or download it again") from error
+        raise UnfitError(
+            f"its parts do not go together ({reason(error)})", "check its configuration, or download it again"
+        ) from error
 
 
 def small_shape(backbone: Backbone) -> tuple[int, ...]:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMPipeline, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin, UNet2DModel
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 
 from ..core.prediction import edm_inputs
@@ -57,7 +64,9 @@ class PixelModel(WithUNet):
         if isinstance(self.schedule, EDM):
             x, t = edm_inputs(x, t, self.pipe.scheduler.config.sigma_data)
         with single_output(module):
-            return module(x.to(dtype), t.to(torch.float32), class_labels=cond.get("label"), return_dict=False)[0].float()
+            return module(x.to(dtype), t.to(torch.float32), class_labels=cond.get("label"), return_dict=False)[
+                0
+            ].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         if not self.labels:
@@ -94,7 +103,9 @@ def pixel_pipeline(unet: UNet2DModel, scheduler: SchedulerMixin, told: bool = Fa
     """The pipeline of diffusers that draws what the model does: `DDPMPipeline`, which neither scales noise and inputs as EDM's schedulers ask, nor can be
     `told` a class; then that of consistency models, which does all of it with any scheduler.
     """
-    return (ConsistencyModelPipeline if told or isinstance(scheduler, EDM_SCHEDULERS) else DDPMPipeline)(unet=unet, scheduler=scheduler)
+    return (ConsistencyModelPipeline if told or isinstance(scheduler, EDM_SCHEDULERS) else DDPMPipeline)(
+        unet=unet, scheduler=scheduler
+    )
 
 
 def edm_scheduler(sigma_data: float) -> EDMEulerScheduler:
@@ -137,10 +148,13 @@ def drawn_pixels(model: PixelModel, prompts: Sequence[str], steps: int) -> Tenso
     """What diffusers draws with the model's own pipeline from seeds 0, 1, ...: pictures [B, 3, H, W] in [0, 1]."""
     options: dict[str, Any] = {"class_labels": model.encode(prompts)["label"]} if model.labels else {}
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    shown = model.pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt", **options).images
+    shown = model.pipe(
+        batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt", **options
+    ).images
     return model.decode(2 * shown - 1)
 
 
 DDPM, CONSISTENCY = (
-    Family(pipeline, around_pixels, takes_prompts=False, takes_times=False) for pipeline in (DDPMPipeline, ConsistencyModelPipeline)
+    Family(pipeline, around_pixels, takes_prompts=False, takes_times=False)
+    for pipeline in (DDPMPipeline, ConsistencyModelPipeline)
 )

@@ -57,11 +57,18 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype | None = None, root
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         network, info = kind.from_pretrained(
-            folder, variant=weights.variant or None, use_safetensors=True, output_loading_info=True, local_files_only=True, **options
+            folder,
+            variant=weights.variant or None,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            **options,
         )
     except Exception as error:  # as many types as there are kinds of damage
         raise UnfitError(f"{weights} cannot be loaded ({reason(error)})") from error
-    require_all(network, weights, info["missing_keys"], info["unexpected_keys"], [entry[0] for entry in info["mismatched_keys"]])
+    require_all(
+        network, weights, info["missing_keys"], info["unexpected_keys"], [entry[0] for entry in info["mismatched_keys"]]
+    )
     return network.eval()
 
 
@@ -89,7 +96,9 @@ def weights_in(kind: type[nn.Module], folder: Path, root: Path | None = None) ->
     variant = next((v for v in FIRST_CHOICE if v in found), None)
     if variant is None:
         if len(found) > 1:
-            raise UnfitError(f"{folder.name}/ has weights of several kinds ({', '.join(sorted(found))})", "leave one of them")
+            raise UnfitError(
+                f"{folder.name}/ has weights of several kinds ({', '.join(sorted(found))})", "leave one of them"
+            )
         variant = next(iter(found))
     entry, root = found[variant], root or folder
     inside(entry, root)
@@ -128,7 +137,9 @@ def inside(file: Path, root: Path) -> Path:
         raise UnfitError(f"{said} is no regular file")
     store = [p.parent for p in place.parents if p.name == "snapshots"]
     if not any(file.resolve().is_relative_to(p) for p in (place, *store)):
-        raise UnfitError(f"{said} is a link that leads out of {root}, to {str(file.resolve())!r}", "put the file itself there")
+        raise UnfitError(
+            f"{said} is a link that leads out of {root}, to {str(file.resolve())!r}", "put the file itself there"
+        )
     return file
 
 
@@ -144,7 +155,11 @@ def header(file: Path) -> list[str]:
 
 
 def require_all(
-    network: nn.Module, weights: Weights, missing: Collection[str], left: Collection[str], mismatched: Collection[str] = ()
+    network: nn.Module,
+    weights: Weights,
+    missing: Collection[str],
+    left: Collection[str],
+    mismatched: Collection[str] = (),
 ) -> None:
     """Raises UnfitError unless every weight of `network` came from these files, nothing of them is left over, and all of it is finite.
 
@@ -160,7 +175,11 @@ def require_all(
         )
     other = f"; it has {left[0]!r} instead, as another version of the library names it" if missing and left else ""
     refuse(
-        weights, missing, "lacks", f"missing{other}", "run: pip install -U transformers diffusers, or download it again" if other else ""
+        weights,
+        missing,
+        "lacks",
+        f"missing{other}",
+        "run: pip install -U transformers diffusers, or download it again" if other else "",
     )
     refuse(weights, sorted(mismatched), "has another shape of", "of another shape")
     refuse(weights, left, "has", "left over, which this network does not have")

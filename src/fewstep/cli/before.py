@@ -26,7 +26,9 @@ from .progress import console, show_checks
 LOADED = 1.2  # memory that loading takes, in units of the weights
 
 
-def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path) -> None:
+def look_before(
+    stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path
+) -> None:
     """Look at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
 
     The first process looks. The teacher's and the student's pictures are drawn where that takes seconds.
@@ -74,12 +76,18 @@ def _trial(recipe: DistillRecipe, teacher: Backbone, base_hash: str) -> Trial:
 
 
 def look_in_dry_run(
-    stages: Sequence[DistillRecipe], load: Callable[[], tuple[Backbone, str]], hollow: Backbone, prompts: Sequence[str], run: Path
+    stages: Sequence[DistillRecipe],
+    load: Callable[[], tuple[Backbone, str]],
+    hollow: Backbone,
+    prompts: Sequence[str],
+    run: Path,
 ) -> None:
     """The same without a run, where the teacher's weights are on this machine and fit in its memory; nothing is left of it."""
     teacher, room = stages[0].teacher, room_to_load(hollow)
     if hub_id(teacher):
-        console.print(f"not looked at before the training: {teacher} is on the hub; a run downloads it, and looks at it then")
+        console.print(
+            f"not looked at before the training: {teacher} is on the hub; a run downloads it, and looks at it then"
+        )
     elif not room.holds:
         console.print(f"not looked at before the training: {room.said}; {room.cure}")
     else:

@@ -36,7 +36,10 @@ def read_best(run: Path, measured: str) -> Best | None:
 def missed(run: Path, recipe: DistillRecipe) -> str:
     """What to say at the end of a run whose last preview was not the best one; empty where it was, or where nothing was kept."""
     measured, last = measured_by(recipe), recipe.train.iterations
-    best, values = read_best(run, measured), dict(zip(*series(read_metrics(run / "metrics.jsonl"), measured), strict=True))
+    best, values = (
+        read_best(run, measured),
+        dict(zip(*series(read_metrics(run / "metrics.jsonl"), measured), strict=True)),
+    )
     if best is None or best.iteration >= last or last not in values:
         return ""
     return f"{run / BEST}: the student of iteration {best.iteration}, {measured} {best.value:.4g} where the last has {values[last]:.4g}"
@@ -63,9 +66,9 @@ def keep_best(run: Path, now: Best, write: Callable[[Path], object], warmup: int
     since = sum(i > iteration for i, _ in past) + 1
     if now.value < value or since % PATIENCE:
         return []
-    worse = (
-        f"{plural(since, 'preview')} in a row no better than iteration {iteration}'s, {now.measured} {now.value:.4g} against {value:.4g}"
-    )
+    worse = f"{plural(since, 'preview')} in a row no better than iteration {iteration}'s, {now.measured} {now.value:.4g} against {value:.4g}"
     if best is None or iteration == 0:
         return [f"{worse}, the student as it began; stop with Ctrl-C and lower train.lr or method.guidance"]
-    return [f"{worse}; {folder} has the student of iteration {best.iteration}: stop with Ctrl-C, or go on and take it later"]
+    return [
+        f"{worse}; {folder} has the student of iteration {best.iteration}: stop with Ctrl-C, or go on and take it later"
+    ]

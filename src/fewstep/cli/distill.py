@@ -54,7 +54,12 @@ from .signals import stop_request
 
 
 def run_distill(
-    source: str, overrides: list[str], out: Path | None, dry_run: bool, styles: list[str], given: Mapping[str, str] = MappingProxyType({})
+    source: str,
+    overrides: list[str],
+    out: Path | None,
+    dry_run: bool,
+    styles: list[str],
+    given: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Train, preview, export, evaluate, report; every part is skipped where its result is there already. `styles` are fused into the teacher.
 
@@ -72,7 +77,9 @@ def run_distill(
     if dry_run:
         print_dry_run(recipe, run)
         return
-    require_same({"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}})
+    require_same(
+        {"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
+    )
     with held(run):
         run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())])
 
@@ -142,13 +149,22 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     final = find_folder(run)
     if found is None or not record.exists() or final is None or not report.exists():
         return False
-    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == recorded(recipe)
+    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == recorded(
+        recipe
+    )
     trained = min(int(found[1]["step"]), read_card(final).iterations) >= recipe.train.iterations
     return same and trained and report.stat().st_mtime_ns >= card_time(final)
 
 
 def run_stage(
-    recipe: DistillRecipe, teacher: Backbone, base_hash: str, prompts: list[str], run: Path, source: str, overrides: list[str], place: Path
+    recipe: DistillRecipe,
+    teacher: Backbone,
+    base_hash: str,
+    prompts: list[str],
+    run: Path,
+    source: str,
+    overrides: list[str],
+    place: Path,
 ) -> None:
     """Train one stage with all that a run leaves. In the folder `place` lies what all stages share: embeddings and trajectories."""
     teacher = at_size(teacher, recipe.size)
@@ -183,8 +199,14 @@ def run_stage(
         (run / BEST / BEST_FILE).unlink(missing_ok=True)  # what lies there is another training's
     with distributed_errors():
         # Networks whose weights are sharded sample in all processes or in none.
-        preview = Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
-        keep = partial(write_best, run, recipe, roles, base_hash) if first and recipe.preview.keep_best and not sharded(recipe) else None
+        preview = (
+            Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
+        )
+        keep = (
+            partial(write_best, run, recipe, roles, base_hash)
+            if first and recipe.preview.keep_best and not sharded(recipe)
+            else None
+        )
 
         def resumed(step: Step) -> None:
             complete(recipe, step, preview, log, prompts, keep)
@@ -264,14 +286,28 @@ def training(
 
 
 def look_at(
-    recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None
+    recipe: DistillRecipe,
+    step: Step,
+    preview: Preview | None,
+    log: MetricsLog,
+    prompts: Sequence[str],
+    keep: Keep | None = None,
 ) -> None:
     """Show and measure the student after an iteration where that is due."""
-    if preview is not None and (step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations):
+    if preview is not None and (
+        step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations
+    ):
         judge(recipe, step, preview, log, prompts, keep)
 
 
-def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None) -> None:
+def judge(
+    recipe: DistillRecipe,
+    step: Step,
+    preview: Preview,
+    log: MetricsLog,
+    prompts: Sequence[str],
+    keep: Keep | None = None,
+) -> None:
     """One preview: its pictures, what is measured on them, the best student so far, and everything that is to be said.
 
     What the log knows of this iteration already is not made or said again.
@@ -284,15 +320,27 @@ def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, 
     if any_rank(not quality and is_first()) if sharded(recipe) else not quality and is_first():
         quality = measure(recipe, step, log, prompts)
     value = seen.distance if recipe.preview.protocol is None else quality.get("fd_real")
-    kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds) if keep else []
-    said = [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]  # at its end a run says what it missed
+    kept = (
+        keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds)
+        if keep
+        else []
+    )
+    said = [
+        *seen.warnings,
+        *(kept if step.iteration < recipe.train.iterations else []),
+    ]  # at its end a run says what it missed
     if said and "warnings" not in log.known:
         console.print("\n".join(f"iteration {step.iteration}: {w}" for w in said))
         log.note(step.iteration, {"warnings": said})
 
 
 def complete(
-    recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None
+    recipe: DistillRecipe,
+    step: Step,
+    preview: Preview | None,
+    log: MetricsLog,
+    prompts: Sequence[str],
+    keep: Keep | None = None,
 ) -> None:
     """Make again what a kill after the checkpoint of this step took: its line, its preview, its point of the quality curves."""
     if "seconds" not in log.known and step.metrics:
@@ -322,10 +370,17 @@ def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
     roles, layer = recipe.roles, teacher.time_layer
     if (own := recipe.warm_start) is not None and (roles.rank or not roles.lora):  # a head alone is not conditioned
         bare = not roles.lora or any(skipped in layer for skipped in roles.exclude)
-        check_conditioning("the warm start's student", own.method.condition_values, recipe.method.condition_values, "" if bare else layer)
+        check_conditioning(
+            "the warm start's student",
+            own.method.condition_values,
+            recipe.method.condition_values,
+            "" if bare else layer,
+        )
     if recipe.warm_start is not None:
         initial_student(recipe.warm_start.data)
-    if recipe.warm_start is None or recipe.data is None or recipe.data.from_student != WARM_START:  # that one is still to come
+    if (
+        recipe.warm_start is None or recipe.data is None or recipe.data.from_student != WARM_START
+    ):  # that one is still to come
         initial_student(recipe.data)
 
 

@@ -49,7 +49,9 @@ def run_doctor(teacher: str | None = None, dtype: str = "float32", size: int | N
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
-            console.print(f"GPU {i}: {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+            console.print(
+                f"GPU {i}: {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+            )
     else:
         console.print(f"no GPU; CPU with {torch.get_num_threads()} threads")
     if missing:

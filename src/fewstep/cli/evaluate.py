@@ -116,7 +116,9 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
     recipe = recipe_of(run)
     named = recipe.get("teacher")
     if not isinstance(named, str):
-        raise ValueError(f"--prompts: there is no run around {run} that says what {teacher.name} was asked for; pass a prompt file")
+        raise ValueError(
+            f"--prompts: there is no run around {run} that says what {teacher.name} was asked for; pass a prompt file"
+        )
     told: SamplePlan = recipe.get("prompts", {})
     try:
         return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), named))
@@ -131,7 +133,10 @@ def evaluate_student(
 
     `prompts` are what a model that is asked in words, and not for emoji, is measured by; by default those of the run around `folder`.
     """
-    from ..evaluation.pictures import PictureProtocol, evaluate_pictures  # seconds to import, and not every run evaluates
+    from ..evaluation.pictures import (
+        PictureProtocol,
+        evaluate_pictures,
+    )  # seconds to import, and not every run evaluates
     from ..evaluation.protocols import evaluate
 
     student = open_student(folder)
@@ -174,8 +179,16 @@ def measuring(
     usual = "full" if emoji else "medium" if isinstance(teacher, PixelModel) else "quick"  # others may be large
     rules = protocol_named(by_size.get(name or usual, name or list(own)[-1]))
     if isinstance(rules, PictureProtocol) == emoji:
-        kind = "draws emoji" if emoji else "is a pixel model" if isinstance(teacher, PixelModel) else "knows no emoji by name"
-        raise ValueError(f"{option}: got {rules.name}, {teacher.name} {kind}; choose one of {', '.join(own)}{'' if emoji else f', {ANY}'}")
+        kind = (
+            "draws emoji"
+            if emoji
+            else "is a pixel model"
+            if isinstance(teacher, PixelModel)
+            else "knows no emoji by name"
+        )
+        raise ValueError(
+            f"{option}: got {rules.name}, {teacher.name} {kind}; choose one of {', '.join(own)}{'' if emoji else f', {ANY}'}"
+        )
     if real is None:
         return rules, None
     try:
@@ -217,7 +230,9 @@ def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Ten
     size = teacher.image_size
     if images.shape[2:] != (size, size):
         got = "x".join(map(str, images.shape[2:]))
-        raise ValueError(f"the pictures of {real} are {got}, {teacher.name} draws {size}x{size}; scale them as it has seen them")
+        raise ValueError(
+            f"the pictures of {real} are {got}, {teacher.name} draws {size}x{size}; scale them as it has seen them"
+        )
     return images
 
 
@@ -237,7 +252,9 @@ def rows_of(student: Student) -> "list[Row]":
 
     def add_teacher(steps: int, guidance: Guidance) -> None:
         cost = total_nfe(steps, nfe_per_step(null, guidance))
-        rows.setdefault(("teacher", steps, guidance), Row("teacher", steps, guidance, cost, _sampler(teacher, steps, guidance)))
+        rows.setdefault(
+            ("teacher", steps, guidance), Row("teacher", steps, guidance, cost, _sampler(teacher, steps, guidance))
+        )
 
     add_teacher(TEACHER_STEPS, best)
     for k in card.steps:
@@ -258,7 +275,9 @@ def protocol_named(name: str) -> "EmojiProtocol | PictureProtocol":
 
     known = {p.name: p for emoji in (True, False) for p in protocols_of(emoji)}
     if (found := known.get(name) or pictures_named(name)) is None:
-        raise ValueError(f"protocol: got {name!r}; choose one of {', '.join(known)}, {ANY}, or a size: {', '.join(SIZES)}")
+        raise ValueError(
+            f"protocol: got {name!r}; choose one of {', '.join(known)}, {ANY}, or a size: {', '.join(SIZES)}"
+        )
     return found
 
 
@@ -279,9 +298,12 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
         rules, seen = measuring(teacher, name, recipe.real, option)
         if option == "preview.protocol" and seen is None and isinstance(rules, PictureProtocol):
             if name not in SIZES:
-                raise ValueError(f"preview.protocol: got {name}, which needs real pictures here; set data.real, or leave it out")
+                raise ValueError(
+                    f"preview.protocol: got {name}, which needs real pictures here; set data.real, or leave it out"
+                )
             console.print(
-                f"preview.protocol: {teacher.name} is not measured along the way, which takes real pictures (data.real)", markup=False
+                f"preview.protocol: {teacher.name} is not measured along the way, which takes real pictures (data.real)",
+                markup=False,
             )
 
 
@@ -307,7 +329,9 @@ def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Se
     return {k: v for k, v in found["rows"][0].items() if k in METRICS and METRICS[k].curve}
 
 
-def _sampler(model: Backbone | Student | Step, steps: int, guidance: Guidance) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+def _sampler(
+    model: Backbone | Student | Step, steps: int, guidance: Guidance
+) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return sample(model, list(prompts), list(seeds), steps=steps, guidance=guidance)
 
@@ -322,5 +346,7 @@ def print_table(result: dict[str, Any]) -> None:
     names = [n for n in columns if any(row.get(n) is not None for row in result["rows"])]
     console.print("  ".join(f"{n[:10]:>10}" for n in names))
     for row in result["rows"]:
-        console.print("  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names))
+        console.print(
+            "  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names)
+        )
     console.print(f"{result['protocol']}: {result['distance']}; {result['rows'][0]['n']} pictures a row")

@@ -18,7 +18,13 @@ from .sample import open_student
 
 
 def run_export(
-    source: str, out: Path, form: str, steps: int | None, base: str | None, guidance: float | None = None, dtype: str | None = None
+    source: str,
+    out: Path,
+    form: str,
+    steps: int | None,
+    base: str | None,
+    guidance: float | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Write, load again, draw and compare. `dtype` is that of whole networks, by default the base's."""
     quiet()
@@ -31,7 +37,9 @@ def run_export(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(DTYPES)}")
     if dtype is not None and form not in whole:
-        raise ValueError(f"--dtype: got {dtype} with --format {form}, whose LoRA stays as it was trained; it is for {' and '.join(whole)}")
+        raise ValueError(
+            f"--dtype: got {dtype} with --format {form}, whose LoRA stays as it was trained; it is for {' and '.join(whole)}"
+        )
     require_parent(out, "DIR")
     student = open_student(folder, base, torch.float32)  # files are compared to a precision that halves do not have
     card = student.card

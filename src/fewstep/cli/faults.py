@@ -32,7 +32,10 @@ class FaultError(Exception):
 
     def __init__(self, line: str, status: int) -> None:
         super().__init__(line)
-        self.line, self.status = WORD.sub(lambda long: f"{long[0][:200]} ... {long[0][-60:]}", visible(line, lines=False)), status
+        self.line, self.status = (
+            WORD.sub(lambda long: f"{long[0][:200]} ... {long[0][-60:]}", visible(line, lines=False)),
+            status,
+        )
 
 
 @contextmanager
@@ -59,20 +62,26 @@ def fault_of(error: Exception, folder: Path | None = None) -> FaultError:
     if isinstance(error, OSError) and error.errno is not None:
         names = " and ".join(str(n) for n in (error.filename, error.filename2) if n is not None)
         return FaultError(
-            f"error: {names or step_of(error)}: {str(error.strerror).lower()}; check the path, its permissions and the disk", USERS
+            f"error: {names or step_of(error)}: {str(error.strerror).lower()}; check the path, its permissions and the disk",
+            USERS,
         )
     if isinstance(error, ImportError):
         return FaultError(f"error: a package is missing or does not fit ({reason(error)}); run: fewstep doctor", USERS)
     what = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
     return FaultError(
-        f"error: {what}, while {step_of(error)}; this is a fault of fewstep: please report it with {write_log(error, folder)}", OURS
+        f"error: {what}, while {step_of(error)}; this is a fault of fewstep: please report it with {write_log(error, folder)}",
+        OURS,
     )
 
 
 def said_by_us(error: BaseException) -> bool:
     """Whether a `raise` in fewstep's own code made it: what other libraries and Python itself raise says nothing to a user."""
     trace = innermost(error)
-    return trace is not None and ours(trace) and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return (
+        trace is not None
+        and ours(trace)
+        and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    )
 
 
 def step_of(error: BaseException) -> str:
@@ -89,10 +98,14 @@ def step_of(error: BaseException) -> str:
 
 def write_log(error: BaseException, folder: Path | None) -> str:
     """Write versions, command line and traceback to `folder/error.log`, else to the working folder, else to a temporary file; say where."""
-    text = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{quoted('fewstep', *sys.argv[1:])}\n{_versions()}\n\n"
+    text = (
+        f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{quoted('fewstep', *sys.argv[1:])}\n{_versions()}\n\n"
+    )
     text += "".join(traceback.format_exception(error))
     for path in ([folder / LOG] if folder is not None and folder.is_dir() else []) + [Path(ELSEWHERE)]:
-        with suppress(Exception):  # a folder that may not be written to, a full disk, or the very packages that are at fault
+        with suppress(
+            Exception
+        ):  # a folder that may not be written to, a full disk, or the very packages that are at fault
             from ..atomic import write_text
 
             return str(write_text(path, text).resolve())

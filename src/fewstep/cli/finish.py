@@ -30,7 +30,13 @@ from .progress import console
 
 
 def finish(
-    recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float, prompts: Sequence[str]
+    recipe: DistillRecipe,
+    roles: Roles,
+    preview: Preview,
+    run: Path,
+    base_hash: str,
+    seconds: float,
+    prompts: Sequence[str],
 ) -> None:
     """Export the averaged student, measure it, write the report, and say what to do next."""
     method = recipe.method
@@ -38,7 +44,11 @@ def finish(
         student = Student.of(roles, method, origin_of(recipe, base_hash, recipe.train.iterations, seconds))
         student.write(run / "final")
         save_pictures(run / PICTURES, preview.compare(roles, method))
-    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts) if recipe.evaluate else None
+    result = (
+        evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts)
+        if recipe.evaluate
+        else None
+    )
     report = render_run(run)
     most = recipe.preview.teacher_steps
     teacher = total_nfe(most, nfe_per_step(preview.null, method.guidance))
@@ -60,7 +70,9 @@ def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, n
 
 def origin_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: float) -> Origin:
     """Return how the student of so many iterations came about."""
-    called = recipe.method.name if recipe.warm_start is None else f"{recipe.warm_start.method.name}-{recipe.method.name}"
+    called = (
+        recipe.method.name if recipe.warm_start is None else f"{recipe.warm_start.method.name}-{recipe.method.name}"
+    )
     base, size = absolute(recipe.teacher), recipe.size or 0
     return Origin(base, base_hash, iterations, seconds, called, hardware(), _trained_from(recipe), size, recipe.dtype)
 
@@ -70,15 +82,22 @@ def _trained_from(recipe: DistillRecipe) -> str:
     rounded = f", next to its base in {recipe.roles.quantize}" if recipe.roles.quantize else ""
     if recipe.data is None or recipe.data.source == "trajectories":
         return f"prompts alone{rounded}"
-    return ("prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images") + rounded
+    return (
+        "prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images"
+    ) + rounded
 
 
 def shape_seen(roles: Roles, paths: Trajectories) -> dict[str, Any]:
     """What a report shows of the teacher's trajectories; says how well the curve fits them, the head's own where there is one."""
     curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
     shape = shape_of(roles.backbone.schedule, paths.whole, paths.grid, curve)
-    fits, bends = (", ".join(f"{x:.4f}" for x in shape["r2"]), ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]))
-    console.print(f"curve of the trajectories: R² {fits}; 1, 2, 3 directions explain {bends} % of what is beside the straight line")
+    fits, bends = (
+        ", ".join(f"{x:.4f}" for x in shape["r2"]),
+        ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]),
+    )
+    console.print(
+        f"curve of the trajectories: R² {fits}; 1, 2, 3 directions explain {bends} % of what is beside the straight line"
+    )
     return shape
 
 
@@ -96,7 +115,9 @@ def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int =
                 f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
             }
             for name, (denoise, solver, correct) in own.items():
-                states = [s.x.cpu() for s in sample(denoise, teacher.schedule, goals[:, 0].to(device), times, solver, correct)]
+                states = [
+                    s.x.cpu() for s in sample(denoise, teacher.schedule, goals[:, 0].to(device), times, solver, correct)
+                ]
                 walks[name] = (times, torch.stack(states, 1))
     return trajectory_errors(teacher.schedule, goals, paths.times, walks)
 
@@ -110,7 +131,9 @@ def print_ending(
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
         console.print(f"quality  {quality_of(student, best, rows)}")
-        console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
+        console.print(
+            f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher"
+        )
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
 
@@ -127,4 +150,6 @@ def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Seq
     if not real:
         far = f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}"
         return f"{far}{beside and f', the teacher{beside[1:]}'}, {student['n']} pictures"
-    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}{beside}"
+    return (
+        f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}{beside}"
+    )

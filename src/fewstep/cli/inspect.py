@@ -46,13 +46,18 @@ def run_inspect(source: str) -> None:
             "parameters": f"{count / 1e6:.2f}M",
             "state": list(teacher.shape),
         }
-        values |= {"hash": fingerprint(teacher.module), **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")}}
+        values |= {
+            "hash": fingerprint(teacher.module),
+            **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")},
+        }
     elif not path.exists():
         raise ValueError(
             f"inspect: there is no {source}; pass a student, run or teacher folder, a .safetensors file, or one of {', '.join(bundled())}"
         )
     else:
-        raise ValueError(f"inspect: {source} is no student, run, teacher or .safetensors file; pass the final/ folder of a run")
+        raise ValueError(
+            f"inspect: {source} is no student, run, teacher or .safetensors file; pass the final/ folder of a run"
+        )
     width = max(len(k) for k in values)
     for key, value in values.items():
         console.print(f"{printable(key):<{width}}  {printable(value)}", markup=False)
@@ -75,12 +80,18 @@ def safetensors_summary(path: Path) -> dict[str, Any]:
     }
     if FIRST in names:
         checkpoint = read_checkpoint(path)
-        values |= {"kind": f"checkpoint of a {checkpoint.pipeline.__name__}", "configuration": checkpoint.config, **checkpoint.scheduler}
+        values |= {
+            "kind": f"checkpoint of a {checkpoint.pipeline.__name__}",
+            "configuration": checkpoint.config,
+            **checkpoint.scheduler,
+        }
     ending = next((e for e in KINDS if any(n.endswith(e) for n in names)), "")
     if ending:
         downs = [n for n in names if n.endswith(ending)]
         told = _json(header, "lora_adapter_metadata")
-        alphas = alphas or [float(v) for k, v in told.items() if k.endswith(".lora_alpha") and isinstance(v, int | float)]
+        alphas = alphas or [
+            float(v) for k, v in told.items() if k.endswith(".lora_alpha") and isinstance(v, int | float)
+        ]
         values |= {
             "kind": f"LoRA, {KINDS[ending].get(downs[0].split('.')[0], KINDS[ending][''])} names",
             "layers": len(downs),

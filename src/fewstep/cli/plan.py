@@ -32,7 +32,10 @@ BASES: tuple[Kind | None, ...] = (None, *KINDS)
 ROUNDINGS: tuple[tuple[Kind | None, OptimizerName], ...] = (
     (None, "adamw8bit"), ("int8", "adamw"), ("int8", "adamw8bit"), ("nf4", "adamw8bit")
 )  # fmt: skip
-ROUNDED = {"train.optimizer": "Adam's moments are kept in 8 bits", "roles.quantize": "the base's weights are rounded, the teacher's too"}
+ROUNDED = {
+    "train.optimizer": "Adam's moments are kept in 8 bits",
+    "roles.quantize": "the base's weights are rounded, the teacher's too",
+}
 LEAST_BATCH = 4  # below it a card is rather kept busy by computing blocks again than by smaller batches
 
 
@@ -62,7 +65,9 @@ class Plan:
         return max(self.phases.encoding, self.training.total + self.phases.idle, self.drawing)
 
 
-def run_plan(source: str, overrides: list[str], memory: str | None, given: Mapping[str, str] = MappingProxyType({})) -> None:
+def run_plan(
+    source: str, overrides: list[str], memory: str | None, given: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Print the plan, and with `memory` the settings that fit it. Raises ValueError with one line when none do."""
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe, given)
@@ -167,7 +172,12 @@ def roundings(recipe: DistillRecipe, teacher: Backbone, prefix: str) -> list[tup
     return [
         (
             [f"{prefix}train.optimizer={optimizer}"] * (optimizer != by) + [f"roles.quantize={base}"] * (base != own),
-            recipe.model_copy(update={"train": replace(recipe.train, optimizer=optimizer), "roles": replace(recipe.roles, quantize=base)}),
+            recipe.model_copy(
+                update={
+                    "train": replace(recipe.train, optimizer=optimizer),
+                    "roles": replace(recipe.roles, quantize=base),
+                }
+            ),
         )
         for base, optimizer in ROUNDINGS
         if (base, optimizer) != (own, by)
@@ -186,7 +196,9 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
         train = replace(recipe.train, batch=recipe.train.batch // k, accumulate=recipe.train.accumulate * k)
         sets = [] if k == 1 else [f"{prefix}train.batch={train.batch}", f"{prefix}train.accumulate={train.accumulate}"]
         sets += ["roles.checkpointing=true"] if checkpointing and not recipe.roles.checkpointing else []
-        return sets, recipe.model_copy(update={"train": train, "roles": replace(recipe.roles, checkpointing=checkpointing)})
+        return sets, recipe.model_copy(
+            update={"train": train, "roles": replace(recipe.roles, checkpointing=checkpointing)}
+        )
 
     if recipe.roles.checkpointing:
         return [[way(k, True) for k in parts[1:]]]
@@ -211,7 +223,11 @@ def plan_of(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
     sized, method = at_size(teacher, recipe.size), recipe.method
     data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
     times = trajectory_times(method, sized)
-    return Plan(recipe, phases, training_bytes(sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data))
+    return Plan(
+        recipe,
+        phases,
+        training_bytes(sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data),
+    )
 
 
 def show(made: Plan) -> None:
@@ -247,7 +263,9 @@ def usable_bytes(memory: str) -> int:
     """Of a card of this size. Raises ValueError with one line."""
     usable = int((parse_bytes(memory) - CONTEXT) * (1 - RESERVE))
     if usable <= 0:
-        raise ValueError(f"--memory: got {memory}, of which CUDA alone takes about {size(CONTEXT)}; pass the size of the card, e.g. 24GiB")
+        raise ValueError(
+            f"--memory: got {memory}, of which CUDA alone takes about {size(CONTEXT)}; pass the size of the card, e.g. 24GiB"
+        )
     return usable
 
 

@@ -19,8 +19,18 @@ from .faults import logged_in
 from .progress import console
 
 FINAL = "final"
-PARTS = ("warm_start", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)  # folders in which a run writes files
-DEEPEST = ("unet", f"{'x' * (LONGEST + len('-kohya.safetensors') - 18)}-kohya.safetensors")  # as deep and as long as what a run writes
+PARTS = (
+    "warm_start",
+    "samples",
+    "embeddings",
+    "evaluation",
+    TRAJECTORIES,
+    OF_STUDENT,
+)  # folders in which a run writes files
+DEEPEST = (
+    "unet",
+    f"{'x' * (LONGEST + len('-kohya.safetensors') - 18)}-kohya.safetensors",
+)  # as deep and as long as what a run writes
 
 
 def require_output(path: Path, option: str) -> None:
@@ -71,7 +81,9 @@ def place_checks(run: Path) -> list[Check]:
         (bool(foreign), f"{shown} is a model's own folder (it has {foreign} in it)", "choose another"),
         (student is not None, f"{visible(str(student), lines=False)} is there and no student of fewstep's", "move it away, or choose another --out"),
     ]  # fmt: skip
-    return [Check("folder", said, False, cure) for wrong, said, cure in found if wrong] or [Check("folder", f"{shown} is for this run")]
+    return [Check("folder", said, False, cure) for wrong, said, cure in found if wrong] or [
+        Check("folder", f"{shown} is for this run")
+    ]
 
 
 def _somebodys(folder: Path) -> bool:
@@ -100,7 +112,12 @@ def writing_check(run: Path) -> Check:
 
 def unwritable(run: Path, error: OSError) -> Check:
     """What to say of a folder that cannot be written to."""
-    return Check("writing", f"cannot write to {visible(str(run), lines=False)} ({error.strerror or error})", False, cure_of(error))
+    return Check(
+        "writing",
+        f"cannot write to {visible(str(run), lines=False)} ({error.strerror or error})",
+        False,
+        cure_of(error),
+    )
 
 
 @contextmanager

@@ -23,5 +23,7 @@ def command_line() -> str:
     count = this_process().num_processes
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))  # torchrun's: of them on this machine
     machines = [] if here == count else ["--nnodes", str(count // here)]
-    launched = ["fewstep"] if count == 1 else ["torchrun", *machines, "--nproc_per_node", str(here), "-m", "fewstep.cli.main"]
+    launched = (
+        ["fewstep"] if count == 1 else ["torchrun", *machines, "--nproc_per_node", str(here), "-m", "fewstep.cli.main"]
+    )
     return quoted(*launched, *sys.argv[1:])

@@ -110,11 +110,15 @@ def run_sample(
             )
         if guidance is not None and card.guidance_scales and guidance not in card.guidance_scales:
             known = ", ".join(f"{w:g}" for w in card.guidance_scales)
-            console.print(f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken")
+            console.print(
+                f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken"
+            )
         taken = steps or model.card.steps[0]
         check_steps(model, taken, "--steps")
         if taken not in model.card.steps:
-            console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")
+            console.print(
+                f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}"
+            )
         if compare:
             pictures.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
             labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")

@@ -36,7 +36,11 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
         steps, stages = finetune_teacher(recipe, run), {"finetune": recipe.fit.steps}
     else:
         config = read_recipe(source, overrides, TeacherConfig)
-        stages = {"codec": config.codec.fit.steps, "decoder": config.codec.decoder.steps, "denoiser": config.denoiser.fit.steps}
+        stages = {
+            "codec": config.codec.fit.steps,
+            "decoder": config.codec.decoder.steps,
+            "denoiser": config.denoiser.fit.steps,
+        }
         steps = train_teacher(config, run)
     require(place_checks(run), "--out")
     with held(run), stop_request() as request:

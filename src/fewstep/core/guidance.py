@@ -17,13 +17,17 @@ LARGEST_SCALE = 1000
 class Guidance:
     """Guidance of a teacher. Raises ValueError for settings that cannot be."""
 
-    scale: Annotated[float, Range(-LARGEST_SCALE, LARGEST_SCALE, hint="; 1 is without guidance, 3.5 is a good start")] = 1.0
+    scale: Annotated[
+        float, Range(-LARGEST_SCALE, LARGEST_SCALE, hint="; 1 is without guidance, 3.5 is a good start")
+    ] = 1.0
     """Weight w of classifier-free guidance, `m_null + w (m_cond - m_null)`; 1 is the conditional prediction alone."""
 
     tilt: Annotated[float, Range(-1, 1, hint="; 0 is the same scale at all times")] = 0.0
     """Change of the scale over time: (1 + tilt) times the scale at pure noise, (1 - tilt) times at clean data."""
 
-    apg_eta: Annotated[float, Range(0, 1, hint="; 0 removes the parallel component (APG, less saturation), 1 is plain guidance")] = 1.0
+    apg_eta: Annotated[
+        float, Range(0, 1, hint="; 0 removes the parallel component (APG, less saturation), 1 is plain guidance")
+    ] = 1.0
     """Share of the guidance parallel to the clean estimate that is kept (APG, arXiv 2410.02416); 1 is plain guidance."""
 
     stop: Annotated[float, Range(0, 1, below=True)] = 0.0
@@ -54,7 +58,9 @@ def guidance_of(value: "Guidance | float") -> Guidance:
     return value if isinstance(value, Guidance) else Guidance(scale=value)
 
 
-def guide(guidance: Guidance, schedule: Schedule, row: Row, m_cond: Tensor, m_null: Tensor, x: Tensor, t: Tensor) -> Tensor:
+def guide(
+    guidance: Guidance, schedule: Schedule, row: Row, m_cond: Tensor, m_null: Tensor, x: Tensor, t: Tensor
+) -> Tensor:
     """Combine raw outputs `m_cond`, `m_null` at `x` [B, ...] and t `[B]` into the guided one.
 
     Guidance is affine, so mixing raw outputs equals mixing x0 or eps.

@@ -51,7 +51,10 @@ def _no_step(schedule: Schedule, x: Tensor) -> SolverStep:
 
 def _rows(history: SolverHistory, rows: slice) -> SolverHistory:
     """Copy what belongs to these rows."""
-    steps = [SolverStep(s.t[rows].clone(), *(Split(*(p[rows].clone() for p in q)) for q in (s.pred, s.used))) for s in history.steps]
+    steps = [
+        SolverStep(s.t[rows].clone(), *(Split(*(p[rows].clone() for p in q)) for q in (s.pred, s.used)))
+        for s in history.steps
+    ]
     return SolverHistory(history.noise[rows], steps)
 
 

@@ -110,10 +110,14 @@ class VP:
         try:
             table = torch.as_tensor(self.alpha_bar)  # numpy's and lists, too
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"schedule: alpha_bar is a {type(self.alpha_bar).__name__}; pass the scheduler's alphas_cumprod") from error
+            raise ValueError(
+                f"schedule: alpha_bar is a {type(self.alpha_bar).__name__}; pass the scheduler's alphas_cumprod"
+            ) from error
         object.__setattr__(self, "alpha_bar", table)
         if table.ndim != 1 or len(table) < 2 or not bool((table.diff() <= 0).all()):
-            raise ValueError("schedule: alpha_bar must be a decreasing list of numbers; pass the scheduler's alphas_cumprod")
+            raise ValueError(
+                "schedule: alpha_bar must be a decreasing list of numbers; pass the scheduler's alphas_cumprod"
+            )
         if not (0 <= float(table[-1]) <= 0.5 and float(table[0]) <= 1):
             raise ValueError(
                 f"schedule: alpha_bar goes from {float(table[0]):.4g} to {float(table[-1]):.4g}, allowed are cumulative products from at most 1 to below 0.5; "

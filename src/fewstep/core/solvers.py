@@ -47,7 +47,9 @@ class State(NamedTuple):
 
 # (schedule, prediction at t, t, next t, past steps, noise) -> the prediction used for the update
 Update = Callable[[Schedule, Split, Tensor, Tensor, Sequence[SolverStep], Noise], Split]
-Correction = Callable[[Split, Tensor, Tensor, SolverHistory], Split]  # (prediction, t, next t, history) -> corrected prediction
+Correction = Callable[
+    [Split, Tensor, Tensor, SolverHistory], Split
+]  # (prediction, t, next t, history) -> corrected prediction
 
 
 SIGNAL = 2**-12  # alpha of pure noise where it is divided by, as in diffusers
@@ -72,14 +74,24 @@ class Solver:
 
 
 def ddim(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
     """Return the network's own prediction: DDIM (arXiv 2010.02502, eq. 12 with eta = 0)."""
     return pred
 
 
 def dpmpp(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
     """Extrapolate x0 in half the log signal-to-noise ratio: DPM-Solver++(2M) (arXiv 2211.01095, alg. 2).
 
@@ -98,11 +110,21 @@ def dpmpp(
     return Split(pred.x0 + change, pred.eps - expand(schedule.alpha(t) / schedule.sigma(t), change) * change)
 
 
-ADAMS_BASHFORTH = ((1.0, 0.0, 0.0, 0.0), (3 / 2, -1 / 2, 0.0, 0.0), (23 / 12, -16 / 12, 5 / 12, 0.0), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS_BASHFORTH = (
+    (1.0, 0.0, 0.0, 0.0),
+    (3 / 2, -1 / 2, 0.0, 0.0),
+    (23 / 12, -16 / 12, 5 / 12, 0.0),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 def ipndm(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
     """Combine eps of up to three past steps by Adams and Bashforth's coefficients: iPNDM (arXiv 2204.13902)."""
     if not steps:
@@ -117,20 +139,36 @@ def ipndm(
 
 
 def renoise(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
     """Replace eps by fresh noise: stochastic few-step sampling (consistency models; DMD2)."""
     return Split(pred.x0, noise(pred.x0))
 
 
-DDIM = Solver("ddim", ddim, stock="dpm-solver++", clients={"comfyui": "euler", "a1111": "Euler"})  # Euler's steps on noise levels
+DDIM = Solver(
+    "ddim", ddim, stock="dpm-solver++", clients={"comfyui": "euler", "a1111": "Euler"}
+)  # Euler's steps on noise levels
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
         DDIM,
-        Solver("dpmpp", dpmpp, order=2, memory=1, stock="dpm-solver++", clients={"comfyui": "dpmpp_2m", "a1111": "DPM++ 2M"}),
+        Solver(
+            "dpmpp",
+            dpmpp,
+            order=2,
+            memory=1,
+            stock="dpm-solver++",
+            clients={"comfyui": "dpmpp_2m", "a1111": "DPM++ 2M"},
+        ),
         Solver("ipndm", ipndm, order=4, memory=3),
-        Solver("renoise", renoise, stochastic=True, stock="lcm", clients={"comfyui": "lcm"}),  # A1111's LCM visits times of its own
+        Solver(
+            "renoise", renoise, stochastic=True, stock="lcm", clients={"comfyui": "lcm"}
+        ),  # A1111's LCM visits times of its own
     )
 }
 
@@ -148,7 +186,13 @@ def ddim_step(schedule: Schedule, pred: Split, t_next: Tensor) -> Tensor:
 
 
 def step(
-    solver: Solver, schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, history: SolverHistory, correct: Correction | None = None
+    solver: Solver,
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    history: SolverHistory,
+    correct: Correction | None = None,
 ) -> tuple[Tensor, SolverStep]:
     """Take one step from t to t_next [B]; return the next state and the step for the history."""
     used = solver.update(schedule, pred, t, t_next, history.steps, solver.noise)
@@ -158,7 +202,12 @@ def step(
 
 
 def sample(
-    denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, solver: Solver = DDIM, correct: Correction | None = None
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    solver: Solver = DDIM,
+    correct: Correction | None = None,
 ) -> Iterator[State]:
     """Yield the K + 1 states of `solver` down `times [K + 1]` from `x [B, ...]`, one network call a step."""
     t = times[0].to(x.device).expand(len(x))

@@ -14,7 +14,11 @@ from .image_files import KINDS, OTHERS, opened
 from .texts import Found, decoded, json_lines, json_of, printable, read_text, require_regular, table, text_of
 
 OPTION = "data.source"
-BESIDE = (".txt", ".caption", ".json")  # files that hold the caption of a picture of the same name, the first one counts
+BESIDE = (
+    ".txt",
+    ".caption",
+    ".json",
+)  # files that hold the caption of a picture of the same name, the first one counts
 LISTS = ("metadata.jsonl", "captions.jsonl", "metadata.csv")
 UNREAD_LIST = "metadata.parquet"
 TEXTS = ("text", "caption", "prompt")  # of a row of a list, or of a picture's JSON
@@ -41,7 +45,9 @@ class Captioned:
                 file.seek(self.start)
                 data = file.read(self.size)
         except OSError as error:
-            raise ValueError(f"{OPTION}: cannot read {printable(self.name)} ({error.strerror}); check the file") from error
+            raise ValueError(
+                f"{OPTION}: cannot read {printable(self.name)} ({error.strerror}); check the file"
+            ) from error
         if len(data) != self.size:
             raise ValueError(
                 f"{OPTION}: {printable(self.name)} has ended before its {self.size} bytes; leave the files alone while they are read"
@@ -63,13 +69,23 @@ def read_pictures(source: str) -> tuple[list[Captioned], Found]:
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"{OPTION}: there is no {printable(source)}; pass a folder of pictures or of webdataset .tar files")
+        raise ValueError(
+            f"{OPTION}: there is no {printable(source)}; pass a folder of pictures or of webdataset .tar files"
+        )
     if not path.is_dir():
         require_regular(path, OPTION, "pass a folder of pictures or of webdataset .tar files")
-    every = {"": path} if path.is_file() else dict(files_in(path, (*KINDS, *OTHERS, *BESIDE, ".tar", ".jsonl", ".csv", ".parquet"), OPTION))
+    every = (
+        {"": path}
+        if path.is_file()
+        else dict(files_in(path, (*KINDS, *OTHERS, *BESIDE, ".tar", ".jsonl", ".csv", ".parquet"), OPTION))
+    )
     shards = [p for name, p in every.items() if not name or p.suffix.lower() == ".tar"]
     cases: Counter[str] = Counter()
-    found = [picture for shard in shards for picture in _shard(shard, cases)] if shards else list(_folder(path, every, cases))
+    found = (
+        [picture for shard in shards for picture in _shard(shard, cases)]
+        if shards
+        else list(_folder(path, every, cases))
+    )
     if shards and (stray := [name for name in every if Path(name).suffix.lower() in KINDS]):
         raise ValueError(
             f"{OPTION}: {printable(source)} has .tar files and pictures, e.g. {printable(stray[0])}; pass a folder of one of the two"
@@ -89,7 +105,10 @@ def _found(source: str, pictures: Sequence[Captioned], cases: Mapping[str, int])
     kept = Counter(p.origin for p in pictures if p.caption)
     captions = {f"captions of {kind}": n for kind, n in sorted(kept.items()) if kind and kind != BY_NAME}
     return Found(
-        source, len(pictures), "pictures", {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases}
+        source,
+        len(pictures),
+        "pictures",
+        {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases},
     )
 
 
@@ -101,8 +120,14 @@ def require_picture(picture: Captioned) -> None:
 
 
 def _folder(root: Path, every: Mapping[str, Path], cases: Counter[str]) -> Iterator[Captioned]:
-    listed = _listed({name: path for name, path in every.items() if name.rpartition("/")[2].lower() in (*LISTS, UNREAD_LIST)})
-    beside = {_same(name[: -len(path.suffix)]) + path.suffix.lower(): path for name, path in every.items() if path.suffix.lower() in BESIDE}
+    listed = _listed(
+        {name: path for name, path in every.items() if name.rpartition("/")[2].lower() in (*LISTS, UNREAD_LIST)}
+    )
+    beside = {
+        _same(name[: -len(path.suffix)]) + path.suffix.lower(): path
+        for name, path in every.items()
+        if path.suffix.lower() in BESIDE
+    }
     pictures = [(name, path) for name, path in every.items() if path.suffix.lower() in KINDS]
     cases.update(_left_out(every))
     if nowhere := len(listed.keys() - {_same(name) for name, _ in pictures}):
@@ -115,7 +140,9 @@ def _folder(root: Path, every: Mapping[str, Path], cases: Counter[str]) -> Itera
     for name, path in pictures:
         stem = name[: -len(path.suffix)]
         files = [(s, beside[key]) for s in BESIDE for key in (_same(stem) + s, _same(name) + s) if key in beside]
-        caption = listed.get(_same(name)) or _first((kind, _small(file), f"{OPTION}: {printable(file)}") for kind, file in files)
+        caption = listed.get(_same(name)) or _first(
+            (kind, _small(file), f"{OPTION}: {printable(file)}") for kind, file in files
+        )
         if caption is None:
             bare = stem.rpartition("/")[2].replace("_", " ")
             caption = Caption(text_of(bare, f"{OPTION}: the name of {printable(path)}"), BY_NAME)
@@ -141,7 +168,9 @@ def _small(path: Path) -> str:
 def require_small(size: int, where: str) -> None:
     """Raises ValueError for a caption's file that nobody wrote as one."""
     if size > LARGEST_CAPTION:
-        raise ReadError(f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture")
+        raise ReadError(
+            f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture"
+        )
 
 
 def _first(texts: Iterable[tuple[str, str, str]]) -> Caption | None:
@@ -166,7 +195,9 @@ def _listed(lists: Mapping[str, Path]) -> dict[str, Caption]:
             )
         where, told = f"{OPTION}: {printable(path)}", False
         text = read_text(path, OPTION, "check the file")
-        rows: list[tuple[str, object]] = list(table(text, ",", where)[1]) if own.lower().endswith(".csv") else list(json_lines(text, where))
+        rows: list[tuple[str, object]] = (
+            list(table(text, ",", where)[1]) if own.lower().endswith(".csv") else list(json_lines(text, where))
+        )
         for here, row in rows:
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise ValueError(f'{here} is not {{"file_name": ..., "text": ...}}; correct it')
@@ -186,12 +217,21 @@ def _shard(path: Path, cases: Counter[str]) -> Iterator[Captioned]:
     with require_regular(path, OPTION, "pass a .tar file").open("rb") as file:
         start = file.read(6)
     if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
-        raise ValueError(f"{OPTION}: {printable(path)} is packed with {packed}; unpack it to a folder or a plain .tar first")
-    with reading(f"{OPTION}: {printable(path)}", "pack it again", "is no tar file, or damaged"), tarfile.open(path, "r:") as tar:
+        raise ValueError(
+            f"{OPTION}: {printable(path)} is packed with {packed}; unpack it to a folder or a plain .tar first"
+        )
+    with (
+        reading(f"{OPTION}: {printable(path)}", "pack it again", "is no tar file, or damaged"),
+        tarfile.open(path, "r:") as tar,
+    ):
         members = _members(tar, path)
         pictures = {name: m for name, m in members.items() if Path(name).suffix.lower() in KINDS}
         cases.update(_left_out(members))
-        texts = {name: _text(tar, m, _where(path, name)) for name, m in members.items() if Path(name).suffix.lower() in BESIDE}
+        texts = {
+            name: _text(tar, m, _where(path, name))
+            for name, m in members.items()
+            if Path(name).suffix.lower() in BESIDE
+        }
         _require_end(tar, path)
     for name, caption in _by_key(pictures, texts, path).items():
         member = pictures[name]
@@ -211,7 +251,11 @@ def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
         target = m
         if m.islnk() or m.issym():
             beside = m.name.rpartition("/")[0]
-            target = known.get(m.linkname, m) if m.islnk() else known.get(f"{beside}/{m.linkname}" if beside else m.linkname, m)
+            target = (
+                known.get(m.linkname, m)
+                if m.islnk()
+                else known.get(f"{beside}/{m.linkname}" if beside else m.linkname, m)
+            )
         if not target.isreg() or target.issparse():
             raise ReadError(
                 f"{OPTION}: {printable(path)}: {printable(m.name)} is no file of this archive (a link that leads out, a device, or with holes); pack it again"
@@ -228,7 +272,9 @@ def _require_end(tar: tarfile.TarFile, path: Path) -> None:
         while part := file.read(1 << 20):
             count += len(part)
             if part.count(0) != len(part):
-                raise tarfile.ReadError(f"what stands at byte {tar.offset} is no header and no end; are two archives one after the other?")
+                raise tarfile.ReadError(
+                    f"what stands at byte {tar.offset} is no header and no end; are two archives one after the other?"
+                )
     if count < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("it has been cut off")
 

@@ -26,7 +26,9 @@ def files_in(root: Path, suffixes: Collection[str], option: str) -> Iterator[tup
         yield from _below(root, "", frozenset({whole}), allowed, suffixes, option)
     except (OSError, RuntimeError) as error:  # loops of links are a RuntimeError up to Python 3.12
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"{option}: {printable(root)} cannot be read ({printable(reason)}); check what lies there") from error
+        raise ValueError(
+            f"{option}: {printable(root)} cannot be read ({printable(reason)}); check what lies there"
+        ) from error
 
 
 def _below(
@@ -41,7 +43,9 @@ def _below(
                     f"{option}: {printable(path)} is a link that leads out of the folder, to {printable(real)}; copy what is meant into it"
                 )
             if wanted and not real.exists():
-                raise ValueError(f"{option}: {printable(path)} is a link to {printable(real)}, which is not there; remove it")
+                raise ValueError(
+                    f"{option}: {printable(path)} is a link to {printable(real)}, which is not there; remove it"
+                )
         mode = path.stat().st_mode if path.exists() else 0
         if stat.S_ISDIR(mode):
             real = path.resolve()

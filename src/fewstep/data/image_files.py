@@ -56,10 +56,14 @@ def opened(source: bytes | BinaryIO, name: str, option: str = "data.source") -> 
                 _require_readable(image)
                 yield image
     except UnidentifiedImageError as error:
-        raise ValueError(f"{option}: {printable(name)} is no picture of {', '.join(FORMATS)}, or damaged; remove it") from error
+        raise ValueError(
+            f"{option}: {printable(name)} is no picture of {', '.join(FORMATS)}, or damaged; remove it"
+        ) from error
     except Exception as error:  # Pillow raises as many types as there are kinds of damage
         reason = printable(error).strip() or type(error).__name__
-        raise ValueError(f"{option}: {printable(name)} cannot be read ({reason}); remove it, or save it again") from error
+        raise ValueError(
+            f"{option}: {printable(name)} cannot be read ({reason}); remove it, or save it again"
+        ) from error
 
 
 def _require_readable(image: Image.Image) -> None:
@@ -89,7 +93,9 @@ def in_colour(image: Image.Image) -> Image.Image:
         clear = values == image.info["transparency"] if isinstance(image.info.get("transparency"), int) else None
         grey = np.rint(values * (255 / (2**bits - 1))).clip(0, 255)
         grey = 255 - grey if white_is_zero else grey
-        return Image.fromarray(np.where(clear, 255, grey).astype(np.uint8) if clear is not None else grey.astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            np.where(clear, 255, grey).astype(np.uint8) if clear is not None else grey.astype(np.uint8)
+        ).convert("RGB")
     if image.has_transparency_data:
         over = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), over).convert("RGB")

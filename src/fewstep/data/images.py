@@ -78,7 +78,9 @@ def encode_images_of(
     return ImageData(made_once(path, len(pictures), backbone.shape, encode, keep), embeddings, key)
 
 
-def made_once(path: Path | None, count: int, shape: tuple[int, ...], make: Callable[[], Iterator[Tensor]], keep: Kept = ignore) -> Tensor:
+def made_once(
+    path: Path | None, count: int, shape: tuple[int, ...], make: Callable[[], Iterator[Tensor]], keep: Kept = ignore
+) -> Tensor:
     """The states [count, *shape] kept in `path`, or made in parts and kept there; a file that is damaged or holds others is made again."""
     if path is not None and path.exists():
         try:

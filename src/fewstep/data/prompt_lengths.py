@@ -33,10 +33,14 @@ def said_of_prompts(backbone: Backbone, prompts: Sequence[str]) -> list[str]:
     if lines:
         taken = list(zip(*(r.taken for r in found), strict=True))
         if same := len(set(seen)) - len(set(taken)):
-            lines.append(f"prompts: of {len(set(seen))} different ones {same} become the condition of another when they are cut")
+            lines.append(
+                f"prompts: of {len(set(seen))} different ones {same} become the condition of another when they are cut"
+            )
     for sign, pattern in SIGNS.items():
         if count := sum(bool(pattern.search(p)) for p in seen):
-            lines.append(f"prompts: {count} {of} have {sign}, a sign of other programs, which is read as plain letters here")
+            lines.append(
+                f"prompts: {count} {of} have {sign}, a sign of other programs, which is read as plain letters here"
+            )
     return lines
 
 

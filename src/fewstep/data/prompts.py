@@ -50,7 +50,9 @@ def find_prompts(source: str, column: str | None = None) -> tuple[list[str], Fou
     if not prompts:
         raise ValueError(f"prompts: {printable(source)} has no prompt in it; write one a line")
     empty = 0 if kind == ".txt" else found.count("")  # blank lines of a text are no prompts that were lost
-    return prompts, Found(source, len(prompts), "prompts", {"empty": empty, "repeated": len(found) - found.count("") - len(prompts)})
+    return prompts, Found(
+        source, len(prompts), "prompts", {"empty": empty, "repeated": len(found) - found.count("") - len(prompts)}
+    )
 
 
 def _objects(records: Iterable[tuple[str, object]], column: str | None) -> Iterable[tuple[str, object]]:
@@ -86,9 +88,13 @@ def _hub(source: str, column: str | None) -> Iterable[tuple[str, object]]:
         data = load_dataset(source, split="train")
     except Exception as error:  # as many types as there are kinds of trouble
         reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
-        raise ValueError(f"{where} cannot be loaded ({reason}); check its name, that it has a split `train`, and the network") from error
+        raise ValueError(
+            f"{where} cannot be loaded ({reason}); check its name, that it has a split `train`, and the network"
+        ) from error
     name = _column(data.column_names, column, where)
-    yield from ((f"{where}, row {i}", value) for i, value in enumerate(data.select_columns([name])[name]))  # other columns may be pictures
+    yield from (
+        (f"{where}, row {i}", value) for i, value in enumerate(data.select_columns([name])[name])
+    )  # other columns may be pictures
 
 
 CHUNK = 64  # prompts that are encoded at once
@@ -102,7 +108,9 @@ def ignore(*_: object) -> None:
 class Embeddings:
     """Conditions of a list of prompts and of the empty prompt, encoded once; on the CPU, or in a file of which what is drawn is read."""
 
-    def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str, identity: str = "") -> None:
+    def __init__(
+        self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str, identity: str = ""
+    ) -> None:
         self.cond, self.null, self.prompts, self.count = cond, null, list(prompts), len(prompts)
         self.identity = identity  # of the network and the encoder
         self.key = key  # a hash of the encoder's identity and the prompts
@@ -127,7 +135,12 @@ class Embeddings:
 
 
 def embed(
-    backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = CHUNK, keep: Kept = ignore
+    backbone: Backbone,
+    prompts: Sequence[str],
+    cache: Path | None,
+    identity: str,
+    chunk: int = CHUNK,
+    keep: Kept = ignore,
 ) -> Embeddings:
     """Encode prompts once, with a `cache` in the memory of one chunk. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does).
 
@@ -142,7 +155,8 @@ def embed(
             return kept
         path.unlink()  # a cache that is damaged, or holds something else, is rebuilt: it holds nothing that cannot be made again
     parts = (
-        {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()} for i in range(0, len(prompts), chunk)
+        {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()}
+        for i in range(0, len(prompts), chunk)
     )
     null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and null:
@@ -172,7 +186,9 @@ def embedding_bytes(backbone: Backbone, count: int) -> int:
     return count * sum(v[0].numel() * v.dtype.itemsize for v in backbone.encode([""]).values())
 
 
-def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str, identity: str) -> Embeddings:
+def _embeddings(
+    tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str, identity: str
+) -> Embeddings:
     cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
     null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
     return Embeddings(cond, null, prompts, encoded, key, identity)

@@ -14,9 +14,13 @@ from unicodedata import category
 from ..reading import ReadError, reason
 from ..reading import json_of as parsed_json
 
-LONGEST = 20_000  # characters of one text: encoders read some hundred words, so more is a file that was taken for a line
+LONGEST = (
+    20_000  # characters of one text: encoders read some hundred words, so more is a file that was taken for a line
+)
 COLUMNS = ("prompt", "caption", "text")
-LINE = re.compile(r"\r\n|\n")  # `str.splitlines` also ends a line at U+2028, form feeds and others that are part of a text
+LINE = re.compile(
+    r"\r\n|\n"
+)  # `str.splitlines` also ends a line at U+2028, form feeds and others that are part of a text
 WORD, BROKEN = re.compile(r"\w"), re.compile("[\0\ud800-\udfff]")
 MARKS = (  # byte order marks; UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
@@ -88,7 +92,9 @@ def lines(text: str, where: str) -> Iterator[tuple[int, str]]:
     r"""(number from 1, line) of a text whose lines end in \n or \r\n alone. Raises ValueError for a lone \r, as old programs end lines."""
     for number, line in enumerate(LINE.split(text), 1):
         if "\r" in line:
-            raise ValueError(f"{where}, line {number} has a carriage return in it; save the file with line feeds at the ends of lines")
+            raise ValueError(
+                f"{where}, line {number} has a carriage return in it; save the file with line feeds at the ends of lines"
+            )
         yield number, line
 
 
@@ -101,13 +107,23 @@ def text_of(value: object, where: str) -> str:
     if value is None or (isinstance(value, float) and value != value):  # what pandas writes for null
         return ""
     if not isinstance(value, str):
-        kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else f"{json.dumps(value)}"
+        kind = (
+            "a list"
+            if isinstance(value, list)
+            else "an object"
+            if isinstance(value, Mapping)
+            else f"{json.dumps(value)}"
+        )
         raise ValueError(f'{where} has {kind} where a text belongs; write one text in quotes, such as "a red cat"')
     text = value.replace("\ufeff", "").strip()
     if len(text) > LONGEST:
-        raise ValueError(f"{where} has a text of {len(text):,} characters, allowed are {LONGEST:,}; check where its lines end")
+        raise ValueError(
+            f"{where} has a text of {len(text):,} characters, allowed are {LONGEST:,}; check where its lines end"
+        )
     if BROKEN.search(text):
-        raise ValueError(f"{where} has half a character or a zero byte in its text ({printable(text)[:60]}); write it again")
+        raise ValueError(
+            f"{where} has half a character or a zero byte in its text ({printable(text)[:60]}); write it again"
+        )
     visible = WORD.search(text) or any(category(c)[0] != "Z" and category(c) not in ("Cc", "Cf") for c in text)
     return text if visible else ""
 
@@ -154,5 +170,7 @@ def table(text: str, delimiter: str, where: str) -> tuple[list[str], list[tuple[
                 )
             rows.append((here, dict(zip(names, cells, strict=False))))
     except csv.Error as error:
-        raise ValueError(f"{where}, line {begin}: {error} (a quote that is not closed, or not doubled?); correct it") from error
+        raise ValueError(
+            f"{where}, line {begin}: {error} (a quote that is not closed, or not doubled?); correct it"
+        ) from error
     return names or [], rows

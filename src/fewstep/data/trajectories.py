@@ -123,7 +123,9 @@ class TrajectorySource:
     states: Callable[[Cond, Tensor], list[State]]
 
 
-def guided_teacher(backbone: Backbone, null: Cond, config: TrajectoryConfig, times: Tensor, guidance: Guidance) -> TrajectorySource:
+def guided_teacher(
+    backbone: Backbone, null: Cond, config: TrajectoryConfig, times: Tensor, guidance: Guidance
+) -> TrajectorySource:
     """Return the teacher under guidance, down a grid of `config.steps` that stops at all `times`."""
     guidance = config.guidance or guidance
     grid, places = refine(backbone.schedule, times, config.steps)
@@ -149,7 +151,14 @@ class Trajectories:
     """
 
     def __init__(
-        self, states: Tensor, times: Tensor, embeddings: Embeddings, whole: Tensor, grid: Tensor, key: str, seconds: float = 0.0
+        self,
+        states: Tensor,
+        times: Tensor,
+        embeddings: Embeddings,
+        whole: Tensor,
+        grid: Tensor,
+        key: str,
+        seconds: float = 0.0,
     ) -> None:
         self.states, self.times, self.embeddings, self.key = states, times, embeddings, key
         self.whole, self.grid, self.seconds = whole, grid, seconds
@@ -158,7 +167,9 @@ class Trajectories:
         """A batch drawn at random, each trajectory with its own condition."""
         picked = torch.randint(len(self.states), (batch,), generator=rng)
         return TrajectoryBatch(
-            self.states[picked].to(device), self.times, {k: v[picked].to(device) for k, v in self.embeddings.cond.items()}
+            self.states[picked].to(device),
+            self.times,
+            {k: v[picked].to(device) for k, v in self.embeddings.cond.items()},
         )
 
 
@@ -186,7 +197,10 @@ def generate_trajectories(
     known = TrajectoryRecord(record) if folder is None else _claim(folder, record)
     if folder is not None:
         there = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-        require_room(folder / RECORD, trajectory_bytes(config.count, backbone.shape, len(source.places), len(source.grid)) - there)
+        require_room(
+            folder / RECORD,
+            trajectory_bytes(config.count, backbone.shape, len(source.places), len(source.grid)) - there,
+        )
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))
     of = order.repeat(-(-config.count // data.count))[: config.count]
     own = data.take(of, data.key)
@@ -226,7 +240,9 @@ def trajectory_bytes(count: int, shape: tuple[int, ...], asked: int, grid: int) 
     return 4 * math.prod(shape) * (count * asked + min(count, CURVE_SAMPLES) * grid)
 
 
-def run_to_completion(walking: Generator[int, None, Trajectories], seen: Callable[[int], None] = lambda done: None) -> Trajectories:
+def run_to_completion(
+    walking: Generator[int, None, Trajectories], seen: Callable[[int], None] = lambda done: None
+) -> Trajectories:
     """What `generate_trajectories` returns; `seen` is told how many there are."""
     while True:
         try:
@@ -235,7 +251,9 @@ def run_to_completion(walking: Generator[int, None, Trajectories], seen: Callabl
             return end.value
 
 
-def _walked(backbone: Backbone, source: TrajectorySource, cond: Cond, samples: range, config: TrajectoryConfig) -> dict[str, Tensor]:
+def _walked(
+    backbone: Backbone, source: TrajectorySource, cond: Cond, samples: range, config: TrajectoryConfig
+) -> dict[str, Tensor]:
     """One shard. The first ones hold whole trajectories as well."""
     began = time.perf_counter()
     generators = [torch.Generator().manual_seed(config.seed + i) for i in samples]
@@ -263,7 +281,9 @@ def _fits(shard: Mapping[str, Tensor], record: Mapping[str, Any], start: int) ->
     own = {k: ((n, *record["shape"]), torch.float32) for k, n in wanted.items()}
     seconds = shard.get("seconds")
     counts = {len(shard[k]) for k in shapes}
-    return shapes == own and len(counts) == 1 and seconds is not None and seconds.numel() == 1 and bool(seconds.isfinite())
+    return (
+        shapes == own and len(counts) == 1 and seconds is not None and seconds.numel() == 1 and bool(seconds.isfinite())
+    )
 
 
 def _finite(shard: Mapping[str, Tensor]) -> bool:
@@ -325,8 +345,12 @@ def _require_same(there: Mapping[str, Any], record: Mapping[str, Any], place: Pa
         raise ValueError(
             f"data.folder: the trajectories in {place} are those of teacher {there.get('teacher')}, this is {record['teacher']}; choose another folder"
         )
-    if odd := [k for k in {**record, **there} if k != "count" and there.get(k) != json.loads(json.dumps(record.get(k)))]:
-        raise ValueError(f"data.folder: the trajectories in {place} were made with another {odd[0]}; choose another folder, or delete it")
+    if odd := [
+        k for k in {**record, **there} if k != "count" and there.get(k) != json.loads(json.dumps(record.get(k)))
+    ]:
+        raise ValueError(
+            f"data.folder: the trajectories in {place} were made with another {odd[0]}; choose another folder, or delete it"
+        )
 
 
 def _about(path: Path) -> dict[str, str]:

@@ -30,7 +30,9 @@ def colour_histogram(images: Tensor) -> Tensor:
     It knows nothing of where a colour is: a figure may be moved or mirrored.
     """
     grid = torch.arange(BINS, device=images.device)
-    r, g, b = (1 - (images.flatten(2)[..., None] * (BINS - 1) - grid).abs()).clamp(min=0).unbind(1)  # each [B, H W, BINS]
+    r, g, b = (
+        (1 - (images.flatten(2)[..., None] * (BINS - 1) - grid).abs()).clamp(min=0).unbind(1)
+    )  # each [B, H W, BINS]
     return torch.einsum("npr,npg,npb->nrgb", r, g, b).flatten(1) / r.shape[1]
 
 

@@ -80,7 +80,9 @@ class PrincipalComponents:
 def principal_components(x: Tensor, components: int) -> PrincipalComponents:
     """Fit to features [N, D]. Raises ValueError where they cannot have that many components."""
     if not 1 <= components <= min(len(x) - 1, x.shape[1]):
-        raise ValueError(f"components: got {components}; {len(x)} features of width {x.shape[1]} have 1..{min(len(x) - 1, x.shape[1])}")
+        raise ValueError(
+            f"components: got {components}; {len(x)} features of width {x.shape[1]} have 1..{min(len(x) - 1, x.shape[1])}"
+        )
     x = x.double()
     mean = x.mean(0)
     _, singular, rows = torch.linalg.svd(x - mean, full_matrices=False)

@@ -90,6 +90,8 @@ def feature_network() -> EfficientNetLite0:
 def features(network: nn.Module, images: Tensor) -> Tensor:
     """Features [N, 1280] of images [N, 3, H, W] in [0, 1]."""
     if not finite(images):
-        raise ValueError("evaluate: the pictures to be measured are not finite; draw them in float32, or look at what drew them")
+        raise ValueError(
+            "evaluate: the pictures to be measured are not finite; draw them in float32, or look at what drew them"
+        )
     with torch.inference_mode():
         return torch.cat([network(batch) for batch in images.split(BATCH)])

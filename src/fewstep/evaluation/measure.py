@@ -68,11 +68,17 @@ class FeatureExtractor:
         """One batch, rounded to 8 bits as a saved PNG is. Raises ValueError naming the row where it is not pictures."""
         images, seconds = timed(lambda: sampler(prompts, seeds))
         if images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
-            raise ValueError(f"row {row}: its sampler returned {list(images.shape)}; return pictures [{len(prompts)}, 3, H, W]")
+            raise ValueError(
+                f"row {row}: its sampler returned {list(images.shape)}; return pictures [{len(prompts)}, 3, H, W]"
+            )
         if not images.isfinite().all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
-            raise ValueError(f"row {row}: its pictures go from {images.min():.3g} to {images.max():.3g}; return finite values in [0, 1]")
+            raise ValueError(
+                f"row {row}: its pictures go from {images.min():.3g} to {images.max():.3g}; return finite values in [0, 1]"
+            )
         images = (images.float().clamp(0, 1) * 255).round() / 255
-        return Measured(self.space.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds]))
+        return Measured(
+            self.space.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds])
+        )
 
 
 def measure(

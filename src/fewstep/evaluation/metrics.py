@@ -36,12 +36,28 @@ METRICS: dict[str, Metric] = {
         Metric("fd_teacher", "FD to teacher", _fd_teacher, 1, "low"),
         Metric("kid_real", "KID to real images", _kid_real, 3, "low", shown=False, printed=False),
         Metric(
-            "retrieval_top1", "Prompt match, top 1", lambda m: None if m.ranks is None else top(m.ranks, 1), 1, "high", "%", 100, curve=True
+            "retrieval_top1",
+            "Prompt match, top 1",
+            lambda m: None if m.ranks is None else top(m.ranks, 1),
+            1,
+            "high",
+            "%",
+            100,
+            curve=True,
         ),
         Metric(
-            "retrieval_top5", "Prompt match, top 5", lambda m: None if m.ranks is None else top(m.ranks, 5), 1, "high", "%", 100, curve=True
+            "retrieval_top5",
+            "Prompt match, top 5",
+            lambda m: None if m.ranks is None else top(m.ranks, 5),
+            1,
+            "high",
+            "%",
+            100,
+            curve=True,
         ),
-        Metric("tone", "Skin tone", lambda m: None if m.tones is None else m.tones[0], 1, "high", "%", 100, shown=False),
+        Metric(
+            "tone", "Skin tone", lambda m: None if m.tones is None else m.tones[0], 1, "high", "%", 100, shown=False
+        ),
         Metric(
             "held_out_top1",
             "Held-out match, top 1",
@@ -64,7 +80,16 @@ METRICS: dict[str, Metric] = {
             shown=False,
             printed=False,
         ),
-        Metric("held_out_tone", "Held-out skin tone", lambda m: None if m.tones is None else m.tones[1], 1, "high", "%", 100, shown=False),
+        Metric(
+            "held_out_tone",
+            "Held-out skin tone",
+            lambda m: None if m.tones is None else m.tones[1],
+            1,
+            "high",
+            "%",
+            100,
+            shown=False,
+        ),
         Metric("diversity", "Diversity", lambda m: m.diversity, 2, shown=False, printed=False, curve=True),
         Metric("diversity_ratio", "Diversity, teacher = 1", _diversity_ratio, 2),
         Metric("collapsed", "Collapsed", _collapsed, shown=False, printed=False),

@@ -41,7 +41,11 @@ class PictureProtocol:
 
 
 SEEDS = 32  # pictures of a prompt whose distances are taken: they grow with the square
-PICTURES = (PictureProtocol("pictures-quick", 128), PictureProtocol("pictures", 512), PictureProtocol("pictures-full", 5000))
+PICTURES = (
+    PictureProtocol("pictures-quick", 128),
+    PictureProtocol("pictures", 512),
+    PictureProtocol("pictures-full", 5000),
+)
 FEWEST, MOST = 8, 50_000  # pictures of a row
 
 
@@ -94,7 +98,13 @@ class Drawn:
     tones: tuple[float, float] | None = None
 
 
-ALWAYS = ("fd_real", "fd_teacher", "diversity", "diversity_ratio", "collapsed")  # keys that every row has, if only with null
+ALWAYS = (
+    "fd_real",
+    "fd_teacher",
+    "diversity",
+    "diversity_ratio",
+    "collapsed",
+)  # keys that every row has, if only with null
 
 
 def asked(protocol: PictureProtocol, names: Sequence[str]) -> SamplePlan:
@@ -135,7 +145,9 @@ def evaluate_pictures(
     """
     count, best = protocol.count, best_teacher(rows)
     if real is not None and len(real) < count:
-        raise ValueError(f"real: got {len(real)} pictures, protocol {protocol.name} compares {count} with {count}; choose a smaller one")
+        raise ValueError(
+            f"real: got {len(real)} pictures, protocol {protocol.name} compares {count} with {count}; choose a smaller one"
+        )
     if real is None and best is None:
         raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real pictures; pass some")
     drawn, gauge = asked(protocol, classes), FeatureExtractor(Roots())
@@ -163,7 +175,9 @@ def evaluate_pictures(
         ours = spreads[i]
         ratio_of = None if theirs is None or not whole else theirs / whole
         relative = ours / whole if ours is not None and whole else None
-        return Drawn(others_own, compared, seen(own[i]), own[i], relative, ratio_of, measured[i].fastest(protocol.batch))
+        return Drawn(
+            others_own, compared, seen(own[i]), own[i], relative, ratio_of, measured[i].fastest(protocol.batch)
+        )
 
     whose = "the teacher's" if others is None else "the real pictures'"
     return {

@@ -24,7 +24,12 @@ BETTER = 0.9  # of the stated reading's error: what another has to get below to 
 WORSE = 1.15  # of the linear estimate's error: what no right reading has
 SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of the way from clean data to noise
 GRID = 4096  # times of a continuum among which the one of a ratio is looked for
-RANGES = {"2 x - 1": (2.0, -1.0), "(x + 1) / 2": (0.5, 0.5), "x / 127.5 - 1": (1 / 127.5, -1.0), "x / 255": (1 / 255, 0.0)}  # scale, offset
+RANGES = {
+    "2 x - 1": (2.0, -1.0),
+    "(x + 1) / 2": (0.5, 0.5),
+    "x / 127.5 - 1": (1 / 127.5, -1.0),
+    "x / 255": (1 / 255, 0.0),
+}  # scale, offset
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,10 @@ class ProcessCheck:
     suspected: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"t {at.t:.6g}: error of the clean estimate {at.error:.4g}, of the best linear one {at.bound:.4g}" for at in self.times]
+        lines = [
+            f"t {at.t:.6g}: error of the clean estimate {at.error:.4g}, of the best linear one {at.bound:.4g}"
+            for at in self.times
+        ]
         return "\n".join([*lines, *(self.suspected or ("nothing is suspected",))])
 
 
@@ -74,7 +82,9 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
     noise = torch.randn((len(times), *real.shape), generator=torch.Generator().manual_seed(seed))
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     variance = real.double().flatten(1).var(0)
-    bound = torch.stack([(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]).clamp(min=1e-12)
+    bound = torch.stack(
+        [(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]
+    ).clamp(min=1e-12)
 
     def score(reading: Reading) -> Tensor:
         return _errors(backbone, schedule, reading, times, real, noise, cond, batch) / bound[:, None]
@@ -84,7 +94,9 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
     at = tuple(At(float(t), float(e * b), float(b)) for t, e, b in zip(times, own.mean(1), bound, strict=True))
     if found:
         ratio, name = min(found)
-        return ProcessCheck(at, (f"suspected: {name} (its error is {100 * ratio:.2g} % of that of the network as it is stated)",))
+        return ProcessCheck(
+            at, (f"suspected: {name} (its error is {100 * ratio:.2g} % of that of the network as it is stated)",)
+        )
     if other := _miscalibrated(backbone, times, real, cond, seed, batch):
         return ProcessCheck(at, (f"suspected: {other}",))
     beyond = [a for a in at if not a.error <= WORSE * a.bound]
@@ -123,7 +135,11 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
 
     def excess(reading: Reading) -> tuple[Tensor, Tensor]:
         """(share of the noise that is found too much, its standard error) [T]."""
-        own = times if reading.same else _time_of(reading.schedule, schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12))
+        own = (
+            times
+            if reading.same
+            else _time_of(reading.schedule, schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12))
+        )
         alpha, sigma, found = reading.schedule.alpha(own), reading.schedule.sigma(own), []
         for i, clean in enumerate(_estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)):
             eps = noise[i] + alpha[i] / sigma[i] * (x0 - clean)
@@ -173,7 +189,10 @@ def _others(backbone: Backbone) -> list[Reading]:
         told("the scale of time: the network wants t as a fraction of the table", lambda t: t / (schedule.t_max + 1))
     else:
         told("the scale of time: the network wants 1000 t", lambda t: 1000 * t)
-        told("the scale of time: the network wants log(sigma) / 4", lambda t: schedule.sigma(t).clamp(min=1e-12).log() / 4)
+        told(
+            "the scale of time: the network wants log(sigma) / 4",
+            lambda t: schedule.sigma(t).clamp(min=1e-12).log() / 4,
+        )
     return found
 
 
@@ -193,9 +212,13 @@ def _schedules(backbone: Backbone) -> list[Reading]:
         found.append(Reading(name, schedule, row, _stepped(schedule, step)))
     for shift in SHIFTS:
         way = "noisier" if shift > 0 else "cleaner"
-        name = f"the schedule: the network finds the right noise where it is told times {abs(shift):.0%} of the way {way}"
+        name = (
+            f"the schedule: the network finds the right noise where it is told times {abs(shift):.0%} of the way {way}"
+        )
         found.append(Reading(name, schedule, row, _moved(schedule, shift)))
-    return found + [Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)]
+    return found + [
+        Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)
+    ]
 
 
 def _stepped(schedule: Schedule, step: int) -> Callable[[Tensor], Tensor]:
@@ -220,7 +243,11 @@ def _usual(schedule: Schedule) -> list[tuple[str, Schedule]]:
     }
     index = torch.arange(n, dtype=torch.float64)
     tables = {name: VP((1 - b.clamp(max=0.999)).cumprod(0)) for name, b in betas.items()}
-    return [(name, vp) for name, vp in tables.items() if not torch.allclose(vp.sigma(index), schedule.sigma(index), atol=1e-3)]
+    return [
+        (name, vp)
+        for name, vp in tables.items()
+        if not torch.allclose(vp.sigma(index), schedule.sigma(index), atol=1e-3)
+    ]
 
 
 def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
@@ -234,10 +261,21 @@ def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
 
 
 def _errors(
-    backbone: Backbone, stated: Schedule, reading: Reading, times: Tensor, real: Tensor, noise: Tensor, cond: Cond, batch: int
+    backbone: Backbone,
+    stated: Schedule,
+    reading: Reading,
+    times: Tensor,
+    real: Tensor,
+    noise: Tensor,
+    cond: Cond,
+    batch: int,
 ) -> Tensor:
     """Mean squares over elements [T, N], in units of the data as they were given. What is not finite counts as very large."""
-    own = times if reading.same else _time_of(reading.schedule, reading.scale * stated.sigma(times) / stated.alpha(times).clamp(min=1e-12))
+    own = (
+        times
+        if reading.same
+        else _time_of(reading.schedule, reading.scale * stated.sigma(times) / stated.alpha(times).clamp(min=1e-12))
+    )
     x0 = reading.scale * real + reading.offset
     estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
     errors = [((clean - x0) / reading.scale).square().flatten(1).mean(1) for clean in estimates]
@@ -256,7 +294,12 @@ def _estimates(
         x = (expand(a, x0) * x0 + expand(s, x0) * noise[i]).float()
         parts = [slice(j, j + batch) for j in range(0, len(x0), batch)]
         try:
-            m = torch.cat([backbone.predict(backbone.module, x[p].to(device), t[p].to(device), rows(cond, p)).cpu() for p in parts])
+            m = torch.cat(
+                [
+                    backbone.predict(backbone.module, x[p].to(device), t[p].to(device), rows(cond, p)).cpu()
+                    for p in parts
+                ]
+            )
         except (IndexError, ValueError, RuntimeError):
             if not reading.name:
                 raise

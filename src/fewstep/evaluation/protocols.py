@@ -68,9 +68,15 @@ def evaluate(
     known = load_reference(reference)
     if known.sha256 != protocol.reference:
         found = f"the reference {reference} has hash {known.sha256[:12]}, expected {protocol.reference[:12]}"
-        raise ValueError(f"protocol {protocol.name}: {found}; install fewstep again, or name your own reference's hash in the protocol")
+        raise ValueError(
+            f"protocol {protocol.name}: {found}; install fewstep again, or name your own reference's hash in the protocol"
+        )
     drawn, gauge = plan(protocol, known), FeatureExtractor(known)
-    stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds), "reference_sha256": known.sha256}
+    stamp = {
+        "prompts_sha256": digest(drawn.prompts),
+        "seeds_sha256": digest(drawn.seeds),
+        "reference_sha256": known.sha256,
+    }
     measured = measured_rows(rows, drawn, gauge, list(stamp.values()), protocol.batch, cache, progress, shipped)
     suite, most = MetricSuite(protocol, drawn, known), best_teacher(rows)
     best = None if most is None else measured[most]

@@ -43,7 +43,9 @@ def cells(x: Tensor, count: int = CELLS, rounds: int = 10) -> Tensor:
     centres = flat[chosen]
     for _ in range(rounds):
         nearest = torch.cdist(flat, centres).argmin(1)
-        centres = torch.stack([flat[nearest == k].mean(0) if bool((nearest == k).any()) else c for k, c in enumerate(centres)])
+        centres = torch.stack(
+            [flat[nearest == k].mean(0) if bool((nearest == k).any()) else c for k, c in enumerate(centres)]
+        )
     return centres
 
 
@@ -58,4 +60,8 @@ def shifted(own: Tensor, other: Tensor, n: int) -> tuple[float, float] | None:
     pooled = (own + other) / 2
     apart = (own - other).abs() / (2 * pooled * (1 - pooled) / n).sqrt().clamp(min=1e-12)
     worst = int(torch.where(own == other, torch.zeros_like(apart), apart).argmax())
-    return (float(own[worst]), float(other[worst])) if float(apart[worst]) > SURE and float(own[worst]) != float(other[worst]) else None
+    return (
+        (float(own[worst]), float(other[worst]))
+        if float(apart[worst]) > SURE and float(own[worst]) != float(other[worst])
+        else None
+    )

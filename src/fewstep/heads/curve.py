@@ -82,13 +82,17 @@ def _fit(s: Tensor, y: Tensor, starts: int) -> tuple[Tensor, Tensor, Tensor]:
     spread = (y - y.mean()).square().sum().clamp(min=1e-300)
     rates = torch.logspace(-1, 1.7, 10).double()
     # The Gamma term by its peak p/q and by its width sqrt(p)/q.
-    peak, width = torch.meshgrid(torch.linspace(0.05, 1.2, 14).double(), torch.logspace(-1.7, 0.3, 10).double(), indexing="ij")
+    peak, width = torch.meshgrid(
+        torch.linspace(0.05, 1.2, 14).double(), torch.logspace(-1.7, 0.3, 10).double(), indexing="ij"
+    )
     p = (peak / width).square().flatten()
     gammas = torch.stack([p, p / peak.flatten()], 1).clamp(0.05, 500)
     grid = torch.cat([torch.cat([k.expand(len(gammas), 1), gammas], 1) for k in torch.cat([-rates, rates])])
     best = grid[_misfit(s, y, grid).argsort()[:starts]]
     free = torch.cat([best[:, :1], best[:, 1:].log()], 1).requires_grad_()
-    descent = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-15, tolerance_grad=1e-12)
+    descent = torch.optim.LBFGS(
+        [free], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-15, tolerance_grad=1e-12
+    )
 
     def shapes() -> Tensor:
         return torch.cat([free[:, :1].clamp(-60, 60), free[:, 1:].clamp(-3, 6.5).exp()], 1)

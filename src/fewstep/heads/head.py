@@ -37,12 +37,18 @@ def facts_of(schedule: Schedule, whole: Tensor, grid: Tensor, clean: Tensor, gri
     c, _ = coordinates(whole.flatten(2))
     centre = clean.double().mean(0)
     spread = (clean.double() - centre).square().mean().sqrt()
-    return Facts(fit_curve(1 - schedule.fraction(grid), c), centre.float(), float(spread), tuple(g.double() for g in grids))
+    return Facts(
+        fit_curve(1 - schedule.fraction(grid), c), centre.float(), float(spread), tuple(g.double() for g in grids)
+    )
 
 
 def unknown(shape: Sequence[int], grids: Sequence[Tensor]) -> Facts:
     """The facts of data of this shape that nobody has seen yet."""
-    flat = Curve(torch.ones(3, TERMS, dtype=torch.float64), torch.ones(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    flat = Curve(
+        torch.ones(3, TERMS, dtype=torch.float64),
+        torch.ones(3, 3, dtype=torch.float64),
+        torch.zeros(3, dtype=torch.float64),
+    )
     return Facts(flat, torch.zeros(*shape), 1.0, tuple(grids))
 
 
@@ -58,7 +64,9 @@ class Tokens(NamedTuple):
 class Head(nn.Module, ABC):
     """What the heads have in common: tokens, places on the curve, and how a corrected estimate becomes a way."""
 
-    by_step: ClassVar[bool] = False  # whether every step has weights of its own: then there are no more steps than the longest grid has
+    by_step: ClassVar[bool] = (
+        False  # whether every step has weights of its own: then there are no more steps than the longest grid has
+    )
     centre: Tensor
 
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
@@ -137,7 +145,11 @@ class SpanHead(Head):
         values, there, lengths, times = tokens
         unit = values.flatten(2).float() / (self.facts.spread * values[0, 0].numel() ** 0.5)
         cosines = nn.functional.pad(torch.einsum("bnd,bmd->bnm", unit, unit[:, :3]), (0, max(0, 3 - unit.shape[1])))
-        kind = nn.functional.one_hot(torch.arange(values.shape[1], device=t.device).clamp(max=2), 3).float().expand(len(t), -1, -1)
+        kind = (
+            nn.functional.one_hot(torch.arange(values.shape[1], device=t.device).clamp(max=2), 3)
+            .float()
+            .expand(len(t), -1, -1)
+        )
         step = self.places(t, t_next)[:, None].expand(-1, values.shape[1], -1)
         visited = torch.stack([self.place(s) for s in times], 1)
         h = self.each(torch.cat([torch.log(lengths + SMALL)[..., None], cosines, kind, step, visited], 2).detach())
@@ -168,7 +180,9 @@ class FilmHead(Head):
     def __init__(self, schedule: Schedule, facts: Facts, width: int = 32) -> None:
         super().__init__(schedule, facts)
         if facts.centre.ndim != 3:
-            raise ValueError(f"method.head: film is for states [C, H, W], these are {list(facts.centre.shape)}; choose span")
+            raise ValueError(
+                f"method.head: film is for states [C, H, W], these are {list(facts.centre.shape)}; choose span"
+            )
         channels = len(facts.centre)
         self.into = nn.Conv2d(3 * channels, width, 3, padding=1)
         self.middle = nn.Conv2d(width, width, 3, padding=1)
@@ -196,7 +210,11 @@ def _zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-KINDS: dict[str, type[SpanHead] | type[SharedHead] | type[FilmHead]] = {"span": SpanHead, "shared": SharedHead, "film": FilmHead}
+KINDS: dict[str, type[SpanHead] | type[SharedHead] | type[FilmHead]] = {
+    "span": SpanHead,
+    "shared": SharedHead,
+    "film": FilmHead,
+}
 
 
 def make_head(kind: str, schedule: Schedule, facts: Facts, seed: int = 0) -> Head:

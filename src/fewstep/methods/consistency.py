@@ -46,7 +46,9 @@ class ConsistencyDistillation(Method):
         super().__post_init__()
         require_name(self)
         if len(self.counts) > 1:
-            raise ValueError(f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; choose one")
+            raise ValueError(
+                f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; choose one"
+            )
         if self.solver_steps % self.counts[0]:
             raise ValueError(
                 f"method.solver_steps: got {self.solver_steps}, allowed are multiples of method.steps ({self.counts[0]}), "
@@ -98,9 +100,13 @@ def consistency_loss(method: ConsistencyDistillation, roles: Roles, batch: Train
 
 def draw_scale(scales: tuple[float, ...], rng: torch.Generator) -> float:
     """Draw one of several guidance scales, evenly."""
-    return scales[int(torch.randint(len(scales), (), generator=rng, device=rng.device))] if len(scales) > 1 else scales[0]
+    return (
+        scales[int(torch.randint(len(scales), (), generator=rng, device=rng.device))] if len(scales) > 1 else scales[0]
+    )
 
 
-def teacher_step(roles: Roles, cond: Cond, null: Cond, guidance: Guidance, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def teacher_step(
+    roles: Roles, cond: Cond, null: Cond, guidance: Guidance, x: Tensor, t: Tensor, t_next: Tensor
+) -> Tensor:
     """Take one DDIM step of the guided teacher from x [B, ...] at t to t_next [B]."""
     return ddim_step(roles.backbone.schedule, roles.teacher(cond, null, guidance)(x, t), t_next)

@@ -29,7 +29,17 @@ from ..objectives.regression import REGRESSION_LOSSES
 from ..objectives.reverse_kl import SURROGATE_LOSSES
 from ..roles.roles import Role, Roles
 from ..words import speaks_python
-from .method import Loss, Method, Needs, RealBatch, TrainBatch, TrajectoryBatch, draw_count, require_analytic_first_step, student_of
+from .method import (
+    Loss,
+    Method,
+    Needs,
+    RealBatch,
+    TrainBatch,
+    TrajectoryBatch,
+    draw_count,
+    require_analytic_first_step,
+    student_of,
+)
 from .names import require_name
 from .trajectory_imitation import absorb_head
 
@@ -180,7 +190,10 @@ class DistributionMatching(Method):
 
     def _own_name(self) -> str:
         stochastic = SOLVERS[self.solver].stochastic
-        fisher, clean = self.match.divergence == "fisher", self.match.state == "clean" and self.match.tau_range == "full"
+        fisher, clean = (
+            self.match.divergence == "fisher",
+            self.match.state == "clean" and self.match.tau_range == "full",
+        )
         if clean:
             one = not fisher and self.counts == (1,) and self.fake.updates == 1 and not stochastic
             dmd2 = stochastic and not self.fake.share_noised_sample
@@ -204,7 +217,13 @@ class DistributionMatching(Method):
         several = len(self.counts) > 1
         gaps = (f"gap_{f'{count}_' if several else ''}{k}" for count in self.counts for k in range(count))
         adversarial = ("discriminator_loss", "gan_loss") if self.gan.weight else ()
-        return ("student_loss", "fake_loss", *adversarial, *(("regression_loss",) if self.regression_weight else ()), *gaps)
+        return (
+            "student_loss",
+            "fake_loss",
+            *adversarial,
+            *(("regression_loss",) if self.regression_weight else ()),
+            *gaps,
+        )
 
     @property
     def updated(self) -> tuple[Role, ...]:
@@ -258,14 +277,20 @@ def draw(
 
     solver = solver_named(method.solver, noise)
     x = noise(torch.empty((batch, *shape))) * schedule.start_std if init_noise is None else init_noise
-    untrained = int(method.analytic_first_step and roles.head is None)  # an analytic first step has nothing to train without a head
+    untrained = int(
+        method.analytic_first_step and roles.head is None
+    )  # an analytic first step has nothing to train without a head
     segment = untrained + timegrid.draw_segments(batch, steps - untrained, rng)
     student = partial(student_of, method, roles, steps=steps)
     calls = steps - 1 if roles.sharded else 0  # as many as any process may need
-    start, history = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls)
+    start, history = segment_starts(
+        lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls
+    )
     high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
-        landed, done = step(solver, schedule, student(cond, always=roles.sharded)(start, high), high, landing, history, roles.head)
+        landed, done = step(
+            solver, schedule, student(cond, always=roles.sharded)(start, high), high, landing, history, roles.head
+        )
         clean, x0 = method.match.state == "clean", done.pred.x0 if roles.head is None else done.used.x0
         x_m = x0 if clean else landed
     tau = _draw_tau(method, schedule, landing, high, rng)
@@ -277,7 +302,9 @@ def draw(
     return NoisedSample(cond, steps, segment, t, tau, landed, x_m, x0, e, x_tau)
 
 
-def _draw_tau(method: DistributionMatching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator) -> Tensor:
+def _draw_tau(
+    method: DistributionMatching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator
+) -> Tensor:
     """Draw tau `[B]` in (low, high]: from the landing time or `tau_min`, the noisier, to the segment's start or `tau_max`."""
     match = method.match
     low = torch.full_like(landing, schedule.t_clean) if match.tau_range == "full" else landing
@@ -297,7 +324,9 @@ def fake_loss(method: DistributionMatching, schedule: Schedule, row: Row, d: Noi
     return denoising(f_fake, goal, precision * weight).mean()
 
 
-def student_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor) -> Tensor:
+def student_loss(
+    method: DistributionMatching, schedule: Schedule, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor
+) -> Tensor:
     """Return the divergence of student and teacher at x_tau (step 5)."""
     state = MatchedState(schedule, d.x_m, d.x0, d.e, d.t, d.tau, f_teacher, f_fake)
     return DIVERGENCES[method.match.divergence].loss(state, method.loss, method.match.fisher_correction).mean()
@@ -377,14 +406,19 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
         value, metrics = value + method.gan.weight * adversarial, metrics | {"gan_loss": adversarial.detach()}
     if walk is not None:
         regression = regression_loss(method, schedule, d, walk)
-        value, metrics = value + method.regression_weight * regression, metrics | {"regression_loss": regression.detach()}
+        value, metrics = (
+            value + method.regression_weight * regression,
+            metrics | {"regression_loss": regression.detach()},
+        )
     yield Loss("student", value, metrics)
 
 
 def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, walk: TrajectoryBatch) -> Tensor:
     """Return `mean |x - x_teacher|` where the student's steps land, against the teacher's trajectories from the same noise."""
     passed = (walk.times.to(d.t)[None] - method.times(schedule, d.steps).to(d.t)[d.segment + 1, None]).abs().argmin(1)
-    return REGRESSION_LOSSES["l1"](d.landed, walk.states[torch.arange(len(passed), device=passed.device), passed]).mean()
+    return REGRESSION_LOSSES["l1"](
+        d.landed, walk.states[torch.arange(len(passed), device=passed.device), passed]
+    ).mean()
 
 
 def _gaps(method: DistributionMatching, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor) -> dict[str, Tensor]:

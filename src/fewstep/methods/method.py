@@ -45,7 +45,9 @@ class TrainBatch(NamedTuple):
     images: RealBatch | None
     rng: torch.Generator
     trajectories: TrajectoryBatch | None = None
-    steps: int | None = None  # K of this iteration, the same for all its batches and processes; None: the method draws it
+    steps: int | None = (
+        None  # K of this iteration, the same for all its batches and processes; None: the method draws it
+    )
 
 
 class Loss(NamedTuple):
@@ -179,7 +181,12 @@ def draw_count(steps: int | tuple[int, ...], rng: torch.Generator) -> int:
 
 
 def student_of(
-    method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None, always: bool = False
+    method: Method,
+    roles: Roles,
+    cond: Cond,
+    steps: int | None = None,
+    guidance: float | None = None,
+    always: bool = False,
 ) -> Denoise:
     """Return the student as its method samples it, conditioned on a step count or guidance scale (default: the first).
 

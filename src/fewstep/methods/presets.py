@@ -21,12 +21,18 @@ PRESETS: dict[str, Method] = {
         DistributionMatching(name="tdm-unify", steps=(4, 2, 1)),
         DistributionMatching(name="tdm-fisher", match=MatchConfig(divergence="fisher")),
         DistributionMatching(
-            name="dmd2", match=FULL, loss="l2", solver="renoise", fake=FakeScoreConfig(updates=10, share_noised_sample=False)
+            name="dmd2",
+            match=FULL,
+            loss="l2",
+            solver="renoise",
+            fake=FakeScoreConfig(updates=10, share_noised_sample=False),
         ),
         DistributionMatching(name="diff-instruct", steps=1, match=FULL, loss="l2"),
         DistributionMatching(
             name="sid",
-            match=MatchConfig(divergence="fisher", fisher_correction=1.0, state="clean", tau_range="full", tau_max=0.98),
+            match=MatchConfig(
+                divergence="fisher", fisher_correction=1.0, state="clean", tau_range="full", tau_max=0.98
+            ),
             solver="renoise",
         ),
         ConsistencyDistillation(),

@@ -42,7 +42,9 @@ class ProgressiveDistillation(Method):
         super().__post_init__()
         require_name(self)
         if len(self.counts) > 1:
-            raise ValueError(f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; choose one")
+            raise ValueError(
+                f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; choose one"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -57,7 +59,9 @@ class ProgressiveDistillation(Method):
 def stage_of(method: ProgressiveDistillation, iteration: int, iterations: int) -> tuple[int, bool]:
     """Return (stage, whether it begins here); stages are of equal length."""
     stage = min(method.stages - 1, iteration * method.stages // max(iterations, 1))
-    return stage, iteration > 0 and stage > 0 and stage != min(method.stages - 1, (iteration - 1) * method.stages // iterations)
+    return stage, iteration > 0 and stage > 0 and stage != min(
+        method.stages - 1, (iteration - 1) * method.stages // iterations
+    )
 
 
 def progressive_loss(method: ProgressiveDistillation, roles: Roles, batch: TrainBatch) -> Tensor:

@@ -18,7 +18,16 @@ from ..heads.head import KINDS
 from ..objectives.regression import REGRESSION_LOSSES
 from ..roles.roles import Roles
 from ..words import speaks_python
-from .method import Loss, Method, Needs, TrainBatch, TrajectoryBatch, draw_count, require_analytic_first_step, student_of
+from .method import (
+    Loss,
+    Method,
+    Needs,
+    TrainBatch,
+    TrajectoryBatch,
+    draw_count,
+    require_analytic_first_step,
+    student_of,
+)
 from .names import require_name
 
 
@@ -66,7 +75,9 @@ class TrajectoryImitation(Method):
         return imitate(self, roles, batch.trajectories, batch.steps or draw_count(self.steps, batch.rng), self.loss)
 
 
-def imitate(method: Method, roles: Roles, walk: TrajectoryBatch, count: int, loss: str, called: str = "student_loss") -> Iterator[Loss]:
+def imitate(
+    method: Method, roles: Roles, walk: TrajectoryBatch, count: int, loss: str, called: str = "student_loss"
+) -> Iterator[Loss]:
     """Yield one update a step: from where the student is, not the teacher, and without gradient through the steps before."""
     schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(method.solver), walk
     student = student_of(method, roles, cond, count)
@@ -93,7 +104,9 @@ def absorb_head(method: Method, roles: Roles, batch: TrainBatch) -> Iterator[Los
     with torch.no_grad(), roles.averaged():
         before = student_of(method, roles, batch.cond, count)
         states = [s.x for s in sample(before, schedule, x, times, solver_named(method.solver), roles.head_to_absorb)]
-    yield from imitate(method, roles, TrajectoryBatch(torch.stack(states, 1), times, batch.cond), count, "l1", "absorb_loss")
+    yield from imitate(
+        method, roles, TrajectoryBatch(torch.stack(states, 1), times, batch.cond), count, "l1", "absorb_loss"
+    )
 
 
 def _detached(done: SolverStep) -> SolverStep:

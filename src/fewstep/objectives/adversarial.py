@@ -19,7 +19,9 @@ class GanLoss(NamedTuple):
 
 GAN_LOSSES: dict[str, GanLoss] = {
     "hinge": GanLoss(lambda d: F.relu(1 - d).mean(1), lambda d: F.relu(1 + d).mean(1), lambda d: -d.mean(1)),
-    "non-saturating": GanLoss(lambda d: F.softplus(-d).mean(1), lambda d: F.softplus(d).mean(1), lambda d: F.softplus(-d).mean(1)),
+    "non-saturating": GanLoss(
+        lambda d: F.softplus(-d).mean(1), lambda d: F.softplus(d).mean(1), lambda d: F.softplus(-d).mean(1)
+    ),
 }
 
 

@@ -13,7 +13,9 @@ def denoising(pred_x0: Tensor, target_x0: Tensor, weight: Tensor) -> Tensor:
     return weight.detach().to(pred_x0) * (pred_x0 - target_x0.detach()).square().flatten(1).mean(1)
 
 
-def transition_target(schedule: Schedule, x_t: Tensor, noise: Tensor, t: Tensor, tau: Tensor, floor: float = 0.1) -> tuple[Tensor, Tensor]:
+def transition_target(
+    schedule: Schedule, x_t: Tensor, noise: Tensor, t: Tensor, tau: Tensor, floor: float = 0.1
+) -> tuple[Tensor, Tensor]:
     """Exact regression target for the score of `x_tau = r x_t + beta e`, and its weight: `(f*, (beta/sigma_tau)^2)`.
 
     The score of a diffused sample is `-E[e | x_tau]/beta`, so in x0 form `f* = (x_tau - sigma_tau^2/beta e)/alpha_tau`, which is

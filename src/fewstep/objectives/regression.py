@@ -27,7 +27,9 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
 REGRESSION_LOSSES: dict[str, RegressionLoss] = {"l1": mean_absolute, "l2": mean_square, "huber": pseudo_huber}
 
 
-def consistency_function(x: Tensor, x0: Tensor, t: Tensor, clean: float, scaling: float = 10.0, sigma_data: float = 0.5) -> Tensor:
+def consistency_function(
+    x: Tensor, x0: Tensor, t: Tensor, clean: float, scaling: float = 10.0, sigma_data: float = 0.5
+) -> Tensor:
     """`c_skip x + c_out x0_hat`, the identity on clean data (arXiv 2303.01469, eq. 5; LCM's scaling of the table's times).
 
     x, x0 [B, ...]; t [B]; `clean` is the time of data.

@@ -56,12 +56,22 @@ def read_grid(data: bytes) -> Grid | None:
         sheet = Image.open(io.BytesIO(data))
         about = json.loads(sheet.info[WORDS])
         labels, prompts = (tuple(str(word) for word in about[key]) for key in ("labels", "prompts"))
-        left, top, width, height, down, factor = (int(about[key]) for key in ("left", "top", "width", "height", "down", "factor"))
+        left, top, width, height, down, factor = (
+            int(about[key]) for key in ("left", "top", "width", "height", "down", "factor")
+        )
         right, bottom = left + len(prompts) * (width + GAP) - GAP, top + (len(labels) - 1) * down + height
-        if not (0 <= left <= right <= sheet.width and 0 <= top <= bottom <= sheet.height and width >= factor > 0 and height >= factor):
+        if not (
+            0 <= left <= right <= sheet.width
+            and 0 <= top <= bottom <= sheet.height
+            and width >= factor > 0
+            and height >= factor
+        ):
             return None
         tiles = tuple(
-            tuple(_tile(sheet, x, y, width, height, factor) for x in range(left, left + len(prompts) * (width + GAP), width + GAP))
+            tuple(
+                _tile(sheet, x, y, width, height, factor)
+                for x in range(left, left + len(prompts) * (width + GAP), width + GAP)
+            )
             for y in range(top, top + len(labels) * down, down)
         )
     except (OSError, KeyError, TypeError, ValueError, Image.DecompressionBombError):
@@ -71,7 +81,9 @@ def read_grid(data: bytes) -> Grid | None:
 
 def _tile(sheet: Image.Image, x: int, y: int, width: int, height: int, factor: int) -> bytes:
     """One picture of a grid as PNG, each of its pixels once."""
-    tile = sheet.crop((x, y, x + width, y + height)).resize((width // factor, height // factor), Image.Resampling.NEAREST)
+    tile = sheet.crop((x, y, x + width, y + height)).resize(
+        (width // factor, height // factor), Image.Resampling.NEAREST
+    )
     tile.info.clear()
     return png(tile)
 
@@ -86,7 +98,11 @@ def draw_grid(images: Tensor, labels: Sequence[str], prompts: Sequence[str]) -> 
     left = MARGIN + max((int(font.getlength(line)) + MARGIN for lines in names for line in lines), default=0)
     top = MARGIN + LINE * max(map(len, captions), default=0) + GAP
     cell_height = max([height, *(LINE * len(n) for n in names)]) + GAP
-    sheet = Image.new("RGB", (left + len(prompts) * (width + GAP) - GAP + MARGIN, top + len(labels) * cell_height - GAP + MARGIN), PAPER)
+    sheet = Image.new(
+        "RGB",
+        (left + len(prompts) * (width + GAP) - GAP + MARGIN, top + len(labels) * cell_height - GAP + MARGIN),
+        PAPER,
+    )
     pen = ImageDraw.Draw(sheet)
     for column, lines in enumerate(captions):
         _text(pen, left + column * (width + GAP), top - GAP - LINE * len(lines), lines, font, FAINT)

@@ -58,8 +58,12 @@ class Pictures:
             shape = t.estimates.shape
             if t.estimates.ndim != 5 or shape[1:3] != (len(t.times), 3) or shape[0] > len(self.prompts):
                 allowed = f"[P, {len(t.times)}, 3, H, W] with at most {len(self.prompts)} prompts"
-                raise ValueError(f"pictures: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time")
-        if (g := self.grid) is not None and (g.images.ndim != 6 or g.images.shape[1:4] != (len(g.told), len(g.taken), 3)):
+                raise ValueError(
+                    f"pictures: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time"
+                )
+        if (g := self.grid) is not None and (
+            g.images.ndim != 6 or g.images.shape[1:4] != (len(g.told), len(g.taken), 3)
+        ):
             allowed = f"[P, {len(g.told)}, {len(g.taken)}, 3, H, W]: one image for each count told and taken"
             raise ValueError(f"pictures: the grid is {list(g.images.shape)}, allowed is {allowed}")
 
@@ -102,7 +106,9 @@ def save_pictures(path: Path, pictures: Pictures) -> Path:
 
 def load_pictures(path: Path) -> Pictures:
     """Inverse of `save_pictures`; the 8-bit values come back exactly. Raises ValueError where the file is not one of ours."""
-    with reading(f"pictures {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"):
+    with reading(
+        f"pictures {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"
+    ):
         with safe_open(require_regular(path), framework="pt") as file:
             about = typed(PicturesHeader, json.loads((file.metadata() or {})["pictures"]))
             rows = {label: _pixels(file.get_tensor(f"row/{label}")) for label in about["rows"]}
@@ -111,7 +117,11 @@ def load_pictures(path: Path) -> Pictures:
                 for label, times in about["trajectories"].items()
             }
             counts = about.get("grid")
-            grid = None if counts is None else StepGrid(tuple(counts[0]), tuple(counts[1]), _pixels(file.get_tensor("grid")))
+            grid = (
+                None
+                if counts is None
+                else StepGrid(tuple(counts[0]), tuple(counts[1]), _pixels(file.get_tensor("grid")))
+            )
         return Pictures(tuple(about["prompts"]), rows, trajectories, grid)
 
 

@@ -128,11 +128,15 @@ def gaps(metrics: Sequence[Metrics]) -> Figure | None:
 
     Of a student of several step counts the keys are `gap_K_0` ..., and the curves those of the largest K.
     """
-    found = {key: [int(n) for n in key[4:].split("_")] for m in metrics for key in m if re.fullmatch(r"gap_(\d+_)?\d+", key)}
+    found = {
+        key: [int(n) for n in key[4:].split("_")] for m in metrics for key in m if re.fullmatch(r"gap_(\d+_)?\d+", key)
+    }
     most = max((n[0] for n in found.values() if len(n) == 2), default=0)
     keys = sorted((key for key, n in found.items() if len(n) == 1 or n[0] == most), key=lambda key: found[key])
     colours = [SEGMENTS[round(i * (len(SEGMENTS) - 1) / max(len(keys) - 1, 1))] for i in range(len(keys))]
-    return _logarithmic(metrics, [(f"step {found[key][-1] + 1}", colour, key) for key, colour in zip(keys, colours, strict=True)])
+    return _logarithmic(
+        metrics, [(f"step {found[key][-1] + 1}", colour, key) for key, colour in zip(keys, colours, strict=True)]
+    )
 
 
 def gradients(metrics: Sequence[Metrics]) -> Figure | None:
@@ -233,7 +237,9 @@ def explained(shape: Mapping[str, Any]) -> Figure | None:
     axes.set_yticks(range(len(shares)), [plural(i + 1, "direction") for i in range(len(shares))])
     axes.invert_yaxis()
     for i, share in enumerate(shares):
-        axes.text(1.02, i, f"{share:.1f} %", color=STUDENT, fontsize=FONT, va="center", transform=axes.get_yaxis_transform())
+        axes.text(
+            1.02, i, f"{share:.1f} %", color=STUDENT, fontsize=FONT, va="center", transform=axes.get_yaxis_transform()
+        )
     return axes.figure
 
 
@@ -316,12 +322,19 @@ def to_svg(figure: Figure, title: str) -> str:
         text.set_parse_math(False)  # a model's name may hold a dollar sign
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     svg = buffer.getvalue()
     for pattern, new in CLEANING:
         svg = re.sub(pattern, new, svg, flags=re.DOTALL)
     svg = re.sub("|".join(VARIABLES), lambda m: f"var(--{VARIABLES[m[0]]}, {m[0]})", svg)
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{svg.strip()}'
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{svg.strip()}'
+    )
 
 
 def _figure() -> Figure:

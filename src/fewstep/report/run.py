@@ -34,7 +34,9 @@ def render_run(run: Path) -> Path:
     """
     if not (run / "run.json").exists():
         lacks = "run.json" if run.is_dir() else "such folder"
-        raise ValueError(f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first")
+        raise ValueError(
+            f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first"
+        )
     with reading(f"run {run}", CURE, "cannot be shown"):
         page = render(read_run(run))
     return write_text(run / REPORT, page)
@@ -89,7 +91,11 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
         trained = {"lora": f"LoRA of rank {card.get('rank')}, for strength 1.0", "full": "all weights of the network"}
         head = f", and a {card['head']} head" if card.get("head") else ""
         facts.append(
-            ("Trained", trained.get(str(card.get("weights")), "nothing but a head") + (head if card.get("weights") != "none" else ""))
+            (
+                "Trained",
+                trained.get(str(card.get("weights")), "nothing but a head")
+                + (head if card.get("weights") != "none" else ""),
+            )
         )
         files = sorted(p.name for p in (run / "final").glob("*-lora.safetensors"))
         facts.append(("File to use", f"{run / 'final'}{f', for other programs {files[0]} in it' if files else ''}"))
@@ -97,7 +103,12 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
         facts.append(("State", f"iteration {iteration:,} of {train['iterations']:,}; there is no student yet"))
     best = best_preview(run)
     if best and int(best["iteration"]) < iteration:
-        facts.append(("Best preview", f"iteration {best['iteration']:,}, kept in {run / BEST} ({best['measured']} {best['value']:.4g})"))
+        facts.append(
+            (
+                "Best preview",
+                f"iteration {best['iteration']:,}, kept in {run / BEST} ({best['measured']} {best['value']:.4g})",
+            )
+        )
     return [(key, str(value)) for key, value in facts if value]
 
 
@@ -115,8 +126,14 @@ def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     return [
         ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {student}{asked} --compare"),
         ("Measure it under the full protocol", f"fewstep evaluate {student}"),
-        ("Write it for diffusers and ComfyUI; each file is loaded again and compared", f"fewstep export {student} {out}"),
-        ("Distil a pipeline of your own", "fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
+        (
+            "Write it for diffusers and ComfyUI; each file is loaded again and compared",
+            f"fewstep export {student} {out}",
+        ),
+        (
+            "Distil a pipeline of your own",
+            "fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine",
+        ),
     ]
 
 

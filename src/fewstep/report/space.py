@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VIEW = np.array([[1.0, -0.08], [0.34, 0.24], [0.0, 0.75]])  # where a box's width, depth and height go: to the right and up
+VIEW = np.array(
+    [[1.0, -0.08], [0.34, 0.24], [0.0, 0.75]]
+)  # where a box's width, depth and height go: to the right and up
 
 
 @dataclass(frozen=True)

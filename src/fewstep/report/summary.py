@@ -73,7 +73,9 @@ def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> H
     compared = f"student {ours:.1f}, teacher {goal:.1f} with {_evaluations(teacher)}"
     if start is None:
         return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
-    compared += f" and {start['fd_real']:.1f} at the student's cost, in {called(start)}, the best of what it draws with so many"
+    compared += (
+        f" and {start['fd_real']:.1f} at the student's cost, in {called(start)}, the best of what it draws with so many"
+    )
     if start["fd_real"] <= goal:
         return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
     lost = f"of the quality that the teacher loses at {_evaluations(student)} is won back."
@@ -85,7 +87,9 @@ def _imitation(rows: Sequence[Row], student: Row, teacher: Row) -> Headline | No
     if not finite(student.get("fd_teacher")):
         return None
     same = at_equal_cost(rows, student, "fd_teacher")
-    beside = "" if same is None else f"; the teacher at the student's cost has {same['fd_teacher']:.1f}, in {called(same)}"
+    beside = (
+        "" if same is None else f"; the teacher at the student's cost has {same['fd_teacher']:.1f}, in {called(same)}"
+    )
     told = f"Fréchet distance to the teacher's images of {_evaluations(teacher)}, lower is better{beside}."
     return Headline(f"{student['fd_teacher']:.1f}", told)
 

@@ -62,5 +62,7 @@ def _cell(column: Column, row: Row, rows: Sequence[Row]) -> Cell:
     if not finite(value):
         return Cell("–")
     others = [r[column.key] for r in rows if finite(r.get(column.key))]
-    best = len(others) > 1 and ((column.better == "low" and value == min(others)) or (column.better == "high" and value == max(others)))
+    best = len(others) > 1 and (
+        (column.better == "low" and value == min(others)) or (column.better == "high" and value == max(others))
+    )
     return Cell(f"{value * column.factor:,.{column.digits}f}{column.unit and chr(0xA0) + column.unit}", value, best)

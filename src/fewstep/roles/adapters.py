@@ -57,10 +57,16 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
     """Full names of the layers of `kind` (all, linear, conv, attention) that can carry LoRA. Names containing a `skip` are left out."""
     if kind not in TARGETS:
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join(TARGETS)}")
-    layers = [(n, m) for n, m in plain_layers(module).items() if isinstance(m, TARGETS[kind]) and not any(s in n for s in skip)]
+    layers = [
+        (n, m)
+        for n, m in plain_layers(module).items()
+        if isinstance(m, TARGETS[kind]) and not any(s in n for s in skip)
+    ]
     if kind == "attention":
         layers = [
-            (n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
+            (n, m)
+            for n, m in layers
+            if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
         ]
     if not layers:
         raise ValueError(
@@ -73,7 +79,11 @@ def lora_weights(module: nn.Module, names: Sequence[str], rank: int) -> int:
     """How many weights a LoRA of this rank has: rank (in + out) a layer, of a convolution the inputs of its kernel."""
     plain = plain_layers(module)
     layers = [plain[n] for n in names]
-    return sum(rank * (math.prod(m.weight.shape[1:]) + m.weight.shape[0]) for m in layers if isinstance(m, nn.Linear | nn.Conv2d))
+    return sum(
+        rank * (math.prod(m.weight.shape[1:]) + m.weight.shape[0])
+        for m in layers
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    )
 
 
 def fitting_rank(module: nn.Module, names: Sequence[str]) -> int:
@@ -90,7 +100,9 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are the point
         torch.manual_seed(seed)
         inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True),
+            module,
+            adapter_name=name,
         )
         for p in adapter_parameters(module, name).values():
             p.data = p.data.float()  # small updates vanish in half precision, whatever the base is in
@@ -134,7 +146,9 @@ def unused_name(module: nn.Module, stem: str) -> str:
 def switch(layers: Sequence[LoraLayer], name: str | None) -> None:
     """Make `name` the adapter that the layers add; None is the bare base network. Raises ValueError when it was taken out since."""
     if name is not None and layers and not any(name in layer.lora_A for layer in layers):
-        raise ValueError("student: its network has gone to another run on the same teacher; load the teacher again to keep both")
+        raise ValueError(
+            "student: its network has gone to another run on the same teacher; load the teacher again to keep both"
+        )
     for layer in layers:
         layer._disable_adapters = name is None
         if name is not None:

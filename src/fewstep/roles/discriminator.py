@@ -34,7 +34,9 @@ def features(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, cond:
         elif len(found) == len(layers):  # the blocks of a sharded one have to see the end of a pass
             raise _Enough
 
-    handles = [network.get_submodule(n).register_forward_hook(lambda _, __, output, n=n: keep(n, output)) for n in layers]
+    handles = [
+        network.get_submodule(n).register_forward_hook(lambda _, __, output, n=n: keep(n, output)) for n in layers
+    ]
     try:
         backbone.predict(network, x, t, cond)
     except _Enough:
@@ -57,7 +59,9 @@ class Heads(nn.Module):
 
     def __init__(self, widths: Sequence[int], counts: int, width: int = 128) -> None:
         super().__init__()
-        self.inputs = nn.ModuleList(nn.Sequential(nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, width)) for w in widths)
+        self.inputs = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, width)) for w in widths
+        )
         self.told = nn.ModuleList(nn.Linear(2 + counts, 2 * width) for _ in widths)
         self.outputs = nn.ModuleList(nn.Linear(width, 1) for _ in widths)
 
@@ -97,7 +101,9 @@ def make_discriminator(backbone: Backbone, network: nn.Module, counts: Sequence[
     cond = {k: v[:1] for k, v in backbone.encode([""]).items()}
     with torch.no_grad():
         t = torch.full((1,), backbone.schedule.t_max, dtype=torch.float64, device=device)
-        widths = [f.shape[2] for f in features(backbone, network, torch.zeros(1, *backbone.shape, device=device), t, cond)]
+        widths = [
+            f.shape[2] for f in features(backbone, network, torch.zeros(1, *backbone.shape, device=device), t, cond)
+        ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = Heads(widths, len(counts)).to(device)

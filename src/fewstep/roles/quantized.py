@@ -17,7 +17,9 @@ from ..backbones.base import Backbone
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BLOCK = 64
-NARROW = 64  # channels: layers with no more on one side, by which states come and go, cost half of the error and no memory
+NARROW = (
+    64  # channels: layers with no more on one side, by which states come and go, cost half of the error and no memory
+)
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
@@ -61,7 +63,11 @@ class DequantizeMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: QuantizedWeight, run: Callable[[Tensor, Tensor], Tensor], back: Callable[..., Tensor]
+        ctx: Any,
+        x: Tensor,
+        packed: QuantizedWeight,
+        run: Callable[[Tensor, Tensor], Tensor],
+        back: Callable[..., Tensor],
     ) -> Tensor:
         ctx.packed, ctx.back, ctx.shape = packed, back, x.shape
         return run(x, packed().to(x.dtype))
@@ -88,7 +94,9 @@ class QuantisedLinear(nn.Linear):
         return self.packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        return DequantizeMatmul.apply(cast(x), self.packed, lambda x, w: F.linear(x, w, self.bias), lambda _, g, w: g @ w)
+        return DequantizeMatmul.apply(
+            cast(x), self.packed, lambda x, w: F.linear(x, w, self.bias), lambda _, g, w: g @ w
+        )
 
 
 class QuantisedConv2d(nn.Conv2d):
@@ -118,11 +126,15 @@ def quantize(backbone: Backbone, kind: Kind | None) -> None:
     where they are rounded otherwise, and where no layer is wide enough.
     """
     if (own := kind_of(backbone.module)) is not None and own != kind:
-        raise ValueError(f"roles.quantize: got {kind or 'null'}, this teacher's weights are in {own} already; load the teacher again")
+        raise ValueError(
+            f"roles.quantize: got {kind or 'null'}, this teacher's weights are in {own} already; load the teacher again"
+        )
     if kind is None or own is not None:
         return
     if not (layers := layers_of(backbone)):
-        raise ValueError(f"roles.quantize: got {kind}, this network has no layer of more than {NARROW} channels; set it to null")
+        raise ValueError(
+            f"roles.quantize: got {kind}, this network has no layer of more than {NARROW} channels; set it to null"
+        )
     for layer in layers:
         packed = QuantizedWeight(layer.weight, kind)
         del layer.weight

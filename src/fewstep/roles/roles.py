@@ -50,7 +50,13 @@ class RolesConfig:
     targets: Annotated[str, OneOf(adapters.TARGETS)] = "all"
     """Layers that carry LoRA: all, linear, conv or attention."""
 
-    exclude: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    exclude: tuple[str, ...] = (
+        "add_embedding",
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+    )
     """Layers without LoRA, by a part of their name; by default those that programs which read kohya's names leave out."""
 
     checkpointing: bool = False
@@ -97,12 +103,16 @@ class Roles:
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
-    condition_values: tuple[float, ...] = ()  # step counts or guidance scales that student and fake score are conditioned on; usually none
+    condition_values: tuple[
+        float, ...
+    ] = ()  # step counts or guidance scales that student and fake score are conditioned on; usually none
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # one that the student begins with and learns to do without
-    active: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # whose role the shared network has
+    active: list[tuple[Role, float | None]] = field(
+        default_factory=lambda: [("teacher", None)]
+    )  # whose role the shared network has
 
     def denoise(self, role: Role, cond: Cond, condition: float | None = None) -> Denoise:
         """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
@@ -132,11 +142,17 @@ class Roles:
         for attached in self.conditions.values():
             attached.active = None
         if self.condition_values and role != "teacher":
-            self.conditions[role].active = step_condition.nearest(self.vectors(role), condition or self.condition_values[0])
+            self.conditions[role].active = step_condition.nearest(
+                self.vectors(role), condition or self.condition_values[0]
+            )
 
     def vectors(self, role: Role = "student") -> dict[float, Tensor]:
         """What is added to the role's time embedding for each value that it is told; empty where it is not told."""
-        return step_condition.vectors(self.condition_values, self.trained[role][CONDITION]) if self.condition_values else {}
+        return (
+            step_condition.vectors(self.condition_values, self.trained[role][CONDITION])
+            if self.condition_values
+            else {}
+        )
 
     @property
     def sharded(self) -> bool:
@@ -183,7 +199,9 @@ class Roles:
             adapters.load_adapter(network, "student", adapters.scaled(state, 1 / self.config.scale))
         else:
             own = network.state_dict()
-            if odd := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
+            if odd := sorted(
+                k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
+            ):
                 raise ValueError(
                     f"start: its weights do not fit this network (first in doubt: {odd[0]}); start from a student of the same base"
                 )
@@ -261,12 +279,16 @@ def make_roles(
     if not config.lora:
         _require_single(base)
         networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
-        trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
+        trained: dict[Role, Mapping[str, nn.Parameter]] = {
+            r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made
+        }
         layers: tuple[LoraLayer, ...] = ()
     else:
         if config.rank:
             # Where the step count enters, it takes the adapter's place, so that at export it can become one.
-            names = adapters.targets(base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else [])))
+            names = adapters.targets(
+                base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else []))
+            )
             for i, role in enumerate(made):
                 adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
         networks = {"teacher": base, **dict.fromkeys(made, base)}
@@ -280,8 +302,13 @@ def make_roles(
         device = next(base.parameters()).device
         for role in made:
             shared = config.lora and bool(conditions)
-            conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
-            trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device))}
+            conditions[role] = (
+                conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
+            )
+            trained[role] = {
+                **trained[role],
+                CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device)),
+            }
     if head is not None:
         head.to(next(base.parameters()).device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
@@ -292,7 +319,19 @@ def make_roles(
     discriminator = make_discriminator(backbone, base, gan_step_counts, seed) if gan_step_counts else None
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
-    roles = Roles(backbone, networks, trained, layers, config, average, condition_values, conditions, discriminator, head, head_to_absorb)
+    roles = Roles(
+        backbone,
+        networks,
+        trained,
+        layers,
+        config,
+        average,
+        condition_values,
+        conditions,
+        discriminator,
+        head,
+        head_to_absorb,
+    )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
         checkpoint_blocks(network, lambda: roles.active[0], lambda who: roles.activate(*who))

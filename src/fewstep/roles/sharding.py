@@ -80,4 +80,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
 def by_kind(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Those that are spread, whose gradients are means over processes already, and those that every process has whole."""
     spread = [isinstance(p, DTensor) for p in parameters]
-    return [p for p, s in zip(parameters, spread, strict=True) if s], [p for p, s in zip(parameters, spread, strict=True) if not s]
+    return [p for p, s in zip(parameters, spread, strict=True) if s], [
+        p for p, s in zip(parameters, spread, strict=True) if not s
+    ]

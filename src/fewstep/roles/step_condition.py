@@ -72,7 +72,9 @@ def nearest(known: Mapping[float, Tensor], count: float) -> Tensor:
     return known[min(known, key=lambda k: abs(math.log(k / count)))]
 
 
-def folded_lora(backbone: Backbone, network: nn.Module, vector: Tensor, times: Tensor, rank: int, alpha: float) -> dict[str, Tensor]:
+def folded_lora(
+    backbone: Backbone, network: nn.Module, vector: Tensor, times: Tensor, rank: int, alpha: float
+) -> dict[str, Tensor]:
     """The vector as a LoRA of the time layer, in PEFT's file format: `alpha/rank B A h(t) = vector` at each of the `times [N]`.
 
     `alpha/rank B A = vector u^T` with the smallest u for which `u . h(t) = 1`; rows and columns beyond the first are zero. The network has to
@@ -85,7 +87,9 @@ def folded_lora(backbone: Backbone, network: nn.Module, vector: Tensor, times: T
     with torch.no_grad():
         backbone.predict(network, torch.zeros(len(times), *backbone.shape, device=device), times.to(device), cond)
     handle.remove()
-    u = torch.linalg.lstsq(seen[0].double().cpu(), torch.ones(len(times), 1, dtype=torch.float64), driver="gelsd").solution[:, 0]
+    u = torch.linalg.lstsq(
+        seen[0].double().cpu(), torch.ones(len(times), 1, dtype=torch.float64), driver="gelsd"
+    ).solution[:, 0]
     a, b = torch.zeros(rank, len(u)), torch.zeros(len(vector), rank)
     a[0], b[:, 0] = u.float(), vector.detach().float().cpu() * rank / alpha
     return {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}

@@ -17,14 +17,21 @@ from ..student.folder import read_card, read_head, read_parts
 
 
 def roles_for(
-    teacher: Backbone, method: Method, config: RolesConfig, seed: int = 0, paths: Trajectories | None = None, init_from: Path | None = None
+    teacher: Backbone,
+    method: Method,
+    config: RolesConfig,
+    seed: int = 0,
+    paths: Trajectories | None = None,
+    init_from: Path | None = None,
 ) -> Roles:
     """Return the networks that a method needs, the student initialized from the finished one in `init_from`.
 
     A new head is fitted to the trajectories `paths`; without them it knows nothing of the data, which is enough for a plan.
     """
     if next(teacher.module.parameters()).dtype == torch.float16:
-        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
+        raise ValueError(
+            "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
+        )
     head = _head(method, teacher, seed, paths, init_from)
     gan_step_counts = method.counts if method.needs.adversary else ()
     values = method.condition_values if config.rank or not config.lora else ()  # a head alone sees the times themselves
@@ -35,7 +42,9 @@ def roles_for(
     return roles
 
 
-def _head(method: Method, teacher: Backbone, seed: int, paths: Trajectories | None, init_from: Path | None) -> Head | None:
+def _head(
+    method: Method, teacher: Backbone, seed: int, paths: Trajectories | None, init_from: Path | None
+) -> Head | None:
     if init_from is not None and (head := inherited_head(method, teacher, init_from)) is not None:
         return head
     if method.head == "none":
@@ -43,7 +52,12 @@ def _head(method: Method, teacher: Backbone, seed: int, paths: Trajectories | No
     grids = [method.times(teacher.schedule, k) for k in method.counts]
     if paths is None:
         return make_head(method.head, teacher.schedule, unknown(teacher.shape, grids), seed)
-    return make_head(method.head, teacher.schedule, facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids), seed)
+    return make_head(
+        method.head,
+        teacher.schedule,
+        facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids),
+        seed,
+    )
 
 
 def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) -> Head | None:
@@ -108,8 +122,12 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
     asked = [*prompts[:1], ""]
     with torch.no_grad():
         cond = backbone.encode(asked)
-        if not isinstance(cond, Mapping) or not all(isinstance(v, torch.Tensor) and len(v) == len(asked) for v in cond.values()):
-            raise ValueError(f"conditions: what they give for {len(asked)} prompts is no dictionary of tensors [{len(asked)}, ...]")
+        if not isinstance(cond, Mapping) or not all(
+            isinstance(v, torch.Tensor) and len(v) == len(asked) for v in cond.values()
+        ):
+            raise ValueError(
+                f"conditions: what they give for {len(asked)} prompts is no dictionary of tensors [{len(asked)}, ...]"
+            )
         device = next(backbone.module.parameters()).device
         x = torch.randn((len(asked), *backbone.shape), generator=torch.Generator().manual_seed(0)).to(device)
         u = torch.full((len(asked),), 0.5, dtype=torch.float64)
@@ -124,7 +142,9 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
             ) from error
     if not isinstance(m, torch.Tensor) or m.shape != x.shape:
         got = list(m.shape) if isinstance(m, torch.Tensor) else type(m).__name__
-        raise ValueError(f"teacher: the network of {backbone.name} gives {got} for states {list(x.shape)}; check the Denoiser's shape")
+        raise ValueError(
+            f"teacher: the network of {backbone.name} gives {got} for states {list(x.shape)}; check the Denoiser's shape"
+        )
     if not bool(m.isfinite().all()):
         raise ValueError(
             f"teacher: the network of {backbone.name} gives numbers that are not finite in the middle of its way; check its weights and its schedule"

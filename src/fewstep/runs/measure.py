@@ -69,7 +69,10 @@ def evaluate(
 
     rows = [row("teacher", teacher, TEACHER_STEPS, best, total_nfe(TEACHER_STEPS, nfe_per_step(null, best)))]
     for k in card.steps:
-        rows += [row("teacher", teacher, k, w, total_nfe(k, nfe_per_step(null, w))) for w in dict.fromkeys((best, Guidance()))]
+        rows += [
+            row("teacher", teacher, k, w, total_nfe(k, nfe_per_step(null, w)))
+            for w in dict.fromkeys((best, Guidance()))
+        ]
         rows.append(row("student", student, k, Guidance(), card_nfe(card, k)))
     half = count // 2
     result = {
@@ -81,10 +84,16 @@ def evaluate(
     return result
 
 
-def _drawn(source: Backbone | Student, prompts: list[str], count: int, first: int, steps: int, guidance: Guidance) -> tuple[Tensor, float]:
+def _drawn(
+    source: Backbone | Student, prompts: list[str], count: int, first: int, steps: int, guidance: Guidance
+) -> tuple[Tensor, float]:
     """(states [count, ...], seconds each), the prompts in turn, seeds from `first` on."""
     wanted, began, parts = [prompts[i % len(prompts)] for i in range(count)], time.perf_counter(), []
     for i in range(0, count, CHUNK):
         asked = wanted[i : i + CHUNK]
-        parts.append(sample(source, asked, list(range(first + i, first + i + len(asked))), steps=steps, guidance=guidance).float().cpu())
+        parts.append(
+            sample(source, asked, list(range(first + i, first + i + len(asked))), steps=steps, guidance=guidance)
+            .float()
+            .cpu()
+        )
     return torch.cat(parts), (time.perf_counter() - began) / count

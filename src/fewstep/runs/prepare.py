@@ -68,7 +68,9 @@ class RunSpec:
         """What a model card says about the data, and about a teacher that was not quite its base."""
         text = "prompts alone" if any(self.prompts) else "its teacher alone"
         if self.images is not None:
-            text = "prompts and images sampled from the teacher" if self.images.source == "teacher" else "captioned images"
+            text = (
+                "prompts and images sampled from the teacher" if self.images.source == "teacher" else "captioned images"
+            )
         return f"{text}, next to its base in {self.roles.quantize}" if self.roles.quantize else text
 
 
@@ -140,7 +142,12 @@ def identity_of(teacher: Backbone, prompts: list[str]) -> str:
 
 
 def prepare(
-    teacher: Backbone, spec: RunSpec, run: Path | None, place: Path | None, progress: Progress, more: Callable[[], None] = lambda: None
+    teacher: Backbone,
+    spec: RunSpec,
+    run: Path | None,
+    place: Path | None,
+    progress: Progress,
+    more: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Prepare a training in the folder `run`; what is encoded and generated lies in `place`, which several stages share.
 
@@ -159,7 +166,9 @@ def prepare(
     trajectories = None
     if method.needs.trajectories:
         with distributed_errors():
-            trajectories = generate(teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress)
+            trajectories = generate(
+                teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress
+            )
     if spec.train.shard and this_process().num_processes > 1:
         teacher.module.cpu()  # whence it and its copies come back in parts
     roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from)
@@ -167,7 +176,13 @@ def prepare(
 
 
 def _images(
-    teacher: Backbone, spec: RunSpec, wanted: ImageSource, data: Embeddings, cache: Path | None, identity: str, progress: Progress
+    teacher: Backbone,
+    spec: RunSpec,
+    wanted: ImageSource,
+    data: Embeddings,
+    cache: Path | None,
+    identity: str,
+    progress: Progress,
 ) -> ImageData:
     """Return the images that the method starts from, encoded."""
     if wanted.source != "teacher":
@@ -180,7 +195,13 @@ def _images(
 
 
 def generate(
-    teacher: Backbone, method: Method, data: Embeddings, config: TrajectoryConfig, run: Path | None, identity: str, progress: Progress
+    teacher: Backbone,
+    method: Method,
+    data: Embeddings,
+    config: TrajectoryConfig,
+    run: Path | None,
+    identity: str,
+    progress: Progress,
 ) -> Trajectories:
     """Return the teacher's trajectories, or a student's, reusing those in their folder; what they cost is said before."""
     times = trajectory_times(method, teacher)

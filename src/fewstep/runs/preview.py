@@ -81,13 +81,21 @@ class Preview:
 
     def _start(self, method: Method, count: int) -> ImageStats:
         """The teacher's own steps without guidance, which is what a student begins as."""
-        states = trajectory(self.teacher, self._guided(Guidance()), self.seeds, method.times(self.teacher.schedule, count), method.solver)
+        states = trajectory(
+            self.teacher,
+            self._guided(Guidance()),
+            self.seeds,
+            method.times(self.teacher.schedule, count),
+            method.solver,
+        )
         return self._looked(states[-1].x)[1]
 
     def _guided(self, guidance: Guidance) -> Denoise:
         """The teacher, as many pictures at once as in training, whose memory is enough for it."""
         teacher = self.teacher
-        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch)
+        return in_parts(
+            lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch
+        )
 
     def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
         """The student of this count, likewise."""
@@ -102,7 +110,9 @@ class Preview:
         if isinstance(method, DistributionMatching):
             rows |= self._compared(roles, method)
         if self.folder is not None:
-            write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts)
+            write_grid(
+                self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts
+            )
         goal = self.seen.cpu()
         distances = {k: self._distance(images.cpu(), goal) for k, (images, _) in own.items()}
         if not iteration:
@@ -171,7 +181,9 @@ class Preview:
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = labelled(who, "step", steps)
                 cost = total_nfe(steps, analytic=method.analytic_first_step and who == "student")
-                rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(teacher.decode(states[-1].x))
+                rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(
+                    teacher.decode(states[-1].x)
+                )
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
@@ -179,7 +191,9 @@ class Preview:
             self.prompts,
             rows,
             paths,
-            self._step_grid(roles, method, shown) if roles.condition_values and method.condition_on == "steps" else None,
+            self._step_grid(roles, method, shown)
+            if roles.condition_values and method.condition_on == "steps"
+            else None,
         )
 
     def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:
@@ -188,7 +202,12 @@ class Preview:
 
         def sampled(told: int, taken: int) -> Tensor:
             times = method.times(self.teacher.schedule, taken)
-            return strip(pictures(self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head), 1)
+            return strip(
+                pictures(
+                    self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head
+                ),
+                1,
+            )
 
         images = torch.stack([torch.stack([sampled(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)

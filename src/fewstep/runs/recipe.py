@@ -38,7 +38,12 @@ from ..typed import shown
 Model = TypeVar("Model", bound=BaseModel)
 MOST = 100_000  # values in a recipe
 Place = Annotated[str, AfterValidator(expanded)]  # a path, or whatever else says where something is
-Name = Annotated[str, AfterValidator(lambda name: require_name(name, "name", "it becomes the run's folder: choose another, or pass --out"))]
+Name = Annotated[
+    str,
+    AfterValidator(
+        lambda name: require_name(name, "name", "it becomes the run's folder: choose another, or pass --out")
+    ),
+]
 
 
 class Strict(BaseModel):
@@ -105,7 +110,10 @@ def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """Settings on top of others, block by block."""
     return {
         **known,
-        **{k: _merged(known[k], v) if isinstance(v, Mapping) and isinstance(known.get(k), dict) else v for k, v in value.items()},
+        **{
+            k: _merged(known[k], v) if isinstance(v, Mapping) and isinstance(known.get(k), dict) else v
+            for k, v in value.items()
+        },
     }
 
 
@@ -118,7 +126,9 @@ def _with_preset(value: Any) -> Any:
     if isinstance(value, Method):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it")
+        raise ValueError(
+            f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it"
+        )
     name = str(value.get("name", "tdm"))
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
@@ -165,7 +175,9 @@ class DataConfig(Strict):
     def _student_walks(self) -> "DataConfig":
         for option in ("from_student", "guidance", "folder"):
             if (got := getattr(self, option)) is not None and self.source != "trajectories":
-                raise ValueError(f"data.{option}: got {got} with data.source={self.source}; set data.source=trajectories, or leave it out")
+                raise ValueError(
+                    f"data.{option}: got {got} with data.source={self.source}; set data.source=trajectories, or leave it out"
+                )
         return self
 
 
@@ -221,23 +233,35 @@ class DistillRecipe(Strict):
             require_roles(method.name, self.roles)
             require_updates(method, train.iterations)
         if self.init_from is None:
-            require_initial_student(self.method if self.warm_start is None else self.warm_start.method, "", False, "the teacher")
+            require_initial_student(
+                self.method if self.warm_start is None else self.warm_start.method, "", False, "the teacher"
+            )
         if self.warm_start is not None:
             own, most = self.warm_start.method, max(self.method.counts)
             require_initial_student(
                 self.method, own.head if own.head in KINDS else "", own.analytic_first_step, "the first stage's student"
             )
             if self.method.init_head != "drop" and own.head in KINDS:
-                require_steps(own.head, own.counts, most, "method.steps", "set warm_start.method.steps to as many, or drop the head")
+                require_steps(
+                    own.head,
+                    own.counts,
+                    most,
+                    "method.steps",
+                    "set warm_start.method.steps to as many, or drop the head",
+                )
         return self
 
     @property
     def real(self) -> str | None:
         """The real pictures that it is measured against, where one of its stages names some."""
-        return next((data.real for data in (self.data, self.warm_start and self.warm_start.data) if data and data.real), None)
+        return next(
+            (data.real for data in (self.data, self.warm_start and self.warm_start.data) if data and data.real), None
+        )
 
 
-def read_recipe(source: str, overrides: Sequence[str], model: type[Model], given: Mapping[str, str] = MappingProxyType({})) -> Model:
+def read_recipe(
+    source: str, overrides: Sequence[str], model: type[Model], given: Mapping[str, str] = MappingProxyType({})
+) -> Model:
     """The recipe named or filed as `source`, with `a.b=c` overrides, and over them what options of their own have `given`, to the letter.
 
     Raises ValueError with one line.
@@ -259,7 +283,9 @@ def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", wi
         old = name == "method.match" and isinstance(inner, str)
         new = "method.match.state" if old else RENAMED.get(name)
         if new is not None and not (name == "method.gan" and isinstance(inner, dict)):
-            raise ValueError(f"{shown_name}: this option is called {within}{new} now; rename it in {source}, see docs/recipes.md")
+            raise ValueError(
+                f"{shown_name}: this option is called {within}{new} now; rename it in {source}, see docs/recipes.md"
+            )
         if isinstance(inner, dict):
             if key == "warm_start":
                 _require_new_keys(inner, source, "", "warm_start.")
@@ -282,7 +308,9 @@ def first_stage(recipe: DistillRecipe) -> DistillRecipe:
         "data": recipe.warm_start.data,
         "size": recipe.warm_start.size or recipe.size,
     }
-    return recipe.model_copy(update={**own, "name": f"{recipe.name}, warm start", "warm_start": None, "evaluate": None, "preview": preview})
+    return recipe.model_copy(
+        update={**own, "name": f"{recipe.name}, warm start", "warm_start": None, "evaluate": None, "preview": preview}
+    )
 
 
 def kind_of(source: str) -> str:
@@ -471,14 +499,21 @@ def _named(text: str, place: str) -> str:
     return text
 
 
-def _require_no_boolean(value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()) -> None:
+def _require_no_boolean(
+    value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()
+) -> None:
     """`true` where a number is wanted is a slip of the pen, and not 1 as Python has it. Raises ValueError for the first one."""
     for key, inner in value.items():
         place = (*parents, str(key))
         if isinstance(inner, dict):
             _require_no_boolean(inner, model, source, place)
             continue
-        kinds = {k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *get_args(kind))}
+        kinds = {
+            k
+            for annotation in _annotations(model, place)
+            for kind in _kinds(annotation)
+            for k in (kind, *get_args(kind))
+        }
         text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
         if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
             raise ValueError(f"{'.'.join(place)}: input should be a number, got {shown(text)} (in {source})")

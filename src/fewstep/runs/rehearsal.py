@@ -42,13 +42,17 @@ class Trial:
 def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: TrainConfig, origin: Origin) -> Trial:
     """The student of a run before its training, changed a little. A U-Net on a CPU gets small pictures; full copies are not made for it."""
     teacher, full = small(teacher), not networks.lora
-    roles = roles_for(apart(teacher), method, replace(networks, lora=True, rank=1, alpha=None) if full else networks, config.seed)
+    roles = roles_for(
+        apart(teacher), method, replace(networks, lora=True, rank=1, alpha=None) if full else networks, config.seed
+    )
     rng = torch.Generator().manual_seed(config.seed)
     lora = {n: torch.randn(v.shape, generator=rng).to(v) * CHANGE for n, v in roles.student_state().items()}
     vectors = {k: torch.randn(v.shape, generator=rng) * CHANGE for k, v in roles.vectors().items()}
     card = student_card(roles, method, origin)
     card = replace(card, weights="full", rank=None, alpha=None) if full else card
-    weights = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())  # a LoRA is written under two names
+    weights = (
+        module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())
+    )  # a LoRA is written under two names
     disk = CHECKPOINTS * _checkpoint(roles, config, weights if full else 0) + STUDENTS * weights
     return Trial(Student.from_parts(Parts(card, lora, {}, None, vectors, roles.head), teacher), disk)
 
@@ -74,13 +78,18 @@ def student_check(trial: Trial, folder: Path) -> Check:
         student.write(place)
         again = Student.read(place, student.base)
         if device_of(teacher.module).type == "cpu" and 2 * steps * operations_of(teacher, teacher.shape) > LARGE:
-            return Check("student", "its files are written and read; drawing with them takes long on a CPU and is left out")
+            return Check(
+                "student", "its files are written and read; drawing with them takes long on a CPU and is left out"
+            )
         wanted, found = (sample(s, [""], steps=steps) for s in (student, again))
     except OSError as error:  # a full disk is no fault of the recipe's
         raise ValueError(f"--out: {error}") from error
     except (ValueError, FloatingPointError) as error:
         return Check(
-            "student", f"its files cannot be written, read and drawn with ({reason(error)})", False, "please report it with the recipe"
+            "student",
+            f"its files cannot be written, read and drawn with ({reason(error)})",
+            False,
+            "please report it with the recipe",
         )
     finally:
         shutil.rmtree(place, ignore_errors=True)

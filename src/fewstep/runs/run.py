@@ -80,7 +80,9 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
                 log.add(step)
                 found, numbers = watcher.seen(roles, step.iteration, step.metrics)
                 if found or numbers:
-                    log.note(step.iteration, ({"warnings": found} if found else {}) | ({"watch": numbers} if numbers else {}))
+                    log.note(
+                        step.iteration, ({"warnings": found} if found else {}) | ({"watch": numbers} if numbers else {})
+                    )
             elif step.iteration > config.iterations:
                 found = [
                     f"LONGER: {folder} has {step.iteration} iterations already, train.iterations is {config.iterations}; this is its last step"
@@ -90,7 +92,15 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
             left = sum(recent) / len(recent) * max(0, config.iterations - step.iteration)
             said = tuple(python_words(text) for text in found)
             whole = Step(
-                step.iteration, filled(step.metrics, names), step.seconds, roles, method, said, left, teacher=run.teacher, origin=origin
+                step.iteration,
+                filled(step.metrics, names),
+                step.seconds,
+                roles,
+                method,
+                said,
+                left,
+                teacher=run.teacher,
+                origin=origin,
             )
             if folder is not None and step.iteration >= config.iterations:
                 _finish(run, folder, whole, preview)
@@ -120,7 +130,9 @@ def _preview(run: Run, watch: Watch | None) -> Preview | None:
         return None
     of = torch.arange(count) % run.data.count
     shown = run.data.take(of, run.data.key)
-    return Preview(Drawing(run.method, run.config.batch, watch.teacher_steps, watch.seed), run.roles.backbone, shown, run.folder)
+    return Preview(
+        Drawing(run.method, run.config.batch, watch.teacher_steps, watch.seed), run.roles.backbone, shown, run.folder
+    )
 
 
 def _begin(run: Run, folder: Path, settings: dict[str, Any], start: int) -> MetricsLog:
@@ -169,7 +181,9 @@ def _tell(iteration: int, said: tuple[str, ...], told: set[str]) -> None:
     while frame is not None and str(Path(frame.f_code.co_filename).resolve()).startswith(package):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     for text in said:
-        kind = [text.partition(":")[0], *(word for word in text.split() if "_" in word)][: 2 if text.startswith(("LOSS", "GAP")) else 1]
+        kind = [text.partition(":")[0], *(word for word in text.split() if "_" in word)][
+            : 2 if text.startswith(("LOSS", "GAP")) else 1
+        ]
         if (named := " ".join(kind)) not in told:
             told.add(named)
             warnings.warn(f"iteration {iteration}: {text}", DistillationWarning, stacklevel=level)

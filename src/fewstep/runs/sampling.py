@@ -46,7 +46,9 @@ def sample(
     `steps` (default 50) and `guidance`. Seeds default to 0, 1, 2, ...; a seed gives the same image in any batch. A student of several
     step counts is conditioned on `steps` unless `condition` is given.
     """
-    states = sample_trajectory(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, condition=condition)
+    states = sample_trajectory(
+        model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, condition=condition
+    )
     shown = backbone_of(model).decode(states[-1].x)
     if not finite(shown):
         raise FloatingPointError(

@@ -51,7 +51,9 @@ class Watch:
             if getattr(self, option) < 1:
                 raise ValueError(f"{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
         if self.count is not None and self.count < 2:
-            raise ValueError(f"count: got {self.count}, allowed are whole numbers from 2; watch=None watches nothing but losses")
+            raise ValueError(
+                f"count: got {self.count}, allowed are whole numbers from 2; watch=None watches nothing but losses"
+            )
 
 
 @dataclass
@@ -65,9 +67,13 @@ class Trend:
         """One line for each that has outgrown its limit. NaN counts for nothing."""
         found = []
         for name, value in metrics.items():
-            limit = next((most for part, most in LIMITS.items() if name.endswith(part) or name.startswith(f"{part}_")), None)
+            limit = next(
+                (most for part, most in LIMITS.items() if name.endswith(part) or name.startswith(f"{part}_")), None
+            )
             matching = name == "student_loss" and any(n.startswith("gap_") for n in metrics)
-            if limit is None or matching or value != value:  # a matching loss begins at nothing, its fake score as the teacher: gaps tell
+            if (
+                limit is None or matching or value != value
+            ):  # a matching loss begins at nothing, its fake score as the teacher: gaps tell
                 continue
             seen = self.values.setdefault(name, [])
             seen.append(value)
@@ -108,7 +114,10 @@ class StateWatch:
         self.expected, self.wide = shares(self.teacher, self.centres), spread(self.teacher)
         begun = self._of_student(roles)
         self.begun, self.noise = energy_distance(begun, self.teacher), energy_noise(begun, self.teacher)
-        few = [self._of_teacher(roles, method.counts[0], guidance, self.seeds) for guidance in {Guidance(), method.guidance}]
+        few = [
+            self._of_teacher(roles, method.counts[0], guidance, self.seeds)
+            for guidance in {Guidance(), method.guidance}
+        ]
         self.few = min(energy_distance(x, self.teacher) for x in few)
 
     def look(self, roles: Roles, last: bool) -> tuple[list[str], dict[str, float]]:
@@ -153,7 +162,9 @@ class StateWatch:
         return states[-1].x.float().cpu()
 
 
-def affordable(watch: Watch, method: Method, cond: Mapping[str, Tensor], config: TrainConfig, most: int, least: int) -> int:
+def affordable(
+    watch: Watch, method: Method, cond: Mapping[str, Tensor], config: TrainConfig, most: int, least: int
+) -> int:
     """How many samples watching takes: `watch.count`, or as many as cost `SHARE` of the training, up to `most`; 0 where `least` cost more."""
     if watch.count is not None:
         return watch.count
@@ -166,7 +177,13 @@ class Watcher:
     """What a run in Python is watched with: `seen` after every iteration."""
 
     def __init__(
-        self, watch: Watch | None, roles: Roles, method: Method, data: Embeddings, config: TrainConfig, preview: Preview | None
+        self,
+        watch: Watch | None,
+        roles: Roles,
+        method: Method,
+        data: Embeddings,
+        config: TrainConfig,
+        preview: Preview | None,
     ) -> None:
         self.watch, self.preview, self.trend, self.method, self.config = watch, preview, Trend(), method, config
         self.states: StateWatch | None = None

@@ -43,7 +43,9 @@ def require_own(card: StudentCard, backbone: Backbone, folder: Path, other_weigh
     said = asdict(card)
     now = process_of(backbone) | ({"time_layer": backbone.time_layer} if card.time_layer else {})
     if odd := differences({k: said[k] for k in now}, now):
-        raise ValueError(f"base: {folder} was made with another base: {', '.join(odd)}; pass the fewstep.Denoiser that it was made from")
+        raise ValueError(
+            f"base: {folder} was made with another base: {', '.join(odd)}; pass the fewstep.Denoiser that it was made from"
+        )
     if not other_weights and card.weights != "full" and (here := fingerprint(backbone.module)) != card.base_hash:
         raise ValueError(
             f"base: {folder} was trained on other weights (hash {card.base_hash}, here {here}); load those, or pass other_weights=True to use it on these all the same"
@@ -54,7 +56,9 @@ def _require_times(card: StudentCard, backbone: Backbone, folder: Path) -> None:
     """Raises ValueError for times that are not those of the base's process, and for vectors where the base tells nothing."""
     low, high = backbone.schedule.t_clean, backbone.schedule.t_max
     if odd := [t for times in card.timesteps.values() for t in times if not low <= t <= high]:
-        raise ValueError(f"student: {folder} visits the time {odd[0]:g}, those of its base are {low:g} to {high:g}; export the run again")
+        raise ValueError(
+            f"student: {folder} visits the time {odd[0]:g}, those of its base are {low:g} to {high:g}; export the run again"
+        )
     if card.time_layer not in ("", backbone.time_layer):
         raise ValueError(
             f"student: {folder} is told its steps at {card.time_layer!r}, its base is told at {backbone.time_layer!r}; export the run again"

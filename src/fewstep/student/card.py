@@ -36,17 +36,27 @@ class StudentCard:
     version: str
     head: str = ""  # the kind of head that corrects its direction; empty for none
     analytic_first_step: bool = False  # without a network call
-    guidance_scales: tuple[float, ...] = ()  # that it is conditioned on, the default first; empty where guidance is baked in
+    guidance_scales: tuple[
+        float, ...
+    ] = ()  # that it is conditioned on, the default first; empty where guidance is baked in
     dtype: str = "float32"  # of the base it was trained on, and is read onto
     size: int = 0  # of its pictures, where it is another than the base's
     data: str = "prompts alone"  # what the student was trained from
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weight files beside it, compared when they are read
+    files: dict[str, str] = field(
+        default_factory=dict
+    )  # SHA-256 of the weight files beside it, compared when they are read
     time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
-    own_network: str = ""  # the class of a network of one's own that it was made from, which a file cannot bring; empty for pipelines
+    own_network: str = (
+        ""  # the class of a network of one's own that it was made from, which a file cannot bring; empty for pipelines
+    )
     sigma_data: float = 0.0  # of such a network's `edm` prediction; 0 for all others
-    schedule: dict[str, Any] = field(default_factory=dict)  # of such a network, as data: see `backbones.process.schedule_data`
+    schedule: dict[str, Any] = field(
+        default_factory=dict
+    )  # of such a network, as data: see `backbones.process.schedule_data`
     shape: tuple[int, ...] = ()  # of one state of such a network
-    conditions: dict[str, Any] = field(default_factory=dict)  # what it hears of the empty prompt: see `backbones.process.probe`
+    conditions: dict[str, Any] = field(
+        default_factory=dict
+    )  # what it hears of the empty prompt: see `backbones.process.probe`
     format: int = FORMAT
 
     @property
@@ -86,7 +96,11 @@ def require_sound(card: StudentCard) -> None:
     """Raises ValueError that names the field for values that no student has."""
     counts = {str(k) for k in card.steps}
     for field_name, holds, allowed in (
-        ("steps", card.steps and min(card.steps) > 0 and len(counts) == len(card.steps), "different whole numbers from 1"),
+        (
+            "steps",
+            card.steps and min(card.steps) > 0 and len(counts) == len(card.steps),
+            "different whole numbers from 1",
+        ),
         ("timesteps", set(card.timesteps) == counts, "those of every step count"),
         ("solver", set(card.solver) == counts, "that of every step count"),
         ("solver", all(s in SOLVERS for s in card.solver.values()), ", ".join(SOLVERS)),
@@ -99,7 +113,8 @@ def require_sound(card: StudentCard) -> None:
         ("iterations", card.iterations >= 0, "whole numbers from 0"),
         (
             "guidance_scales",
-            all(math.isfinite(w) for w in card.guidance_scales) and len(set(card.guidance_scales)) == len(card.guidance_scales),
+            all(math.isfinite(w) for w in card.guidance_scales)
+            and len(set(card.guidance_scales)) == len(card.guidance_scales),
             "different finite numbers",
         ),
         ("size", card.size >= 0, "whole numbers from 0"),
@@ -112,5 +127,9 @@ def require_sound(card: StudentCard) -> None:
         if not holds:
             raise ValueError(f"its {field_name} is {str(getattr(card, field_name))[:60]!r}, allowed are {allowed}")
     for count, times in card.timesteps.items():
-        if len(times) != int(count) + 1 or not all(math.isfinite(t) for t in times) or sorted(set(times), reverse=True) != times:
+        if (
+            len(times) != int(count) + 1
+            or not all(math.isfinite(t) for t in times)
+            or sorted(set(times), reverse=True) != times
+        ):
             raise ValueError(f"its timesteps of {count} steps are no {int(count) + 1} falling numbers")

@@ -16,11 +16,21 @@ from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header
 from .kohya import kohya, layers_of, original_names
 
-BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA beside these
+BLOCKS = (
+    "down_blocks",
+    "mid_block",
+    "up_blocks",
+)  # of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA beside these
 
 
 def write_client_file(
-    folder: Path, lora: Path, network: nn.Module, card: StudentCard, info: PipelineInfo, state: Mapping[str, Tensor], size: int
+    folder: Path,
+    lora: Path,
+    network: nn.Module,
+    card: StudentCard,
+    info: PipelineInfo,
+    state: Mapping[str, Tensor],
+    size: int,
 ) -> str:
     """Write the LoRA `state`, alpha equal to its rank, for programs that only know files; return the file's name.
 
@@ -41,7 +51,13 @@ def write_client_file(
 
 
 def other_programs(
-    card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], file: str, layers: Collection[str], folder: str
+    card: StudentCard,
+    info: PipelineInfo,
+    schedule: Schedule,
+    config: Mapping[str, Any],
+    file: str,
+    layers: Collection[str],
+    folder: str,
 ) -> str:
     """The section of a model card on programs other than diffusers; empty where there is none to speak of.
 
@@ -50,7 +66,11 @@ def other_programs(
     if not file:
         return ""
     unet = bool(info.family.kohya)
-    readers = "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp" if unet else "ComfyUI and diffusers"
+    readers = (
+        "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp"
+        if unet
+        else "ComfyUI and diffusers"
+    )
     rows = [
         f"`{file}` is this LoRA under the names that {readers} read. Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
     ]
@@ -73,7 +93,11 @@ def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: 
     name = checkpoint_name(card.base)
     if why := obstacle(card, info.family, schedule, config):
         cured = bool(info.family.kohya) and not name
-        cure = f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have." if cured else ""
+        cure = (
+            f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have."
+            if cured
+            else ""
+        )
         return f"There is no workflow for ComfyUI: {why}.{cure}"
     return f"ComfyUI: drop `comfyui-workflow.json` on its window. It loads `{name}` and names all settings."
 

@@ -69,7 +69,11 @@ def foreign(schedule: Schedule, config: Mapping[str, Any]) -> str:
     if not isinstance(schedule, VP):
         return ""
     own, theirs = schedule.alpha_bar.double().cpu(), 1 / (table(bool(config.get("rescale_betas_zero_snr"))) ** 2 + 1)
-    if len(own) != TABLE or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0) or (own[-1] - theirs[-1]).abs() > 1e-5:
+    if (
+        len(own) != TABLE
+        or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0)
+        or (own[-1] - theirs[-1]).abs() > 1e-5
+    ):
         return "their noise levels are Stable Diffusion's, and the base was trained on others"
     if config.get("prediction_type") not in PREDICTIONS:
         return f"they know no prediction type {config.get('prediction_type')}"
@@ -120,7 +124,13 @@ def workflow(
         [*((Path(path).name, s) for path, s in base.loras), (lora, 1.0)],
         strict=True,
     ):
-        loaded = {"lora_name": name, "strength_model": strength, "strength_clip": strength, "model": [last, 0], "clip": [last, 1]}
+        loaded = {
+            "lora_name": name,
+            "strength_model": strength,
+            "strength_clip": strength,
+            "model": [last, 0],
+            "clip": [last, 1],
+        }
         graph[key], last = node("LoraLoader", loaded), key
     zero = bool(config.get("rescale_betas_zero_snr"))
     if isinstance(schedule, VP):
@@ -142,7 +152,9 @@ def workflow(
         sigmas = ", ".join(f"{s:.7f}" for s in [*levels(schedule, times), 0.0])  # its node reads no exponents
         graph["21"] = node("KSamplerSelect", {"sampler_name": sampler})
         graph["22"] = node("ManualSigmas", {"sigmas": sigmas})
-        graph["6"] = node("SamplerCustom", shared | {"add_noise": True, "noise_seed": 0, "sampler": ["21", 0], "sigmas": ["22", 0]})
+        graph["6"] = node(
+            "SamplerCustom", shared | {"add_noise": True, "noise_seed": 0, "sampler": ["21", 0], "sigmas": ["22", 0]}
+        )
     return graph | {
         "7": node("VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
         "8": node("SaveImage", {"filename_prefix": card.name, "images": ["7", 0]}),

@@ -54,7 +54,9 @@ class Parts:
     lora: Mapping[str, Tensor] | None = None  # in PEFT's file format
     settings: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, for the header of the LoRA's file
     network: nn.Module | None = None  # of a student with weights of its own
-    vectors: Mapping[float, Tensor] = field(default_factory=dict)  # added to the time embedding, for each condition value
+    vectors: Mapping[float, Tensor] = field(
+        default_factory=dict
+    )  # added to the time embedding, for each condition value
     head: nn.Module | None = None
 
 
@@ -144,7 +146,9 @@ def read_vectors(folder: Path, card: StudentCard, network: nn.Module) -> dict[fl
     require_listed(folder, CONDITION_FILE)
     with reading(f"student: {path}", AGAIN, "is missing or damaged"):
         vectors = {float(k): v for k, v in require_floating(read_tensors(path)).items()}
-        if {f"{k:g}" for k in vectors} != {f"{k:g}" for k in values} or any(v.shape != (size,) for v in vectors.values()):
+        if {f"{k:g}" for k in vectors} != {f"{k:g}" for k in values} or any(
+            v.shape != (size,) for v in vectors.values()
+        ):
             raise ValueError(f"it has no vectors of {size} numbers for {', '.join(f'{k:g}' for k in values)}")
         return vectors
 
@@ -249,7 +253,9 @@ def require_change(lora: Mapping[str, Tensor]) -> None:
     """Raises ValueError for a LoRA [out, r] x [r, in] that has no layers, changes none of them, or holds what is no number."""
     layers = layers_of(lora)
     if not layers:
-        raise ValueError("student: its LoRA has no layers, so it is its teacher; train the run again with roles.targets=all")
+        raise ValueError(
+            "student: its LoRA has no layers, so it is its teacher; train the run again with roles.targets=all"
+        )
     if odd := [n for n, v in lora.items() if not bool(torch.isfinite(v).all())]:
         raise ValueError(
             f"student: its LoRA holds numbers that are not finite ({odd[0]} and {len(odd) - 1} more); take an earlier checkpoint"

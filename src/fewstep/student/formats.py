@@ -29,7 +29,10 @@ from .model_card import model_card
 from .student import Student
 
 CLOSE = 1e-4  # largest difference, of a pixel in [0, 1] or relative to the largest element of a state, between student and files
-PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
+PROMPTS, EMPTY = (
+    ["a red cat", "two houses by the sea"],
+    ["", ""],
+)  # drawn for the comparison; models of classes know the empty one
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = N
             return Exported(difference)
         rounded = float((draw(Student.read(out, student.backbone)) - wanted).abs().max())
         if not math.isfinite(rounded):
-            raise ValueError(f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; choose bfloat16 or float32")
+            raise ValueError(
+                f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; choose bfloat16 or float32"
+            )
         return Exported(difference, rounded)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
@@ -114,9 +119,13 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     pipe = pipeline_of(student.backbone)
     _require_stock(student.card)
     if student.card.weights != "lora":
-        raise ValueError("--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline")
+        raise ValueError(
+            "--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline"
+        )
     if pipeline_info(pipe).part != "unet" or not pipeline_info(pipe).loads_lora:
-        raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
+        raise ValueError(
+            "--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is"
+        )
     _require_times(student)
     student.write(out)
     (file,) = out.glob("*-kohya.safetensors")
@@ -136,15 +145,27 @@ def own_times(student: Student) -> list[float] | None:
 def _require_stock(card: StudentCard) -> None:
     """Raises ValueError for a student that is sampled as no stock pipeline does."""
     special = [s for s in card.solver.values() if not SOLVERS[s].stock]
-    by = "a head" if card.head else "an analytic first step" if card.analytic_first_step else special[0] if special else ""
+    by = (
+        "a head"
+        if card.head
+        else "an analytic first step"
+        if card.analytic_first_step
+        else special[0]
+        if special
+        else ""
+    )
     if by:
-        raise ValueError(f"--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged")
+        raise ValueError(
+            f"--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged"
+        )
 
 
 def _require_times(student: Student) -> None:
     """Raises ValueError for a student whose times no stock pipeline of its family takes."""
     if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).takes_times:
-        raise ValueError("--format: this student's times are its own, which no scheduler of its family takes; choose student or merged")
+        raise ValueError(
+            "--format: this student's times are its own, which no scheduler of its family takes; choose student or merged"
+        )
 
 
 def write_merged(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
@@ -195,7 +216,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 FORMATS: dict[str, Format] = {
     "student": Format("a folder like final/, for fewstep, diffusers, ComfyUI and A1111", write_student, own=True),
-    "kohya": Format("the same, its LoRA under kohya's names compared", write_kohya, elsewhere="names the layers of diffusers' U-Nets"),
+    "kohya": Format(
+        "the same, its LoRA under kohya's names compared",
+        write_kohya,
+        elsewhere="names the layers of diffusers' U-Nets",
+    ),
     "merged": Format("one network without LoRA", write_merged, whole=True, own=True),
-    "pipeline": Format("a whole diffusers folder that needs no base", write_pipeline, whole=True, elsewhere="is a diffusers pipeline"),
+    "pipeline": Format(
+        "a whole diffusers folder that needs no base", write_pipeline, whole=True, elsewhere="is a diffusers pipeline"
+    ),
 }

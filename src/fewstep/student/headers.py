@@ -30,7 +30,10 @@ SHOWN = (
     "licence",
     "version",
 )
-VERSIONS = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", "stable-diffusion-v2-512")}  # by the width of the text
+VERSIONS = {
+    768: ("sd_v1", "stable-diffusion-v1"),
+    1024: ("sd_v2", "stable-diffusion-v2-512"),
+}  # by the width of the text
 STABILITY = "https://github.com/Stability-AI/generative-models"
 XL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
 
@@ -39,7 +42,10 @@ def public_base(base: str) -> str:
     """A teacher's name for everybody to see: a hub id as it is, of paths the last part alone."""
     source = source_of(base)
     there = [source.place, *(path for path, _ in source.loras)]
-    names = [p if p.count("/") == 1 and not Path(p).exists() and p[0] not in "./~" else n for p, n in zip(there, source.names, strict=True)]
+    names = [
+        p if p.count("/") == 1 and not Path(p).exists() and p[0] not in "./~" else n
+        for p, n in zip(there, source.names, strict=True)
+    ]
     return FUSED.join(names)
 
 
@@ -57,7 +63,9 @@ def kohya_header(
     `config` is that of the U-Net, `state` what the file holds, `size` that of the pictures. The hash is SHA-256 of the file behind its
     header, as these programs count it.
     """
-    version, architecture = XL if info.family.kohya == "original" else VERSIONS.get(config.get("cross_attention_dim", 0), ("", ""))
+    version, architecture = (
+        XL if info.family.kohya == "original" else VERSIONS.get(config.get("cross_attention_dim", 0), ("", ""))
+    )
     if architecture == VERSIONS[1024][1] and card.prediction == "v_prediction":
         architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"
     data = save(dict(state))

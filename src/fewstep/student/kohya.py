@@ -14,7 +14,12 @@ OUTSIDE = {  # of the blocks: diffusers' names, and those of the original code
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def kohya(state: Mapping[str, Tensor], alpha: float, original: Mapping[str, str] | None = None) -> dict[str, Tensor]:

@@ -15,7 +15,13 @@ from .card import StudentCard, counted, guidance_text
 
 
 def model_card(
-    card: StudentCard, folder: str, scheduler: str, info: PipelineInfo, even: bool, elsewhere: str = "", whole: bool = False
+    card: StudentCard,
+    folder: str,
+    scheduler: str,
+    info: PipelineInfo,
+    even: bool,
+    elsewhere: str = "",
+    whole: bool = False,
 ) -> str:
     """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler.
 
@@ -26,17 +32,25 @@ def model_card(
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     counts = " or ".join(map(str, card.steps))
     part, peft = f"pipe.{info.part}", card.weights == "lora" and not info.loads_lora
-    lora = f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})" if peft else f"pipe.load_lora_weights({at})"
+    lora = (
+        f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})"
+        if peft
+        else f"pipe.load_lora_weights({at})"
+    )
     full = f'{part} = type({part}).from_pretrained({at}, subfolder="{info.part}")'
     load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
-    base, ours = (f"{info.family.name}.from_pretrained({at})", False) if whole else base_loading(card.base, info.family.name)
+    base, ours = (
+        (f"{info.family.name}.from_pretrained({at})", False) if whole else base_loading(card.base, info.family.name)
+    )
     names = [info.family.name] if whole else sorted([scheduler] if ours else [scheduler, info.family.name])
     imports = "\n".join(
-        ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ours
+        ["import torch", f"from diffusers import {', '.join(names)}"]
+        + ["from peft import PeftModel"] * peft
+        + ["\nimport fewstep"] * ours
     )
     others = (
         ""
@@ -48,7 +62,9 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
     sized = f", height={card.size}, width={card.size}" if card.size else ""
     result = "frame" if info.family.video else "image"
     # A head corrects every step, and no stock scheduler takes an analytic first step or those of some solvers: these students need fewstep at hand.
-    stock = (even or info.takes_times) and not (card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock)
+    stock = (even or info.takes_times) and not (
+        card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock
+    )
     how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
     student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained({at}, subfolder="scheduler")\n'
     snippet = f"""{imports}
@@ -69,7 +85,9 @@ pipe = fewstep.load({home}, {at})
 pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes""",
         )
     head = (
-        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |" if card.head else ""
+        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |"
+        if card.head
+        else ""
     )
     beyond = "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     if stock:
@@ -80,12 +98,26 @@ pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of class
     guidance = f"baked in: call it with `guidance_scale=1.0` (the teacher's guidance: {guidance_text(card)})"
     if card.guidance_scales:
         served = ", ".join(f"{w:g}" for w in card.guidance_scales)
-        guidance = f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
-    tag = ("text-to-video" if info.family.video else "text-to-image") if info.family.takes_prompts else "unconditional-image-generation"
+        guidance = (
+            f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
+        )
+    tag = (
+        ("text-to-video" if info.family.video else "text-to-image")
+        if info.family.takes_prompts
+        else "unconditional-image-generation"
+    )
     tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
-    header = {"license": card.licence, "base_model": hub_id(card.base), "library_name": "diffusers", "pipeline_tag": tag, "tags": tags}
+    header = {
+        "license": card.licence,
+        "base_model": hub_id(card.base),
+        "library_name": "diffusers",
+        "pipeline_tag": tag,
+        "tags": tags,
+    }
     own_base = (
-        "" if hub_id(card.base) or card.base in bundled() else f" Put your own path in the place of {home}, the base that it was made on."
+        ""
+        if hub_id(card.base) or card.base in bundled()
+        else f" Put your own path in the place of {home}, the base that it was made on."
     )
     return f"""---
 {yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False, allow_unicode=True).strip()}
@@ -126,7 +158,10 @@ def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
         if Path(source.place).is_file():  # a student may be exported on another base while its own is elsewhere
             checkpoint = read_checkpoint(Path(source.place), source.reading)
             if checkpoint.absent:
-                return f"fewstep.load_teacher({whole}).pipe  # its file has no {' and no '.join(checkpoint.absent)}", True
+                return (
+                    f"fewstep.load_teacher({whole}).pipe  # its file has no {' and no '.join(checkpoint.absent)}",
+                    True,
+                )
             config = checkpoint.config
         configured = "" if config in ("", *PREDICTIONS) else f", config={_text(called(config))}"
         loaded = f"{pipeline}.from_single_file({place}{configured})"

@@ -41,8 +41,12 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
     network = copy.deepcopy(plain, shared) if parts.network is None else parts.network
     spec = sampling_spec(parts, backbone.schedule, backbone.row, device_of(plain))
-    scheduler = load_scheduler(scheduler_path(folder)) if spec is None else StudentScheduler.of(pipeline.scheduler.config, spec)
-    pipe = few_step_pipeline(pipeline, network, scheduler, SamplingDefaults(card.steps, card.size, card.guidance_scales))
+    scheduler = (
+        load_scheduler(scheduler_path(folder)) if spec is None else StudentScheduler.of(pipeline.scheduler.config, spec)
+    )
+    pipe = few_step_pipeline(
+        pipeline, network, scheduler, SamplingDefaults(card.steps, card.size, card.guidance_scales)
+    )
     if card.weights == "lora" and loads_lora(network):
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
         pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
@@ -58,7 +62,9 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
             condition.active = nearest(vectors, guidance if card.guidance_scales else steps)
 
         pipe.set_condition = set_condition
-        set_condition(card.steps[0], card.condition_values[0])  # pipelines made from this one, as for image-to-image, set none
+        set_condition(
+            card.steps[0], card.condition_values[0]
+        )  # pipelines made from this one, as for image-to-image, set none
     return pipe
 
 

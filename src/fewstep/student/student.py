@@ -110,7 +110,9 @@ class Student:
     condition: StepCondition | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction`
     base: Backbone | None = None  # what it was put on, as it was passed
-    only: float | None = None  # the one condition value that it is written for; None: the card's first, with all vectors
+    only: float | None = (
+        None  # the one condition value that it is written for; None: the card's first, with all vectors
+    )
 
     @staticmethod
     def read(
@@ -165,7 +167,9 @@ class Student:
         shared = roles.config.lora and roles.config.rank
         adapter = Adapter(roles.layers, "student") if shared else None
         card, network = student_card(roles, method, origin), roles.networks["student"]
-        return Student(card, roles.backbone, network, adapter, roles.vectors(), roles.conditions.get("student"), roles.head)
+        return Student(
+            card, roles.backbone, network, adapter, roles.vectors(), roles.conditions.get("student"), roles.head
+        )
 
     def snapshot(self, base: Backbone) -> "Student":
         """Copy the student onto modules of its own around the weights of its `base`, whatever is trained afterwards."""
@@ -176,7 +180,7 @@ class Student:
         if self.card.weights == "full":
             network = copied(base.module).requires_grad_(False).eval()
             network.load_state_dict(self.network.state_dict())
-        return Student.from_parts(Parts(self.card, lora, {}, network, vectors, head), base)
+        return Student.from_parts(Parts(_plain(self.card), lora, {}, network, vectors, head), base)
 
     def denoise(self, cond: Cond, condition: float | None = None) -> Denoise:
         """Return `(x, t) -> (x0, eps)` without guidance, which is baked in, conditioned on a value (default: the first)."""
@@ -186,7 +190,9 @@ class Student:
             if self.adapter is not None:
                 self.adapter.switch(True)
             if self.condition is not None:
-                self.condition.active = step_condition.nearest(self.vectors, self.value if self.only or not condition else condition)
+                self.condition.active = step_condition.nearest(
+                    self.vectors, self.value if self.only or not condition else condition
+                )
             try:
                 return inner(x, t)
             finally:
@@ -205,19 +211,31 @@ class Student:
     def times(self, steps: int) -> Tensor:
         """Return the trained times of this step count, or a uniform grid for a count that was not trained."""
         known, schedule = self.card.timesteps.get(str(steps)), self.backbone.schedule
-        return timegrid.uniform(schedule, steps) if known is None else timegrid.check(schedule, torch.tensor(known, dtype=torch.float64))
+        return (
+            timegrid.uniform(schedule, steps)
+            if known is None
+            else timegrid.check(schedule, torch.tensor(known, dtype=torch.float64))
+        )
 
     def solver(self, steps: int) -> str:
         """Return the name of the solver for this step count."""
         return self.card.solver.get(str(steps), self.card.solver[str(self.card.steps[0])])
 
     def sample_trajectory(
-        self, cond: Cond, seeds: list[int], steps: int, guidance: float | None, solver: str | None, condition: int | None
+        self,
+        cond: Cond,
+        seeds: list[int],
+        steps: int,
+        guidance: float | None,
+        solver: str | None,
+        condition: int | None,
     ) -> list[State]:
         """Return all states from these seeds, without gradient."""
         require_steps_of(self.head, steps)
         value = guidance if self.card.guidance_scales else condition or steps
-        return trajectory(self.backbone, self.denoise(cond, value), seeds, self.times(steps), solver or self.solver(steps), self.head)
+        return trajectory(
+            self.backbone, self.denoise(cond, value), seeds, self.times(steps), solver or self.solver(steps), self.head
+        )
 
     def single(self, steps: int, guidance: float | None = None) -> "Student":
         """Return the student of one step count and one guidance scale, whose files need nothing else."""
@@ -228,7 +246,7 @@ class Student:
         name += f"-guidance{baked.scale:g}" if scales else ""
         key = str(steps)
         only = replace(
-            card,
+            _plain(card),
             name=made_name(name),
             steps=(steps,),
             timesteps={key: card.timesteps[key]},
@@ -236,7 +254,6 @@ class Student:
             time_layer="",
             guidance_scales=(),
             guidance=baked,
-            alpha=None if card.rank is None else float(card.rank),  # what `plain_state` makes of any other
         )
         return replace(self, card=only, only=(baked.scale if scales else float(steps)) if conditioned else None)
 
@@ -247,7 +264,9 @@ class Student:
             merge(network, self.adapter.name)
         if self.vectors and self.only is not None:
             step_condition.fold(network, self.backbone.time_layer, self.vectors[self.only])
-            return replace(self, card=whole(self.card), network=network, adapter=None, vectors={}, condition=None, only=None)
+            return replace(
+                self, card=whole(self.card), network=network, adapter=None, vectors={}, condition=None, only=None
+            )
         condition = None if not self.vectors else step_condition.attach(network, self.backbone.time_layer)
         return replace(self, card=whole(self.card), network=network, adapter=None, condition=condition)
 
@@ -256,7 +275,7 @@ class Student:
 
         A student that is there already is replaced once the new one is whole. Raises OSError if the folder holds anything else.
         """
-        folder, card, saved = Path(folder), self.card, {} if self.only is not None else self.vectors
+        folder, card, saved = Path(folder), _plain(self.card), {} if self.only is not None else self.vectors
         folder.parent.mkdir(parents=True, exist_ok=True)
         if self.adapter is not None:
             state, settings = plain_state(self.network, self.adapter.name)
@@ -267,14 +286,18 @@ class Student:
         if card.weights == "none":
             return write_parts(folder, self.backbone, Parts(card, head=self.head))
         layer = self.backbone.time_layer
-        with step_condition.folded_bias(self.network, layer, self.vectors[self.value]) if self.vectors else nullcontext():
+        with (
+            step_condition.folded_bias(self.network, layer, self.vectors[self.value]) if self.vectors else nullcontext()
+        ):
             return write_parts(folder, self.backbone, Parts(card, None, {}, self.network, saved, self.head))
 
     def save(self, folder: str | Path) -> Path:
         """Write the student as `write` does. Raises ValueError if the folder holds anything but a student."""
         folder = Path(folder)
         if folder.exists() and not holds_student(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"folder: {folder} is there already and holds no student, which would replace it; choose another")
+            raise ValueError(
+                f"folder: {folder} is there already and holds no student, which would replace it; choose another"
+            )
         return self.write(folder)
 
     def _condition_lora(self, rank: int) -> dict[str, Tensor]:
@@ -290,9 +313,17 @@ class Student:
     def base_note(self) -> str:
         """Say if the base has other weights than the one that the student was trained on; empty if it is the same."""
         card, backbone = self.card, self.backbone if self.base is None else self.base
-        if not card.base_hash or (found := fingerprint(backbone.module, through=getattr(torch, card.dtype))) == card.base_hash:
+        if (
+            not card.base_hash
+            or (found := fingerprint(backbone.module, through=getattr(torch, card.dtype))) == card.base_hash
+        ):
             return ""
         return f"the base {backbone.name} has other weights (SHA-256 {found}...) than the one this student was trained on ({card.base_hash}...)"
+
+
+def _plain(card: StudentCard) -> StudentCard:
+    """Return the card of the same student with the alpha that `plain_state` makes of any other."""
+    return replace(card, alpha=None if card.rank is None else float(card.rank))
 
 
 def whole(card: StudentCard) -> StudentCard:

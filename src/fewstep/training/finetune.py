@@ -21,7 +21,13 @@ ADAPTER = "finetune"
 
 
 def finetune(
-    backbone: Backbone, data: ImageData, how: RolesConfig, config: FitConfig, run: Path, seed: int = 0, drop_caption: float = 0.1
+    backbone: Backbone,
+    data: ImageData,
+    how: RolesConfig,
+    config: FitConfig,
+    run: Path,
+    seed: int = 0,
+    drop_caption: float = 0.1,
 ) -> Generator[FitStep, None, None]:
     """Train the backbone's own network on its own prediction type, at uniform times; afterwards its weights are the averaged result.
 
@@ -29,14 +35,20 @@ def finetune(
     so that the teacher can still be guided. Resumes from `run`. Raises ValueError for a base that is to be rounded.
     """
     if how.quantize is not None:
-        raise ValueError(f"roles.quantize: got {how.quantize}, a fine-tune changes the weights themselves; leave it out")
+        raise ValueError(
+            f"roles.quantize: got {how.quantize}, a fine-tune changes the weights themselves; leave it out"
+        )
     module, schedule = backbone.module, backbone.schedule
     if next(module.parameters()).dtype == torch.float16:
-        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
+        raise ValueError(
+            "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
+        )
     device = next(module.parameters()).device
     adapters.remove_adapters(module, (ADAPTER, "student", "fake"))
     if how.lora:
-        adapters.add_adapter(module, ADAPTER, how.rank, how.alpha or how.rank, adapters.targets(module, how.targets, how.exclude), seed)
+        adapters.add_adapter(
+            module, ADAPTER, how.rank, how.alpha or how.rank, adapters.targets(module, how.targets, how.exclude), seed
+        )
         layers = adapters.adapter_layers(module)
         trained = nn.ParameterList(adapters.adapter_parameters(module, ADAPTER).values()).requires_grad_(True)
     else:
@@ -51,7 +63,9 @@ def finetune(
         t = timegrid.draw_between(schedule, low, high, rng).to(device)
         eps = torch.randn(x0.shape, generator=rng).to(device)
         dropped = (torch.rand(n, generator=rng) < drop_caption).to(device)
-        cond = {k: torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), null[k].expand_as(v), v) for k, v in cond.items()}
+        cond = {
+            k: torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), null[k].expand_as(v), v) for k, v in cond.items()
+        }
         adapters.switch(layers, ADAPTER if layers else None)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             m = backbone.predict(module, diffuse(schedule, x0, t, eps), t, cond)

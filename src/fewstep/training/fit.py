@@ -86,7 +86,12 @@ def fit(
 
         def save(done: int = done, value: float = value) -> None:
             moments = {k: v for optimizer, names in optimizers for k, v in optimizer_tensors(optimizer, names).items()}
-            save_checkpoint(run, done, {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": moments}, {"loss": value})
+            save_checkpoint(
+                run,
+                done,
+                {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": moments},
+                {"loss": value},
+            )
 
         saved = done % config.checkpoint_every == 0 or done == config.steps
         if saved:

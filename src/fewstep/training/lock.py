@@ -30,7 +30,9 @@ class Holder:
 
 def this_holder() -> Holder:
     """Return what a lock says of this process."""
-    return Holder(os.getpid(), socket.gethostname(), _began(os.getpid()), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    return Holder(
+        os.getpid(), socket.gethostname(), _began(os.getpid()), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    )
 
 
 def _began(pid: int) -> str:
@@ -176,8 +178,14 @@ def _silence(handle: int) -> float:
 
 def _refusal(folder: Path, path: Path, holder: Holder | None) -> str:
     shown, lock = (visible(str(p), lines=False) for p in (folder, path))
-    who = "another process" if holder is None else visible(f"process {holder.pid} on {holder.host} since {holder.since}", lines=False)
-    return f"--out: {shown} is in use by {who}; wait for it or choose another --out; if it is dead for sure, delete {lock}"
+    who = (
+        "another process"
+        if holder is None
+        else visible(f"process {holder.pid} on {holder.host} since {holder.since}", lines=False)
+    )
+    return (
+        f"--out: {shown} is in use by {who}; wait for it or choose another --out; if it is dead for sure, delete {lock}"
+    )
 
 
 def _beat(path: Path, ended: threading.Event) -> None:

@@ -25,7 +25,14 @@ from ..words import speaks_python
 from .compiling import Compiled
 from .optimizer import OptimizerName, make_optimizer
 from .settings import require_unchanged, settings_of
-from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, require_optimizer_tensors, save_checkpoint, seeded
+from .state import (
+    latest_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    require_optimizer_tensors,
+    save_checkpoint,
+    seeded,
+)
 
 Precision = Literal["no", "bf16"]
 Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and the state of a checkpoint
@@ -96,9 +103,13 @@ class TrainConfig:
         check_fields(self, "train")
         require_seed(self.seed, "train.seed")
         if self.shard and self.optimizer != "adamw":
-            raise ValueError(f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw")
+            raise ValueError(
+                f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw"
+            )
         if self.shard and self.compile:
-            raise ValueError("train.compile: got true with train.shard=true, which has not been made to work; set one of them to false")
+            raise ValueError(
+                "train.compile: got true with train.shard=true, which has not been made to work; set one of them to false"
+            )
         for option in ("decay", "lr_warmup"):
             if (got := getattr(self, option)) > self.iterations:
                 raise ValueError(
@@ -135,7 +146,9 @@ class Step:
 def default_device() -> torch.device:
     """This process's own GPU, or the CPU."""
     device = this_process().device
-    return device if device.type in ("cuda", "xpu") else torch.device("cpu")  # times are float64, which Apple's GPUs do not know
+    return (
+        device if device.type in ("cuda", "xpu") else torch.device("cpu")
+    )  # times are float64, which Apple's GPUs do not know
 
 
 def require_updates(method: Method, iterations: int) -> None:
@@ -176,7 +189,11 @@ def distill(
     if method.needs.images != (real is not None):
         raise ValueError(
             f"data.source: method {method.name} {'needs pictures' if method.needs.images else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
-            + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.images else "leave data out")
+            + (
+                "pass a folder of captioned ones, or teacher for the teacher's own"
+                if method.needs.images
+                else "leave data out"
+            )
         )
     require_updates(method, config.iterations)
 
@@ -211,7 +228,9 @@ def distill(
     for i in range(start, config.iterations):
         began = time.perf_counter()
         if i == method.warmup and roles.head_to_absorb is not None:
-            optimizers["student"] = optimizer_of("student")  # the gradients that folded a head away say nothing of the method's
+            optimizers["student"] = optimizer_of(
+                "student"
+            )  # the gradients that folded a head away say nothing of the method's
         for role, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(role, i, method.warmup, roles.config.lora)
@@ -230,12 +249,16 @@ def distill(
             keep_input_dtype(roles.layers if mixed else ()),
             compiled(),
         ):
-            metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach)
+            metrics = _updates(
+                accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
+            )
         if i >= method.warmup:
             # A young average forgets faster, so that it is never a memory of the start.
             done = i - method.warmup + 1
             roles.update_average(min(config.ema, done / (done + 9)))
-        writes = accelerator.is_main_process or roles.sharded  # of the latter all give what they have, and the first writes
+        writes = (
+            accelerator.is_main_process or roles.sharded
+        )  # of the latter all give what they have, and the first writes
         numbers = {k: float(v) for k, v in metrics.items()}
         state = {"settings": settings, "batches": batches, "metrics": numbers, "seconds": time.perf_counter() - began}
         if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
@@ -351,7 +374,9 @@ def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float, reach: Reach
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int) -> Tensor:
+def _update(
+    accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int
+) -> Tensor:
     """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call, where they are not yet."""
     parameters = list(roles.trained[role].values())
     own = by_kind(parameters)[1]
@@ -379,7 +404,9 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
         )
 
 
-def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, state: Mapping[str, Any]) -> None:
+def save_run(
+    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, state: Mapping[str, Any]
+) -> None:
     """Every trained role with its optimiser, and the average, as one atomic checkpoint. The first process writes, those of sharded roles all come."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
@@ -419,12 +446,19 @@ def _resume(
         f"run {run}: the checkpoint of iteration {state['step']}",
         {r: _names(optimizers[r], roles.trained[r]) for r in roles.trained},
     )
-    trained: dict[str, Mapping[str, Tensor]] = {"average": roles.average, **{str(r): own for r, own in roles.trained.items()}}
+    trained: dict[str, Mapping[str, Tensor]] = {
+        "average": roles.average,
+        **{str(r): own for r, own in roles.trained.items()},
+    }
     for group, wanted in trained.items():
         if odd := sorted({*wanted} ^ {*groups.get(group, {})}):
-            raise ValueError(f"{place} does not fit what is trained, at {group}/{odd[0]}; delete that folder to go on from an older one")
+            raise ValueError(
+                f"{place} does not fit what is trained, at {group}/{odd[0]}; delete that folder to go on from an older one"
+            )
     for role in roles.trained:
-        require_optimizer_tensors(optimizer_tensors(optimizers[role], names[role]), groups.get(f"optimizer_{role}", {}), place)
+        require_optimizer_tensors(
+            optimizer_tensors(optimizers[role], names[role]), groups.get(f"optimizer_{role}", {}), place
+        )
     _put_back(roles, groups)
     for role in roles.trained:
         load_optimizer_tensors(optimizers[role], names[role], groups[f"optimizer_{role}"])

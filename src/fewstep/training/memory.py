@@ -24,7 +24,7 @@ from .optimizer import state_bytes
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that operations make within it, until they are freed. `now` and `peak` are in bytes.
 
-    SamplePlan for the value of a tensor without content, it says 1: losses are finite, norms are small.
+    Asked for the value of a tensor without content, it says 1: losses are finite, norms are small.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,9 @@ def training_bytes(
         for _ in distill(roles, begun, data, one, real=real, paths=paths):
             pass
     trained, average = storage_bytes(*parameters), storage_bytes(*roles.average.values())
-    base = storage_bytes(*held) - storage_bytes(*(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad))
+    base = storage_bytes(*held) - storage_bytes(
+        *(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad)
+    )
     work = ledger.peak - base - 2 * trained - state_bytes(parameters, one.optimizer) - average
     return Training(base, trained, trained, state_bytes(parameters, config.optimizer), average, work)
 

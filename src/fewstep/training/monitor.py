@@ -68,7 +68,11 @@ def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None 
 
 
 def drift(
-    student: ImageStats, teacher: ImageStats, start: ImageStats | None = None, named: str = "the teacher's", where: str = ""
+    student: ImageStats,
+    teacher: ImageStats,
+    start: ImageStats | None = None,
+    named: str = "the teacher's",
+    where: str = "",
 ) -> list[str]:
     """One line of advice for everything in which the student has left the teacher; `where` says which of its previews.
 

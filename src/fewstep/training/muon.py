@@ -35,7 +35,9 @@ def is_matrix(module: nn.Module, name: str, parameter: nn.Parameter, least: int 
 
     Embeddings, norms and biases are not maps between features; a layer of a few rows has no spectrum to flatten.
     """
-    if not name.endswith("weight") or not isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Conv2d | nn.Conv3d):
+    if not name.endswith("weight") or not isinstance(
+        module.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Conv2d | nn.Conv3d
+    ):
         return False
     return min(len(parameter), parameter[0].numel()) >= least
 
@@ -43,7 +45,9 @@ def is_matrix(module: nn.Module, name: str, parameter: nn.Parameter, least: int 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; decoupled weight decay. State: one `momentum` per parameter."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -62,4 +66,6 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(torch.stack([g.reshape(rows, columns) for g in ahead]))
                 scale = 0.2 * max(rows, columns) ** 0.5
                 torch._foreach_mul_(same, keep)
-                torch._foreach_add_(same, [u.reshape(p.shape).to(p.dtype) for u, p in zip(update, same, strict=True)], alpha=-lr * scale)
+                torch._foreach_add_(
+                    same, [u.reshape(p.shape).to(p.dtype) for u, p in zip(update, same, strict=True)], alpha=-lr * scale
+                )

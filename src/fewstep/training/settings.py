@@ -28,7 +28,13 @@ FREE = ("shard", "checkpoint_every")  # what changes nothing of what comes out
 
 
 def settings_of(
-    roles: Roles, method: Method, data: Embeddings, config: "TrainConfig", batches: int, real: ImageData | None, paths: Trajectories | None
+    roles: Roles,
+    method: Method,
+    data: Embeddings,
+    config: "TrainConfig",
+    batches: int,
+    real: ImageData | None,
+    paths: Trajectories | None,
 ) -> dict[str, Any]:
     """Every setting that a resumed run must share, prompts and the student's beginning included, ready for JSON.
 
@@ -62,7 +68,9 @@ def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], 
     if any(d.startswith("prompts.") for d in odd):  # conditions are those of the prompts
         odd = [d for d in odd if not d.startswith("conditions.")]
     if own := [d for d in odd if not d.startswith(DERIVED)] or odd:
-        raise ValueError(f"run {run}: was made with other settings: {', '.join(map(_spoken, own))}; set them back, or choose another --out")
+        raise ValueError(
+            f"run {run}: was made with other settings: {', '.join(map(_spoken, own))}; set them back, or choose another --out"
+        )
 
 
 def _spoken(difference: str) -> str:

@@ -68,10 +68,14 @@ def require_optimizer_tensors(wanted: Collection[str], tensors: Mapping[str, Ten
             f"{place} has optimiser state of {odd.rpartition('.')[0]}, which is not trained here; delete that folder to go on from an older one"
         )
     if lacking := next((key for key in wanted if key not in tensors), None):
-        raise ValueError(f"{place} lacks optimiser state of {lacking.rpartition('.')[0]}; delete that folder to go on from an older one")
+        raise ValueError(
+            f"{place} lacks optimiser state of {lacking.rpartition('.')[0]}; delete that folder to go on from an older one"
+        )
 
 
-def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
+def save_checkpoint(
+    run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
+) -> Path:
     """Write `run/checkpoint-STEP` atomically and delete all but the newest `keep`; it is on the disk before it has its name.
 
     Raises OSError (disk full, no permission) with the half-written folder removed; older checkpoints are untouched.
@@ -149,5 +153,9 @@ def latest_checkpoint(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
     try:
         return load_checkpoint(found[-1])
     except ValueError as error:
-        older = f"; delete that folder to go on from {found[-2].name}" if len(found) > 1 else "; choose another --out to start again"
+        older = (
+            f"; delete that folder to go on from {found[-2].name}"
+            if len(found) > 1
+            else "; choose another --out to start again"
+        )
         raise ValueError(f"{error}{older}") from error

@@ -25,11 +25,15 @@ def pixels(array: np.ndarray, where: str) -> Tensor:
         )
     if array.ndim == 3:
         if array.shape[2] in CHANNELS:
-            raise ValueError(f"{where} is of shape {list(array.shape)}, one picture rather than [n, H, W, C]; stack several")
+            raise ValueError(
+                f"{where} is of shape {list(array.shape)}, one picture rather than [n, H, W, C]; stack several"
+            )
         array = array[..., None]
     elif array.shape[3] not in CHANNELS:
         if array.shape[1] not in CHANNELS:
-            raise ValueError(f"{where} is of shape {list(array.shape)}, allowed are 1, 3 or 4 channels, last or second; convert it")
+            raise ValueError(
+                f"{where} is of shape {list(array.shape)}, allowed are 1, 3 or 4 channels, last or second; convert it"
+            )
         array = array.transpose(0, 2, 3, 1)
     scale, shift = _range(array, where)
     parts = [_in_bytes(array[i : i + PART], scale, shift) for i in range(0, len(array), PART)]
@@ -65,7 +69,9 @@ def _range(array: np.ndarray, where: str) -> tuple[float, float]:
     )
 
 
-def labels_of(array: np.ndarray, count: int, where: str, classes: np.ndarray | None = None) -> tuple[Tensor, tuple[str, ...]]:
+def labels_of(
+    array: np.ndarray, count: int, where: str, classes: np.ndarray | None = None
+) -> tuple[Tensor, tuple[str, ...]]:
     """(numbers [n] from 0, names) of labels [n], [n, 1] as Keras has them, or one-hot [n, k], for `count` pictures.
 
     Texts are numbered as in `classes`, else in alphabetical order; the names of numbers are `classes`, else these. Raises ValueError,
@@ -78,19 +84,27 @@ def labels_of(array: np.ndarray, count: int, where: str, classes: np.ndarray | N
         number = {name: i for i, name in enumerate(known)}
         given = [text_of(v, where) for v in _texts(array)]
         if (unknown := next((v for v in given if v not in number), None)) is not None:
-            raise ValueError(f"{where} has the label {printable(unknown)!r}, which is not among the classes; add it there")
+            raise ValueError(
+                f"{where} has the label {printable(unknown)!r}, which is not among the classes; add it there"
+            )
         return from_numpy(np.array([number[v] for v in given], np.int64)), known
     numbers = _numbers(array, count, where)
     least = int(numbers.max()) + 1 if array.ndim == 1 else array.shape[1]
-    return numbers, tuple(map(str, range(least))) if classes is None else class_names(classes, least, f"{where} with classes")
+    return numbers, tuple(map(str, range(least))) if classes is None else class_names(
+        classes, least, f"{where} with classes"
+    )
 
 
 def _numbers(array: np.ndarray, count: int, where: str) -> Tensor:
     if array.ndim not in (1, 2) or len(array) != count:
-        raise ValueError(f"{where} is of shape {list(array.shape)} for {count} pictures; pass one label for each, [{count}]")
+        raise ValueError(
+            f"{where} is of shape {list(array.shape)} for {count} pictures; pass one label for each, [{count}]"
+        )
     if array.ndim == 2:
         if array.dtype.kind not in "buif" or not np.isin(array, (0, 1)).all() or not (array.sum(1) == 1).all():
-            raise ValueError(f"{where} is of shape {list(array.shape)} and not one-hot; pass one label for each picture, [{count}]")
+            raise ValueError(
+                f"{where} is of shape {list(array.shape)} and not one-hot; pass one label for each picture, [{count}]"
+            )
         return from_numpy(array.argmax(1))
     if array.dtype.kind not in "buif" or not np.isfinite(array).all() or not (array == np.floor(array)).all():
         raise ValueError(f"{where} holds {array.dtype} that are no whole numbers; number the classes from 0")
@@ -111,7 +125,9 @@ def class_names(array: np.ndarray | Sequence[str], least: int, where: str) -> tu
         )
     names = tuple(text_of(v, where) for v in _texts(array))
     if (odd := next((n for n in names if not n or not n.isprintable() or names.count(n) > 1), None)) is not None:
-        raise ValueError(f"{where} has the name {printable(odd)!r}, which is there twice, is empty or is no plain line; rename it")
+        raise ValueError(
+            f"{where} has the name {printable(odd)!r}, which is there twice, is empty or is no plain line; rename it"
+        )
     return names
 
 

@@ -39,11 +39,17 @@ class Clips:
 def load_clips(names: Path, archive: Path, size: int, cache: Path) -> Clips:
     """The clips of `archive` that move and have a name, in the order of the catalogue in `names`; decoded once into `cache`."""
     with tarfile.open(names) as tar:
-        entries = next(file.read() for m in tar if m.name == "package/emoji.json" and (file := tar.extractfile(m)) is not None)
+        entries = next(
+            file.read() for m in tar if m.name == "package/emoji.json" and (file := tar.extractfile(m)) is not None
+        )
     emoji = {e.file.removesuffix(".png"): e for e in catalogue(json.loads(entries), 0.0)}
     if not cache.exists():
         with tarfile.open(archive) as tar:
-            files = {Path(m.name).stem: file.read() for m in tar if m.name.endswith(".webp") and (file := tar.extractfile(m)) is not None}
+            files = {
+                Path(m.name).stem: file.read()
+                for m in tar
+                if m.name.endswith(".webp") and (file := tar.extractfile(m)) is not None
+            }
         decoded = {key: read_frames(files[key], size) for key in emoji if key in files}
         write_tensors(cache, {key: frames for key, frames in decoded.items() if len(frames) > 1})
     with reading(cache, "delete it and run the same command again"):

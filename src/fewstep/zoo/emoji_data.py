@@ -63,7 +63,9 @@ def fetch(package: str, version: str, sha256: str, folder: Path) -> Path:
         )
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != sha256:
-        raise ValueError(f"data.sha256: {archive} has {found}, expected {sha256}; delete the file and run the same command again")
+        raise ValueError(
+            f"data.sha256: {archive} has {found}, expected {sha256}; delete the file and run the same command again"
+        )
     return archive
 
 
@@ -74,7 +76,11 @@ def catalogue(entries: list[dict], hold_out: float) -> list[Emoji]:
         if not entry.get("has_img_google"):
             continue
         name = " ".join(entry["name"].lower().split())
-        mirrors = entry["category"] not in ("Symbols", "Flags") and entry["subcategory"] != "time" and not SIDED & set(name.split())
+        mirrors = (
+            entry["category"] not in ("Symbols", "Flags")
+            and entry["subcategory"] != "time"
+            and not SIDED & set(name.split())
+        )
         result.append(Emoji(name, name, "", entry["image"], False, mirrors))
         for code, variant in entry.get("skin_variations", {}).items():
             if not variant.get("has_img_google"):
@@ -83,7 +89,14 @@ def catalogue(entries: list[dict], hold_out: float) -> list[Emoji]:
             caption = f"{name}, {' and '.join(tones)}"
             chance = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "little") / 2**32
             result.append(
-                Emoji(name, caption, tones[0] if len(tones) == 1 else "", variant["image"], len(tones) == 1 and chance < hold_out, mirrors)
+                Emoji(
+                    name,
+                    caption,
+                    tones[0] if len(tones) == 1 else "",
+                    variant["image"],
+                    len(tones) == 1 and chance < hold_out,
+                    mirrors,
+                )
             )
     return result
 
@@ -106,7 +119,9 @@ def load_style(archive: Path, emoji: list[Emoji], style: str) -> tuple[list[Emoj
     where = {"twemoji": "package/img/twitter/64/{}.png", "fluent": "package/assets/{}.webp"}[style]
     folder = where.rpartition("/")[0] + "/"
     with tarfile.open(archive) as tar:
-        blobs = {m.name: file.read() for m in tar if m.name.startswith(folder) and (file := tar.extractfile(m)) is not None}
+        blobs = {
+            m.name: file.read() for m in tar if m.name.startswith(folder) and (file := tar.extractfile(m)) is not None
+        }
     there = [(e, blobs[name]) for e in emoji if (name := where.format(e.file.removesuffix(".png"))) in blobs]
     images = np.stack([_read(blob) for _, blob in there])
     return [e for e, _ in there], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -48,9 +48,13 @@ def read_pixel_data(source: str) -> Pictures:
         found = _folder(path)
     height, width = found.images.shape[2:]
     if height != width:
-        raise ValueError(f"data: the pictures of {printable(source)} are {width}x{height}, allowed are square ones; cut them")
+        raise ValueError(
+            f"data: the pictures of {printable(source)} are {width}x{height}, allowed are square ones; cut them"
+        )
     if (brightest := int(found.images.max())) < DARK:
-        raise ValueError(f"data: the brightest byte of {printable(source)} is {brightest} of 255, all is black; scale it")
+        raise ValueError(
+            f"data: the brightest byte of {printable(source)} is {brightest} of 255, all is black; scale it"
+        )
     return found
 
 
@@ -86,7 +90,9 @@ def load_idx(path: Path) -> Tensor:
 def _require_dense(size: int, packed: int, where: str) -> None:
     """Raises ValueError for a file that unpacks to many times what pictures do."""
     if size > SMALL and size > DENSE * packed:
-        raise ReadError(f"{where} claims {size:,} bytes in {packed:,} packed ones, more than pictures have; check where it is from")
+        raise ReadError(
+            f"{where} claims {size:,} bytes in {packed:,} packed ones, more than pictures have; check where it is from"
+        )
 
 
 def _npz(path: Path) -> Pictures:
@@ -98,7 +104,10 @@ def _npz(path: Path) -> Pictures:
         _require_dense(entry.file_size, entry.compress_size, f"{where}: {printable(entry.filename)}")
     with reading(where, "pass another file", "cannot be read as npz"), np.load(path, allow_pickle=False) as file:
         names = list(file.files)
-        kinds = {k: next((n for n in ns if n in names), None) for k, ns in {"images": ("images",), "labels": ("labels", "y")}.items()}
+        kinds = {
+            k: next((n for n in ns if n in names), None)
+            for k, ns in {"images": ("images",), "labels": ("labels", "y")}.items()
+        }
         wanted = [n for n in (*kinds.values(), "jpeg", "offset", "classes") if n in names]
         parts = {n: file[n] for n in wanted}
     if "images" in parts:
@@ -106,7 +115,9 @@ def _npz(path: Path) -> Pictures:
     elif {"jpeg", "offset"} <= parts.keys():
         images = _stack(_files(parts["jpeg"], parts["offset"], where), where)
     else:
-        raise ValueError(f"{where} holds {', '.join(map(printable, names)) or 'nothing'}; it needs images [n, H, W, C], or jpeg and offset")
+        raise ValueError(
+            f"{where} holds {', '.join(map(printable, names)) or 'nothing'}; it needs images [n, H, W, C], or jpeg and offset"
+        )
     of = kinds["labels"]
     if of is None:
         if "classes" in parts:
@@ -119,7 +130,14 @@ def _npz(path: Path) -> Pictures:
 def _files(data: np.ndarray, offset: np.ndarray, where: str) -> Iterable[tuple[str, bytes]]:
     """(name, bytes) of picture files that lie one after the other."""
     bounds = offset.tolist() if offset.ndim == 1 and offset.dtype.kind in "ui" else []
-    if data.ndim != 1 or data.dtype != np.uint8 or len(bounds) < 2 or bounds[0] < 0 or bounds[-1] > len(data) or bounds != sorted(bounds):
+    if (
+        data.ndim != 1
+        or data.dtype != np.uint8
+        or len(bounds) < 2
+        or bounds[0] < 0
+        or bounds[-1] > len(data)
+        or bounds != sorted(bounds)
+    ):
         raise ValueError(f"{where}: jpeg is not bytes [N] with rising offset [n + 1] from 0 to N; save them so")
     return ((f"picture {i}", data[a:b].tobytes()) for i, (a, b) in enumerate(pairwise(bounds)))
 
@@ -127,15 +145,23 @@ def _files(data: np.ndarray, offset: np.ndarray, where: str) -> Iterable[tuple[s
 def _folder(path: Path) -> Pictures:
     files = list(files_in(path, KINDS, "data"))
     if not files:
-        raise ValueError(f"data: {printable(path)} has no pictures; allowed are {', '.join(KINDS)}, in one folder per class")
+        raise ValueError(
+            f"data: {printable(path)} has no pictures; allowed are {', '.join(KINDS)}, in one folder per class"
+        )
     of = [name.partition("/")[0] if "/" in name else "" for name, _ in files]
     classes = sorted(set(of))
     if "" in classes and len(classes) > 1:
         raise ValueError(
             f"data: {printable(path)} has pictures beside the classes' folders, e.g. {printable(files[of.index('')][0])}; move them into one"
         )
-    if bare := sorted(p.name for p in path.iterdir() if p.is_dir() and not hidden(p.name) and classes != [""] and p.name not in classes):
-        raise ValueError(f"data: {printable(path / bare[0])} is among the classes' folders and has no pictures; remove it")
+    if bare := sorted(
+        p.name
+        for p in path.iterdir()
+        if p.is_dir() and not hidden(p.name) and classes != [""] and p.name not in classes
+    ):
+        raise ValueError(
+            f"data: {printable(path / bare[0])} is among the classes' folders and has no pictures; remove it"
+        )
     names = class_names(classes, len(classes), f"data: {printable(path)}") if classes != [""] else ()
     images = _stack(((name, file.read_bytes()) for name, file in files), f"data: {printable(path)}")
     return Pictures(images, torch.tensor([classes.index(c) for c in of]), names)

@@ -61,7 +61,9 @@ def train_pixel_teacher(config: PixelTeacherConfig, run: Path) -> Generator[tupl
     The loss is the mean square of the raw output's error: of v at uniform times, or of EDM's F at noise levels drawn log-normally, where it is EDM's
     weighting `1 / c_out^2` of the clean estimate's (EDM, eq. 8). Raises ValueError where the run was begun with another process.
     """
-    if (record := run / "run.json").exists() and (begun := read_json(record, f"delete {run}").get("process", "vp")) != config.process:
+    if (record := run / "run.json").exists() and (
+        begun := read_json(record, f"delete {run}").get("process", "vp")
+    ) != config.process:
         raise ValueError(
             f"process: got {config.process}, the run in {run} was begun with {begun}; pass --out with another folder, or delete it"
         )
@@ -72,7 +74,14 @@ def train_pixel_teacher(config: PixelTeacherConfig, run: Path) -> Generator[tupl
     none = len(data.classes)  # the label of no class
     torch.manual_seed(config.seed)
     net = pixel_unet(
-        config.channels, config.attention, images.shape[1], images.shape[-1], none, config.groups, config.layers, config.dropout
+        config.channels,
+        config.attention,
+        images.shape[1],
+        images.shape[-1],
+        none,
+        config.groups,
+        config.layers,
+        config.dropout,
     ).to(device)
     average = copy.deepcopy(net).eval()
     scheduler = edm_scheduler(config.sigma_data) if config.process == "edm" else miniature.scheduler()

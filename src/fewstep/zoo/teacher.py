@@ -165,12 +165,18 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
     tokenizer = miniature.load_tokenizer(run / "tokenizer")
     torch.manual_seed(config.seed)
     text = miniature.text_encoder(tokenizer, config.text.width, config.text.layers, config.text.heads)
-    latents = encode_variants(config, data, lambda x: vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor, run)
+    latents = encode_variants(
+        config, data, lambda x: vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor, run
+    )
     size = latents.shape[-1]
-    net = miniature.unet(config.denoiser.channels, config.denoiser.attention, config.codec.latent, size, config.text.width)
+    net = miniature.unet(
+        config.denoiser.channels, config.denoiser.attention, config.codec.latent, size, config.text.width
+    )
     model = TextToNoise(text, net)
     average = copy.deepcopy(model)
-    tokens = tokenizer([e.caption for e in data.emoji], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokens = tokenizer(
+        [e.caption for e in data.emoji], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     alpha_bar, drop = miniature.scheduler().alphas_cumprod, config.denoiser.drop_caption
     loss_at = v_loss(model, data.emoji, latents, tokens, empty, alpha_bar, config.denoiser.fit, drop, config.seed)
@@ -205,7 +211,11 @@ def v_loss(
         rows = torch.tensor([_variant(by_name[n], p, q) for n, p, q in zip(names, plain, pick, strict=True)])
         x0 = latents[rows, torch.randint(latents.shape[1], (batch,), generator=rng)].float()
         # Stratified times: one per slice of [0, T), which halves the noise of the loss at no cost. The last may be rounded up to T.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha)).long().clamp(max=len(alpha) - 1)
+        t = (
+            ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha))
+            .long()
+            .clamp(max=len(alpha) - 1)
+        )
         eps = torch.randn(x0.shape, generator=rng)
         a, s = expand(alpha[t], x0), expand(sigma[t], x0)
         captions = torch.where((torch.rand(batch, generator=rng) < drop)[:, None], empty, tokens[rows])
@@ -223,7 +233,10 @@ def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor]
         pixels, mirrors = _pixels(data), torch.tensor([e.mirrors for e in data.emoji])
         parts = []
         for v in range(config.data.variants):
-            x = emoji_data.placed(pixels, mirrors, config.data.least, seeded(config.seed, v, "places")).float() / 127.5 - 1
+            x = (
+                emoji_data.placed(pixels, mirrors, config.data.least, seeded(config.seed, v, "places")).float() / 127.5
+                - 1
+            )
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.denoiser.fit.bf16):
                 parts.append(torch.cat([encode(p) for p in x.split(64)]))
         write_tensors(file, {"latents": torch.stack(parts, 1).half()})
