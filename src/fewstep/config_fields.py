@@ -102,14 +102,16 @@ def _unfolded(annotation: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return (annotation,), ()
 
 
-@dataclass(frozen=True)
-class FieldDoc:
-    """What is written of one setting."""
-
-    name: str
-    default: str
-    allowed: str
-    text: str
+def allowed_text(config: type, name: str) -> str:
+    """Return what a setting allows in words: `whole numbers from 1`, `noisy, clean`; empty for anything of its type."""
+    kinds, limits = next((kinds, limits) for known, kinds, limits in declared(config) if known == name)  # type: ignore[arg-type]
+    words = [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    words += [word for limit in limits if isinstance(limit, OneOf) for word in limit.names]
+    if words:
+        return ", ".join(words)
+    whole = float not in kinds
+    ranges = [limit.text(whole).partition(";")[0] for limit in limits if isinstance(limit, Range)]
+    return ranges[0] if ranges else "true, false" if bool in kinds else ""
 
 
 @cache
@@ -117,7 +119,7 @@ def field_texts(config: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, those of its bases too, by name."""
     found: dict[str, str] = {}
     for kind in reversed(config.__mro__):
-        if not is_dataclass(kind):
+        if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
             continue
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(tree, ast.ClassDef)

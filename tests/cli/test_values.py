@@ -221,7 +221,8 @@ def test_numbers_that_are_none(option: str, value: object, said: str, path: Path
     *parents, last = option.split(".")
     inside = recipe
     for parent in parents:
-        inside[parent] = inside = {**inside[parent]}
+        block = inside.get(parent)
+        inside[parent] = inside = {**block} if isinstance(block, dict) else {}
     inside[last] = value
     path.write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match=said) as error:

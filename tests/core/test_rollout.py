@@ -54,7 +54,9 @@ def test_the_next_step_lands_on_the_full_rollout(update: str) -> None:
     noise, cond = torch.randn((2, 5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         full = [s.x for s in sample(network(cond, []), TABLE, noise, times, SOLVERS[update])]
-        starts, past = segment_starts(lambda rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[update])
+        starts, past = segment_starts(
+            lambda rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[update]
+        )
         here = network(cond, [])(starts, times[segments])
         landed = step(SOLVERS[update], TABLE, here, times[segments], times[segments + 1], past)[0]
     for i, k in enumerate(segments.tolist()):
@@ -78,7 +80,9 @@ def test_a_balanced_batch_costs_half_of_k_minus_one(steps: int) -> None:
 def test_there_is_no_gradient() -> None:
     noise, weight = torch.randn((4, 2), generator=torch.Generator().manual_seed(0)), torch.ones(2, requires_grad=True)
     times = timegrid.uniform(Flow(), 2)
-    starts, past = segment_starts(lambda rows: lambda x, t: Split(x * weight, x), Flow(), noise, times, torch.tensor([0, 0, 1, 1]))
+    starts, past = segment_starts(
+        lambda rows: lambda x, t: Split(x * weight, x), Flow(), noise, times, torch.tensor([0, 0, 1, 1])
+    )
     assert not starts.requires_grad
 
 
@@ -96,7 +100,9 @@ def test_a_correction_meets_the_same_past_in_a_segment_as_on_the_way(solver: str
     noise, cond = torch.randn((2, 6, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         full = [s.x for s in sample(network(cond, []), TABLE, noise, times, SOLVERS[solver], correct)]
-        starts, past = segment_starts(lambda rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[solver], correct)
+        starts, past = segment_starts(
+            lambda rows: network(cond[rows], []), TABLE, noise, times, segments, SOLVERS[solver], correct
+        )
         here = network(cond, [])(starts, times[segments])
         landed, _ = step(SOLVERS[solver], TABLE, here, times[segments], times[segments + 1], past, correct)
     for i, k in enumerate(segments.tolist()):

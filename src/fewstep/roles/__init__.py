@@ -1,0 +1,1 @@
+"""Teacher, student and fake score as adapters of one network, or as copies."""

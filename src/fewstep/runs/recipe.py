@@ -512,7 +512,7 @@ def _require_no_boolean(
             k
             for annotation in _annotations(model, place)
             for kind in _kinds(annotation)
-            for k in (kind, *get_args(kind))
+            for k in (kind, *_inner(kind))
         }
         text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
         if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
@@ -521,6 +521,11 @@ def _require_no_boolean(
         if odd is not None and kinds and bool not in kinds:
             wanted = "a number" if {int, float} & kinds else "a text"
             raise ValueError(f"{'.'.join(place)}: input should be {wanted}, got {str(odd).lower()} (in {source})")
+
+
+def _inner(kind: Any) -> list[Any]:
+    """The types that the elements of a type have."""
+    return [k for part in get_args(kind) for k in _kinds(part)]
 
 
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
