@@ -51,7 +51,7 @@ def test_the_readme_is_short() -> None:
 def test_every_page_is_in_the_site() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = {page for section in site["nav"] for entry in section.values() for page in _pages(entry)}
-    assert listed == {page.name for page in PAGES} | {"ring.ipynb"}
+    assert listed == {page.name for page in PAGES} | {"ring.md"}
 
 
 def _pages(entry: Any) -> list[str]:

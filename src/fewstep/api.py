@@ -14,7 +14,7 @@ from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
 from .backbones.parts import DiffusersBackbone
-from .core.guidance import Guidance, guidance_of
+from .core.guidance import Guidance
 from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
@@ -59,7 +59,9 @@ def TDM(steps: int | tuple[int, ...] = 4, guidance: Guidance | float = 3.5, **se
     Several `steps` make one student for all of them (TDM-unify).
     """
     name = "tdm" if isinstance(steps, int) else "tdm-unify"
-    return DistributionMatching(name=name, steps=steps, guidance=guidance_of(guidance), **settings)
+    made = preset(name, steps=steps, guidance=guidance, **settings)
+    assert isinstance(made, DistributionMatching)
+    return made
 
 
 @told_in_python

@@ -188,10 +188,10 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pyt
     ("arguments", "expected"),
     [
         (["--set", "method.steps=0"], "method.steps: got 0"),
-        (["--set", "method.steps=2000"], "steps: got 2000, allowed are 1 to 1000"),
+        (["--set", "method.steps=2000"], "method.steps: got 2000, allowed are whole numbers from 1 to 1000"),
         (["--set", "method.stepz=4"], "method.stepz: unknown option"),
         (["--set", "method.loss=l3"], "method.loss: got 'l3', allowed are l2, huber, huber-elementwise"),
-        (["--set", "train.lr=fast"], "train.lr: input should be a valid number"),
+        (["--set", "train.lr=fast"], "train.lr: input should be a number, got 'fast'"),
         (["--set", "train.lr=-1"], "train.lr: got -1.0"),
         (["--set", "train.batch=0"], "train.batch: got 0"),
         (["--set", "roles.rank=0"], "roles.rank: got 0"),

@@ -65,7 +65,7 @@ def test_all_else_is_yaml() -> None:
         return override({"method": {}}, sets, DistillRecipe)
 
     assert put("train.lr=1e-5", "train.iterations=7", "roles.exclude=[a, b]", "method.condition=false", "data={source: x}") == {
-        "method": {"condition": False}, "train": {"lr": "1e-5", "iterations": 7}, "roles": {"exclude": ["a", "b"]}, "data": {"source": "x"},
+        "method": {"condition": False}, "train": {"lr": 1e-5, "iterations": 7}, "roles": {"exclude": ["a", "b"]}, "data": {"source": "x"},
     }  # fmt: skip
     assert put("warm_start.method.loss=3", "data.folder=007", "method.steps=2", "preview.prompts=[a]", "nowhere=3") == {
         "warm_start": {"method": {"loss": "3"}}, "data": {"folder": "007"}, "method": {"steps": 2}, "preview": {"prompts": ["a"]}, "nowhere": 3,

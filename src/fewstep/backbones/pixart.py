@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma: a T5 text with its mask, a transformer that also predicts a variance."""
+"""PixArt-alpha and PixArt-Sigma: masked T5 text, a transformer with learned variance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from .settings import table
 
 @dataclass(frozen=True)
 class PixArt(LatentTransformer):
-    """A PixArt pipeline as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]` with `mask [B, L]`."""
+    """A PixArt pipeline as a backbone.
+
+    States are scaled latents [C, h, w]. The condition is `text [B, L, D]` with `mask [B, L]`.
+    """
 
     @property
     def encoders(self) -> Sequence[nn.Module]:

@@ -1,6 +1,8 @@
-"""Settings of a pipeline's parts: what they ask for is done, or refused when the teacher is loaded, never passed over.
+"""Checks of the settings of a pipeline's parts.
 
-Most of them say how a network computes, which is its own affair. Here are those that somebody around it has to read, and those that say the parts go together.
+fewstep follows a setting or refuses it when the teacher is loaded, and never passes over one. Most settings
+say how a network computes, and the network reads them. The checks are for the settings that code around the
+network has to read, and for those that say whether the parts go together.
 """
 
 import json
@@ -29,10 +31,10 @@ from .schedulers import table_of
 from .switches import require_switches
 from .weights import UnfitError, inside
 
-LARGEST = 4096  # height and width of states
+LARGEST = 4096  # largest height and width of states
 LAYERS = re.compile(r"^(num_.*layers|layers_per_block|num_.*blocks|num_layers)$")
-MOST = 1000  # of layers, which libraries build one by one
-TABLE = 100_000  # times that a table of noise levels may have
+MOST = 1000  # largest number of layers, which libraries build one by one
+TABLE = 100_000  # largest number of times in a table of noise levels
 IMAGES = (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
@@ -44,19 +46,23 @@ SIZES = "pass the folder that save_pretrained wrote"
 
 
 def read_settings(folder: Path, parts: Iterable[str]) -> None:
-    """Read the JSON settings of these parts of a pipeline's folder before any library does. Raises UnfitError for what cannot be built."""
+    """Read the JSON settings of a pipeline's parts before libraries do.
+
+    Raises UnfitError for settings that cannot be built.
+    """
     for part in parts:
         for file in sorted((folder / part).glob("*config.json")):
             inside(file, folder)
             try:
                 value = json_in(file)
-            except Exception as error:  # as many types as there are kinds of damage
+            except Exception as error:  # each kind of damage raises another type
                 raise UnfitError(f"{part}/{file.name} is damaged ({reason(error)})") from error
             if not isinstance(value, dict):
                 raise UnfitError(f"{part}/{file.name} is damaged (it holds a {type(value).__name__}, not an object)")
             if "quantization_config" in value:
                 raise UnfitError(
-                    f"{part}/{file.name} asks for weights in fewer bits (quantization_config), which fewstep does not read",
+                    f"{part}/{file.name} asks for weights in fewer bits (quantization_config), "
+                    "which fewstep does not read",
                     "pass the model in float16, bfloat16 or float32; roles.quantize rounds it",
                 )
             for key, number in _numbers(value):
@@ -78,7 +84,10 @@ def _numbers(value: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
 
 
 def require_settings(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The same pipeline, if all that its settings ask for is done. Raises UnfitError."""
+    """Return the pipeline if fewstep follows all its settings.
+
+    Raises UnfitError otherwise.
+    """
     require_switches(pipe)
     if isinstance(pipe, IMAGES):
         _autoencoder(pipe)
@@ -95,14 +104,20 @@ def require_settings(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def whole(where: str, key: str, value: object, least: int = 1, most: int = LARGEST) -> int:
-    """A whole number. Raises UnfitError."""
+    """Return `value` if it is a whole number in the range.
+
+    `where` and `key` name the setting. Raises UnfitError otherwise.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UnfitError(f"{where} says {key} {_shown(value)}, allowed are whole numbers from {least} to {most}", SIZES)
     return value
 
 
 def number(where: str, key: str, value: object, positive: bool = True) -> float:
-    """A finite number. Raises UnfitError."""
+    """Return `value` if it is a finite number.
+
+    With `positive`, above 0. `where` and `key` name the setting. Raises UnfitError otherwise.
+    """
     if (
         not isinstance(value, int | float)
         or isinstance(value, bool)
@@ -116,7 +131,10 @@ def number(where: str, key: str, value: object, positive: bool = True) -> float:
 
 
 def same(where: str, key: str, value: object, wanted: object, why: str, cure: str = SIZES) -> None:
-    """Raises UnfitError where a setting is not what the rest of the pipeline goes with."""
+    """Check that a setting is what the rest of the pipeline needs.
+
+    Raises UnfitError otherwise.
+    """
     if value != wanted:
         raise UnfitError(f"{where} says {key} {_shown(value)}, {why}", cure)
 
@@ -127,7 +145,11 @@ def _shown(value: object) -> str:
 
 
 def side(where: str, value: object, size: int = 0) -> int:
-    """Height and width of square latents: `sample_size`, a number or twice the same one, or `size` where that is said. Raises UnfitError."""
+    """Return the height and width of square latents.
+
+    `value` is `sample_size`: a number, or twice the same one. A `size` other than 0 replaces `value`. Raises
+    UnfitError.
+    """
     if size:
         return size
     pair = list(value) if isinstance(value, list | tuple) else [value, value]
@@ -142,7 +164,10 @@ def side(where: str, value: object, size: int = 0) -> int:
 
 
 def table(pipe: DiffusionPipeline) -> VP:
-    """The process that a scheduler with a table of betas undoes. Raises UnfitError for another one, and for a table that is none."""
+    """Return the process of a scheduler with a table of betas.
+
+    Raises UnfitError for another scheduler, and for a table that is no noise schedule.
+    """
     scheduler = pipe.scheduler
     if "beta_schedule" not in scheduler.config or not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         raise UnfitError(
@@ -153,7 +178,10 @@ def table(pipe: DiffusionPipeline) -> VP:
 
 
 def require_prediction(pipe: DiffusionPipeline, allowed: Sequence[str]) -> None:
-    """Raises UnfitError for a scheduler whose network predicts something else."""
+    """Check that a scheduler's prediction type is an allowed one.
+
+    Raises UnfitError otherwise.
+    """
     said = pipe.scheduler.config.get("prediction_type", "epsilon")
     if said not in allowed:
         raise UnfitError(
@@ -163,7 +191,11 @@ def require_prediction(pipe: DiffusionPipeline, allowed: Sequence[str]) -> None:
 
 
 def _autoencoder(pipe: DiffusionPipeline) -> None:
-    """Pictures in, pictures out, and latents scaled as its pipeline does: SD3's shifts them, SDXL's may normalise them channel by channel."""
+    """Check the channels and scales of an image autoencoder.
+
+    The scales must be those that the pipeline reads: SD3's shifts latents, SDXL's may normalise them channel
+    by channel.
+    """
     config, called = pipe.vae.config, type(pipe).__name__
     for key in ("in_channels", "out_channels"):
         same("vae", key, config[key], 3, "pictures have 3")
@@ -186,7 +218,8 @@ def _autoencoder(pipe: DiffusionPipeline) -> None:
     for key, values in (("latents_mean", mean), ("latents_std", std)):
         if not isinstance(values, list | tuple) or len(values) != config.latent_channels:
             raise UnfitError(
-                f"vae says {key} {_shown(values)}, allowed are {config.latent_channels} numbers, one a channel, or null for both",
+                f"vae says {key} {_shown(values)}, allowed are {config.latent_channels} numbers, "
+                "one a channel, or null for both",
                 SIZES,
             )
         for value in values:
@@ -228,7 +261,8 @@ def _unet(pipe: DiffusionPipeline) -> None:
     added = ("text_time",) if both else (None, "text")
     if config.get("addition_embed_type") not in added:
         raise UnfitError(
-            f"unet says addition_embed_type {_shown(config.addition_embed_type)}, a {called} tells it {' or '.join(str(a or 'nothing') for a in added)}",
+            f"unet says addition_embed_type {_shown(config.addition_embed_type)}, "
+            f"a {called} tells it {' or '.join(str(a or 'nothing') for a in added)}",
             SIZES,
         )
     if pipe.config.get("requires_aesthetics_score"):
@@ -268,7 +302,8 @@ def _pixart(pipe: DiffusionPipeline) -> None:
     same("transformer", "in_channels", config.in_channels, latent, f"its autoencoder's latents have {latent}")
     if config.out_channels not in (latent, 2 * latent):
         raise UnfitError(
-            f"transformer says out_channels {_shown(config.out_channels)}, allowed are {latent}, or {2 * latent} with a variance",
+            f"transformer says out_channels {_shown(config.out_channels)}, allowed are {latent}, "
+            f"or {2 * latent} with a variance",
             SIZES,
         )
     size = side("transformer", config.sample_size)
@@ -361,7 +396,10 @@ def _cogvideox(pipe: DiffusionPipeline) -> None:
 
 
 def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
-    """Raises UnfitError for a pixel U-Net that wants or gives something else than pictures and the classes named in `labels`."""
+    """Check that a pixel U-Net takes and gives images.
+
+    The classes must be those named in `labels`. Raises UnfitError otherwise.
+    """
     config = unet.config
     if config.in_channels not in (1, 3):
         raise UnfitError(
@@ -403,13 +441,16 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
 
 
 def read_labels(file: Path) -> tuple[str, ...]:
-    """The class names beside a pixel model; none where there is no such file. Raises UnfitError where it is damaged."""
+    """Read the class names next to a pixel model.
+
+    Empty where there is no such file. Raises UnfitError where the file is damaged.
+    """
     if not file.exists():
         return ()
     inside(file, file.parent)
     try:
         names = json_in(file)
-    except Exception as error:  # as many types as there are kinds of damage
+    except Exception as error:  # each kind of damage raises another type
         raise UnfitError(f"{file.name} is damaged ({reason(error)})") from error
     if (
         not isinstance(names, list)
@@ -422,7 +463,11 @@ def read_labels(file: Path) -> tuple[str, ...]:
 
 
 def _tokenizers(pipe: DiffusionPipeline) -> None:
-    """Their lengths are those of their text encoders where none is said; their words are in the encoders' vocabularies."""
+    """Check that tokenizers go with their text encoders.
+
+    The words must be in the encoder's vocabulary. A tokenizer that names no length, or a longer one than its
+    encoder, gets the encoder's.
+    """
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         words, encoder = pipe.components.get(name), pipe.components.get(name.replace("tokenizer", "text_encoder"))
         if not isinstance(words, PreTrainedTokenizerBase) or encoder is None:
@@ -435,7 +480,7 @@ def _tokenizers(pipe: DiffusionPipeline) -> None:
             )
         most = getattr(encoder.config, "max_position_embeddings", None)
         if most is None:
-            continue  # T5 has no last position, and its pipelines say how long a prompt is
+            continue  # T5 has no last position: its pipelines limit the length of a prompt
         length = words.model_max_length
         if not isinstance(length, int) or length > most:
             words.model_max_length = most

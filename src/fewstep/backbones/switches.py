@@ -1,4 +1,7 @@
-"""Settings that are on or off: diffusers takes any text, number or list that stands there for on."""
+"""Checks of settings that are true or false.
+
+diffusers takes any text, number or list in their place for true.
+"""
 
 import inspect
 import json
@@ -10,7 +13,10 @@ from .weights import UnfitError
 
 
 def require_switches(pipe: DiffusionPipeline) -> None:
-    """Raises UnfitError where a setting of a part that its class says is a bool is another value than true, false and null."""
+    """Check that settings declared as bool are booleans or null.
+
+    A part's class declares the types of its settings. Raises UnfitError for another value.
+    """
     for name, part in pipe.components.items():
         if not isinstance(part, ConfigMixin):
             continue

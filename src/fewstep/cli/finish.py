@@ -1,4 +1,4 @@
-"""What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
+"""What follows a training: student files, evaluation, report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +38,10 @@ def finish(
     seconds: float,
     prompts: Sequence[str],
 ) -> None:
-    """Export the averaged student, measure it, write the report, and say what to do next."""
+    """Export the averaged student, evaluate, and write the report.
+
+    Prints where the results are and what to do next.
+    """
     method = recipe.method
     with roles.averaged():
         student = Student.of(roles, method, origin_of(recipe, base_hash, recipe.train.iterations, seconds))
@@ -59,7 +62,10 @@ def finish(
 
 
 def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, now: Best, seconds: float) -> list[str]:
-    """Keep the averaged student of this preview in `run/best` if it is the best so far; returns what is to be said of the last ones."""
+    """Keep the averaged student in `run/best` if better than before.
+
+    Returns the warnings of `keep_best`.
+    """
 
     def write(folder: Path) -> None:
         with roles.averaged():
@@ -78,7 +84,10 @@ def origin_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: f
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
-    """Return what a model card says about the data, and about a teacher that was not quite its base."""
+    """Return what a model card says about the training data.
+
+    The text also names the quantization of a teacher whose weights were not quite those of the base.
+    """
     rounded = f", next to its base in {recipe.roles.quantize}" if recipe.roles.quantize else ""
     if recipe.data is None or recipe.data.source == "trajectories":
         return f"prompts alone{rounded}"
@@ -88,7 +97,10 @@ def _trained_from(recipe: DistillRecipe) -> str:
 
 
 def shape_seen(roles: Roles, paths: Trajectories) -> dict[str, Any]:
-    """What a report shows of the teacher's trajectories; says how well the curve fits them, the head's own where there is one."""
+    """Return what a report shows of the teacher's trajectories.
+
+    Prints how well the curve fits the trajectories. A head has a curve of its own, which is then used.
+    """
     curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
     shape = shape_of(roles.backbone.schedule, paths.whole, paths.grid, curve)
     fits, bends = (
@@ -96,13 +108,18 @@ def shape_seen(roles: Roles, paths: Trajectories) -> dict[str, Any]:
         ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]),
     )
     console.print(
-        f"curve of the trajectories: R² {fits}; 1, 2, 3 directions explain {bends} % of what is beside the straight line"
+        f"curve of the trajectories: R² {fits}; "
+        f"1, 2, 3 directions explain {bends} % of what is beside the straight line"
     )
     return shape
 
 
 def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int = 16) -> dict[str, Any]:
-    """How the teacher's own few steps and the student stray from the teacher's trajectories, for every step count."""
+    """Measure how few steps stray from the teacher's trajectories.
+
+    Compares the teacher's own DDIM steps and the student's steps, for every step count, on the first `count`
+    trajectories.
+    """
     teacher, goals, walks = roles.backbone, paths.states[:count], {}
     device = device_of(teacher.module)
     cond = {k: v[:count].to(device) for k, v in paths.embeddings.cond.items()}
@@ -125,23 +142,29 @@ def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int =
 def print_ending(
     run: Path, report: Path, result: dict[str, Any] | None, seconds: float, cost: str, commands: list[tuple[str, str]]
 ) -> None:
-    """Where things are, the network calls of a picture (`cost`), the three numbers that matter, the first and the last of what one does next."""
+    """Print the run's files, the main numbers and the next commands.
+
+    `cost` says the NFE of an image. Of `commands` the first and the last are printed.
+    """
     console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}\ncalls    {cost}")
     if result is not None:
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
         console.print(f"quality  {quality_of(student, best, rows)}")
         console.print(
-            f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher"
+            f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x "
+            "faster per picture than the teacher"
         )
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
 
 
 def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> str:
-    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json.
+    """Say how far a student is from real images.
 
-    Of the teacher's `rows` at the student's cost the best is named.
+    Where nothing was compared with real images, the distance is that to the teacher. `student`, `teacher`
+    and `rows` are rows of eval.json. The teacher's distance stands next to the student's; of the teacher's
+    `rows` at the student's cost the best is named, too.
     """
     cost, real = plural(student["nfe"], "network call"), student["fd_real"] is not None
     key = "fd_real" if real else "fd_teacher"

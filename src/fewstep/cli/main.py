@@ -1,4 +1,7 @@
-"""The command line. Heavy imports happen inside the commands, so that `--help` is immediate."""
+"""The command line.
+
+Heavy imports happen inside the commands, so that `--help` is immediate.
+"""
 
 import os
 import sys
@@ -20,7 +23,7 @@ app = typer.Typer(
 
 
 def _path(text: str | Path) -> Path:
-    """What stands behind an option that takes a path."""
+    """Parse an option that takes a path."""
     if not str(text):
         raise typer.BadParameter("got an empty text; pass a path, or leave the option out")
     return Path(expanded(str(text)))
@@ -36,7 +39,10 @@ Fuse = Annotated[
 Teacher = Annotated[
     str | None,
     typer.Option(
-        help="Bundled name, diffusers folder, hub id or checkpoint (FILE.safetensors, FILE@v, FILE@eps, FILE@FOLDER); the recipe's by default."
+        help=(
+            "Bundled name, diffusers folder, hub id or checkpoint (FILE.safetensors, "
+            "FILE@v, FILE@eps, FILE@FOLDER); the recipe's by default."
+        )
     ),
 ]
 Set = Annotated[
@@ -76,7 +82,10 @@ def distill(
 
 
 def _given(options: dict[str, str | None]) -> dict[str, str]:
-    """Those that were given, to the letter: what people call their files is no YAML."""
+    """Return the options that were given, with their texts unchanged.
+
+    The texts are not read as YAML: people call their files what they like.
+    """
     return {key: text for key, text in options.items() if text is not None}
 
 
@@ -98,7 +107,10 @@ def sample(
     student: Annotated[
         str,
         typer.Argument(
-            help="A student folder (a run or its final/), or a teacher: bundled, a diffusers folder, a hub id, a checkpoint."
+            help=(
+                "A student folder (a run or its final/), or a teacher: "
+                "bundled, a diffusers folder, a hub id, a checkpoint."
+            )
         ),
     ],
     prompt: Annotated[
@@ -151,14 +163,21 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Which protocol: how many prompts and seeds, which reference; or its size (quick, medium, full), or pictures-N of N pictures. By default emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
+            help=(
+                "Which protocol: how many prompts and seeds, which reference; "
+                "or its size (quick, medium, full), or pictures-N of N pictures. By default "
+                "emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
+            )
         ),
     ] = None,
     real: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Real pictures of the model's size that it is measured against too: a folder or an npz; the recipe's data.real by default.",
+            help=(
+                "Real pictures of the model's size that it is measured against too: "
+                "a folder or an npz; the recipe's data.real by default."
+            ),
         ),
     ] = None,
     prompts: Annotated[
@@ -264,10 +283,13 @@ def train_teacher(
 
 
 def run() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, one of ours a line, a log and exit code 1, a signal a line and 128 and its number."""
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # its notice about torchvision, at import, is of no use to anyone here
+    """Run the command line.
+
+    A user's mistake prints one line and exits with code 2. A mistake of fewstep prints one line, writes a
+    log and exits with code 1. A signal prints one line and exits with 128 plus the signal's number.
+    """
+    # transformers prints a notice about torchvision when imported, which is of no use to users.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     show_all_letters()
     try:
         with interruptible(), logged_in(None):

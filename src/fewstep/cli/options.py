@@ -1,4 +1,4 @@
-"""Errors that name an option as it was typed."""
+"""Errors that name an option as typed on the command line."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,7 +6,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def in_options(options: Mapping[str, str]) -> Iterator[None]:
-    """Name a setting as the option of the command line that has it: `steps: got 0` as `--steps: got 0`."""
+    """Name settings in errors as options of the command line.
+
+    `steps: got 0` becomes `--steps: got 0`.
+    """
     try:
         yield
     except ValueError as error:

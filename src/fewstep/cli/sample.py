@@ -1,4 +1,7 @@
-"""`fewstep sample`: pictures from a student or a teacher, the teacher's beside on request."""
+"""`fewstep sample`: images from a student or a teacher.
+
+On request the teacher's images stand next to the student's.
+"""
 
 import time
 from collections.abc import Sequence
@@ -27,7 +30,10 @@ from .progress import console
 
 
 def open_model(source: str, base: str | None = None) -> Backbone | Student:
-    """A student or a teacher. Raises ValueError with one line when it is neither."""
+    """Open a student or a teacher.
+
+    Raises ValueError with one line where the source is neither.
+    """
     folder = find_folder(source)
     if folder is not None:
         return open_student(folder, base)
@@ -38,7 +44,10 @@ def open_model(source: str, base: str | None = None) -> Backbone | Student:
 
 
 def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> Student:
-    """A student on its base, or on another; says so where that has other weights than the one that it was trained on."""
+    """Open a student on its base, or on another base.
+
+    Prints a note where the base has other weights than the base that the student was trained on.
+    """
     student = Student.read(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
     if note := student.base_note():
         console.print(f"note: {note}")
@@ -46,9 +55,10 @@ def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | Non
 
 
 def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
-    """What this model draws: the prompts given, or the empty one where it takes none. Raises ValueError for what it does not take.
+    """Return the prompts that this model samples.
 
-    To a model of classes the empty prompt is no class.
+    These are the given prompts, or the empty prompt for a model that takes none. Raises ValueError for
+    prompts that the model does not take. To a model of classes the empty prompt is no class.
     """
     if not backbone.encode([""]):
         if asked := next((p for p in given if p.strip()), ""):
@@ -57,7 +67,8 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     if isinstance(backbone, PixelModel):
         if not given:
             raise ValueError(
-                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {quoted(backbone.labels[0])}"
+                f"--prompt: got none, {backbone.name} draws {backbone.classes}; "
+                f"say which, e.g. -p {quoted(backbone.labels[0])}"
             )
         backbone.encode(given)
         return list(given)
@@ -66,8 +77,8 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     return list(given)
 
 
-MOST = 1024  # images of a prompt
-FLAT = 1 / 255  # a picture whose pixels differ by less is one colour
+MOST = 1024  # images per prompt
+FLAT = 1 / 255  # an image whose pixels differ by less is one colour
 
 
 def run_sample(
@@ -83,7 +94,11 @@ def run_sample(
     solver: str | None,
     out: Path,
 ) -> None:
-    """Draw, write one PNG grid (a row per model; videos as strips, and as mp4 beside), and print its path and the time a picture took."""
+    """Sample, write one PNG grid, and print its path.
+
+    The grid has a row per model. Videos are shown as strips of frames, and written as mp4 next to the grid.
+    The time per image is printed, too.
+    """
     quiet()
     require_output(out, "-o")
     if out.suffix.lower() != ".png":
@@ -106,7 +121,8 @@ def run_sample(
         card = model.card
         if guidance not in (None, 1.0) and not card.guidance_scales:
             raise ValueError(
-                f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {card.guidance.scale:g}); leave it out"
+                f"--guidance: got {guidance}, this student has guidance baked "
+                f"in (teacher's scale {card.guidance.scale:g}); leave it out"
             )
         if guidance is not None and card.guidance_scales and guidance not in card.guidance_scales:
             known = ", ".join(f"{w:g}" for w in card.guidance_scales)

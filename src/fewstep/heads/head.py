@@ -159,8 +159,8 @@ class SpanHead(Head):
     """Head that predicts weights on the tokens, per step and per sample.
 
     Each step has weights shared by all samples. A network over the set of tokens adds weights per sample; the
-    network sees lengths, cosines and the curve. The weights are invariant to translation, rotation and
-    resolution of the data.
+    network sees lengths, cosines and the curve. The weights do not change when the data are moved or rotated,
+    and the head works for data of any size.
     """
 
     by_step = True

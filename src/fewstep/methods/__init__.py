@@ -1,1 +1,4 @@
-"""Who is updated by which objective: TDM, its variants, its rivals, TrajP-L."""
+"""Training methods: TDM with variants and rivals, and TrajP-L.
+
+A method says which role is updated by which objective.
+"""

@@ -1,4 +1,7 @@
-"""What a method's name stands for: settings that another name would have to have."""
+"""Settings that a method's name stands for.
+
+With other settings, a method takes another name.
+"""
 
 from operator import attrgetter
 from typing import Any
@@ -16,7 +19,10 @@ CLASSES = {"lcm": "ConsistencyDistillation", "progressive": "ProgressiveDistilla
 
 
 def require_name(method: Method) -> None:
-    """Check that the class and the settings are those of the method's name. Raises ValueError."""
+    """Check that class and settings match the method's name.
+
+    Raises ValueError otherwise.
+    """
     kind = type(method).__name__
     if (class_name := CLASSES.get(method.name, kind)) != kind:
         raise ValueError(

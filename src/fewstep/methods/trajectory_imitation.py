@@ -1,7 +1,10 @@
-"""Trajectory imitation: along the student's rollout every step is pulled to the teacher's state from the same noise.
+"""Trajectory imitation along the student's rollout.
 
-TrajP-L trains a LoRA and a head that corrects the direction; its ablations and rivals are settings: no head (LoRA alone; with full
-weights SFD), no LoRA (head alone; with shared weights PAS). A student absorbs a head by imitating itself with it.
+Every step of the rollout is regressed on the teacher's state from the same noise.
+
+TrajP-L trains a LoRA and a head that corrects the direction. Ablations and rival methods are settings: no
+head (LoRA alone; with full weights SFD), no LoRA (head alone; with shared weights PAS). A student absorbs a
+head by imitating the student with the head.
 """
 
 from collections.abc import Iterator
@@ -34,7 +37,10 @@ from .names import require_name
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryImitation(Method):
-    """Settings of trajectory imitation; the defaults are TrajP-L's. Raises ValueError for settings that cannot be."""
+    """Settings of trajectory imitation; the defaults are TrajP-L's.
+
+    Raises ValueError for invalid settings.
+    """
 
     name: str = "trajp-l"
 
@@ -78,7 +84,10 @@ class TrajectoryImitation(Method):
 def imitate(
     method: Method, roles: Roles, walk: TrajectoryBatch, count: int, loss: str, called: str = "student_loss"
 ) -> Iterator[Loss]:
-    """Yield one update a step: from where the student is, not the teacher, and without gradient through the steps before."""
+    """Yield one update per step of the student's rollout.
+
+    Each step starts from the student's state, not the teacher's, and has no gradient through earlier steps.
+    """
     schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(method.solver), walk
     student = student_of(method, roles, cond, count)
     x = states[:, 0]
@@ -89,14 +98,15 @@ def imitate(
         goal = states[:, int((known - end).abs().argmin())]
         value = REGRESSION_LOSSES[loss](landed, goal).mean()
         x, history = landed.detach(), SolverHistory(history.noise, (_detached(done), *history.steps))
-        if value.requires_grad:  # an analytic first step without a head has nothing to train
+        if value.requires_grad:  # without a head, an analytic first step has nothing to train
             yield Loss("student", value, {called: value.detach()})
 
 
 def absorb_head(method: Method, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
-    """Train the student to land without its head where it landed with it, from the same noise; the teacher has no part in it.
+    """Train the student to land without the head as with it.
 
-    The student as it was is its average, as long as that does not move: before the method's first update of its own.
+    Both start from the same noise; the teacher is not used. The student's average serves as the student with
+    the head: the average does not move before the method's own first update.
     """
     schedule, count = roles.backbone.schedule, batch.steps or draw_count(method.steps, batch.rng)
     times, shape = method.times(schedule, count), (batch.batch, *roles.backbone.shape)

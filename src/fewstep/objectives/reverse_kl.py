@@ -49,7 +49,11 @@ def huber_elementwise(x: Tensor, delta: Tensor, normaliser: Tensor, c: float = 1
     return ((square + c**2).sqrt() - c).flatten(1).sum(1)
 
 
-SURROGATE_LOSSES: dict[str, SurrogateLoss] = {"l2": l2, "huber": huber, "huber-elementwise": huber_elementwise}
+SURROGATE_LOSSES: dict[str, SurrogateLoss] = {
+    "l2": l2,
+    "huber": huber,
+    "huber-elementwise": huber_elementwise,
+}
 
 
 def reverse_kl_loss(state: MatchedState, loss: str, correction: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""A report made again from the files of a run folder."""
+"""A report made again from the files of a run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,22 @@ from .summary import Cost, headlines
 
 PICTURES = "pictures.safetensors"
 REPORT = "report.html"
-SHAPE = "trajectories.json"  # what `trajp.analysis` says of the teacher's trajectories
+SHAPE = "trajectories.json"  # the shape of the trajectories, see `report.trajectories`
 CARD = "fewstep.json"
-BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which one that was
+BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which preview
 SHOWN_SAMPLES = 3
 STEP = re.compile(r"step_[0-9]{1,18}\.png")
 CURE = "delete it and run the command that made it again"
 
 
 def render_run(run: Path) -> Path:
-    """Write `run/report.html` from whatever the folder holds by now; returns its path.
+    """Write `run/report.html` from whatever the folder holds by now.
 
-    Reads run.json (`title`, `recipe`, `versions`, `hardware`, `command`, all optional), metrics.jsonl, final/eval.json,
-    samples/*.png and pictures.safetensors. Raises ValueError where the folder is no run or a file is damaged.
+    Reads run.json (`title`, `recipe`, `versions`, `hardware`, `command`, `next`, all optional),
+    metrics.jsonl, final/eval.json, final/fewstep.json, best/preview.json, trajectories.json, samples/*.png
+    and pictures.safetensors. Returns the report's path.
+
+    Raises ValueError where the folder is no run or a file is damaged.
     """
     if not (run / "run.json").exists():
         lacks = "run.json" if run.is_dir() else "such folder"
@@ -43,7 +46,10 @@ def render_run(run: Path) -> Path:
 
 
 def read_run(run: Path) -> Report:
-    """The report of a run folder; parts whose files are not there yet are empty."""
+    """Read the report of a run's folder.
+
+    Parts whose files are not there yet are empty.
+    """
     about, evaluation = _read(run / "run.json", About), _read(run / "final" / "eval.json", Evaluation)
     metrics = read_metrics(run / "metrics.jsonl")
     rows = evaluation.get("rows", [])
@@ -74,12 +80,19 @@ def read_run(run: Path) -> Report:
 
 
 def best_preview(run: Path) -> Mapping[str, Any]:
-    """`iteration`, `value` and what was `measured` of the student in `run/best`; empty where there is none."""
+    """Read which preview's student lies in `run/best`.
+
+    The keys are `iteration`, `value` and what was `measured`. Empty where there is no such student.
+    """
     return _read(run / BEST / BEST_FILE, BestPreview)
 
 
 def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str, str]]:
-    """What was made: teacher, method, steps, what was trained, and which file to use. Of a run without a student yet, what is being made."""
+    """Return what was made, as (name, value).
+
+    The facts are teacher, method, steps, what was trained, and which file to use. Of a run without a
+    student, the facts say what is being made.
+    """
     card = _read(run / "final" / CARD, Card)
     method, train = recipe.get("method") or {}, recipe.get("train") or {}
     first = ((recipe.get("warm_start") or {}).get("method") or {}).get("name")
@@ -113,13 +126,16 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
 
 
 def _listed(counts: Sequence[int]) -> str:
-    """`4`, `4 or 2`, `4, 2 or 1`."""
+    """List counts as `4`, `4 or 2`, `4, 2 or 1`."""
     words = [str(count) for count in counts]
     return " or ".join(w for w in (", ".join(words[:-1]), *words[-1:]) if w)
 
 
 def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
-    """What one does with the student of this folder, as commands to copy. Models that take no prompt have empty ones."""
+    """Return commands that use the student, each with a title.
+
+    A model that takes no prompts has empty `prompts`.
+    """
     student = quoted(str(run))
     asked = next((f" -p {quoted(p)}" for p in prompts if p), "" if prompts else " -p 'a prompt of your own'")
     out = quoted(str(run / "export"))
@@ -138,25 +154,34 @@ def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _spread(paths: Sequence[Path]) -> list[Path]:
-    """At most three of them: the first, the middle one and the last."""
+    """Return at most three paths: the first, middle and last."""
     if len(paths) <= SHOWN_SAMPLES:
         return list(paths)
     return [paths[round(i * (len(paths) - 1) / (SHOWN_SAMPLES - 1))] for i in range(SHOWN_SAMPLES)]
 
 
 def _grids(folder: Path) -> list[Path]:
-    """The grids of a run's previews, in order; what others put beside them is left alone."""
+    """Return the grids of a run's previews, in order.
+
+    Files that others put next to the grids are left alone.
+    """
     return sorted(p for p in folder.glob("step_*.png") if STEP.fullmatch(p.name))
 
 
 def _grid(path: Path) -> bytes:
-    """A picture's bytes. Raises ReadError where it is none."""
+    """Read the bytes of a PNG image.
+
+    Raises ReadError for a file that is no PNG image.
+    """
     with reading(path, CURE):
         return require_png(require_regular(path).read_bytes())
 
 
 def _read(path: Path, kind: Any) -> Mapping[str, Any]:
-    """A JSON file of this kind; empty where there is none. Raises ReadError."""
+    """Read a JSON file of this kind.
+
+    Empty where there is no file. Raises ReadError.
+    """
     if not path.exists():
         return {}
     with reading(path, CURE):

@@ -1,1 +1,1 @@
-"""Teacher, student and fake score as adapters of one network, or as copies."""
+"""Teacher, student and fake score: adapters of one network, or copies."""

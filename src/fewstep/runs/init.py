@@ -1,4 +1,7 @@
-"""How a run is initialized: the networks of its roles, and a student that continues a finished one."""
+"""How a run is initialized: networks, head and initial student.
+
+A run starts from the teacher, or continues a finished student.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +27,13 @@ def roles_for(
     paths: Trajectories | None = None,
     init_from: Path | None = None,
 ) -> Roles:
-    """Return the networks that a method needs, the student initialized from the finished one in `init_from`.
+    """Return the networks that a method needs.
 
-    A new head is fitted to the trajectories `paths`; without them it knows nothing of the data, which is enough for a plan.
+    The student is initialized from the finished student in `init_from`, by default from the teacher. A new
+    head is fitted to the trajectories `paths`; without trajectories the head knows nothing of the data,
+    which is enough for a memory plan.
+
+    Raises ValueError for a teacher in float16, and where `init_from` does not fit.
     """
     if next(teacher.module.parameters()).dtype == torch.float16:
         raise ValueError(
@@ -34,7 +41,8 @@ def roles_for(
         )
     head = _head(method, teacher, seed, paths, init_from)
     gan_step_counts = method.counts if method.needs.adversary else ()
-    values = method.condition_values if config.rank or not config.lora else ()  # a head alone sees the times themselves
+    # A head alone sees the times themselves and needs no condition.
+    values = method.condition_values if config.rank or not config.lora else ()
     kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
     roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
     if init_from is not None:
@@ -61,7 +69,11 @@ def _head(
 
 
 def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) -> Head | None:
-    """Return the head that a student of this method inherits from a finished one. Raises ValueError if they do not go together."""
+    """Return the head that a student inherits from a finished student.
+
+    None where there is no head to inherit. Raises ValueError if method, teacher and finished student do not
+    go together.
+    """
     if init_from is None:
         require_initial_student(method, "", False, "the teacher")
         return None
@@ -77,14 +89,19 @@ def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) ->
 
 
 def initialize(roles: Roles, folder: Path) -> None:
-    """Let the student of a run continue the finished one in `folder`, conditioned on the same values. Raises ValueError if it does not fit."""
+    """Initialize the student of a run from the student in `folder`.
+
+    Both students are conditioned on the same values. Raises ValueError if the student in `folder` does not
+    fit.
+    """
     card = read_card(folder)
     if (card.weights != "full") != roles.config.lora:
         raise ValueError(
-            f"init_from: {folder} is a student of weights {card.weights}; set roles.lora={str(card.weights != 'full').lower()}"
+            f"init_from: {folder} is a student of weights {card.weights}; "
+            f"set roles.lora={str(card.weights != 'full').lower()}"
         )
     if card.weights == "none":
-        return  # a head alone, which `roles_for` has put in place
+        return  # a head alone, which `roles_for` has set
     parts, layer = read_parts(folder, roles.backbone), roles.backbone.time_layer
     values = card.condition_values if parts.vectors else ()
     carries = layer and not parts.vectors and any(k.startswith(f"{layer}.lora_") for k in parts.lora or {})
@@ -95,9 +112,10 @@ def initialize(roles: Roles, folder: Path) -> None:
 
 
 def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[float, ...], lora_on: str = "") -> None:
-    """Raises ValueError if a student conditioned on `wanted` cannot continue one that is conditioned on other values.
+    """Check that a student can continue another student's conditioning.
 
-    `lora_on` is the layer of the condition where the initial student has a LoRA on it.
+    Raises ValueError if a student conditioned on `wanted` cannot continue a student conditioned on `values`.
+    `lora_on` names the layer of the condition where the initial student has a LoRA on that layer.
     """
     if values and set(values) != set(wanted):
         raise ValueError(
@@ -106,7 +124,8 @@ def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[fl
         )
     if wanted and not values and lora_on:
         raise ValueError(
-            f"init_from: this student is conditioned on {_counted(wanted)} through {lora_on}, but {student} has a LoRA on {lora_on}; "
+            f"init_from: this student is conditioned on {_counted(wanted)} through {lora_on}, "
+            f"but {student} has a LoRA on {lora_on}; "
             f"train that one with {lora_on} in roles.exclude, or use roles.lora=false for both"
         )
 
@@ -116,7 +135,11 @@ def _counted(values: tuple[float, ...]) -> str:
 
 
 def require_network(backbone: Backbone, prompts: list[str]) -> None:
-    """Raises ValueError where a network of one's own does not take what its Denoiser says of it: one call, before anything is walked or trained."""
+    """Check that a network of one's own fits its Denoiser.
+
+    The network is called once, before anything is generated or trained. Raises ValueError where conditions,
+    input or output are not what the Denoiser says, and where the output is not finite.
+    """
     if isinstance(backbone, DiffusersBackbone):
         return
     asked = [*prompts[:1], ""]
@@ -137,15 +160,19 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
         except Exception as error:  # a network of one's own may raise anything
             heard = "".join(f", {k} {list(v.shape)}" for k, v in cond.items())
             raise ValueError(
-                f"teacher: the network of {backbone.name} does not take states {list(x.shape)} with times [{len(asked)}]{heard} "
-                f"({' '.join(str(error).split())[:160] or type(error).__name__}); check shape and conditions of the Denoiser"
+                f"teacher: the network of {backbone.name} does not take "
+                f"states {list(x.shape)} with times [{len(asked)}]{heard} "
+                f"({' '.join(str(error).split())[:160] or type(error).__name__}); "
+                "check shape and conditions of the Denoiser"
             ) from error
     if not isinstance(m, torch.Tensor) or m.shape != x.shape:
         got = list(m.shape) if isinstance(m, torch.Tensor) else type(m).__name__
         raise ValueError(
-            f"teacher: the network of {backbone.name} gives {got} for states {list(x.shape)}; check the Denoiser's shape"
+            f"teacher: the network of {backbone.name} gives {got} for states {list(x.shape)}; "
+            "check the Denoiser's shape"
         )
     if not bool(m.isfinite().all()):
         raise ValueError(
-            f"teacher: the network of {backbone.name} gives numbers that are not finite in the middle of its way; check its weights and its schedule"
+            f"teacher: the network of {backbone.name} gives numbers that are not "
+            "finite in the middle of its way; check its weights and its schedule"
         )

@@ -1,4 +1,7 @@
-"""Recipes: one YAML file, checked strictly, with dotted overrides. Every mistake is one line that names the option."""
+"""Recipes: one YAML file, checked strictly, with dotted overrides.
+
+Every mistake is one line that names the option.
+"""
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -37,7 +40,7 @@ from ..typed import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST = 100_000  # values in a recipe
-Place = Annotated[str, AfterValidator(expanded)]  # a path, or whatever else says where something is
+Place = Annotated[str, AfterValidator(expanded)]  # a path, a hub id or a name
 Name = Annotated[
     str,
     AfterValidator(
@@ -47,23 +50,27 @@ Name = Annotated[
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors."""
+    """A model in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PromptsConfig(Strict):
-    """`source` as in `data.prompts.read_prompts`, or `bundled` for the prompts that came with a bundled teacher."""
+    """Where a recipe's prompts come from.
+
+    `source` is as in `data.prompts.read_prompts`, or `bundled` for the prompts of a bundled teacher.
+    """
 
     source: Place = "bundled"
     column: str | None = None
 
 
 class PreviewConfig(Strict):
-    """Fixed prompts and seeds of the pictures that a run shows; `teacher_steps` of its top row.
+    """The previews of a run: fixed prompts and seeds, and measurements.
 
-    `protocol` names one under which the student is measured each time, for the report's quality curves. With `keep_best` the
-    student of the best preview stays in the run's `best` folder.
+    `teacher_steps` is the step count of the top row. `protocol` names a protocol under which the student is
+    measured at every preview, for the report's quality curves. With `keep_best` the student of the best
+    preview stays in the run's `best` folder.
     """
 
     prompts: list[str] = Field(default_factory=list)
@@ -107,7 +114,7 @@ RENAMED = {
 
 
 def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings on top of others, block by block."""
+    """Merge settings into known settings, block by block."""
     return {
         **known,
         **{
@@ -118,7 +125,7 @@ def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number_as(setting: str, value: Any) -> Any:
-    """A number in the place of a block is its main setting."""
+    """Turn a number in a block's place into the main setting."""
     return {setting: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -145,7 +152,7 @@ def _kind_of_method(value: Any) -> str:
 
 if TYPE_CHECKING:
     AnyMethod = Method
-else:  # one of the classes of `METHODS`: the settings on top of what the method's name stands for
+else:  # a class of `METHODS`: the settings on top of the preset of the method's name
     AnyMethod = Annotated[
         Union[tuple(Annotated[kind, Tag(name)] for name, kind in METHODS.items())],
         Discriminator(_kind_of_method),
@@ -155,10 +162,14 @@ AnyGuidance = Annotated[Guidance, BeforeValidator(partial(_number_as, "scale"))]
 
 
 class DataConfig(Strict):
-    """`source` as in `data.images.read_pictures`: a folder of captioned pictures, or webdataset shards.
+    """The data of a training.
 
-    For a distillation also `teacher`: `count` images that the guided teacher samples in `steps` steps; or `trajectories`, see
-    `TrajectoryConfig`. `real` are images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured against.
+    `source` is as in `data.captioned.read_pictures`: a folder of captioned images, or webdataset shards. For
+    a distillation also `teacher`: `count` images that the guided teacher samples in `steps` steps; or
+    `trajectories`, see `TrajectoryConfig`.
+
+    `real` are images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured
+    against.
     """
 
     source: Place
@@ -168,7 +179,7 @@ class DataConfig(Strict):
     guidance: AnyGuidance | None = None
     seed: Annotated[int, AfterValidator(partial(require_seed, option="data.seed"))] | None = None
     folder: Place | None = None
-    from_student: Place | None = None  # a run, or `warm_start` for the student of the stage before
+    from_student: Place | None = None  # a run, or `warm_start` for the first stage's student
     real: Place | None = None
 
     @model_validator(mode="after")
@@ -176,13 +187,14 @@ class DataConfig(Strict):
         for option in ("from_student", "guidance", "folder"):
             if (got := getattr(self, option)) is not None and self.source != "trajectories":
                 raise ValueError(
-                    f"data.{option}: got {got} with data.source={self.source}; set data.source=trajectories, or leave it out"
+                    f"data.{option}: got {got} with data.source={self.source}; "
+                    "set data.source=trajectories, or leave it out"
                 )
         return self
 
 
 class FinetuneRecipe(Strict):
-    """`fewstep train-teacher RECIPE` of kind finetune."""
+    """A recipe of `fewstep train-teacher`, of kind finetune."""
 
     kind: Literal["finetune"]
     name: Name
@@ -195,37 +207,43 @@ class FinetuneRecipe(Strict):
 
 
 class StageConfig(Strict):
-    """A training that comes first: a recipe's own method, data and length, all else the recipe's."""
+    """A training that comes first: method, length and data.
+
+    All other settings are those of the recipe.
+    """
 
     method: AnyMethod
     train: TrainConfig
     data: DataConfig | None = None
-    size: int | None = None  # of its pictures, if not the whole's
+    size: int | None = None  # of the images, if not the recipe's
 
 
 class DistillRecipe(Strict):
-    """`fewstep distill RECIPE`. `warm_start` trains the student that is then continued (imitate, then match). `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
+    """A recipe of `fewstep distill`.
+
+    `warm_start` trains the student that is then continued (imitate, then match). `data` is for methods that
+    start from images and for the adversarial term; TDM needs prompts alone.
+    """
 
     kind: Literal["distill"]
     name: Name
     teacher: Place
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the base's weights; LoRA stays in single precision. float16's range loses gradients
-    )
-    size: int | None = None  # height and width of the pictures, if not the teacher's own
+    # Of the base's weights; LoRA stays in single precision. The range of float16 loses gradients.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    size: int | None = None  # height and width of the images, if not the teacher's own
     prompts: PromptsConfig = PromptsConfig()
     method: AnyMethod
     roles: RolesConfig
     train: TrainConfig
     data: DataConfig | None = None
-    warm_start: StageConfig | None = None  # a training that comes first
-    init_from: Place | None = None  # a run whose student is continued, instead of the teacher
+    warm_start: StageConfig | None = None  # the stage that comes first
+    init_from: Place | None = None  # a run whose student is continued
     preview: PreviewConfig = PreviewConfig()
     evaluate: str | None = None  # a protocol's name
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
-        """What does not fit is said before anything is walked or trained."""
+        """Check that the stages fit, before anything is generated or trained."""
         for method, train in (
             (self.method, self.train),
             *([(self.warm_start.method, self.warm_start.train)] if self.warm_start is not None else []),
@@ -253,7 +271,7 @@ class DistillRecipe(Strict):
 
     @property
     def real(self) -> str | None:
-        """The real pictures that it is measured against, where one of its stages names some."""
+        """The real images to measure against, where a stage names some."""
         return next(
             (data.real for data in (self.data, self.warm_start and self.warm_start.data) if data and data.real), None
         )
@@ -262,9 +280,10 @@ class DistillRecipe(Strict):
 def read_recipe(
     source: str, overrides: Sequence[str], model: type[Model], given: Mapping[str, str] = MappingProxyType({})
 ) -> Model:
-    """The recipe named or filed as `source`, with `a.b=c` overrides, and over them what options of their own have `given`, to the letter.
+    """Read the recipe named `source`, or the file `source`.
 
-    Raises ValueError with one line.
+    `overrides` are texts `a.b=c`. `given` are settings with command-line options of their own, whose texts
+    are taken literally, over the overrides. Raises ValueError with one line.
     """
     path = recipe_path(source)
     value = override(_yaml(path), overrides, model)
@@ -277,7 +296,10 @@ def read_recipe(
 
 
 def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", within: str = "") -> None:
-    """Raises ValueError with the name of today for a key of an earlier version."""
+    """Check that a recipe has no key of an earlier version.
+
+    Raises ValueError with the key's present name.
+    """
     for key, inner in value.items():
         name, shown_name = f"{above}{key}", f"{within}{above}{key}"
         old = name == "method.match" and isinstance(inner, str)
@@ -294,12 +316,18 @@ def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", wi
 
 
 def recorded(recipe: BaseModel) -> dict[str, Any]:
-    """A recipe as JSON values, names of files as they are in this locale."""
+    """Return a recipe as JSON values.
+
+    File names are as they are in this locale.
+    """
     return recipe.model_dump(mode="json")
 
 
 def first_stage(recipe: DistillRecipe) -> DistillRecipe:
-    """The recipe of the training that comes first. It is measured with the whole."""
+    """Return the recipe of the training that comes first.
+
+    No protocol measures the first stage: the student is measured after the last stage.
+    """
     assert recipe.warm_start is not None
     preview = recipe.preview.model_copy(update={"protocol": None})
     own = {
@@ -314,19 +342,28 @@ def first_stage(recipe: DistillRecipe) -> DistillRecipe:
 
 
 def kind_of(source: str) -> str:
-    """The `kind` that a recipe states."""
+    """Return the `kind` that a recipe states."""
     return str(_yaml(recipe_path(source)).get("kind"))
 
 
 class _Repeated(yaml.YAMLError):
-    """A key that is there twice, of which YAML would keep the last one alone."""
+    """A key that is there twice.
+
+    YAML would keep the last value alone.
+    """
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose booleans are `true` and `false` alone: `no` is a word, and `train.precision` takes it. No key is there twice."""
+    """YAML with booleans `true` and `false` alone, without repeated keys.
+
+    `no` is a word, which `train.precision` takes.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As YAML's. Raises `_Repeated` where a key comes again."""
+        """Construct a mapping as YAML does.
+
+        Raises `_Repeated` where a key comes again.
+        """
         lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
@@ -336,12 +373,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Numbers as people write them: neither `017`, which YAML 1.1 takes for 15, nor `1:30` for 90, nor `1_0` for 10.
+# Numbers as people write them. YAML 1.1 would take `017` for 15, `1:30` for 90, and `1_0` for 10.
 _WRITTEN = {
     "tag:yaml.org,2002:bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
     "tag:yaml.org,2002:int": ("[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
     "tag:yaml.org,2002:float": (
-        r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        (
+            r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+        ),
         "-+.0123456789",
     ),
 }
@@ -354,7 +394,11 @@ for _tag, (_pattern, _first) in _WRITTEN.items():
 
 
 def _value_of(text: str) -> Any:
-    """What a YAML text holds. Raises whatever goes wrong, also where a few `&` and `*` would make more of it than a recipe is."""
+    """Return the value that a YAML text holds.
+
+    Raises whatever goes wrong, and ValueError where a few `&` and `*` would make more values than a recipe
+    has.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -368,7 +412,10 @@ def _value_of(text: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, those counted again that are named by `*`. Raises ValueError where it holds itself."""
+    """Count the values that a node stands for.
+
+    Values that are named by `*` are counted again. Raises ValueError where a node holds itself.
+    """
     if id(node) in known:
         if not known[id(node)]:
             raise ValueError("a value of it holds itself (& and *)")
@@ -390,7 +437,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe: cannot read {path} ({error.strerror}); check the path") from error
     except _Repeated as error:
         raise ValueError(f"recipe: {path} has {error}; the last one alone would count: keep one of them") from error
-    except Exception as error:  # as many types as there are kinds of damage
+    except Exception as error:  # damaged files raise errors of many types
         raise unreadable(f"recipe: {path}", error, "correct it", "is not YAML") from error
     if not isinstance(value, dict):
         raise ValueError(f"recipe: {path} holds no settings; start from a shipped one, e.g. recipes/demo.yaml")
@@ -398,9 +445,13 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def override(value: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """`value` with each `a.b=c` put in its place alone, also where YAML's `*` made several the same.
+    """Put the value of each override `a.b=c` in its place.
 
-    Where the `model` takes a text c is one, to the letter, and `null` leaves out what may be left out; all else is read as YAML.
+    Only the place `a.b` changes, also where YAML's `*` made several places the same object. Where the
+    `model` takes a text, c is taken literally, and `null` leaves out what may be left out. All else is read
+    as YAML.
+
+    Raises ValueError.
     """
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -432,7 +483,7 @@ def _put(value: dict[str, Any], key: str, what: Any) -> None:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types that an annotation allows, one by one."""
+    """Return the types that an annotation allows, one by one."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])
@@ -442,7 +493,10 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
-    """What the fields at `keys` below a model or dataclass are, one for every kind of it that has them."""
+    """Yield the annotations of the field at `keys` below a model.
+
+    `kind` is a model, a dataclass or a union of them. Every kind that has the field yields one annotation.
+    """
     for part in _kinds(kind):
         if not isinstance(part, type):
             continue
@@ -455,7 +509,11 @@ def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
 
 
 def _text(annotation: Any) -> Literal["text", "optional", ""]:
-    """Whether a field takes text alone, and whether it may be left out."""
+    """Return whether a field takes text alone, and may be omitted.
+
+    `text` is for a field that takes text alone, `optional` for one that may also be left out, and an empty
+    text is for all others.
+    """
     kinds = _kinds(annotation)
     own = [k for k in kinds if k is not NoneType]
     if not all(k is str or (get_origin(k) is Literal and all(isinstance(v, str) for v in get_args(k))) for k in own):
@@ -464,7 +522,10 @@ def _text(annotation: Any) -> Literal["text", "optional", ""]:
 
 
 def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
-    """`value` as a recipe of this kind. Raises ValueError with the first mistake, on one line."""
+    """Check that `value` is a recipe of this kind.
+
+    Returns the recipe. Raises ValueError with the first mistake, on one line.
+    """
     kinds = {
         "distill": "fewstep distill",
         "teacher": "fewstep train-teacher",
@@ -484,14 +545,18 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             raise ValueError(_named(str(first["ctx"]["error"]), option)) from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(
-                f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
+                f"{option}: unknown option in {source}; "
+                f"allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
 
 
 def _named(text: str, place: str) -> str:
-    """A settings class's own text, its option named from the recipe's top: `place` is where the class stands in it."""
+    """Name the option in an error from the recipe's top.
+
+    `text` is the error of a settings class; `place` is where the class stands in the recipe.
+    """
     option = text.partition(":")[0]
     for i, part in enumerate(parts := place.split(".")):
         if option.startswith(f"{part}."):
@@ -502,17 +567,18 @@ def _named(text: str, place: str) -> str:
 def _require_no_boolean(
     value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()
 ) -> None:
-    """`true` where a number is wanted is a slip of the pen, and not 1 as Python has it. Raises ValueError for the first one."""
+    """Check that numbers are numbers, not booleans or texts.
+
+    `true` in the place of a number is a slip of the pen, and not 1 as in Python. Raises ValueError for the
+    first such value.
+    """
     for key, inner in value.items():
         place = (*parents, str(key))
         if isinstance(inner, dict):
             _require_no_boolean(inner, model, source, place)
             continue
         kinds = {
-            k
-            for annotation in _annotations(model, place)
-            for kind in _kinds(annotation)
-            for k in (kind, *_inner(kind))
+            k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *_inner(kind))
         }
         text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
         if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
@@ -524,12 +590,15 @@ def _require_no_boolean(
 
 
 def _inner(kind: Any) -> list[Any]:
-    """The types that the elements of a type have."""
+    """Return the types of a type's elements."""
     return [k for part in get_args(kind) for k in _kinds(part)]
 
 
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The options that the part of the recipe at `location` takes."""
+    """Return the options that one part of the recipe takes.
+
+    `location` is where the part stands in the recipe.
+    """
     annotation: Any = model
     for part in location:
         if part in METHODS:

@@ -21,7 +21,8 @@ def pixels(array: np.ndarray, where: str) -> Tensor:
     """
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(
-            f"{where} is of shape {list(array.shape)}, allowed are pictures [n, H, W, C], [n, C, H, W] or [n, H, W]; reshape it"
+            f"{where} is of shape {list(array.shape)}, allowed are pictures [n, H, W, C], [n, C, H, W] or [n, "
+            "H, W]; reshape it"
         )
     if array.ndim == 3:
         if array.shape[2] in CHANNELS:
@@ -65,7 +66,8 @@ def _range(array: np.ndarray, where: str) -> tuple[float, float]:
     if low >= 0 and DARK <= high <= 255:
         return 1.0, 0.0
     raise ValueError(
-        f"{where} goes from {low:g} to {high:g} in {array.dtype}, allowed are 0 to 255, or floats from 0 to 1 or from -1 to 1; scale it to bytes (uint8)"
+        f"{where} goes from {low:g} to {high:g} in {array.dtype}, allowed are 0 to 255, "
+        "or floats from 0 to 1 or from -1 to 1; scale it to bytes (uint8)"
     )
 
 
@@ -111,7 +113,8 @@ def _numbers(array: np.ndarray, count: int, where: str) -> Tensor:
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= MOST_CLASSES:
         raise ValueError(
-            f"{where} goes from {low} to {high}, allowed are whole numbers from 0, below {MOST_CLASSES:,}; number the classes from 0"
+            f"{where} goes from {low} to {high}, allowed are whole numbers from 0, below {MOST_CLASSES:,}; "
+            "number the classes from 0"
         )
     return from_numpy(array.astype(np.int64))
 
@@ -121,7 +124,8 @@ def class_names(array: np.ndarray | Sequence[str], least: int, where: str) -> tu
     array = np.asarray(array)
     if array.ndim != 1 or array.dtype.kind not in "USiu" or len(array) < least:
         raise ValueError(
-            f"{where} is {array.dtype} of shape {list(array.shape)}, the labels need {least} names; pass them as texts, in the labels' order"
+            f"{where} is {array.dtype} of shape {list(array.shape)}, the labels need {least} names; "
+            "pass them as texts, in the labels' order"
         )
     names = tuple(text_of(v, where) for v in _texts(array))
     if (odd := next((n for n in names if not n or not n.isprintable() or names.count(n) > 1), None)) is not None:

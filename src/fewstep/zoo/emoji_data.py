@@ -51,7 +51,8 @@ def fetch(package: str, version: str, sha256: str, folder: Path) -> Path:
     if not archive.exists():
         if shutil.which("npm") is None:
             raise ValueError(
-                f"data.package: {archive} is not there and npm is not installed; install npm, or put the archive of {package}@{version} at that path"
+                f"data.package: {archive} is not there and npm is not installed; "
+                f"install npm, or put the archive of {package}@{version} at that path"
             )
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(

@@ -62,7 +62,8 @@ def _idx(folder: Path) -> Pictures:
     images, labels = load_idx(folder / IDX), load_idx(folder / IDX_LABELS)
     if images.ndim != 3 or 0 in images.shape or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"data: {printable(folder)} has pictures {list(images.shape)} and labels {list(labels.shape)}, which are not [n, H, W] and [n]; download them again"
+            f"data: {printable(folder)} has pictures {list(images.shape)} and labels {list(labels.shape)}, "
+            "which are not [n, H, W] and [n]; download them again"
         )
     numbers, names = labels_of(labels.numpy(), len(images), f"data: {printable(folder / IDX_LABELS)}")
     known = tuple(numbers[:10].tolist()) == FASHION_BEGINS and len(names) == len(FASHION)
@@ -82,7 +83,8 @@ def load_idx(path: Path) -> Tensor:
         data = file.read(math.prod(shape) + 1)
     if len(data) != math.prod(shape):
         raise ValueError(
-            f"{where} holds {'more' if len(data) > math.prod(shape) else 'less'} than its header says, {shape}; download it again"
+            f"{where} holds {'more' if len(data) > math.prod(shape) else 'less'} than its header says, "
+            f"{shape}; download it again"
         )
     return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())
 
@@ -116,7 +118,8 @@ def _npz(path: Path) -> Pictures:
         images = _stack(_files(parts["jpeg"], parts["offset"], where), where)
     else:
         raise ValueError(
-            f"{where} holds {', '.join(map(printable, names)) or 'nothing'}; it needs images [n, H, W, C], or jpeg and offset"
+            f"{where} holds {', '.join(map(printable, names)) or 'nothing'}; "
+            "it needs images [n, H, W, C], or jpeg and offset"
         )
     of = kinds["labels"]
     if of is None:
@@ -152,7 +155,8 @@ def _folder(path: Path) -> Pictures:
     classes = sorted(set(of))
     if "" in classes and len(classes) > 1:
         raise ValueError(
-            f"data: {printable(path)} has pictures beside the classes' folders, e.g. {printable(files[of.index('')][0])}; move them into one"
+            f"data: {printable(path)} has pictures beside the classes' folders, "
+            f"e.g. {printable(files[of.index('')][0])}; move them into one"
         )
     if bare := sorted(
         p.name
@@ -175,6 +179,7 @@ def _stack(files: Iterable[tuple[str, bytes]], where: str) -> Tensor:
             arrays.append(np.asarray(in_colour(image)))
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(
-                f"{where}: the pictures are of several sizes, {arrays[0].shape[:2]} and {arrays[-1].shape[:2]} ({printable(name)}); bring them to one"
+                f"{where}: the pictures are of several sizes, {arrays[0].shape[:2]} and {arrays[-1].shape[:2]} "
+                f"({printable(name)}); bring them to one"
             )
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

@@ -50,7 +50,8 @@ class PixelTeacherConfig(Strict):
     def _edm_alone(self) -> "PixelTeacherConfig":
         if self.process != "edm" and "sigma_data" in self.model_fields_set:
             raise ValueError(
-                f"sigma_data: got {self.sigma_data:g} with process {self.process}, which has none; leave it out, or set process=edm"
+                f"sigma_data: got {self.sigma_data:g} with process {self.process}, which has none; "
+                "leave it out, or set process=edm"
             )
         return self
 
@@ -65,7 +66,8 @@ def train_pixel_teacher(config: PixelTeacherConfig, run: Path) -> Generator[tupl
         begun := read_json(record, f"delete {run}").get("process", "vp")
     ) != config.process:
         raise ValueError(
-            f"process: got {config.process}, the run in {run} was begun with {begun}; pass --out with another folder, or delete it"
+            f"process: got {config.process}, the run in {run} was begun with {begun}; "
+            "pass --out with another folder, or delete it"
         )
     data, device = read_pixel_data(config.data), default_device()
     run.mkdir(parents=True, exist_ok=True)
