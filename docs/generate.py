@@ -57,7 +57,12 @@ def headline() -> str:
 
     def line(name: str, row: dict[str, Any], bold: bool = False) -> list[str]:
         mark = "**" if bold else ""
-        return [f"{mark}{name}{mark}", f"{mark}{row['nfe']}{mark}", f"{mark}{row['fd_real']:.1f}{mark}", percent(row["retrieval_top1"])]
+        return [
+            f"{mark}{name}{mark}",
+            f"{mark}{row['nfe']}{mark}",
+            f"{mark}{row['fd_real']:.1f}{mark}",
+            percent(row["retrieval_top1"]),
+        ]
 
     def best(nfe: int) -> dict[str, Any]:
         return min((r for r in teachers if r["nfe"] == nfe), key=lambda r: float(r["fd_real"]))
@@ -99,10 +104,16 @@ def demo() -> str:
 WAYS = {
     "tdm": ("TDM alone", "`fewstep distill tdm4`"),
     "tdm-520": ("TDM alone, shorter", "`fewstep distill tdm4 --set train.iterations=520 --set train.decay=260`"),
-    "stages-half": ("imitation, then TDM, shorter", "`python benchmarks/stages.py --only stages-half --to runs/stages`"),
+    "stages-half": (
+        "imitation, then TDM, shorter",
+        "`python benchmarks/stages.py --only stages-half --to runs/stages`",
+    ),
     "stages": ("imitation, then TDM", "`fewstep distill stages`"),
     "imitation-equal": ("imitation alone", "`python benchmarks/stages.py --only imitation-equal --to runs/stages`"),
-    "trajpl-equal": ("TrajP-L alone, with a head", "`python benchmarks/stages.py --only trajpl-equal --to runs/stages`"),
+    "trajpl-equal": (
+        "TrajP-L alone, with a head",
+        "`python benchmarks/stages.py --only trajpl-equal --to runs/stages`",
+    ),
 }
 
 
@@ -111,13 +122,23 @@ def stages() -> str:
     rows = stored("stages")["rows"]
     teacher = rows[0]["teacher"]
     lines: list[Sequence[object]] = [
-        ("the teacher, 50 guided steps", "", 100, f"{teacher['fd_real']:.2f}", percent(teacher["retrieval_top1"]), "", "")
+        (
+            "the teacher, 50 guided steps",
+            "",
+            100,
+            f"{teacher['fd_real']:.2f}",
+            percent(teacher["retrieval_top1"]),
+            "",
+            "",
+        )
     ]
     for key, (what, command) in WAYS.items():
         own = [r for r in rows if r["key"] == key]
         means = {k: mean(r["row"][k] for r in own) for k in ("fd_real", "retrieval_top1")}
         minutes = mean(r["seconds"] for r in own) / 60
-        lines.append((what, f"{minutes:.0f}", 4, f"{means['fd_real']:.2f}", percent(means["retrieval_top1"]), len(own), command))
+        lines.append(
+            (what, f"{minutes:.0f}", 4, f"{means['fd_real']:.2f}", percent(means["retrieval_top1"]), len(own), command)
+        )
     return table(("method", "minutes", "NFE", "FD to real", "prompt match", "seeds", "command"), lines)
 
 
@@ -184,7 +205,11 @@ def race() -> str:
     return table(
         ("method", "FD", "minutes to it"),
         [
-            ("DMD2 with ten fake updates, at its best", f"{mean(p['fd_real'] for p in best):.1f}", f"{mean(p['seconds'] for p in best) / 60:.0f}"),
+            (
+                "DMD2 with ten fake updates, at its best",
+                f"{mean(p['fd_real'] for p in best):.1f}",
+                f"{mean(p['seconds'] for p in best) / 60:.0f}",
+            ),
             ("TDM, as good as that", "", f"{mean(took) / 60:.1f}"),
         ],
     )
@@ -196,7 +221,11 @@ def transfer() -> str:
 
     def far(model: str, **how: float) -> list[str]:
         own = [
-            [r["fd_teacher"] for r in rows if r["style"] == style and re.fullmatch(model, r["model"]) and how.items() <= r.items()]
+            [
+                r["fd_teacher"]
+                for r in rows
+                if r["style"] == style and re.fullmatch(model, r["model"]) and how.items() <= r.items()
+            ]
             for style in ("twemoji", "fluent")
         ]
         return [f"{mean(values):.2f}" for values in own]
@@ -234,7 +263,10 @@ def trajpl_network() -> str:
         value = 100 * min(mean(_measured("network", key, "error", calls)) for key in keys)
         return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
-    return table(("method", "2 calls", "4 calls", "6 calls"), [(name, *(end(keys, n) for n in (2, 4, 6))) for name, keys in known.items()])
+    return table(
+        ("method", "2 calls", "4 calls", "6 calls"),
+        [(name, *(end(keys, n) for n in (2, 4, 6))) for name, keys in known.items()],
+    )
 
 
 def trajpl_emoji() -> str:
@@ -263,7 +295,12 @@ def trajpl_pixel() -> str:
         values = [100 * (start - x) / (start - floors[what]) for x in _measured("pixel", key, what, 2)]
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
-    known = {"trajp-l": "TrajP-L", "lora": "LoRA alone", "head": "head alone", "two-matched": "LoRA for two steps, then TDM with a regression term"}
+    known = {
+        "trajp-l": "TrajP-L",
+        "lora": "LoRA alone",
+        "head": "head alone",
+        "two-matched": "LoRA for two steps, then TDM with a regression term",
+    }
     return table(
         ("method", "classifier's features", "EfficientNet-lite0's features"),
         [(name, taken(key, "fd_classes"), taken(key, "fd")) for key, name in known.items()],
@@ -282,7 +319,9 @@ def video() -> str:
 
 def cost() -> str:
     """An iteration of the loop next to its bare network calls."""
-    return table(("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")["rows"]])
+    return table(
+        ("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")["rows"]]
+    )
 
 
 # Settings.
@@ -300,7 +339,9 @@ def settings_of(kind: Any, prefix: str, but: Sequence[str] = ()) -> str:
     for field in fields(kind):
         if field.name in but:
             continue
-        default = "required" if field.default is MISSING and field.default_factory is MISSING else _default(field.default)
+        default = (
+            "required" if field.default is MISSING and field.default_factory is MISSING else _default(field.default)
+        )
         meaning = " ".join(texts.get(field.name, "").split()).replace("|", "\\|")
         lines.append((f"`{prefix}{field.name}`", default, allowed_text(kind, field.name).replace("|", "\\|"), meaning))
     return table(("key", "default", "allowed", "meaning"), lines)
@@ -312,8 +353,12 @@ def model_settings(kind: type[BaseModel], prefix: str, but: Sequence[str] = ()) 
     for name, field in kind.model_fields.items():
         if name in but:
             continue
-        default = "required" if field.is_required() else "a block, see below" if isinstance(field.default, BaseModel) else _default(
-            field.get_default(call_default_factory=True)
+        default = (
+            "required"
+            if field.is_required()
+            else "a block, see below"
+            if isinstance(field.default, BaseModel)
+            else _default(field.get_default(call_default_factory=True))
         )
         lines.append((f"`{prefix}{name}`", default, " ".join(texts.get(name, "").split()).replace("|", "\\|")))
     return table(("key", "default", "meaning"), lines)
@@ -332,8 +377,18 @@ def recipe_settings() -> str:
         parts += [f"\n## `method` of {names}\n\n", settings_of(kind, "method.", own)]
     for block, part in (("match", MatchConfig), ("fake", FakeScoreConfig), ("gan", GanConfig)):
         parts += [f"\n## `method.{block}`\n\n", settings_of(part, f"method.{block}.")]
-    parts += ["\n## `train`\n\n", settings_of(TrainConfig, "train."), "\n## `roles`\n\n", settings_of(RolesConfig, "roles.")]
-    parts += ["\n## `data`\n\n", model_settings(DataConfig, "data."), "\n## `warm_start`\n\n", model_settings(StageConfig, "warm_start.")]
+    parts += [
+        "\n## `train`\n\n",
+        settings_of(TrainConfig, "train."),
+        "\n## `roles`\n\n",
+        settings_of(RolesConfig, "roles."),
+    ]
+    parts += [
+        "\n## `data`\n\n",
+        model_settings(DataConfig, "data."),
+        "\n## `warm_start`\n\n",
+        model_settings(StageConfig, "warm_start."),
+    ]
     parts += ["\n## `preview`\n\n", model_settings(PreviewConfig, "preview.")]
     return "".join(parts)
 

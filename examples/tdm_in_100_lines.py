@@ -20,7 +20,14 @@ class Velocity(nn.Module):
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
-        layers = [nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        layers = [
+            nn.Linear(6, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+        ]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -57,7 +64,14 @@ def rollout(student: nn.Module, x: Tensor, times: Tensor, segment: Tensor) -> Te
 
 
 def tdm_losses(
-    student: nn.Module, fake: nn.Module, teacher: nn.Module, x: Tensor, times: Tensor, segment: Tensor, tau: Tensor, e: Tensor
+    student: nn.Module,
+    fake: nn.Module,
+    teacher: nn.Module,
+    x: Tensor,
+    times: Tensor,
+    segment: Tensor,
+    tau: Tensor,
+    e: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the losses of fake score and student for noise x [B, 2], segments [B], tau [B] in them, and transition noise e [B, 2]."""
     start, end = times[segment], times[segment + 1]

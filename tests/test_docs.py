@@ -57,4 +57,8 @@ def test_every_page_is_in_the_site() -> None:
 def _pages(entry: Any) -> list[str]:
     if isinstance(entry, str):
         return [entry]
-    return [page for part in entry for page in (_pages(part) if not isinstance(part, dict) else [p for v in part.values() for p in _pages(v)])]
+    return [
+        page
+        for part in entry
+        for page in (_pages(part) if not isinstance(part, dict) else [p for v in part.values() for p in _pages(v)])
+    ]

@@ -12,8 +12,12 @@ import pytest
 from tests.project import ROOT
 
 TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:] if "<!-- try -->" in part}
-BLOCK = re.compile(r"<!-- (file|before|import|row|try)(?:: ([^:\n]+?)(?:: (.+?))?)? -->\n```python\n(.*?)```", re.DOTALL)
+SECTIONS = {
+    part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:] if "<!-- try -->" in part
+}
+BLOCK = re.compile(
+    r"<!-- (file|before|import|row|try)(?:: ([^:\n]+?)(?:: (.+?))?)? -->\n```python\n(.*?)```", re.DOTALL
+)
 ALLOWED = {"file", "before", "import", "row", "try"}
 
 
@@ -54,8 +58,15 @@ def test_a_task_done_to_the_letter_works(name: str, tmp_path: Path) -> None:
             file.write_text(with_row(file.read_text(encoding="utf-8"), anchor, code), encoding="utf-8")
     script = tmp_path / "task.py"
     script.write_text(program, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "src"),
+        "OMP_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

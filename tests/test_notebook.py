@@ -17,6 +17,8 @@ def test_the_ring_runs_and_its_student_is_near_the_data(capsys: pytest.CaptureFi
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
-    rows = re.findall(r"(teacher|student) +(\d+) steps +energy distance to the data (-?[\d.]+)", capsys.readouterr().out)
+    rows = re.findall(
+        r"(teacher|student) +(\d+) steps +energy distance to the data (-?[\d.]+)", capsys.readouterr().out
+    )
     found = {(who, int(steps)): float(distance) for who, steps, distance in rows}
     assert found["student", 2] < 0.1 * found["teacher", 2]

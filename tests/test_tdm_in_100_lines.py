@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fewstep.backbones.base import Denoiser
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import Flow
 from fewstep.methods.distribution_matching import DistributionMatching, draw, matching_losses
 from fewstep.methods.method import TrainBatch
@@ -30,7 +31,11 @@ def test_it_needs_torch_alone_and_a_hundred_lines() -> None:
     names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert names == {"copy", "math", "torch"}
-    code = {n.lineno for n in ast.walk(tree) if isinstance(n, ast.stmt) and not isinstance(n, ast.Expr | ast.Import | ast.ImportFrom)}
+    code = {
+        n.lineno
+        for n in ast.walk(tree)
+        if isinstance(n, ast.stmt) and not isinstance(n, ast.Expr | ast.Import | ast.ImportFrom)
+    }
     assert len(code) <= 100
 
 
@@ -38,9 +43,9 @@ def test_its_gradients_are_the_librarys(example: dict[str, Any]) -> None:
     torch.manual_seed(0)
     teacher, student, fake = (example["Velocity"](16) for _ in range(3))
     roles = make_roles(Denoiser(copy.deepcopy(teacher), Flow(), (2,), "flow"), RolesConfig(lora=False))
-    for role, net in (("student", student), ("fake", fake)):
-        roles.networks[role].load_state_dict(net.state_dict())
-    method = DistributionMatching(steps=3, guidance=1.0, warmup=0)
+    roles.networks["student"].load_state_dict(student.state_dict())
+    roles.networks["fake"].load_state_dict(fake.state_dict())
+    method = DistributionMatching(steps=3, guidance=Guidance(), warmup=0)
     batch = TrainBatch(0, 1, BATCH, {}, {}, None, torch.Generator().manual_seed(5))
     wanted: dict[str, list[torch.Tensor]] = {}
     for loss in matching_losses(method, roles, batch):

@@ -1,4 +1,7 @@
-"""Conformance checks for whoever adds an objective or a backbone: run one in your own tests and it is done when this is silent."""
+"""Conformance checks for your own objective or backbone.
+
+Run a check in your tests: the objective or backbone is done when the check raises nothing.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,16 +17,16 @@ from .roles.adapters import remove_adapters
 from .roles.discriminator import features
 from .roles.roles import CONDITION, TRAINED, RolesConfig, make_roles
 
-Inputs = Callable[
-    [int, torch.Generator], tuple[Tensor, ...]
-]  # (batch, generator) -> the objective's arguments, batch first
+# (batch, generator) -> the objective's arguments, batch first
+Inputs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 
 
 def check_objective(objective: Callable[..., Tensor], inputs: Inputs, trained: Sequence[int], batch: int = 6) -> None:
-    """Whether `objective` is a pure function of a batch to one loss per sample whose gradient goes where it should.
+    """Check that `objective` is a pure function with the right gradients.
 
-    `inputs(batch, generator)` draws arguments, each tensor [B, ...] float32; `trained` are the positions of those that carry a
-    gradient, all others are constants to it. Raises ValueError that says what is wrong.
+    The function maps a batch to one loss per sample, [B]. `inputs(batch, generator)` samples the arguments,
+    each tensor [B, ...] float32. `trained` are the positions of the arguments that carry a gradient; all
+    others are constants to the objective. Raises ValueError that says what is wrong.
     """
     name = getattr(objective, "__name__", repr(objective))
     drawn = inputs(batch, torch.Generator().manual_seed(0))
@@ -70,17 +73,18 @@ def check_objective(objective: Callable[..., Tensor], inputs: Inputs, trained: S
 
 
 def check_backbone(backbone: Backbone, prompts: Sequence[str] = ("a red cat", "two blue dogs on the grass")) -> None:
-    """Whether `backbone` keeps what the protocol promises: then every method, role and file of fewstep works with it.
+    """Check that `backbone` keeps what the protocol promises.
 
-    `prompts` are two that it understands. It runs the network a few dozen times, at its own size. Its weights are left as they were.
-    Raises ValueError that says what is wrong.
+    Every method, role and file of fewstep then works with the backbone. `prompts` are two that the backbone
+    understands. The network runs a few dozen times at its own size, and its weights stay as they were. Raises
+    ValueError that says what is wrong.
     """
 
     def require(holds: bool, what: str) -> None:
         if not holds:
             raise ValueError(f"backbone {backbone.name}: {what}")
 
-    backbone = apart(backbone)  # also after a training on it, whose networks stay what they are
+    backbone = apart(backbone)  # the networks of an earlier training on the backbone stay as they are
     module = backbone.module
     remove_adapters(module, TRAINED)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}

@@ -122,7 +122,7 @@ def _unfolded(annotation: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 def allowed_text(config: type, name: str) -> str:
     """Return what a setting allows in words: `whole numbers from 1`, `noisy, clean`; empty for anything of its type."""
-    kinds, limits = next((kinds, limits) for known, kinds, limits in declared(config) if known == name)  # type: ignore[arg-type]
+    kinds, limits = next((kinds, limits) for known, kinds, limits in declared(config) if known == name)
     words = [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     words += [word for limit in limits if isinstance(limit, OneOf) for word in limit.names]
     if words:

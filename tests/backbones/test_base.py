@@ -48,7 +48,9 @@ def test_guidance_is_its_formula(scale: float) -> None:
 
 
 @pytest.mark.parametrize("conditional", [True, False])
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(scale=2.0), Guidance(tilt=0.5)], ids=["none", "scale", "tilt"])
+@pytest.mark.parametrize(
+    "guidance", [Guidance(), Guidance(scale=2.0), Guidance(tilt=0.5)], ids=["none", "scale", "tilt"]
+)
 def test_calls_are_counted_as_the_network_sees_them(guidance: Guidance, conditional: bool) -> None:
     backbone = tiny.denoiser(conditional=conditional)
     x, t = state()
@@ -64,20 +66,26 @@ def test_rescaled_guidance_has_the_spread_it_would_have_without(share: float) ->
     x, t = state()
     cond, null = backbone.encode(["red cat", "blue", "a"]), backbone.encode([""])
     with torch.no_grad():
-        yes, no = (backbone.predict(backbone.module, x, t, {"label": c}) for c in (cond["label"], null["label"].expand(3, 3)))
+        yes, no = (
+            backbone.predict(backbone.module, x, t, {"label": c}) for c in (cond["label"], null["label"].expand(3, 3))
+        )
         m = no + 5 * (yes - no)
         got = rescale_guidance(m, yes, share)
         drawn = guided(backbone, backbone.module, cond, null, Guidance(scale=5.0, rescale=share))(x, t)
     wide, right = m.flatten(1).std(1), yes.flatten(1).std(1)
     torch.testing.assert_close(got.flatten(1).std(1), share * right + (1 - share) * wide)
-    torch.testing.assert_close(got / m, (got / m)[:, :1, :1, :1].expand_as(m), rtol=1e-4, atol=1e-4)  # one factor for a picture
+    torch.testing.assert_close(
+        got / m, (got / m)[:, :1, :1, :1].expand_as(m), rtol=1e-4, atol=1e-4
+    )  # one factor for a picture
     alpha, sigma = (expand(f(t), x) for f in (backbone.schedule.alpha, backbone.schedule.sigma))
     torch.testing.assert_close(drawn.x0, split(got, x, alpha, sigma, backbone.row).x0)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_projected_guidance_adds_its_share_along_the_clean_estimate_and_all_of_the_rest(prediction: str, share: float) -> None:
+def test_projected_guidance_adds_its_share_along_the_clean_estimate_and_all_of_the_rest(
+    prediction: str, share: float
+) -> None:
     backbone = replace(tiny.denoiser(), prediction=prediction)
     x, t = state()
     t = t.clamp(max=900)  # at pure noise an eps network says nothing of x0
@@ -90,7 +98,9 @@ def test_projected_guidance_adds_its_share_along_the_clean_estimate_and_all_of_t
     added, whole = ((s.x0 - yes.x0) for s in (got, plain))
     along, along_whole = ((d * axis).flatten(1).sum(1) for d in (added, whole))
     torch.testing.assert_close(along, share * along_whole, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(added - expand(along, x) * axis, whole - expand(along_whole, x) * axis, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        added - expand(along, x) * axis, whole - expand(along_whole, x) * axis, rtol=1e-3, atol=1e-4
+    )
     alpha, sigma = (expand(f(t), x) for f in (backbone.schedule.alpha, backbone.schedule.sigma))
     torch.testing.assert_close((alpha * got.x0 + sigma * got.eps).float(), x, rtol=1e-3, atol=1e-3)
 
@@ -136,7 +146,8 @@ def test_any_network_is_split_by_its_row(prediction: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "why"), [(Flow(), "(1) the schedule leaves 0"), (VP(tiny.TABLE.alpha_bar - tiny.TABLE.alpha_bar[-1]), "(999)")]
+    ("schedule", "why"),
+    [(Flow(), "(1) the schedule leaves 0"), (VP(tiny.TABLE.alpha_bar - tiny.TABLE.alpha_bar[-1]), "(999)")],
 )
 def test_noise_is_not_predicted_where_there_is_nothing_else(schedule: Schedule, why: str) -> None:
     with pytest.raises(ValueError, match="a network of 'eps' predicts noise, and at its noisiest time") as error:
@@ -175,7 +186,10 @@ def test_edm_s_preconditioning_of_an_own_network(done: bool) -> None:
     [
         ({"precondition": True}, "precondition: is for prediction='edm' alone, got 'eps'"),
         ({"sigma_data": 0.7}, "sigma_data: is for prediction='edm' alone, got 'eps'"),
-        ({"prediction": "edm", "schedule": Flow()}, "prediction: 'edm' is for data that noise is added to, Flow scales them; pass"),
+        (
+            {"prediction": "edm", "schedule": Flow()},
+            "prediction: 'edm' is for data that noise is added to, Flow scales them; pass",
+        ),
         ({"prediction": "edm", "sigma_data": 0.0}, "sigma_data: got 0, allowed are positive numbers"),
     ],
 )
@@ -221,7 +235,9 @@ def test_each_sample_has_the_guidance_of_its_own_time() -> None:
         together = guided(backbone, backbone.module, cond, null, Guidance(scale=4.0, tilt=-0.8))(x, t)
         for i, u in enumerate((901 / 1000, 501 / 1000, 21 / 1000)):
             own = Guidance(scale=4.0 * (1 - 0.8 * (2 * u - 1)))
-            alone = guided(backbone, backbone.module, rows(cond, slice(i, i + 1)), null, own)(x[i : i + 1], t[i : i + 1])
+            alone = guided(backbone, backbone.module, rows(cond, slice(i, i + 1)), null, own)(
+                x[i : i + 1], t[i : i + 1]
+            )
             torch.testing.assert_close(together.x0[i : i + 1], alone.x0, atol=1e-5, rtol=1e-5)
 
 

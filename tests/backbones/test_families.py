@@ -60,7 +60,11 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
     teacher = load_teacher(folder)
     method = fewstep.TDM(steps=(2, 1), warmup=0, guidance=3.0)
     *_, step = fewstep.distill(
-        teacher, method, PROMPTS, train=fewstep.TrainConfig(iterations=2, batch=2, lr=0.02), roles=fewstep.RolesConfig(lora=share, rank=2)
+        teacher,
+        method,
+        PROMPTS,
+        train=fewstep.TrainConfig(iterations=2, batch=2, lr=0.02),
+        roles=fewstep.RolesConfig(lora=share, rank=2),
     )
     own = {k: fewstep.sample(step, PROMPTS, [0, 1], steps=k) for k in method.counts}
     assert (own[2] - fewstep.sample(teacher, PROMPTS, [0, 1], steps=2)).abs().max() > 1e-3
@@ -74,7 +78,11 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
     kohya = share and folder.name in ("sd", "sdxl")
     for form in FORMATS:
         if form == "kohya" and not kohya:
-            why = "kohya's names are for the LoRA of a U-Net" if share else "got kohya, which is for LoRA, and this student has none"
+            why = (
+                "kohya's names are for the LoRA of a U-Net"
+                if share
+                else "got kohya, which is for LoRA, and this student has none"
+            )
             with pytest.raises(ValueError, match=f"--format: {why}"):
                 run_export(str(final), tmp_path / form, form, 1, None)
             assert not (tmp_path / form).exists()
@@ -93,7 +101,11 @@ def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkey
     times = method.times(teacher.schedule)
     assert not timegrid.even(teacher.schedule, times)
     *_, step = fewstep.distill(
-        teacher, method, PROMPTS, train=fewstep.TrainConfig(iterations=1, batch=2, lr=0.02), roles=fewstep.RolesConfig(rank=2)
+        teacher,
+        method,
+        PROMPTS,
+        train=fewstep.TrainConfig(iterations=1, batch=2, lr=0.02),
+        roles=fewstep.RolesConfig(rank=2),
     )
     own, final = fewstep.sample(step, PROMPTS, [0, 1]), tmp_path / "final"
     with step.roles.averaged():

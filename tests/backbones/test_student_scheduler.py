@@ -75,7 +75,12 @@ def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solv
                 PROMPT, image=x0, strength=strength, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="latent", **size
             ).images  # fmt: skip
             assert seen == pytest.approx(told[first:-1].tolist(), abs=1e-2)
-            start = diffuse(backbone.schedule, x0, grid[first].expand(1), torch.randn(x0.shape, generator=torch.Generator().manual_seed(7)))
+            start = diffuse(
+                backbone.schedule,
+                x0,
+                grid[first].expand(1),
+                torch.randn(x0.shape, generator=torch.Generator().manual_seed(7)),
+            )
             denoise = denoiser(backbone, base.unet if family != "sd3" else base.transformer, backbone.encode([PROMPT]))
             *_, last = sample(denoise, backbone.schedule, start, grid[first:], solver_named(solver))
         torch.testing.assert_close(found, last.x, rtol=0, atol=2e-4)
@@ -104,12 +109,22 @@ def test_inpainting_is_found_too() -> None:
     pipe.set_progress_bar_config(disable=True)
     seen = asked_at(pipe)
     image, mask = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
-    pipe(PROMPT, image=image, mask_image=mask, strength=0.5, num_inference_steps=4, guidance_scale=1.0, height=16, width=16)
+    pipe(
+        PROMPT,
+        image=image,
+        mask_image=mask,
+        strength=0.5,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        height=16,
+        width=16,
+    )
     assert seen == pipe.scheduler.student.grids[4][2:-1].tolist()
 
 
 @pytest.mark.parametrize(
-    ("how", "by"), [({"head": unchanged}, "a head that knows where it began"), ({"analytic": True}, "a first direction")]
+    ("how", "by"),
+    [({"head": unchanged}, "a head that knows where it began"), ({"analytic": True}, "a first direction")],
 )
 def test_a_student_that_begins_with_pure_noise_takes_no_picture(how: dict[str, Any], by: str) -> None:
     base = pipelines.sd()
@@ -128,7 +143,9 @@ def test_a_strength_that_leaves_no_step_is_refused() -> None:
 def test_steps_and_times_that_are_not_its_own_are_refused() -> None:
     base = pipelines.sd()
     pipe = student(around(base, "tiny"), base, "ddim")
-    with pytest.raises(ValueError, match="num_inference_steps: got 50, this student serves 4, 3; supported step counts are these alone"):
+    with pytest.raises(
+        ValueError, match="num_inference_steps: got 50, this student serves 4, 3; supported step counts are these alone"
+    ):
         pipe.scheduler.set_timesteps(50)
     pipe.scheduler.set_timesteps(4)
     for t, t_next in pairwise(pipe.scheduler.grid[:-1].tolist()):

@@ -20,7 +20,10 @@ SCALES = [2.0, 4.0, 6.5]
 def told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A student of three guidance scales, as LoRA."""
     method = {"name": "lcm", "steps": 2, "guidance": SCALES[0], "guidance_scales": SCALES[1:]}
-    value = yaml.safe_load(recipe.read_text()) | {"method": method, "data": {"source": "teacher", "count": 8, "steps": 2}}
+    value = yaml.safe_load(recipe.read_text()) | {
+        "method": method,
+        "data": {"source": "teacher", "count": 8, "steps": 2},
+    }
     recipe.write_text(yaml.safe_dump(value | {"train": RECIPE["train"] | {"lr": 0.02}}))
     assert command(monkeypatch, "distill", recipe) == 0
     return Path("runs/tiny/final")
@@ -48,7 +51,9 @@ def test_every_scale_is_another_student(told: Path, teacher: Path, monkeypatch: 
         pipe("red cat", guidance_scale=3.5)
 
 
-def test_what_it_was_not_trained_for_is_refused(told: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_was_not_trained_for_is_refused(
+    told: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(monkeypatch, "sample", told, "-p", "red cat", "--guidance", "4", "--out", "x.png") == 0
     capsys.readouterr()
     assert command(monkeypatch, "export", told, "other", "--guidance", "3") == 2

@@ -24,7 +24,11 @@ from tests.cli.test_distill import fewstep as command
     ],
 )
 def test_a_wrong_option_of_sample(
-    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "sample", "emoji", "-p", "rocket", *arguments) == 2

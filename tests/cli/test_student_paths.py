@@ -10,7 +10,14 @@ import fewstep
 from fewstep.api import student_source, trajectory_times
 from fewstep.backbones.base import Backbone
 from fewstep.data.prompts import embed
-from fewstep.data.trajectories import OF_STUDENT, TRAJECTORIES, Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion
+from fewstep.data.trajectories import (
+    OF_STUDENT,
+    TRAJECTORIES,
+    Trajectories,
+    TrajectoryConfig,
+    generate_trajectories,
+    run_to_completion,
+)
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.student.folder import read_card
 from tests.cli.test_distill import error_of, recipe, teacher
@@ -49,7 +56,9 @@ def test_they_are_what_it_samples_and_the_teacher_stays_what_it_was(final: Path,
             trajectories=TrajectoryConfig(count=4, student=str(final)),
         )
     )
-    assert torch.isfinite(torch.tensor(steps[-1].metrics["student_loss"]))  # on the same teacher, the adapter that walked taken out
+    assert torch.isfinite(
+        torch.tensor(steps[-1].metrics["student_loss"])
+    )  # on the same teacher, the adapter that walked taken out
 
 
 def test_a_folder_holds_those_of_one_student(
@@ -66,7 +75,9 @@ def test_a_folder_holds_those_of_one_student(
 
 def test_times_that_it_does_not_visit_are_refused(final: Path, teacher: Path) -> None:
     base = fewstep.load_teacher(str(teacher))
-    with pytest.raises(ValueError, match=r"stops at 999, 749, 499, 249, -1, this one at 999, .*; set method.steps and method.shift so"):
+    with pytest.raises(
+        ValueError, match=r"stops at 999, 749, 499, 249, -1, this one at 999, .*; set method.steps and method.shift so"
+    ):
         walked(base, final, None, TrajectoryImitation(steps=3, head="none"))
 
 
@@ -91,7 +102,12 @@ def test_a_second_stage_goes_further_from_the_first_ones_student(
     further: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It begins as that one, told its step count from now on, and is what it was while nothing is trained."""
-    how = ("--set", f"roles.lora={str(share).lower()}", "--set", "roles.exclude=[add_embedding, time_embedding.linear_2]")
+    how = (
+        "--set",
+        f"roles.lora={str(share).lower()}",
+        "--set",
+        "roles.exclude=[add_embedding, time_embedding.linear_2]",
+    )
     assert command(monkeypatch, "distill", further, *how, "--dry-run") == 0
     assert not Path("runs").exists()
     assert command(monkeypatch, "distill", further, *how, "--set", "train.lr=1e-12") == 0
@@ -106,7 +122,9 @@ def test_a_second_stage_goes_further_from_the_first_ones_student(
     assert read_card(Path("runs/tiny/final")).train_seconds > first.card.train_seconds
     assert command(monkeypatch, "distill", further, *how, "--out", "runs/trained") == 0
     trained = fewstep.load_student("runs/trained/final")
-    assert (fewstep.sample(trained, PROMPTS, [1, 2], steps=1) - fewstep.sample(last, PROMPTS, [1, 2], steps=1)).abs().max() > 1e-3
+    assert (
+        fewstep.sample(trained, PROMPTS, [1, 2], steps=1) - fewstep.sample(last, PROMPTS, [1, 2], steps=1)
+    ).abs().max() > 1e-3
 
 
 def test_mistakes_are_one_line_before_anything_is_trained(
@@ -114,7 +132,10 @@ def test_mistakes_are_one_line_before_anything_is_trained(
 ) -> None:
     bare = "roles.exclude=[add_embedding, time_embedding.linear_2]"
     for options, expected in (
-        ((bare, "data.from_student=nowhere"), "data.from_student: nowhere is no student folder; pass a run or its final/ folder"),
+        (
+            (bare, "data.from_student=nowhere"),
+            "data.from_student: nowhere is no student folder; pass a run or its final/ folder",
+        ),
         ((bare, "warm_start.data.from_student=warm_start"), "data.from_student: warm_start is no student folder"),
         (
             ("roles.exclude=[add_embedding]",),
@@ -124,9 +145,14 @@ def test_mistakes_are_one_line_before_anything_is_trained(
             (bare, "warm_start.method.steps=[4, 3]"),
             "init_from: the warm start's student is conditioned on 4, 3, this student on 4, 2, 1; set method.steps",
         ),
-        ((bare, "data.source=teacher"), "data.from_student: got warm_start with data.source=teacher; set data.source=trajectories"),
+        (
+            (bare, "data.source=teacher"),
+            "data.from_student: got warm_start with data.source=teacher; set data.source=trajectories",
+        ),
     ):
         capsys.readouterr()
-        assert command(monkeypatch, "distill", further, *(part for option in options for part in ("--set", option))) == 2
+        assert (
+            command(monkeypatch, "distill", further, *(part for option in options for part in ("--set", option))) == 2
+        )
         assert expected in error_of(capsys)
         assert not Path("runs").exists()

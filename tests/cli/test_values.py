@@ -39,7 +39,13 @@ def test_options_of_their_own_are_values(path: Path) -> None:
             continue
         read = read_recipe(str(path), [], DistillRecipe, {"teacher": name, "prompts.source": name})
         assert (read.teacher, read.prompts.source) == (name, name)
-        sets = [f"teacher={name}", f"prompts.source={name}", f"roles.targets={name}", f"init_from={name}", f"warm_start.data.folder={name}"]
+        sets = [
+            f"teacher={name}",
+            f"prompts.source={name}",
+            f"roles.targets={name}",
+            f"init_from={name}",
+            f"warm_start.data.folder={name}",
+        ]
         value = override({}, sets, DistillRecipe)
         left = None if name == "null" else name
         assert value == {
@@ -73,12 +79,18 @@ def test_all_else_is_yaml() -> None:
     assert override({}, ["teacher=007", "data.source=1"], FinetuneRecipe) == {"teacher": "007", "data": {"source": "1"}}
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "", "a\\b", "con", "x" * 300, "a\nb", " x", "x.", "\x1b[31m", "a:b"])
-def test_a_runs_name_is_a_name(name: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", ["../../x", "/tmp/x", "a/b", "..", "", "a\\b", "con", "x" * 300, "a\nb", " x", "x.", "\x1b[31m", "a:b"]
+)
+def test_a_runs_name_is_a_name(
+    name: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_json(path, {**RECIPE, "teacher": "x", "name": name})
     assert fewstep(monkeypatch, "distill", path) == 2
     said = error_of(capsys)
-    assert said.startswith("error: name: got ") and said.endswith("it becomes the run's folder: choose another, or pass --out")
+    assert said.startswith("error: name: got ") and said.endswith(
+        "it becomes the run's folder: choose another, or pass --out"
+    )
     assert said.isprintable() and not Path("runs").exists()
 
 
@@ -102,20 +114,25 @@ def test_a_key_that_is_there_twice_is_named_with_its_lines(
 def test_what_is_merged_may_be_said_anew(path: Path) -> None:
     text = yaml.safe_dump({**RECIPE, "teacher": "x"}).replace("train:", "train: &base", 1)
     path.write_text(
-        text + "data: {source: trajectories}\nwarm_start:\n  method: {name: trajp-l}\n  train:\n    <<: *base\n    batch: 9\n",
+        text
+        + "data: {source: trajectories}\nwarm_start:\n  method: {name: trajp-l}\n  train:\n    <<: *base\n    batch: 9\n",
         encoding="utf-8",
     )
     assert read_recipe(str(path), ["init_from=null", "method.init_head=drop"], DistillRecipe).warm_start is not None
 
 
 @pytest.mark.parametrize("option", ["--teacher", "--prompts"])
-def test_an_empty_option_is_said(option: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_option_is_said(
+    option: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", path, option, "") == 2
     assert error_of(capsys).startswith(f"error: {option}: got an empty text")
 
 
 @pytest.mark.parametrize("out", ["/", "~", "tiny.yaml", "tiny.yaml/run", "/dev/null", "model", "full"])
-def test_a_run_needs_a_folder_of_its_own(out: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_needs_a_folder_of_its_own(
+    out: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_json(Path("model/model_index.json"), {})
     write_json(Path("full/final/thesis.json"), {"years": 4})
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
@@ -137,7 +154,9 @@ def test_an_output_that_cannot_be_is_said_before_anything_is_drawn(
     assert Path("/dev/null").is_char_device() and path.is_file()
 
 
-def test_what_was_typed_is_what_trains(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_typed_is_what_trains(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`--teacher "mymix #2"` is that folder and no other; the printed command says it again."""
     seen: list[DistillRecipe] = []
 
@@ -147,7 +166,18 @@ def test_what_was_typed_is_what_trains(path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(module, "run_stages", stop)
     assert (
-        fewstep(monkeypatch, "distill", path, "--teacher", "mymix #2", "--prompts", "[a]: b.txt", "--fuse-lora", "x + y@1.safetensors") == 2
+        fewstep(
+            monkeypatch,
+            "distill",
+            path,
+            "--teacher",
+            "mymix #2",
+            "--prompts",
+            "[a]: b.txt",
+            "--fuse-lora",
+            "x + y@1.safetensors",
+        )
+        == 2
     )
     assert not Path("runs").exists()
     assert seen[0].prompts.source == "[a]: b.txt"
@@ -160,7 +190,10 @@ def test_a_folder_that_is_called_as_a_bundled_teacher_is_said(path: Path, capsys
     write_json(Path("emoji/model_index.json"), {})
     note_shadowed("emoji + style.safetensors")
     note_shadowed("./emoji")
-    assert capsys.readouterr().out == "note: teacher emoji is the one that ships with fewstep; pass ./emoji for the folder here\n"
+    assert (
+        capsys.readouterr().out
+        == "note: teacher emoji is the one that ships with fewstep; pass ./emoji for the folder here\n"
+    )
     assert source_of("./emoji").names == ["emoji"] and absolute("./emoji") == str(path.absolute().parent / "emoji")
 
 
@@ -180,11 +213,24 @@ def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pyte
         ("lo@ra", 1.0), ("style@2.safetensors", 0.5), ("style@2.safetensors", 1.0), ("deep/x + y@0.5.safetensors", 1.0), ("owner/name", 0.25), ("gone@v2.safetensors", 1.0),
     )  # fmt: skip
     text = fused("me/base", styles)
-    assert source_of(text) == ("me/base", wanted, "") and source_of(fused("my + mix", styles)) == ("my + mix", wanted, "")
-    assert source_of(absolute(text)).loras == tuple((str(tmp_path / p) if Path(p).exists() else p, w) for p, w in wanted)
-    assert absolute("emoji") == "emoji" and absolute("me/base") == "me/base" and hub_id(text) == "me/base" and not hub_id("emoji")
+    assert source_of(text) == ("me/base", wanted, "") and source_of(fused("my + mix", styles)) == (
+        "my + mix",
+        wanted,
+        "",
+    )
+    assert source_of(absolute(text)).loras == tuple(
+        (str(tmp_path / p) if Path(p).exists() else p, w) for p, w in wanted
+    )
     assert (
-        called(absolute("my + mix")) == "my \\+ mix" and called(absolute(".")) == tmp_path.name and source_of(".").names == [tmp_path.name]
+        absolute("emoji") == "emoji"
+        and absolute("me/base") == "me/base"
+        and hub_id(text) == "me/base"
+        and not hub_id("emoji")
+    )
+    assert (
+        called(absolute("my + mix")) == "my \\+ mix"
+        and called(absolute(".")) == tmp_path.name
+        and source_of(".").names == [tmp_path.name]
     )
     for odd in ("x@", "x@nan", "x@inf", "x@y"):
         with pytest.raises(ValueError, match="--fuse-lora: got"):
@@ -208,7 +254,11 @@ def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pyte
         ("name", True, r"^name: input should be a text, got true"),
         ("roles.alpha", math.nan, r"^roles\.alpha: got nan, allowed are numbers above 0"),
         ("roles.alpha", math.inf, r"^roles\.alpha: got inf, allowed are numbers above 0"),
-        ("method.match.fisher_correction", math.nan, r"^method\.match\.fisher_correction: got nan, allowed are finite numbers"),
+        (
+            "method.match.fisher_correction",
+            math.nan,
+            r"^method\.match\.fisher_correction: got nan, allowed are finite numbers",
+        ),
         *(
             (f"{part}.seed", 10**30, rf"^{part}\.seed: got 10+, allowed are whole numbers from -2\^62")
             for part in ("train", "preview", "data")

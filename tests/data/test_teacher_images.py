@@ -31,7 +31,10 @@ def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
     projected = teacher_images(backbone, data, 2, 3, 2.0, tmp_path, seed=5, parallel=0.0)
     denoise = guided(backbone, backbone.module, rows(projected.embeddings.cond, slice(1, 2)), data.null, 2.0, 0.0)
     torch.testing.assert_close(
-        projected.x0[1:2], trajectory(backbone, denoise, [6], timegrid.uniform(backbone.schedule, 3))[-1].x, atol=1e-5, rtol=1e-4
+        projected.x0[1:2],
+        trajectory(backbone, denoise, [6], timegrid.uniform(backbone.schedule, 3))[-1].x,
+        atol=1e-5,
+        rtol=1e-4,
     )
     backbone.module.forward = None  # type: ignore[assignment]
     assert torch.equal(teacher_images(backbone, data, 7, 3, 2.0, tmp_path, seed=5).x0, drawn.x0)
@@ -42,9 +45,18 @@ def test_the_public_function_draws_them(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("fewstep.api.TEACHER_STEPS", 2)
     method = fewstep.ConsistencyDistillation(steps=2, solver_steps=10)
     for step in fewstep.distill(
-        tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=2, batch=2), images="teacher", out=tmp_path
+        tiny.stable_diffusion(),
+        method,
+        tiny.WORDS,
+        train=fewstep.TrainConfig(iterations=2, batch=2),
+        images="teacher",
+        out=tmp_path,
     ):
         assert step.metrics["student_loss"] > 0
     assert len(list((tmp_path / "embeddings").glob("teacher-*.safetensors"))) == 1
     with pytest.raises(ValueError, match=r"pictures: method lcm needs some"):
-        next(fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=2, batch=2)))
+        next(
+            fewstep.distill(
+                tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=2, batch=2)
+            )
+        )

@@ -20,7 +20,14 @@ from fewstep.core import timegrid
 from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
 from fewstep.data.prompts import embed
-from fewstep.data.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, refine, trajectory_nfe, union
+from fewstep.data.trajectories import (
+    Trajectories,
+    TrajectoryConfig,
+    generate_trajectories,
+    refine,
+    trajectory_nfe,
+    union,
+)
 
 from .. import tiny
 
@@ -46,7 +53,9 @@ def make(
     parallel: float = 1.0,
 ) -> Generator[int, None, Trajectories]:
     times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
-    return generate_trajectories(backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, 3, parallel)
+    return generate_trajectories(
+        backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, 3, parallel
+    )
 
 
 @pytest.mark.parametrize("schedule", [tiny.TABLE, Flow(), EDM()])
@@ -159,7 +168,9 @@ def test_processes_walk_a_share_each_and_read_the_others(tmp_path: Path, monkeyp
     backbone, walked = tiny.denoiser(), list[str]()
 
     def as_process(index: int, wait: Callable[[], None]) -> tuple[list[int], Trajectories]:
-        monkeypatch.setattr("fewstep.data.trajectories.this_process", lambda: SimpleNamespace(process_index=index, num_processes=2))
+        monkeypatch.setattr(
+            "fewstep.data.trajectories.this_process", lambda: SimpleNamespace(process_index=index, num_processes=2)
+        )
         monkeypatch.setattr("fewstep.data.trajectories.together", wait)
         return finish(make(tmp_path, backbone))
 
@@ -178,7 +189,8 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     finish(make(tmp_path, backbone))
     with pytest.raises(
-        ValueError, match=r"data.folder: the trajectories in .* are those of teacher teacher, this is other; choose another folder"
+        ValueError,
+        match=r"data.folder: the trajectories in .* are those of teacher teacher, this is other; choose another folder",
     ):
         next(make(tmp_path, backbone, identity="other"))
     with pytest.raises(ValueError, match="were made with another guidance; choose another folder, or delete it"):
@@ -201,7 +213,9 @@ def test_shards_say_themselves_whose_they_are(tmp_path: Path) -> None:
     _, walked = finish(make(tmp_path / "a", backbone))
     record = tmp_path / "a" / "trajectories.json"
     record.unlink()
-    with pytest.raises(ValueError, match=r"\.safetensors are those of teacher teacher, this is other; choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"\.safetensors are those of teacher teacher, this is other; choose another folder"
+    ):
         next(make(tmp_path / "a", backbone, identity="other"))
     assert not record.exists()  # a record would speak for them the next time
     finish(make(tmp_path / "b", backbone, guidance=1.0))
@@ -242,7 +256,8 @@ def test_a_folder_of_before_is_read_as_long_as_its_record_speaks_for_it(tmp_path
     for name, there in (("none", None), ("of today", json.dumps(new))):
         record.unlink() if there is None else record.write_text(there)
         with pytest.raises(
-            ValueError, match=r"safetensors does not say whose trajectories it holds, and no trajectories\.json speaks for it"
+            ValueError,
+            match=r"safetensors does not say whose trajectories it holds, and no trajectories\.json speaks for it",
         ):
             next(make(tmp_path, backbone))
         assert record.exists() == (there is not None), name
@@ -270,7 +285,10 @@ def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
 def test_heun_where_pure_noise_holds_none() -> None:
     """Chosen by its name it walks there too, where `auto` takes DPM-Solver++, and near where that does."""
     backbone = tiny.flow_denoiser()
-    ways = {s: finish(make(None, backbone, TrajectoryConfig(count=2, steps=60, solver=s)))[1] for s in ("heun", "auto", "ddim")}
+    ways = {
+        s: finish(make(None, backbone, TrajectoryConfig(count=2, steps=60, solver=s)))[1]
+        for s in ("heun", "auto", "ddim")
+    }
     ends = {s: way.states[:, -1] for s, way in ways.items()}
     assert bool(ends["heun"].isfinite().all())
     assert (ends["heun"] - ends["auto"]).norm() < 0.5 * (ends["ddim"] - ends["auto"]).norm()
@@ -291,13 +309,16 @@ def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     with torch.no_grad():
         next(backbone.module.parameters()).fill_(torch.inf)
     with pytest.raises(
-        ValueError, match=r"^data\.solver: ddim led the teacher's trajectories 0 to 2 to numbers that are not finite; choose dpmpp"
+        ValueError,
+        match=r"^data\.solver: ddim led the teacher's trajectories 0 to 2 to numbers that are not finite; choose dpmpp",
     ):
         next(make(tmp_path / "other", backbone))
     assert not list((tmp_path / "other").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "count: got 0"), ({"solver": "euler"}, "solver: got 'euler'")])
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"count": 0}, "count: got 0"), ({"solver": "euler"}, "solver: got 'euler'")]
+)
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         TrajectoryConfig(**settings)

@@ -13,7 +13,16 @@ from torch import Tensor
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
-from fewstep.evaluation.pictures import PICTURES, PictureProtocol, asked, chosen, evaluate_pictures, pictures_named, shuffled, spread
+from fewstep.evaluation.pictures import (
+    PICTURES,
+    PictureProtocol,
+    asked,
+    chosen,
+    evaluate_pictures,
+    pictures_named,
+    shuffled,
+    spread,
+)
 from fewstep.evaluation.plan import digest
 from fewstep.evaluation.protocols import Row
 
@@ -123,7 +132,9 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="real: got 17 pictures, protocol few compares 18 with 18; choose a smaller one"):
+    with pytest.raises(
+        ValueError, match="real: got 17 pictures, protocol few compares 18 with 18; choose a smaller one"
+    ):
         evaluate_pictures(rows(0.2), FEW, CLASSES, REAL[:17])
     with pytest.raises(ValueError, match="protocol few: there is no teacher to compare with, nor real pictures"):
         evaluate_pictures(rows(0.2)[2:], FEW, CLASSES)

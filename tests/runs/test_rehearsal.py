@@ -56,7 +56,9 @@ def test_every_kind_of_student_is_rehearsed(teacher: Any, method: Any, roles: di
     assert check.holds and "largest difference" in check.said, check
     assert not list(tmp_path.iterdir())
     after = model.module.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)  # the teacher is as it was
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[n], after[n]) for n in before
+    )  # the teacher is as it was
 
 
 def test_half_precision_too(tmp_path: Path) -> None:
@@ -103,7 +105,9 @@ def test_a_training_from_python_looks_before_it_begins(tmp_path: Path) -> None:
         for p in teacher.pipe.vae.decoder.conv_out.parameters():
             p.zero_()
     with pytest.raises(ValueError, match=r"^teacher: tiny: its pictures are one colour"):
-        next(fewstep.distill(teacher, METHOD, tiny.WORDS, train=fewstep.TrainConfig(iterations=2), out=tmp_path / "run"))
+        next(
+            fewstep.distill(teacher, METHOD, tiny.WORDS, train=fewstep.TrainConfig(iterations=2), out=tmp_path / "run")
+        )
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -114,7 +118,11 @@ def test_trajectories_that_have_no_room_are_not_walked(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match=r"walked/trajectories.json: it takes .* are free there"):
         next(
             fewstep.distill(
-                tiny.denoiser(), TrajectoryImitation(steps=2), tiny.WORDS, train=fewstep.TrainConfig(iterations=1), trajectories=paths
+                tiny.denoiser(),
+                TrajectoryImitation(steps=2),
+                tiny.WORDS,
+                train=fewstep.TrainConfig(iterations=1),
+                trajectories=paths,
             )
         )
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -44,7 +44,9 @@ def run(
 ) -> Generator[fewstep.Step, None, None]:
     """Six iterations of a LoRA of rank 2; `changed` are settings of the training."""
     train, roles = fewstep.TrainConfig(**(TRAIN | changed)), fewstep.RolesConfig(rank=2)
-    return fewstep.distill(teacher, method, tiny.WORDS, train=train, roles=roles, out=out, watch=watch, trajectories=trajectories)
+    return fewstep.distill(
+        teacher, method, tiny.WORDS, train=train, roles=roles, out=out, watch=watch, trajectories=trajectories
+    )
 
 
 def last(teacher: Backbone, **changed: Any) -> fewstep.Step:
@@ -105,10 +107,14 @@ def test_other_settings_are_refused_in_pythons_words_and_nothing_is_lost(tmp_pat
     step = last(tiny.denoiser(), out=tmp_path)
     record = (tmp_path / "run.json").read_text()
     with pytest.raises(
-        ValueError, match=r"was made with other settings: lr 0\.01 -> 0\.02, ema 0\.98 -> 0\.5; set them back, or choose another out$"
+        ValueError,
+        match=r"was made with other settings: lr 0\.01 -> 0\.02, ema 0\.98 -> 0\.5; set them back, or choose another out$",
     ):
         last(tiny.denoiser(), out=tmp_path, lr=0.02, ema=0.5)
-    for other, said in ((tiny.denoiser(prediction="eps"), "prediction v -> eps"), (tiny.denoiser(schedule=Flow()), "schedule VP -> Flow")):
+    for other, said in (
+        (tiny.denoiser(prediction="eps"), "prediction v -> eps"),
+        (tiny.denoiser(schedule=Flow()), "schedule VP -> Flow"),
+    ):
         with pytest.raises(ValueError, match=f"teacher.{said}"):
             last(other, out=tmp_path)
     assert (tmp_path / "run.json").read_text() == record
@@ -149,7 +155,9 @@ def test_a_student_of_a_pipeline_is_kept_with_its_pictures(tmp_path: Path) -> No
         fewstep.evaluate(student)
 
 
-def test_trajectories_are_shared_by_a_folder_and_say_their_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trajectories_are_shared_by_a_folder_and_say_their_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     method, ways = (
         fewstep.TrajectoryImitation(steps=2, guidance=Guidance(scale=2.0)),
         fewstep.TrajectoryConfig(count=8, steps=4, folder=str(tmp_path / "walks")),

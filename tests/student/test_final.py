@@ -94,7 +94,11 @@ def test_what_is_no_student_is_not_replaced(tmp_path: Path, backbone: StableDiff
     for name in ("final", "file", "link"):
         with pytest.raises(OSError, match="what is there is no student; move it away"):
             written(tmp_path / name, backbone)
-    assert (tmp_path / "final" / "thesis.txt").read_text(encoding="utf-8") == (tmp_path / "file").read_text(encoding="utf-8") == "kept"
+    assert (
+        (tmp_path / "final" / "thesis.txt").read_text(encoding="utf-8")
+        == (tmp_path / "file").read_text(encoding="utf-8")
+        == "kept"
+    )
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -162,13 +166,23 @@ def test_a_student_without_hashes_is_read(final: Path, backbone: StableDiffusion
 
 
 def test_a_base_with_other_weights_is_said(
-    tmp_path: Path, base: Path, backbone: StableDiffusion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    base: Path,
+    backbone: StableDiffusion,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other, own, others = tmp_path / "other", fingerprint(backbone.module), fingerprint((pipe := tiny.pipeline(seed=1)).unet)
+    other, own, others = (
+        tmp_path / "other",
+        fingerprint(backbone.module),
+        fingerprint((pipe := tiny.pipeline(seed=1)).unet),
+    )
     pipe.save_pretrained(other)
     final = written(tmp_path / "final", backbone, replace(CARD, base=str(base), base_hash=own))
     fewstep.load_student(final)  # warnings of ours are errors here
-    assert open_student(final, str(other)).base_note().startswith("the base other has other weights (SHA-256 ")  # chosen on purpose
+    assert (
+        open_student(final, str(other)).base_note().startswith("the base other has other weights (SHA-256 ")
+    )  # chosen on purpose
     assert "note: the base other has other weights (SHA-256 " in capsys.readouterr().out
     card = json.loads((final / "fewstep.json").read_text(encoding="utf-8"))
     (final / "fewstep.json").write_text(json.dumps(card | {"base": str(other)}), encoding="utf-8")
@@ -182,12 +196,32 @@ def test_a_base_with_other_weights_is_said(
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", "a/b", "a\\b", "a\nb", "a\0b", 3, None, ["x"], ""])
 def test_a_name_that_leads_elsewhere_is_refused(name: object, tmp_path: Path) -> None:
     (tmp_path / "fewstep.json").write_text(json.dumps(asdict(CARD) | {"name": name}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^student: .*fewstep\.json: name: got .*; do not use this file unless you trust who made it$"):
+    with pytest.raises(
+        ValueError, match=r"^student: .*fewstep\.json: name: got .*; do not use this file unless you trust who made it$"
+    ):
         read_card(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", ["[SD] mix", "a: b", "#1", "- x", "`x`", "{a}", "null", "*x*", "é 東京", "x" * 300, "a'b", 'a"b', "<b>x</b>", "a|b", "%", "@a"]
+    "name",
+    [
+        "[SD] mix",
+        "a: b",
+        "#1",
+        "- x",
+        "`x`",
+        "{a}",
+        "null",
+        "*x*",
+        "é 東京",
+        "x" * 300,
+        "a'b",
+        'a"b',
+        "<b>x</b>",
+        "a|b",
+        "%",
+        "@a",
+    ],
 )
 def test_any_teachers_name_makes_a_card_that_is_read(name: str, tmp_path: Path, backbone: StableDiffusion) -> None:
     """No path of this machine is in it, and its header is YAML."""
@@ -207,7 +241,8 @@ def test_any_teachers_name_makes_a_card_that_is_read(name: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("base", "said"), [("me/my-model", "me/my-model"), ("emoji", None), ("me/my-model + style.safetensors@0.5", "me/my-model")]
+    ("base", "said"),
+    [("me/my-model", "me/my-model"), ("emoji", None), ("me/my-model + style.safetensors@0.5", "me/my-model")],
 )
 def test_a_card_names_the_hubs_base(base: str, said: str | None, backbone: StableDiffusion) -> None:
     readme = model_card(replace(CARD, base=base), "final", "DDIMScheduler", pipeline_info(backbone.pipe), True)
@@ -227,7 +262,9 @@ def test_a_field_of_another_type_is_named(name: str, tmp_path: Path) -> None:
         except ValueError as error:
             refused.append(str(error))
         else:
-            assert type(getattr(card, name)) in (type(value), tuple) or (name == "guidance" and (card.guidance, value) == (Guidance(), {}))
+            assert type(getattr(card, name)) in (type(value), tuple) or (
+                name == "guidance" and (card.guidance, value) == (Guidance(), {})
+            )
     assert all(name in said and str(tmp_path) in said and "\n" not in said for said in refused), refused
     assert len(refused) >= 8
     write_json(tmp_path / "fewstep.json", sound)
@@ -258,5 +295,7 @@ def test_a_field_of_another_type_is_named(name: str, tmp_path: Path) -> None:
 )
 def test_values_that_no_student_has_are_refused(change: dict[str, object], tmp_path: Path) -> None:
     write_json(tmp_path / "fewstep.json", {**asdict(CARD), "name": "x", **change})
-    with pytest.raises(ValueError, match=r"student: .*fewstep\.json does not fit format 2 \(.+\); export the run again"):
+    with pytest.raises(
+        ValueError, match=r"student: .*fewstep\.json does not fit format 2 \(.+\); export the run again"
+    ):
         read_card(tmp_path)

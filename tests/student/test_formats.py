@@ -17,16 +17,24 @@ from .card import CARD
 def test_every_step_count_says_its_calls() -> None:
     assert counted(CARD) == "4 in 4 steps"
     assert counted(replace(CARD, steps=(4, 1), head="span")) == "4 in 4 steps, 1 in 1 step"
-    assert counted(replace(CARD, steps=(4, 1), analytic_first_step=True)) == "3 in 4 steps, 0 in 1 step (the first step is free)"
+    assert (
+        counted(replace(CARD, steps=(4, 1), analytic_first_step=True))
+        == "3 in 4 steps, 0 in 1 step (the first step is free)"
+    )
 
 
 @pytest.mark.parametrize(
     ("own", "by"),
-    [({"head": "span"}, "a head"), ({"analytic_first_step": True}, "an analytic first step"), ({"solver": {"4": "ipndm"}}, "iPNDM")],
+    [
+        ({"head": "span"}, "a head"),
+        ({"analytic_first_step": True}, "an analytic first step"),
+        ({"solver": {"4": "ipndm"}}, "ipndm"),
+    ],
 )
 def test_what_no_stock_pipeline_does_is_not_written_for_one(own: dict[str, Any], by: str) -> None:
     with pytest.raises(
-        ValueError, match=f"^--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged$"
+        ValueError,
+        match=f"^--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged$",
     ):
         _require_stock(replace(CARD, **own))
     _require_stock(CARD)

@@ -61,7 +61,10 @@ def test_pictures_are_those_in_memory_and_the_base_stays_the_teacher(tmp_path: P
         assert pipe.scheduler.timesteps.tolist() == [999, 499]  # two steps, the first count served
     assert torch.equal(of_teacher(teacher), before)
     torch.testing.assert_close(
-        pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times), wanted, rtol=0, atol=1e-6
+        pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times),
+        wanted,
+        rtol=0,
+        atol=1e-6,
     )
 
 

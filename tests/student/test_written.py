@@ -62,7 +62,9 @@ def delta(down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
     return scale * (up.flatten(1).double() @ down.flatten(1).double()).reshape(len(up), *down.shape[1:])
 
 
-def student(folder: Path, out: Path, rank: int, alpha: float, dtype: str = "float32") -> tuple[Student, dict[str, Tensor]]:
+def student(
+    folder: Path, out: Path, rank: int, alpha: float, dtype: str = "float32"
+) -> tuple[Student, dict[str, Tensor]]:
     """A student folder whose card names this alpha, loaded; and what its LoRA changes, by layer."""
     teacher = fewstep.load_teacher(folder)
     state = lora_of(teacher.module, rank)
@@ -94,7 +96,11 @@ def test_every_format_changes_the_weights_alike_without_headers(
     loaded, wanted = student(folders(family), tmp_path / "final", rank, alpha)
     base = weights(DiffusionPipeline.from_pretrained(folders(family)))
     found = dict[str, dict[str, Tensor]]()
-    forms = ("kohya", "merged", *(["pipeline"] if alpha < rank else []))  # a pipeline has the merged network in it: once is enough
+    forms = (
+        "kohya",
+        "merged",
+        *(["pipeline"] if alpha < rank else []),
+    )  # a pipeline has the merged network in it: once is enough
     for form in forms:
         FORMATS[form].write(loaded.single(4), tmp_path / form, torch.float32)
     (kohya,) = (tmp_path / "kohya").glob("*-kohya.safetensors")
@@ -121,7 +127,9 @@ def test_every_format_changes_the_weights_alike_without_headers(
     assert len(state) == 3 * len(wanted)
 
 
-def test_a_student_of_several_step_counts_says_one_without_headers(folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_student_of_several_step_counts_says_one_without_headers(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The layer that says it is in kohya's file, too."""
 
     loaded, _ = student(folders("sd"), tmp_path / "final", 4, 16.0)
@@ -159,7 +167,9 @@ def test_headers_say_how_a_student_is_called(folders: Callable[[str], Path], tmp
         assert (told["kind"], told["rank"], told["alpha"]) == (f"LoRA, {names} names", "4", "4")
         assert (told["base"], told["steps"], told["method"]) == ("sd", [4], "tdm")
         assert told["timesteps"] == {"4": [999, 749, 499, 249, -1]}
-        assert str(folders("sd")) not in json.dumps({k: v for k, v in told.items() if k != "file"})  # no one's folders go round the world
+        assert str(folders("sd")) not in json.dumps(
+            {k: v for k, v in told.items() if k != "file"}
+        )  # no one's folders go round the world
         stripped(file)
         told = safetensors_summary(file)
         assert (told["kind"], told["rank"]) == (f"LoRA, {names} names", "4")
@@ -198,12 +208,23 @@ def test_diffusers_header_says_what_every_peft_knows(folders: Callable[[str], Pa
     ("lora", "said"),
     [
         ({}, "its LoRA has no layers"),
-        ({"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.zeros(3, 1)}, "its LoRA is zero in all of its 1 layers"),
-        ({"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.ones(3, 1)}, "its LoRA is zero in all of its 1 layers"),
-        ({"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.full((3, 1), math.nan)}, "are not finite .a.lora_B.weight"),
+        (
+            {"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.zeros(3, 1)},
+            "its LoRA is zero in all of its 1 layers",
+        ),
+        (
+            {"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.ones(3, 1)},
+            "its LoRA is zero in all of its 1 layers",
+        ),
+        (
+            {"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.full((3, 1), math.nan)},
+            "are not finite .a.lora_B.weight",
+        ),
     ],
 )
-def test_a_lora_that_is_its_teacher_is_refused(lora: dict[str, Tensor], said: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_lora_that_is_its_teacher_is_refused(
+    lora: dict[str, Tensor], said: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=f"^student: .*{said}"):
         require_change(lora)
     teacher = fewstep.load_teacher(folders("sd"))
@@ -219,11 +240,19 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
     loaded, _ = student(folders("sd"), tmp_path / "final", 4, 4.0, dtype="bfloat16")
     wanted = fewstep.sample(load_student(tmp_path / "final", dtype=torch.float32), PROMPTS[:1], [0])
     run_export(str(tmp_path / "final"), tmp_path / "half", "pipeline", None, None)
-    assert re.search(r"compared: largest difference of a pixel \S+; rounded to bfloat16, as the base was, \S+", capsys.readouterr().out)
+    assert re.search(
+        r"compared: largest difference of a pixel \S+; rounded to bfloat16, as the base was, \S+",
+        capsys.readouterr().out,
+    )
     run_export(str(tmp_path / "final"), tmp_path / "whole", "pipeline", None, None, dtype="float32")
     run_export(str(tmp_path / "final"), tmp_path / "merged", "merged", None, None, dtype="float16")
     kinds = {
-        folder: {v.dtype for f in (tmp_path / folder).rglob("*.safetensors") for v in load_file(f).values() if v.is_floating_point()}
+        folder: {
+            v.dtype
+            for f in (tmp_path / folder).rglob("*.safetensors")
+            for v in load_file(f).values()
+            if v.is_floating_point()
+        }
         for folder in ("half", "whole", "merged")
     }
     assert kinds == {"half": {torch.bfloat16}, "whole": {torch.float32}, "merged": {torch.float16}}
@@ -232,7 +261,10 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
     page = Path("whole/README.md").read_text()
     snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert snippet is not None and str(folders("sd")) not in snippet[1]
-    assert "num_inference_steps=4, guidance_scale=1.0" in snippet[1] and "by itself diffusers takes 50 guided steps" in page
+    assert (
+        "num_inference_steps=4, guidance_scale=1.0" in snippet[1]
+        and "by itself diffusers takes 50 guided steps" in page
+    )
     names: dict[str, StableDiffusionPipeline] = {}
     exec(snippet[1].replace("a prompt", PROMPTS[0]), names)
     drawn = names["pipe"](
@@ -245,7 +277,9 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
     vocabulary = json.loads(Path("whole/tokenizer/vocab.json").read_text())
     assert vocabulary == loaded.backbone.pipe.tokenizer.get_vocab()  # type: ignore[attr-defined]
     assert Path("whole/tokenizer/merges.txt").is_file()
-    assert all(k.startswith("text_model.") for k in load_file("whole/text_encoder/model.safetensors"))  # as in published models
+    assert all(
+        k.startswith("text_model.") for k in load_file("whole/text_encoder/model.safetensors")
+    )  # as in published models
 
 
 @pytest.mark.parametrize(
@@ -259,7 +293,9 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
         ),
     ],
 )
-def test_dtypes_that_are_none_are_refused(form: str, dtype: str, said: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_dtypes_that_are_none_are_refused(
+    form: str, dtype: str, said: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
     student(folders("sd"), tmp_path / "final", 4, 4.0)
     with pytest.raises(ValueError, match=re.escape(said)):
         run_export(str(tmp_path / "final"), tmp_path / "out", form, None, None, dtype=dtype)

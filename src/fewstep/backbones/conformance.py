@@ -171,7 +171,7 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
         return []
     plain: Any = small(backbone)
     if isinstance(plain, PixelModel):
-        # Its pipeline takes no initial noise, and older torch samples other noise in half precision.
+        # A pixel model's pipeline takes no initial noise, and older torch samples other noise in half precision.
         plain = replace(
             plain,
             pipe=pixel_pipeline(copy.deepcopy(plain.module).float(), plain.pipe.scheduler, told=bool(plain.labels)),

@@ -66,7 +66,7 @@ def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
     """Write a whole pipeline as diffusers saves it.
 
     transformers 4 and 5.0 to 5.5 read the folder, too. These versions need a tokenizer's `vocab.json` and
-    `merges.txt`, and CLIP's tensors under their published names; they fill tensors of other names at
+    `merges.txt`, and CLIP's tensors under their published names. Tensors of other names would be filled at
     random.
     """
     pipe.save_pretrained(folder)

@@ -321,8 +321,8 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
 def place_encoders(backbone: Backbone, device: str | torch.device) -> None:
     """Move the encoders to a device.
 
-    A training that has all embeddings moves the encoders to the CPU to make room. There they still work,
-    slowly.
+    A training that has all embeddings moves the encoders to the CPU to make room. Encoders still work on the
+    CPU, slowly.
     """
     for encoder in backbone.encoders:
         encoder.to(device)

@@ -44,7 +44,7 @@ class DiffusersBackbone(ABC):
     pipe: DiffusionPipeline
     name: str
     schedule: Schedule
-    source: str = field(default="", kw_only=True)  # argument of `load_teacher`: a student names its base by it
+    source: str = field(default="", kw_only=True)  # argument of `load_teacher`, by which a student names its base
 
     @property
     def module(self) -> nn.Module:
@@ -330,8 +330,9 @@ def single_output(network: nn.Module) -> Iterator[None]:
     """Compute the network's last layer in float32 inside the block.
 
     Only after `able_to_single`. For an eps network, the error of the clean estimate at the noisiest time is
-    sigma / alpha times the error of the output. Rounding the output to bfloat16, about 0.001 of it, is 0.015
-    of x0's unit at Stable Diffusion's last time and 0.16 at PixArt's, and guidance multiplies that.
+    sigma / alpha times the error of the output. Rounding the output to bfloat16, an error of about 0.001 of
+    the output, is 0.015 of x0's unit at Stable Diffusion's last time and 0.16 at PixArt's, and guidance
+    multiplies the error.
     """
     outputs = [child for name, child in network.named_children() if name in OUTPUTS]
     # `modules`, since the layer may be inside an adapter.

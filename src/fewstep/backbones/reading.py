@@ -1,6 +1,6 @@
 """How text encoders read prompts.
 
-A prompt has a number of tokens, and an encoder takes at most so many.
+The number of tokens of a prompt, and the tokens that an encoder takes.
 """
 
 from collections.abc import Iterator, Sequence

@@ -101,10 +101,10 @@ def student_scheduler(
 
     On a table of times, DDIM on trailing times is exact if the step count divides the table. DPM-Solver++ of
     order 1 is the same rule and is exact for any step count. Students of a stochastic solver get LCM's
-    scheduler. Students of a solver that no stock scheduler has get the one of the nearest order; fewstep
-    samples them with its own. CogVideoX has its own scheduler, which alone knows its shift. Flow has another,
-    whose Euler steps are DDIM's. On EDM's noise levels, the scheduler is right for the first of `steps` alone
-    (see `_on_noise_levels`).
+    scheduler. Students of a solver that no stock scheduler has get the stock scheduler of the nearest order,
+    and fewstep's own when fewstep samples. CogVideoX has its own scheduler, which alone knows its shift. Flow
+    has another, whose Euler steps are DDIM's. On EDM's noise levels, the scheduler is right for the first of
+    `steps` alone (see `_on_noise_levels`).
 
     Raises ValueError if there is no such scheduler.
     """

@@ -270,9 +270,9 @@ def require_read(file: Path, read: Mapping[str, nn.Module]) -> None:
 def _unread(name: str, tensor: Tensor, layers: Mapping[str, int]) -> bool:
     """Return whether a tensor of a checkpoint does not affect its images.
 
-    These are tables and marks next to the networks, a training's averages and losses, counts of positions,
-    CLIP's temperature and mask, and layers of text encoders behind the last one that their configuration asks
-    for.
+    Without effect are tables and marks next to the networks, a training's averages and losses, counts of
+    positions, CLIP's temperature and mask, and layers of a text encoder behind the last layer that the
+    configuration asks for.
     """
     part = next(
         (n for n, (_, begins) in PARTS.items() if name.startswith(begins)), "unet" if name.startswith(NETWORK) else ""

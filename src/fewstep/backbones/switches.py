@@ -1,6 +1,6 @@
 """Checks of settings that are true or false.
 
-diffusers takes any text, number or list in their place for true.
+diffusers takes any text, number or list for true.
 """
 
 import inspect

@@ -30,7 +30,7 @@ class Gaussian:
         )
 
     def denoise(self, schedule: Schedule, x: Tensor, t: Tensor) -> Split:
-        """Return `E[x0 | x_t]` and the noise that goes with it."""
+        """Return `E[x0 | x_t]` and the matching noise."""
         a, s = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
         x0 = self.mean + self.var * a / (a**2 * self.var + s**2) * (x - a * self.mean)
         return Split(x0, (x - a * x0) / s)
@@ -62,7 +62,7 @@ class Mixture:
         )
 
     def denoise(self, schedule: Schedule, x: Tensor, t: Tensor) -> Split:
-        """Return `E[x0 | x_t]` and the noise that goes with it.
+        """Return `E[x0 | x_t]` and the matching noise.
 
         Responsibilities times each component's own denoiser.
         """

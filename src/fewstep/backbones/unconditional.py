@@ -114,9 +114,8 @@ def around_pixels(pipe: DiffusionPipeline, name: str) -> PixelModel:
 def pixel_pipeline(unet: UNet2DModel, scheduler: SchedulerMixin, told: bool = False) -> DiffusionPipeline:
     """Return the diffusers pipeline that samples what the model does.
 
-    `DDPMPipeline`, which neither scales noise and inputs as EDM's schedulers ask, nor can be conditioned on a
-    class. For EDM, or where a class is `told`, the pipeline of consistency models, which does both with any
-    scheduler.
+    `DDPMPipeline` neither scales noise and inputs as EDM's schedulers ask, nor can be conditioned on a class.
+    For EDM's schedulers, and where a class is `told`, `ConsistencyModelPipeline` does both.
     """
     return (ConsistencyModelPipeline if told or isinstance(scheduler, EDM_SCHEDULERS) else DDPMPipeline)(
         unet=unet, scheduler=scheduler

@@ -122,9 +122,9 @@ def weights_in(kind: type[nn.Module], folder: Path, root: Path | None = None) ->
 
 
 def _shards(index: Path, root: Path) -> tuple[Path, ...]:
-    """Return the files that an index names.
+    """Return the files that an index names, next to the index.
 
-    They are next to the index.
+    Raises UnfitError where the index is damaged or names other files.
     """
     said = f"{index.parent.name}/{index.name}"
     try:
@@ -144,8 +144,8 @@ def _shards(index: Path, root: Path) -> tuple[Path, ...]:
 def inside(file: Path, root: Path) -> Path:
     """Return `file` if it is a regular file in `root`.
 
-    Links are followed. A folder of the hub's cache holds links into the store next to it, which counts as
-    inside. Raises UnfitError otherwise.
+    Links are followed. A folder of the hub's cache holds links into the store next to the folder; the store
+    counts as inside. Raises UnfitError otherwise.
     """
     place, said = root.resolve(), f"{file.parent.name}/{file.name}"
     if not file.exists():
@@ -238,8 +238,8 @@ def require_finite(state: Mapping[str, Tensor], weights: Weights) -> None:
     if odd:
         kind = str(state[odd[0]].dtype).removeprefix("torch.")
         raise UnfitError(
-            f"{_file_of(weights, odd[0])} has numbers in {odd[0]!r} that are not finite in {kind} ({len(odd)} "
-            f"of {len(state)} tensors)",
+            f"{_file_of(weights, odd[0])} has numbers in {odd[0]!r} that are not finite in {kind} "
+            f"({len(odd)} of {len(state)} tensors)",
             "" if kind == "float32" else "set dtype=float32, or download it again",
         )
 

@@ -103,11 +103,8 @@ def _hub(source: str, column: str | None) -> Iterable[tuple[str, object]]:
             f"{where} cannot be loaded ({reason}); check its name, that it has a split `train`, and the network"
         ) from error
     name = _column(data.column_names, column, where)
-    yield from (
-        (f"{where}, row {i}", value)
-        for i, value in enumerate(data.select_columns([name])[name])
-        # Select the column first: other columns may be images.
-    )
+    # Select the column first: other columns may be images.
+    yield from ((f"{where}, row {i}", value) for i, value in enumerate(data.select_columns([name])[name]))
 
 
 CHUNK = 64  # prompts that are encoded at once

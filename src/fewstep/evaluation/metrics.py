@@ -1,4 +1,7 @@
-"""All metrics of a row, in the order in which tables show them. A new one is a row here."""
+"""All metrics of a row, in the order of tables.
+
+To add a metric, add an entry to `METRICS`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -99,5 +102,5 @@ METRICS: dict[str, Metric] = {
 
 
 def values(measurement: Measurement, metrics: Sequence[Metric] = ()) -> dict[str, Any]:
-    """Return every metric of a row by its key."""
+    """Return every metric of a row by key."""
     return {metric.key: metric.compute(measurement) for metric in metrics or tuple(METRICS.values())}

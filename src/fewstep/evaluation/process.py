@@ -1,8 +1,11 @@
-"""Is a network read as it was trained? Its clean estimates on real data, beside what a right reading must have and what others would have.
+"""A check that a network is interpreted as it was trained.
 
-The posterior mean has the smallest mean square error of all functions of `x_t`. So a right reading is no worse than the best linear
-estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an element of variance v; and at the same data and the same ratio of noise to data no
-other reading of the same network is better than it.
+The clean estimates on real data are compared with a bound for the right reading, and with other readings of
+the network.
+
+The posterior mean has the smallest mean square error of all functions of `x_t`. So a right reading is no
+worse than the best linear estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an element of variance v; and at
+the same data and the same ratio of noise to data no other reading of the same network is better.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,25 +20,30 @@ from ..core.schedule import VP, Flow, Schedule, expand
 from .states import SURE
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
-LOWEST = (1, 2, 3)  # indices of a table at which one index is most of the noise
-DRAWS = 2048  # numbers of noise that are drawn at each time, at least, to see how much of it is found
-OFF = 0.05  # by which noise that is found may be too much or too little
-BETTER = 0.9  # of the stated reading's error: what another has to get below to be suspected
-WORSE = 1.15  # of the linear estimate's error: what no right reading has
-SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of the way from clean data to noise
-GRID = 4096  # times of a continuum among which the one of a ratio is looked for
+LOWEST = (1, 2, 3)  # indices of a table at which one index makes up most of the noise
+DRAWS = 2048  # smallest number of noise values per time, to estimate how much noise the network finds
+OFF = 0.05  # tolerated share of noise that the network finds too much or too little
+BETTER = 0.9  # share of the stated reading's error; another reading below this share is suspected
+WORSE = 1.15  # multiple of the linear estimate's error; no right reading exceeds this multiple
+SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # fractions of the path from clean data to noise
+GRID = 4096  # times of a continuum among which the time of a noise ratio is searched
+# name -> (scale, offset)
 RANGES = {
     "2 x - 1": (2.0, -1.0),
     "(x + 1) / 2": (0.5, 0.5),
     "x / 127.5 - 1": (1 / 127.5, -1.0),
     "x / 255": (1 / 255, 0.0),
-}  # scale, offset
+}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a network. At a time of the stated schedule it makes a state of data `scale x0 + offset` in its own `schedule`'s terms, at the time of
-    the same ratio of noise to data, tells the network `told` of that, and reads the answer by `row`."""
+    """One interpretation of a network's inputs and outputs.
+
+    At a time of the stated schedule, the reading makes a state of data `scale x0 + offset` under the
+    reading's own `schedule`, at the time of the same ratio of noise to data. The network is conditioned on
+    `told` of that time, and the output is interpreted by `row`.
+    """
 
     name: str
     schedule: Schedule
@@ -43,12 +51,16 @@ class Reading:
     told: Callable[[Tensor], Tensor] = lambda t: t
     scale: float = 1.0
     offset: float = 0.0
-    same: bool = True  # its schedule is the stated one, so that its times are
+    same: bool = True  # schedule and times are the stated ones
 
 
 @dataclass(frozen=True)
 class At:
-    """At one time: the mean square error of the clean estimate, and that of the best linear estimate, which a right model does not exceed."""
+    """Mean square errors at one time.
+
+    `error` is that of the clean estimate; `bound` is that of the best linear estimate, which a right model
+    does not exceed.
+    """
 
     t: float
     error: float
@@ -57,7 +69,10 @@ class At:
 
 @dataclass(frozen=True)
 class ProcessCheck:
-    """What `fewstep.check` found: errors by time, and a line for everything that is suspected; none where all is well."""
+    """The result of `fewstep.check`.
+
+    `times` are the errors by time, and `suspected` has a line for every suspicion; empty where all is well.
+    """
 
     times: tuple[At, ...]
     suspected: tuple[str, ...]
@@ -71,10 +86,12 @@ class ProcessCheck:
 
 
 def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, batch: int = 64) -> ProcessCheck:
-    """Compare the reading that a backbone states with others, on clean states `real` [N, ...] with their conditions.
+    """Compare the stated reading of a backbone with other readings.
 
-    Others: another prediction, another range of the data, times one index off, scaled or reversed, another noise schedule. One is suspected where its error is
-    far below the stated one's, by more than chance. About 25 times as many network calls as there are states and times.
+    The comparison uses clean states `real` [N, ...] with conditions. Other readings: another prediction,
+    another range of the data, times that are one index off, scaled or reversed, another noise schedule. A
+    reading is suspected if the reading's error is far below the stated one's, by more than chance. Costs
+    about 25 times as many network calls as there are states and times.
     """
     schedule, table = backbone.schedule, backbone.schedule.resolution > 0
     times = schedule.at(torch.tensor(FRACTIONS, dtype=torch.float64))
@@ -104,13 +121,17 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
         return ProcessCheck(at, ())
     worst = max(beyond, key=lambda a: a.error / a.bound if a.error == a.error else float("inf"))
     return ProcessCheck(at, (
-        f"suspected: schedule, prediction or range of the data: at t {worst.t:.6g} the error of its clean estimate is {worst.error / worst.bound:.2g} times "
-        "that of a linear one, and no other reading that was tried does better; look at what the network was trained with",
+        f"suspected: schedule, prediction or range of the data: at t {worst.t:.6g} the error of its clean estimate "
+        f"is {worst.error / worst.bound:.2g} times that of a linear one, and no other reading that was tried does "
+        "better; look at what the network was trained with",
     ))  # fmt: skip
 
 
 def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[float, str]]:
-    """(error as a share of the own, name) of those that are better, and not by chance. own, others [T, N]."""
+    """Return the readings that are better, and not by chance.
+
+    Returns (error as a share of the stated reading's error, name). own, others [T, N].
+    """
     found = []
     for name, theirs in others:
         gain, ratio = (own - theirs).mean(0), float(theirs.mean() / own.mean().clamp(min=1e-30))
@@ -120,10 +141,12 @@ def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[flo
 
 
 def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, seed: int, batch: int) -> str:
-    """What is suspected where the network finds too much or too little noise at some time; empty where it finds the right amount.
+    """Return a suspicion if the network finds a wrong amount of noise.
 
-    A network that was trained by regression has `E <eps - eps_hat, eps_hat> = 0` at every time, however well it fits. Asked about noise s' in a state of
-    noise s it is off by about s / s'. Of the usual mistakes the one is named that leaves least of it.
+    The text is empty if the amount is right at all times. A network that was trained by regression has
+    `E <eps - eps_hat, eps_hat> = 0` at every time, however well the network fits. Evaluated for noise s' at a
+    state of noise s, the network is off by about s / s'. The usual mistake that leaves the smallest error is
+    named.
     """
     schedule = backbone.schedule
     if schedule.resolution:
@@ -134,7 +157,7 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     x0, cond = real[of], rows(cond, of)
 
     def excess(reading: Reading) -> tuple[Tensor, Tensor]:
-        """(share of the noise that is found too much, its standard error) [T]."""
+        """Return (share of noise found in excess, standard error) [T]."""
         own = (
             times
             if reading.same
@@ -163,11 +186,14 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
         return name
     t = times[wrong][int(share[wrong].abs().argmax())]
     amount = "too little" if float(share[wrong][int(share[wrong].abs().argmax())]) > 0 else "too much"
-    return f"the schedule: at t {float(t):.6g} the network finds {amount} noise, and on no schedule that was tried the right amount; pass the one that it was trained with"
+    return (
+        f"the schedule: at t {float(t):.6g} the network finds {amount} noise, and on no schedule that was tried the "
+        "right amount; pass the one that it was trained with"
+    )
 
 
 def _others(backbone: Backbone) -> list[Reading]:
-    """The readings that are mistaken for each other."""
+    """Return other readings that are often confused."""
     schedule, row = backbone.schedule, backbone.row
     here = torch.tensor([[0.6, 1.0], [0.8, 2.0]], dtype=torch.float64).unbind(0)
     found = [
@@ -205,7 +231,10 @@ def _moved(schedule: Schedule, shift: float) -> Callable[[Tensor], Tensor]:
 
 
 def _schedules(backbone: Backbone) -> list[Reading]:
-    """The noise that is mistaken for another: one index off, times of the way off, the usual tables."""
+    """Return readings with other noise schedules.
+
+    Times one index off, times moved along the path, and the usual tables.
+    """
     schedule, row, found = backbone.schedule, backbone.row, []
     for step in (1, -1) if schedule.resolution else ():
         name = f"times are off by one: the network knows the noise of t as that of t {'+' if step > 0 else '-'} 1"
@@ -226,7 +255,10 @@ def _stepped(schedule: Schedule, step: int) -> Callable[[Tensor], Tensor]:
 
 
 def _usual(schedule: Schedule) -> list[tuple[str, Schedule]]:
-    """The usual schedules on the same times, those that are the stated one left out."""
+    """Return the usual schedules on the same times.
+
+    Schedules that equal the stated schedule are left out.
+    """
     if not schedule.resolution:
         return [] if isinstance(schedule, Flow) else [("a straight line (Flow)", Flow())]
     n = round(schedule.t_max) + 1
@@ -251,7 +283,10 @@ def _usual(schedule: Schedule) -> list[tuple[str, Schedule]]:
 
 
 def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
-    """The times [T] at which noise is this multiple of the data, sigma / alpha, as near as the schedule has it."""
+    """Return the times [T] of these ratios sigma / alpha.
+
+    The times are as near as the schedule allows.
+    """
     if schedule.resolution:
         times = torch.arange(0, round(schedule.t_max) + 1, dtype=torch.float64)
     else:
@@ -270,7 +305,10 @@ def _errors(
     cond: Cond,
     batch: int,
 ) -> Tensor:
-    """Mean squares over elements [T, N], in units of the data as they were given. What is not finite counts as very large."""
+    """Return mean square errors [T, N] over elements.
+
+    In units of the data as given. A value that is not finite counts as very large.
+    """
     own = (
         times
         if reading.same
@@ -286,7 +324,10 @@ def _errors(
 def _estimates(
     backbone: Backbone, reading: Reading, times: Tensor, told: Tensor, x0: Tensor, noise: Tensor, cond: Cond, batch: int
 ) -> list[Tensor]:
-    """Clean estimates [N, ...] at each of the times [T], float64; NaN where a network fails for a time that only another reading asks for."""
+    """Return clean estimates [N, ...] at each of the times [T].
+
+    float64. NaN where a network fails at a time that only another reading uses.
+    """
     device, found = next(backbone.module.parameters()).device, []
     alpha, sigma = reading.schedule.alpha(times), reading.schedule.sigma(times)
     for i in range(len(times)):

@@ -39,8 +39,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _record(line: str) -> dict[str, Any] | None:
     """Parse one line.
 
-    Returns None for a line that was not written to its end. Raises ValueError for a line that no such file
-    begins with.
+    Returns None for a line that was not written to its end. Raises ValueError for a whole line that is no
+    record of a log.
     """
     try:
         entry = json.loads(line)

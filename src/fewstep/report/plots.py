@@ -85,7 +85,7 @@ WORDS = {
         "These need not fall: the student and the fake score chase each other, so judge by the images and the "
         "distances above."
     ),
-    "Gradient norms": ("Before clipping. A steady climb is the first sign that a learning rate is too high."),
+    "Gradient norms": "Before clipping. A steady climb is the first sign that a learning rate is too high.",
     "Straying from the teacher": (
         "Distance to the teacher's state from the same noise, relative to the clean state, along the way from "
         "noise (0) to data (1), on trajectories that it was trained on. "
@@ -115,7 +115,7 @@ OF_TRAJECTORIES = 5  # the last charts, of the teacher's trajectories or of thos
 def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, Any] | None = None) -> list[Chart]:
     """Return every chart for which there is something to show.
 
-    Empty without metrics and rows. `shape` is the content of `trajectories.json`.
+    Empty without metrics, rows and `shape`. `shape` is the content of `trajectories.json`.
     """
     figures = (
         quality_cost(rows),

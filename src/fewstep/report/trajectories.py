@@ -40,11 +40,11 @@ def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor, curve: Curve | Non
 def trajectory_errors(
     schedule: Schedule, goals: Tensor, times: Tensor, walks: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the cumulative error of each walk along its trajectory.
+    """Return the cumulative error of few steps along the trajectory.
 
     The error is `||x - x_teacher|| / ||x_teacher, clean||`, averaged over samples. `goals` `[n, J, ...]` are
-    the teacher's states at `times` `[J]`. Each walk is (its times `[K + 1]`, states `[n, K + 1, ...]`),
-    sampled from the same noise.
+    the teacher's states at `times` `[J]`. Each of `walks` has its own times `[K + 1]` and its states
+    `[n, K + 1, ...]` from the same noise.
     """
     found = {}
     size = goals[:, -1].flatten(1).norm(dim=1)

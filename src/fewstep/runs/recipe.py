@@ -356,7 +356,7 @@ class _Repeated(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """YAML with booleans `true` and `false` alone, without repeated keys.
 
-    `no` is a word, which `train.precision` takes.
+    `no` is a text, which `train.precision` takes.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

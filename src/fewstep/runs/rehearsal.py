@@ -30,8 +30,8 @@ from .sampling import sample
 
 CHECKPOINTS = 3  # at once: two are kept while the next is written
 STUDENTS = 3  # at once: the last, the best, and a new one that replaces either
-# Standard deviation of a trial's weights. Small, so that the trial student samples like the teacher; not zero, so
-# that the files differ from the teacher.
+# Standard deviation of a trial's weights. Small, so that the trial student samples like the teacher; not zero,
+# so that the files differ from the teacher.
 CHANGE = 1e-2
 SAME, ROUNDED = 1e-3, 0.05  # largest difference of a pixel in single and in half precision
 LARGE = 2e12  # operations, some seconds on a CPU

@@ -18,7 +18,7 @@ class Step(loop.Step):
     The fields are `iteration` (from 1), `metrics`, `seconds`, `seconds_left`, `warnings`, and the networks
     in `roles`.
 
-    A step shows the training as the training goes on: samples drawn after later iterations come from later
+    A step shows the training as the training goes on: samples taken after later iterations come from later
     weights. `snapshot()` keeps the student as it is now.
 
     `metrics` has the same keys in every iteration, NaN for numbers that one iteration does not have

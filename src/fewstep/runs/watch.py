@@ -89,7 +89,7 @@ class Trend:
                 (most for part, most in LIMITS.items() if name.endswith(part) or name.startswith(f"{part}_")), None
             )
             matching = name == "student_loss" and any(n.startswith("gap_") for n in metrics)
-            # A matching loss starts at zero, with the fake score equal to the teacher: the gaps are watched instead.
+            # A matching loss starts at zero, where the fake score is the teacher: gaps are watched instead.
             if limit is None or matching or value != value:
                 continue
             seen = self.values.setdefault(name, [])

@@ -1,1 +1,1 @@
-"""The one training loop, checkpoints, optimizers, memory."""
+"""The training loop, checkpoints, optimizers and memory."""

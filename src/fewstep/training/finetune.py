@@ -1,4 +1,7 @@
-"""Supervised fine-tuning of a teacher on real pictures before it is distilled: a better teacher makes a better student (TDM sec. 3.1)."""
+"""Supervised fine-tuning of a teacher on real images.
+
+The teacher is fine-tuned before distillation: a better teacher makes a better student (TDM sec. 3.1).
+"""
 
 import copy
 from collections.abc import Generator
@@ -29,10 +32,11 @@ def finetune(
     seed: int = 0,
     drop_caption: float = 0.1,
 ) -> Generator[FitStep, None, None]:
-    """Train the backbone's own network on its own prediction type, at uniform times; afterwards its weights are the averaged result.
+    """Train the backbone's network on the network's own prediction type.
 
-    `how.lora` trains a LoRA, which is merged at the end, otherwise all weights. Captions are left out at the rate `drop_caption`,
-    so that the teacher can still be guided. Resumes from `run`. Raises ValueError for a base that is to be rounded.
+    Times are uniform. Afterwards the network has the averaged weights. `how.lora` trains a LoRA, which is
+    merged at the end; otherwise all weights are trained. Captions are dropped at the rate `drop_caption`, so
+    guidance still works. Resumes from `run`. Raises ValueError for `how.quantize`, and for float16 weights.
     """
     if how.quantize is not None:
         raise ValueError(

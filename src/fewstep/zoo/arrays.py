@@ -1,4 +1,8 @@
-"""Arrays as people save pictures and labels in them, brought to bytes [n, C, H, W] and to numbers of classes; refused where that is a guess."""
+"""Arrays of images and labels, in the forms that people save.
+
+Images become bytes [n, C, H, W], labels become numbers of classes. An array that could be read in several
+ways is refused.
+"""
 
 from collections.abc import Sequence
 
@@ -7,22 +11,24 @@ from torch import Tensor, from_numpy
 
 from ..data.texts import printable, text_of
 
-PART = 1024  # pictures whose floats are turned into bytes at once
+PART = 1024  # images whose floats are converted to bytes at once
 CHANNELS = (1, 3, 4)
 MOST_CLASSES = 100_000
 NEAR = 1e-3  # what rounding may add to a range
-DARK = 64  # the brightest byte of a whole set has at least this: what is below was counted in other units (digits in 0..16)
+DARK = 64  # smallest maximum of a whole set: with a lower one, bytes are in other units (digits in 0..16)
 
 
 def pixels(array: np.ndarray, where: str) -> Tensor:
-    """Bytes [n, C, H, W], C 1 or 3, of pictures [n, H, W], [n, H, W, C] or [n, C, H, W]; transparency (C = 4) on white.
+    """Convert images to bytes [n, C, H, W], C 1 or 3.
 
-    Numbers may be bytes, whole ones in 0..255, or floats in 0..1, -1..1 or 0..255. Raises ValueError, beginning with `where`, for all else.
+    The images are [n, H, W], [n, H, W, C] or [n, C, H, W]. Transparency (C = 4) is put on white. Numbers may
+    be bytes, whole ones in 0..255, or floats in 0..1, -1..1 or 0..255. Raises ValueError, beginning with
+    `where`, for all else.
     """
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(
-            f"{where} is of shape {list(array.shape)}, allowed are pictures [n, H, W, C], [n, C, H, W] or [n, "
-            "H, W]; reshape it"
+            f"{where} is of shape {list(array.shape)}, "
+            "allowed are pictures [n, H, W, C], [n, C, H, W] or [n, H, W]; reshape it"
         )
     if array.ndim == 3:
         if array.shape[2] in CHANNELS:
@@ -51,7 +57,10 @@ def _in_bytes(part: np.ndarray, scale: float, shift: float) -> np.ndarray:
 
 
 def _range(array: np.ndarray, where: str) -> tuple[float, float]:
-    """(scale, shift) from this array's numbers to 0..255. Raises ValueError where they leave open which they are."""
+    """Return (scale, shift) from an array's numbers to 0..255.
+
+    Raises ValueError where the range of the numbers is not clear.
+    """
     if array.dtype.kind not in "buif":
         raise ValueError(f"{where} holds {array.dtype}, allowed are numbers; save pictures as bytes (uint8)")
     low, high = float(array.min()), float(array.max())
@@ -74,9 +83,10 @@ def _range(array: np.ndarray, where: str) -> tuple[float, float]:
 def labels_of(
     array: np.ndarray, count: int, where: str, classes: np.ndarray | None = None
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """(numbers [n] from 0, names) of labels [n], [n, 1] as Keras has them, or one-hot [n, k], for `count` pictures.
+    """Return (numbers [n] from 0, names) of `count` images' labels.
 
-    Texts are numbered as in `classes`, else in alphabetical order; the names of numbers are `classes`, else these. Raises ValueError,
+    Labels are [n], [n, 1] as in Keras, or one-hot [n, k]. Texts are numbered as in `classes`, or else in
+    alphabetical order. The names of numbers are `classes`, or else the numbers themselves. Raises ValueError,
     beginning with `where`, for all else.
     """
     if array.ndim == 2 and array.shape[1] == 1:
@@ -120,7 +130,11 @@ def _numbers(array: np.ndarray, count: int, where: str) -> Tensor:
 
 
 def class_names(array: np.ndarray | Sequence[str], least: int, where: str) -> tuple[str, ...]:
-    """Names that a prompt can ask for. Raises ValueError for other shapes, for too few, and where two are the same or one is empty or of two lines."""
+    """Return class names for which a prompt can ask.
+
+    Raises ValueError for arrays of another shape, for fewer than `least` names, and for a name that is there
+    twice, is empty or has several lines.
+    """
     array = np.asarray(array)
     if array.ndim != 1 or array.dtype.kind not in "USiu" or len(array) < least:
         raise ValueError(

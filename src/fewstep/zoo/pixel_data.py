@@ -1,4 +1,7 @@
-"""Small pictures with classes, from the files that people have: IDX, npz, a folder with one folder per class."""
+"""Small images with classes, from the files that people have.
+
+IDX, npz, or a folder with one folder per class.
+"""
 
 import gzip
 import math
@@ -20,13 +23,16 @@ from .arrays import DARK, class_names, labels_of, pixels
 
 IDX, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-FASHION_BEGINS = (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)  # MNIST's digits are in files of the same names
-SMALL, DENSE = 2**28, 200  # bytes that are always unpacked, and how many a packed one may stand for beyond them
+FASHION_BEGINS = (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)  # first labels: MNIST's digits are in files of the same names
+SMALL, DENSE = 2**28, 200  # bytes that are always unpacked; above, the largest ratio of unpacked to packed bytes
 CURE = "install Debian's dataset-fashion-mnist, or set data=PATH to a folder of pictures or an npz"
 
 
 class Pictures(NamedTuple):
-    """`images [n, C, H, W]` bytes, `labels [n]`, and the classes' names (none: unconditional)."""
+    """Images with labels and class names.
+
+    `images` [n, C, H, W] are bytes, `labels` [n]. `classes` is empty for unconditional data.
+    """
 
     images: Tensor
     labels: Tensor
@@ -34,10 +40,12 @@ class Pictures(NamedTuple):
 
 
 def read_pixel_data(source: str) -> Pictures:
-    """Square pictures of one size from a folder of gzipped IDX files (Fashion-MNIST), an npz, or a folder with one folder per class.
+    """Read square images of one size from IDX, npz or folders.
 
-    npz: `images` (see `arrays.pixels`), or `jpeg` (all bytes) and `offset` [n + 1]; `labels` or `y` (see `arrays.labels_of`), and `classes`. No
-    pickles are read. Raises ValueError with one line where there is nothing of that kind, or it is damaged.
+    The source is a folder of gzipped IDX files (Fashion-MNIST), an npz, or a folder with one folder per
+    class. An npz has `images` (see `arrays.pixels`), or `jpeg` (all bytes) and `offset` [n + 1]; and `labels`
+    or `y` (see `arrays.labels_of`), and `classes`. No pickles are read. Raises ValueError with one line for
+    other sources, and for damaged ones.
     """
     path = Path(source)
     if path.suffix.lower() == ".npz":
@@ -71,7 +79,10 @@ def _idx(folder: Path) -> Pictures:
 
 
 def load_idx(path: Path) -> Tensor:
-    """A gzipped IDX file of bytes. Raises ValueError when it is not there or not one, or does not hold what its header says."""
+    """Read a gzipped IDX file of bytes.
+
+    Raises ValueError where the file is missing, is no IDX file, or does not hold what its header says.
+    """
     where = f"data: {printable(path)}"
     packed = require_regular(path, "data", CURE).stat().st_size
     with reading(where, CURE, "cannot be read"), gzip.open(path) as file:
@@ -90,7 +101,10 @@ def load_idx(path: Path) -> Tensor:
 
 
 def _require_dense(size: int, packed: int, where: str) -> None:
-    """Raises ValueError for a file that unpacks to many times what pictures do."""
+    """Check that a file unpacks to no more than images do.
+
+    Raises ValueError otherwise.
+    """
     if size > SMALL and size > DENSE * packed:
         raise ReadError(
             f"{where} claims {size:,} bytes in {packed:,} packed ones, more than pictures have; check where it is from"
@@ -131,7 +145,10 @@ def _npz(path: Path) -> Pictures:
 
 
 def _files(data: np.ndarray, offset: np.ndarray, where: str) -> Iterable[tuple[str, bytes]]:
-    """(name, bytes) of picture files that lie one after the other."""
+    """Return (name, bytes) of image files that follow each other.
+
+    Raises ValueError for offsets that do not rise from 0 to N at most.
+    """
     bounds = offset.tolist() if offset.ndim == 1 and offset.dtype.kind in "ui" else []
     if (
         data.ndim != 1
@@ -172,7 +189,10 @@ def _folder(path: Path) -> Pictures:
 
 
 def _stack(files: Iterable[tuple[str, bytes]], where: str) -> Tensor:
-    """Pictures of one size, [n, 3, H, W] bytes. Raises ValueError for others, and for what is no picture."""
+    """Stack images of one size as bytes [n, 3, H, W].
+
+    Raises ValueError for images of several sizes, and for what is no image.
+    """
     arrays: list[np.ndarray] = []
     for name, data in files:
         with opened(data, name, where) as image:
