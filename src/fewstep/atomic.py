@@ -56,7 +56,7 @@ _count = itertools.count()
 def cure_of(error: Exception) -> str:
     """Say what to do about a file that could not be written.
 
-    By the cause that the system gave.
+    The advice follows from the cause that the system gave.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (said := re.search(r"os error (\d+)", str(error))):  # safetensors puts the number in a text
@@ -71,7 +71,7 @@ def cure_of(error: Exception) -> str:
 
 
 class WriteError(OSError):
-    """A file could not be written.
+    """The error for a file that could not be written.
 
     The message says what to do. `__cause__` is the system's error.
     """

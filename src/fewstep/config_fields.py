@@ -77,7 +77,7 @@ def _said(value: Any) -> str:
 
 
 def _wrong(value: Any, kinds: tuple[Any, ...], limits: tuple[Any, ...]) -> str:
-    """Return what is allowed if a value is not; otherwise an empty text."""
+    """Return what is allowed for a disallowed value; otherwise an empty text."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     words += [word for limit in limits if isinstance(limit, OneOf) for word in limit.names]
     if words:
@@ -121,7 +121,11 @@ def _unfolded(annotation: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def allowed_text(config: type, name: str) -> str:
-    """Return what a setting allows in words: `whole numbers from 1`, `noisy, clean`; empty for anything of its type."""
+    """Return the allowed values of a setting in words.
+
+    For example `whole numbers from 1`, or `noisy, clean`; empty for a setting that allows anything of the
+    setting's type.
+    """
     kinds, limits = next((kinds, limits) for known, kinds, limits in declared(config) if known == name)
     words = [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     words += [word for limit in limits if isinstance(limit, OneOf) for word in limit.names]

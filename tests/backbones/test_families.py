@@ -1,15 +1,20 @@
 """Every family of pipelines as a backbone: it keeps the protocol, and draws what its own pipeline draws."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionUpscalePipeline
 
 import fewstep
 from fewstep.backbones.base import guided
+from fewstep.backbones.families import FAMILIES, family_of_pipeline
+from fewstep.backbones.family import Family
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.generate import pictures
 from fewstep.backbones.load import load_teacher, pipeline_of
@@ -133,6 +138,20 @@ def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkey
         run_export(str(final), tmp_path / "pipeline", "pipeline", None, None)
         if folder.name == "sdxl":
             run_export(str(final), tmp_path / "kohya", "kohya", None, None)
+
+
+def without_tiny_pipeline(families: Iterable[Family]) -> list[str]:
+    """Those that no tiny pipeline of the tests is of."""
+    there = {family_of_pipeline(make()).name for make in (*pipelines.FAMILIES.values(), *pipelines.PIXELS.values())}
+    return [family.name for family in families if family.name not in there]
+
+
+def test_every_family_has_a_tiny_pipeline() -> None:
+    """A row in `FAMILIES` without one would be tested by nothing."""
+    missing = without_tiny_pipeline(FAMILIES.values())
+    assert not missing, f"tests/pipelines.py has no tiny {', '.join(missing)}: add one to FAMILIES there, or to PIXELS"
+    new = replace(FAMILIES["StableDiffusionPipeline"], pipeline=StableDiffusionUpscalePipeline)
+    assert without_tiny_pipeline([*FAMILIES.values(), new]) == ["StableDiffusionUpscalePipeline"]
 
 
 def test_own_networks_keep_the_protocol() -> None:

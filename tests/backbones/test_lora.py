@@ -263,7 +263,7 @@ def test_folders_and_files_that_are_none(pipe: DiffusionPipeline, tmp_path: Path
         fuse(pipe, str(tmp_path), 1.0)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": "much"}')
     (tmp_path / "a.safetensors").rename(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="could not convert string to float"):
+    with pytest.raises(ValueError, match=r"lora_alpha is 'much', not a number"):
         fuse(pipe, str(tmp_path), 1.0)
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1, "alpha_pattern": {"(": 2}}')
     with pytest.raises(ValueError, match="cannot be fused"):

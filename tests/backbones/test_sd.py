@@ -135,8 +135,11 @@ def test_bundled_teachers_are_folders_of_the_package() -> None:
     )
 
 
-def test_students_that_renoise_have_even_times() -> None:
-    with pytest.raises(ValueError, match=r"^method\.shift: students that re-noise"):
+def test_students_of_a_stochastic_solver_have_even_times() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^method\.shift: students of a stochastic solver can only be exported with uniform time grids",
+    ):
         student_scheduler({}, [4], "renoise", even=False)
 
 

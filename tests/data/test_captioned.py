@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fewstep.data.captioned import read_pictures
 
-from .test_pictures import captions, png
+from .test_images import captions, png
 
 PNG = png()
 Entry = tuple[str, bytes | str] | tarfile.TarInfo

@@ -64,7 +64,7 @@ def test_targets_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"roles\.targets: got 'mlp', allowed are all, linear, conv, attention"):
         adapters.targets(net(), "mlp")
     with pytest.raises(
-        ValueError, match=r"roles\.targets: the network has no conv layers to carry LoRA; .*roles\.share=false"
+        ValueError, match=r"roles\.targets: the network has no conv layers to carry LoRA; .*roles\.lora=false"
     ):
         adapters.targets(nn.Sequential(nn.Linear(2, 2)), "conv")
 

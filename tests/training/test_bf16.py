@@ -65,7 +65,7 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_what_autocast_keeps_is_what_the_weights_are(name: str, share: bool, no_cache: Callable[[], None]) -> None:
-    if ROLES.get(name, {}).get("share", share) != share:
+    if ROLES.get(name, {}).get("lora", share) != share:
         pytest.skip("its name stands for other roles")
     kept = seen(name, share)
     no_cache()

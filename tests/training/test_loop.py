@@ -16,7 +16,7 @@ from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
 from fewstep.data.prompts import Embeddings, embed
 from fewstep.methods.consistency import ConsistencyDistillation
-from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig
 from fewstep.methods.method import Loss, TrainBatch
 from fewstep.methods.progressive import ProgressiveDistillation
 from fewstep.roles import adapters
@@ -177,7 +177,9 @@ def test_one_update_moves_one_role(share: bool, monkeypatch: pytest.MonkeyPatch)
         return norm
 
     monkeypatch.setattr(loop, "_update", watched)
-    list(distill(roles, replace(METHOD, warmup=0, fake_updates=2), data, replace(CONFIG, iterations=2)))
+    list(
+        distill(roles, replace(METHOD, warmup=0, fake=FakeScoreConfig(updates=2)), data, replace(CONFIG, iterations=2))
+    )
     assert seen == [["fake"], ["fake"], ["student"]] * 2
     assert kept.keys() == {"student", "fake"}
 
@@ -211,11 +213,11 @@ def draws_of(rank: int, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> lis
     seen: list[list[tuple[int, list[float]]]] = []
     inner = DistributionMatching.losses
 
-    def watched(method: DistributionMatching, roles: Roles, turn: TrainBatch) -> Iterator[Loss]:
-        if len(seen) <= turn.iteration:
+    def watched(method: DistributionMatching, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
+        if len(seen) <= batch.iteration:
             seen.append([])
-        seen[turn.iteration].append((turn.rng.initial_seed(), turn.cond["label"].flatten().tolist()))
-        return inner(method, roles, turn)
+        seen[batch.iteration].append((batch.rng.initial_seed(), batch.cond["label"].flatten().tolist()))
+        return inner(method, roles, batch)
 
     monkeypatch.setattr(loop, "Accelerator", lambda: Place(rank))
     monkeypatch.setattr(DistributionMatching, "losses", watched)
@@ -325,7 +327,14 @@ def test_a_finished_run_yields_its_last_step_and_can_be_made_longer(tmp_path: Pa
     ("other", "named"),
     [
         ({"method": replace(METHOD, loss="l2")}, "method.loss huber -> l2"),
-        ({"method": replace(METHOD, steps=4, guidance=3.0)}, "method.steps 2 -> 4, method.guidance 2 -> 3"),
+        (
+            {"method": replace(METHOD, steps=4, guidance=Guidance(scale=3.0))},
+            "method.steps 2 -> 4, method.guidance.scale 2 -> 3",
+        ),
+        (
+            {"method": replace(METHOD, guidance=Guidance(scale=2.0, rescale=0.5))},
+            "method.guidance.rescale 0 -> 0.5",
+        ),
         ({"config": replace(CONFIG, lr=2e-3)}, "train.lr 0.001 -> 0.002"),
         ({"config": replace(CONFIG, batch=8)}, f"train.batch {CONFIG.batch} -> 8"),
         ({"config": replace(CONFIG, seed=1)}, "train.seed 0 -> 1"),
@@ -350,7 +359,6 @@ def test_other_settings_do_not_go_on_and_are_named(tmp_path: Path, other: dict, 
         ),
         (lambda b: replace(b, schedule=Flow()), "teacher.schedule VP -> Flow"),
         (lambda b: replace(b, prediction="eps"), "teacher.prediction v -> eps"),
-        (lambda b: replace(b, guidance_rescale=0.5), "teacher.guidance_rescale 0 -> 0.5"),
         (
             lambda b: replace(b, conditions=lambda prompts: {"label": torch.ones(len(prompts), 3)}),
             "conditions.label.says",
@@ -491,22 +499,22 @@ def test_a_gradient_that_is_no_number_updates_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"iterations": 0}, "train.iterations: got 0, allowed are whole numbers from 1"),
-        ({"batch": 0}, "train.batch: got 0, allowed are whole numbers from 1"),
-        ({"batch": 2**31}, "train.batch: got 2147483648, allowed are whole numbers from 1 to 65536"),
-        ({"checkpoint_every": 0}, "train.checkpoint_every: got 0, allowed are whole numbers from 1"),
-        ({"lr": 0.0}, "train.lr: got 0.0, allowed are numbers above 0"),
-        ({"lr": float("nan")}, "train.lr: got nan, allowed are numbers above 0"),
-        ({"fake_lr": -1.0}, "train.fake_lr: got -1.0, allowed are numbers above 0"),
-        ({"clip": 0.0}, "train.clip: got 0.0, allowed are numbers above 0"),
-        ({"ema": 1.0}, "train.ema: got 1.0, allowed are numbers from 0 (off) up to, not including, 1"),
-        ({"precision": "half"}, "train.precision: got 'half', allowed are no, bf16"),
+        ({"iterations": 0}, "iterations: got 0, allowed are whole numbers from 1"),
+        ({"batch": 0}, "batch: got 0, allowed are whole numbers from 1"),
+        ({"batch": 2**31}, "batch: got 2147483648, allowed are whole numbers from 1 to 65536"),
+        ({"checkpoint_every": 0}, "checkpoint_every: got 0, allowed are whole numbers from 1"),
+        ({"lr": 0.0}, "lr: got 0.0, allowed are numbers above 0"),
+        ({"lr": float("nan")}, "lr: got nan, allowed are numbers above 0"),
+        ({"fake_lr": -1.0}, "fake_lr: got -1.0, allowed are numbers above 0"),
+        ({"clip": 0.0}, "clip: got 0.0, allowed are numbers above 0"),
+        ({"ema": 1.0}, "ema: got 1.0, allowed are numbers from 0 up to, not including, 1"),
+        ({"precision": "half"}, "precision: got 'half', allowed are no, bf16"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         replace(CONFIG, **settings)
-    assert expected in str(error.value)
+    assert str(error.value).startswith(expected)
 
 
 @pytest.mark.parametrize("share", [True, False])

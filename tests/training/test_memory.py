@@ -98,7 +98,7 @@ def taken(teacher: Backbone, method: DistributionMatching, roles: RolesConfig, c
     """What the network has, and what the allocator gave in a training of it."""
     quantize(teacher, roles.quantize)
     base, data = module_bytes(teacher.module), embeddings(teacher)  # before it carries adapters
-    real = ImageData(torch.zeros(2, *teacher.shape), data, "") if method.gan else None
+    real = ImageData(torch.zeros(2, *teacher.shape), data, "") if method.needs.images else None
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in distill(roles_for(teacher, method, roles), method, data, config, real=real):

@@ -91,7 +91,7 @@ from pathlib import Path
 import torch
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
-from fewstep.training import processes
+from fewstep import processes
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.data.prompts import embed
 from tests import tiny

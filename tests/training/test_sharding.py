@@ -73,7 +73,7 @@ def deep() -> Denoiser:
 
 def roles_of(backbone: Backbone, method: Method, share: bool, checkpointing: bool = False) -> Roles:
     against = method.counts if method.needs.adversary else ()
-    config = RolesConfig(share, rank=2, checkpointing=checkpointing)
+    config = RolesConfig(lora=share, rank=2, checkpointing=checkpointing)
     return make_roles(backbone, config, 0, method.condition_values, against, None, method.needs.fake)
 
 

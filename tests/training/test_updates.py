@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fewstep.methods.distribution_matching import FakeScoreConfig
 from fewstep.roles.roles import TRAINED
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
@@ -84,7 +85,8 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
 def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path, gradients: Gradients) -> None:
     """betas (0, 0.999): the first moment is the last gradient, the first step moves every weight by lr against its sign."""
     roles, data = parts()
-    start = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}
+    start, lr = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}, CONFIG.fake_lr
+    assert lr is not None
     for step in distill(roles, METHOD, data, replace(CONFIG, checkpoint_every=1), tmp_path):
         saved = tensors(tmp_path / f"checkpoint-{step.iteration:06d}")
         for n, p in roles.trained["fake"].items():
@@ -95,7 +97,7 @@ def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path, gradients: Grad
                 torch.testing.assert_close(saved[f"optimizer_fake/{n}.exp_avg_sq"], 0.001 * grad**2)
                 if "lora_B" in n:
                     moved, felt = start[n] - p.detach(), grad.abs() > 1e-5  # far above Adam's epsilon
-                    torch.testing.assert_close(moved[felt], CONFIG.fake_lr * grad.sign()[felt], rtol=1e-2, atol=0)
+                    torch.testing.assert_close(moved[felt], lr * grad.sign()[felt], rtol=1e-2, atol=0)
 
 
 def test_gradients_are_clipped_and_logged_before_it(gradients: Gradients) -> None:
@@ -112,7 +114,7 @@ def test_under_bf16_a_later_call_of_an_iteration_sees_what_an_earlier_update_mad
     """autocast keeps what it cast, updated since or not, unless told otherwise."""
     config, method = (
         replace(CONFIG, precision="bf16", iterations=2),
-        replace(METHOD, warmup=0, fake_updates=3, share_draw=False),
+        replace(METHOD, warmup=0, fake=FakeScoreConfig(updates=3, share_noised_sample=False)),
     )
 
     def metrics() -> list[dict[str, float]]:

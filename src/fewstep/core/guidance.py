@@ -54,8 +54,8 @@ class Guidance:
     def scale_at(self, schedule: Schedule, t: Tensor) -> float | Tensor:
         """Return the guidance scale at times t.
 
-        The scale is `scale (1 + tilt (2u - 1))` at the fraction u of the path, for t `[B]`; without a tilt it
-        is one number.
+        The scale is `scale (1 + tilt (2u - 1))` at the fraction u of the path, for t `[B]`; without a tilt
+        the scale is one number.
         """
         return self.scale * (1 + self.tilt * (2 * schedule.fraction(t) - 1)) if self.tilt else self.scale
 

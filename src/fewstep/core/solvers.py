@@ -194,7 +194,7 @@ SOLVERS: dict[str, Solver] = {
             stochastic=True,
             stock="lcm",
             clients={"comfyui": "lcm"},
-            # A1111's LCM has no entry: it uses its own times.
+            # A1111 has no equal sampler: A1111's LCM uses other times.
         ),
     )
 }

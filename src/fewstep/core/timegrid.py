@@ -10,9 +10,9 @@ def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
     """Return the uniform K-step time grid.
 
     The grid is `t_i = (T/K) i` for i = K .. 0 (TDM sec. 3.2): `[K + 1]`, float64, decreasing, ending at clean
-    data. On a table of 1000 times and K = 4 it is 999, 749, 499, 249, -1 (clean); with EDM's schedule it is
-    even in the seventh root. A `shift` s moves the fraction u = i/K to `s u / (1 + (s - 1) u)`, towards noise
-    for s > 1.
+    data. On a table of 1000 times and K = 4 the grid is 999, 749, 499, 249, -1 (clean); with EDM's schedule
+    the grid is even in the seventh root. A `shift` s moves the fraction u = i/K to `s u / (1 + (s - 1) u)`,
+    towards noise for s > 1.
 
     Raises ValueError for fewer than one step, or for more steps than the table has.
     """

@@ -178,7 +178,7 @@ def _left_out(names: Sequence[str] | Mapping[str, object]) -> Counter[str]:
 
 
 def _same(name: str) -> str:
-    """Normalise a file name as lists and file systems write it.
+    """Normalise a file name to one spelling.
 
     macOS decomposes accents, and Windows uses backslashes.
     """

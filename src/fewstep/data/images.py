@@ -38,7 +38,7 @@ class ImageData:
 
     def __init__(self, x0: Tensor, embeddings: Embeddings, key: str) -> None:
         self.x0, self.embeddings = x0, embeddings
-        self.key = key  # a hash of the encoders' identity, the pictures and the captions
+        self.key = key  # a hash of the encoders' identity, the images and the captions
 
     def __len__(self) -> int:
         return len(self.x0)

@@ -118,8 +118,8 @@ def ignore(*_: object) -> None:
 class Embeddings:
     """Conditions of a list of prompts and of the empty prompt.
 
-    Conditions are encoded once. They are on the CPU, or in a file from which only the drawn conditions are
-    read.
+    Prompts are encoded once. The conditions are on the CPU, or in a file from which only the drawn conditions
+    are read.
     """
 
     def __init__(

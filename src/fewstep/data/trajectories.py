@@ -340,7 +340,7 @@ def process_of(backbone: Backbone, times: Tensor) -> dict[str, list[float]]:
     """Return how a network's output is interpreted, as rounded numbers.
 
     The weights do not say this. The numbers are the row at alpha 0.6 and sigma 0.8, and the schedule's
-    (alpha, sigma) at these times. They are rounded because machines differ in the last digit.
+    (alpha, sigma) at these times. The numbers are rounded because machines differ in the last digit.
     """
     row, schedule = backbone.row(*torch.tensor([0.6, 0.8], dtype=torch.float64)), backbone.schedule
     values = {"prediction": torch.stack(row), "schedule": torch.cat([schedule.alpha(times), schedule.sigma(times)])}
@@ -462,8 +462,7 @@ def _read(path: Path | None, part: slice, known: TrajectoryRecord) -> dict[str, 
         shard = {}
     count = part.stop - part.start
     if not _fits(shard, known.record, part.start) or not _finite(shard):
-        # Truncated by a crash, changed, or written before non-finite states were refused: generate the shard
-        # again.
+        # Truncated, changed, or written before non-finite states were refused: generate the shard again.
         path.unlink()
         return None
     return {k: v[:count] if v.ndim else v for k, v in shard.items()} if len(shard["states"]) >= count else None

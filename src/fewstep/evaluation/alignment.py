@@ -29,7 +29,7 @@ def top(ranks: Tensor, k: int) -> float:
 def colour_histogram(images: Tensor) -> Tensor:
     """Return colour histograms on a 5 x 5 x 5 grid.
 
-    Each pixel of images [B, 3, H, W] in [0, 1] is split between the pixel's 8 neighbours on the grid; returns
+    Each pixel of images [B, 3, H, W] in [0, 1] is split between the 8 nearest points of the grid; returns
     shares [B, 125]. The histogram ignores positions: a figure may be moved or mirrored.
     """
     grid = torch.arange(BINS, device=images.device)

@@ -96,9 +96,9 @@ def feature_network() -> EfficientNetLite0:
 
 
 def features(network: nn.Module, images: Tensor) -> Tensor:
-    """Return features [N, 1280] of images [N, 3, H, W] in [0, 1].
+    """Return the features [N, 1280] of images.
 
-    Raises ValueError for images that are not finite.
+    images [N, 3, H, W] in [0, 1]. Raises ValueError for images that are not finite.
     """
     if not finite(images):
         raise ValueError(

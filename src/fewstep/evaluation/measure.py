@@ -20,8 +20,7 @@ from .features import feature_network, features
 from .speed import timed
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
-# Largest difference between two samples of the same image, as a share of the embedding's length; 2e-6 in
-# float32.
+# Largest difference between two samples of one image, as a share of the embedding's length (float32: 2e-6).
 SAME = 0.002
 
 
@@ -58,9 +57,9 @@ class SamplePlan(Protocol):
 
 
 class Space(Protocol):
-    """Space in which images are compared.
+    """Space in which images are compared, for example `reference.Reference`.
 
-    `embed` maps features [B, 1280] to [B, width]. A `reference.Reference` is one.
+    `embed` maps features [B, 1280] to [B, width].
     """
 
     @property
@@ -142,7 +141,7 @@ def _kept(gauge: FeatureExtractor, sampler: Sampler, plan: SamplePlan, row: str,
 def _read(file: Path, like: Measured) -> Measured:
     """Read earlier measurements.
 
-    The rows have to be as wide as those of `like`. Raises ReadError otherwise.
+    The rows have to be as wide as the rows of `like`. Raises ReadError otherwise.
     """
     with reading(f"evaluation {file}", "delete it and run the same command again"):
         tensors = load_file(require_regular(file))

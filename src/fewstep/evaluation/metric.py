@@ -40,7 +40,10 @@ class Measurement(Protocol):
 
     @property
     def ranks(self) -> Tensor | None:
-        """Rank of each prompt's own name among all named real images, from 0."""
+        """Rank, from 0, of each prompt's name among real images.
+
+        The rank is among all named real images.
+        """
 
     @property
     def held_out_ranks(self) -> Tensor | None:

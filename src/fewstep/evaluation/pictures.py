@@ -1,11 +1,11 @@
 """Evaluation of models by the models' own classes or prompts.
 
-A student's images are compared with the teacher's images and, where real images exist, with these.
+A student's images are compared with the teacher's images and, where real images exist, with real images.
 
 No reference is shipped: distances are in the leading principal components of the square roots of
-EfficientNet-lite0 features. The components are those of the real images, otherwise of the teacher's, in a
-unit in which these images have a total variance of 100. Every distance is between two sets of the same number
-of images; the distance depends on that number, so compare only rows of one table.
+EfficientNet-lite0 features. The components are computed from the real images, otherwise from the teacher's
+images, in a unit in which these images have a total variance of 100. Every distance is between two sets of
+the same number of images and depends on that number, so compare only rows of one table.
 """
 
 import re

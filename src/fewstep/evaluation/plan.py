@@ -38,7 +38,7 @@ class EmojiProtocol:
 
 @dataclass(frozen=True)
 class Plan:
-    """All prompts and seeds of a row, and the slices of the parts.
+    """All prompts and seeds of a row, with the parts' slices.
 
     The parts are plain names, repetitions prompt by prompt, toned, and held out.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone, Cond, rows
-from ..core.prediction import ROWS, Row, row_named, split
+from ..core.prediction import ROWS, Row, row_named, split, target
 from ..core.schedule import VP, Flow, Schedule, expand
 from .states import SURE
 
@@ -25,6 +25,12 @@ DRAWS = 2048  # smallest number of noise values per time, to estimate how much n
 OFF = 0.05  # tolerated share of noise that the network finds too much or too little
 BETTER = 0.9  # share of the stated reading's error; another reading below this share is suspected
 WORSE = 1.15  # multiple of the linear estimate's error; no right reading exceeds this multiple
+FLAWED = 0.05  # share of its output's mean square that a sound network's error may be, when readings are compared
+POOR = 0.1  # the same share, beyond which an estimate worse than a linear one is suspected
+CLEARLY = 0.3  # share of the excess of noise that is left under another schedule which is named
+OFTEN = 3  # smallest number of the times of FRACTIONS for a judgement
+LARGEST = 4.0  # mean square of an output, which networks are trained to give in units of one
+REACHED = 0.1  # tolerated relative difference of a ratio of noise to data
 SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # fractions of the path from clean data to noise
 GRID = 4096  # times of a continuum among which the time of a noise ratio is searched
 # name -> (scale, offset)
@@ -90,8 +96,8 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
 
     The comparison uses clean states `real` [N, ...] with conditions. Other readings: another prediction,
     another range of the data, times that are one index off, scaled or reversed, another noise schedule. A
-    reading is suspected if the reading's error is far below the stated one's, by more than chance. Costs
-    about 25 times as many network calls as there are states and times.
+    reading is suspected if the reading's error is far below the error of the stated reading, by more than
+    chance. Costs about 25 times as many network calls as there are states and times.
     """
     schedule, table = backbone.schedule, backbone.schedule.resolution > 0
     times = schedule.at(torch.tensor(FRACTIONS, dtype=torch.float64))
@@ -103,20 +109,28 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
         [(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]
     ).clamp(min=1e-12)
 
-    def score(reading: Reading) -> Tensor:
-        return _errors(backbone, schedule, reading, times, real, noise, cond, batch) / bound[:, None]
+    def errors(reading: Reading) -> Tensor:
+        return _errors(backbone, schedule, reading, times, real, noise, cond, batch)
 
-    own = score(Reading("", schedule, backbone.row))
-    found = _better(own, [(other.name, score(other)) for other in _others(backbone)])
-    at = tuple(At(float(t), float(e * b), float(b)) for t, e, b in zip(times, own.mean(1), bound, strict=True))
+    def score(reading: Reading, errors: Tensor) -> Tensor:
+        return errors / (bound + FLAWED * _flaw(reading.row, real, noise, alpha, sigma))[:, None]
+
+    stated = Reading("", schedule, backbone.row)
+    own, found = errors(stated), []
+    for other in _others(backbone):
+        at = _reached(other, schedule, times)
+        if int(at.sum()) >= OFTEN and (ratio := _better(score(stated, own)[at], score(other, errors(other))[at])):
+            found.append((ratio, other.name))
+    at = tuple(At(float(t), float(e), float(b)) for t, e, b in zip(times, own.mean(1), bound, strict=True))
     if found:
         ratio, name = min(found)
         return ProcessCheck(
-            at, (f"suspected: {name} (its error is {100 * ratio:.2g} % of that of the network as it is stated)",)
+            at, (f"suspected: {name} (beside a sound network's, its error is {100 * ratio:.2g} % of the stated one's)",)
         )
     if other := _miscalibrated(backbone, times, real, cond, seed, batch):
         return ProcessCheck(at, (f"suspected: {other}",))
-    beyond = [a for a in at if not a.error <= WORSE * a.bound]
+    flaw = _flaw(backbone.row, real, noise, alpha, sigma)
+    beyond = [a for a, f in zip(at, flaw, strict=True) if not a.error <= WORSE * a.bound + POOR * float(f)]
     if not beyond:
         return ProcessCheck(at, ())
     worst = max(beyond, key=lambda a: a.error / a.bound if a.error == a.error else float("inf"))
@@ -127,30 +141,37 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
     ))  # fmt: skip
 
 
-def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[float, str]]:
-    """Return the readings that are better, and not by chance.
+def _flaw(row: Row, real: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the clean estimate's error [T] for an all-wrong network output.
 
-    Returns (error as a share of the stated reading's error, name). own, others [T, N].
+    `|d x0 / d m|^2 E m^2` for an output m of this row. A network errs by a share of its output: a sound network
+    that predicts noise has a large error of its clean estimate where there is little but noise.
     """
-    found = []
-    for name, theirs in others:
-        gain, ratio = (own - theirs).mean(0), float(theirs.mean() / own.mean().clamp(min=1e-30))
-        if ratio < BETTER and bool(gain.mean() > SURE * gain.std() / len(gain) ** 0.5):
-            found.append((ratio, name))
-    return found
+    found, one = [], torch.ones((), dtype=torch.float64)
+    for a, s, eps in zip(alpha, sigma, noise, strict=True):
+        output = target(real.double(), eps.double(), a, s, row)
+        found.append(split(one, 0 * one, a, s, row).x0.square() * output.square().mean().clamp(max=LARGEST))
+    return torch.stack(found)
+
+
+def _better(own: Tensor, other: Tensor) -> float:
+    """Return the share [0, 1) of the error that is left; 0 if not better, or by chance. own, other [T, N]."""
+    gain, ratio = (own - other).mean(0), float(other.mean() / own.mean().clamp(min=1e-30))
+    return ratio if ratio < BETTER and bool(gain.mean() > SURE * gain.std() / len(gain) ** 0.5) else 0.0
 
 
 def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, seed: int, batch: int) -> str:
     """Return a suspicion if the network finds a wrong amount of noise.
 
-    The text is empty if the amount is right at all times. A network that was trained by regression has
-    `E <eps - eps_hat, eps_hat> = 0` at every time, however well the network fits. Evaluated for noise s' at a
-    state of noise s, the network is off by about s / s'. The usual mistake that leaves the smallest error is
-    named.
+    A network that was trained by regression has `E <eps - eps_hat, eps_hat> = 0` at every time, however well the
+    network fits. Evaluated for noise s' at a state of noise s, the network is off by about s / s'.
+
+    Few networks fit well where there is little noise, and times one index off show only there. So a schedule is
+    suspected if another one leaves little of the excess, or if the amount is wrong at several ordinary times.
     """
     schedule = backbone.schedule
-    if schedule.resolution:
-        times = torch.cat([torch.tensor(LOWEST, dtype=torch.float64), times]).unique()
+    lowest = torch.tensor(LOWEST if schedule.resolution else (), dtype=torch.float64)
+    times = torch.cat([lowest, times[~torch.isin(times, lowest)]])
     draws = max(1, -(-DRAWS // real[0].numel() // len(real)))
     of = torch.arange(len(real)).repeat(draws)
     noise = torch.randn((len(times), len(of), *real.shape[1:]), generator=torch.Generator().manual_seed(seed + 1))
@@ -158,11 +179,7 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
 
     def excess(reading: Reading) -> tuple[Tensor, Tensor]:
         """Return (share of noise found in excess, standard error) [T]."""
-        own = (
-            times
-            if reading.same
-            else _time_of(reading.schedule, schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12))
-        )
+        own = _own_times(reading, schedule, times)
         alpha, sigma, found = reading.schedule.alpha(own), reading.schedule.sigma(own), []
         for i, clean in enumerate(_estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)):
             eps = noise[i] + alpha[i] / sigma[i] * (x0 - clean)
@@ -171,24 +188,24 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
             found.append(torch.stack([left.mean() / size, left.std() / size / len(left) ** 0.5]))
         return torch.stack(found).nan_to_num(nan=1e6).unbind(1)  # type: ignore[return-value]
 
-    def total(reading: Reading) -> float:
-        share, error = excess(reading)
+    def total(share: Tensor, error: Tensor) -> float:
         return float((share.abs() - 2 * error).clamp(min=0).mean())
 
-    stated = Reading("", schedule, backbone.row)
-    share, error = excess(stated)
+    share, error = excess(Reading("", schedule, backbone.row))
     wrong = (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
     if not bool(wrong.any()):
         return ""
-    own = float((share.abs() - 2 * error).clamp(min=0).mean())
-    best, name = min((total(other), other.name) for other in _schedules(backbone))
-    if best < own / 2:
+    left, name = min((total(*excess(other)), other.name) for other in _schedules(backbone))
+    if left < CLEARLY * total(share, error):
         return name
-    t = times[wrong][int(share[wrong].abs().argmax())]
-    amount = "too little" if float(share[wrong][int(share[wrong].abs().argmax())]) > 0 else "too much"
+    wrong[: len(lowest)] = False
+    if int(wrong.sum()) < OFTEN:
+        return ""
+    worst = int((share.abs() * wrong).argmax())
     return (
-        f"the schedule: at t {float(t):.6g} the network finds {amount} noise, and on no schedule that was tried the "
-        "right amount; pass the one that it was trained with"
+        f"the schedule: at t {float(times[worst]):.6g} the network finds too "
+        f"{'little' if share[worst] > 0 else 'much'} "
+        "noise, and on no schedule that was tried the right amount; pass the one that it was trained with"
     )
 
 
@@ -231,7 +248,7 @@ def _moved(schedule: Schedule, shift: float) -> Callable[[Tensor], Tensor]:
 
 
 def _schedules(backbone: Backbone) -> list[Reading]:
-    """Return readings with other noise schedules.
+    """Return readings with other schedules.
 
     Times one index off, times moved along the path, and the usual tables.
     """
@@ -291,8 +308,23 @@ def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
         times = torch.arange(0, round(schedule.t_max) + 1, dtype=torch.float64)
     else:
         times = schedule.at(torch.linspace(1e-4, 1, GRID, dtype=torch.float64))
-    known = (schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)).clamp(min=1e-12).log()
+    known = _ratio(schedule, times).clamp(min=1e-12).log()
     return times[(known[None] - ratio.log()[:, None]).abs().argmin(1)]
+
+
+def _own_times(reading: Reading, stated: Schedule, times: Tensor) -> Tensor:
+    """Return the reading's times [T] of the ratios of noise to data that are stated at `times`."""
+    return times if reading.same else _time_of(reading.schedule, reading.scale * _ratio(stated, times))
+
+
+def _ratio(schedule: Schedule, times: Tensor) -> Tensor:
+    return schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)
+
+
+def _reached(reading: Reading, stated: Schedule, times: Tensor) -> Tensor:
+    """Return whether [T] a reading's schedule has these ratios of noise to data."""
+    own = _ratio(reading.schedule, _own_times(reading, stated, times))
+    return (own / (reading.scale * _ratio(stated, times)) - 1).abs() < REACHED
 
 
 def _errors(
@@ -309,11 +341,7 @@ def _errors(
 
     In units of the data as given. A value that is not finite counts as very large.
     """
-    own = (
-        times
-        if reading.same
-        else _time_of(reading.schedule, reading.scale * stated.sigma(times) / stated.alpha(times).clamp(min=1e-12))
-    )
+    own = _own_times(reading, stated, times)
     x0 = reading.scale * real + reading.offset
     estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
     errors = [((clean - x0) / reading.scale).square().flatten(1).mean(1) for clean in estimates]

@@ -30,7 +30,7 @@ VARIANCE = 100.0
 
 
 class Captioned(Protocol):
-    """A row of the data set; `zoo.emoji_data.Emoji` is one.
+    """A row of the data set, for example `zoo.emoji_data.Emoji`.
 
     `tone` is empty for plain images and for mixed tones.
     """

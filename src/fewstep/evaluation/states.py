@@ -67,7 +67,10 @@ def cells(x: Tensor, count: int = CELLS, rounds: int = 10) -> Tensor:
 
 
 def shares(x: Tensor, centres: Tensor) -> Tensor:
-    """Return the share of x [N, ...] in the region of each centre."""
+    """Return the share of states in the region of each centre.
+
+    x [N, ...], centres [count, D]; returns [count], float64.
+    """
     nearest = torch.cdist(x.double().flatten(1), centres).argmin(1)
     return torch.bincount(nearest, minlength=len(centres)).double() / len(x)
 

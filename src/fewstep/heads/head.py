@@ -64,7 +64,7 @@ def unknown(shape: Sequence[int], grids: Sequence[Tensor]) -> Facts:
 
 
 class Tokens(NamedTuple):
-    """Differences of states, scaled to the data's spread.
+    """Vectors in state space, each scaled to the data's spread.
 
     The tokens are x0 minus the centre, the starting noise, and x0 minus each earlier clean estimate.
     """

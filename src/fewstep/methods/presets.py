@@ -47,7 +47,7 @@ PRESETS: dict[str, Method] = {
 }
 METHODS: dict[str, type[Method]] = {kind.__name__: kind for kind in dict.fromkeys(type(m) for m in PRESETS.values())}
 
-# Roles that a name also stands for; with other roles the method would be another one.
+# Roles that a name also stands for: with other roles the method would be another method.
 ROLES: dict[str, dict[str, int]] = {"pas": {"lora": True, "rank": 0}, "sfd": {"lora": False}}
 
 

@@ -103,10 +103,11 @@ def imitate(
 
 
 def absorb_head(method: Method, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
-    """Train the student to land without the head as with it.
+    """Yield the updates that absorb the head into the student's weights.
 
-    Both start from the same noise; the teacher is not used. The student's average serves as the student with
-    the head: the average does not move before the method's own first update.
+    Each update trains the student without the head to land where the student with the head landed, from the
+    same noise; the teacher is not used. The student's average serves as the student with the head, because
+    the average does not move before the method's own first update.
     """
     schedule, count = roles.backbone.schedule, batch.steps or draw_count(method.steps, batch.rng)
     times, shape = method.times(schedule, count), (batch.batch, *roles.backbone.shape)

@@ -35,8 +35,8 @@ GAN_LOSSES: dict[str, GanLoss] = {
 def gradient_penalty(gradients: list[Tensor]) -> Tensor:
     """Return the R1 penalty of the discriminator per sample.
 
-    R1 is `||grad||^2 / 2`. The gradients [B, ...] are those of the logits of real data, one tensor per input;
-    returns [B].
+    R1 is `||grad||^2 / 2`. `gradients` are the gradients [B, ...] of the logits of real data, one tensor per
+    input; returns [B].
 
     Source: arXiv 1801.04406.
     """

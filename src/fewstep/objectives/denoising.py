@@ -1,7 +1,7 @@
 """Denoising regression of a score: one loss, two targets.
 
-TDM eq. 7 without the density ratio. The ratio `log q(x_tau | x0) / q(x_tau | x_t) = -d log(sigma_tau / beta)`
-on average is one of densities in d dimensions, which no float can represent.
+TDM eq. 7 without the density ratio. The ratio is of densities in d dimensions: on average
+`log q(x_tau | x0) / q(x_tau | x_t) = -d log(sigma_tau / beta)`, and no float can represent the ratio.
 """
 
 from torch import Tensor

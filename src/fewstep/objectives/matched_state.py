@@ -11,7 +11,7 @@ class MatchedState(NamedTuple):
     """A matched state with both scores at x_tau.
 
     `x_tau = r x + beta noise`. States are [B, ...], times [B]. `x` and `x0` carry the student's gradient; the
-    scores carry the gradient where the divergence needs it.
+    scores carry a gradient if the divergence requires one.
     """
 
     schedule: Schedule

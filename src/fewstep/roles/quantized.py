@@ -19,8 +19,8 @@ from ..backbones.base import Backbone
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BLOCK = 64
-# Channels. Layers at most this narrow on one side (input and output layers) would cause half of the error and
-# save no memory.
+# Channels. Layers this narrow on one side (input and output layers) would cause half of the error and save
+# no memory.
 NARROW = 64
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

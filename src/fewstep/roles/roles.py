@@ -340,8 +340,7 @@ def make_roles(
         layers: tuple[LoraLayer, ...] = ()
     else:
         if config.rank:
-            # The time layer gets the step condition instead of an adapter, so that export can turn the
-            # condition into one.
+            # The time layer gets the step condition instead of an adapter; export turns the condition into one.
             names = adapters.targets(
                 base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else []))
             )

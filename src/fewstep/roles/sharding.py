@@ -35,8 +35,7 @@ def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     outside = {p for p in network.parameters() if not isinstance(p, DTensor)}
     for tensor in (*outside, *network.buffers()):
         tensor.data = tensor.data.to(device)
-    # The network itself shards nothing; as the root, it lets one block be fetched while another block
-    # computes.
+    # The network itself shards nothing. As the root, it fetches one block while another block computes.
     fully_shard(network, mesh=mesh, ignored_params=outside)
 
 

@@ -56,29 +56,35 @@ class Strict(BaseModel):
 
 
 class PromptsConfig(Strict):
-    """Where a recipe's prompts come from.
-
-    `source` is as in `data.prompts.read_prompts`, or `bundled` for the prompts of a bundled teacher.
-    """
+    """Where a recipe's prompts come from."""
 
     source: Place = "bundled"
+    """File or hub data set of prompts (see `data.prompts`), or `bundled` for the prompts of a bundled teacher."""
+
     column: str | None = None
+    """Column of the prompts; by default the column is found."""
 
 
 class PreviewConfig(Strict):
-    """The previews of a run: fixed prompts and seeds, and measurements.
-
-    `teacher_steps` is the step count of the top row. `protocol` names a protocol under which the student is
-    measured at every preview, for the report's quality curves. With `keep_best` the student of the best
-    preview stays in the run's `best` folder.
-    """
+    """The previews of a run: fixed prompts and seeds, and measurements."""
 
     prompts: list[str] = Field(default_factory=list)
+    """Prompts of the previews; by default the first eight of the training."""
+
     seed: Annotated[int, AfterValidator(partial(require_seed, option="preview.seed"))] = 0
+    """Seed of the first image; the other images count up."""
+
     every: int = Field(default=100, ge=1)
+    """Iterations between two previews."""
+
     teacher_steps: int = Field(default=50, ge=1)
+    """Steps of the teacher in the top row."""
+
     protocol: str | None = None
+    """Protocol under which the student is measured at every preview, for the report's quality curves."""
+
     keep_best: bool = True
+    """Whether the student of the best preview stays in the run's `best` folder."""
 
 
 # Keys of fewstep 0.1.0 and what they are called now.
@@ -162,25 +168,35 @@ AnyGuidance = Annotated[Guidance, BeforeValidator(partial(_number_as, "scale"))]
 
 
 class DataConfig(Strict):
-    """The data of a training.
-
-    `source` is as in `data.captioned.read_pictures`: a folder of captioned images, or webdataset shards. For
-    a distillation also `teacher`: `count` images that the guided teacher samples in `steps` steps; or
-    `trajectories`, see `TrajectoryConfig`.
-
-    `real` are images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured
-    against.
-    """
+    """The data of a training."""
 
     source: Place
+    """Folder of captioned images or webdataset shards. For a distillation also `teacher` (images that the guided
+    teacher samples) or `trajectories` (see `TrajectoryConfig`)."""
+
     count: int = Field(default=TEACHER_PICTURES, ge=1)
+    """Number of images of source `teacher`, or of trajectories."""
+
     steps: int = Field(default=TEACHER_STEPS, ge=1)
+    """Steps of each image of source `teacher`; of trajectories, solver steps, about."""
+
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
+    """Solver of the teacher for trajectories; `auto` is Heun, or DPM-Solver++ where pure noise holds no signal."""
+
     guidance: AnyGuidance | None = None
+    """Guidance of the teacher on trajectories; by default the method's."""
+
     seed: Annotated[int, AfterValidator(partial(require_seed, option="data.seed"))] | None = None
+    """Seed of images and trajectories; by default the training's."""
+
     folder: Place | None = None
-    from_student: Place | None = None  # a run, or `warm_start` for the first stage's student
+    """Folder that keeps trajectories, for other runs too; by default one in the run's own."""
+
+    from_student: Place | None = None
+    """Run whose student makes the trajectories, or `warm_start` for the first stage's student."""
+
     real: Place | None = None
+    """Real images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured against."""
 
     @model_validator(mode="after")
     def _student_walks(self) -> "DataConfig":
@@ -197,13 +213,28 @@ class FinetuneRecipe(Strict):
     """A recipe of `fewstep train-teacher`, of kind finetune."""
 
     kind: Literal["finetune"]
+    """What the recipe is for."""
+
     name: Name
+    """Name of the run, and of the run's folder."""
+
     teacher: Place
+    """Bundled name, diffusers folder, hub id or checkpoint of the teacher."""
+
     data: DataConfig
+    """The captioned images to train on."""
+
     roles: RolesConfig
+    """Which weights are trained."""
+
     fit: FitConfig
+    """Length and rates of the training."""
+
     drop_caption: float = Field(default=0.1, ge=0, le=1)
+    """Share of captions that are left empty, for guidance."""
+
     seed: Annotated[int, AfterValidator(partial(require_seed, option="seed"))] = 0
+    """Seed of every draw."""
 
 
 class StageConfig(Strict):
@@ -213,33 +244,62 @@ class StageConfig(Strict):
     """
 
     method: AnyMethod
+    """Method of the stage."""
+
     train: TrainConfig
+    """Training of the stage."""
+
     data: DataConfig | None = None
-    size: int | None = None  # of the images, if not the recipe's
+    """Data of the stage."""
+
+    size: int | None = None
+    """Height and width of the stage's images, if not those of the recipe."""
 
 
 class DistillRecipe(Strict):
-    """A recipe of `fewstep distill`.
-
-    `warm_start` trains the student that is then continued (imitate, then match). `data` is for methods that
-    start from images and for the adversarial term; TDM needs prompts alone.
-    """
+    """A recipe of `fewstep distill`."""
 
     kind: Literal["distill"]
+    """What the recipe is for."""
+
     name: Name
+    """Name of the run, and of the run's folder."""
+
     teacher: Place
-    # Of the base's weights; LoRA stays in single precision. The range of float16 loses gradients.
+    """Bundled name, diffusers folder, hub id or checkpoint of the teacher."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
-    size: int | None = None  # height and width of the images, if not the teacher's own
+    """Type of the base's weights. LoRA stays in single precision. The range of float16 loses gradients."""
+
+    size: int | None = None
+    """Height and width of the images, if not the teacher's own."""
+
     prompts: PromptsConfig = PromptsConfig()
+    """The prompts to train on."""
+
     method: AnyMethod
+    """The method, by name, and its settings."""
+
     roles: RolesConfig
+    """Which weights are trained, and how the base is kept."""
+
     train: TrainConfig
+    """Length, batches and rates of the training."""
+
     data: DataConfig | None = None
-    warm_start: StageConfig | None = None  # the stage that comes first
-    init_from: Place | None = None  # a run whose student is continued
+    """For methods that start from images or trajectories, and for the adversarial term; TDM needs prompts alone."""
+
+    warm_start: StageConfig | None = None
+    """A stage that comes first, whose student is continued (imitate, then match)."""
+
+    init_from: Place | None = None
+    """A run whose student is continued, instead of the teacher."""
+
     preview: PreviewConfig = PreviewConfig()
-    evaluate: str | None = None  # a protocol's name
+    """The previews along the run."""
+
+    evaluate: str | None = None
+    """Protocol under which the finished student is measured."""
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":

@@ -180,8 +180,7 @@ def _dead(holder: Holder, handle: int, kernel: bool | None) -> bool:
     """
     alive = lives(holder)
     if alive is None and kernel and holder.host == socket.gethostname():
-        # The holder is from before this machine, or container, restarted: a living holder has the kernel's
-        # lock.
+        # The holder is from before a restart of this machine or container: a living holder has the kernel's lock.
         return True
     return _silence(handle) > SILENT if alive is None else not alive
 

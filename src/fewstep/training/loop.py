@@ -263,7 +263,7 @@ def distill(
     for i in range(start, config.iterations):
         began = time.perf_counter()
         if i == method.warmup and roles.head_to_absorb is not None:
-            # Reset the optimizer: its moments are from absorbing the head, not from the method.
+            # Reset the optimizer: the moments are from absorbing the head, not from the method.
             optimizers["student"] = optimizer_of("student")
         for role, optimizer in optimizers.items():
             for group in optimizer.param_groups:
@@ -277,8 +277,8 @@ def distill(
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
             turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
         mixed = config.precision == "bf16"
-        # No autocast cache for sharded weights: cached casts would be whole, and of an earlier block in the
-        # same memory.
+        # No autocast cache for sharded weights: cached casts would be whole, and might belong to an earlier block
+        # in the same memory.
         with (
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=not roles.sharded),
             keep_input_dtype(roles.layers if mixed else ()),
@@ -312,7 +312,7 @@ def distill(
 class Reach:
     """Which tensors of a role the losses have reached.
 
-    One iteration is not enough to tell: an analytic first step trains the head alone.
+    One iteration is not enough to decide: an analytic first step trains the head alone.
     """
 
     PATIENCE = 8  # updates of a role before the check

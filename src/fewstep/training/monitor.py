@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Share of an image's range, about one grey level of 8 bits. Grey images have no saturation, one prompt has no
-# variety.
+# Share of an image's range, about one grey level of 8 bits: grey images have no saturation, and one prompt
+# has no variety.
 UNSEEN = 0.005
 STANDING = 0.001  # mean change from frame to frame, as a share of the range; clips with less stand still
 STILL = 0.1  # share of the teacher's motion; a clip with less does not move as the teacher's does

@@ -1,7 +1,7 @@
 """Muon: momentum with an orthogonalised update of each weight matrix.
 
-Rare directions learn as fast as common ones. Sources: Jordan et al. 2024 (the update); Liu et al. 2025 (the
-scale 0.2 sqrt(max(rows, columns)), which makes AdamW's rates fit).
+Rare directions learn as fast as common directions. Sources: Jordan et al. 2024 (the update); Liu et al. 2025
+(the scale 0.2 sqrt(max(rows, columns)), which makes AdamW's rates fit).
 
 `torch.optim.Muon` takes plain matrices, one after the other. This implementation also takes convolutions, as
 [out, in * kh * kw], and iterates all matrices of one shape in a batch.

@@ -39,10 +39,11 @@ def settings_of(
     real: ImageData | None,
     paths: Trajectories | None,
 ) -> dict[str, Any]:
-    """Return all settings that a resumed run must share, as JSON.
+    """Return all settings that a resumed run must share.
 
-    Prompts and the student's initial weights are included. The length of a run may grow if no rate and no
-    stage depends on the length. `batches` is the number of batches per iteration over all processes.
+    The settings are ready for JSON. Prompts and the student's initial weights are included. The length of a
+    run may grow if no rate and no stage depends on the length. `batches` is the number of batches per
+    iteration over all processes.
     """
     backbone, fixed = roles.backbone, config.decay or method.needs.length
     free = FREE if fixed else (*FREE, "iterations")
