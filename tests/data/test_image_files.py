@@ -133,4 +133,4 @@ def test_pictures_are_opened_in_one_place() -> None:
         for f in package.rglob("*.py")
         if opens(ast.parse(f.read_text(encoding="utf-8")))
     }
-    assert found == {"training/images.py", "report/grids.py"}
+    assert found == {"data/image_files.py", "report/grids.py"}

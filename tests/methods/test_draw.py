@@ -1,7 +1,7 @@
 """Where x_tau is drawn: the rollout, the segment, the time inside it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -131,11 +131,10 @@ def test_the_rollout_starts_at_the_schedules_noise() -> None:
 # What is matched, and where
 
 
-def clean_draws(tau: str, steps: int = 4) -> tuple[Roles, NoisedSample]:
+def clean_draws(tau_range: Literal["segment", "to_noise", "full"], steps: int = 4) -> tuple[Roles, NoisedSample]:
     roles = trained()
-    method = DistributionMatching(
-        steps=steps, match=MatchConfig(state="clean", tau_range=tau, tau_min=0.1, tau_max=0.9)
-    )  # type: ignore[arg-type]
+    match = MatchConfig(state="clean", tau_range=tau_range, tau_min=0.1, tau_max=0.9)
+    method = DistributionMatching(steps=steps, match=match)
     return roles, draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=True)
 
 

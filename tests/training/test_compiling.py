@@ -75,7 +75,7 @@ def test_without_a_compiler_one_line_says_so() -> None:
 
 
 def test_not_with_spread_weights() -> None:
-    with pytest.raises(ValueError, match=r"^train\.compile: got true with train\.shard=true"):
+    with pytest.raises(ValueError, match=r"^compile: got True with shard=True"):
         TrainConfig(iterations=1, batch=1, lr=1e-3, fake_lr=1e-3, shard=True, compile=True)
 
 
