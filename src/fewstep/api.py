@@ -33,6 +33,7 @@ from .roles.roles import RolesConfig, large_rank
 from .runs import sampling
 from .runs.init import inherited_head, require_network
 from .runs.measure import evaluate
+from .runs.place import place_checks, writing_check
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
 from .runs.rehearsal import disk_check, student_check, trial_of
 from .runs.run import Run, steps_of
@@ -53,6 +54,7 @@ load_student = told_in_python(Student.read)
 sample = told_in_python(sampling.sample)
 sample_trajectory = told_in_python(sampling.sample_trajectory)
 LEAST_REAL = 32  # samples that `check` needs
+EMPTY = "prompts: all of them are empty, with which guidance changes nothing; pass the prompts that the student is for"
 
 
 @told_in_python
@@ -142,6 +144,9 @@ def distill(
     require_network(teacher, asked)
     if out is not None:
         require_exportable(teacher, method)
+        require(place_checks(Path(out)), "out")
+    if method.guidance.active and not any(asked) and teacher.encode([""]):
+        warnings.warn(EMPTY, DistillationWarning, stacklevel=3)
     spec = RunSpec(method, train, networks, asked, source, trajectories, initial)
     return _distilled(teacher, spec, None if out is None else Path(out), watch)
 
@@ -155,7 +160,7 @@ def _distilled(
         origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.origin, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
-            require([disk_check(trial.disk, folder)], "out")
+            require([writing_check(folder), disk_check(trial.disk, folder)], "out")
             require(
                 [*conformance(teacher, spec.prompts[0]), student_check(trial, folder / "trial")],
                 f"teacher: {teacher.name}",

@@ -29,6 +29,7 @@ from ..roles.quantized import quantize, weight_count
 from ..roles.roles import Roles, large_rank
 from ..runs.init import check_conditioning, inherited_head, roles_for
 from ..runs.metrics_log import MetricsLog
+from ..runs.place import place_checks
 from ..runs.prepare import EMBEDDINGS, ImageSource, RunSpec, identity_of, prepare
 from ..runs.preview import Drawing, Preview
 from ..runs.recipe import DataConfig, DistillRecipe, first_stage, read_recipe, recorded
@@ -46,7 +47,7 @@ from .evaluate import check_measures, measure_step
 from .finish import errors_along, finish, shape_seen, write_best
 from .options import in_options
 from .plan import plans_of, show
-from .preflight import held, note_shadowed, place_checks
+from .preflight import held, note_shadowed
 from .progress import OnScreen, console, count_in, meter
 from .prompts import say_of_prompts, training_prompts
 from .run_record import command_line, run_record

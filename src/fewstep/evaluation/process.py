@@ -104,7 +104,11 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
     noise = torch.randn((len(times), *real.shape), generator=torch.Generator().manual_seed(seed))
 
     def judged(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (errors [T, N], error of the best linear estimate [T], that of an all wrong output [T])."""
+        """Return a reading's errors, with the bounds of these errors.
+
+        The errors are [T, N]; the bounds are the errors of the best linear estimate [T] and of an all-wrong
+        network output [T].
+        """
         own, x0 = _own_times(reading, schedule, times), reading.scale * real + reading.offset
         estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
         errors = torch.stack([(clean - x0).square().flatten(1).mean(1) for clean in estimates])
@@ -150,7 +154,11 @@ def _flaw(row: Row, real: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -
 
 
 def _linear(x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the error [T] of the best linear estimate of each element of x0 [N, ...]."""
+    """Return the error [T] of the best linear estimate.
+
+    The estimate is linear in each element of x0 [N, ...]: `v sigma^2 / (alpha^2 v + sigma^2)` for an element
+    of variance v.
+    """
     variance = x0.double().flatten(1).var(0)
     found = [(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]
     return torch.stack(found).clamp(min=1e-12)
@@ -322,7 +330,10 @@ def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
 
 
 def _own_times(reading: Reading, stated: Schedule, times: Tensor) -> Tensor:
-    """Return the reading's times [T] of the ratios of noise to data that are stated at `times`."""
+    """Return the reading's times [T] with the stated noise ratios.
+
+    The stated schedule has these ratios of noise to data at `times`.
+    """
     return times if reading.same else _time_of(reading.schedule, reading.scale * _ratio(stated, times))
 
 

@@ -32,7 +32,7 @@ CHUNK = 256  # states that are sampled at once
 @told_in_python
 def evaluate(
     model: Student | Step,
-    prompts: Sequence[str] = ("",),
+    prompts: Sequence[str] | None = None,
     real: Any = None,
     count: int = 512,
     out: str | Path | None = None,
@@ -55,6 +55,7 @@ def evaluate(
     - `diversity_ratio`: the spread of the row's states, relative to the spread of the teacher's.
     - `seconds_per_sample`: the time per sample.
 
+    A network with conditions needs `prompts`, those that the student is for.
     Students of diffusers pipelines are measured by their images, with `fewstep evaluate FOLDER`. Raises
     ValueError.
     """
@@ -69,11 +70,13 @@ def evaluate(
         )
     if count < 32:
         raise ValueError(f"count: got {count}, allowed are whole numbers from 32")
-    asked = require_prompts(prompts)
+    null = teacher.encode([""])
+    if prompts is None and null:
+        raise ValueError(f"prompts: got none, {teacher.name} has conditions; pass those that the student is for")
+    asked = require_prompts([""] if prompts is None else prompts)
     truth = None if real is None else torch.as_tensor(real).float()
     if truth is not None and (truth.shape[1:] != tuple(teacher.shape) or len(truth) < 2):
         raise ValueError(f"real: got {list(truth.shape)}, allowed are states [N, {', '.join(map(str, teacher.shape))}]")
-    null = teacher.encode([""])
     best = card.guidance if null else Guidance()
     goal = _drawn(teacher, asked, count, count, TEACHER_STEPS, best)[0]
 
@@ -101,6 +104,7 @@ def evaluate(
     half = count // 2
     result = {
         "protocol": PROTOCOL,
+        "prompts": len(asked),
         "distance": "energy distance of plain states, zero for one distribution",
         "rows": rows,
         "noise": energy_noise(goal[:half], goal[half : 2 * half]),

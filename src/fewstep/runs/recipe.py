@@ -4,9 +4,11 @@ Every mistake is one line that names the option.
 """
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from functools import partial
+import shlex
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,6 +42,7 @@ from ..typed import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST = 100_000  # values in a recipe
+DEFAULT_METHOD = "tdm"
 Place = Annotated[str, AfterValidator(expanded)]  # a path, a hub id or a name
 Name = Annotated[
     str,
@@ -142,7 +145,7 @@ def _with_preset(value: Any) -> Any:
         raise ValueError(
             f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it"
         )
-    name = str(value.get("name", "tdm"))
+    name = str(value.get("name", DEFAULT_METHOD))
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
     given = dict(value)
@@ -160,7 +163,7 @@ if TYPE_CHECKING:
     AnyMethod = Method
 else:  # a class of `METHODS`: the settings on top of the preset of the method's name
     AnyMethod = Annotated[
-        Union[tuple(Annotated[kind, Tag(name)] for name, kind in METHODS.items())],
+        reduce(or_, (Annotated[kind, Tag(name)] for name, kind in METHODS.items())),
         Discriminator(_kind_of_method),
         BeforeValidator(_with_preset),
     ]
@@ -346,13 +349,43 @@ def read_recipe(
     are taken literally, over the overrides. Raises ValueError with one line.
     """
     path = recipe_path(source)
-    value = override(_yaml(path), overrides, model)
+    value = _yaml(path)
+    before = {place: _settings(value, place).get("name", DEFAULT_METHOD) for place in ("method", "warm_start.method")}
+    value = override(value, overrides, model)
     _require_new_keys(value, str(path))
+    for place, name in before.items():
+        _require_settings(_settings(value, place), place, name, str(path))
     for key, text in given.items():
         if not text:
             raise ValueError(f"--{key.partition('.')[0]}: got an empty text; pass a value, or leave the option out")
         _put(value, key, text)
-    return validate(value, model, str(path))
+    return validate(value, model, str(path), [item.partition("=")[0] for item in overrides])
+
+
+def _settings(value: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Return the mapping at `a.b` of a recipe; empty where there is none."""
+    found: Any = value
+    for part in place.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _require_settings(settings: Mapping[str, Any], place: str, before: Any, source: str) -> None:
+    """Check that an overriding method takes the settings that the recipe has for its own.
+
+    Raises ValueError with the settings that the method does take, as one override.
+    """
+    name = settings.get("name", DEFAULT_METHOD)
+    if name == before or name not in PRESETS:
+        return
+    known = {f.name for f in fields(PRESETS[name])}
+    if odd := [key for key in settings if key not in known]:
+        kept = {key: inner for key, inner in settings.items() if key in known}
+        text = yaml.safe_dump(kept, default_flow_style=True, width=10**6, sort_keys=False).strip()
+        raise ValueError(
+            f"{place}.name: got {name}, which takes no {', '.join(odd)} as {source} has; "
+            f"pass --set {shlex.quote(f'{place}={text}')} in its place"
+        )
 
 
 def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", within: str = "") -> None:
@@ -581,10 +614,10 @@ def _text(annotation: Any) -> Literal["text", "optional", ""]:
     return "text" if len(own) == len(kinds) else "optional"
 
 
-def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
+def validate(value: dict[str, Any], model: type[Model], source: str, given: Sequence[str] = ()) -> Model:
     """Check that `value` is a recipe of this kind.
 
-    Returns the recipe. Raises ValueError with the first mistake, on one line.
+    Returns the recipe. `given` are the options that were not written in `source` but with --set. Raises ValueError with the first mistake, on one line.
     """
     kinds = {
         "distill": "fewstep distill",
@@ -595,7 +628,11 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
     kind, expected = value.get("kind"), model.model_fields["kind"].annotation
     if isinstance(kind, str) and kind in kinds and kind not in str(expected):
         raise ValueError(f"recipe: {source} is of kind {kind}; run: {kinds[kind]} {source}")
-    _require_no_boolean(value, model, source)
+
+    def where(option: str) -> str:
+        return "--set" if any(option == key or option.startswith(f"{key}.") for key in given) else source
+
+    _require_no_boolean(value, model, where)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -605,11 +642,11 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             raise ValueError(_named(str(first["ctx"]["error"]), option)) from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(
-                f"{option}: unknown option in {source}; "
+                f"{option}: unknown option in {where(option)}; "
                 f"allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-        raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
+        raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {where(option)})") from error
 
 
 def _named(text: str, place: str) -> str:
@@ -625,7 +662,7 @@ def _named(text: str, place: str) -> str:
 
 
 def _require_no_boolean(
-    value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()
+    value: Mapping[str, Any], model: type[BaseModel], where: Callable[[str], str], parents: tuple[str, ...] = ()
 ) -> None:
     """Check that numbers are numbers, not booleans or texts.
 
@@ -634,19 +671,20 @@ def _require_no_boolean(
     """
     for key, inner in value.items():
         place = (*parents, str(key))
+        option = ".".join(place)
         if isinstance(inner, dict):
-            _require_no_boolean(inner, model, source, place)
+            _require_no_boolean(inner, model, where, place)
             continue
         kinds = {
             k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *_inner(kind))
         }
         text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
         if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
-            raise ValueError(f"{'.'.join(place)}: input should be a number, got {shown(text)} (in {source})")
+            raise ValueError(f"{option}: input should be a number, got {shown(text)} (in {where(option)})")
         odd = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, bool)), None)
         if odd is not None and kinds and bool not in kinds:
             wanted = "a number" if {int, float} & kinds else "a text"
-            raise ValueError(f"{'.'.join(place)}: input should be {wanted}, got {str(odd).lower()} (in {source})")
+            raise ValueError(f"{option}: input should be {wanted}, got {str(odd).lower()} (in {where(option)})")
 
 
 def _inner(kind: Any) -> list[Any]:
