@@ -54,6 +54,8 @@ OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
 
 
 HELPERS = {
+    "fisher_loss",  # of a `MatchedState`: made of the objectives above
+    "reverse_kl_loss",
     "GAN_LOSSES",
     "loss_named",
     "metric_named",

@@ -15,7 +15,7 @@ import fewstep
 fewstep.load_teacher
 from fewstep.backbones.meta import meta_teacher
 import torch
-meta_teacher(sys.argv[1], torch.float32, None, 0.0)
+meta_teacher(sys.argv[1], torch.float32)
 logging.getLogger("transformers.utils.import_utils").warning("`CLIPImageProcessor` requires torchvision (not installed); falling back")
 print("---", file=sys.stderr)
 warnings.warn("ours", stacklevel=1)
