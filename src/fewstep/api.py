@@ -157,7 +157,7 @@ def _distilled(
     """Run `distill`, whose arguments have been checked."""
     with in_python():
         own, base_hash = apart(teacher), fingerprint(teacher.module)
-        origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.origin, size=size_of(teacher))
+        origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.data, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([writing_check(folder), disk_check(trial.disk, folder)], "out")

@@ -22,7 +22,6 @@ PHRASES = (
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
     ("the same command", "the same call"),
-    ("run: pip install", "run: pip install"),
     ("--set ", ""),
 )
 

@@ -234,7 +234,7 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.parametrize(("options", "expected"), [
     (("--set", "data.source=teacher", "--set", "data.count=2"), "data.source: method trajp-l needs trajectories of the teacher; set it to trajectories"),
-    (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared, film"),
+    (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared"),
     (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
     (("--set", "data.solver=rk4"), "data.solver"),
     (("--set", "method.name=pas"), "roles.rank: got 2, method pas stands for 0; set roles.rank=0"),

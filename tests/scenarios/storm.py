@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from fewstep.atomic import LEFT, read_tensors
+from fewstep.atomic import LEFT, read_hashed
 from fewstep.backbones import miniature
 from fewstep.hashes import bytes_of
 
@@ -226,7 +226,7 @@ def left(folder: Path) -> dict[str, Any]:
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
         if path.suffix == ".safetensors":
-            tensors, about = read_tensors(path)
+            tensors, about = read_hashed(path)
             timed = any(TIMES.search(key) for key in tensors)
             found[name] = {k: v for k, v in about.items() if not (timed and k == "sha256")}
             found |= {
@@ -280,7 +280,7 @@ def readable(path: Path) -> bool:
     """Whether a file is what it is called, from its first byte to its last."""
     try:
         if path.suffix == ".safetensors":
-            read_tensors(path)
+            read_hashed(path)
         elif path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".jsonl":

@@ -19,6 +19,7 @@ from ..report.summary import at_equal_cost, called
 from ..report.trajectories import shape_of, trajectory_errors
 from ..report.words import plural
 from ..roles.roles import Roles
+from ..runs.prepare import data_words
 from ..runs.preview import Preview
 from ..runs.recipe import DistillRecipe
 from ..runs.record import hardware
@@ -80,20 +81,9 @@ def origin_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: f
         recipe.method.name if recipe.warm_start is None else f"{recipe.warm_start.method.name}-{recipe.method.name}"
     )
     base, size = absolute(recipe.teacher), recipe.size or 0
-    return Origin(base, base_hash, iterations, seconds, called, hardware(), _trained_from(recipe), size, recipe.dtype)
-
-
-def _trained_from(recipe: DistillRecipe) -> str:
-    """Return what a model card says about the training data.
-
-    The text also names the quantization of a teacher whose weights were not quite those of the base.
-    """
-    rounded = f", next to its base in {recipe.roles.quantize}" if recipe.roles.quantize else ""
-    if recipe.data is None or recipe.data.source == "trajectories":
-        return f"prompts alone{rounded}"
-    return (
-        "prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images"
-    ) + rounded
+    images = None if recipe.data is None or recipe.data.source == "trajectories" else recipe.data.source
+    data = data_words(images, recipe.roles)
+    return Origin(base, base_hash, iterations, seconds, called, hardware(), data, size, recipe.dtype)
 
 
 def shape_seen(roles: Roles, paths: Trajectories) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def run_inspect(source: str) -> None:
 
 
 def _short(value: Any) -> Any:
-    """Shorten a long list of numbers, such as a noise schedule's, to its ends."""
+    """Shorten a long list of numbers to its ends."""
     if isinstance(value, dict):
         return {k: _short(v) for k, v in value.items()}
     if not isinstance(value, list | tuple) or len(value) <= SHOWN or not all(isinstance(v, int | float) for v in value):

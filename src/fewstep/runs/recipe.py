@@ -363,7 +363,7 @@ def read_recipe(
 
 
 def _settings(value: Mapping[str, Any], place: str) -> Mapping[str, Any]:
-    """Return the mapping at `a.b` of a recipe; empty where there is none."""
+    """Return the mapping at `a.b` of a recipe, or an empty one."""
     found: Any = value
     for part in place.split("."):
         found = found.get(part) if isinstance(found, dict) else None
@@ -371,7 +371,7 @@ def _settings(value: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 
 def _require_settings(settings: Mapping[str, Any], place: str, before: Any, source: str) -> None:
-    """Check that an overriding method takes the settings that the recipe has for its own.
+    """Check that an overriding method takes the recipe's settings.
 
     Raises ValueError with the settings that the method does take, as one override.
     """
@@ -617,7 +617,9 @@ def _text(annotation: Any) -> Literal["text", "optional", ""]:
 def validate(value: dict[str, Any], model: type[Model], source: str, given: Sequence[str] = ()) -> Model:
     """Check that `value` is a recipe of this kind.
 
-    Returns the recipe. `given` are the options that were not written in `source` but with --set. Raises ValueError with the first mistake, on one line.
+    Returns the recipe. `given` are the options that were not written in `source` but with --set.
+
+    Raises ValueError with the first mistake, on one line.
     """
     kinds = {
         "distill": "fewstep distill",

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.parts import DiffusersBackbone
-from ..backbones.schedulers import student_scheduler
-from ..core import timegrid
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
@@ -66,8 +63,6 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
     report.
     """
     folder, method, roles, config = run.folder, run.method, run.roles, run.config
-    if folder is not None:
-        require_files(run.teacher, method)
     settings = settings_of(roles, method, run.data, config, config.accumulate, run.real, run.paths)
     done = 0 if folder is None else begun(folder, settings)  # before the teacher is called
     watch = run.watch if done < config.iterations else None
@@ -116,22 +111,6 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
             yield whole
     finally:
         training.close()
-
-
-def require_files(teacher: Backbone, method: Method) -> None:
-    """Check before the training that its student can be written.
-
-    Raises ValueError where no scheduler takes the student's times and solver, or where the state of a
-    network of one's own holds anything but tensors.
-    """
-    if isinstance(teacher, DiffusersBackbone):
-        even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
-        student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
-    elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
-        raise ValueError(
-            f"teacher: {odd} in the state of its network is no tensor, "
-            "so that no student of it can be written; make it a buffer"
-        )
 
 
 def _preview(run: Run, watch: Watch | None) -> Preview | None:

@@ -464,7 +464,10 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
 
 
 def _and_then(run: Path | None) -> str:
-    """Return how to go on after a number that is not finite: a run keeps its rates."""
+    """Return the advice after a number that is not finite.
+
+    A run keeps its learning rates, so lower rates need another folder.
+    """
     if run is None:
         return ""
     kept = "" if not (found := checkpoints(run)) else f" ({found[-1].name} of {run} is intact)"
