@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "data": BELOW_DATA,
     "training": BELOW_DATA | {"data"},
     "evaluation": FILES | {"core", "backbones"},
-    "report": FILES | {"core", "backbones", "heads", "evaluation"},
+    "report": FILES | {"core", "backbones", "heads", "evaluation", "student"},
     "zoo": FILES | {"core", "backbones", "data", "training"},
     "checks": frozenset({"core", "backbones", "roles"}),
     "runs": BELOW_RUNS,

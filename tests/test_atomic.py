@@ -18,7 +18,7 @@ from fewstep.atomic import (
     append_text,
     cure_of,
     link_or_copy,
-    read_tensors,
+    read_hashed,
     remove_left,
     replacing,
     require_replaceable,
@@ -130,7 +130,7 @@ def test_the_same_tensors_are_the_same_file(tmp_path: Path) -> None:
         )
         written.add((tmp_path / f"{i}.safetensors").read_bytes())
     assert len(written) == 1
-    tensors, said = read_tensors(tmp_path / "0.safetensors")
+    tensors, said = read_hashed(tmp_path / "0.safetensors")
     assert {k: v for k, v in said.items() if k != "sha256"} == about and torch.equal(tensors["b"], torch.ones(3))
 
 
@@ -278,14 +278,14 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         lambda: write_rows(path, 4, [{"a": whole["a"]}], {"b": whole["b"]}),
     ):
         write()
-        tensors, about = read_tensors(path)
+        tensors, about = read_hashed(path)
         assert all(torch.equal(t, whole[n]) for n, t in tensors.items()) and len(about["sha256"]) == 64
         header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         for _ in flipped(path, header):
             with pytest.raises(SafetensorError, match="SHA-256"):
-                read_tensors(path)
+                read_hashed(path)
     save_file(whole, path)  # from before there were hashes
-    assert torch.equal(read_tensors(path)[0]["a"], whole["a"])
+    assert torch.equal(read_hashed(path)[0]["a"], whole["a"])
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

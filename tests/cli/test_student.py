@@ -252,7 +252,7 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
         (["sample", "runs/tiny"], "--prompt: got none; say what to draw"),
         (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
         (["sample", "runs/tiny", "-p", "x", "--guidance-rescale", "0.5"], "needs no guidance"),
-        (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "guidance.rescale: got 2"),
+        (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "--guidance-rescale: got 2"),
         (["sample", "nothing", "-p", "x"], "teacher: got 'nothing'"),
         (["inspect", "nothing"], "inspect: there is no nothing"),
         (

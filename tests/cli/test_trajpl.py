@@ -234,6 +234,7 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.parametrize(("options", "expected"), [
     (("--set", "data.source=teacher", "--set", "data.count=2"), "data.source: method trajp-l needs trajectories of the teacher; set it to trajectories"),
+    (("--set", "method={name: tdm, steps: 4}"), "data.source: method tdm takes no trajectories of the teacher; leave data out"),
     (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared"),
     (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
     (("--set", "data.solver=rk4"), "data.solver"),

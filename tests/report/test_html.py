@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fewstep.report.plots import VARIABLES
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
 from tests.cli.test_recipes import COMMANDS
+from tests.student.card import CARD
 
 STUDENT = "student, 4 steps (4 evaluations)"
 VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -343,8 +344,8 @@ def test_the_top_says_what_was_made(run: Path) -> None:
         "Steps": "4, 2 or 1",
         "State": "iteration 10 of 260; there is no student yet",
     }
-    card = {"base": "emoji", "method": "trajp-l-tdm", "steps": [4], "weights": "lora", "rank": 32, "head": "span"}
-    (run / "final" / "fewstep.json").write_text(json.dumps(card))
+    card = replace(CARD, base="emoji", method="trajp-l-tdm", rank=32, head="span")
+    (run / "final" / "fewstep.json").write_text(json.dumps(asdict(card)))
     (run / "final" / "emoji-lora.safetensors").write_text("")
     (run / "best").mkdir()
     (run / "best" / "preview.json").write_text(
@@ -446,7 +447,7 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
         ("run.json", '{"title": 3}'),
         ("run.json", '{"recipe": []}'),
         ("run.json", '{"recipe": {"method": "tdm"}}'),
-        ("run.json", '{"recipe": {"first": 3}}'),
+        ("run.json", '{"recipe": {"warm_start": 3}}'),
         ("run.json", '{"versions": {"torch": null}}'),
         ("run.json", '{"next": [["a"]]}'),
         ("run.json", "[" * 100_000),

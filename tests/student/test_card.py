@@ -23,8 +23,8 @@ from .card import CARD
 
 PROMPTS = ["red cat", "blue dog"]
 GUIDANCE = Guidance(scale=3.0, apg_eta=0.4, rescale=0.7)
-# Of `fewstep.TDM(steps=(4, 2), guidance=3.0, guidance_parallel=0.4, free_first=True)` on a teacher with `guidance_rescale=0.7`, as
-# fewstep 0.1.0 wrote it; only the name of the base is another.
+# Written by fewstep 0.1.0, but for the name of the base: `fewstep.TDM(steps=(4, 2), guidance=3.0, guidance_parallel=0.4,
+# free_first=True)` on a teacher with `guidance_rescale=0.7`.
 WRITTEN = """{
   "name": "base-tdm-unify-2-4step",
   "method": "tdm-unify",
@@ -67,7 +67,7 @@ WRITTEN = """{
 
 
 def format_1(card: StudentCard) -> dict[str, Any]:
-    """What fewstep 0.1.0 wrote of this student. It knew neither a tilt of the teacher's guidance nor its stop, nor said them."""
+    """What fewstep 0.1.0 wrote of this student. Of the teacher's guidance it said neither a tilt nor a stop."""
     assert (card.guidance.tilt, card.guidance.stop) == (0, 0)
     new = ("guidance", "analytic_first_step", "guidance_scales", "format")
     return {k: v for k, v in asdict(card).items() if k not in new} | {
@@ -82,7 +82,7 @@ def format_1(card: StudentCard) -> dict[str, Any]:
 
 
 def written(folder: Path, method: Method) -> Student:
-    """A student of this method with weights of its own, written; it is still shown on the networks that it was made on."""
+    """A student of this method with random weights, written; it is shown on the networks that it was made on."""
     roles = make_roles(tiny.stable_diffusion(), RolesConfig(rank=2), condition_values=method.condition_values)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -174,9 +174,13 @@ def test_other_formats_are_refused(number: object, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"teacher_guidance": "3"}, "guidance.scale is '3', not a number"), ({"guidance_rescale": 2.0}, "guidance.rescale: got 2.0"),
-     ({"scales": 3}, "guidance_scales is 3, not a list"), ({"tilt": 1.0}, "it has tilt, which nothing here is called")],
-)  # fmt: skip
+    [
+        ({"teacher_guidance": "3"}, "guidance.scale is '3', not a number"),
+        ({"guidance_rescale": 2.0}, "guidance.rescale: got 2.0"),
+        ({"scales": 3}, "guidance_scales is 3, not a list"),
+        ({"tilt": 1.0}, "it has tilt, which nothing here is called"),
+    ],
+)
 def test_values_of_format_1_that_no_student_has_are_refused(
     change: dict[str, object], said: str, tmp_path: Path
 ) -> None:

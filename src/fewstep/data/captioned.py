@@ -67,6 +67,8 @@ class Captioned:
 
 
 class Caption(NamedTuple):
+    """A caption, and the kind of file that it is from."""
+
     text: str
     origin: str
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from ..atomic import cure_of, link_or_copy, temporary_beside
 from ..findings import Check
 from ..names import LONGEST, visible
-from ..student.folder import FILE as CARD_FILE
 from ..student.folder import holds_student
 
 FINAL = "final"
@@ -22,7 +21,8 @@ def place_checks(run: Path) -> list[Check]:
     """
     shown, real = visible(str(run), lines=False), Path(os.path.realpath(run))
     own = real in (Path(real.anchor), Path(os.path.realpath(Path.home())))
-    foreign = next((name for name in (CARD_FILE, "model_index.json") if (run / name).exists()), "")
+    pipeline = "a model_index.json" if (run / "model_index.json").exists() else ""
+    foreign = "a student's card" if holds_student(run) else pipeline
     blocked = next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None)
     within = next((p for p in real.parents if holds_student(p) or (p / "state.json").is_file()), None)
     student = next((f for f in (run / FINAL, run / "warm_start" / FINAL) if _somebodys(f)), None)

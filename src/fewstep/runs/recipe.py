@@ -550,7 +550,7 @@ def override(value: dict[str, Any], overrides: Sequence[str], model: type[BaseMo
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ValueError(f"--set: got {item!r}, allowed is OPTION=VALUE, e.g. --set train.lr=1e-5")
-        kinds = [_text(annotation) for annotation in _annotations(model, key.split("."))]
+        kinds = [_text(annotation) for annotation in annotations_of(model, key.split("."))]
         if any(kinds):
             _put(value, key, None if "optional" in kinds and text in ("", "null") else text)
             continue
@@ -585,7 +585,7 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
+def annotations_of(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
     """Yield the annotations of the field at `keys` below a model.
 
     `kind` is a model, a dataclass or a union of them. Every kind that has the field yields one annotation.
@@ -598,7 +598,7 @@ def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
         else:
             fields = get_type_hints(part, include_extras=True) if is_dataclass(part) else {}
         if keys[0] in fields:
-            yield from _annotations(fields[keys[0]], keys[1:]) if len(keys) > 1 else [fields[keys[0]]]
+            yield from annotations_of(fields[keys[0]], keys[1:]) if len(keys) > 1 else [fields[keys[0]]]
 
 
 def _text(annotation: Any) -> Literal["text", "optional", ""]:
@@ -677,9 +677,8 @@ def _require_no_boolean(
         if isinstance(inner, dict):
             _require_no_boolean(inner, model, where, place)
             continue
-        kinds = {
-            k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *_inner(kind))
-        }
+        own = [kind for annotation in annotations_of(model, place) for kind in _kinds(annotation)]
+        kinds = {k for kind in own for k in (kind, *_inner(kind))}
         text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
         if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
             raise ValueError(f"{option}: input should be a number, got {shown(text)} (in {where(option)})")

@@ -126,4 +126,5 @@ def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any])
 
 
 def plural_of(steps: int) -> str:
+    """Return `1 step`, `4 steps`."""
     return f"{steps} step{'s' if steps > 1 else ''}"

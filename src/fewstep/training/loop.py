@@ -180,6 +180,18 @@ def require_updates(method: Method, iterations: int) -> None:
         )
 
 
+def require_trajectories(method: Method, given: bool) -> None:
+    """Check that a method gets trajectories if it needs them.
+
+    Raises ValueError for needed trajectories that are missing, and for trajectories that the method does not take.
+    """
+    if method.needs.trajectories != given:
+        needs, cure = (
+            ("needs", "set it to trajectories") if method.needs.trajectories else ("takes no", "leave data out")
+        )
+        raise ValueError(f"data.source: method {method.name} {needs} trajectories of the teacher; {cure}")
+
+
 def distill(
     roles: Roles,
     method: Method,
@@ -207,14 +219,7 @@ def distill(
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
-    if method.needs.trajectories != (paths is not None):
-        raise ValueError(
-            (
-                f"data.source: method {method.name} {'needs' if method.needs.trajectories else 'takes no'} "
-                "trajectories of the teacher; "
-            )
-            + ("set it to trajectories" if method.needs.trajectories else "leave data out")
-        )
+    require_trajectories(method, paths is not None)
     if method.needs.images != (real is not None):
         raise ValueError(
             (

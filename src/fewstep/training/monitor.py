@@ -23,11 +23,11 @@ MODERATE = 4.5  # guidance at which images are not blown out
 ADVICE = {
     "brightness": "lower method.guidance or train.lr",
     "saturation": "lower method.guidance or train.lr",
-    "contrast": "blurred or over-sharpened: raise method.fake_updates or lower train.lr",
-    "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake_updates",
+    "contrast": "blurred or over-sharpened: raise method.fake.updates or lower train.lr",
+    "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake.updates",
     "spread": "blown out if above 1, faded if below: lower method.guidance or train.lr",
     "motion": (
-        "clips stand still if below 1, flicker if above: lower train.lr, raise train.fake_lr or method.fake_updates"
+        "clips stand still if below 1, flicker if above: lower train.lr, raise train.fake_lr or method.fake.updates"
     ),
 }
 
