@@ -1,15 +1,18 @@
 """`docs/own-network.md`, followed to the letter: from a wrapped network to its student in a fresh process."""
 
+import copy
 import json
 import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fewstep
 from fewstep.backbones.base import Denoiser
@@ -187,5 +190,11 @@ def test_full_networks_and_students_of_several_counts_come_back(
     assert torch.allclose(
         fewstep.sample(begun, [""] * 4), fewstep.sample(step, [""] * 4), atol=1e-6
     )  # the warm-up moves the fake score alone
-    merged = fewstep.load_student(fewstep.export_student(student, tmp_path / "merged", "merged"), base=teacher)
-    assert torch.allclose(fewstep.sample(merged, [""] * 4, steps=1), fewstep.sample(step, [""] * 4, steps=1), atol=1e-5)
+    for count in method.counts:
+        folder = fewstep.export_student(student, tmp_path / f"merged-{count}", "merged", steps=count)
+        network = copy.deepcopy(teacher.module)
+        network.load_state_dict(load_file(folder / "network.safetensors"))  # the file alone is the student
+        alone = fewstep.sample(replace(teacher, module=network), [""] * 4, steps=count)
+        assert torch.allclose(alone, fewstep.sample(step, [""] * 4, steps=count), atol=1e-5)
+    default = fewstep.load_student(fewstep.export_student(student, tmp_path / "merged", "merged"), base=teacher)
+    assert default.card.steps == method.counts[:1]

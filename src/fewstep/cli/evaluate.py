@@ -390,9 +390,9 @@ def print_table(result: dict[str, Any]) -> None:
 
     columns = ("model", "steps", "guidance", "nfe", *(m.key for m in METRICS.values() if m.printed))
     names = [n for n in columns if any(row.get(n) is not None for row in result["rows"])]
-    console.print("  ".join(f"{n[:10]:>10}" for n in names))
+    wide = {n: max(len(n), 8) for n in names}
+    console.print("  ".join(f"{n:>{wide[n]}}" for n in names))
     for row in result["rows"]:
-        console.print(
-            "  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names)
-        )
+        cells = {n: f"{row[n]:.3f}" if isinstance(row.get(n), float) else str(row.get(n)) for n in names}
+        console.print("  ".join(f"{cells[n]:>{wide[n]}}" for n in names))
     console.print(f"{result['protocol']}: {result['distance']}; {result['rows'][0]['n']} pictures a row")
