@@ -42,7 +42,7 @@ def sd() -> DiffusionPipeline:
 
 
 def sdxl() -> StableDiffusionXLPipeline:
-    """32x32 pictures from 16x16 latents."""
+    """32x32 images from 16x16 latents."""
     first, second = clip_tokenizer(), clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
@@ -60,7 +60,7 @@ def sdxl() -> StableDiffusionXLPipeline:
 
 
 def pixart(sizes: bool = False) -> PixArtAlphaPipeline:
-    """16x16 pictures; with `sizes` as the 1024 model, which is told the resolution, at 256x256."""
+    """16x16 images; with `sizes` as the 1024 model, which is told the resolution, at 256x256."""
     tokenizer = t5_tokenizer()
     transformer = PixArtTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32, caption_channels=32,
@@ -83,7 +83,7 @@ def cogvideox(rotary: bool = False) -> CogVideoXPipeline:
 
 
 def sd3() -> StableDiffusion3Pipeline:
-    """16x16 pictures from 8x8 latents."""
+    """16x16 images from 8x8 latents."""
     first, second, third = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,

@@ -24,7 +24,7 @@ OPEN_CLIP = {"layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "m
 
 
 def sd() -> StableDiffusionPipeline:
-    """Stable Diffusion 1 in miniature, part for part: 32x32 pictures from 16x16 latents, its scheduler, noise predicted."""
+    """Stable Diffusion 1 in miniature, part for part: 32x32 images from 16x16 latents, its scheduler, noise predicted."""
     tokenizer = pipelines.clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,

@@ -62,7 +62,7 @@ def flow_denoiser(seed: int = 0) -> Denoiser:
 
 
 def pipeline(seed: int = 0, channels: Sequence[int] = (16, 32)) -> StableDiffusionPipeline:
-    """A `StableDiffusionPipeline` of 16x16 pictures."""
+    """A `StableDiffusionPipeline` of 16x16 images."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = miniature.word_tokenizer(WORDS, 600, 8)
@@ -81,7 +81,7 @@ def stable_diffusion(seed: int = 0, channels: Sequence[int] = (16, 32)) -> Stabl
 
 
 def pixels(labels: Sequence[str] = ("cat", "dog"), seed: int = 0) -> PixelModel:
-    """A pixel model of 8x8 pictures in colour, of these classes."""
+    """A pixel model of 8x8 images in colour, of these classes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = pixel_unet([8, 16], [False, True], 3, 8, len(labels)).requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""What is said of a teacher, and that a wrong one does not pass: settings that are not read, numbers that are not finite, pictures that are black."""
+"""What is said of a teacher, and that a wrong one does not pass: settings that are not read, numbers that are not finite, images that are black."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,8 +26,8 @@ def named(checks: list[Check]) -> dict[str, Check]:
 def test_every_family_conforms(family: str) -> None:
     checks = named(conformance(around(frozen(pipelines.FAMILIES[family](), torch.float32), "tiny")))
     assert all(c.holds and c.said for c in checks.values()), [c for c in checks.values() if not c.holds]
-    assert checks["diffusers"].said.startswith("pictures of 2 steps at guidance 3 differ by ")
-    assert "of the pictures' spread" in checks["diffusers"].said
+    assert checks["diffusers"].said.startswith("images of 2 steps at guidance 3 differ by ")
+    assert "of the images' spread" in checks["diffusers"].said
     require(list(checks.values()), "teacher: tiny")
 
 
@@ -36,7 +36,7 @@ def test_what_is_said() -> None:
     assert checks["model"].said.startswith("StableDiffusionPipeline, UNet2DConditionModel of 0.3 M weights in float32")
     assert checks["predicts"].said.startswith("v; an error of its output is 1 times as large")
     assert checks["schedule"].said == "a table of 1000 times, zero terminal SNR"
-    assert checks["states"].said == "[4, 8, 8], pictures 16 x 16"
+    assert checks["states"].said == "[4, 8, 8], images 16 x 16"
     assert checks["not read"].said == "nothing"
     sdxl = pipelines.sdxl()
     assert "terminal SNR 0.0047" in named(conformance(around(sdxl, "tiny")))["schedule"].said
@@ -62,7 +62,7 @@ def test_a_setting_that_is_not_read_is_seen_in_the_pictures() -> None:
     assert [c.name for c in failed] == ["diffusers"]
     with pytest.raises(
         ValueError,
-        match=r"^teacher: tiny: pictures of 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting",
+        match=r"^teacher: tiny: images of 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting",
     ):
         require(failed, "teacher: tiny")
 

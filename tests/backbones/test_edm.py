@@ -1,4 +1,4 @@
-"""Pixel models with EDM's preconditioning: what diffusers' schedulers say of them, and the same pictures as diffusers draws."""
+"""Pixel models with EDM's preconditioning: what diffusers' schedulers say of them, and the same images as diffusers draws."""
 
 import math
 from pathlib import Path

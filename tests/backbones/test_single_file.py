@@ -173,7 +173,7 @@ def test_without_a_folder_the_configuration_comes_from_the_hubs_cache(
         (9, [TEXT], "takes 9 channels"),
         (4, [POOLED, SECOND, "edm_mean"], "was trained on EDM's noise levels"),
         (4, [POOLED, "conditioner.embedders.0.model.x"], "is SDXL's refiner"),
-        (4, [POOLED, TEXT], "draws variations of pictures"),
+        (4, [POOLED, TEXT], "draws variations of images"),
     ],
 )
 def test_checkpoints_of_another_kind(channels: int, names: list[str], said: str, tmp_path: Path) -> None:

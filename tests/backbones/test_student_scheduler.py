@@ -1,4 +1,4 @@
-"""The student's own steps in diffusers' pipelines, also in those that begin with a picture."""
+"""The student's own steps in diffusers' pipelines, also in those that begin with an image."""
 
 import copy
 from itertools import pairwise
@@ -53,7 +53,7 @@ def asked_at(pipe: DiffusionPipeline) -> list[float]:
 @pytest.mark.parametrize("solver", ["ddim", "ipndm", "dpmpp"])
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solver: str) -> None:
-    """At every strength it is the student's own walk from the picture's state at the time that the network is asked first."""
+    """At every strength it is the student's own walk from the image's state at the time that the network is asked first."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = pipelines.FAMILIES[family]()

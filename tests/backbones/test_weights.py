@@ -173,9 +173,9 @@ def test_shards(kind: type[Any], sd: Path, tmp_path: Path) -> None:
     value = json.loads(index.read_text())
     first = next(iter(value["weight_map"]))
     for name, said in (
-        ("../../sd/unet/diffusion_pytorch_model.safetensors", "allowed are .safetensors files beside it"),
-        ("/etc/passwd", "allowed are .safetensors files beside it"),
-        ("shard.bin", "allowed are .safetensors files beside it"),
+        ("../../sd/unet/diffusion_pytorch_model.safetensors", "allowed are .safetensors files next to it"),
+        ("/etc/passwd", "allowed are .safetensors files next to it"),
+        ("shard.bin", "allowed are .safetensors files next to it"),
         ("nowhere.safetensors", f"{folder.name}/nowhere.safetensors is missing"),
     ):
         index.write_text(json.dumps(value | {"weight_map": value["weight_map"] | {first: name}}))

@@ -43,7 +43,7 @@ def test_a_dry_run_and_a_run_show_the_same_list(
             line.split()[1] for line in out.partition("before the training:")[2].splitlines() if line.startswith("  ok")
         ]
         assert {"folder", "writing", "disk", "model", "diffusers", "pictures", "student"} <= set(names)
-        assert "its files are written, read and drawn with in 4 steps: largest difference 0" in out
+        assert "its files are written, read and sampled in 4 steps: largest difference 0" in out
         assert "\n  NO" not in out
     assert not list(Path("runs/tiny").rglob("*.tmp"))
     assert fewstep(monkeypatch, "distill", recipe, *FEW) == 0
@@ -63,7 +63,7 @@ def spoiled(teacher: Path, folder: Path, part: str, begins: str, factor: float) 
 @pytest.mark.parametrize(
     ("part", "begins", "factor", "said"),
     [
-        ("vae", "decoder.conv_out", 0.0, "its pictures are one colour"),
+        ("vae", "decoder.conv_out", 0.0, "its images are one colour"),
         ("unet", "conv_in", 1e38, "what the network says at 999: not finite"),
     ],
 )

@@ -39,7 +39,7 @@ TRAIN = {"iterations": 3, "batch": 2, "lr": 1e-3, "fake_lr": 1e-2, "checkpoint_e
 
 
 class Shown(Preview):
-    """A preview whose picture is a number of the student's weights, and which warns of every one."""
+    """A preview whose image is a number of the student's weights, and which warns of every one."""
 
     def __init__(self, run: Path) -> None:
         self.run = run

@@ -1,4 +1,4 @@
-"""Real pictures on the command line: a teacher fine-tuned on them is a teacher, and the adversarial term takes them."""
+"""Real images on the command line: a teacher fine-tuned on them is a teacher, and the adversarial term takes them."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def test_the_term_and_the_pictures_go_together(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1") == 2
-    assert "data.source: method tdm needs pictures; pass a folder of captioned ones" in error_of(capsys)
+    assert "data.source: method tdm needs images; pass a folder of captioned ones" in error_of(capsys)
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", "--set", "data.source=nowhere") == 2
     assert "data.source: there is no nowhere" in error_of(capsys)
 
@@ -102,14 +102,14 @@ def test_the_term_and_the_pictures_go_together(
 def test_what_is_found_and_what_it_takes_is_said_first(
     recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Prompts, pictures and captions, and the bytes of what is going to be written, before it is; a full disk is found then."""
+    """Prompts, images and captions, and the bytes of what is going to be written, before it is; a full disk is found then."""
     Path("prompts.csv").write_text('id,prompt\n1,"red cat, wet"\n2,\n3,blue dog\n4,blue dog\n')
     assert command(monkeypatch, "distill", recipe, "--prompts", "prompts.csv", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "2 prompts in prompts.csv: 1 empty, 1 repeated" in said
     assert re.search(r"embeddings of 2 prompts: 0\.0 MiB, of [\d.]+ [GM]iB that are free", said)
     (pictures / "blue_dog.caption").write_text("a dog")
-    monkeypatch.setattr("fewstep.cli.prompts.WORTH_SAYING", 1)
+    monkeypatch.setattr("fewstep.cli.progress.WORTH_SAYING", 1)
     gan = (
         "--set",
         "method.gan=0.1",
@@ -122,7 +122,7 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     )
     assert command(monkeypatch, "distill", recipe, *gan) == 0
     said = capsys.readouterr().out
-    assert f"2 pictures in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said
+    assert f"2 images in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said
     assert len(re.findall(r"writing runs/tiny/embeddings/\S+: 0\.0 MiB, of", said)) == 3
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     assert command(monkeypatch, "distill", recipe, "--out", "runs/full") == 2

@@ -46,7 +46,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     teacher: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture; more steps than it can are refused."""
+    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one image; more steps than it can are refused."""
     options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
     if how.get("rank") == 0:
         options += ["--set", "method.analytic_first_step=true", "--set", "method.solver=ipndm"]
@@ -234,7 +234,7 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.parametrize(("options", "expected"), [
     (("--set", "data.source=teacher", "--set", "data.count=2"), "data.source: method trajp-l needs trajectories of the teacher; set it to trajectories"),
-    (("--set", "method={name: tdm, steps: 4}"), "data.source: method tdm takes no trajectories of the teacher; leave data out"),
+    (("--set", "method={name: tdm, steps: 4, warmup: 1}"), "data.source: method tdm takes no trajectories of the teacher; leave data out"),
     (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared"),
     (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
     (("--set", "data.solver=rk4"), "data.solver"),

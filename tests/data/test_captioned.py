@@ -67,7 +67,7 @@ def test_members_of_a_shard_need_not_lie_beside_each_other(tmp_path: Path) -> No
     assert all(p.read() == PNG for p in read_pictures(str(path))[0])
     assert (
         line_of(path)
-        == f"9 pictures in {path}: 1 captions of .caption, 1 captions of .json, 5 captions of .txt, 0 by name, 2 empty"
+        == f"9 images in {path}: 1 captions of .caption, 1 captions of .json, 5 captions of .txt, 0 by name, 2 empty"
     )
 
 
@@ -89,7 +89,7 @@ def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
     kept = "1 captions of .caption, 2 captions of .txt, 2 captions of metadata.csv, 1 captions of metadata.jsonl"
     assert (
         line_of(root)
-        == f"8 pictures in {root}: {kept}, 1 by name, 1 empty, 1 .heic left out, 1 rows of lists without a picture"
+        == f"8 images in {root}: {kept}, 1 by name, 1 empty, 1 .heic left out, 1 rows of lists without an image"
     )
 
 
@@ -121,7 +121,7 @@ def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
         ({"a.json": '{"caption": ["b"]}'}, r"a\.json has a list where"),
         ({"a.json": "{"}, r"a\.json is not JSON"),
         ({"b.tar": ""}, r"b\.tar is no tar file"),
-        ({"b\x1b[31m\n.png": "x"}, r"b\\x1b\[31m\\n\.png is no picture"),
+        ({"b\x1b[31m\n.png": "x"}, r"b\\x1b\[31m\\n\.png is no image"),
     ],
 )
 def test_a_folder_that_cannot_be_read_as_it_was_meant(tmp_path: Path, files: dict[str, str | bytes], said: str) -> None:
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_read_as_it_was_meant(tmp_path: Path, files: dic
 
 
 def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no pictures \(it has 1 \.heic left out\); allowed are \.png"):
+    with pytest.raises(ValueError, match=r"has no images \(it has 1 \.heic left out\); allowed are \.png"):
         read_pictures(str(folder(tmp_path / "set", {"a.heic": "x"})))
 
 
@@ -173,9 +173,9 @@ def test_pipes_do_not_hang_it(tmp_path: Path, name: str) -> None:
         ([special("2.png", tarfile.LNKTYPE, "3.png")], r"2\.png is no file of this archive"),
         ([special("2.png", tarfile.CHRTYPE)], r"2\.png is no file of this archive"),
         ([special("1.txt", tarfile.FIFOTYPE)], r"1\.txt is no file of this archive"),
-        ([("1.img.png", PNG), ("1.seg.png", PNG)], r"several pictures of one key, .* and .*; keep one"),
+        ([("1.img.png", PNG), ("1.seg.png", PNG)], r"several images of one key, .* and .*; keep one"),
         ([("1.json", '{"text": 3}')], r"a\.tar:1\.json has 3 where a text belongs"),
-        ([("2.png", "x")], r"a\.tar:2\.png is no picture of PNG"),
+        ([("2.png", "x")], r"a\.tar:2\.png is no image of PNG"),
     ],
 )
 def test_members_that_are_not_what_they_should_be(tmp_path: Path, entries: list[Entry], said: str) -> None:

@@ -238,7 +238,7 @@ def test_what_was_found_is_said(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_the_hub_by_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dots are part of names; lists of captions are captions; columns that hold pictures are left alone."""
+    """Dots are part of names; lists of captions are captions; columns that hold images are left alone."""
 
     class Data:
         column_names = ("image", "caption")

@@ -63,5 +63,5 @@ def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int, out: i
 def test_pictures_that_are_not_finite_are_not_measured() -> None:
     images = torch.rand(2, 3, 8, 8)
     images[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="the pictures to be measured are not finite"):
+    with pytest.raises(ValueError, match="the images to be measured are not finite"):
         features(feature_network(), images)

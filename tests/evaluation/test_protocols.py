@@ -285,7 +285,7 @@ def test_another_reference_is_refused(world: World) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda x: x[:1], r"returned \[1, 3, 64, 64\]; return pictures \[8, 3, H, W\]"),
+        (lambda x: x[:1], r"returned \[1, 3, 64, 64\]; return images \[8, 3, H, W\]"),
         (lambda x: x[:, :1], r"returned \[8, 1, 64, 64\]"),
         (lambda x: x * 2 - 1, r"go from -0\.\d+ to 0\.\d+; return finite values in \[0, 1\]"),
         (lambda x: x / 0, "return finite values"),

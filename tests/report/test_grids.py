@@ -104,4 +104,4 @@ def test_other_pictures_are_no_grids(words: str | None) -> None:
     if words is not None:
         picture.info["fewstep"] = words
     assert read_grid(png(picture)) is None
-    assert read_grid(b"no picture") is None
+    assert read_grid(b"no image") is None

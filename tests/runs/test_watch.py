@@ -132,8 +132,8 @@ def test_watching_costs_no_more_than_its_share() -> None:
         ("data.folder: the trajectories", "trajectories.folder: the trajectories"),
         ("data.from_student: x leads", "trajectories.student: x leads"),
         (
-            "data.source: method lcm needs pictures; leave data out",
-            "images: method lcm needs pictures; leave images out",
+            "data.source: method lcm needs images; leave data out",
+            "images: method lcm needs images; leave images out",
         ),
         ("x: choose another --out", "x: choose another out"),
         (

@@ -137,7 +137,7 @@ def two(what: str, run: Path, *more: str) -> list[subprocess.Popen[str]]:
     [
         ("lr", "train.lr is another (0.002 and not 0.001) here than in process 0"),
         ("iterations", "train.iterations is another (5 and not 4) here than in process 0"),
-        ("prompts", "training is another ("),
+        ("prompts", "conditions.label.says is another ("),
     ],
 )
 def test_processes_of_other_settings_do_not_train_together(what: str, said: str, tmp_path: Path) -> None:

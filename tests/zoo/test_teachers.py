@@ -1,4 +1,4 @@
-"""The bundled teachers' own training, on data of a few pictures: data, checksum, stages, resuming, the folder that results."""
+"""The bundled teachers' own training, on data of a few images: data, checksum, stages, resuming, the folder that results."""
 
 import hashlib
 import io
