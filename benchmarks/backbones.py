@@ -1,6 +1,6 @@
 """Measure what distilling each model family costs at its true size.
 
-    python benchmarks/backbones.py                     # what fits this machine; writes benchmarks/backbones.md and .json
+    python benchmarks/backbones.py                          # what fits here; writes benchmarks/backbones.md and .json
     python benchmarks/backbones.py --only sd15 --batch 8    # measures that family again and keeps the others
 
 The networks have random weights. Three arrangements of the same TDM iteration, 4 steps with a guided teacher:
@@ -310,7 +310,10 @@ def page(record: Record) -> str:
         ratios = [""] * 3
         if r["roles"]:
             slower = (beside.get(name) for name in ("three copies", "reference"))
-            ratios = [f"{r['seconds'] / calls(r['roles']):.2f}", *(f"{s / r['seconds']:.2f}" if s else "" for s in slower)]
+            ratios = [
+                f"{r['seconds'] / calls(r['roles']):.2f}",
+                *(f"{s / r['seconds']:.2f}" if s else "" for s in slower),
+            ]
         size, memory = f"{r['parameters'] / 1e6:.0f}M", "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f} GiB"
         split = ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items())
         lines.append([r["family"], size, r["batch"], r["arrangement"], f"{r['seconds']:.3f}", *ratios, memory, split])

@@ -175,7 +175,17 @@ def _kind(row: Facts) -> str:
 
 def page(record: Record) -> str:
     """Return the page of a record."""
-    head = ["style", "model", "steps", "guidance", "NFE", "FD to the fine-tune", "retrieval top-1", "diversity", "seeds"]
+    head = [
+        "style",
+        "model",
+        "steps",
+        "guidance",
+        "NFE",
+        "FD to the fine-tune",
+        "retrieval top-1",
+        "diversity",
+        "seeds",
+    ]
     common = record.common
     spent = [
         f"- {style}: fine-tuning {spread(c['finetune'], 0)} s ({common['steps']} steps of batch 32, all weights), "

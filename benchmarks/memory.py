@@ -43,7 +43,8 @@ class Arrangement(NamedTuple):
 
 
 LORA, CHECKPOINTED_LORA = RolesConfig(rank=32), RolesConfig(rank=32, checkpointing=True)
-INT8, NF4 = (RolesConfig(rank=32, checkpointing=True, quantize=kind) for kind in ("int8", "nf4"))
+INT8 = RolesConfig(rank=32, checkpointing=True, quantize="int8")
+NF4 = RolesConfig(rank=32, checkpointing=True, quantize="nf4")
 COPIES, CHECKPOINTED = "three copies", ", checkpointing"
 ARRANGEMENTS = {
     "one base": Arrangement(LORA),
@@ -101,13 +102,14 @@ def page(record: Record) -> str:
             ratio = f"{r['weights'] / copies['weights']:.2f} / {r['total'] / copies['total']:.2f}"
         sizes = (f"{r[key] / 2**30:.2f}" for key in ("weights", "work", "total"))
         lines.append([r["family"], "x".join(map(str, r["shape"])), r["batch"], r["arrangement"], *sizes, ratio])
-    head = ["family", "state", "batch", "arrangement", "weights", "activations", "in all", "relative to copies"]
+    head = ["family", "state", "batch", "arrangement", "weights", "temporary", "in all", "relative to copies"]
     where = ", ".join(part for part in (f"`{record.command}`", commits(record), torch_of(record)) if part)
     return f"""# What a training needs, family by family
 
 {about(__doc__)}
 
-{where}. GiB; activations come and go; the last column is weights and total relative to three copies.
+{where}. GiB; temporary memory comes and goes; the last column is weights and total relative to
+three copies.
 
 {markdown(head, lines)}
 """

@@ -25,7 +25,12 @@ from fewstep.atomic import write_bytes, write_json
 Facts = dict[str, Any]
 
 CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time  # other processes share the processors
-WIDEST = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # instructions; processors of one name differ threefold in speed
+WIDEST = (
+    "amx_bf16",
+    "avx512_bf16",
+    "avx512f",
+    "avx2",
+)  # instructions; processors of one name differ threefold in speed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,15 +73,11 @@ VARIANTS = (
     ),
     Variant("fisher", "Fisher divergence", "a little better (tab. 8)", {"match": {"divergence": "fisher"}}),
     Variant("huber", "Huber loss without normalizer", "better (eq. 11, tab. 5)", {"loss": "huber"}),
-    Variant(
-        "transition", "fake score on the transition noise", "not in the paper", {"fake": {"target": "transition"}}
-    ),
+    Variant("transition", "fake score on the transition noise", "not in the paper", {"fake": {"target": "transition"}}),
     Variant("one-fake", "one fake update", "enough (alg. 1)", {"fake": {"updates": 1}}),
     Variant("no-warmup", "no warm-up of the fake score", "not in the paper", {"warmup": 0}),
     Variant("unify", "TDM-unify", "one student serves all (eq. 8)", UNIFY, (2, 1)),
-    Variant(
-        "no-condition", "TDM-unify without the condition", "worse (tab. 5)", {**UNIFY, "condition": False}, (2, 1)
-    ),
+    Variant("no-condition", "TDM-unify without the condition", "worse (tab. 5)", {**UNIFY, "condition": False}, (2, 1)),
     Variant("dmd2", "DMD2, 10 fake updates", "", DMD2),
 )
 

@@ -18,7 +18,10 @@ TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float
 
 
 class Net(nn.Module):
-    """A convolutional denoiser of [B, 2, 4, 4] with one attention-like layer and, if it wants one, a condition `label [B, 3]`."""
+    """A convolutional denoiser of [B, 2, 4, 4] with one attention-like layer.
+
+    If it wants one, it has a condition `label [B, 3]`.
+    """
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()

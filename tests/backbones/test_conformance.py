@@ -1,4 +1,7 @@
-"""What is said of a teacher, and that a wrong one does not pass: settings that are not read, numbers that are not finite, images that are black."""
+"""`conformance` describes a teacher and refuses a wrong one.
+
+A wrong one has settings that are not read, numbers that are not finite, or images that are black.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -108,7 +111,11 @@ def test_half_precision_is_held_to_what_it_can_do() -> None:
 
 
 def test_the_last_layer_is_calculated_in_single_precision() -> None:
-    """Under autocast, and of weights in half precision: what is left of the error is that of the layers before it. For others nothing changes."""
+    """The last layer is calculated in single precision.
+
+    This holds under autocast and of weights in half precision. The error that is left comes from the layers before
+    it. Other layers do not change.
+    """
     torch.manual_seed(0)
     net, wide = nn.Sequential(), nn.Conv2d(64, 4, 3, padding=1)
     net.add_module("conv_out", wide)

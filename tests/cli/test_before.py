@@ -1,4 +1,7 @@
-"""Before a training: what could fail at its end is tried, shown as a list, and refused before hours have gone into it."""
+"""What could fail at a training's end is tried before it.
+
+The parts are shown as a list, and a failure is refused before hours have gone into the training.
+"""
 
 import copy
 import os
@@ -68,9 +71,18 @@ def spoiled(teacher: Path, folder: Path, part: str, begins: str, factor: float) 
     ],
 )
 def test_a_teacher_that_draws_nothing_is_refused(
-    dry: bool, part: str, begins: str, factor: float, said: str, recipe: Path, teacher: Path, tmp_path: Path, uncounted: None,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    dry: bool,
+    part: str,
+    begins: str,
+    factor: float,
+    said: str,
+    recipe: Path,
+    teacher: Path,
+    tmp_path: Path,
+    uncounted: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     odd = spoiled(teacher, tmp_path / "odd", part, begins, factor)
     assert fewstep(monkeypatch, "distill", recipe, "--teacher", odd, *(["--dry-run"] if dry else FEW)) == 2
     error = error_of(capsys)

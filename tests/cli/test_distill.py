@@ -62,7 +62,10 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object, look: bool = False) -> int:
-    """Run the command line in this process; returns its exit code. What is looked at before a training takes seconds, and `look` does it."""
+    """Run the command line in this process, and return its exit code.
+
+    With `look` the checks before a training run too, which take seconds.
+    """
     if not look:
         for name in ("look_before", "look_in_dry_run"):
             monkeypatch.setattr(f"fewstep.cli.distill.{name}", lambda *_: None)

@@ -53,7 +53,8 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
     run = Path("runs/tiny")
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [(r["model"], r["steps"], r["nfe"]) for r in rows] == [
-        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("teacher", 1, 2), ("student", 2, 2), ("teacher", 1, 1), ("student", 1, 1)
+        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("teacher", 1, 2), ("student", 2, 2),
+        ("teacher", 1, 1), ("student", 1, 1)
     ]  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
@@ -78,7 +79,11 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
 def test_a_row_costs_what_the_network_is_asked(
     guidance: float, conditional: bool, costs: list[int], free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guided and unguided are two rows where they are two things; a free first step is none; the teacher is measured at the student's cost."""
+    """Each row's NFE is the number of calls that its network got.
+
+    Guided and unguided are two rows where they differ, a free first step costs nothing, and the teacher is measured
+    at the student's cost.
+    """
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
@@ -144,10 +149,10 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         measuring(emoji, "pictures-12", None)
     with pytest.raises(
         ValueError,
-        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, images, pict",
+        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict",
     ):
         measuring(other, "emoji-full", None)
-    with pytest.raises(ValueError, match=r"^--protocol: got images, emoji samples emoji; choose one of emoji-quick, "):
+    with pytest.raises(ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "):
         measuring(emoji, "pictures", None)
     with pytest.raises(
         ValueError, match=r"^data\.real: got x, protocol emoji-quick has real images of its own; leave it out$"
@@ -162,7 +167,11 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
 def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the end, later from its run, and anywhere with prompts that are passed; along the way there is nothing to compare with, which is said."""
+    """A student is measured with its run's prompts or with passed ones.
+
+    It is measured at the run's end, later from its run, and anywhere with prompts. Along the way there are no real
+    images to compare with, and a line says so.
+    """
     monkeypatch.setattr(
         "fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),)
     )

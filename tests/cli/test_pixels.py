@@ -31,10 +31,16 @@ def recipe(folder: Path, labels: tuple[str, ...], **changes: object) -> Path:
     save_pixel_model(teacher, tiny.pixels(labels).pipe.unet, miniature.scheduler(), labels)
     (teacher / "prompts.txt").write_text("\n".join(labels) + "\n")
     value = {
-        "kind": "distill", "name": "pix", "teacher": str(teacher), "prompts": {"source": str(teacher / "prompts.txt")},
-        "method": {"name": "trajp-l", "steps": 2, "guidance": 2.0}, "roles": {"rank": 2}, "data": {"source": "trajectories", "count": 6, "steps": 4},
-        "train": {"iterations": 2, "batch": 4, "lr": 0.02, "fake_lr": 0.02, "checkpoint_every": 2}, "preview": {"every": 2, "teacher_steps": 3},
-    } | changes  # fmt: skip
+        "kind": "distill",
+        "name": "pix",
+        "teacher": str(teacher),
+        "prompts": {"source": str(teacher / "prompts.txt")},
+        "method": {"name": "trajp-l", "steps": 2, "guidance": 2.0},
+        "roles": {"rank": 2},
+        "data": {"source": "trajectories", "count": 6, "steps": 4},
+        "train": {"iterations": 2, "batch": 4, "lr": 0.02, "fake_lr": 0.02, "checkpoint_every": 2},
+        "preview": {"every": 2, "teacher_steps": 3},
+    } | changes
     (folder / "pix.yaml").write_text(yaml.safe_dump(value))
     return folder / "pix.yaml"
 
@@ -76,7 +82,10 @@ def test_what_may_be_asked_of_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The student and its teacher take a class's name, or nothing where there are no classes; the empty prompt is that of no class."""
+    """A student of classes takes the name of a class.
+
+    Without classes it takes nothing. Its teacher does the same. The empty prompt is that of no class.
+    """
     (run, labels), out = headless, tmp_path / "x.png"
     for source in (run, run.parent / "pixels"):
         assert command(monkeypatch, "sample", source, "-p", "", "--steps", 2, "-o", out) == 0
@@ -101,7 +110,7 @@ def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], m
     monkeypatch.chdir(run)
     names: dict[str, torch.Tensor] = {}
     exec(code, names)
-    assert torch.equal(names["pictures"], fewstep.sample(fewstep.load_student("final"), [""]))
+    assert torch.equal(names["images"], fewstep.sample(fewstep.load_student("final"), [""]))
 
 
 @pytest.fixture
@@ -139,7 +148,8 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     result = json.loads((run / "final" / "eval.json").read_text())
     rows = result["rows"]
     assert [(r["model"], r["steps"], r["guidance"], r["nfe"], r["n"]) for r in rows] == [
-        ("teacher", 3, 2.0, 6, 6), ("teacher", 2, 2.0, 4, 6), ("teacher", 2, 1.0, 2, 6), ("teacher", 1, 2.0, 2, 6), ("student", 2, 1.0, 2, 6)
+        ("teacher", 3, 2.0, 6, 6), ("teacher", 2, 2.0, 4, 6), ("teacher", 2, 1.0, 2, 6), ("teacher", 1, 2.0, 2, 6),
+        ("student", 2, 1.0, 2, 6)
     ]  # fmt: skip
     assert all(r["fd_real"] > 0 for r in rows) and rows[0]["fd_teacher"] is None and rows[4]["fd_teacher"] > 0
     points = [
@@ -161,7 +171,8 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     assert "--format: this student is sampled with a head" in error_of(capsys)
     assert command(monkeypatch, "evaluate", run) == 0  # under the protocol of its kind, against what its recipe names
     assert (
-        "images: FD-efflite0, 3 components of the real images' features, 6 images against 6" in capsys.readouterr().out
+        "pictures: FD-efflite0, 3 components of the real images' features, 6 images against 6"
+        in capsys.readouterr().out
     )
     assert json.loads((run / "final" / "eval.json").read_text())["rows"][4]["fd_real"] == rows[4]["fd_real"]
     (run / "report.html").unlink()
@@ -180,7 +191,7 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     run, labels = headless
     assert command(monkeypatch, "evaluate", run) == 0
     said = capsys.readouterr().out
-    assert "images: FD-efflite0, 3 components of the teacher's features, 6 images against 6; 6 images a row" in said
+    assert "pictures: FD-efflite0, 3 components of the teacher's features, 6 images against 6; 6 images a row" in said
     assert "fd_teacher" in said and "fd_real" not in said and "retrieval" not in said
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [r["nfe"] for r in rows] == ([6, 4, 2, 2, 2] if labels else [3, 2, 2])
@@ -201,7 +212,7 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     for how, expected in (
         (("--real", "nowhere"), "--real: there is no nowhere; pass a folder"),
         (("--real", tmp_path), f"--real: {tmp_path} has no images"),
-        (("--real", real(tmp_path, 5)), "has 5 images, protocol images compares 6 with 6"),
+        (("--real", real(tmp_path, 5)), "has 5 images, protocol pictures compares 6 with 6"),
         (("--real", real(tmp_path, 6, 9)), "are 9x9, pixels draws 8x8"),
         (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of images"),
         (
@@ -221,11 +232,11 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     [
         (
             {"evaluate": "emoji-quick"},
-            "evaluate: got emoji-quick, pixels is a pixel model; choose one of pictures-quick, images",
+            "evaluate: got emoji-quick, pixels is a pixel model; choose one of pictures-quick, pictures",
         ),
         (
             {"preview": {"protocol": "pictures"}},
-            "preview.protocol: got images, which needs real images here; set data.real",
+            "preview.protocol: got pictures, which needs real images here; set data.real",
         ),
         (
             {"evaluate": "pictures", "data": {"source": "trajectories", "real": "nowhere"}},

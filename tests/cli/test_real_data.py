@@ -30,9 +30,13 @@ def test_a_fine_tuned_teacher_is_a_teacher(
     recipe: Path, teacher: Path, pictures: Path, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = {
-        "kind": "finetune", "name": "tuned", "teacher": str(teacher), "data": {"source": str(pictures)},
-        "roles": {"lora": share, "rank": 2}, "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
-    }  # fmt: skip
+        "kind": "finetune",
+        "name": "tuned",
+        "teacher": str(teacher),
+        "data": {"source": str(pictures)},
+        "roles": {"lora": share, "rank": 2},
+        "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
+    }
     Path("tuned.yaml").write_text(yaml.safe_dump(value))
     assert command(monkeypatch, "train-teacher", "tuned.yaml") == 0
     tuned = Path("runs/tuned/teacher")
@@ -102,7 +106,10 @@ def test_the_term_and_the_pictures_go_together(
 def test_what_is_found_and_what_it_takes_is_said_first(
     recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Prompts, images and captions, and the bytes of what is going to be written, before it is; a full disk is found then."""
+    """A run first says what it found and will write.
+
+    It counts prompts, images, captions and bytes. A full disk is found before anything is written.
+    """
     Path("prompts.csv").write_text('id,prompt\n1,"red cat, wet"\n2,\n3,blue dog\n4,blue dog\n')
     assert command(monkeypatch, "distill", recipe, "--prompts", "prompts.csv", "--dry-run") == 0
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What is said before a training of prompts, types and teachers, and that images which are no numbers are an error everywhere."""
+"""Prompts, types and teachers are checked before a training. Images that are not finite are an error everywhere."""
 
 from pathlib import Path
 

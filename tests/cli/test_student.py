@@ -105,7 +105,10 @@ def plain_diffusers(teacher: Path, folder: Path, share: bool, steps: int) -> Ten
 def test_a_student_of_several_step_counts(
     recipe: Path, teacher: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever count it takes and however it is loaded, the images are those of the student that was told this count."""
+    """Every step count and every way of loading gives the same images.
+
+    They are those of the student that was told this count.
+    """
     assert command(monkeypatch, "distill", recipe, *UNIFIED, "--set", f"roles.lora={str(share).lower()}") == 0
     final = Path("runs/tiny/final")
     student = fewstep.load_student(final)
@@ -249,7 +252,7 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
     [
         (["sample", "runs/tiny", "-p", "x", "--steps", "0"], "--steps: got 0"),
         (["sample", "runs/tiny", "-p", " "], "--prompt: got an empty prompt"),
-        (["sample", "runs/tiny"], "--prompt: got none; say what to draw"),
+        (["sample", "runs/tiny"], "--prompt: got none; name one"),
         (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
         (["sample", "runs/tiny", "-p", "x", "--guidance-rescale", "0.5"], "needs no guidance"),
         (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "--guidance-rescale: got 2"),
@@ -325,7 +328,10 @@ def test_inspect_and_doctor(
 
 
 def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Path, tmp_path: Path) -> None:
-    """In fewstep and in a pipeline; and a pipeline with a student in it is no folder that anything loads, so it is not written."""
+    """fewstep and a pipeline refuse a base that predicts something else.
+
+    A pipeline with a student in it is not saved, because nothing could load the folder.
+    """
     other = shutil.copytree(teacher, tmp_path / "other")
     scheduler = other / "scheduler" / "scheduler_config.json"
     told = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "beta_schedule": "scaled_linear"}

@@ -279,7 +279,7 @@ def test_many_warnings_unfold() -> None:
 
 
 def test_everything_that_can_be_wide_scrolls_by_itself() -> None:
-    """On a phone no part may make the page wider than the screen. What is hidden from sight is placed within what scrolls."""
+    """No part makes the page wider than a phone's screen. What is hidden from sight is placed within what scrolls."""
     report = full_report()
     html = render(
         Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no image")]})

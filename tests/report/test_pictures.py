@@ -80,6 +80,6 @@ def test_a_file_that_is_not_ours_is_named(tmp_path: Path, kind: str) -> None:
     else:
         data = save_pictures(path, some_pictures()).read_bytes()
         path.write_bytes(data[:-10] if kind == "cut" else b"hello")
-    with pytest.raises(ValueError, match=r"images\.safetensors: damaged") as error:
+    with pytest.raises(ValueError, match=r"pictures\.safetensors: damaged") as error:
         load_pictures(path)
     assert "\n" not in str(error.value)

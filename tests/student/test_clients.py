@@ -37,7 +37,8 @@ def said(
         (
             V,
             "dpmpp",
-            "sampler DPM++ 2M, schedule type Simple, 4 steps, CFG scale 1, the base set to v-prediction; which visits exactly",
+            "sampler DPM++ 2M, schedule type Simple, 4 steps, CFG scale 1, the base set to v-prediction; "
+            "which has exactly",
         ),
         (
             ZERO,
@@ -66,7 +67,8 @@ def test_a1111_is_told_its_sampler_and_its_schedule(config: dict[str, Any], solv
         ),
         (
             replace(CARD, base="somebody/their-model"),
-            "no file of the base is known that it could load. `fewstep export final OUT --base FILE.safetensors` writes one",
+            "no file of the base is known that it could load. "
+            "`fewstep export final OUT --base FILE.safetensors` writes one",
         ),
     ],
 )

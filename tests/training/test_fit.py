@@ -50,7 +50,10 @@ def test_resumed_is_straight_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_average_and_steps_are_their_formulas(tmp_path: Path) -> None:
-    """One loss step by hand: AdamW at the warm-up's rate, gradients clipped; the average forgets faster while it is young."""
+    """A step equals one that is made by hand.
+
+    It is AdamW at the warm-up's rate, with clipped gradients. The average forgets faster while it is young.
+    """
     net, average, loss_at = parts()
     hand, _, loss_hand = parts()
     expected = {n: p.detach().clone() for n, p in hand.named_parameters()}

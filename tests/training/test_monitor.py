@@ -58,7 +58,11 @@ def test_states_of_too_much_spread_are_seen_where_the_pictures_are_as_they_were(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_is_off(value: float) -> None:
-    """No comparison with it is true: neither in the student's previews, nor in the teacher's, nor in what the student began as."""
+    """A value that is not finite is a drift.
+
+    No comparison with it is true: neither in the student's previews, nor in the teacher's, nor in what the student
+    began as.
+    """
     healthy, broken = look(pictures()), look(torch.full((8, 3, 16, 16), value))
     for found in (
         drift(broken, healthy),

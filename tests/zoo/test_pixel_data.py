@@ -1,4 +1,7 @@
-"""Arrays and files of small images as people save them: read as what they are, or refused in one line; nothing trains on black."""
+"""Small images are read as what they are, or refused.
+
+They come in arrays and files. A refusal is one line, and nothing trains on black.
+"""
 
 import gzip
 import os

@@ -128,7 +128,7 @@ def _found(source: str, pictures: Sequence[Captioned], cases: Mapping[str, int])
     return Found(
         source,
         len(pictures),
-        "pictures",
+        "images",
         {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases},
     )
 
