@@ -24,7 +24,7 @@ from fewstep.data.prompts import embed
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.state import seeded
-from records import Facts, Record, about, markdown, new_record, provenance, write_record
+from records import Facts, Record, about, markdown, new_record, provenance, wrapped, write_record
 
 
 def bare(
@@ -88,7 +88,7 @@ def page(record: Record) -> str:
 
 {about(__doc__)}
 
-{provenance(record)}.
+{wrapped(f"{provenance(record)}.")}
 
 {markdown(["roles", "batch", "bare calls, s", "iteration, s", "ratio"], lines)}
 """

@@ -19,8 +19,8 @@ from fewstep.evaluation.pictures import PictureProtocol
 
 from .. import tiny
 from ..snippets import snippet_of
-from .test_distill import error_of
-from .test_distill import fewstep as command
+from .common import error_of
+from .common import fewstep as command
 
 CLASSES = ("cat", "sea lion")
 

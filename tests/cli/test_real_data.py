@@ -10,10 +10,9 @@ import yaml
 from PIL import Image
 
 import fewstep
-from tests.cli.test_distill import error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 
 @pytest.fixture

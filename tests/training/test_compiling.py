@@ -12,7 +12,7 @@ from torch import nn
 from fewstep.training.compiling import Compiled
 from fewstep.training.loop import TrainConfig
 
-from .test_loop import CONFIG, METHOD, metrics, parts, run
+from .common import CONFIG, METHOD, metrics, parts, run
 
 COMPILED = replace(CONFIG, compile=True)
 
