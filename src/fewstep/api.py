@@ -145,7 +145,7 @@ def distill(
     if out is not None:
         require_exportable(teacher, method)
         require(place_checks(Path(out)), "out")
-    if method.guidance.active and not any(asked) and teacher.encode([""]):
+    if method.guidance.active and images is None and not any(asked) and teacher.encode([""]):
         warnings.warn(EMPTY, DistillationWarning, stacklevel=3)
     spec = RunSpec(method, train, networks, asked, source, trajectories, initial)
     return _distilled(teacher, spec, None if out is None else Path(out), watch)

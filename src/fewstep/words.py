@@ -21,6 +21,9 @@ PHRASES = (
     ("leave data out", "leave images out"),
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
+    ("--format: ", "form: "),
+    ("--dtype: ", "dtype: "),
+    ("DIR: ", "folder: "),
     ("the same command", "the same call"),
     ("--set ", ""),
 )
