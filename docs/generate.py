@@ -329,9 +329,7 @@ def video() -> str:
 
 def cost() -> str:
     """An iteration of the loop next to its bare network calls."""
-    return table(
-        ("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")]
-    )
+    return table(("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")])
 
 
 # Settings.
