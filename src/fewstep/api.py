@@ -13,6 +13,7 @@ from .backbones.base import Backbone, Denoiser
 from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
+from .backbones.own_network import require_network
 from .backbones.parts import DiffusersBackbone
 from .core.guidance import Guidance, guidance_of
 from .data.trajectories import TrajectoryConfig
@@ -28,7 +29,7 @@ from .report.run import render_run
 from .roles.adapters import fitting_rank, targets
 from .roles.roles import RolesConfig, large_rank
 from .runs import sampling
-from .runs.init import inherited_head, require_network
+from .runs.init import inherited_head
 from .runs.measure import evaluate
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
 from .runs.rehearsal import disk_check, student_check, trial_of
@@ -135,7 +136,7 @@ def _distilled(teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Wat
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([disk_check(trial.disk, folder)], "out")
-            require([*conformance(teacher, spec.prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
+            require([*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
         ready = prepare(own, spec, folder, folder, Lines())
         run = Run(teacher, ready.roles, spec.method, ready.data, spec.train, origin, folder, watch, ready.images, ready.trajectories)
         yield from steps_of(run)

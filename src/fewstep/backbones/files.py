@@ -109,4 +109,4 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"student: {path} does not fit this network ({said}); pass the base that it was made from") from error
-    return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
+    return network.to(weight.device).requires_grad_(False).eval()  # of the types that `like` has

@@ -47,7 +47,7 @@ ROWS: dict[str, Row] = {
 
 def row_named(name: str, sigma_data: float = 0.5) -> Row:
     """The row of a prediction type; `sigma_data` is that of `edm`. Raises ValueError listing the known ones."""
-    if name not in ROWS:
+    if not isinstance(name, str) or name not in ROWS:
         raise ValueError(f"prediction: got {name!r}, allowed are {', '.join(ROWS)}; take the one that the network was trained with")
     return edm_row(sigma_data) if name == "edm" else ROWS[name]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..atomic import SHA256, read_tensors, write_rows
 from ..backbones.base import Backbone, Cond, rows
+from ..backbones.modules import dtype_of
 from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -133,7 +134,7 @@ def embed(
 
     `keep` hears of the file before it is written. Raises OSError where there is no room for it.
     """
-    dtype = str(next(backbone.module.parameters()).dtype)
+    dtype = str(dtype_of(backbone.module))
     about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is told the size of its pictures
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = None if cache is None else cache / f"{key}.safetensors"

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..backbones.modules import without_fast_path
 from .sharding import shard_like
 
 TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -85,7 +86,11 @@ def fitting_rank(module: nn.Module, names: Sequence[str]) -> int:
 
 
 def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:
-    """Inject a zero-effect LoRA adapter (B = 0), in single precision, into the named layers. The base weights stay as they are."""
+    """Inject a zero-effect LoRA adapter (B = 0), in single precision, into the named layers. The base weights stay as they are.
+
+    The network calls its layers from then on, whose weights alone are not all of them.
+    """
+    without_fast_path(module)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are the point
         torch.manual_seed(seed)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, guided
+from ..backbones.apart import rested
+from ..backbones.base import Backbone, encoded, guided
 from ..backbones.generate import require_seed, trajectory
 from ..core import timegrid
 from ..core.guidance import Guidance, guidance_of
@@ -76,8 +77,7 @@ def sample_trajectory(
         require_seed(seed, "seeds")
     backbone, guidance = backbone_of(model), guidance_of(guidance)
     with torch.no_grad():
-        cond = backbone.encode(prompts)
-        null = backbone.encode([""])
+        cond, null = encoded(backbone, prompts)
     scale = guidance.scale if guidance.active else None
     if isinstance(model, Step):
         count = steps or model.method.counts[0]
@@ -88,6 +88,7 @@ def sample_trajectory(
             return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
     if isinstance(model, Student):
         return model.sample_trajectory(cond, seeds, steps or model.card.steps[0], scale, solver, condition)
+    backbone = rested(backbone)
     denoise = guided(backbone, backbone.module, cond, null, guidance)
     return trajectory(backbone, denoise, seeds, timegrid.uniform(backbone.schedule, steps or 50), solver or "ddim")
 
