@@ -40,13 +40,19 @@ from torch import Tensor
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around
+from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import Embeddings
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 from origin import commit
 
-TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+TABLE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "trailing",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ def sd15(small: bool) -> StableDiffusionPipeline:
         "block_out_channels": (320, 640), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     unet = UNet2DConditionModel(sample_size=16 if small else 64, cross_attention_dim=768, **(few if small else {}))
-    return StableDiffusionPipeline(vae(), None, None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        vae(), None, None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False
+    )
 
 
 def sdxl(small: bool) -> StableDiffusionXLPipeline:
@@ -94,7 +102,11 @@ def pixart(small: bool) -> PixArtAlphaPipeline:
     both = {
         "norm_num_groups": 32, "out_channels": 8, "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096,
     }  # fmt: skip
-    sizes = {"sample_size": 16, "num_layers": 4} if small else {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
+    sizes = (
+        {"sample_size": 16, "num_layers": 4}
+        if small
+        else {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
+    )
     transformer = PixArtTransformer2DModel(**both, **sizes)
     return PixArtAlphaPipeline(None, None, vae(), transformer, DDIMScheduler(**TABLE))
 
@@ -144,9 +156,14 @@ def peak(device: torch.device) -> float | None:
 def embeddings(name: str, backbone: Backbone, dtype: torch.dtype, count: int) -> Embeddings:
     """Random conditions of `count` prompts and of the empty one."""
     shapes, rng = FAMILIES[name].cond(around_pipe(backbone)), torch.Generator().manual_seed(0)
-    cond = {k: torch.ones(count + 1, *s) if k == "mask" else torch.randn((count + 1, *s), generator=rng) for k, s in shapes.items()}
+    cond = {
+        k: torch.ones(count + 1, *s) if k == "mask" else torch.randn((count + 1, *s), generator=rng)
+        for k, s in shapes.items()
+    }
     cond = {k: v.to(dtype) for k, v in cond.items()}
-    return Embeddings({k: v[:count] for k, v in cond.items()}, {k: v[count:] for k, v in cond.items()}, ["random"] * count, 0, name)
+    return Embeddings(
+        {k: v[:count] for k, v in cond.items()}, {k: v[count:] for k, v in cond.items()}, ["random"] * count, 0, name
+    )
 
 
 def around_pipe(backbone: Backbone) -> Any:
@@ -155,8 +172,15 @@ def around_pipe(backbone: Backbone) -> Any:
 
 def by_role(roles: Roles, data: Embeddings, batch: int, device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds of one bare call of each role: rollout step, student with gradient, guided teacher, fake score with gradient."""
-    backbone, cond, null = roles.backbone, data.draw(batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
-    x, t = torch.randn(batch, *backbone.shape, device=device), torch.full((batch,), 499.0, dtype=torch.float64, device=device)
+    backbone, cond, null = (
+        roles.backbone,
+        data.draw(batch, torch.Generator().manual_seed(0), device),
+        data.unconditional(device),
+    )
+    x, t = (
+        torch.randn(batch, *backbone.shape, device=device),
+        torch.full((batch,), 499.0, dtype=torch.float64, device=device),
+    )
 
     def trained(role: Any) -> list[Tensor | None]:
         value = roles.denoise(role, cond)(x, t).x0.sum()
@@ -237,7 +261,11 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
 
 def hardware() -> str:
     """What the numbers were measured on."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, networks of few blocks"
+    return (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads, networks of few blocks"
+    )
 
 
 def kept(file: Path) -> list[dict[str, Any]]:
@@ -267,7 +295,11 @@ def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
     for r in rows:
         split = ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items())
         memory = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f} GiB"
-        other = {o["arrangement"]: f"{o['seconds'] / r['seconds']:.2f}" for o in rows if o["family"] == r["family"] and o is not r}
+        other = {
+            o["arrangement"]: f"{o['seconds'] / r['seconds']:.2f}"
+            for o in rows
+            if o["family"] == r["family"] and o is not r
+        }
         against = (
             [f"{r['seconds'] / calls(r['roles']):.2f}", other.get("three copies", ""), other.get("reference", "")]
             if r["roles"]

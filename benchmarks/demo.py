@@ -21,7 +21,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for r in rows:
         guidance = f"{r['guidance']:g}" if r["guidance"] > 1 else "none"
         retrieval = f"{100 * r['retrieval_top1']:.1f} % / {100 * r['retrieval_top5']:.1f} %"
-        cells = [r["model"], r["steps"], guidance, r["nfe"], f"{r['fd_real']:.1f}", retrieval, f"{r['diversity_ratio']:.2f}"]
+        cells = [
+            r["model"],
+            r["steps"],
+            guidance,
+            r["nfe"],
+            f"{r['fd_real']:.1f}",
+            retrieval,
+            f"{r['diversity_ratio']:.2f}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -31,7 +39,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"))
     parser.add_argument("--to", type=Path, default=Path("benchmarks"), help="where demo.json and demo.md go")
     a = parser.parse_args()
-    evaluation, card = (json.loads((a.run / "final" / name).read_text(encoding="utf-8")) for name in ("eval.json", "fewstep.json"))
+    evaluation, card = (
+        json.loads((a.run / "final" / name).read_text(encoding="utf-8")) for name in ("eval.json", "fewstep.json")
+    )
     minutes, floor = card["train_seconds"] / 60, evaluation["fd_floor"]
     made = {
         "hardware": hardware(),
@@ -40,7 +50,9 @@ def main() -> None:
         "command": "fewstep distill demo",
         "train_seconds": card["train_seconds"],
     }
-    write_json(a.to / "demo.json", {"protocol": evaluation["protocol"], "fd_floor": floor, "rows": evaluation["rows"], **made})
+    write_json(
+        a.to / "demo.json", {"protocol": evaluation["protocol"], "fd_floor": floor, "rows": evaluation["rows"], **made}
+    )
     text = [
         "# The demo",
         "",

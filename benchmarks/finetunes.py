@@ -27,6 +27,7 @@ from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import quiet
 from fewstep.cli.distill import run_distill
 from fewstep.cli.train_teacher import run_train_teacher
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.training.state import seeded
 from fewstep.zoo import emoji_data
@@ -37,7 +38,11 @@ from tdm_variants import VARIANTS, recipe_value
 
 GOOGLE = ("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
 STYLES = {
-    "twemoji": ("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+    "twemoji": (
+        "emoji-datasource-twitter",
+        "16.0.0",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    ),
     "fluent": ("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
 }
 RECIPE = """# The bundled teacher in another style: all weights, {steps} steps.
@@ -45,7 +50,7 @@ kind: finetune
 name: {style}
 teacher: emoji
 data: {{source: {pictures}}}
-roles: {{share: false}}
+roles: {{lora: false}}
 fit: {{steps: {steps}, batch: 32, lr: 3.0e-4, warmup: 100, decay: {decay}, ema: 0.99, checkpoint_every: 100, optimizer: muon}}
 """
 PLACES = 3  # pictures of every emoji, each at a place of its own
@@ -88,7 +93,9 @@ def own_student(style: str, teacher: Path, seed: int, a: argparse.Namespace) -> 
     run = a.out / style / f"own-{seed}"
     (tdm,) = (v for v in VARIANTS if v.key == "tdm-4")
     recipe = run.with_suffix(".yaml")  # of which json is a part
-    write_json(recipe, recipe_value(tdm, seed, a.iterations) | {"teacher": str(teacher), "prompts": {"source": str(a.prompts)}})
+    write_json(
+        recipe, recipe_value(tdm, seed, a.iterations) | {"teacher": str(teacher), "prompts": {"source": str(a.prompts)}}
+    )
     if not (run / "final").exists():
         with timed(a.out / style / f"own-{seed}-seconds.json"):
             run_distill(str(recipe), [], run, False, [])
@@ -113,13 +120,23 @@ def seconds(folder: Path, part: str) -> float:
 
 def row(name: str, model: Backbone | Student, steps: int, guidance: float, solver: str | None = None) -> Row:
     nfe = steps * (2 if guidance != 1 else 1)
-    return Row(name, steps, guidance, nfe, lambda p, s: sample(model, list(p), list(s), steps=steps, guidance=guidance, solver=solver))
+    return Row(
+        name,
+        steps,
+        Guidance(scale=guidance),
+        nfe,
+        lambda p, s: sample(model, list(p), list(s), steps=steps, guidance=guidance, solver=solver),
+    )
 
 
 def measure(style: str, folder: Path, a: argparse.Namespace) -> list[dict[str, Any]]:
     """The fine-tune at its best and at a student's cost, the plain teacher, and each student's LoRA in the fine-tune."""
     tuned = load_teacher(folder)
-    rows = [row("teacher", tuned, 12, a.guidance, "dpmpp"), row("teacher", tuned, 4, a.guidance), row("teacher", tuned, 4, 1.0)]
+    rows = [
+        row("teacher", tuned, 12, a.guidance, "dpmpp"),
+        row("teacher", tuned, 4, a.guidance),
+        row("teacher", tuned, 4, 1.0),
+    ]
     rows.append(row("plain", load_teacher("emoji"), 12, a.guidance, "dpmpp"))
     for run in (*a.students, *(own_student(style, folder, seed, a) for seed in a.seeds)):
         student = load_student(run / "final", folder)
@@ -150,7 +167,10 @@ def _kind(row: dict[str, Any]) -> str:
 def write(rows: list[dict[str, Any]], costs: dict[str, dict[str, list[float]]], a: argparse.Namespace) -> None:
     """The table and the rows."""
     command = f"python benchmarks/finetunes.py --students {' '.join(map(str, a.students))} --seeds {' '.join(map(str, a.seeds))}"
-    write_json(a.to / "finetunes.json", {"rows": rows, "costs": costs, "hardware": hardware(), "commit": commit(), "command": command})
+    write_json(
+        a.to / "finetunes.json",
+        {"rows": rows, "costs": costs, "hardware": hardware(), "commit": commit(), "command": command},
+    )
     spent = [
         f"- {style}: fine-tuning {spread(c['finetune'], 0)} s ({a.steps} steps of batch 32, all weights), TDM on it {spread(c['own'], 0)} s ({a.iterations} iterations of batch 16)"
         for style, c in costs.items()
@@ -174,7 +194,9 @@ What "fine-tune, then TDM" costs:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--students", nargs="+", type=Path, required=True, help="runs whose final/ is a LoRA of the bundled teacher")
+    parser.add_argument(
+        "--students", nargs="+", type=Path, required=True, help="runs whose final/ is a LoRA of the bundled teacher"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the fine-tune's own students")
     parser.add_argument("--steps", type=int, default=600, help="of fine-tuning, for each style")
     parser.add_argument("--iterations", type=int, default=260, help="of such a student")

@@ -45,10 +45,16 @@ ARRANGEMENTS = {
     "one base": Arrangement(RolesConfig(rank=32)),
     "one base, checkpointing": Arrangement(RolesConfig(rank=32, checkpointing=True)),
     "one base, checkpointing, adamw8bit": Arrangement(RolesConfig(rank=32, checkpointing=True), "adamw8bit"),
-    "one base, checkpointing, adamw8bit, int8": Arrangement(RolesConfig(rank=32, checkpointing=True, quantize="int8"), "adamw8bit"),
-    "one base, checkpointing, adamw8bit, nf4": Arrangement(RolesConfig(rank=32, checkpointing=True, quantize="nf4"), "adamw8bit"),
+    "one base, checkpointing, adamw8bit, int8": Arrangement(
+        RolesConfig(rank=32, checkpointing=True, quantize="int8"), "adamw8bit"
+    ),
+    "one base, checkpointing, adamw8bit, nf4": Arrangement(
+        RolesConfig(rank=32, checkpointing=True, quantize="nf4"), "adamw8bit"
+    ),
     "one base, single precision": Arrangement(RolesConfig(rank=32), dtype=torch.float32),
-    "one base, checkpointing, single precision": Arrangement(RolesConfig(rank=32, checkpointing=True), dtype=torch.float32),
+    "one base, checkpointing, single precision": Arrangement(
+        RolesConfig(rank=32, checkpointing=True), dtype=torch.float32
+    ),
     COPIES: Arrangement(RolesConfig(lora=False), dtype=torch.float32),
     COPIES + CHECKPOINTED: Arrangement(RolesConfig(lora=False, checkpointing=True), dtype=torch.float32),
 }
@@ -70,21 +76,36 @@ def row(name: str, arrangement: str, batch: int) -> dict[str, Any]:
     began, backbone, method = time.perf_counter(), hollow(name, dtype), DistributionMatching(steps=4)
     data = embeddings(name, backbone, dtype, 2)
     config = TrainConfig(iterations=1, batch=batch, lr=1e-4, fake_lr=1e-4, precision="bf16", optimizer=optimizer)
-    made = training_bytes(backbone, lambda: make_roles(backbone, roles), method, method.times(backbone.schedule), config, data)
-    found = {"family": name, "shape": list(backbone.shape), "arrangement": arrangement, "batch": batch, "weights": made.base + made.trained}
+    made = training_bytes(
+        backbone, lambda: make_roles(backbone, roles), method, method.times(backbone.schedule), config, data
+    )
+    found = {
+        "family": name,
+        "shape": list(backbone.shape),
+        "arrangement": arrangement,
+        "batch": batch,
+        "weights": made.base + made.trained,
+    }
     return found | {"total": made.total, "work": made.work, "counted_in_s": time.perf_counter() - began}
 
 
 def write(rows: list[dict[str, Any]], to: Path) -> None:
     """The table and the rows."""
     write_json(
-        to / "memory.json", {"rows": rows, "hardware": "counted, not run", "commit": commit(), "command": "python benchmarks/memory.py"}
+        to / "memory.json",
+        {"rows": rows, "hardware": "counted, not run", "commit": commit(), "command": "python benchmarks/memory.py"},
     )
     lines = []
     for r in rows:
         copies = COPIES + CHECKPOINTED * (CHECKPOINTED in r["arrangement"])
-        against = next((o for o in rows if (o["family"], o["batch"], o["arrangement"]) == (r["family"], r["batch"], copies)), None)
-        ratio = "" if against is None or against is r else f"{r['weights'] / against['weights']:.2f} / {r['total'] / against['total']:.2f}"
+        against = next(
+            (o for o in rows if (o["family"], o["batch"], o["arrangement"]) == (r["family"], r["batch"], copies)), None
+        )
+        ratio = (
+            ""
+            if against is None or against is r
+            else f"{r['weights'] / against['weights']:.2f} / {r['total'] / against['total']:.2f}"
+        )
         shape = "x".join(map(str, r["shape"]))
         lines.append(
             f"| {r['family']} | {shape} | {r['batch']} | {r['arrangement']} | {r['weights'] / 2**30:.2f} | {r['work'] / 2**30:.2f} | {r['total'] / 2**30:.2f} | {ratio} |"

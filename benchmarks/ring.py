@@ -24,7 +24,15 @@ from fewstep.methods.presets import preset
 from origin import commit, hardware
 from tables import spread
 
-BASE: dict[str, Any] = {"steps": 2, "guidance": 1.0, "shift": 0.35, "loss": "l2", "fake_updates": 3, "warmup": 50, "snr_clip": 50.0}
+BASE: dict[str, Any] = {
+    "steps": 2,
+    "guidance": 1.0,
+    "shift": 0.35,
+    "loss": "l2",
+    "fake_updates": 3,
+    "warmup": 50,
+    "snr_clip": 50.0,
+}
 DRAWS = 8
 TEACHER_STEPS = 2000
 
@@ -64,7 +72,9 @@ def shares(points: Tensor, means: Tensor) -> Tensor:
     return torch.bincount(torch.cdist(points.double(), means).argmin(1), minlength=len(means)) / len(points)
 
 
-def run(variant: Variant, seed: int, teacher: fewstep.Denoiser, example: dict[str, Any], iterations: int) -> dict[str, Any]:
+def run(
+    variant: Variant, seed: int, teacher: fewstep.Denoiser, example: dict[str, Any], iterations: int
+) -> dict[str, Any]:
     """Train one student and measure it in each of its step counts."""
     settings = BASE | variant.method
     own = vars(preset(settings.get("name", "tdm"))) | settings
@@ -90,7 +100,14 @@ def write(results: list[dict[str, Any]], floor: float, a: argparse.Namespace) ->
     command += f" --teacher-steps {a.teacher_steps}" if a.teacher_steps != TEACHER_STEPS else ""
     write_json(
         a.to / "ring.json",
-        {"rows": results, "floor": floor, "hardware": hardware(), "commit": commit(), "seeds": a.seeds, "command": command},
+        {
+            "rows": results,
+            "floor": floor,
+            "hardware": hardware(),
+            "commit": commit(),
+            "seeds": a.seeds,
+            "command": command,
+        },
     )
     lines = []
     for variant in VARIANTS:
@@ -116,7 +133,9 @@ def write(results: list[dict[str, Any]], floor: float, a: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT")
+    parser.add_argument(
+        "--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="training steps of the teacher")
@@ -124,9 +143,16 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_network.py"))
-    floor = example["mean_distance"]([example["DATA"].draw(example["POINTS"], torch.Generator().manual_seed(i)) for i in range(64)])
+    floor = example["mean_distance"](
+        [example["DATA"].draw(example["POINTS"], torch.Generator().manual_seed(i)) for i in range(64)]
+    )
     teacher = fewstep.Denoiser(
-        example["train_teacher"](a.teacher_steps), example["PROCESS"], shape=(2,), prediction="x0", name="ring", time_layer="layers.0"
+        example["train_teacher"](a.teacher_steps),
+        example["PROCESS"],
+        shape=(2,),
+        prediction="x0",
+        name="ring",
+        time_layer="layers.0",
     )
     results: list[dict[str, Any]] = []
     for variant in VARIANTS:

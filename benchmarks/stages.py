@@ -25,12 +25,14 @@ from fewstep.api import load_student, load_teacher, sample
 from fewstep.atomic import write_json
 from fewstep.backbones.load import quiet
 from fewstep.cli.distill import run_distill
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.processes import is_first, this_process
 from fewstep.recipes_path import recipe_path
 from fewstep.student.folder import read_card
 from origin import commit, hardware
 from tables import spread
+from tdm_variants import merged
 
 Settings = dict[str, Any]
 
@@ -59,18 +61,32 @@ def shorter(count: int, imitation: int, matching: int, warmup: int) -> Settings:
 
 WAYS = (
     Way("tdm", "TDM alone, to its end", "tdm4"),
-    Way("tdm-200", "TDM alone", "tdm4", {"method": {"warmup": 40}, "train": {"iterations": 200, "decay": 100, "ema": 0.97}}),
+    Way(
+        "tdm-200",
+        "TDM alone",
+        "tdm4",
+        {"method": {"warmup": 40}, "train": {"iterations": 200, "decay": 100, "ema": 0.97}},
+    ),
     Way("tdm-350", "TDM alone", "tdm4", {"train": {"iterations": 350, "decay": 175, "ema": 0.98}}),
     Way("tdm-520", "TDM alone", "tdm4", {"train": {"iterations": 520, "decay": 260}}),
     Way(
         "tdm-same",
         "TDM alone, with the stages' times and guidance",
         "tdm4",
-        {"method": {"shift": 0.5, "guidance": {"scale": 4.5, "apg_eta": 0}}, "train": {"iterations": 520, "decay": 260}},
+        {
+            "method": {"shift": 0.5, "guidance": {"scale": 4.5, "apg_eta": 0}},
+            "train": {"iterations": 520, "decay": 260},
+        },
     ),
     Way("tdm-equal", "TDM alone", "tdm4", {"train": {"iterations": 650, "decay": 325}}),
     Way("imitation-equal", "imitation alone", "stages", {"train": {"iterations": 300, "decay": 200}}, alone=True),
-    Way("trajpl-equal", "TrajP-L alone", "stages", {"method": {"head": "span"}, "train": {"iterations": 300, "decay": 200}}, alone=True),
+    Way(
+        "trajpl-equal",
+        "TrajP-L alone",
+        "stages",
+        {"method": {"head": "span"}, "train": {"iterations": 300, "decay": 200}},
+        alone=True,
+    ),
     Way("stages-quarter", "imitation, then TDM", "stages", shorter(count=1024, imitation=50, matching=30, warmup=15)),
     Way("stages-half", "imitation, then TDM", "stages", shorter(count=1536, imitation=80, matching=45, warmup=20)),
     Way("stages", "imitation, then TDM", "stages"),
@@ -79,7 +95,11 @@ WAYS = (
         "fold",
         "TrajP-L, its head folded, then TDM",
         "stages",
-        {"warm_start": {"method": {"head": "span"}}, "method": {"init_head": "absorb", "warmup": 100}, "train": {"iterations": 170}},
+        {
+            "warm_start": {"method": {"head": "span"}},
+            "method": {"init_head": "absorb", "warmup": 100},
+            "train": {"iterations": 170},
+        },
     ),
 )
 
@@ -97,7 +117,10 @@ def recipe_of(way: Way, folder: Path, batch: int, seed: int) -> Settings:
     value |= {"name": way.key, "preview": {"every": 10_000, "prompts": ["rocket"]}, "evaluate": None}
     for stage in (value, value.get("warm_start", {})):
         if stage:
-            stage["train"] |= {"batch": batch, "seed": stage["train"].get("seed", 0) + 10 * seed}  # a second stage draws other batches
+            stage["train"] |= {
+                "batch": batch,
+                "seed": stage["train"].get("seed", 0) + 10 * seed,
+            }  # a second stage draws other batches
         if "data" in stage:
             stage["data"] |= {"folder": str(folder / "trajectories")}
     return value
@@ -128,12 +151,21 @@ def run(way: Way, seed: int, a: argparse.Namespace) -> Settings | None:
             student = load_student(out / "final")
             teacher = load_teacher("emoji")
             rows = [
-                Row("teacher", 50, Guidance(scale=4.5), 100, lambda p, s: sample(teacher, list(p), list(s), steps=50, guidance=4.5)),
+                Row(
+                    "teacher",
+                    50,
+                    Guidance(scale=4.5),
+                    100,
+                    lambda p, s: sample(teacher, list(p), list(s), steps=50, guidance=4.5),
+                ),
                 Row("student", 4, Guidance(), 4, lambda p, s: sample(student, list(p), list(s), steps=4)),
             ]
-            measured = evaluate(rows, protocol_named("emoji-medium"), None, shipped=a.out / "teacher" if a.teacher is None else a.teacher)[
-                "rows"
-            ]
+            measured = evaluate(
+                rows,
+                protocol_named("emoji-medium"),
+                None,
+                shipped=a.out / "teacher" if a.teacher is None else a.teacher,
+            )["rows"]
             write_json(
                 result,
                 {"key": way.key, "seed": seed, "seconds": read_card(out / "final").train_seconds, "asked": asked(way, a), "commit": commit(), "hardware": hardware(), "teacher": measured[0], "row": measured[1]},
@@ -182,12 +214,20 @@ def minutes(results: Sequence[Settings]) -> list[float]:
 
 def costs(of: dict[str, list[Settings]]) -> list[str]:
     """For each length of TDM alone the cheapest staged way whose mean FD is as low, and its share of the minutes."""
-    mean = {key: (statistics.mean(minutes(own)), statistics.mean(r["row"]["fd_real"] for r in own)) for key, own in of.items() if own}
+    mean = {
+        key: (statistics.mean(minutes(own)), statistics.mean(r["row"]["fd_real"] for r in own))
+        for key, own in of.items()
+        if own
+    }
     said = []
     for alone in (k for k in ALONE if k in mean):
         cost, fd = mean[alone]
         staged = [(*mean[k], k) for k in STAGED if k in mean and mean[k][1] <= fd]
-        found = f"`{min(staged)[2]}`, {min(staged)[1]:.2f}, {min(staged)[0] / cost:.0%} of the minutes" if staged else "no staged way"
+        found = (
+            f"`{min(staged)[2]}`, {min(staged)[1]:.2f}, {min(staged)[0] / cost:.0%} of the minutes"
+            if staged
+            else "no staged way"
+        )
         said.append(f"What `{alone}` has in {cost:.1f} minutes, FD {fd:.2f}, has {found}.")
     return said
 
@@ -197,7 +237,9 @@ def plot(of: dict[str, list[Settings]], teacher: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for keys, label, color in ((ALONE, "TDM alone", "black"), (STAGED, "imitation, then TDM", "tab:red")):
         shown = [of[k] for k in keys if of[k]]
-        line = sorted((statistics.mean(minutes(own)), statistics.mean(r["row"]["fd_real"] for r in own)) for own in shown)
+        line = sorted(
+            (statistics.mean(minutes(own)), statistics.mean(r["row"]["fd_real"] for r in own)) for own in shown
+        )
         axes.plot([x for x, _ in line], [y for _, y in line], color=color, label=label)
         for own in shown:
             axes.scatter(minutes(own), [r["row"]["fd_real"] for r in own], color=color, s=12)
@@ -210,7 +252,9 @@ def plot(of: dict[str, list[Settings]], teacher: float, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=[w.key for w in WAYS], default=[w.key for w in WAYS], metavar="WAY")
+    parser.add_argument(
+        "--only", nargs="*", choices=[w.key for w in WAYS], default=[w.key for w in WAYS], metavar="WAY"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=32, help="of every process")
     parser.add_argument("--teacher", type=Path, help="folder with measurements of the teacher, read only")

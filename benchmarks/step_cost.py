@@ -28,7 +28,9 @@ from fewstep.training.state import seeded
 from origin import commit, hardware
 
 
-def bare(roles: Roles, method: DistributionMatching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int) -> None:
+def bare(
+    roles: Roles, method: DistributionMatching, cond: dict[str, Tensor], null: dict[str, Tensor], batch: int
+) -> None:
     """The network calls of one iteration and nothing else."""
     backbone, module = roles.backbone, roles.networks["student"]
     segments = timegrid.draw_segments(batch, method.counts[0], seeded(0, 0, "draw"))
@@ -44,7 +46,9 @@ def bare(roles: Roles, method: DistributionMatching, cond: dict[str, Tensor], nu
     with torch.no_grad():
         backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both)
     roles.activate("fake")
-    torch.autograd.grad(backbone.predict(roles.networks["fake"], x, t, cond).sum(), list(roles.trained["fake"].values()))
+    torch.autograd.grad(
+        backbone.predict(roles.networks["fake"], x, t, cond).sum(), list(roles.trained["fake"].values())
+    )
 
 
 def minimum(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -92,10 +96,14 @@ def main() -> None:
             }
         )
         print(found[-1], flush=True)
-    command = f"python benchmarks/step_cost.py --teacher {a.teacher} --batch {a.batch} --rank {a.rank} --repeats {a.repeats}"
+    command = (
+        f"python benchmarks/step_cost.py --teacher {a.teacher} --batch {a.batch} --rank {a.rank} --repeats {a.repeats}"
+    )
     record = {"rows": found, "hardware": hardware(), "commit": commit(), "seeds": [0], "command": command}
     (a.out / "step_cost.json").write_text(json.dumps(record, indent=2) + "\n")
-    table = "\n".join(f"| {r['roles']} | {r['batch']} | {r['bare']:.3f} | {r['iteration']:.3f} | {r['ratio']:.3f} |" for r in found)
+    table = "\n".join(
+        f"| {r['roles']} | {r['batch']} | {r['bare']:.3f} | {r['iteration']:.3f} | {r['ratio']:.3f} |" for r in found
+    )
     (a.out / "step_cost.md").write_text(
         f"# The cost of an iteration over its bare network calls\n\n`{command}` on {hardware()}, commit {commit()}.\n\n"
         f"| roles | batch | bare calls, s | iteration, s | ratio |\n|---|---|---|---|---|\n{table}\n"

@@ -26,15 +26,15 @@ from fewstep.api import load_teacher, sample
 from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import fingerprint, quiet
-from fewstep.cli.distill import roles_of
-from fewstep.cli.finish import write_student
+from fewstep.core.guidance import Guidance
 from fewstep.data.images import encode_images_of
 from fewstep.data.prompts import embed, read_prompts
 from fewstep.data.teacher_images import teacher_images
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.roles.roles import Roles
+from fewstep.runs.init import initialize, roles_for
 from fewstep.runs.recipe import DistillRecipe, validate
-from fewstep.student.card import StudentCard
+from fewstep.student.student import Origin, Student
 from fewstep.training.loop import Step, distill
 from origin import CLOCK, commit, hardware
 from tables import spread
@@ -60,8 +60,12 @@ class Calls:
 def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argparse.Namespace) -> None:
     """Train and measure one student; what is finished is left alone."""
     run, known = folder / f"{variant.key}-{seed}", finished(a, of=variant)
-    begins = any(v.start == variant.key and f"{v.key}-{seed}" not in finished(a, of=v) for v in VARIANTS if v.key in a.only)
-    if run.name in known and not (begins and not (run / "final").exists()):  # the table may outlive the student that another begins as
+    begins = any(
+        v.start == variant.key and f"{v.key}-{seed}" not in finished(a, of=v) for v in VARIANTS if v.key in a.only
+    )
+    if run.name in known and not (
+        begins and not (run / "final").exists()
+    ):  # the table may outlive the student that another begins as
         return
     recipe = validate(recipe_value(variant, seed, a.iterations, a.rate), DistillRecipe, variant.key)
     method, identity = recipe.method, fingerprint(teacher.module, *teacher.encoders)
@@ -70,10 +74,12 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
     if recipe.data is not None:
         own = a.pictures if variant.key == "gan" and a.pictures else None
         real = encode_images_of(teacher, own, folder / "embeddings", identity) if own else teacher_images(teacher, prompts, recipe.data.count, recipe.data.steps, method.guidance, folder / "embeddings", seed)  # fmt: skip
-    roles = roles_of(recipe, teacher, None)
+    roles = roles_for(teacher, method, recipe.roles, recipe.train.seed)
     if variant.start:
-        start_from(roles, folder / f"{variant.start}-{seed}" / "final")
-    curve: list[dict[str, float]] = json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []
+        initialize(roles, folder / f"{variant.start}-{seed}" / "final")
+    curve: list[dict[str, float]] = (
+        json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []
+    )
     seconds = curve[-1]["seconds"] if curve else 0.0
     calls, step, since = Calls(roles, curve[-1]["calls"] if curve else 0.0), None, CLOCK()
     for step in distill(roles, method, prompts, recipe.train, run, real):
@@ -97,10 +103,9 @@ def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argpa
     if step is None:  # everything was trained, not measured
         step = Step(recipe.train.iterations, {}, 0.0, roles, method)
     rows = measure(step, teacher, variant.draws, a.protocol, run, a)
-    grids = {str(k): method.times(teacher.schedule, k).tolist() for k in method.counts}
-    card = StudentCard(variant.key, method.name, "emoji", "", method.counts, grids, dict.fromkeys(grids, method.solver), "v_prediction", "lora" if recipe.roles.lora else "full", recipe.roles.rank, float(recipe.roles.rank), method.guidance, "other", recipe.train.iterations, seconds, "", "", time_layer=teacher.time_layer if roles.condition_values else "")  # fmt: skip
+    origin = Origin("emoji", "", recipe.train.iterations, seconds, variant.key)
     with roles.averaged():
-        write_student(run / "final", card, roles, method.times(teacher.schedule)[:-1])
+        Student.of(roles, method, origin).write(run / "final")
     result = {
         "seconds": seconds,
         "iterations": recipe.train.iterations,
@@ -144,20 +149,34 @@ def finished(a: argparse.Namespace, of: Variant | None = None) -> dict[str, dict
         result = json.loads(path.read_text())
         if result["asked"] == shared(a):
             found[path.parent.name] = result
-    return {k: v for k, v in found.items() if of is None or (k.rsplit("-", 1)[0] == of.key and v["recipe"] == settled(of, a))}
+    return {
+        k: v
+        for k, v in found.items()
+        if of is None or (k.rsplit("-", 1)[0] == of.key and v["recipe"] == settled(of, a))
+    }
 
 
-def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str, run: Path, a: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str, run: Path, a: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Rows of these draws; the teacher's own pictures are measured once for all variants."""
-    best = Row("teacher", 50, a.guidance, 100, lambda p, s: sample(teacher, list(p), list(s), steps=50, guidance=a.guidance))
-    rows = [best, *(Row("student", d.steps, 1.0, d.steps, _sampler(model, d)) for d in draws)]
+    best = Row(
+        "teacher",
+        50,
+        Guidance(scale=a.guidance),
+        100,
+        lambda p, s: sample(teacher, list(p), list(s), steps=50, guidance=a.guidance),
+    )
+    rows = [best, *(Row("student", d.steps, Guidance(), d.steps, _sampler(model, d)) for d in draws)]
     found = evaluate(rows, protocol_named(protocol), None, shipped=a.out / "teacher")["rows"]
     return [{**row, "draw": d.title} for row, d in zip(found[1:], draws, strict=True)]
 
 
 def _sampler(model: Any, d: Draw, guidance: float = 1.0) -> Any:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return sample(model, list(prompts), list(seeds), steps=d.steps, guidance=guidance, solver=d.solver, condition=d.told)
+        return sample(
+            model, list(prompts), list(seeds), steps=d.steps, guidance=guidance, solver=d.solver, condition=d.told
+        )
 
     return draw
 
@@ -167,7 +186,7 @@ def teacher_rows(teacher: Backbone, a: argparse.Namespace) -> list[dict[str, Any
     found = []
     for protocol in (a.curve, a.protocol):
         rows = [
-            Row("teacher", k, w, k * (2 if w != 1 else 1), _sampler(teacher, Draw(k), w))
+            Row("teacher", k, Guidance(scale=w), k * (2 if w != 1 else 1), _sampler(teacher, Draw(k), w))
             for k, w in ((50, a.guidance), (4, a.guidance), (4, 1.0), (2, 1.0), (1, 1.0))
         ]
         found = evaluate(rows, protocol_named(protocol), a.out / "teacher")["rows"]
@@ -187,7 +206,15 @@ def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     found = finished(a)
     results = {v.key: [r for k, r in sorted(found.items()) if k.rsplit("-", 1)[0] == v.key] for v in VARIANTS}
     measured = [
-        (v, d, {k.rsplit("-", 1)[1]: r["rows"][i]["fd_real"] for k, r in sorted(found.items()) if k.rsplit("-", 1)[0] == v.key})
+        (
+            v,
+            d,
+            {
+                k.rsplit("-", 1)[1]: r["rows"][i]["fd_real"]
+                for k, r in sorted(found.items())
+                if k.rsplit("-", 1)[0] == v.key
+            },
+        )
         for v in VARIANTS
         if results[v.key]
         for i, d in enumerate(v.draws)
@@ -247,10 +274,16 @@ def command_of(a: argparse.Namespace, variants: Sequence[str], seeds: Sequence[s
 
 def rates(results: Mapping[str, list[dict[str, Any]]]) -> str:
     """Whose learning rates are other than the base's, and how it was found."""
-    default, tuned = "Learning rates are the defaults of `tdm_variants.py`", [v for v in VARIANTS if results[v.key] and v.rate != 1]
+    default, tuned = (
+        "Learning rates are the defaults of `tdm_variants.py`",
+        [v for v in VARIANTS if results[v.key] and v.rate != 1],
+    )
     if not tuned:
         return f"{default}."
-    times = (f"times {rate:g} for {', '.join(f'`{v.key}`' for v in tuned if v.rate == rate)}" for rate in sorted({v.rate for v in tuned}))
+    times = (
+        f"times {rate:g} for {', '.join(f'`{v.key}`' for v in tuned if v.rate == rate)}"
+        for rate in sorted({v.rate for v in tuned})
+    )
     return f"{default}, {', '.join(times)}: what brought more than noise with one seed (docs/log.md)."
 
 
@@ -275,8 +308,13 @@ def race(found: dict[str, dict[str, Any]]) -> list[str]:
             and own["hardware"] == rival["hardware"]  # a race is run on one track
         ]
         if both:
-            to_the_letter, about = ([_share(own["curve"], rival["curve"], slack) for own, rival in both] for slack in (0.0, NOISE))
-            ends = [[next(row["fd_real"] for row in r["rows"] if row["draw"] == Draw(4).title) for r in pair] for pair in both]
+            to_the_letter, about = (
+                [_share(own["curve"], rival["curve"], slack) for own, rival in both] for slack in (0.0, NOISE)
+            )
+            ends = [
+                [next(row["fd_real"] for row in r["rows"] if row["draw"] == Draw(4).title) for r in pair]
+                for pair in both
+            ]
             lower = spread([100 * (1 - own / rival) for own, rival in ends])
             said.append(
                 f"{variant.label}: TDM has its best FD {_when(to_the_letter)}, to within {NOISE:g} of it (both) {_when(about)}, and ends {lower} % lower (the paper, of DMD2: 4 % of the time, 20 % lower)."
@@ -287,7 +325,9 @@ def race(found: dict[str, dict[str, Any]]) -> list[str]:
 def _share(own: Sequence[Mapping[str, float]], rival: Sequence[Mapping[str, float]], slack: float) -> float:
     """Percent of the rival's time to its best FD that the other takes to it; `slack` above it is as good."""
     level = min(p["fd_real"] for p in rival) + slack
-    reached, needed = (next((p["seconds"] for p in curve if p["fd_real"] <= level), float("inf")) for curve in (own, rival))
+    reached, needed = (
+        next((p["seconds"] for p in curve if p["fd_real"] <= level), float("inf")) for curve in (own, rival)
+    )
     return 100 * reached / needed
 
 
@@ -300,7 +340,11 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path, curve: str) -> No
     results = of_one_machine(results)
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     for axes, rivals in zip(panels, (True, False), strict=True):
-        shown = [v for v in VARIANTS if results[v.key] and v.draws != (Draw(1),) and (v.key == "tdm-4" or (v.key in RIVALS) == rivals)]
+        shown = [
+            v
+            for v in VARIANTS
+            if results[v.key] and v.draws != (Draw(1),) and (v.key == "tdm-4" or (v.key in RIVALS) == rivals)
+        ]
         for i, variant in enumerate(shown):
             for j, result in enumerate(results[variant.key]):
                 axes.plot(
@@ -320,7 +364,9 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path, curve: str) -> No
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT")
+    parser.add_argument(
+        "--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=BASE["train"]["iterations"])
     parser.add_argument(
@@ -330,14 +376,21 @@ def options() -> argparse.ArgumentParser:
         help="times every learning rate that the variants have: the table of another goes to another folder (--out and --to)",
     )
     parser.add_argument(
-        "--every", type=int, default=52, help="iterations between two points of the curve, which has one at half of the first as well"
+        "--every",
+        type=int,
+        default=52,
+        help="iterations between two points of the curve, which has one at half of the first as well",
     )
     parser.add_argument("--protocol", default="emoji-medium")
     parser.add_argument("--curve", default="emoji-quick", help="protocol of the curve")
     parser.add_argument("--guidance", type=float, default=4.5)
-    parser.add_argument("--pictures", help="folder of real pictures for the adversarial term; the teacher's own if not given")
+    parser.add_argument(
+        "--pictures", help="folder of real pictures for the adversarial term; the teacher's own if not given"
+    )
     parser.add_argument("--prompts", type=Path, default=Path("src/fewstep/zoo/emoji/prompts.txt"))
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-tdm"), help="where students and measurements are kept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench-tdm"), help="where students and measurements are kept"
+    )
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
     return parser
 

@@ -33,7 +33,9 @@ class Draw:
     def title(self) -> str:
         parts = [f"{self.steps} step{'s' if self.steps > 1 else ''}"]
         return ", ".join(
-            parts + [f"tested with {self.solver}"] * (self.solver is not None) + [f"told {self.told}"] * (self.told is not None)
+            parts
+            + [f"tested with {self.solver}"] * (self.solver is not None)
+            + [f"told {self.told}"] * (self.told is not None)
         )
 
 
@@ -58,7 +60,11 @@ class Variant:
 
     def called(self, draw: Draw) -> tuple[int, str, int | None]:
         """What tells this way of calling it from others: (steps, solver, count it is told)."""
-        return draw.steps, draw.solver or str(validate(recipe_value(self, 0, 1), DistillRecipe, self.key).method.solver), draw.told
+        return (
+            draw.steps,
+            draw.solver or str(validate(recipe_value(self, 0, 1), DistillRecipe, self.key).method.solver),
+            draw.told,
+        )
 
 
 FEW = (Draw(1), Draw(2), Draw(4))
@@ -108,9 +114,16 @@ def recipe_value(variant: Variant, seed: int, iterations: int, rate: float = 1.0
     if own["name"] in ("lcm", "progressive"):
         own = variant.method
     value = BASE | variant.other | {"method": own}
-    value["train"] = BASE["train"] | {"iterations": iterations, "decay": iterations // 2} | variant.other.get("train", {}) | {"seed": seed}
+    value["train"] = (
+        BASE["train"]
+        | {"iterations": iterations, "decay": iterations // 2}
+        | variant.other.get("train", {})
+        | {"seed": seed}
+    )
     value["train"]["decay"] = min(value["train"]["decay"], value["train"]["iterations"])
     if "warmup" in own:
-        value["method"] = own | {"warmup": min(own["warmup"], value["train"]["iterations"] - 1)}  # a rehearsal of a few has updates, too
+        value["method"] = own | {
+            "warmup": min(own["warmup"], value["train"]["iterations"] - 1)
+        }  # a rehearsal of a few has updates, too
     value["train"] |= {k: rate * variant.rate * value["train"][k] for k in ("lr", "fake_lr")}
     return value

@@ -30,8 +30,10 @@ from fewstep import TrajectoryConfig, TrajectoryImitation
 from fewstep.api import trajectory_times
 from fewstep.atomic import write_json
 from fewstep.backbones.base import denoiser
+from fewstep.backbones.generate import device_of
+from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import Embeddings, embed
-from fewstep.data.trajectories import Trajectories, generate_trajectories, run_to_completion
+from fewstep.data.trajectories import Trajectories, generate_trajectories, guided_teacher, run_to_completion
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method, student_of
 from fewstep.roles.roles import RolesConfig
@@ -61,7 +63,10 @@ class Student:
 
 ALONE = {"rank": 0}
 SOLVERS = {name: Student(label, {"solver": name, "head": "none"}, trained=False) for name, label in (("ddim", "DDIM"), ("ipndm", "iPNDM"), ("dpmpp", "DPM-Solver++(2M)"))}  # fmt: skip
-HEADS = {"pas": Student("shared weights (PAS)", {"head": "shared"}, ALONE), "head": Student("span head alone", {"head": "span"}, ALONE)}
+HEADS = {
+    "pas": Student("shared weights (PAS)", {"head": "shared"}, ALONE),
+    "head": Student("span head alone", {"head": "span"}, ALONE),
+}
 LORAS = {
     "lora": Student("LoRA alone", {"head": "none"}, {"rank": 8}),
     "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
@@ -73,11 +78,20 @@ SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
 
 def of_rank(rank: int) -> dict[str, Student]:
     """Students of a teacher of pictures, whose LoRA have so many components: 4 % of its weights."""
-    return {**SOLVERS, **HEADS, **{k: replace(v, roles={"rank": rank}) for k, v in LORAS.items()}, "sfd": replace(SFD, rate=0.2)}
+    return {
+        **SOLVERS,
+        **HEADS,
+        **{k: replace(v, roles={"rank": rank}) for k, v in LORAS.items()},
+        "sfd": replace(SFD, rate=0.2),
+    }
 
 
 PARTS: dict[str, dict[str, Student]] = {
-    "exact": {**SOLVERS, **HEADS, "head-ipndm": Student("span head on iPNDM", {"head": "span", "solver": "ipndm"}, ALONE)},
+    "exact": {
+        **SOLVERS,
+        **HEADS,
+        "head-ipndm": Student("span head on iPNDM", {"head": "span", "solver": "ipndm"}, ALONE),
+    },
     "network": {
         **SOLVERS,
         **HEADS,
@@ -96,26 +110,39 @@ PARTS: dict[str, dict[str, Student]] = {
         "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 2}),
         "two": Student("TrajP-L for 2 steps alone", {"head": "span", "steps": 2}, {"rank": 2}, iterations=600),
         "two-matched": Student(
-            "LoRA for 2 steps alone, then anchored TDM", {"head": "none", "steps": 2}, {"rank": 2}, iterations=420, matching=ANCHORED
+            "LoRA for 2 steps alone, then anchored TDM",
+            {"head": "none", "steps": 2},
+            {"rank": 2},
+            iterations=420,
+            matching=ANCHORED,
         ),
     },
     "emoji": of_rank(6),
 }
 
 
-def walked(part: Part, data: Embeddings, config: TrajectoryConfig, times: Tensor, folder: Path, name: str) -> Trajectories:
+def walked(
+    part: Part, data: Embeddings, config: TrajectoryConfig, times: Tensor, folder: Path, name: str
+) -> Trajectories:
     """The teacher's trajectories, kept in the folder."""
+    null = data.unconditional(device_of(part.teacher.module))
+    source = guided_teacher(part.teacher, null, config, times, Guidance(scale=part.guidance))
     return run_to_completion(
-        generate_trajectories(part.teacher, data, config, times, part.guidance, folder, name, chunk=CHUNK.get(name, 500))
+        generate_trajectories(part.teacher, data, config, times, source, folder, name, chunk=CHUNK.get(name, 500))
     )
 
 
 def asked_of(student: Student, part: Part) -> dict[str, Any]:
     """Settings that a run must share with one that is kept."""
     train = {k: v for k, v in asdict(training_of(student, part)).items() if k != "seed"}
-    paths = asdict(replace(part.paths, count=student.trajectories or part.paths.count))
+    trajectories = asdict(replace(part.paths, count=student.trajectories or part.paths.count))
     own: dict[str, Any] = (
-        {"train": train, "paths": paths, "roles": student.roles, "samples": len(part.noise)}
+        {
+            "train": train,
+            "trajectories": {k: v for k, v in trajectories.items() if k not in ("student", "folder")},
+            "roles": student.roles,
+            "samples": len(part.noise),
+        }
         if student.trained
         else {"samples": len(part.noise)}
     )
@@ -126,7 +153,7 @@ def asked_of(student: Student, part: Part) -> dict[str, Any]:
 
 def training_of(student: Student, part: Part) -> TrainConfig:
     """Of its imitation."""
-    its, lr = student.iterations or part.train.iterations, student.rate * part.train.lr
+    its, lr = student.iterations or part.train.iterations, student.rate * part.train.rates(True)[0]
     return replace(part.train, iterations=its, decay=its // 2, lr=lr, fake_lr=lr)
 
 
@@ -134,9 +161,19 @@ def run(
     name: str, key: str, student: Student, part: Part, walks: Callable[[], Trajectories], data: Embeddings, seed: int
 ) -> dict[str, Any]:
     """Train one student on what `walks` gives, and measure it at every count that it serves."""
-    teacher, method = part.teacher, TrajectoryImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method})
+    teacher, method = (
+        part.teacher,
+        TrajectoryImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method}),
+    )
     about: dict[str, Any] = {"commit": commit(), "hardware": hardware()}
-    about |= {"part": name, "key": key, "label": student.label, "seed": seed, "teacher": part.floors, "asked": asked_of(student, part)}
+    about |= {
+        "part": name,
+        "key": key,
+        "label": student.label,
+        "seed": seed,
+        "teacher": part.floors,
+        "asked": asked_of(student, part),
+    }
     if not student.trained:
         with torch.no_grad():
             measured = part.measure(lambda _, cond: denoiser(teacher, teacher.module, cond), method, None)
@@ -192,29 +229,49 @@ def main() -> None:
                 continue
             config, folder = part.paths, a.folder / name
             if student.trajectories:
-                config, folder = replace(config, count=student.trajectories), a.folder / f"{name}-{student.trajectories}"
+                config, folder = (
+                    replace(config, count=student.trajectories),
+                    a.folder / f"{name}-{student.trajectories}",
+                )
             walks = partial(walked, part, data, config, times, folder, name)
             for seed in a.seeds if student.trained and not student.trajectories else a.seeds[:1]:
                 row = kept(a).get((name, key, seed))
-                if row is None or row["asked"] != asked_of(student, part) or row["measured"].keys() != {"error", *part.distances}:
+                if (
+                    row is None
+                    or row["asked"] != asked_of(student, part)
+                    or row["measured"].keys() != {"error", *part.distances}
+                ):
                     row = run(name, key, student, part, walks, data, seed)
                     write(list((kept(a) | {(name, key, seed): row}).values()), a)
                 for measure, numbers in row["measured"].items():
-                    print(name, key, seed, measure, {k: round(v, 4) for k, v in numbers.items()}, f"{row['seconds']:.0f} s", flush=True)
+                    print(
+                        name,
+                        key,
+                        seed,
+                        measure,
+                        {k: round(v, 4) for k, v in numbers.items()},
+                        f"{row['seconds']:.0f} s",
+                        flush=True,
+                    )
     write(list(kept(a).values()), a)
 
 
 def kept(a: argparse.Namespace) -> dict[tuple[str, str, int], dict[str, Any]]:
     """(part, key, seed) -> the run that the table holds, which another process may have put there."""
     table = a.out / "trajpl.json"
-    return {(r["part"], r["key"], r["seed"]): r for r in (json.loads(table.read_text())["rows"] if table.exists() else [])}
+    return {
+        (r["part"], r["key"], r["seed"]): r for r in (json.loads(table.read_text())["rows"] if table.exists() else [])
+    }
 
 
 def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
     """`trajpl.json` with every run, and `trajpl.md` with means and deviations over seeds."""
     results = json.loads(json.dumps(results))  # step counts are names in json
     order = [(part, key) for part, students in PARTS.items() for key in students]
-    results = sorted((r for r in results if (r["part"], r["key"]) in order), key=lambda r: (order.index((r["part"], r["key"])), r["seed"]))
+    results = sorted(
+        (r for r in results if (r["part"], r["key"]) in order),
+        key=lambda r: (order.index((r["part"], r["key"])), r["seed"]),
+    )
     write_json(a.out / "trajpl.json", {"rows": results, "command": "python benchmarks/trajpl.py"})
     lines = ["# TrajP-L", "", (__doc__ or "").split("\n\n")[2].strip(), ""]
     for name in dict.fromkeys(r["part"] for r in results):
@@ -242,13 +299,21 @@ def _table(rows: list[dict[str, Any]], students: dict[str, Student], measure: st
     for key, student in students.items():
         if own := [r for r in rows if r["key"] == key]:
             weights = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and trained else "")
-            cells = [spread([r["measured"][measure][k] for r in own], 3) if k in own[0]["measured"][measure] else "" for k in counts]
+            cells = [
+                spread([r["measured"][measure][k] for r in own], 3) if k in own[0]["measured"][measure] else ""
+                for k in counts
+            ]
             if ddim is not None and floor is not None:
-                cells[counts.index("2")] += f" ({statistics.mean((r['measured'][measure]['2'] - floor) / (ddim - floor) for r in own):.1%})"
+                cells[counts.index("2")] += (
+                    f" ({statistics.mean((r['measured'][measure]['2'] - floor) / (ddim - floor) for r in own):.1%})"
+                )
             seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"
             lines.append(f"| {' | '.join([student.label, weights, seconds, *cells])} |")
     if floor is not None:
-        lines += ["", f"The teacher's own way: {floor:.3f}. In brackets: what is left of DDIM's excess over it at two steps."]
+        lines += [
+            "",
+            f"The teacher's own way: {floor:.3f}. In brackets: what is left of DDIM's excess over it at two steps.",
+        ]
     return lines
 
 

@@ -17,10 +17,11 @@ from fewstep.backbones.base import Backbone, Cond, denoiser, guided, rows
 from fewstep.backbones.load import BUNDLED
 from fewstep.backbones.toy import Mixture
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM, diffuse, expand
 from fewstep.core.solvers import Correction, Denoise, Solver, sample, solver_named
 from fewstep.data.prompts import read_prompts
-from fewstep.data.trajectories import walk
+from fewstep.data.trajectories import solve
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.plan import plan
@@ -78,7 +79,11 @@ def small_teacher(file: Path, steps: int) -> Backbone:
     if file.exists():
         net.load_state_dict(load_file(file))
         return teacher
-    data, rng, average = mixture(), torch.Generator().manual_seed(0), {k: v.clone() for k, v in net.state_dict().items()}
+    data, rng, average = (
+        mixture(),
+        torch.Generator().manual_seed(0),
+        {k: v.clone() for k, v in net.state_dict().items()},
+    )
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - step / steps))
@@ -145,10 +150,14 @@ class Part:
 def mixture_part(teacher: Backbone, count: int, a: argparse.Namespace) -> Part:
     """Fresh noise, 64 steps of Heun's method from it, and the distance to draws of the mixture as they are."""
     noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
-    goal = walk(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
-    train = TrainConfig(iterations=a.iterations, batch=a.batch, lr=a.lr, fake_lr=a.lr, decay=a.iterations // 2, ema=0.99)
+    goal = solve(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
+    train = TrainConfig(
+        iterations=a.iterations, batch=a.batch, lr=a.lr, fake_lr=a.lr, decay=a.iterations // 2, ema=0.99
+    )
     truth = moments(mixture().draw(100_000, torch.Generator().manual_seed(0)))
-    part = Part(teacher, ("",), TrajectoryConfig(count=count, steps=64), train, noise, goal, teacher.encode([""] * FRESH))
+    part = Part(
+        teacher, ("",), TrajectoryConfig(count=count, steps=64), train, noise, goal, teacher.encode([""] * FRESH)
+    )
     return against(part, fd_data=lambda x: frechet_distance(truth, moments(x)))
 
 
@@ -162,7 +171,12 @@ def picture_part(
         times = timegrid.uniform(teacher.schedule, 50)
         with torch.no_grad():
             ends = in_parts(
-                lambda own: guided(teacher, teacher.module, own, null, guidance), teacher, cond, noise, times, solver_named("ddim")
+                lambda own: guided(teacher, teacher.module, own, null, Guidance(scale=guidance)),
+                teacher,
+                cond,
+                noise,
+                times,
+                solver_named("ddim"),
             )
         write_tensors(kept, {"goal": ends})
     return Part(teacher, tuple(prompts), paths, train, noise, load_file(kept)["goal"], cond, guidance=guidance)
@@ -212,7 +226,9 @@ def pixel_part(a: argparse.Namespace) -> Part:
     """Distances to the first pictures of the test set, in principal components of their features."""
     teacher, data = load_teacher("fashion"), read_pixel_data(str(a.pixels))
     classes = data.classes
-    train = TrainConfig(iterations=a.pixel_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.pixel_iterations // 2, ema=0.99)
+    train = TrainConfig(
+        iterations=a.pixel_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.pixel_iterations // 2, ema=0.99
+    )
     asked = [classes[i % len(classes)] for i in range(FRESH)]
     part = picture_part("pixel", teacher, 1.0, train, TrajectoryConfig(count=5000, steps=24), classes, asked, a)
     network, told = feature_network(), class_features(data, a.folder / "classes.safetensors")
@@ -227,13 +243,19 @@ def pixel_part(a: argparse.Namespace) -> Part:
         truth = moments(basis(seen))
         return lambda x: frechet_distance(truth, moments(basis(look(teacher.decode(x)))))
 
-    return against(part, fd_classes=distance(lambda p: told.layers(2 * p[:, :1] - 1).double()), fd=distance(partial(features, network)))
+    return against(
+        part,
+        fd_classes=distance(lambda p: told.layers(2 * p[:, :1] - 1).double()),
+        fd=distance(partial(features, network)),
+    )
 
 
 def emoji_part(a: argparse.Namespace) -> Part:
     """Distances to all real emoji, of the names that `emoji-medium` asks for."""
     teacher, known, protocol = load_teacher("emoji"), load_reference(), protocol_named("emoji-medium")
-    train = TrainConfig(iterations=a.emoji_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.emoji_iterations // 2, ema=0.99)
+    train = TrainConfig(
+        iterations=a.emoji_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.emoji_iterations // 2, ema=0.99
+    )
     asked = plan(protocol, known)
     names = asked.prompts[asked.plain][: a.names]
     part = picture_part(
@@ -248,7 +270,10 @@ def emoji_part(a: argparse.Namespace) -> Part:
     )
     network, leading = feature_network(), protocol.components
     truth = moments(known.gallery[:, :leading])
-    return against(part, fd=lambda x: frechet_distance(truth, moments(known.embed(features(network, teacher.decode(x)))[:, :leading])))
+    return against(
+        part,
+        fd=lambda x: frechet_distance(truth, moments(known.embed(features(network, teacher.decode(x)))[:, :leading])),
+    )
 
 
 def make_part(name: str, a: argparse.Namespace) -> Part:

@@ -128,10 +128,16 @@ def latents_of(plan: Plan, clips: Clips, run: Path) -> Tensor:
     if not file.exists():
         vae, parts = miniature_video.load_autoencoder(run / "vae"), []
         for v in range(plan.variants):
-            x = to_states(clip_data.draw_clips(clips, list(range(len(clips.emoji))), plan.frames, plan.least, seeded(0, v, "places")))
+            x = to_states(
+                clip_data.draw_clips(
+                    clips, list(range(len(clips.emoji))), plan.frames, plan.least, seeded(0, v, "places")
+                )
+            )
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=plan.codec.bf16):
                 parts.append(torch.cat([vae.encode(p).latent_dist.mean.float() for p in x.split(16)]))
-        write_tensors(file, {"latents": (torch.stack(parts, 1) * vae.config.scaling_factor).transpose(2, 3).contiguous().half()})
+        write_tensors(
+            file, {"latents": (torch.stack(parts, 1) * vae.config.scaling_factor).transpose(2, 3).contiguous().half()}
+        )
     return load_file(file)["latents"]
 
 
@@ -179,7 +185,13 @@ def train_student(plan: Plan, teacher: Path, run: Path) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "final" / CARD).exists():
         recipe, n = run / "recipe.yaml", plan.iterations
-        settings = asdict(plan) | {"teacher": teacher, "warmup": n // 6, "decay": n // 2, "every": max(1, n // 3), "shown": plan.steps // 2}
+        settings = asdict(plan) | {
+            "teacher": teacher,
+            "warmup": n // 6,
+            "decay": n // 2,
+            "every": max(1, n // 3),
+            "shown": plan.steps // 2,
+        }
         recipe.write_text(RECIPE.format(**settings))
         run_distill(str(recipe), [], run, False, [])
     return run / "final"
@@ -232,7 +244,9 @@ def distances(found: dict[str, Tensor], reference: Tensor, components: int) -> d
     for name, clips in found.items():
         for i, (own, goal) in enumerate(zip(looks_and_changes(clips), goals, strict=True)):
             space = principal_components(goal, min(components, len(goal) - 1, len(own) - 1))
-            result[name][i] = frechet_distance(moments(space(own)), moments(space(goal))) * 100 / float(space.variance.sum())
+            result[name][i] = (
+                frechet_distance(moments(space(own)), moments(space(goal))) * 100 / float(space.variance.sum())
+            )
     return result
 
 
@@ -271,11 +285,16 @@ def measure(plan: Plan, clips: Clips, found: dict[str, Tensor]) -> list[dict[str
     ]
 
 
-def write(plan: Plan, clips: Clips, rows: list[dict[str, Any]], found: dict[str, Tensor], student: Student, to: Path) -> None:
+def write(
+    plan: Plan, clips: Clips, rows: list[dict[str, Any]], found: dict[str, Tensor], student: Student, to: Path
+) -> None:
     """The table, the rows and the strips."""
     command, names = "python benchmarks/video.py", [clips.emoji[i].caption for i in chosen(plan, clips)]
     settings = {"plan": asdict(plan), "prompts": names, "train_seconds": student.card.train_seconds}
-    write_json(to / "video.json", {"rows": rows, "hardware": hardware(), "commit": commit(), "seeds": [0], "command": command, **settings})
+    write_json(
+        to / "video.json",
+        {"rows": rows, "hardware": hardware(), "commit": commit(), "seeds": [0], "command": command, **settings},
+    )
     numbers = {"steps": plan.steps, "guidance": plan.guidance, "twice": 2 * plan.steps}
     lines = [
         f"| {' | '.join(cell.format(**numbers) for cell in TITLES[r['model']])} | {r['motion']:.2f} | {100 * r['of_teacher']:.0f} % | {r['like_teacher']:.2f} | "
@@ -309,7 +328,12 @@ The clips are Fluent emoji by Microsoft as packed in `{CLIPS[0]}` {CLIPS[1]} (MI
         "teacher, 4 steps": found["teacher-4"],
         "student, 4 steps": found["student"],
     }
-    write_grid(to / "video.png", torch.stack([strip(x[columns]) for x in shown.values()]), list(shown), [names[i] for i in columns])
+    write_grid(
+        to / "video.png",
+        torch.stack([strip(x[columns]) for x in shown.values()]),
+        list(shown),
+        [names[i] for i in columns],
+    )
 
 
 def chain(plan: Plan, clips: Clips, out: Path, to: Path) -> list[dict[str, Any]]:
@@ -327,7 +351,9 @@ def chain(plan: Plan, clips: Clips, out: Path, to: Path) -> list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="where npm's archives are or go")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-video"), help="where everything that is trained is kept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench-video"), help="where everything that is trained is kept"
+    )
     parser.add_argument("--to", type=Path, default=Path(__file__).parent)
     a = parser.parse_args()
     quiet()

@@ -27,7 +27,15 @@ class RingNet(nn.Module):
         super().__init__()
         self.spread = spread
         self.layers = nn.Sequential(
-            *(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+            *(
+                nn.Linear(6, width),
+                nn.SiLU(),
+                nn.Linear(width, width),
+                nn.SiLU(),
+                nn.Linear(width, width),
+                nn.SiLU(),
+                nn.Linear(width, 2),
+            )
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -70,10 +78,14 @@ def mean_distance(points: list[Tensor]) -> float:
 def main(teacher_steps: int = 2000, iterations: int = 600, draws: int = 16) -> tuple[dict[str, float], Tensor]:
     """Train, distil, compare; returns the distances and points of the student."""
     teacher = fewstep.Denoiser(train_teacher(teacher_steps), PROCESS, shape=(2,), prediction="x0", name="ring")
-    print(fewstep.check(teacher, real=DATA.draw(512, torch.Generator().manual_seed(0))))  # is it read as it was trained?
+    print(
+        fewstep.check(teacher, real=DATA.draw(512, torch.Generator().manual_seed(0)))
+    )  # is it read as it was trained?
     prompts, seeds = [""] * POINTS, [range(i * POINTS, (i + 1) * POINTS) for i in range(draws)]
 
-    method = fewstep.TDM(steps=2, shift=0.35, loss="l2", warmup=50, fake=FakeScoreConfig(updates=3, snr_clip=50.0), guidance=1.0)
+    method = fewstep.TDM(
+        steps=2, shift=0.35, loss="l2", warmup=50, fake=FakeScoreConfig(updates=3, snr_clip=50.0), guidance=1.0
+    )
     with tempfile.TemporaryDirectory() as out:
         for step in fewstep.distill(
             teacher,
@@ -87,7 +99,9 @@ def main(teacher_steps: int = 2000, iterations: int = 600, draws: int = 16) -> t
                     f"iteration {step.iteration}: {mean_distance([fewstep.sample(step, prompts)]):.4f}, {step.seconds_left:.0f} s left",
                     *step.warnings,
                 )
-        kept = fewstep.load_student(f"{out}/final", base=teacher)  # what another program does with the folder of the run
+        kept = fewstep.load_student(
+            f"{out}/final", base=teacher
+        )  # what another program does with the folder of the run
 
     student = [fewstep.sample(kept, prompts, s) for s in seeds]
     distances = {

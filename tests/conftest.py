@@ -21,7 +21,9 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("offline", database=None, deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("offline")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would every run that a test stops
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore it, and so would every run that a test stops
 
 
 def _check_local(host: object) -> None:

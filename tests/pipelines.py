@@ -9,6 +9,7 @@ from diffusers import (
     CogVideoXPipeline,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
@@ -19,9 +20,17 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from fewstep.backbones import miniature, miniature_video
+from fewstep.backbones.unconditional import pixel_pipeline, pixel_unet
 
 from . import tiny
 
@@ -95,6 +104,12 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "cogvideox": cogvideox,
     "cogvideox-rotary": lambda: cogvideox(rotary=True),
     "sd3": sd3,
+}
+
+
+PIXELS: dict[str, Callable[[], DiffusionPipeline]] = {  # take no prompts
+    "ddpm": lambda: tiny.pixels(labels=()).pipe,
+    "consistency": lambda: pixel_pipeline(pixel_unet([8, 16], [False, True], 3, 8, 0), EDMEulerScheduler()),
 }
 
 

@@ -31,7 +31,9 @@ def sd() -> StableDiffusionPipeline:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32,
         attention_head_dim=4, norm_num_groups=8,
     )  # fmt: skip
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
     return StableDiffusionPipeline(
         vae=pipelines.autoencoder(0.18215), text_encoder=pipelines.clip(tokenizer), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -99,7 +101,11 @@ def vae_tensors(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     made = {}
     for name, tensor in state.items():
         if "attentions" in name:
-            name = re.sub(r"mid_block\.attentions\.0", "mid.attn_1", name).replace("to_out.0", "proj_out").replace("to_", "")
+            name = (
+                re.sub(r"mid_block\.attentions\.0", "mid.attn_1", name)
+                .replace("to_out.0", "proj_out")
+                .replace("to_", "")
+            )
             name = name.replace("group_norm", "norm")
             tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
@@ -131,5 +137,7 @@ def open_clip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
             name = "transformer.resblocks." + renamed(name.removeprefix("encoder.layers."), OPEN_CLIP)
         name = name.replace("final_layer_norm", "ln_final").replace("embeddings.token_embedding", "token_embedding")
         name = name.replace("embeddings.position_embedding.weight", "positional_embedding")
-        made[prefix + name.replace("text_projection.weight", "text_projection")] = tensor.T if name == "text_projection.weight" else tensor
+        made[prefix + name.replace("text_projection.weight", "text_projection")] = (
+            tensor.T if name == "text_projection.weight" else tensor
+        )
     return made

@@ -12,7 +12,10 @@ def snippet_of(final: Path) -> str:
     found = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     base = read_card(final).base
-    places = [part.rpartition("@")[0] if part.rpartition("@")[2].replace(".", "").isdigit() else part for part in base.split(" + ")]
+    places = [
+        part.rpartition("@")[0] if part.rpartition("@")[2].replace(".", "").isdigit() else part
+        for part in base.split(" + ")
+    ]
     code = found[1].replace(f'"{called(base)}"', f'"{base}"')
     for place in places:
         code = code.replace(f'"{called(place)}"', f'"{place}"')

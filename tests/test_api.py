@@ -18,7 +18,9 @@ def test_distill_trains_as_it_is_told() -> None:
     method = fewstep.TDM(steps=2, warmup=1, guidance=2.0)
     *_, ours = fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=3,batch=2,lr=1e-3,fake_lr=1e-2,ema=0.9,decay=2,accumulate=2,precision="bf16",seed=5), roles=fewstep.RolesConfig(rank=2,checkpointing=True))  # fmt: skip
     backbone = tiny.stable_diffusion()
-    config = TrainConfig(iterations=3, batch=2, lr=1e-3, fake_lr=1e-2, decay=2, accumulate=2, ema=0.9, seed=5, precision="bf16")
+    config = TrainConfig(
+        iterations=3, batch=2, lr=1e-3, fake_lr=1e-2, decay=2, accumulate=2, ema=0.9, seed=5, precision="bf16"
+    )
     roles = make_roles(backbone, RolesConfig(rank=2, checkpointing=True), seed=5)
     *_, expected = distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), config)
     assert ours.metrics == expected.metrics
@@ -27,7 +29,11 @@ def test_distill_trains_as_it_is_told() -> None:
     with pytest.raises(ValueError, match=r"^base: got int8"):  # arrives: the network is too narrow for it
         next(
             fewstep.distill(
-                backbone, method, tiny.WORDS, train=fewstep.TrainConfig(iterations=2), roles=fewstep.RolesConfig(quantize="int8")
+                backbone,
+                method,
+                tiny.WORDS,
+                train=fewstep.TrainConfig(iterations=2),
+                roles=fewstep.RolesConfig(quantize="int8"),
             )
         )
     with pytest.raises(ValueError, match=r"^rank: got 32, method pas stands for 0; set rank=0"):
@@ -44,7 +50,12 @@ def test_distill_trains_as_it_is_told() -> None:
 
 def first(teacher: fewstep.Denoiser, **settings: Any) -> fewstep.Step:
     steps = fewstep.distill(
-        teacher, fewstep.TDM(steps=2, warmup=0), tiny.WORDS, train=fewstep.TrainConfig(iterations=1, batch=2), watch=None, **settings
+        teacher,
+        fewstep.TDM(steps=2, warmup=0),
+        tiny.WORDS,
+        train=fewstep.TrainConfig(iterations=1, batch=2),
+        watch=None,
+        **settings,
     )
     step = next(steps)
     steps.close()
@@ -66,14 +77,21 @@ def test_rates_and_rank_that_are_not_said_are_those_of_what_is_trained(monkeypat
     first(tiny.denoiser(), share=False)
     assert (seen[-1].lr, seen[-1].fake_lr) == (1e-5, 1e-4)
     first(tiny.denoiser(), share=False, lr=3e-4, fake_lr=2e-4, lr_warmup=1, betas=(0.9, 0.99), clip=0.5)
-    assert (seen[-1].lr, seen[-1].fake_lr, seen[-1].lr_warmup, seen[-1].betas, seen[-1].clip) == (3e-4, 2e-4, 1, (0.9, 0.99), 0.5)
+    assert (seen[-1].lr, seen[-1].fake_lr, seen[-1].lr_warmup, seen[-1].betas, seen[-1].clip) == (
+        3e-4,
+        2e-4,
+        1,
+        (0.9, 0.99),
+        0.5,
+    )
     with pytest.raises(ValueError, match=r"^lr_warmup: got 5, allowed are whole numbers from 0"):
         first(tiny.denoiser(), lr_warmup=5)
 
 
 def test_a_rank_that_is_too_large_for_its_network_is_told() -> None:
     with pytest.warns(
-        fewstep.DistillationWarning, match=r"^LORA rank: 32 trains \d+% as many weights as this small network has.*set rank=4, or"
+        fewstep.DistillationWarning,
+        match=r"^LORA rank: 32 trains \d+% as many weights as this small network has.*set rank=4, or",
     ):
         assert first(tiny.denoiser(), rank=32).roles.config.rank == 32
     with warnings.catch_warnings():

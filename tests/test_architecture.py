@@ -98,7 +98,9 @@ def folder_of(name: str) -> str:
 def passed_on(function: ast.FunctionDef, name: str) -> bool:
     """Whether `**name` goes on to another call, which then refuses what it does not know."""
     calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
-    return any(k.arg is None and isinstance(k.value, ast.Name) and k.value.id == name for call in calls for k in call.keywords)
+    return any(
+        k.arg is None and isinstance(k.value, ast.Name) and k.value.id == name for call in calls for k in call.keywords
+    )
 
 
 def violations(source: str, module: str) -> list[str]:
@@ -130,7 +132,11 @@ def violations(source: str, module: str) -> list[str]:
             found.append((node.lineno, "an import by string escapes these rules"))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
             found.append((node.lineno, "hasattr: say in the type what is there"))
-        if isinstance(node, ast.FunctionDef) and (rest := node.args.kwarg) is not None and not passed_on(node, rest.arg):
+        if (
+            isinstance(node, ast.FunctionDef)
+            and (rest := node.args.kwarg) is not None
+            and not passed_on(node, rest.arg)
+        ):
             found.append((node.lineno, f"{node.name} swallows **{rest.arg}: name the arguments"))
         if folder == "core":
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.nn.Module", "nn.Module"):
@@ -193,9 +199,15 @@ def test_a_broken_rule_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fewstep.core.x", "import math\nimport torch\nimport torch.nn.functional as F\nfrom .schedule import Schedule"),
+        (
+            "fewstep.core.x",
+            "import math\nimport torch\nimport torch.nn.functional as F\nfrom .schedule import Schedule",
+        ),
         ("fewstep.roles.x", "import peft\nfrom torch import nn\nfrom ..backbones.base import Denoiser"),
-        ("fewstep.zoo.x", "from ..backbones import miniature\nfrom ..training.fit import fit\nfrom . import emoji_data"),
+        (
+            "fewstep.zoo.x",
+            "from ..backbones import miniature\nfrom ..training.fit import fit\nfrom . import emoji_data",
+        ),
         ("fewstep.cli.x", "import typer\nfrom .. import load_teacher\nfrom ..zoo import teacher"),
         ("fewstep.roles.x", "from .. import __version__\ndef f(**options):\n    return g(1, **options)"),
         ("fewstep.__main__", "from fewstep.cli.main import run"),

@@ -28,7 +28,9 @@ def states(*kinds: str) -> Inputs:
 
     def draw(batch: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         made = {"x": (batch, 2, 3), "n": (batch,), "d": (batch, 5)}
-        return tuple(torch.rand(made[k], generator=rng) + 0.5 if k == "n" else torch.randn(made[k], generator=rng) for k in kinds)
+        return tuple(
+            torch.rand(made[k], generator=rng) + 0.5 if k == "n" else torch.randn(made[k], generator=rng) for k in kinds
+        )
 
     return draw
 
@@ -66,8 +68,15 @@ HELPERS = {
 def test_all_objectives_are_here() -> None:
     """Every public function of `fewstep.objectives` is checked, or makes something that an objective takes."""
     modules = [import_module(f"fewstep.objectives.{m.name}") for m in iter_modules(objectives.__path__)]
-    public = {n for m in modules for n, f in vars(m).items() if isfunction(f) and f.__module__ == m.__name__ and not n.startswith("_")}
-    assert public - HELPERS == {f.__name__ for f, *_ in OBJECTIVES.values() if f.__module__ != __name__ and f.__name__.isidentifier()}
+    public = {
+        n
+        for m in modules
+        for n, f in vars(m).items()
+        if isfunction(f) and f.__module__ == m.__name__ and not n.startswith("_")
+    }
+    assert public - HELPERS == {
+        f.__name__ for f, *_ in OBJECTIVES.values() if f.__module__ != __name__ and f.__name__.isidentifier()
+    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -82,10 +91,19 @@ def test_an_objective_of_the_package_passes(name: str) -> None:
         (lambda x, y: (x - y).square().mean(), r"returned \[\]; return one loss per sample, \[6\]"),
         (lambda x, y: (x - y).square().flatten(1).mean(1).double(), "keep the dtype"),
         (lambda x, y: (x - y).square().flatten(1).mean(1) / (x - y).abs().mean().detach(), "mixes samples"),
-        (lambda x, y: (x - y.detach()).square().flatten(1).mean(1) + torch.rand(len(x)), "another value the second time"),
+        (
+            lambda x, y: (x - y.detach()).square().flatten(1).mean(1) + torch.rand(len(x)),
+            "another value the second time",
+        ),
         (lambda x, y: (x - y).square().flatten(1).mean(1), "gives argument 1 a gradient"),
-        (lambda x, y: (x.detach() - y.detach()).square().flatten(1).mean(1) + 0 * x.flatten(1).sum(1), "gives argument 0 no gradient"),
-        (lambda x, y: (x - y.detach()).square().flatten(1).sum(1).sqrt(), "gradient that is not finite where everything is equal"),
+        (
+            lambda x, y: (x.detach() - y.detach()).square().flatten(1).mean(1) + 0 * x.flatten(1).sum(1),
+            "gives argument 0 no gradient",
+        ),
+        (
+            lambda x, y: (x - y.detach()).square().flatten(1).sum(1).sqrt(),
+            "gradient that is not finite where everything is equal",
+        ),
         (lambda x, y: (x - y.detach()).flatten(1).exp().sum(1), "is not finite on inputs of size 10,000"),
         (lambda x, y: (x - y.detach()).square().flatten(1).mean(1) * torch.arange(len(x)), "depends on the order"),
         (lambda x, y: (x - y.detach()).flatten(1).sum(1).log(), "is not finite on ordinary inputs"),

@@ -38,7 +38,9 @@ FINE = [
 @pytest.mark.parametrize("name", ODD)
 def test_what_no_file_may_be_called_is_said_and_mended(name: str, tmp_path: Path) -> None:
     assert fault_of(name)
-    with pytest.raises(ValueError, match=r"^name: got .*, which .*; allowed is one folder's name: .*; choose another$") as said:
+    with pytest.raises(
+        ValueError, match=r"^name: got .*, which .*; allowed is one folder's name: .*; choose another$"
+    ) as said:
         require_name(name, "name")
     assert str(said.value).isprintable()
     made, plain = made_name(name, "-kohya.safetensors"), made_name(name)

@@ -21,10 +21,15 @@ Page = tuple[Path, dict[str, Any]]
 
 
 def blocks() -> list[str]:
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-network.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "own-network.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert len(found) == 4
     return [
-        b.replace("iterations=600", "iterations=40").replace("== 300", "== 30").replace('"runs/ring-300"', '"runs/ring-30"') for b in found
+        b.replace("iterations=600", "iterations=40")
+        .replace("== 300", "== 30")
+        .replace('"runs/ring-300"', '"runs/ring-30"')
+        for b in found
     ]
 
 
@@ -46,7 +51,12 @@ def test_the_student_is_the_same_in_a_fresh_process(page: Page) -> None:
     folder, names = page
     (folder / "fresh.py").write_text(
         "\n".join(
-            [blocks()[0], "real = Mixture.ring().draw(512, torch.Generator().manual_seed(0))", blocks()[3], "print(samples.tolist())"]
+            [
+                blocks()[0],
+                "real = Mixture.ring().draw(512, torch.Generator().manual_seed(0))",
+                blocks()[3],
+                "print(samples.tolist())",
+            ]
         )
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "fresh.py"], cwd=folder, capture_output=True, text=True)
@@ -54,7 +64,11 @@ def test_the_student_is_the_same_in_a_fresh_process(page: Page) -> None:
     assert done.stderr == ""  # no other library has a word
     rows, drawn = done.stdout.splitlines()[:-1], torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     assert torch.equal(drawn, names["samples"])
-    assert [line.split()[:3] for line in rows] == [["teacher", "50", "50"], ["teacher", "2", "2"], ["student", "2", "2"]]
+    assert [line.split()[:3] for line in rows] == [
+        ["teacher", "50", "50"],
+        ["teacher", "2", "2"],
+        ["student", "2", "2"],
+    ]
     merged = names["RingNet"]()
     from safetensors.torch import load_file
 
@@ -70,7 +84,9 @@ def test_its_card_says_how_its_base_is_read(page: Page) -> None:
     assert card["timesteps"] == {"2": [1.0, 0.5, 0.0]} and len(card["base_hash"]) == 16
 
 
-def test_a_run_leaves_a_report_and_the_command_line_says_what_it_cannot(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_a_report_and_the_command_line_says_what_it_cannot(
+    page: Page, capsys: pytest.CaptureFixture[str]
+) -> None:
     from fewstep.cli.inspect import run_inspect
     from fewstep.cli.report import run_report
     from fewstep.cli.sample import run_sample
@@ -80,7 +96,9 @@ def test_a_run_leaves_a_report_and_the_command_line_says_what_it_cannot(page: Pa
     assert "fewstep.load_student" in (folder / "runs/ring/report.html").read_text()
     run_inspect(str(folder / "runs/ring/final"))
     assert "RingNet" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"was made from ring, a network of one's own \(RingNet\), which Python code has to bring"):
+    with pytest.raises(
+        ValueError, match=r"was made from ring, a network of one's own \(RingNet\), which Python code has to bring"
+    ):
         run_sample(str(folder / "runs/ring"), [], None, None, None, 0, 1, False, None, None, folder / "x.png")
 
 
@@ -109,7 +127,10 @@ def test_another_base_is_refused_with_both_values(page: Page, changed: dict[str,
         fewstep.load_student(folder / "runs/ring/final", base=replace(names["teacher"], **changed))
     with pytest.raises(ValueError, match="was made with another base"):
         fewstep.distill(
-            replace(names["teacher"], **changed), names["method"], train=fewstep.TrainConfig(iterations=30), init_from=folder / "runs/ring"
+            replace(names["teacher"], **changed),
+            names["method"],
+            train=fewstep.TrainConfig(iterations=30),
+            init_from=folder / "runs/ring",
         )
 
 
@@ -150,7 +171,9 @@ def test_full_networks_and_students_of_several_counts_come_back(
     )
     student = fewstep.load_student(tmp_path / "final", base=teacher)
     for count in method.counts:
-        assert torch.allclose(fewstep.sample(student, [""] * 4, steps=count), fewstep.sample(step, [""] * 4, steps=count), atol=1e-5)
+        assert torch.allclose(
+            fewstep.sample(student, [""] * 4, steps=count), fewstep.sample(step, [""] * 4, steps=count), atol=1e-5
+        )
     begun = next(
         fewstep.distill(
             teacher,

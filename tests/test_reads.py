@@ -21,7 +21,9 @@ GUARD = "reading"
 
 # Reads outside a guard, each with the reason why no more is needed there.
 PARSERS = "parses alone; its callers are the guards of this list's own file"
-BY_CALLERS = "the functions that call it are guards: load_teacher and meta_teacher, render_run, _yaml and override, files_in"
+BY_CALLERS = (
+    "the functions that call it are guards: load_teacher and meta_teacher, render_run, _yaml and override, files_in"
+)
 BYTES = "raises OSError alone, which names the file; it ends a command in one line, or is turned into one right there"
 OURS = "reads what ships with fewstep, what it wrote a moment ago, or what came by a hash that has been compared"
 SKIPS = "passes over what is no JSON, as is said, and so does what it is for: a lock, a log that a kill cut off, a header of others"
@@ -78,7 +80,10 @@ def calls_in(tree: ast.AST) -> Iterator[tuple[ast.Call, str, bool]]:
 
     def walk(node: ast.AST, function: str, guarded: bool) -> Iterator[tuple[ast.Call, str, bool]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            function, guarded = f"{function}.{node.name}".lstrip("."), False  # a function inside a guard may be called outside it
+            function, guarded = (
+                f"{function}.{node.name}".lstrip("."),
+                False,
+            )  # a function inside a guard may be called outside it
         if isinstance(node, ast.Call) and reads(node):
             yield node, function, guarded
         if isinstance(node, ast.With) and any(_called(item.context_expr) == GUARD for item in node.items):
@@ -108,19 +113,31 @@ def reads(call: ast.Call) -> bool:
     if own not in (METHODS if isinstance(call.func, ast.Attribute) else FUNCTIONS):
         return False
     modes = [*call.args[:2], *(k.value for k in call.keywords if k.arg == "mode")]
-    return own != "open" or not any(isinstance(m, ast.Constant) and m.value in ("w", "wb", "x", "xb", "a", "ab") for m in modes)
+    return own != "open" or not any(
+        isinstance(m, ast.Constant) and m.value in ("w", "wb", "x", "xb", "a", "ab") for m in modes
+    )
 
 
 def _called(node: ast.AST) -> str:
     """The last part of the name of what a call calls."""
     if not isinstance(node, ast.Call):
         return ""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+    return (
+        node.func.attr
+        if isinstance(node.func, ast.Attribute)
+        else node.func.id
+        if isinstance(node.func, ast.Name)
+        else ""
+    )
 
 
 def _catches_all(handler: ast.ExceptHandler) -> bool:
     """`except Exception` that ends in a `raise`: nothing is passed over."""
-    return isinstance(handler.type, ast.Name) and handler.type.id == "Exception" and isinstance(handler.body[-1], ast.Raise)
+    return (
+        isinstance(handler.type, ast.Name)
+        and handler.type.id == "Exception"
+        and isinstance(handler.body[-1], ast.Raise)
+    )
 
 
 def unguarded(source: str, module: str) -> list[tuple[str, str]]:
@@ -182,12 +199,14 @@ def test_what_is_allowed_is_still_there() -> None:
 def test_a_read_without_a_guard_is_found(read: str) -> None:
     assert unguarded(f"def f(path):\n    return {read}", "new.module")[0][0] == "new.module.f"
     assert unguarded(
-        f"def f(path):\n    try:\n        return {read}\n    except (OSError, ValueError) as error:\n        raise E from error", "m"
+        f"def f(path):\n    try:\n        return {read}\n    except (OSError, ValueError) as error:\n        raise E from error",
+        "m",
     )
     assert unguarded(f"def f(path):\n    try:\n        return {read}\n    except Exception:\n        return None", "m")
     assert unguarded(f"def f(path):\n    with reading(path, 'x'):\n        def g():\n            return {read}\n", "m")
     assert unguarded(
-        f"def f(path):\n    try:\n        pass\n    except Exception as error:\n        x = {read}\n        raise E from error", "m"
+        f"def f(path):\n    try:\n        pass\n    except Exception as error:\n        x = {read}\n        raise E from error",
+        "m",
     )
 
 

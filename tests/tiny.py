@@ -44,7 +44,9 @@ class Labels:
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
         self.encoded += len(prompts)
-        return {"label": torch.tensor([[len(p) / 8, p.count("e"), p.count("a")] if p else [0.0, 0, 0] for p in prompts])}
+        return {
+            "label": torch.tensor([[len(p) / 8, p.count("e"), p.count("a")] if p else [0.0, 0, 0] for p in prompts])
+        }
 
 
 def denoiser(seed: int = 0, schedule: Schedule = TABLE, prediction: str = "v", conditional: bool = True) -> Denoiser:

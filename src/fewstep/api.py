@@ -1,4 +1,7 @@
-"""The public functions: load a teacher, run_stage it, sample, load a student. The command line is written against these."""
+"""The public functions: load a teacher, distil, sample, load a student.
+
+The command line uses the modules behind these functions, with errors in its own words.
+"""
 
 import warnings
 from collections.abc import Generator, Sequence
@@ -15,7 +18,7 @@ from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
 from .backbones.own_network import require_network
 from .backbones.parts import DiffusersBackbone
-from .core.guidance import Guidance, guidance_of
+from .core.guidance import Guidance
 from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
@@ -46,29 +49,36 @@ from .training.loop import TrainConfig, require_updates
 from .training.state import checkpoints
 from .words import in_python, python_words, told_in_python
 
-# The command line takes them from where they are, and gives errors in its own words.
+# The command line uses the undecorated functions, with errors in its own words.
 load_student = told_in_python(Student.read)
 sample = told_in_python(sampling.sample)
 sample_trajectory = told_in_python(sampling.sample_trajectory)
-LEAST_REAL = 32  # samples by which a network's reading is judged
+LEAST_REAL = 32  # samples that `check` needs
 
 
 @told_in_python
-def TDM(steps: int | tuple[int, ...] = 4, guidance: Guidance | float = 3.5, **settings: Any) -> DistributionMatching:  # noqa: N802 - reads as the method's name
-    """Return Trajectory Distribution Matching; `settings` are the other fields of `DistributionMatching`.
+def TDM(  # noqa: N802 - the method's name
+    steps: int | tuple[int, ...] = 4, guidance: Guidance | float = 3.5, **settings: Any
+) -> DistributionMatching:
+    """Return Trajectory Distribution Matching.
 
-    Several `steps` make one student for all of them (TDM-unify).
+    `settings` are the other fields of `DistributionMatching`. A dictionary changes some settings of a block:
+    `fake={"updates": 5}`. Several `steps` make one student for all of these step counts (TDM-unify). Raises
+    ValueError.
     """
     name = "tdm" if isinstance(steps, int) else "tdm-unify"
-    return DistributionMatching(name=name, steps=steps, guidance=guidance_of(guidance), **settings)
+    made = preset(name, steps=steps, guidance=guidance, **settings)
+    assert isinstance(made, DistributionMatching)
+    return made
 
 
 @told_in_python
 def method(name: str, **settings: Any) -> Method:
-    """Return a method by its name in recipes, with settings changed: `fewstep.method("dmd2", steps=4, guidance=3.5)`.
+    """Return a method by its name in recipes, with settings changed.
 
-    Names: tdm, tdm-unify, tdm-fisher, dmd2, diff-instruct, sid, lcm, progressive, trajp-l, pas, sfd. A dictionary changes some settings
-    of a block: `fake={"updates": 5}`. Raises ValueError for an unknown name or setting.
+    E.g. `fewstep.method("dmd2", steps=4, guidance=3.5)`. The names are tdm, tdm-unify, tdm-fisher, dmd2,
+    diff-instruct, sid, lcm, progressive, trajp-l, pas, sfd. A dictionary changes some settings of a block:
+    `fake={"updates": 5}`. Raises ValueError for an unknown name or setting.
     """
     return preset(name, **settings)
 
@@ -87,21 +97,26 @@ def distill(
     init_from: str | Path | None = None,
     watch: Watch | None = Watch(),  # noqa: B008 - frozen
 ) -> Generator[Step, None, None]:
-    """Distil `teacher` and yield after every iteration: stop, log or look at any step.
+    """Distil `teacher`, and yield after every iteration.
 
-    `train` and `roles` are those of a recipe; without `roles` a LoRA is trained, of rank 32 or less on a small network. `images` are for
-    methods that start from them (LCM, progressive distillation) and for an adversarial term: a folder of captioned ones, webdataset
-    shards, or `teacher` for images that the guided teacher samples first. `trajectories` are the teacher's, for trajectory imitation and
-    a regression term; their number of network calls is shown before they are generated. `init_from` is a finished student to continue:
-    a run, or its `final/`.
+    The caller can stop, log or look at any step. `train` and `roles` are those of a recipe; without `roles`
+    a LoRA is trained, of rank 32 or less on a small network. `images` are for methods that start from images
+    (LCM, progressive distillation) and for an adversarial term: a folder of captioned images, webdataset
+    shards, or `teacher` for images that the guided teacher samples first. `trajectories` are the teacher's,
+    for trajectory imitation and a regression term; the NFE is shown before the trajectories are generated.
+    `init_from` is a finished student to continue: a run, or its `final/`.
 
-    With `out`, checkpoints go there and the same call resumes; a finished run yields its last step again, and more `iterations` go on
-    from it. At the end `out/final` holds the student, which `load_student`, `init_from` and the command line read, and
-    `out/report.html` says how it went. `watch` says how the student is watched next to its teacher (None: its losses alone); what goes
-    wrong is in `step.warnings`, and shown once as a `fewstep.DistillationWarning`.
+    With `out`, checkpoints go to `out` and the same call resumes. A finished run yields its last step again,
+    and more `iterations` continue the run. At the end `out/final` holds the student, which `load_student`,
+    `init_from` and the command line read, and `out/report.html` says how the run went. `watch` says how the
+    student is watched next to its teacher (None: the losses alone). What goes wrong is in `step.warnings`,
+    and is shown once as a `fewstep.DistillationWarning`.
 
-    The run has modules of its own around the teacher's weights: the teacher stays as it is, but for its encoders, which are on the CPU
-    while it trains. Several runs and students on one teacher do not disturb each other. Raises ValueError before anything is trained.
+    The run has modules of its own around the teacher's weights. The teacher stays as it is, but for its
+    encoders, which are on the CPU during the training. Several runs and students on one teacher do not
+    disturb each other.
+
+    Raises ValueError before anything is trained.
     """
     networks = RolesConfig(lora=ROLES.get(method.name, {}).get("lora", True) is not False) if roles is None else roles
     if roles is None and networks.lora:
@@ -113,14 +128,18 @@ def distill(
     require_updates(method, train.iterations)
     if method.needs.images != (images is not None):
         raise ValueError(
-            f"images: method {method.name} needs some; pass a folder of captioned ones, or 'teacher' for the teacher's own"
+            f"images: method {method.name} needs some; "
+            "pass a folder of captioned ones, or 'teacher' for the teacher's own"
             if method.needs.images
-            else f"images: method {method.name} is trained from prompts alone; leave them out, or take a method with gan.weight above 0"
+            else (
+                f"images: method {method.name} is trained from prompts alone; "
+                "leave them out, or take a method with gan.weight above 0"
+            )
         )
     asked = require_prompts(prompts)
     source = images if images is None or isinstance(images, ImageSource) else ImageSource(str(images))
     initial = None if init_from is None else require_folder(init_from, "init_from")
-    inherited_head(method, teacher, initial)  # what does not fit is said before anything is generated
+    inherited_head(method, teacher, initial)  # raises before anything is generated
     require_network(teacher, asked)
     if out is not None:
         require_exportable(teacher, method)
@@ -128,26 +147,43 @@ def distill(
     return _distilled(teacher, spec, None if out is None else Path(out), watch)
 
 
-def _distilled(teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Watch | None) -> Generator[Step, None, None]:
-    """Run `distill` from its first step on, when its arguments are known to be right."""
+def _distilled(
+    teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Watch | None
+) -> Generator[Step, None, None]:
+    """Run `distill`, whose arguments have been checked."""
     with in_python():
         own, base_hash = apart(teacher), fingerprint(teacher.module)
         origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.origin, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([disk_check(trial.disk, folder)], "out")
-            require([*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
+            require(
+                [*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")],
+                f"teacher: {teacher.name}",
+            )
         ready = prepare(own, spec, folder, folder, Lines())
-        run = Run(teacher, ready.roles, spec.method, ready.data, spec.train, origin, folder, watch, ready.images, ready.trajectories)
+        run = Run(
+            teacher,
+            ready.roles,
+            spec.method,
+            ready.data,
+            spec.train,
+            origin,
+            folder,
+            watch,
+            ready.images,
+            ready.trajectories,
+        )
         yield from steps_of(run)
 
 
 @told_in_python
 def export_student(model: Student | Step, folder: str | Path, form: str = "student", steps: int | None = None) -> Path:
-    """Write a student to a new `folder` as files for others, load them again and compare. Return `folder`.
+    """Write a student as files for other programs, and compare them.
 
-    `form` is `student`, or `merged` for one network without LoRA, which `module.load_state_dict` takes; students of diffusers pipelines
-    also have `kohya` and `pipeline`. Raises ValueError with nothing kept.
+    The files go to a new `folder` and are loaded again. `form` is `student`, or `merged` for one network
+    without LoRA, which `module.load_state_dict` takes; students of diffusers pipelines also have `kohya` and
+    `pipeline`. Returns `folder`. Raises ValueError with nothing kept.
     """
     student = model.snapshot() if isinstance(model, Step) else model
     formats.export(student if steps is None else student.single(steps), Path(folder), form)
@@ -156,18 +192,26 @@ def export_student(model: Student | Step, folder: str | Path, form: str = "stude
 
 @told_in_python
 def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, seed: int = 0) -> ProcessCheck:
-    """Whether a wrapped network is read as it was trained: the error of its clean estimate on clean states `real` [N, ...] at a few times.
+    """Check that a wrapped network is read as it was trained.
 
-    A wrong noise schedule, prediction type, range of the data or index of times makes it larger than a right model's can be, or than another reading's is; what is
-    suspected is in `.suspected` and told as a `fewstep.DistillationWarning`. `real` is a tensor or an array of what the network was trained on, some hundred samples;
-    of a pipeline pictures [N, 3, H, W] in [0, 1]. `prompts` are theirs, one each; by default none. Printed, the result is a line for each time.
+    Returns the error of the network's clean estimate on clean states `real` `[N, ...]` at a few times.
+    Printed, the result is a line for each time.
+
+    A wrong noise schedule, prediction type, range of the data or index of times makes the error larger than
+    a right model's can be, or larger than the error under another reading. What is suspected is in
+    `.suspected` and shown as a `fewstep.DistillationWarning`.
+
+    `real` is a tensor or an array of what the network was trained on, some hundred samples; for a pipeline
+    these are images `[N, 3, H, W]` in [0, 1]. `prompts` has one prompt for each sample; by default all
+    prompts are empty. Raises ValueError.
     """
     states = torch.as_tensor(real).float()
     if isinstance(teacher, DiffusersBackbone) and states.shape[1:] != teacher.shape:
         states = teacher.encode_images(states)
     if states.shape[1:] != tuple(teacher.shape) or len(states) < LEAST_REAL:
         raise ValueError(
-            f"real: got {list(states.shape)}, allowed are at least {LEAST_REAL} states [N, {', '.join(map(str, teacher.shape))}]"
+            f"real: got {list(states.shape)}, allowed are at least {LEAST_REAL} states [N, "
+            f"{', '.join(map(str, teacher.shape))}]"
         )
     if not bool(states.isfinite().all()) or not bool(states.var(0).any()):
         raise ValueError("real: its numbers are not finite, or all samples are the same; pass clean data")
@@ -186,7 +230,10 @@ def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, se
 
 @told_in_python
 def write_report(run: str | Path) -> Path:
-    """Write `run/report.html` again from what the folder of a run holds by now; returns its path. As `fewstep report RUN`."""
+    """Write `run/report.html` again from a run's folder.
+
+    The report shows what the folder holds by now, as with `fewstep report RUN`. Returns the report's path.
+    """
     return render_run(Path(run))
 
 

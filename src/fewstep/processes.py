@@ -1,4 +1,7 @@
-"""Several processes of one run (`accelerate launch`, torchrun): all of them train, the first one writes and speaks."""
+"""Several processes of one run (`accelerate launch`, torchrun).
+
+All processes train; the first process writes and prints.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,37 +16,56 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-PATIENCE = timedelta(hours=24)  # of a process for the others: the first one encodes, draws and measures while they wait
-TRAINING = timedelta(minutes=10)  # and within an iteration, where all do the same
+PATIENCE = timedelta(hours=24)  # wait between iterations: the first process encodes, samples and measures meanwhile
+TRAINING = timedelta(minutes=10)  # wait within an iteration, where all processes do the same work
 
-ENDED = "another process of this run has ended or stands still, see what it said; the last checkpoint is intact, the same command resumes"
+ENDED = (
+    "another process of this run has ended or stands still, see what it said; "
+    "the last checkpoint is intact, the same command resumes"
+)
 
 
 def this_process() -> PartialState:
-    """Its rank, its device, how many there are. Where there is no GPU, or none is wanted, processes meet on the CPU."""
+    """Return this process's rank and device, and the number of processes.
+
+    Without a GPU, or where none is wanted, processes communicate on the CPU.
+    """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.xpu.is_available())
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes: the only one, or the first of several."""
+    """Return whether this process writes.
+
+    The only process of a run writes, or the first of several.
+    """
     return bool(this_process().is_main_process)
 
 
 @lru_cache(maxsize=1)
 def _training() -> distributed.ProcessGroup:
-    """All processes, within an iteration: one that does not come is missed in minutes. All have to ask for it first together."""
+    """Return the group of all processes within an iteration.
+
+    A missing process is noticed after minutes. All processes have to make the first call together.
+    """
     return distributed.new_group(timeout=TRAINING)
 
 
 @lru_cache(maxsize=1)
 def _between() -> distributed.ProcessGroup:
-    """All processes on their CPUs, between iterations: the first is waited for, which may draw and measure; it waits for nobody that long."""
+    """Return the group of all processes between iterations.
+
+    The group communicates on the CPUs. The other processes wait long for the first process, which may sample
+    and measure; the first process waits only as long as within an iteration.
+    """
     return distributed.new_group(timeout=TRAINING if is_first() else PATIENCE, backend="gloo")
 
 
 def mean_of(tensor: Tensor) -> Tensor:
-    """The mean over all processes, each of which has to ask for it. Raises ConnectionError with one line where one has ended."""
+    """Return the mean of a tensor over all processes.
+
+    All processes have to call. Raises ConnectionError with one line if a process has ended.
+    """
     with distributed_errors():
         total = tensor.clone()
         distributed.all_reduce(total, group=_training())
@@ -51,7 +73,10 @@ def mean_of(tensor: Tensor) -> Tensor:
 
 
 def any_rank(asked: bool) -> bool:
-    """Whether any process of the run was asked; all of them have to call it. Raises ConnectionError as `mean_of` does."""
+    """Return whether `asked` is true in any process.
+
+    All processes have to call. Raises ConnectionError as `mean_of` does.
+    """
     if this_process().num_processes == 1:
         return asked
     with distributed_errors():
@@ -61,12 +86,18 @@ def any_rank(asked: bool) -> bool:
 
 
 def meet() -> None:
-    """Wait between two iterations until every process is here, with the patience of `_between`."""
+    """Wait between two iterations until every process arrives.
+
+    The wait is as long as `_between` allows.
+    """
     any_rank(False)
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
-    """Compare settings with those of the first process; all have to call it. Raises ValueError in every process where one has others."""
+    """Check that all processes have the settings of the first process.
+
+    All processes have to call. Raises ValueError in every process if the settings of any process differ.
+    """
     state = this_process()
     if state.num_processes == 1:
         return
@@ -75,17 +106,23 @@ def require_same(settings: Mapping[str, Any]) -> None:
     odd = [
         key
         for key in {**first, **settings}
-        if json.dumps(first.get(key), sort_keys=True, default=str) != json.dumps(settings.get(key), sort_keys=True, default=str)
+        if json.dumps(first.get(key), sort_keys=True, default=str)
+        != json.dumps(settings.get(key), sort_keys=True, default=str)
     ]
     if any_rank(bool(odd)):
-        which = f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here" if odd else "other settings in another process"
+        which = (
+            f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here"
+            if odd
+            else "other settings in another process"
+        )
         raise ValueError(
-            f"process {state.process_index} of {state.num_processes}: {which} than in process 0; start all of them with the same command and files"
+            f"process {state.process_index} of {state.num_processes}: {which} than in process 0; "
+            "start all of them with the same command and files"
         )
 
 
 def _where(first: Any, own: Any, key: str) -> str:
-    """The first place at which two JSON values differ, with what stands there."""
+    """Describe the first difference between two JSON values."""
     if isinstance(first, dict) and isinstance(own, dict):
         inner = next(k for k in {**first, **own} if first.get(k) != own.get(k))
         return _where(first.get(inner), own.get(inner), f"{key}.{inner}")
@@ -93,7 +130,7 @@ def _where(first: Any, own: Any, key: str) -> str:
 
 
 def _from_first(text: str) -> str:
-    """What the first process has, in all of them."""
+    """Return the first process's text in all processes."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     with distributed_errors():
         size = torch.tensor(len(data))
@@ -105,7 +142,11 @@ def _from_first(text: str) -> str:
 
 @contextmanager
 def distributed_errors() -> Iterator[None]:
-    """Within it, networks whose weights are spread over processes work. Raises ConnectionError with one line where one has ended."""
+    """Turn distributed errors into ConnectionError within the block.
+
+    Sharded networks are called within this block. Raises ConnectionError with one line if a process has
+    ended.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -115,7 +156,7 @@ def distributed_errors() -> Iterator[None]:
 
 
 def mesh_of_all() -> DeviceMesh:
-    """All processes of the run in a row."""
+    """Return the mesh of all processes in one row."""
     state = this_process()
     if state.num_processes == 1:
         return init_device_mesh(state.device.type, (1,))
@@ -123,5 +164,5 @@ def mesh_of_all() -> DeviceMesh:
 
 
 def barrier() -> None:
-    """Wait until every process of the run is here."""
+    """Wait until every process of the run arrives."""
     this_process().wait_for_everyone()

@@ -61,7 +61,8 @@ def test_a_setting_that_is_not_read_is_seen_in_the_pictures() -> None:
     failed = [c for c in conformance(wrong) if not c.holds]
     assert [c.name for c in failed] == ["diffusers"]
     with pytest.raises(
-        ValueError, match=r"^teacher: tiny: pictures of 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting"
+        ValueError,
+        match=r"^teacher: tiny: pictures of 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting",
     ):
         require(failed, "teacher: tiny")
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, DDPMPipeline, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+)
 from torch import Tensor
 
 from fewstep.api import sample as drawn_by_fewstep
@@ -22,7 +28,7 @@ from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM
 from fewstep.core.solvers import SOLVERS, sample
 from fewstep.data.prompts import embed
-from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, run_to_completion
+from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, guided_teacher, run_to_completion
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
@@ -63,7 +69,9 @@ def test_the_network_is_asked_and_understood_as_edm_says(model: PixelModel) -> N
         with torch.no_grad():
             raw = model.pipe.unet(c_in * x, c_noise, class_labels=numbers).sample
             torch.testing.assert_close(model.predict(model.module, x, t, cond), raw, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(denoiser(model, model.module, cond)(x, t).x0, c_skip * x + c_out * raw, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                denoiser(model, model.module, cond)(x, t).x0, c_skip * x + c_out * raw, rtol=1e-4, atol=1e-4
+            )
 
 
 def theirs(model: PixelModel, scheduler: Any, noise: Tensor, steps: int) -> list[Tensor]:
@@ -90,7 +98,15 @@ def test_steps_are_those_of_diffusers(tmp_path: Path, kind: Any, solver: str, pr
     wanted = theirs(model, model.pipe.scheduler, noise, steps)
     denoise = denoiser(model, model.module, model.encode(["one", "two"]))
     with torch.no_grad():
-        got = list(sample(denoise, model.schedule, noise * model.schedule.start_std, model.pipe.scheduler.sigmas.double(), SOLVERS[solver]))
+        got = list(
+            sample(
+                denoise,
+                model.schedule,
+                noise * model.schedule.start_std,
+                model.pipe.scheduler.sigmas.double(),
+                SOLVERS[solver],
+            )
+        )
     assert len(got) == len(wanted) == steps + 1
     largest = float(wanted[0].abs().max())
     assert max(float((s.x - x).abs().max()) for s, x in zip(got, wanted, strict=True)) < 5e-7 * largest
@@ -98,7 +114,9 @@ def test_steps_are_those_of_diffusers(tmp_path: Path, kind: Any, solver: str, pr
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
-def test_a_student_s_scheduler_draws_its_steps_in_diffusers(model: PixelModel, tmp_path: Path, solver: str, steps: int) -> None:
+def test_a_student_s_scheduler_draws_its_steps_in_diffusers(
+    model: PixelModel, tmp_path: Path, solver: str, steps: int
+) -> None:
     """fewstep's own grid of K steps, by a stock scheduler that went through a file, in a stock pipeline, noise included."""
     student_scheduler(model.scheduler_config, [steps], solver).save_pretrained(tmp_path / "scheduler")
     scheduler = load_scheduler(tmp_path / "scheduler")
@@ -123,7 +141,9 @@ def test_a_folder_is_an_ordinary_pipeline(model: PixelModel, tmp_path: Path) -> 
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn((1, *model.shape), generator=torch.Generator().manual_seed(3))
     options = {"class_labels": [1]} if model.labels else {}
-    shown = pipe(num_inference_steps=6, generator=[torch.Generator().manual_seed(3)], output_type="pt", **options).images
+    shown = pipe(
+        num_inference_steps=6, generator=[torch.Generator().manual_seed(3)], output_type="pt", **options
+    ).images
     denoise, schedule = denoiser(model, model.module, model.encode(["one"])), model.schedule
     with torch.no_grad():
         *_, last = sample(denoise, schedule, noise * schedule.start_std, pipe.scheduler.sigmas.double())
@@ -186,7 +206,10 @@ def test_it_keeps_what_a_backbone_promises(model: PixelModel, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "method",
-    [DistributionMatching(steps=2, warmup=0, guidance=Guidance(scale=2.0)), TrajectoryImitation(steps=(2, 1), head="span")],
+    [
+        DistributionMatching(steps=2, warmup=0, guidance=Guidance(scale=2.0)),
+        TrajectoryImitation(steps=(2, 1), head="span"),
+    ],
     ids=["tdm", "trajp-l"],
 )
 @pytest.mark.parametrize("share", [True, False], ids=["LoRA", "full"])
@@ -194,14 +217,19 @@ def test_it_is_distilled(model: PixelModel, method: Method, share: bool) -> None
     data = embed(model, list(LABELS), None, "digits")
     config = TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)
     times = torch.unique(torch.cat([method.times(model.schedule, k) for k in method.counts])).flip(0)
+    walked = TrajectoryConfig(count=8, steps=8)
+    source = guided_teacher(model, data.unconditional(torch.device("cpu")), walked, times, Guidance())
     paths = (
-        run_to_completion(generate_trajectories(model, data, TrajectoryConfig(count=8, steps=8), times, 1.0, None, "digits"))
+        run_to_completion(generate_trajectories(model, data, walked, times, source, None, "digits"))
         if method.needs.trajectories
         else None
     )
     roles = make_roles(model, RolesConfig(rank=2, lora=share), fake=method.needs.fake)
     cond = model.encode(["one", "two"])
-    x, t = 3 * torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 0.4], dtype=torch.float64)
+    x, t = (
+        3 * torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([3.0, 0.4], dtype=torch.float64),
+    )
     with torch.no_grad():
         teacher = denoiser(model, model.module, cond)(x, t).x0
         assert torch.equal(roles.denoise("student", cond)(x, t).x0, teacher)

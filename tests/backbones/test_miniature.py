@@ -30,7 +30,9 @@ def test_pipeline_round_trips_through_a_folder(tmp_path: Path) -> None:
     pictures = []
     for p in (pipe, again):
         p.set_progress_bar_config(disable=True)
-        pictures.append(p("red cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+        pictures.append(
+            p("red cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        )
     torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=1e-5)
     assert pictures[0].shape == (1, 3, 16, 16)
 

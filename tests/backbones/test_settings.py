@@ -23,7 +23,9 @@ PROMPTS = ["red cat"]
 
 @pytest.fixture(scope="module")
 def pipes() -> dict[str, DiffusionPipeline]:
-    return {name: pipelines.FAMILIES[name]() for name in ("sd", "sdxl", "pixart", "sd3", "cogvideox")} | {"pixels": tiny.pixels(()).pipe}
+    return {name: pipelines.FAMILIES[name]() for name in ("sd", "sdxl", "pixart", "sd3", "cogvideox")} | {
+        "pixels": tiny.pixels(()).pipe
+    }
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def test_files_that_are_no_settings(text: str, sd: Path) -> None:
         try:
             path.write_text(text)
             for load in (load_teacher, meta_teacher):
-                with pytest.raises(ValueError, match=r"config.json is damaged|model_index.json cannot be read|is a ") as error:
+                with pytest.raises(
+                    ValueError, match=r"config.json is damaged|model_index.json cannot be read|is a "
+                ) as error:
                     load(sd)
                 assert "\n" not in str(error.value)
         finally:
@@ -181,7 +185,9 @@ def test_a_tokenizer_without_a_length_has_that_of_its_encoder(sd: Path, edit: An
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}))
     for teacher in (load_teacher(sd), meta_teacher(sd)):
         assert teacher.pipe.tokenizer.model_max_length == 8  # type: ignore[attr-defined]
-    assert torch.equal(load_teacher(sd).encode(["a photo of a green house, red cat, blue dog, red cat"])["text"], wanted)
+    assert torch.equal(
+        load_teacher(sd).encode(["a photo of a green house, red cat, blue dog, red cat"])["text"], wanted
+    )
 
 
 def test_sizes_said_twice_or_not_at_all(sd: Path, edit: Any) -> None:
@@ -193,7 +199,9 @@ def test_sizes_said_twice_or_not_at_all(sd: Path, edit: Any) -> None:
         assert load(folder, size=32).shape == (4, 16, 16)
 
 
-def test_latents_that_are_normalised_by_channel_are_decoded_as_their_pipeline_does(pipes: dict[str, DiffusionPipeline]) -> None:
+def test_latents_that_are_normalised_by_channel_are_decoded_as_their_pipeline_does(
+    pipes: dict[str, DiffusionPipeline],
+) -> None:
     """SDXL's `latents_mean` and `latents_std`, both ways."""
     pipe = pipes["sdxl"]
     plain = fewstep.sample(around(pipe, "plain"), PROMPTS, steps=2)
@@ -219,11 +227,15 @@ def test_latents_that_are_normalised_by_channel_are_decoded_as_their_pipeline_do
 def test_words_of_several_tokens_are_encoded_as_the_pipeline_does() -> None:
     """A textual inversion of three vectors: `<thing>` stands for `<thing> <thing>_1 <thing>_2`."""
     pipe = tiny.pipeline()
-    pipe.load_textual_inversion({"<thing>": torch.randn(3, 32, generator=torch.Generator().manual_seed(0))}, token="<thing>")
+    pipe.load_textual_inversion(
+        {"<thing>": torch.randn(3, 32, generator=torch.Generator().manual_seed(0))}, token="<thing>"
+    )
     teacher = around(pipe, "tiny")
     ours = teacher.encode(["a <thing>", "a"])["text"]
     theirs, _ = pipe.encode_prompt(["a <thing>", "a"], "cpu", 1, False)
-    tokens = pipe.tokenizer("a <thing> <thing>_1 <thing>_2", padding="max_length", max_length=8, return_tensors="pt").input_ids
+    tokens = pipe.tokenizer(
+        "a <thing> <thing>_1 <thing>_2", padding="max_length", max_length=8, return_tensors="pt"
+    ).input_ids
     spelt = pipe.text_encoder(tokens)[0].detach()
     assert torch.equal(ours, theirs)
     torch.testing.assert_close(ours[:1], spelt)

@@ -68,7 +68,9 @@ def test_a_plan_reads_no_weights(saved: tuple[Path, Path], tmp_path: Path) -> No
     with cut.open("ab") as opened:
         opened.truncate(file.stat().st_size)  # as long as before, all zeros
     hollow, folder = meta_teacher(f"{cut}@{file.parent / 'configs'}"), meta_teacher(whole)
-    assert {n: p.shape for n, p in hollow.module.named_parameters()} == {n: p.shape for n, p in folder.module.named_parameters()}
+    assert {n: p.shape for n, p in hollow.module.named_parameters()} == {
+        n: p.shape for n, p in folder.module.named_parameters()
+    }
     assert hollow.scheduler_config == folder.scheduler_config
 
 
@@ -79,7 +81,10 @@ def test_what_the_file_says_it_predicts_goes_before_the_configuration(saved: tup
     marked = tmp_path / "marked.safetensors"
     save_file(load_file(file) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, marked)
     plain = load_teacher(whole)
-    for teacher in (load_teacher(f"{marked}@{file.parent / 'configs'}"), meta_teacher(f"{marked}@{file.parent / 'configs'}")):
+    for teacher in (
+        load_teacher(f"{marked}@{file.parent / 'configs'}"),
+        meta_teacher(f"{marked}@{file.parent / 'configs'}"),
+    ):
         config = teacher.scheduler_config
         assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == ("v_prediction", True)
         assert config["beta_end"] == plain.scheduler_config["beta_end"]
@@ -105,7 +110,13 @@ def test_what_the_file_says_it_predicts_goes_before_the_configuration(saved: tup
     ],
 )
 def test_what_a_file_is_is_read_from_its_header(
-    width: int, names: list[str], said: dict[str, str], reading: str, config: str, prediction: str | None, tmp_path: Path
+    width: int,
+    names: list[str],
+    said: dict[str, str],
+    reading: str,
+    config: str,
+    prediction: str | None,
+    tmp_path: Path,
 ) -> None:
     file = header(tmp_path / "x.safetensors", 4, {KEYS: (8, width), **dict.fromkeys(names, (1,))}, said)
     found = read_checkpoint(file, reading)
@@ -121,14 +132,18 @@ def header(file: Path, channels: int, shapes: dict[str, tuple[int, ...]], said: 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"], indirect=True)
 @pytest.mark.parametrize("parts", [["vae"], ["text_encoder"], ["vae", "text_encoder"]])
-def test_parts_that_a_file_leaves_out_come_from_the_folder(saved: tuple[Path, Path], parts: list[str], tmp_path: Path) -> None:
+def test_parts_that_a_file_leaves_out_come_from_the_folder(
+    saved: tuple[Path, Path], parts: list[str], tmp_path: Path
+) -> None:
     whole, file = saved
     begins = {"vae": ("first_stage_model.",), "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.")}
     left_out = tuple(b for p in parts for b in begins[p])
     less = tmp_path / "less.safetensors"
     save_file({k: v for k, v in load_file(file).items() if not k.startswith(left_out)}, less)
     assert read_checkpoint(less).absent == tuple(parts)
-    assert torch.equal(sample(load_teacher(f"{less}@{whole}"), PROMPTS, steps=2), sample(load_teacher(whole), PROMPTS, steps=2))
+    assert torch.equal(
+        sample(load_teacher(f"{less}@{whole}"), PROMPTS, steps=2), sample(load_teacher(whole), PROMPTS, steps=2)
+    )
     with pytest.raises(ValueError, match=rf"it has no {parts[0]}, nor has .*configs .*; pass FILE@FOLDER"):
         load_teacher(f"{less}@{file.parent / 'configs'}")
 
@@ -140,7 +155,8 @@ def test_without_a_folder_the_configuration_comes_from_the_hubs_cache(
     whole, file = saved
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ValueError, match=rf"^teacher: the configuration of \S+ is not to be had from {SD1} .*@FOLDER.*hf download {SD1} --include"
+        ValueError,
+        match=rf"^teacher: the configuration of \S+ is not to be had from {SD1} .*@FOLDER.*hf download {SD1} --include",
     ) as error:
         load_teacher(file)
     assert "\n" not in str(error.value)
@@ -185,15 +201,24 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 def test_a_file_with_what_does_not_belong_to_it(saved: tuple[Path, Path], tmp_path: Path) -> None:
     """A folder of another kind or of other shapes, and a tensor that is not there."""
     other, _ = single_file.save("sd", tmp_path)
-    with pytest.raises(ValueError, match=r"is a StableDiffusionXLPipeline, .* configures a StableDiffusionPipeline; pass .*@FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"is a StableDiffusionXLPipeline, .* configures a StableDiffusionPipeline; pass .*@FOLDER"
+    ):
         load_teacher(f"{saved[1]}@{other}")
     configs = shutil.copytree(saved[1].parent / "configs", tmp_path / "bigger")
     config = configs / "unet" / "config.json"
     config.write_text(re.sub(r'("block_out_channels": \[\s*)32', r"\g<1>64", config.read_text()))
     with pytest.raises(ValueError, match=rf"model.safetensors with the configuration of {configs} cannot be loaded"):
         load_teacher(f"{saved[1]}@{configs}")
-    encoders = [f"conditioner.embedders.{e}" for e in ("0.transformer.text_model.final_layer_norm.bias", "1.model.ln_final.bias")]
-    for name in ("model.diffusion_model.middle_block.0.in_layers.2.weight", "first_stage_model.decoder.norm_out.bias", *encoders):
+    encoders = [
+        f"conditioner.embedders.{e}"
+        for e in ("0.transformer.text_model.final_layer_norm.bias", "1.model.ln_final.bias")
+    ]
+    for name in (
+        "model.diffusion_model.middle_block.0.in_layers.2.weight",
+        "first_stage_model.decoder.norm_out.bias",
+        *encoders,
+    ):
         save_file({k: v for k, v in load_file(saved[1]).items() if k != name}, tmp_path / "less.safetensors")
         with pytest.raises(ValueError, match=r"less.safetensors lacks '\S+'.*; download it again$"):
             load_teacher(f"{tmp_path / 'less.safetensors'}@{saved[1].parent / 'configs'}")
@@ -210,19 +235,35 @@ def test_what_is_left_over_or_not_finite(saved: tuple[Path, Path], tmp_path: Pat
             {"model.diffusion_model.input_blocks.99.0.weight": torch.ones(3, 5)},
             "has 'model.diffusion_model.input_blocks.99.0.weight' (1 tensor is left over",
         ),
-        ({"model.diffusion_model.zzz.weight": state[some].clone()}, "has 'model.diffusion_model.zzz.weight' (1 tensor is left over"),
-        ({"control_model.input_blocks.0.0.weight": torch.ones(3, 5)}, "has 'control_model.input_blocks.0.0.weight' (1 tensor is left over"),
+        (
+            {"model.diffusion_model.zzz.weight": state[some].clone()},
+            "has 'model.diffusion_model.zzz.weight' (1 tensor is left over",
+        ),
+        (
+            {"control_model.input_blocks.0.0.weight": torch.ones(3, 5)},
+            "has 'control_model.input_blocks.0.0.weight' (1 tensor is left over",
+        ),
         ({some: state[some] * float("nan")}, "that are not finite"),
     ):
         save_file(state | extra, changed)
         with pytest.raises(ValueError, match=r"changed.safetensors ") as error:
             load_teacher(f"{changed}@{file.parent / 'configs'}")
         assert said in str(error.value) and "\n" not in str(error.value)
-    encoder = "cond_stage_model.transformer.text_model." if "cond_stage_model.transformer.text_model.final_layer_norm.bias" in state else ""
-    harmless = {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(()), "model_ema.diffusion_modelx": torch.ones(3, 5)}
+    encoder = (
+        "cond_stage_model.transformer.text_model."
+        if "cond_stage_model.transformer.text_model.final_layer_norm.bias" in state
+        else ""
+    )
+    harmless = {
+        "alphas_cumprod": torch.ones(1000),
+        "model_ema.decay": torch.ones(()),
+        "model_ema.diffusion_modelx": torch.ones(3, 5),
+    }
     harmless |= {f"{encoder}embeddings.position_ids": torch.arange(16)[None]} if encoder else {}
     save_file(state | harmless, changed)
-    assert fingerprint(load_teacher(f"{changed}@{file.parent / 'configs'}").module) == fingerprint(load_teacher(configured(file)).module)
+    assert fingerprint(load_teacher(f"{changed}@{file.parent / 'configs'}").module) == fingerprint(
+        load_teacher(configured(file)).module
+    )
 
 
 @pytest.mark.parametrize("family", ["sd"], indirect=True)
@@ -251,7 +292,9 @@ def test_eight_bits(saved: tuple[Path, Path], tmp_path: Path) -> None:
 def test_what_a_file_says_of_its_prediction_and_nobody_knows(tmp_path: Path) -> None:
     names = {KEYS: (8, 768), TEXT: (1,)}
     file = header(tmp_path / "x.safetensors", 4, names, {"modelspec.prediction_type": "rectified flow"})
-    with pytest.raises(ValueError, match=r"says modelspec.prediction_type 'rectified flow', allowed are v, .*; pass \S+@v or \S+@eps"):
+    with pytest.raises(
+        ValueError, match=r"says modelspec.prediction_type 'rectified flow', allowed are v, .*; pass \S+@v or \S+@eps"
+    ):
         read_checkpoint(file)
     assert read_checkpoint(file, "eps").scheduler == {"prediction_type": "epsilon"}
     assert read_checkpoint(file, "my/own").scheduler == {}
@@ -281,13 +324,15 @@ def test_sources() -> None:
 
 @pytest.mark.parametrize("family", ["sd2", "sdxl"], indirect=True)
 @pytest.mark.parametrize(
-    ("kept", "wanted"), [("float16", "float32"), ("float16", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")]
+    ("kept", "wanted"),
+    [("float16", "float32"), ("float16", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")],
 )
 def test_files_and_teachers_of_other_types(saved: tuple[Path, Path], kept: str, wanted: str, tmp_path: Path) -> None:
     """What a file holds is known in any type that it is read in."""
     _, file = saved
     save_file(
-        {k: v.to(getattr(torch, kept)) if v.is_floating_point() else v for k, v in load_file(file).items()}, tmp_path / "x.safetensors"
+        {k: v.to(getattr(torch, kept)) if v.is_floating_point() else v for k, v in load_file(file).items()},
+        tmp_path / "x.safetensors",
     )
     teacher = load_teacher(f"{tmp_path / 'x.safetensors'}@{file.parent / 'configs'}", getattr(torch, wanted))
     assert {p.dtype for p in teacher.module.parameters()} == {getattr(torch, wanted)}

@@ -1,7 +1,7 @@
 """The student's own steps in diffusers' pipelines, also in those that begin with a picture."""
 
+import copy
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.backbones.base import Backbone, denoiser
 from fewstep.backbones.few_step import FEW_STEP, FewStepPipeline, SamplingDefaults, few_step_pipeline
 from fewstep.backbones.load import around
+from fewstep.backbones.parts import denoiser_of
 from fewstep.backbones.student_scheduler import SamplingSpec, StudentScheduler
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import diffuse
@@ -28,12 +29,13 @@ def unchanged(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Spl
 
 
 def student(
-    backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correction | None = None, free: bool = False
+    backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correction | None = None, analytic: bool = False
 ) -> FewStepPipeline:
     """A pipeline of the teacher's own weights on uneven times, in 4 and 3 steps."""
     grids = {k: uniform(backbone.schedule, k, shift=2.5) for k in (4, 3)}
-    walking = SamplingSpec(backbone.schedule, backbone.row, solver_named(solver), grids, head, free)
-    return few_step_pipeline(base, Path("nowhere"), SamplingDefaults((4, 3)), "none", walking)
+    spec = SamplingSpec(backbone.schedule, backbone.row, solver_named(solver), grids, head, analytic)
+    scheduler = StudentScheduler.of(base.scheduler.config, spec)
+    return few_step_pipeline(base, copy.deepcopy(denoiser_of(base)), scheduler, SamplingDefaults((4, 3)))
 
 
 def asked_at(pipe: DiffusionPipeline) -> list[float]:
@@ -73,7 +75,12 @@ def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solv
                 PROMPT, image=x0, strength=strength, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="latent", **size
             ).images  # fmt: skip
             assert seen == pytest.approx(told[first:-1].tolist(), abs=1e-2)
-            start = diffuse(backbone.schedule, x0, grid[first].expand(1), torch.randn(x0.shape, generator=torch.Generator().manual_seed(7)))
+            start = diffuse(
+                backbone.schedule,
+                x0,
+                grid[first].expand(1),
+                torch.randn(x0.shape, generator=torch.Generator().manual_seed(7)),
+            )
             denoise = denoiser(backbone, base.unet if family != "sd3" else base.transformer, backbone.encode([PROMPT]))
             *_, last = sample(denoise, backbone.schedule, start, grid[first:], solver_named(solver))
         torch.testing.assert_close(found, last.x, rtol=0, atol=2e-4)
@@ -102,11 +109,23 @@ def test_inpainting_is_found_too() -> None:
     pipe.set_progress_bar_config(disable=True)
     seen = asked_at(pipe)
     image, mask = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
-    pipe(PROMPT, image=image, mask_image=mask, strength=0.5, num_inference_steps=4, guidance_scale=1.0, height=16, width=16)
+    pipe(
+        PROMPT,
+        image=image,
+        mask_image=mask,
+        strength=0.5,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        height=16,
+        width=16,
+    )
     assert seen == pipe.scheduler.student.grids[4][2:-1].tolist()
 
 
-@pytest.mark.parametrize(("how", "by"), [({"head": unchanged}, "a head that knows where it began"), ({"free": True}, "a first direction")])
+@pytest.mark.parametrize(
+    ("how", "by"),
+    [({"head": unchanged}, "a head that knows where it began"), ({"analytic": True}, "a first direction")],
+)
 def test_a_student_that_begins_with_pure_noise_takes_no_picture(how: dict[str, Any], by: str) -> None:
     base = pipelines.sd()
     pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ddim", **how))
@@ -124,7 +143,9 @@ def test_a_strength_that_leaves_no_step_is_refused() -> None:
 def test_steps_and_times_that_are_not_its_own_are_refused() -> None:
     base = pipelines.sd()
     pipe = student(around(base, "tiny"), base, "ddim")
-    with pytest.raises(ValueError, match="num_inference_steps: got 50, this student serves 4, 3; its steps cannot be made up"):
+    with pytest.raises(
+        ValueError, match="num_inference_steps: got 50, this student serves 4, 3; supported step counts are these alone"
+    ):
         pipe.scheduler.set_timesteps(50)
     pipe.scheduler.set_timesteps(4)
     for t, t_next in pairwise(pipe.scheduler.grid[:-1].tolist()):
@@ -134,4 +155,4 @@ def test_steps_and_times_that_are_not_its_own_are_refused() -> None:
 
 def test_every_family_keeps_its_name() -> None:
     """diffusers goes by it from task to task."""
-    assert {plain.__name__: few.__name__ for plain, few in FEW_STEP.items()} == {p.__name__: p.__name__ for p in FEW_STEP}
+    assert {name: few.__name__ for name, few in FEW_STEP.items()} == {name: name for name in FEW_STEP}

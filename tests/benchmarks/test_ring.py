@@ -41,15 +41,28 @@ def test_every_variant_is_settings_of_one_method(bench: Bench) -> None:
 
 
 def row(key: str, seed: int, *measured: tuple[int, float, float]) -> dict[str, Any]:
-    return {"key": key, "seed": seed, "seconds": 2.0, "rows": [{"steps": k, "distance": d, "rarest": r} for k, d, r in measured]}
+    return {
+        "key": key,
+        "seed": seed,
+        "seconds": 2.0,
+        "rows": [{"steps": k, "distance": d, "rarest": r} for k, d, r in measured],
+    }
 
 
 def test_the_table_is_in_units_of_the_floor_for_what_was_run(bench: Bench, tmp_path: Path) -> None:
-    results = [row("tdm", 0, (2, 0.2, 0.9)), row("tdm", 1, (2, 0.4, 0.7)), row("unify", 0, (2, 0.1, 1.0), (1, 0.3, 0.5))]
+    results = [
+        row("tdm", 0, (2, 0.2, 0.9)),
+        row("tdm", 1, (2, 0.4, 0.7)),
+        row("unify", 0, (2, 0.1, 1.0), (1, 0.3, 0.5)),
+    ]
     bench["write"](results, 0.1, Namespace(iterations=7, seeds=[0, 1], teacher_steps=2000, to=tmp_path))
     table = json.loads((tmp_path / "ring.json").read_text())
     assert table["rows"] == results
-    assert (table["floor"], table["seeds"], table["command"]) == (0.1, [0, 1], "python benchmarks/ring.py --iterations 7 --seeds 0 1")
+    assert (table["floor"], table["seeds"], table["command"]) == (
+        0.1,
+        [0, 1],
+        "python benchmarks/ring.py --iterations 7 --seeds 0 1",
+    )
     lines = [line for line in (tmp_path / "ring.md").read_text().splitlines() if line.startswith("| TDM")]
     assert lines == [
         "| TDM, 2 steps | 2 | 3.00 ± 1.41 | 0.80 ± 0.14 | 2.00 ± 0.00 |  |",
@@ -64,7 +77,10 @@ def test_two_variants_run_and_are_not_run_again(bench: Bench, tmp_path: Path, mo
     monkeypatch.setattr("sys.argv", ["ring.py", *settings, "--folder", str(tmp_path / "kept"), "--to", str(tmp_path)])
     bench["main"]()
     table = json.loads((tmp_path / "ring.json").read_text())
-    assert [(r["key"], [own["steps"] for own in r["rows"]]) for r in table["rows"]] == [("unify", [2, 1]), ("dmd2", [2])]
+    assert [(r["key"], [own["steps"] for own in r["rows"]]) for r in table["rows"]] == [
+        ("unify", [2, 1]),
+        ("dmd2", [2]),
+    ]
     assert all(math.isfinite(own["distance"]) and 0 <= own["rarest"] <= 1 for r in table["rows"] for own in r["rows"])
     assert 0 < table["floor"] < 0.01
     assert table["command"].endswith("--iterations 4 --seeds 0 --teacher-steps 4")

@@ -44,12 +44,23 @@ def test_a_head_is_kept_or_folded(bench: Bench) -> None:
     assert plain.warm_start and head.warm_start and folded.warm_start
     assert [r.warm_start.method.head for r in (plain, head, folded) if r.warm_start] == ["none", "span", "span"]
     assert (head.method.head, folded.method.head) == ("keep", "fold")
-    assert folded.train.iterations - folded.method.warmup == head.train.iterations - head.method.warmup  # as much matching after it
+    assert (
+        folded.train.iterations - folded.method.warmup == head.train.iterations - head.method.warmup
+    )  # as much matching after it
 
 
 def row(key: str, fd: float, seed: int = 0, asked: Any = None) -> dict[str, Any]:
     of = {"fd_real": fd, "retrieval_top1": 0.5, "retrieval_top5": 0.75}
-    return {"key": key, "seed": seed, "seconds": 90.0, "asked": asked, "commit": "c", "hardware": "h", "teacher": of, "row": of}
+    return {
+        "key": key,
+        "seed": seed,
+        "seconds": 90.0,
+        "asked": asked,
+        "commit": "c",
+        "hardware": "h",
+        "teacher": of,
+        "row": of,
+    }
 
 
 def test_the_table_keeps_its_rows(bench: Bench, tmp_path: Path) -> None:
@@ -66,8 +77,14 @@ def test_the_table_keeps_its_rows(bench: Bench, tmp_path: Path) -> None:
 
 def test_what_a_quality_costs_either_way_is_told_by_the_cheapest_that_has_it(bench: Bench) -> None:
     of = {w.key: list[dict[str, Any]]() for w in bench["WAYS"]}
-    of |= {"tdm": [row("tdm", 9.0) | {"seconds": 1200.0}, row("tdm", 9.2, 1) | {"seconds": 1200.0}], "tdm-200": [row("tdm-200", 8.0)]}
-    of |= {"stages": [row("stages", 8.5) | {"seconds": 900.0}], "stages-half": [row("stages-half", 9.1) | {"seconds": 300.0}]}
+    of |= {
+        "tdm": [row("tdm", 9.0) | {"seconds": 1200.0}, row("tdm", 9.2, 1) | {"seconds": 1200.0}],
+        "tdm-200": [row("tdm-200", 8.0)],
+    }
+    of |= {
+        "stages": [row("stages", 8.5) | {"seconds": 900.0}],
+        "stages-half": [row("stages-half", 9.1) | {"seconds": 300.0}],
+    }
     assert bench["costs"](of) == [
         "What `tdm-200` has in 1.5 minutes, FD 8.00, has no staged way.",
         "What `tdm` has in 20.0 minutes, FD 9.10, has `stages-half`, 9.10, 25% of the minutes.",

@@ -29,7 +29,9 @@ def asked(bench: dict[str, Any], tmp_path: Path) -> argparse.Namespace:
     return bench["options"]().parse_args(["--out", str(tmp_path / "out"), "--to", str(tmp_path)])
 
 
-def finish(bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, curve: dict[float, float], hardware: str = "h") -> None:
+def finish(
+    bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, curve: dict[float, float], hardware: str = "h"
+) -> None:
     """A result as training leaves it: FD by seconds."""
     variant = next(v for v in bench["VARIANTS"] if v.key == key)
     row = {"fd_real": min(curve.values()), "fd_teacher": 1.0, "retrieval_top1": 0.5, "diversity_ratio": 1.0}
@@ -42,7 +44,10 @@ def finish(bench: dict[str, Any], a: argparse.Namespace, key: str, seed: int, cu
         "commit": "c",
         "hardware": hardware,
     }
-    write_json(a.out / f"{key}-{seed}" / "result.json", result | {"asked": bench["shared"](a), "recipe": bench["settled"](variant, a)})
+    write_json(
+        a.out / f"{key}-{seed}" / "result.json",
+        result | {"asked": bench["shared"](a), "recipe": bench["settled"](variant, a)},
+    )
 
 
 def test_every_recipe_can_be_run_and_every_ordering_names_a_student(bench: dict[str, Any]) -> None:
@@ -77,7 +82,9 @@ def test_the_race(bench: dict[str, Any], asked: argparse.Namespace) -> None:
         "DMD2, 10 fake updates: TDM has its best FD in 13.33 % of the time, to within 0.15 of it (both) in 10.00 % of the time, and ends 14.29 % lower"
     )
     finish(bench, asked, "dmd2", 0, {50: 11.0})
-    assert "its best FD never, to within 0.15 of it (both) never, and ends" in bench["race"](bench["finished"](asked))[0]
+    assert (
+        "its best FD never, to within 0.15 of it (both) never, and ends" in bench["race"](bench["finished"](asked))[0]
+    )
     finish(bench, asked, "dmd2", 0, {50: 11.0}, hardware="a faster one")
     assert bench["race"](bench["finished"](asked)) == []
 
@@ -89,8 +96,14 @@ def test_the_table(bench: dict[str, Any], asked: argparse.Namespace) -> None:
     finish(bench, asked, "full", 0, {10: 12.0})
     bench["write"]([], asked)
     table = (asked.to / "tdm.md").read_text()
-    assert f"`python benchmarks/tdm.py --only tdm-4 clean full --seeds 0 1 --iterations 260 --out {asked.out} --to {asked.to}`" in table
-    assert "the defaults of `tdm_variants.py`, times 5 for `full`: what brought more than noise with one seed (docs/log.md)." in table
+    assert (
+        f"`python benchmarks/tdm.py --only tdm-4 clean full --seeds 0 1 --iterations 260 --out {asked.out} --to {asked.to}`"
+        in table
+    )
+    assert (
+        "the defaults of `tdm_variants.py`, times 5 for `full`: what brought more than noise with one seed (docs/log.md)."
+        in table
+    )
     assert "| 4 steps | 4 | 12.50 ± 0.71 |" in table
     assert "yes: worse, +8.00 beside tdm-4" in table
     assert (asked.to / "tdm.png").stat().st_size > 10_000
@@ -115,4 +128,6 @@ def test_beyond_noise(bench: dict[str, Any]) -> None:
     assert verdict("worse", {"0": 12.0}, {"0": 11.0}) == "yes: worse, +1.00"
     assert verdict("worse", {"0": 12.0}, {"0": 11.9}) == "no: level, +0.10"
     assert verdict("level", {"0": 10.0, "1": 14.0}, {"0": 11.0, "1": 12.0}) == "yes: level, +0.50"
-    assert verdict("worse", {"0": 10.0, "1": 14.0}, {"0": 9.8, "1": 13.8, "2": 1.0}) == "yes: worse, +0.20"  # seed by seed
+    assert (
+        verdict("worse", {"0": 10.0, "1": 14.0}, {"0": 9.8, "1": 13.8, "2": 1.0}) == "yes: worse, +0.20"
+    )  # seed by seed

@@ -38,7 +38,9 @@ def part(bench: Bench) -> Any:
     teacher = tiny.denoiser(conditional=False)
     noise = noise_of([torch.Generator().manual_seed(i) for i in range(5)], teacher.shape)
     with torch.no_grad():
-        *_, last = sample(denoiser(teacher, teacher.module, {}), teacher.schedule, noise, timegrid.uniform(teacher.schedule, 2))
+        *_, last = sample(
+            denoiser(teacher, teacher.module, {}), teacher.schedule, noise, timegrid.uniform(teacher.schedule, 2)
+        )
     return bench["Part"](
         teacher,
         ("",),
@@ -56,7 +58,9 @@ def test_the_error_is_the_distance_to_the_teacher_s_end_over_its_size(part: Any)
 
     method = TrajectoryImitation(steps=(2, 4), head="none", guidance=Guidance(scale=1.0))
     with torch.no_grad():
-        own, other = (replace(part, goal=goal).measure(call, method, None)["error"] for goal in (part.goal, 2 * part.goal))
+        own, other = (
+            replace(part, goal=goal).measure(call, method, None)["error"] for goal in (part.goal, 2 * part.goal)
+        )
     assert own[2] == pytest.approx(0, abs=1e-6)
     assert other[2] == pytest.approx(0.5, abs=1e-6)
     assert own[4] > 1e-3
@@ -81,7 +85,9 @@ def test_a_row_is_kept_for_its_settings_alone(bench: Bench, part: Any) -> None:
         asked(students["head-ipndm"], part),
     ]
     assert all(other != asked(head, part) for other in others)
-    assert asked(students["ddim"], part) == asked(students["ddim"], replace(part, train=replace(part.train, iterations=41)))
+    assert asked(students["ddim"], part) == asked(
+        students["ddim"], replace(part, train=replace(part.train, iterations=41))
+    )
     assert json.loads(json.dumps(asked(head, part))) == asked(head, part)
     assert bench["training_of"](replace(head, iterations=10), part) == replace(part.train, iterations=10, decay=5)
     assert bench["training_of"](head, part) == part.train
@@ -89,7 +95,15 @@ def test_a_row_is_kept_for_its_settings_alone(bench: Bench, part: Any) -> None:
 
 
 def row(part: str, key: str, seed: int, measured: dict[str, dict[str, float]], trained: int = 0) -> dict[str, Any]:
-    about = {"commit": "abc", "hardware": "CPU", "label": key, "teacher": {"fd": 10.0}, "asked": {}, "share": 0.04, "seconds": 3.0}
+    about = {
+        "commit": "abc",
+        "hardware": "CPU",
+        "label": key,
+        "teacher": {"fd": 10.0},
+        "asked": {},
+        "share": 0.04,
+        "seconds": 3.0,
+    }
     return {**about, "part": part, "key": key, "seed": seed, "measured": measured, "trained": trained}
 
 
@@ -134,7 +148,9 @@ def finite(value: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_the_closed_form_part_runs_and_is_not_run_again(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_closed_form_part_runs_and_is_not_run_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = ["--iterations", "4", "--count", "64", "--batch", "16", "--seeds", "0", "--keys", "ddim", "head"]
     places = ["--folder", str(tmp_path / "kept"), "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["trajpl.py", "--only", "exact", *settings, *places])

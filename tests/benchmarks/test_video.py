@@ -55,4 +55,6 @@ def test_clips_become_a_teacher_a_student_and_a_table(tmp_path: Path, monkeypatc
     assert (tmp_path / "run" / "sample" / "clips-0.mp4").is_file()
     trained = sorted((f, f.stat().st_mtime_ns) for f in (tmp_path / "run").rglob("*") if f.is_file())
     assert list(bench["chain"](plan, clips, tmp_path / "run", to)) == list(rows.values())
-    assert sorted((f, f.stat().st_mtime_ns) for f in (tmp_path / "run").rglob("*") if f.is_file()) == trained  # nothing is made twice
+    assert (
+        sorted((f, f.stat().st_mtime_ns) for f in (tmp_path / "run").rglob("*") if f.is_file()) == trained
+    )  # nothing is made twice

@@ -39,7 +39,9 @@ def test_a_dry_run_and_a_run_show_the_same_list(
     assert fewstep(monkeypatch, "distill", recipe, *FEW) == 0
     run = capsys.readouterr().out
     for out in (dry, run):
-        names = [line.split()[1] for line in out.partition("before the training:")[2].splitlines() if line.startswith("  ok")]
+        names = [
+            line.split()[1] for line in out.partition("before the training:")[2].splitlines() if line.startswith("  ok")
+        ]
         assert {"folder", "writing", "disk", "model", "diffusers", "pictures", "student"} <= set(names)
         assert "its files are written, read and drawn with in 4 steps: largest difference 0" in out
         assert "\n  NO" not in out
@@ -76,7 +78,9 @@ def test_a_teacher_that_draws_nothing_is_refused(
     assert not list(Path("runs").rglob("*.safetensors")) and not list(Path().rglob("*.tmp"))
 
 
-def test_a_disk_that_is_too_small_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_is_too_small_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     full = shutil.disk_usage(".")._replace(free=100)
     monkeypatch.setattr("fewstep.runs.rehearsal.shutil.disk_usage", lambda path: full)
     assert fewstep(monkeypatch, "distill", recipe, *FEW) == 2

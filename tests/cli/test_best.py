@@ -23,7 +23,11 @@ def run_of(folder: Path, values: list[float | None]) -> list[list[str]]:
     for i, value in enumerate(values):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": i, "preview": {"distance": value}}) + "\n")
-        said.append(keep_best(folder, Best(i, float("nan") if value is None else value, KEY), partial(written, iteration=i)) if i else [])
+        said.append(
+            keep_best(folder, Best(i, float("nan") if value is None else value, KEY), partial(written, iteration=i))
+            if i
+            else []
+        )
     return said
 
 
@@ -109,7 +113,9 @@ def test_a_run_that_gets_worse_leaves_its_best_student(
     assert "iteration 2, kept in runs/tiny/best (preview.distance 0.3)" in (run / "report.html").read_text()
 
 
-def test_a_new_training_in_the_folder_is_not_held_against_an_old_best(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_training_in_the_folder_is_not_held_against_an_old_best(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stale = Path("runs/tiny/best")
     stale.mkdir(parents=True)
     (stale / "preview.json").write_text(json.dumps({"iteration": 5, "value": 0.0, "measured": KEY}))
@@ -118,5 +124,7 @@ def test_a_new_training_in_the_folder_is_not_held_against_an_old_best(recipe: Pa
 
 
 def test_it_is_kept_only_where_it_is_wanted(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command(monkeypatch, "distill", recipe, "--set", "train.iterations=2", "--set", "preview.keep_best=false") == 0
+    assert (
+        command(monkeypatch, "distill", recipe, "--set", "train.iterations=2", "--set", "preview.keep_best=false") == 0
+    )
     assert not Path("runs/tiny/best").exists() and Path("runs/tiny/final").is_dir()

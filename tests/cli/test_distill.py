@@ -125,10 +125,12 @@ def test_a_run_leaves_everything_it_promises(
     assert [r["iteration"] for r in records if "preview" in r] == [0, 5]
     card = json.loads((run / "final" / "fewstep.json").read_text())
     assert card["timesteps"] == {"4": [999.0, 749.0, 499.0, 249.0, -1.0]}
-    assert card["guidance"] == "baked"
+    assert card["guidance"] == {"scale": 2.0, "tilt": 0.0, "apg_eta": 1.0, "stop": 0.0, "rescale": 0.0}
 
 
-def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_and_resumed_is_the_straight_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe, "--out", "straight") == 0
     update = loop._update
     asked: list[bool] = []
@@ -155,7 +157,11 @@ def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pyte
     straight, resumed = weights(Path("straight")), weights(Path("stopped"))
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
     losses = [
-        [(r["iteration"], r["fake_loss"]) for r in map(json.loads, Path(d, "metrics.jsonl").read_text().splitlines()) if "fake_loss" in r]
+        [
+            (r["iteration"], r["fake_loss"])
+            for r in map(json.loads, Path(d, "metrics.jsonl").read_text().splitlines())
+            if "fake_loss" in r
+        ]
         for d in ("straight", "stopped")
     ]
     assert losses[0] == losses[1]
@@ -188,10 +194,10 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pyt
     ("arguments", "expected"),
     [
         (["--set", "method.steps=0"], "method.steps: got 0"),
-        (["--set", "method.steps=2000"], "steps: got 2000, allowed are 1 to 1000"),
+        (["--set", "method.steps=2000"], "method.steps: got 2000, allowed are whole numbers from 1 to 1000"),
         (["--set", "method.stepz=4"], "method.stepz: unknown option"),
         (["--set", "method.loss=l3"], "method.loss: got 'l3', allowed are l2, huber, huber-elementwise"),
-        (["--set", "train.lr=fast"], "train.lr: input should be a valid number"),
+        (["--set", "train.lr=fast"], "train.lr: input should be a number, got 'fast'"),
         (["--set", "train.lr=-1"], "train.lr: got -1.0"),
         (["--set", "train.batch=0"], "train.batch: got 0"),
         (["--set", "roles.rank=0"], "roles.rank: got 0"),
@@ -206,7 +212,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pyt
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: str,
 ) -> None:
     Path("empty.txt").write_text("\n  \n")
     Path("table.csv").write_text("a,b\n1,2\n")
@@ -270,13 +280,17 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     assert fewstep(monkeypatch, "distill", recipe) == 0
 
 
-def test_other_settings_do_not_resume(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_do_not_resume(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe) == 0
     assert fewstep(monkeypatch, "distill", recipe, "--set", "train.lr=5e-3") == 2
     assert "other settings" in error_of(capsys)
 
 
-def test_dry_run_trains_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_trains_nothing(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe, "--dry-run", "--set", "train.batch=3") == 0
     text = capsys.readouterr().out
     assert "batch: 3" in text

@@ -13,6 +13,7 @@ from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
 from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
 from fewstep.cli.finish import quality_of
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation import protocols
 from fewstep.evaluation.pictures import PictureProtocol
 from fewstep.evaluation.plan import EmojiProtocol
@@ -38,7 +39,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_measured_along_the_way_and_at_its_end(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    how = ("--set", "evaluate=small", "--set", "preview.protocol=small", "--set", "method.steps=[2, 1]", "--set", "method.name=tdm-unify")
+    how = (
+        "--set",
+        "evaluate=small",
+        "--set",
+        "preview.protocol=small",
+        "--set",
+        "method.steps=[2, 1]",
+        "--set",
+        "method.name=tdm-unify",
+    )
     assert command(monkeypatch, "distill", recipe, *how) == 0
     run = Path("runs/tiny")
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
@@ -49,7 +59,9 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
     points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
     assert list(points) == [0, 5]
     assert set(points[5]) == {"fd_real", "retrieval_top1", "retrieval_top5", "diversity"}
-    assert points[5]["fd_real"] == pytest.approx(rows[4]["fd_real"], rel=1e-3)  # the student of two steps, as it was exported
+    assert points[5]["fd_real"] == pytest.approx(
+        rows[4]["fd_real"], rel=1e-3
+    )  # the student of two steps, as it was exported
     page = (run / "report.html").read_text()
     assert "Told and taken" in page
     printed = capsys.readouterr().out
@@ -71,9 +83,14 @@ def test_a_row_costs_what_the_network_is_asked(
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
     card = replace(
-        CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, analytic_first_step=free
+        CARD,
+        steps=(2,),
+        timesteps={"2": [999, 499, -1]},
+        solver={"2": "ddim"},
+        guidance=Guidance(scale=guidance),
+        analytic_first_step=free,
     )
-    rows = rows_of(Student(Student(backbone, backbone.module, (), "student", free=free), card))
+    rows = rows_of(Student(card, backbone, backbone.module))
     assert [r.nfe for r in rows] == costs
     assert any(r.model == "teacher" and r.nfe == rows[-1].nfe for r in rows)
     assert [r.model for r in rows] == ["teacher"] * (len(costs) - 1) + ["student"]
@@ -90,7 +107,9 @@ def test_what_a_run_says_of_quality_names_the_best_teacher_at_its_cost() -> None
     guided = {"model": "teacher", "steps": 2, "guidance": 4.5, "nfe": 4, "fd_real": 24.1, "fd_teacher": 8.0}
     student = {"model": "student", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 13.1, "fd_teacher": 2.0, "n": 128}
     said = quality_of(student, teacher, [teacher, guided, unguided, student])
-    assert said == "FD to real 13.1 in 4 network calls, teacher 12.8 in 100, 17.1 at the student's cost (4 unguided steps)"
+    assert (
+        said == "FD to real 13.1 in 4 network calls, teacher 12.8 in 100, 17.1 at the student's cost (4 unguided steps)"
+    )
     imitated = [row | {"fd_real": None} for row in (student, teacher, guided, unguided)]
     said = quality_of(imitated[0], imitated[1], imitated)
     assert said.endswith("2.0 in 4 network calls, the teacher 8.0 at the student's cost (2 guided steps), 128 pictures")
@@ -109,7 +128,11 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     """What draws no emoji is not asked for them, whatever else it draws."""
     emoji, other = load_teacher("emoji"), tiny.stable_diffusion()
     assert draws_emoji(emoji) and not draws_emoji(other)
-    assert [measuring(t, None, None)[0].name for t in (emoji, tiny.pixels(), other)] == ["emoji-full", "pictures", "pictures-quick"]
+    assert [measuring(t, None, None)[0].name for t in (emoji, tiny.pixels(), other)] == [
+        "emoji-full",
+        "pictures",
+        "pictures-quick",
+    ]
     for size, names in (
         ("quick", ["emoji-quick", "pictures-quick"]),
         ("medium", ["emoji-medium", "pictures"]),
@@ -117,17 +140,24 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     ):
         assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
     assert measuring(other, "pictures-12", None)[0].total(1) == 12
-    with pytest.raises(ValueError, match=r"^--protocol: got pictures-12, emoji draws emoji; choose one of emoji-quick, [^N]+$"):
+    with pytest.raises(
+        ValueError, match=r"^--protocol: got pictures-12, emoji draws emoji; choose one of emoji-quick, [^N]+$"
+    ):
         measuring(emoji, "pictures-12", None)
     with pytest.raises(
-        ValueError, match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict"
+        ValueError,
+        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict",
     ):
         measuring(other, "emoji-full", None)
     with pytest.raises(ValueError, match=r"^--protocol: got pictures, emoji draws emoji; choose one of emoji-quick, "):
         measuring(emoji, "pictures", None)
-    with pytest.raises(ValueError, match=r"^data\.real: got x, protocol emoji-quick has real pictures of its own; leave it out$"):
+    with pytest.raises(
+        ValueError, match=r"^data\.real: got x, protocol emoji-quick has real pictures of its own; leave it out$"
+    ):
         measuring(emoji, "emoji-quick", "x", "evaluate")
-    with pytest.raises(ValueError, match=r"^evaluate: own-network draws no single pictures, and nothing else is measured yet"):
+    with pytest.raises(
+        ValueError, match=r"^evaluate: own-network draws no single pictures, and nothing else is measured yet"
+    ):
         measuring(Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,)), "medium", None, "evaluate")
 
 
@@ -135,7 +165,9 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the end, later from its run, and anywhere with prompts that are passed; along the way there is nothing to compare with, which is said."""
-    monkeypatch.setattr("fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),))
+    monkeypatch.setattr(
+        "fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),)
+    )
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
     sizes = ("--set", "evaluate=quick", "--set", "preview.protocol=quick")
     assert command(monkeypatch, "distill", recipe, *sizes) == 0
@@ -151,7 +183,10 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     shutil.copytree("runs/tiny/final", "alone")
     capsys.readouterr()
     assert command(monkeypatch, "evaluate", "alone") == 2
-    assert "error: --prompts: there is no run around . that says what tiny was asked for; pass a prompt file" in error_of(capsys)
+    assert (
+        "error: --prompts: there is no run around . that says what tiny was asked for; pass a prompt file"
+        in error_of(capsys)
+    )
     Path("other.txt").write_text("red cat\n")
     assert command(monkeypatch, "evaluate", "alone", "--prompts", "other.txt") == 0
     assert json.loads(Path("alone/eval.json").read_text())["prompts_sha256"] != result["prompts_sha256"]
@@ -162,9 +197,13 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_emoji_are_not_asked_of_another_teacher(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_emoji_are_not_asked_of_another_teacher(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for how in ((), ("--dry-run",)):
         capsys.readouterr()
         assert command(monkeypatch, "distill", recipe, "--set", "evaluate=emoji-medium", *how) == 2
-        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of pictures-quick" in error_of(capsys)
+        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of pictures-quick" in error_of(
+            capsys
+        )
         assert not Path("runs").exists()

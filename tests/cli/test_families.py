@@ -46,15 +46,23 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(
     assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 2
     assert "evaluating" not in capsys.readouterr().out  # no video of the teacher's was drawn for it
     assert fewstep(monkeypatch, "distill", "tiny.yaml", "--set", "evaluate=quick", "--out", "runs/other") == 2
-    assert error_of(capsys).startswith("error: evaluate: video draws no single pictures, and nothing else is measured yet; leave it out")
+    assert error_of(capsys).startswith(
+        "error: evaluate: video draws no single pictures, and nothing else is measured yet; leave it out"
+    )
     assert not Path("runs/other").exists()
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)]
+)
 def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
     folder = pipelines.save(family, tmp_path / "xl")
-    stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 32}
+    stage = {
+        "method": {"steps": 2, "warmup": 0},
+        "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3},
+        "size": 32,
+    }
     path = recipe(folder, method={"steps": 2, "warmup": 0}, warm_start=stage, size=64, dtype=dtype)
     assert fewstep(monkeypatch, "distill", path) == 0
     assert (read_card(Path("runs/tiny/warm_start/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
@@ -75,11 +83,20 @@ def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatc
             {"method": {"steps": 2, "solver": "dpmpp", "warmup": 0}},
             "method.solver: got dpmpp, students of this family are exported for ddim alone",
         ),
-        ("cogvideox", {"method": {"steps": 3, "warmup": 0}}, "method.steps: got [3], students like this are exported for divisors of 1000"),
+        (
+            "cogvideox",
+            {"method": {"steps": 3, "warmup": 0}},
+            "method.steps: got [3], students like this are exported for divisors of 1000",
+        ),
     ],
 )
 def test_what_a_family_cannot_do_is_said_before_training(
-    family: str, changes: dict[str, object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: str,
+    changes: dict[str, object],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = pipelines.save(family, tmp_path / "video")
     assert fewstep(monkeypatch, "distill", recipe(folder, **changes)) == 2

@@ -90,7 +90,9 @@ def test_a_lora_that_is_none(
     assert not Path("runs").exists()
 
 
-def test_a_pipeline_that_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipeline_that_takes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_file({"x": torch.zeros(1)}, "style.safetensors")
     folder = pipelines.save("pixart", tmp_path / "p")
     assert fewstep(monkeypatch, "distill", recipe(folder), "--fuse-lora", "style.safetensors") == 2

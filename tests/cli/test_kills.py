@@ -47,7 +47,9 @@ class Shown(Preview):
     def show(self, roles: Roles, iteration: int, method: Any) -> Seen:
         from fewstep.atomic import write_json
 
-        write_json(self.run / "samples" / f"step_{iteration:06d}.png", float(sum(t.sum() for t in roles.average.values())))
+        write_json(
+            self.run / "samples" / f"step_{iteration:06d}.png", float(sum(t.sum() for t in roles.average.values()))
+        )
         return Seen([f"of {iteration}"], {2: 0.5})
 
 
@@ -63,7 +65,9 @@ def run_once(run: Path) -> None:
             module.complete(recipe, step, preview, log, tiny.WORDS)
 
         roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, tiny.WORDS, run / "embeddings", "tiny")
-        training(recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log, tiny.WORDS)
+        training(
+            recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log, tiny.WORDS
+        )
 
 
 def in_a_child(work: Callable[[], None]) -> int:
@@ -114,7 +118,9 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(console, "quiet", True)
     run_once(tmp_path / "straight")
     lines, pictures, files = left(tmp_path / "straight")
-    assert [i for i, _ in lines] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3] and sorted(pictures) == [f"step_{i:06d}.png" for i in (0, 2, 3)]
+    assert [i for i, _ in lines] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3] and sorted(pictures) == [
+        f"step_{i:06d}.png" for i in (0, 2, 3)
+    ]
     event, died = 0, -signal.SIGKILL
     while died:
         event += 1
@@ -130,7 +136,9 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
         run_once(run)
         assert left(run) == (lines, pictures, files), event
         for name in ("student", "average", "optimizer_student"):
-            one, other = (load_file(r / "checkpoint-000003" / f"{name}.safetensors") for r in (tmp_path / "straight", run))
+            one, other = (
+                load_file(r / "checkpoint-000003" / f"{name}.safetensors") for r in (tmp_path / "straight", run)
+            )
             assert all(one[n].equal(t) for n, t in other.items())
     assert event > 20
 
@@ -138,10 +146,14 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("lost", ["final", "report.html", "report of before", "student of before", ""])
 def test_a_first_stage_is_finished_when_nothing_of_it_is_missing(lost: str, tmp_path: Path) -> None:
     """A kill after its last checkpoint leaves no student, no report, or those of a shorter training before; the second stage begins from none of these."""
-    recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN})
+    recipe = DistillRecipe.model_validate(
+        {**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN}
+    )
     save_checkpoint(tmp_path, 3, {"student": {"x": torch.ones(1)}}, {})
     write_json(tmp_path / "run.json", {"recipe": recorded(recipe)})
-    write_json(tmp_path / "final" / "fewstep.json", asdict(replace(CARD, iterations=2 if lost == "student of before" else 3)))
+    write_json(
+        tmp_path / "final" / "fewstep.json", asdict(replace(CARD, iterations=2 if lost == "student of before" else 3))
+    )
     write_text(tmp_path / "report.html", "")
     if lost == "report of before":
         os.utime(tmp_path / "report.html", (0, 0))

@@ -23,9 +23,16 @@ def written(process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPat
     """The recipe of a five-iteration run from a teacher of random weights, in the folder that is worked in from here on."""
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
-    save_pixel_model(Path("digits"), pixel_unet([16, 32], [False, True], 1, 8, len(labels)), SCHEDULERS[process](), labels)
+    save_pixel_model(
+        Path("digits"), pixel_unet([16, 32], [False, True], 1, 8, len(labels)), SCHEDULERS[process](), labels
+    )
     Path("names.txt").write_text("".join(f"{name}\n" for name in labels or ("picture",)))
-    value: dict[str, Any] = {**RECIPE, "teacher": "digits", "prompts": {"source": "names.txt"}, "preview": {"every": 5, "teacher_steps": 3}}
+    value: dict[str, Any] = {
+        **RECIPE,
+        "teacher": "digits",
+        "prompts": {"source": "names.txt"},
+        "preview": {"every": 5, "teacher_steps": 3},
+    }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(value))
     return path
@@ -36,7 +43,9 @@ def by_diffusers(folder: str, steps: int, options: dict[str, Any]) -> Tensor:
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
-    return pipe(batch_size=2, num_inference_steps=steps, generator=seeds, output_type="pt", **options).images.expand(-1, 3, -1, -1)
+    return pipe(batch_size=2, num_inference_steps=steps, generator=seeds, output_type="pt", **options).images.expand(
+        -1, 3, -1, -1
+    )
 
 
 @pytest.mark.parametrize(("process", "labels"), [("edm", LABELS), pytest.param("edm", (), marks=pytest.mark.slow), pytest.param("vp", LABELS, marks=pytest.mark.slow), pytest.param("vp", (), marks=pytest.mark.slow)])  # fmt: skip
@@ -50,7 +59,9 @@ def test_an_exported_student_is_itself_in_diffusers(
     student = fewstep.load_student("runs/tiny/final")
     names, options = (["one", "two"], {"class_labels": [1, 2]}) if labels else (["", ""], {})
     for steps in (4, 2):
-        assert command(monkeypatch, "export", "runs/tiny", f"out-{steps}", "--format", "pipeline", "--steps", steps) == 0
+        assert (
+            command(monkeypatch, "export", "runs/tiny", f"out-{steps}", "--format", "pipeline", "--steps", steps) == 0
+        )
         wanted = fewstep.sample(student, names, [3, 4], steps=steps)
         assert (by_diffusers(f"out-{steps}", steps, options) - wanted).abs().max() <= 1e-4
         teacher = fewstep.sample(student.backbone, names, [3, 4], steps=steps)
@@ -68,7 +79,9 @@ def test_what_cannot_be_exported_from_edm_s_levels_is_not_trained(
 
 
 @pytest.mark.slow
-def test_trajp_l_on_edm_s_levels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trajp_l_on_edm_s_levels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a head the student is fewstep's alone, in files of its own; its LoRA by itself is a pipeline."""
     recipe = written("edm", LABELS, monkeypatch, tmp_path)
     value = yaml.safe_load(recipe.read_text()) | {"data": {"source": "trajectories", "count": 40, "steps": 8}}

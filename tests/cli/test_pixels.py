@@ -49,13 +49,17 @@ def headless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return folder / "run", request.param
 
 
-def test_a_pipeline_folder_is_the_student(headless: tuple[Path, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_folder_is_the_student(
+    headless: tuple[Path, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In diffusers and in fewstep, the classes' names included (more in `test_pixel_formats.py`)."""
     run, labels = headless
     assert command(monkeypatch, "export", run, tmp_path / "pipe", "--format", "pipeline") == 0
     prompts, student = [labels[1] if labels else "", ""], fewstep.load_student(run / "final")
     wanted = fewstep.sample(student, prompts, [3, 4])
-    assert (wanted - fewstep.sample(student.backbone, prompts, [3, 4], steps=2)).abs().max() > 0.01  # the student is not the teacher
+    assert (
+        wanted - fewstep.sample(student.backbone, prompts, [3, 4], steps=2)
+    ).abs().max() > 0.01  # the student is not the teacher
     again = load_teacher(tmp_path / "pipe")
     assert isinstance(again, PixelModel) and again.labels == labels
     assert (fewstep.sample(again, prompts, [3, 4], steps=2) - wanted).abs().max() <= 1e-4
@@ -67,7 +71,10 @@ def test_a_pipeline_folder_is_the_student(headless: tuple[Path, tuple[str, ...]]
 
 
 def test_what_may_be_asked_of_it(
-    headless: tuple[Path, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    headless: tuple[Path, tuple[str, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The student and its teacher take a class's name, or nothing where there are no classes; the empty prompt is that of no class."""
     (run, labels), out = headless, tmp_path / "x.png"
@@ -100,7 +107,9 @@ def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], m
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations of six pictures, a teacher of three steps."""
-    monkeypatch.setattr("fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures", 6, components=3, batch=4),))
+    monkeypatch.setattr(
+        "fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures", 6, components=3, batch=4),)
+    )
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
 
 
@@ -118,7 +127,13 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     """Every command on a student with a head, measured against real pictures along the way, at its end and later."""
     monkeypatch.chdir(tmp_path)
     data = {"source": "trajectories", "count": 6, "steps": 4, "real": str(real(tmp_path, 14))}
-    path = recipe(tmp_path, CLASSES, data=data, evaluate="pictures", preview={"every": 2, "teacher_steps": 3, "protocol": "pictures"})
+    path = recipe(
+        tmp_path,
+        CLASSES,
+        data=data,
+        evaluate="pictures",
+        preview={"every": 2, "teacher_steps": 3, "protocol": "pictures"},
+    )
     assert command(monkeypatch, "distill", path) == 0
     run = Path("runs/pix")
     result = json.loads((run / "final" / "eval.json").read_text())
@@ -127,10 +142,15 @@ def test_from_a_teacher_of_classes_to_its_students_report(
         ("teacher", 3, 2.0, 6, 6), ("teacher", 2, 2.0, 4, 6), ("teacher", 2, 1.0, 2, 6), ("teacher", 1, 2.0, 2, 6), ("student", 2, 1.0, 2, 6)
     ]  # fmt: skip
     assert all(r["fd_real"] > 0 for r in rows) and rows[0]["fd_teacher"] is None and rows[4]["fd_teacher"] > 0
-    points = [line["quality"]["fd_real"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "quality" in line]
+    points = [
+        line["quality"]["fd_real"]
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "quality" in line
+    ]
     assert len(points) == 2 and points[-1] == pytest.approx(rows[4]["fd_real"], rel=1e-3)
     assert (
-        f"quality  FD to real {rows[4]['fd_real']:.1f} in 2 network calls, teacher {rows[0]['fd_real']:.1f} in 6" in capsys.readouterr().out
+        f"quality  FD to real {rows[4]['fd_real']:.1f} in 2 network calls, teacher {rows[0]['fd_real']:.1f} in 6"
+        in capsys.readouterr().out
     )
     assert command(monkeypatch, "sample", run, "-p", "sea lion", "--compare") == 0
     assert command(monkeypatch, "export", run, "merged", "--format", "merged") == 0
@@ -140,7 +160,10 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     assert command(monkeypatch, "export", run, "pipe", "--format", "pipeline") == 2
     assert "--format: this student is sampled with a head" in error_of(capsys)
     assert command(monkeypatch, "evaluate", run) == 0  # under the protocol of its kind, against what its recipe names
-    assert "pictures: FD-efflite0, 3 components of the real pictures' features, 6 pictures against 6" in capsys.readouterr().out
+    assert (
+        "pictures: FD-efflite0, 3 components of the real pictures' features, 6 pictures against 6"
+        in capsys.readouterr().out
+    )
     assert json.loads((run / "final" / "eval.json").read_text())["rows"][4]["fd_real"] == rows[4]["fd_real"]
     (run / "report.html").unlink()
     assert command(monkeypatch, "report", run) == 0
@@ -150,16 +173,23 @@ def test_from_a_teacher_of_classes_to_its_students_report(
 
 @pytest.mark.usefixtures("few")
 def test_without_real_pictures_a_student_is_measured_against_its_teacher(
-    headless: tuple[Path, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    headless: tuple[Path, tuple[str, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, labels = headless
     assert command(monkeypatch, "evaluate", run) == 0
     said = capsys.readouterr().out
-    assert "pictures: FD-efflite0, 3 components of the teacher's features, 6 pictures against 6; 6 pictures a row" in said
+    assert (
+        "pictures: FD-efflite0, 3 components of the teacher's features, 6 pictures against 6; 6 pictures a row" in said
+    )
     assert "fd_teacher" in said and "fd_real" not in said and "retrieval" not in said
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [r["nfe"] for r in rows] == ([6, 4, 2, 2, 2] if labels else [3, 2, 2])
-    calls = 6 * sum(r["nfe"] for r in rows)  # of six pictures a row: by pictures alone the time left would be a few steps' or fifty's
+    calls = 6 * sum(
+        r["nfe"] for r in rows
+    )  # of six pictures a row: by pictures alone the time left would be a few steps' or fifty's
     assert f"evaluating, network calls {calls}/{calls}" in said
     assert rows[-1]["fd_teacher"] > 0
     assert quality_of(rows[-1], rows[0]).startswith(
@@ -177,7 +207,10 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
         (("--real", real(tmp_path, 5)), "has 5 pictures, protocol pictures compares 6 with 6"),
         (("--real", real(tmp_path, 6, 9)), "are 9x9, pixels draws 8x8"),
         (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of pictures"),
-        (("--protocol", "other"), "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, pictures"),
+        (
+            ("--protocol", "other"),
+            "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, pictures",
+        ),
     ):
         capsys.readouterr()
         assert command(monkeypatch, "evaluate", run, *how) == 2
@@ -189,13 +222,26 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluate": "emoji-quick"}, "evaluate: got emoji-quick, pixels is a pixel model; choose one of pictures-quick, pictures"),
-        ({"preview": {"protocol": "pictures"}}, "preview.protocol: got pictures, which needs real pictures here; set data.real"),
-        ({"evaluate": "pictures", "data": {"source": "trajectories", "real": "nowhere"}}, "data.real: there is no nowhere"),
+        (
+            {"evaluate": "emoji-quick"},
+            "evaluate: got emoji-quick, pixels is a pixel model; choose one of pictures-quick, pictures",
+        ),
+        (
+            {"preview": {"protocol": "pictures"}},
+            "preview.protocol: got pictures, which needs real pictures here; set data.real",
+        ),
+        (
+            {"evaluate": "pictures", "data": {"source": "trajectories", "real": "nowhere"}},
+            "data.real: there is no nowhere",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_not_trained(
-    changes: dict[str, object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, object],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "distill", recipe(tmp_path, CLASSES, **changes)) == 2

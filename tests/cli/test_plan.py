@@ -32,7 +32,11 @@ def test_the_table_adds_up_and_no_weights_are_read(
 ) -> None:
     folder = pipelines.save("sd", tmp_path / "sd")
     pipelines.spoil(folder)
-    stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 16}
+    stage = {
+        "method": {"steps": 2, "warmup": 0},
+        "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3},
+        "size": 16,
+    }
     assert fewstep(monkeypatch, "plan", recipe(folder, warm_start=stage, size=32), "--memory", "2GiB") == 0
     said = capsys.readouterr().out
     assert said.count("needed") == 2 and said.count("as it is") == 2
@@ -55,15 +59,24 @@ def test_what_fits_is_found_and_is_the_same_training(planned: tuple[Plan, Backbo
 
 def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None:
     parts, both = savings(planned[0].recipe, "warm_start.")
-    assert [s for s, _ in parts] == [[f"warm_start.train.batch={32 // k}", f"warm_start.train.accumulate={k}"] for k in (2, 4, 8)]
+    assert [s for s, _ in parts] == [
+        [f"warm_start.train.batch={32 // k}", f"warm_start.train.accumulate={k}"] for k in (2, 4, 8)
+    ]
     assert both[0][0] == ["roles.checkpointing=true"] and "warm_start.train.batch=1" in both[-1][0]
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
 
 
 def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
     """Round numbers: a base of 100, moments of 40, 20 each for adapters and gradients, 4 a sample, 1 with checkpointing."""
-    base, moments = {None: 100, "int8": 50, "nf4": 25}[recipe.roles.quantize], {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer]
-    return Plan(recipe, phases, Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)))
+    base, moments = (
+        {None: 100, "int8": 50, "nf4": 25}[recipe.roles.quantize],
+        {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer],
+    )
+    return Plan(
+        recipe,
+        phases,
+        Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,11 +87,31 @@ def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
         (181, ["train.batch=1", "train.accumulate=8", "roles.checkpointing=true"]),
         (180, ["train.optimizer=adamw8bit", "train.batch=4", "train.accumulate=2"]),
         (150, ["roles.quantize=int8", "train.batch=4", "train.accumulate=2"]),
-        (105, ["train.optimizer=adamw8bit", "roles.quantize=int8", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
-        (80, ["train.optimizer=adamw8bit", "roles.quantize=nf4", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
+        (
+            105,
+            [
+                "train.optimizer=adamw8bit",
+                "roles.quantize=int8",
+                "train.batch=4",
+                "train.accumulate=2",
+                "roles.checkpointing=true",
+            ],
+        ),
+        (
+            80,
+            [
+                "train.optimizer=adamw8bit",
+                "roles.quantize=nf4",
+                "train.batch=4",
+                "train.accumulate=2",
+                "roles.checkpointing=true",
+            ],
+        ),
     ],
 )
-def test_what_changes_the_result_comes_last_the_least_first(usable: int, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_the_result_comes_last_the_least_first(
+    usable: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = {"iterations": 2, "batch": 8, "lr": 1e-3, "fake_lr": 1e-3}
     settings = read_recipe(str(recipe(Path("none"), train=train)), [], DistillRecipe)
     none = tiny.stable_diffusion(channels=(96, 96))
@@ -100,20 +133,31 @@ def test_what_a_recipe_rounds_stays_so() -> None:
         return [sets for sets, _ in roundings(settings, teacher, "warm_start.")]
 
     eight = "warm_start.train.optimizer=adamw8bit"
-    assert ways(wide) == [[eight], ["roles.quantize=int8"], [eight, "roles.quantize=int8"], [eight, "roles.quantize=nf4"]]
+    assert ways(wide) == [
+        [eight],
+        ["roles.quantize=int8"],
+        [eight, "roles.quantize=int8"],
+        [eight, "roles.quantize=nf4"],
+    ]
     assert ways(wide, quantize="int8") == [[eight], [eight, "roles.quantize=nf4"]]
     assert ways(wide, lora=False) == ways(narrow) == [[eight]]
 
 
 def test_a_card_that_is_too_small_is_said_so(planned: tuple[Plan, Backbone]) -> None:
     made, teacher = planned
-    with pytest.raises(ValueError, match=r"^--memory: tiny needs .* are usable; --set dtype=bfloat16 halves the base's weights$"):
+    with pytest.raises(
+        ValueError, match=r"^--memory: tiny needs .* are usable; --set dtype=bfloat16 halves the base's weights$"
+    ):
         fit(made, teacher, 2**20, "")
 
 
 @pytest.mark.parametrize(
     ("memory", "said"),
-    [("many", "--memory: got 'many', allowed are sizes"), ("100MiB", "of which CUDA alone takes"), ("3 bananas", "allowed")],
+    [
+        ("many", "--memory: got 'many', allowed are sizes"),
+        ("100MiB", "of which CUDA alone takes"),
+        ("3 bananas", "allowed"),
+    ],
 )
 def test_a_size_that_is_none(
     memory: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -124,4 +168,10 @@ def test_a_size_that_is_none(
 
 
 def test_sizes() -> None:
-    assert [parse_bytes(t) for t in ("24GiB", "16 GB", "1.5gib", "512M", "7")] == [24 * 2**30, 16 * 10**9, 3 * 2**29, 2**29, 7]
+    assert [parse_bytes(t) for t in ("24GiB", "16 GB", "1.5gib", "512M", "7")] == [
+        24 * 2**30,
+        16 * 10**9,
+        3 * 2**29,
+        2**29,
+        7,
+    ]

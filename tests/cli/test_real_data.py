@@ -39,7 +39,20 @@ def test_a_fine_tuned_teacher_is_a_teacher(
     assert (tuned / "prompts.txt").read_text().split("\n") == ["blue dog", "red cat", ""]
     a, b = (fewstep.sample(fewstep.load_teacher(t), ["red cat"], [0], steps=3) for t in (teacher, tuned))
     assert (a - b).abs().max() > 1e-3
-    assert command(monkeypatch, "distill", recipe, "--teacher", tuned, "--prompts", tuned / "prompts.txt", "--out", "runs/after") == 0
+    assert (
+        command(
+            monkeypatch,
+            "distill",
+            recipe,
+            "--teacher",
+            tuned,
+            "--prompts",
+            tuned / "prompts.txt",
+            "--out",
+            "runs/after",
+        )
+        == 0
+    )
 
 
 @pytest.mark.slow
@@ -49,7 +62,8 @@ def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monk
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts", "--set", "train.iterations=3") == 0
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts") == 0
     lines = [
-        [json.loads(line) for line in (Path("runs") / run / "metrics.jsonl").read_text().splitlines()] for run in ("straight", "parts")
+        [json.loads(line) for line in (Path("runs") / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("straight", "parts")
     ]
     keys = ("iteration", "student_loss", "fake_loss", "discriminator_loss", "gan_loss")
     straight, parts = ([[row.get(k) for k in keys] for row in rows if "fake_loss" in row] for rows in lines)
@@ -58,7 +72,9 @@ def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monk
 
 
 @pytest.mark.parametrize("name", ["lcm", "progressive"])
-def test_imitation_starts_from_the_teachers_own_pictures(recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imitation_starts_from_the_teachers_own_pictures(
+    recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     how = (
         "--set",
         f"method={{name: {name}, steps: 2}}",
@@ -73,7 +89,9 @@ def test_imitation_starts_from_the_teachers_own_pictures(recipe: Path, name: str
     assert fewstep.sample(student, ["red cat"], [0]).shape == (1, 3, 16, 16)
 
 
-def test_the_term_and_the_pictures_go_together(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_term_and_the_pictures_go_together(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1") == 2
     assert "data.source: method tdm needs pictures; pass a folder of captioned ones" in error_of(capsys)
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", "--set", "data.source=nowhere") == 2
@@ -92,12 +110,23 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     assert re.search(r"embeddings of 2 prompts: 0\.0 MiB, of [\d.]+ [GM]iB that are free", said)
     (pictures / "blue_dog.caption").write_text("a dog")
     monkeypatch.setattr("fewstep.cli.prompts.WORTH_SAYING", 1)
-    gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.iterations=1", "--set", "method.warmup=0")
+    gan = (
+        "--set",
+        "method.gan=0.1",
+        "--set",
+        f"data.source={pictures}",
+        "--set",
+        "train.iterations=1",
+        "--set",
+        "method.warmup=0",
+    )
     assert command(monkeypatch, "distill", recipe, *gan) == 0
     said = capsys.readouterr().out
     assert f"2 pictures in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said
     assert len(re.findall(r"writing runs/tiny/embeddings/\S+: 0\.0 MiB, of", said)) == 3
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     assert command(monkeypatch, "distill", recipe, "--out", "runs/full") == 2
-    assert re.search(r"cannot write runs/full/embeddings/\S+: it takes 0\.0 GiB, 0\.0 GiB are free there", error_of(capsys))
+    assert re.search(
+        r"cannot write runs/full/embeddings/\S+: it takes 0\.0 GiB, 0\.0 GiB are free there", error_of(capsys)
+    )
     assert not Path("runs/full/embeddings").exists()

@@ -36,7 +36,7 @@ def test_a_student_of_a_rounded_base_goes_with_the_base_as_it_was(
     for run in (Path("runs/tiny"), Path("runs/tiny/warm_start")):
         assert json.loads((run / "run.json").read_text())["base_hash"] == original
         assert json.loads((run / "final" / "fewstep.json").read_text())["base_hash"] == original
-    assert "from prompts alone, beside its base in int8." in Path("runs/tiny/final/README.md").read_text()
+    assert "from prompts alone, next to its base in int8." in Path("runs/tiny/final/README.md").read_text()
     student = load_student("runs/tiny/final")
     assert kind_of(student.network) is None
     assert {p.dtype for p in student.network.parameters()} == {torch.float32}

@@ -27,7 +27,9 @@ def test_a_signal_in_the_set_up_is_one_line(
     before = signal.getsignal(number)
     assert fewstep(monkeypatch, "plan", "demo") == 128 + number
     said = capsys.readouterr()
-    assert said.err.splitlines() == [f"interrupted by {number.name}; the same command goes on: a training from its last checkpoint"]
+    assert said.err.splitlines() == [
+        f"interrupted by {number.name}; the same command goes on: a training from its last checkpoint"
+    ]
     assert signal.getsignal(number) is before
 
 
@@ -69,7 +71,12 @@ finally:
 def test_a_reader_that_has_gone_is_said_and_what_is_trained_is_saved(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     process = subprocess.Popen(
-        [sys.executable, "-c", PRINTING], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PRINTING],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "[bold]line[/bold] :smile:\n"

@@ -33,7 +33,10 @@ def test_a_dry_run_says_what_becomes_of_prompts_and_of_teachers(
     assert fewstep(monkeypatch, "distill", path, "--dry-run", "--set", "dtype=float16") == 2
     assert "dtype: input should be 'float32' or 'bfloat16'" in error_of(capsys)
     save_file(
-        {"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(2, 4), "lora_unet_double_blocks_0_x.lora_up.weight": torch.ones(4, 2)},
+        {
+            "lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(2, 4),
+            "lora_unet_double_blocks_0_x.lora_up.weight": torch.ones(4, 2),
+        },
         "flux.safetensors",
     )
     for command in (
@@ -41,7 +44,10 @@ def test_a_dry_run_says_what_becomes_of_prompts_and_of_teachers(
         ("distill", path, "--fuse-lora", "flux.safetensors"),
     ):
         assert fewstep(monkeypatch, *command) == 2
-        assert "--fuse-lora: flux.safetensors cannot be fused into this teacher (1 of its 1 layers are not there" in error_of(capsys)
+        assert (
+            "--fuse-lora: flux.safetensors cannot be fused into this teacher (1 of its 1 layers are not there"
+            in error_of(capsys)
+        )
     assert not Path("runs").exists()
     for file in folder.rglob("*.safetensors"):
         file.unlink()
@@ -74,11 +80,15 @@ def test_pictures_that_are_not_finite(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     with torch.no_grad():
         next(backbone.pipe.vae.decoder.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="sample: the pictures of tiny are not finite; load it in float32 or bfloat16"):
+    with pytest.raises(
+        FloatingPointError, match="sample: the pictures of tiny are not finite; load it in float32 or bfloat16"
+    ):
         api.sample(backbone, ["red cat"], steps=1)
 
 
-def test_black_pictures_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_black_pictures_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = pipelines.save("sd", tmp_path / "sd")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"

@@ -10,7 +10,14 @@ import fewstep
 from fewstep.api import student_source, trajectory_times
 from fewstep.backbones.base import Backbone
 from fewstep.data.prompts import embed
-from fewstep.data.trajectories import OF_STUDENT, TRAJECTORIES, Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion
+from fewstep.data.trajectories import (
+    OF_STUDENT,
+    TRAJECTORIES,
+    Trajectories,
+    TrajectoryConfig,
+    generate_trajectories,
+    run_to_completion,
+)
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.student.folder import read_card
 from tests.cli.test_distill import error_of, recipe, teacher
@@ -25,13 +32,9 @@ FURTHER = TrajectoryImitation(steps=(2, 1), head="none")
 
 def walked(base: Backbone, student: Path, folder: Path | None, method: TrajectoryImitation = FURTHER) -> Trajectories:
     times, data = trajectory_times(method, base), embed(base, PROMPTS, None, "x")
-    walker = student_source(base, student, times)
-    assert walker.calls == 4
-    return run_to_completion(
-        generate_trajectories(
-            base, data, TrajectoryConfig(count=4, seed=7, student=str(student)), times, 2.0, folder, "teacher", walker=walker
-        )
-    )
+    config, source = TrajectoryConfig(count=4, seed=7, student=str(student)), student_source(base, student, times)
+    assert source.nfe == 4
+    return run_to_completion(generate_trajectories(base, data, config, times, source, folder, "teacher"))
 
 
 def test_they_are_what_it_samples_and_the_teacher_stays_what_it_was(final: Path, teacher: Path) -> None:
@@ -53,7 +56,9 @@ def test_they_are_what_it_samples_and_the_teacher_stays_what_it_was(final: Path,
             trajectories=TrajectoryConfig(count=4, student=str(final)),
         )
     )
-    assert torch.isfinite(torch.tensor(steps[-1].metrics["student_loss"]))  # on the same teacher, the adapter that walked taken out
+    assert torch.isfinite(
+        torch.tensor(steps[-1].metrics["student_loss"])
+    )  # on the same teacher, the adapter that walked taken out
 
 
 def test_a_folder_holds_those_of_one_student(
@@ -70,7 +75,9 @@ def test_a_folder_holds_those_of_one_student(
 
 def test_times_that_it_does_not_visit_are_refused(final: Path, teacher: Path) -> None:
     base = fewstep.load_teacher(str(teacher))
-    with pytest.raises(ValueError, match=r"stops at 999, 749, 499, 249, -1, this one at 999, .*; set method.steps and method.shift so"):
+    with pytest.raises(
+        ValueError, match=r"stops at 999, 749, 499, 249, -1, this one at 999, .*; set method.steps and method.shift so"
+    ):
         walked(base, final, None, TrajectoryImitation(steps=3, head="none"))
 
 
@@ -79,13 +86,13 @@ def further(recipe: Path) -> Path:
     """A recipe file of two stages: a student of 4 steps, then one of 4, 2 and 1 from its trajectories."""
     value = yaml.safe_load(recipe.read_text())
     imitation = {"name": "trajp-l", "guidance": 2.0, "head": "none"}
-    value["first"] = {
+    value["warm_start"] = {
         "method": imitation | {"steps": 4},
         "train": value["train"] | {"lr": 0.02},
         "data": {"source": "trajectories", "count": 8, "steps": 8},
     }
     value["method"] = imitation | {"steps": [4, 2, 1]}
-    value["data"] = {"source": "trajectories", "count": 12, "student": "first"}
+    value["data"] = {"source": "trajectories", "count": 12, "from_student": "warm_start"}
     recipe.write_text(yaml.safe_dump(value))
     return recipe
 
@@ -95,12 +102,17 @@ def test_a_second_stage_goes_further_from_the_first_ones_student(
     further: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It begins as that one, told its step count from now on, and is what it was while nothing is trained."""
-    how = ("--set", f"roles.lora={str(share).lower()}", "--set", "roles.exclude=[add_embedding, time_embedding.linear_2]")
+    how = (
+        "--set",
+        f"roles.lora={str(share).lower()}",
+        "--set",
+        "roles.exclude=[add_embedding, time_embedding.linear_2]",
+    )
     assert command(monkeypatch, "distill", further, *how, "--dry-run") == 0
     assert not Path("runs").exists()
     assert command(monkeypatch, "distill", further, *how, "--set", "train.lr=1e-12") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "trajectories: 12 of 4 network calls of the student in runs/tiny/warm_start/final, 48 in all" in said
+    assert "generating 12 trajectories of the student in runs/tiny/warm_start/final (4 NFE each, 48 in total)" in said
     assert {p.name for p in Path("runs/tiny").glob("traj*") if p.is_dir()} == {TRAJECTORIES, OF_STUDENT}
     page = Path("runs/tiny/report.html").read_text()
     assert "Straying from the student in runs/tiny/warm_start" in page and "Straying from the teacher" not in page
@@ -110,7 +122,9 @@ def test_a_second_stage_goes_further_from_the_first_ones_student(
     assert read_card(Path("runs/tiny/final")).train_seconds > first.card.train_seconds
     assert command(monkeypatch, "distill", further, *how, "--out", "runs/trained") == 0
     trained = fewstep.load_student("runs/trained/final")
-    assert (fewstep.sample(trained, PROMPTS, [1, 2], steps=1) - fewstep.sample(last, PROMPTS, [1, 2], steps=1)).abs().max() > 1e-3
+    assert (
+        fewstep.sample(trained, PROMPTS, [1, 2], steps=1) - fewstep.sample(last, PROMPTS, [1, 2], steps=1)
+    ).abs().max() > 1e-3
 
 
 def test_mistakes_are_one_line_before_anything_is_trained(
@@ -118,16 +132,27 @@ def test_mistakes_are_one_line_before_anything_is_trained(
 ) -> None:
     bare = "roles.exclude=[add_embedding, time_embedding.linear_2]"
     for options, expected in (
-        ((bare, "data.student=nowhere"), "data.student: nowhere is no student folder; pass a run or its final/ folder"),
-        ((bare, "warm_start.data.student=first"), "data.student: first is no student folder"),
+        (
+            (bare, "data.from_student=nowhere"),
+            "data.from_student: nowhere is no student folder; pass a run or its final/ folder",
+        ),
+        ((bare, "warm_start.data.from_student=warm_start"), "data.from_student: warm_start is no student folder"),
         (
             ("roles.exclude=[add_embedding]",),
-            "the first stage's is a student that is told nothing, with a LoRA on time_embedding.linear_2, where this one is told one of 4, 2, 1",
+            "init_from: this student is conditioned on 4, 2, 1 through time_embedding.linear_2, but the warm start's student has a LoRA on",
         ),
-        ((bare, "warm_start.method.steps=[4, 3]"), "is a student that is told one of 4, 3, this one one of 4, 2, 1; set method.steps"),
-        ((bare, "data.source=teacher"), "data.student: got first with data.source=teacher; set data.source=trajectories"),
+        (
+            (bare, "warm_start.method.steps=[4, 3]"),
+            "init_from: the warm start's student is conditioned on 4, 3, this student on 4, 2, 1; set method.steps",
+        ),
+        (
+            (bare, "data.source=teacher"),
+            "data.from_student: got warm_start with data.source=teacher; set data.source=trajectories",
+        ),
     ):
         capsys.readouterr()
-        assert command(monkeypatch, "distill", further, *(part for option in options for part in ("--set", option))) == 2
+        assert (
+            command(monkeypatch, "distill", further, *(part for option in options for part in ("--set", option))) == 2
+        )
         assert expected in error_of(capsys)
         assert not Path("runs").exists()

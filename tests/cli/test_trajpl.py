@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fewstep
-from fewstep.cli.distill import data_seed, spent_before
+from fewstep.cli.distill import spec_of, spent_before
 from fewstep.data.prompts import Embeddings
 from fewstep.data.trajectories import Trajectories
 from fewstep.runs.recipe import DistillRecipe, read_recipe
+from fewstep.student.card import card_nfe
 from fewstep.student.folder import read_card
 from fewstep.training import loop
 from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
@@ -39,7 +40,11 @@ def trajpl(recipe: Path) -> Path:
 
 @pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"lora": False}, marks=pytest.mark.slow)])
 def test_a_student_with_a_head_is_the_same_everywhere(
-    trajpl: Path, how: dict[str, object], monkeypatch: pytest.MonkeyPatch, teacher: Path, capsys: pytest.CaptureFixture[str]
+    trajpl: Path,
+    how: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    teacher: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture; more steps than it can are refused."""
     options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
@@ -47,18 +52,23 @@ def test_a_student_with_a_head_is_the_same_everywhere(
         options += ["--set", "method.analytic_first_step=true", "--set", "method.solver=ipndm"]
     assert command(monkeypatch, "distill", trajpl, *options) == 0
     final = Path("runs/tiny/final")
-    costs = "3 in 4 steps, 1 in 2 steps (the first step is free)" if how.get("rank") == 0 else "4 in 4 steps, 2 in 2 steps"
+    costs = (
+        "3 in 4 steps, 1 in 2 steps (the first step is free)" if how.get("rank") == 0 else "4 in 4 steps, 2 in 2 steps"
+    )
     said = capsys.readouterr().out
     assert f"calls    {costs}; the teacher takes 6 in 3" in said
     assert re.search(
-        r"trajectories: 40 of 16 network calls of the teacher, 640 in all, [\d.]+ [MGi]+B, of .*; those in runs/tiny/trajectories are not",
+        r"generating 40 trajectories of the teacher \(16 NFE each, 640 in total\); [\d.]+ [MGi]+B; existing ones in runs/tiny/trajectories are reused",
         said,
     )
     page = Path("runs/tiny/report.html").read_text()
     assert "Straying from the teacher" in page
     assert "Trajectories in three dimensions" in page and "How few directions the bend takes" in page
     shape = json.loads(Path("runs/tiny/trajectories.json").read_text())
-    assert f"curve of the trajectories: R² {', '.join(f'{r:.4f}' for r in shape['r2'])}; 1, 2, 3 directions explain " in said
+    assert (
+        f"curve of the trajectories: R² {', '.join(f'{r:.4f}' for r in shape['r2'])}; 1, 2, 3 directions explain "
+        in said
+    )
     assert "The shape that trajectories share" in page
     card = json.loads((final / "fewstep.json").read_text())
     assert card["head"] == "span"
@@ -82,10 +92,15 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     ):
         pipe("red cat", num_inference_steps=3)
     assert command(monkeypatch, "export", final, "two", "--steps", "2") == 0
-    assert (fewstep.sample(fewstep.load_student("two"), ["red cat", "blue dog"], [3, 4]) - wanted[2]).abs().max() <= 1e-4
+    assert (
+        fewstep.sample(fewstep.load_student("two"), ["red cat", "blue dog"], [3, 4]) - wanted[2]
+    ).abs().max() <= 1e-4
     for form in ("pipeline", "kohya"):
         assert command(monkeypatch, "export", final, "stock", "--format", form) == 2
-        assert "--format: this student is sampled with a head, which no stock pipeline has; choose student or merged" in error_of(capsys)
+        assert (
+            "--format: this student is sampled with a head, which no stock pipeline has; choose student or merged"
+            in error_of(capsys)
+        )
     assert command(monkeypatch, "sample", final, "-p", "red cat", "--steps", "8", "--compare") == 2
     printed = capsys.readouterr()
     assert "--steps: got 8, the student's span head serves up to 4 steps; take as many or fewer" in printed.err
@@ -106,7 +121,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(trajpl: Path, monkeypatch: pytest.Mon
     assert command(monkeypatch, "distill", trajpl, "--out", "runs/parts") == 0
     assert all(p.stat().st_mtime_ns == at for p, at in walked.items())
     for name in ("pytorch_lora_weights.safetensors", "trajp.safetensors"):
-        straight, parts = (load_file(Path(run) / "final" / name) for run in ("runs/tiny", "runs/parts"))  # headers have no fixed order
+        straight, parts = (
+            load_file(Path(run) / "final" / name) for run in ("runs/tiny", "runs/parts")
+        )  # headers have no fixed order
         assert straight.keys() == parts.keys()
         assert all(torch.equal(straight[k], parts[k]) for k in straight)
 
@@ -129,37 +146,86 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """Distribution matching begins as the student of trajectories, its head kept and trained on, folded away or left out, its first direction as free as it was."""
     assert (
         command(
-            monkeypatch, "distill", trajpl, "--set", "method.steps=4", "--set", "method.analytic_first_step=true", "--out", "runs/first"
+            monkeypatch,
+            "distill",
+            trajpl,
+            "--set",
+            "method.steps=4",
+            "--set",
+            "method.analytic_first_step=true",
+            "--out",
+            "runs/first",
         )
         == 0
     )
-    value = yaml.safe_load(trajpl.read_text()) | {"method": RECIPE["method"] | {"analytic_first_step": True}, "start": "runs/first"}
+    value = yaml.safe_load(trajpl.read_text()) | {
+        "method": RECIPE["method"] | {"analytic_first_step": True},
+        "init_from": "runs/first",
+    }
     del value["data"]
     Path("match.yaml").write_text(yaml.safe_dump(value))
     still = ("--set", "train.lr=1e-12")
     first = fewstep.sample(fewstep.load_student("runs/first/final"), ["red cat"], [0])
     assert command(monkeypatch, "distill", "match.yaml", *still, "--out", "runs/kept") == 0
     assert (fewstep.sample(fewstep.load_student("runs/kept/final"), ["red cat"], [0]) - first).abs().max() <= 1e-4
-    assert command(monkeypatch, "distill", "match.yaml", *still, "--set", "method.head=none", "--out", "runs/dropped") == 0
+    assert (
+        command(monkeypatch, "distill", "match.yaml", *still, "--set", "method.init_head=drop", "--out", "runs/dropped")
+        == 0
+    )
     assert not (Path("runs/dropped/final") / "trajp.safetensors").exists()
     assert (fewstep.sample(fewstep.load_student("runs/dropped/final"), ["red cat"], [0]) - first).abs().max() > 1e-4
-    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.head=fold", "--out", "runs/folded") == 0
+    assert (
+        command(monkeypatch, "distill", "match.yaml", "--set", "method.init_head=absorb", "--out", "runs/folded") == 0
+    )
     assert read_card(Path("runs/folded/final")).head == ""
     assert not (Path("runs/folded/final") / "trajp.safetensors").exists()
     lines = [json.loads(line) for line in Path("runs/folded/metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if line.get("absorb_loss", 0) > 0] == [1]
     capsys.readouterr()
     assert (
-        command(monkeypatch, "distill", "match.yaml", "--set", "init_from=runs/dropped", "--set", "method.head=fold", "--out", "runs/more") == 2
+        command(
+            monkeypatch,
+            "distill",
+            "match.yaml",
+            "--set",
+            "init_from=runs/dropped",
+            "--set",
+            "method.init_head=absorb",
+            "--out",
+            "runs/more",
+        )
+        == 2
     )
-    assert "method.head: got fold, the student in runs/dropped/final has none; set method.head=none, or begin as" in error_of(capsys)
-    assert command(monkeypatch, "distill", "match.yaml", "--set", "init_from=null", "--set", "method.head=fold", "--out", "runs/more") == 2
-    assert "method.head: got fold, the teacher has none" in error_of(capsys)
-    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
-    assert "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made" in error_of(capsys)
-    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.analytic_first_step=false", "--out", "runs/more") == 2
     assert (
-        "method.analytic_first_step: got false, the student in runs/first/final takes its first direction without the network; set"
+        "method.init_head: got absorb, the student in runs/dropped/final has no head; set method.init_head=drop, or initialize"
+        in error_of(capsys)
+    )
+    assert (
+        command(
+            monkeypatch,
+            "distill",
+            "match.yaml",
+            "--set",
+            "init_from=null",
+            "--set",
+            "method.init_head=absorb",
+            "--out",
+            "runs/more",
+        )
+        == 2
+    )
+    assert "method.init_head: got absorb, the teacher has no head" in error_of(capsys)
+    assert command(monkeypatch, "distill", "match.yaml", "--set", "method.steps=8", "--out", "runs/more") == 2
+    assert (
+        "method.steps: got 8, the student's span head serves up to 4 steps; that of runs/first/final was made"
+        in error_of(capsys)
+    )
+    assert (
+        command(monkeypatch, "distill", "match.yaml", "--set", "method.analytic_first_step=false", "--out", "runs/more")
+        == 2
+    )
+    assert (
+        "method.analytic_first_step: got false, the student in runs/first/final takes an analytic first step; set"
         in error_of(capsys)
     )
     assert not Path("runs/more").exists()
@@ -175,7 +241,11 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (("--set", "method.name=sfd"), "roles.lora: got true, method sfd stands for false; set roles.lora=false"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(
-    trajpl: Path, options: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trajpl: Path,
+    options: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert command(monkeypatch, "distill", trajpl, *options) == 2
     assert expected in error_of(capsys)
@@ -188,21 +258,28 @@ def test_a_dry_run_walks_nothing(trajpl: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_of_two_stages(
+    trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Imitate, then match: one command, one folder, the first stage's student inside, what both cost together."""
     value = yaml.safe_load(trajpl.read_text())
     first = {k: value.pop(k) for k in ("method", "data")} | {"train": dict(value["train"])}
     Path("both.yaml").write_text(
-        yaml.safe_dump(value | {"method": RECIPE["method"] | {"name": "tdm-unify", "steps": [4, 2]}, "first": first})
+        yaml.safe_dump(
+            value | {"method": RECIPE["method"] | {"name": "tdm-unify", "steps": [4, 2]}, "warm_start": first}
+        )
     )
     assert command(monkeypatch, "distill", "both.yaml", "--dry-run") == 0
     assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12") == 0
     for run in ("runs/tiny/warm_start", "runs/tiny"):  # each stage's page leads to its own student
         assert f"fewstep sample {run} -p " in (Path(run) / "report.html").read_text()
-    cards = [json.loads((Path("runs/tiny") / p / "fewstep.json").read_text()) for p in ("first/final", "final")]
+    cards = [json.loads((Path("runs/tiny") / p / "fewstep.json").read_text()) for p in ("warm_start/final", "final")]
     assert [c["method"] for c in cards] == ["trajp-l", "trajp-l-tdm-unify"]
     assert cards[1]["train_seconds"] > cards[0]["train_seconds"]
-    a, b = (fewstep.sample(fewstep.load_student(f"runs/tiny/{p}"), ["red cat"], [0], steps=2) for p in ("first/final", "final"))
+    a, b = (
+        fewstep.sample(fewstep.load_student(f"runs/tiny/{p}"), ["red cat"], [0], steps=2)
+        for p in ("warm_start/final", "final")
+    )
     assert (a - b).abs().max() <= 1e-4  # the step counts' vectors came along
     kept = (Path("runs/tiny/warm_start/final/fewstep.json")).stat().st_mtime_ns
     assert command(monkeypatch, "distill", "both.yaml", "--set", "train.lr=1e-12", "--set", "train.iterations=6") == 0
@@ -211,42 +288,67 @@ def test_a_recipe_of_two_stages(trajpl: Path, monkeypatch: pytest.MonkeyPatch, c
     assert command(monkeypatch, "distill", "both.yaml", "--set", "warm_start.train.seed=3") == 2
     assert "made with another seed" in error_of(capsys)
     assert command(monkeypatch, "distill", "both.yaml", "--set", "method.steps=[8, 4]", "--out", "runs/more") == 2
-    assert "method.steps: got 8, the student's span head serves up to 4 steps; set first.method.steps to as many" in error_of(capsys)
-    assert command(monkeypatch, "distill", "both.yaml", "--set", "warm_start.method.analytic_first_step=true", "--out", "runs/more") == 2
-    assert "method.analytic_first_step: got false, the first stage's student takes its first direction without the network" in error_of(
+    assert (
+        "method.steps: got 8, the student's span head serves up to 4 steps; set warm_start.method.steps to as many"
+        in error_of(capsys)
+    )
+    assert (
+        command(
+            monkeypatch,
+            "distill",
+            "both.yaml",
+            "--set",
+            "warm_start.method.analytic_first_step=true",
+            "--out",
+            "runs/more",
+        )
+        == 2
+    )
+    assert "method.analytic_first_step: got false, the first stage's student takes an analytic first step" in error_of(
         capsys
     )
     assert command(monkeypatch, "distill", "both.yaml", "--set", "init_from=runs/tiny") == 2
 
 
 @pytest.mark.slow
-def test_stages_share_trajectories_and_matching_is_anchored_to_them(trajpl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_share_trajectories_and_matching_is_anchored_to_them(
+    trajpl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Walked once, beside both stages; what they cost is counted once; the student starts as the first stage's and stays near what it imitates."""
     value = yaml.safe_load(trajpl.read_text())
-    data = value["data"] | {"guidance_until": 0.3}
+    data = value["data"] | {"guidance": {"scale": 2.0, "apg_eta": 0.5, "stop": 0.3}}
     imitate = {
-        "method": value["method"] | {"steps": 4, "head": "none", "guidance_parallel": 0.5},
+        "method": value["method"] | {"steps": 4, "head": "none", "guidance": {"scale": 2.0, "apg_eta": 0.5}},
         "train": dict(value["train"]),
         "data": data,
     }
     Path("both.yaml").write_text(
         yaml.safe_dump(
-            value | {"method": RECIPE["method"] | {"steps": 4, "anchor": 2.0, "guidance_parallel": 0.5}, "data": data, "first": imitate}
+            value
+            | {
+                "method": RECIPE["method"]
+                | {"steps": 4, "regression_weight": 2.0, "guidance": {"scale": 2.0, "apg_eta": 0.5}},
+                "data": data,
+                "warm_start": imitate,
+            }
         )
     )
     assert command(monkeypatch, "distill", "both.yaml") == 0
     run = Path("runs/tiny")
     assert [f.parent for f in run.rglob("trajectories-00000.safetensors")] == [run / "trajectories"]
     record = json.loads((run / "trajectories" / "trajectories.json").read_text())
-    assert (record["guidance_until"], record["guidance_parallel"]) == (0.3, 0.5)
-    assert "0.5 of its part along the clean estimate" in (run / "final" / "README.md").read_text()
+    assert (record["guidance"]["stop"], record["guidance"]["apg_eta"]) == (0.3, 0.5)
+    assert "apg_eta 0.5" in (run / "final" / "README.md").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("regression_loss", 0) > 0 for line in lines)
-    both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "first" / "final")
+    both, first = read_recipe("both.yaml", [], DistillRecipe), read_card(run / "warm_start" / "final")
     walked = Trajectories(*(torch.empty(0),) * 2, Embeddings({}, {}, [], 0, ""), *(torch.empty(0),) * 2, "", 100.0)
-    assert spent_before(both, run, walked) == warm_start.train_seconds
-    assert spent_before(read_recipe("both.yaml", ["data.count=41"], DistillRecipe), run, walked) == warm_start.train_seconds + 100
+    assert spent_before(both, run, walked) == first.train_seconds
+    assert (
+        spent_before(read_recipe("both.yaml", ["data.count=41"], DistillRecipe), run, walked)
+        == first.train_seconds + 100
+    )
     assert not (run / "final" / "trajp.safetensors").exists()
     for sets, seed in (([], 0), (["train.seed=3"], 3), (["train.seed=3", "data.seed=0"], 0)):
-        drawn = read_recipe("both.yaml", sets, DistillRecipe)
-        assert drawn.data is not None and data_seed(drawn, drawn.data) == seed
+        drawn = spec_of(read_recipe("both.yaml", sets, DistillRecipe), []).trajectories
+        assert drawn is not None and drawn.seed == seed

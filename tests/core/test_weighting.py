@@ -41,7 +41,9 @@ def test_own_output_by_closed_form() -> None:
     snr = TABLE.alpha(t) ** 2 / TABLE.sigma(t) ** 2
     for name, expected in {"x0": torch.ones(3, dtype=torch.float64), "eps": snr, "v": snr + 1}.items():
         torch.testing.assert_close(own_output(TABLE, row_named(name), t), expected.clamp(max=5))
-    torch.testing.assert_close(own_output(Flow(), row_named("flow"), torch.tensor([1.0, 0.5])), torch.tensor([1.0, 4.0]).double())
+    torch.testing.assert_close(
+        own_output(Flow(), row_named("flow"), torch.tensor([1.0, 0.5])), torch.tensor([1.0, 4.0]).double()
+    )
 
 
 @pytest.mark.parametrize("row", ["eps", "v"])
@@ -71,7 +73,9 @@ def test_min_snr_is_zero_at_pure_noise() -> None:
 def test_truncated_v() -> None:
     """The v-loss in x0 terms, `(alpha^2 + sigma^2)/sigma^2` on a variance-preserving table; 1 at pure noise."""
     table = VP(torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(truncated_v(table, EPS, torch.tensor([0.0, 1, 2])), torch.tensor([5.0, 2, 1], dtype=torch.float64))
+    torch.testing.assert_close(
+        truncated_v(table, EPS, torch.tensor([0.0, 1, 2])), torch.tensor([5.0, 2, 1], dtype=torch.float64)
+    )
 
 
 def test_unknown_weighting_lists_the_known() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fewstep.data.captioned import read_pictures
 
-from .test_pictures import captions, png
+from .test_images import captions, png
 
 PNG = png()
 Entry = tuple[str, bytes | str] | tarfile.TarInfo
@@ -65,7 +65,10 @@ def test_members_of_a_shard_need_not_lie_beside_each_other(tmp_path: Path) -> No
         "1.png": "one", "x/2.JPG": "two", "3 v1.5.png": "three", "4.webp.png": "four", "5.png": "five", "6.png": "", "7.png": "seven", "8.png": "", "9.png": "nine"
     }  # fmt: skip
     assert all(p.read() == PNG for p in read_pictures(str(path))[0])
-    assert line_of(path) == f"9 pictures in {path}: 1 captions of .caption, 1 captions of .json, 5 captions of .txt, 0 by name, 2 empty"
+    assert (
+        line_of(path)
+        == f"9 pictures in {path}: 1 captions of .caption, 1 captions of .json, 5 captions of .txt, 0 by name, 2 empty"
+    )
 
 
 def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
@@ -84,18 +87,33 @@ def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
         "a.png": "red, wet", "b.png": "", "c.png": "three", "e\u0301.png": "four", "d.PNG": "five", "e.png": "six", "f.png": "seven", "g_h.png": "g h"
     }  # fmt: skip
     kept = "1 captions of .caption, 2 captions of .txt, 2 captions of metadata.csv, 1 captions of metadata.jsonl"
-    assert line_of(root) == f"8 pictures in {root}: {kept}, 1 by name, 1 empty, 1 .heic left out, 1 rows of lists without a picture"
+    assert (
+        line_of(root)
+        == f"8 pictures in {root}: {kept}, 1 by name, 1 empty, 1 .heic left out, 1 rows of lists without a picture"
+    )
 
 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"metadata.jsonl": '{"file_name": "a.png", "text": ["b", "c"]}\n'}, r"metadata\.jsonl, line 1 has a list where a text belongs"),
+        (
+            {"metadata.jsonl": '{"file_name": "a.png", "text": ["b", "c"]}\n'},
+            r"metadata\.jsonl, line 1 has a list where a text belongs",
+        ),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": 7}\n'}, r"line 1 has 7 where a text belongs"),
         ({"metadata.jsonl": '[{"file_name": "a.png"}]\n'}, r'line 1 is not {"file_name"'),
-        ({"metadata.jsonl": '{"file_name": "a.png", "alt": "b"}\n'}, "has no column text, caption, prompt; it has file_name, alt"),
-        ({"metadata.jsonl": '{"file_name": "x/a.png", "text": "b"}\n'}, r"no file_name of the lists .* e\.g\. x/a\.png"),
-        ({"metadata.jsonl": '{"file_name": "a.png", "text": "b"}\n{"file_name": "a.png", "text": "c"}\n'}, "line 2 gives a.png a second"),
+        (
+            {"metadata.jsonl": '{"file_name": "a.png", "alt": "b"}\n'},
+            "has no column text, caption, prompt; it has file_name, alt",
+        ),
+        (
+            {"metadata.jsonl": '{"file_name": "x/a.png", "text": "b"}\n'},
+            r"no file_name of the lists .* e\.g\. x/a\.png",
+        ),
+        (
+            {"metadata.jsonl": '{"file_name": "a.png", "text": "b"}\n{"file_name": "a.png", "text": "c"}\n'},
+            "line 2 gives a.png a second",
+        ),
         ({"metadata.csv": 'file_name,text\na.png,"b\nc\n'}, r"metadata\.csv, line 2: unexpected end of data"),
         ({"metadata.parquet": "x"}, r"metadata\.parquet is not read"),
         ({"a.txt": b"\xff\xfea"}, r"a\.txt is not UTF-16 text"),
@@ -119,7 +137,10 @@ def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["picture", "caption", "folder"])
 def test_links_that_lead_out_are_not_followed(tmp_path: Path, kind: str) -> None:
     """Those within the folder are, and those of the hub's cache, whose files are all links to its blobs."""
-    outside, root = folder(tmp_path / "outside", {"a.png": PNG, "a.txt": "secret"}), folder(tmp_path / "set", {"b.png": PNG})
+    outside, root = (
+        folder(tmp_path / "outside", {"a.png": PNG, "a.txt": "secret"}),
+        folder(tmp_path / "set", {"b.png": PNG}),
+    )
     (root / "c.png").symlink_to("b.png")
     (root / "round").symlink_to(".")
     assert set(captions(root)) == {"b.png", "c.png"}
@@ -127,7 +148,11 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path, kind: str) -> None
     (root / name).symlink_to(outside / to)
     with pytest.raises(ValueError, match=rf"^data\.source: [^\n]*{name} is a link that leads out of the folder, to "):
         read_pictures(str(root))
-    hub = folder(tmp_path / "hub", {"blobs/1": PNG, "blobs/2": "a caption", "snapshots/rev/readme": ""}) / "snapshots" / "rev"
+    hub = (
+        folder(tmp_path / "hub", {"blobs/1": PNG, "blobs/2": "a caption", "snapshots/rev/readme": ""})
+        / "snapshots"
+        / "rev"
+    )
     (hub / "a.png").symlink_to("../../blobs/1")
     (hub / "a.txt").symlink_to("../../blobs/2")
     assert captions(hub) == {"a.png": "a caption"}
@@ -166,7 +191,9 @@ def test_a_damaged_shard_is_not_its_beginning(tmp_path: Path) -> None:
     header = whole[:second] + b"x" * 512 + whole[second + 512 :]
     for data in (header, whole + whole, whole[: second + 100], whole[: second + 1024]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"^data\.source: .*a\.tar is no tar file, or damaged \([^\n]+\); pack it again$"):
+        with pytest.raises(
+            ValueError, match=r"^data\.source: .*a\.tar is no tar file, or damaged \([^\n]+\); pack it again$"
+        ):
             read_pictures(str(path))
 
 
@@ -174,6 +201,8 @@ ORDERED = [(f"{i}.{kind}", f"caption {i}" if kind == "txt" else PNG) for i in ra
 
 
 @given(st.permutations(ORDERED))
-def test_any_order_gives_the_same_captions(tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, bytes | str]]) -> None:
+def test_any_order_gives_the_same_captions(
+    tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, bytes | str]]
+) -> None:
     path = shard(tmp_path_factory.mktemp("any") / "a.tar", *entries)
     assert captions(path) == {f"a.tar:{i}.png": f"caption {i}" for i in range(4)}

@@ -41,7 +41,12 @@ def test_every_mode_has_its_colours() -> None:
     white, red = [255] * 3, [255, 0, 0]
     assert plain("1", 1) == plain("L", 255) == plain("LA", (0, 0)) == plain("RGBA", (255, 0, 0, 0)) == white
     assert plain("RGBA", (255, 0, 0, 128)) == [255, 127, 127]
-    assert plain("P", 0, transparency=0) == plain("L", 7, transparency=7) == plain("RGB", (1, 2, 3), transparency=(1, 2, 3)) == white
+    assert (
+        plain("P", 0, transparency=0)
+        == plain("L", 7, transparency=7)
+        == plain("RGB", (1, 2, 3), transparency=(1, 2, 3))
+        == white
+    )
     assert plain("CMYK", (0, 255, 255, 0), "JPEG") == plain("CMYK", (0, 255, 255, 0), "TIFF") == red
     assert plain("P", 0, "GIF") == [0, 0, 0]
 
@@ -65,7 +70,9 @@ def test_pictures_are_turned_as_they_were_taken(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_pixels_whose_range_no_file_says_are_refused(kind: type) -> None:
-    with pytest.raises(ValueError, match=r"^data\.source: x\.png cannot be read \(its pixels are of Pillow's mode [FI], whose range"):
+    with pytest.raises(
+        ValueError, match=r"^data\.source: x\.png cannot be read \(its pixels are of Pillow's mode [FI], whose range"
+    ):
         colours(stored(np.ones((2, 2), kind), "TIFF"))
 
 
@@ -76,7 +83,9 @@ def bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("limit", [None, 89_478_485])
@@ -112,8 +121,16 @@ def test_pictures_are_opened_in_one_place() -> None:
     """Those of others; a report reads the grids that it wrote itself."""
 
     def opens(tree: ast.AST) -> Sequence[ast.AST]:
-        return [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) in ("Image.open", "PIL.Image.open")]
+        return [
+            n
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Attribute) and ast.unparse(n) in ("Image.open", "PIL.Image.open")
+        ]
 
     package = ROOT / "src" / "fewstep"
-    found = {f.relative_to(package).as_posix() for f in package.rglob("*.py") if opens(ast.parse(f.read_text(encoding="utf-8")))}
+    found = {
+        f.relative_to(package).as_posix()
+        for f in package.rglob("*.py")
+        if opens(ast.parse(f.read_text(encoding="utf-8")))
+    }
     assert found == {"training/images.py", "report/grids.py"}

@@ -42,7 +42,9 @@ def folder(tmp_path: Path) -> Path:
     (path / "b.png").write_bytes(png((0, 255, 0)))
     (path / "b.txt").write_text("blue dog\n")
     (path / "more" / "c.PNG").write_bytes(png((0, 0, 255)))
-    (path / "metadata.jsonl").write_text(json.dumps({"file_name": "more/c.PNG", "text": "a photo of a green house"}) + "\n")
+    (path / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "more/c.PNG", "text": "a photo of a green house"}) + "\n"
+    )
     (path / "notes.md").write_text("not a picture")
     return path
 
@@ -78,7 +80,9 @@ def test_they_are_encoded_once_and_stay_with_their_captions(folder: Path, tmp_pa
     assert encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny").key != first.key
 
 
-def test_they_are_checked_before_any_and_go_through_in_parts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_checked_before_any_and_go_through_in_parts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Headers of all before the first is decoded; then no more than a part is in memory."""
     backbone, sizes, told = tiny.stable_diffusion(), [], []
     states = StableDiffusion.encode_images
@@ -100,10 +104,19 @@ def test_they_are_checked_before_any_and_go_through_in_parts(folder: Path, tmp_p
     sizes.clear()
     again = tmp_path / "again"
     data = encode_images_of(
-        backbone, str(folder), again, "tiny", 2, lambda found: told.append(found.count), lambda path, size: told.append(size)
+        backbone,
+        str(folder),
+        again,
+        "tiny",
+        2,
+        lambda found: told.append(found.count),
+        lambda path, size: told.append(size),
     )
     assert sizes == [2, 1] and len(data) == 3
-    assert told == [3, *(p.stat().st_size for p in sorted(again.iterdir(), key=lambda p: p.name.startswith("pictures")))]
+    assert told == [
+        3,
+        *(p.stat().st_size for p in sorted(again.iterdir(), key=lambda p: p.name.startswith("pictures"))),
+    ]
 
 
 def test_a_cache_of_other_states_is_made_again(folder: Path, tmp_path: Path) -> None:
@@ -119,7 +132,10 @@ def test_captions_that_are_all_empty_teach_nothing(folder: Path) -> None:
     for name in ("a_red_cat", "b", "more/c"):
         (folder / f"{name}.txt").write_text(" \n")
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"^data\.source: none of the 3 pictures in .*: 0 by name, 3 empty has a caption; write metadata"):
+    with pytest.raises(
+        ValueError,
+        match=r"^data\.source: none of the 3 pictures in .*: 0 by name, 3 empty has a caption; write metadata",
+    ):
         encode_images_of(tiny.stable_diffusion(), str(folder), None, "tiny")
     assert len(encode_images_of(tiny.pixels(()), str(folder), None, "x")) == 3  # which is told nothing
 
@@ -129,7 +145,11 @@ def test_latents_are_those_that_decode_back() -> None:
     from fewstep.backbones.load import load_teacher
 
     backbone = load_teacher("emoji")
-    disc = (torch.linspace(-1, 1, 64)[:, None].square() + torch.linspace(-1, 1, 64).square() > 0.5).float().expand(3, 64, 64)
+    disc = (
+        (torch.linspace(-1, 1, 64)[:, None].square() + torch.linspace(-1, 1, 64).square() > 0.5)
+        .float()
+        .expand(3, 64, 64)
+    )
     back = backbone.decode(backbone.encode_images(disc[None]))
     assert (back[0] - disc).abs().mean() < 0.08
 

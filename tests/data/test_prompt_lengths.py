@@ -26,7 +26,8 @@ def test_prompts_that_are_cut_and_become_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "lengths"), [("sdxl", [16, 16]), ("sd3", [16, 16, 256]), ("pixart", [120]), ("pixart-sigma", [300]), ("cogvideox", [16])]
+    ("family", "lengths"),
+    [("sdxl", [16, 16]), ("sd3", [16, 16, 256]), ("pixart", [120]), ("pixart-sigma", [300]), ("cogvideox", [16])],
 )
 def test_every_encoder_has_its_own_length(family: str, lengths: list[int]) -> None:
     said = said_of_prompts(around(pipelines.FAMILIES[family](), "tiny"), [LONG * 2, "red cat"])
@@ -43,4 +44,6 @@ def test_every_encoder_has_its_own_length(family: str, lengths: list[int]) -> No
 )  # fmt: skip
 def test_signs_of_other_programs(prompt: str, sign: str) -> None:
     said = [line for line in said_of_prompts(tiny.stable_diffusion(), ["a", prompt]) if "sign" in line]
-    assert said == ([f"prompts: 1 of 2 have {sign}, a sign of other programs, which is read as plain letters here"] if sign else [])
+    assert said == (
+        [f"prompts: 1 of 2 have {sign}, a sign of other programs, which is read as plain letters here"] if sign else []
+    )

@@ -36,7 +36,10 @@ def file(tmp_path: Path, name: str, text: str) -> str:
         ("p.txt", "red cat\nblue dog, wet\ngrün\n"),
         ("p.txt", "  red cat \r\n\r\nblue dog, wet\r\ngrün\r\nred cat\r\n"),
         ("p.txt", "\ufeffred cat\nblue dog, wet\ngrün"),
-        ("p.jsonl", '{"prompt": "red cat"}\n{"prompt": "blue dog, wet", "id": 3}\n\n{"prompt": "grün"}\n{"prompt": null}\n'),
+        (
+            "p.jsonl",
+            '{"prompt": "red cat"}\n{"prompt": "blue dog, wet", "id": 3}\n\n{"prompt": "grün"}\n{"prompt": null}\n',
+        ),
         ("p.jsonl", '"red cat"\n"blue dog, wet"\n"gr\\u00fcn"\n'),
         ("p.jsonl", '{"text": "red cat"}\n{"text": "blue dog, wet"}\n{"text": "grün"}\n'),
         ("p.csv", 'id,caption\n1,red cat\n2,"blue dog, wet"\n3,grün\n4,\n5,red cat\n'),
@@ -64,13 +67,22 @@ def test_a_named_column_comes_before_the_usual_ones(tmp_path: Path) -> None:
 def test_a_wrong_column_lists_the_columns(tmp_path: Path, name: str, column: str | None) -> None:
     text = {"p.csv": "url,alt\na,b\n", "p.tsv": "url\talt\na\tb\n", "p.jsonl": '{"url": "a", "alt": "b"}\n'}[name]
     with pytest.raises(
-        ValueError, match=rf"p\..*has no column {column or 'prompt or caption or text'}; it has url, alt; pass --set prompts\.column=NAME$"
+        ValueError,
+        match=rf"p\..*has no column {column or 'prompt or caption or text'}; it has url, alt; pass --set prompts\.column=NAME$",
     ):
         read_prompts(file(tmp_path, name, text), column)
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("p.txt", ""), ("p.txt", " \n\n"), ("p.csv", ""), ("p.csv", "prompt\n"), ("p.jsonl", "\n"), ("p.tsv", "prompt\n \n")]
+    ("name", "text"),
+    [
+        ("p.txt", ""),
+        ("p.txt", " \n\n"),
+        ("p.csv", ""),
+        ("p.csv", "prompt\n"),
+        ("p.jsonl", "\n"),
+        ("p.tsv", "prompt\n \n"),
+    ],
 )
 def test_nothing_in_it(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(ValueError, match=rf"prompts: .*{name} has no prompt in it; write one a line"):
@@ -104,7 +116,9 @@ def counted() -> tuple[Denoiser, tiny.Labels]:
 
 
 def equal(a: Embeddings, b: Embeddings) -> bool:
-    return all(torch.equal(a.cond[k], b.cond[k]) and torch.equal(a.null[k], b.null[k]) for k in (*a.cond, *a.null, *b.cond))
+    return all(
+        torch.equal(a.cond[k], b.cond[k]) and torch.equal(a.null[k], b.null[k]) for k in (*a.cond, *a.null, *b.cond)
+    )
 
 
 def test_conditions_are_encoded_once_and_in_order(tmp_path: Path) -> None:
@@ -240,7 +254,9 @@ def test_a_data_set_of_the_hub_by_any_of_its_names(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_prompts("owner/photos-v1.2") == ["a cat", "a dog", "one dog"]
-    with pytest.raises(ValueError, match=r"^prompts: data set owner/other cannot be loaded \(no such\); check its name"):
+    with pytest.raises(
+        ValueError, match=r"^prompts: data set owner/other cannot be loaded \(no such\); check its name"
+    ):
         read_prompts("owner/other")
 
 
@@ -296,7 +312,9 @@ def test_a_cache_that_holds_something_else_is_made_again(tmp_path: Path) -> None
         assert equal(embed(backbone, THREE, tmp_path, "base"), first)
 
 
-def test_the_size_is_said_and_the_room_looked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_is_said_and_the_room_looked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone, labels = counted()
     many, told = [f"prompt {i}" for i in range(200)], []
     embed(backbone, many, tmp_path / "cache", "base", keep=lambda path, size: told.append((path.exists(), size)))

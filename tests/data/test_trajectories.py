@@ -17,13 +17,24 @@ from safetensors.torch import load_file, save_file
 from fewstep.backbones.base import Backbone, denoiser, guided
 from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.core.solvers import sample
 from fewstep.data.prompts import embed
-from fewstep.data.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, refine, trajectory_nfe, union
+from fewstep.data.trajectories import (
+    Trajectories,
+    TrajectoryConfig,
+    generate_trajectories,
+    guided_teacher,
+    refine,
+    trajectory_nfe,
+    union,
+)
 
 from .. import tiny
 
+PLAIN = Guidance(scale=2.0)
+ENDED = Guidance(scale=2.0, stop=0.4)
 CONFIG = TrajectoryConfig(count=7, steps=9, solver="ddim", seed=3)
 
 
@@ -42,11 +53,12 @@ def make(
     backbone: Backbone,
     config: TrajectoryConfig = CONFIG,
     identity: str = "teacher",
-    guidance: float = 2.0,
-    parallel: float = 1.0,
+    guidance: Guidance = PLAIN,
 ) -> Generator[int, None, Trajectories]:
+    data = embed(backbone, tiny.WORDS, None, "x")
     times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
-    return generate_trajectories(backbone, embed(backbone, tiny.WORDS, None, "x"), config, times, guidance, folder, identity, 3, parallel)
+    source = guided_teacher(backbone, data.null, config, times, guidance)
+    return generate_trajectories(backbone, data, config, times, source, folder, identity, 3)
 
 
 @pytest.mark.parametrize("schedule", [tiny.TABLE, Flow(), EDM()])
@@ -66,7 +78,7 @@ def test_states_are_the_guided_teachers_own_from_the_same_noise() -> None:
     assert paths.states.shape == (7, 7, *backbone.shape)
     assert paths.whole.shape[:2] == (7, len(paths.grid))
     cond = {k: v[4:5] for k, v in paths.embeddings.cond.items()}
-    denoise = guided(backbone, backbone.module, cond, backbone.encode([""]), 2.0)
+    denoise = guided(backbone, backbone.module, cond, backbone.encode([""]), PLAIN)
     states = trajectory(backbone, denoise, [CONFIG.seed + 4], paths.grid)
     for j, t in enumerate(paths.times):
         (there,) = [s.x[0] for s in states if s.t[0] == t]
@@ -76,7 +88,7 @@ def test_states_are_the_guided_teachers_own_from_the_same_noise() -> None:
 def test_guidance_can_end_before_the_way_does() -> None:
     """Above the fraction the guided teacher's own states, below it those of the bare network from there on."""
     backbone = tiny.stable_diffusion()
-    _, paths = finish(make(None, backbone, replace(CONFIG, guidance_until=0.4)))
+    _, paths = finish(make(None, backbone, replace(CONFIG, guidance=ENDED)))
     _, all_the_way = finish(make(None, backbone))
     cond = {k: v[4:5] for k, v in paths.embeddings.cond.items()}
     whole, grid = paths.whole[4:5], paths.grid
@@ -89,31 +101,31 @@ def test_guidance_can_end_before_the_way_does() -> None:
 
 
 @pytest.mark.parametrize("solver", ["auto", "heun", "dpmpp"])
-@pytest.mark.parametrize(("guidance", "until"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.4)])
+@pytest.mark.parametrize("guidance", [Guidance(), PLAIN, ENDED])
 def test_what_a_trajectory_costs_is_what_the_network_is_asked(
-    solver: Literal["auto", "heun", "dpmpp"], guidance: float, until: float
+    solver: Literal["auto", "heun", "dpmpp"], guidance: Guidance
 ) -> None:
     backbone, asked = tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
-    config = TrajectoryConfig(count=1, steps=9, solver=solver, guidance_until=until)
+    config = TrajectoryConfig(count=1, steps=9, solver=solver)
     times = union(backbone.schedule, [timegrid.uniform(backbone.schedule, k) for k in (4, 3)])
     finish(make(None, backbone, config, guidance=guidance))
     assert trajectory_nfe(backbone, backbone.encode(["red cat"]), config, times, guidance) == sum(asked)
 
 
 def test_a_folder_without_an_end_of_guidance_is_another_ones(tmp_path: Path) -> None:
-    backbone, ended = tiny.stable_diffusion(), replace(CONFIG, guidance_until=0.4)
+    backbone, ended = tiny.stable_diffusion(), replace(CONFIG, guidance=ENDED)
     finish(make(tmp_path / "plain", backbone))
     finish(make(tmp_path / "ended", backbone, ended))
     for folder, config in (("plain", ended), ("ended", CONFIG)):
-        with pytest.raises(ValueError, match=r"data\.folder: .* made with another guidance_until"):
+        with pytest.raises(ValueError, match=r"data\.folder: .* made with another guidance;"):
             finish(make(tmp_path / folder, backbone, config))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
 def test_no_other_end_of_guidance_is_taken(value: float) -> None:
-    with pytest.raises(ValueError, match=r"guidance_until: got"):
-        TrajectoryConfig(guidance_until=value)
+    with pytest.raises(ValueError, match=r"^guidance\.stop: got"):
+        Guidance(stop=value)
 
 
 def test_a_stopped_walk_goes_on_and_a_damaged_shard_is_walked_again(tmp_path: Path) -> None:
@@ -159,8 +171,10 @@ def test_processes_walk_a_share_each_and_read_the_others(tmp_path: Path, monkeyp
     backbone, walked = tiny.denoiser(), list[str]()
 
     def as_process(index: int, wait: Callable[[], None]) -> tuple[list[int], Trajectories]:
-        monkeypatch.setattr("fewstep.data.trajectories.this_process", lambda: SimpleNamespace(process_index=index, num_processes=2))
-        monkeypatch.setattr("fewstep.data.trajectories.together", wait)
+        monkeypatch.setattr(
+            "fewstep.data.trajectories.this_process", lambda: SimpleNamespace(process_index=index, num_processes=2)
+        )
+        monkeypatch.setattr("fewstep.data.trajectories.barrier", wait)
         return finish(make(tmp_path, backbone))
 
     def first_walks() -> None:
@@ -178,15 +192,15 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     finish(make(tmp_path, backbone))
     with pytest.raises(
-        ValueError, match=r"data.folder: the trajectories in .* are those of teacher teacher, this is other; choose another folder"
+        ValueError,
+        match=r"data.folder: the trajectories in .* are those of teacher teacher, this is other; choose another folder",
     ):
         next(make(tmp_path, backbone, identity="other"))
     with pytest.raises(ValueError, match="were made with another guidance; choose another folder, or delete it"):
-        next(make(tmp_path, backbone, guidance=1.0))
-    with pytest.raises(ValueError, match="were made with another guidance_rescale"):
-        next(make(tmp_path, replace(backbone, guidance_rescale=0.5)))
-    with pytest.raises(ValueError, match="were made with another guidance_parallel"):
-        next(make(tmp_path, backbone, parallel=0.0))
+        next(make(tmp_path, backbone, guidance=Guidance()))
+    for other in (replace(PLAIN, rescale=0.5), replace(PLAIN, apg_eta=0.0), replace(PLAIN, tilt=0.1)):
+        with pytest.raises(ValueError, match="were made with another guidance; choose another folder, or delete it"):
+            next(make(tmp_path, backbone, guidance=other))
     (tmp_path / "trajectories.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         next(make(tmp_path, backbone))
@@ -201,16 +215,18 @@ def test_shards_say_themselves_whose_they_are(tmp_path: Path) -> None:
     _, walked = finish(make(tmp_path / "a", backbone))
     record = tmp_path / "a" / "trajectories.json"
     record.unlink()
-    with pytest.raises(ValueError, match=r"\.safetensors are those of teacher teacher, this is other; choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"\.safetensors are those of teacher teacher, this is other; choose another folder"
+    ):
         next(make(tmp_path / "a", backbone, identity="other"))
     assert not record.exists()  # a record would speak for them the next time
-    finish(make(tmp_path / "b", backbone, guidance=1.0))
+    finish(make(tmp_path / "b", backbone, guidance=Guidance()))
     shutil.copy(tmp_path / "b" / "trajectories-00001.safetensors", tmp_path / "a")
     with pytest.raises(ValueError, match=r"trajectories-00001\.safetensors were made with another guidance"):
         next(make(tmp_path / "a", backbone))
     shutil.copy(tmp_path / "a" / "trajectories-00000.safetensors", tmp_path / "b")
     with pytest.raises(ValueError, match=r"trajectories-00000\.safetensors were made with another guidance"):
-        next(make(tmp_path / "b", backbone, guidance=1.0))
+        next(make(tmp_path / "b", backbone, guidance=Guidance()))
     (tmp_path / "a" / "trajectories-00001.safetensors").unlink()
     _, again = finish(make(tmp_path / "a", backbone))
     assert torch.equal(again.states, walked.states)
@@ -242,7 +258,8 @@ def test_a_folder_of_before_is_read_as_long_as_its_record_speaks_for_it(tmp_path
     for name, there in (("none", None), ("of today", json.dumps(new))):
         record.unlink() if there is None else record.write_text(there)
         with pytest.raises(
-            ValueError, match=r"safetensors does not say whose trajectories it holds, and no trajectories\.json speaks for it"
+            ValueError,
+            match=r"safetensors does not say whose trajectories it holds, and no trajectories\.json speaks for it",
         ):
             next(make(tmp_path, backbone))
         assert record.exists() == (there is not None), name
@@ -262,7 +279,7 @@ def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
     """Two network calls a step but for the last; elsewhere DPM-Solver++ with one."""
     backbone, calls = tiny.denoiser(schedule=schedule, prediction="x0"), []
     backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
-    _, paths = finish(make(None, backbone, TrajectoryConfig(count=2, steps=9), guidance=1.0))
+    _, paths = finish(make(None, backbone, TrajectoryConfig(count=2, steps=9), guidance=Guidance()))
     steps = len(paths.grid) - 1
     assert len(calls) == (2 * steps - 1 if isinstance(schedule, EDM) else steps)
 
@@ -270,7 +287,10 @@ def test_heun_where_pure_noise_holds_signal(schedule: Schedule) -> None:
 def test_heun_where_pure_noise_holds_none() -> None:
     """Chosen by its name it walks there too, where `auto` takes DPM-Solver++, and near where that does."""
     backbone = tiny.flow_denoiser()
-    ways = {s: finish(make(None, backbone, TrajectoryConfig(count=2, steps=60, solver=s)))[1] for s in ("heun", "auto", "ddim")}
+    ways = {
+        s: finish(make(None, backbone, TrajectoryConfig(count=2, steps=60, solver=s)))[1]
+        for s in ("heun", "auto", "ddim")
+    }
     ends = {s: way.states[:, -1] for s, way in ways.items()}
     assert bool(ends["heun"].isfinite().all())
     assert (ends["heun"] - ends["auto"]).norm() < 0.5 * (ends["ddim"] - ends["auto"]).norm()
@@ -291,13 +311,16 @@ def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     with torch.no_grad():
         next(backbone.module.parameters()).fill_(torch.inf)
     with pytest.raises(
-        ValueError, match=r"^data\.solver: ddim led the teacher's trajectories 0 to 2 to numbers that are not finite; choose dpmpp"
+        ValueError,
+        match=r"^data\.solver: ddim led the teacher's trajectories 0 to 2 to numbers that are not finite; choose dpmpp",
     ):
         next(make(tmp_path / "other", backbone))
     assert not list((tmp_path / "other").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({"count": 0}, "count: got 0"), ({"solver": "euler"}, "solver: got 'euler'")])
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"count": 0}, "count: got 0"), ({"solver": "euler"}, "solver: got 'euler'")]
+)
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         TrajectoryConfig(**settings)

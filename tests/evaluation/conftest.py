@@ -53,7 +53,9 @@ class World:
 
         def sampler(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             images = self.pictures[[rows[names(p)] for p in prompts]].float() / 255
-            veils = [torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(0 if one_seed else s)) for s in seeds]
+            veils = [
+                torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(0 if one_seed else s)) for s in seeds
+            ]
             return images.lerp(F.interpolate(torch.stack(veils), (64, 64), mode="bilinear"), noise)
 
         return sampler
@@ -69,6 +71,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             pictures.append(blob(i, tone))
     folder = build_reference(blobs, torch.stack(pictures), tmp_path_factory.mktemp("reference"), components=16)
     protocol = EmojiProtocol(
-        "blobs", names=20, repeated=3, seeds=3, toned=6, held_out=4, reference=load_reference(folder).sha256, components=6, batch=8
+        "blobs",
+        names=20,
+        repeated=3,
+        seeds=3,
+        toned=6,
+        held_out=4,
+        reference=load_reference(folder).sha256,
+        components=6,
+        batch=8,
     )
     return World(folder, tuple(blobs), torch.stack(pictures), protocol)

@@ -8,7 +8,9 @@ from fewstep.evaluation.alignment import colour_histogram, diversity, name_ranks
 
 def test_ranks_count_labels_and_not_pictures() -> None:
     angle = torch.tensor([0.0, 0.1, 0.2, 0.5, 1.0])
-    gallery = torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([1.0, 2.0, 3.0, 0.1, 5.0])[:, None]  # lengths do not matter
+    gallery = (
+        torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([1.0, 2.0, 3.0, 0.1, 5.0])[:, None]
+    )  # lengths do not matter
     labels = torch.tensor([0, 1, 1, 2, 0])
     queries = gallery[[0, 0, 0, 4]] * 7
     ranks = name_ranks(queries, gallery, labels, torch.tensor([0, 1, 2, 0]))

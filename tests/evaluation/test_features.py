@@ -45,7 +45,9 @@ def test_any_size_of_picture_is_taken() -> None:
     assert network.size == SIZE
 
 
-@pytest.mark.parametrize(("size", "kernel", "stride", "out"), [(8, 3, 2, 4), (7, 3, 2, 4), (8, 5, 2, 4), (9, 5, 1, 9), (8, 3, 1, 8)])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "out"), [(8, 3, 2, 4), (7, 3, 2, 4), (8, 5, 2, 4), (9, 5, 1, 9), (8, 3, 1, 8)]
+)
 def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int, out: int) -> None:
     """ceil(size / stride) outputs, the odd zero on the right: the first output sees floor(total / 2) zeros on its left."""
     convolution = SameConv(1, 1, kernel, stride, bias=False)

@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation.distances import frechet_distance, moments, principal_components
 from fewstep.evaluation.features import feature_network, features
-from fewstep.evaluation.pictures import PICTURES, PictureProtocol, asked, chosen, evaluate_pictures, pictures_named, shuffled, spread
+from fewstep.evaluation.pictures import (
+    PICTURES,
+    PictureProtocol,
+    asked,
+    chosen,
+    evaluate_pictures,
+    pictures_named,
+    shuffled,
+    spread,
+)
 from fewstep.evaluation.plan import digest
 from fewstep.evaluation.protocols import Row
 
@@ -42,8 +52,8 @@ def draw(noise: float, calls: list[int] | None = None) -> Draw:
 
 def rows(*noises: float) -> list[Row]:
     """A teacher in few steps and in many, and students."""
-    teachers = [Row("teacher", 2, 1.0, 2, draw(0.5)), Row("teacher", 50, 2.0, 100, draw(0.05))]
-    return [*teachers, *(Row("student", 2, 1.0, 2, draw(noise)) for noise in noises)]
+    teachers = [Row("teacher", 2, Guidance(), 2, draw(0.5)), Row("teacher", 50, Guidance(scale=2.0), 100, draw(0.05))]
+    return [*teachers, *(Row("student", 2, Guidance(), 2, draw(noise)) for noise in noises)]
 
 
 @pytest.mark.parametrize("protocol", PICTURES, ids=lambda p: p.name)
@@ -113,7 +123,7 @@ def test_real_pictures_are_mixed_and_those_without_colour_are_grey() -> None:
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     calls: list[int] = []
-    student = [Row("student", 2, 1.0, 2, draw(0.2, calls))]
+    student = [Row("student", 2, Guidance(), 2, draw(0.2, calls))]
     first = evaluate_pictures(student, FEW, CLASSES, REAL, tmp_path)
     assert calls == [8, 8, 2]
     calls.clear()
@@ -122,7 +132,9 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="real: got 17 pictures, protocol few compares 18 with 18; choose a smaller one"):
+    with pytest.raises(
+        ValueError, match="real: got 17 pictures, protocol few compares 18 with 18; choose a smaller one"
+    ):
         evaluate_pictures(rows(0.2), FEW, CLASSES, REAL[:17])
     with pytest.raises(ValueError, match="protocol few: there is no teacher to compare with, nor real pictures"):
         evaluate_pictures(rows(0.2)[2:], FEW, CLASSES)
@@ -145,6 +157,6 @@ def test_diversity_is_that_of_the_seeds_of_a_prompt() -> None:
     result = evaluate_pictures(rows(0.05, 0.5), FEW, CLASSES)
     _, best, same, far = result["rows"]
     assert same["diversity_ratio"] == pytest.approx(1) and best["collapsed"] is False
-    still = Row("student", 2, 1.0, 2, lambda prompts, seeds: draw(0.05)(prompts, [0] * len(seeds)))
+    still = Row("student", 2, Guidance(), 2, lambda prompts, seeds: draw(0.05)(prompts, [0] * len(seeds)))
     row = evaluate_pictures([*rows(), still], FEW, CLASSES)["rows"][-1]
     assert row["diversity"] == pytest.approx(0, abs=1e-6) and row["collapsed"] is True

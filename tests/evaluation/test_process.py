@@ -22,7 +22,11 @@ class Exact(nn.Module):
     """The best network there is for these data: what it says of x at its own time t, which is `time(t)` of the schedule it was trained on."""
 
     def __init__(
-        self, data: Mixture | Gaussian, schedule: Schedule, prediction: str, time: Callable[[Tensor], Tensor] = lambda t: t
+        self,
+        data: Mixture | Gaussian,
+        schedule: Schedule,
+        prediction: str,
+        time: Callable[[Tensor], Tensor] = lambda t: t,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -47,7 +51,9 @@ def drawn(data: Mixture | Gaussian = RING, n: int = 512) -> Tensor:
     return data.draw(n, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), [(TABLE, "eps"), (TABLE, "v"), (LINEAR, "x0"), (Flow(), "flow"), (EDM(), "edm")])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [(TABLE, "eps"), (TABLE, "v"), (LINEAR, "x0"), (Flow(), "flow"), (EDM(), "edm")]
+)
 def test_a_right_reading_is_not_suspected(schedule: Schedule, prediction: str) -> None:
     result = check_process(stated(schedule, prediction), drawn(), {})
     assert result.suspected == ()
@@ -69,6 +75,27 @@ def test_another_prediction(trained: str, said: str) -> None:
     assert f"prediction is '{trained}'" in line
 
 
+class Flawed(Exact):
+    """The best network but for an error of 1 % of its output's mean square, with the scale that regression finds."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        m = super().forward(x, t)
+        return (m + 0.15 * (7 * x.flip(1)).sin()) / 1.01
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [(TABLE, "eps"), (LINEAR, "eps"), (LINEAR, "v"), (Flow(), "flow")])
+def test_a_network_that_fits_only_well_enough_is_not_suspected(schedule: Schedule, prediction: str) -> None:
+    """No network is exact: an eps network's clean estimate is far off where there is little but noise."""
+    network = Flawed(RING, schedule, prediction)
+    assert found(Denoiser(network, schedule, (2,), prediction), drawn()) == ()
+
+
+@pytest.mark.parametrize("said", ["v", "x0", "flow"])
+def test_nor_does_it_hide_another_prediction(said: str) -> None:
+    (line,) = found(Denoiser(Flawed(RING, LINEAR, "eps"), LINEAR, (2,), said), drawn())
+    assert "prediction is 'eps'" in line
+
+
 def test_flow_said_of_a_v_network() -> None:
     (line,) = found(replace(stated(Flow(), "flow"), prediction="v"), drawn())
     assert "prediction is 'flow'" in line
@@ -76,7 +103,11 @@ def test_flow_said_of_a_v_network() -> None:
 
 @pytest.mark.parametrize(
     ("given", "cure"),
-    [(lambda x: (x + 1) / 2, "2 x - 1"), (lambda x: 2 * x - 1, r"(x + 1) / 2"), (lambda x: (x + 1) * 127.5, "x / 127.5 - 1")],
+    [
+        (lambda x: (x + 1) / 2, "2 x - 1"),
+        (lambda x: 2 * x - 1, r"(x + 1) / 2"),
+        (lambda x: (x + 1) * 127.5, "x / 127.5 - 1"),
+    ],
 )
 def test_another_range(given: Callable[[Tensor], Tensor], cure: str) -> None:
     (line,) = found(stated(), given(drawn()))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation.distances import frechet_distance, moments
 from fewstep.evaluation.plan import plan
 from fewstep.evaluation.protocols import PROTOCOLS, Row, evaluate, protocol_named
@@ -29,11 +30,11 @@ def run(world: World, rows: Sequence[Row], cache: Path | None = None, **options:
 
 
 def teacher(draw: Draw, steps: int = 50) -> Row:
-    return Row("teacher", steps, 3.0, 2 * steps, draw)
+    return Row("teacher", steps, Guidance(scale=3.0), 2 * steps, draw)
 
 
 def student(draw: Draw, steps: int = 4) -> Row:
-    return Row("student", steps, 1.0, steps, draw)
+    return Row("student", steps, Guidance(), steps, draw)
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def test_the_contract(result: dict[str, Any], world: World) -> None:
     assert "fid" not in json.dumps(result).lower()
 
 
-def test_the_floor_is_the_distance_of_the_named_pictures_in_the_leading_components(world: World, result: dict[str, Any]) -> None:
+def test_the_floor_is_the_distance_of_the_named_pictures_in_the_leading_components(
+    world: World, result: dict[str, Any]
+) -> None:
     reference = load_reference(world.folder)
     names = plan(world.protocol, reference).prompts[:20]
     some = reference.gallery[[reference.names.index(n) for n in names], :6]
@@ -224,7 +227,9 @@ def test_the_longest_kept_row_is_used(world: World, tmp_path: Path) -> None:
 
 def test_rows_of_one_name_and_other_costs_are_kept_apart(world: World, tmp_path: Path) -> None:
     calls: list[int] = []
-    rows = [Row("student", 4, 1.0, nfe, counting(world.draw(noise), calls)) for nfe, noise in ((4, 0.02), (7, 0.1))]
+    rows = [
+        Row("student", 4, Guidance(), nfe, counting(world.draw(noise), calls)) for nfe, noise in ((4, 0.02), (7, 0.1))
+    ]
     run(world, rows, tmp_path)
     calls.clear()
     run(world, rows, tmp_path)
@@ -259,7 +264,9 @@ def test_a_damaged_file_is_named(world: World, tmp_path: Path) -> None:
         lambda t: t | {"embeddings": t["embeddings"] * float("nan")},
     ],
 )
-def test_a_file_of_other_tensors_is_named(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], world: World, tmp_path: Path) -> None:
+def test_a_file_of_other_tensors_is_named(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], world: World, tmp_path: Path
+) -> None:
     run(world, [student(world.draw(0.02))], tmp_path)
     (file,) = tmp_path.iterdir()
     save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file)
@@ -268,7 +275,10 @@ def test_a_file_of_other_tensors_is_named(change: Callable[[dict[str, Tensor]], 
 
 
 def test_another_reference_is_refused(world: World) -> None:
-    with pytest.raises(ValueError, match=r"protocol emoji-quick: the reference .* has hash \w{12}, expected \w{12}; install fewstep again"):
+    with pytest.raises(
+        ValueError,
+        match=r"protocol emoji-quick: the reference .* has hash \w{12}, expected \w{12}; install fewstep again",
+    ):
         evaluate([student(world.draw())], protocol_named("emoji-quick"), reference=world.folder)
 
 

@@ -43,7 +43,9 @@ def test_same_pictures_share_a_label() -> None:
         ["france flag", "clipperton island flag", "norway flag", "man in tuxedo"]
     ).tolist()
     assert france == clipperton != norway
-    assert [n for n, label in zip(shipped.names, shipped.labels.tolist(), strict=True) if label == tuxedo] == ["man in tuxedo"] * 8
+    assert [n for n, label in zip(shipped.names, shipped.labels.tolist(), strict=True) if label == tuxedo] == [
+        "man in tuxedo"
+    ] * 8
     assert _labels(["a", "b", "a", "c", "d"], [b"1", b"2", b"3", b"3", b"4"]) == [0, 1, 0, 0, 2]
     assert _labels(["a", "b", "c", "b"], [b"1", b"2", b"1", b"1"]) == [0, 0, 0, 0]
 
@@ -88,7 +90,9 @@ def test_damage_is_one_line(world: World, tmp_path: Path, damage: str) -> None:
         file.write_bytes(file.read_bytes()[:-100])
     if damage in ("network", "key"):
         texts = json.loads((folder / TEXTS).read_text())
-        (folder / TEXTS).write_text(json.dumps({**texts, "network_sha256": "0"} if damage == "network" else {"format": 1}))
+        (folder / TEXTS).write_text(
+            json.dumps({**texts, "network_sha256": "0"} if damage == "network" else {"format": 1})
+        )
     with pytest.raises(ValueError, match="install fewstep again, or call build_reference") as error:
         load_reference(folder)
     assert "\n" not in str(error.value)

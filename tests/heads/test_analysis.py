@@ -24,11 +24,13 @@ def along(coordinates: Tensor, samples: int, length: float = 3.0) -> Tensor:
 
 
 def test_what_lies_in_a_plane_bends_in_one_direction() -> None:
-    """DequantizeMatmul noise, data and one direction beside the line between them: nothing is left for a second."""
+    """Through noise, data and one direction beside the line between them: nothing is left for a second."""
     arch = 0.2 * torch.sin(math.pi * S)
     shape = shape_of(SCHEDULE, along(torch.stack([1 - S, arch], 1), 60), GRID)
     assert shape["unexplained"] == pytest.approx([0, 0, 0], abs=1e-12)
-    torch.testing.assert_close(torch.tensor(shape["mean"]).double(), torch.stack([1 - S, arch, torch.zeros_like(S)], 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(shape["mean"]).double(), torch.stack([1 - S, arch, torch.zeros_like(S)], 1), atol=1e-6, rtol=0
+    )
     assert min(shape["r2"][:2]) > 0.999
     assert len(shape["samples"]) == SHOWN and len(shape["samples"][0]) == len(GRID)
     assert json.loads(json.dumps(shape, allow_nan=False)) == shape
@@ -48,7 +50,9 @@ def test_a_walk_strays_by_its_distance_in_units_of_the_data() -> None:
     times = GRID[[0, 10, 20, 40]]
     beside = goals.clone()
     beside[:, 1] += 2 * goals[:, 3]
-    found = trajectory_errors(SCHEDULE, goals, times, {"same": (times, goals), "beside": (times[[0, 1, 3]], beside[:, [0, 1, 3]])})
+    found = trajectory_errors(
+        SCHEDULE, goals, times, {"same": (times, goals), "beside": (times[[0, 1, 3]], beside[:, [0, 1, 3]])}
+    )
     assert found["same"]["error"] == [0, 0, 0, 0]
     assert found["beside"]["error"] == pytest.approx([0, 2, 0])
     assert found["beside"]["s"] == pytest.approx([0, 0.25, 1])

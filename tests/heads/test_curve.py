@@ -27,7 +27,9 @@ def test_coordinates_are_those_of_a_made_up_curve() -> None:
     rng = torch.Generator().manual_seed(0)
     frames = torch.linalg.qr(torch.randn((5, 20, 3), generator=rng, dtype=torch.float64))[0]
     true = torch.stack([1 - S, torch.sin(torch.pi * S) * 0.3, torch.sin(2 * torch.pi * S) * torch.exp(-S) * 0.1], 1)
-    true[:, 2] -= true[:, 1] * (true[:, 2] @ true[:, 1]) / (true[:, 1] @ true[:, 1])  # principal coordinates do not correlate
+    true[:, 2] -= (
+        true[:, 1] * (true[:, 2] @ true[:, 1]) / (true[:, 1] @ true[:, 1])
+    )  # principal coordinates do not correlate
     c, share = coordinates(7 * torch.einsum("je,nde->njd", true, frames))
     torch.testing.assert_close(c[:, :2], true[:, :2])
     largest = true[true[:, 2].abs().argmax(), 2].sign()

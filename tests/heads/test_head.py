@@ -16,7 +16,11 @@ from fewstep.student.folder import read_head, write_head
 
 from .. import tiny
 
-CURVE = Curve(torch.randn((3, 5), generator=torch.Generator().manual_seed(0)).double(), torch.rand((3, 3)).double() + 0.5, torch.ones(3))
+CURVE = Curve(
+    torch.randn((3, 5), generator=torch.Generator().manual_seed(0)).double(),
+    torch.rand((3, 3)).double() + 0.5,
+    torch.ones(3),
+)
 SHAPE = (2, 4, 4)
 
 
@@ -39,13 +43,15 @@ def noise(schedule: Schedule, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return schedule.start_std * torch.randn((3, *shape), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [s.name for s in SOLVERS.values() if not s.stochastic])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_head_changes_no_bit(kind: str, solver: str) -> None:
     for schedule in (EDM(), tiny.TABLE):
         times, head = timegrid.uniform(schedule, 4), head_of(kind, schedule, moved=False)
         plain, with_head = (
-            list(sample(lambda x, t, s=schedule: denoise(s, x, t), schedule, noise(schedule), times, SOLVERS[solver], c))  # type: ignore[misc]
+            list(
+                sample(lambda x, t, s=schedule: denoise(s, x, t), schedule, noise(schedule), times, SOLVERS[solver], c)
+            )  # type: ignore[misc]
             for c in (None, head)
         )
         assert all(torch.equal(a.x, b.x) for a, b in zip(plain, with_head, strict=True))
@@ -70,9 +76,13 @@ def test_a_visit_of_somebody_else_is_not_seen(kind: str) -> None:
     t, t_next = torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
     way = denoise(schedule, x, t)
     strange = SolverStep(torch.full((3,), -1.0).double(), Split(x * 5, x), Split(x * 7, x))
-    torch.testing.assert_close(head(way, t, t_next, SolverHistory(x, (strange,))), head(way, t, t_next, SolverHistory(x)))
+    torch.testing.assert_close(
+        head(way, t, t_next, SolverHistory(x, (strange,))), head(way, t, t_next, SolverHistory(x))
+    )
     own = SolverStep(torch.full((3,), 999.0).double(), Split(x * 5, x), Split(x * 7, x))
-    assert (head(way, t, t_next, SolverHistory(x, (own,))).x0 - head(way, t, t_next, SolverHistory(x)).x0).abs().max() > 1e-3
+    assert (
+        head(way, t, t_next, SolverHistory(x, (own,))).x0 - head(way, t, t_next, SolverHistory(x)).x0
+    ).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["span", "shared"])
@@ -82,7 +92,9 @@ def test_the_span_moves_and_turns_with_the_data(kind: str) -> None:
     head = head_of(kind, schedule, shape=shape)
     turn = torch.linalg.qr(torch.randn((32, 32), generator=torch.Generator().manual_seed(0)))[0]
     x, t, t_next = noise(schedule, shape), *(torch.full((3,), v).double() for v in (5.0, 1.0))
-    past = SolverHistory(x / 80, (SolverStep(torch.full((3,), 80.0).double(), Split(x / 90, x / 80), Split(x / 95, x / 80)),))
+    past = SolverHistory(
+        x / 80, (SolverStep(torch.full((3,), 80.0).double(), Split(x / 90, x / 80), Split(x / 95, x / 80)),)
+    )
 
     def corrected(r: Tensor) -> Tensor:
         def move(a: Tensor, centre: float = 0.0) -> Tensor:
@@ -113,7 +125,9 @@ def test_shared_weights_are_a_few_numbers_a_step() -> None:
     for t, t_next in ((999, 749), (749, 499), (499, 249), (249, -1), (999, 499), (499, -1)):
         head.zero_grad()
         way = denoise(tiny.TABLE, noise(tiny.TABLE), torch.full((3,), float(t)))
-        head(way, *(torch.full((3,), float(v)).double() for v in (t, t_next)), SolverHistory(noise(tiny.TABLE))).x0.sum().backward()
+        head(
+            way, *(torch.full((3,), float(v)).double() for v in (t, t_next)), SolverHistory(noise(tiny.TABLE))
+        ).x0.sum().backward()
         (grad,) = [p.grad for p in head.parameters()]
         assert grad is not None
         rows.append(int(grad.abs().sum(1).argmax()))
@@ -127,10 +141,14 @@ def test_a_head_serves_as_many_steps_as_it_has_weights_for(kind: str) -> None:
     assert head.counts == (4, 2)
     for steps in (3, 4, 5) if kind == "film" else (3, 4):
         require_steps(kind, head.counts, steps, "steps", "")
-        *_, last = sample(lambda x, t: denoise(tiny.TABLE, x, t), tiny.TABLE, x, timegrid.uniform(tiny.TABLE, steps), correct=head)
+        *_, last = sample(
+            lambda x, t: denoise(tiny.TABLE, x, t), tiny.TABLE, x, timegrid.uniform(tiny.TABLE, steps), correct=head
+        )
         assert bool(last.x.isfinite().all())
     if kind != "film":
-        with pytest.raises(ValueError, match=f"^--steps: got 5, the student's {kind} head serves up to 4 steps; take fewer$"):
+        with pytest.raises(
+            ValueError, match=f"^--steps: got 5, the student's {kind} head serves up to 4 steps; take fewer$"
+        ):
             require_steps(kind, head.counts, 5, "--steps", "take fewer")
 
 
@@ -142,7 +160,10 @@ def test_a_head_sees_where_its_step_is_on_the_curve(kind: str) -> None:
     head, other = head_of(kind, schedule), head_of(kind, schedule)
     other.facts = replace(other.facts, curve=Curve(CURVE.weights.flip(0), CURVE.shape.flip(0), CURVE.r2))
     assert (head.place(t) - other.place(t)).abs().max() > 0.1
-    apart = head(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0 - other(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0
+    apart = (
+        head(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0
+        - other(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0
+    )
     assert apart.abs().max() > 1e-2
     places = head.places(t, t_next)
     torch.testing.assert_close(places, torch.cat([head.place(t), head.place(t_next)], 1))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +14,12 @@ from fewstep.core.schedule import expand
 from fewstep.core.weighting import own_output, truncated_v
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
-    Draw,
     FakeScoreConfig,
+    GanConfig,
     MatchConfig,
+    NoisedSample,
     draw,
     fake_loss,
-    fisher_loss,
-    guidance_at,
-    losses,
     student_loss,
 )
 from fewstep.objectives.denoising import transition_target
@@ -35,7 +32,7 @@ from .common import BATCH, conditions, gradients, seed, trained, updates
 V = row_named("v")
 
 
-def made_up_draw() -> tuple[Draw, Tensor, Tensor]:
+def made_up_draw() -> tuple[NoisedSample, Tensor, Tensor]:
     roles, method = trained(), DistributionMatching()
     d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     f_fake, f_teacher = torch.randn((2, *d.x_m.shape), generator=seed(7))
@@ -56,7 +53,10 @@ def test_fake_loss_on_the_transition_noise() -> None:
     per_sample = (f_fake - goal).square().flatten(1).mean(1)
     expected = ((weight * own_output(tiny.TABLE, V, d.tau, 2.0)).float() * per_sample).mean()
     torch.testing.assert_close(
-        fake_loss(DistributionMatching(fake=FakeScoreConfig(target="transition", snr_clip=2.0)), tiny.TABLE, V, d, f_fake), expected
+        fake_loss(
+            DistributionMatching(fake=FakeScoreConfig(target="transition", snr_clip=2.0)), tiny.TABLE, V, d, f_fake
+        ),
+        expected,
     )
 
 
@@ -79,22 +79,30 @@ def test_fisher_loss_is_its_formula() -> None:
     goal, weight = transition_target(tiny.TABLE, d.x_m, d.e, d.t, d.tau)
     delta, n = f_teacher - f_fake, (d.x0 - f_teacher).abs().flatten(1).mean(1)
     expected = (delta * (f_teacher - goal)).flatten(1).sum(1) - 0.7 * delta.square().flatten(1).sum(1)
-    found = fisher_loss(DistributionMatching(match=MatchConfig(fisher_correction=0.7)), tiny.TABLE, d, f_fake, f_teacher)
+    method = DistributionMatching(match=MatchConfig(divergence="fisher", fisher_correction=0.7))
+    found = student_loss(method, tiny.TABLE, d, f_fake, f_teacher)
     torch.testing.assert_close(found, (weight.float() * expected / n).mean())
 
 
 def test_fisher_goes_through_the_scores_inputs() -> None:
     """Unlike reverse KL: the gradient is not that of fixed scores."""
-    roles = trained()
-    *_, loss = updates(roles, DistributionMatching(match=MatchConfig(divergence="fisher")))
+    roles, method = trained(), DistributionMatching(match=MatchConfig(divergence="fisher"))
+    *_, loss = updates(roles, method)
     d = draw(DistributionMatching(), roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     cond, null = conditions(roles.backbone)
     with torch.no_grad():
-        fixed = roles.denoise("fake", cond)(d.x_tau, d.tau).x0, roles.teacher(cond, null, 3.5)(d.x_tau, d.tau).x0
-    still = fisher_loss(DistributionMatching(), tiny.TABLE, d, *fixed)
+        fixed = (
+            roles.denoise("fake", cond)(d.x_tau, d.tau).x0,
+            roles.teacher(cond, null, Guidance(scale=3.5))(d.x_tau, d.tau).x0,
+        )
+    still = student_loss(method, tiny.TABLE, d, *fixed)
     torch.testing.assert_close(loss.value, still, rtol=1e-4, atol=1e-4)  # the same value, another gradient
     through, around = gradients(loss.value, roles, "student"), gradients(still, roles, "student")
-    assert any(not torch.allclose(a, b, rtol=0.05) for a, b in zip(through, around, strict=True) if a is not None and b is not None)
+    assert any(
+        not torch.allclose(a, b, rtol=0.05)
+        for a, b in zip(through, around, strict=True)
+        if a is not None and b is not None
+    )
 
 
 def test_the_fake_scores_errors_are_weighed_by_what_the_network_predicts() -> None:
@@ -104,10 +112,9 @@ def test_the_fake_scores_errors_are_weighed_by_what_the_network_predicts() -> No
     expected = ((tiny.TABLE.alpha(d.tau) / tiny.TABLE.sigma(d.tau)).square().clamp(max=5).float() * per_sample).mean()
     torch.testing.assert_close(fake_loss(DistributionMatching(), tiny.TABLE, eps, d, f_fake), expected)
     backbone = tiny.denoiser(prediction="eps")
-    loss = next(iter(updates(trained(backbone=backbone), replace(DistributionMatching(), share_draw=False))))
-    other = next(
-        iter(updates(trained(backbone=backbone), replace(DistributionMatching(fake=FakeScoreConfig(weight="v")), share_draw=False)))
-    )
+    own, v = (DistributionMatching(fake=FakeScoreConfig(weight=w, share_noised_sample=False)) for w in ("own", "v"))
+    loss = next(iter(updates(trained(backbone=backbone), own)))
+    other = next(iter(updates(trained(backbone=backbone), v)))
     assert float(loss.value) < float(other.value)
 
 
@@ -116,14 +123,15 @@ def test_fake_loss_weighted_like_v() -> None:
     per_sample = (f_fake - d.x0.detach()).square().flatten(1).mean(1)
     expected = (truncated_v(tiny.TABLE, V, d.tau, 3.0).float() * per_sample).mean()
     torch.testing.assert_close(
-        fake_loss(DistributionMatching(fake=FakeScoreConfig(weight="v", snr_clip=3.0)), tiny.TABLE, V, d, f_fake), expected
+        fake_loss(DistributionMatching(fake=FakeScoreConfig(weight="v", snr_clip=3.0)), tiny.TABLE, V, d, f_fake),
+        expected,
     )
 
 
 @pytest.mark.parametrize("loss", SURROGATE_LOSSES)
 def test_student_loss_pulls_the_landing_state_against_the_difference(loss: str) -> None:
     d, f_fake, f_teacher = made_up_draw()
-    value = student_loss(DistributionMatching(loss=loss), d, f_fake, f_teacher)
+    value = student_loss(DistributionMatching(loss=loss), tiny.TABLE, d, f_fake, f_teacher)
     (got,) = torch.autograd.grad(value, d.x_m, retain_graph=True)
     delta, n = f_fake - f_teacher, expand((d.x0.detach() - f_teacher).abs().flatten(1).mean(1), f_fake)
     size = delta.numel() / BATCH
@@ -136,12 +144,13 @@ def test_student_loss_pulls_the_landing_state_against_the_difference(loss: str) 
 
 
 @pytest.mark.parametrize("loss", SURROGATE_LOSSES)
-@pytest.mark.parametrize("backbone", [tiny.denoiser, tiny.flow_denoiser, tiny.stable_diffusion], ids=["table", "flow", "sd"])
+@pytest.mark.parametrize(
+    "backbone", [tiny.denoiser, tiny.flow_denoiser, tiny.stable_diffusion], ids=["table", "flow", "sd"]
+)
 def test_equal_roles_without_guidance_have_no_gradient_at_all(backbone: type, loss: str) -> None:
     """Fake score = teacher, bit for bit: the matching gradient is exactly zero, not a small number."""
     roles = make_roles(backbone(), RolesConfig(rank=2))
-    cond, null = conditions(roles.backbone, 4)
-    for item in losses(DistributionMatching(loss=loss, guidance=Guidance(scale=1.0)), roles, cond, null, 4, seed(), warming_up=False):
+    for item in updates(roles, DistributionMatching(loss=loss, guidance=Guidance(scale=1.0)), batch=4):
         if item.role == "student":
             assert item.value.item() == 0
             assert all(g is None or not bool(g.any()) for g in gradients(item.value, roles, "student"))
@@ -152,8 +161,7 @@ def test_equal_roles_without_guidance_have_no_gradient_at_all(backbone: type, lo
 
 def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
     roles = make_roles(tiny.denoiser(), RolesConfig(rank=2))
-    cond, null = conditions(roles.backbone)
-    *_, last = losses(DistributionMatching(guidance=Guidance(scale=3.5)), roles, cond, null, BATCH, seed(), warming_up=False)
+    *_, last = updates(roles, DistributionMatching(guidance=Guidance(scale=3.5)))
     assert any(g is not None and bool(g.any()) for g in gradients(last.value, roles, "student"))
 
 
@@ -161,7 +169,7 @@ def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share_draw", "fake_updates", "warming_up", "expected"),
+    ("share_noised_sample", "fake_updates", "warming_up", "expected"),
     [
         (True, 1, False, ["fake", "student"]),
         (False, 1, False, ["fake", "student"]),
@@ -171,16 +179,16 @@ def test_guidance_makes_a_gradient_from_the_first_iteration() -> None:
         (False, 3, True, ["fake", "fake", "fake"]),
     ],
 )
-def test_order_of_updates(share_draw: bool, fake_updates: int, warming_up: bool, expected: list[str]) -> None:
-    method = DistributionMatching(fake=FakeScoreConfig(share_noised_sample=share_draw, updates=fake_updates))
+def test_order_of_updates(share_noised_sample: bool, fake_updates: int, warming_up: bool, expected: list[str]) -> None:
+    method = DistributionMatching(fake=FakeScoreConfig(share_noised_sample=share_noised_sample, updates=fake_updates))
     assert [loss.role for loss in updates(trained(), method, warming_up)] == expected
 
 
-@pytest.mark.parametrize("share_draw", [True, False])
+@pytest.mark.parametrize("share_noised_sample", [True, False])
 @pytest.mark.parametrize("share", [True, False])
-def test_each_loss_trains_its_own_role_and_no_other(share: bool, share_draw: bool) -> None:
+def test_each_loss_trains_its_own_role_and_no_other(share: bool, share_noised_sample: bool) -> None:
     roles = trained(share)
-    for loss in updates(roles, DistributionMatching(fake=FakeScoreConfig(share_noised_sample=share_draw))):
+    for loss in updates(roles, DistributionMatching(fake=FakeScoreConfig(share_noised_sample=share_noised_sample))):
         other: Role = "student" if loss.role == "fake" else "fake"
         if loss.role == "student":
             assert all(g is None for g in gradients(loss.value, roles, other))
@@ -230,7 +238,10 @@ def test_shared_and_copied_roles_have_the_same_first_iteration(method: Distribut
 @contextmanager
 def batch_sizes(modules: Sequence[nn.Module]) -> Iterator[list[list[int]]]:
     seen: list[list[int]] = [[] for _ in modules]
-    handles = [m.register_forward_pre_hook(lambda _, args, s=s: s.append(len(args[0]))) for m, s in zip(modules, seen, strict=True)]
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, s=s: s.append(len(args[0])))
+        for m, s in zip(modules, seen, strict=True)
+    ]
     try:
         yield seen
     finally:
@@ -248,12 +259,24 @@ ROLLOUT = [6, 4, 2]  # 8 samples, 2 a segment: those that go further than the fi
         (DistributionMatching(guidance=Guidance(scale=1.0)), False, [*ROLLOUT, 8], [8], [8]),
         (DistributionMatching(fake=FakeScoreConfig(share_noised_sample=False)), False, [*ROLLOUT, 8] * 2, [16], [8, 8]),
         (DistributionMatching(fake=FakeScoreConfig(updates=3)), False, [*ROLLOUT, 8] * 3, [16], [8] * 3),
-        (DistributionMatching(fake=FakeScoreConfig(updates=3, share_noised_sample=False)), False, [*ROLLOUT, 8] * 4, [16], [8] * 4),
+        (
+            DistributionMatching(fake=FakeScoreConfig(updates=3, share_noised_sample=False)),
+            False,
+            [*ROLLOUT, 8] * 4,
+            [16],
+            [8] * 4,
+        ),
         (DistributionMatching(), True, [*ROLLOUT, 8], [], [8]),
         (DistributionMatching(fake=FakeScoreConfig(updates=2)), True, [*ROLLOUT, 8] * 2, [], [8, 8]),
         (DistributionMatching(match=MatchConfig(divergence="fisher")), False, [*ROLLOUT, 8], [16], [8, 8]),
         (DistributionMatching(fake=FakeScoreConfig(input="clean")), False, [*ROLLOUT, 8], [16], [8, 8]),
-        (DistributionMatching(solver="renoise", match=MatchConfig(state="clean", tau_range="full")), False, [*ROLLOUT, 8], [16], [8]),
+        (
+            DistributionMatching(solver="renoise", match=MatchConfig(state="clean", tau_range="full")),
+            False,
+            [*ROLLOUT, 8],
+            [16],
+            [8],
+        ),
         (DistributionMatching(steps=1), False, [8], [16], [8]),
         (DistributionMatching(steps=2), False, [4, 8], [16], [8]),
     ],
@@ -291,39 +314,47 @@ def test_gap_of_every_segment_is_logged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("kind", "settings", "expected"),
     [
-        ({"steps": 0}, "steps: got 0, allowed are whole numbers from 1"),
-        ({"steps": ()}, "steps: got (), allowed are whole numbers from 1 to 1000, or a list of them"),
-        ({"steps": (4, 0)}, "steps: got (4, 0), allowed are"),
-        ({"divergence": "kl"}, "divergence: got 'kl', allowed are reverse-kl, fisher"),
-        ({"match": "noisy"}, "match: got 'noisy', allowed are landing, clean"),
-        ({"tau": "all"}, "tau: got 'all', allowed are segment, above, whole"),
-        ({"tau": "whole"}, "tau: got whole, which needs match=clean"),
-        ({"tau_max": 0.01}, "tau_max: got 0.01, allowed are fractions above tau_min (0.02) up to 1"),
-        ({"gan": -1.0}, "gan: got -1.0, allowed are numbers from 0 (off)"),
-        ({"gan_r1": float("nan")}, "method.gan_r1: got nan, allowed are numbers from 0 (off)"),
-        ({"gan_loss": "w"}, "gan_loss: got 'w', allowed are hinge, non-saturating"),
-        ({"fake_draw": "noise"}, "fake_draw: got 'noise', allowed are landing, clean"),
-        ({"guidance": float("nan")}, "guidance: got nan, allowed are numbers"),
-        ({"loss": "l1"}, "loss: got 'l1', allowed are l2, huber, huber-elementwise"),
-        ({"fake_target": "noisy"}, "fake_target: got 'noisy', allowed are clean, transition"),
-        ({"fake_weight": "snr"}, "fake_weight: got 'snr', allowed are own, min-snr, v"),
-        ({"fake_updates": 0}, "fake_updates: got 0, allowed are whole numbers from 1"),
-        ({"fake_updates": 2**31}, "fake_updates: got 2147483648, allowed are whole numbers from 1 to 1000"),
-        ({"guidance": 1e30}, "guidance: got 1e+30, allowed are numbers from -1000 to 1000"),
-        ({"steps": 2**31}, "steps: got 2147483648, allowed are whole numbers from 1 to 1000"),
-        ({"warmup": -1}, "warmup: got -1, allowed are whole numbers from 0"),
-        ({"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, ipndm, renoise"),
-        ({"shift": 0.0}, "shift: got 0.0, allowed are numbers above 0"),
-        ({"tau_min": 1.0}, "tau_min: got 1.0, allowed are fractions from 0 up to"),
-        ({"snr_clip": 0.0}, "snr_clip: got 0.0, allowed are numbers above 0"),
+        (DistributionMatching, {"steps": 0}, "steps: got 0, allowed are whole numbers from 1"),
+        (
+            DistributionMatching,
+            {"steps": ()},
+            "steps: got (), allowed are whole numbers from 1 to 1000, or a list of them",
+        ),
+        (DistributionMatching, {"steps": (4, 0)}, "steps: got (4, 0), allowed are"),
+        (DistributionMatching, {"steps": 2**31}, "steps: got 2147483648, allowed are whole numbers from 1 to 1000"),
+        (DistributionMatching, {"guidance": float("nan")}, "guidance.scale: got nan, allowed are numbers"),
+        (DistributionMatching, {"guidance": 1e30}, "guidance.scale: got 1e+30, allowed are numbers from -1000 to 1000"),
+        (DistributionMatching, {"loss": "l1"}, "loss: got 'l1', allowed are l2, huber, huber-elementwise"),
+        (DistributionMatching, {"warmup": -1}, "warmup: got -1, allowed are whole numbers from 0"),
+        (DistributionMatching, {"solver": "heun"}, "solver: got 'heun', allowed are ddim, dpmpp, ipndm, renoise"),
+        (DistributionMatching, {"shift": 0.0}, "shift: got 0.0, allowed are numbers above 0"),
+        (MatchConfig, {"divergence": "kl"}, "match.divergence: got 'kl', allowed are reverse-kl, fisher"),
+        (MatchConfig, {"state": "landing"}, "match.state: got 'landing', allowed are noisy, clean"),
+        (MatchConfig, {"tau_range": "all"}, "match.tau_range: got 'all', allowed are segment, to_noise, full"),
+        (MatchConfig, {"tau_range": "full"}, "match.tau_range: got full, which needs match.state=clean"),
+        (MatchConfig, {"tau_min": 1.0}, "match.tau_min: got 1.0, allowed are numbers from 0 up to, not including, 1"),
+        (
+            MatchConfig,
+            {"tau_max": 0.01},
+            "match.tau_max: got 0.01, allowed are fractions above match.tau_min (0.02) up to 1",
+        ),
+        (FakeScoreConfig, {"input": "noise"}, "fake.input: got 'noise', allowed are noisy, clean"),
+        (FakeScoreConfig, {"target": "noisy"}, "fake.target: got 'noisy', allowed are clean, transition"),
+        (FakeScoreConfig, {"weight": "snr"}, "fake.weight: got 'snr', allowed are own, min-snr, v"),
+        (FakeScoreConfig, {"updates": 0}, "fake.updates: got 0, allowed are whole numbers from 1"),
+        (FakeScoreConfig, {"updates": 2**31}, "fake.updates: got 2147483648, allowed are whole numbers from 1 to 1000"),
+        (FakeScoreConfig, {"snr_clip": 0.0}, "fake.snr_clip: got 0.0, allowed are numbers above 0"),
+        (GanConfig, {"weight": -1.0}, "gan.weight: got -1.0, allowed are numbers from 0 (0: off)"),
+        (GanConfig, {"r1": float("nan")}, "gan.r1: got nan, allowed are numbers from 0 (0: off)"),
+        (GanConfig, {"loss": "w"}, "gan.loss: got 'w', allowed are hinge, non-saturating"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
+def test_settings_that_cannot_be(kind: type, settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        DistributionMatching(**settings)
-    assert expected in str(error.value)
+        kind(**settings)
+    assert str(error.value).startswith(expected)
 
 
 def test_times_are_the_uniform_grid_of_any_step_count() -> None:
@@ -344,9 +375,11 @@ def test_times_are_the_uniform_grid_of_any_step_count() -> None:
 def test_tilted_guidance_is_stronger_near_noise_and_as_strong_in_the_middle() -> None:
     method = DistributionMatching(guidance=Guidance(scale=4.0, tilt=0.5))
     tau = torch.tensor([999.0, 499.0, -1.0], dtype=torch.float64)
-    torch.testing.assert_close(guidance_at(method, tiny.TABLE, tau), torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64))
-    assert guidance_at(DistributionMatching(guidance=Guidance(scale=4.0)), tiny.TABLE, tau) == 4.0
-    with pytest.raises(ValueError, match=r"^guidance_tilt: got 2, allowed are numbers from -1 to 1"):
+    torch.testing.assert_close(
+        method.guidance.scale_at(tiny.TABLE, tau), torch.tensor([6.0, 4.0, 2.0], dtype=torch.float64)
+    )
+    assert Guidance(scale=4.0).scale_at(tiny.TABLE, tau) == 4.0
+    with pytest.raises(ValueError, match=r"^guidance\.tilt: got 2, allowed are numbers from -1 to 1"):
         DistributionMatching(guidance=Guidance(tilt=2))
 
 
@@ -354,11 +387,13 @@ def test_the_teacher_is_asked_without_the_parallel_part() -> None:
     """The same draws and networks: what is taken away from the teacher's belief is along its clean estimate."""
     roles = trained()
     plain, projected = (
-        list(updates(roles, DistributionMatching(steps=2, guidance=Guidance(scale=3.0, apg_eta=p))))[-1].metrics["gap_1"]
+        list(updates(roles, DistributionMatching(steps=2, guidance=Guidance(scale=3.0, apg_eta=p))))[-1].metrics[
+            "gap_1"
+        ]
         for p in (1.0, 0.0)
     )
     assert not torch.allclose(plain, projected)
-    with pytest.raises(ValueError, match=r"^guidance_parallel: got 1.5, allowed are shares from 0"):
+    with pytest.raises(ValueError, match=r"^guidance\.apg_eta: got 1.5, allowed are numbers from 0 to 1"):
         DistributionMatching(guidance=Guidance(apg_eta=1.5))
 
 

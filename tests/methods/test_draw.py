@@ -12,16 +12,16 @@ from fewstep.core.schedule import EDM, expand, transition
 from fewstep.core.solvers import Denoise, sample, solver_named
 from fewstep.methods.distribution_matching import (
     DistributionMatching,
-    Draw,
     MatchConfig,
+    NoisedSample,
     draw,
-    losses,
+    matching_losses,
 )
 from fewstep.methods.method import draw_count, student_of
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import tiny
-from .common import BATCH, conditions, seed, trained
+from .common import BATCH, conditions, seed, train_batch, trained
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
@@ -45,7 +45,11 @@ def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 def test_a_free_first_step_is_walked_without_the_network_and_not_trained(solver: str) -> None:
-    roles, method, calls = trained(), DistributionMatching(steps=4, solver=solver, analytic_first_step=True), list[int]()
+    roles, method, calls = (
+        trained(),
+        DistributionMatching(steps=4, solver=solver, analytic_first_step=True),
+        list[int](),
+    )
     cond, _ = conditions(roles.backbone)
     roles.backbone.module.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
@@ -54,7 +58,9 @@ def test_a_free_first_step_is_walked_without_the_network_and_not_trained(solver:
     assert bool((got.tau <= 749).all())
     noise = torch.randn((BATCH, *roles.backbone.shape), generator=seed())
     with torch.no_grad():
-        walk = sample(student_of(method, roles, cond), tiny.TABLE, noise, method.times(tiny.TABLE), solver_named(solver))
+        walk = sample(
+            student_of(method, roles, cond), tiny.TABLE, noise, method.times(tiny.TABLE), solver_named(solver)
+        )
         states = list(walk)
     assert len(calls) == 6
     for i, k in enumerate(got.segment.tolist()):
@@ -125,9 +131,11 @@ def test_the_rollout_starts_at_the_schedules_noise() -> None:
 # What is matched, and where
 
 
-def clean_draws(tau: str, steps: int = 4) -> tuple[Roles, Draw]:
+def clean_draws(tau: str, steps: int = 4) -> tuple[Roles, NoisedSample]:
     roles = trained()
-    method = DistributionMatching(steps=steps, match=MatchConfig(state="clean", tau_range=tau, tau_min=0.1, tau_max=0.9))  # type: ignore[arg-type]
+    method = DistributionMatching(
+        steps=steps, match=MatchConfig(state="clean", tau_range=tau, tau_min=0.1, tau_max=0.9)
+    )  # type: ignore[arg-type]
     return roles, draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=True)
 
 
@@ -142,13 +150,13 @@ def test_matching_clean_samples_diffuses_the_clean_estimate() -> None:
 def test_tau_over_its_segment_over_what_is_noisier_and_over_all_times() -> None:
     times = DistributionMatching().times(tiny.TABLE)
     least, most = 99, 899  # a tenth of 1000 from either end, counted from clean data at -1
-    found = {tau: clean_draws(tau)[1] for tau in ("segment", "above", "whole")}
+    found = {tau: clean_draws(tau)[1] for tau in ("segment", "to_noise", "full")}
     landing = {tau: times[d.segment + 1] for tau, d in found.items()}
-    segment, above, whole = (found[tau] for tau in ("segment", "above", "whole"))
+    segment, above, whole = (found[tau] for tau in ("segment", "to_noise", "full"))
     assert bool(((segment.tau > landing["segment"]) & (segment.tau <= times[segment.segment])).all())
-    assert bool((above.tau > landing["above"]).all())
+    assert bool((above.tau > landing["to_noise"]).all())
     assert bool((above.tau > times[above.segment]).any())
-    assert bool((whole.tau <= landing["whole"]).any())
+    assert bool((whole.tau <= landing["full"]).any())
     for d in found.values():
         assert bool(((d.tau > least) & (d.tau <= most)).all())
     last = whole.tau[whole.segment == 3]
@@ -166,10 +174,16 @@ def test_a_noisy_state_is_diffused_to_all_noisier_times() -> None:
 
 
 @pytest.mark.parametrize("analytic_first_step", [False, True])
-def test_sharded_processes_make_the_same_calls_whatever_they_draw(analytic_first_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_processes_make_the_same_calls_whatever_they_draw(
+    analytic_first_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A network that is spread works when all call it: one call short in one process and the others wait for ever."""
     monkeypatch.setattr(Roles, "sharded", True)
-    roles, method, calls = trained(), DistributionMatching(steps=4, analytic_first_step=analytic_first_step), list[int]()
+    roles, method, calls = (
+        trained(),
+        DistributionMatching(steps=4, analytic_first_step=analytic_first_step),
+        list[int](),
+    )
     cond, _ = conditions(roles.backbone, 1)
     roles.backbone.module.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     made = set()
@@ -190,7 +204,9 @@ def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
             p.zero_()
     seen: list[Tensor] = []
     roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    d = draw(DistributionMatching(solver="renoise"), roles, conditions(backbone, 400)[0], 400, seed(), with_gradient=True)
+    d = draw(
+        DistributionMatching(solver="renoise"), roles, conditions(backbone, 400)[0], 400, seed(), with_gradient=True
+    )
     start = torch.randn((400, *backbone.shape), generator=seed())
     for k in range(1, 4):
         sigma = float(tiny.TABLE.sigma(torch.tensor(999.0 - 250 * k)))
@@ -202,8 +218,8 @@ def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
 
 def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
     method = DistributionMatching(steps=(4, 2, 1))
-    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2), counts=method.condition_values)
-    cond, null = conditions(roles.backbone)
+    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2), condition_values=method.condition_values)
+    cond, _ = conditions(roles.backbone)
     counts = [draw(method, roles, cond, BATCH, seed(i), with_gradient=False).steps for i in range(150)]
     assert min(counts.count(k) for k in (4, 2, 1)) > 30
     told: list[tuple[str, float | None]] = []
@@ -212,7 +228,7 @@ def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
         told.clear()
         recording = Recording(denoise, told)
         object.__setattr__(roles, "denoise", recording)
-        *_, last = losses(method, roles, cond, null, BATCH, seed(i), warming_up=False)
+        *_, last = matching_losses(method, roles, train_batch(method, roles, rng=seed(i)))
         object.__delattr__(roles, "denoise")
         (steps,) = {k for _, k in told}
         assert steps == counts[i]
@@ -225,7 +241,9 @@ def test_a_step_count_that_is_named_more_often_is_drawn_more_often_and_is_one_co
     assert method.counts == method.condition_values == (4, 1)
     drawn = [draw_count(method.steps, seed(i)) for i in range(400)]
     assert 250 < drawn.count(1) < 350 and drawn.count(4) == 400 - drawn.count(1)
-    assert {draw_count(3, seed(0)), draw_count((2, 2), seed(0))} == {3, 2} and DistributionMatching(steps=(2, 2)).condition_values == ()
+    assert {draw_count(3, seed(0)), draw_count((2, 2), seed(0))} == {3, 2} and DistributionMatching(
+        steps=(2, 2)
+    ).condition_values == ()
 
 
 class Recording:

@@ -13,13 +13,13 @@ from fewstep.data.prompts import embed
 from fewstep.heads.head import facts_of, make_head
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import TrainBatch, student_of
-from fewstep.methods.trajectory_imitation import TrajectoryImitation, fold
+from fewstep.methods.trajectory_imitation import TrajectoryImitation, absorb_head
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 
 from .. import tiny
 from .common import BATCH, conditions, seed
-from .test_paths import walked
+from .test_trajectory_imitation import walked
 
 METHOD = DistributionMatching(steps=3, init_head="absorb", warmup=2, guidance=Guidance(scale=1.0))
 
@@ -27,7 +27,11 @@ METHOD = DistributionMatching(steps=3, init_head="absorb", warmup=2, guidance=Gu
 def begun(move: float = 0.05) -> Roles:
     """A student in general position that begins with a head in general position."""
     backbone, paths = tiny.denoiser(), walked(TrajectoryImitation(steps=3))
-    head = make_head("span", tiny.TABLE, facts_of(tiny.TABLE, paths.whole, paths.grid, paths.states[:, -1], [METHOD.times(tiny.TABLE)]))
+    head = make_head(
+        "span",
+        tiny.TABLE,
+        facts_of(tiny.TABLE, paths.whole, paths.grid, paths.states[:, -1], [METHOD.times(tiny.TABLE)]),
+    )
     roles = make_roles(backbone, RolesConfig(rank=8), head_to_absorb=head)
     with torch.no_grad():
         for p in (*roles.trained["student"].values(), *head.parameters()):
@@ -46,7 +50,7 @@ def ends(roles: Roles, head: bool) -> Tensor:
     return last.x
 
 
-def turn(roles: Roles, iteration: int = 0) -> TrainBatch:
+def train_batch(roles: Roles, iteration: int = 0) -> TrainBatch:
     return TrainBatch(iteration, 9, BATCH, *conditions(roles.backbone), None, seed(iteration))
 
 
@@ -58,7 +62,7 @@ def test_folded_away_a_head_is_hardly_missed() -> None:
     parameters = list(roles.trained["student"].values())
     optimizer = torch.optim.Adam(parameters, 1e-2)
     for i in range(100):
-        for loss in fold(METHOD, roles, turn(roles, i)):
+        for loss in absorb_head(METHOD, roles, train_batch(roles, i)):
             for p, g in zip(parameters, torch.autograd.grad(loss.value, parameters, allow_unused=True), strict=True):
                 p.grad = g
             optimizer.step()
@@ -70,26 +74,32 @@ def test_folded_away_a_head_is_hardly_missed() -> None:
 def test_it_is_folded_while_the_fake_score_warms_up_and_never_after() -> None:
     """From the average, which is the student as it began; where both are the same, without the head's part nothing is left to learn."""
     roles = begun()
-    for iteration, expected in ((0, ["fake", *["student"] * 3]), (1, ["fake", *["student"] * 3]), (2, ["fake", "student"])):
-        found = list(METHOD.losses(roles, turn(roles, iteration)))
+    for iteration, expected in (
+        (0, ["fake", *["student"] * 3]),
+        (1, ["fake", *["student"] * 3]),
+        (2, ["fake", "student"]),
+    ):
+        found = list(METHOD.losses(roles, train_batch(roles, iteration)))
         assert [loss.role for loss in found] == expected
         assert ("absorb_loss" in found[-1].metrics) == (iteration < 2)
     assert not any(name.startswith("head") for name in roles.trained["student"])
-    values = [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))]
+    values = [float(loss.value.detach()) for loss in absorb_head(METHOD, roles, train_batch(roles))]
     assert values[0] > 1e-3
     with torch.no_grad():
         for p in roles.trained["student"].values():
             p.mul_(1.5)
-    assert [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))] != values  # the student has moved
+    assert [
+        float(loss.value.detach()) for loss in absorb_head(METHOD, roles, train_batch(roles))
+    ] != values  # the student has moved
     roles.update_average(0.0)
     with torch.no_grad():
         for p in roles.head_to_absorb.parameters() if roles.head_to_absorb is not None else ():
             p.zero_()
-    assert all(float(loss.value.detach()) == 0 for loss in fold(METHOD, roles, turn(roles)))
+    assert all(float(loss.value.detach()) == 0 for loss in absorb_head(METHOD, roles, train_batch(roles)))
 
 
 def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
-    """Adam's first update is its rate in every weight; with moments of other gradients it would be anything. The head_to_absorb ends at rest."""
+    """Adam's first update is its rate in every weight; with moments of other gradients it would be anything. The absorbing ends at rest."""
     roles, lr = begun(), 1e-3
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
     config = TrainConfig(iterations=4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)
@@ -105,9 +115,9 @@ def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({"warmup": 0}, "head: got fold with warmup=0"),
-    ({"solver": "renoise"}, "head: got fold with solver=renoise"),
-    ({"head": "span"}, "head: got 'span', allowed are keep, fold, none"),
+    ({"warmup": 0}, "init_head: got absorb with warmup=0"),
+    ({"solver": "renoise"}, "init_head: got absorb with solver=renoise"),
+    ({"init_head": "span"}, "init_head: got 'span', allowed are keep, absorb, drop"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
@@ -118,6 +128,7 @@ def test_a_training_that_ends_before_its_warm_up_folds_nothing() -> None:
     roles = begun()
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
     with pytest.raises(
-        ValueError, match=r"train\.iterations: got 2, of which the first 2 \(method\.warmup\) do not train the student; set more"
+        ValueError,
+        match=r"train\.iterations: got 2, of which the first 2 \(method\.warmup\) do not train the student; set more",
     ):
         next(distill(roles, METHOD, data, TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)))

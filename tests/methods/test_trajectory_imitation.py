@@ -6,15 +6,22 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.api import sample_states
+from fewstep.api import sample_trajectory
 from fewstep.backbones.base import Backbone, denoiser
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import SOLVERS, Correction, Denoise, SolverHistory, sample, step
 from fewstep.data.prompts import embed
-from fewstep.data.trajectories import Trajectories, TrajectoryConfig, generate_trajectories, run_to_completion, union
+from fewstep.data.trajectories import (
+    Trajectories,
+    TrajectoryConfig,
+    generate_trajectories,
+    guided_teacher,
+    run_to_completion,
+    union,
+)
 from fewstep.heads.head import KINDS
-from fewstep.methods.distribution_matching import DistributionMatching, draw
+from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, draw
 from fewstep.methods.method import TrainBatch, student_of
 from fewstep.methods.presets import preset, require_roles
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
@@ -30,12 +37,10 @@ from .common import BATCH, conditions, seed
 
 def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Trajectories:
     backbone = backbone or tiny.denoiser()
+    config, data = TrajectoryConfig(count=6, steps=12), embed(backbone, tiny.WORDS, None, "")
     times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
-    return run_to_completion(
-        generate_trajectories(
-            backbone, embed(backbone, tiny.WORDS, None, ""), TrajectoryConfig(count=6, steps=12), times, method.guidance, None, ""
-        )
-    )
+    source = guided_teacher(backbone, backbone.encode([""]), config, times, method.guidance)
+    return run_to_completion(generate_trajectories(backbone, data, config, times, source, None, ""))
 
 
 def student(method: TrajectoryImitation, paths: Trajectories, config: RolesConfig, move: float = 0.1) -> Roles:
@@ -46,7 +51,7 @@ def student(method: TrajectoryImitation, paths: Trajectories, config: RolesConfi
     return roles
 
 
-def turn(paths: Trajectories) -> TrainBatch:
+def train_batch(paths: Trajectories) -> TrainBatch:
     walk = paths.draw(BATCH, seed(4), torch.device("cpu"))
     return TrainBatch(0, 9, BATCH, *conditions(tiny.denoiser()), None, seed(), walk)
 
@@ -58,15 +63,24 @@ def test_every_step_starts_where_the_student_is_and_meets_the_teachers_state(hea
     method = TrajectoryImitation(steps=3, head=head, solver=solver)
     paths = walked(method)
     roles = student(method, paths, RolesConfig(rank=2))
-    here = turn(paths)
-    assert here.walk is not None
+    here = train_batch(paths)
+    assert here.trajectories is not None
     found = list(method.losses(roles, here))
     assert [loss.role for loss in found] == ["student"] * 3
     with torch.no_grad():
-        denoise = roles.denoise("student", here.walk.cond, 3)
-        states = list(sample(denoise, tiny.TABLE, here.walk.states[:, 0], method.times(tiny.TABLE), SOLVERS[solver], roles.head))
+        denoise = roles.denoise("student", here.trajectories.cond, 3)
+        states = list(
+            sample(
+                denoise,
+                tiny.TABLE,
+                here.trajectories.states[:, 0],
+                method.times(tiny.TABLE),
+                SOLVERS[solver],
+                roles.head,
+            )
+        )
     for n, (loss, state) in enumerate(zip(found, states[1:], strict=True), 1):
-        torch.testing.assert_close(loss.value, REGRESSION_LOSSES["l1"](state.x, here.walk.states[:, n]).mean())
+        torch.testing.assert_close(loss.value, REGRESSION_LOSSES["l1"](state.x, here.trajectories.states[:, n]).mean())
 
 
 def test_the_gradient_of_a_step_is_its_own() -> None:
@@ -74,18 +88,26 @@ def test_the_gradient_of_a_step_is_its_own() -> None:
     method = TrajectoryImitation(steps=3, loss="l2")
     paths = walked(method)
     roles = student(method, paths, RolesConfig(rank=2))
-    here = turn(paths)
-    assert here.walk is not None
+    here = train_batch(paths)
+    assert here.trajectories is not None
     *_, last = method.losses(roles, here)
     parameters = list(roles.trained["student"].values())
     got = torch.autograd.grad(last.value, parameters)
-    times, x = method.times(tiny.TABLE), here.walk.states[:, 0]
+    times, x = method.times(tiny.TABLE), here.trajectories.states[:, 0]
     past = SolverHistory(x)
     for n, (t, t_next) in enumerate(pairwise(s.expand(len(x)) for s in times)):
         with torch.set_grad_enabled(n == 2):
-            x, visit = step(SOLVERS["ddim"], tiny.TABLE, roles.denoise("student", here.walk.cond, 3)(x, t), t, t_next, past, roles.head)
-        past = SolverHistory(past.noise, (visit, *past.visits))
-    expected = torch.autograd.grad((x - here.walk.states[:, -1]).square().mean(), parameters)
+            x, done = step(
+                SOLVERS["ddim"],
+                tiny.TABLE,
+                roles.denoise("student", here.trajectories.cond, 3)(x, t),
+                t,
+                t_next,
+                past,
+                roles.head,
+            )
+        past = SolverHistory(past.noise, (done, *past.steps))
+    expected = torch.autograd.grad((x - here.trajectories.states[:, -1]).square().mean(), parameters)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -97,13 +119,15 @@ def test_several_step_counts_meet_the_states_of_their_own_times() -> None:
     roles = student(method, paths, RolesConfig(rank=2), move=0.0)
     seen = set()
     for i in range(12):
-        here = turn(paths)._replace(rng=seed(i))
-        assert here.walk is not None
+        here = train_batch(paths)._replace(rng=seed(i))
+        assert here.trajectories is not None
         found = list(method.losses(roles, here))
-        denoise = roles.denoise("student", here.walk.cond, len(found))
+        denoise = roles.denoise("student", here.trajectories.cond, len(found))
         times = timegrid.uniform(tiny.TABLE, len(found))
-        *_, last = sample(denoise, tiny.TABLE, here.walk.states[:, 0], times)
-        torch.testing.assert_close(found[-1].value, REGRESSION_LOSSES["l1"](last.x, here.walk.states[:, -1]).mean())
+        *_, last = sample(denoise, tiny.TABLE, here.trajectories.states[:, 0], times)
+        torch.testing.assert_close(
+            found[-1].value, REGRESSION_LOSSES["l1"](last.x, here.trajectories.states[:, -1]).mean()
+        )
         seen.add(len(found))
     assert seen == {4, 2, 3}
 
@@ -123,7 +147,7 @@ def test_rivals_are_settings(name: str, settings: dict[str, Any], config: RolesC
     names = set(roles.trained["student"])
     assert {"head" if n.startswith(HEAD) else "lora" if "lora" in n else "network" for n in names} == parts
     assert set(roles.trained) == {"student"}  # no fake score is carried along
-    for loss in method.losses(roles, turn(paths)):
+    for loss in method.losses(roles, train_batch(paths)):
         grads = torch.autograd.grad(loss.value, list(roles.trained["student"].values()), allow_unused=True)
         assert any(g is not None and bool(g.any()) for g in grads)
 
@@ -134,13 +158,16 @@ def test_a_free_first_step_without_a_head_has_nothing_to_learn() -> None:
     calls: list[int] = []
     roles = student(method, paths, RolesConfig(rank=2))
     roles.backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
-    assert len(list(method.losses(roles, turn(paths)))) == 2
+    assert len(list(method.losses(roles, train_batch(paths)))) == 2
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize("head", KINDS)
 def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> None:
-    backbone, method = tiny.stable_diffusion(), TrajectoryImitation(steps=(3, 2), head=head, guidance=Guidance(scale=1.0))
+    backbone, method = (
+        tiny.stable_diffusion(),
+        TrajectoryImitation(steps=(3, 2), head=head, guidance=Guidance(scale=1.0)),
+    )
     schedule, (cond, _) = backbone.schedule, conditions(backbone, 2)
     x = torch.randn((2, *backbone.shape), generator=seed())
 
@@ -153,10 +180,15 @@ def test_lora_step_count_and_head_together_change_no_bit_at_first(head: str) -> 
     assert roles.condition_values == (3, 2)
     assert {n.split(".")[0] for n in roles.trained["student"]} >= {"head", CONDITION, "down_blocks"}
     for k, wanted in alone.items():
-        assert all(torch.equal(a, b) for a, b in zip(states(student_of(method, roles, cond, k), k, roles.head), wanted, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(states(student_of(method, roles, cond, k), k, roles.head), wanted, strict=True)
+        )
 
 
-@pytest.mark.parametrize("config", [RolesConfig(rank=2), RolesConfig(rank=0), RolesConfig(lora=False)], ids=["lora", "head", "copy"])
+@pytest.mark.parametrize(
+    "config", [RolesConfig(rank=2), RolesConfig(rank=0), RolesConfig(lora=False)], ids=["lora", "head", "copy"]
+)
 def test_imitation_leaves_the_teacher_as_it_was(config: RolesConfig) -> None:
     method = TrajectoryImitation(steps=(3, 2))
     paths = walked(method)
@@ -203,9 +235,11 @@ def test_a_head_goes_along_into_distribution_matching(free: bool) -> None:
 def test_a_step_of_training_is_not_sampled_in_more_steps_than_its_head_serves() -> None:
     method = TrajectoryImitation(steps=3)
     step = Step(1, {}, 0.0, student(method, walked(method), RolesConfig(rank=2)), method)
-    assert len(sample_states(step, ["red cat"], steps=2)) == 3
-    with pytest.raises(ValueError, match=r"^steps: got 4, the student's span head serves up to 3 steps; take as many or fewer"):
-        sample_states(step, ["red cat"], steps=4)
+    assert len(sample_trajectory(step, ["red cat"], steps=2)) == 3
+    with pytest.raises(
+        ValueError, match=r"^steps: got 4, the student's span head serves up to 3 steps; take as many or fewer"
+    ):
+        sample_trajectory(step, ["red cat"], steps=4)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -227,9 +261,9 @@ def anchored(anchor: float, rank: int = 2) -> tuple[list[torch.Tensor], float, R
     """Gradient and anchor of the student's update from fixed states of the teacher."""
     method = DistributionMatching(steps=3, regression_weight=anchor, warmup=0, guidance=Guidance(scale=1.0))
     paths = walked(TrajectoryImitation(steps=3))
-    roles, here = make_roles(tiny.denoiser(), RolesConfig(rank=rank)), turn(paths)
+    roles, here = make_roles(tiny.denoiser(), RolesConfig(rank=rank)), train_batch(paths)
     if not anchor:
-        here = here._replace(walk=None)
+        here = here._replace(trajectories=None)
     *_, last = method.losses(roles, here)
     found = torch.autograd.grad(last.value, list(roles.trained["student"].values()))
     return list(found), float(last.metrics.get("regression_loss", 0.0)), roles, here
@@ -245,17 +279,29 @@ def test_an_anchor_is_the_distance_of_every_landing_state_to_the_teachers_trajec
     assert any(bool(g.any()) for g in once)
     assert value == same
     torch.testing.assert_close([2 * g for g in once], twice)
-    assert here.walk is not None
+    assert here.trajectories is not None
     method = DistributionMatching(steps=3)
-    segment = draw(method, roles, here.walk.cond, BATCH, seed(), False, begin=here.walk.states[:, 0]).segment
+    segment = draw(
+        method, roles, here.trajectories.cond, BATCH, seed(), False, init_noise=here.trajectories.states[:, 0]
+    ).segment
     with torch.no_grad():
-        states = list(sample(roles.denoise("student", here.walk.cond, 3), tiny.TABLE, here.walk.states[:, 0], method.times(tiny.TABLE)))
+        states = list(
+            sample(
+                roles.denoise("student", here.trajectories.cond, 3),
+                tiny.TABLE,
+                here.trajectories.states[:, 0],
+                method.times(tiny.TABLE),
+            )
+        )
     rows = range(BATCH)
-    far = [(states[n + 1].x[i] - here.walk.states[i, n + 1]).abs().mean() for i, n in zip(rows, segment.tolist(), strict=True)]
+    far = [
+        (states[n + 1].x[i] - here.trajectories.states[i, n + 1]).abs().mean()
+        for i, n in zip(rows, segment.tolist(), strict=True)
+    ]
     assert value == pytest.approx(float(torch.stack(far).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"solver": "renoise"}, {"gan": 1.0}])
+@pytest.mark.parametrize("settings", [{"solver": "renoise"}, {"gan": GanConfig(weight=1.0)}])
 def test_an_anchor_wants_a_deterministic_solver_and_the_recipes_only_data(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"anchor: got"):
+    with pytest.raises(ValueError, match=r"^regression_weight: got"):
         DistributionMatching(regression_weight=0.5, **settings)

@@ -60,7 +60,8 @@ def landed(schedule: Schedule, high: float, landing: float, rng: torch.Generator
 
 
 @pytest.mark.parametrize(
-    ("schedule", "high", "landing", "tau"), [(TABLE, 999.0, 499.0, 750.0), (TABLE, 749.0, 499.0, 600.0), (Flow(), 1.0, 0.5, 0.75)]
+    ("schedule", "high", "landing", "tau"),
+    [(TABLE, 999.0, 499.0, 750.0), (TABLE, 749.0, 499.0, 600.0), (Flow(), 1.0, 0.5, 0.75)],
 )
 def test_transition_target_finds_the_score_where_the_clean_one_does_not(
     schedule: Schedule, high: float, landing: float, tau: float
@@ -120,7 +121,11 @@ def test_the_density_ratio_of_eq_7_is_a_weight_of_zero() -> None:
         x0, e_t, e = (torch.randn(16384, generator=rng, dtype=torch.float64) for _ in range(3))
         x_t = TABLE.alpha(t) * x0 + TABLE.sigma(t) * e_t
         x_tau = r * x_t + beta * e
-        near, far = ((x_tau - mean).square() / (2 * s**2) + s.log() for mean, s in ((r * x_t, beta), (alpha * x0, sigma)))
+        near, far = (
+            (x_tau - mean).square() / (2 * s**2) + s.log() for mean, s in ((r * x_t, beta), (alpha * x0, sigma))
+        )
         drawn, expected = float((near - far).sum()), float(-16384 * (sigma / beta).log())
         assert drawn == pytest.approx(expected, rel=0.2)
-        assert drawn < -400 and torch.tensor(drawn).float().exp() == 0  # at its likeliest, the noisiest time of the segment
+        assert (
+            drawn < -400 and torch.tensor(drawn).float().exp() == 0
+        )  # at its likeliest, the noisiest time of the segment

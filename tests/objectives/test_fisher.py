@@ -41,7 +41,9 @@ def terms(name: str, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def student() -> tuple[Tensor, Tensor]:
-    return torch.tensor(1.1, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    return torch.tensor(1.1, dtype=torch.float64, requires_grad=True), torch.tensor(
+        0.5, dtype=torch.float64, requires_grad=True
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

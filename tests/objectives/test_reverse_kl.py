@@ -63,7 +63,9 @@ def test_huber_elementwise() -> None:
 def test_the_constants_of_huber_are_read() -> None:
     x, delta, n = made_up()
     assert not torch.allclose(gradient(huber(x, delta, n, c=10.0), x), gradient(huber(x, delta, n), x))
-    assert not torch.allclose(gradient(huber_elementwise(x, delta, n, c=10.0), x), gradient(huber_elementwise(x, delta, n), x))
+    assert not torch.allclose(
+        gradient(huber_elementwise(x, delta, n, c=10.0), x), gradient(huber_elementwise(x, delta, n), x)
+    )
 
 
 @pytest.mark.parametrize("name", SURROGATE_LOSSES)
@@ -84,7 +86,9 @@ def test_a_batch_is_its_samples(name: str) -> None:
         return SURROGATE_LOSSES[name](x[rows], delta[rows], dmd_normaliser(x0[rows], f_teacher[rows]))
 
     torch.testing.assert_close(loss(slice(0, 3)), torch.cat([loss(slice(i, i + 1)) for i in range(3)]))
-    torch.testing.assert_close(gradient(loss(slice(0, 3)), x), sum(gradient(loss(slice(i, i + 1)), x) for i in range(3)))
+    torch.testing.assert_close(
+        gradient(loss(slice(0, 3)), x), sum(gradient(loss(slice(i, i + 1)), x) for i in range(3))
+    )
 
 
 def test_normaliser_is_the_mean_distance_of_each_sample() -> None:
@@ -111,7 +115,14 @@ TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float
 
 @pytest.mark.parametrize(
     ("schedule", "landing", "tau"),
-    [(TABLE, 249, 499), (TABLE, -1, 120), (TABLE, 499, 700), (Flow(), 0.25, 0.45), (Flow(), 0.5, 0.75), (EDM(t_max=5), 0.4, 1.5)],
+    [
+        (TABLE, 249, 499),
+        (TABLE, -1, 120),
+        (TABLE, 499, 700),
+        (Flow(), 0.25, 0.45),
+        (Flow(), 0.5, 0.75),
+        (EDM(t_max=5), 0.4, 1.5),
+    ],
 )
 def test_on_gaussians_the_gradient_is_that_of_the_divergence(schedule: Schedule, landing: float, tau: float) -> None:
     """A Gaussian student lands on `x_m = mean + scale z`; both scores at x_tau are known, and so is KL between the two laws of x_tau.
@@ -137,7 +148,9 @@ def test_on_gaussians_the_gradient_is_that_of_the_divergence(schedule: Schedule,
     value = l2(x_m, delta, torch.ones(n, dtype=torch.float64))
     got = torch.autograd.grad(value.mean(), (mean, scale))
     weight = alpha / sigma**2 * ratio  # the free lambda_tau of the loss, and dx_tau/dx_m
-    exact = torch.autograd.grad(kl(law_mean, law_var, alpha * teacher.mean, alpha**2 * teacher.var + sigma**2), (mean, scale))
+    exact = torch.autograd.grad(
+        kl(law_mean, law_var, alpha * teacher.mean, alpha**2 * teacher.var + sigma**2), (mean, scale)
+    )
     largest = max(g.abs().max() for g in exact)
     for mine, true, per_draw in zip(got, exact, (delta, delta * z), strict=True):
         error = weight * per_draw.std(0) / n**0.5

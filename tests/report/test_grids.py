@@ -20,7 +20,9 @@ def test_small_pictures_are_enlarged_to_at_least_96_pixels(size: int, factor: in
 
 def test_every_picture_stands_in_the_grid_pixel_for_pixel(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 3, 32, 40, generator=torch.Generator().manual_seed(0))
-    path = write_grid(tmp_path / "samples" / "step_000100.png", images, ["teacher, 50 guided steps", "student"], ["a", "b", "c"])
+    path = write_grid(
+        tmp_path / "samples" / "step_000100.png", images, ["teacher, 50 guided steps", "student"], ["a", "b", "c"]
+    )
     sheet = np.asarray(Image.open(path))
     height, width = 96, 120
     # The grid ends at the lower right corner, a margin inside; count back from there.
@@ -66,16 +68,32 @@ def test_a_tensor_that_does_not_fit_the_words_is_refused(tmp_path: Path) -> None
 
 def test_a_grid_can_be_taken_apart_again(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 3, 16, 20, generator=torch.Generator().manual_seed(0))
-    grid = read_grid(write_grid(tmp_path / "a.png", images, ["teacher", "student, 4 steps"], ["a", "日本 🍎", "<b>"]).read_bytes())
+    grid = read_grid(
+        write_grid(tmp_path / "a.png", images, ["teacher", "student, 4 steps"], ["a", "日本 🍎", "<b>"]).read_bytes()
+    )
     assert grid is not None
-    assert (grid.labels, grid.prompts, grid.width, grid.height) == (("teacher", "student, 4 steps"), ("a", "日本 🍎", "<b>"), 20, 16)
+    assert (grid.labels, grid.prompts, grid.width, grid.height) == (
+        ("teacher", "student, 4 steps"),
+        ("a", "日本 🍎", "<b>"),
+        20,
+        16,
+    )
     for row in range(2):
         for column in range(3):
             tile = np.asarray(Image.open(io.BytesIO(grid.tiles[row][column])))
             assert (tile == to_uint8(images[row, column]).permute(1, 2, 0).numpy()).all()
 
 
-GIANT = {"labels": ["a"], "prompts": ["b"], "left": 0, "top": 0, "width": 10**9, "height": 10**9, "down": 1, "factor": 1}
+GIANT = {
+    "labels": ["a"],
+    "prompts": ["b"],
+    "left": 0,
+    "top": 0,
+    "width": 10**9,
+    "height": 10**9,
+    "down": 1,
+    "factor": 1,
+}
 
 
 @pytest.mark.parametrize(

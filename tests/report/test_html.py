@@ -79,12 +79,38 @@ def full_report() -> Report:
         title=HOSTILE,
         summary=[Headline("93 %", "won back"), Headline("23×", HOSTILE)],
         rows=[
-            {"model": "teacher", "steps": 50, "nfe": 100, "n": 1024, "fd_real": 136.94321, "fd_teacher": None, "retrieval_top1": 0.63125},
-            {"model": "student", "steps": 4, "nfe": 4, "n": 1024, "fd_real": 139.1, "fd_teacher": 12.25, "retrieval_top1": 0.6},
-            {"model": HOSTILE, "steps": 1, "nfe": 1, "n": 1024, "fd_real": float("nan"), "fd_teacher": 24.0, "retrieval_top1": 0.5},
+            {
+                "model": "teacher",
+                "steps": 50,
+                "nfe": 100,
+                "n": 1024,
+                "fd_real": 136.94321,
+                "fd_teacher": None,
+                "retrieval_top1": 0.63125,
+            },
+            {
+                "model": "student",
+                "steps": 4,
+                "nfe": 4,
+                "n": 1024,
+                "fd_real": 139.1,
+                "fd_teacher": 12.25,
+                "retrieval_top1": 0.6,
+            },
+            {
+                "model": HOSTILE,
+                "steps": 1,
+                "nfe": 1,
+                "n": 1024,
+                "fd_real": float("nan"),
+                "fd_teacher": 24.0,
+                "retrieval_top1": 0.5,
+            },
         ],
         protocol=HOSTILE,
-        pictures=Pictures(prompts, rows, paths, StepGrid((1, 4), (1, 2, 4), torch.rand(1, 2, 3, 3, 8, 12, generator=rng))),
+        pictures=Pictures(
+            prompts, rows, paths, StepGrid((1, 4), (1, 2, 4), torch.rand(1, 2, 3, 3, 8, 12, generator=rng))
+        ),
         metrics=[{"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.1} for i in range(1, 20)],
         cost=Cost(452.0, 400, HOSTILE),
         warnings=[HOSTILE],
@@ -115,14 +141,22 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
 def test_every_picture_decodes_to_its_exact_pixels() -> None:
     report = full_report()
     images = {i["alt"]: i for i in parsed(render(report)).all("img")}
-    expected = {f"{label}: {report.pictures.prompts[p]}": x for label, row in report.pictures.rows.items() for p, x in enumerate(row)}
+    expected = {
+        f"{label}: {report.pictures.prompts[p]}": x
+        for label, row in report.pictures.rows.items()
+        for p, x in enumerate(row)
+    }
     for label, path in report.pictures.trajectories.items():
         for p, row in enumerate(path.estimates):
-            expected |= {f"{label}, time {t:g}: {report.pictures.prompts[p]}": x for t, x in zip(path.times, row, strict=True)}
+            expected |= {
+                f"{label}, time {t:g}: {report.pictures.prompts[p]}": x for t, x in zip(path.times, row, strict=True)
+            }
     grid = report.pictures.grid
     assert grid is not None
     for told, row in zip(grid.told, grid.images[0], strict=True):
-        expected |= {f"told {told}, takes {n}: {report.pictures.prompts[0]}": x for n, x in zip(grid.taken, row, strict=True)}
+        expected |= {
+            f"told {told}, takes {n}: {report.pictures.prompts[0]}": x for n, x in zip(grid.taken, row, strict=True)
+        }
     assert len(expected) == 2 * 10 + 2 * 2 + 3 + 6
     assert images.keys() == expected.keys()
     for alt, picture in expected.items():
@@ -203,14 +237,19 @@ def contrast(a: str, b: str) -> float:
 def test_every_colour_that_is_text_can_be_read_in_light_and_dark() -> None:
     """Charts name their lines in the lines' own colours; 4.5 is what WCAG AA asks for."""
     grounds = ("paper", "card", "tint", "warn-tint")
-    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", render(Report("t")), re.DOTALL)]
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", render(Report("t")), re.DOTALL)
+    ]
     assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys()
     for scheme in schemes:
         texts = scheme.keys() - {*grounds, "line"}
         assert len(texts) == 12
         for text in texts:
             assert min(contrast(scheme[text], scheme[ground]) for ground in grounds) >= 4.5, text
-    assert {name: schemes[0][name] for name in VARIABLES.values()} == {name: colour for colour, name in VARIABLES.items()}
+    assert {name: schemes[0][name] for name in VARIABLES.values()} == {
+        name: colour for colour, name in VARIABLES.items()
+    }
 
 
 def stops(page: Page) -> list[str]:
@@ -241,7 +280,9 @@ def test_many_warnings_unfold() -> None:
 def test_everything_that_can_be_wide_scrolls_by_itself() -> None:
     """On a phone no part may make the page wider than the screen. What is hidden from sight is placed within what scrolls."""
     report = full_report()
-    html = render(Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no picture")]}))
+    html = render(
+        Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no picture")]})
+    )
     page = Scrolling()
     page.feed(html)
     assert page.outside == []
@@ -295,7 +336,7 @@ def test_the_top_says_what_was_made(run: Path) -> None:
     about = json.loads((run / "run.json").read_text())
     recipe = {"teacher": "emoji", "method": {"name": "tdm-unify", "steps": [4, 2, 1]}, "train": {"iterations": 260}}
     (run / "run.json").write_text(json.dumps(about | {"recipe": recipe}))
-    facts = dict(read_run(run).origin)
+    facts = dict(read_run(run).made)
     assert facts == {
         "Teacher": "emoji",
         "Method": "tdm-unify",
@@ -306,8 +347,10 @@ def test_the_top_says_what_was_made(run: Path) -> None:
     (run / "final" / "fewstep.json").write_text(json.dumps(card))
     (run / "final" / "emoji-lora.safetensors").write_text("")
     (run / "best").mkdir()
-    (run / "best" / "preview.json").write_text(json.dumps({"iteration": 5, "value": 12.3456, "measured": "quality.fd_real"}))
-    facts = dict(read_run(run).origin)
+    (run / "best" / "preview.json").write_text(
+        json.dumps({"iteration": 5, "value": 12.3456, "measured": "quality.fd_real"})
+    )
+    facts = dict(read_run(run).made)
     assert facts["Method"] == "trajp-l-tdm" and facts["Steps"] == "4"
     assert facts["Trained"] == "LoRA of rank 32, for strength 1.0, and a span head"
     assert facts["File to use"] == f"{run / 'final'}, for other programs emoji-lora.safetensors in it"
@@ -325,7 +368,9 @@ def test_diversity_is_what_the_note_says_it_is() -> None:
     text = "".join(page.text)
     assert "1.18" in text and "0.46" not in text and "as a multiple of what the teacher's do" in text
     alone = [{"model": "student", "steps": 4, "diversity": 0.455, "diversity_ratio": None}]
-    assert "Diversity" not in "".join(parsed(render(Report("t", rows=alone))).text)  # there is nothing that it is a multiple of
+    assert "Diversity" not in "".join(
+        parsed(render(Report("t", rows=alone))).text
+    )  # there is nothing that it is a multiple of
 
 
 @pytest.fixture
@@ -335,9 +380,13 @@ def run(tmp_path: Path) -> Path:
     report = full_report()
     about = {"title": "Emoji", "recipe": {"name": "demo"}, "hardware": "2 CPU cores", "versions": {"python": "3.11"}}
     (run / "run.json").write_text(json.dumps(about))
-    (run / "final" / "eval.json").write_text(json.dumps({"protocol": "emoji", "versions": {"torch": "2.13"}, "rows": report.rows}))
+    (run / "final" / "eval.json").write_text(
+        json.dumps({"protocol": "emoji", "versions": {"torch": "2.13"}, "rows": report.rows})
+    )
     lines = [json.dumps({"iteration": i, "seconds": 2.0 * i, "fake_loss": 1.0}) for i in range(1, 11)]
-    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 10, "warnings": ["colours drift"]}', '{"iterat']))
+    (run / "metrics.jsonl").write_text(
+        "\n".join([*lines, '{"iteration": 10, "warnings": ["colours drift"]}', '{"iterat'])
+    )
     save_pictures(run / "pictures.safetensors", report.pictures)
     for i in range(0, 600, 100):
         write_grid(run / "samples" / f"step_{i:06d}.png", torch.full((1, 1, 3, 8, 8), i / 600), ["teacher"], ["p"])
@@ -354,7 +403,16 @@ def test_a_run_folder_becomes_the_same_report_again(run: Path) -> None:
     assert torch.equal(to_uint8(report.pictures.rows[STUDENT]), to_uint8(full_report().pictures.rows[STUDENT]))
     assert render_run(run) == run / "report.html"
     page = parsed((run / "report.html").read_text(encoding="utf-8"))
-    assert {s["id"] for s in page.all("section")} == {"images", "steps", "counts", "quality", "training", "progress", "next", "made"}
+    assert {s["id"] for s in page.all("section")} == {
+        "images",
+        "steps",
+        "counts",
+        "quality",
+        "training",
+        "progress",
+        "next",
+        "made",
+    }
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
@@ -434,7 +492,9 @@ def test_a_model_that_takes_no_prompt_is_asked_none() -> None:
 def test_commands_are_those_of_the_folder_and_not_of_where_it_was(run: Path) -> None:
     """Also of a run whose record says others."""
     about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"next_commands": [["Draw", "fewstep sample runs/elsewhere, first"]]}))
+    (run / "run.json").write_text(
+        json.dumps(about | {"next_commands": [["Draw", "fewstep sample runs/elsewhere, first"]]})
+    )
     commands = [command for _, command in read_run(run).next_commands]
     assert shlex.split(commands[0])[:3] == ["fewstep", "sample", str(run)]
     assert not [c for c in commands if "elsewhere" in c]

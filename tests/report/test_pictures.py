@@ -22,7 +22,10 @@ def test_a_grid_of_step_counts_comes_back(tmp_path: Path) -> None:
 
 def some_pictures() -> Pictures:
     rng = torch.Generator().manual_seed(1)
-    rows = {label: torch.rand(3, 3, 8, 8, generator=rng) for label in ("teacher, 50 guided steps (100 evaluations)", "student/é", "a")}
+    rows = {
+        label: torch.rand(3, 3, 8, 8, generator=rng)
+        for label in ("teacher, 50 guided steps (100 evaluations)", "student/é", "a")
+    }
     paths = {"student": Trajectory((999.0, 499.0), torch.rand(2, 2, 3, 8, 8, generator=rng))}
     return Pictures(("red apple", "“quoted” 🍎", "<b>bold</b>"), rows, paths)
 
@@ -36,7 +39,9 @@ def test_saving_and_loading_keeps_everything_in_order(tmp_path: Path) -> None:
         assert torch.equal(to_uint8(after.rows[label]), to_uint8(images))
         assert (after.rows[label] - images).abs().max() <= 0.5 / 255 + 1e-6
     assert after.trajectories["student"].times == (999.0, 499.0)
-    assert torch.equal(to_uint8(after.trajectories["student"].estimates), to_uint8(before.trajectories["student"].estimates))
+    assert torch.equal(
+        to_uint8(after.trajectories["student"].estimates), to_uint8(before.trajectories["student"].estimates)
+    )
 
 
 def test_every_eight_bit_value_survives() -> None:
@@ -45,7 +50,13 @@ def test_every_eight_bit_value_survives() -> None:
 
 
 def test_values_outside_and_not_a_number_are_clamped() -> None:
-    assert to_uint8(torch.tensor([-1.0, 2.0, float("nan"), float("inf"), float("-inf")])).tolist() == [0, 255, 0, 255, 0]
+    assert to_uint8(torch.tensor([-1.0, 2.0, float("nan"), float("inf"), float("-inf")])).tolist() == [
+        0,
+        255,
+        0,
+        255,
+        0,
+    ]
 
 
 def test_nothing_at_all_can_be_saved(tmp_path: Path) -> None:
@@ -55,7 +66,9 @@ def test_nothing_at_all_can_be_saved(tmp_path: Path) -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"row 'a' is \[2, 3, 8, 8\], allowed is \[1, 3, H, W\]"):
         Pictures(["p"], {"a": torch.zeros(2, 3, 8, 8)})
-    with pytest.raises(ValueError, match=r"trajectory 'a' is \[1, 3, 3, 8, 8\], allowed is \[P, 2, 3, H, W\] with at most 1 prompts"):
+    with pytest.raises(
+        ValueError, match=r"trajectory 'a' is \[1, 3, 3, 8, 8\], allowed is \[P, 2, 3, H, W\] with at most 1 prompts"
+    ):
         Pictures(["p"], {}, {"a": Trajectory((1.0, 0.5), torch.zeros(1, 3, 3, 8, 8))})
 
 

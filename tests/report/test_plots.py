@@ -8,12 +8,27 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fewstep.report.plots import FEW, charts, coordinates, explained, gaps, losses, quality, quality_cost, smooth, space, thin, to_svg
+from fewstep.report.plots import (
+    FEW,
+    charts,
+    coordinates,
+    explained,
+    gaps,
+    losses,
+    quality,
+    quality_cost,
+    smooth,
+    space,
+    thin,
+    to_svg,
+)
 from fewstep.report.space import box_around
 
 TRAINING = {"student_loss": 2.0, "student_grad": 1.0, "fake_grad": 0.5, "gap_1": 0.2}
 QUALITY = {i: {"quality": {"fd_real": 150.0 - i, "retrieval_top1": 0.5 + i / 100}} for i in (10, 20, 30, 40)}
-REGRESSION_LOSSES = [{"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.4 / i, **TRAINING, **QUALITY.get(i, {})} for i in range(1, 41)]
+REGRESSION_LOSSES = [
+    {"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.4 / i, **TRAINING, **QUALITY.get(i, {})} for i in range(1, 41)
+]
 ROWS = [
     {"model": "teacher", "steps": 50, "guidance": 3.5, "nfe": 100, "fd_real": 100.0, "retrieval_top1": 0.9},
     {"model": "teacher", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 170.0, "retrieval_top1": 0.4},
@@ -122,7 +137,9 @@ def test_labels_do_not_overlap(crowd: float) -> None:
     assert heights[-1] <= 1
 
 
-@pytest.mark.parametrize("figure", [losses(REGRESSION_LOSSES), quality(REGRESSION_LOSSES, [], "fd_real"), quality_cost(ROWS[1:])])
+@pytest.mark.parametrize(
+    "figure", [losses(REGRESSION_LOSSES), quality(REGRESSION_LOSSES, [], "fd_real"), quality_cost(ROWS[1:])]
+)
 def test_a_label_sits_at_the_end_of_its_line(figure: Figure) -> None:
     figure.canvas.draw()
     for axes in figure.axes:

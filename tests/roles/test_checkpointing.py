@@ -11,7 +11,8 @@ from torch import Tensor
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import load_teacher
 from fewstep.core.guidance import Guidance
-from fewstep.methods.distribution_matching import DistributionMatching, losses
+from fewstep.methods.distribution_matching import DistributionMatching, matching_losses
+from fewstep.methods.method import TrainBatch
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import pipelines, tiny
@@ -24,7 +25,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def prepared(backbone: Backbone, checkpointing: bool, share: bool = True) -> Roles:
-    roles = make_roles(backbone, RolesConfig(lora=share, rank=2, checkpointing=checkpointing), counts=(2, 1))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2, checkpointing=checkpointing), condition_values=(2, 1))
     perturb(roles, "student", 1, 0.02)
     perturb(roles, "fake", 2, 0.02)
     return roles
@@ -35,7 +36,8 @@ def gradients(roles: Roles) -> dict[Role, list[Tensor]]:
     _, _, cond, null = given(roles.backbone)
     method = DistributionMatching(steps=(2, 1), warmup=0, guidance=Guidance(scale=3.0))
     found: dict[Role, list[Tensor]] = {}
-    for loss in losses(method, roles, cond, null, 2, torch.Generator().manual_seed(0), warming_up=False):
+    batch = TrainBatch(0, 1, 2, cond, null, None, torch.Generator().manual_seed(0))
+    for loss in matching_losses(method, roles, batch):
         parameters = list(roles.trained[loss.role].values())
         grads = torch.autograd.grad(loss.value, parameters, allow_unused=True, retain_graph=True)
         found[loss.role] = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]

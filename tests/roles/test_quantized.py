@@ -12,7 +12,8 @@ from fewstep.api import load_teacher
 from fewstep.backbones.base import Backbone
 from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import embed
-from fewstep.methods.distribution_matching import DistributionMatching, losses
+from fewstep.methods.distribution_matching import DistributionMatching, matching_losses
+from fewstep.methods.method import TrainBatch
 from fewstep.roles import adapters
 from fewstep.roles.quantized import (
     BLOCK,
@@ -33,10 +34,13 @@ from fewstep.training.memory import MemoryTracker, module_bytes
 
 from .. import tiny
 from ..training.test_loop import digest
-from .test_roles import given, perturb
+from .test_roles import attached, given, perturb
 
 LEVELS: dict[Kind, Tensor] = {"int8": torch.arange(-127, 128) / 127, "nf4": torch.tensor(NF4)}
-FAR: dict[Kind, float] = {"int8": 0.011, "nf4": 0.15}  # relative error of the bundled teacher's prediction, at the worst of its times
+FAR: dict[Kind, float] = {
+    "int8": 0.011,
+    "nf4": 0.15,
+}  # relative error of the bundled teacher's prediction, at the worst of its times
 LAYERS: dict[str, Callable[[], nn.Linear | nn.Conv2d]] = {
     "linear": lambda: nn.Linear(96, 128),
     "convolution": lambda: nn.Conv2d(96, 128, 3, stride=2, padding=1),
@@ -90,7 +94,10 @@ def test_a_layer_and_its_gradient_are_those_of_the_decoded_weight(kind: Kind, na
     layer = rounded(plain, kind)
     assert isinstance(layer, QuantisedLinear | QuantisedConv2d)
     plain.weight.copy_(layer.weight)
-    x = torch.randn((2, 5, 96) if name == "linear" else (2, plain.weight.shape[1] * getattr(plain, "groups", 1), 9, 9), requires_grad=True)
+    x = torch.randn(
+        (2, 5, 96) if name == "linear" else (2, plain.weight.shape[1] * getattr(plain, "groups", 1), 9, 9),
+        requires_grad=True,
+    )
     results = []
     for one in (plain, layer, copy.deepcopy(layer)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -129,7 +136,9 @@ def test_the_bundled_teacher_is_near_what_it_was_in_a_fraction_of_its_memory(kin
         assert 0 < (found - wanted).norm() < FAR[kind] * wanted.norm()
     bits = {"int8": 8 + 32 / BLOCK, "nf4": 4 + 32 / BLOCK}[kind]  # in single precision a scale has 32
     whole, plain = module_bytes(before.module), sum(4 * m.weight.numel() for m in layers_of(before))
-    tables = sum(m.pairs.nbytes for m in teacher.module.modules() if isinstance(m, QuantizedWeight) and m.pairs is not None)
+    tables = sum(
+        m.pairs.nbytes for m in teacher.module.modules() if isinstance(m, QuantizedWeight) and m.pairs is not None
+    )
     assert plain > 0.9 * whole and tables < 0.01 * whole
     assert module_bytes(teacher.module) == whole - plain * (1 - bits / 32) + tables
 
@@ -142,26 +151,34 @@ def test_adapters_train_beside_a_base_that_does_not_move(kind: Kind, checkpointi
     assert kind_of(backbone.module) == kind
     x, t, cond, null = given(backbone)
     with torch.no_grad():
-        teacher = roles.teacher(cond, null, 1.0)(x, t).x0
+        teacher = roles.teacher(cond, null, Guidance())(x, t).x0
         for role in TRAINED:
             assert torch.equal(roles.denoise(role, cond)(x, t).x0, teacher)
     before = digest(backbone.module)
     start = {r: {n: p.detach().clone() for n, p in roles.trained[r].items()} for r in TRAINED}
-    data, method = embed(backbone, tiny.WORDS, None, "wide"), DistributionMatching(steps=2, warmup=8, guidance=Guidance(scale=2.0))
+    data, method = (
+        embed(backbone, tiny.WORDS, None, "wide"),
+        DistributionMatching(steps=2, warmup=8, guidance=Guidance(scale=2.0)),
+    )
 
     def loss() -> float:
         """The fake score's, at the same draws each time."""
-        (one,) = losses(method, roles, cond, null, 2, torch.Generator().manual_seed(0), warming_up=True)
+        batch = TrainBatch(0, 10, 2, cond, null, None, torch.Generator().manual_seed(0))
+        (one,) = matching_losses(method, roles, batch)
         return one.value.item()
 
     at_first = loss()
     for step in distill(roles, method, data, TrainConfig(iterations=10, batch=4, lr=1e-3, fake_lr=3e-3)):
         assert step.iteration != method.warmup or loss() < 0.99 * at_first
     for role in TRAINED:
-        assert all(not torch.equal(p, start[role][n]) for n, p in roles.trained[role].items() if "lora_B" in n and "to_" not in n)
+        assert all(
+            not torch.equal(p, start[role][n])
+            for n, p in roles.trained[role].items()
+            if "lora_B" in n and "to_" not in n
+        )
     assert digest(backbone.module) == before
     with torch.no_grad():
-        assert torch.equal(roles.teacher(cond, null, 1.0)(x, t).x0, teacher)
+        assert torch.equal(roles.teacher(cond, null, Guidance())(x, t).x0, teacher)
 
 
 def test_checkpointed_gradients_are_those_without_it() -> None:
@@ -171,7 +188,7 @@ def test_checkpointed_gradients_are_those_without_it() -> None:
         perturb(roles, "student", 1, 0.02)
         x, t, cond, null = given(roles.backbone)
         value = roles.denoise("student", cond)(x, t).x0.square().sum()
-        roles.teacher(cond, null, 2.0)(x, t)
+        roles.teacher(cond, null, Guidance(scale=2.0))(x, t)
         found.append(torch.autograd.grad(value, list(roles.trained["student"].values())))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -182,10 +199,12 @@ def test_what_was_trained_goes_with_the_weights_as_they_were() -> None:
     roles = make_roles(wide(), RolesConfig(rank=2, quantize="int8"))
     perturb(roles, "student", 1, 0.02)
     plain = make_roles(wide(), RolesConfig(rank=2))
-    assert {n: v.shape for n, v in roles.student_state().items()} == {n: v.shape for n, v in plain.student_state().items()}
+    assert {n: v.shape for n, v in roles.student_state().items()} == {
+        n: v.shape for n, v in plain.student_state().items()
+    }
     assert type(next(m for m in adapters.adapter_layers(roles.backbone.module) if isinstance(m.get_base_layer(), QuantisedConv2d)).lora_A["student"]) is nn.Conv2d  # fmt: skip
     original = wide()
-    student = with_lora(original, roles.student_state(), 2, 2)
+    student = attached(original, roles.student_state())
     x, t, cond, _ = given(original)
     with torch.no_grad():
         trained, served = roles.denoise("student", cond)(x, t).x0, student.denoise(cond)(x, t).x0
@@ -200,7 +219,8 @@ def test_a_teacher_is_rounded_once() -> None:
     assert digest(backbone.module) == before
     for base, said in ((None, "null"), ("nf4", "nf4")):
         with pytest.raises(
-            ValueError, match=rf"^roles\.base: got {said}, this teacher's weights are in int8 already; load the teacher again$"
+            ValueError,
+            match=rf"^roles\.quantize: got {said}, this teacher's weights are in int8 already; load the teacher again$",
         ):
             make_roles(backbone, RolesConfig(rank=2, quantize=base))  # type: ignore[arg-type]
 
@@ -214,9 +234,14 @@ def test_what_is_small_and_what_is_told_stays_as_it_is() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"^roles\.base: got 'int3', allowed are int8, nf4, and null for the weights as they are$"):
+    with pytest.raises(ValueError, match=r"^quantize: got 'int3', allowed are int8, nf4$"):
         RolesConfig(quantize="int3")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^roles\.base: got int8, which is for weights that stay as they are; set roles\.share=true"):
-        replace(RolesConfig(lora=False), base="int8")
-    with pytest.raises(ValueError, match=r"^roles\.base: got int8, this network has no layer of more than 64 channels; set it to null$"):
+    with pytest.raises(
+        ValueError, match=r"^quantize: got int8, which is for weights that stay as they are; set lora=True"
+    ):
+        replace(RolesConfig(lora=False), quantize="int8")
+    with pytest.raises(
+        ValueError,
+        match=r"^roles\.quantize: got int8, this network has no layer of more than 64 channels; set it to null$",
+    ):
         make_roles(tiny.denoiser(), RolesConfig(rank=2, quantize="int8"))

@@ -1,24 +1,37 @@
 """Three roles: one copy of the weights, bit for bit the teacher at the start, and exact gradients in any order of calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, Cond
+from fewstep.core.guidance import Guidance
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
+from fewstep.student.student import Origin, Student, student_card
 
 from .. import tiny
 
-BACKBONES: dict[str, Callable[[], Backbone]] = {"own": tiny.denoiser, "flow": tiny.flow_denoiser, "sd": tiny.stable_diffusion}
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "own": tiny.denoiser,
+    "flow": tiny.flow_denoiser,
+    "sd": tiny.stable_diffusion,
+}
+ORIGIN = Origin("tiny", "", 0, 0.0, "tdm")
 
 
 def given(backbone: Backbone) -> tuple[Tensor, Tensor, Cond, Cond]:
     x = torch.randn((2, *backbone.shape), generator=torch.Generator().manual_seed(0))
     t = torch.tensor([backbone.schedule.t_max, backbone.schedule.t_max / 3], dtype=torch.float64)
-    return x, t.round() if backbone.schedule.resolution else t, backbone.encode(["red cat", "blue dog"]), backbone.encode([""])
+    return (
+        x,
+        t.round() if backbone.schedule.resolution else t,
+        backbone.encode(["red cat", "blue dog"]),
+        backbone.encode([""]),
+    )
 
 
 def perturb(roles: Roles, role: Role, seed: int, size: float = 0.1) -> None:
@@ -28,9 +41,19 @@ def perturb(roles: Roles, role: Role, seed: int, size: float = 0.1) -> None:
             p.add_(size * torch.randn(p.shape, generator=rng))
 
 
+def attached(backbone: Backbone, state: Mapping[str, Tensor], rank: int = 2) -> Student:
+    """A student whose LoRA lies in the backbone's own network, beside those that are there."""
+    card = student_card(make_roles(tiny.denoiser(), RolesConfig(rank=rank)), DistributionMatching(), ORIGIN)
+    adapter = adapters.attach_adapter(backbone.module, state, rank, rank)
+    backbone.module.requires_grad_(False).eval()
+    return Student(card, backbone, backbone.module, adapter)
+
+
 def storage_bytes(roles: Roles) -> int:
     """Bytes of all networks together, every storage counted once."""
-    storages = {s.data_ptr(): s.nbytes() for n in roles.networks.values() for p in n.parameters() for s in [p.untyped_storage()]}
+    storages = {
+        s.data_ptr(): s.nbytes() for n in roles.networks.values() for p in n.parameters() for s in [p.untyped_storage()]
+    }
     return sum(storages.values())
 
 
@@ -46,7 +69,7 @@ def test_all_roles_start_as_the_teacher_bit_for_bit(name: str) -> None:
         backbone.module.requires_grad_(False)
         alone = backbone.predict(backbone.module, x, t, cond)
         roles = make_roles(backbone, RolesConfig(rank=2))
-        teacher = roles.teacher(cond, null, 1.0)(x, t)
+        teacher = roles.teacher(cond, null, Guidance())(x, t)
         for role in TRAINED:
             assert torch.equal(roles.denoise(role, cond)(x, t).x0, teacher.x0)
         assert torch.equal(backbone.predict(backbone.module, x, t, cond), alone)
@@ -60,11 +83,13 @@ def test_copies_start_with_the_teachers_weights(name: str) -> None:
     roles = make_roles(backbone, RolesConfig(lora=False))
     with torch.no_grad():
         for role in TRAINED:
-            for (_, a), (_, b) in zip(roles.networks[role].state_dict().items(), backbone.module.state_dict().items(), strict=True):
+            for (_, a), (_, b) in zip(
+                roles.networks[role].state_dict().items(), backbone.module.state_dict().items(), strict=True
+            ):
                 assert torch.equal(a, b)
                 assert a.data_ptr() != b.data_ptr()
             roles.networks[role].requires_grad_(False)
-            assert torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, null, 1.0)(x, t).x0)
+            assert torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, null, Guidance())(x, t).x0)
 
 
 @pytest.mark.parametrize("name", ["own", "sd"])
@@ -124,13 +149,15 @@ def test_gradients_are_exact_whatever_is_called_before_the_backward_pass(name: s
     outputs, gradients = [], []
     for roles in (shared, copies):
         student = roles.denoise("student", cond)(x, t).x0
-        teacher = roles.teacher(cond, null, 3.5)(x, t).x0
+        teacher = roles.teacher(cond, null, Guidance(scale=3.5))(x, t).x0
         fake = roles.denoise("fake", cond)(x, t).x0
         outputs.append((student, teacher, fake))
         loss = (student * (teacher - fake).detach()).sum()
         on_student = torch.autograd.grad(loss, list(roles.trained["student"].values()), allow_unused=True)
         on_fake = torch.autograd.grad(fake.square().mean(), list(roles.trained["fake"].values()), allow_unused=True)
-        gradients.append([dict(zip(roles.trained[r], g, strict=True)) for r, g in zip(TRAINED, (on_student, on_fake), strict=True)])
+        gradients.append(
+            [dict(zip(roles.trained[r], g, strict=True)) for r, g in zip(TRAINED, (on_student, on_fake), strict=True)]
+        )
     for mine, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     for i, role in enumerate(TRAINED):
@@ -148,8 +175,15 @@ def test_one_role_has_no_gradient_from_another() -> None:
         perturb(roles, role, 0)
         value = roles.denoise(role, cond)(x, t).x0.sum()
         roles.denoise(other, cond)(x, t)
-        assert all(g is None for g in torch.autograd.grad(value, list(roles.trained[other].values()), allow_unused=True, retain_graph=True))
-        assert all(g is not None for g in torch.autograd.grad(value, list(roles.trained[role].values()), allow_unused=True))
+        assert all(
+            g is None
+            for g in torch.autograd.grad(
+                value, list(roles.trained[other].values()), allow_unused=True, retain_graph=True
+            )
+        )
+        assert all(
+            g is not None for g in torch.autograd.grad(value, list(roles.trained[role].values()), allow_unused=True)
+        )
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -162,7 +196,7 @@ def test_the_backbone_is_the_teacher_between_calls(share: bool) -> None:
         before = backbone.predict(backbone.module, x, t, cond)
         for role in TRAINED:
             perturb(roles, role, 1)
-            assert not torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, cond, 1.0)(x, t).x0)
+            assert not torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, cond, Guidance())(x, t).x0)
             roles.denoise(role, cond)(x, t)
             assert torch.equal(backbone.predict(backbone.module, x, t, cond), before)
 
@@ -195,12 +229,13 @@ def test_student_state_is_a_copy_of_the_lora_or_of_the_network() -> None:
     assert all(".lora_" in k and "student" not in k for k in state)
     perturb(shared, "student", 0)
     assert all(not torch.equal(v, state[k]) for k, v in shared.student_state().items())
-    settings = shared.adapter_settings()
+    plain, settings = adapters.plain_state(shared.backbone.module, "student")
+    assert all(torch.equal(v, plain[k]) for k, v in shared.student_state().items())
     assert (settings["r"], settings["lora_alpha"]) == (2, 2)
 
     copies = make_roles(tiny.denoiser(), RolesConfig(lora=False))
     assert list(copies.student_state()) == list(tiny.denoiser().module.state_dict())
-    assert copies.adapter_settings() == {}
+    assert Student.of(copies, DistributionMatching(), ORIGIN).adapter is None
 
 
 def test_a_lora_is_right_at_strength_one_whatever_its_alpha() -> None:
@@ -210,14 +245,16 @@ def test_a_lora_is_right_at_strength_one_whatever_its_alpha() -> None:
     roles = make_roles(backbone, RolesConfig(rank=2, alpha=8))
     perturb(roles, "student", 1)
     state = roles.student_state()
-    assert roles.adapter_settings()["lora_alpha"] == 2
+    plain, settings = adapters.plain_state(backbone.module, "student")
+    assert settings["lora_alpha"] == 2
+    assert all(torch.equal(v, plain[k]) for k, v in state.items())
     with torch.no_grad():
         wanted = roles.denoise("student", cond)(x, t).x0
-        torch.testing.assert_close(with_lora(tiny.denoiser(), state, 2, 2).denoise(cond)(x, t).x0, wanted)
+        torch.testing.assert_close(attached(tiny.denoiser(), state).denoise(cond)(x, t).x0, wanted)
         other = make_roles(tiny.denoiser(), RolesConfig(rank=2, alpha=1))
         other.start_from(state)
         torch.testing.assert_close(other.denoise("student", cond)(x, t).x0, wanted)
-    with pytest.raises(ValueError, match=r"roles\.alpha: got -1, allowed are numbers above 0"):
+    with pytest.raises(ValueError, match=r"^alpha: got -1, allowed are numbers above 0"):
         RolesConfig(alpha=-1)
 
 
@@ -229,7 +266,7 @@ def test_a_second_run_on_the_same_teacher_starts_anew() -> None:
     perturb(first, "student", 0)
     second = make_roles(backbone, RolesConfig(rank=3))
     with torch.no_grad():
-        assert torch.equal(second.denoise("student", cond)(x, t).x0, second.teacher(cond, null, 1.0)(x, t).x0)
+        assert torch.equal(second.denoise("student", cond)(x, t).x0, second.teacher(cond, null, Guidance())(x, t).x0)
         with pytest.raises(ValueError, match="student: its network has gone to another run on the same teacher"):
             first.denoise("student", cond)(x, t)
     copies = make_roles(backbone, RolesConfig(lora=False))
@@ -242,37 +279,46 @@ def test_finished_students_live_beside_each_other_and_the_teacher() -> None:
     roles = make_roles(backbone, RolesConfig(rank=2))
     states, wanted = [], []
     with torch.no_grad():
-        teacher = roles.teacher(cond, null, 1.0)(x, t).x0
+        teacher = roles.teacher(cond, null, Guidance())(x, t).x0
         for seed in (1, 2):
             perturb(roles, "student", seed)
             states.append(roles.student_state())
             wanted.append(roles.denoise("student", cond)(x, t).x0)
         fresh = tiny.denoiser()
-        students = [with_lora(fresh, state, 2, 2) for state in states]
+        students = [attached(fresh, state) for state in states]
         for student, x0 in zip(students, wanted, strict=True):
             torch.testing.assert_close(student.denoise(cond)(x, t).x0, x0, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
             fresh.predict(fresh.module, x, t, cond), backbone.predict(backbone.module, x, t, cond), rtol=1e-5, atol=1e-6
         )
-        torch.testing.assert_close(make_roles(fresh, RolesConfig(rank=2)).teacher(cond, null, 1.0)(x, t).x0, teacher, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            make_roles(fresh, RolesConfig(rank=2)).teacher(cond, null, Guidance())(x, t).x0,
+            teacher,
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_a_lora_of_another_network_is_refused() -> None:
     state = make_roles(tiny.denoiser(), RolesConfig(rank=2)).student_state()
     with pytest.raises(ValueError, match=r"student: the base network has no layer gone\.inp \(5 of 5 are missing\)"):
-        with_lora(tiny.denoiser(), {f"gone.{k}": v for k, v in state.items()}, 2, 2)
+        attached(tiny.denoiser(), {f"gone.{k}": v for k, v in state.items()})
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"roles\.rank: got -1, allowed are whole numbers from 0"):
+    with pytest.raises(ValueError, match=r"^rank: got -1, allowed are whole numbers from 0"):
         RolesConfig(rank=-1)
-    with pytest.raises(ValueError, match=r"roles\.rank: got 2147483648, allowed are whole numbers from 0 \(no LoRA\) to 4096"):
+    with pytest.raises(
+        ValueError, match=r"^rank: got 2147483648, allowed are whole numbers from 0 to 4096 \(0: no LoRA\)"
+    ):
         RolesConfig(rank=2**31)
 
 
 def test_copies_of_half_precision_weights_are_refused_with_one_line() -> None:
     backbone = tiny.denoiser()
     backbone.module.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"roles\.share: got false, which trains weights that are bfloat16 here .* set dtype to float32"):
+    with pytest.raises(
+        ValueError, match=r"roles\.lora: got false, which trains weights that are bfloat16 here .* set dtype to float32"
+    ):
         make_roles(backbone, RolesConfig(lora=False))
     make_roles(backbone, RolesConfig(lora=True))  # the adapters are in single precision

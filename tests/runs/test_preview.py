@@ -22,7 +22,7 @@ from fewstep.runs.recipe import DistillRecipe
 from fewstep.training.monitor import drift
 
 from .. import tiny
-from .test_distill import RECIPE
+from ..cli.test_distill import RECIPE
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,15 @@ from .test_distill import RECIPE
 )
 def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidance: float, first: str) -> None:
     """A guided step is two, one that leaves the network out is none; without classes there is nothing to guide."""
-    method = TrajectoryImitation(steps=(4, 2), analytic_first_step=True, head="none", condition=False, guidance=Guidance(scale=guidance))
+    method = TrajectoryImitation(
+        steps=(4, 2), analytic_first_step=True, head="none", condition=False, guidance=Guidance(scale=guidance)
+    )
     recipe = DistillRecipe.model_validate({**RECIPE, "method": {"name": "trajp-l", "guidance": guidance}})
     teacher = tiny.pixels(labels)
     shown = embed(teacher, labels or [""], None, "x")
-    pictures = Preview(drawing_of(recipe), teacher, shown, None).compare(make_roles(teacher, RolesConfig(rank=2), fake=False), method)
+    pictures = Preview(drawing_of(recipe), teacher, shown, None).compare(
+        make_roles(teacher, RolesConfig(rank=2), fake=False), method
+    )
     step = "unguided step" if "guided" in first else "step"
     assert list(pictures.rows) == [
         first,
@@ -51,10 +55,16 @@ def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidanc
     assert list(pictures.trajectories) == [labelled("teacher", "step", 4), labelled("student", "step", 4)]
 
 
-def drawn(method: Mapping[str, Any], teacher: Backbone, labels: tuple[str, ...] = ("cat", "dog", "cat")) -> tuple[Preview, Roles]:
+def drawn(
+    method: Mapping[str, Any], teacher: Backbone, labels: tuple[str, ...] = ("cat", "dog", "cat")
+) -> tuple[Preview, Roles]:
     """The previews of a method, and what it trains, untrained."""
-    recipe = DistillRecipe.model_validate({**RECIPE, "method": method, "train": {**RECIPE["train"], "iterations": 101, "batch": 2}})
-    roles = make_roles(teacher, RolesConfig(rank=2), counts=recipe.method.condition_values, fake=recipe.method.needs.fake)
+    recipe = DistillRecipe.model_validate(
+        {**RECIPE, "method": method, "train": {**RECIPE["train"], "iterations": 101, "batch": 2}}
+    )
+    roles = make_roles(
+        teacher, RolesConfig(rank=2), condition_values=recipe.method.condition_values, fake=recipe.method.needs.fake
+    )
     return Preview(drawing_of(recipe), teacher, embed(teacher, labels, None, "x"), None), roles
 
 
@@ -90,7 +100,9 @@ def test_every_step_count_is_judged_and_named(monkeypatch: pytest.MonkeyPatch) -
     """The first one being well says nothing of the others."""
     shown, roles = drawn({"name": "tdm-unify", "steps": [4, 1], "guidance": 2.0}, tiny.pixels())
     method = shown.drawing.method
-    assert shown.show(roles, 1, method).warnings == []  # a student that has not moved has not drifted, blurred as one step is
+    assert (
+        shown.show(roles, 1, method).warnings == []
+    )  # a student that has not moved has not drifted, blurred as one step is
     whole = Preview._student
 
     def broken(self: Preview, roles: Roles, method: Method, steps: int) -> list[State]:
@@ -108,7 +120,9 @@ def test_a_teacher_that_guidance_blows_out_is_said_before_the_training() -> None
     teacher = tiny.stable_diffusion()
     shown, roles = drawn({"steps": 4, "guidance": 80.0}, teacher, ("red cat", "blue dog"))
     first = shown.show(roles, 0, shown.drawing.method).warnings
-    assert any("DRIFT spread is " in line and "the teacher's own previews at method.guidance=80" in line for line in first)
+    assert any(
+        "DRIFT spread is " in line and "the teacher's own previews at method.guidance=80" in line for line in first
+    )
     moderate, roles = drawn({"steps": 4, "guidance": 4.5}, teacher, ("red cat", "blue dog"))
     assert moderate.show(roles, 0, moderate.drawing.method).warnings == []
     assert moderate.moderate is None and shown.moderate is not None
@@ -116,11 +130,15 @@ def test_a_teacher_that_guidance_blows_out_is_said_before_the_training() -> None
 
 def test_the_distance_of_the_teacher_to_itself_is_none() -> None:
     shown, roles = drawn({"steps": 3, "guidance": 1.0, "solver": "ddim"}, tiny.pixels())
-    assert shown.show(roles, 1, shown.drawing.method).distance == pytest.approx(0, abs=1e-3)  # as many steps, the same network
+    assert shown.show(roles, 1, shown.drawing.method).distance == pytest.approx(
+        0, abs=1e-3
+    )  # as many steps, the same network
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(4, "teacher, 2 guided steps (4 evaluations)"), (1, None)])
-def test_the_report_shows_the_teacher_s_other_way_to_spend_the_student_s_calls(steps: int, expected: str | None) -> None:
+def test_the_report_shows_the_teacher_s_other_way_to_spend_the_student_s_calls(
+    steps: int, expected: str | None
+) -> None:
     shown, roles = drawn({"steps": steps, "guidance": 2.0}, tiny.pixels())
     rows = list(shown.compare(roles, shown.drawing.method).rows)
     assert [r for r in rows[1:] if " guided " in r] == ([expected] if expected else [])

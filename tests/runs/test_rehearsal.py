@@ -56,7 +56,9 @@ def test_every_kind_of_student_is_rehearsed(teacher: Any, method: Any, roles: di
     assert check.holds and "largest difference" in check.said, check
     assert not list(tmp_path.iterdir())
     after = model.module.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)  # the teacher is as it was
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[n], after[n]) for n in before
+    )  # the teacher is as it was
 
 
 def test_half_precision_too(tmp_path: Path) -> None:
@@ -66,7 +68,8 @@ def test_half_precision_too(tmp_path: Path) -> None:
 
 def test_a_student_that_draws_otherwise_than_its_files_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trial(tiny.stable_diffusion(), rank=4)
-    monkeypatch.setattr("fewstep.runs.rehearsal.load_student", lambda place, base: trial(tiny.stable_diffusion(seed=1), rank=4).student)
+    other = trial(tiny.stable_diffusion(seed=1), rank=4).student
+    monkeypatch.setattr("fewstep.runs.rehearsal.Student.read", lambda place, base: other)
     check = student_check(made, tmp_path / "trial")
     assert not check.holds and "do not hold all" in check.cure
 
@@ -102,7 +105,9 @@ def test_a_training_from_python_looks_before_it_begins(tmp_path: Path) -> None:
         for p in teacher.pipe.vae.decoder.conv_out.parameters():
             p.zero_()
     with pytest.raises(ValueError, match=r"^teacher: tiny: its pictures are one colour"):
-        next(fewstep.distill(teacher, METHOD, tiny.WORDS, train=fewstep.TrainConfig(iterations=2), out=tmp_path / "run"))
+        next(
+            fewstep.distill(teacher, METHOD, tiny.WORDS, train=fewstep.TrainConfig(iterations=2), out=tmp_path / "run")
+        )
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -113,7 +118,11 @@ def test_trajectories_that_have_no_room_are_not_walked(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match=r"walked/trajectories.json: it takes .* are free there"):
         next(
             fewstep.distill(
-                tiny.denoiser(), TrajectoryImitation(steps=2), tiny.WORDS, train=fewstep.TrainConfig(iterations=1), trajectories=paths
+                tiny.denoiser(),
+                TrajectoryImitation(steps=2),
+                tiny.WORDS,
+                train=fewstep.TrainConfig(iterations=1),
+                trajectories=paths,
             )
         )
     assert not list(tmp_path.rglob("*.safetensors"))

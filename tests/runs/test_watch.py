@@ -125,11 +125,21 @@ def test_watching_costs_no_more_than_its_share() -> None:
     ("recipe", "python"),
     [
         ("train.lr: got -1, allowed are numbers above 0", "lr: got -1, allowed are numbers above 0"),
-        ("roles.quantize: got int8; set roles.lora=true, or roles.quantize=null", "base: got int8; set share=True, or base=None"),
-        ("data.folder: the trajectories", "paths.folder: the trajectories"),
-        ("data.source: method lcm needs pictures; leave data out", "pictures: method lcm needs pictures; leave pictures out"),
+        (
+            "roles.quantize: got int8; set roles.lora=true, or roles.quantize=null",
+            "quantize: got int8; set lora=True, or quantize=None",
+        ),
+        ("data.folder: the trajectories", "trajectories.folder: the trajectories"),
+        ("data.from_student: x leads", "trajectories.student: x leads"),
+        (
+            "data.source: method lcm needs pictures; leave data out",
+            "images: method lcm needs pictures; leave images out",
+        ),
         ("x: choose another --out", "x: choose another out"),
-        ("method.analytic_first_step: got true with method.solver=renoise", "analytic_first_step: got True with solver=renoise"),
+        (
+            "method.analytic_first_step: got true with method.solver=renoise",
+            "analytic_first_step: got True with solver=renoise",
+        ),
         ("read runs/train.log and train.", "read runs/train.log and train."),
     ],
 )

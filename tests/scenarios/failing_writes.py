@@ -39,7 +39,11 @@ class Places:
 
     def fails(self, what: str, path: Any) -> bool:
         """Whether a write of this kind is to fail, here and now; a place of writing where none has failed yet."""
-        if self.busy or not isinstance(path, str | os.PathLike) or not os.path.abspath(path).startswith(os.path.join(self.folder, "runs")):
+        if (
+            self.busy
+            or not isinstance(path, str | os.PathLike)
+            or not os.path.abspath(path).startswith(os.path.join(self.folder, "runs"))
+        ):
             return False
         if not self.failing:
             self.number += 1
@@ -74,7 +78,15 @@ class Places:
             storm.print_to(str(log))
             return False
         code = waited(pid)
-        row = {"number": self.number, "kind": kind, "phase": phase, "what": what, "path": path, "code": code, "said": log.read_text()}
+        row = {
+            "number": self.number,
+            "kind": kind,
+            "phase": phase,
+            "what": what,
+            "path": path,
+            "code": code,
+            "said": log.read_text(),
+        }
         self.found.append({**row, "odd": storm.half_written(runs, own), "kept": ""})
         self.keep(runs)
         if there:

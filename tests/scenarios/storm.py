@@ -102,9 +102,14 @@ class Server:
     """A process that has everything imported and runs commands in children of its own."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        }
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT
+        )
 
     def run(self, folder: Path, kill: Mapping[str, Any] | None = None, fault: Mapping[str, Any] | None = None) -> Ended:
         """The storm's command in a folder; killed `after` so many seconds of the `nth` time that it is in a `phase`, or with writes that fail."""
@@ -224,7 +229,11 @@ def left(folder: Path) -> dict[str, Any]:
             tensors, about = read_tensors(path)
             timed = any(TIMES.search(key) for key in tensors)
             found[name] = {k: v for k, v in about.items() if not (timed and k == "sha256")}
-            found |= {f"{name}/{key}": (t.dtype, t.shape, bytes(bytes_of(t))) for key, t in tensors.items() if not TIMES.search(key)}
+            found |= {
+                f"{name}/{key}": (t.dtype, t.shape, bytes(bytes_of(t)))
+                for key, t in tensors.items()
+                if not TIMES.search(key)
+            }
         elif path.suffix == ".png":
             found[name] = path.read_bytes()
         elif path.suffix == ".jsonl":
@@ -246,9 +255,13 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Nothing is missing, nothing is there too many, and all of it is the same."""
     missing, more = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     other = [
-        f"{k}: {found[k]!r:.2000}\ninstead of {expected[k]!r:.2000}" for k in expected.keys() & found.keys() if found[k] != expected[k]
+        f"{k}: {found[k]!r:.2000}\ninstead of {expected[k]!r:.2000}"
+        for k in expected.keys() & found.keys()
+        if found[k] != expected[k]
     ]
-    assert not missing and not more and not other, f"missing {missing}, too many {more}, other {len(other)}:\n" + "\n".join(other)
+    assert not missing and not more and not other, (
+        f"missing {missing}, too many {more}, other {len(other)}:\n" + "\n".join(other)
+    )
 
 
 def half_written(runs: Path, before: Path | None = None) -> list[str]:

@@ -37,7 +37,12 @@ SHORT: dict[str, Any] = {
 
 def examples(count: int) -> settings:
     """So many of a kind, the same every time."""
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
+    quiet = [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.filter_too_much,
+        HealthCheck.function_scoped_fixture,
+    ]
     return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=quiet)
 
 
@@ -185,7 +190,8 @@ def test_a_setting_that_is_not_there_and_a_recipe_that_is_none(made: Path, data:
     if kind == "key":
         parent = data.draw(st.sampled_from(["", "method.", "train.", "roles.", "prompts.", "preview."]))
         (made / "bad.yaml").write_text(
-            yaml.safe_dump(put(SHORT, f"{parent}{data.draw(WORD.filter(lambda w: '.' not in w))} x", 1)), encoding="utf-8"
+            yaml.safe_dump(put(SHORT, f"{parent}{data.draw(WORD.filter(lambda w: '.' not in w))} x", 1)),
+            encoding="utf-8",
         )
     elif kind == "text":
         (made / "bad.yaml").write_text(data.draw(st.text(max_size=30)), encoding="utf-8")
@@ -194,7 +200,10 @@ def test_a_setting_that_is_not_there_and_a_recipe_that_is_none(made: Path, data:
     else:
         shutil.copy(made / "storm.yaml", made / "bad.yaml")
         parent = data.draw(st.sampled_from(["", "method.", "train.lr.", "name.", "data.", "first.x."]))
-        arguments = ["--set", data.draw(st.one_of(WORD, st.builds("{}{}-={}".format, st.just(parent), WORD, st.text(max_size=8))))]
+        arguments = [
+            "--set",
+            data.draw(st.one_of(WORD, st.builds("{}{}-={}".format, st.just(parent), WORD, st.text(max_size=8)))),
+        ]
     assert_refused(fewstep(made, "distill", "bad.yaml", "--dry-run", *arguments), (kind, arguments))
 
 
@@ -212,7 +221,15 @@ BROKEN_PROMPTS = {
         b'{"prompt": null}\n',
         b"\xff\n",
     ],
-    "csv": [b"", b"prompt\n", b"a,b\nc,d\n", b"prompt,prompt\na,b\n", b'prompt\n"a\n', b"\xff\xff\n", b"prompt\n\x00\n"],
+    "csv": [
+        b"",
+        b"prompt\n",
+        b"a,b\nc,d\n",
+        b"prompt,prompt\na,b\n",
+        b'prompt\n"a\n',
+        b"\xff\xff\n",
+        b"prompt\n\x00\n",
+    ],
     "tsv": [b"prompts\nred cat\n", b"prompt\n\n"],
     "parquet": [b"PAR1"],
     "": [b"red cat\n"],
@@ -305,7 +322,9 @@ def test_a_record_of_trajectories_that_is_spoilt(made: Path, room: Path, data: s
 
 @examples(6)
 @given(data=st.data())
-def test_embeddings_and_trajectories_that_are_spoilt_are_made_again(made: Path, room: Path, data: st.DataObject) -> None:
+def test_embeddings_and_trajectories_that_are_spoilt_are_made_again(
+    made: Path, room: Path, data: st.DataObject
+) -> None:
     """They hold nothing that cannot be made again, and are what they were."""
     folder = copied(made, room)
     kind = data.draw(st.sampled_from(["embeddings", "trajectories"]))
@@ -315,7 +334,9 @@ def test_embeddings_and_trajectories_that_are_spoilt_are_made_again(made: Path, 
     said = fewstep(folder, "distill", "storm.yaml")
     assert said.code == 0, (what, said)
     after = load_file(path)
-    assert after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items() if k != "seconds"), what
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[k], v) for k, v in before.items() if k != "seconds"
+    ), what
 
 
 SETTINGS_OF_PARTS = {
@@ -359,7 +380,10 @@ def test_a_style_that_is_none(made: Path, room: Path, data: st.DataObject) -> No
     elif kind == "shape":
         save_file({**tensors, key: torch.zeros(7, 5)}, path)
     elif kind == "name":
-        save_file({**{k: v for k, v in tensors.items() if k != key}, f"unet.{data.draw(WORD)}.lora_A.weight": tensors[key]}, path)
+        save_file(
+            {**{k: v for k, v in tensors.items() if k != key}, f"unet.{data.draw(WORD)}.lora_A.weight": tensors[key]},
+            path,
+        )
     elif kind == "nan":
         save_file({**tensors, key: tensors[key] * math.nan}, path)
     else:
@@ -368,4 +392,6 @@ def test_a_style_that_is_none(made: Path, room: Path, data: st.DataObject) -> No
     if path.exists():
         path.rename(lora)
     shutil.rmtree(folder / "runs")
-    assert_refused(fewstep(folder, "distill", "storm.yaml", "--fuse-lora", f"style.safetensors{strength}"), (what, strength))
+    assert_refused(
+        fewstep(folder, "distill", "storm.yaml", "--fuse-lora", f"style.safetensors{strength}"), (what, strength)
+    )

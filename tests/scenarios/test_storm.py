@@ -57,7 +57,9 @@ def test_kills_at_random_moments_leave_no_trace(world: World) -> None:
         fresh(world.folder)
         for phase in [*ALL, rng.choice(ALL)]:  # in the order in which a run comes to them
             nth = 1 if phase in ONCE else rng.randint(1, 2)
-            after = rng.expovariate(1 / (LONG * world.seconds)) if life else 0.0  # short phases are hit at their beginning
+            after = (
+                rng.expovariate(1 / (LONG * world.seconds)) if life else 0.0
+            )  # short phases are hit at their beginning
             ended = world.server.run(world.folder, {"phase": phase, "nth": nth, "after": after})
             assert ended.code in (0, -9), ended.said
             fell[ended.phase] += ended.code == -9
@@ -83,10 +85,14 @@ def test_every_write_may_fail_and_the_same_command_goes_on(world: World, tmp_pat
         lines = [line for line in row["said"].splitlines() if line.startswith("error: ")]
         assert row["code"] == 2 and lines == row["said"].splitlines()[-1:], row
         assert not re.search("Traceback|Exception ignored|please report", row["said"]), row
-        assert re.search({"full": "no space left on device", "read-only": "read-only file system"}[row["kind"]], lines[0], re.IGNORECASE), (
+        assert re.search(
+            {"full": "no space left on device", "read-only": "read-only file system"}[row["kind"]],
+            lines[0],
+            re.IGNORECASE,
+        ), row
+        assert re.search(r"error: (--out: )?(cannot write |runs/storm)", lines[0]), (
             row
-        )
-        assert re.search(r"error: (--out: )?(cannot write |runs/storm)", lines[0]), row  # it names the file or the folder
+        )  # it names the file or the folder
         assert len(re.findall("run the same command again|may not be written to|check the path", lines[0])) == 1, row
         temporary = row["kind"] == "read-only"  # where nothing can be removed; the next run does
         assert [name for name in row["odd"] if not (temporary and name.endswith(".tmp"))] == [], row

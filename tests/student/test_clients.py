@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from fewstep.backbones.few_step import Facts
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.few_step import PipelineInfo
 from fewstep.core.schedule import Flow, Schedule
 from fewstep.student.card import StudentCard
 from fewstep.student.clients import other_programs
@@ -14,23 +15,35 @@ from .card import CARD
 from .test_comfy import BETAS, EPS, ZERO, V, on, process
 from .test_kohya import UNREAD
 
-SD = Facts("StableDiffusionPipeline", "unet", True, True, True, False)
-SD3 = Facts("StableDiffusion3Pipeline", "transformer", True, True, False, False)
+SD = PipelineInfo(FAMILIES["StableDiffusionPipeline"], "unet", loads_lora=True, takes_times=True)
+SD3 = PipelineInfo(FAMILIES["StableDiffusion3Pipeline"], "transformer", loads_lora=True, takes_times=False)
 LAYER = "down_blocks.0.resnets.0.conv1"
 
 
 def said(
-    card: StudentCard, facts: Facts = SD, config: dict[str, Any] = EPS, schedule: Schedule | None = None, layers: tuple[str, ...] = (LAYER,)
+    card: StudentCard,
+    info: PipelineInfo = SD,
+    config: dict[str, Any] = EPS,
+    schedule: Schedule | None = None,
+    layers: tuple[str, ...] = (LAYER,),
 ) -> str:
-    return other_programs(card, facts, schedule or process(config), config, "x-kohya.safetensors", layers, "final")
+    return other_programs(card, info, schedule or process(config), config, "x-kohya.safetensors", layers, "final")
 
 
 @pytest.mark.parametrize(
     ("config", "solver", "expected"),
     [
         (EPS, "ddim", "sampler Euler, schedule type Simple, 4 steps, CFG scale 1; which visits exactly its times"),
-        (V, "dpmpp", "sampler DPM++ 2M, schedule type Simple, 4 steps, CFG scale 1, the base set to v-prediction; which visits exactly"),
-        (ZERO, "ddim", "CFG scale 1, the base set to v-prediction and zero terminal SNR; which visits exactly its times"),
+        (
+            V,
+            "dpmpp",
+            "sampler DPM++ 2M, schedule type Simple, 4 steps, CFG scale 1, the base set to v-prediction; which visits exactly",
+        ),
+        (
+            ZERO,
+            "ddim",
+            "CFG scale 1, the base set to v-prediction and zero terminal SNR; which visits exactly its times",
+        ),
     ],
 )
 def test_a1111_is_told_its_sampler_and_its_schedule(config: dict[str, Any], solver: str, expected: str) -> None:
@@ -47,7 +60,10 @@ def test_a1111_is_told_its_sampler_and_its_schedule(config: dict[str, Any], solv
         (on(process(EPS), 7), "which is off by one of 1000 times at most"),
         (on(process(EPS), 4, 2.0), "A1111, Forge: no schedule of theirs visits this student's times."),
         (on(process(EPS), 4, solver="renoise"), "A1111, Forge: they have no sampler that steps as this student does."),
-        (replace(CARD, head="span"), "There is no workflow for ComfyUI: it has no sampler like this student's (a head)."),
+        (
+            replace(CARD, head="span"),
+            "There is no workflow for ComfyUI: it has no sampler like this student's (a head).",
+        ),
         (
             replace(CARD, base="somebody/their-model"),
             "no file of the base is known that it could load. `fewstep export final OUT --base FILE.safetensors` writes one",
@@ -75,6 +91,9 @@ def test_layers_that_some_programs_leave_out_are_named() -> None:
 def test_a_transformer_is_for_comfyui_and_diffusers() -> None:
     schedule = Flow(shift=3.0)
     page = said(on(schedule, base="stabilityai/stable-diffusion-3-medium-diffusers"), SD3, {"shift": 3.0}, schedule)
-    assert "the names that ComfyUI and diffusers read" in page and "It loads `sd3_medium_incl_clips_t5xxlfp8.safetensors`" in page
+    assert (
+        "the names that ComfyUI and diffusers read" in page
+        and "It loads `sd3_medium_incl_clips_t5xxlfp8.safetensors`" in page
+    )
     assert "A1111" not in page
     assert other_programs(CARD, SD, process(EPS), EPS, "", (), "final") == ""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from fewstep.backbones.families import FAMILIES
 from fewstep.core.schedule import VP, Flow, Schedule
 from fewstep.core.timegrid import uniform
 from fewstep.student.card import StudentCard
@@ -35,10 +36,31 @@ INPUTS = {  # of ComfyUI's nodes, all of which it requires
     "CLIPTextEncode": {"text", "clip"},
     "EmptyLatentImage": {"width", "height", "batch_size"},
     "EmptySD3LatentImage": {"width", "height", "batch_size"},
-    "KSampler": {"model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image", "denoise"},
+    "KSampler": {
+        "model",
+        "seed",
+        "steps",
+        "cfg",
+        "sampler_name",
+        "scheduler",
+        "positive",
+        "negative",
+        "latent_image",
+        "denoise",
+    },
     "KSamplerSelect": {"sampler_name"},
     "ManualSigmas": {"sigmas"},
-    "SamplerCustom": {"model", "add_noise", "noise_seed", "cfg", "positive", "negative", "sampler", "sigmas", "latent_image"},
+    "SamplerCustom": {
+        "model",
+        "add_noise",
+        "noise_seed",
+        "cfg",
+        "positive",
+        "negative",
+        "sampler",
+        "sigmas",
+        "latent_image",
+    },
     "VAEDecode": {"samples", "vae"},
     "SaveImage": {"filename_prefix", "images"},
 }
@@ -56,7 +78,7 @@ def on(schedule: Schedule, steps: int = 4, shift: float = 1.0, **own: Any) -> St
 
 def nodes(card: StudentCard, pipeline: str, schedule: Schedule, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What each kind of node is told; checks that all it needs is there, and that links lead somewhere."""
-    graph = workflow(card, pipeline, "x-kohya.safetensors", 512, schedule, config)
+    graph = workflow(card, FAMILIES[pipeline], "x-kohya.safetensors", 512, schedule, config)
     assert graph is not None
     graph = json.loads(json.dumps(graph))
     links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
@@ -74,23 +96,34 @@ def test_a_workflow_takes_the_students_steps_without_guidance_at_strength_one() 
     told = nodes(CARD, "StableDiffusionPipeline", process(EPS), EPS)
     assert (told["LoraLoader"]["lora_name"], told["LoraLoader"]["strength_model"]) == ("x-kohya.safetensors", 1.0)
     sampler = told["KSampler"]
-    assert (sampler["steps"], sampler["cfg"], sampler["sampler_name"], sampler["scheduler"]) == (4, 1.0, "euler", "simple")
+    assert (sampler["steps"], sampler["cfg"], sampler["sampler_name"], sampler["scheduler"]) == (
+        4,
+        1.0,
+        "euler",
+        "simple",
+    )
     assert told["CheckpointLoaderSimple"]["ckpt_name"] == "model.safetensors"
     assert (told["EmptyLatentImage"]["width"], told["EmptyLatentImage"]["height"]) == (512, 512)
 
 
 def test_styles_that_were_fused_into_the_base_come_before_the_student() -> None:
     card = replace(CARD, base="a.safetensors + some/style.safetensors@0.5")
-    graph = workflow(card, "StableDiffusionPipeline", "x-kohya.safetensors", 512, process(EPS), EPS)
+    graph = workflow(card, FAMILIES["StableDiffusionPipeline"], "x-kohya.safetensors", 512, process(EPS), EPS)
     assert graph is not None
-    assert [(n["inputs"]["lora_name"], n["inputs"]["strength_model"]) for n in graph.values() if n["class_type"] == "LoraLoader"] == [
+    assert [
+        (n["inputs"]["lora_name"], n["inputs"]["strength_model"])
+        for n in graph.values()
+        if n["class_type"] == "LoraLoader"
+    ] == [
         ("style.safetensors", 0.5),
         ("x-kohya.safetensors", 1.0),
     ]
     assert graph["2"]["inputs"]["model"] == ["9", 0] and graph["9"]["inputs"]["model"] == ["1", 0]
 
 
-@pytest.mark.parametrize(("config", "said"), [(EPS, ("eps", False)), (V, ("v_prediction", False)), (ZERO, ("v_prediction", True))])
+@pytest.mark.parametrize(
+    ("config", "said"), [(EPS, ("eps", False)), (V, ("v_prediction", False)), (ZERO, ("v_prediction", True))]
+)
 @pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 def test_what_the_network_predicts_is_said_and_goes_before_the_sampler(
     config: dict[str, Any], said: tuple[str, bool], pipeline: str
@@ -114,13 +147,17 @@ def test_noise_levels_are_comfyuis(zero: bool, steps: int) -> None:
     schedule = process(ZERO if zero else EPS)
     assert [float(table(zero)[int(t)]) for t in simple(schedule, steps)] == pytest.approx(COMFYS[zero, steps], rel=1e-6)
     own = levels(schedule, simple(schedule, steps).tolist())
-    assert own[1:] == pytest.approx(COMFYS[zero, steps][1:], rel=1e-5)  # noise without signal is infinite, and clamped in both
+    assert own[1:] == pytest.approx(
+        COMFYS[zero, steps][1:], rel=1e-5
+    )  # noise without signal is infinite, and clamped in both
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize(("config", "solver"), [(EPS, "ddim"), (EPS, "dpmpp"), (ZERO, "ddim"), (ZERO, "dpmpp")])
-def test_comfyui_asks_the_network_at_the_students_times(config: dict[str, Any], solver: str, shift: float, steps: int) -> None:
+def test_comfyui_asks_the_network_at_the_students_times(
+    config: dict[str, Any], solver: str, shift: float, steps: int
+) -> None:
     """It rounds a noise level to the nearest of its table in the logarithm."""
     schedule = process(config)
     card = on(schedule, steps, shift, solver=solver)
@@ -163,9 +200,14 @@ BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
             replace(CARD, analytic_first_step=True),
             "StableDiffusionPipeline",
             EPS,
-            "no sampler like this student's .a free first direction.",
+            "no sampler like this student's .an analytic first step.",
         ),
-        (replace(CARD, solver={"4": "ipndm"}), "StableDiffusionPipeline", EPS, "no sampler like this student's .ipndm."),
+        (
+            replace(CARD, solver={"4": "ipndm"}),
+            "StableDiffusionPipeline",
+            EPS,
+            "no sampler like this student's .ipndm.",
+        ),
         (replace(CARD, base="emoji"), "StableDiffusionPipeline", EPS, "no file of the base is known"),
         (replace(CARD, base="somebody/their-model"), "StableDiffusionPipeline", EPS, "no file of the base is known"),
         (
@@ -175,12 +217,19 @@ BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
             "a LoRA that is fused into the base is no file",
         ),
         (replace(CARD, weights="full"), "StableDiffusionPipeline", EPS, "the student is no LoRA"),
-        (CARD, "StableDiffusionPipeline", BETAS, "their noise levels are Stable Diffusion's, and the base was trained on others"),
+        (
+            CARD,
+            "StableDiffusionPipeline",
+            BETAS,
+            "their noise levels are Stable Diffusion's, and the base was trained on others",
+        ),
     ],
 )
-def test_there_is_no_workflow_that_could_not_run(card: StudentCard, pipeline: str, config: dict[str, Any], why: str) -> None:
-    assert workflow(card, pipeline, "x.safetensors", 512, process(config), config) is None
-    assert re.search(why, obstacle(card, pipeline, process(config), config))
+def test_there_is_no_workflow_that_could_not_run(
+    card: StudentCard, pipeline: str, config: dict[str, Any], why: str
+) -> None:
+    assert workflow(card, FAMILIES[pipeline], "x.safetensors", 512, process(config), config) is None
+    assert re.search(why, obstacle(card, FAMILIES[pipeline], process(config), config))
 
 
 @pytest.mark.parametrize(

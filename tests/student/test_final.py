@@ -15,23 +15,24 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.atomic import write_json
-from fewstep.backbones.few_step import facts_of
+from fewstep.backbones.few_step import pipeline_info
 from fewstep.backbones.load import absolute, fingerprint
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.cli.sample import open_student
+from fewstep.core.guidance import Guidance
 from fewstep.names import made_name
-from fewstep.roles.adapters import remove_adapters
+from fewstep.roles.adapters import plain_state, remove_adapters
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
-from fewstep.student.folder import read_card, write_final
+from fewstep.student.card import StudentCard
+from fewstep.student.folder import Parts, read_card, write_parts
 from fewstep.student.model_card import model_card
-from fewstep.student.student import base_note
 
 from .. import tiny
 
 LORA = "pytorch_lora_weights.safetensors"
 CARD = StudentCard(
     name="x-tdm-2step", method="tdm", base="x", base_hash="", steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, prediction="v_prediction",
-    weights="lora", rank=2, alpha=2.0, teacher_guidance=2.0, licence="other", iterations=1, train_seconds=1.0, hardware="none", version="0",
+    weights="lora", rank=2, alpha=2.0, guidance=Guidance(scale=2.0), licence="other", iterations=1, train_seconds=1.0, hardware="none", version="0",
 )  # fmt: skip
 
 
@@ -42,9 +43,10 @@ def backbone() -> StableDiffusion:
 
 def written(folder: Path, backbone: StableDiffusion, card: StudentCard = CARD) -> Path:
     """A student of random weights."""
-    roles = make_roles(backbone, RolesConfig(rank=2))
-    state = {k: torch.rand(v.shape, generator=torch.Generator().manual_seed(0)) for k, v in roles.student_state().items()}
-    write_final(folder, backbone, card, backbone.module, state, roles.adapter_settings())
+    make_roles(backbone, RolesConfig(rank=2))
+    plain, settings = plain_state(backbone.module, "student")
+    state = {k: torch.rand(v.shape, generator=torch.Generator().manual_seed(0)) for k, v in plain.items()}
+    write_parts(folder, backbone, Parts(card, state, settings))
     remove_adapters(backbone.module, TRAINED)
     return folder
 
@@ -92,7 +94,11 @@ def test_what_is_no_student_is_not_replaced(tmp_path: Path, backbone: StableDiff
     for name in ("final", "file", "link"):
         with pytest.raises(OSError, match="what is there is no student; move it away"):
             written(tmp_path / name, backbone)
-    assert (tmp_path / "final" / "thesis.txt").read_text(encoding="utf-8") == (tmp_path / "file").read_text(encoding="utf-8") == "kept"
+    assert (
+        (tmp_path / "final" / "thesis.txt").read_text(encoding="utf-8")
+        == (tmp_path / "file").read_text(encoding="utf-8")
+        == "kept"
+    )
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -160,13 +166,23 @@ def test_a_student_without_hashes_is_read(final: Path, backbone: StableDiffusion
 
 
 def test_a_base_with_other_weights_is_said(
-    tmp_path: Path, base: Path, backbone: StableDiffusion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    base: Path,
+    backbone: StableDiffusion,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other, own, others = tmp_path / "other", fingerprint(backbone.module), fingerprint((pipe := tiny.pipeline(seed=1)).unet)
+    other, own, others = (
+        tmp_path / "other",
+        fingerprint(backbone.module),
+        fingerprint((pipe := tiny.pipeline(seed=1)).unet),
+    )
     pipe.save_pretrained(other)
     final = written(tmp_path / "final", backbone, replace(CARD, base=str(base), base_hash=own))
     fewstep.load_student(final)  # warnings of ours are errors here
-    assert base_note(open_student(final, str(other))).startswith("the base other has other weights (SHA-256 ")  # chosen on purpose
+    assert (
+        open_student(final, str(other)).base_note().startswith("the base other has other weights (SHA-256 ")
+    )  # chosen on purpose
     assert "note: the base other has other weights (SHA-256 " in capsys.readouterr().out
     card = json.loads((final / "fewstep.json").read_text(encoding="utf-8"))
     (final / "fewstep.json").write_text(json.dumps(card | {"base": str(other)}), encoding="utf-8")
@@ -180,19 +196,39 @@ def test_a_base_with_other_weights_is_said(
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", "a/b", "a\\b", "a\nb", "a\0b", 3, None, ["x"], ""])
 def test_a_name_that_leads_elsewhere_is_refused(name: object, tmp_path: Path) -> None:
     (tmp_path / "fewstep.json").write_text(json.dumps(asdict(CARD) | {"name": name}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^student: .*fewstep\.json: name: got .*; do not use this file unless you trust who made it$"):
+    with pytest.raises(
+        ValueError, match=r"^student: .*fewstep\.json: name: got .*; do not use this file unless you trust who made it$"
+    ):
         read_card(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", ["[SD] mix", "a: b", "#1", "- x", "`x`", "{a}", "null", "*x*", "é 東京", "x" * 300, "a'b", 'a"b', "<b>x</b>", "a|b", "%", "@a"]
+    "name",
+    [
+        "[SD] mix",
+        "a: b",
+        "#1",
+        "- x",
+        "`x`",
+        "{a}",
+        "null",
+        "*x*",
+        "é 東京",
+        "x" * 300,
+        "a'b",
+        'a"b',
+        "<b>x</b>",
+        "a|b",
+        "%",
+        "@a",
+    ],
 )
 def test_any_teachers_name_makes_a_card_that_is_read(name: str, tmp_path: Path, backbone: StableDiffusion) -> None:
     """No path of this machine is in it, and its header is YAML."""
     place = tmp_path / "secret" / made_name(name) if len(name) > 200 or "|" in name else tmp_path / "secret" / name
     place.mkdir(parents=True)
     card = replace(CARD, name=made_name(place.name, "-tdm-2step"), base=absolute(str(place)))
-    readme = model_card(card, "final", "DDIMScheduler", facts_of(backbone.pipe), True)
+    readme = model_card(card, "final", "DDIMScheduler", pipeline_info(backbone.pipe), True)
     header = yaml.safe_load(readme.split("---\n")[1])
     assert header == {
         "license": "other", "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["text-to-image", "lora", "few-step", "tdm"]
@@ -205,10 +241,11 @@ def test_any_teachers_name_makes_a_card_that_is_read(name: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("base", "said"), [("me/my-model", "me/my-model"), ("emoji", None), ("me/my-model + style.safetensors@0.5", "me/my-model")]
+    ("base", "said"),
+    [("me/my-model", "me/my-model"), ("emoji", None), ("me/my-model + style.safetensors@0.5", "me/my-model")],
 )
 def test_a_card_names_the_hubs_base(base: str, said: str | None, backbone: StableDiffusion) -> None:
-    readme = model_card(replace(CARD, base=base), "final", "DDIMScheduler", facts_of(backbone.pipe), True)
+    readme = model_card(replace(CARD, base=base), "final", "DDIMScheduler", pipeline_info(backbone.pipe), True)
     assert yaml.safe_load(readme.split("---\n")[1]).get("base_model") == said
 
 
@@ -225,7 +262,9 @@ def test_a_field_of_another_type_is_named(name: str, tmp_path: Path) -> None:
         except ValueError as error:
             refused.append(str(error))
         else:
-            assert type(getattr(card, name)) in (type(value), tuple)
+            assert type(getattr(card, name)) in (type(value), tuple) or (
+                name == "guidance" and (card.guidance, value) == (Guidance(), {})
+            )
     assert all(name in said and str(tmp_path) in said and "\n" not in said for said in refused), refused
     assert len(refused) >= 8
     write_json(tmp_path / "fewstep.json", sound)
@@ -247,8 +286,8 @@ def test_a_field_of_another_type_is_named(name: str, tmp_path: Path) -> None:
         {"rank": 0},
         {"alpha": 0},
         {"head": "x"},
-        {"scales": [1.0, 2.0]},
-        {"guidance_rescale": 2},
+        {"guidance_scales": [1.0, 2.0]},
+        {"guidance": {"rescale": 2}},
         {"base": ""},
         {"unknown": 1},
     ],
@@ -256,5 +295,7 @@ def test_a_field_of_another_type_is_named(name: str, tmp_path: Path) -> None:
 )
 def test_values_that_no_student_has_are_refused(change: dict[str, object], tmp_path: Path) -> None:
     write_json(tmp_path / "fewstep.json", {**asdict(CARD), "name": "x", **change})
-    with pytest.raises(ValueError, match=r"student: .*fewstep\.json does not fit format 1 \(.+\); export the run again"):
+    with pytest.raises(
+        ValueError, match=r"student: .*fewstep\.json does not fit format 2 \(.+\); export the run again"
+    ):
         read_card(tmp_path)

@@ -11,7 +11,12 @@ from fewstep.roles.adapters import targets
 from fewstep.roles.roles import RolesConfig
 from fewstep.student.kohya import kohya, layers_of, original_names
 
-UNREAD = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")  # by sd-scripts and stable-diffusion.cpp
+UNREAD = (
+    "conv_in",
+    "conv_out",
+    "time_embedding.linear_1",
+    "time_embedding.linear_2",
+)  # by sd-scripts and stable-diffusion.cpp
 SD15: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8,
@@ -39,7 +44,12 @@ def original_layers(depth: list[int], middle: int, outer: list[int]) -> Iterator
 
     `depth` are the transformer blocks of each level down, `outer` of each level up, 0 for none.
     """
-    inside = {"in_layers.2": "conv1", "out_layers.3": "conv2", "emb_layers.1": "time_emb_proj", "skip_connection": "conv_shortcut"}
+    inside = {
+        "in_layers.2": "conv1",
+        "out_layers.3": "conv2",
+        "emb_layers.1": "time_emb_proj",
+        "skip_connection": "conv_shortcut",
+    }
     attention = [f"attn{i}.to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
 
     def resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
@@ -82,7 +92,7 @@ def test_every_layer_that_is_trained_has_its_name_in_the_original_code(
     shape: dict[str, Any], rule: tuple[list[int], int, list[int]], count: int
 ) -> None:
     net = network(shape)
-    layers = targets(net, "all", RolesConfig().skip)
+    layers = targets(net, "all", RolesConfig().exclude)
     assert len(layers) == count
     theirs = {ours: name for name, ours in original_layers(*rule)}
     assert original_names(layers, [n for n, _ in net.named_modules()]) == {n: theirs[n] for n in layers}
@@ -94,11 +104,13 @@ def test_every_layer_that_is_trained_has_its_name_in_the_original_code(
 @pytest.mark.parametrize("shape", [SD15, SDXL], ids=["sd15", "sdxl"])
 def test_layers_that_some_programs_leave_out_are_not_trained_by_default(shape: dict[str, Any]) -> None:
     net = network(shape)
-    every, own = targets(net, "all"), targets(net, "all", RolesConfig().skip)
+    every, own = targets(net, "all"), targets(net, "all", RolesConfig().exclude)
     outside = {n for n in every if n.split(".")[0] not in ("down_blocks", "mid_block", "up_blocks")}
     assert set(every) - set(own) == outside
     assert set(UNREAD) == {n for n in outside if not n.startswith("add_embedding")}
-    names = original_names(every, [n for n, _ in net.named_modules()])  # whoever trains them all the same finds them again
+    names = original_names(
+        every, [n for n, _ in net.named_modules()]
+    )  # whoever trains them all the same finds them again
     assert {names[n] for n in UNREAD} == {"input_blocks.0.0", "out.2", "time_embed.0", "time_embed.2"}
 
 

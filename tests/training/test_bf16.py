@@ -65,11 +65,13 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_what_autocast_keeps_is_what_the_weights_are(name: str, share: bool, no_cache: Callable[[], None]) -> None:
-    if ROLES.get(name, {}).get("share", share) != share:
+    if ROLES.get(name, {}).get("lora", share) != share:
         pytest.skip("its name stands for other roles")
     kept = seen(name, share)
     no_cache()
-    for one, other in zip(kept, seen(name, share), strict=True):  # a cast that two calls share adds their gradients in bf16
+    for one, other in zip(
+        kept, seen(name, share), strict=True
+    ):  # a cast that two calls share adds their gradients in bf16
         assert one == pytest.approx(other, rel=2e-2, abs=1e-3)
 
 
@@ -98,7 +100,9 @@ def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monke
 
     def watched(loss: Loss, roles: Roles, part: float, reach: loop.Reach) -> None:
         add(loss, roles, part, reach)
-        reached.update((loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any()))
+        reached.update(
+            (loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any())
+        )
 
     monkeypatch.setattr(loop, "_add_gradients", watched)
     roles = make_roles(backbone, RolesConfig(lora=share, rank=4))
@@ -117,4 +121,6 @@ def test_gradients_that_are_lost_on_the_way_end_a_training(share: bool, layer: s
         network.get_submodule(layer).register_forward_hook(lambda _, __, output: output.detach())
     data = embed(backbone, tiny.WORDS, None, "tiny")
     with pytest.raises(ValueError, match=r"^train: the fake's loss reaches (none|\d+) of (its )?\d+ trained tensors"):
-        list(distill(roles, DistributionMatching(steps=4, warmup=0), data, replace(CONFIG, precision="no", iterations=9)))
+        list(
+            distill(roles, DistributionMatching(steps=4, warmup=0), data, replace(CONFIG, precision="no", iterations=9))
+        )

@@ -64,7 +64,10 @@ def test_without_a_compiler_one_line_says_so() -> None:
     from torch._inductor import config
 
     roles, _ = parts()
-    with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "fx_graph_cache": False}), pytest.raises(ValueError, match="compile") as error:
+    with (
+        config.patch({"cpp.cxx": (None, "/nowhere/g++"), "fx_graph_cache": False}),
+        pytest.raises(ValueError, match="compile") as error,
+    ):
         Compiled(roles.networks.values(), torch.device("cpu"))
     assert str(error.value).startswith("train.compile: got true, but torch cannot compile here (")
     assert str(error.value).endswith("); install a C++ compiler (on a GPU: triton), or set it to false")

@@ -75,7 +75,9 @@ def leave(folder: Path, holder: Holder, age: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-def test_one_on_another_machine_is_known_by_its_silence(kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_on_another_machine_is_known_by_its_silence(
+    kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not kernel:
         monkeypatch.setattr(lock, "_kernel_lock", lambda handle: None)
     leave(tmp_path, Holder(12, "elsewhere\x1b[31m", "", "2026-01-01T00:00:00Z"), age=60)
@@ -112,7 +114,9 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text(encoding="utf-8") == "kept"
 
 
-def test_a_sign_of_life_comes_while_it_is_held_and_no_empty_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sign_of_life_comes_while_it_is_held_and_no_empty_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.02)
     with locked(tmp_path / "runs" / "x"):
         os.utime(tmp_path / "runs" / "x" / LOCK, (0, 0))

@@ -32,7 +32,12 @@ TDM = DistributionMatching(steps=2, warmup=0)
 
 def bytes_of(backbone: Backbone, method: Method, roles: RolesConfig, config: TrainConfig) -> Training:
     return training_bytes(
-        backbone, lambda: roles_for(backbone, method, roles), method, trajectory_times(method, backbone), config, embeddings(backbone)
+        backbone,
+        lambda: roles_for(backbone, method, roles),
+        method,
+        trajectory_times(method, backbone),
+        config,
+        embeddings(backbone),
     )
 
 
@@ -41,7 +46,11 @@ def embeddings(backbone: Backbone) -> Embeddings:
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl", "pixart", "cogvideox") else f for f in pipelines.FAMILIES]
+    "family",
+    [
+        pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl", "pixart", "cogvideox") else f
+        for f in pipelines.FAMILIES
+    ],
 )
 def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tmp_path: Path) -> None:
     folder = pipelines.save(family, tmp_path / family)
@@ -68,11 +77,18 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
             4,
             marks=pytest.mark.slow,
         ),
-        pytest.param(DistributionMatching(steps=2, warmup=0, gan=GanConfig(weight=1.0)), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
+        pytest.param(
+            DistributionMatching(steps=2, warmup=0, gan=GanConfig(weight=1.0)),
+            RolesConfig(rank=4),
+            4,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @pytest.mark.slow
-def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: DistributionMatching, roles: RolesConfig, batch: int) -> None:
+def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(
+    method: DistributionMatching, roles: RolesConfig, batch: int
+) -> None:
     config = TrainConfig(iterations=2, batch=batch, lr=1e-4, fake_lr=1e-4)
     planned = bytes_of(meta_teacher("emoji"), method, roles, config).total
     assert planned == pytest.approx(taken(load_teacher("emoji"), method, roles, config), rel=0.05)
@@ -82,7 +98,7 @@ def taken(teacher: Backbone, method: DistributionMatching, roles: RolesConfig, c
     """What the network has, and what the allocator gave in a training of it."""
     quantize(teacher, roles.quantize)
     base, data = module_bytes(teacher.module), embeddings(teacher)  # before it carries adapters
-    real = ImageData(torch.zeros(2, *teacher.shape), data, "") if method.gan else None
+    real = ImageData(torch.zeros(2, *teacher.shape), data, "") if method.needs.images else None
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in distill(roles_for(teacher, method, roles), method, data, config, real=real):
@@ -96,7 +112,10 @@ def taken(teacher: Backbone, method: DistributionMatching, roles: RolesConfig, c
 def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
     """Bytes that a training with the package takes, against those planned without it."""
     pytest.importorskip("bitsandbytes")
-    roles, config = RolesConfig(rank=32, quantize="int8"), TrainConfig(iterations=2, batch=2, lr=1e-4, fake_lr=1e-4, optimizer="adamw8bit")
+    roles, config = (
+        RolesConfig(rank=32, quantize="int8"),
+        TrainConfig(iterations=2, batch=2, lr=1e-4, fake_lr=1e-4, optimizer="adamw8bit"),
+    )
     planned = bytes_of(meta_teacher("emoji"), TDM, roles, config)
     assert planned.total == pytest.approx(taken(load_teacher("emoji"), TDM, roles, config), rel=0.05)
     plain = bytes_of(meta_teacher("emoji"), TDM, RolesConfig(rank=32), replace(config, optimizer="adamw"))
@@ -108,7 +127,10 @@ def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
 def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:
     teacher = meta_teacher(pipelines.save("sd", tmp_path / "sd"))
     planned = bytes_of(
-        teacher, TrajectoryImitation(steps=2), RolesConfig(rank=4), TrainConfig(iterations=1, batch=2, lr=1e-4, fake_lr=1e-4)
+        teacher,
+        TrajectoryImitation(steps=2),
+        RolesConfig(rank=4),
+        TrainConfig(iterations=1, batch=2, lr=1e-4, fake_lr=1e-4),
     )
     assert planned.total > planned.base > 0
 

@@ -10,7 +10,9 @@ from fewstep.training.monitor import drift, look, unfit
 
 
 def pictures(seed: int = 0) -> torch.Tensor:
-    return torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(seed)).expand(8, 3, 16, 16).clone() * torch.linspace(0.3, 1, 16)
+    return torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(seed)).expand(
+        8, 3, 16, 16
+    ).clone() * torch.linspace(0.3, 1, 16)
 
 
 def test_a_healthy_student_raises_nothing() -> None:
@@ -48,7 +50,9 @@ def test_states_of_too_much_spread_are_seen_where_the_pictures_are_as_they_were(
     assert [line.split(";")[0] for line in drift(blown, teacher)] == ["DRIFT spread is 2.00 of the teacher's"]
     assert drift(look(pictures(), 1.2 * states), teacher) == []
     said = unfit(blown, teacher, 50)
-    assert len(said) == 1 and "what it is at guidance 4.5, in the teacher's own previews at method.guidance=50" in said[0]
+    assert (
+        len(said) == 1 and "what it is at guidance 4.5, in the teacher's own previews at method.guidance=50" in said[0]
+    )
     assert unfit(teacher, None, 4.5) == []
 
 
@@ -56,7 +60,12 @@ def test_states_of_too_much_spread_are_seen_where_the_pictures_are_as_they_were(
 def test_what_is_no_number_is_off(value: float) -> None:
     """No comparison with it is true: neither in the student's previews, nor in the teacher's, nor in what the student began as."""
     healthy, broken = look(pictures()), look(torch.full((8, 3, 16, 16), value))
-    for found in (drift(broken, healthy), drift(healthy, broken), drift(broken, broken), drift(broken, healthy, start=broken)):
+    for found in (
+        drift(broken, healthy),
+        drift(healthy, broken),
+        drift(broken, broken),
+        drift(broken, healthy, start=broken),
+    ):
         assert any(line.startswith("DRIFT brightness is ") for line in found)
     assert any("8 of 8 previews are of one colour or not finite" in line for line in drift(broken, healthy))
     assert any("the teacher's own 8 previews" in line for line in unfit(broken, None, 4.5))
@@ -67,8 +76,12 @@ def test_a_few_pictures_that_show_nothing_are_counted(colour: float) -> None:
     """Two black ones of eight move no average by a third."""
     some = pictures()
     some[:2] = colour
-    assert any("DRIFT 2 of 8 previews are of one colour or not finite" in line for line in drift(look(some), look(pictures())))
-    assert not any("of one colour" in line for line in drift(look(some), look(some)))  # where the teacher's show nothing either
+    assert any(
+        "DRIFT 2 of 8 previews are of one colour or not finite" in line for line in drift(look(some), look(pictures()))
+    )
+    assert not any(
+        "of one colour" in line for line in drift(look(some), look(some))
+    )  # where the teacher's show nothing either
 
 
 def test_a_coloured_field_is_blank_and_a_fine_pattern_is_not() -> None:
@@ -101,7 +114,9 @@ def test_clips_that_stand_still_are_flagged() -> None:
     found = drift(still, teacher)
     assert any(line.startswith("DRIFT motion is 0.00 of the teacher's") for line in found)
     assert any("8 of 8 clips stand still where the teacher's move" in line for line in found)
-    assert drift(teacher, teacher) == [] == drift(still, still)  # there is nothing to move where the teacher's stand still
+    assert (
+        drift(teacher, teacher) == [] == drift(still, still)
+    )  # there is nothing to move where the teacher's stand still
 
 
 def test_one_clip_of_eight_that_stands_still_is_flagged() -> None:

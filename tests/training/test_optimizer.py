@@ -50,7 +50,12 @@ def test_its_plan_needs_no_package_and_a_quarter(monkeypatch: pytest.MonkeyPatch
         backbone = wide()
         data = embed(backbone, tiny.WORDS, None, "tiny")
         planned[config.optimizer] = training_bytes(
-            backbone, partial(make_roles, backbone, RolesConfig(rank=64)), METHOD, METHOD.times(backbone.schedule), config, data
+            backbone,
+            partial(make_roles, backbone, RolesConfig(rank=64)),
+            METHOD,
+            METHOD.times(backbone.schedule),
+            config,
+            data,
         )
     plain, eight = planned["adamw"], planned["adamw8bit"]
     assert eight.optimiser < 0.27 * plain.optimiser
@@ -65,7 +70,9 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         next(distill(*parts()[:1], METHOD, parts()[1], EIGHT))
     with pytest.raises(ValueError, match=r"^train\.optimizer: got 'sgd', allowed are adamw, adamw8bit$"):
         replace(CONFIG, optimizer="sgd")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^train\.shard: got true, but adamw8bit takes whole tensors; set train\.optimizer=adamw$"):
+    with pytest.raises(
+        ValueError, match=r"^train\.shard: got true, but adamw8bit takes whole tensors; set train\.optimizer=adamw$"
+    ):
         replace(EIGHT, shard=True)
 
 
@@ -94,11 +101,17 @@ def test_it_resumes_bit_for_bit_from_tensors_alone(tmp_path: Path) -> None:
     for _ in range(4):
         next(killed)
     kept = tensors(checkpoints(tmp_path / "killed")[-1])
-    types = {name.rpartition(".")[2]: tensor.dtype for name, tensor in kept.items() if "optimizer_student" in name and "to_q" in name}
+    types = {
+        name.rpartition(".")[2]: tensor.dtype
+        for name, tensor in kept.items()
+        if "optimizer_student" in name and "to_q" in name
+    }
     assert types | {"step": types["step"]} == {
         "step": torch.int64, "state1": torch.uint8, "state2": torch.uint8, "qmap1": torch.float32, "qmap2": torch.float32, "absmax1": torch.float32, "absmax2": torch.float32,
     }  # fmt: skip
-    assert any(bool((t != t.flatten()[0]).any()) for n, t in kept.items() if n.endswith("state2") and t.dtype == torch.uint8)
+    assert any(
+        bool((t != t.flatten()[0]).any()) for n, t in kept.items() if n.endswith("state2") and t.dtype == torch.uint8
+    )
     resumed, _ = parts()
     assert [s.iteration for s in distill(resumed, METHOD, data, config, tmp_path / "killed")] == [5, 6]
     for role in TRAINED:

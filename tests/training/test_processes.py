@@ -49,7 +49,9 @@ debug_launcher(work, args=(sys.argv[1],), num_processes=2)
 
 @pytest.mark.slow
 def test_ranks_see_different_draws_and_keep_the_same_weights(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / f"rank{i}.safetensors") for i in (0, 1))
     assert bool((one.pop("loss") != two.pop("loss")).all())
@@ -70,7 +72,9 @@ def alone(folder: Path, accumulate: int) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one_that_takes_both_batches(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     two = load_file(tmp_path / "rank0.safetensors")
     for accumulate, same in ((2, True), (1, False)):
@@ -87,7 +91,7 @@ from pathlib import Path
 import torch
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
-from fewstep.training import processes
+from fewstep import processes
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.data.prompts import embed
 from tests import tiny
@@ -157,7 +161,9 @@ def test_one_that_stands_still_is_missed_within_the_patience_of_an_iteration(sto
                 other.communicate(timeout=25)
             return
         said = other.communicate(timeout=90)[0]
-        assert other.returncode == 2 and said.startswith("ConnectionError another process of this run has ended or stands still")
+        assert other.returncode == 2 and said.startswith(
+            "ConnectionError another process of this run has ended or stands still"
+        )
         assert time.monotonic() - began < 80
     finally:
         for process in both:

@@ -44,7 +44,9 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.time, self.inp, self.out = nn.Linear(2, 8), nn.Linear(6, 8), nn.Linear(8, 6)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8, bias=False)) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8, bias=False)) for _ in range(3)
+        )
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         h = self.inp(x) + self.time(torch.stack([t / 1000, torch.cos(t)], 1)) + label.to(x).sum(1, keepdim=True)
@@ -71,11 +73,13 @@ def deep() -> Denoiser:
 
 def roles_of(backbone: Backbone, method: Method, share: bool, checkpointing: bool = False) -> Roles:
     against = method.counts if method.needs.adversary else ()
-    config = RolesConfig(share, rank=2, checkpointing=checkpointing)
+    config = RolesConfig(lora=share, rank=2, checkpointing=checkpointing)
     return make_roles(backbone, config, 0, method.condition_values, against, None, method.needs.fake)
 
 
-def trained(roles: Roles, method: Method, run: Path | None = None, config: TrainConfig = CONFIG) -> list[dict[str, float]]:
+def trained(
+    roles: Roles, method: Method, run: Path | None = None, config: TrainConfig = CONFIG
+) -> list[dict[str, float]]:
     """All metrics."""
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
     real = ImageData(torch.randn(3, *roles.backbone.shape, generator=torch.Generator().manual_seed(5)), data, "")
@@ -129,7 +133,9 @@ def test_blocks_are_those_that_diffusers_keeps_together_or_the_elements_of_lists
     assert set(kinds) == {"ResnetBlock2D", "BasicTransformerBlock", "CrossAttnUpBlock2D", "UpBlock2D"}
     assert kinds.index("ResnetBlock2D") < kinds.index("UpBlock2D")  # inner ones first
     inside = {id(p) for b in blocks_of(network) for p in b.parameters()}
-    assert sum(p.numel() for p in network.parameters() if id(p) in inside) > 0.8 * sum(p.numel() for p in network.parameters())
+    assert sum(p.numel() for p in network.parameters() if id(p) in inside) > 0.8 * sum(
+        p.numel() for p in network.parameters()
+    )
     assert len(blocks_of(Deep())) == 3
 
 
@@ -168,10 +174,16 @@ def bytes_here(roles: Roles) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_that_share_the_weights_are_one_that_takes_both_batches(name: str, share: bool, tmp_path: Path) -> None:
+def test_two_processes_that_share_the_weights_are_one_that_takes_both_batches(
+    name: str, share: bool, tmp_path: Path
+) -> None:
     """With a batch of one and four steps the processes need unlike many network calls, and must make as many."""
     done = subprocess.run(
-        [sys.executable, "-c", TWO, str(tmp_path), name, str(share)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", TWO, str(tmp_path), name, str(share)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one = roles_of(deep(), METHODS[name], share)

@@ -42,7 +42,16 @@ def channels_last(found: Pictures) -> np.ndarray:
         PICTURES / 127.5 - 1,
         (PICTURES / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2),
     ],
-    ids=["bytes", "channels first", "int64", "floats to 255", "floats to 1", "half", "from -1", "from -1, channels first"],
+    ids=[
+        "bytes",
+        "channels first",
+        "int64",
+        "floats to 255",
+        "floats to 1",
+        "half",
+        "from -1",
+        "from -1, channels first",
+    ],
 )
 def test_the_same_pictures_however_they_are_counted(tmp_path: Path, images: np.ndarray) -> None:
     assert np.array_equal(channels_last(npz(tmp_path, images=images)), PICTURES)
@@ -71,7 +80,9 @@ def test_grey_and_clear_pictures(tmp_path: Path) -> None:
     ],
     ids=["keras", "one-hot", "one-hot of four", "floats", "names as bytes", "texts", "texts as bytes", "texts, keras"],
 )
-def test_labels_of_every_make(tmp_path: Path, labels: np.ndarray, classes: Any, numbers: Any, names: tuple[str, ...]) -> None:
+def test_labels_of_every_make(
+    tmp_path: Path, labels: np.ndarray, classes: Any, numbers: Any, names: tuple[str, ...]
+) -> None:
     found = npz(tmp_path, images=PICTURES, labels=labels, **({} if classes is None else {"classes": classes}))
     assert found.labels.tolist() == list(numbers)
     assert found.classes == names
@@ -95,8 +106,14 @@ def test_labels_of_every_make(tmp_path: Path, labels: np.ndarray, classes: Any, 
         ({"images": np.where(PICTURES > 3, PICTURES / 255, np.nan)}, r"not finite"),
         ({"images": np.zeros_like(PICTURES)}, r"goes from 0 to 0 in uint8"),
         ({"images": PICTURES.astype(complex)}, r"holds complex128"),
-        ({"images": np.array([PICTURES, None], dtype=object)}, r"cannot be read as npz \(Object arrays cannot be loaded"),
-        ({"images": PICTURES, "labels": np.array([None] * 6)}, r"cannot be read as npz \(Object arrays cannot be loaded"),
+        (
+            {"images": np.array([PICTURES, None], dtype=object)},
+            r"cannot be read as npz \(Object arrays cannot be loaded",
+        ),
+        (
+            {"images": PICTURES, "labels": np.array([None] * 6)},
+            r"cannot be read as npz \(Object arrays cannot be loaded",
+        ),
         ({"images": PICTURES, "labels": [-1, 0, 1, 1, 2, 2]}, r"labels goes from -1 to 2"),
         ({"images": PICTURES, "labels": [0.5, 0, 1, 1, 2, 2]}, r"no whole numbers"),
         ({"images": PICTURES, "labels": [10**12, 0, 1, 1, 2, 2]}, r"goes from 0 to 1000000000000"),
@@ -106,7 +123,10 @@ def test_labels_of_every_make(tmp_path: Path, labels: np.ndarray, classes: Any, 
         ({"images": PICTURES, "labels": LABELS, "classes": ["a", "b", "a"]}, r"the name 'a', which is there twice"),
         ({"images": PICTURES, "labels": LABELS, "classes": ["a", "", "b"]}, r"the name '', which"),
         ({"images": PICTURES, "labels": LABELS, "classes": ["a\nb", "c", "d"]}, r"the name 'a\\\\nb', which"),
-        ({"images": PICTURES, "labels": NAMES[LABELS], "classes": ["dog", "cat"]}, r"the label 'ship', which is not among"),
+        (
+            {"images": PICTURES, "labels": NAMES[LABELS], "classes": ["dog", "cat"]},
+            r"the label 'ship', which is not among",
+        ),
         ({"images": PICTURES, "classes": NAMES}, r"has classes and no labels"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [0, 20]}, r"jpeg is not bytes"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [5, 2]}, r"jpeg is not bytes"),
@@ -121,7 +141,11 @@ def test_what_would_be_a_guess_is_refused(tmp_path: Path, arrays: dict[str, Any]
 
 
 def test_pickles_beside_the_pictures_are_left_alone(tmp_path: Path) -> None:
-    assert npz(tmp_path, images=PICTURES, labels=LABELS, meta=np.array([{"a": 1}], dtype=object)).classes == ("0", "1", "2")
+    assert npz(tmp_path, images=PICTURES, labels=LABELS, meta=np.array([{"a": 1}], dtype=object)).classes == (
+        "0",
+        "1",
+        "2",
+    )
 
 
 def test_files_that_unpack_to_more_than_pictures_do(tmp_path: Path) -> None:
@@ -194,12 +218,19 @@ def folder(root: Path, **files: np.ndarray | bytes) -> Path:
 def test_folders_in_folders_and_shadows(tmp_path: Path) -> None:
     root = folder(
         tmp_path / "set",
-        **{"cat__x__0.png": PICTURES[0], "dog__1.PNG": PICTURES[1], ".cache__2.png": PICTURES[2], "__MACOSX__dog__1.png": b"x"},
+        **{
+            "cat__x__0.png": PICTURES[0],
+            "dog__1.PNG": PICTURES[1],
+            ".cache__2.png": PICTURES[2],
+            "__MACOSX__dog__1.png": b"x",
+        },
     )
     found = read_pixel_data(str(root))
     assert (found.labels.tolist(), found.classes) == ([0, 1], ("cat", "dog"))
     wide = PICTURES[0, ..., 0].astype(np.uint16) * 257
-    assert np.array_equal(read_pixel_data(str(folder(tmp_path / "wide", **{"a.png": wide}))).images[0, 0].numpy(), PICTURES[0, ..., 0])
+    assert np.array_equal(
+        read_pixel_data(str(folder(tmp_path / "wide", **{"a.png": wide}))).images[0, 0].numpy(), PICTURES[0, ..., 0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +260,9 @@ KINDS = st.sampled_from([np.uint8, np.int16, np.int64, np.float16, np.float32, n
 
 
 @given(shape=SHAPES, bounds=RANGES, kind=KINDS)
-def test_arrays_are_pictures_of_some_brightness_or_one_line(shape: tuple[int, ...], bounds: tuple[int, int], kind: type) -> None:
+def test_arrays_are_pictures_of_some_brightness_or_one_line(
+    shape: tuple[int, ...], bounds: tuple[int, int], kind: type
+) -> None:
     noise = np.random.default_rng(0).random(shape)
     noise.flat[:2] = 0, 1
     with np.errstate(all="ignore"):
@@ -245,7 +278,13 @@ def test_arrays_are_pictures_of_some_brightness_or_one_line(shape: tuple[int, ..
     assert not said or said.startswith("x ")
 
 
-@given(st.lists(st.one_of(st.integers(-2, 10**6), st.floats(allow_nan=True), st.text("ab \n\0é", max_size=3)), min_size=3, max_size=3))
+@given(
+    st.lists(
+        st.one_of(st.integers(-2, 10**6), st.floats(allow_nan=True), st.text("ab \n\0é", max_size=3)),
+        min_size=3,
+        max_size=3,
+    )
+)
 def test_labels_are_classes_or_one_line(values: list[object]) -> None:
     said = ""
     try:

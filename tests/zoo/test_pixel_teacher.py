@@ -70,7 +70,10 @@ def test_npz_of_pixels_and_of_files(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog", "ship")
     files = [bytes_of(p) for p in PICTURES]
     np.savez(
-        tmp_path / "files.npz", jpeg=np.frombuffer(b"".join(files), np.uint8), offset=np.cumsum([0, *map(len, files)]), y=[0, 1, 0, 1, 0, 1]
+        tmp_path / "files.npz",
+        jpeg=np.frombuffer(b"".join(files), np.uint8),
+        offset=np.cumsum([0, *map(len, files)]),
+        y=[0, 1, 0, 1, 0, 1],
     )
     again = read_pixel_data(str(tmp_path / "files.npz"))
     assert torch.equal(again.images, data.images)
@@ -148,7 +151,12 @@ def test_it_trains_with_edm_s_preconditioning(fashion: Path, tmp_path: Path) -> 
     assert teacher.scheduler_config["sigma_data"] == 0.7
     assert fewstep.sample(teacher, ["bag", "coat"], steps=2, guidance=3.0).shape == (2, 3, 28, 28)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "teacher")  # without fewstep
-    assert pipe(batch_size=2, class_labels=[8, 4], num_inference_steps=2, output_type="pt").images.shape == (2, 1, 28, 28)
+    assert pipe(batch_size=2, class_labels=[8, 4], num_inference_steps=2, output_type="pt").images.shape == (
+        2,
+        1,
+        28,
+        28,
+    )
     with pytest.raises(ValueError, match=r"^process: got vp, the run in .* was begun with edm; pass --out"):
         next(train_pixel_teacher(settings(fashion), tmp_path / "run"))
 
@@ -170,5 +178,7 @@ def test_training_learns_the_clean_picture(process: str, left: float, tmp_path: 
 
 
 def test_sigma_data_is_edm_s_alone(fashion: Path) -> None:
-    with pytest.raises(ValueError, match=r"sigma_data: got 0\.7 with process vp, which has none; leave it out, or set process=edm"):
+    with pytest.raises(
+        ValueError, match=r"sigma_data: got 0\.7 with process vp, which has none; leave it out, or set process=edm"
+    ):
         settings(fashion, sigma_data=0.7)

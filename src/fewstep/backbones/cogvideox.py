@@ -1,4 +1,4 @@
-"""CogVideoX: video latents, v-prediction with zero terminal SNR, a schedule shifted towards noise."""
+"""CogVideoX: video latents, v-prediction, zero terminal SNR, a schedule shifted towards noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from .settings import table
 
 @dataclass(frozen=True)
 class CogVideoX(DiffusersBackbone):
-    """A `CogVideoXPipeline` as a backbone. States are scaled latents [T, C, h, w]; the condition is `text [B, L, D]`.
+    """A `CogVideoXPipeline` as a backbone.
 
-    `decode` gives videos [B, F, 3, H, W] with F = `frames`.
+    States are scaled latents [T, C, h, w]. The condition is `text [B, L, D]`. `decode` gives videos
+    [B, F, 3, H, W] with F = `frames`.
     """
 
     frames: int
@@ -42,7 +43,8 @@ class CogVideoX(DiffusersBackbone):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")  # a block itself gives a pair, video and text
+        # A block returns a pair, video and text. Its feed-forward layer returns one tensor.
+        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         text, config, scale = cond["text"], self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
@@ -52,22 +54,30 @@ class CogVideoX(DiffusersBackbone):
                 config.sample_height * scale, config.sample_width * scale, x.shape[1], x.device
             )
         with single_output(module):
-            return module(x.to(text.dtype), text, t.to(torch.float32), image_rotary_emb=place, return_dict=False)[0].float()
+            return module(x.to(text.dtype), text, t.to(torch.float32), image_rotary_emb=place, return_dict=False)[
+                0
+            ].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         length = self.pipe.transformer.config.max_text_seq_length
         with torch.no_grad():
             text, _ = self.pipe.encode_prompt(
-                list(prompts), do_classifier_free_guidance=False, max_sequence_length=length, device=self.pipe.text_encoder.device
+                list(prompts),
+                do_classifier_free_guidance=False,
+                max_sequence_length=length,
+                device=self.pipe.text_encoder.device,
             )
         return on(self.module, {"text": text})
 
     def encode_images(self, pictures: Tensor) -> Tensor:
-        raise ValueError(f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out")
+        raise ValueError(
+            f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out"
+        )
 
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae
-        with torch.no_grad():  # one video at a time: an autoencoder for video needs more memory than the transformer
+        # One video at a time: an autoencoder for video needs more memory than the transformer.
+        with torch.no_grad():
             videos = torch.cat([self.pipe.decode_latents(one.to(vae.device, vae.dtype)) for one in x.split(1)])
         return (videos.float() / 2 + 0.5).clamp(0, 1).movedim(1, 2)
 

@@ -24,7 +24,9 @@ def made_conditions(function: Callable[..., Any], prompts: Sequence[str]) -> dic
         found = _called(function, prompts)
     count = len(prompts)
     if not isinstance(found, Mapping) or not all(isinstance(k, str) for k in found):
-        raise ValueError(f"conditions: got a {type(found).__name__} for {count} prompts; {FORM}, named as the network's arguments")
+        raise ValueError(
+            f"conditions: got a {type(found).__name__} for {count} prompts; {FORM}, named as the network's arguments"
+        )
     for key, value in found.items():
         if wrong := _wrong(value, count):
             raise ValueError(f"conditions: {key} is {wrong} for {count} prompts; {FORM}")
@@ -68,7 +70,9 @@ def _wrong(value: object, count: int) -> str:
 def require_same_shape(cond: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> None:
     """Check that prompts have conditions of the empty prompt's names, shapes and types. Raises ValueError."""
     if cond.keys() != null.keys():
-        raise ValueError(f"conditions: got {_names(cond)} for prompts and {_names(null)} for the empty one; return the same names for all")
+        raise ValueError(
+            f"conditions: got {_names(cond)} for prompts and {_names(null)} for the empty one; return the same names for all"
+        )
     for key, value in cond.items():
         if value.shape[1:] != null[key].shape[1:]:
             raise ValueError(
@@ -76,7 +80,9 @@ def require_same_shape(cond: Mapping[str, Tensor], null: Mapping[str, Tensor]) -
                 "pad all to one fixed length, not to the longest of a batch, and return a mask of what is padded"
             )
         if value.dtype != null[key].dtype:
-            raise ValueError(f"conditions: {key} is {value.dtype} for some prompts and {null[key].dtype} for the empty one; return one type")
+            raise ValueError(
+                f"conditions: {key} is {value.dtype} for some prompts and {null[key].dtype} for the empty one; return one type"
+            )
 
 
 def _names(cond: Mapping[str, Tensor]) -> str:
@@ -87,7 +93,10 @@ def require_steady(encode: Encode, prompts: Sequence[str]) -> None:
     """Check that a prompt has the same conditions each time, and in any batch. Raises ValueError."""
     asked = list(dict.fromkeys([*prompts[:1], min(prompts, key=len), max(prompts, key=len), ""]))
     together = encode(asked)
-    for other, cause in ((lambda: encode(asked), "when it is asked again"), (lambda: _alone(encode, asked), "alone than with others")):
+    for other, cause in (
+        (lambda: encode(asked), "when it is asked again"),
+        (lambda: _alone(encode, asked), "alone than with others"),
+    ):
         found = other()
         require_same_shape(found, together)
         if odd := next((k for k, v in found.items() if not _close(v, together[k])), None):

@@ -1,4 +1,7 @@
-"""All families of diffusers pipelines that fewstep distils. A new one is a file and a row here."""
+"""All families of diffusers pipelines that fewstep distils.
+
+A new family is a file and a row in this table.
+"""
 
 from diffusers import DiffusionPipeline
 
@@ -21,10 +24,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of_pipeline(pipe: DiffusionPipeline) -> Family:
-    """Return the family of a pipeline. Raises ValueError if it is not supported."""
+    """Return the family of a pipeline.
+
+    Raises ValueError if the pipeline is not supported.
+    """
     found = next((family for family in FAMILIES.values() if isinstance(pipe, family.pipeline)), None)
     if found is None:
         raise ValueError(
-            f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"
+            f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; "
+            "wrap your own network in fewstep.Denoiser"
         )
     return found

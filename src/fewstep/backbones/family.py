@@ -1,4 +1,7 @@
-"""What the rest of fewstep needs to know of a family of pipelines. Each family has one row, at the foot of its own file."""
+"""What fewstep needs to know of a family of pipelines.
+
+Each family has one row, at the end of its own file.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,19 +12,26 @@ from diffusers import DiffusionPipeline
 
 @dataclass(frozen=True)
 class Family:
-    """A diffusers pipeline and the backbone around it. The backbone is made by `from_pipeline(pipe, name)`."""
+    """A diffusers pipeline and the backbone around it.
+
+    `from_pipeline(pipe, name)` makes the backbone.
+    """
 
     pipeline: type[DiffusionPipeline]
     from_pipeline: Callable[[Any, str], Any]
-    parts: Mapping[str, Any] = field(default_factory=dict)  # parts that are loaded otherwise than the pipeline's folder says
+    # Parts that are loaded otherwise than the pipeline's folder says.
+    parts: Mapping[str, Any] = field(default_factory=dict)
     takes_prompts: bool = True
     takes_times: bool = True  # `timesteps=...`, with a scheduler that its students have
     video: bool = False
-    call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}  # of `pipe(prompt, ...)`, so that it takes the prompt as it is
-    comfyui_latent: str = ""  # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself
-    kohya: Literal["", "diffusers", "original"] = ""  # whose layer names kohya's scripts use for its U-Net; empty for no U-Net
+    # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.
+    call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
+    # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself.
+    comfyui_latent: str = ""
+    # Whose layer names kohya's scripts use for the family's U-Net; empty without a U-Net.
+    kohya: Literal["", "diffusers", "original"] = ""
 
     @property
     def name(self) -> str:
-        """The pipeline's class, as `model_index.json` names it."""
+        """Name of the pipeline's class, as in `model_index.json`."""
         return self.pipeline.__name__

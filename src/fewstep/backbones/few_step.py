@@ -1,4 +1,7 @@
-"""Diffusers pipelines that are right without a word from their user: `pipe(prompt)` takes the student's steps, without guidance."""
+"""Diffusers pipelines with a student's defaults.
+
+`pipe(prompt)` samples in the student's steps, without guidance, with no further arguments.
+"""
 
 import os
 import warnings
@@ -21,36 +24,55 @@ Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How a student is called: step counts served, the first one the default; guidance is baked in."""
+    """Default arguments of a student's pipeline.
+
+    `steps` are the step counts served, the default one first.
+    """
 
     steps: tuple[int, ...]
-    size: int = 0  # of its images, if it is another than the base's
-    scales: tuple[float, ...] = ()  # guidance scales that it is conditioned on; empty where one is baked in
+    size: int = 0  # height and width of the images, in pixels; 0: the base's
+    scales: tuple[float, ...] = ()  # guidance scales that the student is conditioned on; empty: one is baked in
 
 
 class FewStepPipeline(DiffusionPipeline):
-    """What stands before a family's own pipeline and changes its defaults to the student's."""
+    """A mixin that changes a family's defaults to the student's."""
 
     defaults = SamplingDefaults((4,))
-    set_condition: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # conditions a student
+    set_condition: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # conditions the student
 
     def __call__(
-        self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        **options: Any,
     ) -> Any:
-        """As the family's own `__call__`, to which `options` go; warns when asked for other steps or for guidance."""
+        """Call the family's pipeline with the student's defaults.
+
+        `options` go to the family's own `__call__`. Warns for step counts and guidance scales that the
+        student was not trained for.
+        """
         steps, guidance = num_inference_steps or self.defaults.steps[0], guidance_scale
         if steps not in self.defaults.steps:
             warnings.warn(
-                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.defaults.steps))}", stacklevel=2
+                f"num_inference_steps: got {steps}, this student was trained for "
+                f"{', '.join(map(str, self.defaults.steps))}",
+                stacklevel=2,
             )
         if self.defaults.scales:
             guidance = self.defaults.scales[0] if guidance_scale == 1 else guidance_scale
             if guidance not in self.defaults.scales:
                 known = ", ".join(f"{w:g}" for w in self.defaults.scales)
-                warnings.warn(f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken", stacklevel=2)
+                warnings.warn(
+                    f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken",
+                    stacklevel=2,
+                )
             guidance_scale = 1.0
         elif guidance_scale > 1:
-            warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
+            warnings.warn(
+                f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0",
+                stacklevel=2,
+            )
         self.set_condition(steps, guidance)
         if self.defaults.size:
             options = {"height": self.defaults.size, "width": self.defaults.size} | options
@@ -64,28 +86,42 @@ class FewStepPipeline(DiffusionPipeline):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
     ) -> None:
-        """Raises ValueError: a folder of it would say neither its steps nor its student, and nothing would load it."""
+        """Refuse to save the pipeline.
+
+        Raises ValueError: a saved folder would hold neither the student's steps nor the student, and no
+        library would load the folder.
+        """
         raise ValueError(
-            f"save_pretrained: this pipeline is a base and a student; run: fewstep export STUDENT {save_directory} --format pipeline"
+            "save_pretrained: this pipeline is a base and a student; "
+            f"run: fewstep export STUDENT {save_directory} --format pipeline"
         )
 
 
 def _few_step(family: Family) -> type[FewStepPipeline]:
-    """Return a family's pipeline with a student's defaults.
+    """Return a family's pipeline class with a student's defaults.
 
-    It has the family's own name, by which diffusers finds its other pipelines: AutoPipelineForImage2Image.from_pipe.
+    The class has the family's own name. diffusers finds related pipelines by this name
+    (AutoPipelineForImage2Image.from_pipe).
     """
     return type(
-        family.name, (FewStepPipeline, family.pipeline), {"__doc__": f"A {family.name} with a student's defaults.", "__module__": __name__}
+        family.name,
+        (FewStepPipeline, family.pipeline),
+        {"__doc__": f"A {family.name} with a student's defaults.", "__module__": __name__},
     )
 
 
-FEW_STEP: dict[str, type[FewStepPipeline]] = {name: _few_step(family) for name, family in FAMILIES.items() if family.takes_prompts}
+FEW_STEP: dict[str, type[FewStepPipeline]] = {
+    name: _few_step(family) for name, family in FAMILIES.items() if family.takes_prompts
+}
 
 
 @dataclass(frozen=True)
 class PipelineInfo:
-    """How a pipeline is called: its family, its denoiser, whether it loads LoRA and takes a list of times."""
+    """How a pipeline is called.
+
+    `part` is the name of the denoiser. `loads_lora` and `takes_times` say whether the pipeline loads LoRA
+    and takes a list of times.
+    """
 
     family: Family
     part: str
@@ -96,7 +132,7 @@ class PipelineInfo:
 def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
     """Return what a model card says of the base."""
     family, network = family_of_pipeline(pipe), denoiser_of(pipe)
-    # DPM-Solver++ replaces zero signal by 2^-12 of one, which is seen.
+    # DPM-Solver++ replaces a signal of 0 by 2^-12, which shows in the images.
     takes_times = family.takes_times and not pipe.scheduler.config.get("rescale_betas_zero_snr")
     return PipelineInfo(family, part_name(network), loads_lora(network), takes_times)
 
@@ -104,7 +140,10 @@ def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
 def few_step_pipeline(
     base: DiffusionPipeline, network: nn.Module, scheduler: SchedulerMixin, defaults: SamplingDefaults
 ) -> FewStepPipeline:
-    """Return the parts of `base` with a student's network, scheduler and defaults. Raises ValueError for a pipeline without prompts."""
+    """Return the pipeline of `base` with a student's network and defaults.
+
+    Raises ValueError for a pipeline without prompts.
+    """
     family = family_of_pipeline(base)
     if not family.takes_prompts:
         raise ValueError(f"base: {type(base).__name__} takes no prompts; sample its students with fewstep.sample")
@@ -115,7 +154,10 @@ def few_step_pipeline(
 
 
 def with_network(base: DiffusionPipeline, network: nn.Module, scheduler: SchedulerMixin, kind: type[Kind]) -> Kind:
-    """A pipeline of this `kind` from the parts of `base`, with another denoiser and scheduler."""
+    """Return a pipeline of this `kind` from the parts of `base`.
+
+    `network` and `scheduler` replace the denoiser and the scheduler.
+    """
     settings = {k: v for k, v in base.config.items() if not k.startswith("_") and k not in base.components}
     pipe = kind(**{**settings, **base.components, part_name(network): network, "scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
@@ -131,10 +173,11 @@ def drawn(
     size: int = 0,
     shape: Sequence[int] = (),
 ) -> Tensor:
-    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given, and a `size` other than 0.
+    """Sample one image per prompt from seeds 0, 1, and so on.
 
-    One that takes no prompts draws one picture for each all the same. States of a `shape` begin as fewstep's do: what older torch draws in half
-    precision is other noise.
+    Returns images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. The pipeline gets `times` where given,
+    and a `size` other than 0. A pipeline without prompts samples as many images. With a `shape`, the
+    initial noise is fewstep's: older torch samples other noise in half precision.
     """
     family = family_of_pipeline(pipe)
     options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
@@ -146,6 +189,11 @@ def drawn(
     if shape:
         options |= {"latents": noise_of(generators, shape).to(pipe.dtype)}
     result = pipe(
-        prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options
+        prompt=list(prompts),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="pt",
+        **options,
     )
     return result.frames if family.video else result.images

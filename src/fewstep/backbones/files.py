@@ -20,29 +20,35 @@ from ..tensors import read_tensors
 from . import weights
 from .parts import able_to_single
 
-NETWORK_FILE = "network.safetensors"  # a network of one's own: its state_dict
-# Of a LoRA: what every PEFT knows; older ones refuse a header with settings that came later, diffusers 0.35 one without these.
+NETWORK_FILE = "network.safetensors"  # a custom network's state_dict
+# LoRA settings that every PEFT knows. Older PEFT refuses a header with later settings, diffusers 0.35 one
+# without these.
 SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-CLIP = "text_model."  # how the names of CLIP's tensors begin
-PEFT_FOLDER = "peft"  # beside a LoRA that its pipeline has no loader for
+CLIP = "text_model."  # prefix of the names of CLIP's tensors
+PEFT_FOLDER = "peft"  # next to a LoRA for which its pipeline has no loader
 
 
 def part_name(network: nn.Module) -> str:
-    """What pipelines call their denoiser: `unet` or `transformer`."""
+    """Return the name of the denoiser in pipelines: `unet` or `transformer`."""
     return "unet" if isinstance(network, UNet2DConditionModel | UNet2DModel) else "transformer"
 
 
 def loads_lora(network: nn.Module) -> bool:
-    """Whether a pipeline with this denoiser has `load_lora_weights`."""
+    """Return whether pipelines with this denoiser have `load_lora_weights`."""
     return isinstance(network, PeftAdapterMixin)
 
 
 def save_lora(
-    path: Path, network: nn.Module, state: Mapping[str, Tensor], metadata: Mapping[str, Any], about: Mapping[str, str] | None = None
+    path: Path,
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a LoRA in diffusers' format, with what the adapter's settings say of a LoRA, and `about`, in its header.
+    """Write a LoRA in diffusers' format.
 
-    For a network whose pipeline has no loader, PEFT's own folder is written next to it.
+    The header holds `about` and the LoRA settings of the adapter's `metadata`. For a network whose pipeline
+    has no loader, PEFT's own folder is written next to the file.
     """
     known = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items() if k in SETTINGS}
     plain = known and {"rank_pattern": {}, "alpha_pattern": {}, **known}
@@ -57,49 +63,63 @@ def save_lora(
 
 
 def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
-    """A whole pipeline as diffusers saves it, and as transformers 4 and 5.0 to 5.5 read it, too.
+    """Write a whole pipeline as diffusers saves it.
 
-    Those want a tokenizer's `vocab.json` and `merges.txt`, and CLIP's tensors under the names of its published files: others they fill at random.
+    transformers 4 and 5.0 to 5.5 read the folder, too. These versions need a tokenizer's `vocab.json` and
+    `merges.txt`, and CLIP's tensors under their published names. Tensors of other names would be filled at
+    random.
     """
     pipe.save_pretrained(folder)
     for name, part in pipe.components.items():
         if isinstance(part, CLIPTextModel):
             path = folder / name / SAFE_WEIGHTS_NAME
             tensors = load_file(path)
-            write_tensors(path, {k if k.startswith(CLIP) else CLIP + k: v for k, v in tensors.items()}, {"format": "pt"})
+            write_tensors(
+                path, {k if k.startswith(CLIP) else CLIP + k: v for k, v in tensors.items()}, {"format": "pt"}
+            )
         if isinstance(part, PreTrainedTokenizerFast) and isinstance(part.backend_tokenizer.model, BPE):
             part.backend_tokenizer.model.save(str(folder / name))
 
 
 def save_network(folder: Path, network: nn.Module) -> None:
-    """A full student: the whole network in diffusers' format, in `folder/unet` or `folder/transformer`; one of one's own in one file."""
+    """Write the whole network of a full student.
+
+    A diffusers network goes to `folder/unet` or `folder/transformer`, a custom network to one safetensors
+    file. Raises ValueError where a custom network's state_dict holds anything but tensors.
+    """
     if isinstance(network, ModelMixin):
         network.save_pretrained(network_place(folder, network))
         return
     state = network.state_dict()
     if odd := next((k for k, v in state.items() if not isinstance(v, Tensor)), None):
         raise ValueError(
-            f"student: {odd} of its network is a {type(state[odd]).__name__}, which safetensors does not hold; make it a buffer"
+            f"student: {odd} of its network is a {type(state[odd]).__name__}, which safetensors does not hold; "
+            "make it a buffer"
         )
-    write_tensors(
-        network_place(folder, network), {k: v.detach().cpu().clone() for k, v in state.items()}
-    )  # a clone each: tied ones share memory
+    # Clones: safetensors refuses tied tensors, which share memory.
+    write_tensors(network_place(folder, network), {k: v.detach().cpu().clone() for k, v in state.items()})
 
 
 def network_place(folder: Path, like: nn.Module) -> Path:
-    """Return where `save_network` puts a network of the class of `like`."""
+    """Return where `save_network` puts a network of this class."""
     return folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)
 
 
 def load_network(folder: Path, like: nn.Module) -> nn.Module:
-    """Load what `save_network` wrote, of the class of `like`. Raises ValueError when it is missing, damaged or another's."""
+    """Load what `save_network` wrote, of the class of `like`.
+
+    The network is frozen, with the dtype and device of `like`. Raises ValueError where the file is missing,
+    damaged or of another network.
+    """
     path = network_place(folder, like)
     weight = next(like.parameters())
     if isinstance(like, ModelMixin):
         try:
             network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
         except weights.UnfitError as error:
-            raise ValueError(f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}") from error
+            raise ValueError(
+                f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}"
+            ) from error
         return able_to_single(network.to(weight.device).requires_grad_(False))
     network = copy.deepcopy(like)
     try:
@@ -108,5 +128,7 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"student: {path} does not fit this network ({said}); pass the base that it was made from") from error
-    return network.to(weight.device).requires_grad_(False).eval()  # of the types that `like` has
+        raise ValueError(
+            f"student: {path} does not fit this network ({said}); pass the base that it was made from"
+        ) from error
+    return network.to(weight.device).requires_grad_(False).eval()  # in the dtypes of `like`

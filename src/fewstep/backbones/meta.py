@@ -1,4 +1,7 @@
-"""A teacher of its true shapes without content: built from a pipeline's configurations alone, to count what it needs."""
+"""A teacher of fake (meta) tensors, to count what it needs.
+
+Built from a pipeline's configurations alone, with the true shapes and no weights.
+"""
 
 import inspect
 import warnings
@@ -27,7 +30,11 @@ WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
 
 def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None) -> Backbone:
-    """As `load_teacher`, but no weights are read, downloaded or allocated; tokenizers are. Raises ValueError as it does."""
+    """Return the teacher that `load_teacher` loads, with fake (meta) tensors.
+
+    No weights are read, downloaded or allocated; tokenizers are loaded. Raises ValueError as `load_teacher`
+    does.
+    """
     given = require_lora_files(source_of(source))
     place, family, checkpoint = locate(given)
     try:
@@ -38,7 +45,9 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
             require_weights(family.pipeline, Path(place), named)
         parts = components(family.pipeline, place, named, dtype)
         absent = {
-            n: None for n in inspect.signature(family.pipeline).parameters if isinstance(index.get(n), list | tuple) and n not in parts
+            n: None
+            for n in inspect.signature(family.pipeline).parameters
+            if isinstance(index.get(n), list | tuple) and n not in parts
         }
         pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
@@ -49,7 +58,7 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
         raise damaged(checkpoint or place, error) from error
     for lora, strength in given.loras:
         if Path(lora).expanduser().exists():  # nothing is downloaded for a plan
-            changes_of(pipe, lora, strength)  # fused ones take no room
+            changes_of(pipe, lora, strength)  # checked alone: fused LoRAs take no memory
     backbone = at_size(backbone, size)
     try:
         small_shape(backbone)
@@ -58,53 +67,75 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
     return backbone
 
 
-def components(pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
-    """A pipeline's parts by name, of the classes that it asks for; networks without content. `named`: the names of the classes that its folder says."""
+def components(
+    pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return a pipeline's parts by name, networks with fake (meta) tensors.
+
+    The parts have the classes that the pipeline asks for. `named` has the class names from the pipeline's
+    folder.
+    """
     made = dict[str, Any]()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: tensors of several do not mix
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all parts: tensors of several modes do not mix
     for name, called in named.items():
         kind: Any = network_kind(pipeline, name, called) or part_kind(pipeline, name)[0]
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
             with mode, default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's, of layers of odd sizes
+                warnings.simplefilter("ignore")  # torch warns of layers of odd sizes
                 made[name] = kind.from_config(config)
         elif issubclass(kind, PreTrainedModel):
             config = kind.config_class.from_pretrained(str(place), subfolder=name, dtype=dtype)
             with mode, default_dtype(dtype):
                 made[name] = kind(config)
-        else:  # those with a table are as good as one another: they share it
+        else:  # all schedulers with a table of betas have the same process: DDIM's will do
             told = next((s for s in WITHOUT_TABLE if s.__name__ == called), None)
             kind = told or (DDIMScheduler if issubclass(kind, (Enum, *WITHOUT_TABLE)) else kind)
             made[name] = kind.from_pretrained(str(place), subfolder=name)
     return made
 
 
-def require_weights(pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True) -> None:
-    """Raises UnfitError where a network's files are missing, damaged or pickled; their headers alone are read.
+def require_weights(
+    pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True
+) -> None:
+    """Check that the weight files of a pipeline's networks can be loaded.
 
-    A folder of configurations alone is all that a plan needs: it passes where `bare`.
+    Only headers are read. With `bare`, a folder of configurations alone passes: a plan needs no more. Raises
+    UnfitError where files are missing, damaged or pickled.
     """
     kinds = {name: kind for name, called in named.items() if (kind := network_kind(pipeline, name, called)) is not None}
-    files = [f for name in kinds for f in (folder / name).glob("*") if f.suffix in (SUFFIX, *PICKLES) or f.name.endswith(".index.json")]
+    files = [
+        f
+        for name in kinds
+        for f in (folder / name).glob("*")
+        if f.suffix in (SUFFIX, *PICKLES) or f.name.endswith(".index.json")
+    ]
     for name, kind in kinds.items() if files or not bare else ():
         weights_in(kind, folder / name, folder)
 
 
 def require_loadable(source: str | Path) -> None:
-    """Raises ValueError where a teacher's folder has no weights that could be loaded; their headers alone are read, and nothing of the hub's."""
+    """Check that a teacher's folder has weights that can be loaded.
+
+    Only headers are read, and nothing of the hub's. Raises ValueError otherwise.
+    """
     place, family, checkpoint = locate(require_lora_files(source_of(source)))
     if checkpoint is None and Path(place).is_dir():
         try:
             named = part_names(family.pipeline, DiffusionPipeline.load_config(str(place)))
-            require_weights(family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False)
+            require_weights(
+                family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False
+            )
         except Exception as error:  # as in `meta_teacher`
             raise damaged(place, error) from error
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Networks made within it are of this type: tensors without content cannot be converted in place."""
+    """Create networks of this dtype inside the block.
+
+    Fake (meta) tensors cannot be converted in place.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 LORA = "lora_"  # in the names of adapters' weights
-FEWER_BITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of types that have as many weights, the first
+FEWER_BITS = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+)  # of types that have as many weights, the first
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -17,7 +22,11 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     for name, p in module.named_parameters():
         if p.is_floating_point() and LORA not in name:
             counts[p.dtype] += p.numel()
-    return max(counts, key=lambda kind: (counts[kind], -FEWER_BITS.index(kind) if kind in FEWER_BITS else -9), default=torch.float32)
+    return max(
+        counts,
+        key=lambda kind: (counts[kind], -FEWER_BITS.index(kind) if kind in FEWER_BITS else -9),
+        default=torch.float32,
+    )
 
 
 def time_dtype(module: nn.Module) -> torch.dtype:
@@ -30,14 +39,20 @@ def require_module(module: object) -> None:
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: got a {type(module).__name__}, allowed is a torch.nn.Module with parameters")
     if isinstance(module, torch.jit.ScriptModule):
-        raise ValueError("module: got a scripted network (torch.jit), whose layers cannot carry adapters; pass the module that was scripted")
+        raise ValueError(
+            "module: got a scripted network (torch.jit), whose layers cannot carry adapters; pass the module that was scripted"
+        )
     for name, p in module.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"module: {name} has no shape yet (a lazy layer); call the network once, module(x, t), then wrap it")
+            raise ValueError(
+                f"module: {name} has no shape yet (a lazy layer); call the network once, module(x, t), then wrap it"
+            )
         if p.is_meta:
             raise ValueError(f"module: {name} is on the meta device, which holds no numbers; load its weights first")
     if not any(p.is_floating_point() for p in module.parameters()):
-        raise ValueError(f"module: got a {type(module).__name__} without parameters that are real numbers, allowed is a network with some")
+        raise ValueError(
+            f"module: got a {type(module).__name__} without parameters that are real numbers, allowed is a network with some"
+        )
 
 
 def without_fast_path(module: nn.Module) -> nn.Module:

@@ -13,7 +13,12 @@ from .modules import dtype_of
 from .parts import DiffusersBackbone
 
 PLACES = (0.5, 0.25)  # fractions of the way to noise, in turn for the rows of a batch
-CLOSE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # of the largest number, by type
+CLOSE = {
+    torch.float64: 1e-3,
+    torch.float32: 1e-3,
+    torch.float16: 0.02,
+    torch.bfloat16: 0.1,
+}  # of the largest number, by type
 
 
 def require_network(backbone: Backbone, prompts: list[str]) -> None:
@@ -64,9 +69,13 @@ def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         got = list(m.shape) if isinstance(m, Tensor) else type(m).__name__
         raise ValueError(f"{about} gives {got} for states {list(x.shape)}; check the Denoiser's shape")
     if not bool(m.isfinite().all()):
-        raise ValueError(f"{about} gives numbers that are not finite in the middle of its way; check its weights and its schedule")
+        raise ValueError(
+            f"{about} gives numbers that are not finite in the middle of its way; check its weights and its schedule"
+        )
     if changed := _changed({"states": x, **cond}, {"states": own_x, **own_cond}):
-        raise ValueError(f"{about} changes the {changed} that it is given, in place; let it work on a copy (x = x * 2, not x.mul_(2))")
+        raise ValueError(
+            f"{about} changes the {changed} that it is given, in place; let it work on a copy (x = x * 2, not x.mul_(2))"
+        )
     return m
 
 

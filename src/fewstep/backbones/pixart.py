@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma: a T5 text with its mask, a transformer that also predicts a variance."""
+"""PixArt-alpha and PixArt-Sigma: masked T5 text, a transformer with learned variance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from .settings import table
 
 @dataclass(frozen=True)
 class PixArt(LatentTransformer):
-    """A PixArt pipeline as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]` with `mask [B, L]`."""
+    """A PixArt pipeline as a backbone.
+
+    States are scaled latents [C, h, w]. The condition is `text [B, L, D]` with `mask [B, L]`.
+    """
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -36,7 +39,9 @@ class PixArt(LatentTransformer):
             extra = {"resolution": text.new_full((len(x), 2), size), "aspect_ratio": text.new_ones(len(x), 1)}
         states, times = x.to(text.dtype), t.to(torch.float32)
         with single_output(module):
-            output = module(states, text, times, encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False)[0]
+            output = module(
+                states, text, times, encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False
+            )[0]
         return output[:, : x.shape[1]].float()  # the other half, where there is one, is the learned variance
 
     def encode(self, prompts: Sequence[str]) -> Cond:

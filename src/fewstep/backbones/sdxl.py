@@ -1,4 +1,7 @@
-"""Stable Diffusion XL: two text encoders, a pooled text, and the sizes that the picture pretends to have had."""
+"""Stable Diffusion XL: two text encoders, pooled text, size conditions.
+
+The network is conditioned on the sizes that the image is said to have had.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +18,10 @@ from .settings import table
 
 @dataclass(frozen=True)
 class StableDiffusionXL(LatentUNet):
-    """A `StableDiffusionXLPipeline` as a backbone. States are scaled latents [C, h, w].
+    """A `StableDiffusionXLPipeline` as a backbone.
 
-    The condition is `text [B, L, D]`, `pooled [B, P]` and `sizes [B, 6]`: original height and width, crop, height and width.
+    States are scaled latents [C, h, w]. The condition is `text [B, L, D]`, `pooled [B, P]` and
+    `sizes [B, 6]`: original height and width, crop, height and width.
     """
 
     @property
@@ -28,7 +32,9 @@ class StableDiffusionXL(LatentUNet):
         added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}
         states = x.to(cond["text"].dtype)
         with single_output(module):
-            return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[0].float()
+            return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[
+                0
+            ].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():

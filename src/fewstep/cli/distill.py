@@ -1,4 +1,4 @@
-"""`fewstep distill`: from a recipe to a student, its pictures, its numbers and its report."""
+"""`fewstep distill`: from a recipe to a student and a report."""
 
 import math
 import sys
@@ -16,6 +16,7 @@ from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.load import at_size, fingerprint, fused, load_teacher, pipeline_of, quiet
 from ..backbones.meta import require_loadable
+from ..backbones.unconditional import PixelModel
 from ..core import timegrid
 from ..data.prompts import Embeddings, embed, embedding_bytes
 from ..data.trajectories import Trajectories, TrajectoryConfig
@@ -43,6 +44,7 @@ from .before import look_before, look_in_dry_run
 from .best import Best, measured_by
 from .evaluate import check_measures, measure_step
 from .finish import errors_along, finish, shape_seen, write_best
+from .options import in_options
 from .plan import plans_of, show
 from .preflight import held, note_shadowed, place_checks
 from .progress import OnScreen, console, count_in, meter
@@ -52,11 +54,17 @@ from .signals import stop_request
 
 
 def run_distill(
-    source: str, overrides: list[str], out: Path | None, dry_run: bool, styles: list[str], given: Mapping[str, str] = MappingProxyType({})
+    source: str,
+    overrides: list[str],
+    out: Path | None,
+    dry_run: bool,
+    styles: list[str],
+    given: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Train, preview, export, evaluate, report; every part is skipped where its result is there already. `styles` are fused into the teacher.
+    """Train, preview, export, evaluate and write the report.
 
-    `given` are settings that have options of their own.
+    Every part is skipped where the result is there already. `styles` are LoRAs fused into the teacher.
+    `given` are settings that have command-line options of their own.
     """
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe, given)
@@ -70,13 +78,18 @@ def run_distill(
     if dry_run:
         print_dry_run(recipe, run)
         return
-    require_same({"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}})
+    require_same(
+        {"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
+    )
     with held(run):
         run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())])
 
 
 def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[str]) -> None:
-    """Train what there is to train, in a folder that is this run's alone."""
+    """Train the stages of a recipe in a locked folder.
+
+    The folder `run` belongs to this run alone. A finished warm start is not trained again.
+    """
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), second_stage(recipe, run / WARM_START)]
     for stage in stages:
         require_optimizer(stage.train.optimizer)
@@ -87,7 +100,7 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     prompts = training_prompts(recipe, teacher)
     say_of_prompts(teacher, prompts)
     begun = checkpoints(run) or checkpoints(run / WARM_START)
-    barrier()  # nobody writes before all have looked
+    barrier()  # no process writes before all have looked
     if not begun:
         look_before(stages, teacher, base_hash, prompts, run, run)
     for stage in stages[:-1]:
@@ -102,7 +115,11 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
 
 
 def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
-    """The recipe's teacher, and the hash of its weights as they were. Where it is rounded, the device never holds more than what is left."""
+    """Load the recipe's teacher and hash the weights.
+
+    The hash is that of the weights before quantization. A quantized teacher is loaded on the CPU, so that
+    the device never holds more than the quantized weights.
+    """
     device, rounded = default_device(), recipe.roles.quantize
     teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size)
     base_hash = fingerprint(teacher.module)
@@ -112,12 +129,16 @@ def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
 
 
 def sharded(recipe: DistillRecipe) -> bool:
-    """Whether its weights are spread over processes."""
+    """Return whether the recipe's weights are sharded over processes."""
     return recipe.train.shard and this_process().num_processes > 1
 
 
 def second_stage(recipe: DistillRecipe, first: Path) -> DistillRecipe:
-    """The recipe of the training that goes on from the first stage's student, whose trajectories it may ask for."""
+    """Return the recipe of the stage that continues the warm start.
+
+    The student is initialized from the folder `first`. Where `data.from_student` is `warm_start`, the
+    trajectories come from the student in `first`, too.
+    """
     data = recipe.data
     if data is not None and data.from_student == WARM_START:
         data = data.model_copy(update={"from_student": str(first)})
@@ -125,7 +146,10 @@ def second_stage(recipe: DistillRecipe, first: Path) -> DistillRecipe:
 
 
 def spent_before(recipe: DistillRecipe, run: Path, paths: Trajectories | None) -> float:
-    """Seconds that went into a first stage and into trajectories, each once: they are part of what a student costs."""
+    """Sum the seconds spent on a first stage and on trajectories.
+
+    The seconds are part of a student's cost. Trajectories that both stages share are counted once.
+    """
     walked = 0.0 if paths is None else paths.seconds
     if recipe.warm_start is None:
         return walked
@@ -135,20 +159,36 @@ def spent_before(recipe: DistillRecipe, run: Path, paths: Trajectories | None) -
 
 
 def finished(run: Path, recipe: DistillRecipe) -> bool:
-    """Whether a stage has nothing left to do: it was trained as far as the recipe says, the student of then is there, and its report after it."""
+    """Return whether a stage has nothing left to do.
+
+    A finished stage has the same recipe, a checkpoint and a student of the last iteration, and a report that
+    is newer than the student.
+    """
     found, record, report = latest_checkpoint(run), run / "run.json", run / REPORT
     final = find_folder(run)
     if found is None or not record.exists() or final is None or not report.exists():
         return False
-    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == recorded(recipe)
+    same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == recorded(
+        recipe
+    )
     trained = min(int(found[1]["step"]), read_card(final).iterations) >= recipe.train.iterations
     return same and trained and report.stat().st_mtime_ns >= card_time(final)
 
 
 def run_stage(
-    recipe: DistillRecipe, teacher: Backbone, base_hash: str, prompts: list[str], run: Path, source: str, overrides: list[str], place: Path
+    recipe: DistillRecipe,
+    teacher: Backbone,
+    base_hash: str,
+    prompts: list[str],
+    run: Path,
+    source: str,
+    overrides: list[str],
+    place: Path,
 ) -> None:
-    """Train one stage with all that a run leaves. In the folder `place` lies what all stages share: embeddings and trajectories."""
+    """Train one stage and write all files of a run.
+
+    The folder `place` holds what all stages share: embeddings and trajectories.
+    """
     teacher = at_size(teacher, recipe.size)
     check_initial(recipe, teacher)
     first = is_first()
@@ -167,22 +207,29 @@ def run_stage(
     shape = {} if paths is None or not first else shape_seen(roles, paths)
     if shape:
         shape |= {"sampled_from": recipe.data and recipe.data.from_student}
-        write_json(run / SHAPE, shape)  # without the student's errors yet: a run that is stopped has a report too
+        # Without the student's errors yet: a run that is stopped has a report, too.
+        write_json(run / SHAPE, shape)
     if sharded(recipe):
         roles.shard(mesh_of_all(), default_device())
     found = latest_checkpoint(run)
-    barrier()  # nobody writes before all have looked
+    barrier()  # no process writes before all have looked
     start = 0 if found is None else int(found[1]["step"])
     log = MetricsLog(run / "metrics.jsonl" if first else None, start)
     if start:
         console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
     else:
         log.seconds = spent_before(recipe, run, paths)
-        (run / BEST / BEST_FILE).unlink(missing_ok=True)  # what lies there is another training's
+        (run / BEST / BEST_FILE).unlink(missing_ok=True)  # left by another training
     with distributed_errors():
         # Networks whose weights are sharded sample in all processes or in none.
-        preview = Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
-        keep = partial(write_best, run, recipe, roles, base_hash) if first and recipe.preview.keep_best and not sharded(recipe) else None
+        preview = (
+            Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
+        )
+        keep = (
+            partial(write_best, run, recipe, roles, base_hash)
+            if first and recipe.preview.keep_best and not sharded(recipe)
+            else None
+        )
 
         def resumed(step: Step) -> None:
             complete(recipe, step, preview, log, prompts, keep)
@@ -225,11 +272,11 @@ def spec_of(recipe: DistillRecipe, prompts: list[str]) -> RunSpec:
     return RunSpec(recipe.method, recipe.train, recipe.roles, prompts, images, trajectories, initial_folder(recipe))
 
 
-Keep = Callable[[Best, float], list[str]]  # (a preview's quality, seconds so far) -> what is to be said of it
+Keep = Callable[[Best, float], list[str]]  # (a preview's quality, seconds so far) -> warnings
 
 
 def drawing_of(recipe: DistillRecipe) -> Drawing:
-    """What the recipe's run draws."""
+    """Return what the previews of a recipe's run sample."""
     return Drawing(recipe.method, recipe.train.batch, recipe.preview.teacher_steps, recipe.preview.seed)
 
 
@@ -242,13 +289,16 @@ def training(
     prompts: Sequence[str],
     keep: Keep | None = None,
 ) -> bool:
-    """Go through the training and show, log and measure what comes; returns whether it was stopped before its end. Without `preview` only train."""
+    """Run the training, with previews, log and measurements.
+
+    Returns whether the training was stopped before the end. Without `preview` nothing is shown or measured.
+    """
     start, last, trend = log.iteration, recipe.train.iterations, Trend()
     if not start and preview is not None:
         judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, prompts)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         for step in steps:
-            if step.iteration <= start:  # a finished run's last step once more: it has been logged and shown
+            if step.iteration <= start:  # a finished run yields the last step again
                 break
             log.add(step)
             bar.advance(step.iteration, {k: v for k, v in step.metrics.items() if k.endswith("_loss")})
@@ -262,17 +312,32 @@ def training(
 
 
 def look_at(
-    recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None
+    recipe: DistillRecipe,
+    step: Step,
+    preview: Preview | None,
+    log: MetricsLog,
+    prompts: Sequence[str],
+    keep: Keep | None = None,
 ) -> None:
-    """Show and measure the student after an iteration where that is due."""
-    if preview is not None and (step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations):
+    """Show and measure the student where a preview is due."""
+    if preview is not None and (
+        step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations
+    ):
         judge(recipe, step, preview, log, prompts, keep)
 
 
-def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None) -> None:
-    """One preview: its pictures, what is measured on them, the best student so far, and everything that is to be said.
+def judge(
+    recipe: DistillRecipe,
+    step: Step,
+    preview: Preview,
+    log: MetricsLog,
+    prompts: Sequence[str],
+    keep: Keep | None = None,
+) -> None:
+    """Make one preview, measure the student and keep the best.
 
-    What the log knows of this iteration already is not made or said again.
+    The preview's warnings are printed. What the log already has of this iteration is not measured, logged or
+    printed again.
     """
     seen = preview.show(step.roles, step.iteration, recipe.method)
     values = {"distance": seen.distance, **{f"distance_{k}": d for k, d in seen.distances.items()}}
@@ -282,17 +347,30 @@ def judge(recipe: DistillRecipe, step: Step, preview: Preview, log: MetricsLog, 
     if any_rank(not quality and is_first()) if sharded(recipe) else not quality and is_first():
         quality = measure(recipe, step, log, prompts)
     value = seen.distance if recipe.preview.protocol is None else quality.get("fd_real")
-    kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds) if keep else []
-    said = [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]  # at its end a run says what it missed
+    kept = (
+        keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds)
+        if keep
+        else []
+    )
+    # After the last iteration `missed` says what the best student was.
+    said = [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]
     if said and "warnings" not in log.known:
         console.print("\n".join(f"iteration {step.iteration}: {w}" for w in said))
         log.note(step.iteration, {"warnings": said})
 
 
 def complete(
-    recipe: DistillRecipe, step: Step, preview: Preview | None, log: MetricsLog, prompts: Sequence[str], keep: Keep | None = None
+    recipe: DistillRecipe,
+    step: Step,
+    preview: Preview | None,
+    log: MetricsLog,
+    prompts: Sequence[str],
+    keep: Keep | None = None,
 ) -> None:
-    """Make again what a kill after the checkpoint of this step took: its line, its preview, its point of the quality curves."""
+    """Redo what a kill after this step's checkpoint took.
+
+    The step's line in the log, the preview and the point of the quality curves are made where missing.
+    """
     if "seconds" not in log.known and step.metrics:
         log.add(step)
     look_at(recipe, step, preview, log, prompts, keep)
@@ -300,43 +378,68 @@ def complete(
 
 
 def initial_student(data: DataConfig | None) -> Path | None:
-    """Return the folder of the student whose trajectories are learned from. Raises ValueError if there is none."""
+    """Return the folder of the student that generates the trajectories.
+
+    Raises ValueError if there is none.
+    """
     return None if data is None or data.from_student is None else require_folder(data.from_student, "data.from_student")
 
 
 def initial_folder(recipe: DistillRecipe) -> Path | None:
-    """Return the folder of the student that training is initialized from. Raises ValueError if there is none."""
+    """Return the folder of the student to initialize from.
+
+    Raises ValueError if there is none.
+    """
     return None if recipe.init_from is None else require_folder(recipe.init_from, "init_from")
 
 
 def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:
-    """Check that the students named by `init_from` and `data.from_student` exist and are compatible. Raises ValueError."""
+    """Check that the students named in a recipe exist and fit.
+
+    The students are those of `init_from`, `data.from_student` and the warm start. The previews' steps and
+    prompts are checked, too. Raises ValueError.
+    """
     if (folder := initial_folder(recipe)) is not None:
         inherited_head(recipe.method, teacher, folder)
     require_preview_steps(recipe, teacher)
+    if isinstance(teacher, PixelModel) and recipe.preview.prompts:
+        with in_options({"prompts": "preview.prompts"}):
+            teacher.encode(recipe.preview.prompts)
     roles, layer = recipe.roles, teacher.time_layer
     if (own := recipe.warm_start) is not None and (roles.rank or not roles.lora):  # a head alone is not conditioned
         bare = not roles.lora or any(skipped in layer for skipped in roles.exclude)
-        check_conditioning("the warm start's student", own.method.condition_values, recipe.method.condition_values, "" if bare else layer)
+        check_conditioning(
+            "the warm start's student",
+            own.method.condition_values,
+            recipe.method.condition_values,
+            "" if bare else layer,
+        )
     if recipe.warm_start is not None:
         initial_student(recipe.warm_start.data)
-    if recipe.warm_start is None or recipe.data is None or recipe.data.from_student != WARM_START:  # that one is still to come
+    # The warm start's student does not exist yet.
+    if recipe.warm_start is None or recipe.data is None or recipe.data.from_student != WARM_START:
         initial_student(recipe.data)
 
 
 def require_preview_steps(recipe: DistillRecipe, teacher: Backbone) -> None:
-    """Raises ValueError where the teacher cannot take the steps of the previews' top row, before anything is walked or trained."""
+    """Check that the teacher can take the previews' steps.
+
+    Raises ValueError before anything is generated or trained.
+    """
     try:
         timegrid.uniform(teacher.schedule, recipe.preview.teacher_steps)
     except ValueError as error:
         raise ValueError(f"preview.teacher_steps: {str(error).removeprefix('steps: ')}") from error
 
 
-WARM_START = "warm_start"  # the folder inside a run that holds the stage that comes first
+WARM_START = "warm_start"  # the folder of the first stage inside a run
 
 
 def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: Sequence[str]) -> Mapping[str, Any]:
-    """A point of the quality curves, where the recipe asks for them; empty where it does not."""
+    """Measure a point of the quality curves.
+
+    Returns an empty mapping where the recipe asks for no curves.
+    """
     if recipe.preview.protocol is None:
         return {}
     if quality := measure_step(step, recipe.preview.protocol, recipe.real, prompts):
@@ -345,7 +448,10 @@ def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: Sequenc
 
 
 def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
-    """What `--dry-run` prints: the settings, what they need, and what is looked at before a training. Nothing is left of it."""
+    """Print what `--dry-run` shows, and leave no files.
+
+    Prints each stage's settings, memory, first batch and times, then the checks before a training.
+    """
     initial_folder(recipe)
     require_loadable(recipe.teacher)
     teacher, plans = plans_of(recipe)
@@ -368,7 +474,10 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
 
 
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
-    """What each role trains, of how many weights, and bytes, counted by storage."""
+    """Print what each role trains, in weights and bytes.
+
+    Bytes are counted by storage, so that shared weights count once.
+    """
     held = {id(t): t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())}
     for p in (p for r in roles.trained.values() for p in r.values() if roles.config.lora):
         held.pop(id(p), None)
@@ -381,6 +490,6 @@ def print_roles(roles: Roles, optimizer: OptimizerName) -> None:
         count, size = sum(p.numel() for p in parameters.values()), storage_bytes(*parameters.values())
         state = state_bytes(parameters.values(), optimizer)
         console.print(
-            f"  {role}: trains {count / 1e6:.2f} M of {weights / 1e6:.1f} M weights, {100 * count / weights:.1f} %, in {len(parameters)} tensors, "
-            f"{size / 2**20:.1f} MiB, {optimizer} state {state / 2**20:.1f} MiB"
+            f"  {role}: trains {count / 1e6:.2f} M of {weights / 1e6:.1f} M weights, {100 * count / weights:.1f} %, "
+            f"in {len(parameters)} tensors, {size / 2**20:.1f} MiB, {optimizer} state {state / 2**20:.1f} MiB"
         )

@@ -1,4 +1,4 @@
-"""`fewstep export`: a student as files that are right by themselves for one of its step counts."""
+"""`fewstep export`: a student as files for one of its step counts."""
 
 import os
 from dataclasses import replace
@@ -18,9 +18,18 @@ from .sample import open_student
 
 
 def run_export(
-    source: str, out: Path, form: str, steps: int | None, base: str | None, guidance: float | None = None, dtype: str | None = None
+    source: str,
+    out: Path,
+    form: str,
+    steps: int | None,
+    base: str | None,
+    guidance: float | None = None,
+    dtype: str | None = None,
 ) -> None:
-    """Write, load again, draw and compare. `dtype` is that of whole networks, by default the base's."""
+    """Write the files, load them again, sample and compare.
+
+    `dtype` is that of whole networks, by default the base's.
+    """
     quiet()
     folder = require_folder(source, "student")
     whole = [name for name, known in FORMATS.items() if known.whole]
@@ -31,11 +40,15 @@ def run_export(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(DTYPES)}")
     if dtype is not None and form not in whole:
-        raise ValueError(f"--dtype: got {dtype} with --format {form}, whose LoRA stays as it was trained; it is for {' and '.join(whole)}")
+        raise ValueError(
+            f"--dtype: got {dtype} with --format {form}, whose LoRA stays as it was trained; "
+            f"it is for {' and '.join(whole)}"
+        )
     require_parent(out, "DIR")
-    student = open_student(folder, base, torch.float32)  # files are compared to a precision that halves do not have
+    # The comparison needs more precision than half precision has.
+    student = open_student(folder, base, torch.float32)
     card = student.card
-    if base is not None:  # what is written goes with this one
+    if base is not None:  # the files will be used with this base
         student = replace(student, card=replace(card, base=base, base_hash=fingerprint(student.backbone.module)))
     count = steps or card.steps[0]
     if count not in card.steps:
@@ -48,9 +61,11 @@ def run_export(
     called = pipeline_nfe(student.backbone.schedule, card.analytic_first_step, count)
     if called > (least := card_nfe(card, count)):
         console.print(
-            f"note: in a pipeline of this family its {count} steps take {called} network calls; fewstep.sample makes {least}, its first step is analytic"
+            f"note: in a pipeline of this family its {count} steps take {called} network calls; "
+            f"fewstep.sample makes {least}, its first step is analytic"
         )
     rounded = "" if found.rounded is None else f"; rounded to {name_of(kept)}, as the base was, {found.rounded:.1e}"
     console.print(
-        f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: largest difference of a pixel {found.difference:.1e}{rounded}"
+        f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: "
+        f"largest difference of a pixel {found.difference:.1e}{rounded}"
     )

@@ -1,4 +1,4 @@
-"""What a finished training becomes: a student's files, its numbers, its report, and a word to whoever waited."""
+"""What follows a training: student files, evaluation, report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,15 +30,28 @@ from .progress import console
 
 
 def finish(
-    recipe: DistillRecipe, roles: Roles, preview: Preview, run: Path, base_hash: str, seconds: float, prompts: Sequence[str]
+    recipe: DistillRecipe,
+    roles: Roles,
+    preview: Preview,
+    run: Path,
+    base_hash: str,
+    seconds: float,
+    prompts: Sequence[str],
 ) -> None:
-    """Export the averaged student, measure it, write the report, and say what to do next."""
+    """Export the averaged student, evaluate, and write the report.
+
+    Prints where the results are and what to do next.
+    """
     method = recipe.method
     with roles.averaged():
         student = Student.of(roles, method, origin_of(recipe, base_hash, recipe.train.iterations, seconds))
         student.write(run / "final")
         save_pictures(run / PICTURES, preview.compare(roles, method))
-    result = evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts) if recipe.evaluate else None
+    result = (
+        evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts)
+        if recipe.evaluate
+        else None
+    )
     report = render_run(run)
     most = recipe.preview.teacher_steps
     teacher = total_nfe(most, nfe_per_step(preview.null, method.guidance))
@@ -49,7 +62,10 @@ def finish(
 
 
 def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, now: Best, seconds: float) -> list[str]:
-    """Keep the averaged student of this preview in `run/best` if it is the best so far; returns what is to be said of the last ones."""
+    """Keep the averaged student in `run/best` if better than before.
+
+    Returns the warnings of `keep_best`.
+    """
 
     def write(folder: Path) -> None:
         with roles.averaged():
@@ -60,30 +76,50 @@ def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, n
 
 def origin_of(recipe: DistillRecipe, base_hash: str, iterations: int, seconds: float) -> Origin:
     """Return how the student of so many iterations came about."""
-    called = recipe.method.name if recipe.warm_start is None else f"{recipe.warm_start.method.name}-{recipe.method.name}"
+    called = (
+        recipe.method.name if recipe.warm_start is None else f"{recipe.warm_start.method.name}-{recipe.method.name}"
+    )
     base, size = absolute(recipe.teacher), recipe.size or 0
     return Origin(base, base_hash, iterations, seconds, called, hardware(), _trained_from(recipe), size, recipe.dtype)
 
 
 def _trained_from(recipe: DistillRecipe) -> str:
-    """Return what a model card says about the data, and about a teacher that was not quite its base."""
+    """Return what a model card says about the training data.
+
+    The text also names the quantization of a teacher whose weights were not quite those of the base.
+    """
     rounded = f", next to its base in {recipe.roles.quantize}" if recipe.roles.quantize else ""
     if recipe.data is None or recipe.data.source == "trajectories":
         return f"prompts alone{rounded}"
-    return ("prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images") + rounded
+    return (
+        "prompts and images sampled from the teacher" if recipe.data.source == "teacher" else "captioned images"
+    ) + rounded
 
 
 def shape_seen(roles: Roles, paths: Trajectories) -> dict[str, Any]:
-    """What a report shows of the teacher's trajectories; says how well the curve fits them, the head's own where there is one."""
+    """Return what a report shows of the teacher's trajectories.
+
+    Prints how well the curve fits the trajectories. A head has a curve of its own, which is then used.
+    """
     curve = roles.head.facts.curve if isinstance(roles.head, Head) else None
     shape = shape_of(roles.backbone.schedule, paths.whole, paths.grid, curve)
-    fits, bends = (", ".join(f"{x:.4f}" for x in shape["r2"]), ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]))
-    console.print(f"curve of the trajectories: R² {fits}; 1, 2, 3 directions explain {bends} % of what is beside the straight line")
+    fits, bends = (
+        ", ".join(f"{x:.4f}" for x in shape["r2"]),
+        ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]),
+    )
+    console.print(
+        f"curve of the trajectories: R² {fits}; "
+        f"1, 2, 3 directions explain {bends} % of what is beside the straight line"
+    )
     return shape
 
 
 def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int = 16) -> dict[str, Any]:
-    """How the teacher's own few steps and the student stray from the teacher's trajectories, for every step count."""
+    """Measure how few steps stray from the teacher's trajectories.
+
+    Compares the teacher's own DDIM steps and the student's steps, for every step count, on the first `count`
+    trajectories.
+    """
     teacher, goals, walks = roles.backbone, paths.states[:count], {}
     device = device_of(teacher.module)
     cond = {k: v[:count].to(device) for k, v in paths.embeddings.cond.items()}
@@ -96,7 +132,9 @@ def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int =
                 f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
             }
             for name, (denoise, solver, correct) in own.items():
-                states = [s.x.cpu() for s in sample(denoise, teacher.schedule, goals[:, 0].to(device), times, solver, correct)]
+                states = [
+                    s.x.cpu() for s in sample(denoise, teacher.schedule, goals[:, 0].to(device), times, solver, correct)
+                ]
                 walks[name] = (times, torch.stack(states, 1))
     return trajectory_errors(teacher.schedule, goals, paths.times, walks)
 
@@ -104,21 +142,29 @@ def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int =
 def print_ending(
     run: Path, report: Path, result: dict[str, Any] | None, seconds: float, cost: str, commands: list[tuple[str, str]]
 ) -> None:
-    """Where things are, the network calls of a picture (`cost`), the three numbers that matter, the first and the last of what one does next."""
+    """Print the run's files, the main numbers and the next commands.
+
+    `cost` says the NFE of an image. Of `commands` the first and the last are printed.
+    """
     console.print(f"\nstudent  {run / 'final'}\nreport   {report.resolve()}\ncalls    {cost}")
     if result is not None:
         rows = result["rows"]
         student, best = max((r for r in rows if r["model"] == "student"), key=lambda r: r["steps"]), rows[0]
         console.print(f"quality  {quality_of(student, best, rows)}")
-        console.print(f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x faster per picture than the teacher")
+        console.print(
+            f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x "
+            "faster per picture than the teacher"
+        )
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
 
 
 def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> str:
-    """How far a student is from real pictures, beside its teacher, or where there are none from its teacher; rows of eval.json.
+    """Say how far a student is from real images.
 
-    Of the teacher's `rows` at the student's cost the best is named.
+    Where nothing was compared with real images, the distance is that to the teacher. `student`, `teacher`
+    and `rows` are rows of eval.json. The teacher's distance stands next to the student's; of the teacher's
+    `rows` at the student's cost the best is named, too.
     """
     cost, real = plural(student["nfe"], "network call"), student["fd_real"] is not None
     key = "fd_real" if real else "fd_teacher"
@@ -127,4 +173,6 @@ def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Seq
     if not real:
         far = f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}"
         return f"{far}{beside and f', the teacher{beside[1:]}'}, {student['n']} pictures"
-    return f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}{beside}"
+    return (
+        f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}{beside}"
+    )

@@ -1,4 +1,4 @@
-"""What a run is given to learn from: its prompts, and a word on what was found and on what is going to be written."""
+"""The prompts of a run, and what is printed about them."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,14 +12,22 @@ from .progress import console
 
 
 def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
-    """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
+    """Return the recipe's prompts.
+
+    `bundled` stands for the prompts of a bundled teacher. A model without conditions has the empty prompt
+    alone.
+    """
     if not teacher.encode([""]):
         return [""]
     return prompts_from(recipe.prompts.source, recipe.prompts.column, recipe.teacher, say_found)
 
 
 def prompts_from(source: str, column: str | None, teacher: str, say: Callable[[Found], None] = ignore) -> list[str]:
-    """Prompts of a file, a data set, or `bundled` with this teacher; of all but these `say` hears what was found. Raises ValueError."""
+    """Read prompts of a file, a data set or a bundled teacher.
+
+    `bundled` stands for the prompts of the teacher. For any other source `say` is called with what was
+    found. Raises ValueError.
+    """
     if source != "bundled":
         prompts, found = find_prompts(source, column)
         say(found)
@@ -27,17 +35,18 @@ def prompts_from(source: str, column: str | None, teacher: str, say: Callable[[F
     shipped = BUNDLED / source_of(teacher).place / "prompts.txt"
     if not shipped.is_file():
         raise ValueError(
-            f"prompts: teacher {teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
+            f"prompts: teacher {teacher} brings no prompts of its own; "
+            "pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
         )
     return find_prompts(str(shipped))[0]
 
 
 def say_of_prompts(teacher: Backbone, prompts: Sequence[str]) -> None:
-    """Print what encoders cut of them, and which signs they do not understand."""
+    """Print what encoders cut, and which characters they do not know."""
     for line in said_of_prompts(teacher, prompts):
         console.print(line, markup=False)
 
 
 def say_found(found: Found) -> None:
-    """One line on what a source has."""
+    """Print one line on what a source has."""
     console.print(found.line, markup=False)

@@ -1,4 +1,7 @@
-"""`fewstep sample`: pictures from a student or a teacher, the teacher's beside on request."""
+"""`fewstep sample`: images from a student or a teacher.
+
+On request the teacher's images stand next to the student's.
+"""
 
 import time
 from collections.abc import Sequence
@@ -21,12 +24,16 @@ from ..student.card import card_nfe
 from ..student.folder import find_folder, read_card
 from ..student.student import Student
 from ..training.loop import default_device
+from .options import in_options
 from .preflight import note_shadowed, require_output
 from .progress import console
 
 
 def open_model(source: str, base: str | None = None) -> Backbone | Student:
-    """A student or a teacher. Raises ValueError with one line when it is neither."""
+    """Open a student or a teacher.
+
+    Raises ValueError with one line where the source is neither.
+    """
     folder = find_folder(source)
     if folder is not None:
         return open_student(folder, base)
@@ -37,7 +44,10 @@ def open_model(source: str, base: str | None = None) -> Backbone | Student:
 
 
 def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> Student:
-    """A student on its base, or on another; says so where that has other weights than the one that it was trained on."""
+    """Open a student on its base, or on another base.
+
+    Prints a note where the base has other weights than the base that the student was trained on.
+    """
     student = Student.read(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
     if note := student.base_note():
         console.print(f"note: {note}")
@@ -45,9 +55,10 @@ def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | Non
 
 
 def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
-    """What this model draws: the prompts given, or the empty one where it takes none. Raises ValueError for what it does not take.
+    """Return the prompts that this model samples.
 
-    To a model of classes the empty prompt is no class.
+    These are the given prompts, or the empty prompt for a model that takes none. Raises ValueError for
+    prompts that the model does not take. To a model of classes the empty prompt is no class.
     """
     if not backbone.encode([""]):
         if asked := next((p for p in given if p.strip()), ""):
@@ -56,7 +67,8 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     if isinstance(backbone, PixelModel):
         if not given:
             raise ValueError(
-                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {quoted(backbone.labels[0])}"
+                f"--prompt: got none, {backbone.name} draws {backbone.classes}; "
+                f"say which, e.g. -p {quoted(backbone.labels[0])}"
             )
         backbone.encode(given)
         return list(given)
@@ -65,7 +77,8 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     return list(given)
 
 
-FLAT = 1 / 255  # a picture whose pixels differ by less is one colour
+MOST = 1024  # images per prompt
+FLAT = 1 / 255  # an image whose pixels differ by less is one colour
 
 
 def run_sample(
@@ -81,13 +94,21 @@ def run_sample(
     solver: str | None,
     out: Path,
 ) -> None:
-    """Draw, write one PNG grid (a row per model; videos as strips, and as mp4 beside), and print its path and the time a picture took."""
+    """Sample, write one PNG grid, and print its path.
+
+    The grid has a row per model. Videos are shown as strips of frames, and written as mp4 next to the grid.
+    The time per image is printed, too.
+    """
     quiet()
     require_output(out, "-o")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"-o: got {out.name}, allowed are names that end in .png; pass {out.with_suffix('.png').name}")
     if steps is not None and steps < 1:
         raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
-    if count < 1:
-        raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
+    if not 1 <= count <= MOST:
+        raise ValueError(f"--count: got {count}, allowed are whole numbers from 1 to {MOST}")
+    with in_options({"guidance.scale": "--guidance", "guidance.rescale": "--guidance-rescale"}):
+        wished = Guidance(scale=1.0 if guidance is None else guidance, rescale=rescale or 0.0)
     require_seed(seed, "--seed")
     if rescale is not None and find_folder(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
@@ -100,24 +121,29 @@ def run_sample(
         card = model.card
         if guidance not in (None, 1.0) and not card.guidance_scales:
             raise ValueError(
-                f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {card.guidance.scale:g}); leave it out"
+                f"--guidance: got {guidance}, this student has guidance baked "
+                f"in (teacher's scale {card.guidance.scale:g}); leave it out"
             )
         if guidance is not None and card.guidance_scales and guidance not in card.guidance_scales:
             known = ", ".join(f"{w:g}" for w in card.guidance_scales)
-            console.print(f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken")
+            console.print(
+                f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken"
+            )
         taken = steps or model.card.steps[0]
         check_steps(model, taken, "--steps")
         if taken not in model.card.steps:
-            console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")
+            console.print(
+                f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}"
+            )
         if compare:
             pictures.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
             labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")
-        pictures.append(_timed(model, wanted, seeds, taken, Guidance(scale=guidance or 1.0), solver))
+        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
         labels.append(f"student, {plural(taken, 'step')}")
     else:
-        taken, scale = steps or 50, 1.0 if guidance is None else guidance
-        pictures.append(_timed(model, wanted, seeds, taken, Guidance(scale=scale, rescale=rescale or 0.0), solver))
-        labels.append(f"teacher, {plural(taken, 'step')}, guidance {scale:g}")
+        taken = steps or 50
+        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
+        labels.append(f"teacher, {plural(taken, 'step')}, guidance {wished.scale:g}")
     write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
     console.print(str(out.resolve()))
     if pictures[-1].ndim == 5:
@@ -129,7 +155,8 @@ def _timed(
     model: Backbone | Student, prompts: list[str], seeds: list[int], steps: int, guidance: Guidance, solver: str | None
 ) -> torch.Tensor:
     began = time.perf_counter()
-    result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
+    with in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}):
+        result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
     if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
         console.print(f"warning: {flat} of {len(result)} pictures are one colour; run fewstep doctor TEACHER")

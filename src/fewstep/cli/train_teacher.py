@@ -1,4 +1,7 @@
-"""`fewstep train-teacher`: the bundled teachers from their data, resumable."""
+"""`fewstep train-teacher`: train the bundled teachers from their data.
+
+A stopped training resumes.
+"""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -23,7 +26,10 @@ from .signals import stop_request
 
 
 def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> None:
-    """Train every stage of the recipe in turn; the same command again resumes."""
+    """Train every stage of the recipe in turn.
+
+    The same command again resumes.
+    """
     quiet()
     run = out or Path("runs") / Path(source).stem
     steps: Generator[tuple[str, FitStep], None, None]
@@ -36,7 +42,11 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
         steps, stages = finetune_teacher(recipe, run), {"finetune": recipe.fit.steps}
     else:
         config = read_recipe(source, overrides, TeacherConfig)
-        stages = {"codec": config.codec.fit.steps, "decoder": config.codec.decoder.steps, "denoiser": config.denoiser.fit.steps}
+        stages = {
+            "codec": config.codec.fit.steps,
+            "decoder": config.codec.decoder.steps,
+            "denoiser": config.denoiser.fit.steps,
+        }
         steps = train_teacher(config, run)
     require(place_checks(run), "--out")
     with held(run), stop_request() as request:
@@ -55,7 +65,10 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
 
 
 def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, FitStep], None, None]:
-    """Fine-tune a teacher on real pictures; ends with `run/teacher`, an ordinary pipeline folder, and the captions as its prompts."""
+    """Fine-tune a teacher on real images.
+
+    Ends with `run/teacher`, an ordinary pipeline folder with the captions as prompts.
+    """
     teacher = load_teacher(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
     if not checkpoints(run):
@@ -66,5 +79,5 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
     yield from (("finetune", step) for step in training)
     pipeline_of(teacher).save_pretrained(run / "teacher")
-    captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_pictures(source)[0])  # one a line
+    captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_pictures(source)[0])  # one per line
     write_text(run / "teacher" / "prompts.txt", "".join(f"{c}\n" for c in captions if c))

@@ -1,4 +1,7 @@
-"""The student's own trajectory: roll out to a drawn segment without gradient, and take that one step with it."""
+"""Rollout of the student's own trajectory to a drawn segment.
+
+The rollout to the segment has no gradient. The caller takes the step of the segment with gradient.
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +12,7 @@ from .prediction import Split
 from .schedule import Schedule
 from .solvers import DDIM, Correction, Denoise, Solver, SolverHistory, SolverStep, step
 
-DenoiseRows = Callable[[slice], Denoise]  # the denoiser under the conditions of these rows of the batch
+DenoiseRows = Callable[[slice], Denoise]  # rows of the batch -> denoiser under their conditions
 
 
 def segment_starts(
@@ -22,11 +25,15 @@ def segment_starts(
     correct: Correction | None = None,
     calls: int = 0,
 ) -> tuple[Tensor, SolverHistory]:
-    """Return the states at the noisy end of each sample's segment, `x_{t_{m+1}}` [B, ...], and their history; without gradient.
+    """Return the states at the noisy end of each sample's segment.
 
-    x [B, ...] at times[0]; segments [B], sorted ascending, 0 starts from noise. Only samples with steps left are evaluated, so a
-    batch spread evenly over K segments costs (K - 1)/2 network calls, not K - 1. With `calls`, one-sample dummy calls pad the rollout
-    to a fixed number of forwards, as FSDP requires. Multistep solvers and corrections need the history for the next step.
+    Returns `x_{t_{m+1}}` [B, ...] and the samples' history, both without gradient. Multistep solvers and
+    corrections need the history for the next step.
+
+    x [B, ...] at times[0]; segments [B], sorted ascending; segment 0 starts from noise. Only samples with
+    steps left are evaluated, so a batch spread evenly over K segments costs `(K - 1)/2` network calls per
+    sample, not `K - 1`. With `calls`, one-sample dummy calls pad the rollout to a fixed number of forward
+    passes, as FSDP requires.
     """
     x, noise = x.clone(), x / schedule.start_std
     steps = [_no_step(schedule, x) for _ in range(solver.memory if correct is None else len(times) - 2)]
@@ -44,14 +51,17 @@ def segment_starts(
 
 
 def _no_step(schedule: Schedule, x: Tensor) -> SolverStep:
-    """Return a step that counts for no sample: at clean data."""
+    """Return a placeholder step at clean data, which no sample uses."""
     t = torch.full((len(x),), schedule.t_clean, dtype=torch.float64, device=x.device)
     return SolverStep(t, *(Split(torch.zeros_like(x), torch.zeros_like(x)) for _ in range(2)))
 
 
 def _rows(history: SolverHistory, rows: slice) -> SolverHistory:
-    """Copy what belongs to these rows."""
-    steps = [SolverStep(s.t[rows].clone(), *(Split(*(p[rows].clone() for p in q)) for q in (s.pred, s.used))) for s in history.steps]
+    """Copy the part of a history that belongs to these rows."""
+    steps = [
+        SolverStep(s.t[rows].clone(), *(Split(*(p[rows].clone() for p in q)) for q in (s.pred, s.used)))
+        for s in history.steps
+    ]
     return SolverHistory(history.noise[rows], steps)
 
 

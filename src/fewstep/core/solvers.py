@@ -1,7 +1,8 @@
-"""Samplers. A solver is one rule: the prediction (x0, eps) along which its step is taken.
+"""Solvers and sampling.
 
-`x_s = alpha_s x0 + sigma_s eps` with the network's own prediction is DDIM; multistep solvers use past predictions as well, a head may
-correct the direction (`heads`), and `sample` takes any of them down a time grid.
+A solver is one rule: the prediction (x0, eps) used for a step. `x_s = alpha_s x0 + sigma_s eps` with the
+network's own prediction is DDIM. Multistep solvers also use past predictions. A head may correct the
+direction (`heads`). `sample` applies a solver along a time grid.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,10 @@ Noise = Callable[[Tensor], Tensor]  # fresh standard noise in the shape, dtype a
 
 
 class SolverStep(NamedTuple):
-    """One past step: time [B], the prediction, and the prediction used for the update."""
+    """One past step of a trajectory.
+
+    The fields are the time [B], the network's prediction, and the prediction used for the update.
+    """
 
     t: Tensor
     pred: Split
@@ -28,9 +32,10 @@ class SolverStep(NamedTuple):
 
 
 class SolverHistory(NamedTuple):
-    """A trajectory's starting noise [B, ...] of unit variance, and its past steps, the newest first.
+    """Starting noise and past steps of a trajectory.
 
-    A step whose time is not noisier than a sample's own is none of that sample's.
+    The starting noise [B, ...] has unit variance. The newest step comes first. A past step counts for a
+    sample only if the step's time is noisier than the sample's time.
     """
 
     noise: Tensor
@@ -38,7 +43,11 @@ class SolverHistory(NamedTuple):
 
 
 class State(NamedTuple):
-    """One point of a trajectory: time [B], state [B, ...], and the clean estimate that led to it (None at the start)."""
+    """One point of a trajectory.
+
+    The fields are the time [B], the state [B, ...], and the clean estimate that led to the state (None at the
+    start).
+    """
 
     t: Tensor
     x: Tensor
@@ -47,44 +56,62 @@ class State(NamedTuple):
 
 # (schedule, prediction at t, t, next t, past steps, noise) -> the prediction used for the update
 Update = Callable[[Schedule, Split, Tensor, Tensor, Sequence[SolverStep], Noise], Split]
-Correction = Callable[[Split, Tensor, Tensor, SolverHistory], Split]  # (prediction, t, next t, history) -> corrected prediction
+Correction = Callable[
+    [Split, Tensor, Tensor, SolverHistory], Split
+]  # (prediction, t, next t, history) -> corrected prediction
 
 
-SIGNAL = 2**-12  # alpha of pure noise where it is divided by, as in diffusers
+SIGNAL = 2**-12  # alpha of pure noise wherever alpha is a divisor, as in diffusers
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A rule, and what others need to know of it.
+    """A solver's update rule and the solver's properties.
 
-    `stock`: the kind of scheduler in diffusers that takes the same steps; empty for none, then fewstep's own scheduler samples students.
-    `clients`: the sampler's name in other programs; one that is not there has none.
+    `stock` is the kind of scheduler in diffusers that takes the same steps; if `stock` is empty, fewstep's
+    own scheduler samples students. `clients` holds the sampler's name in other programs; a missing program
+    has no such sampler.
     """
 
     name: str
     update: Update
     order: int = 1
-    memory: int = 0  # past steps that it uses
+    memory: int = 0  # past steps that the update uses
     stochastic: bool = False
     stock: Literal["dpm-solver++", "lcm", ""] = ""
     clients: Mapping[Literal["comfyui", "a1111"], str] = field(default_factory=dict)
-    noise: Noise = torch.randn_like  # what a stochastic one draws
+    noise: Noise = torch.randn_like  # noise source of a stochastic solver
 
 
 def ddim(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
-    """Return the network's own prediction: DDIM (arXiv 2010.02502, eq. 12 with eta = 0)."""
+    """Return the network's own prediction, as DDIM does.
+
+    Source: arXiv 2010.02502, eq. 12 with eta = 0.
+    """
     return pred
 
 
 def dpmpp(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
-    """Extrapolate x0 in half the log signal-to-noise ratio: DPM-Solver++(2M) (arXiv 2211.01095, alg. 2).
+    """Extrapolate x0 in half the log signal-to-noise ratio (DPM-Solver++(2M)).
 
-    Without a past step and into clean data it is DDIM, as in diffusers. Pure noise counts as alpha = `SIGNAL`,
-    so that the step after it extrapolates a little.
+    Without a past step, and for a step into clean data, the update equals DDIM, as in diffusers. Pure noise
+    counts as alpha = `SIGNAL`, so the step after pure noise extrapolates a little.
+
+    Source: arXiv 2211.01095, alg. 2.
     """
     if not steps:
         return pred
@@ -94,17 +121,32 @@ def dpmpp(
     usable = torch.isfinite(h) & torch.isfinite(h_last) & (before.t > t)
     ratio = torch.where(usable, h / (2 * h_last), torch.zeros_like(h))
     change = expand(ratio, pred.x0) * (pred.x0 - before.pred.x0)
-    # The state stays what it is: alpha x0 + sigma eps.
+    # Keep the state alpha x0 + sigma eps unchanged.
     return Split(pred.x0 + change, pred.eps - expand(schedule.alpha(t) / schedule.sigma(t), change) * change)
 
 
-ADAMS_BASHFORTH = ((1.0, 0.0, 0.0, 0.0), (3 / 2, -1 / 2, 0.0, 0.0), (23 / 12, -16 / 12, 5 / 12, 0.0), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+ADAMS_BASHFORTH = (
+    (1.0, 0.0, 0.0, 0.0),
+    (3 / 2, -1 / 2, 0.0, 0.0),
+    (23 / 12, -16 / 12, 5 / 12, 0.0),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
 
 def ipndm(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
-    """Combine eps of up to three past steps by Adams and Bashforth's coefficients: iPNDM (arXiv 2204.13902)."""
+    """Combine up to four predictions of eps (iPNDM).
+
+    The current eps and the eps of up to three past steps are combined with Adams-Bashforth coefficients.
+
+    Source: arXiv 2204.13902.
+    """
     if not steps:
         return pred
     steps = steps[:3]
@@ -117,40 +159,78 @@ def ipndm(
 
 
 def renoise(
-    schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, steps: Sequence[SolverStep] = (), noise: Noise = torch.randn_like
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    steps: Sequence[SolverStep] = (),
+    noise: Noise = torch.randn_like,
 ) -> Split:
-    """Replace eps by fresh noise: stochastic few-step sampling (consistency models; DMD2)."""
+    """Replace eps by fresh noise.
+
+    This is stochastic few-step sampling (consistency models; DMD2).
+    """
     return Split(pred.x0, noise(pred.x0))
 
 
-DDIM = Solver("ddim", ddim, stock="dpm-solver++", clients={"comfyui": "euler", "a1111": "Euler"})  # Euler's steps on noise levels
+# DDIM takes Euler steps on noise levels.
+DDIM = Solver("ddim", ddim, stock="dpm-solver++", clients={"comfyui": "euler", "a1111": "Euler"})
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
         DDIM,
-        Solver("dpmpp", dpmpp, order=2, memory=1, stock="dpm-solver++", clients={"comfyui": "dpmpp_2m", "a1111": "DPM++ 2M"}),
+        Solver(
+            "dpmpp",
+            dpmpp,
+            order=2,
+            memory=1,
+            stock="dpm-solver++",
+            clients={"comfyui": "dpmpp_2m", "a1111": "DPM++ 2M"},
+        ),
         Solver("ipndm", ipndm, order=4, memory=3),
-        Solver("renoise", renoise, stochastic=True, stock="lcm", clients={"comfyui": "lcm"}),  # A1111's LCM visits times of its own
+        Solver(
+            "renoise",
+            renoise,
+            stochastic=True,
+            stock="lcm",
+            clients={"comfyui": "lcm"},
+            # A1111 has no equal sampler: A1111's LCM uses other times.
+        ),
     )
 }
 
 
 def solver_named(name: str, noise: Noise = torch.randn_like) -> Solver:
-    """Return the solver called `name`; `noise` is what a stochastic one draws. Raises ValueError for an unknown name."""
+    """Return the solver called `name`.
+
+    `noise` is the noise source of a stochastic solver. Raises ValueError for an unknown name.
+    """
     if name not in SOLVERS:
         raise ValueError(f"solver: got {name!r}, allowed are {', '.join(SOLVERS)}")
     return replace(SOLVERS[name], noise=noise)
 
 
 def ddim_step(schedule: Schedule, pred: Split, t_next: Tensor) -> Tensor:
-    """Return `x_s = alpha_s x0 + sigma_s eps` at t_next [B]."""
+    """Return the state of a DDIM step to t_next.
+
+    `x_s = alpha_s x0 + sigma_s eps`, with s = t_next [B].
+    """
     return diffuse(schedule, pred.x0, t_next, pred.eps)
 
 
 def step(
-    solver: Solver, schedule: Schedule, pred: Split, t: Tensor, t_next: Tensor, history: SolverHistory, correct: Correction | None = None
+    solver: Solver,
+    schedule: Schedule,
+    pred: Split,
+    t: Tensor,
+    t_next: Tensor,
+    history: SolverHistory,
+    correct: Correction | None = None,
 ) -> tuple[Tensor, SolverStep]:
-    """Take one step from t to t_next [B]; return the next state and the step for the history."""
+    """Take one solver step from t to t_next.
+
+    t, t_next [B]. Returns the next state and the `SolverStep` for the history.
+    """
     used = solver.update(schedule, pred, t, t_next, history.steps, solver.noise)
     if correct is not None:
         used = correct(used, t, t_next, history)
@@ -158,9 +238,17 @@ def step(
 
 
 def sample(
-    denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, solver: Solver = DDIM, correct: Correction | None = None
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    solver: Solver = DDIM,
+    correct: Correction | None = None,
 ) -> Iterator[State]:
-    """Yield the K + 1 states of `solver` down `times [K + 1]` from `x [B, ...]`, one network call a step."""
+    """Yield the K + 1 states of a trajectory.
+
+    The solver integrates down `times [K + 1]` from `x [B, ...]`, with one network call per step.
+    """
     t = times[0].to(x.device).expand(len(x))
     history = SolverHistory(x / schedule.start_std)
     keep = solver.memory if correct is None else len(times)
@@ -173,22 +261,32 @@ def sample(
 
 
 def analytic_direction(schedule: Schedule, x: Tensor, t: Tensor) -> Split:
-    """Return `eps = x / sqrt(alpha^2 + sigma^2)`, which is what is left of x at pure noise (AFS, Dockhorn et al., arXiv 2210.05475)."""
+    """Return the analytic direction at pure noise.
+
+    Returns `eps = x / sqrt(alpha^2 + sigma^2)`, the part of x that remains at pure noise, and the x0 that
+    belongs to this eps.
+
+    Source: AFS, Dockhorn et al., arXiv 2210.05475.
+    """
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     norm = (alpha**2 + sigma**2).sqrt()
     return Split(expand(alpha / (norm * (norm + sigma)), x) * x, x / expand(norm, x))
 
 
 def total_nfe(steps: int, per_step: int = 1, analytic: bool = False) -> int:
-    """Return the network evaluations of one sample in `steps` steps, none in an `analytic` first one."""
+    """Return the network evaluations (NFE) of one sample.
+
+    An `analytic` first step costs no evaluation.
+    """
     return per_step * (steps - analytic)
 
 
 def with_analytic_first_step(denoise: Denoise, schedule: Schedule, always: bool = False) -> Denoise:
-    """Return `denoise` with the `analytic_direction` at pure noise, where the network is not called.
+    """Return `denoise` with an analytic first step.
 
-    If only part of the batch is at t_max, the network is still called and used for the other samples. `always` forces the call, which
-    sharded networks need.
+    At pure noise the `analytic_direction` replaces the network's prediction, and the network is not called.
+    If only part of the batch is at t_max, the network is called for the whole batch, and the prediction is
+    used for the other samples. `always` forces the call, which sharded networks need.
     """
 
     def first(x: Tensor, t: Tensor) -> Split:
@@ -204,9 +302,11 @@ def with_analytic_first_step(denoise: Denoise, schedule: Schedule, always: bool 
 
 
 def heun(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> Iterator[State]:
-    """Second order in the coordinates `x/alpha, sigma/alpha` (EDM, alg. 1); two network calls a step, one into clean data.
+    """Yield the states of Heun's method, which has second order.
 
-    And one from noise without signal, where these coordinates are none: that step goes along its own beginning, which costs no order.
+    The coordinates are `x/alpha, sigma/alpha` (EDM, alg. 1). A step costs two network calls; the last step,
+    into clean data, costs one. The step from noise without signal, where these coordinates do not exist, also
+    costs one: that step follows the prediction at the noisy end, which does not lower the order.
     """
     t = times[0].to(x.device).expand(len(x))
     yield State(t, x, None)
@@ -218,7 +318,7 @@ def heun(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> Iter
         x0 = pred.x0
         if halved:
             pred_next = denoise(x_next, t_next)
-            # d = eps in these coordinates: the trapezoidal rule averages the two noises along the same step.
+            # In these coordinates d = eps: the trapezoidal rule averages the eps at both ends of the step.
             alpha, alpha_next = expand(schedule.alpha(t), x), expand(schedule.alpha(t_next), x)
             size = expand(schedule.sigma(t_next) / schedule.alpha(t_next) - schedule.sigma(t) / schedule.alpha(t), x)
             x_next = alpha_next * (x / alpha + size * (pred.eps + pred_next.eps) / 2)

@@ -1,4 +1,7 @@
-"""Captioned pictures of a folder or of webdataset shards: which files belong together, and what was found in all."""
+"""Captioned images from a folder or from webdataset shards.
+
+The module decides which files belong together, and counts what a source holds.
+"""
 
 import tarfile
 from collections import Counter, defaultdict
@@ -14,10 +17,15 @@ from .image_files import KINDS, OTHERS, opened
 from .texts import Found, decoded, json_lines, json_of, printable, read_text, require_regular, table, text_of
 
 OPTION = "data.source"
-BESIDE = (".txt", ".caption", ".json")  # files that hold the caption of a picture of the same name, the first one counts
+# Files that hold the caption of an image of the same name; the first one counts.
+BESIDE = (
+    ".txt",
+    ".caption",
+    ".json",
+)
 LISTS = ("metadata.jsonl", "captions.jsonl", "metadata.csv")
 UNREAD_LIST = "metadata.parquet"
-TEXTS = ("text", "caption", "prompt")  # of a row of a list, or of a picture's JSON
+TEXTS = ("text", "caption", "prompt")  # caption keys in a row of a list, or in an image's JSON
 BY_NAME, EMPTY = "by name", "empty"
 LARGEST_CAPTION = 2**24  # bytes
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -25,26 +33,35 @@ PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04"
 
 @dataclass(frozen=True, slots=True)
 class Captioned:
-    """One picture: `size` bytes of `file` from `start` on, and its caption."""
+    """One image with a caption.
+
+    The image is `size` bytes of `file`, starting at `start`.
+    """
 
     name: str
     caption: str
-    origin: str  # where the caption is from
+    origin: str  # source of the caption
     file: Path
     start: int
     size: int
 
     def read(self) -> bytes:
-        """The picture file's bytes. Raises ValueError where they are no longer there."""
+        """Return the bytes of the image file.
+
+        Raises ValueError if the bytes are no longer there.
+        """
         try:
             with self.file.open("rb") as file:
                 file.seek(self.start)
                 data = file.read(self.size)
         except OSError as error:
-            raise ValueError(f"{OPTION}: cannot read {printable(self.name)} ({error.strerror}); check the file") from error
+            raise ValueError(
+                f"{OPTION}: cannot read {printable(self.name)} ({error.strerror}); check the file"
+            ) from error
         if len(data) != self.size:
             raise ValueError(
-                f"{OPTION}: {printable(self.name)} has ended before its {self.size} bytes; leave the files alone while they are read"
+                f"{OPTION}: {printable(self.name)} has ended before its {self.size} bytes; "
+                "leave the files alone while they are read"
             )
         return data
 
@@ -55,29 +72,47 @@ class Caption(NamedTuple):
 
 
 def read_pictures(source: str) -> tuple[list[Captioned], Found]:
-    """All pictures of a folder or of webdataset `.tar` shards (one file, or a folder of them) in a fixed order, and what was found.
+    """Read all captioned images of a source, in a fixed order.
 
-    Captions of a folder: `metadata.jsonl`, `captions.jsonl` or `metadata.csv` with `file_name` (seen from where the list lies) and `text`; else
-    a `.txt`, `.caption` or `.json` beside the picture; else its name. In a shard: those of the same key, which need not lie beside it.
-    Headers are read, pixels are not. Raises ValueError with one line where there is no picture, or one cannot be used.
+    The source is a folder of images, or webdataset `.tar` shards (one file, or a folder of shards). Returns
+    the images and what was found. Headers are read, pixels are not.
+
+    Captions of a folder come from `metadata.jsonl`, `captions.jsonl` or `metadata.csv` with `file_name`
+    (relative to the list) and `text`; otherwise from a `.txt`, `.caption` or `.json` next to the image;
+    otherwise from the image's name. Captions in a shard are the files of the same key, which may lie anywhere
+    in the shard.
+
+    Raises ValueError with one line if there is no image, or if an image cannot be used.
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"{OPTION}: there is no {printable(source)}; pass a folder of pictures or of webdataset .tar files")
+        raise ValueError(
+            f"{OPTION}: there is no {printable(source)}; pass a folder of pictures or of webdataset .tar files"
+        )
     if not path.is_dir():
         require_regular(path, OPTION, "pass a folder of pictures or of webdataset .tar files")
-    every = {"": path} if path.is_file() else dict(files_in(path, (*KINDS, *OTHERS, *BESIDE, ".tar", ".jsonl", ".csv", ".parquet"), OPTION))
+    every = (
+        {"": path}
+        if path.is_file()
+        else dict(files_in(path, (*KINDS, *OTHERS, *BESIDE, ".tar", ".jsonl", ".csv", ".parquet"), OPTION))
+    )
     shards = [p for name, p in every.items() if not name or p.suffix.lower() == ".tar"]
     cases: Counter[str] = Counter()
-    found = [picture for shard in shards for picture in _shard(shard, cases)] if shards else list(_folder(path, every, cases))
+    found = (
+        [picture for shard in shards for picture in _shard(shard, cases)]
+        if shards
+        else list(_folder(path, every, cases))
+    )
     if shards and (stray := [name for name in every if Path(name).suffix.lower() in KINDS]):
         raise ValueError(
-            f"{OPTION}: {printable(source)} has .tar files and pictures, e.g. {printable(stray[0])}; pass a folder of one of the two"
+            f"{OPTION}: {printable(source)} has .tar files and pictures, e.g. {printable(stray[0])}; "
+            "pass a folder of one of the two"
         )
     if not found:
         other = f" (it has {', '.join(f'{n} {kind}' for kind, n in cases.items())})" if cases else ""
         raise ValueError(
-            f"{OPTION}: {printable(source)} has no pictures{other}; allowed are {', '.join(KINDS)}, or .tar files that hold them"
+            f"{OPTION}: {printable(source)} has no pictures{other}; "
+            f"allowed are {', '.join(KINDS)}, or .tar files that hold them"
         )
     for picture in found:
         require_picture(picture)
@@ -85,37 +120,51 @@ def read_pictures(source: str) -> tuple[list[Captioned], Found]:
 
 
 def _found(source: str, pictures: Sequence[Captioned], cases: Mapping[str, int]) -> Found:
-    """Counts of captions by where they are from, of empty ones, and of what was left out."""
+    """Count captions by source, empty captions, and files left out."""
     kept = Counter(p.origin for p in pictures if p.caption)
     captions = {f"captions of {kind}": n for kind, n in sorted(kept.items()) if kind and kind != BY_NAME}
     return Found(
-        source, len(pictures), "pictures", {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases}
+        source,
+        len(pictures),
+        "pictures",
+        {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases},
     )
 
 
 def require_picture(picture: Captioned) -> None:
-    """Raises ValueError where the header of its file is not that of a picture which can be read."""
+    """Check the header of an image file.
+
+    Raises ValueError for a header of no readable image.
+    """
     whole = picture.start == 0 and picture.size == picture.file.stat().st_size
     with picture.file.open("rb") as file, opened(file if whole else picture.read(), picture.name, OPTION):
         return
 
 
 def _folder(root: Path, every: Mapping[str, Path], cases: Counter[str]) -> Iterator[Captioned]:
-    listed = _listed({name: path for name, path in every.items() if name.rpartition("/")[2].lower() in (*LISTS, UNREAD_LIST)})
-    beside = {_same(name[: -len(path.suffix)]) + path.suffix.lower(): path for name, path in every.items() if path.suffix.lower() in BESIDE}
+    listed = _listed(
+        {name: path for name, path in every.items() if name.rpartition("/")[2].lower() in (*LISTS, UNREAD_LIST)}
+    )
+    beside = {
+        _same(name[: -len(path.suffix)]) + path.suffix.lower(): path
+        for name, path in every.items()
+        if path.suffix.lower() in BESIDE
+    }
     pictures = [(name, path) for name, path in every.items() if path.suffix.lower() in KINDS]
     cases.update(_left_out(every))
     if nowhere := len(listed.keys() - {_same(name) for name, _ in pictures}):
         if nowhere == len(listed) and pictures:
             raise ValueError(
-                f"{OPTION}: no file_name of the lists in {printable(root)} is that of a picture, e.g. {printable(next(iter(listed)))}; "
-                "write them as seen from where the list lies"
+                f"{OPTION}: no file_name of the lists in {printable(root)} is that of a picture, e.g. "
+                f"{printable(next(iter(listed)))}; write them as seen from where the list lies"
             )
         cases["rows of lists without a picture"] = nowhere
     for name, path in pictures:
         stem = name[: -len(path.suffix)]
         files = [(s, beside[key]) for s in BESIDE for key in (_same(stem) + s, _same(name) + s) if key in beside]
-        caption = listed.get(_same(name)) or _first((kind, _small(file), f"{OPTION}: {printable(file)}") for kind, file in files)
+        caption = listed.get(_same(name)) or _first(
+            (kind, _small(file), f"{OPTION}: {printable(file)}") for kind, file in files
+        )
         if caption is None:
             bare = stem.rpartition("/")[2].replace("_", " ")
             caption = Caption(text_of(bare, f"{OPTION}: the name of {printable(path)}"), BY_NAME)
@@ -123,13 +172,16 @@ def _folder(root: Path, every: Mapping[str, Path], cases: Counter[str]) -> Itera
 
 
 def _left_out(names: Sequence[str] | Mapping[str, object]) -> Counter[str]:
-    """How many files there are that are pictures of kinds which are not read."""
+    """Count image files of kinds that are not read."""
     suffixes = (Path(name).suffix.lower() for name in names)
     return Counter(f"{s} left out" for s in suffixes if s in OTHERS)
 
 
 def _same(name: str) -> str:
-    """A file's name as lists and file systems agree on it: macOS takes accents apart, Windows has backslashes."""
+    """Normalise a file name to one spelling.
+
+    macOS decomposes accents, and Windows uses backslashes.
+    """
     return normalize("NFC", name.replace("\\", "/").removeprefix("./"))
 
 
@@ -139,13 +191,21 @@ def _small(path: Path) -> str:
 
 
 def require_small(size: int, where: str) -> None:
-    """Raises ValueError for a caption's file that nobody wrote as one."""
+    """Check the size of a caption file.
+
+    Raises ReadError for a file that is too large to be a caption.
+    """
     if size > LARGEST_CAPTION:
-        raise ReadError(f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture")
+        raise ReadError(
+            f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture"
+        )
 
 
 def _first(texts: Iterable[tuple[str, str, str]]) -> Caption | None:
-    """The caption of the first of (suffix, text, where) that says one: all of a `.txt`, of a `.json` the field, if it has one."""
+    """Return the first caption of (suffix, text, where).
+
+    A `.txt` is a caption as a whole; a `.json` has a caption only if a caption field exists.
+    """
     for kind, text, where in texts:
         if kind != ".json":
             return Caption(text_of(text, where), kind)
@@ -156,17 +216,23 @@ def _first(texts: Iterable[tuple[str, str, str]]) -> Caption | None:
 
 
 def _listed(lists: Mapping[str, Path]) -> dict[str, Caption]:
-    """Captions by file name of all lists. Raises ValueError for a row without `file_name`, and a list without texts."""
+    """Return the captions of all lists by file name.
+
+    Raises ValueError for a row without `file_name`, and for a list without texts.
+    """
     captions: dict[str, Caption] = {}
     for name, path in lists.items():
         folder, _, own = name.rpartition("/")
         if own.lower() == UNREAD_LIST:
             raise ValueError(
-                f"{OPTION}: {printable(path)} is not read; write its file_name and text as metadata.jsonl or metadata.csv, and remove it"
+                f"{OPTION}: {printable(path)} is not read; write its file_name and text as metadata.jsonl or "
+                "metadata.csv, and remove it"
             )
         where, told = f"{OPTION}: {printable(path)}", False
         text = read_text(path, OPTION, "check the file")
-        rows: list[tuple[str, object]] = list(table(text, ",", where)[1]) if own.lower().endswith(".csv") else list(json_lines(text, where))
+        rows: list[tuple[str, object]] = (
+            list(table(text, ",", where)[1]) if own.lower().endswith(".csv") else list(json_lines(text, where))
+        )
         for here, row in rows:
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise ValueError(f'{here} is not {{"file_name": ..., "text": ...}}; correct it')
@@ -182,16 +248,28 @@ def _listed(lists: Mapping[str, Path]) -> dict[str, Caption]:
 
 
 def _shard(path: Path, cases: Counter[str]) -> Iterator[Captioned]:
-    """The pictures of a webdataset shard in its order; files of one key may lie anywhere in it."""
+    """Yield the images of a webdataset shard in the shard's order.
+
+    Files of one key may lie anywhere in the shard.
+    """
     with require_regular(path, OPTION, "pass a .tar file").open("rb") as file:
         start = file.read(6)
     if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
-        raise ValueError(f"{OPTION}: {printable(path)} is packed with {packed}; unpack it to a folder or a plain .tar first")
-    with reading(f"{OPTION}: {printable(path)}", "pack it again", "is no tar file, or damaged"), tarfile.open(path, "r:") as tar:
+        raise ValueError(
+            f"{OPTION}: {printable(path)} is packed with {packed}; unpack it to a folder or a plain .tar first"
+        )
+    with (
+        reading(f"{OPTION}: {printable(path)}", "pack it again", "is no tar file, or damaged"),
+        tarfile.open(path, "r:") as tar,
+    ):
         members = _members(tar, path)
         pictures = {name: m for name, m in members.items() if Path(name).suffix.lower() in KINDS}
         cases.update(_left_out(members))
-        texts = {name: _text(tar, m, _where(path, name)) for name, m in members.items() if Path(name).suffix.lower() in BESIDE}
+        texts = {
+            name: _text(tar, m, _where(path, name))
+            for name, m in members.items()
+            if Path(name).suffix.lower() in BESIDE
+        }
         _require_end(tar, path)
     for name, caption in _by_key(pictures, texts, path).items():
         member = pictures[name]
@@ -199,7 +277,10 @@ def _shard(path: Path, cases: Counter[str]) -> Iterator[Captioned]:
 
 
 def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
-    """Files by name, links as what they link to. Raises ValueError for a picture or caption that is no file of the archive."""
+    """Return the files of a shard by name, with links resolved.
+
+    Raises ReadError for an image or caption that is no file of the archive.
+    """
     known: dict[str, tarfile.TarInfo] = {}
     files: dict[str, tarfile.TarInfo] = {}
     every = [m for m in tar if not any(hidden(part) and part not in (".", "..") for part in m.name.split("/"))]
@@ -211,24 +292,34 @@ def _members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
         target = m
         if m.islnk() or m.issym():
             beside = m.name.rpartition("/")[0]
-            target = known.get(m.linkname, m) if m.islnk() else known.get(f"{beside}/{m.linkname}" if beside else m.linkname, m)
+            target = (
+                known.get(m.linkname, m)
+                if m.islnk()
+                else known.get(f"{beside}/{m.linkname}" if beside else m.linkname, m)
+            )
         if not target.isreg() or target.issparse():
             raise ReadError(
-                f"{OPTION}: {printable(path)}: {printable(m.name)} is no file of this archive (a link that leads out, a device, or with holes); pack it again"
+                f"{OPTION}: {printable(path)}: {printable(m.name)} is no file of this archive (a link that leads "
+                "out, a device, or with holes); pack it again"
             )
         files[m.name] = target
     return files
 
 
 def _require_end(tar: tarfile.TarFile, path: Path) -> None:
-    """Raises TarError where the archive does not end as one does: Python's reader takes a damaged header for the end, and drops the rest."""
+    """Check that an archive ends as tar archives do.
+
+    Raises TarError otherwise: Python's reader takes a damaged header for the end, and drops the rest.
+    """
     with path.open("rb") as file:
         file.seek(tar.offset)
         count = 0
         while part := file.read(1 << 20):
             count += len(part)
             if part.count(0) != len(part):
-                raise tarfile.ReadError(f"what stands at byte {tar.offset} is no header and no end; are two archives one after the other?")
+                raise tarfile.ReadError(
+                    f"what stands at byte {tar.offset} is no header and no end; are two archives one after the other?"
+                )
     if count < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("it has been cut off")
 
@@ -245,9 +336,10 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> str:
 
 
 def _by_key(pictures: Mapping[str, object], texts: Mapping[str, str], path: Path) -> dict[str, Caption]:
-    """The caption of every picture: that of its own name, or of its key, which ends at the first dot.
+    """Return the caption of every image.
 
-    Raises ValueError where a key has several pictures of other names, of which any may be the one that its caption speaks of.
+    A caption has the image's own name, or the image's key, which ends at the first dot. Raises ValueError if
+    a key has several images of other names, because the caption could belong to any of these images.
     """
     own = {_stem(name) + Path(name).suffix.lower(): name for name in texts}
     keyed = {(_key(name), Path(name).suffix.lower()): name for name in [*texts][::-1]}
@@ -260,7 +352,8 @@ def _by_key(pictures: Mapping[str, object], texts: Mapping[str, str], path: Path
         if not files:
             if len(several := stems[_key(name)]) > 1:
                 raise ValueError(
-                    f"{OPTION}: {printable(path)} has several pictures of one key, {' and '.join(map(printable, sorted(several)[:2]))}; keep one of each"
+                    f"{OPTION}: {printable(path)} has several pictures of one key, "
+                    f"{' and '.join(map(printable, sorted(several)[:2]))}; keep one of each"
                 )
             files = [(s, keyed[_key(name), s]) for s in BESIDE if (_key(name), s) in keyed]
         result[name] = _first((kind, texts[of], _where(path, of)) for kind, of in files) or Caption("", "")

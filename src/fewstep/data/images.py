@@ -1,4 +1,7 @@
-"""RealBatch pictures as clean states: for fine-tuning a teacher and for the adversarial term."""
+"""Real images as clean states.
+
+Used for fine-tuning a teacher and for the adversarial term.
+"""
 
 import hashlib
 import json
@@ -17,27 +20,31 @@ from .image_files import in_colour, opened, squared
 from .prompts import Embeddings, Kept, embed, ignore
 from .texts import Found
 
-DECODED = 2  # how pixels are made of files; another way is another cache
+DECODED = 2  # version of the decoding of files to pixels; another version is another cache
 
 
 def to_tensor(picture: Captioned, size: int) -> Tensor:
-    """[3, size, size] in [0, 1]: upright, on white, the shorter side scaled to `size`, the middle cut out. Raises ValueError that names it."""
+    """Return an image as a tensor [3, size, size] in [0, 1].
+
+    The image is upright and on white; the shorter side is scaled to `size`, and the centre is cropped. Raises
+    ValueError that names the image.
+    """
     with opened(picture.read(), picture.name, OPTION) as image:
         return squared(in_colour(image), size)
 
 
 class ImageData:
-    """Clean states of real pictures and their conditions, encoded once and kept on the CPU."""
+    """Clean states of images with conditions, encoded once, on the CPU."""
 
     def __init__(self, x0: Tensor, embeddings: Embeddings, key: str) -> None:
         self.x0, self.embeddings = x0, embeddings
-        self.key = key  # a hash of the encoders' identity, the pictures and the captions
+        self.key = key  # a hash of the encoders' identity, the images and the captions
 
     def __len__(self) -> int:
         return len(self.x0)
 
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> RealBatch:
-        """A batch drawn at random, each picture with its own caption."""
+        """Draw a random batch, each image with the image's own caption."""
         rows = torch.randint(len(self), (batch,), generator=rng)
         return RealBatch(self.x0[rows].to(device), {k: v[rows].to(device) for k, v in self.embeddings.cond.items()})
 
@@ -51,10 +58,14 @@ def encode_images_of(
     found: Callable[[Found], None] = ignore,
     keep: Kept = ignore,
 ) -> ImageData:
-    """Encode the real pictures of `source`, once: `cache` is a folder, `identity` names the encoders. A chunk of them is in memory at a time.
+    """Encode the real images of `source`, once.
 
-    `found` hears what the source has before it is encoded, `keep` what is going to be written. Raises ValueError for a backbone without
-    pictures, and where one that is told captions would be told none.
+    `cache` is a folder, and `identity` names the encoders. One chunk of images is in memory at a time.
+    `found` is called with what the source holds before the encoding, and `keep` with each file that is going
+    to be written.
+
+    Raises ValueError for a backbone without images, and for images without any caption if the backbone is
+    conditioned on captions.
     """
     if not (size := backbone.image_size):
         raise ValueError(f"{OPTION}: the states of {backbone.name} are no pictures; leave it out")
@@ -62,7 +73,8 @@ def encode_images_of(
     found(seen)
     if backbone.encode([""]) and not any(p.caption for p in pictures):
         raise ValueError(
-            f"{OPTION}: none of the {seen.line} has a caption; write metadata.jsonl with file_name and text, or a .txt beside each picture"
+            f"{OPTION}: none of the {seen.line} has a caption; "
+            "write metadata.jsonl with file_name and text, or a .txt beside each picture"
         )
     digest = hashlib.sha256(json.dumps([identity, size, DECODED]).encode())
     for p in pictures:
@@ -78,8 +90,14 @@ def encode_images_of(
     return ImageData(made_once(path, len(pictures), backbone.shape, encode, keep), embeddings, key)
 
 
-def made_once(path: Path | None, count: int, shape: tuple[int, ...], make: Callable[[], Iterator[Tensor]], keep: Kept = ignore) -> Tensor:
-    """The states [count, *shape] kept in `path`, or made in parts and kept there; a file that is damaged or holds others is made again."""
+def made_once(
+    path: Path | None, count: int, shape: tuple[int, ...], make: Callable[[], Iterator[Tensor]], keep: Kept = ignore
+) -> Tensor:
+    """Return the states kept in `path`, or make and keep them.
+
+    States are [count, *shape]; new states are made in parts. A file that is damaged or holds other states is
+    made again.
+    """
     if path is not None and path.exists():
         try:
             tensors, about = read_tensors(path)

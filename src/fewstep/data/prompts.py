@@ -1,4 +1,7 @@
-"""Prompts: read from a text file, JSONL, CSV or a hub data set; encoded once, cached on disk, drawn evenly."""
+"""Prompts: read, encoded once, cached on disk, drawn evenly.
+
+Prompts come from a text file, JSONL, CSV or a hub data set.
+"""
 
 import hashlib
 import json
@@ -22,15 +25,19 @@ ALLOWED = "pass a .txt, .jsonl, .csv or .tsv file, or a hub data set id"
 
 
 def read_prompts(source: str, column: str | None = None) -> list[str]:
-    """The prompts alone that `find_prompts` finds."""
+    """Return the prompts that `find_prompts` finds."""
     return find_prompts(source, column)[0]
 
 
 def find_prompts(source: str, column: str | None = None) -> tuple[list[str], Found]:
-    """Prompts of `source`, stripped, in order, without empty ones and repetitions, and what was found.
+    """Read the prompts of `source`, and count what was found.
 
-    `.txt`: one a line; `.jsonl`: objects, texts or lists of texts; `.csv`/`.tsv`: a header row; what is no file: a hub data set id (needs
-    the package `datasets`). Raises ValueError when the file is missing, the column is not there, a prompt is no text, or nothing is left.
+    Prompts are stripped and in order, without empty prompts and repetitions. `.txt`: one prompt per line;
+    `.jsonl`: objects, texts or lists of texts; `.csv`/`.tsv`: a header row; otherwise a hub data set id
+    (needs the package `datasets`).
+
+    Raises ValueError if the file is missing, the column is missing, a prompt is no text, or no prompt is
+    left.
     """
     path = Path(source)
     kind, where = path.suffix.lower(), f"prompts: {printable(path)}"
@@ -38,7 +45,8 @@ def find_prompts(source: str, column: str | None = None) -> tuple[list[str], Fou
         values: Iterable[tuple[str, object]] = _hub(source, column)
     elif kind not in KINDS:
         raise ValueError(
-            f"prompts: got {printable(source)!r}, allowed are a .txt, .jsonl, .csv or .tsv file, or a hub data set id such as owner/name"
+            f"prompts: got {printable(source)!r}, allowed are a .txt, .jsonl, .csv or .tsv file, or a hub data set "
+            "id such as owner/name"
         )
     elif kind == ".txt":
         values = ((f"{where}, line {n}", line) for n, line in lines(read_text(path, "prompts", ALLOWED), where))
@@ -50,8 +58,10 @@ def find_prompts(source: str, column: str | None = None) -> tuple[list[str], Fou
     prompts = list(dict.fromkeys(p for p in found if p))
     if not prompts:
         raise ValueError(f"prompts: {printable(source)} has no prompt in it; write one a line")
-    empty = 0 if kind == ".txt" else found.count("")  # blank lines of a text are no prompts that were lost
-    return prompts, Found(source, len(prompts), "prompts", {"empty": empty, "repeated": len(found) - found.count("") - len(prompts)})
+    empty = 0 if kind == ".txt" else found.count("")  # blank lines of a text file do not count as lost prompts
+    return prompts, Found(
+        source, len(prompts), "prompts", {"empty": empty, "repeated": len(found) - found.count("") - len(prompts)}
+    )
 
 
 def _objects(records: Iterable[tuple[str, object]], column: str | None) -> Iterable[tuple[str, object]]:
@@ -68,7 +78,10 @@ def _rows(
 
 
 def _column(names: Iterable[str], column: str | None, where: str) -> str:
-    """Of these, the one with the prompts; in capitals too where none is named. Raises ValueError with those there are."""
+    """Return the name of the column with the prompts.
+
+    Without a given `column`, capitals do not matter. Raises ValueError that lists the existing columns.
+    """
     known = {n.lower(): n for n in names} if column is None else {n: n for n in names}
     name = next((c for c in (COLUMNS if column is None else (column,)) if c in known), None)
     if name is None:
@@ -85,69 +98,90 @@ def _hub(source: str, column: str | None) -> Iterable[tuple[str, object]]:
     where = f"prompts: data set {source}"
     try:
         data = load_dataset(source, split="train")
-    except Exception as error:  # as many types as there are kinds of trouble
+    except Exception as error:  # the package raises many types of errors
         reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
-        raise ValueError(f"{where} cannot be loaded ({reason}); check its name, that it has a split `train`, and the network") from error
+        raise ValueError(
+            f"{where} cannot be loaded ({reason}); check its name, that it has a split `train`, and the network"
+        ) from error
     name = _column(data.column_names, column, where)
-    yield from ((f"{where}, row {i}", value) for i, value in enumerate(data.select_columns([name])[name]))  # other columns may be pictures
+    # Select the column first: other columns may be images.
+    yield from ((f"{where}, row {i}", value) for i, value in enumerate(data.select_columns([name])[name]))
 
 
 CHUNK = 64  # prompts that are encoded at once
-Kept = Callable[[Path, int], None]  # hears which file is going to be written, and how many bytes that takes
+Kept = Callable[[Path, int], None]  # called with the file that is going to be written, and the size in bytes
 
 
 def ignore(*_: object) -> None:
-    """What hears it and does nothing."""
+    """Ignore all arguments."""
 
 
 class Embeddings:
-    """Conditions of a list of prompts and of the empty prompt, encoded once; on the CPU, or in a file of which what is drawn is read."""
+    """Conditions of a list of prompts and of the empty prompt.
 
-    def __init__(self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str, identity: str = "") -> None:
+    Prompts are encoded once. The conditions are on the CPU, or in a file from which only the drawn conditions
+    are read.
+    """
+
+    def __init__(
+        self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str, identity: str = ""
+    ) -> None:
         self.cond, self.null, self.prompts, self.count = cond, null, list(prompts), len(prompts)
         self.identity = identity  # of the network and the encoder
         self.key = key  # a hash of the encoder's identity and the prompts
-        self.encoded = encoded  # prompts that went through the encoder this time: 0 where the cache served
+        self.encoded = encoded  # prompts that were encoded this time; 0 if the cache was used
 
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Cond:
-        """Conditions of `batch` prompts drawn at random."""
+        """Draw the conditions of `batch` random prompts."""
         rows = torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu()
         return {k: v[rows].to(device) for k, v in self.cond.items()}
 
     def take(self, of: Tensor, key: str) -> "Embeddings":
-        """These prompts, `of [N]`, in this order, again where one comes twice."""
+        """Return the conditions of the prompts with indices `of [N]`.
+
+        The order is that of `of`; an index may repeat.
+        """
         return Embeddings(rows(self.cond, of), self.null, [self.prompts[i] for i in of.tolist()], 0, key, self.identity)
 
     def all(self, device: torch.device) -> Cond:
-        """Conditions of all prompts, in their order."""
+        """Return the conditions of all prompts, in order."""
         return {k: v.to(device) for k, v in self.cond.items()}
 
     def unconditional(self, device: torch.device) -> Cond:
-        """The condition of the empty prompt, [1, ...]."""
+        """Return the condition of the empty prompt, [1, ...]."""
         return {k: v.to(device) for k, v in self.null.items()}
 
 
 def embed(
-    backbone: Backbone, prompts: Sequence[str], cache: Path | None, identity: str, chunk: int = CHUNK, keep: Kept = ignore
+    backbone: Backbone,
+    prompts: Sequence[str],
+    cache: Path | None,
+    identity: str,
+    chunk: int = CHUNK,
+    keep: Kept = ignore,
 ) -> Embeddings:
-    """Encode prompts once, with a `cache` in the memory of one chunk. `cache` is a folder; `identity` names the encoder (a change of it invalidates the cache, as one of size or dtype does).
+    """Encode prompts once, or read the conditions from the cache.
 
-    `keep` hears of the file before it is written. Raises OSError where there is no room for it.
+    `cache` is a folder; with a cache, only one chunk is in memory. `identity` names the encoder: a change of
+    the identity invalidates the cache, as a change of size or dtype does. `keep` is called with the file
+    before the file is written. Raises OSError if there is no room for the file.
     """
     dtype = str(dtype_of(backbone.module))
-    about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is told the size of its pictures
+    about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is conditioned on the image size
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = None if cache is None else cache / f"{key}.safetensors"
     if path is not None and path.exists():
         if (kept := _kept(path, prompts, key, identity)) is not None:
             return kept
-        path.unlink()  # a cache that is damaged, or holds something else, is rebuilt: it holds nothing that cannot be made again
+        # A damaged or different cache is rebuilt: everything in a cache can be made again.
+        path.unlink()
     parts = (
-        {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()} for i in range(0, len(prompts), chunk)
+        {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()}
+        for i in range(0, len(prompts), chunk)
     )
     null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and null:
-        write_rows(path, len(prompts), parts, null, keep)  # every process of a run may do it
+        write_rows(path, len(prompts), parts, null, keep)  # every process of a run may write the file
         return _embeddings(read_tensors(path)[0], prompts, len(prompts), key, identity)
     encoded = list(parts)
     tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
@@ -155,12 +189,12 @@ def embed(
 
 
 def _kept(path: Path, prompts: Sequence[str], key: str, identity: str) -> Embeddings | None:
-    """What a cache holds, if it is that of so many prompts."""
+    """Return a cache file's content if the content fits these prompts."""
     try:
         tensors, about = read_tensors(path)
     except SafetensorError:
         return None
-    if SHA256 not in about:  # nothing says that it is as it was written
+    if SHA256 not in about:  # the file cannot be verified
         return None
     found = _embeddings(tensors, prompts, 0, key, identity)
     of_cond, of_null = ({k: (v.dtype, v.shape[1:]) for k, v in part.items()} for part in (found.cond, found.null))
@@ -169,11 +203,13 @@ def _kept(path: Path, prompts: Sequence[str], key: str, identity: str) -> Embedd
 
 
 def embedding_bytes(backbone: Backbone, count: int) -> int:
-    """Bytes that the conditions of so many prompts take in a cache."""
+    """Return the bytes of `count` conditions in a cache."""
     return count * sum(v[0].numel() * v.dtype.itemsize for v in backbone.encode([""]).values())
 
 
-def _embeddings(tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str, identity: str) -> Embeddings:
+def _embeddings(
+    tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str, identity: str
+) -> Embeddings:
     cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
     null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
     return Embeddings(cond, null, prompts, encoded, key, identity)

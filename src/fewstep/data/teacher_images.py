@@ -1,4 +1,7 @@
-"""The teacher's own pictures as clean states, for methods that start from pictures where there are no real ones."""
+"""The teacher's own samples as clean states.
+
+For methods that need images where no real images exist.
+"""
 
 import hashlib
 import json
@@ -17,7 +20,7 @@ from ..core.guidance import Guidance
 from .images import ImageData, made_once
 from .prompts import Embeddings
 
-TEACHER_PICTURES, TEACHER_STEPS = 1024, 25  # how many, where nothing else is said, and in how many steps
+TEACHER_PICTURES, TEACHER_STEPS = 1024, 25  # default number of samples, and of steps
 
 
 def teacher_images(
@@ -31,9 +34,10 @@ def teacher_images(
     chunk: int = 32,
     show: Callable[[int], None] = lambda done: None,
 ) -> ImageData:
-    """`count` guided samples of the teacher in `steps` steps, of prompts drawn evenly; drawn once where there is a cache folder.
+    """Return `count` guided samples of the teacher in `steps` steps.
 
-    `show` is called with how many there are, while they are drawn.
+    Prompts are drawn evenly. With a cache folder the samples are generated once. `show` is called with the
+    number of finished samples.
     """
     process = process_data(backbone, LEVELS)
     made = [data.key, count, steps, asdict(guidance), seed, process]

@@ -1,4 +1,7 @@
-"""What a metric is: how it is computed from a row's measurements, and how tables and curves show it."""
+"""The definition of a metric.
+
+A metric says how a number is computed from a row's measurements, and how tables and curves show the number.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +13,10 @@ from .distances import Moments
 
 
 class Measurement(Protocol):
-    """A row of images measured next to a reference and a teacher. What a protocol does not have is None."""
+    """A row of images measured next to a reference and a teacher.
+
+    A property that the protocol lacks is None.
+    """
 
     @property
     def real(self) -> Moments | None:
@@ -34,35 +40,45 @@ class Measurement(Protocol):
 
     @property
     def ranks(self) -> Tensor | None:
-        """Rank of each prompt's own name among all named real images, from 0."""
+        """Rank, from 0, of each prompt's name among real images.
+
+        The rank is among all named real images.
+        """
 
     @property
     def held_out_ranks(self) -> Tensor | None:
-        """The same for prompts that the teacher was not trained on."""
+        """The same rank for prompts that the teacher was not trained on."""
 
     @property
     def tones(self) -> tuple[float, float] | None:
-        """Shares of images with the skin tone of their prompt, of known and of held-out prompts."""
+        """Shares of images with the prompt's skin tone.
+
+        The two shares are of known and of held-out prompts.
+        """
 
     @property
     def diversity(self) -> float | None:
-        """Mean distance of two seeds of a prompt, where 1 is that of two images of the reference."""
+        """Mean distance of two seeds of a prompt.
+
+        In units of the distance of two images of the reference.
+        """
 
     @property
     def teacher_diversity(self) -> float | None:
-        """The same of the teacher."""
+        """The teacher's diversity, in the same units."""
 
     @property
     def seconds(self) -> float:
-        """Seconds an image, of the fastest batch."""
+        """Seconds per image, of the fastest batch."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a row. `compute` returns None if the protocol cannot say it; such a column is left out of tables.
+    """One number of a row.
 
-    `better` says which values are good, None if neither end is; `factor` turns a stored value into the shown `unit`. With `curve` it is
-    followed while a student trains.
+    `compute` returns None if the protocol lacks the number; tables omit such a column. `better` says which
+    values are good, None if neither end is. `factor` converts a stored value to the shown `unit`. With
+    `curve` the metric is followed while a student trains.
     """
 
     key: str

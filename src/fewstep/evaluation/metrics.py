@@ -1,4 +1,7 @@
-"""All metrics of a row, in the order in which tables show them. A new one is a row here."""
+"""All metrics of a row, in the order of tables.
+
+To add a metric, add an entry to `METRICS`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,12 +39,28 @@ METRICS: dict[str, Metric] = {
         Metric("fd_teacher", "FD to teacher", _fd_teacher, 1, "low"),
         Metric("kid_real", "KID to real images", _kid_real, 3, "low", shown=False, printed=False),
         Metric(
-            "retrieval_top1", "Prompt match, top 1", lambda m: None if m.ranks is None else top(m.ranks, 1), 1, "high", "%", 100, curve=True
+            "retrieval_top1",
+            "Prompt match, top 1",
+            lambda m: None if m.ranks is None else top(m.ranks, 1),
+            1,
+            "high",
+            "%",
+            100,
+            curve=True,
         ),
         Metric(
-            "retrieval_top5", "Prompt match, top 5", lambda m: None if m.ranks is None else top(m.ranks, 5), 1, "high", "%", 100, curve=True
+            "retrieval_top5",
+            "Prompt match, top 5",
+            lambda m: None if m.ranks is None else top(m.ranks, 5),
+            1,
+            "high",
+            "%",
+            100,
+            curve=True,
         ),
-        Metric("tone", "Skin tone", lambda m: None if m.tones is None else m.tones[0], 1, "high", "%", 100, shown=False),
+        Metric(
+            "tone", "Skin tone", lambda m: None if m.tones is None else m.tones[0], 1, "high", "%", 100, shown=False
+        ),
         Metric(
             "held_out_top1",
             "Held-out match, top 1",
@@ -64,7 +83,16 @@ METRICS: dict[str, Metric] = {
             shown=False,
             printed=False,
         ),
-        Metric("held_out_tone", "Held-out skin tone", lambda m: None if m.tones is None else m.tones[1], 1, "high", "%", 100, shown=False),
+        Metric(
+            "held_out_tone",
+            "Held-out skin tone",
+            lambda m: None if m.tones is None else m.tones[1],
+            1,
+            "high",
+            "%",
+            100,
+            shown=False,
+        ),
         Metric("diversity", "Diversity", lambda m: m.diversity, 2, shown=False, printed=False, curve=True),
         Metric("diversity_ratio", "Diversity, teacher = 1", _diversity_ratio, 2),
         Metric("collapsed", "Collapsed", _collapsed, shown=False, printed=False),
@@ -74,5 +102,5 @@ METRICS: dict[str, Metric] = {
 
 
 def values(measurement: Measurement, metrics: Sequence[Metric] = ()) -> dict[str, Any]:
-    """Return every metric of a row by its key."""
+    """Return every metric of a row by key."""
     return {metric.key: metric.compute(measurement) for metric in metrics or tuple(METRICS.values())}

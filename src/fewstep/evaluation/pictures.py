@@ -1,8 +1,11 @@
-"""Models measured by their own classes or prompts: a student's pictures against its teacher's and, where there are some, against real ones.
+"""Evaluation of models by the models' own classes or prompts.
 
-There is no shipped reference: distances live in the leading principal components of the square roots of EfficientNet-lite0 features, those
-of the real pictures or else of the teacher's, in a unit in which these have a total variance of 100. Every distance is between two sets of
-the same number of pictures; it depends on that number, so compare the rows of one table.
+A student's images are compared with the teacher's images and, where real images exist, with real images.
+
+No reference is shipped: distances are in the leading principal components of the square roots of
+EfficientNet-lite0 features. The components are computed from the real images, otherwise from the teacher's
+images, in a unit in which these images have a total variance of 100. Every distance is between two sets of
+the same number of images and depends on that number, so compare only rows of one table.
 """
 
 import re
@@ -28,7 +31,11 @@ from .reference import VARIANCE
 
 @dataclass(frozen=True)
 class PictureProtocol:
-    """`count` pictures of every row, of all classes in turn, meet as many of the teacher's and as many real ones in `components` dimensions."""
+    """A protocol with `count` images per row, of all classes in turn.
+
+    The images are compared with as many images of the teacher and as many real images, in `components`
+    dimensions.
+    """
 
     name: str
     count: int
@@ -36,19 +43,24 @@ class PictureProtocol:
     batch: int = 16
 
     def total(self, rows: int) -> int:
-        """Pictures drawn for that many rows."""
+        """Return the number of sampled images for that many rows."""
         return rows * self.count
 
 
-SEEDS = 32  # pictures of a prompt whose distances are taken: they grow with the square
-PICTURES = (PictureProtocol("pictures-quick", 128), PictureProtocol("pictures", 512), PictureProtocol("pictures-full", 5000))
-FEWEST, MOST = 8, 50_000  # pictures of a row
+SEEDS = 32  # images of a prompt whose pairwise distances are computed
+PICTURES = (
+    PictureProtocol("pictures-quick", 128),
+    PictureProtocol("pictures", 512),
+    PictureProtocol("pictures-full", 5000),
+)
+FEWEST, MOST = 8, 50_000  # images of a row
 
 
 def pictures_named(name: str) -> PictureProtocol | None:
-    """The protocol `pictures-N`, for teachers too large for the others: 3/8 as many components as pictures, at most as many as they have.
+    """Return the protocol `pictures-N`, or None for another name.
 
-    None for any other name. Raises ValueError for a number that cannot be had.
+    For teachers that are too large for the other protocols. There are 3/8 as many components as images, but
+    at most as many as the other protocols have. Raises ValueError for an N out of range.
     """
     if not (match := re.fullmatch(r"pictures-(\d+)", name, re.ASCII)):
         return None
@@ -68,12 +80,15 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class Roots:
-    """The square roots of features as they are: which of their directions count is known when all pictures are drawn."""
+    """The square roots of features, without projection.
+
+    The principal components are known only after all images are sampled.
+    """
 
     width: int = WIDTH
 
     def embed(self, features: Tensor) -> Tensor:
-        """[B, 1280] of features [B, 1280]."""
+        """Return the square roots [B, 1280] of features [B, 1280]."""
         return features.sqrt()
 
 
@@ -94,23 +109,40 @@ class Drawn:
     tones: tuple[float, float] | None = None
 
 
-ALWAYS = ("fd_real", "fd_teacher", "diversity", "diversity_ratio", "collapsed")  # keys that every row has, if only with null
+# Keys that every row has, possibly with null.
+ALWAYS = (
+    "fd_real",
+    "fd_teacher",
+    "diversity",
+    "diversity_ratio",
+    "collapsed",
+)
 
 
 def asked(protocol: PictureProtocol, names: Sequence[str]) -> SamplePlan:
-    """Classes or prompts in turn, the empty one where there are none: a small protocol is the beginning of a large one."""
+    """Return the plan of a protocol: classes or prompts in turn.
+
+    Without classes the empty prompt is used. A small protocol is the beginning of a large protocol.
+    """
     names = tuple(names) or ("",)
     pictures = [(names[i % len(names)], i // len(names)) for i in range(protocol.count)]
     return SamplePlan(tuple(name for name, _ in pictures), tuple(seed_of(*picture) for picture in pictures))
 
 
 def chosen(protocol: PictureProtocol, prompts: Sequence[str]) -> tuple[str, ...]:
-    """Of many prompts half as many as pictures, by their hash: each is drawn twice at least, which tells whether seeds still matter."""
+    """Choose half as many prompts as images, by hash.
+
+    Each prompt is then sampled at least twice, which shows whether seeds still matter.
+    """
     return tuple(sorted(set(prompts), key=digest)[: max(1, protocol.count // 2)])
 
 
 def spread(own: Tensor, prompts: Sequence[str]) -> float | None:
-    """Mean distance between two pictures of one prompt, own [N, K], over all prompts; of at most `SEEDS` of each. None where one has a single one."""
+    """Return the mean distance between two images of one prompt.
+
+    own [N, K]; the mean is over all prompts, and over at most `SEEDS` images of each. Returns None if a
+    prompt has a single image.
+    """
     of: dict[str, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
         of[prompt].append(i)
@@ -126,16 +158,22 @@ def evaluate_pictures(
     cache: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """What eval.json holds, as `protocols.evaluate` has it. `real` [N, C, H, W] are bytes of at least `protocol.count` pictures.
+    """Return the content of eval.json, as `protocols.evaluate` does.
 
-    `classes` are what is asked for in turn, a model's classes or prompts. `diversity`: mean distance of two seeds of one, where 1 is that of
-    two pictures of the reference; `collapsed`: less than half of the teacher's.
-    Of real ones as many are taken as a row has, the same every time. `fd_floor` is what as many others of them get themselves, where there
-    are enough. Raises ValueError where a row has nothing to be compared with, and for too few real pictures.
+    `real` [N, C, H, W] are bytes of at least `protocol.count` images. `classes` are a model's classes or
+    prompts, used in turn. `diversity` is the mean distance of two seeds of one class, in units of the
+    distance of two images of the reference; `collapsed` means less than half of the teacher's diversity. As
+    many real images are used as a row has, the same every time. `fd_floor` is the distance of as many other
+    real images to these, if there are enough.
+
+    Raises ValueError if a row has nothing to be compared with, and for too few real images.
     """
     count, best = protocol.count, best_teacher(rows)
     if real is not None and len(real) < count:
-        raise ValueError(f"real: got {len(real)} pictures, protocol {protocol.name} compares {count} with {count}; choose a smaller one")
+        raise ValueError(
+            f"real: got {len(real)} pictures, protocol {protocol.name} compares {count} with {count}; "
+            "choose a smaller one"
+        )
     if real is None and best is None:
         raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real pictures; pass some")
     drawn, gauge = asked(protocol, classes), FeatureExtractor(Roots())
@@ -163,12 +201,16 @@ def evaluate_pictures(
         ours = spreads[i]
         ratio_of = None if theirs is None or not whole else theirs / whole
         relative = ours / whole if ours is not None and whole else None
-        return Drawn(others_own, compared, seen(own[i]), own[i], relative, ratio_of, measured[i].fastest(protocol.batch))
+        return Drawn(
+            others_own, compared, seen(own[i]), own[i], relative, ratio_of, measured[i].fastest(protocol.batch)
+        )
 
     whose = "the teacher's" if others is None else "the real pictures'"
     return {
         "protocol": protocol.name,
-        "distance": f"FD-efflite0, {protocol.components} components of {whose} features, {count} pictures against {count}",
+        "distance": (
+            f"FD-efflite0, {protocol.components} components of {whose} features, {count} pictures against {count}"
+        ),
         "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
         **stamp,
         "batch": protocol.batch,
@@ -190,6 +232,9 @@ def evaluate_pictures(
 
 
 def shuffled(pictures: Tensor) -> Tensor:
-    """Bytes [N, C, H, W] as colour pictures [N, 3, H, W] in [0, 1], in an order that is the same every time and mixes classes."""
+    """Return images in a fixed order that mixes classes.
+
+    Bytes [N, C, H, W] become colour images [N, 3, H, W] in [0, 1].
+    """
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
     return pictures[order].expand(-1, 3, -1, -1).float() / 255

@@ -1,4 +1,7 @@
-"""What a protocol draws: prompts and seeds, the same for every row and for everyone."""
+"""Prompts and seeds of a protocol.
+
+Prompts and seeds are the same for every row and every user.
+"""
 
 import hashlib
 import json
@@ -10,11 +13,12 @@ from .reference import Reference, caption
 
 @dataclass(frozen=True)
 class EmojiProtocol:
-    """How many pictures are drawn for what, and which reference they meet.
+    """Numbers of images per purpose, and the reference.
 
-    `names`: plain prompts with one picture each, for distance and retrieval. `repeated`: how many of these get `seeds` pictures, for
-    diversity. `toned`: prompts "name, skin tone" of the training set; `held_out`: such prompts that were kept out of it.
-    `reference`: the hash of the real emoji's features. `components`: how many of theirs enter the Frechet distance.
+    `names`: plain prompts with one image each, for distance and retrieval. `repeated`: number of these
+    prompts with `seeds` images, for diversity. `toned`: prompts "name, skin tone" of the training set;
+    `held_out`: such prompts outside of the training set. `reference`: the hash of the real emoji's features.
+    `components`: number of principal components in the Frechet distance.
     """
 
     name: str
@@ -28,13 +32,16 @@ class EmojiProtocol:
     batch: int = 16
 
     def total(self, rows: int) -> int:
-        """Pictures drawn for that many rows."""
+        """Return the number of sampled images for that many rows."""
         return rows * (self.names + self.repeated * (self.seeds - 1) + self.toned + self.held_out)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All prompts and seeds of a row, and where its parts are: plain names, their repetitions prompt by prompt, toned, held out."""
+    """All prompts and seeds of a row, with the parts' slices.
+
+    The parts are plain names, repetitions prompt by prompt, toned, and held out.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -45,9 +52,11 @@ class Plan:
 
 
 def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
-    """Prompts are ordered by their hash, so that each part of a small protocol is the beginning of that part of a large one.
+    """Return the plan of a protocol.
 
-    A picture's seed is a hash of its prompt and of the number of the repetition. Raises ValueError for counts that cannot be had.
+    Prompts are ordered by hash, so each part of a small protocol is the beginning of the same part of a large
+    protocol. An image's seed is a hash of the prompt and of the number of the repetition. Raises ValueError
+    for counts that the reference cannot fill.
     """
     if protocol.seeds < 2:
         raise ValueError(f"protocol.seeds: got {protocol.seeds}; diversity takes at least 2 pictures of a prompt")
@@ -77,10 +86,10 @@ def _choose(option: str, prompts: Iterable[str], count: int) -> list[str]:
 
 
 def seed_of(prompt: str, repetition: int) -> int:
-    """A picture's seed, below 2^31."""
+    """Return an image's seed, below 2^31."""
     return int(digest(f"{prompt}/{repetition}")[:8], 16) >> 1
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a text, or of a value's JSON."""
+    """Return the SHA-256 of a text, or of a value's JSON."""
     return hashlib.sha256((value if isinstance(value, str) else json.dumps(value)).encode()).hexdigest()

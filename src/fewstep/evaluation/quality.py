@@ -1,4 +1,4 @@
-"""Rows of emoji, measured against the real ones."""
+"""Rows of emoji, measured against the real emoji."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,10 @@ from .reference import Reference, without_tone
 
 @dataclass(frozen=True)
 class Row:
-    """A row of emoji as metrics see it; see `metric.Measurement`. Distances are in units in which the real emoji's variance is 100."""
+    """A row of emoji as metrics see it; see `metric.Measurement`.
+
+    Distances are in units in which the real emoji's variance is 100.
+    """
 
     real: Moments
     teacher: Moments | None
@@ -39,13 +42,20 @@ class MetricSuite:
         self.spread = float(torch.pdist(reference.gallery).mean())
 
     def floor(self) -> float:
-        """The distance of the real emoji of the plan's names to all of them: what the number of pictures alone does."""
+        """Return the distance of real emoji to real emoji.
+
+        The real emoji of the plan's names are compared with all real emoji, which shows the effect of the
+        number of images alone.
+        """
         first = {name: i for i, name in reversed(list(enumerate(self.reference.names)))}
         rows = [first[name] for name in self.plan.prompts[self.plan.plain]]
         return frechet_distance(self.real, self._moments(self.reference.gallery[rows]))
 
     def measurement(self, row: Measured, teacher: Measured | None) -> Row:
-        """Return what metrics are computed from; `teacher` is the row that is compared with, not with itself."""
+        """Return the inputs of metrics for one row.
+
+        `teacher` is the row to compare with; a teacher is not compared with itself.
+        """
         plain, prompts = row.embeddings[self.plan.plain], self.plan.prompts
         compared = None if teacher is None or teacher is row else self._moments(teacher.embeddings[self.plan.plain])
         held_out = [without_tone(p)[0] for p in prompts[self.plan.held_out]]

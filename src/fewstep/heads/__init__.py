@@ -1,1 +1,4 @@
-"""TrajP-L: the shape that sampling trajectories share, and the head that corrects a step's direction along it."""
+"""TrajP-L: the shape of sampling trajectories, and direction heads.
+
+A direction head corrects a step's direction along the shape that sampling trajectories share.
+"""

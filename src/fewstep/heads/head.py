@@ -1,9 +1,12 @@
-"""Heads that correct the direction of a step, zero at first. Each is a `core.solvers.Correction`.
+"""Heads that correct the direction of a step.
 
-A direction is the noise `eps` of the split that a step is taken along; with the state held fixed, a change of the clean estimate by
-`delta` is a change of `eps` by `-(alpha/sigma) delta`. Heads answer with `delta`, which is of the size of data at every time. The
-directions that a trajectory has met, and its starting point, span the same space as its clean estimates and its starting noise (PAS,
-arXiv 2411.06503); the span head answers with weights on these.
+Each head is a `core.solvers.Correction` and predicts zero before training.
+
+A direction is the noise `eps` of the split that a step uses. With the state held fixed, a change of the clean
+estimate by `delta` is a change of `eps` by `-(alpha/sigma) delta`. Heads predict `delta`, which has the scale
+of data at every time. The past directions of a trajectory and the trajectory's starting point span the same
+space as the past clean estimates and the starting noise (PAS, arXiv 2411.06503); the span head predicts
+weights on these.
 """
 
 from abc import ABC, abstractmethod
@@ -19,12 +22,16 @@ from ..core.schedule import Schedule, expand
 from ..core.solvers import SolverHistory
 from .curve import TERMS, Curve, coordinates, fit_curve
 
-SMALL = 1e-4  # lengths below this share of the data's spread count as nothing
+SMALL = 1e-4  # lengths below this share of the data's spread count as zero
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What heads know of the data and the student: the curve, the mean `centre` of clean states, their standard deviation `spread` around it, the grids walked."""
+    """What heads know about the data and the student.
+
+    `curve` is the shape of trajectories, `centre` the mean of clean states, `spread` the standard deviation
+    of clean states around the mean, and `grids` are the student's time grids.
+    """
 
     curve: Curve
     centre: Tensor
@@ -33,32 +40,50 @@ class Facts:
 
 
 def facts_of(schedule: Schedule, whole: Tensor, grid: Tensor, clean: Tensor, grids: Sequence[Tensor]) -> Facts:
-    """The facts of a teacher's trajectories: `whole [n, F, ...]` at all times of its `grid [F]`, and clean states [m, ...]."""
+    """Return the facts of a teacher's trajectories.
+
+    `whole [n, F, ...]` are trajectories at all times of the teacher's `grid [F]`; `clean` are clean states
+    [m, ...].
+    """
     c, _ = coordinates(whole.flatten(2))
     centre = clean.double().mean(0)
     spread = (clean.double() - centre).square().mean().sqrt()
-    return Facts(fit_curve(1 - schedule.fraction(grid), c), centre.float(), float(spread), tuple(g.double() for g in grids))
+    return Facts(
+        fit_curve(1 - schedule.fraction(grid), c), centre.float(), float(spread), tuple(g.double() for g in grids)
+    )
 
 
 def unknown(shape: Sequence[int], grids: Sequence[Tensor]) -> Facts:
-    """The facts of data of this shape that nobody has seen yet."""
-    flat = Curve(torch.ones(3, TERMS, dtype=torch.float64), torch.ones(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    """Return placeholder facts for data of this shape."""
+    flat = Curve(
+        torch.ones(3, TERMS, dtype=torch.float64),
+        torch.ones(3, 3, dtype=torch.float64),
+        torch.zeros(3, dtype=torch.float64),
+    )
     return Facts(flat, torch.zeros(*shape), 1.0, tuple(grids))
 
 
 class Tokens(NamedTuple):
-    """Distances in state space, each scaled to the data's spread: x0 from the centre, the noise, x0 from each earlier estimate."""
+    """Vectors in state space, each scaled to the data's spread.
+
+    The tokens are x0 minus the centre, the starting noise, and x0 minus each earlier clean estimate.
+    """
 
     values: Tensor  # [B, N, ...]
-    there: Tensor  # [B, N] bool; a visit that is none of the sample's is not there
+    there: Tensor  # [B, N] bool; False for a past step that does not count for the sample
     lengths: Tensor  # [B, N] before scaling, in units of the spread
     times: Sequence[Tensor]  # N x [B]
 
 
 class Head(nn.Module, ABC):
-    """What the heads have in common: tokens, places on the curve, and how a corrected estimate becomes a way."""
+    """Base class of heads.
 
-    by_step: ClassVar[bool] = False  # whether every step has weights of its own: then there are no more steps than the longest grid has
+    All heads share the tokens, the position on the curve, and the conversion of a corrected estimate into a
+    prediction.
+    """
+
+    # Whether every step has its own weights: then the longest grid limits the number of steps.
+    by_step: ClassVar[bool] = False
     centre: Tensor
 
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
@@ -68,25 +93,28 @@ class Head(nn.Module, ABC):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The step counts that it was made for."""
+        """Step counts that the head was made for."""
         return tuple(len(g) - 1 for g in self.facts.grids)
 
     def forward(self, pred: Split, t: Tensor, t_next: Tensor, history: SolverHistory) -> Split:
-        """The corrected way: the same state, another clean estimate. All [B, ...]; t, t_next [B]."""
+        """Return the corrected prediction.
+
+        The state stays the same and the clean estimate changes. All predictions are [B, ...]; t, t_next [B].
+        """
         delta = self.delta(self.tokens(pred, t, history), t, t_next).to(pred.x0)
         ratio = self.schedule.alpha(t) / self.schedule.sigma(t)
         return Split(pred.x0 + delta, pred.eps - expand(ratio, delta) * delta)
 
     @abstractmethod
     def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
-        """Change of the clean estimate, [B, ...]."""
+        """Return the change of the clean estimate, [B, ...]."""
 
     def tokens(self, pred: Split, t: Tensor, history: SolverHistory) -> Tokens:
-        """The tokens of a step."""
+        """Return the tokens of a step."""
         seen = [s.t > t for s in history.steps]
         earlier = [expand(there, pred.x0) * (pred.x0 - s.used.x0) for there, s in zip(seen, history.steps, strict=True)]
         raw = torch.stack([pred.x0 - self.centre.to(pred.x0), history.noise.to(pred.x0), *earlier], 1)
-        # Constants to the gradient: that of the length of nothing is not a number.
+        # Lengths are constants to the gradient: the gradient of a zero length is NaN.
         lengths = raw.detach().flatten(2).float().square().mean(2).sqrt() / self.facts.spread
         values = raw / (lengths + SMALL).to(raw).reshape(lengths.shape + (1,) * (raw.ndim - 2))
         always = torch.ones_like(t, dtype=torch.bool)
@@ -94,17 +122,23 @@ class Head(nn.Module, ABC):
         return Tokens(values, torch.stack([always, always, *seen], 1), lengths, times)
 
     def place(self, t: Tensor) -> Tensor:
-        """Coordinates [B, 3] of the curve at these times, each in units of its largest value."""
+        """Return the curve's coordinates [B, 3] at times t.
+
+        Each coordinate is divided by the coordinate's largest value.
+        """
         curve = self.facts.curve
         return (curve.at(1 - self.schedule.fraction(t)) / curve.size.to(t.device)).float()
 
     def places(self, t: Tensor, t_next: Tensor) -> Tensor:
-        """Of both ends of a step, [B, 6]."""
+        """Return the curve's coordinates at both ends of a step, [B, 6]."""
         return torch.cat([self.place(t), self.place(t_next)], 1)
 
 
 class Rows(nn.Module):
-    """A few numbers for every step of the student's grids, zero at first: PAS's coordinates (arXiv 2411.06503)."""
+    """Weights for every step of the student's grids.
+
+    The weights are zero at first. They are PAS's coordinates (arXiv 2411.06503).
+    """
 
     def __init__(self, grids: Sequence[Tensor]) -> None:
         super().__init__()
@@ -112,16 +146,21 @@ class Rows(nn.Module):
         self.weights = nn.Parameter(torch.zeros(sum(len(g) - 1 for g in grids), max(len(g) for g in grids)))
 
     def forward(self, t: Tensor, t_next: Tensor, count: int) -> Tensor:
-        """The first `count` numbers of each step, [B, count]; of a step that is not there, those of the nearest."""
+        """Return the first `count` weights of each step, [B, count].
+
+        A step that is in no grid gets the weights of the nearest step.
+        """
         steps = self.get_buffer("steps").to(t)
         row = (steps[None] - torch.stack([t, t_next], 1)[:, None]).abs().sum(2).argmin(1)
         return self.weights[row, :count]
 
 
 class SpanHead(Head):
-    """Weights on the tokens: some that a step has for every sample, and from a network over their set, which sees lengths, cosines and the curve.
+    """Head that predicts weights on the tokens, per step and per sample.
 
-    It gives the same weights for data that are moved or rotated, of any size.
+    Each step has weights shared by all samples. A network over the set of tokens adds weights per sample; the
+    network sees lengths, cosines and the curve. The weights do not change when the data are moved or rotated,
+    and the head works for data of any size.
     """
 
     by_step = True
@@ -137,7 +176,11 @@ class SpanHead(Head):
         values, there, lengths, times = tokens
         unit = values.flatten(2).float() / (self.facts.spread * values[0, 0].numel() ** 0.5)
         cosines = nn.functional.pad(torch.einsum("bnd,bmd->bnm", unit, unit[:, :3]), (0, max(0, 3 - unit.shape[1])))
-        kind = nn.functional.one_hot(torch.arange(values.shape[1], device=t.device).clamp(max=2), 3).float().expand(len(t), -1, -1)
+        kind = (
+            nn.functional.one_hot(torch.arange(values.shape[1], device=t.device).clamp(max=2), 3)
+            .float()
+            .expand(len(t), -1, -1)
+        )
         step = self.places(t, t_next)[:, None].expand(-1, values.shape[1], -1)
         visited = torch.stack([self.place(s) for s in times], 1)
         h = self.each(torch.cat([torch.log(lengths + SMALL)[..., None], cosines, kind, step, visited], 2).detach())
@@ -149,7 +192,10 @@ class SpanHead(Head):
 
 
 class SharedHead(Head):
-    """Weights on the tokens that are the same for every sample, a few numbers per step (the idea of PAS)."""
+    """Head with the same token weights for every sample.
+
+    The head has a few weights per step (the idea of PAS).
+    """
 
     by_step = True
 
@@ -163,12 +209,17 @@ class SharedHead(Head):
 
 
 class FilmHead(Head):
-    """A small convolution network over the tokens' first three, modulated by the curve. For states [C, H, W]; raises ValueError for others."""
+    """Small convolutional head over the first three tokens.
+
+    The curve modulates the convolutions. For states [C, H, W]; raises ValueError for other states.
+    """
 
     def __init__(self, schedule: Schedule, facts: Facts, width: int = 32) -> None:
         super().__init__(schedule, facts)
         if facts.centre.ndim != 3:
-            raise ValueError(f"method.head: film is for states [C, H, W], these are {list(facts.centre.shape)}; choose span")
+            raise ValueError(
+                f"method.head: film is for states [C, H, W], these are {list(facts.centre.shape)}; choose span"
+            )
         channels = len(facts.centre)
         self.into = nn.Conv2d(3 * channels, width, 3, padding=1)
         self.middle = nn.Conv2d(width, width, 3, padding=1)
@@ -186,7 +237,7 @@ class FilmHead(Head):
 
 
 def _three(x: Tensor) -> Tensor:
-    """The first three tokens; zero where there are fewer."""
+    """Return the first three tokens, padded with zeros."""
     return torch.cat([x, x.new_zeros((x.shape[0], max(0, 3 - x.shape[1]), *x.shape[2:]))], 1)[:, :3]
 
 
@@ -196,11 +247,18 @@ def _zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-KINDS: dict[str, type[SpanHead] | type[SharedHead] | type[FilmHead]] = {"span": SpanHead, "shared": SharedHead, "film": FilmHead}
+KINDS: dict[str, type[SpanHead] | type[SharedHead] | type[FilmHead]] = {
+    "span": SpanHead,
+    "shared": SharedHead,
+    "film": FilmHead,
+}
 
 
 def make_head(kind: str, schedule: Schedule, facts: Facts, seed: int = 0) -> Head:
-    """A head that changes nothing yet. Raises ValueError listing the known kinds."""
+    """Return a head that changes nothing before training.
+
+    Raises ValueError that lists the known kinds for an unknown kind.
+    """
     if kind not in KINDS:
         raise ValueError(f"method.head: got {kind!r}, allowed are none, {', '.join(KINDS)}")
     with torch.random.fork_rng(devices=[]):
@@ -209,11 +267,15 @@ def make_head(kind: str, schedule: Schedule, facts: Facts, seed: int = 0) -> Hea
 
 
 def kind_of(head: nn.Module) -> str:
-    """Inverse of `make_head`."""
+    """Return the kind of a head, the inverse of `make_head`."""
     return next(name for name, kind in KINDS.items() if isinstance(head, kind))
 
 
 def require_steps(kind: str, counts: Iterable[int], steps: int, option: str, cure: str) -> None:
-    """Raises ValueError with the `cure` where a head of this kind, made for these counts, has nothing to say on some of so many steps."""
+    """Check that a head serves this number of steps.
+
+    `kind` is the kind of head, and `counts` are the step counts that the head was made for. Raises ValueError
+    with the `cure` if the head has no weights for some of the steps.
+    """
     if KINDS[kind].by_step and steps > (most := max(counts)):
         raise ValueError(f"{option}: got {steps}, the student's {kind} head serves up to {most} steps; {cure}")

@@ -1,0 +1,4 @@
+"""Training methods: TDM with variants and rivals, and TrajP-L.
+
+A method says which role is updated by which objective.
+"""

@@ -1,4 +1,9 @@
-"""Latent consistency models: the student's estimate is the same along the teacher's path. LCM (arXiv 2310.04378)."""
+"""Consistency distillation along the teacher's trajectory (LCM).
+
+The student's clean estimate is trained to be the same along the teacher's trajectory.
+
+Source: latent consistency models, arXiv 2310.04378.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,9 +28,11 @@ from .names import require_name
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyDistillation(Method):
-    """Settings of consistency distillation. Raises ValueError for settings that cannot be.
+    """Settings of consistency distillation.
 
-    At two neighbouring times of the guided teacher's path, the student says at the noisier one what its average says at the cleaner one.
+    At two neighbouring times of the guided teacher's trajectory, the student at the noisier time is trained
+    to predict what the student's average predicts at the cleaner time. Raises ValueError for invalid
+    settings.
     """
 
     name: str = "lcm"
@@ -34,7 +41,8 @@ class ConsistencyDistillation(Method):
     """Solver that the student is sampled with."""
 
     guidance_scales: tuple[float, ...] = ()
-    """Further guidance scales: every iteration draws one of all, on which the student is conditioned (LCM's guidance embedding)."""
+    """Further guidance scales: every iteration draws one of all, on which the student is conditioned (LCM's guidance
+    embedding)."""
 
     loss: Annotated[str, OneOf(REGRESSION_LOSSES)] = "huber"
     """Regression loss."""
@@ -46,11 +54,14 @@ class ConsistencyDistillation(Method):
         super().__post_init__()
         require_name(self)
         if len(self.counts) > 1:
-            raise ValueError(f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; choose one")
+            raise ValueError(
+                f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; "
+                "choose one"
+            )
         if self.solver_steps % self.counts[0]:
             raise ValueError(
-                f"method.solver_steps: got {self.solver_steps}, allowed are multiples of method.steps ({self.counts[0]}), "
-                "so that the student is trained at the times it visits"
+                f"method.solver_steps: got {self.solver_steps}, allowed are multiples of method.steps "
+                f"({self.counts[0]}), so that the student is trained at the times it visits"
             )
         served = (self.guidance.scale, *self.guidance_scales)
         if self.guidance_scales and (min(served) <= 1 or len(set(served)) < len(served)):
@@ -69,7 +80,7 @@ class ConsistencyDistillation(Method):
 
     @property
     def condition_values(self) -> tuple[float, ...]:
-        """All guidance scales that it serves, where there are several."""
+        """All guidance scales that the student serves; empty for a single scale."""
         return (self.guidance.scale, *self.guidance_scales) if self.guidance_scales else ()
 
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
@@ -78,7 +89,11 @@ class ConsistencyDistillation(Method):
 
 
 def consistency_loss(method: ConsistencyDistillation, roles: Roles, batch: TrainBatch) -> Tensor:
-    """Return `d(F(x_t, t), sg F_average(x_s, s))`, x_s one guided DDIM step of the teacher from x_t; F is the identity on clean data."""
+    """Return the consistency loss of the student.
+
+    `d(F(x_t, t), sg F_average(x_s, s))`, where x_s is one guided DDIM step of the teacher from x_t and F is
+    the consistency function, the identity on clean data.
+    """
     assert batch.images is not None
     schedule, rng, (x_0, cond) = roles.backbone.schedule, batch.rng, batch.images
     scale = draw_scale(method.condition_values or (method.guidance.scale,), rng)
@@ -88,7 +103,7 @@ def consistency_loss(method: ConsistencyDistillation, roles: Roles, batch: Train
     x_t = diffuse(schedule, x_0, t, torch.randn(x_0.shape, generator=rng, device=rng.device))
     with torch.no_grad():
         x_s = teacher_step(roles, cond, batch.null, replace(method.guidance, scale=scale), x_t, t, s)
-        # The network is not called on clean data; there its prediction has no weight.
+        # On clean data the prediction has zero weight: call the network at the nearest noisy time instead.
         known = s.clamp(min=schedule.t_clean + (schedule.resolution or 1e-3))
         with roles.averaged():
             goal = consistency_function(x_s, roles.denoise("student", cond, scale)(x_s, known).x0, s, schedule.t_clean)
@@ -98,9 +113,16 @@ def consistency_loss(method: ConsistencyDistillation, roles: Roles, batch: Train
 
 def draw_scale(scales: tuple[float, ...], rng: torch.Generator) -> float:
     """Draw one of several guidance scales, evenly."""
-    return scales[int(torch.randint(len(scales), (), generator=rng, device=rng.device))] if len(scales) > 1 else scales[0]
+    return (
+        scales[int(torch.randint(len(scales), (), generator=rng, device=rng.device))] if len(scales) > 1 else scales[0]
+    )
 
 
-def teacher_step(roles: Roles, cond: Cond, null: Cond, guidance: Guidance, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """Take one DDIM step of the guided teacher from x [B, ...] at t to t_next [B]."""
+def teacher_step(
+    roles: Roles, cond: Cond, null: Cond, guidance: Guidance, x: Tensor, t: Tensor, t_next: Tensor
+) -> Tensor:
+    """Take one DDIM step of the guided teacher.
+
+    x [B, ...] at t; t, t_next [B]. Returns the state at t_next.
+    """
     return ddim_step(roles.backbone.schedule, roles.teacher(cond, null, guidance)(x, t), t_next)

@@ -1,8 +1,12 @@
-"""Distribution matching along the student's own trajectory: TDM (alg. 1), its variants and its rivals as settings of one method.
+"""Distribution matching along the student's own trajectory.
 
-Where on the path (the noisy landing state or the clean estimate, diffused over its segment or over all times) x which divergence
-x how many steps. One draw gives both updates: roll the student out to a segment, take its step `t_{m+1} -> t_m` with gradient,
-diffuse the matched state to a time tau, and compare there what the fake score and the guided teacher believe.
+TDM (alg. 1), TDM's variants and rival methods are settings of one method: which state is matched (the noisy
+landing state or the clean estimate, diffused over the state's segment or over all times), by which
+divergence, in how many steps.
+
+One sample gives the updates of both student and fake score: roll the student out to a segment, take the step
+`t_{m+1} -> t_m` with gradient, diffuse the matched state to a time tau, and compare there the clean estimates
+of the fake score and the guided teacher.
 """
 
 from collections.abc import Iterator
@@ -29,17 +33,30 @@ from ..objectives.regression import REGRESSION_LOSSES
 from ..objectives.reverse_kl import SURROGATE_LOSSES
 from ..roles.roles import Role, Roles
 from ..words import speaks_python
-from .method import Loss, Method, Needs, RealBatch, TrainBatch, TrajectoryBatch, draw_count, require_analytic_first_step, student_of
+from .method import (
+    Loss,
+    Method,
+    Needs,
+    RealBatch,
+    TrainBatch,
+    TrajectoryBatch,
+    draw_count,
+    require_analytic_first_step,
+    student_of,
+)
 from .names import require_name
 from .trajectory_imitation import absorb_head
 
-MOST_UPDATES = 1000  # of the fake score, an iteration
+MOST_UPDATES = 1000  # of the fake score, per iteration
 
 
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class MatchConfig:
-    """What is matched, where, and by which divergence. Raises ValueError for settings that cannot be."""
+    """What is matched, where, and by which divergence.
+
+    Raises ValueError for invalid settings.
+    """
 
     divergence: Annotated[str, OneOf(DIVERGENCES)] = "reverse-kl"
     """Divergence between the diffused student and teacher."""
@@ -63,18 +80,23 @@ class MatchConfig:
         check_fields(self, "method.match")
         if not self.tau_min < self.tau_max:
             raise ValueError(
-                f"method.match.tau_max: got {self.tau_max}, allowed are fractions above method.match.tau_min ({self.tau_min}) up to 1"
+                f"method.match.tau_max: got {self.tau_max}, allowed are fractions above method.match.tau_min "
+                f"({self.tau_min}) up to 1"
             )
         if self.tau_range == "full" and self.state != "clean":
             raise ValueError(
-                "method.match.tau_range: got full, which needs method.match.state=clean: a noisy state is diffused to noisier times only"
+                "method.match.tau_range: got full, which needs method.match.state=clean: a noisy state is diffused "
+                "to noisier times only"
             )
 
 
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreConfig:
-    """How the fake score is trained. Raises ValueError for settings that cannot be."""
+    """How the fake score is trained.
+
+    Raises ValueError for invalid settings.
+    """
 
     updates: Annotated[int, Range(1, MOST_UPDATES)] = 1
     """Updates of the fake score for one of the student."""
@@ -101,7 +123,10 @@ class FakeScoreConfig:
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class GanConfig:
-    """An adversarial term on real images (eq. 16). Raises ValueError for settings that cannot be."""
+    """An adversarial term on real images (eq. 16).
+
+    Raises ValueError for invalid settings.
+    """
 
     weight: Annotated[float, WEIGHT] = 0.0
     """Weight of the term. It is a mean over tokens: next to `huber`, 5 is a fifth of the gradient."""
@@ -119,7 +144,10 @@ class GanConfig:
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching(Method):
-    """Settings of distribution matching; the defaults are TDM's. Raises ValueError for settings that cannot be."""
+    """Settings of distribution matching; the defaults are TDM's.
+
+    Raises ValueError for invalid settings.
+    """
 
     name: str = "tdm"
 
@@ -142,10 +170,12 @@ class DistributionMatching(Method):
     """Adversarial term on real images."""
 
     regression_weight: Annotated[float, WEIGHT] = 0.0
-    """Weight of the regression on the teacher's trajectories (DMD, arXiv 2311.18828, eq. 9), from whose noise students then start."""
+    """Weight of the regression on the teacher's trajectories (DMD, arXiv 2311.18828, eq. 9), from whose noise students
+    then start."""
 
     init_head: Literal["keep", "absorb", "drop"] = "keep"
-    """Head of the student that training is initialized from: train it on, absorb it into the weights during the warm-up, or drop it."""
+    """Head of the student that training is initialized from: train it on, absorb it into the weights during the
+    warm-up, or drop it."""
 
     analytic_first_step: bool = False
     """Take the first direction analytically, without a network call (AFS, arXiv 2210.05475)."""
@@ -160,27 +190,30 @@ class DistributionMatching(Method):
         stochastic = SOLVERS[self.solver].stochastic
         if self.regression_weight and stochastic:
             raise ValueError(
-                f"method.regression_weight: got a weight with method.solver={self.solver}, whose states are random; set it to 0, "
-                "or the solver to ddim"
+                f"method.regression_weight: got a weight with method.solver={self.solver}, whose states are random; "
+                "set it to 0, or the solver to ddim"
             )
         if self.init_head == "absorb" and not self.warmup:
             raise ValueError(
-                "method.init_head: got absorb with method.warmup=0, and it is absorbed during the warm-up; set method.warmup above 0, "
-                "e.g. 100"
+                "method.init_head: got absorb with method.warmup=0, and it is absorbed during the warm-up; "
+                "set method.warmup above 0, e.g. 100"
             )
         if self.init_head == "absorb" and stochastic:
             raise ValueError(
-                f"method.init_head: got absorb with method.solver={self.solver}, whose states are random; set it to drop, "
-                "or the solver to ddim"
+                f"method.init_head: got absorb with method.solver={self.solver}, whose states are random; "
+                "set it to drop, or the solver to ddim"
             )
         require_analytic_first_step(self)
-        if self.name == "tdm":  # the default: settings of another method have that method's name
+        if self.name == "tdm":  # the default name: settings of another preset get that preset's name
             object.__setattr__(self, "name", self._own_name())
         require_name(self)
 
     def _own_name(self) -> str:
         stochastic = SOLVERS[self.solver].stochastic
-        fisher, clean = self.match.divergence == "fisher", self.match.state == "clean" and self.match.tau_range == "full"
+        fisher, clean = (
+            self.match.divergence == "fisher",
+            self.match.state == "clean" and self.match.tau_range == "full",
+        )
         if clean:
             one = not fisher and self.counts == (1,) and self.fake.updates == 1 and not stochastic
             dmd2 = stochastic and not self.fake.share_noised_sample
@@ -195,7 +228,11 @@ class DistributionMatching(Method):
 
     @property
     def needs(self) -> Needs:
-        """A fake score; for the adversarial term a discriminator and images, for the regression the teacher's trajectories."""
+        """What the method needs besides student, teacher and prompts.
+
+        Always a fake score; for the adversarial term also a discriminator and images; for the regression also
+        the teacher's trajectories.
+        """
         adversarial = self.gan.weight > 0
         return Needs(fake=True, adversary=adversarial, images=adversarial, trajectories=self.regression_weight > 0)
 
@@ -204,14 +241,23 @@ class DistributionMatching(Method):
         several = len(self.counts) > 1
         gaps = (f"gap_{f'{count}_' if several else ''}{k}" for count in self.counts for k in range(count))
         adversarial = ("discriminator_loss", "gan_loss") if self.gan.weight else ()
-        return ("student_loss", "fake_loss", *adversarial, *(("regression_loss",) if self.regression_weight else ()), *gaps)
+        return (
+            "student_loss",
+            "fake_loss",
+            *adversarial,
+            *(("regression_loss",) if self.regression_weight else ()),
+            *gaps,
+        )
 
     @property
     def updated(self) -> tuple[Role, ...]:
         return ("student", "fake", *(("discriminator",) if self.gan.weight else ()))
 
     def one_step(self) -> "DistributionMatching":
-        """Return the method in one step, which takes as much memory: steps before the one with gradient hold less."""
+        """Return the one-step method, which needs as much memory.
+
+        The steps before the step with gradient hold less memory than that step.
+        """
         return replace(self, name="", warmup=0, steps=1, init_head="keep", analytic_first_step=False)
 
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
@@ -221,15 +267,18 @@ class DistributionMatching(Method):
 
 
 class NoisedSample(NamedTuple):
-    """A matched state and its diffused x_tau. `landed`, `x_m`, `x0` and `x_tau` may carry the student's gradient."""
+    """A matched state and the diffused state x_tau.
+
+    `landed`, `x_m`, `x0` and `x_tau` may carry the student's gradient.
+    """
 
     cond: Cond
     steps: int  # K of this iteration
     segment: Tensor  # [B] 0 .. K-1, 0 starts from noise
-    t: Tensor  # [B] time of x_m: the landing time, or that of clean data
+    t: Tensor  # [B] time of x_m: the landing time, or the time of clean data
     tau: Tensor  # [B]
-    landed: Tensor  # where the step ends
-    x_m: Tensor  # what is matched
+    landed: Tensor  # state where the step ends
+    x_m: Tensor  # matched state
     x0: Tensor  # the student's clean estimate
     e: Tensor  # transition noise
     x_tau: Tensor
@@ -245,9 +294,10 @@ def draw(
     steps: int | None = None,
     init_noise: Tensor | None = None,
 ) -> NoisedSample:
-    """Roll out, step and diffuse: steps 1 to 3 of algorithm 1.
+    """Draw a noised sample: roll out, step and diffuse.
 
-    Deterministic given `rng`; `init_noise` [B, ...] replaces the initial noise.
+    Steps 1 to 3 of algorithm 1. The draw is deterministic given `rng`; `init_noise` [B, ...] replaces the
+    initial noise.
     """
     schedule, shape = roles.backbone.schedule, roles.backbone.shape
     steps = steps or draw_count(method.steps, rng)
@@ -258,14 +308,19 @@ def draw(
 
     solver = solver_named(method.solver, noise)
     x = noise(torch.empty((batch, *shape))) * schedule.start_std if init_noise is None else init_noise
-    untrained = int(method.analytic_first_step and roles.head is None)  # an analytic first step has nothing to train without a head
+    # Without a head, an analytic first step has nothing to train.
+    untrained = int(method.analytic_first_step and roles.head is None)
     segment = untrained + timegrid.draw_segments(batch, steps - untrained, rng)
     student = partial(student_of, method, roles, steps=steps)
-    calls = steps - 1 if roles.sharded else 0  # as many as any process may need
-    start, history = segment_starts(lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls)
+    calls = steps - 1 if roles.sharded else 0  # as many calls as any process may need
+    start, history = segment_starts(
+        lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls
+    )
     high, landing = times[segment], times[segment + 1]
     with torch.set_grad_enabled(with_gradient):
-        landed, done = step(solver, schedule, student(cond, always=roles.sharded)(start, high), high, landing, history, roles.head)
+        landed, done = step(
+            solver, schedule, student(cond, always=roles.sharded)(start, high), high, landing, history, roles.head
+        )
         clean, x0 = method.match.state == "clean", done.pred.x0 if roles.head is None else done.used.x0
         x_m = x0 if clean else landed
     tau = _draw_tau(method, schedule, landing, high, rng)
@@ -277,8 +332,14 @@ def draw(
     return NoisedSample(cond, steps, segment, t, tau, landed, x_m, x0, e, x_tau)
 
 
-def _draw_tau(method: DistributionMatching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator) -> Tensor:
-    """Draw tau `[B]` in (low, high]: from the landing time or `tau_min`, the noisier, to the segment's start or `tau_max`."""
+def _draw_tau(
+    method: DistributionMatching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator
+) -> Tensor:
+    """Draw tau `[B]` in (low, high].
+
+    The range starts at the landing time (`full`: at clean data) and ends at the segment's start (`segment`)
+    or at pure noise. `tau_min` and `tau_max` narrow the range, as far as times remain.
+    """
     match = method.match
     low = torch.full_like(landing, schedule.t_clean) if match.tau_range == "full" else landing
     top = high if match.tau_range == "segment" else torch.full_like(high, schedule.t_max)
@@ -289,7 +350,10 @@ def _draw_tau(method: DistributionMatching, schedule: Schedule, landing: Tensor,
 
 
 def fake_loss(method: DistributionMatching, schedule: Schedule, row: Row, d: NoisedSample, f_fake: Tensor) -> Tensor:
-    """Return the fake score's denoising regression at x_tau (step 4, eq. 7), on the clean estimate or the transition noise."""
+    """Return the denoising regression of the fake score at x_tau.
+
+    Step 4 of algorithm 1, eq. 7. The target is the clean estimate or the transition noise.
+    """
     weight = WEIGHTINGS[method.fake.weight](schedule, row, d.tau, method.fake.snr_clip)
     if method.fake.target == "clean" or method.fake.input == "clean":
         return denoising(f_fake, d.x0, weight).mean()
@@ -297,14 +361,22 @@ def fake_loss(method: DistributionMatching, schedule: Schedule, row: Row, d: Noi
     return denoising(f_fake, goal, precision * weight).mean()
 
 
-def student_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor) -> Tensor:
-    """Return the divergence of student and teacher at x_tau (step 5)."""
+def student_loss(
+    method: DistributionMatching, schedule: Schedule, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor
+) -> Tensor:
+    """Return the divergence of student and teacher at x_tau.
+
+    Step 5 of algorithm 1.
+    """
     state = MatchedState(schedule, d.x_m, d.x0, d.e, d.t, d.tau, f_teacher, f_fake)
     return DIVERGENCES[method.match.divergence].loss(state, method.loss, method.match.fisher_correction).mean()
 
 
 def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSample, real: RealBatch) -> Tensor:
-    """Return the discriminator's loss: real data diffused to the same tau against x_tau, on the teacher's features (eq. 16)."""
+    """Return the loss of the discriminator (eq. 16).
+
+    Real data diffused to the same tau are compared with x_tau, on the teacher's features.
+    """
     assert roles.discriminator is not None
     discriminator, gan_loss = roles.discriminator, GAN_LOSSES[method.gan.loss]
     with torch.no_grad():
@@ -320,7 +392,10 @@ def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSamp
 
 
 def adversarial_loss(method: DistributionMatching, roles: Roles, d: NoisedSample) -> Tensor:
-    """Return the student's adversarial loss; its gradient goes through the teacher's features into x_tau."""
+    """Return the student's adversarial loss.
+
+    The gradient flows through the teacher's features into x_tau.
+    """
     assert roles.discriminator is not None
     discriminator = roles.discriminator
     logits = discriminator.logits(discriminator.tokens(d.x_tau, d.tau, d.cond), d.tau, d.steps)
@@ -328,11 +403,12 @@ def adversarial_loss(method: DistributionMatching, roles: Roles, d: NoisedSample
 
 
 def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
-    """Yield the updates of one iteration in order: fake score, discriminator, student.
+    """Yield the updates of one iteration: fake score, discriminator, student.
 
-    With a shared sample the last fake update and the student's update come from one x_tau *and one forward pass* of the fake score,
-    taken before its step: network calls per iteration (K+1)/2 + 2 (student) + 2 (guided teacher) + 3 (fake). A divergence whose scores
-    carry gradient shares x_tau alone and costs 3 + 2 x 2 calls more.
+    With a shared sample, the last update of the fake score and the update of the student come from one x_tau
+    *and one forward pass* of the fake score, which precedes both updates. An iteration then costs (K+1)/2 + 2
+    (student) + 2 (guided teacher) + 3 (fake) network calls; a backward pass counts as two calls. A divergence
+    whose scores carry gradient shares x_tau alone and costs 3 + 2 x 2 calls more.
     """
     schedule, row, rng = roles.backbone.schedule, roles.backbone.row, batch.rng
     warming_up, walk = batch.iteration < method.warmup, batch.trajectories
@@ -377,18 +453,31 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
         value, metrics = value + method.gan.weight * adversarial, metrics | {"gan_loss": adversarial.detach()}
     if walk is not None:
         regression = regression_loss(method, schedule, d, walk)
-        value, metrics = value + method.regression_weight * regression, metrics | {"regression_loss": regression.detach()}
+        value, metrics = (
+            value + method.regression_weight * regression,
+            metrics | {"regression_loss": regression.detach()},
+        )
     yield Loss("student", value, metrics)
 
 
 def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, walk: TrajectoryBatch) -> Tensor:
-    """Return `mean |x - x_teacher|` where the student's steps land, against the teacher's trajectories from the same noise."""
+    """Return the regression on the teacher's trajectories.
+
+    `mean |x - x_teacher|` where the student's steps land; the teacher's trajectories start from the same
+    noise.
+    """
     passed = (walk.times.to(d.t)[None] - method.times(schedule, d.steps).to(d.t)[d.segment + 1, None]).abs().argmin(1)
-    return REGRESSION_LOSSES["l1"](d.landed, walk.states[torch.arange(len(passed), device=passed.device), passed]).mean()
+    return REGRESSION_LOSSES["l1"](
+        d.landed, walk.states[torch.arange(len(passed), device=passed.device), passed]
+    ).mean()
 
 
 def _gaps(method: DistributionMatching, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor) -> dict[str, Tensor]:
-    """Return `rms |f_psi - f_phi|` per segment, and step count where there are several: the matching gradient before normalisation."""
+    """Return the gap `rms |f_psi - f_phi|` per segment.
+
+    The gap is the matching gradient before normalisation. With several step counts the names include the step
+    count.
+    """
     gap = (f_fake - f_teacher).detach().square().flatten(1).mean(1)
     count = f"{d.steps}_" if len(method.counts) > 1 else ""
     of = [(k, (d.segment == k).to(gap)) for k in range(d.steps) if bool((d.segment == k).any())]

@@ -1,4 +1,7 @@
-"""What the training loop asks of a method, and what all methods have in common."""
+"""The interface between methods and the training loop.
+
+The base class `Method` holds what all methods have in common.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,18 +19,21 @@ from ..core.schedule import Schedule
 from ..core.solvers import SOLVERS, Denoise, with_analytic_first_step
 from ..roles.roles import Role, Roles
 
-MOST_STEPS = 1000  # as many as teachers are trained with
+MOST_STEPS = 1000  # as many times as teachers are trained with
 
 
 class RealBatch(NamedTuple):
-    """Clean states [B, ...] of a batch of images, and their conditions."""
+    """Clean states [B, ...] of a batch of images, with conditions."""
 
     x0: Tensor
     cond: Cond
 
 
 class TrajectoryBatch(NamedTuple):
-    """Trajectories of the teacher: states [B, J, ...] at times [J], from noise to data, and their conditions."""
+    """A batch of the teacher's trajectories.
+
+    States [B, J, ...] at times [J], from noise to data, with conditions.
+    """
 
     states: Tensor
     times: Tensor
@@ -35,7 +41,10 @@ class TrajectoryBatch(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """Inputs of one training iteration. `rng` is on the network's device; `images` and `trajectories` are there if the method needs them."""
+    """Inputs of one training iteration.
+
+    `rng` is on the network's device. `images` and `trajectories` are None unless the method needs them.
+    """
 
     iteration: int  # from 0
     iterations: int
@@ -45,13 +54,14 @@ class TrainBatch(NamedTuple):
     images: RealBatch | None
     rng: torch.Generator
     trajectories: TrajectoryBatch | None = None
-    steps: int | None = None  # K of this iteration, the same for all its batches and processes; None: the method draws it
+    # K of this iteration, the same for all batches and processes; None: the method draws K.
+    steps: int | None = None
 
 
 class Loss(NamedTuple):
-    """One update: of which role, by which loss, and what to log.
+    """One update: the role, the loss and what to log.
 
-    With `together`, its gradient and the next one's belong to the same weights.
+    With `together`, the gradients of this loss and of the next loss belong to the same weights.
     """
 
     role: Role
@@ -65,14 +75,17 @@ class Needs(NamedTuple):
 
     fake: bool = False  # a fake score
     adversary: bool = False  # a discriminator
-    images: bool = False  # clean states, of real images or of the teacher's
-    trajectories: bool = False  # of the teacher
-    length: bool = False  # a known number of iterations, on which an iteration depends
+    images: bool = False  # clean states, of real images or of the teacher's samples
+    trajectories: bool = False  # trajectories of the teacher
+    length: bool = False  # a known number of iterations, because an iteration depends on the number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Which role is updated by which objective, in which order; and how the student is sampled."""
+    """Base class of methods.
+
+    A method says which role is updated by which objective, in which order, and how the student is sampled.
+    """
 
     name: str = ""
     """The method's name; its other settings have the defaults of that name."""
@@ -106,12 +119,12 @@ class Method(ABC):
 
     @property
     def head(self) -> str:
-        """The kind of direction head that is trained with the student, or `none`."""
+        """The trained kind of direction head, or `none`."""
         return "none"
 
     @property
     def init_head(self) -> Literal["keep", "absorb", "drop"]:
-        """What happens to the head of the student that training is initialized from."""
+        """Treatment of a head of the initial student."""
         return "drop"
 
     @property
@@ -126,20 +139,30 @@ class Method(ABC):
 
     @property
     def condition_values(self) -> tuple[float, ...]:
-        """Values the trained networks are conditioned on, the default first; empty for none."""
+        """Values the trained networks are conditioned on.
+
+        The default comes first; empty for networks without a condition.
+        """
         return ()
 
     @property
     def condition_on(self) -> Literal["steps", "guidance"]:
-        """What `condition_values` are."""
+        """The meaning of `condition_values`."""
         return "steps"
 
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
-        """Return the student's time grid `[K + 1]` for a step count, by default its first."""
+        """Return the student's time grid `[K + 1]` for a step count.
+
+        The default is the first step count.
+        """
         return timegrid.uniform(schedule, steps or self.counts[0], self.shift)
 
     def one_step(self) -> "Method":
-        """Return a method whose iterations take as much memory, after the warm-up, and less time."""
+        """Return a faster method that needs as much memory.
+
+        An iteration of the returned method needs as much memory as an iteration of this method after the
+        warm-up.
+        """
         return self
 
     @property
@@ -156,59 +179,82 @@ class Method(ABC):
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         """Yield the updates of one iteration in order.
 
-        The caller takes each step before it asks for the next one, or both where they are `together`.
+        The caller takes each optimizer step before the caller asks for the next loss, or both steps where the
+        losses are `together`.
         """
 
 
 def step_counts(steps: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Return the different step counts of one or several, the default first; one that is repeated is drawn more often."""
+    """Return the different step counts, the default first.
+
+    A repeated step count counts once; `draw_count` draws a repeated count more often. Raises ValueError for
+    invalid step counts.
+    """
     counts = (steps,) if isinstance(steps, int) else tuple(steps)
     if not counts or not all(type(k) is int and 1 <= k <= MOST_STEPS for k in counts):
         raise ValueError(
-            f"method.steps: got {steps}, allowed are whole numbers from 1 to {MOST_STEPS}, or a list of them such as [4, 2, 1]; "
-            "few-step students use 1 to 8"
+            f"method.steps: got {steps}, allowed are whole numbers from 1 to {MOST_STEPS}, or a list of them such as "
+            "[4, 2, 1]; few-step students use 1 to 8"
         )
     return tuple(dict.fromkeys(counts))
 
 
 def draw_count(steps: int | tuple[int, ...], rng: torch.Generator) -> int:
-    """Draw the step count of an iteration from a list, evenly; one that is repeated is drawn more often."""
+    """Draw the step count of an iteration.
+
+    The draw from a list is even, so a repeated step count is drawn more often.
+    """
     if isinstance(steps, int):
         return steps
     return steps[int(torch.randint(len(steps), (), generator=rng, device=rng.device))] if len(steps) > 1 else steps[0]
 
 
 def student_of(
-    method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None, always: bool = False
+    method: Method,
+    roles: Roles,
+    cond: Cond,
+    steps: int | None = None,
+    guidance: float | None = None,
+    always: bool = False,
 ) -> Denoise:
-    """Return the student as its method samples it, conditioned on a step count or guidance scale (default: the first).
+    """Return the student's denoiser as the method samples the student.
 
-    `always`: see `core.solvers.with_analytic_first_step`.
+    The student is conditioned on a step count or guidance scale (default: the first). `always`: see
+    `core.solvers.with_analytic_first_step`.
     """
     denoise = roles.denoise("student", cond, steps if method.condition_on == "steps" else guidance)
     return with_analytic_first_step(denoise, roles.backbone.schedule, always) if method.analytic_first_step else denoise
 
 
 def require_analytic_first_step(method: Method) -> None:
-    """Check that other steps follow an analytic first one, from the same noise. Raises ValueError."""
+    """Check that an analytic first step is possible.
+
+    Other steps have to follow the first step, from the same noise. Raises ValueError otherwise.
+    """
     if not method.analytic_first_step:
         return
     if min(method.counts) == 1:
         raise ValueError(
-            "method.analytic_first_step: got true for a student of 1 step, which would never call the network; set it to false"
+            "method.analytic_first_step: got true for a student of 1 step, which would never call the network; "
+            "set it to false"
         )
     if SOLVERS[method.solver].stochastic:
         raise ValueError(
-            f"method.analytic_first_step: got true with method.solver={method.solver}, which takes no direction; set it to false, "
-            "or the solver to ddim"
+            f"method.analytic_first_step: got true with method.solver={method.solver}, which takes no direction; "
+            "set it to false, or the solver to ddim"
         )
 
 
 def require_initial_student(method: Method, head: str, analytic: bool, whose: str) -> None:
-    """Check that a method can go on from a student with this kind of head ('' for none). Raises ValueError."""
+    """Check that a method can be initialized from a student.
+
+    `head` is the kind of the student's head ('' for none), and `analytic` says whether the student takes an
+    analytic first step. Raises ValueError otherwise.
+    """
     if method.init_head == "absorb" and not head:
         raise ValueError(
-            f"method.init_head: got absorb, {whose} has no head; set method.init_head=drop, or initialize from a student with one"
+            f"method.init_head: got absorb, {whose} has no head; set method.init_head=drop, or initialize from a "
+            "student with one"
         )
     if head and method.head not in ("none", head):
         raise ValueError(f"method.head: got {method.head}, {whose} has {head}; choose that, or none")

@@ -1,4 +1,7 @@
-"""What a method's name stands for: settings that another name would have to have."""
+"""Settings that a method's name stands for.
+
+With other settings, a method takes another name.
+"""
 
 from operator import attrgetter
 from typing import Any
@@ -12,10 +15,20 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
     "sid": {"match.divergence": "fisher", "match.state": "clean", "match.tau_range": "full"},
     "sfd": {"head": "none"},
 }
+CLASSES = {"lcm": "ConsistencyDistillation", "progressive": "ProgressiveDistillation"}
 
 
 def require_name(method: Method) -> None:
-    """Check that the settings are those of the method's name. Raises ValueError."""
+    """Check that class and settings match the method's name.
+
+    Raises ValueError otherwise.
+    """
+    kind = type(method).__name__
+    if (class_name := CLASSES.get(method.name, kind)) != kind:
+        raise ValueError(
+            f"method.name: got {method.name} for {kind}, and {method.name} stands for {class_name}; "
+            f"fewstep.method({method.name!r}, ...) makes one, other settings take another name"
+        )
     for option, wanted in STANDS_FOR.get(method.name, {}).items():
         if (got := attrgetter(option)(method)) != wanted:
             raise ValueError(

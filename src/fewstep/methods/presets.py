@@ -1,4 +1,7 @@
-"""What a method's name stands for: a few settings of a method. Settings given with a name win."""
+"""Presets: a method's name stands for a few settings.
+
+Settings given together with a name take precedence.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -21,12 +24,18 @@ PRESETS: dict[str, Method] = {
         DistributionMatching(name="tdm-unify", steps=(4, 2, 1)),
         DistributionMatching(name="tdm-fisher", match=MatchConfig(divergence="fisher")),
         DistributionMatching(
-            name="dmd2", match=FULL, loss="l2", solver="renoise", fake=FakeScoreConfig(updates=10, share_noised_sample=False)
+            name="dmd2",
+            match=FULL,
+            loss="l2",
+            solver="renoise",
+            fake=FakeScoreConfig(updates=10, share_noised_sample=False),
         ),
         DistributionMatching(name="diff-instruct", steps=1, match=FULL, loss="l2"),
         DistributionMatching(
             name="sid",
-            match=MatchConfig(divergence="fisher", fisher_correction=1.0, state="clean", tau_range="full", tau_max=0.98),
+            match=MatchConfig(
+                divergence="fisher", fisher_correction=1.0, state="clean", tau_range="full", tau_max=0.98
+            ),
             solver="renoise",
         ),
         ConsistencyDistillation(),
@@ -38,24 +47,28 @@ PRESETS: dict[str, Method] = {
 }
 METHODS: dict[str, type[Method]] = {kind.__name__: kind for kind in dict.fromkeys(type(m) for m in PRESETS.values())}
 
-# Roles that a name stands for as well; with others it would be another method.
+# Roles that a name also stands for: with other roles the method would be another method.
 ROLES: dict[str, dict[str, int]] = {"pas": {"lora": True, "rank": 0}, "sfd": {"lora": False}}
 
 
 def require_roles(name: str, roles: RolesConfig) -> None:
-    """Check that the roles are those of a method's name. Raises ValueError."""
+    """Check that the roles match the method's name.
+
+    Raises ValueError otherwise.
+    """
     for option, wanted in ROLES.get(name, {}).items():
         if (got := getattr(roles, option)) != wanted:
             raise ValueError(
                 f"roles.{option}: got {str(got).lower()}, method {name} stands for {str(wanted).lower()}; "
-                f"set roles.{option}={str(wanted).lower()}, or method.name=trajp-l with method.head={PRESETS[name].head} to train a LoRA"
+                f"set roles.{option}={str(wanted).lower()}, or method.name=trajp-l with "
+                f"method.head={PRESETS[name].head} to train a LoRA"
             )
 
 
 def preset(name: str, **settings: Any) -> Method:
-    """Return the method called `name` with settings changed; a mapping changes some settings of a block.
+    """Return the method called `name` with changed settings.
 
-    Raises ValueError for an unknown name or setting.
+    A mapping changes some settings of a block. Raises ValueError for an unknown name or setting.
     """
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
@@ -65,7 +78,7 @@ def preset(name: str, **settings: Any) -> Method:
 
 
 def _blocks(known: Any, settings: Mapping[str, Any], section: str, name: str) -> dict[str, Any]:
-    """Settings with every mapping as a block on top of the one that is there."""
+    """Return the settings with mappings merged into the preset's blocks."""
     names = [f.name for f in fields(known)]
     if unknown := [k for k in settings if k not in names]:
         raise ValueError(f"{section}.{unknown[0]}: method {name} has no such setting; it has {', '.join(names)}")

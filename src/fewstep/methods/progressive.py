@@ -1,4 +1,7 @@
-"""Progressive distillation: one student step lands where two steps of the stage before land (arXiv 2202.00512)."""
+"""Progressive distillation (arXiv 2202.00512).
+
+One student step lands where two steps of the previous stage land.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +25,10 @@ from .names import require_name
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveDistillation(Method):
-    """Settings of progressive distillation, in stages of equal length. Raises ValueError for settings that cannot be."""
+    """Settings of progressive distillation, in stages of equal length.
+
+    Raises ValueError for invalid settings.
+    """
 
     name: str = "progressive"
 
@@ -42,11 +48,17 @@ class ProgressiveDistillation(Method):
         super().__post_init__()
         require_name(self)
         if len(self.counts) > 1:
-            raise ValueError(f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; choose one")
+            raise ValueError(
+                f"method.steps: got {list(self.counts)}, method {self.name} makes students of one step count; "
+                "choose one"
+            )
 
     @property
     def needs(self) -> Needs:
-        """Images, and as the fake role the student of the stage before."""
+        """What the method needs besides student, teacher and prompts.
+
+        Images, and the student of the previous stage as the fake role.
+        """
         return Needs(fake=True, images=True, length=True)
 
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
@@ -55,15 +67,22 @@ class ProgressiveDistillation(Method):
 
 
 def stage_of(method: ProgressiveDistillation, iteration: int, iterations: int) -> tuple[int, bool]:
-    """Return (stage, whether it begins here); stages are of equal length."""
+    """Return the stage of an iteration.
+
+    Returns (stage, whether the stage begins at this iteration). Stages are of equal length.
+    """
     stage = min(method.stages - 1, iteration * method.stages // max(iterations, 1))
-    return stage, iteration > 0 and stage > 0 and stage != min(method.stages - 1, (iteration - 1) * method.stages // iterations)
+    return stage, iteration > 0 and stage > 0 and stage != min(
+        method.stages - 1, (iteration - 1) * method.stages // iterations
+    )
 
 
 def progressive_loss(method: ProgressiveDistillation, roles: Roles, batch: TrainBatch) -> Tensor:
-    """Return the weighted regression on the clean estimate whose one step lands where two steps of the stage before land.
+    """Return the weighted regression on the previous stage.
 
-    The stage before is the guided teacher, then the averaged student as it was when the stage began, kept as the `fake` role.
+    The target is the clean estimate whose one step lands where two steps of the previous stage land. The
+    previous stage is the guided teacher, then the averaged student at the beginning of the stage, kept as the
+    `fake` role.
     """
     assert batch.images is not None
     schedule, rng, (x_0, cond) = roles.backbone.schedule, batch.rng, batch.images

@@ -1,7 +1,10 @@
-"""Trajectory imitation: along the student's rollout every step is pulled to the teacher's state from the same noise.
+"""Trajectory imitation along the student's rollout.
 
-TrajP-L trains a LoRA and a head that corrects the direction; its ablations and rivals are settings: no head (LoRA alone; with full
-weights SFD), no LoRA (head alone; with shared weights PAS). A student absorbs a head by imitating itself with it.
+Every step of the rollout is regressed on the teacher's state from the same noise.
+
+TrajP-L trains a LoRA and a head that corrects the direction. Ablations and rival methods are settings: no
+head (LoRA alone; with full weights SFD), no LoRA (head alone; with shared weights PAS). A student absorbs a
+head by imitating the student with the head.
 """
 
 from collections.abc import Iterator
@@ -18,14 +21,26 @@ from ..heads.head import KINDS
 from ..objectives.regression import REGRESSION_LOSSES
 from ..roles.roles import Roles
 from ..words import speaks_python
-from .method import Loss, Method, Needs, TrainBatch, TrajectoryBatch, draw_count, require_analytic_first_step, student_of
+from .method import (
+    Loss,
+    Method,
+    Needs,
+    TrainBatch,
+    TrajectoryBatch,
+    draw_count,
+    require_analytic_first_step,
+    student_of,
+)
 from .names import require_name
 
 
 @speaks_python("method")
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryImitation(Method):
-    """Settings of trajectory imitation; the defaults are TrajP-L's. Raises ValueError for settings that cannot be."""
+    """Settings of trajectory imitation; the defaults are TrajP-L's.
+
+    Raises ValueError for invalid settings.
+    """
 
     name: str = "trajp-l"
 
@@ -66,8 +81,13 @@ class TrajectoryImitation(Method):
         return imitate(self, roles, batch.trajectories, batch.steps or draw_count(self.steps, batch.rng), self.loss)
 
 
-def imitate(method: Method, roles: Roles, walk: TrajectoryBatch, count: int, loss: str, called: str = "student_loss") -> Iterator[Loss]:
-    """Yield one update a step: from where the student is, not the teacher, and without gradient through the steps before."""
+def imitate(
+    method: Method, roles: Roles, walk: TrajectoryBatch, count: int, loss: str, called: str = "student_loss"
+) -> Iterator[Loss]:
+    """Yield one update per step of the student's rollout.
+
+    Each step starts from the student's state, not the teacher's, and has no gradient through earlier steps.
+    """
     schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(method.solver), walk
     student = student_of(method, roles, cond, count)
     x = states[:, 0]
@@ -78,14 +98,16 @@ def imitate(method: Method, roles: Roles, walk: TrajectoryBatch, count: int, los
         goal = states[:, int((known - end).abs().argmin())]
         value = REGRESSION_LOSSES[loss](landed, goal).mean()
         x, history = landed.detach(), SolverHistory(history.noise, (_detached(done), *history.steps))
-        if value.requires_grad:  # an analytic first step without a head has nothing to train
+        if value.requires_grad:  # without a head, an analytic first step has nothing to train
             yield Loss("student", value, {called: value.detach()})
 
 
 def absorb_head(method: Method, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
-    """Train the student to land without its head where it landed with it, from the same noise; the teacher has no part in it.
+    """Yield the updates that absorb the head into the student's weights.
 
-    The student as it was is its average, as long as that does not move: before the method's first update of its own.
+    Each update trains the student without the head to land where the student with the head landed, from the
+    same noise; the teacher is not used. The student's average serves as the student with the head, because
+    the average does not move before the method's own first update.
     """
     schedule, count = roles.backbone.schedule, batch.steps or draw_count(method.steps, batch.rng)
     times, shape = method.times(schedule, count), (batch.batch, *roles.backbone.shape)
@@ -93,7 +115,9 @@ def absorb_head(method: Method, roles: Roles, batch: TrainBatch) -> Iterator[Los
     with torch.no_grad(), roles.averaged():
         before = student_of(method, roles, batch.cond, count)
         states = [s.x for s in sample(before, schedule, x, times, solver_named(method.solver), roles.head_to_absorb)]
-    yield from imitate(method, roles, TrajectoryBatch(torch.stack(states, 1), times, batch.cond), count, "l1", "absorb_loss")
+    yield from imitate(
+        method, roles, TrajectoryBatch(torch.stack(states, 1), times, batch.cond), count, "l1", "absorb_loss"
+    )
 
 
 def _detached(done: SolverStep) -> SolverStep:

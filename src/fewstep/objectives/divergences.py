@@ -12,9 +12,10 @@ from .reverse_kl import reverse_kl_loss
 
 @dataclass(frozen=True)
 class Divergence:
-    """A loss on matched states, `(state, surrogate loss, correction) -> [B]`.
+    """A loss on matched states.
 
-    `scores_carry_gradient`: both scores are differentiated in x_tau, so that the fake score's update cannot share their forward pass.
+    The loss is `(state, surrogate loss, correction) -> [B]`. With `scores_carry_gradient`, both scores are
+    differentiated with respect to x_tau, so the update of the fake score cannot share the forward pass.
     """
 
     loss: Callable[[MatchedState, str, float], Tensor]

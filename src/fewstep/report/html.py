@@ -1,4 +1,7 @@
-"""A run as one HTML file that needs nothing else: pictures, numbers, curves, cost, and what to do next."""
+"""A run as one HTML file that needs nothing else.
+
+The page has images, numbers, curves, cost, and what to do next.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -18,17 +21,19 @@ from .summary import Cost, Headline
 from .table import Row, table
 from .words import duration
 
-COLUMNS = 8  # prompts beside each other on a wide page
-SHOWN_WARNINGS = 3  # above the rest, which unfold
-PIXELATED = 160  # pictures up to this many pixels are enlarged pixel by pixel; larger ones are scaled smoothly
+COLUMNS = 8  # prompts next to each other on a wide page
+SHOWN_WARNINGS = 3  # the others unfold below
+PIXELATED = 160  # images up to this many pixels are enlarged pixel by pixel, larger images smoothly
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report shows; what is empty is left out of the page.
+    """Everything that a report shows.
 
-    `made` are facts on what was made, as (name, value); `rows` and `protocol` are those of eval.json, `metrics` the records of metrics.jsonl, `samples` the grids of
-    `samples/` as (iteration, PNG bytes), `trajectories` what is known of the teacher's, `next_commands` pairs of (what it does, command).
+    What is empty is left out of the page. `made` are facts on what was made, as (name, value). `rows` and
+    `protocol` are those of eval.json, `metrics` the records of metrics.jsonl. `samples` are the grids of
+    `samples/` as (iteration, PNG bytes). `trajectories` is what is known of the teacher's trajectories.
+    `next_commands` are pairs of (what the command does, command).
     """
 
     title: str
@@ -48,7 +53,10 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The report as HTML. Every text is escaped; nothing is loaded from anywhere."""
+    """Render the report as HTML.
+
+    Every text is escaped; nothing is loaded from anywhere.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
     prompts = list(enumerate(report.pictures.prompts))
@@ -68,10 +76,13 @@ def render(report: Report) -> str:
 
 
 def source(picture: Tensor) -> str:
-    """`[3, H, W]` in [0, 1] as a `data:` address with its exact pixels."""
+    """Return an image as a `data:` address with its exact pixels.
+
+    The image is `[3, H, W]` in [0, 1].
+    """
     return data_url(png(to_pil(picture)))
 
 
 def data_url(data: bytes) -> str:
-    """PNG bytes as a `data:` address."""
+    """Return PNG bytes as a `data:` address."""
     return "data:image/png;base64," + base64.b64encode(data).decode()

@@ -1,4 +1,7 @@
-"""What the files of a run hold, as types: anything else in them is damage, and is said where they are read."""
+"""The types of the files of a run.
+
+Anything else in a file is damage, which is reported where the file is read.
+"""
 
 from typing import Any, TypedDict
 
@@ -6,20 +9,20 @@ Number = float | None
 
 
 class Stage(TypedDict, total=False):
-    """Of a recipe, what a report names."""
+    """The part of a recipe that a report names."""
 
     method: dict[str, Any] | None
     train: dict[str, Any] | None
 
 
 class Recipe(Stage, total=False):
-    """A run's settings, as a recipe or the arguments of `fewstep.distill` said them."""
+    """A run's settings, from a recipe or from `fewstep.distill`."""
 
     warm_start: Stage | None
 
 
 class About(TypedDict, total=False):
-    """`run.json`."""
+    """The content of `run.json`."""
 
     title: str
     recipe: Recipe
@@ -29,11 +32,11 @@ class About(TypedDict, total=False):
     next: list[tuple[str, str]]
 
 
-Row = dict[str, str | bool | float | None]  # one model of `eval.json`: texts and numbers by column
+Row = dict[str, str | bool | float | None]  # a row of `eval.json`: texts and numbers by column
 
 
 class Evaluation(TypedDict, total=False):
-    """`eval.json`."""
+    """The content of `eval.json`."""
 
     rows: list[Row]
     protocol: str
@@ -41,14 +44,17 @@ class Evaluation(TypedDict, total=False):
 
 
 class ErrorCurve(TypedDict):
-    """An error along the way."""
+    """An error along the trajectory."""
 
     s: list[float]
     error: list[float]
 
 
 class Shape(TypedDict, total=False):
-    """`trajectories.json` of a run: what `report.trajectories` says of them."""
+    """The content of a run's `trajectories.json`.
+
+    The values are those of `report.trajectories`.
+    """
 
     errors: dict[str, ErrorCurve]
     s: list[float]
@@ -61,7 +67,7 @@ class Shape(TypedDict, total=False):
 
 
 class BestPreview(TypedDict):
-    """`best/preview.json`."""
+    """The content of `best/preview.json`."""
 
     iteration: int
     value: float
@@ -69,7 +75,7 @@ class BestPreview(TypedDict):
 
 
 class Card(TypedDict, total=False):
-    """Of a student's `fewstep.json`, what a report names."""
+    """The part of a student's `fewstep.json` that a report names."""
 
     method: str
     base: str
@@ -84,7 +90,10 @@ class _Counted(TypedDict):
 
 
 class Line(_Counted, total=False):
-    """A line of `metrics.jsonl`; all other values are numbers."""
+    """A line of `metrics.jsonl`.
+
+    All other values are numbers.
+    """
 
     seconds: float
     warnings: list[str]
@@ -100,6 +109,9 @@ class _Shown(TypedDict):
 
 
 class PicturesHeader(_Shown, total=False):
-    """What `pictures.safetensors` says of itself; older ones say no `grid`."""
+    """The metadata of `pictures.safetensors`.
+
+    Older files have no `grid`.
+    """
 
     grid: tuple[list[int], list[int]] | None

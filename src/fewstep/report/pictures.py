@@ -1,4 +1,7 @@
-"""The pictures of a run: what each model draws for the same prompts and noise, kept as exact 8-bit pixels."""
+"""The images of a run, as exact 8-bit pixels.
+
+Each model samples the same prompts from the same noise.
+"""
 
 import io
 import json
@@ -21,7 +24,11 @@ from .kinds import PicturesHeader
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Clean estimates `[P, K, 3, H, W]` in [0, 1] of the first P prompts, made at `times` (K numbers, from noise to clean)."""
+    """Clean estimates along a trajectory.
+
+    `estimates` `[P, K, 3, H, W]` in [0, 1] are those of the first P prompts at K `times`, from noise to
+    clean.
+    """
 
     times: Sequence[float]
     estimates: Tensor
@@ -29,7 +36,11 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class StepGrid:
-    """One student of several step counts: pictures `[P, T, S, 3, H, W]` in [0, 1] of the first P prompts, told T counts, taking S (TDM fig. 10)."""
+    """Images of a student of several step counts.
+
+    `images` `[P, T, S, 3, H, W]` in [0, 1] are those of the first P prompts, conditioned on each of T step
+    counts (`told`) and sampled in each of S step counts (`taken`), as in TDM fig. 10.
+    """
 
     told: Sequence[int]
     taken: Sequence[int]
@@ -38,10 +49,13 @@ class StepGrid:
 
 @dataclass(frozen=True)
 class Pictures:
-    """`rows`: label -> `[P, 3, H, W]` in [0, 1], column p drawn for `prompts[p]`; `trajectories`: label -> clean estimates.
+    """The images and trajectories of a run, by label.
 
-    Labels are shown as they are and say what was counted: "teacher, 50 guided steps (100 evaluations)". Raises ValueError
-    where a shape does not fit the prompts.
+    `rows`: label -> `[P, 3, H, W]` in [0, 1], column p sampled for `prompts[p]`. `trajectories`: label ->
+    clean estimates. Labels are shown as they are and say what was counted: "teacher, 50 guided steps (100
+    evaluations)".
+
+    Raises ValueError where a shape does not fit the prompts.
     """
 
     prompts: Sequence[str] = ()
@@ -58,24 +72,34 @@ class Pictures:
             shape = t.estimates.shape
             if t.estimates.ndim != 5 or shape[1:3] != (len(t.times), 3) or shape[0] > len(self.prompts):
                 allowed = f"[P, {len(t.times)}, 3, H, W] with at most {len(self.prompts)} prompts"
-                raise ValueError(f"pictures: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time")
-        if (g := self.grid) is not None and (g.images.ndim != 6 or g.images.shape[1:4] != (len(g.told), len(g.taken), 3)):
+                raise ValueError(
+                    f"pictures: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time"
+                )
+        if (g := self.grid) is not None and (
+            g.images.ndim != 6 or g.images.shape[1:4] != (len(g.told), len(g.taken), 3)
+        ):
             allowed = f"[P, {len(g.told)}, {len(g.taken)}, 3, H, W]: one image for each count told and taken"
             raise ValueError(f"pictures: the grid is {list(g.images.shape)}, allowed is {allowed}")
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[0, 1] -> {0, ..., 255}, rounded to the nearest, values outside clamped; not-a-number becomes black."""
+    """Convert values in [0, 1] to {0, ..., 255}.
+
+    Values are rounded to the nearest and clamped; NaN becomes black.
+    """
     return (images.detach().float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """`[3, H, W]` in [0, 1] as an 8-bit RGB picture."""
+    """Convert `[3, H, W]` in [0, 1] to an 8-bit RGB image."""
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy(), "RGB")
 
 
 def png(picture: Image.Image) -> bytes:
-    """The picture's pixels as PNG, lossless, with the texts that its `info` holds."""
+    """Encode an image as PNG, lossless.
+
+    The texts that the image's `info` holds are written, too.
+    """
     buffer, words = io.BytesIO(), PngInfo()
     for key, text in picture.info.items():
         if isinstance(key, str) and isinstance(text, str):
@@ -85,7 +109,11 @@ def png(picture: Image.Image) -> bytes:
 
 
 def save_pictures(path: Path, pictures: Pictures) -> Path:
-    """Write uint8 tensors `row/LABEL` and `trajectory/LABEL`; prompts, order of labels and times stand in the metadata."""
+    """Write images as uint8 tensors to a safetensors file.
+
+    The tensors are `row/LABEL`, `trajectory/LABEL` and `grid`. Prompts, order of labels and times stand in
+    the metadata.
+    """
     tensors = {f"row/{label}": to_uint8(images).contiguous() for label, images in pictures.rows.items()}
     tensors |= {f"trajectory/{label}": to_uint8(t.estimates).contiguous() for label, t in pictures.trajectories.items()}
     grid = pictures.grid
@@ -101,8 +129,13 @@ def save_pictures(path: Path, pictures: Pictures) -> Path:
 
 
 def load_pictures(path: Path) -> Pictures:
-    """Inverse of `save_pictures`; the 8-bit values come back exactly. Raises ValueError where the file is not one of ours."""
-    with reading(f"pictures {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"):
+    """Read the images that `save_pictures` wrote.
+
+    The 8-bit values come back exactly. Raises ValueError where the file was not written by `save_pictures`.
+    """
+    with reading(
+        f"pictures {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"
+    ):
         with safe_open(require_regular(path), framework="pt") as file:
             about = typed(PicturesHeader, json.loads((file.metadata() or {})["pictures"]))
             rows = {label: _pixels(file.get_tensor(f"row/{label}")) for label in about["rows"]}
@@ -111,12 +144,19 @@ def load_pictures(path: Path) -> Pictures:
                 for label, times in about["trajectories"].items()
             }
             counts = about.get("grid")
-            grid = None if counts is None else StepGrid(tuple(counts[0]), tuple(counts[1]), _pixels(file.get_tensor("grid")))
+            grid = (
+                None
+                if counts is None
+                else StepGrid(tuple(counts[0]), tuple(counts[1]), _pixels(file.get_tensor("grid")))
+            )
         return Pictures(tuple(about["prompts"]), rows, trajectories, grid)
 
 
 def _pixels(values: Tensor) -> Tensor:
-    """8 bits as numbers in [0, 1]. Raises ValueError for anything else."""
+    """Convert 8-bit values to numbers in [0, 1].
+
+    Raises ValueError for anything else.
+    """
     if values.dtype != torch.uint8:
         raise ValueError(f"its pictures are {str(values.dtype).removeprefix('torch.')}, not uint8")
     return values.float() / 255

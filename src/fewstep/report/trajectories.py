@@ -1,4 +1,7 @@
-"""What a teacher's trajectories look like: their common shape and its fit, and how far few steps of a solver stray from them."""
+"""The shape of a teacher's trajectories, and errors of few steps.
+
+The shape is what trajectories share, and its fit. The errors say how far few steps of a solver stray.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,15 +11,21 @@ from torch import Tensor
 from ..core.schedule import Schedule
 from ..heads.curve import Curve, fit_curve, own_coordinates
 
-SHOWN = 48  # samples of which a report has the curves
-DIGITS = 6  # of their coordinates, whose unit is the length of the way
+SHOWN = 48  # samples whose curves are in a report
+DIGITS = 6  # of the coordinates, in units of ||x_T - x_0||
 
 
 def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor, curve: Curve | None = None) -> dict[str, Any]:
-    """Of trajectories `whole [n, F, ...]` at the teacher's `grid [F]`, as plain numbers for a report.
+    """Return the common shape of trajectories, for a report.
 
-    `s`: how far along; `mean`, `fit` and some `samples`: coordinates [F, 3]; `r2` of each fit; `unexplained`: what share of the part
-    orthogonal to x_T - x_0 its first one, two and three principal components leave over. `curve` is their fit where there is one.
+    The trajectories `whole` `[n, F, ...]` are given at the teacher's times `grid` `[F]`. `curve` is their
+    fit, where there is one already. The result has plain numbers:
+
+    - `s`: the fraction of the trajectory at each time.
+    - `mean`, `fit` and some `samples`: coordinates [F, 3].
+    - `r2`: that of each coordinate's fit.
+    - `unexplained`: the share of the part orthogonal to x_T - x_0 that one, two and three principal
+      directions of each trajectory leave over.
     """
     s = 1 - schedule.fraction(grid)
     own, left = own_coordinates(whole.flatten(2))
@@ -31,9 +40,11 @@ def shape_of(schedule: Schedule, whole: Tensor, grid: Tensor, curve: Curve | Non
 def trajectory_errors(
     schedule: Schedule, goals: Tensor, times: Tensor, walks: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, dict[str, list[float]]]:
-    """Cumulative error of walks along the way: `||x - x_teacher|| / ||x_teacher, clean||`, averaged over samples.
+    """Return the cumulative error of few steps along the trajectory.
 
-    goals [n, J, ...] at times [J]; each walk is (its times [K + 1], states [n, K + 1, ...]) from the same noise.
+    The error is `||x - x_teacher|| / ||x_teacher, clean||`, averaged over samples. `goals` `[n, J, ...]` are
+    the teacher's states at `times` `[J]`. Each of `walks` has its own times `[K + 1]` and its states
+    `[n, K + 1, ...]` from the same noise.
     """
     found = {}
     size = goals[:, -1].flatten(1).norm(dim=1)

@@ -1,4 +1,7 @@
-"""Videos as files, and as strips of frames where only a picture fits."""
+"""Videos as files, and as strips of frames.
+
+A strip stands where only an image fits.
+"""
 
 from pathlib import Path
 
@@ -11,7 +14,11 @@ FPS = 8  # CogVideoX's own
 
 
 def strip(pictures: Tensor, frames: int = 5) -> Tensor:
-    """Videos `[..., F, 3, H, W]` of five or more dimensions as pictures `[..., 3, H, n W]` of up to `frames` frames, evenly spaced; pictures [B, 3, H, W] as they are."""
+    """Return videos as strips of frames, and images as they are.
+
+    Videos `[..., F, 3, H, W]` of five or more dimensions become images `[..., 3, H, n W]` of up to `frames`
+    frames, evenly spaced. Images are `[B, 3, H, W]`.
+    """
     if pictures.ndim < 5:
         return pictures
     count = pictures.shape[-4]
@@ -20,7 +27,10 @@ def strip(pictures: Tensor, frames: int = 5) -> Tensor:
 
 
 def write_mp4(path: Path, video: Tensor, fps: int = FPS) -> Path:
-    """One video `[F, 3, H, W]` in [0, 1] as H.264. Raises ValueError where the package for it is missing or a side is odd."""
+    """Write one video `[F, 3, H, W]` in [0, 1] as H.264.
+
+    Raises ValueError where the package for H.264 is missing or a side is odd.
+    """
     try:
         import av
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""Teacher, student and fake score: three adapters' worth of one frozen network, or three networks."""
+"""Teacher, student and fake score of a run.
+
+The roles are adapters of one frozen network, or three networks.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -27,16 +30,19 @@ from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake", "discriminator"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
-HEAD = "head."  # how its parameters' names begin
+HEAD = "head."  # prefix of the head's parameter names
 LARGEST_RANK = 4096
-LARGE = 0.5  # of a network's weights
-CONDITION = "step_condition"  # the table's name among the trained parameters
+LARGE = 0.5  # share of a network's weights
+CONDITION = "step_condition"  # name of the condition table among the trained parameters
 
 
 @speaks_python("roles")
 @dataclass(frozen=True, kw_only=True)
 class RolesConfig:
-    """How student and fake score are kept next to the teacher. Raises ValueError for settings that cannot be."""
+    """How student and fake score are kept next to the teacher.
+
+    Raises ValueError for invalid settings.
+    """
 
     lora: bool = True
     """Train LoRA adapters on one copy of the weights; otherwise full copies, all weights trained."""
@@ -50,11 +56,19 @@ class RolesConfig:
     targets: Annotated[str, OneOf(adapters.TARGETS)] = "all"
     """Layers that carry LoRA: all, linear, conv or attention."""
 
-    exclude: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
-    """Layers without LoRA, by a part of their name; by default those that programs which read kohya's names leave out."""
+    exclude: tuple[str, ...] = (
+        "add_embedding",
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+    )
+    """Layers without LoRA, by a part of their name; by default those that programs which read kohya's names leave
+    out."""
 
     checkpointing: bool = False
-    """Keep only the inputs of the networks' blocks and compute the rest again: a third more time, a fraction of the memory."""
+    """Keep only the inputs of the networks' blocks and compute the rest again: a third more time, a fraction of the
+    memory."""
 
     quantize: Kind | None = None
     """Quantize the frozen weights that adapters share, the teacher's too: int8 or nf4."""
@@ -63,17 +77,21 @@ class RolesConfig:
         check_fields(self, "roles")
         if self.quantize is not None and not self.lora:
             raise ValueError(
-                f"roles.quantize: got {self.quantize}, which is for weights that stay as they are; set roles.lora=true, or roles.quantize=null"
+                f"roles.quantize: got {self.quantize}, which is for weights that stay as they are; "
+                "set roles.lora=true, or roles.quantize=null"
             )
 
     @property
     def scale(self) -> float:
-        """What a LoRA's effect is multiplied by: alpha / rank."""
+        """Factor of a LoRA's effect, alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def large_rank(network: nn.Module, config: RolesConfig) -> str:
-    """What to say of a LoRA that is no small change of its network any more; the empty text of one that is."""
+    """Return a message about a LoRA that is large for the network.
+
+    The text is empty for a LoRA that is small enough.
+    """
     if not (config.lora and config.rank):
         return ""
     names = adapters.targets(network, config.targets, config.exclude)
@@ -82,14 +100,17 @@ def large_rank(network: nn.Module, config: RolesConfig) -> str:
     if share <= LARGE or fits >= config.rank:
         return ""
     return (
-        f"LORA roles.rank: {config.rank} trains {share:.0%} as many weights as this small network has, which is slower and no better; "
-        f"set roles.rank={fits}, or train all weights (roles.lora=false)"
+        f"LORA roles.rank: {config.rank} trains {share:.0%} as many weights as this small network has, which is "
+        f"slower and no better; set roles.rank={fits}, or train all weights (roles.lora=false)"
     )
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The networks of one run. Make one with `make_roles`."""
+    """The networks of one run.
+
+    `make_roles` makes the roles.
+    """
 
     backbone: Backbone
     networks: Mapping[Role, nn.Module]
@@ -97,15 +118,21 @@ class Roles:
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
-    condition_values: tuple[float, ...] = ()  # step counts or guidance scales that student and fake score are conditioned on; usually none
+    # Step counts or guidance scales that student and fake score are conditioned on; usually none.
+    condition_values: tuple[float, ...] = ()
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
-    head_to_absorb: nn.Module | None = None  # one that the student begins with and learns to do without
-    active: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # whose role the shared network has
+    head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
+    # The role that the shared network serves, and the condition.
+    active: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])
 
     def denoise(self, role: Role, cond: Cond, condition: float | None = None) -> Denoise:
-        """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
+        """Return the denoiser of a role, without guidance.
+
+        A role with `condition_values` is conditioned on the step count or guidance scale `condition`
+        (default: the first value).
+        """
         return self._as(role, denoiser(self.backbone, self.networks[role], cond), condition)
 
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
@@ -123,35 +150,52 @@ class Roles:
         return denoise
 
     def activate(self, role: Role, condition: float | None = None) -> None:
-        """Let the shared network be this role, told its step count or guidance scale, until another is activated.
+        """Make the shared network serve a role.
 
-        Between two calls of a role it is the teacher, so that whoever holds the backbone finds what it was.
+        The network serves the role, conditioned on a step count or guidance scale, until another role is
+        activated. Between two calls of a role the network is the teacher, so other users of the backbone find
+        the teacher.
         """
         self.active[0] = (role, condition)
         adapters.switch(self.layers, None if role == "teacher" else role)
         for attached in self.conditions.values():
             attached.active = None
         if self.condition_values and role != "teacher":
-            self.conditions[role].active = step_condition.nearest(self.vectors(role), condition or self.condition_values[0])
+            self.conditions[role].active = step_condition.nearest(
+                self.vectors(role), condition or self.condition_values[0]
+            )
 
     def vectors(self, role: Role = "student") -> dict[float, Tensor]:
-        """What is added to the role's time embedding for each value that it is told; empty where it is not told."""
-        return step_condition.vectors(self.condition_values, self.trained[role][CONDITION]) if self.condition_values else {}
+        """Return the condition vectors of a role by value.
+
+        The vector of a value is added to the role's time embedding. Empty for a role without a condition.
+        """
+        return (
+            step_condition.vectors(self.condition_values, self.trained[role][CONDITION])
+            if self.condition_values
+            else {}
+        )
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights are spread over processes: every call of a network needs all of them, and gradients come by backward passes."""
+        """Whether the weights are sharded over processes.
+
+        Every call of a sharded network needs all processes, and gradients come from backward passes.
+        """
         return sharding.is_sharded(self.backbone.module)
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Spread all networks over the processes of `mesh`, their parts and all else on `device`; see `sharding.shard`.
+        """Shard all networks over the processes of `mesh`.
 
-        For good: whoever wants them whole makes roles anew. Before it the student may begin as another, after it no more. Raises ValueError
-        for a base that is rounded, whose codes every process would hold.
+        This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`.
+        Sharding is permanent: to get whole networks, make new roles. The student can be initialized from
+        another student before sharding, not afterwards. Raises ValueError for a quantized base, whose codes
+        every process would hold.
         """
         if self.config.quantize is not None:
             raise ValueError(
-                f"train.shard: got true, but roles.quantize={self.config.quantize} is not spread; set roles.quantize=null or train.shard=false"
+                f"train.shard: got true, but roles.quantize={self.config.quantize} is not spread; "
+                "set roles.quantize=null or train.shard=false"
             )
         for network in {id(n): n for n in self.networks.values()}.values():
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -168,24 +212,31 @@ class Roles:
             self.average[name] = sharding.shard_like(self.average[name], p).to(p.device)
 
     def update_average(self, decay: float) -> None:
-        """`average <- decay average + (1 - decay) student`."""
+        """Update the student's moving average.
+
+        `average <- decay average + (1 - decay) student`.
+        """
         for name, p in self.trained["student"].items():
             self.average[name].lerp_(p.detach().float(), 1 - decay)
 
     def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[float, Tensor] = MappingProxyType({})) -> None:
-        """Let student and average begin as another student: its LoRA in PEFT's file format, or its whole network.
+        """Initialize student and average from another student.
 
-        `vectors` are what it is told for each count or scale, which its weights must not say by themselves; without them it begins as one that is the same for all.
-        Raises ValueError where it does not fit.
+        `state` is the other student's LoRA in PEFT's file format, or the whole network. `vectors` are the
+        condition vectors of each step count or scale, which `state` must not contain; without `vectors` the
+        condition starts at zero, the same for all values. Raises ValueError if the state does not fit.
         """
         network = self.networks["student"]
         if self.config.lora:
             adapters.load_adapter(network, "student", adapters.scaled(state, 1 / self.config.scale))
         else:
             own = network.state_dict()
-            if odd := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
+            if odd := sorted(
+                k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
+            ):
                 raise ValueError(
-                    f"start: its weights do not fit this network (first in doubt: {odd[0]}); start from a student of the same base"
+                    f"start: its weights do not fit this network (first in doubt: {odd[0]}); "
+                    "start from a student of the same base"
                 )
             network.load_state_dict(state)
         if vectors:
@@ -194,18 +245,25 @@ class Roles:
             self.average[name].copy_(p.detach())
 
     def keep_average_as_fake(self) -> None:
-        """The fake score becomes the student's average as it is now: a frozen copy to imitate."""
+        """Copy the student's current average into the fake score.
+
+        The fake score becomes a frozen copy to imitate.
+        """
         fake = self.trained["fake"]
         adapters.assign(fake, dict(zip(fake, self.average.values(), strict=True)))
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within it the student has its averaged weights: for pictures, evaluation and export."""
+        """Use the student's averaged weights within the block.
+
+        For previews, evaluation and export.
+        """
         return adapters.swapped_parameters(self.trained["student"], self.average)
 
     def student_state(self) -> dict[str, Tensor]:
-        """The student's weights as they are now, without its step condition: LoRA in PEFT's file format, or the whole network.
+        """Return the student's current weights, without the step condition.
 
-        A LoRA's scale is part of its weights, so that it is right at strength 1.0 also where its alpha is not read.
+        The weights are a LoRA in PEFT's file format, or the whole network. A LoRA's scale is part of the
+        weights, so the LoRA is right at strength 1.0 also where alpha is not read.
         """
         network = self.networks["student"]
         if self.config.lora and not self.config.rank:
@@ -217,18 +275,25 @@ class Roles:
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """A network of its own with the same weights, tied where they are tied. Its tensors are cloned, which also those without content can be."""
+    """Return a deep copy of a network, with tied weights tied.
+
+    Tensors are cloned, which also works for fake (meta) tensors.
+    """
     memo: dict[int, Any] = {id(b): b.detach().clone() for b in network.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
     return copy.deepcopy(network, memo)
 
 
 def _require_single(network: nn.Module) -> None:
-    """Raises ValueError where weights that are to be trained themselves are too coarse for their updates."""
+    """Check that weights to be trained are in single precision or better.
+
+    Raises ValueError for coarser weights, which would lose small updates.
+    """
     if coarse := {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}:
         raise ValueError(
-            f"roles.lora: got false, which trains weights that are {str(coarse.pop()).removeprefix('torch.')} here and would lose "
-            "updates smaller than their rounding; set dtype to float32 (train.precision bf16 computes in half of it all the same)"
+            f"roles.lora: got false, which trains weights that are {str(coarse.pop()).removeprefix('torch.')} here "
+            "and would lose updates smaller than their rounding; set dtype to float32 (train.precision bf16 "
+            "computes in half of it all the same)"
         )
 
 
@@ -242,12 +307,20 @@ def make_roles(
     fake: bool = True,
     head_to_absorb: nn.Module | None = None,
 ) -> Roles:
-    """Student and `fake` score that start as the teacher, bit for bit, also when they are conditioned on `condition_values`: step counts or guidance scales.
+    """Return a student and a `fake` score that equal the teacher.
 
-    `gan_step_counts` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
-    (rank 0) is all of it; one that it is `head_to_absorb` away stays as it is. Raises ValueError where there is nothing to train, or copies of half-precision weights.
-    Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
-    the same backbone are taken out, and `config.quantize` rounds its weights for good. Copies: two deep copies.
+    Both equal the teacher bit for bit, also when they are conditioned on `condition_values` (step counts or
+    guidance scales).
+
+    `gan_step_counts` makes a discriminator of students of these step counts. `head` becomes part of the
+    student; without LoRA (rank 0) the head is all that is trained. `head_to_absorb`, a head that the student
+    learns to do without, stays unchanged.
+
+    Shared: the backbone's own module gets two adapters without effect, and the base weights stay frozen.
+    Adapters of an earlier run on the same backbone are removed, and `config.quantize` quantizes the base
+    weights permanently. Copies: two deep copies of the network.
+
+    Raises ValueError if there is nothing to train, or for copies of half-precision weights.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
     quantize(backbone, config.quantize)
@@ -261,12 +334,16 @@ def make_roles(
     if not config.lora:
         _require_single(base)
         networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
-        trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
+        trained: dict[Role, Mapping[str, nn.Parameter]] = {
+            r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made
+        }
         layers: tuple[LoraLayer, ...] = ()
     else:
         if config.rank:
-            # Where the step count enters, it takes the adapter's place, so that at export it can become one.
-            names = adapters.targets(base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else [])))
+            # The time layer gets the step condition instead of an adapter; export turns the condition into one.
+            names = adapters.targets(
+                base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else []))
+            )
             for i, role in enumerate(made):
                 adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
         networks = {"teacher": base, **dict.fromkeys(made, base)}
@@ -280,8 +357,13 @@ def make_roles(
         device = next(base.parameters()).device
         for role in made:
             shared = config.lora and bool(conditions)
-            conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
-            trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device))}
+            conditions[role] = (
+                conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
+            )
+            trained[role] = {
+                **trained[role],
+                CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device)),
+            }
     if head is not None:
         head.to(next(base.parameters()).device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
@@ -292,7 +374,19 @@ def make_roles(
     discriminator = make_discriminator(backbone, base, gan_step_counts, seed) if gan_step_counts else None
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
-    roles = Roles(backbone, networks, trained, layers, config, average, condition_values, conditions, discriminator, head, head_to_absorb)
+    roles = Roles(
+        backbone,
+        networks,
+        trained,
+        layers,
+        config,
+        average,
+        condition_values,
+        conditions,
+        discriminator,
+        head,
+        head_to_absorb,
+    )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
         checkpoint_blocks(network, lambda: roles.active[0], lambda who: roles.activate(*who))

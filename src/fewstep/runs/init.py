@@ -1,4 +1,7 @@
-"""How a run is initialized: the networks of its roles, and a student that continues a finished one."""
+"""How a run is initialized: networks, head and initial student.
+
+A run starts from the teacher, or continues a finished student.
+"""
 
 from pathlib import Path
 
@@ -15,17 +18,29 @@ from ..student.folder import read_card, read_head, read_parts
 
 
 def roles_for(
-    teacher: Backbone, method: Method, config: RolesConfig, seed: int = 0, paths: Trajectories | None = None, init_from: Path | None = None
+    teacher: Backbone,
+    method: Method,
+    config: RolesConfig,
+    seed: int = 0,
+    paths: Trajectories | None = None,
+    init_from: Path | None = None,
 ) -> Roles:
-    """Return the networks that a method needs, the student initialized from the finished one in `init_from`.
+    """Return the networks that a method needs.
 
-    A new head is fitted to the trajectories `paths`; without them it knows nothing of the data, which is enough for a plan.
+    The student is initialized from the finished student in `init_from`, by default from the teacher. A new
+    head is fitted to the trajectories `paths`; without trajectories the head knows nothing of the data,
+    which is enough for a memory plan.
+
+    Raises ValueError for a teacher in float16, and where `init_from` does not fit.
     """
     if dtype_of(teacher.module) == torch.float16:
-        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
+        raise ValueError(
+            "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
+        )
     head = _head(method, teacher, seed, paths, init_from)
     gan_step_counts = method.counts if method.needs.adversary else ()
-    values = method.condition_values if config.rank or not config.lora else ()  # a head alone sees the times themselves
+    # A head alone sees the times themselves and needs no condition.
+    values = method.condition_values if config.rank or not config.lora else ()
     kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
     roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
     if init_from is not None:
@@ -33,7 +48,9 @@ def roles_for(
     return roles
 
 
-def _head(method: Method, teacher: Backbone, seed: int, paths: Trajectories | None, init_from: Path | None) -> Head | None:
+def _head(
+    method: Method, teacher: Backbone, seed: int, paths: Trajectories | None, init_from: Path | None
+) -> Head | None:
     if init_from is not None and (head := inherited_head(method, teacher, init_from)) is not None:
         return head
     if method.head == "none":
@@ -41,11 +58,20 @@ def _head(method: Method, teacher: Backbone, seed: int, paths: Trajectories | No
     grids = [method.times(teacher.schedule, k) for k in method.counts]
     if paths is None:
         return make_head(method.head, teacher.schedule, unknown(teacher.shape, grids), seed)
-    return make_head(method.head, teacher.schedule, facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids), seed)
+    return make_head(
+        method.head,
+        teacher.schedule,
+        facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids),
+        seed,
+    )
 
 
 def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) -> Head | None:
-    """Return the head that a student of this method inherits from a finished one. Raises ValueError if they do not go together."""
+    """Return the head that a student inherits from a finished student.
+
+    None where there is no head to inherit. Raises ValueError if method, teacher and finished student do not
+    go together.
+    """
     if init_from is None:
         require_initial_student(method, "", False, "the teacher")
         return None
@@ -61,14 +87,19 @@ def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) ->
 
 
 def initialize(roles: Roles, folder: Path) -> None:
-    """Let the student of a run continue the finished one in `folder`, conditioned on the same values. Raises ValueError if it does not fit."""
+    """Initialize the student of a run from the student in `folder`.
+
+    Both students are conditioned on the same values. Raises ValueError if the student in `folder` does not
+    fit.
+    """
     card = read_card(folder)
     if (card.weights != "full") != roles.config.lora:
         raise ValueError(
-            f"init_from: {folder} is a student of weights {card.weights}; set roles.lora={str(card.weights != 'full').lower()}"
+            f"init_from: {folder} is a student of weights {card.weights}; "
+            f"set roles.lora={str(card.weights != 'full').lower()}"
         )
     if card.weights == "none":
-        return  # a head alone, which `roles_for` has put in place
+        return  # a head alone, which `roles_for` has set
     parts, layer = read_parts(folder, roles.backbone), roles.backbone.time_layer
     values = card.condition_values if parts.vectors else ()
     carries = layer and not parts.vectors and any(k.startswith(f"{layer}.lora_") for k in parts.lora or {})
@@ -79,9 +110,10 @@ def initialize(roles: Roles, folder: Path) -> None:
 
 
 def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[float, ...], lora_on: str = "") -> None:
-    """Raises ValueError if a student conditioned on `wanted` cannot continue one that is conditioned on other values.
+    """Check that a student can continue another student's conditioning.
 
-    `lora_on` is the layer of the condition where the initial student has a LoRA on it.
+    Raises ValueError if a student conditioned on `wanted` cannot continue a student conditioned on `values`.
+    `lora_on` names the layer of the condition where the initial student has a LoRA on that layer.
     """
     if values and set(values) != set(wanted):
         raise ValueError(
@@ -90,7 +122,8 @@ def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[fl
         )
     if wanted and not values and lora_on:
         raise ValueError(
-            f"init_from: this student is conditioned on {_counted(wanted)} through {lora_on}, but {student} has a LoRA on {lora_on}; "
+            f"init_from: this student is conditioned on {_counted(wanted)} through {lora_on}, "
+            f"but {student} has a LoRA on {lora_on}; "
             f"train that one with {lora_on} in roles.exclude, or use roles.lora=false for both"
         )
 

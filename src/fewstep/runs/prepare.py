@@ -1,4 +1,7 @@
-"""What every run does before its first iteration: embed prompts, make or read data, build the networks. One way for Python and recipes."""
+"""What every run does before its first iteration.
+
+Prompts are embedded, data is made or read, and the networks are built. Python and recipes share this code.
+"""
 
 import sys
 import time
@@ -38,22 +41,26 @@ from ..training.loop import TrainConfig
 from .init import roles_for
 from .trajectory_sources import student_source, trajectory_times
 
-EMBEDDINGS = "embeddings"  # the folder of a run that holds what was encoded
+EMBEDDINGS = "embeddings"  # the folder of a run for what was encoded
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images that a method starts from: a folder of captioned ones, webdataset shards, or `teacher`, which samples `count` in `steps` steps."""
+    """Images that a method starts from.
+
+    `source` is a folder of captioned images, webdataset shards, or `teacher`, which samples `count` images
+    in `steps` steps.
+    """
 
     source: str
     count: int = TEACHER_PICTURES
     steps: int = TEACHER_STEPS
-    seed: int | None = None  # by default the training's
+    seed: int | None = None  # the training's by default
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One training: who learns by which method, from what, initialized from whom."""
+    """One training: method, settings, data and initial student."""
 
     method: Method
     train: TrainConfig
@@ -65,28 +72,39 @@ class RunSpec:
 
     @property
     def origin(self) -> str:
-        """What a model card says about the data, and about a teacher that was not quite its base."""
+        """What a model card says about the training data.
+
+        The text also names the quantization of a teacher whose weights were not quite those of the base.
+        """
         text = "prompts alone" if any(self.prompts) else "its teacher alone"
         if self.images is not None:
-            text = "prompts and images sampled from the teacher" if self.images.source == "teacher" else "captioned images"
+            text = (
+                "prompts and images sampled from the teacher" if self.images.source == "teacher" else "captioned images"
+            )
         return f"{text}, next to its base in {self.roles.quantize}" if self.roles.quantize else text
 
 
 class Progress(Protocol):
-    """Where a run says what it does."""
+    """Where a run shows its progress."""
 
     def say(self, text: str) -> None:
         """Show one line."""
 
     def meter(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show how many of `total` are done: the function that is entered takes the number."""
+        """Show how many of `total` are done.
+
+        The context manager yields a function that takes the number done.
+        """
 
     def writing(self, path: Path, size: int) -> None:
-        """Show that a file of so many bytes is going to be written."""
+        """Show that a file of `size` bytes will be written."""
 
 
 class Lines:
-    """Progress as lines on the standard error: from time to time, and only for what takes long."""
+    """Progress as lines on the standard error.
+
+    Lines come from time to time, and only for what takes long.
+    """
 
     PATIENCE = 10.0  # seconds between two lines
 
@@ -97,7 +115,7 @@ class Lines:
 
     @contextmanager
     def meter(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Write how far it has come."""
+        """Write from time to time how many of `total` are done."""
         began = last = time.monotonic()
 
         def seen(done: int) -> None:
@@ -114,7 +132,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A training that can begin."""
+    """A training that is ready to start."""
 
     roles: Roles
     data: Embeddings
@@ -123,35 +141,51 @@ class Prepared:
 
 
 def require_exportable(teacher: Backbone, method: Method) -> None:
-    """Raises ValueError before the training for a student that could not be written after it."""
+    """Check before the training that its student can be written.
+
+    Raises ValueError where no scheduler takes the student's times and solver, or where the state of a
+    network of one's own holds anything but tensors.
+    """
     if isinstance(teacher, DiffusersBackbone):
         even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
         student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
     elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
         raise ValueError(
-            f"teacher: {odd} in the state of its network is no tensor, so that no student of it can be written; make it a buffer"
+            f"teacher: {odd} in the state of its network is no tensor, "
+            "so that no student of it can be written; make it a buffer"
         )
 
 
 def identity_of(teacher: Backbone, prompts: list[str]) -> str:
-    """Name a network with its encoders; for conditions without weights, by what they give for some prompts."""
+    """Name a network together with its encoders.
+
+    Weights are named by their hash. Conditions without weights are named by their values for some prompts.
+    """
     weights, mapping = fingerprint(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
     return f"{weights}-{mapping}" if mapping else weights
 
 
 def prepare(
-    teacher: Backbone, spec: RunSpec, run: Path | None, place: Path | None, progress: Progress, more: Callable[[], None] = lambda: None
+    teacher: Backbone,
+    spec: RunSpec,
+    run: Path | None,
+    place: Path | None,
+    progress: Progress,
+    more: Callable[[], None] = lambda: None,
 ) -> Prepared:
-    """Prepare a training in the folder `run`; what is encoded and generated lies in `place`, which several stages share.
+    """Prepare a training in the folder `run`.
 
-    `more` is called while the encoders are on the device. Encoders are on the CPU afterwards, where they still serve, slowly.
-    In all processes together. Raises ValueError for what cannot end well.
+    What is encoded and generated lies in `place`, which several stages share. `more` is called while the
+    encoders are on the device. Afterwards the encoders are on the CPU, where they still serve, slowly. All
+    processes call this function together.
+
+    Raises ValueError for a training that cannot end well.
     """
     method = spec.method
     require_exportable(teacher, method)
     place_encoders(teacher, device_of(teacher.module))
     identity, cache = identity_of(teacher, spec.prompts), None if place is None else place / EMBEDDINGS
-    with this_process().main_process_first():  # what it makes the others find
+    with this_process().main_process_first():  # the other processes find what the first one makes
         data = embed(teacher, spec.prompts, cache, identity, keep=progress.writing)
         images = None if spec.images is None else _images(teacher, spec, spec.images, data, cache, identity, progress)
         more()
@@ -159,15 +193,23 @@ def prepare(
     trajectories = None
     if method.needs.trajectories:
         with distributed_errors():
-            trajectories = generate(teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress)
+            trajectories = generate(
+                teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress
+            )
     if spec.train.shard and this_process().num_processes > 1:
-        teacher.module.cpu()  # whence it and its copies come back in parts
+        teacher.module.cpu()  # the network and its copies come back to the device in parts
     roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from)
     return Prepared(roles, data, images, trajectories)
 
 
 def _images(
-    teacher: Backbone, spec: RunSpec, wanted: ImageSource, data: Embeddings, cache: Path | None, identity: str, progress: Progress
+    teacher: Backbone,
+    spec: RunSpec,
+    wanted: ImageSource,
+    data: Embeddings,
+    cache: Path | None,
+    identity: str,
+    progress: Progress,
 ) -> ImageData:
     """Return the images that the method starts from, encoded."""
     if wanted.source != "teacher":
@@ -180,9 +222,19 @@ def _images(
 
 
 def generate(
-    teacher: Backbone, method: Method, data: Embeddings, config: TrajectoryConfig, run: Path | None, identity: str, progress: Progress
+    teacher: Backbone,
+    method: Method,
+    data: Embeddings,
+    config: TrajectoryConfig,
+    run: Path | None,
+    identity: str,
+    progress: Progress,
 ) -> Trajectories:
-    """Return the teacher's trajectories, or a student's, reusing those in their folder; what they cost is said before."""
+    """Return trajectories of the teacher, or of a student.
+
+    Trajectories that are in their folder already are reused. The NFE and the bytes are shown before anything
+    is generated.
+    """
     times = trajectory_times(method, teacher)
     own = None if run is None else run / (OF_STUDENT if config.student else TRAJECTORIES)
     place = own if config.folder is None else Path(config.folder)
@@ -198,7 +250,8 @@ def generate(
         else "they are not kept: TrajectoryConfig(folder=...) or out keeps them"
     )
     progress.say(
-        f"generating {config.count:,} trajectories of the {who} ({source.nfe} NFE each, {config.count * source.nfe:,} in total); {kept}"
+        f"generating {config.count:,} trajectories of the {who} ({source.nfe} NFE each, "
+        f"{config.count * source.nfe:,} in total); {kept}"
     )
     with progress.meter("trajectories", config.count) as seen:
         return run_to_completion(generate_trajectories(teacher, data, config, times, source, place, identity), seen)

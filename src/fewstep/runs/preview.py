@@ -1,4 +1,7 @@
-"""The run's fixed prompts and seeds as pictures: while it trains, and for its report."""
+"""The run's fixed prompts and seeds as images.
+
+Previews are sampled during the training, and once for the report.
+"""
 
 import math
 from collections.abc import Mapping
@@ -31,7 +34,11 @@ from ..training.monitor import MODERATE, ImageStats, drift, look, unfit
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a run draws over and over: the method's student, `batch` pictures at once, beside a teacher of `teacher_steps`, from `seed` on."""
+    """What a run samples over and over.
+
+    The method's student, `batch` images at once, next to a teacher of `teacher_steps` steps. Seeds count up
+    from `seed`.
+    """
 
     method: Method
     batch: int
@@ -41,10 +48,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a preview says: the monitor's `warnings`, and of every step count how far its pictures are from the teacher's.
+    """What a preview says: warnings, and distances to the teacher.
 
-    The distance is that of EfficientNet-lite0 features, prompt by prompt, relative to the teacher's own (`paired_distance`); the teacher
-    is guided as in training, but no more than moderately.
+    `warnings` are the monitor's. `distances` has, for every step count, the distance of the student's images
+    to the teacher's: that of EfficientNet-lite0 features, prompt by prompt, relative to the norm of the
+    teacher's features (`paired_distance`). The teacher is guided as in training, but no more than
+    moderately.
     """
 
     warnings: list[str]
@@ -52,12 +61,16 @@ class Shown:
 
     @property
     def distance(self) -> float:
-        """The mean over step counts."""
+        """The mean distance over step counts."""
         return sum(self.distances.values()) / len(self.distances)
 
 
 class Preview:
-    """The run's fixed pictures: the teacher's row once, the student's row every time. Without a run they are drawn and not written."""
+    """The run's fixed images.
+
+    The teacher's row is sampled once, the student's rows at every preview. Without a run the images are not
+    written.
+    """
 
     def __init__(self, drawing: Drawing, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
         self.drawing, self.teacher, self.folder = drawing, teacher, None if run is None else run / "samples"
@@ -75,26 +88,49 @@ class Preview:
         self.starts = {k: self._start(drawing.method, k) for k in drawing.method.counts}
 
     def _looked(self, x: Tensor) -> tuple[Tensor, ImageStats]:
-        """The pictures that states are decoded to, clips as strips of frames, and their statistics."""
+        """Decode states to images, and compute statistics of the images.
+
+        Videos become strips of frames.
+        """
         decoded = self.teacher.decode(x)
         return strip(decoded), look(decoded, x, motion(decoded) / 255 if decoded.ndim == 5 else None)
 
     def _start(self, method: Method, count: int) -> ImageStats:
-        """The teacher's own steps without guidance, which is what a student begins as."""
-        states = trajectory(self.teacher, self._guided(Guidance()), self.seeds, method.times(self.teacher.schedule, count), method.solver)
+        """Return statistics of the teacher's own unguided steps.
+
+        A student is initialized from the teacher, so these are the statistics of the initial student.
+        """
+        states = trajectory(
+            self.teacher,
+            self._guided(Guidance()),
+            self.seeds,
+            method.times(self.teacher.schedule, count),
+            method.solver,
+        )
         return self._looked(states[-1].x)[1]
 
     def _guided(self, guidance: Guidance) -> Denoise:
-        """The teacher, as many pictures at once as in training, whose memory is enough for it."""
+        """Return the guided teacher, evaluated in parts.
+
+        A part is as large as the training's batch, for which the memory is enough.
+        """
         teacher = self.teacher
-        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch)
+        return in_parts(
+            lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch
+        )
 
     def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
-        """The student of this count, likewise."""
+        """Return the student of this step count, evaluated in parts.
+
+        A part is as large as the training's batch.
+        """
         return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.drawing.batch)
 
     def show(self, roles: Roles, iteration: int, method: Method) -> Shown:
-        """Write `samples/step_N.png` and judge what is on it. Before the first iteration the teacher is judged, not the student."""
+        """Write `samples/step_N.png` and check the images.
+
+        Before the first iteration the teacher's images are checked, not the student's.
+        """
         with roles.averaged():
             own = {k: self._looked(self._student(roles, method, k)[-1].x) for k in method.counts}
         rows = {f"teacher, {self.drawing.teacher_steps} steps": self.reference}
@@ -102,7 +138,9 @@ class Preview:
         if isinstance(method, DistributionMatching):
             rows |= self._compared(roles, method)
         if self.folder is not None:
-            write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts)
+            write_grid(
+                self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts
+            )
         goal = self.seen.cpu()
         distances = {k: self._distance(images.cpu(), goal) for k, (images, _) in own.items()}
         if not iteration:
@@ -110,13 +148,20 @@ class Preview:
         return Shown([line for k, (_, seen) in own.items() for line in self._left(seen, k)], distances)
 
     def _distance(self, images: Tensor, goal: Tensor) -> float:
-        """See `paired_distance`; NaN where either are not finite, which a run goes on to say."""
+        """Return `paired_distance` of features of two sets of images.
+
+        NaN where either set is not finite; the run goes on and says so.
+        """
         if not (finite(images) and finite(goal)):
             return math.nan
         return paired_distance(features(self.features, images), features(self.features, goal))
 
     def _left(self, seen: ImageStats, count: int) -> list[str]:
-        """In what the student of this count has left its teacher, or the teacher under moderate guidance; each thing is said once."""
+        """Return warnings where the student has drifted from the teacher.
+
+        The student of step count `count` is compared with the teacher as guided in training, and with the
+        teacher under moderate guidance. Each kind of drift is said once.
+        """
         where, start = f" in {plural(count, 'step')}", self.starts[count]
         found = drift(seen, self.look, start, where=where)
         if self.moderate is not None:
@@ -126,9 +171,10 @@ class Preview:
         return found
 
     def _compared(self, roles: Roles, method: DistributionMatching) -> dict[str, Tensor]:
-        """What student, teacher and fake score take for the clean picture where they are compared, at a state drawn as in training.
+        """Return the clean estimates of student, teacher and fake score.
 
-        The fake score should say what the student does; where it and the teacher differ is where the student is pushed.
+        The estimates are those at a state drawn as in training. The fake score should predict what the
+        student does; the difference between fake score and teacher is where the student is pushed.
         """
         count, size, device = method.counts[0], self.drawing.batch, device_of(self.teacher.module)
         found: list[list[Tensor]] = []
@@ -151,9 +197,13 @@ class Preview:
         return trajectory(self.teacher, self._told(roles, method, steps), self.seeds, times, method.solver, roles.head)
 
     def compare(self, roles: Roles, method: Method) -> Pictures:
-        """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories.
+        """Sample the images and the trajectories of the report.
 
-        Where a guided step costs two calls, the teacher has the default student's calls in either way: unguided, and half as many guided.
+        The rows are the guided teacher; then, for every step count, the teacher at the student's cost and
+        the student. The trajectories are those of teacher and student at the largest step count.
+
+        Where a guided step costs two NFE, the teacher has the default student's NFE in two forms: unguided
+        steps, and half as many guided steps.
         """
         teacher, most = self.teacher, self.drawing.teacher_steps
         each = nfe_per_step(self.null, method.guidance)
@@ -171,7 +221,9 @@ class Preview:
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = labelled(who, "step", steps)
                 cost = total_nfe(steps, analytic=method.analytic_first_step and who == "student")
-                rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(teacher.decode(states[-1].x))
+                rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(
+                    teacher.decode(states[-1].x)
+                )
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
@@ -179,22 +231,35 @@ class Preview:
             self.prompts,
             rows,
             paths,
-            self._step_grid(roles, method, shown) if roles.condition_values and method.condition_on == "steps" else None,
+            self._step_grid(roles, method, shown)
+            if roles.condition_values and method.condition_on == "steps"
+            else None,
         )
 
     def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:
-        """A student of several step counts, told each and taking each."""
+        """Sample a student for every pair of its step counts.
+
+        The student is conditioned on one step count and sampled in another.
+        """
         counts = sorted(method.counts)
 
         def sampled(told: int, taken: int) -> Tensor:
             times = method.times(self.teacher.schedule, taken)
-            return strip(pictures(self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head), 1)
+            return strip(
+                pictures(
+                    self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head
+                ),
+                1,
+            )
 
         images = torch.stack([torch.stack([sampled(told, taken) for taken in counts], 1) for told in counts], 1)
         return StepGrid(counts, counts, images)
 
 
 def labelled(who: str, step: str, steps: int, cost: int | None = None) -> str:
-    """`student, 4 steps (3 evaluations)`, as `report.pictures.Pictures` wants its labels."""
+    """Return a label such as `student, 4 steps (3 evaluations)`.
+
+    The labels are those of `report.pictures.Pictures`.
+    """
     name = f"{who}, {plural(steps, step)}"
     return name if cost is None else f"{name} ({plural(cost, 'evaluation')})"

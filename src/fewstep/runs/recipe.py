@@ -1,4 +1,7 @@
-"""Recipes: one YAML file, checked strictly, with dotted overrides. Every mistake is one line that names the option."""
+"""Recipes: one YAML file, checked strictly, with dotted overrides.
+
+Every mistake is one line that names the option.
+"""
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -37,36 +40,51 @@ from ..typed import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST = 100_000  # values in a recipe
-Place = Annotated[str, AfterValidator(expanded)]  # a path, or whatever else says where something is
-Name = Annotated[str, AfterValidator(lambda name: require_name(name, "name", "it becomes the run's folder: choose another, or pass --out"))]
+Place = Annotated[str, AfterValidator(expanded)]  # a path, a hub id or a name
+Name = Annotated[
+    str,
+    AfterValidator(
+        lambda name: require_name(name, "name", "it becomes the run's folder: choose another, or pass --out")
+    ),
+]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors."""
+    """A model in which unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PromptsConfig(Strict):
-    """`source` as in `data.prompts.read_prompts`, or `bundled` for the prompts that came with a bundled teacher."""
+    """Where a recipe's prompts come from."""
 
     source: Place = "bundled"
+    """File or hub data set of prompts (see `data.prompts`), or `bundled` for the prompts of a bundled teacher."""
+
     column: str | None = None
+    """Column of the prompts; by default the column is found."""
 
 
 class PreviewConfig(Strict):
-    """Fixed prompts and seeds of the pictures that a run shows; `teacher_steps` of its top row.
-
-    `protocol` names one under which the student is measured each time, for the report's quality curves. With `keep_best` the
-    student of the best preview stays in the run's `best` folder.
-    """
+    """The previews of a run: fixed prompts and seeds, and measurements."""
 
     prompts: list[str] = Field(default_factory=list)
+    """Prompts of the previews; by default the first eight of the training."""
+
     seed: Annotated[int, AfterValidator(partial(require_seed, option="preview.seed"))] = 0
+    """Seed of the first image; the other images count up."""
+
     every: int = Field(default=100, ge=1)
+    """Iterations between two previews."""
+
     teacher_steps: int = Field(default=50, ge=1)
+    """Steps of the teacher in the top row."""
+
     protocol: str | None = None
+    """Protocol under which the student is measured at every preview, for the report's quality curves."""
+
     keep_best: bool = True
+    """Whether the student of the best preview stays in the run's `best` folder."""
 
 
 # Keys of fewstep 0.1.0 and what they are called now.
@@ -102,15 +120,18 @@ RENAMED = {
 
 
 def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings on top of others, block by block."""
+    """Merge settings into known settings, block by block."""
     return {
         **known,
-        **{k: _merged(known[k], v) if isinstance(v, Mapping) and isinstance(known.get(k), dict) else v for k, v in value.items()},
+        **{
+            k: _merged(known[k], v) if isinstance(v, Mapping) and isinstance(known.get(k), dict) else v
+            for k, v in value.items()
+        },
     }
 
 
 def _number_as(setting: str, value: Any) -> Any:
-    """A number in the place of a block is its main setting."""
+    """Turn a number in a block's place into the main setting."""
     return {setting: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -118,7 +139,9 @@ def _with_preset(value: Any) -> Any:
     if isinstance(value, Method):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it")
+        raise ValueError(
+            f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it"
+        )
     name = str(value.get("name", "tdm"))
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
@@ -133,10 +156,9 @@ def _kind_of_method(value: Any) -> str:
     return type(value if isinstance(value, Method) else PRESETS[value["name"]]).__name__
 
 
-
 if TYPE_CHECKING:
     AnyMethod = Method
-else:  # one of the classes of `METHODS`: the settings on top of what the method's name stands for
+else:  # a class of `METHODS`: the settings on top of the preset of the method's name
     AnyMethod = Annotated[
         Union[tuple(Annotated[kind, Tag(name)] for name, kind in METHODS.items())],
         Discriminator(_kind_of_method),
@@ -146,75 +168,142 @@ AnyGuidance = Annotated[Guidance, BeforeValidator(partial(_number_as, "scale"))]
 
 
 class DataConfig(Strict):
-    """`source` as in `data.images.read_pictures`: a folder of captioned pictures, or webdataset shards.
-
-    For a distillation also `teacher`: `count` images that the guided teacher samples in `steps` steps; or `trajectories`, see
-    `TrajectoryConfig`. `real` are images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured against.
-    """
+    """The data of a training."""
 
     source: Place
+    """Folder of captioned images or webdataset shards. For a distillation also `teacher` (images that the guided
+    teacher samples) or `trajectories` (see `TrajectoryConfig`)."""
+
     count: int = Field(default=TEACHER_PICTURES, ge=1)
+    """Number of images of source `teacher`, or of trajectories."""
+
     steps: int = Field(default=TEACHER_STEPS, ge=1)
+    """Steps of each image of source `teacher`; of trajectories, solver steps, about."""
+
     solver: Literal["auto", "heun", "ddim", "dpmpp"] = "auto"
+    """Solver of the teacher for trajectories; `auto` is Heun, or DPM-Solver++ where pure noise holds no signal."""
+
     guidance: AnyGuidance | None = None
+    """Guidance of the teacher on trajectories; by default the method's."""
+
     seed: Annotated[int, AfterValidator(partial(require_seed, option="data.seed"))] | None = None
+    """Seed of images and trajectories; by default the training's."""
+
     folder: Place | None = None
-    from_student: Place | None = None  # a run, or `warm_start` for the student of the stage before
+    """Folder that keeps trajectories, for other runs too; by default one in the run's own."""
+
+    from_student: Place | None = None
+    """Run whose student makes the trajectories, or `warm_start` for the first stage's student."""
+
     real: Place | None = None
+    """Real images, as in `zoo.pixel_data.read_pixel_data`, that a student of a pixel model is measured against."""
 
     @model_validator(mode="after")
     def _student_walks(self) -> "DataConfig":
         for option in ("from_student", "guidance", "folder"):
             if (got := getattr(self, option)) is not None and self.source != "trajectories":
-                raise ValueError(f"data.{option}: got {got} with data.source={self.source}; set data.source=trajectories, or leave it out")
+                raise ValueError(
+                    f"data.{option}: got {got} with data.source={self.source}; "
+                    "set data.source=trajectories, or leave it out"
+                )
         return self
 
 
 class FinetuneRecipe(Strict):
-    """`fewstep train-teacher RECIPE` of kind finetune."""
+    """A recipe of `fewstep train-teacher`, of kind finetune."""
 
     kind: Literal["finetune"]
+    """What the recipe is for."""
+
     name: Name
+    """Name of the run, and of the run's folder."""
+
     teacher: Place
+    """Bundled name, diffusers folder, hub id or checkpoint of the teacher."""
+
     data: DataConfig
+    """The captioned images to train on."""
+
     roles: RolesConfig
+    """Which weights are trained."""
+
     fit: FitConfig
+    """Length and rates of the training."""
+
     drop_caption: float = Field(default=0.1, ge=0, le=1)
+    """Share of captions that are left empty, for guidance."""
+
     seed: Annotated[int, AfterValidator(partial(require_seed, option="seed"))] = 0
+    """Seed of every draw."""
 
 
 class StageConfig(Strict):
-    """A training that comes first: a recipe's own method, data and length, all else the recipe's."""
+    """A training that comes first: method, length and data.
+
+    All other settings are those of the recipe.
+    """
 
     method: AnyMethod
+    """Method of the stage."""
+
     train: TrainConfig
+    """Training of the stage."""
+
     data: DataConfig | None = None
-    size: int | None = None  # of its pictures, if not the whole's
+    """Data of the stage."""
+
+    size: int | None = None
+    """Height and width of the stage's images, if not those of the recipe."""
 
 
 class DistillRecipe(Strict):
-    """`fewstep distill RECIPE`. `warm_start` trains the student that is then continued (imitate, then match). `data` is for methods that start from pictures and for the adversarial term; TDM needs prompts alone."""
+    """A recipe of `fewstep distill`."""
 
     kind: Literal["distill"]
+    """What the recipe is for."""
+
     name: Name
+    """Name of the run, and of the run's folder."""
+
     teacher: Place
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the base's weights; LoRA stays in single precision. float16's range loses gradients
-    )
-    size: int | None = None  # height and width of the pictures, if not the teacher's own
+    """Bundled name, diffusers folder, hub id or checkpoint of the teacher."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the base's weights. LoRA stays in single precision. The range of float16 loses gradients."""
+
+    size: int | None = None
+    """Height and width of the images, if not the teacher's own."""
+
     prompts: PromptsConfig = PromptsConfig()
+    """The prompts to train on."""
+
     method: AnyMethod
+    """The method, by name, and its settings."""
+
     roles: RolesConfig
+    """Which weights are trained, and how the base is kept."""
+
     train: TrainConfig
+    """Length, batches and rates of the training."""
+
     data: DataConfig | None = None
-    warm_start: StageConfig | None = None  # a training that comes first
-    init_from: Place | None = None  # a run whose student is continued, instead of the teacher
+    """For methods that start from images or trajectories, and for the adversarial term; TDM needs prompts alone."""
+
+    warm_start: StageConfig | None = None
+    """A stage that comes first, whose student is continued (imitate, then match)."""
+
+    init_from: Place | None = None
+    """A run whose student is continued, instead of the teacher."""
+
     preview: PreviewConfig = PreviewConfig()
-    evaluate: str | None = None  # a protocol's name
+    """The previews along the run."""
+
+    evaluate: str | None = None
+    """Protocol under which the finished student is measured."""
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "DistillRecipe":
-        """What does not fit is said before anything is walked or trained."""
+        """Check that the stages fit, before anything is generated or trained."""
         for method, train in (
             (self.method, self.train),
             *([(self.warm_start.method, self.warm_start.train)] if self.warm_start is not None else []),
@@ -222,26 +311,39 @@ class DistillRecipe(Strict):
             require_roles(method.name, self.roles)
             require_updates(method, train.iterations)
         if self.init_from is None:
-            require_initial_student(self.method if self.warm_start is None else self.warm_start.method, "", False, "the teacher")
+            require_initial_student(
+                self.method if self.warm_start is None else self.warm_start.method, "", False, "the teacher"
+            )
         if self.warm_start is not None:
             own, most = self.warm_start.method, max(self.method.counts)
             require_initial_student(
                 self.method, own.head if own.head in KINDS else "", own.analytic_first_step, "the first stage's student"
             )
             if self.method.init_head != "drop" and own.head in KINDS:
-                require_steps(own.head, own.counts, most, "method.steps", "set warm_start.method.steps to as many, or drop the head")
+                require_steps(
+                    own.head,
+                    own.counts,
+                    most,
+                    "method.steps",
+                    "set warm_start.method.steps to as many, or drop the head",
+                )
         return self
 
     @property
     def real(self) -> str | None:
-        """The real pictures that it is measured against, where one of its stages names some."""
-        return next((data.real for data in (self.data, self.warm_start and self.warm_start.data) if data and data.real), None)
+        """The real images to measure against, where a stage names some."""
+        return next(
+            (data.real for data in (self.data, self.warm_start and self.warm_start.data) if data and data.real), None
+        )
 
 
-def read_recipe(source: str, overrides: Sequence[str], model: type[Model], given: Mapping[str, str] = MappingProxyType({})) -> Model:
-    """The recipe named or filed as `source`, with `a.b=c` overrides, and over them what options of their own have `given`, to the letter.
+def read_recipe(
+    source: str, overrides: Sequence[str], model: type[Model], given: Mapping[str, str] = MappingProxyType({})
+) -> Model:
+    """Read the recipe named `source`, or the file `source`.
 
-    Raises ValueError with one line.
+    `overrides` are texts `a.b=c`. `given` are settings with command-line options of their own, whose texts
+    are taken literally, over the overrides. Raises ValueError with one line.
     """
     path = recipe_path(source)
     value = override(_yaml(path), overrides, model)
@@ -254,13 +356,18 @@ def read_recipe(source: str, overrides: Sequence[str], model: type[Model], given
 
 
 def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", within: str = "") -> None:
-    """Raises ValueError with the name of today for a key of an earlier version."""
+    """Check that a recipe has no key of an earlier version.
+
+    Raises ValueError with the key's present name.
+    """
     for key, inner in value.items():
         name, shown_name = f"{above}{key}", f"{within}{above}{key}"
         old = name == "method.match" and isinstance(inner, str)
         new = "method.match.state" if old else RENAMED.get(name)
         if new is not None and not (name == "method.gan" and isinstance(inner, dict)):
-            raise ValueError(f"{shown_name}: this option is called {within}{new} now; rename it in {source}, see docs/recipes.md")
+            raise ValueError(
+                f"{shown_name}: this option is called {within}{new} now; rename it in {source}, see docs/recipes.md"
+            )
         if isinstance(inner, dict):
             if key == "warm_start":
                 _require_new_keys(inner, source, "", "warm_start.")
@@ -269,12 +376,18 @@ def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", wi
 
 
 def recorded(recipe: BaseModel) -> dict[str, Any]:
-    """A recipe as JSON values, names of files as they are in this locale."""
+    """Return a recipe as JSON values.
+
+    File names are as they are in this locale.
+    """
     return recipe.model_dump(mode="json")
 
 
 def first_stage(recipe: DistillRecipe) -> DistillRecipe:
-    """The recipe of the training that comes first. It is measured with the whole."""
+    """Return the recipe of the training that comes first.
+
+    No protocol measures the first stage: the student is measured after the last stage.
+    """
     assert recipe.warm_start is not None
     preview = recipe.preview.model_copy(update={"protocol": None})
     own = {
@@ -283,23 +396,34 @@ def first_stage(recipe: DistillRecipe) -> DistillRecipe:
         "data": recipe.warm_start.data,
         "size": recipe.warm_start.size or recipe.size,
     }
-    return recipe.model_copy(update={**own, "name": f"{recipe.name}, warm start", "warm_start": None, "evaluate": None, "preview": preview})
+    return recipe.model_copy(
+        update={**own, "name": f"{recipe.name}, warm start", "warm_start": None, "evaluate": None, "preview": preview}
+    )
 
 
 def kind_of(source: str) -> str:
-    """The `kind` that a recipe states."""
+    """Return the `kind` that a recipe states."""
     return str(_yaml(recipe_path(source)).get("kind"))
 
 
 class _Repeated(yaml.YAMLError):
-    """A key that is there twice, of which YAML would keep the last one alone."""
+    """A key that is there twice.
+
+    YAML would keep the last value alone.
+    """
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose booleans are `true` and `false` alone: `no` is a word, and `train.precision` takes it. No key is there twice."""
+    """YAML with booleans `true` and `false` alone, without repeated keys.
+
+    `no` is a text, which `train.precision` takes.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As YAML's. Raises `_Repeated` where a key comes again."""
+        """Construct a mapping as YAML does.
+
+        Raises `_Repeated` where a key comes again.
+        """
         lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
@@ -309,15 +433,32 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [known for known in resolvers if known[0] != _BOOL] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+# Numbers as people write them. YAML 1.1 would take `017` for 15, `1:30` for 90, and `1_0` for 10.
+_WRITTEN = {
+    "tag:yaml.org,2002:bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": ("[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        (
+            r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+        ),
+        "-+.0123456789",
+    ),
 }
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.yaml_implicit_resolvers = {
+    first: [known for known in resolvers if known[0] not in _WRITTEN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _WRITTEN.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def _value_of(text: str) -> Any:
-    """What a YAML text holds. Raises whatever goes wrong, also where a few `&` and `*` would make more of it than a recipe is."""
+    """Return the value that a YAML text holds.
+
+    Raises whatever goes wrong, and ValueError where a few `&` and `*` would make more values than a recipe
+    has.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -331,7 +472,10 @@ def _value_of(text: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, those counted again that are named by `*`. Raises ValueError where it holds itself."""
+    """Count the values that a node stands for.
+
+    Values that are named by `*` are counted again. Raises ValueError where a node holds itself.
+    """
     if id(node) in known:
         if not known[id(node)]:
             raise ValueError("a value of it holds itself (& and *)")
@@ -353,7 +497,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe: cannot read {path} ({error.strerror}); check the path") from error
     except _Repeated as error:
         raise ValueError(f"recipe: {path} has {error}; the last one alone would count: keep one of them") from error
-    except Exception as error:  # as many types as there are kinds of damage
+    except Exception as error:  # damaged files raise errors of many types
         raise unreadable(f"recipe: {path}", error, "correct it", "is not YAML") from error
     if not isinstance(value, dict):
         raise ValueError(f"recipe: {path} holds no settings; start from a shipped one, e.g. recipes/demo.yaml")
@@ -361,9 +505,13 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def override(value: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """`value` with each `a.b=c` put in its place alone, also where YAML's `*` made several the same.
+    """Put the value of each override `a.b=c` in its place.
 
-    Where the `model` takes a text c is one, to the letter, and `null` leaves out what may be left out; all else is read as YAML.
+    Only the place `a.b` changes, also where YAML's `*` made several places the same object. Where the
+    `model` takes a text, c is taken literally, and `null` leaves out what may be left out. All else is read
+    as YAML.
+
+    Raises ValueError.
     """
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -395,7 +543,7 @@ def _put(value: dict[str, Any], key: str, what: Any) -> None:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types that an annotation allows, one by one."""
+    """Return the types that an annotation allows, one by one."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])
@@ -405,7 +553,10 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
-    """What the fields at `keys` below a model or dataclass are, one for every kind of it that has them."""
+    """Yield the annotations of the field at `keys` below a model.
+
+    `kind` is a model, a dataclass or a union of them. Every kind that has the field yields one annotation.
+    """
     for part in _kinds(kind):
         if not isinstance(part, type):
             continue
@@ -418,7 +569,11 @@ def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
 
 
 def _text(annotation: Any) -> Literal["text", "optional", ""]:
-    """Whether a field takes text alone, and whether it may be left out."""
+    """Return whether a field takes text alone, and may be omitted.
+
+    `text` is for a field that takes text alone, `optional` for one that may also be left out, and an empty
+    text is for all others.
+    """
     kinds = _kinds(annotation)
     own = [k for k in kinds if k is not NoneType]
     if not all(k is str or (get_origin(k) is Literal and all(isinstance(v, str) for v in get_args(k))) for k in own):
@@ -427,7 +582,10 @@ def _text(annotation: Any) -> Literal["text", "optional", ""]:
 
 
 def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
-    """`value` as a recipe of this kind. Raises ValueError with the first mistake, on one line."""
+    """Check that `value` is a recipe of this kind.
+
+    Returns the recipe. Raises ValueError with the first mistake, on one line.
+    """
     kinds = {
         "distill": "fewstep distill",
         "teacher": "fewstep train-teacher",
@@ -447,14 +605,18 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             raise ValueError(_named(str(first["ctx"]["error"]), option)) from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(
-                f"{option}: unknown option in {source}; allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
+                f"{option}: unknown option in {source}; "
+                f"allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
 
 
 def _named(text: str, place: str) -> str:
-    """A settings class's own text, its option named from the recipe's top: `place` is where the class stands in it."""
+    """Name the option in an error from the recipe's top.
+
+    `text` is the error of a settings class; `place` is where the class stands in the recipe.
+    """
     option = text.partition(":")[0]
     for i, part in enumerate(parts := place.split(".")):
         if option.startswith(f"{part}."):
@@ -462,22 +624,41 @@ def _named(text: str, place: str) -> str:
     return text
 
 
-def _require_no_boolean(value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()) -> None:
-    """`true` where a number is wanted is a slip of the pen, and not 1 as Python has it. Raises ValueError for the first one."""
+def _require_no_boolean(
+    value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()
+) -> None:
+    """Check that numbers are numbers, not booleans or texts.
+
+    `true` in the place of a number is a slip of the pen, and not 1 as in Python. Raises ValueError for the
+    first such value.
+    """
     for key, inner in value.items():
         place = (*parents, str(key))
         if isinstance(inner, dict):
             _require_no_boolean(inner, model, source, place)
             continue
-        kinds = {k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *get_args(kind))}
+        kinds = {
+            k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *_inner(kind))
+        }
+        text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
+        if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
+            raise ValueError(f"{'.'.join(place)}: input should be a number, got {shown(text)} (in {source})")
         odd = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, bool)), None)
         if odd is not None and kinds and bool not in kinds:
             wanted = "a number" if {int, float} & kinds else "a text"
             raise ValueError(f"{'.'.join(place)}: input should be {wanted}, got {str(odd).lower()} (in {source})")
 
 
+def _inner(kind: Any) -> list[Any]:
+    """Return the types of a type's elements."""
+    return [k for part in get_args(kind) for k in _kinds(part)]
+
+
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The options that the part of the recipe at `location` takes."""
+    """Return the options that one part of the recipe takes.
+
+    `location` is where the part stands in the recipe.
+    """
     annotation: Any = model
     for part in location:
         if part in METHODS:

@@ -1,4 +1,4 @@
-"""Samples of anything that samples: a teacher, a step of a training, a student."""
+"""Sampling from a teacher, a step of a training, or a student."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,11 @@ from ..training.loop import Step
 
 
 def require_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts as a list. Raises ValueError for a single string, whose letters would be the prompts, and for none."""
+    """Return the prompts as a list.
+
+    Raises ValueError for a single string, whose letters would be the prompts, for an empty list, and for
+    anything that is no string in UTF-8.
+    """
     if isinstance(prompts, str):
         raise ValueError(f"prompts: got the string {prompts!r}, allowed is a list of them; pass [{prompts!r}]")
     found = list(prompts)
@@ -26,6 +30,8 @@ def require_prompts(prompts: Sequence[str]) -> list[str]:
         raise ValueError('prompts: got none; pass at least one, [""] for a network without conditions')
     if odd := [p for p in found if not isinstance(p, str)]:
         raise ValueError(f"prompts: got {odd[0]!r} among them, allowed are strings")
+    if broken := next((p for p in found if any("\ud800" <= c <= "\udfff" for c in p)), None):
+        raise ValueError(f"prompts: {broken!r} has bytes that are no letters here; write it in UTF-8")
     return found
 
 
@@ -39,17 +45,25 @@ def sample(
     solver: str | None = None,
     condition: int | None = None,
 ) -> Tensor:
-    """Sample images [B, 3, H, W] in [0, 1], one per prompt; plain states of backbones without images.
+    """Sample images `[B, 3, H, W]` in [0, 1], one per prompt.
 
-    A step or a student has its own steps, solver and no guidance, unless it was trained for several `guidance` scales; a teacher takes
-    `steps` (default 50) and `guidance`. Seeds default to 0, 1, 2, ...; a seed gives the same image in any batch. A student of several
-    step counts is conditioned on `steps` unless `condition` is given.
+    Backbones without images return plain states.
+
+    A step or a student has steps and a solver of its own, and takes no guidance, unless trained for several
+    `guidance` scales. A teacher takes `steps` (default 50) and `guidance`. A student of several step counts
+    is conditioned on `steps` unless `condition` is given. Seeds default to 0, 1, 2, ...; a seed gives the
+    same image in any batch.
+
+    Raises ValueError, and FloatingPointError for images that are not finite.
     """
-    states = sample_trajectory(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, condition=condition)
+    states = sample_trajectory(
+        model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, condition=condition
+    )
     shown = backbone_of(model).decode(states[-1].x)
     if not finite(shown):
         raise FloatingPointError(
-            f"sample: the images of {backbone_of(model).name} are not finite; load it in float32 or bfloat16, or run fewstep doctor TEACHER"
+            f"sample: the images of {backbone_of(model).name} are not finite; "
+            "load it in float32 or bfloat16, or run fewstep doctor TEACHER"
         )
     return shown
 
@@ -64,7 +78,10 @@ def sample_trajectory(
     solver: str | None = None,
     condition: int | None = None,
 ) -> list[State]:
-    """Sample as `sample` does, but return the whole trajectory: K + 1 states with the clean estimate that led to each."""
+    """Sample as `sample` does, but return the whole trajectory.
+
+    The trajectory has K + 1 states, each with the clean estimate that led to the state.
+    """
     prompts = require_prompts(prompts)
     if steps is not None and steps < 1:
         raise ValueError(f"steps: got {steps}, allowed are whole numbers from 1")
@@ -94,7 +111,10 @@ def sample_trajectory(
 
 
 def check_steps(model: Student | Step, steps: int, option: str = "steps") -> None:
-    """Raises ValueError if the student's head does not serve so many steps."""
+    """Check that the student's head serves so many steps.
+
+    Raises ValueError otherwise.
+    """
     require_steps_of(model.roles.head if isinstance(model, Step) else model.head, steps, option)
 
 

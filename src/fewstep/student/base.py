@@ -1,4 +1,8 @@
-"""What a student asks of its base: that it predicts the same, of a network of one's own also the process, conditions and weights."""
+"""What a student requires of its base.
+
+A base predicts what the student's base predicted. A network of one's own also has the same process,
+conditions and weights.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +18,11 @@ from .card import StudentCard
 
 
 def process_of(backbone: Backbone) -> dict[str, Any]:
-    """What a card says of a network of one's own, so that it is not read in another way; empty for a pipeline, whose folder says it."""
+    """Return what a card records of a network of one's own.
+
+    The record is process, shape and conditions, so that the network is not used with others. Empty for a
+    pipeline, whose folder has the record.
+    """
     if isinstance(backbone, DiffusersBackbone):
         return {}
     with torch.no_grad():
@@ -23,39 +31,57 @@ def process_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def require_own(card: StudentCard, backbone: Backbone, folder: Path, other_weights: bool = True) -> None:
-    """Raises ValueError where a student meets a base that predicts something else; one of a network of one's own also for another process, other conditions or weights."""
+    """Check that a base fits a student.
+
+    Raises ValueError where the base predicts something else. For a network of one's own also where process,
+    conditions or time layer differ, and, unless `other_weights`, where the weights differ.
+    """
     if not card.own_network:
         if isinstance(backbone, Denoiser):
             raise ValueError(
-                f"base: {folder} is a student of {card.base}, a diffusers pipeline, got the Denoiser {backbone.name}; leave base out"
+                f"base: {folder} is a student of {card.base}, a diffusers pipeline, "
+                f"got the Denoiser {backbone.name}; leave base out"
             )
         own = str(backbone.scheduler_config.get("prediction_type", ""))
         if own != card.prediction:
             raise ValueError(
-                f"student: {folder} was made on a base that predicts {card.prediction or 'a flow'}, this one predicts {own or 'a flow'}; load it on {card.base}, or on another base of its kind"
+                f"student: {folder} was made on a base that predicts {card.prediction or 'a flow'}, "
+                f"this one predicts {own or 'a flow'}; load it on {card.base}, or on another base of its kind"
             )
         _require_times(card, backbone, folder)
         return
     if isinstance(backbone, DiffusersBackbone):
         raise ValueError(
-            f"base: {folder} is a student of {card.base}, a network of one's own, got the pipeline {backbone.name}; pass its fewstep.Denoiser"
+            f"base: {folder} is a student of {card.base}, a network of one's own, "
+            f"got the pipeline {backbone.name}; pass its fewstep.Denoiser"
         )
     said = asdict(card)
     now = process_of(backbone) | ({"time_layer": backbone.time_layer} if card.time_layer else {})
     if odd := differences({k: said[k] for k in now}, now):
-        raise ValueError(f"base: {folder} was made with another base: {', '.join(odd)}; pass the fewstep.Denoiser that it was made from")
+        raise ValueError(
+            f"base: {folder} was made with another base: {', '.join(odd)}; "
+            "pass the fewstep.Denoiser that it was made from"
+        )
     if not other_weights and card.weights != "full" and (here := fingerprint(backbone.module)) != card.base_hash:
         raise ValueError(
-            f"base: {folder} was trained on other weights (hash {card.base_hash}, here {here}); load those, or pass other_weights=True to use it on these all the same"
+            f"base: {folder} was trained on other weights (hash {card.base_hash}, here {here}); "
+            "load those, or pass other_weights=True to use it on these all the same"
         )
 
 
 def _require_times(card: StudentCard, backbone: Backbone, folder: Path) -> None:
-    """Raises ValueError for times that are not those of the base's process, and for vectors where the base tells nothing."""
+    """Check that a base has the student's times and time layer.
+
+    Raises ValueError for times outside the base's process, and for a time layer that the base lacks.
+    """
     low, high = backbone.schedule.t_clean, backbone.schedule.t_max
     if odd := [t for times in card.timesteps.values() for t in times if not low <= t <= high]:
-        raise ValueError(f"student: {folder} visits the time {odd[0]:g}, those of its base are {low:g} to {high:g}; export the run again")
+        raise ValueError(
+            f"student: {folder} visits the time {odd[0]:g}, those of its base are {low:g} to {high:g}; "
+            "export the run again"
+        )
     if card.time_layer not in ("", backbone.time_layer):
         raise ValueError(
-            f"student: {folder} is told its steps at {card.time_layer!r}, its base is told at {backbone.time_layer!r}; export the run again"
+            f"student: {folder} is told its steps at {card.time_layer!r}, "
+            f"its base is told at {backbone.time_layer!r}; export the run again"
         )

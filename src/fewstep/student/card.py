@@ -1,4 +1,7 @@
-"""`fewstep.json`: everything a student needs to be used right, beside its weights. Versioned; nothing else is authoritative."""
+"""`fewstep.json`: everything that is needed to use a student right.
+
+The card lies next to the student's weights and is versioned. No other file is authoritative.
+"""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -15,7 +18,11 @@ WEIGHTS = ("lora", "full", "none")
 
 @dataclass(frozen=True)
 class StudentCard:
-    """What a student is. The first of `steps` is the default, and the one that its weights alone are right for. `timesteps` and `solver` per step count, as strings of the count (JSON keys)."""
+    """What a student is.
+
+    The first of `steps` is the default, and the step count for which the weights alone are right.
+    `timesteps` and `solver` are given per step count, under the count as a string (JSON keys).
+    """
 
     name: str
     method: str
@@ -25,7 +32,7 @@ class StudentCard:
     timesteps: dict[str, list[float]]
     solver: dict[str, str]
     prediction: str
-    weights: str  # lora | full | none, with a head alone
+    weights: str  # lora | full | none (a head alone)
     rank: int | None
     alpha: float | None
     guidance: Guidance  # of the teacher, baked into the student
@@ -34,34 +41,48 @@ class StudentCard:
     train_seconds: float
     hardware: str
     version: str
-    head: str = ""  # the kind of head that corrects its direction; empty for none
-    analytic_first_step: bool = False  # without a network call
-    guidance_scales: tuple[float, ...] = ()  # that it is conditioned on, the default first; empty where guidance is baked in
-    dtype: str = "float32"  # of the base it was trained on, and is read onto
-    size: int = 0  # of its pictures, where it is another than the base's
+    head: str = ""  # the kind of head that corrects the direction; empty for none
+    analytic_first_step: bool = False  # the first step costs no NFE
+    # Guidance scales that the student is conditioned on, the default first; empty where guidance is baked in.
+    guidance_scales: tuple[float, ...] = ()
+    dtype: str = "float32"  # of the base that the student was trained on and is read onto
+    size: int = 0  # of the images, where not the base's
     data: str = "prompts alone"  # what the student was trained from
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weight files beside it, compared when they are read
-    time_layer: str = ""  # where a student of several step counts is told its own; empty for all others
-    own_network: str = ""  # the class of a network of one's own that it was made from, which a file cannot bring; empty for pipelines
-    sigma_data: float = 0.0  # of such a network's `edm` prediction; 0 for all others
-    schedule: dict[str, Any] = field(default_factory=dict)  # of such a network, as data: see `backbones.process.schedule_data`
-    shape: tuple[int, ...] = ()  # of one state of such a network
-    conditions: dict[str, Any] = field(default_factory=dict)  # what it hears of the empty prompt: see `backbones.process.probe`
+    # SHA-256 of the weight files next to the card, compared when the files are read.
+    files: dict[str, str] = field(default_factory=dict)
+    # The layer that conditions the student on one of `condition_values`; empty for a student without conditions.
+    time_layer: str = ""
+    # The class of a network of one's own, which a file cannot bring; empty for pipelines. The fields below
+    # describe such a network.
+    own_network: str = ""
+    sigma_data: float = 0.0  # of the `edm` prediction; 0 for all others
+    schedule: dict[str, Any] = field(default_factory=dict)  # see `backbones.process.schedule_data`
+    shape: tuple[int, ...] = ()  # of one state
+    conditions: dict[str, Any] = field(default_factory=dict)  # of the empty prompt, see `backbones.process.probe`
     format: int = FORMAT
 
     @property
     def condition_values(self) -> tuple[float, ...]:
-        """Values that it is conditioned on, where it has a time layer for that: guidance scales or step counts."""
+        """The values that the student is conditioned on.
+
+        With a time layer for the condition, these are guidance scales or step counts.
+        """
         return self.guidance_scales or self.steps
 
 
 def card_nfe(card: StudentCard, steps: int) -> int:
-    """Network evaluations of one picture in so many steps; a head costs none."""
+    """Return the NFE of one image in so many steps.
+
+    A head costs none, and neither does an analytic first step.
+    """
     return total_nfe(steps, analytic=card.analytic_first_step)
 
 
 def counted(card: StudentCard) -> str:
-    """The network calls of every step count that it serves: `4 in 4 steps, 2 in 2 steps`."""
+    """Return the NFE of every step count, in words.
+
+    `4 in 4 steps, 2 in 2 steps`.
+    """
     free = " (the first step is free)" if card.analytic_first_step else ""
     return ", ".join(f"{card_nfe(card, k)} in {k} step{'s' if k > 1 else ''}" for k in card.steps) + free
 
@@ -73,7 +94,7 @@ def guidance_text(card: StudentCard) -> str:
 
 
 def from_format_1(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a card of fewstep 0.1.0 under their names of today."""
+    """Convert the fields of a fewstep 0.1.0 card to today's names."""
     defaults = {"teacher_guidance": 1.0, "guidance_rescale": 0.0, "guidance_parallel": 1.0}
     scale, rescale, eta = (value.get(k, default) for k, default in defaults.items())
     old = ("teacher_guidance", "guidance_rescale", "guidance_parallel", "guidance")
@@ -83,10 +104,17 @@ def from_format_1(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_sound(card: StudentCard) -> None:
-    """Raises ValueError that names the field for values that no student has."""
+    """Check that a card holds values that a student can have.
+
+    Raises ValueError that names the field.
+    """
     counts = {str(k) for k in card.steps}
     for field_name, holds, allowed in (
-        ("steps", card.steps and min(card.steps) > 0 and len(counts) == len(card.steps), "different whole numbers from 1"),
+        (
+            "steps",
+            card.steps and min(card.steps) > 0 and len(counts) == len(card.steps),
+            "different whole numbers from 1",
+        ),
         ("timesteps", set(card.timesteps) == counts, "those of every step count"),
         ("solver", set(card.solver) == counts, "that of every step count"),
         ("solver", all(s in SOLVERS for s in card.solver.values()), ", ".join(SOLVERS)),
@@ -99,7 +127,8 @@ def require_sound(card: StudentCard) -> None:
         ("iterations", card.iterations >= 0, "whole numbers from 0"),
         (
             "guidance_scales",
-            all(math.isfinite(w) for w in card.guidance_scales) and len(set(card.guidance_scales)) == len(card.guidance_scales),
+            all(math.isfinite(w) for w in card.guidance_scales)
+            and len(set(card.guidance_scales)) == len(card.guidance_scales),
             "different finite numbers",
         ),
         ("size", card.size >= 0, "whole numbers from 0"),
@@ -112,5 +141,9 @@ def require_sound(card: StudentCard) -> None:
         if not holds:
             raise ValueError(f"its {field_name} is {str(getattr(card, field_name))[:60]!r}, allowed are {allowed}")
     for count, times in card.timesteps.items():
-        if len(times) != int(count) + 1 or not all(math.isfinite(t) for t in times) or sorted(set(times), reverse=True) != times:
+        if (
+            len(times) != int(count) + 1
+            or not all(math.isfinite(t) for t in times)
+            or sorted(set(times), reverse=True) != times
+        ):
             raise ValueError(f"its timesteps of {count} steps are no {int(count) + 1} falling numbers")

@@ -1,4 +1,4 @@
-"""The file that other programs load a student's LoRA from, and the words of its model card on them."""
+"""The LoRA file for other programs, and its model card section."""
 
 import shutil
 from collections.abc import Collection, Mapping
@@ -16,15 +16,24 @@ from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header
 from .kohya import kohya, layers_of, original_names
 
-BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA beside these
+# Of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA outside of these blocks.
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 
 
 def write_client_file(
-    folder: Path, lora: Path, network: nn.Module, card: StudentCard, info: PipelineInfo, state: Mapping[str, Tensor], size: int
+    folder: Path,
+    lora: Path,
+    network: nn.Module,
+    card: StudentCard,
+    info: PipelineInfo,
+    state: Mapping[str, Tensor],
+    size: int,
 ) -> str:
-    """Write the LoRA `state`, alpha equal to its rank, for programs that only know files; return the file's name.
+    """Write a LoRA for programs that only know files.
 
-    A U-Net's has kohya's names, which all of them read; a transformer's is what diffusers reads, as ComfyUI does.
+    `state` is the LoRA, with alpha equal to its rank. The file of a U-Net has kohya's names, which all these
+    programs read. The file of a transformer is what diffusers reads, and ComfyUI too. Returns the file's
+    name.
     """
     if not info.family.kohya:
         name = f"{card.name}-lora.safetensors"
@@ -41,18 +50,30 @@ def write_client_file(
 
 
 def other_programs(
-    card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], file: str, layers: Collection[str], folder: str
+    card: StudentCard,
+    info: PipelineInfo,
+    schedule: Schedule,
+    config: Mapping[str, Any],
+    file: str,
+    layers: Collection[str],
+    folder: str,
 ) -> str:
-    """The section of a model card on programs other than diffusers; empty where there is none to speak of.
+    """Return a model card's section on programs other than diffusers.
 
-    `file` is that of `write_client_file`, `layers` those that the LoRA changes, `config` that of the base's scheduler.
+    Empty where there is no file for such programs. `file` is that of `write_client_file`, `layers` are those
+    that the LoRA changes, and `config` is that of the base's scheduler.
     """
     if not file:
         return ""
     unet = bool(info.family.kohya)
-    readers = "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp" if unet else "ComfyUI and diffusers"
+    readers = (
+        "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp"
+        if unet
+        else "ComfyUI and diffusers"
+    )
     rows = [
-        f"`{file}` is this LoRA under the names that {readers} read. Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
+        f"`{file}` is this LoRA under the names that {readers} read. "
+        f"Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
     ]
     if unet and (why := foreign(schedule, config)):
         rows.append(f"ComfyUI, A1111 and Forge cannot draw with it: {why}.")
@@ -63,23 +84,31 @@ def other_programs(
         of = f"{len(unread)} of its {len(layers)} layers ({', '.join(unread)})"
         told = f"; {card.time_layer} says its step count" if card.time_layer in unread else ""
         rows.append(
-            f"sd-scripts, stable-diffusion.cpp and older diffusers leave out {of}{told}; there use `fewstep export --format merged`."
+            f"sd-scripts, stable-diffusion.cpp and older diffusers leave out {of}{told}; "
+            "there use `fewstep export --format merged`."
         )
     return "\n## Other programs\n\n" + "\n".join(f"- {row}" for row in rows) + "\n"
 
 
 def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], folder: str) -> str:
-    """What to do in ComfyUI, or why nothing can be done."""
+    """Return what to do in ComfyUI, or why nothing can be done."""
     name = checkpoint_name(card.base)
     if why := obstacle(card, info.family, schedule, config):
         cured = bool(info.family.kohya) and not name
-        cure = f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have." if cured else ""
+        cure = (
+            f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have."
+            if cured
+            else ""
+        )
         return f"There is no workflow for ComfyUI: {why}.{cure}"
     return f"ComfyUI: drop `comfyui-workflow.json` on its window. It loads `{name}` and names all settings."
 
 
 def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any]) -> str:
-    """What to choose in A1111 and Forge, whose schedule `Simple` is ComfyUI's."""
+    """Return what to choose in A1111 and Forge.
+
+    The schedule `Simple` of these programs is ComfyUI's.
+    """
     steps = card.steps[0]
     times, sampler = card.timesteps[str(steps)][:-1], SOLVERS[card.solver[str(steps)]].clients.get("a1111")
     if card.head or card.analytic_first_step or sampler is None:
@@ -90,7 +119,10 @@ def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any])
     own = ["v-prediction"] * (config.get("prediction_type") == "v_prediction")
     own += ["zero terminal SNR"] * bool(config.get("rescale_betas_zero_snr"))
     base = f", the base set to {' and '.join(own)}" if own else ""
-    return f"A1111 from 1.10, Forge: sampler {sampler}, schedule type Simple, {plural_of(steps)}, CFG scale 1{base}; {there}."
+    return (
+        f"A1111 from 1.10, Forge: sampler {sampler}, schedule type Simple, "
+        f"{plural_of(steps)}, CFG scale 1{base}; {there}."
+    )
 
 
 def plural_of(steps: int) -> str:

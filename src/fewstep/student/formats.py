@@ -1,4 +1,7 @@
-"""A student as files for other programs: written, loaded again, drawn with, and compared before they are called done."""
+"""A student as files for other programs.
+
+The files are written, loaded again, sampled from and compared before the export counts as done.
+"""
 
 import copy
 import math
@@ -28,15 +31,18 @@ from .folder import scheduler_path, seal
 from .model_card import model_card
 from .student import Student
 
-CLOSE = 1e-4  # largest difference, of a pixel in [0, 1] or relative to the largest element of a state, between student and files
-PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]  # drawn for the comparison; models of classes know the empty one
+# Largest difference between student and files: of a pixel in [0, 1], or relative to a state's largest element.
+CLOSE = 1e-4
+# Prompts of the comparison; models of classes know the empty prompt.
+PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a student of one step count to a new folder. `write` returns what the files draw when they are loaded again.
+    """A form in which a student of one step count is written.
 
-    `whole`: all weights are written, in a dtype of choice; `own`: for networks of one's own, too.
+    `write` writes a new folder and returns what the files sample when they are loaded again. `whole`: all
+    weights are written, in a dtype of choice. `own`: the form is also for networks of one's own.
     """
 
     text: str
@@ -48,14 +54,21 @@ class Format:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was compared: the largest difference of student and files, and of half-precision files what rounding did."""
+    """How far the files are from the student.
+
+    `difference` is the largest difference of student and files; `rounded` is what rounding did to
+    half-precision files.
+    """
 
     difference: float
     rounded: float | None = None
 
 
 def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = None) -> Exported:
-    """Write a student to a new folder, load it again, draw with both and compare. Raises ValueError with nothing kept."""
+    """Write a student to a new folder, and compare the files.
+
+    The files are loaded again and sampled from. Raises ValueError with nothing kept.
+    """
     own_network = not isinstance(student.backbone, DiffusersBackbone)
     if form not in FORMATS:
         raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
@@ -70,15 +83,19 @@ def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = N
     limit = CLOSE * max(1.0, float(wanted.abs().max())) if own_network else CLOSE
     try:
         difference = float((how.write(student, out, kept) - wanted).abs().max())
-        if not difference <= limit:  # NaN is as far as can be
+        if not difference <= limit:  # also for NaN
             raise ValueError(
-                f"export: the files differ from the student by {difference:.1e} in an element (allowed {limit:g}); nothing was kept"
+                f"export: the files differ from the student by {difference:.1e} "
+                f"in an element (allowed {limit:g}); nothing was kept"
             )
         if not how.whole or kept == torch.float32 or own_network:
             return Exported(difference)
         rounded = float((draw(Student.read(out, student.backbone)) - wanted).abs().max())
         if not math.isfinite(rounded):
-            raise ValueError(f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; choose bfloat16 or float32")
+            raise ValueError(
+                f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; "
+                "choose bfloat16 or float32"
+            )
         return Exported(difference, rounded)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
@@ -86,7 +103,10 @@ def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = N
 
 
 def draw(student: Student) -> Tensor:
-    """Draw what is compared: decoded states of a student's first step count."""
+    """Sample what is compared.
+
+    The samples are decoded states of the student's first step count.
+    """
     prompts = prompts_for(student)
     with torch.no_grad():
         cond = student.backbone.encode(prompts)
@@ -104,19 +124,27 @@ def prompts_for(student: Student) -> list[str]:
 
 
 def write_student(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
-    """Write a folder like `final/`."""
+    """Write a folder like `final/`, and sample from the folder."""
     student.write(out)
     return draw(Student.read(out, student.backbone if student.base is None else student.base))
 
 
 def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
-    """Write a folder like `final/`; draw with the LoRA under kohya's names in diffusers, on a fresh base."""
+    """Write a folder like `final/`, and sample from kohya's file.
+
+    diffusers loads the LoRA under kohya's names on a fresh base.
+    """
     pipe = pipeline_of(student.backbone)
     _require_stock(student.card)
     if student.card.weights != "lora":
-        raise ValueError("--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline")
+        raise ValueError(
+            "--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline"
+        )
     if pipeline_info(pipe).part != "unet" or not pipeline_info(pipe).loads_lora:
-        raise ValueError("--format: kohya's names are for the LoRA of a U-Net; ComfyUI loads --format student of a transformer as it is")
+        raise ValueError(
+            "--format: kohya's names are for the LoRA of a U-Net; "
+            "ComfyUI loads --format student of a transformer as it is"
+        )
     _require_times(student)
     student.write(out)
     (file,) = out.glob("*-kohya.safetensors")
@@ -128,27 +156,52 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
 
 
 def own_times(student: Student) -> list[float] | None:
-    """Return the times that a stock pipeline has to be given; None if its step count says them."""
+    """Return the times that a stock pipeline has to be given.
+
+    None where the step count alone says the times.
+    """
     times = student.card.timesteps[str(student.card.steps[0])]
     return None if timegrid.even(student.backbone.schedule, torch.tensor(times, dtype=torch.float64)) else times[:-1]
 
 
 def _require_stock(card: StudentCard) -> None:
-    """Raises ValueError for a student that is sampled as no stock pipeline does."""
+    """Check that a stock pipeline can sample from a student.
+
+    Raises ValueError otherwise.
+    """
     special = [s for s in card.solver.values() if not SOLVERS[s].stock]
-    by = "a head" if card.head else "an analytic first step" if card.analytic_first_step else special[0] if special else ""
+    by = (
+        "a head"
+        if card.head
+        else "an analytic first step"
+        if card.analytic_first_step
+        else special[0]
+        if special
+        else ""
+    )
     if by:
-        raise ValueError(f"--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged")
+        raise ValueError(
+            f"--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged"
+        )
 
 
 def _require_times(student: Student) -> None:
-    """Raises ValueError for a student whose times no stock pipeline of its family takes."""
+    """Check that a stock pipeline takes a student's times.
+
+    Raises ValueError where no pipeline of the student's family takes the times.
+    """
     if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).takes_times:
-        raise ValueError("--format: this student's times are its own, which no scheduler of its family takes; choose student or merged")
+        raise ValueError(
+            "--format: this student's times are its own, which no scheduler of its family takes; "
+            "choose student or merged"
+        )
 
 
 def write_merged(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
-    """Write a folder like that of a full student; of half-precision files return what is drawn before they are rounded."""
+    """Write a folder like that of a full student.
+
+    For half-precision files, returns what is sampled before the weights are rounded.
+    """
     exact = student.merged()
     found = None if dtype == torch.float32 else draw(exact)
     replace(exact, network=exact.network.to(dtype)).write(out)
@@ -162,7 +215,10 @@ def write_merged(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
 
 
 def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
-    """Write a whole pipeline folder that needs no base; of half-precision files return what is drawn before they are rounded."""
+    """Write a whole pipeline folder that needs no base.
+
+    For half-precision files, returns what is sampled before the weights are rounded.
+    """
     _require_stock(student.card)
     _require_times(student)
     found = write_merged(student, out, dtype)
@@ -172,7 +228,7 @@ def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
         save_pixel_pipeline(out, pixel_pipeline(network, scheduler, told=bool(backbone.labels)), backbone.labels)
     else:
         pipe = pipeline_of(backbone)
-        # The base's other parts are copied where they are rounded: they still serve.
+        # Parts of the base are still in use: copies are rounded.
         parts = with_network(pipe, network, scheduler, type(pipe))
         save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
         even = own_times(student) is None
@@ -189,13 +245,19 @@ def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return `bfloat16` of torch.bfloat16."""
+    """Return `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 FORMATS: dict[str, Format] = {
     "student": Format("a folder like final/, for fewstep, diffusers, ComfyUI and A1111", write_student, own=True),
-    "kohya": Format("the same, its LoRA under kohya's names compared", write_kohya, elsewhere="names the layers of diffusers' U-Nets"),
+    "kohya": Format(
+        "the same, its LoRA under kohya's names compared",
+        write_kohya,
+        elsewhere="names the layers of diffusers' U-Nets",
+    ),
     "merged": Format("one network without LoRA", write_merged, whole=True, own=True),
-    "pipeline": Format("a whole diffusers folder that needs no base", write_pipeline, whole=True, elsewhere="is a diffusers pipeline"),
+    "pipeline": Format(
+        "a whole diffusers folder that needs no base", write_pipeline, whole=True, elsewhere="is a diffusers pipeline"
+    ),
 }

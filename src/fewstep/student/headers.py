@@ -1,4 +1,7 @@
-"""What the headers of a student's LoRA files say of it: fewstep's own facts, and those that other programs look for."""
+"""What the headers of a student's LoRA files say.
+
+The headers have fewstep's own facts, and the facts that other programs look for.
+"""
 
 import hashlib
 import json
@@ -14,7 +17,7 @@ from ..backbones.few_step import PipelineInfo
 from ..backbones.load import FUSED, source_of
 from .card import StudentCard, counted
 
-KEY = "fewstep"  # of the entry with the student's own facts, JSON
+KEY = "fewstep"  # the entry with the student's facts, JSON
 SHOWN = (
     "name",
     "method",
@@ -30,21 +33,31 @@ SHOWN = (
     "licence",
     "version",
 )
-VERSIONS = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", "stable-diffusion-v2-512")}  # by the width of the text
+# By the width of the text embedding.
+VERSIONS = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", "stable-diffusion-v2-512")}
 STABILITY = "https://github.com/Stability-AI/generative-models"
 XL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
 
 
 def public_base(base: str) -> str:
-    """A teacher's name for everybody to see: a hub id as it is, of paths the last part alone."""
+    """Return a teacher's name for everybody to see.
+
+    A hub id stays as it is; of a path the last part remains.
+    """
     source = source_of(base)
     there = [source.place, *(path for path, _ in source.loras)]
-    names = [p if p.count("/") == 1 and not Path(p).exists() and p[0] not in "./~" else n for p, n in zip(there, source.names, strict=True)]
+    names = [
+        p if p.count("/") == 1 and not Path(p).exists() and p[0] not in "./~" else n
+        for p, n in zip(there, source.names, strict=True)
+    ]
     return FUSED.join(names)
 
 
 def own_header(card: StudentCard) -> dict[str, str]:
-    """The student's facts in one entry: how to call it, on what."""
+    """Return the student's facts as one entry.
+
+    The facts say how to call the student, and on which base.
+    """
     facts = {k: v for k, v in asdict(replace(card, base=public_base(card.base))).items() if k in SHOWN}
     return {"format": "pt", KEY: json.dumps(facts)}
 
@@ -52,12 +65,15 @@ def own_header(card: StudentCard) -> dict[str, str]:
 def kohya_header(
     card: StudentCard, info: PipelineInfo, config: Mapping[str, Any], state: Mapping[str, Tensor], size: int
 ) -> dict[str, str]:
-    """`ss_*` as kohya's scripts write it, and Stability's `modelspec`; what is not known is left out.
+    """Return a header as kohya's scripts write headers.
 
-    `config` is that of the U-Net, `state` what the file holds, `size` that of the pictures. The hash is SHA-256 of the file behind its
-    header, as these programs count it.
+    The keys are `ss_*`, and Stability's `modelspec`; what is not known is left out. `config` is that of the
+    U-Net, `state` is what the file holds, and `size` is that of the images. The hash is SHA-256 of the file
+    behind its header, as these programs count it.
     """
-    version, architecture = XL if info.family.kohya == "original" else VERSIONS.get(config.get("cross_attention_dim", 0), ("", ""))
+    version, architecture = (
+        XL if info.family.kohya == "original" else VERSIONS.get(config.get("cross_attention_dim", 0), ("", ""))
+    )
     if architecture == VERSIONS[1024][1] and card.prediction == "v_prediction":
         architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"
     data = save(dict(state))
@@ -78,7 +94,7 @@ def kohya_header(
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora" if architecture else "",
-        "modelspec.implementation": STABILITY if architecture == XL[1] else "diffusers",  # whose names the layers have
+        "modelspec.implementation": STABILITY if architecture == XL[1] else "diffusers",  # the layers' names
         "modelspec.title": card.name,
         "modelspec.resolution": f"{size}x{size}" if size else "",
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(card.prediction, ""),

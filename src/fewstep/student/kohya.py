@@ -1,4 +1,7 @@
-"""A U-Net's LoRA under the names of kohya's scripts, which every program for Stable Diffusion reads."""
+"""A U-Net's LoRA under the names of kohya's scripts.
+
+Every program for Stable Diffusion reads these names.
+"""
 
 from collections.abc import Collection, Mapping
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 ENDINGS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
-OUTSIDE = {  # of the blocks: diffusers' names, and those of the original code
+OUTSIDE = {  # layers outside of blocks: diffusers' names and the original code's
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
@@ -14,14 +17,23 @@ OUTSIDE = {  # of the blocks: diffusers' names, and those of the original code
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def kohya(state: Mapping[str, Tensor], alpha: float, original: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """PEFT's `layer.lora_A.weight` as `lora_unet_layer.lora_down.weight`, and so on; `alpha` beside every layer, so that no header is needed.
+    """Rename a LoRA's layers from PEFT's names to kohya's.
 
-    kohya's scripts call the layers of Stable Diffusion 1 and 2 as diffusers does, those of SDXL as the `original` code (see
-    `original_names`); programs that know both take only this one for all of SDXL.
+    `layer.lora_A.weight` becomes `lora_unet_layer.lora_down.weight`, and `lora_B` becomes `lora_up`. Next to
+    every layer stands `alpha`, so that no header is needed.
+
+    kohya's scripts call the layers of Stable Diffusion 1 and 2 as diffusers does, and those of SDXL as the
+    `original` code does (see `original_names`). Programs that know both names take only the original names
+    for all of SDXL.
     """
     named: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -34,18 +46,28 @@ def kohya(state: Mapping[str, Tensor], alpha: float, original: Mapping[str, str]
 
 
 def layers_of(state: Mapping[str, Tensor]) -> list[str]:
-    """The layers that a LoRA in PEFT's file format changes, sorted."""
+    """Return the layers that a LoRA changes, sorted.
+
+    The LoRA is in PEFT's file format.
+    """
     return sorted({k.removesuffix(e) for k in state for e in ENDINGS if k.endswith(e)})
 
 
 def original_names(layers: Collection[str], network: Collection[str]) -> dict[str, str]:
-    """What the original code of Stable Diffusion calls these `layers` of diffusers' U-Net; `network` names all modules that there are."""
+    """Return what Stable Diffusion's original code calls a U-Net's layers.
+
+    `layers` are names of diffusers' U-Net; `network` has the names of all modules of the U-Net.
+    """
     depth = 1 + max((int(n.split(".")[3]) for n in network if n.startswith("down_blocks.0.resnets.")), default=0)
     return {layer: OUTSIDE.get(layer) or _in_block(layer, depth, network) for layer in layers}
 
 
 def _in_block(layer: str, depth: int, network: Collection[str]) -> str:
-    """A level has `depth` residual blocks on its way down and one more on its way up, counted through; attention is the second part of each."""
+    """Return the original name of a layer inside a block.
+
+    A level has `depth` residual blocks in the down path and one more in the up path, counted through all
+    levels; attention is the second part of each block.
+    """
     side, *rest = layer.split(".")
     level = 0 if side == "mid_block" else int(rest.pop(0))
     kind, index, inner = rest[0], int(rest[1]), ".".join(rest[2:])

@@ -1,4 +1,7 @@
-"""The README.md of a student: how to call it, what it was made from, what it cost. Its snippet is run by a test."""
+"""The README.md of a student.
+
+The page says how to call the student, what the student was made from, and the cost. A test runs the snippet.
+"""
 
 import json
 import re
@@ -15,46 +18,67 @@ from .card import StudentCard, counted, guidance_text
 
 
 def model_card(
-    card: StudentCard, folder: str, scheduler: str, info: PipelineInfo, even: bool, elsewhere: str = "", whole: bool = False
+    card: StudentCard,
+    folder: str,
+    scheduler: str,
+    info: PipelineInfo,
+    even: bool,
+    elsewhere: str = "",
+    whole: bool = False,
 ) -> str:
-    """Markdown with a hub header. `folder` is what the reader calls the folder the card lies in, `scheduler` the class of its scheduler.
+    """Return the model card: Markdown with a hub header.
 
-    `info` is that of the base's pipeline; times that are not `even` are told where its family's schedulers listen.
-    `elsewhere` is a section on other programs; `whole` says that the folder is a pipeline, which needs no base.
+    `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's
+    scheduler. `info` is that of the base's pipeline; times that are not `even` are passed where the family's
+    schedulers take times. `elsewhere` is a section on other programs. `whole` says that the folder is a
+    pipeline, which needs no base.
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     counts = " or ".join(map(str, card.steps))
     part, peft = f"pipe.{info.part}", card.weights == "lora" and not info.loads_lora
-    lora = f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})" if peft else f"pipe.load_lora_weights({at})"
+    lora = (
+        f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})"
+        if peft
+        else f"pipe.load_lora_weights({at})"
+    )
     full = f'{part} = type({part}).from_pretrained({at}, subfolder="{info.part}")'
     load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
         "full": "all weights of the network",
     }.get(card.weights, "those of the base, as they are")
-    base, ours = (f"{info.family.name}.from_pretrained({at})", False) if whole else base_loading(card.base, info.family.name)
+    base, ours = (
+        (f"{info.family.name}.from_pretrained({at})", False) if whole else base_loading(card.base, info.family.name)
+    )
     names = [info.family.name] if whole else sorted([scheduler] if ours else [scheduler, info.family.name])
     imports = "\n".join(
-        ["import torch", f"from diffusers import {', '.join(names)}"] + ["from peft import PeftModel"] * peft + ["\nimport fewstep"] * ours
+        ["import torch", f"from diffusers import {', '.join(names)}"]
+        + ["from peft import PeftModel"] * peft
+        + ["\nimport fewstep"] * ours
     )
     others = (
         ""
         if len(card.steps) == 1
         else f"""
-The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep conditions it on the others: `fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
+The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep conditions it on the others: \
+`fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
     sized = f", height={card.size}, width={card.size}" if card.size else ""
     result = "frame" if info.family.video else "image"
-    # A head corrects every step, and no stock scheduler takes an analytic first step or those of some solvers: these students need fewstep at hand.
-    stock = (even or info.takes_times) and not (card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock)
+    # A head corrects every step. No stock scheduler has an analytic first step, or the steps of some solvers.
+    # Such students need fewstep at hand.
+    stock = (even or info.takes_times) and not (
+        card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock
+    )
     how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
     student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained({at}, subfolder="scheduler")\n'
     snippet = f"""{imports}
 
 pipe = {base}
-{student}{result} = pipe("a prompt", {how}, guidance_scale=1.0{sized}, generator=torch.Generator().manual_seed(0)).{result}s[0]"""
+{student}{result} = pipe("a prompt", {how}, guidance_scale=1.0{sized}, \
+generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     own = f"""import torch
 
 import fewstep
@@ -69,30 +93,53 @@ pipe = fewstep.load({home}, {at})
 pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes""",
         )
     head = (
-        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |" if card.head else ""
+        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |"
+        if card.head
+        else ""
     )
     beyond = "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
     if stock:
-        beyond = f'With fewstep the settings come from the folder: `fewstep.load({at if whole else home}, {at})("a prompt")`.'
+        beyond = (
+            "With fewstep the settings come from the folder: "
+            f'`fewstep.load({at if whole else home}, {at})("a prompt")`.'
+        )
     if stock and whole:
-        beyond = f"Steps and guidance have to be said: by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
+        beyond = (
+            "Steps and guidance have to be said: "
+            f"by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
+        )
     free = "; the first step is analytic, without a network call" if card.analytic_first_step else ""
     guidance = f"baked in: call it with `guidance_scale=1.0` (the teacher's guidance: {guidance_text(card)})"
     if card.guidance_scales:
         served = ", ".join(f"{w:g}" for w in card.guidance_scales)
-        guidance = f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
-    tag = ("text-to-video" if info.family.video else "text-to-image") if info.family.takes_prompts else "unconditional-image-generation"
+        guidance = (
+            f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
+        )
+    tag = (
+        ("text-to-video" if info.family.video else "text-to-image")
+        if info.family.takes_prompts
+        else "unconditional-image-generation"
+    )
     tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
-    header = {"license": card.licence, "base_model": hub_id(card.base), "library_name": "diffusers", "pipeline_tag": tag, "tags": tags}
+    header = {
+        "license": card.licence,
+        "base_model": hub_id(card.base),
+        "library_name": "diffusers",
+        "pipeline_tag": tag,
+        "tags": tags,
+    }
     own_base = (
-        "" if hub_id(card.base) or card.base in bundled() else f" Put your own path in the place of {home}, the base that it was made on."
+        ""
+        if hub_id(card.base) or card.base in bundled()
+        else f" Put your own path in the place of {home}, the base that it was made on."
     )
     return f"""---
 {yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False, allow_unicode=True).strip()}
 ---
 # {_plain(card.name)}
 
-A {steps}-step generator distilled from {_code(called(card.base))} with {_plain(card.method.upper())}, from {_plain(card.data)}.
+A {steps}-step generator distilled from {_code(called(card.base))} \
+with {_plain(card.method.upper())}, from {_plain(card.data)}.
 
 | | |
 |---|---|
@@ -116,17 +163,23 @@ The licence of the base model applies to this student.
 
 
 def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
-    """The Python that makes the base's pipeline, LoRAs and all, and whether it takes fewstep to do so. What is on this machine alone is called by its own name."""
+    """Return Python that loads the base's pipeline, LoRAs included.
+
+    Returns (code, whether the code needs fewstep). A path on this machine is cut to its last part.
+    """
     source, whole = source_of(base), _text(called(base))
     place = _text(called(source.place))
     if source.place in bundled():
         return f"fewstep.load_teacher({whole}).pipe  # this base ships with fewstep", True
     loaded, config = f"{pipeline}.from_pretrained({place})", source.reading
     if is_file(source.place):
-        if Path(source.place).is_file():  # a student may be exported on another base while its own is elsewhere
+        if Path(source.place).is_file():  # the base may be elsewhere
             checkpoint = read_checkpoint(Path(source.place), source.reading)
             if checkpoint.absent:
-                return f"fewstep.load_teacher({whole}).pipe  # its file has no {' and no '.join(checkpoint.absent)}", True
+                return (
+                    f"fewstep.load_teacher({whole}).pipe  # its file has no {' and no '.join(checkpoint.absent)}",
+                    True,
+                )
             config = checkpoint.config
         configured = "" if config in ("", *PREDICTIONS) else f", config={_text(called(config))}"
         loaded = f"{pipeline}.from_single_file({place}{configured})"
@@ -138,16 +191,16 @@ def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
 
 
 def _text(value: str) -> str:
-    """A string as Python writes it."""
+    """Quote a string as Python writes strings."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _plain(value: str) -> str:
-    """A text in which Markdown finds nothing to do."""
+    """Escape a text in which Markdown would find markup."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(value.split()))
 
 
 def _code(value: str) -> str:
-    """A text as Markdown shows code, whatever is in it."""
+    """Format a text as Markdown code, whatever the text holds."""
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", value)), default=0))
     return f"{fence}{' ' * (len(fence) > 1)}{value}{' ' * (len(fence) > 1)}{fence}"

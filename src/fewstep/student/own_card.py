@@ -1,10 +1,16 @@
-"""The README.md of a student of a network of one's own: which network to bring, and how to call it."""
+"""The README.md of a student of a network of one's own.
+
+The page says which network to bring, and how to call the student.
+"""
 
 from .card import StudentCard, counted, guidance_text
 
 
 def own_card(card: StudentCard, folder: str) -> str:
-    """Markdown. `folder` is what the reader calls the folder the card lies in."""
+    """Return the model card in Markdown.
+
+    `folder` is the reader's name for the folder of the card.
+    """
     steps = card.steps[0]
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
     kind = {
@@ -18,7 +24,8 @@ def own_card(card: StudentCard, folder: str) -> str:
     prompt = "a prompt" if card.conditions else ""
     return f"""# {card.name}
 
-A {steps}-step generator distilled from `{card.base}`, a network of one's own (`{card.own_network}`), with {card.method.upper()}, from {card.data}.
+A {steps}-step generator distilled from `{card.base}`, a network of one's own (`{card.own_network}`), \
+with {card.method.upper()}, from {card.data}.
 
 | | |
 |---|---|

@@ -1,4 +1,4 @@
-"""Students of diffusers pipelines as pipelines that are right at `pipe(prompt)`."""
+"""Students as diffusers pipelines that are right at `pipe(prompt)`."""
 
 import copy
 from pathlib import Path
@@ -26,9 +26,10 @@ ADAPTER = "fewstep"
 
 
 def load(base: Any, student: str | Path) -> FewStepPipeline:
-    """Return a diffusers pipeline that is right at `pipe(prompt)`: scheduler, times, steps and guidance come from the student.
+    """Return a diffusers pipeline that is right at `pipe(prompt)`.
 
-    `base` is a pipeline, or what `load_teacher` takes; `student` a run or its `final/`.
+    Scheduler, times, steps and guidance come from the student. `base` is a pipeline, or what `load_teacher`
+    takes; `student` is a run or its `final/`.
     """
     folder = require_folder(student, "student")
     card = read_card(folder)
@@ -37,15 +38,19 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     require_own(card, backbone, folder)
     parts = read_parts(folder, backbone)
     plain = denoiser_of(pipeline)
-    # Modules of its own around the same weights: the LoRA goes on this pipeline, and whoever holds `base` keeps the teacher.
+    # New modules around the same weights: the LoRA goes on this pipeline, and `base` stays the teacher.
     shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
     network = copy.deepcopy(plain, shared) if parts.network is None else parts.network
     spec = sampling_spec(parts, backbone.schedule, backbone.row, device_of(plain))
-    scheduler = load_scheduler(scheduler_path(folder)) if spec is None else StudentScheduler.of(pipeline.scheduler.config, spec)
-    pipe = few_step_pipeline(pipeline, network, scheduler, SamplingDefaults(card.steps, card.size, card.guidance_scales))
+    scheduler = (
+        load_scheduler(scheduler_path(folder)) if spec is None else StudentScheduler.of(pipeline.scheduler.config, spec)
+    )
+    pipe = few_step_pipeline(
+        pipeline, network, scheduler, SamplingDefaults(card.steps, card.size, card.guidance_scales)
+    )
     if card.weights == "lora" and loads_lora(network):
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
-        pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
+        pipe.enable_lora()  # the adapters of a base are off after a training
         if parts.vectors:
             unfold(network, card.time_layer, parts.vectors[card.condition_values[0]], ADAPTER)
     elif card.weights == "lora":
@@ -58,12 +63,16 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
             condition.active = nearest(vectors, guidance if card.guidance_scales else steps)
 
         pipe.set_condition = set_condition
-        set_condition(card.steps[0], card.condition_values[0])  # pipelines made from this one, as for image-to-image, set none
+        # Pipelines made from this one, as for image-to-image, set no condition.
+        set_condition(card.steps[0], card.condition_values[0])
     return pipe
 
 
 def sampling_spec(parts: Parts, schedule: Schedule, row: Any, device: torch.device) -> SamplingSpec | None:
-    """Return how a student is sampled that no stock scheduler samples; None for all others."""
+    """Return how to sample a student that needs more than stock schedulers.
+
+    None for a student that a stock scheduler samples.
+    """
     card: StudentCard = parts.card
     solver = solver_named(card.solver[str(card.steps[0])])
     grids = {int(k): torch.tensor(times, dtype=torch.float64) for k, times in card.timesteps.items()}

@@ -1,4 +1,7 @@
-"""A student: its card, its base and its weights; read from a folder or made from a run, sampled, and written to a folder."""
+"""A student: its card, its base and its weights.
+
+A student is read from a folder or made from a run, sampled, and written to a folder.
+"""
 
 import copy
 import warnings
@@ -33,17 +36,17 @@ from .folder import Parts, holds_student, read_card, read_parts, require_folder,
 
 @dataclass(frozen=True)
 class Origin:
-    """How a student came about, besides what its networks and its method say."""
+    """How a student came about, besides its networks and its method."""
 
-    base: str  # what `load_teacher` takes, or the name of a network of one's own
+    base: str  # what `load_teacher` takes, or a Denoiser's name
     base_hash: str
     iterations: int
     seconds: float
     called: str  # the method, or the methods of several stages
     hardware: str = ""
     data: str = "prompts alone"
-    size: int = 0  # of its images, if it is another than the base's
-    dtype: str = ""  # of the base's weights; by default that of the network
+    size: int = 0  # of the images, where not the base's
+    dtype: str = ""  # of the base's weights, the network's by default
 
 
 def base_of(backbone: Backbone) -> str:
@@ -52,7 +55,10 @@ def base_of(backbone: Backbone) -> str:
 
 
 def size_of(backbone: Backbone) -> int:
-    """Return the size of its images if it was set to another than its network's own; else 0."""
+    """Return the size of a base's images, where it was set.
+
+    0 where the size is the network's own.
+    """
     return backbone.image_size if isinstance(backbone, LatentUNet) and backbone.size else 0
 
 
@@ -97,10 +103,11 @@ def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
 
 @dataclass(frozen=True)
 class Student:
-    """A student ready to sample. Read one with `Student.read`; `Student.of` shows that of a run.
+    """A student that is ready to sample.
 
-    `adapter` is its LoRA in `network`, None for a student with weights of its own; `vectors` are added to the time embedding by
-    `condition` for each value that it is conditioned on.
+    Read a student with `Student.read`; `Student.of` shows that of a run. `adapter` is the student's LoRA in
+    `network`, None for a student with weights of its own. For each condition value, `condition` adds one of
+    `vectors` to the time embedding.
     """
 
     card: StudentCard
@@ -110,8 +117,9 @@ class Student:
     vectors: dict[float, Tensor] = field(default_factory=dict)
     condition: StepCondition | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction`
-    base: Backbone | None = None  # what it was put on, as it was passed
-    only: float | None = None  # the one condition value that it is written for; None: the card's first, with all vectors
+    base: Backbone | None = None  # the base as passed
+    # The one condition value that the student is written for; None: the card's first, with all vectors.
+    only: float | None = None
 
     @staticmethod
     def read(
@@ -121,11 +129,16 @@ class Student:
         dtype: torch.dtype | None = None,
         other_weights: bool = False,
     ) -> "Student":
-        """Read a student from a run or its `final/` onto its base: by default the one its card names, in the card's dtype.
+        """Read a student from a run or its `final/` onto its base.
 
-        Another base of the same architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights; warns if
-        the one that the card names has changed. A network of one's own has to be passed as `base`, with the schedule, prediction,
-        shape and conditions of the card; with other weights than those that the student was trained on only if `other_weights`.
+        By default the base is the one that the card names, in the card's dtype. Another base of the same
+        architecture is allowed - that is how a LoRA meets a fine-tune - and keeps its own weights. Warns if
+        the base that the card names has changed.
+
+        A network of one's own has to be passed as `base`, with the schedule, prediction, shape and
+        conditions of the card. The network may have other weights than those that the student was trained on
+        only if `other_weights`.
+
         Raises ValueError with one line.
         """
         folder = require_folder(source, "student")
@@ -133,7 +146,8 @@ class Student:
         named = seen_from(card.base, folder) if base is None else base
         if card.own_network and isinstance(named, str | Path):
             raise ValueError(
-                f"student: {folder} was made from {card.base}, a network of one's own ({card.own_network}), which Python code has to bring: "
+                f"student: {folder} was made from {card.base}, "
+                f"a network of one's own ({card.own_network}), which Python code has to bring: "
                 f"fewstep.load_student({str(folder)!r}, base=fewstep.Denoiser(...))"
             )
         if isinstance(named, str | Path):
@@ -147,7 +161,10 @@ class Student:
 
     @staticmethod
     def from_parts(parts: Parts, base: Backbone) -> "Student":
-        """Put a student together, on modules of its own around its base's weights."""
+        """Put a student together on modules of its own.
+
+        The modules are around the weights of `base`.
+        """
         card, backbone, adapter = parts.card, apart(base), None
         network = backbone.module if parts.network is None else parts.network
         if card.weights == "lora":
@@ -162,14 +179,23 @@ class Student:
 
     @staticmethod
     def of(roles: Roles, method: Method, origin: Origin) -> "Student":
-        """Show the student of a run as it is now: on the run's own modules, for as long as they stay as they are."""
+        """Return the student of a run as it is now.
+
+        The student is on the run's own modules, and valid for as long as these stay as they are.
+        """
         shared = roles.config.lora and roles.config.rank
         adapter = Adapter(roles.layers, "student") if shared else None
         card, network = student_card(roles, method, origin), roles.networks["student"]
-        return Student(card, roles.backbone, network, adapter, roles.vectors(), roles.conditions.get("student"), roles.head)
+        return Student(
+            card, roles.backbone, network, adapter, roles.vectors(), roles.conditions.get("student"), roles.head
+        )
 
     def snapshot(self, base: Backbone) -> "Student":
-        """Copy the student onto modules of its own around the weights of its `base`, whatever is trained afterwards."""
+        """Copy the student onto modules of its own.
+
+        The modules are around the weights of `base`. The copy stays as it is, whatever is trained
+        afterwards.
+        """
         lora = None if self.adapter is None else plain_state(self.network, self.adapter.name)[0]
         vectors = {k: v.detach().clone() for k, v in self.vectors.items()}
         head = None if self.head is None else copy.deepcopy(self.head).requires_grad_(False)
@@ -177,17 +203,22 @@ class Student:
         if self.card.weights == "full":
             network = copied(base.module).requires_grad_(False).eval()
             network.load_state_dict(self.network.state_dict())
-        return Student.from_parts(Parts(self.card, lora, {}, network, vectors, head), base)
+        return Student.from_parts(Parts(_plain(self.card), lora, {}, network, vectors, head), base)
 
     def denoise(self, cond: Cond, condition: float | None = None) -> Denoise:
-        """Return `(x, t) -> (x0, eps)` without guidance, which is baked in, conditioned on a value (default: the first)."""
+        """Return `(x, t) -> (x0, eps)`, conditioned on a value.
+
+        By default the value is the first. Guidance is baked in: none is applied.
+        """
         inner = denoiser(self.backbone, self.network, cond)
 
         def network(x: Tensor, t: Tensor) -> Split:
             if self.adapter is not None:
                 self.adapter.switch(True)
             if self.condition is not None:
-                self.condition.active = step_condition.nearest(self.vectors, self.value if self.only or not condition else condition)
+                self.condition.active = step_condition.nearest(
+                    self.vectors, self.value if self.only or not condition else condition
+                )
             try:
                 return inner(x, t)
             finally:
@@ -200,28 +231,46 @@ class Student:
 
     @property
     def value(self) -> float:
-        """The condition value that its weights are written for."""
+        """The condition value that the weights are written for."""
         return self.card.condition_values[0] if self.only is None else self.only
 
     def times(self, steps: int) -> Tensor:
-        """Return the trained times of this step count, or a uniform grid for a count that was not trained."""
+        """Return the time grid of a step count.
+
+        The grid is that of the training, or a uniform grid for a step count that was not trained.
+        """
         known, schedule = self.card.timesteps.get(str(steps)), self.backbone.schedule
-        return timegrid.uniform(schedule, steps) if known is None else timegrid.check(schedule, torch.tensor(known, dtype=torch.float64))
+        return (
+            timegrid.uniform(schedule, steps)
+            if known is None
+            else timegrid.check(schedule, torch.tensor(known, dtype=torch.float64))
+        )
 
     def solver(self, steps: int) -> str:
         """Return the name of the solver for this step count."""
         return self.card.solver.get(str(steps), self.card.solver[str(self.card.steps[0])])
 
     def sample_trajectory(
-        self, cond: Cond, seeds: list[int], steps: int, guidance: float | None, solver: str | None, condition: int | None
+        self,
+        cond: Cond,
+        seeds: list[int],
+        steps: int,
+        guidance: float | None,
+        solver: str | None,
+        condition: int | None,
     ) -> list[State]:
         """Return all states from these seeds, without gradient."""
         require_steps_of(self.head, steps)
         value = guidance if self.card.guidance_scales else condition or steps
-        return trajectory(self.backbone, self.denoise(cond, value), seeds, self.times(steps), solver or self.solver(steps), self.head)
+        return trajectory(
+            self.backbone, self.denoise(cond, value), seeds, self.times(steps), solver or self.solver(steps), self.head
+        )
 
     def single(self, steps: int, guidance: float | None = None) -> "Student":
-        """Return the student of one step count and one guidance scale, whose files need nothing else."""
+        """Return the student of one step count and one guidance scale.
+
+        The files of this student need nothing else.
+        """
         card, conditioned = self.card, bool(self.vectors)
         scales = card.guidance_scales
         baked = replace(card.guidance, scale=guidance or scales[0]) if scales else card.guidance
@@ -229,7 +278,7 @@ class Student:
         name += f"-guidance{baked.scale:g}" if scales else ""
         key = str(steps)
         only = replace(
-            card,
+            _plain(card),
             name=made_name(name),
             steps=(steps,),
             timesteps={key: card.timesteps[key]},
@@ -237,27 +286,33 @@ class Student:
             time_layer="",
             guidance_scales=(),
             guidance=baked,
-            alpha=None if card.rank is None else float(card.rank),  # what `plain_state` makes of any other
         )
         return replace(self, card=only, only=(baked.scale if scales else float(steps)) if conditioned else None)
 
     def merged(self) -> "Student":
-        """Return the same as one network without LoRA and condition."""
+        """Return the same student as one network without LoRA.
+
+        Where the student is written for one condition value, the network absorbs the condition, too.
+        """
         network = copy.deepcopy(self.network)
         if self.adapter is not None:
             merge(network, self.adapter.name)
         if self.vectors and self.only is not None:
             step_condition.fold(network, self.backbone.time_layer, self.vectors[self.only])
-            return replace(self, card=whole(self.card), network=network, adapter=None, vectors={}, condition=None, only=None)
+            return replace(
+                self, card=whole(self.card), network=network, adapter=None, vectors={}, condition=None, only=None
+            )
         condition = None if not self.vectors else step_condition.attach(network, self.backbone.time_layer)
         return replace(self, card=whole(self.card), network=network, adapter=None, condition=condition)
 
     def write(self, folder: str | Path) -> Path:
-        """Write the student to a folder, which `Student.read`, `init_from` and, for pipelines, the command line read. Return `folder`.
+        """Write the student to a folder, and return `folder`.
 
-        A student that is there already is replaced once the new one is whole. Raises OSError if the folder holds anything else.
+        `Student.read`, `init_from` and, for pipelines, the command line read the folder. A student that is
+        there already is replaced once the new student is whole. Raises OSError if the folder holds anything
+        but a student.
         """
-        folder, card, saved = Path(folder), self.card, {} if self.only is not None else self.vectors
+        folder, card, saved = Path(folder), _plain(self.card), {} if self.only is not None else self.vectors
         folder.parent.mkdir(parents=True, exist_ok=True)
         if self.adapter is not None:
             state, settings = plain_state(self.network, self.adapter.name)
@@ -268,18 +323,28 @@ class Student:
         if card.weights == "none":
             return write_parts(folder, self.backbone, Parts(card, head=self.head))
         layer = self.backbone.time_layer
-        with step_condition.folded_bias(self.network, layer, self.vectors[self.value]) if self.vectors else nullcontext():
+        with (
+            step_condition.folded_bias(self.network, layer, self.vectors[self.value]) if self.vectors else nullcontext()
+        ):
             return write_parts(folder, self.backbone, Parts(card, None, {}, self.network, saved, self.head))
 
     def save(self, folder: str | Path) -> Path:
-        """Write the student as `write` does. Raises ValueError if the folder holds anything but a student."""
+        """Write the student as `write` does.
+
+        Raises ValueError if the folder holds anything but a student.
+        """
         folder = Path(folder)
         if folder.exists() and not holds_student(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"folder: {folder} is there already and holds no student, which would replace it; choose another")
+            raise ValueError(
+                f"folder: {folder} is there already and holds no student, which would replace it; choose another"
+            )
         return self.write(folder)
 
     def _condition_lora(self, rank: int) -> dict[str, Tensor]:
-        """Return the condition value that the files are written for as a LoRA of the time layer."""
+        """Return a condition value as a LoRA of the time layer.
+
+        The value is the one that the files are written for.
+        """
         assert self.adapter is not None
         times = torch.tensor(self.card.timesteps[str(self.card.steps[0])][:-1], dtype=torch.float64)
         self.adapter.switch(True)
@@ -289,11 +354,28 @@ class Student:
             self.adapter.switch(False)
 
     def base_note(self) -> str:
-        """Say if the base has other weights than the one that the student was trained on; empty if it is the same."""
+        """Say if the base's weights differ from those of the training.
+
+        Empty if the weights are the same.
+        """
         card, backbone = self.card, self.backbone if self.base is None else self.base
-        if not card.base_hash or (found := fingerprint(backbone.module, through=getattr(torch, card.dtype))) == card.base_hash:
+        if (
+            not card.base_hash
+            or (found := fingerprint(backbone.module, through=getattr(torch, card.dtype))) == card.base_hash
+        ):
             return ""
-        return f"the base {backbone.name} has other weights (SHA-256 {found}...) than the one this student was trained on ({card.base_hash}...)"
+        return (
+            f"the base {backbone.name} has other weights (SHA-256 {found}...) "
+            f"than the one this student was trained on ({card.base_hash}...)"
+        )
+
+
+def _plain(card: StudentCard) -> StudentCard:
+    """Return the card with alpha equal to the rank.
+
+    `plain_state` converts a LoRA of any other alpha to this one.
+    """
+    return replace(card, alpha=None if card.rank is None else float(card.rank))
 
 
 def whole(card: StudentCard) -> StudentCard:
@@ -302,7 +384,10 @@ def whole(card: StudentCard) -> StudentCard:
 
 
 def require_steps_of(head: nn.Module | None, steps: int, option: str = "steps") -> None:
-    """Raises ValueError if a student's head does not serve so many steps."""
+    """Check that a student's head serves so many steps.
+
+    Raises ValueError otherwise.
+    """
     if isinstance(head, Head):
         cure = "take as many or fewer, or train a student for more (method.steps)"
         require_steps(kind_of(head), head.counts, steps, option, cure)
