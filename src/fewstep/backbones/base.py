@@ -250,13 +250,11 @@ class Denoiser:
         object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
         self._require_layers("time_layer", [self.time_layer] if self.time_layer else [])
         self._require_layers("feature_layers", self.feature_layers)
-        if (
-            isinstance(self.sigma_data, bool)
-            or not isinstance(self.sigma_data, int | float)
-            or not 0 < self.sigma_data < math.inf
-        ):
+        number = isinstance(self.sigma_data, int | float) and not isinstance(self.sigma_data, bool)
+        if not number or not 0 < self.sigma_data < math.inf:
             raise ValueError(
-                f"sigma_data: got {self.sigma_data!r}, allowed are positive numbers; take that of the network's training, often 0.5"
+                f"sigma_data: got {f'{self.sigma_data:g}' if number else repr(self.sigma_data)}, allowed are "
+                "positive numbers; take that of the network's training, often 0.5"
             )
         row_named(self.prediction)
         if self.prediction != "edm" and (self.precondition or self.sigma_data != 0.5):
