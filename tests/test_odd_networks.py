@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fewstep
 from fewstep.backbones.apart import apart
@@ -201,10 +202,10 @@ class InPlace(Net):
 
 
 class Noisy(Net):
-    """One with dropout that no mode switches off."""
+    """One with noise that no mode switches off."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return super().forward(F.dropout(x), t)
+        return super().forward(x + 0.1 * torch.randn_like(x), t)
 
 
 class OneTime(Net):
@@ -230,3 +231,221 @@ def test_a_network_that_is_no_function_of_its_rows_is_refused(net: type[Net], sa
         trained(wrapped(started(net())))
     with pytest.raises(ValueError, match=said):
         fewstep.check(wrapped(started(net())), real=torch.randn(64, 2))
+
+
+class Tied(Net):
+    """One of two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(16, 16)
+        self.more.weight = self.mid.weight
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.more(self.hidden(x, t))))
+
+
+class Normed(Net):
+    """One with weights that are computed from others."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # spectral norm keeps a vector of the weights as they were made
+            super().__init__()
+            self.mid = nn.utils.parametrizations.weight_norm(self.mid)
+            self.inp = nn.utils.parametrizations.spectral_norm(self.inp)
+
+
+class Masked(Net):
+    """One with a causal mask and whole numbers among its parameters, the first of them."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = nn.Parameter(torch.tensor([3]), requires_grad=False)
+        self.register_buffer("mask", torch.full((16, 16), float("-inf")).triu(1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.hidden(x, t)
+        return self.out(((h[:, :, None] + self.mask).softmax(-1) @ h[..., None])[..., 0])
+
+
+class Half(Net):
+    """One that calculates in half precision by itself."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x, t)
+
+
+class Double(Net):
+    """One of double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+
+class Convolutions(nn.Module):
+    """Convolutions of every kind, of states [B, 2, 4, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Conv2d(2, 8, 3, padding="same")
+        self.round = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+        self.wide = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.inp(x) + t[:, None, None, None].to(x.dtype)
+        return self.out(torch.tanh(self.grouped(self.depthwise(self.wide(self.round(h))))))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("net", [Tied, Normed, Masked, Half, Double])
+def test_odd_weights_are_trained_written_and_merged(net: type[Net], lora: bool, tmp_path: Path) -> None:
+    right(lambda: wrapped(started(net())), tmp_path / "run", lora=lora)
+
+
+def test_half_precision_with_a_norm_in_single_keeps_both(tmp_path: Path) -> None:
+    def make() -> Denoiser:
+        net = started(Net()).bfloat16()
+        net.norm = nn.LayerNorm(16)
+        return wrapped(net)
+
+    right(make, tmp_path / "run")
+    merged = fewstep.load_student(tmp_path / "run/merged", base=make()).network
+    assert {n: p.dtype for n, p in merged.named_parameters()} == {
+        n: p.dtype for n, p in make().module.named_parameters()
+    }
+
+
+def test_convolutions_that_lora_does_not_know_are_left_out(tmp_path: Path) -> None:
+    def make() -> Denoiser:
+        return wrapped(started(Convolutions()), shape=(2, 4, 4))
+
+    right(make, tmp_path / "run")
+    roles = make_roles(apart(make()), RolesConfig(rank=2))
+    assert {n.split(".lora_")[0] for n in roles.trained["student"]} == {"inp", "out"}
+
+
+class TiedByHand(Net):
+    """One that reads the weight of a layer beside calling it."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.hidden(x, t)
+        return self.out(F.linear(h, self.mid.weight.t()))
+
+
+class FastByHand(Net):
+    """One with a fast path of its own."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x, t)
+        h = F.silu(self.inp(x) + self.time(t[:, None]))
+        return self.out(F.silu(F.linear(h, self.mid.weight, self.mid.bias)))
+
+
+class WithoutGradient(Net):
+    """One that computes without gradient."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x, t)
+
+
+def old_norm(net: Net) -> Net:
+    net.mid = nn.utils.weight_norm(net.mid)  # type: ignore[assignment]
+    return net
+
+
+def lazy(net: Net) -> Net:
+    net.mid = nn.LazyLinear(16)
+    return net
+
+
+def scripted(net: Net) -> Net:
+    net.mid = torch.jit.script(net.mid)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (
+            TiedByHand,
+            r"^exclude: the weight of mid is used beside its layer, .*; add 'mid' to exclude, or set lora=False$",
+        ),
+        (
+            FastByHand,
+            "^teacher: .* answers otherwise where no gradient is asked for, so that what is sampled is not what is",
+        ),
+        (WithoutGradient, "^teacher: .* computes without gradients, so that nothing can be trained"),
+    ],
+)
+def test_networks_past_whose_layers_their_weights_are_read_are_refused(net: type[Net], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        trained(wrapped(started(net())))
+    if net is WithoutGradient:
+        with pytest.raises(ValueError, match=said):
+            trained(wrapped(started(net())), lora=False)
+    if net is TiedByHand:
+        trained(wrapped(started(net())), exclude=("mid",))
+        trained(wrapped(started(net())), lora=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (old_norm, r"^module: mid has a weight that torch\.nn\.utils\.weight_norm computes from others; take it out"),
+        (lazy, r"^module: mid\.weight has no shape yet \(a lazy layer\); call the network once"),
+        (scripted, r"^module: mid is scripted \(torch\.jit\)"),
+        (lambda net: net.to("meta"), r"^module: time\.weight is on the meta device"),
+        (
+            lambda net: nn.ParameterList([nn.Parameter(torch.tensor([3]), requires_grad=False)]),
+            "^module: got a ParameterList without parameters that are real numbers",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_copied_are_refused_by_name(change: Callable[[Net], nn.Module], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        wrapped(change(Net()))
+
+
+def test_full_copies_of_weights_that_lose_updates_are_refused_by_name() -> None:
+    net = started(Net())
+    net.scale = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"^lora: got False, which trains weights that are float16 here \(scale\)"):
+        trained(wrapped(net), lora=False)
+
+
+class Padded(Attention):
+    """One whose last number is padding, which torch's fast path makes zero."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        padding = torch.zeros(x.shape, dtype=torch.bool)
+        padding[:, -1] = True
+        h = self.inp(x[..., None]) + t[:, None, None]
+        return self.out(self.enc(h, src_key_padding_mask=padding))[..., 0]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_padding_is_the_same_in_every_form_of_a_student(lora: bool, tmp_path: Path) -> None:
+    right(lambda: wrapped(started(Padded()), shape=(4,)), tmp_path / "run", lora=lora)
+
+
+class Checkpointed(Net):
+    """One that computes a part again for its gradients."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(checkpoint(self.hidden, x, t, use_reentrant=False))
+
+
+def test_a_network_that_computes_again_by_itself_is_refused() -> None:
+    """By then the network may be another role."""
+    with pytest.raises(ValueError, match=r"computes a part again for its gradients .*; .* set checkpointing=True$"):
+        trained(wrapped(started(Checkpointed())))

@@ -32,6 +32,7 @@ from .report.run import render_run
 from .roles.adapters import fitting_rank, targets
 from .roles.roles import RolesConfig, large_rank
 from .runs import sampling
+from .runs.adaptation import require_adaptable
 from .runs.init import inherited_head
 from .runs.measure import evaluate
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
@@ -141,6 +142,7 @@ def distill(
     initial = None if init_from is None else require_folder(init_from, "init_from")
     inherited_head(method, teacher, initial)  # raises before anything is generated
     require_network(teacher, asked)
+    require_adaptable(teacher, networks)
     if out is not None:
         require_exportable(teacher, method)
     spec = RunSpec(method, train, networks, asked, source, trajectories, initial)

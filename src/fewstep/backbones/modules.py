@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 LORA = "lora_"  # in the names of adapters' weights
 FEWER_BITS = (
@@ -38,9 +40,10 @@ def require_module(module: object) -> None:
     """Check that a network can be read, copied and called. Raises ValueError, naming `module`."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: got a {type(module).__name__}, allowed is a torch.nn.Module with parameters")
-    if isinstance(module, torch.jit.ScriptModule):
+    if scripted := next((n or "it" for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), ""):
         raise ValueError(
-            "module: got a scripted network (torch.jit), whose layers cannot carry adapters; pass the module that was scripted"
+            f"module: {scripted} is scripted (torch.jit), which cannot be copied around the same weights; "
+            "pass the module that was scripted"
         )
     for name, p in module.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
@@ -49,6 +52,16 @@ def require_module(module: object) -> None:
             )
         if p.is_meta:
             raise ValueError(f"module: {name} is on the meta device, which holds no numbers; load its weights first")
+    for name, part in module.named_modules():
+        hooks = [h for h in part._forward_pre_hooks.values() if isinstance(h, WeightNorm | SpectralNorm)]
+        if hooks or any(isinstance(v, Tensor) and v.grad_fn is not None for v in vars(part).values()):
+            old = "weight_norm" if hooks and isinstance(hooks[0], WeightNorm) else "spectral_norm" if hooks else ""
+            raise ValueError(
+                f"module: {name or 'it'} has a weight that torch.nn.utils.{old} computes from others; "
+                f"take it out (remove_{old}), or use torch.nn.utils.parametrizations.{old}"
+                if old
+                else f"module: {name or 'it'} keeps a tensor with a gradient, which cannot be copied; detach it"
+            )
     if not any(p.is_floating_point() for p in module.parameters()):
         raise ValueError(
             f"module: got a {type(module).__name__} without parameters that are real numbers, allowed is a network with some"
@@ -78,3 +91,25 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def seen_dtypes(module: nn.Module) -> Iterator[set[torch.dtype]]:
+    """Within it the real types that the parts of a network answer in are collected: some calculate in another than their weights'."""
+    seen = set[torch.dtype]()
+
+    def look(_: nn.Module, __: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            seen.add(output.dtype)
+
+    handles = [part.register_forward_hook(look) for part in module.modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def coarsest(*kinds: torch.dtype) -> torch.dtype:
+    """Return the type that rounds most."""
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)

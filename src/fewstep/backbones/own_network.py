@@ -1,6 +1,6 @@
 """A network of one's own, looked at before anything rests on it: a few calls that say whether it is a function of states, times and conditions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,16 +27,11 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
         return
     backbone = apart(backbone)
     require_steady(backbone.encode, prompts)
-    asked = [prompts[0], ""]
-    device = next(backbone.module.parameters()).device
     with torch.no_grad():
-        cond = {k: v.to(device) for k, v in backbone.encode(asked).items()}
-        x = torch.randn((len(asked), *backbone.shape), generator=torch.Generator().manual_seed(0)).to(device)
-        u = torch.tensor(PLACES, dtype=torch.float64)
-        t = timegrid.time_at(backbone.schedule, u).to(device)
+        x, t, cond = question(backbone, prompts)
         m = _called(backbone, x, t, cond)
-        again = _called(backbone, x, t, cond)
-        alone = [_called(backbone, x[i : i + 1], t[i : i + 1], rows(cond, slice(i, i + 1))) for i in range(len(asked))]
+        again = torch.stack([_called(backbone, x, t, cond) for _ in range(2)])
+        alone = [_called(backbone, x[i : i + 1], t[i : i + 1], rows(cond, slice(i, i + 1))) for i in range(len(x))]
     close, largest = CLOSE.get(dtype_of(backbone.module), 0.1), max(1.0, float(m.abs().max()))
     if not float((again - m).abs().max()) <= close * largest:
         raise ValueError(
@@ -48,6 +43,16 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
             f"teacher: the network of {backbone.name} answers for a sample otherwise alone than in a batch; "
             "let each row depend on its own state, time and conditions"
         )
+
+
+def question(backbone: Backbone, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Cond]:
+    """Return two states of noise, their times, and the conditions of the first prompt and of the empty one."""
+    asked = [prompts[0], ""]
+    device = next(backbone.module.parameters()).device
+    cond = {k: v.to(device) for k, v in backbone.encode(asked).items()}
+    x = torch.randn((len(asked), *backbone.shape), generator=torch.Generator().manual_seed(0)).to(device)
+    t = timegrid.time_at(backbone.schedule, torch.tensor(PLACES, dtype=torch.float64)).to(device)
+    return x, t, cond
 
 
 def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

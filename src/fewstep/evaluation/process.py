@@ -8,7 +8,7 @@ worse than the best linear estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an 
 the same data and the same ratio of noise to data no other reading of the same network is better.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch

@@ -160,7 +160,7 @@ if TYPE_CHECKING:
     AnyMethod = Method
 else:  # a class of `METHODS`: the settings on top of the preset of the method's name
     AnyMethod = Annotated[
-        Union[tuple(Annotated[kind, Tag(name)] for name, kind in METHODS.items())],
+        tuple(Annotated[kind, Tag(name)] for name, kind in METHODS.items()),
         Discriminator(_kind_of_method),
         BeforeValidator(_with_preset),
     ]
