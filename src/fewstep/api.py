@@ -16,6 +16,7 @@ from .backbones.base import Backbone, Denoiser
 from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
+from .backbones.own_network import require_network
 from .backbones.parts import DiffusersBackbone
 from .core.guidance import Guidance
 from .data.trajectories import TrajectoryConfig
@@ -31,7 +32,8 @@ from .report.run import render_run
 from .roles.adapters import fitting_rank, targets
 from .roles.roles import RolesConfig, large_rank
 from .runs import sampling
-from .runs.init import inherited_head, require_network
+from .runs.adaptation import require_adaptable
+from .runs.init import inherited_head
 from .runs.measure import evaluate
 from .runs.place import place_checks, writing_check
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
@@ -142,6 +144,7 @@ def distill(
     initial = None if init_from is None else require_folder(init_from, "init_from")
     inherited_head(method, teacher, initial)  # raises before anything is generated
     require_network(teacher, asked)
+    require_adaptable(teacher, networks)
     if out is not None:
         require_exportable(teacher, method)
         require(place_checks(Path(out)), "out")
@@ -162,7 +165,7 @@ def _distilled(
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([writing_check(folder), disk_check(trial.disk, folder)], "out")
             require(
-                [*conformance(teacher, spec.prompts[0]), student_check(trial, folder / "trial")],
+                [*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")],
                 f"teacher: {teacher.name}",
             )
         ready = prepare(own, spec, folder, folder, Lines())

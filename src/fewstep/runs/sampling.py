@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, guided
+from ..backbones.apart import rested
+from ..backbones.base import Backbone, encoded, guided
 from ..backbones.generate import require_seed, trajectory
 from ..core import timegrid
 from ..core.guidance import Guidance, guidance_of
@@ -94,8 +95,7 @@ def sample_trajectory(
         require_seed(seed, "seeds")
     backbone, guidance = backbone_of(model), guidance_of(guidance)
     with torch.no_grad():
-        cond = backbone.encode(prompts)
-        null = backbone.encode([""])
+        cond, null = encoded(backbone, prompts)
     scale = guidance.scale if guidance.active else None
     if isinstance(model, Step):
         count = steps or model.method.counts[0]
@@ -108,6 +108,7 @@ def sample_trajectory(
     if isinstance(model, Student):
         _note_untrained(count := steps or model.card.steps[0], model.card.steps)
         return model.sample_trajectory(cond, seeds, count, scale, solver, condition)
+    backbone = rested(backbone)
     denoise = guided(backbone, backbone.module, cond, null, guidance)
     return trajectory(backbone, denoise, seeds, timegrid.uniform(backbone.schedule, steps or 50), solver or "ddim")
 

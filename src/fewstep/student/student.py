@@ -17,6 +17,7 @@ from ..backbones.apart import apart
 from ..backbones.base import Backbone, Cond, denoiser
 from ..backbones.generate import device_of, trajectory
 from ..backbones.load import at_size, bundled, fingerprint, load_teacher, seen_from, source_of
+from ..backbones.modules import dtype_of
 from ..backbones.parts import DiffusersBackbone, LatentUNet
 from ..core import timegrid
 from ..core.prediction import Split
@@ -91,7 +92,7 @@ def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
         train_seconds=origin.seconds,
         hardware=origin.hardware,
         version=__version__,
-        dtype=origin.dtype or str(next(backbone.module.parameters()).dtype).removeprefix("torch."),
+        dtype=origin.dtype or str(dtype_of(backbone.module)).removeprefix("torch."),
         size=origin.size,
         data=origin.data,
         time_layer=backbone.time_layer if conditioned else "",
