@@ -194,8 +194,8 @@ def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str,
 
 def _sampler(model: Any, d: Draw, guidance: float = 1.0) -> Any:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        given = {"steps": d.steps, "solver": d.solver, "condition": d.condition}
-        return sample(model, list(prompts), list(seeds), guidance=guidance, **given)
+        asked, own = list(prompts), list(seeds)
+        return sample(model, asked, own, guidance=guidance, steps=d.steps, solver=d.solver, condition=d.condition)
 
     return draw
 

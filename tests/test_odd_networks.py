@@ -1,4 +1,7 @@
-"""Networks that are no plain stack of layers: each is distilled right, or refused in one line before anything is trained."""
+"""Networks that are no plain stack of layers.
+
+Each is distilled right, or refused in one line before anything is trained.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -252,7 +255,7 @@ class Normed(Net):
         with torch.random.fork_rng():
             torch.manual_seed(0)  # spectral norm keeps a vector of the weights as they were made
             super().__init__()
-            self.mid = nn.utils.parametrizations.weight_norm(self.mid)
+            self.mid = nn.utils.parametrizations.weight_norm(self.mid)  # type: ignore[assignment]
             self.inp = nn.utils.parametrizations.spectral_norm(self.inp)
 
 
@@ -359,7 +362,7 @@ class WithoutGradient(Net):
 
 
 def old_norm(net: Net) -> Net:
-    net.mid = nn.utils.weight_norm(net.mid)  # type: ignore[assignment]
+    net.mid = nn.utils.weight_norm(net.mid)
     return net
 
 
@@ -369,7 +372,7 @@ def lazy(net: Net) -> Net:
 
 
 def scripted(net: Net) -> Net:
-    net.mid = torch.jit.script(net.mid)
+    net.mid = torch.jit.script(net.mid)  # type: ignore[assignment]
     return net
 
 

@@ -1,4 +1,7 @@
-"""What fewstep asks of a network by itself: the type that it calculates in, weights that can be read, one way to compute."""
+"""What fewstep requires of a network.
+
+The network computes in one type and in one way, and its weights can be read.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,16 +13,15 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 LORA = "lora_"  # in the names of adapters' weights
-FEWER_BITS = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-)  # of types that have as many weights, the first
+# Of types that have as many weights, the first.
+FEWER_BITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """Return the type of most of a network's own real weights, adapters left out."""
+    """Return the type of most of a network's weights.
+
+    Adapters do not count.
+    """
     counts = Counter[torch.dtype]()
     for name, p in module.named_parameters():
         if p.is_floating_point() and LORA not in name:
@@ -32,12 +34,18 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def time_dtype(module: nn.Module) -> torch.dtype:
-    """Return the type in which a network is told times: bfloat16 has no 999, and float16 no 2049."""
+    """Return the type of a network's times.
+
+    bfloat16 has no 999, and float16 no 2049.
+    """
     return torch.float64 if dtype_of(module) == torch.float64 else torch.float32
 
 
 def require_module(module: object) -> None:
-    """Check that a network can be read, copied and called. Raises ValueError, naming `module`."""
+    """Check that a network can be read, copied and called.
+
+    Raises ValueError that names `module`.
+    """
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: got a {type(module).__name__}, allowed is a torch.nn.Module with parameters")
     if scripted := next((n or "it" for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), ""):
@@ -64,14 +72,16 @@ def require_module(module: object) -> None:
             )
     if not any(p.is_floating_point() for p in module.parameters()):
         raise ValueError(
-            f"module: got a {type(module).__name__} without parameters that are real numbers, allowed is a network with some"
+            f"module: got a {type(module).__name__} without parameters that are real numbers, "
+            "allowed is a network with some"
         )
 
 
 def without_fast_path(module: nn.Module) -> nn.Module:
-    """Switch off torch's fast path of transformer encoders, and return the same module.
+    """Switch off torch's fast path of transformer encoders.
 
-    Without gradient it reads its layers' weights instead of calling them, past their adapters; what it makes of padding is another.
+    Without gradient the fast path reads the weights of layers instead of calling the layers, past adapters, and
+    treats padding otherwise. Returns the same module.
     """
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):
@@ -83,7 +93,10 @@ def without_fast_path(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Within it a module is in eval mode; afterwards its parts are in the modes that they were in."""
+    """Put a module into eval mode for a while.
+
+    Afterwards every part is in the mode of before.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -95,7 +108,10 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seen_dtypes(module: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Within it the real types that the parts of a network answer in are collected: some calculate in another than their weights'."""
+    """Collect the real types of what the parts of a network return.
+
+    Some parts compute in another type than that of their weights.
+    """
     seen = set[torch.dtype]()
 
     def look(_: nn.Module, __: object, output: object) -> None:

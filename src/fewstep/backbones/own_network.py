@@ -1,4 +1,7 @@
-"""A network of one's own, looked at before anything rests on it: a few calls that say whether it is a function of states, times and conditions."""
+"""Checks of a network of one's own before it is used.
+
+A few calls say whether the network is a function of states, times and conditions.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,16 +16,15 @@ from .modules import dtype_of
 from .parts import DiffusersBackbone
 
 PLACES = (0.5, 0.25)  # fractions of the way to noise
-CLOSE = {
-    torch.float64: 1e-3,
-    torch.float32: 1e-3,
-    torch.float16: 0.02,
-    torch.bfloat16: 0.1,
-}  # of the largest number, by type
+# Tolerance as a share of the largest number, by type.
+CLOSE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def require_network(backbone: Backbone, prompts: list[str]) -> None:
-    """Check that a network of one's own does what its Denoiser says, on modules of its own. Raises ValueError with one line."""
+    """Check that a network of one's own does what its Denoiser says.
+
+    The network is called on copies of its modules. Raises ValueError with one line.
+    """
     if isinstance(backbone, DiffusersBackbone):
         return
     backbone = apart(backbone)
@@ -36,7 +38,8 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
     if not float((again - m).abs().max()) <= close * largest:
         raise ValueError(
             f"teacher: the network of {backbone.name} gives another answer to the same question the second time; "
-            "take dropout and noise out of its forward (those of nn.Dropout are off in eval mode), and keep nothing between calls"
+            "take dropout and noise out of its forward (those of nn.Dropout are off in eval mode), "
+            "and keep nothing between calls"
         )
     if not float((torch.cat(alone) - m).abs().max()) <= close * largest:
         raise ValueError(
@@ -46,7 +49,10 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
 
 
 def question(backbone: Backbone, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Cond]:
-    """Return two states of noise, their times, and the conditions of the first prompt and of the empty one."""
+    """Return (two states of noise, times, conditions).
+
+    The conditions are those of the first prompt and of the empty one.
+    """
     asked = [prompts[0], ""]
     device = next(backbone.module.parameters()).device
     cond = {k: v.to(device) for k, v in backbone.encode(asked).items()}
@@ -56,7 +62,10 @@ def question(backbone: Backbone, prompts: Sequence[str]) -> tuple[Tensor, Tensor
 
 
 def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """Call the network on copies. Raises ValueError where it fails, changes what it is given, or does not answer with states."""
+    """Call the network on copies.
+
+    Raises ValueError where the network fails, changes its inputs, or does not return states.
+    """
     own_x, own_cond = x.clone(), {k: v.clone() for k, v in cond.items()}
     heard = "".join(f", {k} {list(v.shape)}" for k, v in cond.items())
     about = f"teacher: the network of {backbone.name}"
@@ -75,11 +84,12 @@ def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         raise ValueError(f"{about} gives {got} for states {list(x.shape)}; check the Denoiser's shape")
     if not bool(m.isfinite().all()):
         raise ValueError(
-            f"{about} gives numbers that are not finite in the middle of its way; check its weights and its schedule"
+            f"{about} gives numbers that are not finite in the middle of its trajectory; check its weights and its schedule"
         )
     if changed := _changed({"states": x, **cond}, {"states": own_x, **own_cond}):
         raise ValueError(
-            f"{about} changes the {changed} that it is given, in place; let it work on a copy (x = x * 2, not x.mul_(2))"
+            f"{about} changes the {changed} that it is given, in place; "
+            "let it work on a copy (x = x * 2, not x.mul_(2))"
         )
     return m
 

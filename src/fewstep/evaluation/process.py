@@ -8,7 +8,7 @@ worse than the best linear estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an 
 the same data and the same ratio of noise to data no other reading of the same network is better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -224,7 +224,8 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     worst = int((share.abs() * wrong).argmax())
     return (
         f"the schedule: at t {float(times[worst]):.6g} the network finds too "
-        f"{'little' if share[worst] > 0 else 'much'} noise, and on no schedule that was tried the right amount; the network was trained on another schedule, "
+        f"{'little' if share[worst] > 0 else 'much'} noise, and on no schedule that was tried the right "
+        "amount; the network was trained on another schedule, "
         "or for too short a time"
     )
 

@@ -68,9 +68,9 @@ def plain_layers(module: nn.Module) -> dict[str, nn.Module]:
 def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]:
     """Return the names of the layers that can carry LoRA.
 
-    `kind` is all, linear, conv or attention. Names containing a `skip` are left out, and layers whose LoRA
-    could not be merged: of convolutions with groups, dilation or another padding than zeros, of weights that are tied, computed from others, or read by
-    nn.MultiheadAttention. Raises ValueError for an unknown kind, or a network without such layers.
+    `kind` is all, linear, conv or attention. Names containing a `skip` are left out, and so are layers whose
+    LoRA could not be merged: convolutions with groups, dilation or another padding than zeros, and weights that
+    are tied, computed from others, or read by nn.MultiheadAttention. Raises ValueError for an unknown kind, or a network without such layers.
     """
     if kind not in TARGETS:
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join(TARGETS)}")
@@ -94,7 +94,10 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
 
 
 def _able(plain: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of the layers whose LoRA is a change of a weight that belongs to the layer alone."""
+    """Return the names of the layers whose LoRA can be merged.
+
+    Such a LoRA changes a weight that belongs to the layer alone.
+    """
     holders = Counter(id(p) for m in plain.values() for p in m.parameters(recurse=False))
     return {
         n
@@ -108,7 +111,7 @@ def _able(plain: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _plain(conv: nn.Conv2d) -> bool:
-    """Return whether PEFT's LoRA of a convolution is a convolution of the same kind."""
+    """Return whether PEFT's LoRA of a convolution is a convolution alike."""
     return conv.groups == 1 and conv.padding_mode == "zeros" and set(conv.dilation) == {1}
 
 

@@ -339,9 +339,10 @@ def make_roles(
         _require_single(base)
         networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {
-            r: {n: p.requires_grad_(True) for n, p in networks[r].named_parameters() if p.is_floating_point()}
-            for r in made
+            r: {n: p for n, p in networks[r].named_parameters() if p.is_floating_point()} for r in made
         }
+        for p in (p for own in trained.values() for p in own.values()):
+            p.requires_grad_(True)
         layers: tuple[LoraLayer, ...] = ()
     else:
         if config.rank:

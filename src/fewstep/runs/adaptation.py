@@ -1,4 +1,7 @@
-"""A trial of LoRA on a network of one's own: does training reach it, and is the merged network the same?"""
+"""A trial of LoRA on a network of one's own.
+
+Does training reach the network, and is the merged network the same?
+"""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -20,7 +23,9 @@ MOST = 2**28  # weights of a network that is copied for the trial
 
 
 def require_adaptable(teacher: Backbone, config: RolesConfig) -> None:
-    """Check that a network of one's own computes with gradient, and takes LoRA as its layers do.
+    """Check that a network of one's own can be trained.
+
+    The network computes with gradient, and takes LoRA as its layers do.
 
     An adapter that says something must reach the output with and without gradient alike, and merged into the
     weights it must give the same output. Raises ValueError with one line that names the layer.
@@ -85,7 +90,7 @@ def require_adaptable(teacher: Backbone, config: RolesConfig) -> None:
 
 @contextmanager
 def _off(adapter: Adapter) -> Iterator[None]:
-    """Within it the adapter is switched off."""
+    """Switch the adapter off for a while."""
     adapter.switch(False)
     try:
         yield
@@ -94,7 +99,10 @@ def _off(adapter: Adapter) -> Iterator[None]:
 
 
 def _fill(adapter: Adapter) -> None:
-    """Give every layer a LoRA that changes its weight by `STRENGTH` of the weight's standard deviation."""
+    """Give every layer a LoRA that changes its weight.
+
+    The change is `STRENGTH` of the weight's standard deviation.
+    """
     rng = torch.Generator().manual_seed(0)
     for layer in adapter.layers:
         weight = layer.get_base_layer().weight
@@ -106,7 +114,7 @@ def _fill(adapter: Adapter) -> None:
 
 
 def _merged(module: nn.Module, answer: Callable[[nn.Module], Tensor]) -> Tensor:
-    """Return the output of a copy with the trial's LoRA in its weights."""
+    """Return the output of a copy with the LoRA merged."""
     whole = copy.deepcopy(module)
     merge(whole, NAME)
     return answer(whole)
@@ -115,7 +123,10 @@ def _merged(module: nn.Module, answer: Callable[[nn.Module], Tensor]) -> Tensor:
 def _blame(
     module: nn.Module, adapter: Adapter, answer: Callable[[nn.Module], Tensor], same: Callable[[Tensor, Tensor], bool]
 ) -> None:
-    """Raises ValueError that names the first layer whose LoRA alone is another when it is merged."""
+    """Find the first layer whose LoRA cannot be merged.
+
+    Raises ValueError that names the layer.
+    """
     second = [layer.lora_B[adapter.name].weight.data.clone() for layer in adapter.layers]
     for layer in adapter.layers:
         layer.lora_B[adapter.name].weight.data.zero_()
@@ -126,7 +137,7 @@ def _blame(
         if not same(_merged(module, answer), answer(module)):
             name = names[id(layer)]
             raise ValueError(
-                f"roles.exclude: the weight of {name} is used beside its layer, so that LoRA on it cannot be merged; "
+                f"roles.exclude: the weight of {name} is used outside its layer, so that LoRA on it cannot be merged; "
                 f"add {name!r} to roles.exclude, or set roles.lora=false"
             )
         weight.zero_()

@@ -390,7 +390,10 @@ def _require_settings(settings: Mapping[str, Any], place: str, before: Any, sour
 
 
 def _where(source: str, overrides: Sequence[str]) -> Callable[[str], str]:
-    """Return a function that says where an option was written: in `source`, or with --set."""
+    """Return a function that says where an option was written.
+
+    An option is written in `source`, or with --set.
+    """
     given = [item.partition("=")[0] for item in overrides]
     return lambda option: "--set" if any(option == key or option.startswith(f"{key}.") for key in given) else source
 
