@@ -255,8 +255,8 @@ class Normed(Net):
         with torch.random.fork_rng():
             torch.manual_seed(0)  # spectral norm keeps a vector of the weights as they were made
             super().__init__()
-            self.mid = nn.utils.parametrizations.weight_norm(self.mid)  # type: ignore[assignment]
-            self.inp = nn.utils.parametrizations.spectral_norm(self.inp)
+            self.mid = nn.utils.parametrizations.weight_norm(self.mid)
+            self.inp = nn.utils.parametrizations.spectral_norm(self.inp)  # type: ignore[assignment]
 
 
 class Masked(Net):
@@ -381,7 +381,7 @@ def scripted(net: Net) -> Net:
     [
         (
             TiedByHand,
-            r"^exclude: the weight of mid is used beside its layer, .*; add 'mid' to exclude, or set lora=False$",
+            r"^exclude: the weight of mid is used outside its layer, .*; add 'mid' to exclude, or set lora=False$",
         ),
         (
             FastByHand,

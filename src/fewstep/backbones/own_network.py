@@ -84,7 +84,8 @@ def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         raise ValueError(f"{about} gives {got} for states {list(x.shape)}; check the Denoiser's shape")
     if not bool(m.isfinite().all()):
         raise ValueError(
-            f"{about} gives numbers that are not finite in the middle of its trajectory; check its weights and its schedule"
+            f"{about} gives numbers that are not finite in the middle of its trajectory; "
+            "check its weights and its schedule"
         )
     if changed := _changed({"states": x, **cond}, {"states": own_x, **own_cond}):
         raise ValueError(

@@ -70,7 +70,8 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
 
     `kind` is all, linear, conv or attention. Names containing a `skip` are left out, and so are layers whose
     LoRA could not be merged: convolutions with groups, dilation or another padding than zeros, and weights that
-    are tied, computed from others, or read by nn.MultiheadAttention. Raises ValueError for an unknown kind, or a network without such layers.
+    are tied, computed from others, or read by nn.MultiheadAttention. Raises ValueError for an unknown kind, or a
+    network without such layers.
     """
     if kind not in TARGETS:
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join(TARGETS)}")
