@@ -2,7 +2,7 @@
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +13,9 @@ FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
-    """Return a function that loads a benchmark's names; the modules next to it are forgotten after the test."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Yield a function that loads a benchmark's names; the modules next to it are forgotten after the test."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    yield lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
     for file in FOLDER.glob("*.py"):
-        monkeypatch.delitem(sys.modules, file.stem, raising=False)
-    return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
+        sys.modules.pop(file.stem, None)
