@@ -21,6 +21,7 @@ PHRASES = (
     ("leave data out", "leave images out"),
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
+    ("--out:", "out:"),
     ("the same command", "the same call"),
     ("run: pip install", "run: pip install"),
     ("--set ", ""),

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ LARGEST_STATE = 2**28  # numbers
 Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A pretrained denoiser with its process, conditions and decoder.
 
