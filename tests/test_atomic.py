@@ -18,7 +18,7 @@ from fewstep.atomic import (
     append_text,
     cure_of,
     link_or_copy,
-    read_tensors,
+    read_hashed,
     remove_left,
     replacing,
     require_replaceable,
@@ -73,7 +73,10 @@ def test_a_full_disk_is_said_with_the_file_and_what_to_do(tmp_path: Path) -> Non
             temporary.write_bytes(b"half")
             full.write(b"x")
 
-    said = r"^cannot write [^ ]*out\.png: \[Errno 28\] No space left on device; free some space, then run the same command again$"
+    said = (
+        r"^cannot write [^ ]*out\.png: \[Errno 28\] No space left on device; "
+        r"free some space, then run the same command again$"
+    )
     with pytest.raises(OSError, match=said) as found:
         fill(tmp_path / "out.png")
     assert names(tmp_path) == []
@@ -105,7 +108,10 @@ def test_a_disk_that_may_not_be_written_to_keeps_the_first_cause(
 def test_a_drive_that_says_late_that_it_is_full_is_heard(
     number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Network drives take what they have no room for, and say so when it is to be brought to the disk; some cannot be asked for that."""
+    """An error of `fsync` is raised, and the old file stays.
+
+    Network drives take what they have no room for, and say so only then. A drive that cannot be asked is no error.
+    """
     write_json(tmp_path / "state.json", {"step": 1})
 
     def failing(handle: int) -> None:
@@ -130,7 +136,7 @@ def test_the_same_tensors_are_the_same_file(tmp_path: Path) -> None:
         )
         written.add((tmp_path / f"{i}.safetensors").read_bytes())
     assert len(written) == 1
-    tensors, said = read_tensors(tmp_path / "0.safetensors")
+    tensors, said = read_hashed(tmp_path / "0.safetensors")
     assert {k: v for k, v in said.items() if k != "sha256"} == about and torch.equal(tensors["b"], torch.ones(3))
 
 
@@ -278,14 +284,14 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         lambda: write_rows(path, 4, [{"a": whole["a"]}], {"b": whole["b"]}),
     ):
         write()
-        tensors, about = read_tensors(path)
+        tensors, about = read_hashed(path)
         assert all(torch.equal(t, whole[n]) for n, t in tensors.items()) and len(about["sha256"]) == 64
         header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         for _ in flipped(path, header):
             with pytest.raises(SafetensorError, match="SHA-256"):
-                read_tensors(path)
+                read_hashed(path)
     save_file(whole, path)  # from before there were hashes
-    assert torch.equal(read_tensors(path)[0]["a"], whole["a"])
+    assert torch.equal(read_hashed(path)[0]["a"], whole["a"])
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,10 @@ import fewstep
 fewstep.load_teacher
 from fewstep.backbones.meta import meta_teacher
 import torch
-meta_teacher(sys.argv[1], torch.float32, None, 0.0)
-logging.getLogger("transformers.utils.import_utils").warning("`CLIPImageProcessor` requires torchvision (not installed); falling back")
+meta_teacher(sys.argv[1], torch.float32)
+logging.getLogger("transformers.utils.import_utils").warning(\
+"`CLIPImageProcessor` requires torchvision (not installed); falling back")
+logging.getLogger("diffusers.loaders.lora_base").warning("No LoRA keys associated to CLIPTextModel found")
 print("---", file=sys.stderr)
 warnings.warn("ours", stacklevel=1)
 logging.getLogger("transformers.utils.import_utils").warning("theirs")

@@ -1,4 +1,4 @@
-"""Networks that are no plain stack of layers: each is distilled right, or refused in one line before anything is trained."""
+"""Networks that are no plain stack of layers: distilled right, or refused in one line before anything is trained."""
 
 import warnings
 from collections.abc import Callable

@@ -38,6 +38,7 @@ from .runs import sampling
 from .runs.adaptation import require_adaptable
 from .runs.init import inherited_head
 from .runs.measure import evaluate, real_states
+from .runs.place import place_checks, writing_check
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
 from .runs.rehearsal import disk_check, student_check, trial_of
 from .runs.run import Run, steps_of
@@ -59,6 +60,7 @@ load_student = told_in_python(Student.read)
 sample = told_in_python(sampling.sample)
 sample_trajectory = told_in_python(sampling.sample_trajectory)
 LEAST_REAL = 32  # samples that `check` needs
+EMPTY = "prompts: all of them are empty, with which guidance changes nothing; pass the prompts that the student is for"
 
 
 @told_in_python
@@ -153,8 +155,11 @@ def distill(
     inherited_head(method, teacher, initial)  # raises before anything is generated
     require_network(teacher, asked)
     require_adaptable(teacher, networks)
-    if out is not None:
+    if folder is not None:
         require_exportable(teacher, method)
+        require(place_checks(folder), "out")
+    if method.guidance.active and images is None and not any(asked) and teacher.encode([""]):
+        warnings.warn(EMPTY, DistillationWarning, stacklevel=3)
     spec = RunSpec(method, train, networks, asked, source, trajectories, initial)
     return _distilled(teacher, spec, folder, watch)
 
@@ -183,10 +188,10 @@ def _distilled(
         if folder is not None and is_first():
             stack.enter_context(held_in_python(folder))
         own, base_hash = apart(teacher), fingerprint(teacher.module)
-        origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.origin, size=size_of(teacher))
+        origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.data, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
-            require([disk_check(trial.disk, folder)], "out")
+            require([writing_check(folder), disk_check(trial.disk, folder)], "out")
             require(
                 [*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")],
                 f"teacher: {teacher.name}",
@@ -213,12 +218,17 @@ def export_student(model: Student | Step, folder: str | Path, form: str = "stude
 
     The files go to a new `folder` and are loaded again. `form` is `student`, or `merged` for one network
     without LoRA, which `module.load_state_dict` takes; students of diffusers pipelines also have `kohya` and
-    `pipeline`. Returns `folder`. Raises ValueError with nothing kept.
+    `pipeline`. Files of a student of several step counts serve `steps`, by default the first count; `student`
+    keeps all counts. Returns `folder`. Raises ValueError with nothing kept.
     """
     if not isinstance(model, Student | Step):
         raise ValueError(f"model: got {shortened(model)}, allowed is a student, or a step of fewstep.distill")
     place, student = require_path(folder, "folder"), model.snapshot() if isinstance(model, Step) else model
-    formats.export(student if steps is None else student.single(whole_number(steps, "steps")), place, form)
+    steps = None if steps is None else whole_number(steps, "steps")
+    one = steps if steps is not None or form == "student" else student.card.steps[0]
+    if one is not None and one not in student.card.steps:
+        raise ValueError(f"steps: got {one}, this student serves {', '.join(map(str, student.card.steps))}")
+    formats.export(student if one is None else student.single(one), place, form)
     return place
 
 

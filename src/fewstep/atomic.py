@@ -308,7 +308,7 @@ def _sort_header(path: Path) -> None:
             file.write(text.ljust(size))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_hashed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read (tensors, header) of a file of `write_tensors` or `write_rows`.
 
     Tensors are mapped into memory and read as they are used. Raises SafetensorError where the file is

@@ -45,7 +45,8 @@ def require_path(value: object, option: str) -> Path:
     """
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ValueError(
-            f"{option}: got {str(value) if isinstance(value, Path) else value!r}, allowed is the path of a folder as text"
+            f"{option}: got {str(value) if isinstance(value, Path) else value!r}, "
+            "allowed is the path of a folder as text"
         )
     return Path(value)
 

@@ -22,8 +22,10 @@ PHRASES = (
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
     ("--out:", "out:"),
+    ("--format: ", "form: "),
+    ("--dtype: ", "dtype: "),
+    ("DIR: ", "folder: "),
     ("the same command", "the same call"),
-    ("run: pip install", "run: pip install"),
     ("--set ", ""),
 )
 
@@ -47,10 +49,10 @@ def in_python(section: str = "") -> Iterator[None]:
     """Raise a user's mistake in the block in Python's words."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if (said := python_words(str(error), section)) == str(error):
             raise
-        raise ValueError(said) from error
+        raise type(error)(said) from error
 
 
 def speaks_python(section: str) -> Callable[[Kind], Kind]:

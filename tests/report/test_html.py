@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_picture
 from fewstep.report.plots import VARIABLES
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
-from tests.cli.test_recipes import COMMANDS
+from tests.cli.common import COMMANDS
+from tests.student.card import CARD
 
 STUDENT = "student, 4 steps (4 evaluations)"
 VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -278,10 +279,10 @@ def test_many_warnings_unfold() -> None:
 
 
 def test_everything_that_can_be_wide_scrolls_by_itself() -> None:
-    """On a phone no part may make the page wider than the screen. What is hidden from sight is placed within what scrolls."""
+    """No part makes the page wider than a phone's screen. What is hidden from sight is placed within what scrolls."""
     report = full_report()
     html = render(
-        Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no picture")]})
+        Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no image")]})
     )
     page = Scrolling()
     page.feed(html)
@@ -315,7 +316,7 @@ class Scrolling(Page):
 
 
 def test_grids_of_a_run_are_shown_in_the_page_s_own_colours(run: Path) -> None:
-    """A grid is a white sheet with its words painted on it; the page has its pictures and its words."""
+    """A grid is a white sheet with its words painted on it; the page has its images and its words."""
     pictures = torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     for path in (run / "samples").iterdir():
         path.unlink()
@@ -343,8 +344,8 @@ def test_the_top_says_what_was_made(run: Path) -> None:
         "Steps": "4, 2 or 1",
         "State": "iteration 10 of 260; there is no student yet",
     }
-    card = {"base": "emoji", "method": "trajp-l-tdm", "steps": [4], "weights": "lora", "rank": 32, "head": "span"}
-    (run / "final" / "fewstep.json").write_text(json.dumps(card))
+    card = replace(CARD, base="emoji", method="trajp-l-tdm", rank=32, head="span")
+    (run / "final" / "fewstep.json").write_text(json.dumps(asdict(card)))
     (run / "final" / "emoji-lora.safetensors").write_text("")
     (run / "best").mkdir()
     (run / "best" / "preview.json").write_text(
@@ -446,7 +447,7 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
         ("run.json", '{"title": 3}'),
         ("run.json", '{"recipe": []}'),
         ("run.json", '{"recipe": {"method": "tdm"}}'),
-        ("run.json", '{"recipe": {"first": 3}}'),
+        ("run.json", '{"recipe": {"warm_start": 3}}'),
         ("run.json", '{"versions": {"torch": null}}'),
         ("run.json", '{"next": [["a"]]}'),
         ("run.json", "[" * 100_000),
@@ -460,7 +461,7 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
         ("trajectories.json", '{"mean": [[1, 2, 3]]}'),
         ("metrics.jsonl", '{"iteration": 1, "seconds": "x"}\n'),
         ("metrics.jsonl", "root:x:0:0:root:/root:/bin/bash\n"),
-        ("samples/step_000100.png", "no picture"),
+        ("samples/step_000100.png", "no image"),
         ("pictures.safetensors", "no tensors"),
     ],
 )

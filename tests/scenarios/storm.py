@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from fewstep.atomic import LEFT, read_tensors
+from fewstep.atomic import LEFT, read_hashed
 from fewstep.backbones import miniature
 from fewstep.hashes import bytes_of
 
@@ -90,7 +90,10 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended: its exit code, negative where a signal ended it, its seconds, what it printed, and the phase that it was in."""
+    """A command that has ended.
+
+    It has its exit code, negative where a signal ended it, its seconds, what it printed, and its last phase.
+    """
 
     code: int
     seconds: float
@@ -112,7 +115,10 @@ class Server:
         )
 
     def run(self, folder: Path, kill: Mapping[str, Any] | None = None, fault: Mapping[str, Any] | None = None) -> Ended:
-        """The storm's command in a folder; killed `after` so many seconds of the `nth` time that it is in a `phase`, or with writes that fail."""
+        """Run the storm's command in a folder.
+
+        It is killed `after` so many seconds of the `nth` time that it is in a `phase`, or its writes fail.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         log, mark = folder.parent / f"{folder.name}-said.txt", folder.parent / f"{folder.name}-mark.txt"
         job = {
@@ -216,7 +222,8 @@ def fresh(folder: Path) -> Path:
 
 TIMES = re.compile(r"seconds|started|state_sha256")  # keys of what depends on how long something took, or when it was
 SPANS = re.compile(
-    r"""\d+(?:\.\d+)?(?:\ss\b|\sminutes|×)|(?<=<data value=")[\d.e-]+|\sclass="best"|<span class="hidden">\s\(best\)</span>"""
+    r"""\d+(?:\.\d+)?(?:\ss\b|\sminutes|×)|(?<=<data value=")[\d.e-]+"""
+    r"""|\sclass="best"|<span class="hidden">\s\(best\)</span>"""
 )
 
 
@@ -226,7 +233,7 @@ def left(folder: Path) -> dict[str, Any]:
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
         if path.suffix == ".safetensors":
-            tensors, about = read_tensors(path)
+            tensors, about = read_hashed(path)
             timed = any(TIMES.search(key) for key in tensors)
             found[name] = {k: v for k, v in about.items() if not (timed and k == "sha256")}
             found |= {
@@ -265,7 +272,11 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def half_written(runs: Path, before: Path | None = None) -> list[str]:
-    """Files of runs that are not whole: temporary ones, and those that cannot be read; what lay in the folder `before` as it does now is left out."""
+    """List the files of runs that are not whole.
+
+    They are temporary files, and files that cannot be read. A file that lies unchanged in the folder `before` is left
+    out.
+    """
     odd = []
     for path in sorted(runs.rglob("*")):
         name = path.relative_to(runs)
@@ -280,7 +291,7 @@ def readable(path: Path) -> bool:
     """Whether a file is what it is called, from its first byte to its last."""
     try:
         if path.suffix == ".safetensors":
-            read_tensors(path)
+            read_hashed(path)
         elif path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".jsonl":

@@ -154,7 +154,10 @@ def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, guidan
 
 
 def encoded(backbone: Backbone, prompts: Sequence[str]) -> tuple[Cond, Cond]:
-    """Return conditions of prompts, and of the empty one. Raises ValueError where they are not of one shape, which batches need."""
+    """Return conditions of prompts, and of the empty one.
+
+    Raises ValueError where they are not of one shape, which batches need.
+    """
     cond, null = backbone.encode(prompts), backbone.encode([""])
     require_same_shape(cond, null)
     return cond, null
@@ -172,7 +175,7 @@ def speechless(schedule: Schedule, row: Row) -> str:
         ""
         if left >= LEAST_SHARE
         else f"predicts noise, and at its noisiest time ({schedule.t_max:g}) the schedule leaves {left:.1g} "
-        "of the picture, so that nothing is said of it"
+        "of the image, so that nothing is said of it"
     )
 
 
@@ -227,8 +230,8 @@ class Denoiser:
         if not isinstance(self.schedule, Schedule) or isinstance(self.schedule, type):
             kind = self.schedule if isinstance(self.schedule, type) else type(self.schedule)
             raise ValueError(
-                f"schedule: got {'the class' if isinstance(self.schedule, type) else 'a'} {kind.__name__}, allowed are VP(alphas_cumprod), "
-                "Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
+                f"schedule: got {'the class' if isinstance(self.schedule, type) else 'a'} {kind.__name__}, "
+                "allowed are VP(alphas_cumprod), Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
             )
         object.__setattr__(self, "shape", _sizes(self.shape))
         if self.conditions is not None and (not callable(self.conditions) or isinstance(self.conditions, type)):
@@ -246,7 +249,8 @@ class Denoiser:
             )
         if not isinstance(self.feature_layers, list | tuple):
             raise ValueError(
-                f"feature_layers: got {self.feature_layers!r}, allowed is a tuple of names of layers; leave it out for none"
+                f"feature_layers: got {self.feature_layers!r}, allowed is a tuple of names of layers; "
+                "leave it out for none"
             )
         object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
         self._require_layers("time_layer", [self.time_layer] if self.time_layer else [])
@@ -321,7 +325,10 @@ class Denoiser:
 
 def _sizes(shape: object) -> tuple[int, ...]:
     """Return the sizes of one state. Raises ValueError where they are none."""
-    cure = f"allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32), of {LARGEST_STATE:,} numbers at most"
+    cure = (
+        "allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32), "
+        f"of {LARGEST_STATE:,} numbers at most"
+    )
     try:
         sizes = tuple(operator.index(n) for n in shape if not isinstance(n, bool))  # type: ignore[attr-defined]
     except TypeError as error:

@@ -1,4 +1,7 @@
-"""Conditions that a function of one's own makes of prompts: tensors [B, ...] of a fixed shape, the same in any batch."""
+"""Conditions that a custom function makes of prompts.
+
+They are tensors [B, ...] of a fixed shape, the same for a prompt in any batch.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,7 +13,8 @@ from torch import Tensor, nn
 from .modules import in_eval_mode
 
 KINDS = (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    torch.float32, torch.float16, torch.bfloat16, torch.float64,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )  # fmt: skip
 FORM = "return a dictionary of dense tensors [prompts, ...], one row a prompt"
 STEADY = "make each row from its own prompt alone, without dropout or noise (encoder.eval())"
@@ -19,7 +23,10 @@ Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 def made_conditions(function: Callable[..., Any], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Return what `function` makes of prompts, without gradient. Raises ValueError, naming `conditions`, where it is of no use."""
+    """Return what `function` makes of prompts, without gradient.
+
+    Raises ValueError, naming `conditions`, for what cannot be used.
+    """
     with in_eval_mode(function) if isinstance(function, nn.Module) else nullcontext():
         found = _called(function, prompts)
     count = len(prompts)
@@ -71,17 +78,20 @@ def require_same_shape(cond: Mapping[str, Tensor], null: Mapping[str, Tensor]) -
     """Check that prompts have conditions of the empty prompt's names, shapes and types. Raises ValueError."""
     if cond.keys() != null.keys():
         raise ValueError(
-            f"conditions: got {_names(cond)} for prompts and {_names(null)} for the empty one; return the same names for all"
+            f"conditions: got {_names(cond)} for prompts and {_names(null)} for the empty one; "
+            "return the same names for all"
         )
     for key, value in cond.items():
         if value.shape[1:] != null[key].shape[1:]:
             raise ValueError(
-                f"conditions: a row of {key} is {list(value.shape[1:])} for some prompts and {list(null[key].shape[1:])} for the empty one; "
+                f"conditions: a row of {key} is {list(value.shape[1:])} for some prompts and "
+                f"{list(null[key].shape[1:])} for the empty one; "
                 "pad all to one fixed length, not to the longest of a batch, and return a mask of what is padded"
             )
         if value.dtype != null[key].dtype:
             raise ValueError(
-                f"conditions: {key} is {value.dtype} for some prompts and {null[key].dtype} for the empty one; return one type"
+                f"conditions: {key} is {value.dtype} for some prompts and {null[key].dtype} for the empty one; "
+                "return one type"
             )
 
 

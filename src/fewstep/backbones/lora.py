@@ -248,6 +248,7 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
 
 
 def flat(name: str) -> str:
+    """Replace the dots of a name by underscores."""
     return name.replace(".", "_")
 
 

@@ -1,4 +1,7 @@
-"""What fewstep asks of a network by itself: the type that it calculates in, weights that can be read, one way to compute."""
+"""What fewstep asks of a network by itself.
+
+The dtype that it calculates in, weights that can be read and copied, and one way to compute.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -64,14 +67,16 @@ def require_module(module: object) -> None:
             )
     if not any(p.is_floating_point() for p in module.parameters()):
         raise ValueError(
-            f"module: got a {type(module).__name__} without parameters that are real numbers, allowed is a network with some"
+            f"module: got a {type(module).__name__} without parameters that are real numbers, "
+            "allowed is a network with some"
         )
 
 
 def without_fast_path(module: nn.Module) -> nn.Module:
     """Switch off torch's fast path of transformer encoders, and return the same module.
 
-    Without gradient it reads its layers' weights instead of calling them, past their adapters; what it makes of padding is another.
+    Without gradient the fast path reads the layers' weights instead of calling the layers, past their
+    adapters, and it treats padding in another way.
     """
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):
@@ -95,7 +100,10 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seen_dtypes(module: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Within it the real types that the parts of a network answer in are collected: some calculate in another than their weights'."""
+    """Collect the real dtypes of a network's activations within the block.
+
+    Some networks calculate in another dtype than their weights'.
+    """
     seen = set[torch.dtype]()
 
     def look(_: nn.Module, __: object, output: object) -> None:

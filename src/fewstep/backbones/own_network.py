@@ -1,4 +1,7 @@
-"""A network of one's own, looked at before anything rests on it: a few calls that say whether it is a function of states, times and conditions."""
+"""Checks of a custom network before it is used.
+
+A few calls say whether it is a function of states, times and conditions.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +25,10 @@ CLOSE = {
 
 
 def require_network(backbone: Backbone, prompts: list[str]) -> None:
-    """Check that a network of one's own does what its Denoiser says, on modules of its own. Raises ValueError with one line."""
+    """Check that a custom network does what its Denoiser says.
+
+    A copy of its modules is called. Raises ValueError with one line.
+    """
     if isinstance(backbone, DiffusersBackbone):
         return
     backbone = apart(backbone)
@@ -36,7 +42,8 @@ def require_network(backbone: Backbone, prompts: list[str]) -> None:
     if not float((again - m).abs().max()) <= close * largest:
         raise ValueError(
             f"teacher: the network of {backbone.name} gives another answer to the same question the second time; "
-            "take dropout and noise out of its forward (those of nn.Dropout are off in eval mode), and keep nothing between calls"
+            "take dropout and noise out of its forward (those of nn.Dropout are off in eval mode), "
+            "and keep nothing between calls"
         )
     if not float((torch.cat(alone) - m).abs().max()) <= close * largest:
         raise ValueError(
@@ -56,7 +63,10 @@ def question(backbone: Backbone, prompts: Sequence[str]) -> tuple[Tensor, Tensor
 
 
 def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """Call the network on copies. Raises ValueError where it fails, changes what it is given, or does not answer with states."""
+    """Return the network's answer to copies of its inputs.
+
+    Raises ValueError where it fails, changes its inputs, or does not answer with finite states.
+    """
     own_x, own_cond = x.clone(), {k: v.clone() for k, v in cond.items()}
     heard = "".join(f", {k} {list(v.shape)}" for k, v in cond.items())
     about = f"teacher: the network of {backbone.name}"
@@ -79,7 +89,8 @@ def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         )
     if changed := _changed({"states": x, **cond}, {"states": own_x, **own_cond}):
         raise ValueError(
-            f"{about} changes the {changed} that it is given, in place; let it work on a copy (x = x * 2, not x.mul_(2))"
+            f"{about} changes the {changed} that it is given, in place; "
+            "let it work on a copy (x = x * 2, not x.mul_(2))"
         )
     return m
 

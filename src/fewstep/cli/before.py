@@ -18,12 +18,13 @@ from ..data.prompts import embedding_bytes
 from ..data.trajectories import trajectory_bytes
 from ..findings import Check, require
 from ..report.words import size
+from ..runs.place import place_checks, unwritable, writing_check
 from ..runs.recipe import DistillRecipe, FinetuneRecipe
 from ..runs.rehearsal import CHECKPOINTS, Trial, disk_check, student_check, trial_of
 from ..runs.trajectory_sources import trajectory_times
 from ..training.memory import module_bytes
 from .finish import origin_of
-from .preflight import in_first, place_checks, unwritable, writing_check
+from .preflight import in_first
 from .progress import console, show_checks
 
 LOADED = 1.2  # memory that loading takes, relative to the weights

@@ -29,13 +29,14 @@ from ..roles.quantized import quantize, weight_count
 from ..roles.roles import Roles, large_rank
 from ..runs.init import check_conditioning, inherited_head, roles_for
 from ..runs.metrics_log import MetricsLog
-from ..runs.prepare import EMBEDDINGS, ImageSource, RunSpec, identity_of, prepare
+from ..runs.place import place_checks
+from ..runs.prepare import EMBEDDINGS, ImageSource, RunSpec, identity_of, prepare, require_exportable
 from ..runs.preview import Drawing, Preview
 from ..runs.recipe import DataConfig, DistillRecipe, first_stage, read_recipe, recorded
 from ..runs.record import versions
 from ..runs.watch import Trend
 from ..student.folder import card_time, find_folder, read_card, require_folder
-from ..training.loop import Step, default_device, distill, restore
+from ..training.loop import Step, default_device, distill, require_trajectories, restore
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
@@ -46,7 +47,7 @@ from .evaluate import check_measures, measure_step
 from .finish import errors_along, finish, shape_seen, write_best
 from .options import in_options
 from .plan import plans_of, show
-from .preflight import held, note_shadowed, place_checks
+from .preflight import held, note_shadowed
 from .progress import OnScreen, console, count_in, meter
 from .prompts import say_of_prompts, training_prompts
 from .run_record import command_line, run_record
@@ -190,8 +191,9 @@ def run_stage(
     The folder `place` holds what all stages share: embeddings and trajectories.
     """
     teacher = at_size(teacher, recipe.size)
+    require_exportable(teacher, recipe.method)
     check_initial(recipe, teacher)
-    first = is_first()
+    spec, first = spec_of(recipe, prompts), is_first()
     if first:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
@@ -201,7 +203,7 @@ def run_stage(
         wanted = recipe.preview.prompts or (prompts * 8)[:8]
         shown.append(embed(teacher, wanted, place / EMBEDDINGS, identity_of(teacher, prompts)))
 
-    ready = prepare(teacher, spec_of(recipe, prompts), run, place, OnScreen(), embed_previews)
+    ready = prepare(teacher, spec, run, place, OnScreen(), embed_previews)
     roles, paths, data = ready.roles, ready.trajectories, ready.data
     print_roles(roles, recipe.train.optimizer)
     shape = {} if paths is None or not first else shape_seen(roles, paths)
@@ -269,6 +271,7 @@ def spec_of(recipe: DistillRecipe, prompts: list[str]) -> RunSpec:
         )
     elif data is not None:
         images = ImageSource(data.source, data.count, data.steps, seed)
+    require_trajectories(recipe.method, trajectories is not None)
     return RunSpec(recipe.method, recipe.train, recipe.roles, prompts, images, trajectories, initial_folder(recipe))
 
 

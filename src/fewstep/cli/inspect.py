@@ -19,6 +19,7 @@ from ..student.headers import KEY
 from ..training.state import checkpoints
 from .progress import console
 
+SHOWN = 16  # numbers of a list that are shown
 KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how they begin
     ".lora_A.weight": {"unet": "diffusers'", "transformer": "diffusers'", "base_model": "PEFT's", "": "PEFT's"},
     ".lora_down.weight": {"": "kohya's"},
@@ -39,7 +40,7 @@ def run_inspect(source: str) -> None:
         values = run_summary(path)
     elif (folder := find_folder(source)) is not None:
         card = read_card(folder)
-        values = {"student": str(folder), "network calls": counted(card), **asdict(card)}
+        values = {"student": str(folder), "NFE": counted(card), **asdict(card)}
     elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:
         teacher = load_teacher(source)
         count = sum(p.numel() for p in teacher.module.parameters())
@@ -64,7 +65,16 @@ def run_inspect(source: str) -> None:
         )
     width = max(len(k) for k in values)
     for key, value in values.items():
-        console.print(f"{printable(key):<{width}}  {printable(value)}", markup=False)
+        console.print(f"{printable(key):<{width}}  {printable(_short(value))}", markup=False)
+
+
+def _short(value: Any) -> Any:
+    """Shorten a long list of numbers to its ends."""
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    if not isinstance(value, list | tuple) or len(value) <= SHOWN or not all(isinstance(v, int | float) for v in value):
+        return value
+    return f"{len(value)} numbers, {value[0]:.6g} to {value[-1]:.6g}"
 
 
 def safetensors_summary(path: Path) -> dict[str, Any]:
@@ -123,6 +133,10 @@ def _json(header: Mapping[str, str], key: str) -> dict[str, Any]:
         value = json.loads(header.get(key, "{}"))
     except (ValueError, RecursionError):
         return {}
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
@@ -130,11 +144,15 @@ def run_summary(path: Path) -> dict[str, Any]:
     """Return how far a run has come."""
     record = read_json(path / "run.json", "run its command again to write it anew")
     saved, final = checkpoints(path), path / "final"
+    recipe, settings = _object(record.get("recipe")), _object(_object(record.get("recipe")).get("method"))
     return {
         "run": str(path),
+        "teacher": recipe.get("teacher"),
+        "method": settings.get("name"),
+        "steps": settings.get("steps"),
         "command": record.get("command"),
         "started": record.get("started"),
         "newest checkpoint": saved[-1].name if saved else "none yet",
         "student": str(final) if final.is_dir() else "not finished",
-        **({"network calls": counted(read_card(final))} if final.is_dir() else {}),
+        **({"NFE": counted(read_card(final))} if final.is_dir() else {}),
     }

@@ -27,6 +27,7 @@ def run_record(recipe: DistillRecipe, base_hash: str, source: str, overrides: li
 
 
 def command_line() -> str:
+    """Return the command that started this process, for a shell."""
     count = this_process().num_processes
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))  # set by torchrun: processes on this machine
     machines = [] if here == count else ["--nnodes", str(count // here)]

@@ -11,6 +11,7 @@ from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
 from ..data.captioned import read_pictures
 from ..data.images import encode_images_of
 from ..findings import require
+from ..runs.place import place_checks
 from ..runs.recipe import FinetuneRecipe, kind_of, read_recipe, recorded
 from ..training.finetune import finetune
 from ..training.fit import FitStep
@@ -19,7 +20,7 @@ from ..training.state import checkpoints
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
 from .before import look_before_finetune
-from .preflight import held, place_checks
+from .preflight import held
 from .progress import OnScreen, console, meter
 from .prompts import say_found
 from .signals import stop_request

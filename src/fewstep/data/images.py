@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..atomic import SHA256, read_tensors, write_rows
+from ..atomic import SHA256, read_hashed, write_rows
 from ..backbones.base import Backbone
 from ..methods.method import RealBatch
 from .captioned import OPTION, Captioned, read_pictures
@@ -68,13 +68,13 @@ def encode_images_of(
     conditioned on captions.
     """
     if not (size := backbone.image_size):
-        raise ValueError(f"{OPTION}: the states of {backbone.name} are no pictures; leave it out")
+        raise ValueError(f"{OPTION}: the states of {backbone.name} are no images; leave it out")
     pictures, seen = read_pictures(source)
     found(seen)
     if backbone.encode([""]) and not any(p.caption for p in pictures):
         raise ValueError(
             f"{OPTION}: none of the {seen.line} has a caption; "
-            "write metadata.jsonl with file_name and text, or a .txt beside each picture"
+            "write metadata.jsonl with file_name and text, or a .txt beside each image"
         )
     digest = hashlib.sha256(json.dumps([identity, size, DECODED]).encode())
     for p in pictures:
@@ -100,7 +100,7 @@ def made_once(
     """
     if path is not None and path.exists():
         try:
-            tensors, about = read_tensors(path)
+            tensors, about = read_hashed(path)
             x0 = tensors["x0"]
             if SHA256 in about and x0.shape == (count, *shape) and x0.is_floating_point():
                 return x0
@@ -110,4 +110,4 @@ def made_once(
     if path is None:
         return torch.cat(list(make()))
     write_rows(path, count, ({"x0": part} for part in make()), {}, keep)
-    return read_tensors(path)[0]["x0"]
+    return read_hashed(path)[0]["x0"]

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..atomic import SHA256, read_tensors, write_rows
+from ..atomic import SHA256, read_hashed, write_rows
 from ..backbones.base import Backbone, Cond, rows
 from ..backbones.modules import dtype_of
 from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
@@ -182,7 +182,7 @@ def embed(
     null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
     if path is not None and null:
         write_rows(path, len(prompts), parts, null, keep)  # every process of a run may write the file
-        return _embeddings(read_tensors(path)[0], prompts, len(prompts), key, identity)
+        return _embeddings(read_hashed(path)[0], prompts, len(prompts), key, identity)
     encoded = list(parts)
     tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
     return _embeddings(tensors, prompts, len(prompts), key, identity)
@@ -191,7 +191,7 @@ def embed(
 def _kept(path: Path, prompts: Sequence[str], key: str, identity: str) -> Embeddings | None:
     """Return a cache file's content if the content fits these prompts."""
     try:
-        tensors, about = read_tensors(path)
+        tensors, about = read_hashed(path)
     except SafetensorError:
         return None
     if SHA256 not in about:  # the file cannot be verified

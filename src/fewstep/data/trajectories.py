@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..atomic import read_tensors, require_room, write_json, write_tensors
+from ..atomic import read_hashed, require_room, write_json, write_tensors
 from ..backbones.base import Backbone, Cond, guided, nfe_per_step, rows
 from ..backbones.generate import device_of, noise_of, require_seed
 from ..config_fields import Range, check_fields
@@ -65,7 +65,7 @@ class TrajectoryConfig:
     """Seed of the first trajectory's noise."""
 
     student: str | None = None
-    """Folder of a finished student that is followed instead of the teacher, in its own steps, for a few network calls
+    """Folder of a finished student that is followed instead of the teacher, in its own steps, for a few NFE
     each."""
 
     folder: str | None = None
@@ -461,7 +461,7 @@ def _read(path: Path | None, part: slice, known: TrajectoryRecord) -> dict[str, 
     try:
         about = _about(path)
         _require_own(path, about, known)
-        shard, _ = read_tensors(path)
+        shard, _ = read_hashed(path)
     except SafetensorError:
         shard = {}
     count = part.stop - part.start

@@ -8,7 +8,7 @@ worse than the best linear estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an 
 the same data and the same ratio of noise to data no other reading of the same network is better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,8 @@ WORSE = 1.15  # multiple of the linear estimate's error; no right reading exceed
 FLAWED = 0.05  # share of its output's mean square that a sound network's error may be, when readings are compared
 POOR = 0.1  # the same share, beyond which an estimate worse than a linear one is suspected
 CLEARLY = 0.3  # share of the excess of noise that is left under another schedule which is named
-OFTEN = 3  # smallest number of the times of FRACTIONS for a judgement
+OFTEN = 3  # smallest number of times at which the noise is wrong, where no schedule is better
 LARGEST = 4.0  # mean square of an output, which networks are trained to give in units of one
-REACHED = 0.1  # tolerated relative difference of a ratio of noise to data
 SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # fractions of the path from clean data to noise
 GRID = 4096  # times of a continuum among which the time of a noise ratio is searched
 # name -> (scale, offset)
@@ -103,25 +102,26 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
     times = schedule.at(torch.tensor(FRACTIONS, dtype=torch.float64))
     times = times.round() if table else times
     noise = torch.randn((len(times), *real.shape), generator=torch.Generator().manual_seed(seed))
-    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    variance = real.double().flatten(1).var(0)
-    bound = torch.stack(
-        [(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]
-    ).clamp(min=1e-12)
 
-    def errors(reading: Reading) -> Tensor:
-        return _errors(backbone, schedule, reading, times, real, noise, cond, batch)
+    def judged(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a reading's errors, with the bounds of these errors.
 
-    def score(reading: Reading, errors: Tensor) -> Tensor:
-        return errors / (bound + FLAWED * _flaw(reading.row, real, noise, alpha, sigma))[:, None]
+        The errors are [T, N]; the bounds are the errors of the best linear estimate [T] and of an all-wrong
+        network output [T].
+        """
+        own, x0 = _own_times(reading, schedule, times), reading.scale * real + reading.offset
+        estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
+        errors = torch.stack([(clean - x0).square().flatten(1).mean(1) for clean in estimates])
+        errors = errors.nan_to_num(nan=1e12, posinf=1e12).clamp(max=1e12)
+        alpha, sigma = reading.schedule.alpha(own), reading.schedule.sigma(own)
+        return errors, _linear(x0, alpha, sigma), _flaw(reading.row, x0, noise, alpha, sigma)
 
-    stated = Reading("", schedule, backbone.row)
-    own, found = errors(stated), []
-    for other in _others(backbone):
-        at = _reached(other, schedule, times)
-        if int(at.sum()) >= OFTEN and (ratio := _better(score(stated, own)[at], score(other, errors(other))[at])):
-            found.append((ratio, other.name))
-    at = tuple(At(float(t), float(e), float(b)) for t, e, b in zip(times, own.mean(1), bound, strict=True))
+    def score(errors: Tensor, bound: Tensor, flaw: Tensor) -> Tensor:
+        return errors / (bound + FLAWED * flaw)[:, None]
+
+    own = judged(Reading("", schedule, backbone.row))
+    found = _better(score(*own), [(other.name, score(*judged(other))) for other in _others(backbone)])
+    at = tuple(At(float(t), float(e), float(b)) for t, e, b in zip(times, own[0].mean(1), own[1], strict=True))
     if found:
         ratio, name = min(found)
         return ProcessCheck(
@@ -129,8 +129,7 @@ def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, b
         )
     if other := _miscalibrated(backbone, times, real, cond, seed, batch):
         return ProcessCheck(at, (f"suspected: {other}",))
-    flaw = _flaw(backbone.row, real, noise, alpha, sigma)
-    beyond = [a for a, f in zip(at, flaw, strict=True) if not a.error <= WORSE * a.bound + POOR * float(f)]
+    beyond = [a for a, f in zip(at, own[2], strict=True) if not a.error <= WORSE * a.bound + POOR * float(f)]
     if not beyond:
         return ProcessCheck(at, ())
     worst = max(beyond, key=lambda a: a.error / a.bound if a.error == a.error else float("inf"))
@@ -154,10 +153,28 @@ def _flaw(row: Row, real: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -
     return torch.stack(found)
 
 
-def _better(own: Tensor, other: Tensor) -> float:
-    """Return the share [0, 1) of the error that is left; 0 if not better, or by chance. own, other [T, N]."""
-    gain, ratio = (own - other).mean(0), float(other.mean() / own.mean().clamp(min=1e-30))
-    return ratio if ratio < BETTER and bool(gain.mean() > SURE * gain.std() / len(gain) ** 0.5) else 0.0
+def _linear(x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the error [T] of the best linear estimate.
+
+    The estimate is linear in each element of x0 [N, ...]: `v sigma^2 / (alpha^2 v + sigma^2)` for an element
+    of variance v.
+    """
+    variance = x0.double().flatten(1).var(0)
+    found = [(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]
+    return torch.stack(found).clamp(min=1e-12)
+
+
+def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[float, str]]:
+    """Return the readings that are better, and not by chance.
+
+    Returns (error as a share of the stated reading's error, name). own, others [T, N].
+    """
+    found = []
+    for name, theirs in others:
+        gain, ratio = (own - theirs).mean(0), float(theirs.mean() / own.mean().clamp(min=1e-30))
+        if ratio < BETTER and bool(gain.mean() > SURE * gain.std() / len(gain) ** 0.5):
+            found.append((ratio, name))
+    return found
 
 
 def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, seed: int, batch: int) -> str:
@@ -167,7 +184,7 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     network fits. Evaluated for noise s' at a state of noise s, the network is off by about s / s'.
 
     Few networks fit well where there is little noise, and times one index off show only there. So a schedule is
-    suspected if another one leaves little of the excess, or if the amount is wrong at several ordinary times.
+    suspected if the amount is right everywhere under another one, or wrong at several ordinary times.
     """
     schedule = backbone.schedule
     lowest = torch.tensor(LOWEST if schedule.resolution else (), dtype=torch.float64)
@@ -191,12 +208,15 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     def total(share: Tensor, error: Tensor) -> float:
         return float((share.abs() - 2 * error).clamp(min=0).mean())
 
+    def odd(share: Tensor, error: Tensor) -> Tensor:
+        return (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
+
     share, error = excess(Reading("", schedule, backbone.row))
-    wrong = (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
-    if not bool(wrong.any()):
+    if not bool((wrong := odd(share, error)).any()):
         return ""
-    left, name = min((total(*excess(other)), other.name) for other in _schedules(backbone))
-    if left < CLEARLY * total(share, error):
+    found = [(other.name, excess(other)) for other in _schedules(backbone)]
+    name, best = min(found, key=lambda reading: (total(*reading[1]), reading[0]))
+    if total(*best) < CLEARLY * total(share, error) and not bool(odd(*best).any()):
         return name
     wrong[: len(lowest)] = False
     if int(wrong.sum()) < OFTEN:
@@ -204,8 +224,9 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     worst = int((share.abs() * wrong).argmax())
     return (
         f"the schedule: at t {float(times[worst]):.6g} the network finds too "
-        f"{'little' if share[worst] > 0 else 'much'} "
-        "noise, and on no schedule that was tried the right amount; pass the one that it was trained with"
+        f"{'little' if share[worst] > 0 else 'much'} noise, and on no schedule that was tried the right "
+        "amount; the network was trained on another schedule, "
+        "or for too short a time"
     )
 
 
@@ -258,9 +279,7 @@ def _schedules(backbone: Backbone) -> list[Reading]:
         found.append(Reading(name, schedule, row, _stepped(schedule, step)))
     for shift in SHIFTS:
         way = "noisier" if shift > 0 else "cleaner"
-        name = (
-            f"the schedule: the network finds the right noise where it is told times {abs(shift):.0%} of the way {way}"
-        )
+        name = f"the schedule: the network finds the right noise at times {abs(shift):.0%} of the way {way}"
         found.append(Reading(name, schedule, row, _moved(schedule, shift)))
     return found + [
         Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)
@@ -313,39 +332,15 @@ def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
 
 
 def _own_times(reading: Reading, stated: Schedule, times: Tensor) -> Tensor:
-    """Return the reading's times [T] of the ratios of noise to data that are stated at `times`."""
+    """Return the reading's times [T] with the stated noise ratios.
+
+    The stated schedule has these ratios of noise to data at `times`.
+    """
     return times if reading.same else _time_of(reading.schedule, reading.scale * _ratio(stated, times))
 
 
 def _ratio(schedule: Schedule, times: Tensor) -> Tensor:
     return schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)
-
-
-def _reached(reading: Reading, stated: Schedule, times: Tensor) -> Tensor:
-    """Return whether [T] a reading's schedule has these ratios of noise to data."""
-    own = _ratio(reading.schedule, _own_times(reading, stated, times))
-    return (own / (reading.scale * _ratio(stated, times)) - 1).abs() < REACHED
-
-
-def _errors(
-    backbone: Backbone,
-    stated: Schedule,
-    reading: Reading,
-    times: Tensor,
-    real: Tensor,
-    noise: Tensor,
-    cond: Cond,
-    batch: int,
-) -> Tensor:
-    """Return mean square errors [T, N] over elements.
-
-    In units of the data as given. A value that is not finite counts as very large.
-    """
-    own = _own_times(reading, stated, times)
-    x0 = reading.scale * real + reading.offset
-    estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
-    errors = [((clean - x0) / reading.scale).square().flatten(1).mean(1) for clean in estimates]
-    return torch.stack(errors).nan_to_num(nan=1e12, posinf=1e12).clamp(max=1e12)
 
 
 @torch.no_grad()

@@ -1,4 +1,1 @@
-"""TrajP-L: the shape of sampling trajectories, and direction heads.
-
-A direction head corrects a step's direction along the shape that sampling trajectories share.
-"""
+"""The curve that trajectories share, and heads that correct a step's direction."""

@@ -12,7 +12,7 @@ weights on these.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,6 @@ class Head(nn.Module, ABC):
     prediction.
     """
 
-    # Whether every step has its own weights: then the longest grid limits the number of steps.
-    by_step: ClassVar[bool] = False
     centre: Tensor
 
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
@@ -163,8 +161,6 @@ class SpanHead(Head):
     and the head works for data of any size.
     """
 
-    by_step = True
-
     def __init__(self, schedule: Schedule, facts: Facts, width: int = 64) -> None:
         super().__init__(schedule, facts)
         self.each = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -197,8 +193,6 @@ class SharedHead(Head):
     The head has a few weights per step (the idea of PAS).
     """
 
-    by_step = True
-
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
         super().__init__(schedule, facts)
         self.rows = Rows(facts.grids)
@@ -208,50 +202,13 @@ class SharedHead(Head):
         return torch.einsum("bn,bn...->b...", weights.to(tokens.values), tokens.values)
 
 
-class FilmHead(Head):
-    """Small convolutional head over the first three tokens.
-
-    The curve modulates the convolutions. For states [C, H, W]; raises ValueError for other states.
-    """
-
-    def __init__(self, schedule: Schedule, facts: Facts, width: int = 32) -> None:
-        super().__init__(schedule, facts)
-        if facts.centre.ndim != 3:
-            raise ValueError(
-                f"method.head: film is for states [C, H, W], these are {list(facts.centre.shape)}; choose span"
-            )
-        channels = len(facts.centre)
-        self.into = nn.Conv2d(3 * channels, width, 3, padding=1)
-        self.middle = nn.Conv2d(width, width, 3, padding=1)
-        self.film = nn.Sequential(nn.Linear(6 + 3, 2 * width), nn.SiLU(), nn.Linear(2 * width, 4 * width))
-        self.out = _zero(nn.Conv2d(width, channels, 3, padding=1))
-
-    def delta(self, tokens: Tokens, t: Tensor, t_next: Tensor) -> Tensor:
-        values, there, lengths = (_three(part) for part in tokens[:3])
-        known = torch.cat([self.places(t, t_next), (torch.log(lengths + SMALL) * there).detach()], 1)
-        scale_1, shift_1, scale_2, shift_2 = (f[..., None, None] for f in self.film(known).chunk(4, 1))
-        h = self.into((values / self.facts.spread).flatten(1, 2).float())
-        h = nn.functional.silu(h * (1 + scale_1) + shift_1)
-        h = nn.functional.silu(self.middle(h) * (1 + scale_2) + shift_2)
-        return self.facts.spread * self.out(h)
-
-
-def _three(x: Tensor) -> Tensor:
-    """Return the first three tokens, padded with zeros."""
-    return torch.cat([x, x.new_zeros((x.shape[0], max(0, 3 - x.shape[1]), *x.shape[2:]))], 1)[:, :3]
-
-
 def _zero(layer: nn.Module) -> nn.Module:
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
-KINDS: dict[str, type[SpanHead] | type[SharedHead] | type[FilmHead]] = {
-    "span": SpanHead,
-    "shared": SharedHead,
-    "film": FilmHead,
-}
+KINDS: dict[str, type[SpanHead] | type[SharedHead]] = {"span": SpanHead, "shared": SharedHead}
 
 
 def make_head(kind: str, schedule: Schedule, facts: Facts, seed: int = 0) -> Head:
@@ -274,8 +231,8 @@ def kind_of(head: nn.Module) -> str:
 def require_steps(kind: str, counts: Iterable[int], steps: int, option: str, cure: str) -> None:
     """Check that a head serves this number of steps.
 
-    `kind` is the kind of head, and `counts` are the step counts that the head was made for. Raises ValueError
-    with the `cure` if the head has no weights for some of the steps.
+    A head has weights for every step of the grids that it was made for: `counts` are their step counts, and
+    `kind` is the kind of head. Raises ValueError with the `cure` where some of the steps have no weights.
     """
-    if KINDS[kind].by_step and steps > (most := max(counts)):
+    if steps > (most := max(counts)):
         raise ValueError(f"{option}: got {steps}, the student's {kind} head serves up to {most} steps; {cure}")

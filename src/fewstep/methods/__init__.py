@@ -1,4 +1,1 @@
-"""Training methods: TDM with variants and rivals, and TrajP-L.
-
-A method says which role is updated by which objective.
-"""
+"""Objectives and updates of each role: TDM with variants and rivals, TrajP-L."""

@@ -32,7 +32,13 @@ class About(TypedDict, total=False):
     next: list[tuple[str, str]]
 
 
-Row = dict[str, str | bool | float | None]  # a row of `eval.json`: texts and numbers by column
+class Row(TypedDict, total=False):
+    """A row of `eval.json`.
+
+    All other values are numbers, truth values or null.
+    """
+
+    model: str
 
 
 class Evaluation(TypedDict, total=False):
@@ -72,17 +78,6 @@ class BestPreview(TypedDict):
     iteration: int
     value: float
     measured: str
-
-
-class Card(TypedDict, total=False):
-    """The part of a student's `fewstep.json` that a report names."""
-
-    method: str
-    base: str
-    steps: list[int]
-    weights: str
-    rank: int | None
-    head: str
 
 
 class _Counted(TypedDict):

@@ -8,10 +8,11 @@ from typing import Any
 from ..atomic import write_text
 from ..names import quoted
 from ..reading import object_in, reading, require_regular
+from ..student.folder import holds_student, read_card
 from ..typed import typed
 from .grids import require_png
 from .html import Report, render
-from .kinds import About, BestPreview, Card, Evaluation, Shape
+from .kinds import About, BestPreview, Evaluation, Shape
 from .live import read_metrics
 from .pictures import Pictures, load_pictures
 from .summary import Cost, headlines
@@ -19,7 +20,6 @@ from .summary import Cost, headlines
 PICTURES = "pictures.safetensors"
 REPORT = "report.html"
 SHAPE = "trajectories.json"  # the shape of the trajectories, see `report.trajectories`
-CARD = "fewstep.json"
 BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which preview
 SHOWN_SAMPLES = 3
 STEP = re.compile(r"step_[0-9]{1,18}\.png")
@@ -50,7 +50,7 @@ def read_run(run: Path) -> Report:
 
     Parts whose files are not there yet are empty.
     """
-    about, evaluation = _read(run / "run.json", About), _read(run / "final" / "eval.json", Evaluation)
+    about, evaluation = _read(run / "run.json", About), _evaluation(run / "final" / "eval.json")
     metrics = read_metrics(run / "metrics.jsonl")
     rows = evaluation.get("rows", [])
     seconds = [m["seconds"] for m in metrics if "seconds" in m]
@@ -93,21 +93,24 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
     The facts are teacher, method, steps, what was trained, and which file to use. Of a run without a
     student, the facts say what is being made.
     """
-    card = _read(run / "final" / CARD, Card)
+    card = read_card(run / "final") if holds_student(run / "final") else None
     method, train = recipe.get("method") or {}, recipe.get("train") or {}
     first = ((recipe.get("warm_start") or {}).get("method") or {}).get("name")
-    name = card.get("method") or (f"{first}-{method.get('name')}" if first else method.get("name"))
-    steps = card.get("steps") or method.get("steps")
+    name = f"{first}-{method.get('name')}" if first else method.get("name")
+    steps = card.steps if card else method.get("steps")
     counts = [steps] if isinstance(steps, int) else list(steps or [])
-    facts = [("Teacher", card.get("base") or recipe.get("teacher")), ("Method", name), ("Steps", _listed(counts))]
+    facts = [
+        ("Teacher", card.base if card else recipe.get("teacher")),
+        ("Method", card.method if card else name),
+        ("Steps", _listed(counts)),
+    ]
     if card:
-        trained = {"lora": f"LoRA of rank {card.get('rank')}, for strength 1.0", "full": "all weights of the network"}
-        head = f", and a {card['head']} head" if card.get("head") else ""
+        trained = {"lora": f"LoRA of rank {card.rank}, for strength 1.0", "full": "all weights of the network"}
+        head = f", and a {card.head} head" if card.head else ""
         facts.append(
             (
                 "Trained",
-                trained.get(str(card.get("weights")), "nothing but a head")
-                + (head if card.get("weights") != "none" else ""),
+                trained.get(card.weights, "nothing but a head") + (head if card.weights != "none" else ""),
             )
         )
         files = sorted(p.name for p in (run / "final").glob("*-lora.safetensors"))
@@ -140,7 +143,7 @@ def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     asked = next((f" -p {quoted(p)}" for p in prompts if p), "" if prompts else " -p 'a prompt of your own'")
     out = quoted(str(run / "export"))
     return [
-        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {student}{asked} --compare"),
+        ("Sample a prompt of your own, next to the teacher", f"fewstep sample {student}{asked} --compare"),
         ("Measure it under the full protocol", f"fewstep evaluate {student}"),
         (
             "Write it for diffusers and ComfyUI; each file is loaded again and compared",
@@ -175,6 +178,19 @@ def _grid(path: Path) -> bytes:
     """
     with reading(path, CURE):
         return require_png(require_regular(path).read_bytes())
+
+
+def _evaluation(path: Path) -> Mapping[str, Any]:
+    """Read an evaluation.
+
+    Raises ReadError where a value other than the model's name is no number.
+    """
+    found = _read(path, Evaluation)
+    with reading(path, CURE):
+        for row in found.get("rows", []):
+            for key, value in row.items():
+                typed(str if key == "model" else bool | float | None, value, key)
+    return found
 
 
 def _read(path: Path, kind: Any) -> Mapping[str, Any]:

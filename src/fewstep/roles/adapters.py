@@ -69,8 +69,8 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
     """Return the names of the layers that can carry LoRA.
 
     `kind` is all, linear, conv or attention. Names containing a `skip` are left out, and layers whose LoRA
-    could not be merged: of convolutions with groups, dilation or another padding than zeros, of weights that are tied, computed from others, or read by
-    nn.MultiheadAttention. Raises ValueError for an unknown kind, or a network without such layers.
+    could not be merged: of convolutions with groups, dilation or another padding than zeros, of weights that
+    are tied, computed from others, or read by nn.MultiheadAttention. Raises ValueError for an unknown kind, or a network without such layers.
     """
     if kind not in TARGETS:
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join(TARGETS)}")

@@ -33,7 +33,7 @@ CHUNK = 256  # states that are sampled at once
 @told_in_python
 def evaluate(
     model: Student | Step,
-    prompts: Sequence[str] = ("",),
+    prompts: Sequence[str] | None = None,
     real: Any = None,
     count: int = 512,
     out: str | Path | None = None,
@@ -56,6 +56,7 @@ def evaluate(
     - `diversity_ratio`: the spread of the row's states, relative to the spread of the teacher's.
     - `seconds_per_sample`: the time per sample.
 
+    A network with conditions needs `prompts`, those that the student is for.
     Students of diffusers pipelines are measured by their images, with `fewstep evaluate FOLDER`. Raises
     ValueError.
     """
@@ -65,13 +66,15 @@ def evaluate(
     teacher, card = backbone_of(student), student.card
     if isinstance(teacher, DiffusersBackbone):
         raise ValueError(
-            f"model: {card.name} is a student of a diffusers pipeline, whose pictures are measured; "
+            f"model: {card.name} is a student of a diffusers pipeline, whose images are measured; "
             "save it and run: fewstep evaluate FOLDER"
         )
     count, out = whole_number(count, "count", 32), None if out is None else require_path(out, "out")
-    asked = require_prompts(prompts)
-    truth = None if real is None else real_states(real, teacher, 2)
     null = teacher.encode([""])
+    if prompts is None and null:
+        raise ValueError(f"prompts: got none, {teacher.name} has conditions; pass those that the student is for")
+    asked = require_prompts([""] if prompts is None else prompts)
+    truth = None if real is None else real_states(real, teacher, 2)
     best = card.guidance if null else Guidance()
     goal = _drawn(teacher, asked, count, count, TEACHER_STEPS, best)[0]
 
@@ -99,6 +102,7 @@ def evaluate(
     half = count // 2
     result = {
         "protocol": PROTOCOL,
+        "prompts": len(asked),
         "distance": "energy distance of plain states, zero for one distribution",
         "rows": rows,
         "noise": energy_noise(goal[:half], goal[half : 2 * half]),
@@ -127,7 +131,8 @@ def real_states(real: Any, backbone: Backbone, least: int) -> Tensor:
         states = backbone.encode_images(states)
     if not states.ndim or states.shape[1:] != tuple(backbone.shape) or len(states) < least:
         raise ValueError(
-            f"real: got {list(states.shape)}, allowed are at least {least} states [N, {', '.join(map(str, backbone.shape))}]"
+            f"real: got {list(states.shape)}, allowed are at least {least} states [N, "
+            f"{', '.join(map(str, backbone.shape))}]"
         )
     if not bool(states.isfinite().all()) or not bool(states.var(0).any()):
         raise ValueError("real: its numbers are not finite, or all samples are the same; pass clean data")

@@ -77,17 +77,20 @@ class RunSpec:
     init_from: Path | None = None
 
     @property
-    def origin(self) -> str:
-        """What a model card says about the training data.
+    def data(self) -> str:
+        """What a model card says about the training data."""
+        return data_words(None if self.images is None else self.images.source, self.roles, any(self.prompts))
 
-        The text also names the quantization of a teacher whose weights were not quite those of the base.
-        """
-        text = "prompts alone" if any(self.prompts) else "its teacher alone"
-        if self.images is not None:
-            text = (
-                "prompts and images sampled from the teacher" if self.images.source == "teacher" else "captioned images"
-            )
-        return f"{text}, next to its base in {self.roles.quantize}" if self.roles.quantize else text
+
+def data_words(images: str | None, roles: RolesConfig, prompted: bool = True) -> str:
+    """Return what a model card says about the training data.
+
+    The text also names the quantization of a teacher whose weights were not quite those of the base.
+    """
+    text = "prompts alone" if prompted else "its teacher alone"
+    if images is not None:
+        text = "prompts and images sampled from the teacher" if images == "teacher" else "captioned images"
+    return f"{text}, next to its base in {roles.quantize}" if roles.quantize else text
 
 
 class Progress(Protocol):

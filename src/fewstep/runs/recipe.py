@@ -4,9 +4,11 @@ Every mistake is one line that names the option.
 """
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from functools import partial
+import shlex
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,6 +42,7 @@ from ..typed import shown
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST = 100_000  # values in a recipe
+DEFAULT_METHOD = "tdm"
 Place = Annotated[str, AfterValidator(expanded)]  # a path, a hub id or a name
 Name = Annotated[
     str,
@@ -117,6 +120,7 @@ RENAMED = {
     "roles.skip": "roles.exclude",
     "roles.base": "roles.quantize",
 }
+INIT_HEAD = {"keep": "keep", "fold": "absorb"}  # values of 0.1.0's method.head, which is another option now
 
 
 def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def _with_preset(value: Any) -> Any:
         raise ValueError(
             f"method: got {shown(value)}, allowed are settings, e.g. method: {{name: tdm, steps: 4}}; correct it"
         )
-    name = str(value.get("name", "tdm"))
+    name = str(value.get("name", DEFAULT_METHOD))
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
     given = dict(value)
@@ -160,7 +164,7 @@ if TYPE_CHECKING:
     AnyMethod = Method
 else:  # a class of `METHODS`: the settings on top of the preset of the method's name
     AnyMethod = Annotated[
-        tuple(Annotated[kind, Tag(name)] for name, kind in METHODS.items()),
+        reduce(or_, (Annotated[kind, Tag(name)] for name, kind in METHODS.items())),
         Discriminator(_kind_of_method),
         BeforeValidator(_with_preset),
     ]
@@ -346,16 +350,52 @@ def read_recipe(
     are taken literally, over the overrides. Raises ValueError with one line.
     """
     path = recipe_path(source)
-    value = override(_yaml(path), overrides, model)
-    _require_new_keys(value, str(path))
+    value = _yaml(path)
+    before = {place: _settings(value, place).get("name", DEFAULT_METHOD) for place in ("method", "warm_start.method")}
+    value = override(value, overrides, model)
+    _require_new_keys(value, _where(str(path), overrides))
+    for place, name in before.items():
+        _require_settings(_settings(value, place), place, name, str(path))
     for key, text in given.items():
         if not text:
             raise ValueError(f"--{key.partition('.')[0]}: got an empty text; pass a value, or leave the option out")
         _put(value, key, text)
-    return validate(value, model, str(path))
+    return validate(value, model, str(path), overrides)
 
 
-def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", within: str = "") -> None:
+def _settings(value: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Return the mapping at `a.b` of a recipe, or an empty one."""
+    found: Any = value
+    for part in place.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _require_settings(settings: Mapping[str, Any], place: str, before: Any, source: str) -> None:
+    """Check that an overriding method takes the recipe's settings.
+
+    Raises ValueError with the settings that the method does take, as one override.
+    """
+    name = settings.get("name", DEFAULT_METHOD)
+    if name == before or name not in PRESETS:
+        return
+    known = {f.name for f in fields(PRESETS[name])}
+    if odd := [key for key in settings if key not in known]:
+        kept = {key: inner for key, inner in settings.items() if key in known}
+        text = yaml.safe_dump(kept, default_flow_style=True, width=10**6, sort_keys=False).strip()
+        raise ValueError(
+            f"{place}.name: got {name}, which takes no {', '.join(odd)} as {source} has; "
+            f"pass --set {shlex.quote(f'{place}={text}')} in its place"
+        )
+
+
+def _where(source: str, overrides: Sequence[str]) -> Callable[[str], str]:
+    """Return a function that says where an option was written: in `source`, or with --set."""
+    given = [item.partition("=")[0] for item in overrides]
+    return lambda option: "--set" if any(option == key or option.startswith(f"{key}.") for key in given) else source
+
+
+def _require_new_keys(value: Mapping[str, Any], where: Callable[[str], str], above: str = "", within: str = "") -> None:
     """Check that a recipe has no key of an earlier version.
 
     Raises ValueError with the key's present name.
@@ -364,15 +404,21 @@ def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", wi
         name, shown_name = f"{above}{key}", f"{within}{above}{key}"
         old = name == "method.match" and isinstance(inner, str)
         new = "method.match.state" if old else RENAMED.get(name)
+        if name == "method.head" and inner in INIT_HEAD:
+            raise ValueError(
+                f"{shown_name}: this option is called {within}method.init_head now, and {inner} is "
+                f"{INIT_HEAD[inner]}; rename it in {where(shown_name)}, see docs/recipes.md"
+            )
         if new is not None and not (name == "method.gan" and isinstance(inner, dict)):
             raise ValueError(
-                f"{shown_name}: this option is called {within}{new} now; rename it in {source}, see docs/recipes.md"
+                f"{shown_name}: this option is called {within}{new} now; "
+                f"rename it in {where(shown_name)}, see docs/recipes.md"
             )
         if isinstance(inner, dict):
             if key == "warm_start":
-                _require_new_keys(inner, source, "", "warm_start.")
+                _require_new_keys(inner, where, "", "warm_start.")
             else:
-                _require_new_keys(inner, source, f"{name}.", within)
+                _require_new_keys(inner, where, f"{name}.", within)
 
 
 def recorded(recipe: BaseModel) -> dict[str, Any]:
@@ -517,7 +563,7 @@ def override(value: dict[str, Any], overrides: Sequence[str], model: type[BaseMo
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ValueError(f"--set: got {item!r}, allowed is OPTION=VALUE, e.g. --set train.lr=1e-5")
-        kinds = [_text(annotation) for annotation in _annotations(model, key.split("."))]
+        kinds = [_text(annotation) for annotation in annotations_of(model, key.split("."))]
         if any(kinds):
             _put(value, key, None if "optional" in kinds and text in ("", "null") else text)
             continue
@@ -552,7 +598,7 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
+def annotations_of(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
     """Yield the annotations of the field at `keys` below a model.
 
     `kind` is a model, a dataclass or a union of them. Every kind that has the field yields one annotation.
@@ -565,7 +611,7 @@ def _annotations(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
         else:
             fields = get_type_hints(part, include_extras=True) if is_dataclass(part) else {}
         if keys[0] in fields:
-            yield from _annotations(fields[keys[0]], keys[1:]) if len(keys) > 1 else [fields[keys[0]]]
+            yield from annotations_of(fields[keys[0]], keys[1:]) if len(keys) > 1 else [fields[keys[0]]]
 
 
 def _text(annotation: Any) -> Literal["text", "optional", ""]:
@@ -581,10 +627,12 @@ def _text(annotation: Any) -> Literal["text", "optional", ""]:
     return "text" if len(own) == len(kinds) else "optional"
 
 
-def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
+def validate(value: dict[str, Any], model: type[Model], source: str, overrides: Sequence[str] = ()) -> Model:
     """Check that `value` is a recipe of this kind.
 
-    Returns the recipe. Raises ValueError with the first mistake, on one line.
+    Returns the recipe. `overrides` were not written in `source` but with --set.
+
+    Raises ValueError with the first mistake, on one line.
     """
     kinds = {
         "distill": "fewstep distill",
@@ -595,7 +643,9 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
     kind, expected = value.get("kind"), model.model_fields["kind"].annotation
     if isinstance(kind, str) and kind in kinds and kind not in str(expected):
         raise ValueError(f"recipe: {source} is of kind {kind}; run: {kinds[kind]} {source}")
-    _require_no_boolean(value, model, source)
+
+    where = _where(source, overrides)
+    _require_no_boolean(value, model, where)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -605,11 +655,11 @@ def validate(value: dict[str, Any], model: type[Model], source: str) -> Model:
             raise ValueError(_named(str(first["ctx"]["error"]), option)) from error
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(
-                f"{option}: unknown option in {source}; "
+                f"{option}: unknown option in {where(option)}; "
                 f"allowed here are {', '.join(_siblings(model, first['loc'][:-1]))}"
             ) from error
         got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-        raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {source})") from error
+        raise ValueError(f"{option}: {first['msg'][0].lower()}{first['msg'][1:]}{got} (in {where(option)})") from error
 
 
 def _named(text: str, place: str) -> str:
@@ -625,7 +675,7 @@ def _named(text: str, place: str) -> str:
 
 
 def _require_no_boolean(
-    value: Mapping[str, Any], model: type[BaseModel], source: str, parents: tuple[str, ...] = ()
+    value: Mapping[str, Any], model: type[BaseModel], where: Callable[[str], str], parents: tuple[str, ...] = ()
 ) -> None:
     """Check that numbers are numbers, not booleans or texts.
 
@@ -634,19 +684,19 @@ def _require_no_boolean(
     """
     for key, inner in value.items():
         place = (*parents, str(key))
+        option = ".".join(place)
         if isinstance(inner, dict):
-            _require_no_boolean(inner, model, source, place)
+            _require_no_boolean(inner, model, where, place)
             continue
-        kinds = {
-            k for annotation in _annotations(model, place) for kind in _kinds(annotation) for k in (kind, *_inner(kind))
-        }
+        own = [kind for annotation in annotations_of(model, place) for kind in _kinds(annotation)]
+        kinds = {k for kind in own for k in (kind, *_inner(kind))}
         text = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, str)), None)
         if text is not None and {int, float} & kinds and not any(k is str or isinstance(k, str) for k in kinds):
-            raise ValueError(f"{'.'.join(place)}: input should be a number, got {shown(text)} (in {source})")
+            raise ValueError(f"{option}: input should be a number, got {shown(text)} (in {where(option)})")
         odd = next((v for v in (inner if isinstance(inner, list) else [inner]) if isinstance(v, bool)), None)
         if odd is not None and kinds and bool not in kinds:
             wanted = "a number" if {int, float} & kinds else "a text"
-            raise ValueError(f"{'.'.join(place)}: input should be {wanted}, got {str(odd).lower()} (in {source})")
+            raise ValueError(f"{option}: input should be {wanted}, got {str(odd).lower()} (in {where(option)})")
 
 
 def _inner(kind: Any) -> list[Any]:

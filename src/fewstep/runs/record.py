@@ -10,6 +10,7 @@ from ..processes import this_process
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python, fewstep and what fewstep computes with."""
     return {"fewstep": __version__, "python": platform.python_version()} | {
         p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")
     }

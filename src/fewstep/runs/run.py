@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
 from ..backbones.parts import DiffusersBackbone
-from ..backbones.schedulers import student_scheduler
-from ..core import timegrid
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
@@ -66,8 +63,6 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
     report.
     """
     folder, method, roles, config = run.folder, run.method, run.roles, run.config
-    if folder is not None:
-        require_files(run.teacher, method)
     settings = settings_of(roles, method, run.data, config, config.accumulate, run.real, run.paths)
     done = 0 if folder is None else begun(folder, settings)  # before the teacher is called
     watch = run.watch if done < config.iterations else None
@@ -118,22 +113,6 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
         training.close()
 
 
-def require_files(teacher: Backbone, method: Method) -> None:
-    """Check before the training that its student can be written.
-
-    Raises ValueError where no scheduler takes the student's times and solver, or where the state of a
-    network of one's own holds anything but tensors.
-    """
-    if isinstance(teacher, DiffusersBackbone):
-        even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
-        student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
-    elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
-        raise ValueError(
-            f"teacher: {odd} in the state of its network is no tensor, "
-            "so that no student of it can be written; make it a buffer"
-        )
-
-
 def _preview(run: Run, watch: Watch | None) -> Preview | None:
     """Return the previews of a pipeline's run.
 
@@ -177,13 +156,11 @@ def next_lines(run: Run, folder: Path) -> list[list[str]]:
     """Return Python lines that use the student, each with a title."""
     final = str(folder / FINAL)
     base = "" if isinstance(run.teacher, DiffusersBackbone) else ", base=teacher"
+    measured = "student, prompts, real=..." if run.data.null else "student, real=..."
     return [
         ["Load the student", f"student = fewstep.load_student({final!r}{base})"],
-        ["Draw with it", "samples = fewstep.sample(student, prompts)"],
-        [
-            "Measure it beside its teacher",
-            f"fewstep.evaluate(student{'' if base else ', real=...'})" if base else f"fewstep evaluate {folder}",
-        ],
+        ["Sample from it", "samples = fewstep.sample(student, prompts)"],
+        ["Measure it next to its teacher", f"fewstep.evaluate({measured})" if base else f"fewstep evaluate {folder}"],
         [
             "Initialize another training from it",
             (

@@ -1,5 +1,6 @@
 """Sampling from a teacher, a step of a training, or a student."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -111,15 +112,27 @@ def sample_trajectory(
     if isinstance(model, Step):
         count = steps or model.method.counts[0]
         check_steps(model, count)
+        _note_untrained(count, model.method.counts)
         times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
             denoise = student_of(model.method, model.roles, cond, condition or count, scale)
             return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
     if isinstance(model, Student):
-        return model.sample_trajectory(cond, seeds, steps or model.card.steps[0], scale, solver, condition)
+        _note_untrained(count := steps or model.card.steps[0], model.card.steps)
+        return model.sample_trajectory(cond, seeds, count, scale, solver, condition)
     backbone = rested(backbone)
     denoise = guided(backbone, backbone.module, cond, null, guidance)
     return trajectory(backbone, denoise, seeds, timegrid.uniform(backbone.schedule, steps or 50), solver or "ddim")
+
+
+def _note_untrained(steps: int, trained: Sequence[int]) -> None:
+    """Warn of a step count that the student was not trained for."""
+    if steps not in trained:
+        warnings.warn(
+            f"steps: got {steps}, this student was trained for {', '.join(map(str, trained))}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def check_steps(model: Student | Step, steps: int, option: str = "steps") -> None:

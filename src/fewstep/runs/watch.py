@@ -118,7 +118,7 @@ class StateWatch:
     """A monitor of states, for a network that samples no images.
 
     The student's states are compared with the teacher's states from other noise, and with the initial
-    student's states.
+    student's states. While the student is trained, only what has become worse than at the beginning is said.
     """
 
     def __init__(self, watch: Watch, count: int, roles: Roles, method: Method, data: Embeddings, batch: int) -> None:
@@ -134,6 +134,7 @@ class StateWatch:
         self.expected, self.wide = shares(self.teacher, self.centres), spread(self.teacher)
         begun = self._of_student(roles)
         self.begun, self.noise = energy_distance(begun, self.teacher), energy_noise(begun, self.teacher)
+        self.begun_wide, self.begun_shares = spread(begun) / max(self.wide, 1e-12), shares(begun, self.centres)
         few = [
             self._of_teacher(roles, method.counts[0], guidance, self.seeds)
             for guidance in {Guidance(), method.guidance}
@@ -144,14 +145,17 @@ class StateWatch:
         """Return (warnings, numbers) of the averaged student as it is now."""
         own = self._of_student(roles)
         distance, ratio, found = energy_distance(own, self.teacher), spread(own) / max(self.wide, 1e-12), []
-        if not abs(ratio - 1) <= TOLERANCE:
+        if not abs(ratio - 1) <= (TOLERANCE if last else max(TOLERANCE, 1.2 * abs(self.begun_wide - 1))):
             cure = (
                 "modes are being lost: lower train.lr, raise train.fake_lr or method.fake.updates"
                 if ratio < 1
                 else "lower train.lr or method.guidance"
             )
             found.append(f"DRIFT: the spread of its states is {ratio:.2f} of the teacher's; {cure}")
-        if (places := shifted(shares(own, self.centres), self.expected, self.count)) is not None:
+        own_shares = shares(own, self.centres)
+        farther = (own_shares - self.expected).abs() > 1.2 * (self.begun_shares - self.expected).abs()
+        compared = own_shares if last else torch.where(farther, own_shares, self.expected)
+        if (places := shifted(compared, self.expected, self.count)) is not None:
             found.append(
                 f"MODES: {100 * places[0]:.0f} % of its states lie where the teacher "
                 f"has {100 * places[1]:.0f} %; lower train.lr or train more slowly"

@@ -1,1 +1,1 @@
-"""The training loop, checkpoints, optimizers and memory."""
+"""The one training loop, checkpoints, optimizers, memory."""

@@ -80,8 +80,8 @@ def fit(
         loss = loss_at(step)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
-                f"loss is {value} at step {step}; lower train.lr or set train.bf16=false, then run the same command "
-                "again"
+                f"loss is {value} at step {step}; lower this fit's lr or set its bf16 to false, "
+                "then run the same command again"
             )
         module.zero_grad(set_to_none=True)
         loss.backward()

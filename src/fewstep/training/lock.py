@@ -95,8 +95,9 @@ def held_in_python(folder: Path) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder within the block.
 
-    Raises ValueError that names the holder if another process, or another run of this one, holds the lock. A dead holder loses the lock:
-    on this machine at once, on another machine after ten minutes without a sign of life.
+    Raises ValueError that names the holder if another process, or another run of this one, holds the lock. A
+    dead holder loses the lock: on this machine at once, on another machine after ten minutes without a sign
+    of life.
     """
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from .compiling import Compiled
 from .optimizer import OptimizerName, make_optimizer
 from .settings import require_unchanged, settings_of
 from .state import (
+    checkpoints,
     latest_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -179,6 +180,18 @@ def require_updates(method: Method, iterations: int) -> None:
         )
 
 
+def require_trajectories(method: Method, given: bool) -> None:
+    """Check that a method gets trajectories if it needs them.
+
+    Raises ValueError for needed trajectories that are missing, and for trajectories that the method does not take.
+    """
+    if method.needs.trajectories != given:
+        needs, cure = (
+            ("needs", "set it to trajectories") if method.needs.trajectories else ("takes no", "leave data out")
+        )
+        raise ValueError(f"data.source: method {method.name} {needs} trajectories of the teacher; {cure}")
+
+
 def distill(
     roles: Roles,
     method: Method,
@@ -206,20 +219,13 @@ def distill(
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
-    if method.needs.trajectories != (paths is not None):
-        raise ValueError(
-            (
-                f"data.source: method {method.name} {'needs' if method.needs.trajectories else 'takes no'} "
-                "trajectories of the teacher; "
-            )
-            + ("set it to trajectories" if method.needs.trajectories else "leave data out")
-        )
+    require_trajectories(method, paths is not None)
     if method.needs.images != (real is not None):
         raise ValueError(
             (
                 f"data.source: method {method.name} "
                 f"""{
-                    "needs pictures"
+                    "needs images"
                     if method.needs.images
                     else "is trained from prompts alone, which pictures need method.gan above 0 to change"
                 }; """
@@ -284,9 +290,12 @@ def distill(
             keep_input_dtype(roles.layers if mixed else ()),
             compiled(),
         ):
-            metrics = _updates(
-                accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
-            )
+            try:
+                metrics = _updates(
+                    accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}{_and_then(run)}") from error
         if i >= method.warmup:
             # A young average decays faster, so that the average never holds the start.
             done = i - method.warmup + 1
@@ -454,11 +463,20 @@ def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
     Raises FloatingPointError otherwise.
     """
     if not bool(torch.isfinite(value)):
-        option = "train.lr" if role == "student" else "train.fake_lr"
-        raise FloatingPointError(
-            f"the {role} {what} is {value.item()} at iteration {i + 1}; "
-            f"the last checkpoint is intact: lower {option}, then run again"
-        )
+        # The student's own rate breaks the fake score as well: the student's samples are what the score is trained on.
+        option = "train.lr" if role == "student" else "train.lr or train.fake_lr"
+        raise FloatingPointError(f"the {role} {what} is {value.item()} at iteration {i + 1}; lower {option}")
+
+
+def _and_then(run: Path | None) -> str:
+    """Return the advice after a number that is not finite.
+
+    A run keeps its learning rates, so lower rates need another folder.
+    """
+    if run is None:
+        return ""
+    kept = "" if not (found := checkpoints(run)) else f" ({found[-1].name} of {run} is intact)"
+    return f", and choose another --out{kept}"
 
 
 def save_run(
@@ -503,7 +521,7 @@ def _resume(
     if (before := state.get("batches", batches)) != batches:
         raise ValueError(
             f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; "
-            f"in {processes} processes set it to {before / processes:g}"
+            f"in {processes} process{'es' if processes > 1 else ''} set it to {before / processes:g}"
         )
     require_unchanged(state.get("settings"), settings, str(run))
     place, names = (

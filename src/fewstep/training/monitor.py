@@ -23,11 +23,11 @@ MODERATE = 4.5  # guidance at which images are not blown out
 ADVICE = {
     "brightness": "lower method.guidance or train.lr",
     "saturation": "lower method.guidance or train.lr",
-    "contrast": "blurred or over-sharpened: raise method.fake_updates or lower train.lr",
-    "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake_updates",
+    "contrast": "blurred or over-sharpened: raise method.fake.updates or lower train.lr",
+    "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake.updates",
     "spread": "blown out if above 1, faded if below: lower method.guidance or train.lr",
     "motion": (
-        "clips stand still if below 1, flicker if above: lower train.lr, raise train.fake_lr or method.fake_updates"
+        "clips stand still if below 1, flicker if above: lower train.lr, raise train.fake_lr or method.fake.updates"
     ),
 }
 
@@ -116,7 +116,7 @@ def unfit(teacher: ImageStats, moderate: ImageStats | None, guidance: float) -> 
     if blank := sum(teacher.blank):
         found.append(
             f"DRIFT {blank} of the teacher's own {len(teacher.blank)} previews are of one colour or not finite; "
-            "see whether it draws at all: fewstep sample TEACHER"
+            "check that the teacher samples well: fewstep sample TEACHER"
         )
     if moderate is not None:
         own = f", in the teacher's own previews at method.guidance={guidance:g}"
