@@ -21,6 +21,7 @@ PHRASES = (
     ("leave data out", "leave images out"),
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
+    ("--out:", "out:"),
     ("--format: ", "form: "),
     ("--dtype: ", "dtype: "),
     ("DIR: ", "folder: "),

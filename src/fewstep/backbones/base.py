@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ LARGEST_STATE = 2**28  # numbers
 Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A pretrained denoiser with its process, conditions and decoder.
 
@@ -230,8 +231,7 @@ class Denoiser:
             kind = self.schedule if isinstance(self.schedule, type) else type(self.schedule)
             raise ValueError(
                 f"schedule: got {'the class' if isinstance(self.schedule, type) else 'a'} {kind.__name__}, allowed are "
-                "VP(alphas_cumprod), "
-                "Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
+                "VP(alphas_cumprod), Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
             )
         object.__setattr__(self, "shape", _sizes(self.shape))
         if self.conditions is not None and (not callable(self.conditions) or isinstance(self.conditions, type)):

@@ -108,9 +108,9 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seen_dtypes(module: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Collect the real types of what the parts of a network return.
+    """Collect the real dtypes of a network's activations within the block.
 
-    Some parts compute in another type than that of their weights.
+    Some networks calculate in another dtype than their weights'.
     """
     seen = set[torch.dtype]()
 

@@ -1,6 +1,6 @@
-"""Checks of a network of one's own before it is used.
+"""Checks of a custom network before it is used.
 
-A few calls say whether the network is a function of states, times and conditions.
+A few calls say whether it is a function of states, times and conditions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ CLOSE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bf
 
 
 def require_network(backbone: Backbone, prompts: list[str]) -> None:
-    """Check that a network of one's own does what its Denoiser says.
+    """Check that a custom network does what its Denoiser says.
 
-    The network is called on copies of its modules. Raises ValueError with one line.
+    A copy of its modules is called. Raises ValueError with one line.
     """
     if isinstance(backbone, DiffusersBackbone):
         return
@@ -62,9 +62,9 @@ def question(backbone: Backbone, prompts: Sequence[str]) -> tuple[Tensor, Tensor
 
 
 def _called(backbone: Backbone, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """Call the network on copies.
+    """Return the network's answer to copies of its inputs.
 
-    Raises ValueError where the network fails, changes its inputs, or does not return states.
+    Raises ValueError where it fails, changes its inputs, or does not answer with finite states.
     """
     own_x, own_cond = x.clone(), {k: v.clone() for k, v in cond.items()}
     heard = "".join(f", {k} {list(v.shape)}" for k, v in cond.items())

@@ -24,7 +24,7 @@ from ..core.prediction import Split
 from ..core.solvers import Denoise, State, with_analytic_first_step
 from ..heads.head import Head, kind_of, require_steps
 from ..methods.method import Method
-from ..names import LONGEST, made_name
+from ..names import LONGEST, made_name, require_path
 from ..roles import step_condition
 from ..roles.adapters import Adapter, attach_adapter, merge, plain_state
 from ..roles.roles import Roles, copied
@@ -333,7 +333,7 @@ class Student:
 
         Raises ValueError if the folder holds anything but a student.
         """
-        folder = Path(folder)
+        folder = require_path(folder, "folder")
         if folder.exists() and not holds_student(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
                 f"folder: {folder} is there already and holds no student, which would replace it; choose another"
