@@ -15,7 +15,13 @@ from fewstep.training.lock import LOCK
 
 from .test_odd_networks import METHOD, Net, started, trained, wrapped
 
-Train, Roles, Watch, Images = fewstep.TrainConfig, fewstep.RolesConfig, fewstep.Watch, fewstep.ImageSource
+# Any, for the types are wrong on purpose
+Train: Any = fewstep.TrainConfig
+Roles: Any = fewstep.RolesConfig
+Watch: Any = fewstep.Watch
+Images: Any = fewstep.ImageSource
+TDM: Any = fewstep.TDM
+Scaled: Any = Guidance
 NAN = float("nan")
 TABLE = torch.linspace(0.999, 0.001, 10, dtype=torch.float64)
 
@@ -69,22 +75,22 @@ def distilled(**settings: Any) -> Any:
         (lambda: Watch(count=1), "count: got 1, allowed are whole numbers from 2; watch=None watches"),
         (lambda: Watch(seed="x"), "seed: got 'x', allowed are whole numbers"),
         (lambda: Images("teacher", count=0), "count: got 0, allowed are whole numbers from 1"),
-        (lambda: Images(3), "source: got 3, allowed are texts"),  # type: ignore[arg-type]
+        (lambda: Images(3), "source: got 3, allowed are texts"),
         (lambda: fewstep.TrajectoryConfig(folder=""), "folder: got '', allowed is the path of a folder"),
-        (lambda: fewstep.TDM(steps=2.0), r"steps: got 2\.0, allowed are whole numbers"),
-        (lambda: fewstep.TDM(steps="4"), "steps: got '4', allowed are whole numbers"),
-        (lambda: fewstep.TDM(steps=True), "steps: got True, allowed are whole numbers"),
-        (lambda: fewstep.TDM(steps=()), r"steps: got .*, allowed are whole numbers"),
-        (lambda: fewstep.TDM(steps=None), "steps: got None, allowed are whole numbers"),
-        (lambda: fewstep.TDM(guidance=NAN), "guidance.scale: got nan, allowed are numbers from -1000 to 1000"),
-        (lambda: fewstep.TDM(guidance="3"), "guidance.scale: got '3', allowed are numbers from -1000 to 1000"),
-        (lambda: fewstep.TDM(guidance=True), "guidance.scale: got True, allowed are numbers"),
-        (lambda: fewstep.TDM(foo=1), "foo: method tdm has no such setting; it has"),
-        (lambda: fewstep.TDM(fake=3), "fake: got 3, allowed are a FakeScoreConfig"),
-        (lambda: fewstep.TDM(loss=None), "loss: got None, allowed are"),
+        (lambda: TDM(steps=2.0), r"steps: got 2\.0, allowed are whole numbers"),
+        (lambda: TDM(steps="4"), "steps: got '4', allowed are whole numbers"),
+        (lambda: TDM(steps=True), "steps: got True, allowed are whole numbers"),
+        (lambda: TDM(steps=()), r"steps: got .*, allowed are whole numbers"),
+        (lambda: TDM(steps=None), "steps: got None, allowed are whole numbers"),
+        (lambda: TDM(guidance=NAN), "guidance.scale: got nan, allowed are numbers from -1000 to 1000"),
+        (lambda: TDM(guidance="3"), "guidance.scale: got '3', allowed are numbers from -1000 to 1000"),
+        (lambda: TDM(guidance=True), "guidance.scale: got True, allowed are numbers"),
+        (lambda: TDM(foo=1), "foo: method tdm has no such setting; it has"),
+        (lambda: TDM(fake=3), "fake: got 3, allowed are a FakeScoreConfig"),
+        (lambda: TDM(loss=None), "loss: got None, allowed are"),
         (lambda: fewstep.method(None), "name: got None, allowed are tdm"),  # type: ignore[arg-type]
         (lambda: fewstep.method(["tdm"]), "name: got .*, allowed are tdm"),  # type: ignore[arg-type]
-        (lambda: Guidance(scale=[1.0]), r"guidance\.scale: got \[1\.0\], allowed are numbers"),  # type: ignore[arg-type]
+        (lambda: Scaled(scale=[1.0]), r"guidance\.scale: got \[1\.0\], allowed are numbers"),
         (lambda: VP(torch.zeros(10)), "schedule: alpha_bar goes from 0 to 0, allowed are cumulative products"),
         (lambda: VP(torch.full((9,), 0.3)), r"schedule: alpha_bar goes from 0\.3 to 0\.3, allowed are"),
         (lambda: VP(TABLE.to(torch.complex64)), "schedule: alpha_bar must be a decreasing list of numbers"),
@@ -121,9 +127,9 @@ def test_numbers_of_numpy_and_lists_are_taken_as_they_are() -> None:
     assert config == Train(iterations=6, batch=4, lr=0.5, betas=(0.0, 0.9), seed=3)
     assert {type(config.iterations), type(config.batch), type(config.seed)} == {int} and type(config.lr) is float
     assert Roles(exclude=["a", "b"]).exclude == ("a", "b")
-    assert fewstep.TDM(steps=np.int64(2)) == fewstep.TDM(steps=2)
-    assert fewstep.TDM(steps=[4, np.int64(2)]) == fewstep.TDM(steps=(4, 2))
-    assert fewstep.TDM(guidance=np.float32(2.0)).guidance == Guidance(scale=2.0)
+    assert TDM(steps=np.int64(2)) == TDM(steps=2)
+    assert TDM(steps=[4, np.int64(2)]) == TDM(steps=(4, 2))
+    assert TDM(guidance=np.float32(2.0)).guidance == Guidance(scale=2.0)
     distilled(train=Train(iterations=np.int64(2), batch=np.int64(2), seed=np.int64(1)))
 
 

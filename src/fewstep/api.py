@@ -167,7 +167,10 @@ def distill(
 def _require_kinds(
     teacher: object, method: object, train: object, roles: object, trajectories: object, watch: object
 ) -> None:
-    """Check the classes of `distill`'s arguments. Raises ValueError that names one of another class."""
+    """Check the classes of the arguments of `distill`.
+
+    Raises ValueError that names an argument of another class.
+    """
     for option, value, kinds, cure in (
         ("teacher", teacher, Backbone, "fewstep.load_teacher(...) or fewstep.Denoiser(...)"),
         ("method", method, Method, "fewstep.TDM(...) or fewstep.method(name, ...)"),

@@ -63,8 +63,9 @@ def check_fields(config: Any, section: str) -> None:
     Lists become tuples, and other libraries' numbers (numpy's) Python's own. Raises ValueError with one line,
     which names the option `section.field`.
     """
-    for name, kinds, limits in declared(type(config)):  # type: ignore[arg-type]
-        value, lengths = getattr(config, name), tuple_lengths(type(config))[name]
+    kind: Hashable = type(config)  # type: ignore[assignment]
+    for name, kinds, limits in declared(kind):
+        value, lengths = getattr(config, name), tuple_lengths(kind)[name]
         if value is None and NoneType in kinds:
             continue
         found = _plain(tuple(value) if isinstance(value, list) and lengths else value)
@@ -78,7 +79,10 @@ def check_fields(config: Any, section: str) -> None:
 
 
 def whole_number(value: Any, option: str, least: int = 1) -> int:
-    """Return a whole number from `least` as Python's. Raises ValueError that names the `option`."""
+    """Return a whole number, at least `least`, as an int.
+
+    Raises ValueError that names the `option`.
+    """
     found = _plain(value)
     if isinstance(found, bool) or not isinstance(found, int) or found < least:
         raise ValueError(f"{option}: got {shortened(value)}, allowed are whole numbers from {least}")
@@ -103,7 +107,10 @@ def _plain(value: Any) -> Any:
 
 
 def _misshapen(value: Any, kinds: tuple[Any, ...], limits: tuple[Any, ...], lengths: tuple[int, ...]) -> str:
-    """Return what is allowed where a list stands for a single value, or a single value for a list."""
+    """Return what is allowed in place of a value of another shape.
+
+    The value is a list where a single value is asked for, or the reverse, or a list of another length.
+    """
     text = _wrong(object(), kinds, limits)
     if (isinstance(value, tuple) and -1 in lengths) or (not isinstance(value, tuple) and 0 in lengths) or not lengths:
         return text if isinstance(value, tuple) and not lengths else ""

@@ -160,7 +160,7 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     ):
         measuring(emoji, "emoji-quick", "x", "evaluate")
     with pytest.raises(
-        ValueError, match=r"^evaluate: own-network draws no single images, and nothing else is measured yet"
+        ValueError, match=r"^evaluate: own-network samples no single images, and nothing else is measured yet"
     ):
         measuring(Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,)), "medium", None, "evaluate")
 

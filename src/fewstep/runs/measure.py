@@ -113,10 +113,10 @@ def evaluate(
 
 
 def real_states(real: Any, backbone: Backbone, least: int) -> Tensor:
-    """Return real data as states [N, ...] of a backbone, images of a pipeline encoded.
+    """Return real data as states [N, ...] of a backbone.
 
-    Raises ValueError for what holds no numbers, complex or infinite ones, for another shape, and for samples that
-    are all the same.
+    Images of a pipeline are encoded. Raises ValueError for what holds no numbers, complex or infinite numbers, for
+    another shape, and for samples that are all the same.
     """
     try:
         found = torch.as_tensor(real).detach()

@@ -81,7 +81,10 @@ def lives(holder: Holder) -> bool | None:
 
 @contextmanager
 def held_in_python(folder: Path) -> Iterator[None]:
-    """Hold a folder as `locked` does, for a program in Python. Raises ValueError also where it cannot be made."""
+    """Hold a folder as `locked` does, for a program in Python.
+
+    Raises ValueError also where the folder cannot be made.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))
