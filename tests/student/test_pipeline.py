@@ -81,7 +81,7 @@ def test_unusual_wishes_are_granted_with_a_warning(tmp_path: Path) -> None:
         pipe("red cat", num_inference_steps=3, output_type="pt")
     with pytest.warns(UserWarning, match=r"guidance_scale: got 5\.0, guidance is baked into this student"):
         pipe("red cat", guidance_scale=5.0, output_type="pt")
-    with pytest.raises(ValueError, match="^num_inference_steps: got 0, allowed are whole numbers from 1"):
+    with pytest.raises(ValueError, match=r"^num_inference_steps: got 0, allowed are whole numbers from 1"):
         pipe("red cat", num_inference_steps=0)
 
 
