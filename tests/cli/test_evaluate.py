@@ -63,7 +63,7 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
         rows[4]["fd_real"], rel=1e-3
     )  # the student of two steps, as it was exported
     page = (run / "report.html").read_text()
-    assert "Told and taken" in page
+    assert "Condition and steps" in page
     printed = capsys.readouterr().out
     assert f"{rows[4]['fd_real']:.1f} in 2 NFE" in printed
 
@@ -148,7 +148,7 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         measuring(emoji, "images-12", None)
     with pytest.raises(
         ValueError,
-        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of images-quick, images, pict",
+        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of images-quick, images, images-full",
     ):
         measuring(other, "emoji-full", None)
     with pytest.raises(ValueError, match=r"^--protocol: got images, emoji samples emoji; choose one of emoji-quick, "):
