@@ -1,6 +1,6 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check slow floor floor-core clean
+.PHONY: help setup demo test check docs slow floor floor-core clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 # What the lowest versions have broken before: bf16, loading, LoRA and its files, the methods, the Python API.
 CORE := tests/training/test_bf16.py tests/backbones/test_conformance.py tests/backbones/test_lora.py tests/roles/test_adapters.py \
-	tests/export/test_final.py tests/methods tests/test_api.py
+	tests/student/test_final.py tests/methods tests/test_api.py
 
 # The build of torch. Not set: what pip finds by itself; on Linux without an NVIDIA driver the CPU build, which saves gigabytes of CUDA.
 # `make setup TORCH_INDEX=URL` takes it from that index, `make setup TORCH_INDEX=` always takes what pip finds.
@@ -31,10 +31,14 @@ demo: setup ## distil the bundled teacher on this machine and open the report
 test: check ## every check that CI runs
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
-check: setup ## lint, format and types only
+check: setup ## lint, format, types and the docs site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
+
+docs: setup ## build the docs site strictly, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
@@ -46,7 +50,7 @@ floor-core: $(FLOOR)/.installed ## the core of them: a few minutes, which CI tak
 	$(FLOOR)/bin/python -m pytest -q -n logical --maxprocesses 4 $(CORE) $(PYTEST_ARGS)
 
 clean: ## remove caches and built packages; runs/ and .venv stay
-	rm -rf dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

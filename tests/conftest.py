@@ -21,11 +21,16 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("offline", database=None, deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("offline")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would every run that a test stops
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore it, and so would every run that a test stops
 
 
 def _check_local(host: object) -> None:
-    """Fail the test unless `host` is this machine. `pytest.fail` is no `Exception`: no library swallows it and goes on."""
+    """Fail the test unless `host` is this machine.
+
+    `pytest.fail` raises no `Exception`: no library swallows it and goes on.
+    """
     name = host.decode() if isinstance(host, bytes) else host
     if name in (None, "", "localhost", socket.gethostname()):
         return

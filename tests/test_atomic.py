@@ -18,7 +18,7 @@ from fewstep.atomic import (
     append_text,
     cure_of,
     link_or_copy,
-    read_tensors,
+    read_hashed,
     remove_left,
     replacing,
     require_replaceable,
@@ -57,7 +57,9 @@ def test_folders_are_made(tmp_path: Path) -> None:
 
 def test_tensors_that_cannot_be_written_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").mkdir()
-    with pytest.raises(OSError, match=r"^[^ ]*x\.safetensors is a folder, and only ordinary files are replaced; move it away$"):
+    with pytest.raises(
+        OSError, match=r"^[^ ]*x\.safetensors is a folder, and only ordinary files are replaced; move it away$"
+    ):
         write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
     assert names(tmp_path) == ["x.safetensors"]
 
@@ -71,7 +73,10 @@ def test_a_full_disk_is_said_with_the_file_and_what_to_do(tmp_path: Path) -> Non
             temporary.write_bytes(b"half")
             full.write(b"x")
 
-    said = r"^cannot write [^ ]*out\.png: \[Errno 28\] No space left on device; free some space, then run the same command again$"
+    said = (
+        r"^cannot write [^ ]*out\.png: \[Errno 28\] No space left on device; "
+        r"free some space, then run the same command again$"
+    )
     with pytest.raises(OSError, match=said) as found:
         fill(tmp_path / "out.png")
     assert names(tmp_path) == []
@@ -83,7 +88,9 @@ def test_a_full_disk_is_said_with_the_file_and_what_to_do(tmp_path: Path) -> Non
         append_text(tmp_path / "log.jsonl", "line\n")
 
 
-def test_a_disk_that_may_not_be_written_to_keeps_the_first_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_may_not_be_written_to_keeps_the_first_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What could not be written cannot be removed either, which is no news."""
 
     def refuse(*_: object, **__: object) -> None:
@@ -95,11 +102,16 @@ def test_a_disk_that_may_not_be_written_to_keeps_the_first_cause(tmp_path: Path,
         write_json(tmp_path / "run.json", {})
 
 
-@pytest.mark.parametrize(("number", "raised"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, True), (errno.EINVAL, False)])
+@pytest.mark.parametrize(
+    ("number", "raised"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, True), (errno.EINVAL, False)]
+)
 def test_a_drive_that_says_late_that_it_is_full_is_heard(
     number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Network drives take what they have no room for, and say so when it is to be brought to the disk; some cannot be asked for that."""
+    """An error of `fsync` is raised, and the old file stays.
+
+    Network drives take what they have no room for, and say so only then. A drive that cannot be asked is no error.
+    """
     write_json(tmp_path / "state.json", {"step": 1})
 
     def failing(handle: int) -> None:
@@ -119,10 +131,12 @@ def test_the_same_tensors_are_the_same_file(tmp_path: Path) -> None:
     about = dict.fromkeys("qwertyuiop", 'ä\u2028\x7f"')
     written = set()
     for i in range(5):
-        write_tensors(tmp_path / f"{i}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)}, about)
+        write_tensors(
+            tmp_path / f"{i}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)}, about
+        )
         written.add((tmp_path / f"{i}.safetensors").read_bytes())
     assert len(written) == 1
-    tensors, said = read_tensors(tmp_path / "0.safetensors")
+    tensors, said = read_hashed(tmp_path / "0.safetensors")
     assert {k: v for k, v in said.items() if k != "sha256"} == about and torch.equal(tensors["b"], torch.ones(3))
 
 
@@ -184,7 +198,10 @@ def other_things(folder: Path) -> list[Path]:
     os.mkfifo(folder / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(folder / "socket"))
-    return [folder / name for name in ("folder", "link", "dangling", "pipe", "socket")] + [Path("/dev/null"), Path("/dev/stdout")]
+    return [folder / name for name in ("folder", "link", "dangling", "pipe", "socket")] + [
+        Path("/dev/null"),
+        Path("/dev/stdout"),
+    ]
 
 
 def test_only_ordinary_files_are_replaced(tmp_path: Path) -> None:
@@ -198,7 +215,9 @@ def test_only_ordinary_files_are_replaced(tmp_path: Path) -> None:
         ):
             with pytest.raises(OSError, match="only ordinary files are replaced"):
                 write(path)
-        with pytest.raises(ValueError, match=r"^-o: got .*, which is a .*; only ordinary files are replaced: pass the name"):
+        with pytest.raises(
+            ValueError, match=r"^-o: got .*, which is a .*; only ordinary files are replaced: pass the name"
+        ):
             require_replaceable(path, "-o")
         assert path.lstat().st_mode == before
     assert (tmp_path / "kept").read_text(encoding="utf-8") == "kept" and not (tmp_path / "nowhere").exists()
@@ -227,7 +246,10 @@ def test_where_there_are_no_links_a_copy_is_made(number: int, tmp_path: Path, mo
     [
         (OSError(errno.ENOSPC, "x"), "free some space"),
         (OSError(errno.EDQUOT, "x"), "free some space"),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "free some space"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "free some space",
+        ),
         (SafetensorError("I/O error: Permission denied (os error 13)"), "may not be written to"),
         (OSError(errno.EROFS, "x"), "may not be written to"),
         (OSError(errno.ENAMETOOLONG, "x"), "too long"),
@@ -251,17 +273,25 @@ def flipped(path: Path, skip: int = 0) -> Iterator[None]:
 
 def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    whole = {"a": torch.arange(40.0).reshape(4, 10), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(True), "d": torch.empty(0)}
-    for write in (lambda: write_tensors(path, whole, {"said": "so"}), lambda: write_rows(path, 4, [{"a": whole["a"]}], {"b": whole["b"]})):
+    whole = {
+        "a": torch.arange(40.0).reshape(4, 10),
+        "b": torch.ones(3, dtype=torch.bfloat16),
+        "c": torch.tensor(True),
+        "d": torch.empty(0),
+    }
+    for write in (
+        lambda: write_tensors(path, whole, {"said": "so"}),
+        lambda: write_rows(path, 4, [{"a": whole["a"]}], {"b": whole["b"]}),
+    ):
         write()
-        tensors, about = read_tensors(path)
+        tensors, about = read_hashed(path)
         assert all(torch.equal(t, whole[n]) for n, t in tensors.items()) and len(about["sha256"]) == 64
         header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         for _ in flipped(path, header):
             with pytest.raises(SafetensorError, match="SHA-256"):
-                read_tensors(path)
+                read_hashed(path)
     save_file(whole, path)  # from before there were hashes
-    assert torch.equal(read_tensors(path)[0]["a"], whole["a"])
+    assert torch.equal(read_hashed(path)[0]["a"], whole["a"])
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fewstep import objectives
 from fewstep.backbones.base import Cond, Denoiser
 from fewstep.checks import Inputs, check_backbone, check_objective
-from fewstep.objectives.adversarial import GAMES, gradient_penalty
+from fewstep.objectives.adversarial import GAN_LOSSES, gradient_penalty
 from fewstep.objectives.denoising import denoising
 from fewstep.objectives.fisher import fisher
-from fewstep.objectives.regression import METRICS
-from fewstep.objectives.reverse_kl import LOSSES
+from fewstep.objectives.regression import REGRESSION_LOSSES
+from fewstep.objectives.reverse_kl import SURROGATE_LOSSES
 
 from . import tiny
 
@@ -28,7 +28,9 @@ def states(*kinds: str) -> Inputs:
 
     def draw(batch: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         made = {"x": (batch, 2, 3), "n": (batch,), "d": (batch, 5)}
-        return tuple(torch.rand(made[k], generator=rng) + 0.5 if k == "n" else torch.randn(made[k], generator=rng) for k in kinds)
+        return tuple(
+            torch.rand(made[k], generator=rng) + 0.5 if k == "n" else torch.randn(made[k], generator=rng) for k in kinds
+        )
 
     return draw
 
@@ -38,9 +40,13 @@ def penalty(x: Tensor, y: Tensor) -> Tensor:
 
 
 OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
-    **{f"reverse-kl {name}": (loss, states("x", "x", "n"), (0,)) for name, loss in LOSSES.items()},
-    **{f"regression {name}": (metric, states("x", "x"), (0, 1)) for name, metric in METRICS.items()},
-    **{f"{name} {side}": (getattr(game, side), states("d"), (0,)) for name, game in GAMES.items() for side in ("real", "fake", "student")},
+    **{f"reverse-kl {name}": (loss, states("x", "x", "n"), (0,)) for name, loss in SURROGATE_LOSSES.items()},
+    **{f"regression {name}": (metric, states("x", "x"), (0, 1)) for name, metric in REGRESSION_LOSSES.items()},
+    **{
+        f"{name} {side}": (getattr(game, side), states("d"), (0,))
+        for name, game in GAN_LOSSES.items()
+        for side in ("real", "fake", "student")
+    },
     "denoising": (denoising, states("x", "x", "n"), (0,)),
     "fisher": (fisher, states("x", "x", "x", "n"), (0, 1, 2)),
     "r1": (penalty, states("x", "x"), (0, 1)),
@@ -48,7 +54,9 @@ OBJECTIVES: dict[str, tuple[Objective, Inputs, tuple[int, ...]]] = {
 
 
 HELPERS = {
-    "game_named",
+    "fisher_loss",  # of a `MatchedState`: made of the objectives above
+    "reverse_kl_loss",
+    "GAN_LOSSES",
     "loss_named",
     "metric_named",
     "dmd_normaliser",
@@ -62,8 +70,15 @@ HELPERS = {
 def test_all_objectives_are_here() -> None:
     """Every public function of `fewstep.objectives` is checked, or makes something that an objective takes."""
     modules = [import_module(f"fewstep.objectives.{m.name}") for m in iter_modules(objectives.__path__)]
-    public = {n for m in modules for n, f in vars(m).items() if isfunction(f) and f.__module__ == m.__name__ and not n.startswith("_")}
-    assert public - HELPERS == {f.__name__ for f, *_ in OBJECTIVES.values() if f.__module__ != __name__ and f.__name__.isidentifier()}
+    public = {
+        n
+        for m in modules
+        for n, f in vars(m).items()
+        if isfunction(f) and f.__module__ == m.__name__ and not n.startswith("_")
+    }
+    assert public - HELPERS == {
+        f.__name__ for f, *_ in OBJECTIVES.values() if f.__module__ != __name__ and f.__name__.isidentifier()
+    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -78,10 +93,19 @@ def test_an_objective_of_the_package_passes(name: str) -> None:
         (lambda x, y: (x - y).square().mean(), r"returned \[\]; return one loss per sample, \[6\]"),
         (lambda x, y: (x - y).square().flatten(1).mean(1).double(), "keep the dtype"),
         (lambda x, y: (x - y).square().flatten(1).mean(1) / (x - y).abs().mean().detach(), "mixes samples"),
-        (lambda x, y: (x - y.detach()).square().flatten(1).mean(1) + torch.rand(len(x)), "another value the second time"),
+        (
+            lambda x, y: (x - y.detach()).square().flatten(1).mean(1) + torch.rand(len(x)),
+            "another value the second time",
+        ),
         (lambda x, y: (x - y).square().flatten(1).mean(1), "gives argument 1 a gradient"),
-        (lambda x, y: (x.detach() - y.detach()).square().flatten(1).mean(1) + 0 * x.flatten(1).sum(1), "gives argument 0 no gradient"),
-        (lambda x, y: (x - y.detach()).square().flatten(1).sum(1).sqrt(), "gradient that is not finite where everything is equal"),
+        (
+            lambda x, y: (x.detach() - y.detach()).square().flatten(1).mean(1) + 0 * x.flatten(1).sum(1),
+            "gives argument 0 no gradient",
+        ),
+        (
+            lambda x, y: (x - y.detach()).square().flatten(1).sum(1).sqrt(),
+            "gradient that is not finite where everything is equal",
+        ),
         (lambda x, y: (x - y.detach()).flatten(1).exp().sum(1), "is not finite on inputs of size 10,000"),
         (lambda x, y: (x - y.detach()).square().flatten(1).mean(1) * torch.arange(len(x)), "depends on the order"),
         (lambda x, y: (x - y.detach()).flatten(1).sum(1).log(), "is not finite on ordinary inputs"),
@@ -130,7 +154,7 @@ class Changed(Denoiser):
         ("shape", r"predict gives \[2, 1, 4, 4\] for states \[2, 2, 4, 4\]"),
         ("dtype", r"predict gives torch\.float16; give float32"),
         ("flat", "conditions are not batch first"),
-        ("cropped", r"decode gives \[2, 2, 4, 2\], pictures are"),
+        ("cropped", r"decode gives \[2, 2, 4, 2\], images are"),
     ],
 )
 def test_a_faulty_backbone_is_told_what_is_wrong(fault: str, expected: str) -> None:

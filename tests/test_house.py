@@ -44,14 +44,23 @@ def test_constraints_are_inside_the_ranges() -> None:
 
 
 def test_constraints_name_no_build_of_one_machine() -> None:
-    """`torch==X+cpu` exists only where its wheel lies; `torch==X` is the CPU build there and the ordinary one elsewhere."""
+    """No constraint names a build, an index or a file.
+
+    `torch==X+cpu` exists only where its wheel lies; `torch==X` is the CPU build there and the ordinary one elsewhere.
+    """
     assert not re.search(r"^[^#\n]*(\+|@|file:|https?:)", read("constraints.txt"), re.MULTILINE)
 
 
 def test_the_wheel_holds_every_recipe_and_every_file_of_the_package(wheel: Path) -> None:
     packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    source = {f.relative_to(ROOT / "src").as_posix() for f in (ROOT / "src").rglob("*") if f.is_file() and f.suffix != ".pyc"}
-    recipes = {f"fewstep/recipes/{f.relative_to(ROOT / 'recipes').as_posix()}" for f in (ROOT / "recipes").rglob("*") if f.is_file()}
+    source = {
+        f.relative_to(ROOT / "src").as_posix() for f in (ROOT / "src").rglob("*") if f.is_file() and f.suffix != ".pyc"
+    }
+    recipes = {
+        f"fewstep/recipes/{f.relative_to(ROOT / 'recipes').as_posix()}"
+        for f in (ROOT / "recipes").rglob("*")
+        if f.is_file()
+    }
     assert "fewstep/py.typed" in source
     assert any(r.endswith(".yaml") for r in recipes)
     assert packed == source | recipes
@@ -68,7 +77,8 @@ def test_the_wheel_says_its_licence_and_its_command(wheel: Path) -> None:
 def test_recipes_are_found_in_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from fewstep import recipes_path as r; print(r.recipes_folder(), *r.recipe_names())"
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "from fewstep import recipes_path as r; print(r.recipes_folder(), *r.recipe_names())"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     folder, *names = done.stdout.split()
@@ -132,5 +142,8 @@ def test_the_network_is_out_of_reach(address: tuple[str, int]) -> None:
 
 
 def test_this_machine_is_in_reach() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5) as client:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname(), timeout=5) as client,
+    ):
         assert client.getpeername() == server.getsockname()

@@ -10,8 +10,9 @@ import pytest
 from fewstep.names import LONGEST, expanded, fault_of, made_name, quoted, read_name, require_name, visible
 
 ODD = [
-    "", ".", "..", "...", " . ", "../../x", "/etc/x", "a/b", "a\\b", "C:\\x", "c:x", "a\0b", "a\nb", "a\x1b[31mb", "a\x7fb", "a\x9bb", "a\u2028b",
-    "a\u202egnp.exe", "con", "NUL", "nul.txt", "Com1", "lpt9.tar.gz", "x" * 300, "é" * 60, " x", "x ", "x.", "a:b", "a*b", "a?b", 'a"b', "a<b>", "a|b", "\udcff",
+    "", ".", "..", "...", " . ", "../../x", "/etc/x", "a/b", "a\\b", "C:\\x", "c:x", "a\0b", "a\nb", "a\x1b[31mb",
+    "a\x7fb", "a\x9bb", "a\u2028b", "a\u202egnp.exe", "con", "NUL", "nul.txt", "Com1", "lpt9.tar.gz", "x" * 300,
+    "é" * 60, " x", "x ", "x.", "a:b", "a*b", "a?b", 'a"b', "a<b>", "a|b", "\udcff",
 ]  # fmt: skip
 FINE = [
     "tiny",
@@ -38,7 +39,9 @@ FINE = [
 @pytest.mark.parametrize("name", ODD)
 def test_what_no_file_may_be_called_is_said_and_mended(name: str, tmp_path: Path) -> None:
     assert fault_of(name)
-    with pytest.raises(ValueError, match=r"^name: got .*, which .*; allowed is one folder's name: .*; choose another$") as said:
+    with pytest.raises(
+        ValueError, match=r"^name: got .*, which .*; allowed is one folder's name: .*; choose another$"
+    ) as said:
         require_name(name, "name")
     assert str(said.value).isprintable()
     made, plain = made_name(name, "-kohya.safetensors"), made_name(name)

@@ -67,7 +67,9 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path: Path) -> None:
         require_regular(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, '{"a":' * 100_000, "\ufeff{}", '{"a": 1' + "0" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "[" * 100_000, '{"a":' * 100_000, "\ufeff{}", '{"a": 1' + "0" * 5000 + "}"]
+)
 def test_what_is_no_object_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
@@ -103,7 +105,9 @@ class Card:
 
 def test_what_fits_comes_back_as_it_is() -> None:
     assert typed(Whole, {"name": "a", "rank": None, "more": [1]}) == {"name": "a", "rank": None, "more": [1]}
-    assert typed(Card, {"steps": [4, 2], "pair": ["b", 2], "parts": {"4": [1, 0.5]}}) == Card((4, 2), ("b", 2), {"4": [1, 0.5]})
+    assert typed(Card, {"steps": [4, 2], "pair": ["b", 2], "parts": {"4": [1, 0.5]}}) == Card(
+        (4, 2), ("b", 2), {"4": [1, 0.5]}
+    )
     assert typed(dict[str, Any], {"a": {}}) == {"a": {}}
 
 
@@ -135,5 +139,12 @@ def test_a_value_is_shown_in_a_few_words() -> None:
     deep: Any = 1
     for _ in range(900):
         deep = [deep]
-    for value in (deep, "x" * 10_000, json.loads("[1]") * 10_000, 10**4000, {str(i): i for i in range(1000)}, "\x1b[31m"):
+    for value in (
+        deep,
+        "x" * 10_000,
+        json.loads("[1]") * 10_000,
+        10**4000,
+        {str(i): i for i in range(1000)},
+        "\x1b[31m",
+    ):
         assert len(shown(value)) < 200 and "\x1b" not in shown(value)

@@ -1,43 +1,54 @@
-"""Every place where a file is read says in one line what is wrong with it: the reads are found in the source, so that no new one escapes."""
+"""Every read of a file says in one line what is wrong.
+
+The reads are found in the source, so that no new one escapes.
+"""
 
 import ast
 from collections.abc import Iterator
 
 import pytest
 
-from .test_architecture import PACKAGE
+from .project import PACKAGE
 
-# Calls that read a file or parse what was in one, by the last part of their name: functions, and methods or functions of a module.
+# Calls that read a file or parse what was in one, by the last part of their name:
+# functions, and methods or functions of a module.
 FUNCTIONS = frozenset({"open", "load_file", "safe_open", "text_in", "json_in", "object_in", "load_dataset", "_Loader"})
 METHODS = frozenset({
-    "open", "read_text", "read_bytes", "iterdir", "listdir", "scandir", "load_file", "safe_open", "from_pretrained", "from_single_file", "load_config",
-    "fromfile", "ZipFile", "TarFile", "GzipFile", "loadtxt", "genfromtxt", "memmap", "read_csv",
+    "open", "read_text", "read_bytes", "iterdir", "listdir", "scandir", "load_file", "safe_open", "from_pretrained",
+    "from_single_file", "load_config", "fromfile", "ZipFile", "TarFile", "GzipFile", "loadtxt", "genfromtxt", "memmap",
+    "read_csv",
 })  # fmt: skip
 OF_MODULES = frozenset({
-    "json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.compose", "csv.reader", "csv.DictReader", "np.load", "numpy.load", "torch.load",
-    "pickle.load", "pickle.loads", "tomllib.load", "tomllib.loads",
+    "json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.compose", "csv.reader", "csv.DictReader", "np.load",
+    "numpy.load", "torch.load", "pickle.load", "pickle.loads", "tomllib.load", "tomllib.loads",
 })  # fmt: skip
 GUARD = "reading"
 
 # Reads outside a guard, each with the reason why no more is needed there.
 PARSERS = "parses alone; its callers are the guards of this list's own file"
-BY_CALLERS = "the functions that call it are guards: load_teacher and hollow_teacher, render_run, _yaml and override, files_in"
+BY_CALLERS = (
+    "the functions that call it are guards: load_teacher and meta_teacher, render_run, _yaml and override, files_in"
+)
 BYTES = "raises OSError alone, which names the file; it ends a command in one line, or is turned into one right there"
 OURS = "reads what ships with fewstep, what it wrote a moment ago, or what came by a hash that has been compared"
-SKIPS = "passes over what is no JSON, as is said, and so does what it is for: a lock, a log that a kill cut off, a header of others"
+SKIPS = (
+    "passes over what is no JSON, as is said, and so does what it is for: "
+    "a lock, a log that a kill cut off, a header of others"
+)
 ALLOWED = {
     "atomic._sort_header": OURS,
     "reading.text_in": PARSERS,
     "reading.json_in": PARSERS,
+    "reading.json_of": PARSERS,
     "reading.object_in": PARSERS,
-    "backbones.hollow.components": BY_CALLERS,
+    "backbones.meta.components": BY_CALLERS,
     "backbones.parts.load_pipeline": BY_CALLERS,
     "backbones.parts.load_part": BY_CALLERS,
     "backbones.single_file.load_checkpoint": BY_CALLERS,
     "backbones.single_file.require_read": BY_CALLERS,
     "report.grids.read_grid": BY_CALLERS,
     "report.grids.require_png": BY_CALLERS,
-    "cli.recipe._value_of": BY_CALLERS,
+    "runs.recipe._value_of": BY_CALLERS,
     "report.live._record": SKIPS,
     "runs.metrics_log._records": SKIPS,
     "cli.inspect._json": SKIPS,
@@ -46,25 +57,25 @@ ALLOWED = {
     "training.lock._read": SKIPS,
     "atomic.sync": BYTES,
     "hashes.sha256_of": BYTES,
-    "export.final.write_final": BYTES,
-    "runs.students.save_student": BYTES,
-    "cli.preflight._somebodys": BYTES,
+    "student.folder.write_parts": BYTES,
+    "student.student.Student.save": BYTES,
+    "runs.place._somebodys": BYTES,
     "cli.progress.Plain.on_broken_pipe": BYTES,
     "backbones.weights.weights_in": BYTES,
-    "training.captioned.Captioned.read": BYTES,
-    "training.captioned.require_picture": BYTES,
-    "training.captioned._shard": BYTES,
-    "training.captioned._require_end": BYTES,
-    "training.folders._below": BYTES,
-    "training.texts.read_text": BYTES,
-    "training.texts.table": "raises csv.Error alone, which is turned into a line right there",
+    "data.captioned.Captioned.read": BYTES,
+    "data.captioned.require_image": BYTES,
+    "data.captioned._shard": BYTES,
+    "data.captioned._require_end": BYTES,
+    "data.folders._below": BYTES,
+    "data.texts.read_text": BYTES,
+    "data.texts.table": "raises csv.Error alone, which is turned into a line right there",
     "zoo.pixel_data._folder": BYTES,
     "backbones.files.save_pipeline": OURS,
     "backbones.miniature.load_tokenizer": OURS,
     "backbones.miniature_video.load_tokenizer": OURS,
     "report.html.render": OURS,
-    "training.paths._require_own": OURS,
-    "training.processes.require_same": OURS,
+    "data.trajectories._require_own": OURS,
+    "processes.require_same": OURS,
     "zoo.clip_data.load_clips": OURS,
     "zoo.emoji_data.fetch": OURS,
     "zoo.emoji_data.load": OURS,
@@ -78,7 +89,10 @@ def calls_in(tree: ast.AST) -> Iterator[tuple[ast.Call, str, bool]]:
 
     def walk(node: ast.AST, function: str, guarded: bool) -> Iterator[tuple[ast.Call, str, bool]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            function, guarded = f"{function}.{node.name}".lstrip("."), False  # a function inside a guard may be called outside it
+            function, guarded = (
+                f"{function}.{node.name}".lstrip("."),
+                False,
+            )  # a function inside a guard may be called outside it
         if isinstance(node, ast.Call) and reads(node):
             yield node, function, guarded
         if isinstance(node, ast.With) and any(_called(item.context_expr) == GUARD for item in node.items):
@@ -108,19 +122,31 @@ def reads(call: ast.Call) -> bool:
     if own not in (METHODS if isinstance(call.func, ast.Attribute) else FUNCTIONS):
         return False
     modes = [*call.args[:2], *(k.value for k in call.keywords if k.arg == "mode")]
-    return own != "open" or not any(isinstance(m, ast.Constant) and m.value in ("w", "wb", "x", "xb", "a", "ab") for m in modes)
+    return own != "open" or not any(
+        isinstance(m, ast.Constant) and m.value in ("w", "wb", "x", "xb", "a", "ab") for m in modes
+    )
 
 
 def _called(node: ast.AST) -> str:
     """The last part of the name of what a call calls."""
     if not isinstance(node, ast.Call):
         return ""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+    return (
+        node.func.attr
+        if isinstance(node.func, ast.Attribute)
+        else node.func.id
+        if isinstance(node.func, ast.Name)
+        else ""
+    )
 
 
 def _catches_all(handler: ast.ExceptHandler) -> bool:
     """`except Exception` that ends in a `raise`: nothing is passed over."""
-    return isinstance(handler.type, ast.Name) and handler.type.id == "Exception" and isinstance(handler.body[-1], ast.Raise)
+    return (
+        isinstance(handler.type, ast.Name)
+        and handler.type.id == "Exception"
+        and isinstance(handler.body[-1], ast.Raise)
+    )
 
 
 def unguarded(source: str, module: str) -> list[tuple[str, str]]:
@@ -182,12 +208,16 @@ def test_what_is_allowed_is_still_there() -> None:
 def test_a_read_without_a_guard_is_found(read: str) -> None:
     assert unguarded(f"def f(path):\n    return {read}", "new.module")[0][0] == "new.module.f"
     assert unguarded(
-        f"def f(path):\n    try:\n        return {read}\n    except (OSError, ValueError) as error:\n        raise E from error", "m"
+        f"def f(path):\n    try:\n        return {read}\n"
+        "    except (OSError, ValueError) as error:\n        raise E from error",
+        "m",
     )
     assert unguarded(f"def f(path):\n    try:\n        return {read}\n    except Exception:\n        return None", "m")
     assert unguarded(f"def f(path):\n    with reading(path, 'x'):\n        def g():\n            return {read}\n", "m")
     assert unguarded(
-        f"def f(path):\n    try:\n        pass\n    except Exception as error:\n        x = {read}\n        raise E from error", "m"
+        "def f(path):\n    try:\n        pass\n"
+        f"    except Exception as error:\n        x = {read}\n        raise E from error",
+        "m",
     )
 
 

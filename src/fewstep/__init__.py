@@ -1,9 +1,12 @@
-"""fewstep: turn a pretrained diffusion model into a generator of 1 to 4 steps, from prompts alone.
+"""fewstep: pretrained diffusion models as generators of 1 to 4 steps.
 
-teacher = fewstep.load_teacher("emoji")
-for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, iterations=400, out="runs/mine"):
-    print(step.iteration, step.metrics)
-pipe = fewstep.load("emoji", "runs/mine/final")
+Distillation needs prompts alone.
+
+    teacher = fewstep.load_teacher("emoji")
+    train = fewstep.TrainConfig(iterations=400)
+    for step in fewstep.distill(teacher, fewstep.TDM(steps=4), prompts, train=train, out="runs/mine"):
+        print(step.iteration, step.metrics)
+    pipe = fewstep.load("emoji", "runs/mine")
 """
 
 from importlib import import_module
@@ -16,15 +19,23 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import (
         TDM,
+        ConsistencyDistillation,
         Denoiser,
         DistillationWarning,
-        Imitation,
-        LoadedStudent,
-        Matching,
-        PathImitation,
-        PathsConfig,
+        DistributionMatching,
+        FakeScoreConfig,
+        GanConfig,
+        Guidance,
+        ImageSource,
+        MatchConfig,
         ProcessCheck,
+        ProgressiveDistillation,
+        RolesConfig,
         Step,
+        Student,
+        TrainConfig,
+        TrajectoryConfig,
+        TrajectoryImitation,
         Watch,
         check,
         distill,
@@ -35,21 +46,29 @@ if TYPE_CHECKING:
         load_teacher,
         method,
         sample,
-        sample_states,
+        sample_trajectory,
         write_report,
     )
 
 __all__ = [
     "TDM",
+    "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
-    "Imitation",
-    "LoadedStudent",
-    "Matching",
-    "PathImitation",
-    "PathsConfig",
+    "DistributionMatching",
+    "FakeScoreConfig",
+    "GanConfig",
+    "Guidance",
+    "ImageSource",
+    "MatchConfig",
     "ProcessCheck",
+    "ProgressiveDistillation",
+    "RolesConfig",
     "Step",
+    "Student",
+    "TrainConfig",
+    "TrajectoryConfig",
+    "TrajectoryImitation",
     "Watch",
     "check",
     "distill",
@@ -60,13 +79,16 @@ __all__ = [
     "load_teacher",
     "method",
     "sample",
-    "sample_states",
+    "sample_trajectory",
     "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names are imported when first used, so that `fewstep --help` does not wait for torch; other libraries' notices at their import are kept quiet."""
+    """Import a public name when the name is first used.
+
+    `fewstep --help` does not wait for torch. Notices that other libraries print when imported are muted.
+    """
     if name not in __all__:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     mute_others()

@@ -1,7 +1,11 @@
-"""The public functions: load a teacher, distil it, sample, load a student. The command line is written against these."""
+"""The public functions: load a teacher, distil, sample, load a student.
+
+The command line uses the modules behind these functions, with errors in its own words.
+"""
 
 import warnings
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,62 +17,75 @@ from .backbones.base import Backbone, Denoiser
 from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
-from .backbones.parts import Piped
-from .backbones.process import mapping_of
-from .begin import begun_head, require_network, roles_for
+from .backbones.own_network import require_network
+from .config_fields import shortened, whole_number
+from .core.guidance import Guidance
+from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
-from .methods.imitation import Imitation
-from .methods.matching import Matching
+from .methods.consistency import ConsistencyDistillation
+from .methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig
 from .methods.method import Method
-from .methods.paths import PathImitation
 from .methods.presets import ROLES, preset, require_roles
+from .methods.progressive import ProgressiveDistillation
+from .methods.trajectory_imitation import TrajectoryImitation
+from .names import require_path
+from .processes import is_first
 from .report.run import render_run
 from .roles.adapters import fitting_rank, targets
-from .roles.quantised import Kind
 from .roles.roles import RolesConfig, large_rank
-from .runs import sampling, students
-from .runs.exporting import export_student
-from .runs.measure import evaluate
-from .runs.pipelines import load
+from .runs import sampling
+from .runs.adaptation import require_adaptable
+from .runs.init import inherited_head
+from .runs.measure import evaluate, real_states
+from .runs.place import place_checks, writing_check
+from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
 from .runs.rehearsal import disk_check, student_check, trial_of
-from .runs.run import Run, require_files, steps_of
+from .runs.run import Run, steps_of
 from .runs.sampling import backbone_of, check_steps, require_prompts
 from .runs.step import Step
-from .runs.students import LoadedStudent, Made, base_of, size_of, student_folder
-from .runs.walking import path_times, student_walker, walked_paths
+from .runs.trajectory_sources import student_source, trajectory_times
 from .runs.watch import DistillationWarning, Watch
-from .training.loop import Precision, TrainConfig, require_updates
-from .training.optimizer import OptimizerName
-from .training.paths import PathsConfig
-from .training.pictures import encode_pictures
-from .training.pool import TEACHER_PICTURES, TEACHER_STEPS, teacher_pictures
-from .training.prompts import embed
+from .student import formats
+from .student.folder import require_folder
+from .student.pipeline import load
+from .student.student import Origin, Student, base_of, size_of
+from .training.lock import held_in_python
+from .training.loop import TrainConfig, require_updates
 from .training.state import checkpoints
 from .words import in_python, python_words, told_in_python
 
-# The command line takes them from where they are, and tells mistakes in its own words.
-load_student = told_in_python(students.load_student)
+# The command line uses the undecorated functions, with errors in its own words.
+load_student = told_in_python(Student.read)
 sample = told_in_python(sampling.sample)
-sample_states = told_in_python(sampling.sample_states)
-LORA_RATES, COPY_RATES = (1e-4, 1e-3), (1e-5, 1e-4)  # of student and fake score: what the demo and its run with all weights have
-LEAST_REAL = 32  # samples of which a network's reading is judged
+sample_trajectory = told_in_python(sampling.sample_trajectory)
+LEAST_REAL = 32  # samples that `check` needs
+EMPTY = "prompts: all of them are empty, with which guidance changes nothing; pass the prompts that the student is for"
 
 
 @told_in_python
-def TDM(steps: int | tuple[int, ...] = 4, guidance: float = 3.5, **settings: Any) -> Matching:  # noqa: N802 - reads as the method's name
-    """Trajectory Distribution Matching with the defaults of `Matching`; `settings` are its other fields.
+def TDM(  # noqa: N802 - the method's name
+    steps: int | tuple[int, ...] = 4, guidance: Guidance | float = 3.5, **settings: Any
+) -> DistributionMatching:
+    """Return Trajectory Distribution Matching.
 
-    Several `steps` make one student for all of them (TDM-unify).
+    `settings` are the other fields of `DistributionMatching`. A dictionary changes some settings of a block:
+    `fake={"updates": 5}`. Several `steps` make one student for all of these step counts (TDM-unify). Raises
+    ValueError.
     """
-    return Matching(steps=steps, guidance=guidance, name="tdm" if isinstance(steps, int) else "tdm-unify", **settings)
+    name = "tdm-unify" if isinstance(steps, tuple | list) else "tdm"
+    made = preset(name, steps=steps, guidance=guidance, **settings)
+    assert isinstance(made, DistributionMatching)
+    return made
 
 
 @told_in_python
-def method(name: str, **settings: Any) -> Matching | Imitation | PathImitation:
-    """A method by its name, as recipes have it, with `settings` changed: tdm, tdm-unify, tdm-fisher, dmd2, diff-instruct, sid, lcm, progressive, trajp-l, pas, sfd.
+def method(name: str, **settings: Any) -> Method:
+    """Return a method by its name in recipes, with settings changed.
 
-    `fewstep.method("dmd2", steps=4, guidance=3.5)`. Raises ValueError for a name or a setting that is not known.
+    E.g. `fewstep.method("dmd2", steps=4, guidance=3.5)`. The names are tdm, tdm-unify, tdm-fisher, dmd2,
+    diff-instruct, sid, lcm, progressive, trajp-l, pas, sfd. A dictionary changes some settings of a block:
+    `fake={"updates": 5}`. Raises ValueError for an unknown name or setting.
     """
     return preset(name, **settings)
 
@@ -79,136 +96,161 @@ def distill(
     method: Method,
     prompts: Sequence[str] = ("",),
     *,
-    iterations: int,
-    batch: int = 16,
-    lr: float | None = None,
-    fake_lr: float | None = None,
-    ema: float = 0.98,
-    decay: int = 0,
-    lr_warmup: int = 0,
-    betas: tuple[float, float] = (0.0, 0.999),
-    clip: float = 1.0,
-    accumulate: int = 1,
-    precision: Precision = "no",
-    optimizer: OptimizerName = "adamw",
-    compile: bool = False,
-    share: bool = True,
-    rank: int | None = None,
-    checkpointing: bool = False,
-    base: Kind | None = None,
-    seed: int = 0,
+    train: TrainConfig,
+    roles: RolesConfig | None = None,
     out: str | Path | None = None,
-    checkpoint_every: int = 100,
-    pictures: str | Path | None = None,
-    paths: PathsConfig | None = None,
-    start: str | Path | None = None,
+    images: str | Path | ImageSource | None = None,
+    trajectories: TrajectoryConfig | None = None,
+    init_from: str | Path | None = None,
     watch: Watch | None = Watch(),  # noqa: B008 - frozen
 ) -> Generator[Step, None, None]:
-    """Distil `teacher` and yield after every iteration: stop, log or look at any step.
+    """Distil `teacher`, and yield after every iteration.
 
-    `pictures` is for methods that start from them (`Imitation`) and for an adversarial term (`Matching(gan=...)`): a folder of captioned
-    ones, webdataset shards, or `teacher` for some that the guided teacher draws first. `paths` are the teacher's
-    trajectories that `PathImitation` and `Matching(anchor=...)` learn from; their number of network calls is told before they are walked. `start` is a finished student to begin from. With
-    `out`, checkpoints go there and the same call resumes; a finished run yields its last step again, and more `iterations` go on from it. At the end `out/final` holds the student,
-    which `load_student`, `start` and the command line read, and `out/report.html` says how it went.
+    The caller can stop, log or look at any step. `train` and `roles` are those of a recipe; without `roles`
+    a LoRA is trained, of rank 32 or less on a small network. `images` are for methods that start from images
+    (LCM, progressive distillation) and for an adversarial term: a folder of captioned images, webdataset
+    shards, or `teacher` for images that the guided teacher samples first. `trajectories` are the teacher's,
+    for trajectory imitation and a regression term; the NFE is shown before the trajectories are generated.
+    `init_from` is a finished student to continue: a run, or its `final/`.
 
-    `watch` says how the student is watched beside its teacher (None: its losses alone); what goes wrong is in `step.warnings` and told once as a
-    `fewstep.DistillationWarning`. The run has modules of its own around the teacher's weights: the teacher stays as it is, and several runs and students on one teacher
-    do not disturb each other. `lr` and `fake_lr` are by default `LORA_RATES`, or `COPY_RATES` where `share` is false; `rank` is 32, less on a small network
-    (`roles.adapters.fitting_rank`), and what a method's name stands for. All else is as in a recipe: `TrainConfig` and `RolesConfig` say what.
+    With `out`, checkpoints go to `out` and the same call resumes. A finished run yields its last step again,
+    and more `iterations` continue the run. At the end `out/final` holds the student, which `load_student`,
+    `init_from` and the command line read, and `out/report.html` says how the run went. `watch` says how the
+    student is watched next to its teacher (None: the losses alone). What goes wrong is in `step.warnings`,
+    and is shown once as a `fewstep.DistillationWarning`.
+
+    The run has modules of its own around the teacher's weights. The teacher stays as it is, but for its
+    encoders, which are on the CPU during the training. Several runs and students on one teacher do not
+    disturb each other.
+
+    Raises ValueError before anything is trained.
     """
-    rates = LORA_RATES if share else COPY_RATES
-    config = TrainConfig(
-        iterations=iterations, batch=batch, lr=rates[0] if lr is None else lr, fake_lr=rates[1] if fake_lr is None else fake_lr, decay=decay, lr_warmup=lr_warmup,
-        accumulate=accumulate, ema=ema, betas=betas, clip=clip, checkpoint_every=checkpoint_every, seed=seed, precision=precision, optimizer=optimizer, compile=compile,
-    )  # fmt: skip
-    networks = RolesConfig(share=share, checkpointing=checkpointing, base=base)
-    if share:
-        names = targets(teacher.module, networks.targets, networks.skip)
-        networks = replace(
-            networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)) if rank is None else rank
-        )
+    _require_kinds(teacher, method, train, roles, trajectories, watch)
+    folder = None if out is None else require_path(out, "out")
+    networks = RolesConfig(lora=ROLES.get(method.name, {}).get("lora", True) is not False) if roles is None else roles
+    if roles is None and networks.lora:
+        names = targets(teacher.module, networks.targets, networks.exclude)
+        networks = replace(networks, rank=ROLES.get(method.name, {}).get("rank", fitting_rank(teacher.module, names)))
     require_roles(method.name, networks)
     if note := large_rank(teacher.module, networks):
         warnings.warn(python_words(note), DistillationWarning, stacklevel=3)
-    require_updates(method, iterations)
-    if method.needs.pictures != (pictures is not None):
+    require_updates(method, train.iterations)
+    if method.needs.images != (images is not None):
         raise ValueError(
-            f"pictures: method {method.name} needs some; pass a folder of captioned ones, or 'teacher' for the teacher's own"
-            if method.needs.pictures
-            else f"pictures: method {method.name} is trained from prompts alone; leave them out, or take a method with gan above 0"
+            f"images: method {method.name} needs some; "
+            "pass a folder of captioned ones, or 'teacher' for the teacher's own"
+            if method.needs.images
+            else (
+                f"images: method {method.name} is trained from prompts alone; "
+                "leave them out, or take a method with gan.weight above 0"
+            )
         )
     asked = require_prompts(prompts)
-    folder, begin = (None if given is None else Path(given) for given in (out, start))
-    if begin is not None and (found := student_folder(begin)) is not None:
-        begin = found
-    begun_head(method, teacher, begin)  # what does not fit is said before anything is walked
+    source = (
+        images
+        if images is None or isinstance(images, ImageSource)
+        else ImageSource(str(require_path(images, "images")))
+    )
+    initial = None if init_from is None else require_folder(init_from, "init_from")
+    inherited_head(method, teacher, initial)  # raises before anything is generated
     require_network(teacher, asked)
+    require_adaptable(teacher, networks)
     if folder is not None:
-        require_files(teacher, method)
-    return _distilled(teacher, method, asked, config, networks, folder, begin, pictures, paths, watch)
+        require_exportable(teacher, method)
+        require(place_checks(folder), "out")
+    if method.guidance.active and images is None and not any(asked) and teacher.encode([""]):
+        warnings.warn(EMPTY, DistillationWarning, stacklevel=3)
+    spec = RunSpec(method, train, networks, asked, source, trajectories, initial)
+    return _distilled(teacher, spec, folder, watch)
+
+
+def _require_kinds(
+    teacher: object, method: object, train: object, roles: object, trajectories: object, watch: object
+) -> None:
+    """Check the classes of the arguments of `distill`.
+
+    Raises ValueError that names an argument of another class.
+    """
+    for option, value, kinds, cure in (
+        ("teacher", teacher, Backbone, "fewstep.load_teacher(...) or fewstep.Denoiser(...)"),
+        ("method", method, Method, "fewstep.TDM(...) or fewstep.method(name, ...)"),
+        ("train", train, TrainConfig, "fewstep.TrainConfig(iterations=...)"),
+        ("roles", roles, RolesConfig | None, "fewstep.RolesConfig(...)"),
+        ("trajectories", trajectories, TrajectoryConfig | None, "fewstep.TrajectoryConfig(...)"),
+        ("watch", watch, Watch | None, "fewstep.Watch(...), or None to watch losses alone"),
+    ):
+        if isinstance(value, type) or not isinstance(value, kinds):
+            raise ValueError(f"{option}: got {shortened(value)}, allowed is {cure}")
 
 
 def _distilled(
-    teacher: Backbone,
-    method: Method,
-    prompts: list[str],
-    config: TrainConfig,
-    networks: RolesConfig,
-    folder: Path | None,
-    begin: Path | None,
-    pictures: str | Path | None,
-    paths: PathsConfig | None,
-    watch: Watch | None,
+    teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Watch | None
 ) -> Generator[Step, None, None]:
-    """`distill` from its first step on, which is when its arguments are known to be right."""
-    with in_python():
-        base_hash, own = fingerprint(teacher.module), apart(teacher)
-        made = Made(base_of(teacher), base_hash, 0, 0.0, method.name, size=size_of(teacher))
+    """Run `distill`, whose arguments have been checked."""
+    with in_python(), ExitStack() as stack:
+        if folder is not None and is_first():
+            stack.enter_context(held_in_python(folder))
+        own, base_hash = apart(teacher), fingerprint(teacher.module)
+        origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.data, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
-            trial = trial_of(teacher, method, networks, config, made)
-            require([disk_check(trial.disk, folder)], "out")
-            require([*conformance(teacher, prompts[0]), student_check(trial, folder / "trial")], f"teacher: {teacher.name}")
-        cache, identity = None if folder is None else folder / "embeddings", identity_of(teacher, prompts)
-        data = embed(own, prompts, cache, identity)
-        real, walked, origin = None, None, "prompts alone" if data.null else "its teacher alone"
-        if method.needs.paths:
-            walked = walked_paths(own, method, data, paths or PathsConfig(), folder, identity)
-        if pictures == "teacher":
-            origin = "prompts and pictures that the teacher drew"
-            real = teacher_pictures(
-                own, data, TEACHER_PICTURES, TEACHER_STEPS, method.guidance, cache, config.seed, parallel=method.guidance_parallel
+            trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
+            require([writing_check(folder), disk_check(trial.disk, folder)], "out")
+            require(
+                [*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")],
+                f"teacher: {teacher.name}",
             )
-        elif pictures is not None:
-            origin, real = "captioned pictures", encode_pictures(own, str(pictures), cache, identity)
-        rounded = f"{origin}, beside its base in {networks.base}" if networks.base else origin
-        roles = roles_for(own, method, networks, config.seed, walked, begin)
-        yield from steps_of(Run(teacher, roles, method, data, config, replace(made, data=rounded), folder, watch, real, walked))
+        ready = prepare(own, spec, folder, folder, Lines())
+        run = Run(
+            teacher,
+            ready.roles,
+            spec.method,
+            ready.data,
+            spec.train,
+            origin,
+            folder,
+            watch,
+            ready.images,
+            ready.trajectories,
+        )
+        yield from steps_of(run)
 
 
-def identity_of(teacher: Backbone, prompts: Sequence[str]) -> str:
-    """Names a network with its encoders; for conditions that have no weights, what they say of some prompts."""
-    weights, mapping = fingerprint(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
-    return f"{weights}-{mapping}" if mapping else weights
+@told_in_python
+def export_student(model: Student | Step, folder: str | Path, form: str = "student", steps: int | None = None) -> Path:
+    """Write a student as files for other programs, and compare them.
+
+    The files go to a new `folder` and are loaded again. `form` is `student`, or `merged` for one network
+    without LoRA, which `module.load_state_dict` takes; students of diffusers pipelines also have `kohya` and
+    `pipeline`. Files of a student of several step counts serve `steps`, by default the first count; `student`
+    keeps all counts. Returns `folder`. Raises ValueError with nothing kept.
+    """
+    if not isinstance(model, Student | Step):
+        raise ValueError(f"model: got {shortened(model)}, allowed is a student, or a step of fewstep.distill")
+    place, student = require_path(folder, "folder"), model.snapshot() if isinstance(model, Step) else model
+    steps = None if steps is None else whole_number(steps, "steps")
+    one = steps if steps is not None or form == "student" else student.card.steps[0]
+    if one is not None and one not in student.card.steps:
+        raise ValueError(f"steps: got {one}, this student serves {', '.join(map(str, student.card.steps))}")
+    formats.export(student if one is None else student.single(one), place, form)
+    return place
 
 
 @told_in_python
 def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, seed: int = 0) -> ProcessCheck:
-    """Whether a wrapped network is read as it was trained: the error of its clean estimate on clean states `real` [N, ...] at a few times.
+    """Check that a wrapped network is read as it was trained.
 
-    A wrong noise schedule, prediction type, range of the data or index of times makes it larger than a right model's can be, or than another reading's is; what is
-    suspected is in `.suspected` and told as a `fewstep.DistillationWarning`. `real` is a tensor or an array of what the network was trained on, some hundred samples;
-    of a pipeline pictures [N, 3, H, W] in [0, 1]. `prompts` are theirs, one each; by default none. Printed, the result is a line for each time.
+    Returns the error of the network's clean estimate on clean states `real` `[N, ...]` at a few times.
+    Printed, the result is a line for each time.
+
+    A wrong noise schedule, prediction type, range of the data or index of times makes the error larger than
+    a right model's can be, or larger than the error under another reading. What is suspected is in
+    `.suspected` and shown as a `fewstep.DistillationWarning`.
+
+    `real` is a tensor or an array of what the network was trained on, some hundred samples; for a pipeline
+    these are images `[N, 3, H, W]` in [0, 1]. `prompts` has one prompt for each sample; by default all
+    prompts are empty. Raises ValueError.
     """
-    states = torch.as_tensor(real).float()
-    if isinstance(teacher, Piped) and states.shape[1:] != teacher.shape:
-        states = teacher.picture_states(states)
-    if states.shape[1:] != tuple(teacher.shape) or len(states) < LEAST_REAL:
-        raise ValueError(
-            f"real: got {list(states.shape)}, allowed are at least {LEAST_REAL} states [N, {', '.join(map(str, teacher.shape))}]"
-        )
-    if not bool(states.isfinite().all()) or not bool(states.var(0).any()):
-        raise ValueError("real: its numbers are not finite, or all samples are the same; pass clean data")
+    states = real_states(real, teacher, LEAST_REAL)
     asked = [""] * len(states) if prompts is None else require_prompts(prompts)
     if len(asked) != len(states):
         raise ValueError(f"prompts: got {len(asked)} for {len(states)} real samples; pass one each, or none")
@@ -224,21 +266,32 @@ def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, se
 
 @told_in_python
 def write_report(run: str | Path) -> Path:
-    """Write `run/report.html` again from what the folder of a run holds by now; returns its path. As `fewstep report RUN`."""
-    return render_run(Path(run))
+    """Write `run/report.html` again from a run's folder.
+
+    The report shows what the folder holds by now, as with `fewstep report RUN`. Returns the report's path.
+    """
+    return render_run(require_path(run, "run"))
 
 
 __all__ = [
     "TDM",
+    "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
-    "Imitation",
-    "LoadedStudent",
-    "Matching",
-    "PathImitation",
-    "PathsConfig",
+    "DistributionMatching",
+    "FakeScoreConfig",
+    "GanConfig",
+    "Guidance",
+    "ImageSource",
+    "MatchConfig",
     "ProcessCheck",
+    "ProgressiveDistillation",
+    "RolesConfig",
     "Step",
+    "Student",
+    "TrainConfig",
+    "TrajectoryConfig",
+    "TrajectoryImitation",
     "Watch",
     "backbone_of",
     "check",
@@ -250,9 +303,9 @@ __all__ = [
     "load_student",
     "load_teacher",
     "method",
-    "path_times",
     "sample",
-    "sample_states",
-    "student_walker",
+    "sample_trajectory",
+    "student_source",
+    "trajectory_times",
     "write_report",
 ]

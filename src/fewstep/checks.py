@@ -1,4 +1,7 @@
-"""Conformance checks for whoever adds an objective or a backbone: run one in your own tests and it is done when this is silent."""
+"""Conformance checks for your own objective or backbone.
+
+Run a check in your tests: the objective or backbone is done when the check raises nothing.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,19 +11,23 @@ from torch import Tensor
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Cond, denoiser, guided, rows
+from .backbones.modules import dtype_of
+from .core.guidance import Guidance
 from .core.schedule import expand
 from .roles.adapters import remove_adapters
 from .roles.discriminator import features
 from .roles.roles import CONDITION, TRAINED, RolesConfig, make_roles
 
-Inputs = Callable[[int, torch.Generator], tuple[Tensor, ...]]  # (batch, generator) -> the objective's arguments, batch first
+# (batch, generator) -> the objective's arguments, batch first
+Inputs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 
 
 def check_objective(objective: Callable[..., Tensor], inputs: Inputs, trained: Sequence[int], batch: int = 6) -> None:
-    """Whether `objective` is a pure function of a batch to one loss per sample whose gradient goes where it should.
+    """Check that `objective` is a pure function with the right gradients.
 
-    `inputs(batch, generator)` draws arguments, each tensor [B, ...] float32; `trained` are the positions of those that carry a
-    gradient, all others are constants to it. Raises ValueError that says what is wrong.
+    The function maps a batch to one loss per sample, [B]. `inputs(batch, generator)` samples the arguments,
+    each tensor [B, ...] float32. `trained` are the positions of the arguments that carry a gradient; all
+    others are constants to the objective. Raises ValueError that says what is wrong.
     """
     name = getattr(objective, "__name__", repr(objective))
     drawn = inputs(batch, torch.Generator().manual_seed(0))
@@ -34,11 +41,13 @@ def check_objective(objective: Callable[..., Tensor], inputs: Inputs, trained: S
 
     require(value.shape == (batch,), f"returned {list(value.shape)}; return one loss per sample, [{batch}]")
     require(
-        value.dtype == drawn[trained[0]].dtype, f"returned {value.dtype} for {drawn[trained[0]].dtype}; keep the dtype of what is trained"
+        value.dtype == drawn[trained[0]].dtype,
+        f"returned {value.dtype} for {drawn[trained[0]].dtype}; keep the dtype of what is trained",
     )
     require(bool(value.isfinite().all()), "is not finite on ordinary inputs")
     require(
-        torch.equal(objective(*arguments).detach(), value.detach()), "gives another value the second time; take randomness as an argument"
+        torch.equal(objective(*arguments).detach(), value.detach()),
+        "gives another value the second time; take randomness as an argument",
     )
     require(all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True)), "changes its arguments")
 
@@ -65,24 +74,25 @@ def check_objective(objective: Callable[..., Tensor], inputs: Inputs, trained: S
 
 
 def check_backbone(backbone: Backbone, prompts: Sequence[str] = ("a red cat", "two blue dogs on the grass")) -> None:
-    """Whether `backbone` keeps what the protocol promises: then every method, role and file of fewstep works with it.
+    """Check that `backbone` keeps what the protocol promises.
 
-    `prompts` are two that it understands. It runs the network a few dozen times, at its own size. Its weights are left as they were.
-    Raises ValueError that says what is wrong.
+    Every method, role and file of fewstep then works with the backbone. `prompts` are two that the backbone
+    understands. The network runs a few dozen times at its own size, and its weights stay as they were. Raises
+    ValueError that says what is wrong.
     """
 
     def require(holds: bool, what: str) -> None:
         if not holds:
             raise ValueError(f"backbone {backbone.name}: {what}")
 
-    backbone = apart(backbone)  # also after a training on it, whose networks stay what they are
+    backbone = apart(backbone)  # the networks of an earlier training on the backbone stay as they are
     module = backbone.module
     remove_adapters(module, TRAINED)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     _check_schedule(backbone, require)
     case = _case(backbone, prompts, require)
     _check_predictions(backbone, case, require)
-    _check_pictures(backbone, case, require)
+    _check_images(backbone, case, require)
     _check_gradients(backbone, case, require)
     _check_roles(backbone, case, require)
     remove_adapters(module, TRAINED)
@@ -107,18 +117,30 @@ def _case(backbone: Backbone, prompts: Sequence[str], require: Require) -> _Case
     t = backbone.schedule.at(torch.tensor([0.75, 0.375], dtype=torch.float64)).to(device)
     cond, null = backbone.encode(list(prompts)), backbone.encode([""])
     require(cond.keys() == null.keys(), f"conditions are {sorted(cond)}, those of the empty prompt {sorted(null)}")
-    require(all(len(v) == 2 for v in cond.values()) and all(len(v) == 1 for v in null.values()), "conditions are not batch first")
-    require(all(cond[k].shape[1:] == null[k].shape[1:] for k in cond), "the empty prompt's conditions have another shape")
+    require(
+        all(len(v) == 2 for v in cond.values()) and all(len(v) == 1 for v in null.values()),
+        "conditions are not batch first",
+    )
+    require(
+        all(cond[k].shape[1:] == null[k].shape[1:] for k in cond), "the empty prompt's conditions have another shape"
+    )
     return _Case(x, t.round() if backbone.schedule.resolution else t, cond, null)
 
 
 def _check_schedule(backbone: Backbone, require: Require) -> None:
     schedule, u = backbone.schedule, torch.linspace(0, 1, 9, dtype=torch.float64)
     times, clean = schedule.at(u), torch.tensor([schedule.t_clean], dtype=torch.float64)
-    require(torch.allclose(schedule.fraction(times), u, atol=1e-6), "schedule.fraction is not the inverse of schedule.at")
+    require(
+        torch.allclose(schedule.fraction(times), u, atol=1e-6), "schedule.fraction is not the inverse of schedule.at"
+    )
     require(bool((times.diff() > 0).all()) and float(times[-1]) == schedule.t_max, "schedule.at does not rise to t_max")
-    require(float(schedule.alpha(clean)) == 1 and float(schedule.sigma(clean)) == 0, "its data are not clean at t_clean")
-    require(bool((schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)).diff().min() > 0), "noise does not grow with time")
+    require(
+        float(schedule.alpha(clean)) == 1 and float(schedule.sigma(clean)) == 0, "its data are not clean at t_clean"
+    )
+    require(
+        bool((schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)).diff().min() > 0),
+        "noise does not grow with time",
+    )
 
 
 @torch.no_grad()
@@ -128,34 +150,40 @@ def _check_predictions(backbone: Backbone, case: _Case, require: Require) -> Non
     require(m.shape == x.shape, f"predict gives {list(m.shape)} for states {list(x.shape)}")
     require(m.dtype == torch.float32, f"predict gives {m.dtype}; give float32, in which solvers and losses calculate")
     require(bool(m.isfinite().all()), "predict is not finite on ordinary states")
-    close = 1e-4 if next(module.parameters()).dtype == torch.float32 else 2e-2
+    close = 1e-4 if dtype_of(module) == torch.float32 else 2e-2
 
     def same(a: Tensor, b: Tensor) -> bool:
         return float((a - b).abs().max()) <= close * max(1.0, float(b.abs().max()))
 
-    alone = torch.cat([backbone.predict(module, x[i : i + 1], t[i : i + 1], rows(cond, slice(i, i + 1))) for i in range(2)])
+    alone = torch.cat(
+        [backbone.predict(module, x[i : i + 1], t[i : i + 1], rows(cond, slice(i, i + 1))) for i in range(2)]
+    )
     require(same(alone, m), "a sample's prediction depends on the others of its batch")
     require(not torch.equal(backbone.predict(module, x, t.flip(0), cond), m), "predict does not look at t")
     own = denoiser(backbone, module, cond)(x, t)
     if cond:
         away = denoiser(backbone, module, {k: v.expand_as(cond[k]) for k, v in null.items()})(x, t)
         require(not torch.equal(away.x0, own.x0), "predict does not look at the conditions")
-        mixed = guided(backbone, module, cond, null, 3.0)(x, t)
-        plain = backbone.guidance_rescale == 0  # rescaling is not affine
-        require(not plain or same(mixed.x0, away.x0 + 3 * (own.x0 - away.x0)), "guidance in one batched call is not guidance in two")
+        mixed = guided(backbone, module, cond, null, Guidance(scale=3.0))(x, t)
+        require(same(mixed.x0, away.x0 + 3 * (own.x0 - away.x0)), "guidance in one batched call is not guidance in two")
     again = expand(backbone.schedule.alpha(t), x) * own.x0 + expand(backbone.schedule.sigma(t), x) * own.eps
     require(same(again, x), "x0 and eps do not make up the state: wrong row or schedule")
 
 
 @torch.no_grad()
-def _check_pictures(backbone: Backbone, case: _Case, require: Require) -> None:
-    shown, side = backbone.decode(case.x), backbone.picture_size
+def _check_images(backbone: Backbone, case: _Case, require: Require) -> None:
+    shown, side = backbone.decode(case.x), backbone.image_size
     require(len(shown) == 2, "decode does not keep the batch")
     if side:
-        require(shown.shape[-2:] == (side, side), f"decode gives {list(shown.shape)}, pictures are [2, 3, {side}, {side}]")
-        states = backbone.picture_states(torch.rand((2, shown.shape[1], side, side), generator=torch.Generator().manual_seed(1)).to(case.x))
         require(
-            states.shape == case.x.shape, f"picture_states gives {list(states.shape)} for two pictures, states are {list(case.x.shape)}"
+            shown.shape[-2:] == (side, side), f"decode gives {list(shown.shape)}, images are [2, 3, {side}, {side}]"
+        )
+        states = backbone.encode_images(
+            torch.rand((2, shown.shape[1], side, side), generator=torch.Generator().manual_seed(1)).to(case.x)
+        )
+        require(
+            states.shape == case.x.shape,
+            f"encode_images gives {list(states.shape)} for two images, states are {list(case.x.shape)}",
         )
 
 
@@ -167,7 +195,10 @@ def _check_gradients(backbone: Backbone, case: _Case, require: Require) -> None:
     require(bool(slope.isfinite().all()) and bool(slope.any()), "the gradient to its states is zero or not finite")
     if backbone.feature_layers:
         found = features(backbone, backbone.module, x, case.t, case.cond)
-        require(all(f.ndim == 3 and len(f) == 2 for f in found), "a feature layer's output is neither [B, C, ...] nor [B, N, C]")
+        require(
+            all(f.ndim == 3 and len(f) == 2 for f in found),
+            "a feature layer's output is neither [B, C, ...] nor [B, N, C]",
+        )
         (slope,) = torch.autograd.grad(torch.stack([f.square().mean() for f in found]).sum(), x)
         require(bool(slope.any()), "features do not depend on the states")
 
@@ -176,10 +207,13 @@ def _check_roles(backbone: Backbone, case: _Case, require: Require) -> None:
     (x, t, cond, _), layer = case, backbone.time_layer
     with torch.no_grad():
         teacher = denoiser(backbone, backbone.module, cond)(x, t).x0
-    roles = make_roles(backbone, RolesConfig(rank=2), counts=(4, 2) if layer else ())
+    roles = make_roles(backbone, RolesConfig(rank=2), condition_values=(4, 2) if layer else ())
     with torch.no_grad():
         for role in TRAINED:
-            require(torch.equal(roles.denoise(role, cond)(x, t).x0, teacher), f"with LoRA that does nothing the {role} is not the teacher")
+            require(
+                torch.equal(roles.denoise(role, cond)(x, t).x0, teacher),
+                f"with LoRA that does nothing the {role} is not the teacher",
+            )
     names, own = zip(*roles.trained["student"].items(), strict=True)
     gradients = torch.autograd.grad(roles.denoise("student", cond)(x, t).x0.square().mean(), own, allow_unused=True)
     reached = {n for n, g in zip(names, gradients, strict=True) if g is not None and bool(g.any())}
@@ -188,5 +222,11 @@ def _check_roles(backbone: Backbone, case: _Case, require: Require) -> None:
         require(CONDITION in reached, f"no gradient reaches the step condition at {layer}")
         with torch.no_grad():
             roles.trained["student"][CONDITION][0].fill_(0.1)
-            require(torch.equal(roles.denoise("student", cond, 2)(x, t).x0, teacher), "being told one step count changes another")
-            require(not torch.equal(roles.denoise("student", cond, 4)(x, t).x0, teacher), f"the network does not hear what {layer} is told")
+            require(
+                torch.equal(roles.denoise("student", cond, 2)(x, t).x0, teacher),
+                "conditioning on one step count changes another",
+            )
+            require(
+                not torch.equal(roles.denoise("student", cond, 4)(x, t).x0, teacher),
+                f"the network ignores the step count of {layer} is told",
+            )

@@ -1,4 +1,4 @@
-"""What was looked at before something long begins, and what was found."""
+"""Checks before something long starts, and what they found."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what was found, and, where it does not hold, what cures it."""
+    """One thing that was checked.
+
+    `said` is what was found. `cure` says what helps where the check does not hold.
+    """
 
     name: str
     said: str
@@ -15,7 +18,11 @@ class Check:
 
 
 def require(checks: Sequence[Check], subject: str) -> None:
-    """Raises ValueError with one line for the first check that does not hold; `subject` is what was looked at, as the user named it."""
+    """Check that all checks hold.
+
+    Raises ValueError with one line for the first that does not. `subject` is what was checked, as the user
+    named it.
+    """
     for check in checks:
         if not check.holds:
             raise ValueError(f"{subject}: {check.said}; {check.cure}")

@@ -1,4 +1,7 @@
-"""SHA-256 of files and of tensors: a flipped bit is found where what was written is read again."""
+"""SHA-256 of files and of tensors.
+
+A flipped bit is found where a file is read again.
+"""
 
 import hashlib
 import json
@@ -12,12 +15,12 @@ from torch import Tensor
 
 from .reading import object_in, reading
 
-LISTING, FILES = "fewstep.json", "files"  # where a student's folder says the hashes of its weight files, and under which key
-UNLISTED = ("-lora.safetensors", "-kohya.safetensors")  # copies for other programs, which fewstep itself never reads
+LISTING, FILES = "fewstep.json", "files"  # file and key with the hashes of a student's weight files
+UNLISTED = ("-lora.safetensors", "-kohya.safetensors")  # copies for other programs, which fewstep never reads
 
 
 def sha256_of(*files: Path) -> str:
-    """Of their contents, one after the other."""
+    """Hash the contents of files, one after the other."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -27,7 +30,10 @@ def sha256_of(*files: Path) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's content in memory, row by row, without a copy where it is on the CPU and lies so."""
+    """Return a tensor's content in memory, row by row.
+
+    Without a copy where the tensor is contiguous on the CPU.
+    """
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -37,16 +43,24 @@ def hash_of(tensor: Tensor) -> str:
 
 
 def combined(parts: Iterable[tuple[str, str, Iterable[int], str]]) -> str:
-    """Return one hash of tensors said as (name, dtype, shape, hash of the content), in any order."""
+    """Combine the hashes of tensors into one, in any order.
+
+    Each part is (name, dtype, shape, hash of the content).
+    """
     rows = sorted([name, dtype, list(shape), digest] for name, dtype, shape, digest in parts)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hash of named tensors: names, dtypes, shapes and contents. Several are read at once."""
+    """Return the hash of named tensors.
+
+    The hash is of names, dtypes, shapes and contents. Several tensors are read at once.
+    """
     with ThreadPoolExecutor() as pool:
         digests = pool.map(hash_of, tensors.values())
-        return combined((name, str(t.dtype), t.shape, digest) for (name, t), digest in zip(tensors.items(), digests, strict=True))
+        return combined(
+            (name, str(t.dtype), t.shape, digest) for (name, t), digest in zip(tensors.items(), digests, strict=True)
+        )
 
 
 def values_hash(value: Any) -> str:
@@ -55,15 +69,19 @@ def values_hash(value: Any) -> str:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """Return the hash of every weight file in a student's folder, by its path in there."""
+    """Return the hash of every weight file in a student's folder.
+
+    The keys are paths inside the folder.
+    """
     files = [f for f in sorted(folder.rglob("*.safetensors")) if not f.name.endswith(UNLISTED)]
     return {f.relative_to(folder).as_posix(): sha256_of(f) for f in files}
 
 
 def require_listed(folder: Path, *names: str) -> None:
-    """Compare these files of a student's folder, or all below a folder of it, with what its `fewstep.json` says of them.
+    """Check files of a student's folder against the hashes in `fewstep.json`.
 
-    Files that it says nothing of pass. Raises ValueError where one has changed, and where one that it lists is missing.
+    `names` are files, or folders whose files are all checked. Files that `fewstep.json` does not list pass.
+    Raises ValueError where a file has changed, and where a listed one is missing.
     """
     listing = folder / LISTING
     with reading(f"student: {listing}", "export the run again"):
@@ -77,5 +95,6 @@ def require_listed(folder: Path, *names: str) -> None:
             raise ValueError(f"student: {folder / name} is missing; copy it again, or export the run again")
         if sha256_of(folder / name) != digest:
             raise ValueError(
-                f"student: {folder / name} is damaged or was changed (another SHA-256 than in {LISTING}); copy it again, or export the run again"
+                f"student: {folder / name} is damaged or was changed (another SHA-256 than in {LISTING}); "
+                "copy it again, or export the run again"
             )

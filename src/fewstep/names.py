@@ -1,4 +1,7 @@
-"""Names of files and runs: what one may be, how one is made from any text, and how one is shown on a terminal."""
+"""Names of files and runs.
+
+Which names are allowed, how a name is made from any text, and how a name is shown on a terminal.
+"""
 
 import hashlib
 import os
@@ -7,15 +10,20 @@ import shlex
 import unicodedata
 from pathlib import Path
 
-LONGEST = 100  # bytes of a name, which leaves room for endings where a file system allows 143 (eCryptfs) and not 255
-RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE | re.DOTALL)  # devices of Windows
-SEPARATORS = frozenset('/\\<>:"|?*')  # of some file system or other
-TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # change the order in which text is read
+LONGEST = 100  # bytes of a name: leaves room for endings where a file system allows 143 (eCryptfs) and not 255
+# Names of devices on Windows.
+RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE | re.DOTALL)
+SEPARATORS = frozenset('/\\<>:"|?*')  # characters with a meaning on some file system
+# Characters that change the order in which text is read.
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 ALLOWED = "one folder's name: letters, digits, spaces, dots, - and _, with a letter or digit in it"
 
 
 def fault_of(name: object) -> str:
-    """Say why a file may not be called `name` on some system; the empty text where it may."""
+    """Say why some system does not allow `name` for a file.
+
+    Empty for an allowed name.
+    """
     if not isinstance(name, str):
         return f"is a {type(name).__name__}"
     if not name.strip(". "):
@@ -30,24 +38,46 @@ def fault_of(name: object) -> str:
     return f"has {size} bytes, more than {LONGEST}" if size > LONGEST else ""
 
 
+def require_path(value: object, option: str) -> Path:
+    """Return a path that somebody passed.
+
+    Raises ValueError for an empty one, which would be the current folder, for bytes, and for what is no path.
+    """
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        raise ValueError(
+            f"{option}: got {str(value) if isinstance(value, Path) else value!r}, "
+            "allowed is the path of a folder as text"
+        )
+    return Path(value)
+
+
 def require_name(name: object, option: str, cure: str = "choose another") -> str:
-    """Return `name` where a file may be called so. Raises ValueError with one line that names the `option`."""
+    """Return `name` if a file may have it.
+
+    Raises ValueError with one line that names the `option`.
+    """
     if fault := fault_of(name):
-        raise ValueError(f"{option}: got {visible(repr(name)[:160], lines=False)}, which {fault}; allowed is {ALLOWED}; {cure}")
+        raise ValueError(
+            f"{option}: got {visible(repr(name)[:160], lines=False)}, which {fault}; allowed is {ALLOWED}; {cure}"
+        )
     return str(name)
 
 
 def read_name(name: object, option: str) -> str:
-    """Return the name that a file says, as one that a file may have here. Raises ValueError where it is none, or leads elsewhere."""
+    """Return a name from a file, as one that files may have.
+
+    Raises ValueError for a text that is no name, and for one that leads elsewhere.
+    """
     if not isinstance(name, str) or not name.strip(". ") or any(c in "/\\" or not _printable(c) for c in name):
         return require_name(name, option, "do not use this file unless you trust who made it")
     return made_name(name)
 
 
 def made_name(text: str, ending: str = "", longest: int = LONGEST) -> str:
-    """Make a name from any text: what no file system takes becomes `_`, more than `longest` bytes are shortened and told apart by a hash.
+    """Make a name from any text.
 
-    `ending` comes behind it, whole. A text that is a name already comes back as it is.
+    `_` replaces what no file system takes. A name of more than `longest` bytes is shortened, with a hash to
+    distinguish it. `ending` follows the name, whole. A text that is a name already comes back unchanged.
     """
     text = as_text(text)
     plain = "".join("_" if c in SEPARATORS or not _printable(c) else c for c in text).strip().rstrip(". ") or "unnamed"
@@ -63,22 +93,30 @@ def made_name(text: str, ending: str = "", longest: int = LONGEST) -> str:
 
 
 def expanded(text: str) -> str:
-    """Return a path as this system spells it: `~` is the home folder, which a shell leaves alone behind `=`, unless a file is called so.
+    """Return a path as this system spells it.
 
-    Letters that the locale lacks stand for their bytes.
+    `~` is the home folder, which a shell leaves alone behind `=`, unless a file has this name. Letters that
+    the locale lacks stand for their bytes.
     """
     text = text if _encodable(text) else os.fsdecode(text.encode("utf-8", "surrogateescape"))
     return os.path.expanduser(text) if text.startswith("~") and not os.path.lexists(text) else text
 
 
 def visible(text: str, lines: bool = True) -> str:
-    """Return `text` with what a terminal would obey or could not show written out as `\\x1b`; line breaks stay with `lines`."""
+    """Return `text` with control characters written out, such as `\\x1b`.
+
+    Control characters are those that a terminal would obey or could not show. Line breaks and tabs stay with
+    `lines`.
+    """
     kept = "\n\t" if lines else ""
     return "".join(c if c in kept or _printable(c) else _written(c) for c in text)
 
 
 def quoted(*arguments: str | Path) -> str:
-    """Return a command to copy into a shell, every argument quoted as it needs, control characters as bash's `$'\\x1b'`."""
+    """Return a command to copy into a shell.
+
+    Every argument is quoted as needed, control characters as bash's `$'\\x1b'`.
+    """
     return " ".join(_quoted(str(argument)) for argument in arguments)
 
 
@@ -90,7 +128,10 @@ def _quoted(argument: str) -> str:
 
 
 def _printable(character: str) -> bool:
-    """Whether a terminal shows it and does nothing else. Joiners and selectors within emoji and scripts are shown."""
+    """Return whether a terminal shows a character and does nothing else.
+
+    Joiners and selectors within emoji and scripts are shown.
+    """
     return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in TURNING
 
 
@@ -98,7 +139,9 @@ def _written(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    )
 
 
 def _bytes(character: str) -> bytes:
@@ -106,7 +149,7 @@ def _bytes(character: str) -> bytes:
 
 
 def as_text(text: str) -> str:
-    """Return the letters of what was read in a locale without them."""
+    """Return the letters of a text read in a locale without them."""
     try:
         return os.fsencode(text).decode("utf-8", "replace")
     except UnicodeEncodeError:

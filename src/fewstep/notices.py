@@ -1,18 +1,29 @@
-"""What other libraries say at import and on loading that is not for whoever uses this one: deprecations of theirs, packages that nobody needs here."""
+"""Notices of other libraries that are not for fewstep's users.
+
+Libraries warn at import and on loading of their own deprecations, and of packages that nobody needs.
+"""
 
 import logging
 import warnings
 
-ABSENT = "requires torchvision (not installed)"  # of image processors that no teacher's drawing uses
+ABSENT = "requires torchvision (not installed)"  # of image processors that no teacher uses for sampling
+NO_KEYS = "No LoRA keys associated to"  # of text encoders, which no student changes
 
 
 def mute_others() -> None:
-    """Keep these few notices off the screen, and nothing else; to be called before the libraries are imported."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it wherever it is installed, used or not
+    """Keep these few notices off the screen, and no others.
+
+    Call before the libraries are imported.
+    """
+    # diffusers imports bitsandbytes wherever it is installed, used or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("transformers.utils.import_utils").addFilter(_for_users)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers\.")  # whole configurations of schedulers, old spellings
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)  # diffusers' to the hub
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(_for_users)
+    # diffusers' old spellings, and its remarks on schedulers' configurations.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers\.")
+    # The hub's remark on an argument that diffusers passes.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
 
 
 def _for_users(record: logging.LogRecord) -> bool:
-    return ABSENT not in record.getMessage()
+    return not any(text in record.getMessage() for text in (ABSENT, NO_KEYS))

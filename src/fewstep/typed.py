@@ -1,4 +1,7 @@
-"""JSON values as the types that they should have: what a file holds of another type is found where it is read."""
+"""JSON values as the types that they should have.
+
+A value of another type in a file is found where the file is read.
+"""
 
 import reprlib
 from dataclasses import MISSING, fields, is_dataclass
@@ -22,10 +25,12 @@ SHORT.maxlevel, SHORT.maxstring, SHORT.maxlong, SHORT.maxother = 3, 80, 40, 80
 
 
 def typed(kind: Any, value: Any, where: str = "") -> Any:
-    """`value` as a `kind`: int, float, str, bool, None, Any, unions, lists, tuples (from lists), dicts, TypedDicts and dataclasses of these.
+    """Return `value` as a `kind`, with everything inside it.
 
-    Nothing is converted but lists into tuples and objects into dataclasses; `true` is no number. A TypedDict lets other keys through, a dataclass does not.
-    Raises ValueError that names the key, what is there, and what should be.
+    A kind is int, float, str, bool, None, Any, or a union, list, tuple (from a list), dict, TypedDict or
+    dataclass of these. Nothing is converted but lists into tuples and objects into dataclasses; `true` is no
+    number. A TypedDict allows other keys, a dataclass does not. Raises ValueError that names the key, what is
+    there, and what should be.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -50,7 +55,7 @@ def typed(kind: Any, value: Any, where: str = "") -> Any:
 
 
 def _record(kind: Any, value: Any, where: str) -> Any:
-    """A TypedDict or a dataclass from an object."""
+    """Return a TypedDict or a dataclass from an object."""
     _require(dict, value, where)
     hints = get_type_hints(kind)
     known = {key: typed(hints[key], v, _below(where, key)) for key, v in value.items() if key in hints}
@@ -72,7 +77,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
             return typed(kind, value, where)
         except ValueError:
             if type(value) is (get_origin(kind) or kind) or (isinstance(value, dict) and is_typeddict(kind)):
-                raise  # it is of this kind, and something in it is not
+                raise  # the value is of this kind, and something inside the value is wrong
             wrong.append(NAMES.get(get_origin(kind) or kind, "an object"))
     raise ValueError(f"{where or 'it'} is {shown(value)}, not {' or '.join(wrong)}")
 
@@ -88,6 +93,10 @@ def _below(where: str, key: object) -> str:
 
 
 def shown(value: Any) -> str:
-    """A JSON value in a few words."""
-    text = {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else SHORT.repr(value)
+    """Show a JSON value in a few words."""
+    text = (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else SHORT.repr(value)
+    )
     return visible(text, lines=False)

@@ -1,4 +1,7 @@
-"""Errors in the words of whoever made the mistake: settings are named as recipes do, and here become Python arguments."""
+"""Errors that name settings as the caller wrote the settings.
+
+Recipes and the command line have one set of names; in Python the same settings are arguments.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -13,41 +16,51 @@ R = TypeVar("R")
 SECTIONS = "method|train|roles|preview|evaluate"
 VALUES = {"true": "True", "false": "False", "null": "None"}
 PHRASES = (
-    ("data.source", "pictures"),
-    ("leave data out", "leave pictures out"),
+    ("data.source", "images"),
+    ("data.from_student", "trajectories.student"),
+    ("leave data out", "leave images out"),
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
+    ("--out:", "out:"),
+    ("--format: ", "form: "),
+    ("--dtype: ", "dtype: "),
+    ("DIR: ", "folder: "),
     ("the same command", "the same call"),
-    ("run: pip install", "run: pip install"),
     ("--set ", ""),
 )
 
 
 def python_words(text: str, section: str = "") -> str:
-    """`train.lr: got true` as `lr: got True`, `data.count` as `paths.count`; options of `section` stand by themselves.
+    """Rewrite an error from recipes' names to Python's.
 
-    The one place where recipes' keys and the command line's options become arguments of `fewstep.distill` and its settings.
+    `train.lr: got true` becomes `lr: got True`, and `data.count` becomes `trajectories.count`. Options of
+    `section` stand by themselves. No other function turns recipes' keys and the command line's options into
+    arguments of `fewstep.distill` and its settings.
     """
     for recipe, python in PHRASES:
         text = text.replace(recipe, python)
     text = re.sub(rf"(?<![/\w.-])(?:{SECTIONS}{'|' + section if section else ''})\.(?=[a-z_]+\b)", "", text)
-    text = re.sub(r"(?<![/\w.-])data\.(?=[a-z_]+\b)", "paths.", text)
+    text = re.sub(r"(?<![/\w.-])data\.(?=[a-z_]+\b)", "trajectories.", text)
     return re.sub(r"(=|: got |\bto )(true|false|null)\b", lambda found: found[1] + VALUES[found[2]], text)
 
 
 @contextmanager
 def in_python(section: str = "") -> Iterator[None]:
-    """Within it a user's mistake is told in Python's words."""
+    """Raise a user's mistake in the block in Python's words."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if (said := python_words(str(error), section)) == str(error):
             raise
-        raise ValueError(said) from error
+        raise type(error)(said) from error
 
 
 def speaks_python(section: str) -> Callable[[Kind], Kind]:
-    """A class of settings whose constructor tells mistakes in Python's words; recipes, which are read without it, in theirs."""
+    """Decorate a class of settings to raise mistakes in Python's words.
+
+    Recipes, which are read without the decorated constructor, keep their own words. Options of `section`
+    stand by themselves.
+    """
 
     def of(kind: Kind) -> Kind:
         made: Callable[..., None] = kind.__init__  # type: ignore[misc]
@@ -64,7 +77,7 @@ def speaks_python(section: str) -> Callable[[Kind], Kind]:
 
 
 def told_in_python(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function whose mistakes are told in Python's words."""
+    """Decorate a public function to raise mistakes in Python's words."""
 
     @wraps(function)
     def call(*args: P.args, **settings: P.kwargs) -> R:

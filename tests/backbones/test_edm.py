@@ -1,4 +1,4 @@
-"""Pixel models with EDM's preconditioning: what diffusers' schedulers say of them, and the same pictures as diffusers draws."""
+"""Pixel models with EDM's preconditioning draw the same images as diffusers."""
 
 import math
 from pathlib import Path
@@ -6,27 +6,34 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, DDPMPipeline, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+)
 from torch import Tensor
 
 from fewstep.api import sample as drawn_by_fewstep
 from fewstep.backbones import miniature
 from fewstep.backbones.base import denoiser
-from fewstep.backbones.hollow import hollow_teacher
 from fewstep.backbones.load import load_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.schedulers import load_scheduler, student_scheduler
 from fewstep.backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, pixel_unet, save_pixel_model
 from fewstep.checks import check_backbone
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM
 from fewstep.core.solvers import SOLVERS, sample
-from fewstep.methods.matching import Matching
+from fewstep.data.prompts import embed
+from fewstep.data.trajectories import TrajectoryConfig, generate_trajectories, guided_teacher, run_to_completion
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
-from fewstep.methods.paths import PathImitation
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.paths import PathsConfig, teacher_paths, to_end
-from fewstep.training.prompts import embed
 
 LABELS = ("zero", "one", "two")
 LEVELS = {"sigma_max": 70.0, "sigma_min": 0.01, "rho": 5.0, "sigma_data": 0.6}
@@ -62,7 +69,9 @@ def test_the_network_is_asked_and_understood_as_edm_says(model: PixelModel) -> N
         with torch.no_grad():
             raw = model.pipe.unet(c_in * x, c_noise, class_labels=numbers).sample
             torch.testing.assert_close(model.predict(model.module, x, t, cond), raw, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(denoiser(model, model.module, cond)(x, t).x0, c_skip * x + c_out * raw, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                denoiser(model, model.module, cond)(x, t).x0, c_skip * x + c_out * raw, rtol=1e-4, atol=1e-4
+            )
 
 
 def theirs(model: PixelModel, scheduler: Any, noise: Tensor, steps: int) -> list[Tensor]:
@@ -82,14 +91,25 @@ def theirs(model: PixelModel, scheduler: Any, noise: Tensor, steps: int) -> list
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("kind", "solver"), [(EDMEulerScheduler, "ddim"), (EDMDPMSolverMultistepScheduler, "dpmpp")])
 def test_steps_are_those_of_diffusers(tmp_path: Path, kind: Any, solver: str, prediction: str, steps: int) -> None:
-    """From the same noise down the scheduler's own levels, every state, to roundings of its largest numbers: Euler's step there subtracts
-    numbers of the size of the noise in single precision."""
+    """Every state equals that of diffusers, from the same noise.
+
+    The times are the scheduler's own. The tolerance is the rounding of the largest numbers: Euler's step in diffusers
+    subtracts numbers of the size of the noise in single precision.
+    """
     model = loaded(tmp_path / "digits", kind(**LEVELS, prediction_type=prediction))
     noise = torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(1))
     wanted = theirs(model, model.pipe.scheduler, noise, steps)
     denoise = denoiser(model, model.module, model.encode(["one", "two"]))
     with torch.no_grad():
-        got = list(sample(denoise, model.schedule, noise * model.schedule.start_std, model.pipe.scheduler.sigmas.double(), SOLVERS[solver]))
+        got = list(
+            sample(
+                denoise,
+                model.schedule,
+                noise * model.schedule.start_std,
+                model.pipe.scheduler.sigmas.double(),
+                SOLVERS[solver],
+            )
+        )
     assert len(got) == len(wanted) == steps + 1
     largest = float(wanted[0].abs().max())
     assert max(float((s.x - x).abs().max()) for s, x in zip(got, wanted, strict=True)) < 5e-7 * largest
@@ -97,8 +117,13 @@ def test_steps_are_those_of_diffusers(tmp_path: Path, kind: Any, solver: str, pr
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
-def test_a_student_s_scheduler_draws_its_steps_in_diffusers(model: PixelModel, tmp_path: Path, solver: str, steps: int) -> None:
-    """fewstep's own grid of K steps, by a stock scheduler that went through a file, in a stock pipeline, noise included."""
+def test_a_student_s_scheduler_draws_its_steps_in_diffusers(
+    model: PixelModel, tmp_path: Path, solver: str, steps: int
+) -> None:
+    """A stock pipeline with a stock scheduler samples fewstep's own grid.
+
+    The grid has K steps, the scheduler goes through a file, and the noise is included.
+    """
     student_scheduler(model.scheduler_config, [steps], solver).save_pretrained(tmp_path / "scheduler")
     scheduler = load_scheduler(tmp_path / "scheduler")
     scheduler.set_timesteps(steps)
@@ -122,7 +147,9 @@ def test_a_folder_is_an_ordinary_pipeline(model: PixelModel, tmp_path: Path) -> 
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn((1, *model.shape), generator=torch.Generator().manual_seed(3))
     options = {"class_labels": [1]} if model.labels else {}
-    shown = pipe(num_inference_steps=6, generator=[torch.Generator().manual_seed(3)], output_type="pt", **options).images
+    shown = pipe(
+        num_inference_steps=6, generator=[torch.Generator().manual_seed(3)], output_type="pt", **options
+    ).images
     denoise, schedule = denoiser(model, model.module, model.encode(["one"])), model.schedule
     with torch.no_grad():
         *_, last = sample(denoise, schedule, noise * schedule.start_std, pipe.scheduler.sigmas.double())
@@ -130,7 +157,10 @@ def test_a_folder_is_an_ordinary_pipeline(model: PixelModel, tmp_path: Path) -> 
 
 
 def test_a_pipeline_that_ignores_its_scheduler_is_put_right(tmp_path: Path) -> None:
-    """`DDPMPipeline` takes any scheduler and scales nothing for it: its network is loaded, and drawn with as EDM says."""
+    """A `DDPMPipeline` with EDM's scheduler is sampled as EDM says.
+
+    `DDPMPipeline` takes any scheduler and scales nothing for it.
+    """
     torch.manual_seed(0)
     pipe = DDPMPipeline(pixel_unet([16, 32], [False, True], 1, 8, 3), EDMEulerScheduler(**LEVELS))
     pipe.save_pretrained(tmp_path / "old")
@@ -150,7 +180,7 @@ def test_a_model_with_a_table_may_come_in_the_pipeline_that_is_told_classes(tmp_
     (tmp_path / "digits" / "labels.json").write_text('["zero", "one", "two"]')
     model = load_teacher(tmp_path / "digits")
     assert isinstance(model, PixelModel)
-    assert model.schedule.resolution == hollow_teacher(tmp_path / "digits").schedule.resolution == 1
+    assert model.schedule.resolution == meta_teacher(tmp_path / "digits").schedule.resolution == 1
     wanted = drawn_by_fewstep(model, ["one", "two"], steps=4)
     model.pipe.scheduler = student_scheduler(model.scheduler_config, [4], "ddim")
     assert (drawn_pixels(model, ["one", "two"], 4) - wanted).abs().max() < 1e-5
@@ -172,29 +202,43 @@ def test_other_schedulers_are_refused_in_a_line(tmp_path: Path, scheduler: Any, 
         load_teacher(saved(tmp_path / "digits", scheduler))
     assert "\n" not in str(told.value)
     with pytest.raises(ValueError, match=reason):  # nor is it planned
-        hollow_teacher(tmp_path / "digits")
+        meta_teacher(tmp_path / "digits")
 
 
 def test_it_keeps_what_a_backbone_promises(model: PixelModel, tmp_path: Path) -> None:
-    """Students of LoRA that do nothing are the teacher bit for bit, several step counts are told apart, guidance is right."""
+    """An EDM model passes `check_backbone`, and its plan reads the same schedule."""
     check_backbone(model, ["one", "two"])
-    hollow = hollow_teacher(tmp_path / "digits")
+    hollow = meta_teacher(tmp_path / "digits")
     assert hollow.schedule == model.schedule
     assert hollow.scheduler_config == model.scheduler_config
 
 
 @pytest.mark.parametrize(
-    "method", [Matching(steps=2, guidance=2.0, warmup=0), PathImitation(steps=(2, 1), head="span")], ids=["tdm", "trajp-l"]
+    "method",
+    [
+        DistributionMatching(steps=2, warmup=0, guidance=Guidance(scale=2.0)),
+        TrajectoryImitation(steps=(2, 1), head="span"),
+    ],
+    ids=["tdm", "trajp-l"],
 )
 @pytest.mark.parametrize("share", [True, False], ids=["LoRA", "full"])
 def test_it_is_distilled(model: PixelModel, method: Method, share: bool) -> None:
     data = embed(model, list(LABELS), None, "digits")
     config = TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)
     times = torch.unique(torch.cat([method.times(model.schedule, k) for k in method.counts])).flip(0)
-    paths = to_end(teacher_paths(model, data, PathsConfig(8, 8), times, 1.0, None, "digits")) if method.needs.paths else None
-    roles = make_roles(model, RolesConfig(rank=2, share=share), fake=method.needs.fake)
+    walked = TrajectoryConfig(count=8, steps=8)
+    source = guided_teacher(model, data.unconditional(torch.device("cpu")), walked, times, Guidance())
+    paths = (
+        run_to_completion(generate_trajectories(model, data, walked, times, source, None, "digits"))
+        if method.needs.trajectories
+        else None
+    )
+    roles = make_roles(model, RolesConfig(rank=2, lora=share), fake=method.needs.fake)
     cond = model.encode(["one", "two"])
-    x, t = 3 * torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 0.4], dtype=torch.float64)
+    x, t = (
+        3 * torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([3.0, 0.4], dtype=torch.float64),
+    )
     with torch.no_grad():
         teacher = denoiser(model, model.module, cond)(x, t).x0
         assert torch.equal(roles.denoise("student", cond)(x, t).x0, teacher)

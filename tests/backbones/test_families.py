@@ -1,33 +1,33 @@
 """Every family of pipelines as a backbone: it keeps the protocol, and draws what its own pipeline draws."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionUpscalePipeline
 
 import fewstep
 from fewstep.backbones.base import guided
+from fewstep.backbones.families import FAMILIES, family_of_pipeline
+from fewstep.backbones.family import Family
 from fewstep.backbones.few_step import drawn
-from fewstep.backbones.generate import pictures
+from fewstep.backbones.generate import sample_images
 from fewstep.backbones.load import load_teacher, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.checks import check_backbone
-from fewstep.cli.ending import write_student
-from fewstep.cli.export import FORMATS, run_export
+from fewstep.cli.export import run_export
 from fewstep.core import timegrid
-from fewstep.export.card import StudentCard
+from fewstep.core.guidance import Guidance
+from fewstep.student.formats import FORMATS
 
 from .. import pipelines, tiny
 
 PROMPTS = ["red cat", "a photo of a green house"]
-
-
-def predicted(teacher: Any) -> str:
-    """What a card says of its base."""
-    return str(teacher.scheduler_config.get("prediction_type", ""))
 
 
 @pytest.fixture(scope="module", params=pipelines.FAMILIES)
@@ -45,12 +45,12 @@ def test_a_family_keeps_the_protocol(folder: Path) -> None:
 
 
 def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path) -> None:
-    """Guided pictures of the pipeline's own call, with its own negative prompt, sizes and masks."""
+    """Guided images of the pipeline's own call, with its own negative prompt, sizes and masks."""
     backbone = load_teacher(folder)
     cond, null = backbone.encode(PROMPTS), backbone.encode([""])
     for scale in (1.0, 3.5):
-        denoise = guided(backbone, backbone.module, cond, null, scale)
-        ours = pictures(backbone, denoise, [0, 1], timegrid.uniform(backbone.schedule, 4))
+        denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=scale))
+        ours = sample_images(backbone, denoise, [0, 1], timegrid.uniform(backbone.schedule, 4))
         pipe = pipeline_of(backbone)
         pipe.scheduler = student_scheduler(backbone.scheduler_config, [4], "ddim")
         theirs = drawn(pipe, PROMPTS, 4, scale)
@@ -61,20 +61,24 @@ def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path
 
 @pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_path: Path) -> None:
-    """Two updates of TDM for two step counts, written, loaded by fewstep, as a pipeline, and in every format: one picture each."""
+    """A student of two step counts draws one image everywhere.
+
+    It is loaded by fewstep, as a pipeline, and exported in every format.
+    """
     teacher = load_teacher(folder)
-    method = fewstep.TDM(steps=(2, 1), guidance=3.0, warmup=0)
-    *_, step = fewstep.distill(teacher, method, PROMPTS, iterations=2, batch=2, lr=0.02, share=share, rank=2)
-    grids = {str(k): method.times(teacher.schedule, k) for k in method.counts}
-    card = StudentCard(
-        "tiny-2step", "tdm-unify", str(folder), "", method.counts, {k: v.tolist() for k, v in grids.items()}, dict.fromkeys(grids, "ddim"), predicted(teacher),
-        "lora" if share else "full", 2 if share else None, 2.0 if share else None, 3.0, "other", 2, 1.0, "", "", time_layer=teacher.time_layer,
-    )  # fmt: skip
+    method = fewstep.TDM(steps=(2, 1), warmup=0, guidance=3.0)
+    *_, step = fewstep.distill(
+        teacher,
+        method,
+        PROMPTS,
+        train=fewstep.TrainConfig(iterations=2, batch=2, lr=0.02),
+        roles=fewstep.RolesConfig(lora=share, rank=2),
+    )
     own = {k: fewstep.sample(step, PROMPTS, [0, 1], steps=k) for k in method.counts}
     assert (own[2] - fewstep.sample(teacher, PROMPTS, [0, 1], steps=2)).abs().max() > 1e-3
     final = tmp_path / "final"
     with step.roles.averaged():
-        write_student(final, card, step.roles, grids["2"][:-1])
+        step.student().write(final)
     loaded, pipe = fewstep.load_student(final), fewstep.load(folder, final)
     for k in method.counts:
         torch.testing.assert_close(fewstep.sample(loaded, PROMPTS, [0, 1], steps=k), own[k], rtol=0, atol=1e-4)
@@ -82,30 +86,43 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
     kohya = share and folder.name in ("sd", "sdxl")
     for form in FORMATS:
         if form == "kohya" and not kohya:
-            why = "kohya's names are for the LoRA of a U-Net" if share else "got kohya, which is for LoRA, and this student has none"
+            why = (
+                "kohya's names are for the LoRA of a U-Net"
+                if share
+                else "got kohya, which is for LoRA, and this student has none"
+            )
             with pytest.raises(ValueError, match=f"--format: {why}"):
                 run_export(str(final), tmp_path / form, form, 1, None)
             assert not (tmp_path / form).exists()
         else:
             run_export(str(final), tmp_path / form, form, 1, None)
     assert not (final / "comfyui-workflow.json").exists()  # a folder is no checkpoint that it loads
-    kinds = {p.name.removeprefix("tiny-2step-") for p in final.glob("tiny-2step-*")}
-    assert kinds == ({"kohya.safetensors" if kohya else "lora.safetensors"} if share else set())
+    name = f"{folder.name}-tdm-unify-1-2step"
+    kinds = {p.name.removeprefix(f"{name}-") for p in final.glob(f"{name}-*")}
+    read = share and not folder.name.startswith("pixart")  # no program reads a LoRA of PixArt by itself
+    assert kinds == ({"kohya.safetensors" if kohya else "lora.safetensors"} if read else set())
     assert (final / "peft").exists() == (share and folder.name.startswith("pixart"))
 
 
 def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grid that no step count says: fewstep knows it from the folder, stock pipelines are told it, and what cannot be told is refused."""
-    teacher, method = load_teacher(folder), fewstep.TDM(steps=2, guidance=3.0, warmup=0, shift=2)
+    """A grid that no step count says goes with the student.
+
+    fewstep knows the grid from the folder, a stock pipeline is told it, and a format that cannot be told it is
+    refused.
+    """
+    teacher, method = load_teacher(folder), fewstep.TDM(steps=2, warmup=0, shift=2, guidance=3.0)
     times = method.times(teacher.schedule)
     assert not timegrid.even(teacher.schedule, times)
-    *_, step = fewstep.distill(teacher, method, PROMPTS, iterations=1, batch=2, lr=0.02, rank=2)
-    card = StudentCard(
-        "tiny-2step", "tdm", str(folder), "", (2,), {"2": times.tolist()}, {"2": "ddim"}, predicted(teacher), "lora", 2, 2.0, 3.0, "other", 1, 1.0, "", "",
-    )  # fmt: skip
+    *_, step = fewstep.distill(
+        teacher,
+        method,
+        PROMPTS,
+        train=fewstep.TrainConfig(iterations=1, batch=2, lr=0.02),
+        roles=fewstep.RolesConfig(rank=2),
+    )
     own, final = fewstep.sample(step, PROMPTS, [0, 1]), tmp_path / "final"
     with step.roles.averaged():
-        write_student(final, card, step.roles, times[:-1])
+        step.student().write(final)
     torch.testing.assert_close(fewstep.sample(fewstep.load_student(final), PROMPTS, [0, 1]), own, rtol=0, atol=1e-4)
     torch.testing.assert_close(drawn(fewstep.load(folder, final), PROMPTS, 2), own, rtol=0, atol=1e-4)
     told, said = folder.name not in ("sd", "cogvideox", "cogvideox-rotary", "sd3"), (final / "README.md").read_text()
@@ -129,6 +146,20 @@ def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkey
         run_export(str(final), tmp_path / "pipeline", "pipeline", None, None)
         if folder.name == "sdxl":
             run_export(str(final), tmp_path / "kohya", "kohya", None, None)
+
+
+def without_tiny_pipeline(families: Iterable[Family]) -> list[str]:
+    """Those that no tiny pipeline of the tests is of."""
+    there = {family_of_pipeline(make()).name for make in (*pipelines.FAMILIES.values(), *pipelines.PIXELS.values())}
+    return [family.name for family in families if family.name not in there]
+
+
+def test_every_family_has_a_tiny_pipeline() -> None:
+    """A row in `FAMILIES` without one would be tested by nothing."""
+    missing = without_tiny_pipeline(FAMILIES.values())
+    assert not missing, f"tests/pipelines.py has no tiny {', '.join(missing)}: add one to FAMILIES there, or to PIXELS"
+    new = replace(FAMILIES["StableDiffusionPipeline"], pipeline=StableDiffusionUpscalePipeline)
+    assert without_tiny_pipeline([*FAMILIES.values(), new]) == ["StableDiffusionUpscalePipeline"]
 
 
 def test_own_networks_keep_the_protocol() -> None:

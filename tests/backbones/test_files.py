@@ -1,103 +1,41 @@
-"""A student's files in a diffusers pipeline: the pictures it had in memory, on a base that stays what it was."""
+"""A student's weights in files: the network it was, and one clear line where it is not there."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import nn
 
-from fewstep.backbones.few_step import FewStepPipeline, Serving, few_step_pipeline
-from fewstep.backbones.files import LORA_FILE, load_lora, load_network, save_lora, save_network
-from fewstep.backbones.generate import pictures
-from fewstep.backbones.schedulers import student_scheduler
-from fewstep.backbones.sd import StableDiffusion
-from fewstep.core import timegrid
-from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.backbones.files import load_network, network_place, save_network
 
 from .. import tiny
 
 
-def trained(share: bool) -> Roles:
-    roles = make_roles(tiny.stable_diffusion(), RolesConfig(share=share, rank=2))
+def changed() -> nn.Module:
+    """A tiny U-Net that is not the teacher's."""
+    network = tiny.stable_diffusion().module
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in roles.trained["student"].values():
+        for p in network.parameters():
             p.add_(torch.randn(p.shape, generator=rng) / 20)
-    return roles
-
-
-def saved(roles: Roles, folder: Path) -> Path:
-    if roles.config.share:
-        save_lora(folder, roles.networks["student"], roles.student_state(), roles.adapter_settings())
-    else:
-        save_network(folder, roles.networks["student"])
-    student_scheduler(roles.backbone.scheduler_config, [2, 4], "ddim").save_pretrained(folder / "scheduler")
-    return folder
-
-
-def shown(pipe: FewStepPipeline) -> Tensor:
-    return pipe("red cat", generator=torch.Generator().manual_seed(0), output_type="pt").images
-
-
-def of_teacher(backbone: StableDiffusion) -> Tensor:
-    x, cond = torch.ones(1, *backbone.shape), backbone.encode(["red cat"])
-    with torch.no_grad():
-        return backbone.predict(backbone.module, x, torch.tensor([500.0]), cond)
-
-
-@pytest.mark.parametrize("base", ["fresh", "just trained"])
-@pytest.mark.parametrize("share", [True, False])
-def test_pictures_are_those_in_memory_and_the_base_stays_the_teacher(tmp_path: Path, share: bool, base: str) -> None:
-    roles = trained(share)
-    backbone = roles.backbone
-    times = timegrid.uniform(backbone.schedule, 2)
-    wanted = pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times)
-    folder, teacher = saved(roles, tmp_path), tiny.stable_diffusion() if base == "fresh" else backbone
-    assert isinstance(teacher, StableDiffusion)
-    before = of_teacher(teacher)
-    pipes = [few_step_pipeline(teacher.pipe, folder, Serving((2, 4)), weights="lora" if share else "full") for _ in range(2)]
-    for pipe in pipes:
-        torch.testing.assert_close(shown(pipe), wanted, rtol=0, atol=1e-4)
-        assert pipe.scheduler.timesteps.tolist() == [999, 499]  # two steps, the first count served
-    assert torch.equal(of_teacher(teacher), before)
-    torch.testing.assert_close(
-        pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times), wanted, rtol=0, atol=1e-6
-    )
-
-
-def test_the_pipeline_keeps_no_second_copy_of_the_base(tmp_path: Path) -> None:
-    teacher = tiny.stable_diffusion()
-    pipe = few_step_pipeline(teacher.pipe, saved(trained(True), tmp_path), Serving((2,)), weights="lora")
-    own = {p.data_ptr() for p in teacher.module.parameters()}
-    assert own <= {p.data_ptr() for p in pipe.unet.parameters()}
-
-
-def test_unusual_wishes_are_granted_with_a_warning(tmp_path: Path) -> None:
-    pipe = few_step_pipeline(tiny.stable_diffusion().pipe, saved(trained(True), tmp_path), Serving((2, 4)), weights="lora")
-    with pytest.warns(UserWarning, match="num_inference_steps: got 3, this student was trained for 2, 4"):
-        pipe("red cat", num_inference_steps=3, output_type="pt")
-    with pytest.warns(UserWarning, match=r"guidance_scale: got 5\.0, guidance is baked into this student"):
-        pipe("red cat", guidance_scale=5.0, output_type="pt")
+    return network
 
 
 @pytest.mark.parametrize("keep", [None, 0, 50])
 def test_missing_or_damaged_files_are_one_clear_error(tmp_path: Path, keep: int | None) -> None:
-    saved(trained(True), tmp_path)
-    assert set(load_lora(tmp_path)) == set(trained(True).student_state())
-    path = tmp_path / LORA_FILE
-    if keep is None:
-        path.unlink()
-    else:
+    if keep is not None:
+        save_network(tmp_path, changed())
+        (path,) = network_place(tmp_path, tiny.stable_diffusion().module).glob("*.safetensors")
         path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"^student: .* is missing or damaged \(.*\); export the run again$"):
-        load_lora(tmp_path)
     with pytest.raises(ValueError, match=r"^student: .*unet is missing or damaged \(.*\); export the run again$"):
         load_network(tmp_path, tiny.stable_diffusion().module)
 
 
 def test_a_whole_network_comes_back(tmp_path: Path) -> None:
-    roles = trained(False)
-    network = load_network(saved(roles, tmp_path), roles.backbone.module)
-    for name, tensor in roles.networks["student"].state_dict().items():
+    own, teacher = changed(), tiny.stable_diffusion().module
+    save_network(tmp_path, own)
+    network = load_network(tmp_path, teacher)
+    assert any(not torch.equal(a, b) for a, b in zip(own.parameters(), teacher.parameters(), strict=True))
+    for name, tensor in own.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor)
     assert not network.training

@@ -7,11 +7,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from fewstep.backbones.base import denoiser, guided
-from fewstep.backbones.generate import noise_of, pictures, trajectory
+from fewstep.backbones.generate import noise_of, sample_images, trajectory
 from fewstep.backbones.load import bundled, fingerprint, load_teacher, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP
 
 from .. import tiny
@@ -40,7 +41,10 @@ def test_conditions_are_those_of_the_pipeline(backbone: StableDiffusion) -> None
 
 def test_output_is_that_of_the_network(backbone: StableDiffusion) -> None:
     cond = backbone.encode(PROMPTS)
-    x, t = torch.randn((2, *backbone.shape), generator=torch.Generator().manual_seed(0)), torch.tensor([999.0, 250], dtype=torch.float64)
+    x, t = (
+        torch.randn((2, *backbone.shape), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([999.0, 250], dtype=torch.float64),
+    )
     with torch.no_grad():
         got = backbone.predict(backbone.module, x, t, cond)
         theirs = backbone.pipe.unet(x, torch.tensor([999, 250]), encoder_hidden_states=cond["text"]).sample
@@ -49,23 +53,27 @@ def test_output_is_that_of_the_network(backbone: StableDiffusion) -> None:
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (2, 1.0), (4, 1.0), (4, 3.5)])
 @pytest.mark.parametrize("process", ["pure noise, v", "some signal, eps"])
-def test_pictures_are_those_of_the_pipeline(backbone: StableDiffusion, process: str, steps: int, guidance: float) -> None:
+def test_images_are_those_of_the_pipeline(backbone: StableDiffusion, process: str, steps: int, guidance: float) -> None:
     """Same prompts, same seeds, the trained times: what fewstep samples is what `pipe(prompt)` shows.
 
     On the bundled teacher's schedule, and on that of SD 1.x, whose last time keeps a little signal.
     """
     if process == "some signal, eps":
         scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-        pipe = StableDiffusionPipeline(**{**backbone.pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(
+            **{**backbone.pipe.components, "scheduler": scheduler}, requires_safety_checker=False
+        )
         backbone = StableDiffusion(pipe, "sd", VP(scheduler.alphas_cumprod.double()))
     cond, null = backbone.encode(PROMPTS), backbone.encode([""])
-    denoise = guided(backbone, backbone.module, cond, null, guidance)
-    ours = pictures(backbone, denoise, [3, 4], timegrid.uniform(backbone.schedule, steps))
+    denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=guidance))
+    ours = sample_images(backbone, denoise, [3, 4], timegrid.uniform(backbone.schedule, steps))
     pipe = StableDiffusionPipeline(**backbone.pipe.components, requires_safety_checker=False)
     pipe.scheduler = student_scheduler(backbone.scheduler_config, [steps], "ddim")
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
-    theirs = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt").images
+    theirs = pipe(
+        PROMPTS, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt"
+    ).images
     assert ours.shape == (2, 3, 16, 16)
     assert ours.std() > 0.01
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -119,11 +127,17 @@ def test_sources_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
 
 
 def test_bundled_teachers_are_folders_of_the_package() -> None:
-    assert all((Path(load_teacher.__code__.co_filename).parents[1] / "zoo" / name / "model_index.json").is_file() for name in bundled())
+    assert all(
+        (Path(load_teacher.__code__.co_filename).parents[1] / "zoo" / name / "model_index.json").is_file()
+        for name in bundled()
+    )
 
 
-def test_students_that_renoise_have_even_times() -> None:
-    with pytest.raises(ValueError, match=r"^method\.shift: students that re-noise"):
+def test_students_of_a_stochastic_solver_have_even_times() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^method\.shift: students of a stochastic solver can only be exported with uniform time grids",
+    ):
         student_scheduler({}, [4], "renoise", even=False)
 
 

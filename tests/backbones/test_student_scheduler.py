@@ -1,7 +1,7 @@
-"""The student's own steps in diffusers' pipelines, also in those that begin with a picture."""
+"""The student's own steps in diffusers' pipelines, also in those that begin with an image."""
 
+import copy
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,28 +10,32 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone, denoiser
-from fewstep.backbones.few_step import FEW_STEP, FewStepPipeline, Serving, few_step_pipeline
+from fewstep.backbones.few_step import FEW_STEP, FewStepPipeline, SamplingDefaults, few_step_pipeline
 from fewstep.backbones.load import around
-from fewstep.backbones.student_scheduler import StudentScheduler, Walking
+from fewstep.backbones.parts import denoiser_of
+from fewstep.backbones.student_scheduler import SamplingSpec, StudentScheduler
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import diffuse
-from fewstep.core.solvers import Correct, Past, sample, solver_named
+from fewstep.core.solvers import Correction, SolverHistory, sample, solver_named
 from fewstep.core.timegrid import uniform
 from tests import pipelines
 
 PROMPT = "red cat"
 
 
-def unchanged(way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+def unchanged(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
     """A head that only serves to be there."""
     return way
 
 
-def student(backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correct | None = None, free: bool = False) -> FewStepPipeline:
+def student(
+    backbone: Backbone, base: DiffusionPipeline, solver: str, head: Correction | None = None, analytic: bool = False
+) -> FewStepPipeline:
     """A pipeline of the teacher's own weights on uneven times, in 4 and 3 steps."""
     grids = {k: uniform(backbone.schedule, k, shift=2.5) for k in (4, 3)}
-    walking = Walking(backbone.schedule, backbone.row, solver_named(solver), grids, head, free)
-    return few_step_pipeline(base, Path("nowhere"), Serving((4, 3)), "none", walking)
+    spec = SamplingSpec(backbone.schedule, backbone.row, solver_named(solver), grids, head, analytic)
+    scheduler = StudentScheduler.of(base.scheduler.config, spec)
+    return few_step_pipeline(base, copy.deepcopy(denoiser_of(base)), scheduler, SamplingDefaults((4, 3)))
 
 
 def asked_at(pipe: DiffusionPipeline) -> list[float]:
@@ -49,7 +53,10 @@ def asked_at(pipe: DiffusionPipeline) -> list[float]:
 @pytest.mark.parametrize("solver", ["ddim", "ipndm", "dpmpp"])
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solver: str) -> None:
-    """At every strength it is the student's own walk from the picture's state at the time that the network is asked first."""
+    """Image-to-image is the student's own trajectory from the image's noised state.
+
+    At every strength it starts at the first time that the network is asked for.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = pipelines.FAMILIES[family]()
@@ -62,22 +69,34 @@ def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solv
     seen, grid = asked_at(pipe), pipe.scheduler.student.grids[4]
     assert grid.tolist() != uniform(backbone.schedule, 4).tolist()
     told = grid if backbone.schedule.resolution else grid * 1000
-    size = {"height": backbone.picture_size, "width": backbone.picture_size} if family == "sd3" else {}
+    size = {"height": backbone.image_size, "width": backbone.image_size} if family == "sd3" else {}
     for strength, first in ((1.0, 0), (0.75, 1), (0.5, 2), (0.25, 3), (0.99, 0 if family == "sd3" else 1)):
         seen.clear()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             found = pipe(
-                PROMPT, image=x0, strength=strength, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="latent", **size
-            ).images  # fmt: skip
+                PROMPT,
+                image=x0,
+                strength=strength,
+                num_inference_steps=4,
+                guidance_scale=1.0,
+                generator=generator,
+                output_type="latent",
+                **size,
+            ).images
             assert seen == pytest.approx(told[first:-1].tolist(), abs=1e-2)
-            start = diffuse(backbone.schedule, x0, grid[first].expand(1), torch.randn(x0.shape, generator=torch.Generator().manual_seed(7)))
+            start = diffuse(
+                backbone.schedule,
+                x0,
+                grid[first].expand(1),
+                torch.randn(x0.shape, generator=torch.Generator().manual_seed(7)),
+            )
             denoise = denoiser(backbone, base.unet if family != "sd3" else base.transformer, backbone.encode([PROMPT]))
             *_, last = sample(denoise, backbone.schedule, start, grid[first:], solver_named(solver))
         torch.testing.assert_close(found, last.x, rtol=0, atol=2e-4)
 
 
-def test_two_pictures_in_a_row_do_not_remember_one_another() -> None:
+def test_two_images_in_a_row_do_not_remember_one_another() -> None:
     base = pipelines.sd()
     pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ipndm"))
     pipe.set_progress_bar_config(disable=True)
@@ -86,8 +105,14 @@ def test_two_pictures_in_a_row_do_not_remember_one_another() -> None:
     def drawn(strength: float) -> Tensor:
         generator = torch.Generator().manual_seed(7)
         return pipe(
-            PROMPT, image=image, strength=strength, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="pt"
-        ).images  # fmt: skip
+            PROMPT,
+            image=image,
+            strength=strength,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            generator=generator,
+            output_type="pt",
+        ).images
 
     first = drawn(0.75)
     drawn(0.5)
@@ -100,15 +125,29 @@ def test_inpainting_is_found_too() -> None:
     pipe.set_progress_bar_config(disable=True)
     seen = asked_at(pipe)
     image, mask = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
-    pipe(PROMPT, image=image, mask_image=mask, strength=0.5, num_inference_steps=4, guidance_scale=1.0, height=16, width=16)
+    pipe(
+        PROMPT,
+        image=image,
+        mask_image=mask,
+        strength=0.5,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        height=16,
+        width=16,
+    )
     assert seen == pipe.scheduler.student.grids[4][2:-1].tolist()
 
 
-@pytest.mark.parametrize(("how", "by"), [({"head": unchanged}, "a head that knows where it began"), ({"free": True}, "a first direction")])
-def test_a_student_that_begins_with_pure_noise_takes_no_picture(how: dict[str, Any], by: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "by"),
+    [({"head": unchanged}, "a head that knows where it began"), ({"analytic": True}, "a first direction")],
+)
+def test_a_student_that_begins_with_pure_noise_takes_no_image(how: dict[str, Any], by: str) -> None:
     base = pipelines.sd()
     pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ddim", **how))
-    with pytest.raises(ValueError, match=f"^image: this student has {by}.*draws from prompts alone"):
+    with pytest.raises(
+        ValueError, match=f"^image: this student has {by}.*; it samples from prompts alone, without an initial image$"
+    ):
         pipe(PROMPT, image=torch.rand(1, 3, 16, 16), strength=0.5, num_inference_steps=4, guidance_scale=1.0)
 
 
@@ -122,7 +161,9 @@ def test_a_strength_that_leaves_no_step_is_refused() -> None:
 def test_steps_and_times_that_are_not_its_own_are_refused() -> None:
     base = pipelines.sd()
     pipe = student(around(base, "tiny"), base, "ddim")
-    with pytest.raises(ValueError, match="num_inference_steps: got 50, this student serves 4, 3; its steps cannot be made up"):
+    with pytest.raises(
+        ValueError, match="num_inference_steps: got 50, this student serves 4, 3; supported step counts are these alone"
+    ):
         pipe.scheduler.set_timesteps(50)
     pipe.scheduler.set_timesteps(4)
     for t, t_next in pairwise(pipe.scheduler.grid[:-1].tolist()):
@@ -132,4 +173,4 @@ def test_steps_and_times_that_are_not_its_own_are_refused() -> None:
 
 def test_every_family_keeps_its_name() -> None:
     """diffusers goes by it from task to task."""
-    assert {plain.__name__: few.__name__ for plain, few in FEW_STEP.items()} == {p.__name__: p.__name__ for p in FEW_STEP}
+    assert {name: few.__name__ for name, few in FEW_STEP.items()} == {name: name for name in FEW_STEP}

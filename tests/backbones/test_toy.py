@@ -1,4 +1,4 @@
-"""The closed forms are what they say: their scores are gradients of their log densities, their flow is the probability flow."""
+"""The closed forms hold. Their scores are gradients of their log densities, and their flow is the probability flow."""
 
 import math
 
@@ -28,11 +28,15 @@ def log_density(data: Gaussian | Mixture, x: Tensor, alpha: Tensor, sigma: Tenso
 
 @pytest.mark.parametrize("data", [DATA, RING], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize(("schedule", "times"), PROCESSES)
-def test_denoisers_are_the_scores_of_their_densities(data: Gaussian | Mixture, schedule: Schedule, times: list[float]) -> None:
+def test_denoisers_are_the_scores_of_their_densities(
+    data: Gaussian | Mixture, schedule: Schedule, times: list[float]
+) -> None:
     """`-eps_hat/sigma = grad log p_t` and `alpha x0_hat + sigma eps_hat = x`."""
     t = torch.tensor(times, dtype=torch.float64).repeat_interleave(20)
     rng = torch.Generator().manual_seed(0)
-    x = diffuse(schedule, data.draw(60, rng), t, torch.randn((60, 2), generator=rng, dtype=torch.float64)).requires_grad_()
+    x = diffuse(
+        schedule, data.draw(60, rng), t, torch.randn((60, 2), generator=rng, dtype=torch.float64)
+    ).requires_grad_()
     alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     score = torch.autograd.grad(log_density(data, x, alpha, sigma).sum(), x)[0]
     here = data.denoise(schedule, x, t)
@@ -44,7 +48,10 @@ def test_denoisers_are_the_scores_of_their_densities(data: Gaussian | Mixture, s
 def test_gaussian_flow_is_the_probability_flow(schedule: Schedule, times: list[float]) -> None:
     """It composes, it undoes itself, and 200 Heun steps find it."""
     a, b, c = (torch.full((5,), u, dtype=torch.float64) for u in times)
-    x = torch.randn((5, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * expand(schedule.sigma(c), DATA.mean)[:, None]
+    x = (
+        torch.randn((5, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        * expand(schedule.sigma(c), DATA.mean)[:, None]
+    )
     direct = DATA.flow(schedule, x, c, a)
     torch.testing.assert_close(DATA.flow(schedule, DATA.flow(schedule, x, c, b), b, a), direct)
     torch.testing.assert_close(DATA.flow(schedule, direct, a, c), x)

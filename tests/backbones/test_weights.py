@@ -1,4 +1,7 @@
-"""Every weight comes from its file: what is missing, left over, not finite, pickled or elsewhere is one line that names file and tensor."""
+"""Every weight comes from its file.
+
+A weight that is missing, left over, not finite, pickled or elsewhere is one line that names file and tensor.
+"""
 
 import json
 import os
@@ -14,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fewstep.backbones.hollow import hollow_teacher
-from fewstep.backbones.load import BUNDLED, FAMILIES, HASHES, bundled, load_teacher
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.load import BUNDLED, HASHES, bundled, load_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.parts import load_part, network_kind, part_names
 from fewstep.backbones.weights import UnfitError, load_network, strangers, weights_in
 
@@ -64,7 +68,9 @@ def changed(part: Part, into: Path, change: Callable[[dict[str, Tensor]], None])
 
 def last(state: dict[str, Tensor]) -> str:
     """A tensor's name that is neither a first layer nor tied to another."""
-    return sorted(n for n, t in state.items() if t.is_floating_point() and "embed_tokens" not in n and n != "shared.weight")[-1]
+    return sorted(
+        n for n, t in state.items() if t.is_floating_point() and "embed_tokens" not in n and n != "shared.weight"
+    )[-1]
 
 
 def put(state: dict[str, Tensor], value: float) -> None:
@@ -75,13 +81,18 @@ def put(state: dict[str, Tensor], value: float) -> None:
     ("change", "said"),
     [
         (lambda s: s.pop(last(s)), "{file} lacks '{name}' (1 tensor is missing)"),
-        (lambda s: s.update(extra=s[last(s)].clone()), "{file} has 'extra' (1 tensor is left over, which this network does not have)"),
+        (
+            lambda s: s.update(extra=s[last(s)].clone()),
+            "{file} has 'extra' (1 tensor is left over, which this network does not have)",
+        ),
         (lambda s: put(s, float("nan")), "{file} has numbers in '{name}' that are not finite"),
         (lambda s: put(s, float("-inf")), "{file} has numbers in '{name}' that are not finite"),
     ],
     ids=["missing", "left over", "nan", "infinity"],
-)  # fmt: skip
-def test_every_network_of_every_family(parts: list[Part], change: Callable[[dict[str, Tensor]], None], said: str, tmp_path: Path) -> None:
+)
+def test_every_network_of_every_family(
+    parts: list[Part], change: Callable[[dict[str, Tensor]], None], said: str, tmp_path: Path
+) -> None:
     assert {p.name for p in parts} >= {"unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     for i, part in enumerate(parts):
         state = load_file(part.file)
@@ -90,7 +101,9 @@ def test_every_network_of_every_family(parts: list[Part], change: Callable[[dict
             load_network(part.kind, folder)
         # transformers may call a tensor by the name that its class has for it.
         text, name = str(error.value), last(state).removeprefix("text_model.")
-        assert text.replace("text_model.", "").startswith(said.format(file=f"{part.name}/{part.file.name}", name=name)), text
+        assert text.replace("text_model.", "").startswith(
+            said.format(file=f"{part.name}/{part.file.name}", name=name)
+        ), text
 
 
 @pytest.fixture
@@ -99,18 +112,26 @@ def sd(tmp_path: Path) -> Path:
 
 
 def test_one_line_for_the_user_and_for_a_plan(sd: Path) -> None:
-    """Both say which model, file and tensor it is; a plan reads headers alone, in which files are seen, but no values."""
+    """A training and a plan name model, file and tensor.
+
+    A plan reads headers alone: it sees which files are there, but no values.
+    """
     file = sd / "text_encoder" / "model.safetensors"
     state = load_file(file)
     name = last(state)
     save_file({k: v for k, v in state.items() if k != name}, file, {"format": "pt"})
     with pytest.raises(
-        ValueError, match=rf"^teacher: {sd}: text_encoder/model.safetensors lacks '\S+' \(1 tensor is missing\); download it again$"
+        ValueError,
+        match=rf"^teacher: {sd}: text_encoder/model.safetensors lacks '\S+' \(1 tensor is missing\); "
+        r"download it again$",
     ):
         load_teacher(sd)
     file.unlink()
-    for load in (load_teacher, hollow_teacher):
-        with pytest.raises(ValueError, match=rf"^teacher: {sd}: text_encoder/ has no weights \(no model.safetensors\); download it again$"):
+    for load in (load_teacher, meta_teacher):
+        with pytest.raises(
+            ValueError,
+            match=rf"^teacher: {sd}: text_encoder/ has no weights \(no model.safetensors\); download it again$",
+        ):
             load(sd)
 
 
@@ -120,7 +141,9 @@ def test_numbers_too_large_for_the_type_are_not_finite(sd: Path) -> None:
     put(state, 1e6)
     save_file(state, file, {"format": "pt"})
     assert load_teacher(sd).name == "sd"
-    with pytest.raises(ValueError, match=r"unet/\S+ has numbers in '\S+' that are not finite in float16 .*; set dtype=float32, or"):
+    with pytest.raises(
+        ValueError, match=r"unet/\S+ has numbers in '\S+' that are not finite in float16 .*; set dtype=float32, or"
+    ):
         load_teacher(sd, torch.float16)
 
 
@@ -129,9 +152,11 @@ def test_files_of_another_precision_are_found_by_what_is_there(sd: Path) -> None
     wanted = load_teacher(sd, torch.float16)
     for part in ("unet", "text_encoder"):
         (file,) = (sd / part).glob("*.safetensors")
-        save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        save_file(
+            {k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"), {"format": "pt"}
+        )
         file.unlink()
-    hollow_teacher(sd)
+    meta_teacher(sd)
     found = load_teacher(sd, torch.float16)
     assert all(torch.equal(a, b) for a, b in zip(wanted.module.parameters(), found.module.parameters(), strict=True))
     other = sd / "unet" / "diffusion_pytorch_model.ema.safetensors"
@@ -151,15 +176,16 @@ def test_shards(kind: type[Any], sd: Path, tmp_path: Path) -> None:
     folder = tmp_path / "x" / folder.name
     assert len(weights_in(kind, folder).files) > 2
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), load_network(kind, folder).state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), load_network(kind, folder).state_dict().values(), strict=True)
     )
     (index,) = folder.glob("*.index.json")
     value = json.loads(index.read_text())
     first = next(iter(value["weight_map"]))
     for name, said in (
-        ("../../sd/unet/diffusion_pytorch_model.safetensors", "allowed are .safetensors files beside it"),
-        ("/etc/passwd", "allowed are .safetensors files beside it"),
-        ("shard.bin", "allowed are .safetensors files beside it"),
+        ("../../sd/unet/diffusion_pytorch_model.safetensors", "allowed are .safetensors files next to it"),
+        ("/etc/passwd", "allowed are .safetensors files next to it"),
+        ("shard.bin", "allowed are .safetensors files next to it"),
         ("nowhere.safetensors", f"{folder.name}/nowhere.safetensors is missing"),
     ):
         index.write_text(json.dumps(value | {"weight_map": value["weight_map"] | {first: name}}))
@@ -176,7 +202,8 @@ def test_only_regular_files_inside_the_folder(sd: Path, tmp_path: Path) -> None:
     elsewhere = shutil.move(file, tmp_path / "elsewhere.safetensors")
     file.symlink_to(elsewhere)
     with pytest.raises(
-        ValueError, match=rf"vae/\S+ is a link that leads out of {sd}, to '\S+elsewhere.safetensors'; put the file itself there"
+        ValueError,
+        match=rf"vae/\S+ is a link that leads out of {sd}, to '\S+elsewhere.safetensors'; put the file itself there",
     ):
         load_teacher(sd)
     file.unlink()
@@ -185,10 +212,11 @@ def test_only_regular_files_inside_the_folder(sd: Path, tmp_path: Path) -> None:
         load_teacher(sd)
     file.unlink()
     shutil.copy(elsewhere, sd / "vae" / "diffusion_pytorch_model.bin")
-    for load in (load_teacher, hollow_teacher):
+    for load in (load_teacher, meta_teacher):
         with pytest.raises(
             ValueError,
-            match=r"vae/diffusion_pytorch_model.bin is a pickle, .*; pass a model in safetensors, or convert it as docs/checkpoints.md says$",
+            match=r"vae/diffusion_pytorch_model.bin is a pickle, .*; pass a model in safetensors, "
+            r"or convert it as docs/checkpoints.md says$",
         ):
             load(sd)
     shutil.move(elsewhere, sd / "vae" / "real.safetensors")
@@ -209,20 +237,27 @@ def test_the_hubs_cache_is_links_into_its_store(sd: Path, tmp_path: Path) -> Non
 def test_classes_are_those_of_the_family(sd: Path) -> None:
     index = json.loads((sd / "model_index.json").read_text())
     (sd / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
-    for load in (load_teacher, hollow_teacher):
-        with pytest.raises(ValueError, match="its vae is a AutoencoderTiny, allowed in a StableDiffusionPipeline are AutoencoderKL"):
+    for load in (load_teacher, meta_teacher):
+        with pytest.raises(
+            ValueError, match="its vae is a AutoencoderTiny, allowed in a StableDiffusionPipeline are AutoencoderKL"
+        ):
             load(sd)
 
 
 def test_scales_of_eight_bits_are_not_passed_over(sd: Path) -> None:
     file = sd / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"conv_in.weight_scale": torch.ones(())}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"keeps its weights in 8 bits or fewer, with scales beside them \(conv_in.weight_scale\)"):
+    with pytest.raises(
+        ValueError, match=r"keeps its weights in 8 bits or fewer, with scales next to them \(conv_in.weight_scale\)"
+    ):
         load_teacher(sd)
 
 
 def test_values_are_compared_whatever_the_library_says(sd: Path) -> None:
-    """A network whose library has filled it at random and says nothing is known by its values; names and types may be others."""
+    """Values of a network that are not the file's are found.
+
+    A library may fill a network at random and say nothing of it. Names and types may differ.
+    """
     file = sd / "text_encoder" / "model.safetensors"
     right = load_network(CLIPTextModel, sd / "text_encoder", torch.bfloat16)
     assert strangers(right.state_dict(), [file]) == []
@@ -246,7 +281,9 @@ def test_tied_weights_may_be_in_the_file_once(tmp_path: Path) -> None:
 
 def test_bundled_teachers_are_those_that_were_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = json.loads((BUNDLED / HASHES).read_text())
-    assert set(hashes) == {f.relative_to(BUNDLED).as_posix() for name in bundled() for f in (BUNDLED / name).rglob("*.safetensors")}
+    assert set(hashes) == {
+        f.relative_to(BUNDLED).as_posix() for name in bundled() for f in (BUNDLED / name).rglob("*.safetensors")
+    }
     load_teacher("fashion")
     shutil.copytree(BUNDLED / "fashion", tmp_path / "fashion")
     shutil.copy(BUNDLED / HASHES, tmp_path)
@@ -255,7 +292,9 @@ def test_bundled_teachers_are_those_that_were_shipped(tmp_path: Path, monkeypatc
     data[-1] ^= 1
     file.write_bytes(data)
     monkeypatch.setattr("fewstep.backbones.load.BUNDLED", tmp_path)
-    with pytest.raises(ValueError, match=r"^teacher: \S+fashion: unet/\S+ is not the file that was shipped; install fewstep again$"):
+    with pytest.raises(
+        ValueError, match=r"^teacher: \S+fashion: unet/\S+ is not the file that was shipped; install fewstep again$"
+    ):
         load_teacher("fashion")
 
 

@@ -4,79 +4,16 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from fewstep.atomic import write_json
-from fewstep.backbones import miniature
 from fewstep.cli import main
 from fewstep.training import loop, state
-from fewstep.training.memory import Training
 
-RECIPE: dict[str, Any] = {
-    "kind": "distill",
-    "name": "tiny",
-    "teacher": "",
-    "prompts": {"source": ""},
-    "method": {"steps": 4, "guidance": 2.0, "warmup": 1},
-    "roles": {"rank": 2},
-    "train": {"iterations": 5, "batch": 4, "lr": 1.0e-3, "fake_lr": 1.0e-2, "checkpoint_every": 2},
-    "preview": {"every": 5, "prompts": ["red cat", "blue dog"], "teacher_steps": 3},
-}
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion pipeline of random weights, saved to a folder."""
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
-    torch.manual_seed(0)
-    tokenizer = miniature.word_tokenizer(["red cat", "blue dog"], 600, 8)
-    vae, text = miniature.autoencoder([8, 16], 4, 16), miniature.text_encoder(tokenizer, 32, 1, 4)
-    miniature.pipeline(vae, text, tokenizer, miniature.unet([32, 32], [False, True], 4, 8, 32)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def recipe(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe file of a five-iteration run; the working folder is a new one."""
-    return written(teacher, tmp_path, monkeypatch)
-
-
-def written(teacher: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The recipe and its prompts in this folder, which is worked in from here on."""
-    monkeypatch.chdir(folder)
-    (folder / "prompts.txt").write_text("red cat\nblue dog\n\nred cat\n")
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "teacher": str(teacher), "prompts": {"source": "prompts.txt"}}))
-    return path
-
-
-@pytest.fixture
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dry runs without the seconds that counting memory takes; tests of `fewstep plan` and of the count have them."""
-    monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_: Training(6, 5, 4, 3, 2, 1))
-
-
-def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object, look: bool = False) -> int:
-    """Run the command line in this process; returns its exit code. What is looked at before a training takes seconds, and `look` does it."""
-    if not look:
-        for name in ("look_before", "look_in_dry_run"):
-            monkeypatch.setattr(f"fewstep.cli.distill.{name}", lambda *_: None)
-    monkeypatch.setattr("sys.argv", ["fewstep", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main.run()
-    return int(left.value.code or 0)
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a user's mistake prints."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+from .common import error_of, fewstep
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +31,7 @@ def test_a_run_leaves_everything_it_promises(
     assert f"student: {share}" in said and f"fake: {share}" in said
     assert "calls    4 in 4 steps; the teacher takes 6 in 3" in said
     assert "try      fewstep sample runs/tiny -p 'red cat' --compare" in said
-    assert "| network calls a picture | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
+    assert "| NFE of an image | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {
         "run.json",
@@ -102,7 +39,7 @@ def test_a_run_leaves_everything_it_promises(
         "report.html",
         "samples/step_000000.png",
         "samples/step_000005.png",
-        "pictures.safetensors",
+        "images.safetensors",
         "best/fewstep.json",
         "best/preview.json",
     } <= names
@@ -125,10 +62,12 @@ def test_a_run_leaves_everything_it_promises(
     assert [r["iteration"] for r in records if "preview" in r] == [0, 5]
     card = json.loads((run / "final" / "fewstep.json").read_text())
     assert card["timesteps"] == {"4": [999.0, 749.0, 499.0, 249.0, -1.0]}
-    assert card["guidance"] == "baked"
+    assert card["guidance"] == {"scale": 2.0, "tilt": 0.0, "apg_eta": 1.0, "stop": 0.0, "rescale": 0.0}
 
 
-def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_and_resumed_is_the_straight_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe, "--out", "straight") == 0
     update = loop._update
     asked: list[bool] = []
@@ -155,7 +94,11 @@ def test_stopped_and_resumed_is_the_straight_run(recipe: Path, monkeypatch: pyte
     straight, resumed = weights(Path("straight")), weights(Path("stopped"))
     assert all(torch.equal(v, resumed[k]) for k, v in straight.items())
     losses = [
-        [(r["iteration"], r["fake_loss"]) for r in map(json.loads, Path(d, "metrics.jsonl").read_text().splitlines()) if "fake_loss" in r]
+        [
+            (r["iteration"], r["fake_loss"])
+            for r in map(json.loads, Path(d, "metrics.jsonl").read_text().splitlines())
+            if "fake_loss" in r
+        ]
         for d in ("straight", "stopped")
     ]
     assert losses[0] == losses[1]
@@ -188,10 +131,10 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pyt
     ("arguments", "expected"),
     [
         (["--set", "method.steps=0"], "method.steps: got 0"),
-        (["--set", "method.steps=2000"], "steps: got 2000, allowed are 1 to 1000"),
+        (["--set", "method.steps=2000"], "method.steps: got 2000, allowed are whole numbers from 1 to 1000"),
         (["--set", "method.stepz=4"], "method.stepz: unknown option"),
         (["--set", "method.loss=l3"], "method.loss: got 'l3', allowed are l2, huber, huber-elementwise"),
-        (["--set", "train.lr=fast"], "train.lr: input should be a valid number"),
+        (["--set", "train.lr=fast"], "train.lr: input should be a number, got 'fast'"),
         (["--set", "train.lr=-1"], "train.lr: got -1.0"),
         (["--set", "train.batch=0"], "train.batch: got 0"),
         (["--set", "roles.rank=0"], "roles.rank: got 0"),
@@ -206,7 +149,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pyt
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: str,
 ) -> None:
     Path("empty.txt").write_text("\n  \n")
     Path("table.csv").write_text("a,b\n1,2\n")
@@ -270,13 +217,17 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     assert fewstep(monkeypatch, "distill", recipe) == 0
 
 
-def test_other_settings_do_not_resume(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_do_not_resume(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe) == 0
     assert fewstep(monkeypatch, "distill", recipe, "--set", "train.lr=5e-3") == 2
     assert "other settings" in error_of(capsys)
 
 
-def test_dry_run_trains_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_trains_nothing(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "distill", recipe, "--dry-run", "--set", "train.batch=3") == 0
     text = capsys.readouterr().out
     assert "batch: 3" in text

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from .. import pipelines
-from .test_distill import error_of, fewstep
+from .common import error_of, fewstep
 
 
 @pytest.fixture
@@ -17,18 +17,27 @@ def sd(tmp_path: Path) -> Path:
 def test_a_sound_teacher(sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert fewstep(monkeypatch, "doctor", str(sd)) == 0
     out = capsys.readouterr().out
-    assert "ok  model          StableDiffusionPipeline" in out and "ok  diffusers      pictures of 2 steps at guidance 3 differ by" in out
+    assert (
+        "ok  model          StableDiffusionPipeline" in out
+        and "ok  diffusers      images of 2 steps at guidance 3 differ by" in out
+    )
     assert "NO" not in out
 
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [("unet", "unet/diffusion_pytorch_model.safetensors has numbers"), ("vae", ": its pictures are one colour")],
+    [("unet", "unet/diffusion_pytorch_model.safetensors has numbers"), ("vae", ": its images are one colour")],
 )
-def test_one_that_is_not(part: str, said: str, sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_is_not(
+    part: str, said: str, sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = sd / part / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
-    change = {n: t * (float("nan") if part == "unet" else 0) for n, t in state.items() if n.startswith(("conv_in", "decoder.conv_out"))}
+    change = {
+        n: t * (float("nan") if part == "unet" else 0)
+        for n, t in state.items()
+        if n.startswith(("conv_in", "decoder.conv_out"))
+    }
     save_file(state | change, file, {"format": "pt"})
     assert fewstep(monkeypatch, "doctor", str(sd)) == 2
     assert said in error_of(capsys)

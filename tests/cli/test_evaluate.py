@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.api import LoadedStudent
+from fewstep.api import Student
 from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
-from fewstep.cli.ending import quality_of
 from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
+from fewstep.cli.finish import quality_of
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation import protocols
-from fewstep.evaluation.pictures import PictureProtocol
+from fewstep.evaluation.images import ImageProtocol
 from fewstep.evaluation.plan import EmojiProtocol
-from fewstep.roles.student import Student
 from tests import tiny
-from tests.cli.test_distill import error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
-from tests.export.card import CARD
+from tests.student.card import CARD
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 SMALL = EmojiProtocol("small", names=6, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
 
@@ -39,22 +38,34 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_measured_along_the_way_and_at_its_end(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    how = ("--set", "evaluate=small", "--set", "preview.measure=small", "--set", "method.steps=[2, 1]", "--set", "method.name=tdm-unify")
+    how = (
+        "--set",
+        "evaluate=small",
+        "--set",
+        "preview.protocol=small",
+        "--set",
+        "method.steps=[2, 1]",
+        "--set",
+        "method.name=tdm-unify",
+    )
     assert command(monkeypatch, "distill", recipe, *how) == 0
     run = Path("runs/tiny")
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [(r["model"], r["steps"], r["nfe"]) for r in rows] == [
-        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("teacher", 1, 2), ("student", 2, 2), ("teacher", 1, 1), ("student", 1, 1)
+        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("teacher", 1, 2), ("student", 2, 2),
+        ("teacher", 1, 1), ("student", 1, 1)
     ]  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
     assert list(points) == [0, 5]
     assert set(points[5]) == {"fd_real", "retrieval_top1", "retrieval_top5", "diversity"}
-    assert points[5]["fd_real"] == pytest.approx(rows[4]["fd_real"], rel=1e-3)  # the student of two steps, as it was exported
+    assert points[5]["fd_real"] == pytest.approx(
+        rows[4]["fd_real"], rel=1e-3
+    )  # the student of two steps, as it was exported
     page = (run / "report.html").read_text()
-    assert "Told and taken" in page
+    assert "Condition and steps" in page
     printed = capsys.readouterr().out
-    assert f"{rows[4]['fd_real']:.1f} in 2 network calls" in printed
+    assert f"{rows[4]['fd_real']:.1f} in 2 NFE" in printed
 
 
 @pytest.mark.parametrize(
@@ -67,12 +78,23 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
 def test_a_row_costs_what_the_network_is_asked(
     guidance: float, conditional: bool, costs: list[int], free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guided and unguided are two rows where they are two things; a free first step is none; the teacher is measured at the student's cost."""
+    """Each row's NFE is the number of calls that its network got.
+
+    Guided and unguided are two rows where they differ, a free first step costs nothing, and the teacher is measured
+    at the student's cost.
+    """
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
-    card = replace(CARD, steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, teacher_guidance=guidance, free_first=free)
-    rows = rows_of(LoadedStudent(Student(backbone, backbone.module, (), "student", free=free), card))
+    card = replace(
+        CARD,
+        steps=(2,),
+        timesteps={"2": [999, 499, -1]},
+        solver={"2": "ddim"},
+        guidance=Guidance(scale=guidance),
+        analytic_first_step=free,
+    )
+    rows = rows_of(Student(card, backbone, backbone.module))
     assert [r.nfe for r in rows] == costs
     assert any(r.model == "teacher" and r.nfe == rows[-1].nfe for r in rows)
     assert [r.model for r in rows] == ["teacher"] * (len(costs) - 1) + ["student"]
@@ -89,13 +111,13 @@ def test_what_a_run_says_of_quality_names_the_best_teacher_at_its_cost() -> None
     guided = {"model": "teacher", "steps": 2, "guidance": 4.5, "nfe": 4, "fd_real": 24.1, "fd_teacher": 8.0}
     student = {"model": "student", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 13.1, "fd_teacher": 2.0, "n": 128}
     said = quality_of(student, teacher, [teacher, guided, unguided, student])
-    assert said == "FD to real 13.1 in 4 network calls, teacher 12.8 in 100, 17.1 at the student's cost (4 unguided steps)"
+    assert said == "FD to real 13.1 in 4 NFE, teacher 12.8 in 100, 17.1 at the student's cost (4 unguided steps)"
     imitated = [row | {"fd_real": None} for row in (student, teacher, guided, unguided)]
     said = quality_of(imitated[0], imitated[1], imitated)
-    assert said.endswith("2.0 in 4 network calls, the teacher 8.0 at the student's cost (2 guided steps), 128 pictures")
+    assert said.endswith("2.0 in 4 NFE, the teacher 8.0 at the student's cost (2 guided steps), 128 images")
 
 
-@pytest.mark.parametrize("option", ["evaluate", "preview.measure"])
+@pytest.mark.parametrize("option", ["evaluate", "preview.protocol"])
 def test_an_unknown_protocol_is_found_before_the_training(
     recipe: Path, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,40 +130,55 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     """What draws no emoji is not asked for them, whatever else it draws."""
     emoji, other = load_teacher("emoji"), tiny.stable_diffusion()
     assert draws_emoji(emoji) and not draws_emoji(other)
-    assert [measuring(t, None, None)[0].name for t in (emoji, tiny.pixels(), other)] == ["emoji-full", "pictures", "pictures-quick"]
+    assert [measuring(t, None, None)[0].name for t in (emoji, tiny.pixels(), other)] == [
+        "emoji-full",
+        "images",
+        "images-quick",
+    ]
     for size, names in (
-        ("quick", ["emoji-quick", "pictures-quick"]),
-        ("medium", ["emoji-medium", "pictures"]),
-        ("full", ["emoji-full", "pictures-full"]),
+        ("quick", ["emoji-quick", "images-quick"]),
+        ("medium", ["emoji-medium", "images"]),
+        ("full", ["emoji-full", "images-full"]),
     ):
         assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
-    assert measuring(other, "pictures-12", None)[0].total(1) == 12
-    with pytest.raises(ValueError, match=r"^--protocol: got pictures-12, emoji draws emoji; choose one of emoji-quick, [^N]+$"):
-        measuring(emoji, "pictures-12", None)
+    assert measuring(other, "images-12", None)[0].total(1) == 12
     with pytest.raises(
-        ValueError, match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict"
+        ValueError, match=r"^--protocol: got images-12, emoji samples emoji; choose one of emoji-quick, [^N]+$"
+    ):
+        measuring(emoji, "images-12", None)
+    with pytest.raises(
+        ValueError,
+        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of images-quick, images, ",
     ):
         measuring(other, "emoji-full", None)
-    with pytest.raises(ValueError, match=r"^--protocol: got pictures, emoji draws emoji; choose one of emoji-quick, "):
-        measuring(emoji, "pictures", None)
-    with pytest.raises(ValueError, match=r"^data\.real: got x, protocol emoji-quick has real pictures of its own; leave it out$"):
+    with pytest.raises(ValueError, match=r"^--protocol: got images, emoji samples emoji; choose one of emoji-quick, "):
+        measuring(emoji, "images", None)
+    with pytest.raises(
+        ValueError, match=r"^data\.real: got x, protocol emoji-quick has real images of its own; leave it out$"
+    ):
         measuring(emoji, "emoji-quick", "x", "evaluate")
-    with pytest.raises(ValueError, match=r"^evaluate: own-network draws no single pictures, and nothing else is measured yet"):
+    with pytest.raises(
+        ValueError, match=r"^evaluate: own-network samples no single images, and nothing else is measured yet"
+    ):
         measuring(Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,)), "medium", None, "evaluate")
 
 
 def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the end, later from its run, and anywhere with prompts that are passed; along the way there is nothing to compare with, which is said."""
-    monkeypatch.setattr("fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),))
+    """A student is measured with its run's prompts or with passed ones.
+
+    It is measured at the run's end, later from its run, and anywhere with prompts. Along the way there are no real
+    images to compare with, and a line says so.
+    """
+    monkeypatch.setattr("fewstep.evaluation.images.IMAGES", (ImageProtocol("images-quick", 6, components=3, batch=4),))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
-    sizes = ("--set", "evaluate=quick", "--set", "preview.measure=quick")
+    sizes = ("--set", "evaluate=quick", "--set", "preview.protocol=quick")
     assert command(monkeypatch, "distill", recipe, *sizes) == 0
-    assert "preview.measure: tiny is not measured along the way, which takes real pictures" in capsys.readouterr().out
+    assert "preview.protocol: tiny is not measured along the way, which takes real images" in capsys.readouterr().out
     assert '"quality"' not in Path("runs/tiny/metrics.jsonl").read_text()
     result = json.loads(Path("runs/tiny/final/eval.json").read_text())
-    assert result["protocol"] == "pictures-quick" and "retrieval_top1" not in result["rows"][0]
+    assert result["protocol"] == "images-quick" and "retrieval_top1" not in result["rows"][0]
     student, best = result["rows"][-1], result["rows"][0]
     assert student["fd_teacher"] > 0 and best["fd_teacher"] is None and best["diversity_ratio"] == 1
     assert student["diversity_ratio"] == pytest.approx(student["diversity"] / best["diversity"])
@@ -150,7 +187,10 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     shutil.copytree("runs/tiny/final", "alone")
     capsys.readouterr()
     assert command(monkeypatch, "evaluate", "alone") == 2
-    assert "error: --prompts: there is no run around . that says what tiny was asked for; pass a prompt file" in error_of(capsys)
+    assert (
+        "error: --prompts: there is no run around . that says what tiny was asked for; pass a prompt file"
+        in error_of(capsys)
+    )
     Path("other.txt").write_text("red cat\n")
     assert command(monkeypatch, "evaluate", "alone", "--prompts", "other.txt") == 0
     assert json.loads(Path("alone/eval.json").read_text())["prompts_sha256"] != result["prompts_sha256"]
@@ -161,9 +201,11 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
 
 
 @pytest.mark.usefixtures("uncounted")
-def test_emoji_are_not_asked_of_another_teacher(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_emoji_are_not_asked_of_another_teacher(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for how in ((), ("--dry-run",)):
         capsys.readouterr()
         assert command(monkeypatch, "distill", recipe, "--set", "evaluate=emoji-medium", *how) == 2
-        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of pictures-quick" in error_of(capsys)
+        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of images-quick" in error_of(capsys)
         assert not Path("runs").exists()

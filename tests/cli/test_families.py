@@ -1,34 +1,19 @@
-"""Other families than Stable Diffusion from the command line: a run, its pictures and videos, its files."""
+"""Other families than Stable Diffusion from the command line: a run, its images and videos, its files."""
 
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from fewstep.api import load_student
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 
 from .. import pipelines
-from .test_distill import error_of, fewstep
+from .common import error_of, fewstep
+from .families import recipe
 
-
-def recipe(folder: Path, **changes: object) -> Path:
-    """Two iterations on a tiny teacher."""
-    train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3, "checkpoint_every": 1}
-    value = {
-        "kind": "distill", "name": "tiny", "teacher": str(folder), "prompts": {"source": "prompts.txt"}, "method": {"steps": [2, 1], "name": "tdm-unify", "warmup": 0},
-        "roles": {"rank": 2}, "train": train, "preview": {"every": 2, "teacher_steps": 2, "prompts": ["red cat", "blue dog"]},
-    } | changes  # fmt: skip
-    Path("prompts.txt").write_text("red cat\nblue dog\n")
-    Path("tiny.yaml").write_text(yaml.safe_dump(value))
-    return Path("tiny.yaml")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_videos_are_shown_as_strips_and_written_as_mp4(
@@ -46,19 +31,27 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(
     assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 2
     assert "evaluating" not in capsys.readouterr().out  # no video of the teacher's was drawn for it
     assert fewstep(monkeypatch, "distill", "tiny.yaml", "--set", "evaluate=quick", "--out", "runs/other") == 2
-    assert error_of(capsys).startswith("error: evaluate: video draws no single pictures, and nothing else is measured yet; leave it out")
+    assert error_of(capsys).startswith(
+        "error: evaluate: video samples no single images, and nothing else is measured yet; leave it out"
+    )
     assert not Path("runs/other").exists()
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)]
+)
 def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
     folder = pipelines.save(family, tmp_path / "xl")
-    stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 32}
-    path = recipe(folder, method={"steps": 2, "warmup": 0}, first=stage, size=64, dtype=dtype)
+    stage = {
+        "method": {"steps": 2, "warmup": 0},
+        "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3},
+        "size": 32,
+    }
+    path = recipe(folder, method={"steps": 2, "warmup": 0}, warm_start=stage, size=64, dtype=dtype)
     assert fewstep(monkeypatch, "distill", path) == 0
-    assert (read_card(Path("runs/tiny/first/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
-    student = load_student("runs/tiny/final").student
+    assert (read_card(Path("runs/tiny/warm_start/final")).size, read_card(Path("runs/tiny/final")).size) == (32, 64)
+    student = load_student("runs/tiny/final")
     assert {p.dtype for n, p in student.network.named_parameters() if "lora" not in n} == {getattr(torch, dtype)}
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
     assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0
@@ -68,18 +61,27 @@ def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("pixart", {"size": 32}, "size: got 32, video makes pictures of one size"),
+        ("pixart", {"size": 32}, "size: got 32, video makes images of one size"),
         ("sdxl", {"size": 33}, "size: got 33, allowed for video are multiples of 4"),
         (
             "sd3",
             {"method": {"steps": 2, "solver": "dpmpp", "warmup": 0}},
             "method.solver: got dpmpp, students of this family are exported for ddim alone",
         ),
-        ("cogvideox", {"method": {"steps": 3, "warmup": 0}}, "method.steps: got [3], students like this are exported for divisors of 1000"),
+        (
+            "cogvideox",
+            {"method": {"steps": 3, "warmup": 0}},
+            "method.steps: got [3], students like this are exported for divisors of 1000",
+        ),
     ],
 )
 def test_what_a_family_cannot_do_is_said_before_training(
-    family: str, changes: dict[str, object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: str,
+    changes: dict[str, object],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = pipelines.save(family, tmp_path / "video")
     assert fewstep(monkeypatch, "distill", recipe(folder, **changes)) == 2

@@ -1,4 +1,7 @@
-"""Whatever escapes a command ends in one line: with exit code 2 for its user's mistakes, 1 and a log for those of fewstep."""
+"""Whatever escapes a command ends in one line.
+
+A user's mistake exits with code 2, a fault of fewstep with code 1 and a log.
+"""
 
 import errno
 import tempfile
@@ -16,9 +19,7 @@ from fewstep.cli.evaluate import real_of
 from fewstep.cli.faults import FaultError, fault_of, said_by_us
 from fewstep.reading import PACKAGE, ReadError, reading
 
-from .test_distill import fewstep, recipe, teacher
-
-__all__ = ["recipe", "teacher"]  # fixtures
+from .common import fewstep
 
 
 def raiser(error: BaseException) -> Callable[..., None]:
@@ -61,7 +62,9 @@ def test_what_nobody_foresaw_is_one_line_and_a_log(
     assert fewstep(monkeypatch, "plan", "[red] one") == 1
     (line,) = capsys.readouterr().err.splitlines()
     log = tmp_path / "fewstep-error.log"
-    assert line.startswith(f"error: {type(error).__name__}") and line.endswith(f"this is a fault of fewstep: please report it with {log}")
+    assert line.startswith(f"error: {type(error).__name__}") and line.endswith(
+        f"this is a fault of fewstep: please report it with {log}"
+    )
     assert "while in cli.plan.run_plan, line " in line
     text = log.read_text(encoding="utf-8")
     assert (
@@ -126,7 +129,10 @@ def test_what_went_wrong_while_a_file_was_read_is_its_fault(tmp_path: Path, monk
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 4 bytes."
+        ),
     ],
     ids=["device", "python", "torch"],
 )
@@ -153,11 +159,20 @@ def test_a_line_is_never_a_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", ['{"recipe": []}', '{"recipe": {"data": {"real": 3}}}', '{"recipe": {"first": [1]}}', '{"recipe": {"prompts": "x"}}', "[]"]
+    "record",
+    [
+        '{"recipe": []}',
+        '{"recipe": {"data": {"real": 3}}}',
+        '{"recipe": {"warm_start": [1]}}',
+        '{"recipe": {"prompts": "x"}}',
+        "[]",
+    ],
 )
 def test_what_a_run_says_of_itself_is_looked_at_before_it_is_measured(record: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(record, encoding="utf-8")
     with pytest.raises(ReadError, match=r"run\.json is damaged \(.+\); delete .*run\.json$"):
         real_of(tmp_path)
-    (tmp_path / "run.json").write_text('{"recipe": {"first": {"data": {"real": "x.npz"}}, "teacher": {"weights": "a"}}}', encoding="utf-8")
+    (tmp_path / "run.json").write_text(
+        '{"recipe": {"warm_start": {"data": {"real": "x.npz"}}, "teacher": {"weights": "a"}}}', encoding="utf-8"
+    )
     assert real_of(tmp_path) == "x.npz"

@@ -9,12 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.api import load_student, load_teacher, sample
 from fewstep.backbones.load import fingerprint, source_of
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 
 from .. import pipelines
 from ..snippets import snippet_of
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TDM = {"steps": 2, "warmup": 0}
 
@@ -69,7 +71,7 @@ def test_a_student_of_base_and_style_in_every_file(
     exec(code.replace("a prompt", "red cat"), names)
     theirs = torch.tensor(list(names["image"].tobytes())).reshape(names["image"].height, -1, 3).permute(2, 0, 1) / 255
     assert (theirs - drawn).abs().max() < 0.02
-    assert "ComfyUI, A1111 and Forge cannot draw with it: their noise levels" in readme
+    assert "ComfyUI, A1111 and Forge cannot sample it: their noise levels" in readme
     assert fewstep(monkeypatch, "export", "final", "merged", "--format", "merged") == 0
 
 
@@ -90,7 +92,9 @@ def test_a_lora_that_is_none(
     assert not Path("runs").exists()
 
 
-def test_a_pipeline_that_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipeline_that_takes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_file({"x": torch.zeros(1)}, "style.safetensors")
     folder = pipelines.save("pixart", tmp_path / "p")
     assert fewstep(monkeypatch, "distill", recipe(folder), "--fuse-lora", "style.safetensors") == 2

@@ -7,20 +7,22 @@ import torch
 import yaml
 
 import fewstep
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 
-from .test_distill import RECIPE, error_of, recipe, teacher
-from .test_distill import fewstep as command
+from .common import RECIPE, error_of
+from .common import fewstep as command
 
-__all__ = ["recipe", "teacher"]  # fixtures
 SCALES = [2.0, 4.0, 6.5]
 
 
 @pytest.fixture
 def told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A student of three guidance scales, as LoRA."""
-    method = {"name": "lcm", "steps": 2, "guidance": SCALES[0], "scales": SCALES[1:]}
-    value = yaml.safe_load(recipe.read_text()) | {"method": method, "data": {"source": "teacher", "count": 8, "steps": 2}}
+    method = {"name": "lcm", "steps": 2, "guidance": SCALES[0], "guidance_scales": SCALES[1:]}
+    value = yaml.safe_load(recipe.read_text()) | {
+        "method": method,
+        "data": {"source": "teacher", "count": 8, "steps": 2},
+    }
     recipe.write_text(yaml.safe_dump(value | {"train": RECIPE["train"] | {"lr": 0.02}}))
     assert command(monkeypatch, "distill", recipe) == 0
     return Path("runs/tiny/final")
@@ -28,7 +30,7 @@ def told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_scale_is_another_student(told: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, pipe = fewstep.load_student(told), fewstep.load(teacher, told)
-    assert student.card.scales == tuple(SCALES)
+    assert student.card.guidance_scales == tuple(SCALES)
     prompts, seen = ["red cat", "blue dog"], []
     for scale in SCALES:
         own = fewstep.sample(student, prompts, [3, 4], guidance=scale)
@@ -37,7 +39,7 @@ def test_every_scale_is_another_student(told: Path, teacher: Path, monkeypatch: 
         assert (piped - own).abs().max() <= 1e-4
         out = f"at-{scale}"
         assert command(monkeypatch, "export", told, out, "--guidance", str(scale)) == 0
-        assert (read_card(Path(out)).teacher_guidance, read_card(Path(out)).scales) == (scale, ())
+        assert (read_card(Path(out)).guidance.scale, read_card(Path(out)).guidance_scales) == (scale, ())
         assert (fewstep.sample(fewstep.load_student(out), prompts, [3, 4]) - own).abs().max() <= 1e-4
         seen.append(own)
     assert (seen[0] - seen[1]).abs().max() > 1e-3
@@ -48,7 +50,9 @@ def test_every_scale_is_another_student(told: Path, teacher: Path, monkeypatch: 
         pipe("red cat", guidance_scale=3.5)
 
 
-def test_what_it_was_not_trained_for_is_refused(told: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_was_not_trained_for_is_refused(
+    told: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(monkeypatch, "sample", told, "-p", "red cat", "--guidance", "4", "--out", "x.png") == 0
     capsys.readouterr()
     assert command(monkeypatch, "export", told, "other", "--guidance", "3") == 2
@@ -57,13 +61,13 @@ def test_what_it_was_not_trained_for_is_refused(told: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("name", "settings", "said"),
     [
-        ({"scales": (1.0,)}, r"scales: got \[1\.0\], allowed are different numbers above 1"),
-        ({"scales": (3.5,)}, r"scales: got \[3\.5\], allowed are different"),
-        ({"scales": (2.0,), "target": "progressive"}, r"scales: several guidance scales are for target=consistency"),
+        ("lcm", {"guidance_scales": (1.0,)}, r"^guidance_scales: got \[1\.0\], allowed are different numbers above 1"),
+        ("lcm", {"guidance_scales": (3.5,)}, r"^guidance_scales: got \[3\.5\], allowed are different"),
+        ("progressive", {"guidance_scales": (2.0,)}, r"^guidance_scales: method progressive has no such setting"),
     ],
 )
-def test_impossible_scales(settings: dict[str, object], said: str) -> None:
+def test_impossible_scales(name: str, settings: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        fewstep.Imitation(**settings)  # type: ignore[arg-type]
+        fewstep.method(name, **settings)

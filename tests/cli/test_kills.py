@@ -1,4 +1,7 @@
-"""A kill at any moment: the same command again leaves what the straight run leaves, lines, previews and points of the curves."""
+"""A killed run that is resumed leaves what the straight run leaves.
+
+The kill may come at any moment. Lines, previews and points of the curves are compared.
+"""
 
 import json
 import os
@@ -19,26 +22,27 @@ from fewstep.cli import distill as module
 from fewstep.cli.distill import training
 from fewstep.cli.preflight import held
 from fewstep.cli.progress import console
-from fewstep.cli.recipe import DistillRecipe, recorded
-from fewstep.methods.matching import Matching
+from fewstep.core.guidance import Guidance
+from fewstep.data.prompts import embed
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.metrics_log import MetricsLog
 from fewstep.runs.preview import Preview
 from fewstep.runs.preview import Shown as Seen
+from fewstep.runs.recipe import DistillRecipe, recorded
 from fewstep.training.loop import Step, distill
-from fewstep.training.prompts import embed
 from fewstep.training.state import latest_checkpoint, save_checkpoint
 
 from .. import tiny
-from ..export.card import CARD
-from .test_distill import RECIPE
+from ..student.card import CARD
+from .common import RECIPE
 
-METHOD = Matching(steps=2, guidance=1.0, warmup=1)
+METHOD = DistributionMatching(steps=2, warmup=1, guidance=Guidance(scale=1.0))
 TRAIN = {"iterations": 3, "batch": 2, "lr": 1e-3, "fake_lr": 1e-2, "checkpoint_every": 2}
 
 
 class Shown(Preview):
-    """A preview whose picture is a number of the student's weights, and which warns of every one."""
+    """A preview whose image is a number of the student's weights, and which warns of every one."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -46,13 +50,23 @@ class Shown(Preview):
     def show(self, roles: Roles, iteration: int, method: Any) -> Seen:
         from fewstep.atomic import write_json
 
-        write_json(self.run / "samples" / f"step_{iteration:06d}.png", float(sum(t.sum() for t in roles.average.values())))
+        write_json(
+            self.run / "samples" / f"step_{iteration:06d}.png", float(sum(t.sum() for t in roles.average.values()))
+        )
         return Seen([f"of {iteration}"], {2: 0.5})
 
 
 def run_once(run: Path) -> None:
     """What the command does between its teacher and its student."""
-    recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN, "preview": {"every": 2}})  # fmt: skip
+    recipe = DistillRecipe.model_validate(
+        {
+            **RECIPE,
+            "teacher": "x",
+            "method": {"steps": 2, "guidance": 1.0, "warmup": 1},
+            "train": TRAIN,
+            "preview": {"every": 2},
+        }
+    )
     backbone = tiny.denoiser()
     with held(run):
         found = latest_checkpoint(run)
@@ -62,7 +76,9 @@ def run_once(run: Path) -> None:
             module.complete(recipe, step, preview, log, tiny.WORDS)
 
         roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, tiny.WORDS, run / "embeddings", "tiny")
-        training(recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log, tiny.WORDS)
+        training(
+            recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log, tiny.WORDS
+        )
 
 
 def in_a_child(work: Callable[[], None]) -> int:
@@ -98,8 +114,8 @@ def left(run: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str], set[st
     """The log without times, the previews, and the names of all files."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = sorted((r["iteration"], sorted(f"{k}={v}" for k, v in r.items() if k != "seconds")) for r in records)
-    pictures = {p.name: p.read_text(encoding="utf-8") for p in (run / "samples").iterdir()}
-    return lines, pictures, {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    images = {p.name: p.read_text(encoding="utf-8") for p in (run / "samples").iterdir()}
+    return lines, images, {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fork")
@@ -112,8 +128,10 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "measure", measured)
     monkeypatch.setattr(console, "quiet", True)
     run_once(tmp_path / "straight")
-    lines, pictures, files = left(tmp_path / "straight")
-    assert [i for i, _ in lines] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3] and sorted(pictures) == [f"step_{i:06d}.png" for i in (0, 2, 3)]
+    lines, images, files = left(tmp_path / "straight")
+    assert [i for i, _ in lines] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3] and sorted(images) == [
+        f"step_{i:06d}.png" for i in (0, 2, 3)
+    ]
     event, died = 0, -signal.SIGKILL
     while died:
         event += 1
@@ -127,20 +145,29 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
         died = in_a_child(work)
         assert died in (0, -signal.SIGKILL)
         run_once(run)
-        assert left(run) == (lines, pictures, files), event
+        assert left(run) == (lines, images, files), event
         for name in ("student", "average", "optimizer_student"):
-            one, other = (load_file(r / "checkpoint-000003" / f"{name}.safetensors") for r in (tmp_path / "straight", run))
+            one, other = (
+                load_file(r / "checkpoint-000003" / f"{name}.safetensors") for r in (tmp_path / "straight", run)
+            )
             assert all(one[n].equal(t) for n, t in other.items())
     assert event > 20
 
 
 @pytest.mark.parametrize("lost", ["final", "report.html", "report of before", "student of before", ""])
 def test_a_first_stage_is_finished_when_nothing_of_it_is_missing(lost: str, tmp_path: Path) -> None:
-    """A kill after its last checkpoint leaves no student, no report, or those of a shorter training before; the second stage begins from none of these."""
-    recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN})
+    """A second stage begins from a complete first stage alone.
+
+    A kill after the last checkpoint leaves no student, no report, or those of a shorter training before.
+    """
+    recipe = DistillRecipe.model_validate(
+        {**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN}
+    )
     save_checkpoint(tmp_path, 3, {"student": {"x": torch.ones(1)}}, {})
     write_json(tmp_path / "run.json", {"recipe": recorded(recipe)})
-    write_json(tmp_path / "final" / "fewstep.json", asdict(replace(CARD, iterations=2 if lost == "student of before" else 3)))
+    write_json(
+        tmp_path / "final" / "fewstep.json", asdict(replace(CARD, iterations=2 if lost == "student of before" else 3))
+    )
     write_text(tmp_path / "report.html", "")
     if lost == "report of before":
         os.utime(tmp_path / "report.html", (0, 0))

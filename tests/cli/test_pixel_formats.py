@@ -1,4 +1,7 @@
-"""Files of pixel models' students: their teacher by class or without, on a table or with EDM's preconditioning, and in diffusers."""
+"""Exported students of pixel models are themselves in diffusers.
+
+Their teachers have classes or none, and a table of betas or EDM's preconditioning.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,31 @@ from torch import Tensor
 import fewstep
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
-from tests.cli.test_distill import RECIPE, error_of
-from tests.cli.test_distill import fewstep as command
+
+from .common import RECIPE, error_of
+from .common import fewstep as command
 
 LABELS = ("zero", "one", "two")
 SCHEDULERS = {"vp": miniature.scheduler, "edm": lambda: edm_scheduler(0.6)}
 
 
 def written(process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
-    """The recipe of a five-iteration run from a teacher of random weights, in the folder that is worked in from here on."""
+    """Write the recipe of a five-iteration run, and its teacher.
+
+    The teacher has random weights. The given folder becomes the working folder.
+    """
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
-    save_pixel_model(Path("digits"), pixel_unet([16, 32], [False, True], 1, 8, len(labels)), SCHEDULERS[process](), labels)
-    Path("names.txt").write_text("".join(f"{name}\n" for name in labels or ("picture",)))
-    value: dict[str, Any] = {**RECIPE, "teacher": "digits", "prompts": {"source": "names.txt"}, "preview": {"every": 5, "teacher_steps": 3}}
+    save_pixel_model(
+        Path("digits"), pixel_unet([16, 32], [False, True], 1, 8, len(labels)), SCHEDULERS[process](), labels
+    )
+    Path("names.txt").write_text("".join(f"{name}\n" for name in labels or ("image",)))
+    value: dict[str, Any] = {
+        **RECIPE,
+        "teacher": "digits",
+        "prompts": {"source": "names.txt"},
+        "preview": {"every": 5, "teacher_steps": 3},
+    }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(value))
     return path
@@ -36,10 +50,20 @@ def by_diffusers(folder: str, steps: int, options: dict[str, Any]) -> Tensor:
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
-    return pipe(batch_size=2, num_inference_steps=steps, generator=seeds, output_type="pt", **options).images.expand(-1, 3, -1, -1)
+    return pipe(batch_size=2, num_inference_steps=steps, generator=seeds, output_type="pt", **options).images.expand(
+        -1, 3, -1, -1
+    )
 
 
-@pytest.mark.parametrize(("process", "labels"), [("edm", LABELS), pytest.param("edm", (), marks=pytest.mark.slow), pytest.param("vp", LABELS, marks=pytest.mark.slow), pytest.param("vp", (), marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("process", "labels"),
+    [
+        ("edm", LABELS),
+        pytest.param("edm", (), marks=pytest.mark.slow),
+        pytest.param("vp", LABELS, marks=pytest.mark.slow),
+        pytest.param("vp", (), marks=pytest.mark.slow),
+    ],
+)
 def test_an_exported_student_is_itself_in_diffusers(
     process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -50,10 +74,12 @@ def test_an_exported_student_is_itself_in_diffusers(
     student = fewstep.load_student("runs/tiny/final")
     names, options = (["one", "two"], {"class_labels": [1, 2]}) if labels else (["", ""], {})
     for steps in (4, 2):
-        assert command(monkeypatch, "export", "runs/tiny", f"out-{steps}", "--format", "pipeline", "--steps", steps) == 0
+        assert (
+            command(monkeypatch, "export", "runs/tiny", f"out-{steps}", "--format", "pipeline", "--steps", steps) == 0
+        )
         wanted = fewstep.sample(student, names, [3, 4], steps=steps)
         assert (by_diffusers(f"out-{steps}", steps, options) - wanted).abs().max() <= 1e-4
-        teacher = fewstep.sample(student.student.backbone, names, [3, 4], steps=steps)
+        teacher = fewstep.sample(student.backbone, names, [3, 4], steps=steps)
         assert (teacher - wanted).abs().max() > 0.02
         assert fewstep.load_teacher(f"out-{steps}").encode(names).keys() == ({"label"} if labels else set())
 
@@ -68,7 +94,9 @@ def test_what_cannot_be_exported_from_edm_s_levels_is_not_trained(
 
 
 @pytest.mark.slow
-def test_trajp_l_on_edm_s_levels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trajp_l_on_edm_s_levels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a head the student is fewstep's alone, in files of its own; its LoRA by itself is a pipeline."""
     recipe = written("edm", LABELS, monkeypatch, tmp_path)
     value = yaml.safe_load(recipe.read_text()) | {"data": {"source": "trajectories", "count": 40, "steps": 8}}

@@ -5,25 +5,26 @@ from pathlib import Path
 import pytest
 
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.hollow import hollow_teacher
+from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
 from fewstep.cli.plan import LEAST_BATCH, Phases, Plan, fit, parse_bytes, phases_of, plan_of, roundings, savings
-from fewstep.cli.recipe import DistillRecipe, read_recipe
+from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.memory import Training
 
 from .. import pipelines, tiny
-from .test_distill import error_of, fewstep
-from .test_distill import teacher as tiny_teacher  # noqa: F401 - a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="session")
-def planned(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:  # noqa: F811
+def planned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:
     train = {"iterations": 2, "batch": 32, "lr": 1e-3, "fake_lr": 1e-3}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("planned"))
-        settings = read_recipe(str(recipe(tiny_teacher, train=train)), [], DistillRecipe)
-    hollow = hollow_teacher(tiny_teacher)
+        settings = read_recipe(str(recipe(teacher, train=train)), [], DistillRecipe)
+    hollow = meta_teacher(teacher)
     return plan_of(settings, hollow, phases_of(settings, hollow)), hollow
 
 
@@ -32,8 +33,12 @@ def test_the_table_adds_up_and_no_weights_are_read(
 ) -> None:
     folder = pipelines.save("sd", tmp_path / "sd")
     pipelines.spoil(folder)
-    stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}, "size": 16}
-    assert fewstep(monkeypatch, "plan", recipe(folder, first=stage, size=32), "--memory", "2GiB") == 0
+    stage = {
+        "method": {"steps": 2, "warmup": 0},
+        "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3},
+        "size": 16,
+    }
+    assert fewstep(monkeypatch, "plan", recipe(folder, warm_start=stage, size=32), "--memory", "2GiB") == 0
     said = capsys.readouterr().out
     assert said.count("needed") == 2 and said.count("as it is") == 2
     assert "fewstep distill" not in said
@@ -54,16 +59,28 @@ def test_what_fits_is_found_and_is_the_same_training(planned: tuple[Plan, Backbo
 
 
 def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None:
-    parts, both = savings(planned[0].recipe, "first.")
-    assert [s for s, _ in parts] == [[f"first.train.batch={32 // k}", f"first.train.accumulate={k}"] for k in (2, 4, 8)]
-    assert both[0][0] == ["roles.checkpointing=true"] and "first.train.batch=1" in both[-1][0]
+    parts, both = savings(planned[0].recipe, "warm_start.")
+    assert [s for s, _ in parts] == [
+        [f"warm_start.train.batch={32 // k}", f"warm_start.train.accumulate={k}"] for k in (2, 4, 8)
+    ]
+    assert both[0][0] == ["roles.checkpointing=true"] and "warm_start.train.batch=1" in both[-1][0]
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
 
 
 def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
-    """Round numbers: a base of 100, moments of 40, 20 each for adapters and gradients, 4 a sample, 1 with checkpointing."""
-    base, moments = {None: 100, "int8": 50, "nf4": 25}[recipe.roles.base], {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer]
-    return Plan(recipe, phases, Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)))
+    """Return a plan of round numbers.
+
+    A base takes 100, moments 40, adapters and gradients 20 each, a sample 4, with checkpointing 1.
+    """
+    base, moments = (
+        {None: 100, "int8": 50, "nf4": 25}[recipe.roles.quantize],
+        {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer],
+    )
+    return Plan(
+        recipe,
+        phases,
+        Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,17 +90,37 @@ def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
         (200, ["train.batch=4", "train.accumulate=2"]),
         (181, ["train.batch=1", "train.accumulate=8", "roles.checkpointing=true"]),
         (180, ["train.optimizer=adamw8bit", "train.batch=4", "train.accumulate=2"]),
-        (150, ["roles.base=int8", "train.batch=4", "train.accumulate=2"]),
-        (105, ["train.optimizer=adamw8bit", "roles.base=int8", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
-        (80, ["train.optimizer=adamw8bit", "roles.base=nf4", "train.batch=4", "train.accumulate=2", "roles.checkpointing=true"]),
+        (150, ["roles.quantize=int8", "train.batch=4", "train.accumulate=2"]),
+        (
+            105,
+            [
+                "train.optimizer=adamw8bit",
+                "roles.quantize=int8",
+                "train.batch=4",
+                "train.accumulate=2",
+                "roles.checkpointing=true",
+            ],
+        ),
+        (
+            80,
+            [
+                "train.optimizer=adamw8bit",
+                "roles.quantize=nf4",
+                "train.batch=4",
+                "train.accumulate=2",
+                "roles.checkpointing=true",
+            ],
+        ),
     ],
 )
-def test_what_changes_the_result_comes_last_the_least_first(usable: int, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_the_result_comes_last_the_least_first(
+    usable: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = {"iterations": 2, "batch": 8, "lr": 1e-3, "fake_lr": 1e-3}
     settings = read_recipe(str(recipe(Path("none"), train=train)), [], DistillRecipe)
     none = tiny.stable_diffusion(channels=(96, 96))
     monkeypatch.setattr(plan, "plan_of", counted)
-    monkeypatch.setattr(plan, "hollow_of", lambda _: none)
+    monkeypatch.setattr(plan, "meta_of", lambda _: none)
     monkeypatch.setattr(plan, "phases_of", lambda *_: Phases(0, 0, 0))
     made = counted(settings, none, Phases(0, 0, 0))
     assert fit(made, none, usable, "")[0] == expected
@@ -97,23 +134,34 @@ def test_what_a_recipe_rounds_stays_so() -> None:
 
     def ways(teacher: Backbone, **roles: object) -> list[list[str]]:
         settings = read_recipe(str(recipe(Path("none"), roles={"rank": 2, **roles})), [], DistillRecipe)
-        return [sets for sets, _ in roundings(settings, teacher, "first.")]
+        return [sets for sets, _ in roundings(settings, teacher, "warm_start.")]
 
-    eight = "first.train.optimizer=adamw8bit"
-    assert ways(wide) == [[eight], ["roles.base=int8"], [eight, "roles.base=int8"], [eight, "roles.base=nf4"]]
-    assert ways(wide, base="int8") == [[eight], [eight, "roles.base=nf4"]]
-    assert ways(wide, share=False) == ways(narrow) == [[eight]]
+    eight = "warm_start.train.optimizer=adamw8bit"
+    assert ways(wide) == [
+        [eight],
+        ["roles.quantize=int8"],
+        [eight, "roles.quantize=int8"],
+        [eight, "roles.quantize=nf4"],
+    ]
+    assert ways(wide, quantize="int8") == [[eight], [eight, "roles.quantize=nf4"]]
+    assert ways(wide, lora=False) == ways(narrow) == [[eight]]
 
 
 def test_a_card_that_is_too_small_is_said_so(planned: tuple[Plan, Backbone]) -> None:
     made, teacher = planned
-    with pytest.raises(ValueError, match=r"^--memory: tiny needs .* are usable; --set dtype=bfloat16 halves the base's weights$"):
+    with pytest.raises(
+        ValueError, match=r"^--memory: tiny needs .* are usable; --set dtype=bfloat16 halves the base's weights$"
+    ):
         fit(made, teacher, 2**20, "")
 
 
 @pytest.mark.parametrize(
     ("memory", "said"),
-    [("many", "--memory: got 'many', allowed are sizes"), ("100MiB", "of which CUDA alone takes"), ("3 bananas", "allowed")],
+    [
+        ("many", "--memory: got 'many', allowed are sizes"),
+        ("100MiB", "of which CUDA alone takes"),
+        ("3 bananas", "allowed"),
+    ],
 )
 def test_a_size_that_is_none(
     memory: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -124,4 +172,10 @@ def test_a_size_that_is_none(
 
 
 def test_sizes() -> None:
-    assert [parse_bytes(t) for t in ("24GiB", "16 GB", "1.5gib", "512M", "7")] == [24 * 2**30, 16 * 10**9, 3 * 2**29, 2**29, 7]
+    assert [parse_bytes(t) for t in ("24GiB", "16 GB", "1.5gib", "512M", "7")] == [
+        24 * 2**30,
+        16 * 10**9,
+        3 * 2**29,
+        2**29,
+        7,
+    ]

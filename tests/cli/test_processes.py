@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .. import pipelines
 from ..project import ROOT
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TRAIN = {"iterations": 4, "batch": 2, "lr": 1e-4, "fake_lr": 1e-4, "checkpoint_every": 2}
 ENGINES = [(), ("--set", "train.shard=true")]
@@ -31,9 +33,19 @@ def start(path: Path, count: int, *options: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT / "src")}  # fmt: skip
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
     command = [sys.executable, "-m", "fewstep.cli.main", "distill", str(path), *options]
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     return [
         subprocess.Popen(
             command,
@@ -68,7 +80,10 @@ def weights(run: str) -> dict[str, Tensor]:
 @pytest.mark.slow
 def test_two_processes_walk_what_one_walks(tmp_path: Path) -> None:
     """Trajectories, a share each, are those of one process, and both train on all of them."""
-    method, data = {"name": "trajp-l", "steps": 2, "guidance": 2.0, "head": "none"}, {"source": "trajectories", "count": 70, "steps": 4}
+    method, data = (
+        {"name": "trajp-l", "steps": 2, "guidance": 2.0, "head": "none"},
+        {"source": "trajectories", "count": 70, "steps": 4},
+    )
     path = recipe(pipelines.save("sd", tmp_path / "sd"), train=TRAIN, method=method, data=data)
     both = ended(start(path, 2))
     assert [code for code, _, _ in both] == [0, 0], both
@@ -83,7 +98,7 @@ def test_two_processes_walk_what_one_walks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("roles", [{"rank": 2}, {"share": False, "checkpointing": True}])
+@pytest.mark.parametrize("roles", [{"rank": 2}, {"lora": False, "checkpointing": True}])
 def test_two_processes_are_one_run_and_one_that_takes_both_batches(
     engine: tuple[str, ...], roles: dict[str, object], tmp_path: Path
 ) -> None:
@@ -98,10 +113,12 @@ def test_two_processes_are_one_run_and_one_that_takes_both_batches(
     assert alone[0] == 0, alone[2]
     one, two = weights("runs/alone"), weights("runs/tiny")
     apart = torch.cat([(one[n] - two[n]).abs().flatten() for n in one])
-    # AdamW makes whole steps of the rounding where a full network has no gradient; tests/training/test_sharding.py is in double precision.
-    assert one.keys() == two.keys() and float(apart.quantile(0.99) if "share" in roles else apart.max()) < 1e-5
+    # AdamW makes whole steps of the rounding where a full network has no gradient;
+    # tests/training/test_sharding.py is in double precision.
+    assert one.keys() == two.keys() and float(apart.quantile(0.99) if "lora" in roles else apart.max()) < 1e-5
     left: list[set[str]] = [
-        {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()} for run in (Path("runs/tiny"), Path("runs/alone"))
+        {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()}
+        for run in (Path("runs/tiny"), Path("runs/alone"))
     ]
     best = {f for f in left[1] if f.startswith("best/")}  # whose weights no process has whole while they are spread
     assert best and left[0] == (left[1] - best if engine else left[1])
@@ -109,9 +126,17 @@ def test_two_processes_are_one_run_and_one_that_takes_both_batches(
 
 @pytest.mark.slow
 def test_a_killed_sharded_run_goes_on_bit_for_bit_and_in_one_process_with_the_same_next_loss(tmp_path: Path) -> None:
-    train, quiet = TRAIN | {"iterations": 16, "checkpoint_every": 4}, {"every": 100, "teacher_steps": 2, "prompts": ["red cat"]}
+    train, quiet = (
+        TRAIN | {"iterations": 16, "checkpoint_every": 4},
+        {"every": 100, "teacher_steps": 2, "prompts": ["red cat"]},
+    )
     path = recipe(pipelines.save("sd", tmp_path / "sd"), train=train, method={"steps": 4, "warmup": 1}, preview=quiet)
-    sharded = ("--set", "train.shard=true", "--set", "train.batch=1")  # fewer samples than segments: the processes need unlike many calls
+    sharded = (
+        "--set",
+        "train.shard=true",
+        "--set",
+        "train.batch=1",
+    )  # fewer samples than segments: the processes need unlike many calls
     assert [s for s, _, _ in ended(start(path, 2, *sharded, "--out", "runs/straight"))] == [0, 0]
     killed = start(path, 2, *sharded)
     wait_for_iteration(6)
@@ -130,22 +155,30 @@ def test_a_killed_sharded_run_goes_on_bit_for_bit_and_in_one_process_with_the_sa
     assert refused[0] == 2 and "takes 2 batches an iteration, here it is 1; in 1 processes set it to 2" in refused[2]
     alone = ended(start(path, 1, "--set", "train.batch=1", "--set", "train.accumulate=2", "--out", "runs/one"))[0]
     assert alone[0] == 0, alone[2]
-    logs = [[json.loads(r) for r in Path(f"runs/{run}/metrics.jsonl").read_text().splitlines()] for run in ("straight", "one")]
+    logs = [
+        [json.loads(r) for r in Path(f"runs/{run}/metrics.jsonl").read_text().splitlines()]
+        for run in ("straight", "one")
+    ]
     (straight,), (after,) = ([r for r in log if r["iteration"] == kept + 1 and "fake_grad" in r] for log in logs)
     assert after["fake_grad"] == pytest.approx(straight["fake_grad"], rel=1e-4)  # of the mean over both batches
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_that_dies_ends_the_run_with_one_line_and_the_same_command_resumes(engine: tuple[str, ...], tmp_path: Path) -> None:
-    path = recipe(pipelines.save("sd", tmp_path / "sd"), train=TRAIN | {"iterations": 2000}, method={"steps": 2, "warmup": 1})
+def test_one_that_dies_ends_the_run_with_one_line_and_the_same_command_resumes(
+    engine: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = recipe(
+        pipelines.save("sd", tmp_path / "sd"), train=TRAIN | {"iterations": 2000}, method={"steps": 2, "warmup": 1}
+    )
     processes = start(path, 2, *engine)
     wait_for_iteration(5)
     processes[1].kill()
     status, _, err = ended(processes)[0]
     assert status == 2
     assert [line for line in err.splitlines() if "error" in line.lower()] == [
-        "error: another process of this run has ended or stands still, see what it said; the last checkpoint is intact, the same command resumes"
+        "error: another process of this run has ended or stands still, see what it said; "
+        "the last checkpoint is intact, the same command resumes"
     ]
     assert "Traceback" not in err
     again = start(path, 2, *engine)

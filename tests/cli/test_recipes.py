@@ -15,19 +15,23 @@ from typer.testing import CliRunner
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
 from fewstep.cli import main
-from fewstep.cli.recipe import DistillRecipe, first_stage, kind_of, read_recipe
-from fewstep.methods.matching import Matching
+from fewstep.core.guidance import Guidance
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.recipes_path import recipe_names, recipe_path
+from fewstep.runs.recipe import DistillRecipe, first_stage, kind_of, read_recipe
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig
 from fewstep.zoo.teacher import TeacherConfig
 
 from .. import pipelines
 from ..project import ROOT
-from .test_distill import fewstep, uncounted  # noqa: F401 - the latter is a fixture
+from .common import COMMANDS, fewstep
 
-MODELS: dict[str, type[BaseModel]] = {"distill": DistillRecipe, "teacher": TeacherConfig, "pixel-teacher": PixelTeacherConfig}
+MODELS: dict[str, type[BaseModel]] = {
+    "distill": DistillRecipe,
+    "teacher": TeacherConfig,
+    "pixel-teacher": PixelTeacherConfig,
+}
 HUB = {"stable-diffusion-v1": "sd", "stable-diffusion-xl": "sdxl", "PixArt": "pixart", "CogVideoX": "cogvideox"}
-COMMANDS = ("distill", "plan", "sample", "evaluate", "export", "inspect", "report", "doctor", "train-teacher")
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -36,7 +40,8 @@ def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
     read_recipe(name, [], MODELS[kind_of(name)])
 
 
-# TDM, appendix D: batch, iterations of each stage, the student's and the fake score's rates, guidance. Gradients are clipped at 1 in all.
+# TDM, appendix D: batch, iterations of each stage, the student's and the fake score's rates, guidance.
+# Gradients are clipped at 1 in all.
 PAPER = {
     "sd15-tdm4": (256, [3000], 2e-6, 2e-5, 3.5),
     "sd15-unify": (256, [20000], 2e-6, 2e-5, 3.5),
@@ -54,7 +59,7 @@ HUB_RECIPES = [n for n in recipe_names() if n.partition("-")[0] in TEACHERS]
 
 def stages(name: str) -> list[DistillRecipe]:
     recipe = read_recipe(name, [], DistillRecipe)
-    return [recipe] if recipe.first is None else [first_stage(recipe), recipe]
+    return [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -62,12 +67,17 @@ def test_a_recipe_with_all_weights_has_the_papers_settings(name: str) -> None:
     batch, iterations, lr, fake_lr, guidance = PAPER[name]
     for stage, length in zip(stages(name), iterations, strict=True):
         train, method = stage.train, stage.method
-        assert isinstance(method, Matching)
-        assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (batch, lr, fake_lr, guidance)
+        assert isinstance(method, DistributionMatching)
+        assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (
+            batch,
+            lr,
+            fake_lr,
+            Guidance(scale=guidance),
+        )
         assert train.iterations - method.warmup == length
         assert (train.betas, train.clip, train.decay, train.lr_warmup) == ((0.0, 0.999), 1.0, 0, 0)
-        assert not stage.roles.share
-        assert replace(method, steps=4, name="tdm", guidance=3.5, warmup=100) == Matching()
+        assert not stage.roles.lora
+        assert replace(method, steps=4, name="tdm", guidance=Guidance(scale=3.5), warmup=100) == DistributionMatching()
         header = recipe_path(name).read_text(encoding="utf-8").partition("\nkind:")[0]
         for own in (f"{method.warmup} iterations of warm-up", f"ema {train.ema}"):  # what the paper has not
             assert own in header, own
@@ -80,8 +90,10 @@ def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> 
     family = name.partition("-")[0]
     for stage in stages(name):
         assert TEACHERS[family] in stage.teacher
-        assert isinstance(stage.method, Matching)
-        assert stage.method.guidance == {"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0}[family]
+        assert isinstance(stage.method, DistributionMatching)
+        assert stage.method.guidance == Guidance(
+            scale={"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0}[family]
+        )
         assert stage.train.batch * stage.train.accumulate >= 8
         if name.endswith("-lora"):  # one set of rates for all: those of runs with LoRA on the bundled teacher
             assert (stage.train.lr, stage.train.fake_lr) == (5e-5, 2e-4)
@@ -105,16 +117,22 @@ def test_a_distillation_recipe_passes_its_dry_run(
     teacher = Path(read_recipe(name, [], DistillRecipe).teacher)
     if teacher.parts[0] == "runs":  # made by another recipe: a stand-in of its kind
         classes = [f"class {i}" for i in range(10)]
-        save_pixel_model(teacher, pixel_unet([8, 16], [False, True], 3, 32, len(classes)), miniature.scheduler(), classes)
+        save_pixel_model(
+            teacher, pixel_unet([8, 16], [False, True], 3, 32, len(classes)), miniature.scheduler(), classes
+        )
         (teacher / "prompts.txt").write_text("\n".join(classes))
     instead = []
-    if family := next((f for word, f in HUB.items() if word in str(teacher)), None):  # from the hub: a stand-in of its family
+    if family := next(
+        (f for word, f in HUB.items() if word in str(teacher)), None
+    ):  # from the hub: a stand-in of its family
         instead = ["--teacher", str(pipelines.save(family, tmp_path / family))]
         Path("prompts.txt").write_text("a red fox\nthe sea\n")
     before = sorted(tmp_path.rglob("*"))
     assert fewstep(monkeypatch, "distill", name, "--dry-run", *instead) == 0
     times = (
-        "[999.0, 599.0, 332.0, 142.0, -1.0]" if name in ("emoji-tdm4", "emoji-unify", "stages") else "[999.0, 749.0, 499.0, 249.0, -1.0]"
+        "[999.0, 599.0, 332.0, 142.0, -1.0]"
+        if name in ("emoji-tdm4", "emoji-unify", "stages")
+        else "[999.0, 749.0, 499.0, 249.0, -1.0]"
     )  # theirs are uneven
     assert f"times, 4 steps: {times}" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
@@ -127,7 +145,10 @@ def test_trajp_l_s_recipe_passes_its_dry_run_with_edm(
     monkeypatch.chdir(tmp_path)
     save_pixel_model(Path("edm"), pixel_unet([8, 16], [False, True], 3, 32, 2), edm_scheduler(0.5), ["cat", "dog"])
     Path("names.txt").write_text("cat\ndog\n")
-    assert fewstep(monkeypatch, "distill", "cifar10-trajpl", "--dry-run", "--teacher", "edm", "--prompts", "names.txt") == 0
+    assert (
+        fewstep(monkeypatch, "distill", "cifar10-trajpl", "--dry-run", "--teacher", "edm", "--prompts", "names.txt")
+        == 0
+    )
     assert "times, 2 steps: [80.0, 2.5" in capsys.readouterr().out
 
 
@@ -144,13 +165,18 @@ def test_a_word_is_no_boolean(tmp_path: Path) -> None:
     """YAML of old takes `no`, `yes`, `on` and `off` for them, and no precision could be said."""
     (tmp_path / "own.yaml").write_text(recipe_path("demo").read_text().replace("train: {", "train: {precision: no, "))
     for source, sets in ((str(tmp_path / "own.yaml"), []), ("sd15-tdm4-lora", ["train.precision=no"])):
-        assert read_recipe(source, [*sets, "roles.share=true", "roles.checkpointing=FALSE"], DistillRecipe).train.precision == "no"
+        assert (
+            read_recipe(source, [*sets, "roles.lora=true", "roles.checkpointing=FALSE"], DistillRecipe).train.precision
+            == "no"
+        )
     with pytest.raises(ValueError, match=r"train\.precision: input should be 'no' or 'bf16', got 'nothing'"):
         read_recipe("demo", ["train.precision=nothing"], DistillRecipe)
     assert read_recipe("demo", ["prompts.source=true story.txt"], DistillRecipe).prompts.source == "true story.txt"
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghi"))
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghi")
+)
 
 
 @pytest.mark.parametrize(
@@ -189,15 +215,22 @@ def test_a_recipe_of_another_kind_is_one_line(text: str, said: str, tmp_path: Pa
 def test_the_help_pages_are_up_to_date() -> None:
     """Write them anew with `FEWSTEP_WRITE_HELP=1 python -m pytest tests/cli/test_recipes.py`."""
     if not re.search(
-        rf"^typer=={re.escape(typer.__version__)}(?:\s|$)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+        rf"^typer=={re.escape(typer.__version__)}(?:\s|$)",
+        (ROOT / "constraints.txt").read_text(encoding="utf-8"),
+        re.MULTILINE,
     ):
         pytest.skip("another typer lays them out in another way")
     runner, pages = CliRunner(), ["# The command line\n"]
     for command in ("", *COMMANDS):
         arguments = [*([command] if command else []), "--help"]
-        text = runner.invoke(main.app, arguments, prog_name="fewstep", env={"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}).stdout
+        text = runner.invoke(
+            main.app, arguments, prog_name="fewstep", env={"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
+        ).stdout
         pages.append(
-            f"## fewstep {command}".rstrip() + "\n\n```\n" + "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n```\n"
+            f"## fewstep {command}".rstrip()
+            + "\n\n```\n"
+            + "\n".join(line.rstrip() for line in text.strip().splitlines())
+            + "\n```\n"
         )
     page, expected = ROOT / "docs" / "help.md", "\n".join(pages)
     if os.environ.get("FEWSTEP_WRITE_HELP"):

@@ -8,11 +8,13 @@ import torch
 
 from fewstep.api import load_student
 from fewstep.backbones.load import fingerprint, load_teacher
-from fewstep.roles.quantised import kind_of
+from fewstep.roles.quantized import kind_of
 
 from .. import tiny
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture
@@ -27,17 +29,17 @@ def test_a_student_of_a_rounded_base_goes_with_the_base_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = {"method": {"steps": 2, "warmup": 0}, "train": {"iterations": 1, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3}}
-    path = recipe(folder, method={"steps": 2, "warmup": 0}, roles={"rank": 2, "base": "int8"}, first=stage)
+    path = recipe(folder, method={"steps": 2, "warmup": 0}, roles={"rank": 2, "quantize": "int8"}, warm_start=stage)
     assert fewstep(monkeypatch, "distill", path, "--dry-run") == 0
-    assert "base: int8" in capsys.readouterr().out
+    assert "quantize: int8" in capsys.readouterr().out
     assert fewstep(monkeypatch, "distill", path) == 0
     assert capsys.readouterr().out.count("one shared network, int8") == 2
     original = fingerprint(load_teacher(folder).module)
-    for run in (Path("runs/tiny"), Path("runs/tiny/first")):
+    for run in (Path("runs/tiny"), Path("runs/tiny/warm_start")):
         assert json.loads((run / "run.json").read_text())["base_hash"] == original
         assert json.loads((run / "final" / "fewstep.json").read_text())["base_hash"] == original
-    assert "from prompts alone, beside its base in int8." in Path("runs/tiny/final/README.md").read_text()
-    student = load_student("runs/tiny/final").student
+    assert "from prompts alone, next to its base in int8." in Path("runs/tiny/final/README.md").read_text()
+    student = load_student("runs/tiny/final")
     assert kind_of(student.network) is None
     assert {p.dtype for p in student.network.parameters()} == {torch.float32}
     assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0

@@ -1,4 +1,7 @@
-"""Signals and closed pipes end a command with one line and nothing lost; what a shell has told to be ignored is ignored."""
+"""Signals and closed pipes end a command with one line.
+
+Nothing is lost. A signal that the shell told the command to ignore is ignored.
+"""
 
 import os
 import signal
@@ -13,7 +16,7 @@ from fewstep.cli.progress import CLOSED
 from fewstep.cli.signals import Interrupted, interruptible, stop_request
 
 from ..project import ROOT
-from .test_distill import fewstep
+from .common import fewstep
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
 
@@ -27,7 +30,9 @@ def test_a_signal_in_the_set_up_is_one_line(
     before = signal.getsignal(number)
     assert fewstep(monkeypatch, "plan", "demo") == 128 + number
     said = capsys.readouterr()
-    assert said.err.splitlines() == [f"interrupted by {number.name}; the same command goes on: a training from its last checkpoint"]
+    assert said.err.splitlines() == [
+        f"interrupted by {number.name}; the same command goes on: a training from its last checkpoint"
+    ]
     assert signal.getsignal(number) is before
 
 
@@ -69,7 +74,12 @@ finally:
 def test_a_reader_that_has_gone_is_said_and_what_is_trained_is_saved(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     process = subprocess.Popen(
-        [sys.executable, "-c", PRINTING], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PRINTING],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "[bold]line[/bold] :smile:\n"

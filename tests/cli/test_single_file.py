@@ -15,13 +15,15 @@ import fewstep as package
 from fewstep.api import load_student, load_teacher, sample
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.load import absolute, called, fingerprint
-from fewstep.export.card import read_card
+from fewstep.student.folder import read_card
 from fewstep.training import loop
 
 from .. import single_file
 from ..snippets import snippet_of
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TDM = {"steps": 2, "warmup": 0}
 PROMPTS = ["red cat", "blue dog"]
@@ -61,11 +63,17 @@ def seen(run: Path) -> torch.Tensor:
 def test_a_file_gives_the_student_that_its_folder_gives(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Begun, stopped, resumed, drawn, exported, loaded: what the diffusers folder gives, to rounding (tensors lie otherwise in memory)."""
+    """One file gives the student that its diffusers folder gives, to rounding.
+
+    The student is begun, stopped, resumed, sampled, exported and loaded. Its tensors lie otherwise in memory.
+    """
     path = recipe(Path("whole"), method=TDM)
     run = ("distill", path, "--teacher", base, "--set", "train.iterations=3", "--out", "one")
     assert fewstep(monkeypatch, *run, "--dry-run") == 0
-    assert fewstep(monkeypatch, "sample", base, "-p", "red cat", "--steps", "2", "--guidance", "3", "--out", "teacher.png") == 0
+    assert (
+        fewstep(monkeypatch, "sample", base, "-p", "red cat", "--steps", "2", "--guidance", "3", "--out", "teacher.png")
+        == 0
+    )
     update, asked = loop._update, list[bool]()
 
     def interrupt(*arguments: object) -> torch.Tensor:
@@ -86,7 +94,9 @@ def test_a_file_gives_the_student_that_its_folder_gives(
     card = read_card(Path("one/final"))
     assert (card.base, card.name) == (absolute(base), "model-tdm-2step")
     assert card.base_hash == read_card(Path("two/final")).base_hash == fingerprint(load_teacher("whole").module)
-    assert json.loads(Path("one/final/comfyui-workflow.json").read_text())["1"]["inputs"] == {"ckpt_name": "model.safetensors"}
+    assert json.loads(Path("one/final/comfyui-workflow.json").read_text())["1"]["inputs"] == {
+        "ckpt_name": "model.safetensors"
+    }
     own = sample(load_student("one/final"), PROMPTS)
     torch.testing.assert_close(own, sample(load_student("two/final"), PROMPTS), rtol=0, atol=0.02)
     torch.testing.assert_close(drawn(package.load(base, "one/final"), PROMPTS, 2), own, rtol=0, atol=1e-4)
@@ -116,20 +126,40 @@ def test_a_style_on_a_file_without_its_autoencoder(base: str, monkeypatch: pytes
     assert fewstep(monkeypatch, "export", "style", "kohya", "--format", "kohya") == 0
     (file,) = Path("kohya").glob("*-kohya.safetensors")
     save_file({k: v * 300 if "lora_up" in k else v for k, v in load_file(file).items()}, "style.safetensors")
-    save_file({k: v for k, v in load_file("model.safetensors").items() if not k.startswith("first_stage_model.")}, "less.safetensors")
+    save_file(
+        {k: v for k, v in load_file("model.safetensors").items() if not k.startswith("first_stage_model.")},
+        "less.safetensors",
+    )
     assert (
-        fewstep(monkeypatch, "distill", path, "--teacher", "less.safetensors@whole", "--fuse-lora", "style.safetensors@0.5", "--out", "one")
+        fewstep(
+            monkeypatch,
+            "distill",
+            path,
+            "--teacher",
+            "less.safetensors@whole",
+            "--fuse-lora",
+            "style.safetensors@0.5",
+            "--out",
+            "one",
+        )
         == 0
     )
     card = read_card(Path("one/final"))
-    assert card.base == absolute("less.safetensors@whole + style.safetensors@0.5") and card.name == "less-style-tdm-2step"
+    assert (
+        card.base == absolute("less.safetensors@whole + style.safetensors@0.5") and card.name == "less-style-tdm-2step"
+    )
     assert card.base_hash == fingerprint(load_teacher("whole + style.safetensors@0.5").module)
-    assert f'fewstep.load_teacher("{called(card.base)}").pipe  # its file has no vae' in Path("one/final/README.md").read_text()
+    assert (
+        f'fewstep.load_teacher("{called(card.base)}").pipe  # its file has no vae'
+        in Path("one/final/README.md").read_text()
+    )
     assert (seen(Path("one")) - sample(load_student("one/final"), ["red cat"])[0]).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
-def test_what_inspect_says_of_a_file(base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_inspect_says_of_a_file(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fewstep(monkeypatch, "inspect", "model.safetensors") == 0
     assert re.search(r"kind +checkpoint of a StableDiffusionXLPipeline", capsys.readouterr().out)
     assert fewstep(monkeypatch, "inspect", base) == 0

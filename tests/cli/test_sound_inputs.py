@@ -1,4 +1,4 @@
-"""What is said before a training of prompts, types and teachers, and that pictures which are no numbers are an error everywhere."""
+"""Prompts, types and teachers are checked before a training. Images that are not finite are an error everywhere."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import api
 from fewstep.backbones.load import load_teacher
-from fewstep.begin import roles_for
 from fewstep.roles.roles import RolesConfig
+from fewstep.runs.init import roles_for
 
 from .. import pipelines, tiny
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import recipe
+from .common import error_of, fewstep
+from .families import recipe
 
 
 @pytest.mark.usefixtures("uncounted")
@@ -33,7 +33,10 @@ def test_a_dry_run_says_what_becomes_of_prompts_and_of_teachers(
     assert fewstep(monkeypatch, "distill", path, "--dry-run", "--set", "dtype=float16") == 2
     assert "dtype: input should be 'float32' or 'bfloat16'" in error_of(capsys)
     save_file(
-        {"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(2, 4), "lora_unet_double_blocks_0_x.lora_up.weight": torch.ones(4, 2)},
+        {
+            "lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(2, 4),
+            "lora_unet_double_blocks_0_x.lora_up.weight": torch.ones(4, 2),
+        },
         "flux.safetensors",
     )
     for command in (
@@ -41,7 +44,10 @@ def test_a_dry_run_says_what_becomes_of_prompts_and_of_teachers(
         ("distill", path, "--fuse-lora", "flux.safetensors"),
     ):
         assert fewstep(monkeypatch, *command) == 2
-        assert "--fuse-lora: flux.safetensors cannot be fused into this teacher (1 of its 1 layers are not there" in error_of(capsys)
+        assert (
+            "--fuse-lora: flux.safetensors cannot be fused into this teacher (1 of its 1 layers are not there"
+            in error_of(capsys)
+        )
     assert not Path("runs").exists()
     for file in folder.rglob("*.safetensors"):
         file.unlink()
@@ -70,19 +76,23 @@ def test_half_precision_is_not_trained_in() -> None:
         roles_for(backbone, api.TDM(steps=2), RolesConfig(rank=2))
 
 
-def test_pictures_that_are_not_finite(tmp_path: Path) -> None:
+def test_images_that_are_not_finite(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     with torch.no_grad():
         next(backbone.pipe.vae.decoder.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="sample: the pictures of tiny are not finite; load it in float32 or bfloat16"):
+    with pytest.raises(
+        FloatingPointError, match="sample: the images of tiny are not finite; load it in float32 or bfloat16"
+    ):
         api.sample(backbone, ["red cat"], steps=1)
 
 
-def test_black_pictures_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_black_images_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = pipelines.save("sd", tmp_path / "sd")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({n: t * ("decoder.conv_out" not in n) for n, t in load_file(file).items()}, file, {"format": "pt"})
     load_teacher(folder)
     assert fewstep(monkeypatch, "sample", str(folder), "-p", "red cat", "--steps", "1") == 0
-    assert "warning: 1 of 1 pictures are one colour; run fewstep doctor TEACHER" in capsys.readouterr().out
+    assert "warning: 1 of 1 images are one colour; run fewstep doctor TEACHER" in capsys.readouterr().out

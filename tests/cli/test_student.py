@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,50 +13,33 @@ from PIL import Image
 from torch import Tensor
 
 import fewstep
-from fewstep.backbones.generate import pictures
-from fewstep.begin import roles_for
-from fewstep.cli.export import FORMATS
-from fewstep.methods.matching import Matching
+from fewstep.backbones.generate import sample_images
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
-from tests.cli.test_distill import error_of, recipe, teacher, written
-from tests.cli.test_distill import fewstep as command
+from fewstep.runs.init import roles_for
+from fewstep.student.formats import FORMATS
+from fewstep.student.student import Origin, Student
 from tests.snippets import snippet_of
 
-__all__ = ["recipe", "teacher"]  # fixtures
-
-
-@pytest.fixture(scope="session")
-def trained(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a student that differs from its teacher."""
-    folder = tmp_path_factory.mktemp("student")
-    with pytest.MonkeyPatch.context() as patch:
-        path = written(teacher, folder, patch)
-        assert command(patch, "distill", path, "--set", "train.lr=0.02") == 0
-    return folder / "runs" / "tiny"
-
-
-@pytest.fixture
-def final(recipe: Path, trained: Path) -> Path:
-    """That student on disk, in the working folder."""
-    return Path(shutil.copytree(trained, recipe.parent / "runs" / "tiny")).relative_to(recipe.parent) / "final"
-
-
-def as_tensor(images: list[Image.Image]) -> Tensor:
-    import numpy as np
-
-    return torch.stack([torch.from_numpy(np.asarray(i)).permute(2, 0, 1) / 255 for i in images])
+from .common import as_tensor, error_of
+from .common import fewstep as command
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_the_model_cards_snippet_draws_what_sample_draws(recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", f"roles.share={str(share).lower()}") == 0
+def test_the_model_cards_snippet_draws_what_sample_draws(
+    recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", f"roles.lora={str(share).lower()}")
+        == 0
+    )
     final = Path("runs/tiny/final")
     code = snippet_of(final)
     monkeypatch.chdir(final.parent)
     names: dict[str, Image.Image] = {}
     exec(code.replace("a prompt", "red cat"), names)
     own = fewstep.sample(fewstep.load_student("final"), ["red cat"], [0])
-    base = fewstep.sample(fewstep.load_student("final").student.backbone, ["red cat"], [0], steps=4)
+    base = fewstep.sample(fewstep.load_student("final").backbone, ["red cat"], [0], steps=4)
     assert (own - base).abs().max() > 0.02  # the student is not the teacher
     assert (as_tensor([names["image"]]) - own).abs().max() <= 0.5 / 255 + 1e-4
 
@@ -63,7 +47,9 @@ def test_the_model_cards_snippet_draws_what_sample_draws(recipe: Path, share: bo
 def test_load_is_right_without_a_word(final: Path, teacher: Path) -> None:
     pipe = fewstep.load(teacher, final)
     assert pipe.scheduler.timesteps is not None
-    images = pipe(["red cat", "blue dog"], generator=[torch.Generator().manual_seed(s) for s in (3, 4)], output_type="pt").images
+    images = pipe(
+        ["red cat", "blue dog"], generator=[torch.Generator().manual_seed(s) for s in (3, 4)], output_type="pt"
+    ).images
     own = fewstep.sample(fewstep.load_student(final), ["red cat", "blue dog"], [3, 4])
     assert (images - own).abs().max() <= 1e-4
     assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
@@ -96,8 +82,11 @@ def plain_diffusers(teacher: Path, folder: Path, share: bool, steps: int) -> Ten
 def test_a_student_of_several_step_counts(
     recipe: Path, teacher: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever count it takes and however it is loaded, the pictures are those of the student that was told this count."""
-    assert command(monkeypatch, "distill", recipe, *UNIFIED, "--set", f"roles.share={str(share).lower()}") == 0
+    """Every step count and every way of loading gives the same images.
+
+    They are those of the student that was told this count.
+    """
+    assert command(monkeypatch, "distill", recipe, *UNIFIED, "--set", f"roles.lora={str(share).lower()}") == 0
     final = Path("runs/tiny/final")
     student = fewstep.load_student(final)
     assert student.card.steps == (4, 2, 1)
@@ -105,12 +94,18 @@ def test_a_student_of_several_step_counts(
     own = {k: fewstep.sample(student, ["red cat"], [0], steps=k) for k in (4, 2, 1)}
     made_from_it = AutoPipelineForText2Image.from_pipe(pipe)  # which tells the student nothing
     images = made_from_it(
-        "red cat", num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="pt"
+        "red cat",
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
     ).images
     assert (images - own[4]).abs().max() <= 1e-4
     for k, wanted in own.items():
         for _ in range(2):  # also after another count
-            images = pipe("red cat", num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="pt").images
+            images = pipe(
+                "red cat", num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="pt"
+            ).images
             assert (images - wanted).abs().max() <= 1e-4
         assert command(monkeypatch, "export", final, f"single-{k}", "--steps", str(k)) == 0
         assert (plain_diffusers(teacher, Path(f"single-{k}"), share, k) - wanted).abs().max() <= 1e-4
@@ -119,7 +114,7 @@ def test_a_student_of_several_step_counts(
         assert not (Path(f"single-{k}") / "step_condition.safetensors").exists()
         assert (fewstep.sample(again, ["red cat"], [0]) - wanted).abs().max() <= 1e-4
     assert (plain_diffusers(teacher, final, share, 4) - own[4]).abs().max() <= 1e-4
-    other = fewstep.sample(student, ["red cat"], [0], steps=2, told=1)
+    other = fewstep.sample(student, ["red cat"], [0], steps=2, condition=1)
     assert (other - own[2]).abs().max() > 1e-3  # the condition says something
     capsys.readouterr()
     assert command(monkeypatch, "export", final, "single-4") == 2
@@ -130,7 +125,9 @@ def test_a_student_of_several_step_counts(
 
 
 def test_the_fake_score_beside_a_student_that_begins_as_another_is_the_teacher(trained: Path, teacher: Path) -> None:
-    roles = roles_for(fewstep.load_teacher(teacher), Matching(steps=2), RolesConfig(rank=2), start=trained / "final")
+    roles = roles_for(
+        fewstep.load_teacher(teacher), DistributionMatching(steps=2), RolesConfig(rank=2), init_from=trained / "final"
+    )
     cond, t = roles.backbone.encode(["red cat"]), torch.tensor([999.0]).double()
     x = torch.randn((1, *roles.backbone.shape), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -143,22 +140,24 @@ def test_the_fake_score_beside_a_student_that_begins_as_another_is_the_teacher(t
 def test_a_run_may_begin_as_a_finished_student(
     recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    how = ("--set", f"roles.share={str(share).lower()}")
+    how = ("--set", f"roles.lora={str(share).lower()}")
     assert command(monkeypatch, "distill", recipe, *how, "--set", "train.lr=0.02") == 0
     first = fewstep.sample(fewstep.load_student("runs/tiny/final"), ["red cat"], [0])
-    still = ("--set", "train.lr=1e-12", "--set", "start=runs/tiny", "--out", "runs/second")
+    still = ("--set", "train.lr=1e-12", "--set", "init_from=runs/tiny", "--out", "runs/second")
     assert command(monkeypatch, "distill", recipe, *how, *still) == 0
     second = fewstep.sample(fewstep.load_student("runs/second/final"), ["red cat"], [0])
-    assert (first - second).abs().max() <= 1e-4  # nothing was trained since: the start, average included, is what came out
+    assert (
+        first - second
+    ).abs().max() <= 1e-4  # nothing was trained since: the start, average included, is what came out
     capsys.readouterr()
     from_teacher = still[:2] + still[4:]
     assert command(monkeypatch, "distill", recipe, *how, *from_teacher, "--set", "train.iterations=20") == 2
-    assert "was made with other settings: start, the student to begin as (weights " in error_of(
+    assert "was made with other settings: init_from, the student to initialize from (weights " in error_of(
         capsys
     )  # it does not go on as a student of another beginning
     for options, expected in (
-        (("--set", "start=nowhere"), "start: nowhere is no student folder"),
-        (("--set", f"roles.share={str(not share).lower()}"), f"set roles.share={str(share).lower()}"),
+        (("--set", "init_from=nowhere"), "init_from: nowhere is no student folder"),
+        (("--set", f"roles.lora={str(not share).lower()}"), f"set roles.lora={str(share).lower()}"),
         *([(("--set", "roles.rank=3"), "set roles.rank to that of the file")] if share else []),
     ):
         capsys.readouterr()
@@ -166,10 +165,22 @@ def test_a_run_may_begin_as_a_finished_student(
         assert expected in error_of(capsys)
 
 
-def test_a_stochastic_student_is_the_same_in_diffusers(recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stochastic_student_is_the_same_in_diffusers(
+    recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DMD2's student takes diffusers' LCM scheduler, with the same fresh noise."""
     assert (
-        command(monkeypatch, "distill", recipe, "--set", "train.lr=0.02", "--set", "method.name=dmd2", "--set", "method.fake_updates=1")
+        command(
+            monkeypatch,
+            "distill",
+            recipe,
+            "--set",
+            "train.lr=0.02",
+            "--set",
+            "method.name=dmd2",
+            "--set",
+            "method.fake.updates=1",
+        )
         == 0
     )
     student = fewstep.load_student("runs/tiny/final")
@@ -181,38 +192,36 @@ def test_a_stochastic_student_is_the_same_in_diffusers(recipe: Path, teacher: Pa
 
 
 def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> None:
-    """In-memory pictures of the averaged student equal those of the student read back."""
-    from fewstep.export.card import StudentCard
-    from fewstep.export.final import write_final
-
+    """In-memory images of the averaged student equal those of the student read back."""
     backbone = fewstep.load_teacher(teacher)
     roles = make_roles(backbone, RolesConfig(rank=4, alpha=2.0))
     for p in roles.trained["student"].values():
         p.data.normal_(0, 0.05)
-    method = Matching(steps=2)
-    memory = pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], method.times(backbone.schedule))
-    card = StudentCard(
-        name="x", method="tdm", base=str(teacher), base_hash="", steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, prediction="v_prediction",
-        weights="lora", rank=4, alpha=4.0, teacher_guidance=1.0, licence="other", iterations=0, train_seconds=0, hardware="", version="0",
-    )  # fmt: skip
-    write_final(tmp_path / "final", backbone, card, backbone.module, roles.student_state(), roles.adapter_settings())
+    method = DistributionMatching(steps=2)
+    memory = sample_images(
+        backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], method.times(backbone.schedule)
+    )
+    Student.of(roles, method, Origin(str(teacher), "", 0, 0.0, "tdm")).write(tmp_path / "final")
     assert torch.allclose(fewstep.sample(fewstep.load_student(tmp_path / "final"), ["red cat"], [0]), memory, atol=1e-5)
     pipe = fewstep.load(teacher, tmp_path / "final")
     image = pipe("red cat", generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert (image - memory).abs().max() <= 1e-4  # trained with another alpha: the scale is in the weights
 
 
-def test_sample_writes_a_picture_and_says_what_it_costs(
+def test_sample_writes_a_image_and_says_what_it_costs(
     final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert command(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "-p", "blue dog", "--compare", "-o", "out.png") == 0
+    assert (
+        command(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "-p", "blue dog", "--compare", "-o", "out.png")
+        == 0
+    )
     assert Image.open("out.png").size[0] > 2 * 96
     said = capsys.readouterr().out
-    assert "student: 4 steps, 4 network calls and " in said
-    assert "teacher: 50 steps, 100 network calls and " in said
+    assert "student: 4 steps, 4 NFE and " in said
+    assert "teacher: 50 steps, 100 NFE and " in said
     assert command(monkeypatch, "sample", teacher, "-p", "red cat", "--steps", "1", "-o", "out.png") == 0
-    assert "teacher: 1 step, 1 network call and " in capsys.readouterr().out
+    assert "teacher: 1 step, 1 NFE and " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -220,13 +229,16 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
     [
         (["sample", "runs/tiny", "-p", "x", "--steps", "0"], "--steps: got 0"),
         (["sample", "runs/tiny", "-p", " "], "--prompt: got an empty prompt"),
-        (["sample", "runs/tiny"], "--prompt: got none; say what to draw"),
+        (["sample", "runs/tiny"], "--prompt: got none; name one"),
         (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
         (["sample", "runs/tiny", "-p", "x", "--guidance-rescale", "0.5"], "needs no guidance"),
-        (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "guidance_rescale: got 2"),
+        (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "--guidance-rescale: got 2"),
         (["sample", "nothing", "-p", "x"], "teacher: got 'nothing'"),
         (["inspect", "nothing"], "inspect: there is no nothing"),
-        (["report", "nothing"], "run nothing: there is no such folder, allowed are folders that `fewstep distill RECIPE` made"),
+        (
+            ["report", "nothing"],
+            "run nothing: there is no such folder, allowed are folders that `fewstep distill RECIPE` made",
+        ),
         (["report", "runs"], "run runs: there is no run.json, allowed are folders that `fewstep distill RECIPE` made"),
         (["report", "runs/tiny/final"], "run runs/tiny/final: there is no run.json"),
         (["sample", "runs/tiny", "-p", "x", "--solver", "euler"], "solver: got 'euler', allowed are ddim, dpmpp"),
@@ -234,14 +246,20 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
     ],
 )
 def test_mistakes_are_one_line(
-    final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+    final: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: str,
 ) -> None:
     capsys.readouterr()
     assert command(monkeypatch, *arguments) == 2
     assert expected in error_of(capsys)
 
 
-def test_a_truncated_student_is_one_line(final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_student_is_one_line(
+    final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = final / "pytorch_lora_weights.safetensors"
     data = file.read_bytes()
     file.unlink()  # it shares its bytes with the file of the long name
@@ -260,18 +278,20 @@ def test_a_report_is_written_again(final: Path, monkeypatch: pytest.MonkeyPatch)
     before = page.read_text()
     page.unlink()
     assert command(monkeypatch, "report", run) == 0
-    assert page.read_text() == before.replace("runs/tiny", "elsewhere").replace("<title>tiny", "<title>elsewhere").replace(
-        "<h1>tiny", "<h1>elsewhere"
-    )
+    assert page.read_text() == before.replace("runs/tiny", "elsewhere").replace(
+        "<title>tiny", "<title>elsewhere"
+    ).replace("<h1>tiny", "<h1>elsewhere")
 
 
-def test_inspect_and_doctor(final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_and_doctor(
+    final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert command(monkeypatch, "inspect", final) == 0
     text = capsys.readouterr().out
     assert "tdm" in text
     assert "999.0, 749.0" in text
-    assert re.search(r"network calls +4 in 4 steps", text)
+    assert re.search(r"NFE +4 in 4 steps", text)
     assert command(monkeypatch, "inspect", final / "pytorch_lora_weights.safetensors") == 0
     assert re.search(r"rank +2", capsys.readouterr().out)
     assert command(monkeypatch, "inspect", teacher) == 0
@@ -279,20 +299,24 @@ def test_inspect_and_doctor(final: Path, teacher: Path, monkeypatch: pytest.Monk
     assert command(monkeypatch, "inspect", "runs/tiny") == 0
     text = capsys.readouterr().out
     assert "checkpoint-000005" in text
-    assert re.search(r"network calls +4 in 4 steps", text)
+    assert re.search(r"NFE +4 in 4 steps", text)
     assert command(monkeypatch, "doctor") == 0
     assert "torch" in capsys.readouterr().out
 
 
 def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Path, tmp_path: Path) -> None:
-    """In fewstep and in a pipeline; and a pipeline with a student in it is no folder that anything loads, so it is not written."""
+    """fewstep and a pipeline refuse a base that predicts something else.
+
+    A pipeline with a student in it is not saved, because nothing could load the folder.
+    """
     other = shutil.copytree(teacher, tmp_path / "other")
     scheduler = other / "scheduler" / "scheduler_config.json"
     told = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "beta_schedule": "scaled_linear"}
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | told))
     for load in (lambda: fewstep.load_student(final, other), lambda: fewstep.load(other, final)):
         with pytest.raises(
-            ValueError, match=r"^student: \S+ was made on a base that predicts v_prediction, this one predicts epsilon; load it on"
+            ValueError,
+            match=r"^student: \S+ was made on a base that predicts v_prediction, this one predicts epsilon; load it on",
         ):
             load()
     with pytest.raises(ValueError, match=r"^save_pretrained: .*; run: fewstep export STUDENT \S+ --format pipeline$"):
@@ -303,6 +327,7 @@ def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Pa
 def test_an_export_that_draws_nothing_is_not_close(
     final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(FORMATS, "student", lambda *_: torch.full((2, 3, 16, 16), float("nan")))
+    nothing = replace(FORMATS["student"], write=lambda *_: torch.full((2, 3, 16, 16), float("nan")))
+    monkeypatch.setitem(FORMATS, "student", nothing)
     assert command(monkeypatch, "export", str(final), str(tmp_path / "out")) == 2
-    assert "the files differ from the student by nan in a pixel" in error_of(capsys)
+    assert "the files differ from the student by nan in an element" in error_of(capsys)

@@ -60,7 +60,9 @@ def test_edm_row_is_the_preconditioning(sigma_data: float) -> None:
     raw = torch.sin(x)
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
     c_out = sigma * sigma_data / (sigma_data**2 + sigma**2).sqrt()
-    torch.testing.assert_close(split(raw, x, alpha, sigma, edm_row(sigma_data)).x0, c_skip * x + c_out * raw, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        split(raw, x, alpha, sigma, edm_row(sigma_data)).x0, c_skip * x + c_out * raw, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
@@ -79,9 +81,13 @@ def test_edm_s_network_sees_and_says_numbers_of_unit_size(sigma_data: float) -> 
 
 def test_a_row_of_edm_has_the_sigma_data_that_is_said_and_the_sign() -> None:
     one, sigma = torch.ones(3, dtype=torch.float64), torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64)
-    assert all(torch.equal(p, q) for p, q in zip(row_named("edm", 1.3)(one, sigma), edm_row(1.3)(one, sigma), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(row_named("edm", 1.3)(one, sigma), edm_row(1.3)(one, sigma), strict=True)
+    )
     assert not torch.equal(row_named("edm")(one, sigma)[0], edm_row(1.3)(one, sigma)[0])
-    assert all(torch.equal(p, -q) for p, q in zip(edm_row(1.3, -1.0)(one, sigma), edm_row(1.3)(one, sigma), strict=True))
+    assert all(
+        torch.equal(p, -q) for p, q in zip(edm_row(1.3, -1.0)(one, sigma), edm_row(1.3)(one, sigma), strict=True)
+    )
 
 
 def test_guidance_commutes_with_the_solve() -> None:

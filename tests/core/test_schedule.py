@@ -19,7 +19,9 @@ def test_ends(name: str) -> None:
     clean, noise = (torch.tensor([u], dtype=torch.float64) for u in (schedule.t_clean, schedule.t_max))
     assert schedule.alpha(clean).item() == 1
     assert schedule.sigma(clean).item() == 0
-    assert schedule.start_std == pytest.approx((schedule.alpha(noise) ** 2 + schedule.sigma(noise) ** 2).sqrt().item(), rel=1e-3)
+    assert schedule.start_std == pytest.approx(
+        (schedule.alpha(noise) ** 2 + schedule.sigma(noise) ** 2).sqrt().item(), rel=1e-3
+    )
     assert schedule.alpha(noise).item() < 0.07 * schedule.sigma(noise).item()
 
 
@@ -48,7 +50,11 @@ def test_transitions_compose(name: str) -> None:
     schedule, times = SPANS[name]
     triples = torch.combinations(torch.tensor(times, dtype=torch.float64), 3)
     s, u, t = triples.T
-    (r_su, b_su), (r_ut, b_ut), (r_st, b_st) = transition(schedule, s, u), transition(schedule, u, t), transition(schedule, s, t)
+    (r_su, b_su), (r_ut, b_ut), (r_st, b_st) = (
+        transition(schedule, s, u),
+        transition(schedule, u, t),
+        transition(schedule, s, t),
+    )
     torch.testing.assert_close(r_su * r_ut, r_st)
     torch.testing.assert_close((r_ut * b_su) ** 2 + b_ut**2, b_st**2)
     torch.testing.assert_close(r_st * schedule.alpha(s), schedule.alpha(t))

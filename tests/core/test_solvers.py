@@ -15,7 +15,18 @@ from fewstep.backbones.toy import Gaussian
 from fewstep.core import timegrid
 from fewstep.core.prediction import ROWS, Split, split
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
-from fewstep.core.solvers import DDIM, SOLVERS, Denoise, Past, Solver, State, free_first, heun, sample, solver_named
+from fewstep.core.solvers import (
+    DDIM,
+    SOLVERS,
+    Denoise,
+    Solver,
+    SolverHistory,
+    State,
+    heun,
+    sample,
+    solver_named,
+    with_analytic_first_step,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = (1, 2, 4, 5, 8)
@@ -102,7 +113,9 @@ def largest_gap(a: list[State], b: list[Tensor]) -> float:
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("prediction", ROW_OF)
 def test_ddim_is_diffusers_ddim(prediction: str, steps: int) -> None:
-    theirs_ = DDIMScheduler(**SD, prediction_type=prediction, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
+    theirs_ = DDIMScheduler(
+        **SD, prediction_type=prediction, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
     mine = ours(VP(theirs_.alphas_cumprod.double()), ROW_OF[prediction], steps, DDIM)
     assert largest_gap(mine, theirs(theirs_, steps)) < 2e-6  # their tables are float32
 
@@ -120,8 +133,12 @@ def test_ddim_is_diffusers_ddim_from_pure_noise(steps: int) -> None:
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("prediction", ROW_OF)
 def test_dpmpp_is_diffusers_dpmpp(prediction: str, order: int, steps: int) -> None:
-    theirs_ = DPMSolverMultistepScheduler(**SD, prediction_type=prediction, timestep_spacing="trailing", solver_order=order)
-    mine = ours(VP(theirs_.alphas_cumprod.double()), ROW_OF[prediction], steps, DDIM if order == 1 else SOLVERS["dpmpp"])
+    theirs_ = DPMSolverMultistepScheduler(
+        **SD, prediction_type=prediction, timestep_spacing="trailing", solver_order=order
+    )
+    mine = ours(
+        VP(theirs_.alphas_cumprod.double()), ROW_OF[prediction], steps, DDIM if order == 1 else SOLVERS["dpmpp"]
+    )
     assert largest_gap(mine, theirs(theirs_, steps)) < 5e-6  # their sigmas are float32
 
 
@@ -142,7 +159,11 @@ def test_dpmpp_is_diffusers_dpmpp_on_its_own_table(order: int, steps: int) -> No
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("order", [1, 2])
 def test_dpmpp_from_pure_noise_is_diffusers(order: int, steps: int) -> None:
-    """On the true table only the first clean estimate differs, by alpha = 2^-12; the log-SNR of pure noise is diffusers' stand-in."""
+    """DPM-Solver++ from pure noise is that of diffusers.
+
+    On the true table only the first clean estimate differs, by alpha = 2^-12; the log-SNR of pure noise is diffusers'
+    stand-in.
+    """
     mine = ours(VP(zero_snr_scheduler().alphas_cumprod.double()), "v", steps, DDIM if order == 1 else SOLVERS["dpmpp"])
     assert largest_gap(mine, theirs(zero_snr_dpmpp(order), steps)) < 5e-4
 
@@ -184,7 +205,7 @@ def test_renoise_has_the_marginal_of_each_time() -> None:
 
 
 def test_unknown_solver_lists_the_known() -> None:
-    assert solver_named("dpmpp") is SOLVERS["dpmpp"]
+    assert solver_named("dpmpp") == SOLVERS["dpmpp"]
     with pytest.raises(ValueError, match="solver: got 'euler', allowed are ddim, dpmpp, ipndm, renoise"):
         solver_named("euler")
 
@@ -205,27 +226,32 @@ def test_ipndm_integrates_cubic_noise_exactly_once_it_has_three_visits() -> None
 
 
 def test_ipndm_keeps_the_state_that_it_steps_from() -> None:
-    """Where pure noise holds no signal its first estimate is the network's own; afterwards the way splits the state itself."""
+    """iPNDM's direction splits the state that it steps from.
+
+    Where pure noise holds no signal, its first estimate is the network's own.
+    """
     schedule, seen = Flow(), []
 
-    def watch(way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
+    def watch(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
         seen.append((way, t))
         return way
 
     x = torch.randn((4, 3), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     states = list(sample(exact(schedule), schedule, x[:, :2], timegrid.uniform(schedule, 6), SOLVERS["ipndm"], watch))
     for (way, t), state in zip(seen, states[:-1], strict=True):
-        torch.testing.assert_close(expand(schedule.alpha(t), x) * way.x0 + expand(schedule.sigma(t), x) * way.eps, state.x)
+        torch.testing.assert_close(
+            expand(schedule.alpha(t), x) * way.x0 + expand(schedule.sigma(t), x) * way.eps, state.x
+        )
 
 
 def test_a_correction_sees_the_whole_past_and_has_the_last_word() -> None:
     schedule, times = Flow(), timegrid.uniform(Flow(), 4)
     x, lengths = torch.ones((2, 2), dtype=torch.float64), []
 
-    def shift(way: Split, t: Tensor, t_next: Tensor, past: Past) -> Split:
-        lengths.append(len(past.visits))
+    def shift(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:
+        lengths.append(len(past.steps))
         assert torch.equal(past.noise, x)
-        assert all(bool((newer.t < older.t).all()) for newer, older in pairwise(past.visits))
+        assert all(bool((newer.t < older.t).all()) for newer, older in pairwise(past.steps))
         return Split(way.x0 + 1, way.eps)
 
     plain, moved = (list(sample(exact(schedule), schedule, x, times, DDIM, c)) for c in (None, shift))
@@ -243,19 +269,19 @@ def test_the_first_direction_may_be_free(schedule: Schedule) -> None:
         return exact(schedule)(x, t)
 
     x = schedule.start_std * torch.randn((3, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    list(sample(free_first(denoise, schedule), schedule, x, timegrid.uniform(schedule, 3)))
+    list(sample(with_analytic_first_step(denoise, schedule), schedule, x, timegrid.uniform(schedule, 3)))
     assert len(calls) == 2
     t = torch.full((3,), schedule.t_max, dtype=torch.float64)
-    first = free_first(denoise, schedule)(x, t)
+    first = with_analytic_first_step(denoise, schedule)(x, t)
     alpha, sigma = schedule.alpha(t)[0], schedule.sigma(t)[0]
     torch.testing.assert_close(first.eps, x / (alpha**2 + sigma**2).sqrt())
     torch.testing.assert_close(alpha * first.x0 + sigma * first.eps, x)
     later = torch.where(torch.arange(3) == 1, schedule.at(torch.tensor(0.5)), t)
-    mixed, asked = free_first(denoise, schedule)(x, later), exact(schedule)(x, later)
+    mixed, asked = with_analytic_first_step(denoise, schedule)(x, later), exact(schedule)(x, later)
     for got, own, network in zip(mixed, first, asked, strict=True):
         assert torch.equal(got[[0, 2]], own[[0, 2]])
         assert torch.equal(got[1], network[1])
     calls.clear()
-    for got, own in zip(free_first(denoise, schedule, always=True)(x, t), first, strict=True):
+    for got, own in zip(with_analytic_first_step(denoise, schedule, always=True)(x, t), first, strict=True):
         assert torch.equal(got, own)
     assert len(calls) == 1  # asked, and not heeded

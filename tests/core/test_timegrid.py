@@ -52,7 +52,9 @@ def test_step_counts_that_cannot_be(steps: int) -> None:
 def test_edms_grid_is_even_in_the_seventh_root_and_ends_clean() -> None:
     """EDM eq. 5 with points i = 0 .. K, the last of which is clean data."""
     times = timegrid.uniform(EDM(), 4)
-    published = torch.tensor([(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(4)], dtype=torch.float64)
+    published = torch.tensor(
+        [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(4)], dtype=torch.float64
+    )
     torch.testing.assert_close(times[:-1], published)
     assert times[-1].item() == 0
     assert timegrid.uniform(EDM(), 1).tolist() == [pytest.approx(80), 0]

@@ -5,7 +5,8 @@ import torch
 
 from fewstep.core.prediction import Row, edm_row, row_named, split, target
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, diffuse
-from fewstep.core.weighting import WEIGHTINGS, min_snr, own_output, truncated_v, weighting_named
+from fewstep.core.weighting import min_snr, own_output, truncated_v
+from fewstep.methods.distribution_matching import FakeScoreConfig
 
 EPS = row_named("eps")
 TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -40,12 +41,17 @@ def test_own_output_by_closed_form() -> None:
     snr = TABLE.alpha(t) ** 2 / TABLE.sigma(t) ** 2
     for name, expected in {"x0": torch.ones(3, dtype=torch.float64), "eps": snr, "v": snr + 1}.items():
         torch.testing.assert_close(own_output(TABLE, row_named(name), t), expected.clamp(max=5))
-    torch.testing.assert_close(own_output(Flow(), row_named("flow"), torch.tensor([1.0, 0.5])), torch.tensor([1.0, 4.0]).double())
+    torch.testing.assert_close(
+        own_output(Flow(), row_named("flow"), torch.tensor([1.0, 0.5])), torch.tensor([1.0, 4.0]).double()
+    )
 
 
 @pytest.mark.parametrize("row", ["eps", "v"])
 def test_no_segment_of_four_drowns_the_others(row: str) -> None:
-    """Shares of the fake score's gradient, by the error of its own output, of the four segments of a student of 4 steps."""
+    """No segment of four takes most of the fake score's gradient.
+
+    The shares are by the error of its own output, for a student of 4 steps.
+    """
     t = torch.arange(20, 1000, dtype=torch.float64)
     alpha, sigma = TABLE.alpha(t), TABLE.sigma(t)
     a, b = row_named(row)(alpha, sigma)
@@ -70,10 +76,11 @@ def test_min_snr_is_zero_at_pure_noise() -> None:
 def test_truncated_v() -> None:
     """The v-loss in x0 terms, `(alpha^2 + sigma^2)/sigma^2` on a variance-preserving table; 1 at pure noise."""
     table = VP(torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(truncated_v(table, EPS, torch.tensor([0.0, 1, 2])), torch.tensor([5.0, 2, 1], dtype=torch.float64))
+    torch.testing.assert_close(
+        truncated_v(table, EPS, torch.tensor([0.0, 1, 2])), torch.tensor([5.0, 2, 1], dtype=torch.float64)
+    )
 
 
 def test_unknown_weighting_lists_the_known() -> None:
-    assert all(weighting_named(name) is weighting for name, weighting in WEIGHTINGS.items())
-    with pytest.raises(ValueError, match=r"method\.fake_weight: got 'snr', allowed are own, min-snr, v"):
-        weighting_named("snr")
+    with pytest.raises(ValueError, match=r"^fake\.weight: got 'snr', allowed are own, min-snr, v$"):
+        FakeScoreConfig(weight="snr")

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from fewstep.evaluation.distances import Moments, frechet_distance, kernel_distance, moments, paired_distance, principal_components
+from fewstep.evaluation.distances import (
+    Moments,
+    frechet_distance,
+    kernel_distance,
+    moments,
+    paired_distance,
+    principal_components,
+)
 
 
 def normal(n: int, d: int, seed: int) -> torch.Tensor:
@@ -16,7 +23,10 @@ def test_frechet_distance_of_two_gaussians_on_common_axes() -> None:
     """`|m - n|^2 + sum (s_i - t_i)^2` in any rotation."""
     rotation = torch.linalg.qr(normal(5, 5, 0)).Q
     s, t = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.0]), torch.tensor([1.5, 1.0, 0.25, 3.5, 2.0])
-    p, q = (Moments(m, rotation @ torch.diag(x.double() ** 2) @ rotation.T) for m, x in ((torch.zeros(5), s), (torch.ones(5), t)))
+    p, q = (
+        Moments(m, rotation @ torch.diag(x.double() ** 2) @ rotation.T)
+        for m, x in ((torch.zeros(5), s), (torch.ones(5), t))
+    )
     assert frechet_distance(p, q) == pytest.approx(5 + (s - t).square().sum().item(), abs=1e-6)
     assert frechet_distance(q, p) == pytest.approx(frechet_distance(p, q), abs=1e-6)
 

@@ -25,4 +25,6 @@ def test_ranks_agree_whatever_the_scale() -> None:
     a = torch.tensor([0.1, 5.0, 2.0, 9.0])
     assert rank_correlation(a, a.exp()) == pytest.approx(1)
     assert rank_correlation(a, -a) == pytest.approx(-1)
-    assert rank_correlation(a, torch.tensor([1.0, 2.0, 4.0, 3.0])) == pytest.approx(0.4)  # 1 - 6 * (0 + 1 + 4 + 1) / (4 * 15)
+    assert rank_correlation(a, torch.tensor([1.0, 2.0, 4.0, 3.0])) == pytest.approx(
+        0.4
+    )  # 1 - 6 * (0 + 1 + 4 + 1) / (4 * 15)

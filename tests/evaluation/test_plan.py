@@ -30,7 +30,9 @@ def test_parts(protocol: EmojiProtocol) -> None:
     assert protocol.total(3) == 3 * protocol.total(1)
     assert len(set(zip(drawn.prompts, drawn.seeds, strict=True))) == len(drawn.prompts)
     assert all(0 <= s < 2**31 for s in drawn.seeds)
-    plain, again, toned, held_out = (drawn.prompts[part] for part in (drawn.plain, drawn.again, drawn.toned, drawn.held_out))
+    plain, again, toned, held_out = (
+        drawn.prompts[part] for part in (drawn.plain, drawn.again, drawn.toned, drawn.held_out)
+    )
     assert len(set(plain)) == protocol.names
     assert set(plain) <= set(reference.names)
     assert list(again) == [p for p in plain[: protocol.repeated] for _ in range(protocol.seeds - 1)]
@@ -45,7 +47,9 @@ def test_a_small_protocol_is_the_beginning_of_a_large_one() -> None:
     reference = load_reference()
     small, large = (plan(protocol_named(n), reference) for n in ("emoji-quick", "emoji-full"))
     for part in ("plain", "toned", "held_out"):
-        few, many = (list(zip(p.prompts[getattr(p, part)], p.seeds[getattr(p, part)], strict=True)) for p in (small, large))
+        few, many = (
+            list(zip(p.prompts[getattr(p, part)], p.seeds[getattr(p, part)], strict=True)) for p in (small, large)
+        )
         assert many[: len(few)] == few
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.core.guidance import Guidance
 from fewstep.evaluation.distances import frechet_distance, moments
 from fewstep.evaluation.plan import plan
 from fewstep.evaluation.protocols import PROTOCOLS, Row, evaluate, protocol_named
@@ -20,8 +21,18 @@ from fewstep.evaluation.reference import load_reference, without_tone
 from .conftest import Draw, World
 
 CONTRACT = {
-    "model", "steps", "guidance", "nfe", "n", "fd_real", "fd_teacher", "retrieval_top1", "retrieval_top5", "diversity", "seconds_per_image",
-}  # fmt: skip
+    "model",
+    "steps",
+    "guidance",
+    "nfe",
+    "n",
+    "fd_real",
+    "fd_teacher",
+    "retrieval_top1",
+    "retrieval_top5",
+    "diversity",
+    "seconds_per_image",
+}
 
 
 def run(world: World, rows: Sequence[Row], cache: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -29,11 +40,11 @@ def run(world: World, rows: Sequence[Row], cache: Path | None = None, **options:
 
 
 def teacher(draw: Draw, steps: int = 50) -> Row:
-    return Row("teacher", steps, 3.0, 2 * steps, draw)
+    return Row("teacher", steps, Guidance(scale=3.0), 2 * steps, draw)
 
 
 def student(draw: Draw, steps: int = 4) -> Row:
-    return Row("student", steps, 1.0, steps, draw)
+    return Row("student", steps, Guidance(), steps, draw)
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +53,10 @@ def without_times(result: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def result(world: World) -> dict[str, Any]:
-    """A good teacher with few and with many steps, and students: as good, worse, at the wrong prompt and tone, collapsed."""
+    """A good teacher with few and with many steps, and five students.
+
+    The students are as good, worse, at the wrong prompt and tone, and collapsed.
+    """
     captions = [b.caption for b in world.blobs if not b.tone]
 
     def elsewhere(prompt: str) -> str:
@@ -79,14 +93,16 @@ def test_the_contract(result: dict[str, Any], world: World) -> None:
     assert "fid" not in json.dumps(result).lower()
 
 
-def test_the_floor_is_the_distance_of_the_named_pictures_in_the_leading_components(world: World, result: dict[str, Any]) -> None:
+def test_the_floor_is_the_distance_of_the_named_images_in_the_leading_components(
+    world: World, result: dict[str, Any]
+) -> None:
     reference = load_reference(world.folder)
     names = plan(world.protocol, reference).prompts[:20]
     some = reference.gallery[[reference.names.index(n) for n in names], :6]
     assert result["fd_floor"] == pytest.approx(frechet_distance(moments(reference.gallery[:, :6]), moments(some)))
 
 
-def test_a_generator_of_real_pictures_is_as_good_as_real_pictures(result: dict[str, Any]) -> None:
+def test_a_generator_of_real_images_is_as_good_as_real_images(result: dict[str, Any]) -> None:
     good, worse = result["rows"][3], result["rows"][4]
     for key in ("retrieval_top1", "retrieval_top5", "tone", "held_out_top1", "held_out_tone"):
         assert good[key] == 1.0, key
@@ -96,7 +112,7 @@ def test_a_generator_of_real_pictures_is_as_good_as_real_pictures(result: dict[s
     assert not good["collapsed"]
 
 
-def test_pictures_of_other_prompts_are_near_the_real_ones_and_found_out(result: dict[str, Any]) -> None:
+def test_images_of_other_prompts_are_near_the_real_ones_and_found_out(result: dict[str, Any]) -> None:
     wrong = result["rows"][5]
     assert wrong["fd_real"] < 3 * result["fd_floor"]
     assert wrong["retrieval_top1"] <= 0.1
@@ -121,7 +137,7 @@ def test_a_generator_without_diversity_is_flagged(result: dict[str, Any]) -> Non
 def test_the_teacher_with_most_steps_is_compared_with(result: dict[str, Any]) -> None:
     rows = result["rows"]
     assert [row["fd_teacher"] is None for row in rows] == [False, True, False, False, False, False, False]
-    assert rows[3]["fd_teacher"] == pytest.approx(0, abs=1e-5)  # the very pictures of the first teacher at 50 steps
+    assert rows[3]["fd_teacher"] == pytest.approx(0, abs=1e-5)  # the very images of the first teacher at 50 steps
     assert rows[0]["fd_teacher"] > 1
     assert rows[1]["diversity_ratio"] == rows[3]["diversity_ratio"] == 1.0
     assert rows[4]["diversity_ratio"] == pytest.approx(rows[4]["diversity"] / rows[1]["diversity"])
@@ -155,7 +171,7 @@ def test_every_row_gets_the_same_prompts_and_seeds_in_batches(world: World) -> N
     assert len(asked[0]) == world.protocol.total(1)
 
 
-def test_pictures_are_rounded_as_in_a_file(world: World) -> None:
+def test_images_are_rounded_as_in_a_file(world: World) -> None:
     def rounded(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return (world.draw(0.1)(prompts, seeds) * 255).round().to(torch.uint8).float() / 255
 
@@ -189,7 +205,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(world: World, tmp
     resumed = run(world, rows, tmp_path, progress=heard.append)
     assert without_times(resumed) == without_times(straight)
     total = world.protocol.total(1)
-    assert calls[0] == [1]  # only the picture that is compared
+    assert calls[0] == [1]  # only the image that is compared
     assert calls[1] == [1, *[8] * ((total - 16) // 8), *([total % 8] if total % 8 else [])]
     assert heard == sorted(heard)
     assert heard[0] == total
@@ -224,7 +240,9 @@ def test_the_longest_kept_row_is_used(world: World, tmp_path: Path) -> None:
 
 def test_rows_of_one_name_and_other_costs_are_kept_apart(world: World, tmp_path: Path) -> None:
     calls: list[int] = []
-    rows = [Row("student", 4, 1.0, nfe, counting(world.draw(noise), calls)) for nfe, noise in ((4, 0.02), (7, 0.1))]
+    rows = [
+        Row("student", 4, Guidance(), nfe, counting(world.draw(noise), calls)) for nfe, noise in ((4, 0.02), (7, 0.1))
+    ]
     run(world, rows, tmp_path)
     calls.clear()
     run(world, rows, tmp_path)
@@ -259,7 +277,9 @@ def test_a_damaged_file_is_named(world: World, tmp_path: Path) -> None:
         lambda t: t | {"embeddings": t["embeddings"] * float("nan")},
     ],
 )
-def test_a_file_of_other_tensors_is_named(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], world: World, tmp_path: Path) -> None:
+def test_a_file_of_other_tensors_is_named(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], world: World, tmp_path: Path
+) -> None:
     run(world, [student(world.draw(0.02))], tmp_path)
     (file,) = tmp_path.iterdir()
     save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file)
@@ -268,14 +288,17 @@ def test_a_file_of_other_tensors_is_named(change: Callable[[dict[str, Tensor]], 
 
 
 def test_another_reference_is_refused(world: World) -> None:
-    with pytest.raises(ValueError, match=r"protocol emoji-quick: the reference .* has hash \w{12}, expected \w{12}; install fewstep again"):
+    with pytest.raises(
+        ValueError,
+        match=r"protocol emoji-quick: the reference .* has hash \w{12}, expected \w{12}; install fewstep again",
+    ):
         evaluate([student(world.draw())], protocol_named("emoji-quick"), reference=world.folder)
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda x: x[:1], r"returned \[1, 3, 64, 64\]; return pictures \[8, 3, H, W\]"),
+        (lambda x: x[:1], r"returned \[1, 3, 64, 64\]; return images \[8, 3, H, W\]"),
         (lambda x: x[:, :1], r"returned \[8, 1, 64, 64\]"),
         (lambda x: x * 2 - 1, r"go from -0\.\d+ to 0\.\d+; return finite values in \[0, 1\]"),
         (lambda x: x / 0, "return finite values"),

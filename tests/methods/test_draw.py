@@ -1,7 +1,7 @@
 """Where x_tau is drawn: the rollout, the segment, the time inside it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,24 +10,28 @@ from torch import Tensor
 from fewstep.backbones.base import Backbone, Cond
 from fewstep.core.schedule import EDM, expand, transition
 from fewstep.core.solvers import Denoise, sample, solver_named
-from fewstep.methods.matching import (
-    Draw,
-    Matching,
+from fewstep.methods.distribution_matching import (
+    DistributionMatching,
+    MatchConfig,
+    NoisedSample,
     draw,
-    losses,
+    matching_losses,
 )
 from fewstep.methods.method import draw_count, student_of
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import tiny
-from .common import BATCH, conditions, seed, trained
+from .common import BATCH, conditions, seed, train_batch, trained
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
-    """Rollout and step with gradient, whatever the solver, are `sample` of the student under each sample's own condition."""
-    roles, method = trained(), Matching(steps=steps, solver=solver)
+    """Rollout and step give the state that `sample` of the student gives.
+
+    This holds for every solver and under each sample's own condition.
+    """
+    roles, method = trained(), DistributionMatching(steps=steps, solver=solver)
     cond, _ = conditions(roles.backbone)
     got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
     noise = torch.randn((BATCH, *roles.backbone.shape), generator=seed())
@@ -44,7 +48,11 @@ def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 def test_a_free_first_step_is_walked_without_the_network_and_not_trained(solver: str) -> None:
-    roles, method, calls = trained(), Matching(steps=4, solver=solver, free_first=True), list[int]()
+    roles, method, calls = (
+        trained(),
+        DistributionMatching(steps=4, solver=solver, analytic_first_step=True),
+        list[int](),
+    )
     cond, _ = conditions(roles.backbone)
     roles.backbone.module.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
@@ -53,7 +61,9 @@ def test_a_free_first_step_is_walked_without_the_network_and_not_trained(solver:
     assert bool((got.tau <= 749).all())
     noise = torch.randn((BATCH, *roles.backbone.shape), generator=seed())
     with torch.no_grad():
-        walk = sample(student_of(method, roles, cond), tiny.TABLE, noise, method.times(tiny.TABLE), solver_named(solver))
+        walk = sample(
+            student_of(method, roles, cond), tiny.TABLE, noise, method.times(tiny.TABLE), solver_named(solver)
+        )
         states = list(walk)
     assert len(calls) == 6
     for i, k in enumerate(got.segment.tolist()):
@@ -61,18 +71,22 @@ def test_a_free_first_step_is_walked_without_the_network_and_not_trained(solver:
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({"steps": (4, 1)}, "free_first: got True for a student of 1 step"),
-    ({"solver": "renoise"}, "free_first: got True with solver=renoise"),
+    ({"steps": (4, 1)}, "analytic_first_step: got True for a student of 1 step"),
+    ({"solver": "renoise"}, "analytic_first_step: got True with solver=renoise"),
 ])  # fmt: skip
 def test_a_free_first_step_is_neither_the_only_one_nor_at_random(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        Matching(free_first=True, **settings)
+        DistributionMatching(analytic_first_step=True, **settings)
 
 
 @pytest.mark.parametrize("backbone", [tiny.denoiser(), tiny.flow_denoiser()], ids=["table", "flow"])
 @pytest.mark.parametrize(("steps", "tau_min"), [(4, 0.02), (4, 0.0), (1, 0.1), (2, 0.6)])
 def test_tau_is_drawn_in_the_segment_and_away_from_clean_data(backbone: Backbone, steps: int, tau_min: float) -> None:
-    roles, method, schedule = make_roles(backbone, RolesConfig(rank=2)), Matching(steps=steps, tau_min=tau_min), backbone.schedule
+    roles, method, schedule = (
+        make_roles(backbone, RolesConfig(rank=2)),
+        DistributionMatching(steps=steps, match=MatchConfig(tau_min=tau_min)),
+        backbone.schedule,
+    )
     cond, _ = conditions(backbone, 64)
     times = method.times(schedule)
     least = schedule.t_clean + tau_min * (schedule.t_max - schedule.t_clean)
@@ -88,7 +102,7 @@ def test_tau_is_drawn_in_the_segment_and_away_from_clean_data(backbone: Backbone
 
 
 def test_x_tau_is_the_transition_of_the_landing_state() -> None:
-    roles, method = trained(), Matching()
+    roles, method = trained(), DistributionMatching()
     d = draw(method, roles, conditions(roles.backbone)[0], BATCH, seed(), with_gradient=True)
     r, beta = transition(tiny.TABLE, d.t, d.tau)
     torch.testing.assert_close(d.x_tau, expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e)
@@ -98,7 +112,7 @@ def test_x_tau_is_the_transition_of_the_landing_state() -> None:
 
 
 def test_a_draw_depends_on_its_generator_alone() -> None:
-    roles, method = trained(), Matching()
+    roles, method = trained(), DistributionMatching()
     cond, _ = conditions(roles.backbone)
     torch.manual_seed(1)
     first = draw(method, roles, cond, BATCH, seed(), with_gradient=False)
@@ -110,19 +124,20 @@ def test_a_draw_depends_on_its_generator_alone() -> None:
 
 
 def test_the_rollout_starts_at_the_schedules_noise() -> None:
-    roles = make_roles(tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), RolesConfig(share=False))
+    roles = make_roles(tiny.denoiser(schedule=EDM(t_max=5.0), prediction="x0"), RolesConfig(lora=False))
     seen: list[Tensor] = []
     roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    draw(Matching(steps=1), roles, conditions(roles.backbone, 256)[0], 256, seed(), with_gradient=False)
+    draw(DistributionMatching(steps=1), roles, conditions(roles.backbone, 256)[0], 256, seed(), with_gradient=False)
     assert seen[0].std().item() == pytest.approx(5, rel=0.02)
 
 
 # What is matched, and where
 
 
-def clean_draws(tau: str, steps: int = 4) -> tuple[Roles, Draw]:
+def clean_draws(tau_range: Literal["segment", "to_noise", "full"], steps: int = 4) -> tuple[Roles, NoisedSample]:
     roles = trained()
-    method = Matching(steps=steps, match="clean", tau=tau, tau_min=0.1, tau_max=0.9)  # type: ignore[arg-type]
+    match = MatchConfig(state="clean", tau_range=tau_range, tau_min=0.1, tau_max=0.9)
+    method = DistributionMatching(steps=steps, match=match)
     return roles, draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=True)
 
 
@@ -135,15 +150,15 @@ def test_matching_clean_samples_diffuses_the_clean_estimate() -> None:
 
 
 def test_tau_over_its_segment_over_what_is_noisier_and_over_all_times() -> None:
-    times = Matching().times(tiny.TABLE)
+    times = DistributionMatching().times(tiny.TABLE)
     least, most = 99, 899  # a tenth of 1000 from either end, counted from clean data at -1
-    found = {tau: clean_draws(tau)[1] for tau in ("segment", "above", "whole")}
+    found = {tau: clean_draws(tau)[1] for tau in ("segment", "to_noise", "full")}
     landing = {tau: times[d.segment + 1] for tau, d in found.items()}
-    segment, above, whole = (found[tau] for tau in ("segment", "above", "whole"))
+    segment, above, whole = (found[tau] for tau in ("segment", "to_noise", "full"))
     assert bool(((segment.tau > landing["segment"]) & (segment.tau <= times[segment.segment])).all())
-    assert bool((above.tau > landing["above"]).all())
+    assert bool((above.tau > landing["to_noise"]).all())
     assert bool((above.tau > times[above.segment]).any())
-    assert bool((whole.tau <= landing["whole"]).any())
+    assert bool((whole.tau <= landing["full"]).any())
     for d in found.values():
         assert bool(((d.tau > least) & (d.tau <= most)).all())
     last = whole.tau[whole.segment == 3]
@@ -152,7 +167,7 @@ def test_tau_over_its_segment_over_what_is_noisier_and_over_all_times() -> None:
 
 
 def test_a_noisy_state_is_diffused_to_all_noisier_times() -> None:
-    roles, method = trained(), Matching(tau="above")
+    roles, method = trained(), DistributionMatching(match=MatchConfig(tau_range="to_noise"))
     d = draw(method, roles, conditions(roles.backbone, 64)[0], 64, seed(), with_gradient=False)
     assert bool((d.tau > d.t).all())
     assert d.tau[d.segment == 3].max() > 500
@@ -160,11 +175,17 @@ def test_a_noisy_state_is_diffused_to_all_noisier_times() -> None:
     torch.testing.assert_close(d.x_tau, expand(r, d.x_m) * d.x_m + expand(beta, d.e) * d.e)
 
 
-@pytest.mark.parametrize("free_first", [False, True])
-def test_sharded_processes_make_the_same_calls_whatever_they_draw(free_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("analytic_first_step", [False, True])
+def test_sharded_processes_make_the_same_calls_whatever_they_draw(
+    analytic_first_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A network that is spread works when all call it: one call short in one process and the others wait for ever."""
     monkeypatch.setattr(Roles, "sharded", True)
-    roles, method, calls = trained(), Matching(steps=4, free_first=free_first), list[int]()
+    roles, method, calls = (
+        trained(),
+        DistributionMatching(steps=4, analytic_first_step=analytic_first_step),
+        list[int](),
+    )
     cond, _ = conditions(roles.backbone, 1)
     roles.backbone.module.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     made = set()
@@ -172,20 +193,25 @@ def test_sharded_processes_make_the_same_calls_whatever_they_draw(free_first: bo
         calls.clear()
         segment = int(draw(method, roles, cond, 1, seed(i), with_gradient=True).segment)
         made.add((segment, len(calls)))
-    assert {segment for segment, _ in made} == set(range(int(free_first), 4))
-    assert {count for _, count in made} == {4 - int(free_first)}
+    assert {segment for segment, _ in made} == set(range(int(analytic_first_step), 4))
+    assert {count for _, count in made} == {4 - int(analytic_first_step)}
 
 
 def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
-    """With a student that always says 1, a state at time t is alpha + sigma e: its spread is sigma_t's and nothing is left of the start."""
+    """A stochastic rollout's state at time t is alpha + sigma e.
+
+    The student always says 1, so the spread is sigma_t's and nothing is left of the start.
+    """
     backbone = tiny.denoiser(prediction="x0")
-    roles = make_roles(backbone, RolesConfig(share=False))
+    roles = make_roles(backbone, RolesConfig(lora=False))
     with torch.no_grad():
         for p in roles.trained["student"].values():
             p.zero_()
     seen: list[Tensor] = []
     roles.networks["student"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    d = draw(Matching(solver="renoise"), roles, conditions(backbone, 400)[0], 400, seed(), with_gradient=True)
+    d = draw(
+        DistributionMatching(solver="renoise"), roles, conditions(backbone, 400)[0], 400, seed(), with_gradient=True
+    )
     start = torch.randn((400, *backbone.shape), generator=seed())
     for k in range(1, 4):
         sigma = float(tiny.TABLE.sigma(torch.tensor(999.0 - 250 * k)))
@@ -196,9 +222,9 @@ def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
 
 
 def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
-    method = Matching(steps=(4, 2, 1))
-    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2), counts=method.conditioned)
-    cond, null = conditions(roles.backbone)
+    method = DistributionMatching(steps=(4, 2, 1))
+    roles = make_roles(tiny.denoiser(), RolesConfig(rank=2), condition_values=method.condition_values)
+    cond, _ = conditions(roles.backbone)
     counts = [draw(method, roles, cond, BATCH, seed(i), with_gradient=False).steps for i in range(150)]
     assert min(counts.count(k) for k in (4, 2, 1)) > 30
     told: list[tuple[str, float | None]] = []
@@ -207,7 +233,7 @@ def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
         told.clear()
         recording = Recording(denoise, told)
         object.__setattr__(roles, "denoise", recording)
-        *_, last = losses(method, roles, cond, null, BATCH, seed(i), warming_up=False)
+        *_, last = matching_losses(method, roles, train_batch(method, roles, rng=seed(i)))
         object.__delattr__(roles, "denoise")
         (steps,) = {k for _, k in told}
         assert steps == counts[i]
@@ -216,11 +242,13 @@ def test_the_step_count_is_drawn_evenly_once_an_iteration_and_told() -> None:
 
 
 def test_a_step_count_that_is_named_more_often_is_drawn_more_often_and_is_one_count() -> None:
-    method = Matching(steps=(4, 1, 1, 1))
-    assert method.counts == method.conditioned == (4, 1)
+    method = DistributionMatching(steps=(4, 1, 1, 1))
+    assert method.counts == method.condition_values == (4, 1)
     drawn = [draw_count(method.steps, seed(i)) for i in range(400)]
     assert 250 < drawn.count(1) < 350 and drawn.count(4) == 400 - drawn.count(1)
-    assert {draw_count(3, seed(0)), draw_count((2, 2), seed(0))} == {3, 2} and Matching(steps=(2, 2)).conditioned == ()
+    assert {draw_count(3, seed(0)), draw_count((2, 2), seed(0))} == {3, 2} and DistributionMatching(
+        steps=(2, 2)
+    ).condition_values == ()
 
 
 class Recording:

@@ -7,27 +7,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import sample
-from fewstep.methods.matching import Matching
-from fewstep.methods.method import Turn, student_of
-from fewstep.methods.paths import PathImitation, fold
+from fewstep.data.prompts import embed
+from fewstep.heads.head import facts_of, make_head
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.methods.method import TrainBatch, student_of
+from fewstep.methods.trajectory_imitation import TrajectoryImitation, absorb_head
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
-from fewstep.trajp.head import facts_of, make_head
 
 from .. import tiny
-from .common import BATCH, conditions, seed
-from .test_paths import walked
+from .common import BATCH, conditions, seed, walked
 
-METHOD = Matching(steps=3, guidance=1.0, head="fold", warmup=2)
+METHOD = DistributionMatching(steps=3, init_head="absorb", warmup=2, guidance=Guidance(scale=1.0))
 
 
 def begun(move: float = 0.05) -> Roles:
     """A student in general position that begins with a head in general position."""
-    backbone, paths = tiny.denoiser(), walked(PathImitation(steps=3))
-    head = make_head("span", tiny.TABLE, facts_of(tiny.TABLE, paths.whole, paths.grid, paths.states[:, -1], [METHOD.times(tiny.TABLE)]))
-    roles = make_roles(backbone, RolesConfig(rank=8), folding=head)
+    backbone, paths = tiny.denoiser(), walked(TrajectoryImitation(steps=3))
+    head = make_head(
+        "span",
+        tiny.TABLE,
+        facts_of(tiny.TABLE, paths.whole, paths.grid, paths.states[:, -1], [METHOD.times(tiny.TABLE)]),
+    )
+    roles = make_roles(backbone, RolesConfig(rank=8), head_to_absorb=head)
     with torch.no_grad():
         for p in (*roles.trained["student"].values(), *head.parameters()):
             p.add_(move * torch.randn(p.shape, generator=seed(p.numel())))
@@ -41,12 +45,12 @@ def ends(roles: Roles, head: bool) -> Tensor:
     x = torch.randn((BATCH, *roles.backbone.shape), generator=seed(99))
     with torch.no_grad():
         denoise, times = student_of(METHOD, roles, cond), METHOD.times(tiny.TABLE)
-        *_, last = sample(denoise, tiny.TABLE, x, times, correct=roles.folding if head else None)
+        *_, last = sample(denoise, tiny.TABLE, x, times, correct=roles.head_to_absorb if head else None)
     return last.x
 
 
-def turn(roles: Roles, iteration: int = 0) -> Turn:
-    return Turn(iteration, 9, BATCH, *conditions(roles.backbone), None, seed(iteration))
+def train_batch(roles: Roles, iteration: int = 0) -> TrainBatch:
+    return TrainBatch(iteration, 9, BATCH, *conditions(roles.backbone), None, seed(iteration))
 
 
 @pytest.mark.slow
@@ -57,7 +61,7 @@ def test_folded_away_a_head_is_hardly_missed() -> None:
     parameters = list(roles.trained["student"].values())
     optimizer = torch.optim.Adam(parameters, 1e-2)
     for i in range(100):
-        for loss in fold(METHOD, roles, turn(roles, i)):
+        for loss in absorb_head(METHOD, roles, train_batch(roles, i)):
             for p, g in zip(parameters, torch.autograd.grad(loss.value, parameters, allow_unused=True), strict=True):
                 p.grad = g
             optimizer.step()
@@ -67,31 +71,44 @@ def test_folded_away_a_head_is_hardly_missed() -> None:
 
 
 def test_it_is_folded_while_the_fake_score_warms_up_and_never_after() -> None:
-    """From the average, which is the student as it began; where both are the same, without the head's part nothing is left to learn."""
+    """The head is absorbed during the warm-up and never after.
+
+    The goal comes from the average, which is the student as it began. Where both are the same and the head adds
+    nothing, nothing is left to learn.
+    """
     roles = begun()
-    for iteration, expected in ((0, ["fake", *["student"] * 3]), (1, ["fake", *["student"] * 3]), (2, ["fake", "student"])):
-        found = list(METHOD.losses(roles, turn(roles, iteration)))
+    for iteration, expected in (
+        (0, ["fake", *["student"] * 3]),
+        (1, ["fake", *["student"] * 3]),
+        (2, ["fake", "student"]),
+    ):
+        found = list(METHOD.losses(roles, train_batch(roles, iteration)))
         assert [loss.role for loss in found] == expected
-        assert ("fold_loss" in found[-1].metrics) == (iteration < 2)
+        assert ("absorb_loss" in found[-1].metrics) == (iteration < 2)
     assert not any(name.startswith("head") for name in roles.trained["student"])
-    values = [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))]
+    values = [float(loss.value.detach()) for loss in absorb_head(METHOD, roles, train_batch(roles))]
     assert values[0] > 1e-3
     with torch.no_grad():
         for p in roles.trained["student"].values():
             p.mul_(1.5)
-    assert [float(loss.value.detach()) for loss in fold(METHOD, roles, turn(roles))] != values  # the student has moved
+    assert [
+        float(loss.value.detach()) for loss in absorb_head(METHOD, roles, train_batch(roles))
+    ] != values  # the student has moved
     roles.update_average(0.0)
     with torch.no_grad():
-        for p in roles.folding.parameters() if roles.folding is not None else ():
+        for p in roles.head_to_absorb.parameters() if roles.head_to_absorb is not None else ():
             p.zero_()
-    assert all(float(loss.value.detach()) == 0 for loss in fold(METHOD, roles, turn(roles)))
+    assert all(float(loss.value.detach()) == 0 for loss in absorb_head(METHOD, roles, train_batch(roles)))
 
 
 def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
-    """Adam's first update is its rate in every weight; with moments of other gradients it would be anything. The folding ends at rest."""
+    """The first update after absorbing moves every weight by Adam's rate.
+
+    With moments of other gradients it would be anything. The absorbing ends at rest.
+    """
     roles, lr = begun(), 1e-3
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
-    config = TrainConfig(4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)
+    config = TrainConfig(iterations=4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)
     assert [config.lr_at("student", i, METHOD.warmup) for i in range(4)] == [lr, lr / 2, lr, lr]
     states: list[list[Tensor]] = []
     for _ in distill(roles, METHOD, data, config):
@@ -104,9 +121,9 @@ def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    ({"warmup": 0}, "head: got fold with warmup=0"),
-    ({"solver": "renoise"}, "head: got fold with solver=renoise"),
-    ({"head": "span"}, "head: got 'span', allowed are keep, fold, none"),
+    ({"warmup": 0}, "init_head: got absorb with warmup=0"),
+    ({"solver": "renoise"}, "init_head: got absorb with solver=renoise"),
+    ({"init_head": "span"}, "init_head: got 'span', allowed are keep, absorb, drop"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
@@ -117,6 +134,7 @@ def test_a_training_that_ends_before_its_warm_up_folds_nothing() -> None:
     roles = begun()
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
     with pytest.raises(
-        ValueError, match=r"train\.iterations: got 2, of which the first 2 \(method\.warmup\) do not train the student; set more"
+        ValueError,
+        match=r"train\.iterations: got 2, of which the first 2 \(method\.warmup\) do not train the student; set more",
     ):
-        next(distill(roles, METHOD, data, TrainConfig(2, batch=4, lr=1e-3, fake_lr=1e-3)))
+        next(distill(roles, METHOD, data, TrainConfig(iterations=2, batch=4, lr=1e-3, fake_lr=1e-3)))

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from fewstep.methods.matching import (
-    Matching,
-)
+from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, MatchConfig
 from fewstep.methods.presets import PRESETS, ROLES, preset, require_roles
 from fewstep.roles.roles import TRAINED, Role, RolesConfig, make_roles
 
@@ -13,13 +11,13 @@ from .. import tiny
 from .common import gradients, updates
 
 
-@pytest.mark.parametrize("name", [n for n, m in PRESETS.items() if isinstance(m, Matching)])
+@pytest.mark.parametrize("name", [n for n, m in PRESETS.items() if isinstance(m, DistributionMatching)])
 @pytest.mark.parametrize("share", [True, False])
 def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
     method = preset(name)
-    assert isinstance(method, Matching)
+    assert isinstance(method, DistributionMatching)
     backbone = tiny.denoiser()
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2), counts=method.conditioned)
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2), condition_values=method.condition_values)
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for role in TRAINED:
@@ -36,47 +34,76 @@ def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
                 if g is not None:
                     p.sub_(0.01 * g)
         found.append(loss.role)
-    assert found == ["fake"] * method.fake_updates + ["student"]
+    assert found == ["fake"] * method.fake.updates + ["student"]
     assert method.name == name
 
 
-# What each paper says, where it is not TDM's: matched state, divergence, the weight of Fisher's second term, noise levels, fake updates, solver.
+# What each paper says, where it is not TDM's: matched state, divergence, the weight of Fisher's second term,
+# noise levels, fake updates, solver.
 PAPERS = {
-    "tdm": ("landing", "reverse-kl", None, "segment", 1, "ddim"),
-    "tdm-unify": ("landing", "reverse-kl", None, "segment", 1, "ddim"),
-    "tdm-fisher": ("landing", "fisher", 0.5, "segment", 1, "ddim"),  # half of the squared difference is the divergence itself
-    "dmd2": ("clean", "reverse-kl", None, "whole", 10, "renoise"),  # TDM, app. F
-    "diff-instruct": ("clean", "reverse-kl", None, "whole", 1, "ddim"),
-    "sid": ("clean", "fisher", 1.0, "whole", 1, "renoise"),  # alpha = 1 (arXiv 2404.04057, sec. 5)
+    "tdm": ("noisy", "reverse-kl", None, "segment", 1, "ddim"),
+    "tdm-unify": ("noisy", "reverse-kl", None, "segment", 1, "ddim"),
+    "tdm-fisher": (
+        "noisy",
+        "fisher",
+        0.5,
+        "segment",
+        1,
+        "ddim",
+    ),  # half of the squared difference is the divergence itself
+    "dmd2": ("clean", "reverse-kl", None, "full", 10, "renoise"),  # TDM, app. F
+    "diff-instruct": ("clean", "reverse-kl", None, "full", 1, "ddim"),
+    "sid": ("clean", "fisher", 1.0, "full", 1, "renoise"),  # alpha = 1 (arXiv 2404.04057, sec. 5)
 }
 
 
 def test_a_presets_settings_are_its_papers() -> None:
-    assert {n for n, m in PRESETS.items() if isinstance(m, Matching)} == PAPERS.keys()
-    for name, (match, divergence, correction, tau, updates_, solver) in PAPERS.items():
+    assert {n for n, m in PRESETS.items() if isinstance(m, DistributionMatching)} == PAPERS.keys()
+    for name, (state, divergence, correction, tau_range, updates_, solver) in PAPERS.items():
         m = preset(name)
-        assert isinstance(m, Matching)
-        assert (m.match, m.divergence, m.tau, m.fake_updates, m.solver) == (match, divergence, tau, updates_, solver)
-        assert correction in (None, m.fisher_correction)
+        assert isinstance(m, DistributionMatching)
+        found = (m.match.state, m.match.divergence, m.match.tau_range, m.fake.updates, m.solver)
+        assert found == (state, divergence, tau_range, updates_, solver)
+        assert correction in (None, m.match.fisher_correction)
 
 
 def test_settings_beside_a_preset_win() -> None:
-    assert preset("dmd2", fake_updates=5, steps=2) == Matching(
-        steps=2, match="clean", solver="renoise", tau="whole", tau_max=0.98, fake_updates=5, loss="l2", share_draw=False, name="dmd2"
+    assert preset("dmd2", fake={"updates": 5}, steps=2) == DistributionMatching(
+        steps=2,
+        solver="renoise",
+        loss="l2",
+        name="dmd2",
+        match=MatchConfig(state="clean", tau_range="full", tau_max=0.98),
+        fake=FakeScoreConfig(updates=5, share_noised_sample=False),
     )
 
 
-@pytest.mark.parametrize(("name", "roles", "expected"), [
-    ("pas", RolesConfig(), "roles.rank: got 32, method pas stands for 0; set roles.rank=0, or method.name=trajp-l with method.head=shared to train a LoRA"),
-    ("pas", RolesConfig(share=False), "roles.share: got false, method pas stands for true"),
-    ("sfd", RolesConfig(), "roles.share: got true, method sfd stands for false; set roles.share=false, or method.name=trajp-l with method.head=none to train a LoRA"),
-])  # fmt: skip
-def test_a_name_is_not_trained_in_roles_that_make_it_another_method(name: str, roles: RolesConfig, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "roles", "expected"),
+    [
+        (
+            "pas",
+            RolesConfig(),
+            "roles.rank: got 32, method pas stands for 0; "
+            "set roles.rank=0, or method.name=trajp-l with method.head=shared to train a LoRA",
+        ),
+        ("pas", RolesConfig(lora=False), "roles.lora: got false, method pas stands for true"),
+        (
+            "sfd",
+            RolesConfig(),
+            "roles.lora: got true, method sfd stands for false; "
+            "set roles.lora=false, or method.name=trajp-l with method.head=none to train a LoRA",
+        ),
+    ],
+)
+def test_a_name_is_not_trained_in_roles_that_make_it_another_method(
+    name: str, roles: RolesConfig, expected: str
+) -> None:
     with pytest.raises(ValueError, match=f"^{expected}"):
         require_roles(name, roles)
 
 
 def test_all_other_names_take_any_roles() -> None:
     for name in PRESETS.keys() - ROLES.keys():
-        for roles in (RolesConfig(), RolesConfig(rank=0), RolesConfig(share=False)):
+        for roles in (RolesConfig(), RolesConfig(rank=0), RolesConfig(lora=False)):
             require_roles(name, roles)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from fewstep.objectives.adversarial import GAMES, game_named, gradient_penalty
+from fewstep.methods.distribution_matching import GanConfig
+from fewstep.objectives.adversarial import GAN_LOSSES, gradient_penalty
 
 
 def test_hinge() -> None:
     d = torch.tensor([[0.0, 2.0], [-3.0, 0.5]])
-    game = game_named("hinge")
+    game = GAN_LOSSES["hinge"]
     torch.testing.assert_close(game.real(d), torch.tensor([0.5, (4 + 0.5) / 2]))
     torch.testing.assert_close(game.fake(d), torch.tensor([(1 + 3) / 2, (0 + 1.5) / 2]))
     torch.testing.assert_close(game.student(d), torch.tensor([-1.0, 1.25]))
@@ -16,16 +17,16 @@ def test_hinge() -> None:
 
 def test_non_saturating() -> None:
     d = torch.tensor([[0.3, -1.0]], dtype=torch.float64)
-    game, p = game_named("non-saturating"), d.sigmoid()
+    game, p = GAN_LOSSES["non-saturating"], d.sigmoid()
     torch.testing.assert_close(game.real(d), -p.log().mean(1))
     torch.testing.assert_close(game.fake(d), -(1 - p).log().mean(1))
     torch.testing.assert_close(game.student(d), -p.log().mean(1))
 
 
-@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize("name", GAN_LOSSES)
 def test_the_student_wants_what_the_discriminator_calls_real(name: str) -> None:
     d = torch.zeros(1, 1, requires_grad=True)
-    game = game_named(name)
+    game = GAN_LOSSES[name]
     for side, sign in ((game.student, -1), (game.real, -1), (game.fake, 1)):
         (gradient,) = torch.autograd.grad(side(d).sum(), d)
         assert gradient.sign().item() == sign
@@ -41,5 +42,5 @@ def test_gradient_penalty() -> None:
 
 
 def test_unknown_game_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"method\.gan_loss: got 'lsgan', allowed are hinge, non-saturating"):
-        game_named("lsgan")
+    with pytest.raises(ValueError, match=r"^gan\.loss: got 'lsgan', allowed are hinge, non-saturating$"):
+        GanConfig(loss="lsgan")

@@ -7,7 +7,7 @@ from torch import Tensor
 from fewstep.backbones.toy import Gaussian
 from fewstep.core.prediction import Split
 from fewstep.core.schedule import VP, Flow, Schedule, diffuse, expand, transition
-from fewstep.core.solvers import land
+from fewstep.core.solvers import ddim_step
 from fewstep.objectives.denoising import denoising, transition_target
 
 TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -56,18 +56,23 @@ def landed(schedule: Schedule, high: float, landing: float, rng: torch.Generator
     x = diffuse(schedule, data.draw(N, rng), t, torch.randn((N, 1), generator=rng, dtype=torch.float64))
     x0 = data.flow(schedule, x, t, constant(schedule.t_clean))
     eps = (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x)
-    return land(schedule, Split(x0, eps), s)[:, 0], x0[:, 0]
+    return ddim_step(schedule, Split(x0, eps), s)[:, 0], x0[:, 0]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "high", "landing", "tau"), [(TABLE, 999.0, 499.0, 750.0), (TABLE, 749.0, 499.0, 600.0), (Flow(), 1.0, 0.5, 0.75)]
+    ("schedule", "high", "landing", "tau"),
+    [(TABLE, 999.0, 499.0, 750.0), (TABLE, 749.0, 499.0, 600.0), (Flow(), 1.0, 0.5, 0.75)],
 )
 def test_transition_target_finds_the_score_where_the_clean_one_does_not(
     schedule: Schedule, high: float, landing: float, tau: float
 ) -> None:
-    """The law of x_tau is Gaussian, so `f = (x_tau + sigma^2 score)/alpha` is a line. Its slope by least squares on either target:
+    """The transition target has the true slope; the clean target has another.
 
-    (999, 499, 750): true 0.404, transition 0.405, clean 0.259; (749, 499, 600): 0.467, 0.464, 0.413; flow: 0.531, 0.531, 0.324.
+    The law of x_tau is Gaussian, so `f = (x_tau + sigma^2 score)/alpha` is a line. Its slope by least squares on
+    either target:
+
+    (999, 499, 750): true 0.404, transition 0.405, clean 0.259; (749, 499, 600): 0.467, 0.464, 0.413;
+    flow: 0.531, 0.531, 0.324.
     """
     rng = torch.Generator().manual_seed(0)
     x_m, x0 = landed(schedule, high, landing, rng)
@@ -111,7 +116,11 @@ def test_transition_target_at_pure_noise_is_the_landing_state_made_clean() -> No
 
 
 def test_the_density_ratio_of_eq_7_is_a_weight_of_zero() -> None:
-    """Its logarithm, drawn, is `-d log(sigma/beta)`; for SD 1.5's latents no time of four steps leaves anything of it, so it is dropped."""
+    """The density ratio of eq. 7 is zero in single precision.
+
+    Its logarithm, drawn, is `-d log(sigma/beta)`. No time of four steps leaves anything of it for SD 1.5's latents,
+    so it is dropped.
+    """
     rng = torch.Generator().manual_seed(0)
     for low, high in ((249.0, 499.0), (499.0, 749.0), (749.0, 999.0)):
         t, tau = torch.tensor([low]), torch.tensor([high])
@@ -120,7 +129,11 @@ def test_the_density_ratio_of_eq_7_is_a_weight_of_zero() -> None:
         x0, e_t, e = (torch.randn(16384, generator=rng, dtype=torch.float64) for _ in range(3))
         x_t = TABLE.alpha(t) * x0 + TABLE.sigma(t) * e_t
         x_tau = r * x_t + beta * e
-        near, far = ((x_tau - mean).square() / (2 * s**2) + s.log() for mean, s in ((r * x_t, beta), (alpha * x0, sigma)))
+        near, far = (
+            (x_tau - mean).square() / (2 * s**2) + s.log() for mean, s in ((r * x_t, beta), (alpha * x0, sigma))
+        )
         drawn, expected = float((near - far).sum()), float(-16384 * (sigma / beta).log())
         assert drawn == pytest.approx(expected, rel=0.2)
-        assert drawn < -400 and torch.tensor(drawn).float().exp() == 0  # at its likeliest, the noisiest time of the segment
+        assert (
+            drawn < -400 and torch.tensor(drawn).float().exp() == 0
+        )  # at its likeliest, the noisiest time of the segment

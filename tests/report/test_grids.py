@@ -10,17 +10,19 @@ import torch
 from PIL import Image, ImageFont
 
 from fewstep.report.grids import FONT_SIZE, GAP, draw_grid, enlargement, read_grid, wrap, write_grid
-from fewstep.report.pictures import png, to_uint8
+from fewstep.report.images import png, to_uint8
 
 
 @pytest.mark.parametrize(("size", "factor"), [(16, 6), (32, 3), (64, 2), (95, 2), (96, 1), (97, 1), (512, 1)])
-def test_small_pictures_are_enlarged_to_at_least_96_pixels(size: int, factor: int) -> None:
+def test_small_images_are_enlarged_to_at_least_96_pixels(size: int, factor: int) -> None:
     assert enlargement(size, 2 * size) == factor
 
 
-def test_every_picture_stands_in_the_grid_pixel_for_pixel(tmp_path: Path) -> None:
+def test_every_image_stands_in_the_grid_pixel_for_pixel(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 3, 32, 40, generator=torch.Generator().manual_seed(0))
-    path = write_grid(tmp_path / "samples" / "step_000100.png", images, ["teacher, 50 guided steps", "student"], ["a", "b", "c"])
+    path = write_grid(
+        tmp_path / "samples" / "step_000100.png", images, ["teacher, 50 guided steps", "student"], ["a", "b", "c"]
+    )
     sheet = np.asarray(Image.open(path))
     height, width = 96, 120
     # The grid ends at the lower right corner, a margin inside; count back from there.
@@ -66,24 +68,47 @@ def test_a_tensor_that_does_not_fit_the_words_is_refused(tmp_path: Path) -> None
 
 def test_a_grid_can_be_taken_apart_again(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 3, 16, 20, generator=torch.Generator().manual_seed(0))
-    grid = read_grid(write_grid(tmp_path / "a.png", images, ["teacher", "student, 4 steps"], ["a", "日本 🍎", "<b>"]).read_bytes())
+    grid = read_grid(
+        write_grid(tmp_path / "a.png", images, ["teacher", "student, 4 steps"], ["a", "日本 🍎", "<b>"]).read_bytes()
+    )
     assert grid is not None
-    assert (grid.labels, grid.prompts, grid.width, grid.height) == (("teacher", "student, 4 steps"), ("a", "日本 🍎", "<b>"), 20, 16)
+    assert (grid.labels, grid.prompts, grid.width, grid.height) == (
+        ("teacher", "student, 4 steps"),
+        ("a", "日本 🍎", "<b>"),
+        20,
+        16,
+    )
     for row in range(2):
         for column in range(3):
             tile = np.asarray(Image.open(io.BytesIO(grid.tiles[row][column])))
             assert (tile == to_uint8(images[row, column]).permute(1, 2, 0).numpy()).all()
 
 
-GIANT = {"labels": ["a"], "prompts": ["b"], "left": 0, "top": 0, "width": 10**9, "height": 10**9, "down": 1, "factor": 1}
+GIANT = {
+    "labels": ["a"],
+    "prompts": ["b"],
+    "left": 0,
+    "top": 0,
+    "width": 10**9,
+    "height": 10**9,
+    "down": 1,
+    "factor": 1,
+}
 
 
 @pytest.mark.parametrize(
-    "words", [None, "{", "[]", "{}", *[json.dumps(GIANT | {"width": w, "height": 4, "factor": f}) for w, f in ((10**9, 1), (4, 0), (-4, 1), (4, 9))]]
-)  # fmt: skip
-def test_other_pictures_are_no_grids(words: str | None) -> None:
-    picture = Image.new("RGB", (8, 8))
+    "words",
+    [
+        None,
+        "{",
+        "[]",
+        "{}",
+        *[json.dumps(GIANT | {"width": w, "height": 4, "factor": f}) for w, f in ((10**9, 1), (4, 0), (-4, 1), (4, 9))],
+    ],
+)
+def test_other_images_are_no_grids(words: str | None) -> None:
+    image = Image.new("RGB", (8, 8))
     if words is not None:
-        picture.info["fewstep"] = words
-    assert read_grid(png(picture)) is None
-    assert read_grid(b"no picture") is None
+        image.info["fewstep"] = words
+    assert read_grid(png(image)) is None
+    assert read_grid(b"no image") is None

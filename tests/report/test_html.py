@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from PIL import Image
 from fewstep.reading import ReadError
 from fewstep.report.grids import write_grid
 from fewstep.report.html import Report, render
-from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_pictures, to_uint8
+from fewstep.report.images import Images, StepGrid, Trajectory, save_images, to_uint8
 from fewstep.report.plots import VARIABLES
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
-from tests.cli.test_recipes import COMMANDS
+from tests.cli.common import COMMANDS
+from tests.student.card import CARD
 
 STUDENT = "student, 4 steps (4 evaluations)"
 VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -79,12 +80,36 @@ def full_report() -> Report:
         title=HOSTILE,
         summary=[Headline("93 %", "won back"), Headline("23×", HOSTILE)],
         rows=[
-            {"model": "teacher", "steps": 50, "nfe": 100, "n": 1024, "fd_real": 136.94321, "fd_teacher": None, "retrieval_top1": 0.63125},
-            {"model": "student", "steps": 4, "nfe": 4, "n": 1024, "fd_real": 139.1, "fd_teacher": 12.25, "retrieval_top1": 0.6},
-            {"model": HOSTILE, "steps": 1, "nfe": 1, "n": 1024, "fd_real": float("nan"), "fd_teacher": 24.0, "retrieval_top1": 0.5},
+            {
+                "model": "teacher",
+                "steps": 50,
+                "nfe": 100,
+                "n": 1024,
+                "fd_real": 136.94321,
+                "fd_teacher": None,
+                "retrieval_top1": 0.63125,
+            },
+            {
+                "model": "student",
+                "steps": 4,
+                "nfe": 4,
+                "n": 1024,
+                "fd_real": 139.1,
+                "fd_teacher": 12.25,
+                "retrieval_top1": 0.6,
+            },
+            {
+                "model": HOSTILE,
+                "steps": 1,
+                "nfe": 1,
+                "n": 1024,
+                "fd_real": float("nan"),
+                "fd_teacher": 24.0,
+                "retrieval_top1": 0.5,
+            },
         ],
         protocol=HOSTILE,
-        pictures=Pictures(prompts, rows, paths, StepGrid((1, 4), (1, 2, 4), torch.rand(1, 2, 3, 3, 8, 12, generator=rng))),
+        images=Images(prompts, rows, paths, StepGrid((1, 4), (1, 2, 4), torch.rand(1, 2, 3, 3, 8, 12, generator=rng))),
         metrics=[{"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.1} for i in range(1, 20)],
         cost=Cost(452.0, 400, HOSTILE),
         warnings=[HOSTILE],
@@ -112,26 +137,35 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
     assert "default-src 'none'" in html
 
 
-def test_every_picture_decodes_to_its_exact_pixels() -> None:
+def test_every_image_decodes_to_its_exact_pixels() -> None:
     report = full_report()
     images = {i["alt"]: i for i in parsed(render(report)).all("img")}
-    expected = {f"{label}: {report.pictures.prompts[p]}": x for label, row in report.pictures.rows.items() for p, x in enumerate(row)}
-    for label, path in report.pictures.trajectories.items():
+    expected = {
+        f"{label}: {report.images.prompts[p]}": x
+        for label, row in report.images.rows.items()
+        for p, x in enumerate(row)
+    }
+    for label, path in report.images.trajectories.items():
         for p, row in enumerate(path.estimates):
-            expected |= {f"{label}, time {t:g}: {report.pictures.prompts[p]}": x for t, x in zip(path.times, row, strict=True)}
-    grid = report.pictures.grid
+            expected |= {
+                f"{label}, time {t:g}: {report.images.prompts[p]}": x for t, x in zip(path.times, row, strict=True)
+            }
+    grid = report.images.grid
     assert grid is not None
-    for told, row in zip(grid.told, grid.images[0], strict=True):
-        expected |= {f"told {told}, takes {n}: {report.pictures.prompts[0]}": x for n, x in zip(grid.taken, row, strict=True)}
+    for condition, row in zip(grid.conditions, grid.images[0], strict=True):
+        expected |= {
+            f"condition {condition}, steps {n}: {report.images.prompts[0]}": x
+            for n, x in zip(grid.steps, row, strict=True)
+        }
     assert len(expected) == 2 * 10 + 2 * 2 + 3 + 6
     assert images.keys() == expected.keys()
-    for alt, picture in expected.items():
-        assert (decoded(images[alt]["src"]) == to_uint8(picture).permute(1, 2, 0).numpy()).all(), alt
+    for alt, image in expected.items():
+        assert (decoded(images[alt]["src"]) == to_uint8(image).permute(1, 2, 0).numpy()).all(), alt
         assert (images[alt]["width"], images[alt]["height"], images[alt]["class"]) == ("12", "8", "pixels")
 
 
-def test_large_pictures_are_not_drawn_as_pixels() -> None:
-    page = parsed(render(Report("t", pictures=Pictures(["p"], {"a": torch.zeros(1, 3, 512, 512)}))))
+def test_large_images_are_not_drawn_as_pixels() -> None:
+    page = parsed(render(Report("t", images=Images(["p"], {"a": torch.zeros(1, 3, 512, 512)}))))
     assert "class" not in page.all("img")[0]
 
 
@@ -163,8 +197,8 @@ def test_every_given_text_is_escaped_and_shown() -> None:
 @pytest.mark.parametrize(
     ("part", "section"),
     [
-        ("pictures", "images"),
-        ("pictures", "steps"),
+        ("images", "images"),
+        ("images", "steps"),
         ("rows", "quality"),
         ("metrics", "training"),
         ("next_commands", "next"),
@@ -203,14 +237,19 @@ def contrast(a: str, b: str) -> float:
 def test_every_colour_that_is_text_can_be_read_in_light_and_dark() -> None:
     """Charts name their lines in the lines' own colours; 4.5 is what WCAG AA asks for."""
     grounds = ("paper", "card", "tint", "warn-tint")
-    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", render(Report("t")), re.DOTALL)]
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", render(Report("t")), re.DOTALL)
+    ]
     assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys()
     for scheme in schemes:
         texts = scheme.keys() - {*grounds, "line"}
         assert len(texts) == 12
         for text in texts:
             assert min(contrast(scheme[text], scheme[ground]) for ground in grounds) >= 4.5, text
-    assert {name: schemes[0][name] for name in VARIABLES.values()} == {name: colour for colour, name in VARIABLES.items()}
+    assert {name: schemes[0][name] for name in VARIABLES.values()} == {
+        name: colour for colour, name in VARIABLES.items()
+    }
 
 
 def stops(page: Page) -> list[str]:
@@ -239,9 +278,11 @@ def test_many_warnings_unfold() -> None:
 
 
 def test_everything_that_can_be_wide_scrolls_by_itself() -> None:
-    """On a phone no part may make the page wider than the screen. What is hidden from sight is placed within what scrolls."""
+    """No part makes the page wider than a phone's screen. What is hidden from sight is placed within what scrolls."""
     report = full_report()
-    html = render(Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no picture")]}))
+    html = render(
+        Report(**{**{n: getattr(report, n) for n in report.__dataclass_fields__}, "samples": [(0, b"no image")]})
+    )
     page = Scrolling()
     page.feed(html)
     assert page.outside == []
@@ -274,18 +315,18 @@ class Scrolling(Page):
 
 
 def test_grids_of_a_run_are_shown_in_the_page_s_own_colours(run: Path) -> None:
-    """A grid is a white sheet with its words painted on it; the page has its pictures and its words."""
-    pictures = torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    """A grid is a white sheet with its words painted on it; the page has its images and its words."""
+    images = torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     for path in (run / "samples").iterdir():
         path.unlink()
-    path = write_grid(run / "samples" / "step_000100.png", pictures, ["teacher", HOSTILE], ["p", "日本"])
+    path = write_grid(run / "samples" / "step_000100.png", images, ["teacher", HOSTILE], ["p", "日本"])
     page = parsed(render_run(run).read_text(encoding="utf-8"))
     shown = {i["alt"]: i for i in page.all("img") if i["alt"].startswith("iteration 100")}
     assert len(shown) == 4
     for row, label in enumerate(("teacher", HOSTILE)):
         for column, prompt in enumerate(("p", "日本")):
             tile = shown[f"iteration 100, {label}: {prompt}"]
-            assert (decoded(tile["src"]) == to_uint8(pictures[row, column]).permute(1, 2, 0).numpy()).all()
+            assert (decoded(tile["src"]) == to_uint8(images[row, column]).permute(1, 2, 0).numpy()).all()
     Image.open(path).convert("RGB").save(path)  # the words are lost, as in files from before
     alts = [i["alt"] for i in parsed(render_run(run).read_text(encoding="utf-8")).all("img")]
     assert "Grid of images at iteration 100" in alts
@@ -302,11 +343,13 @@ def test_the_top_says_what_was_made(run: Path) -> None:
         "Steps": "4, 2 or 1",
         "State": "iteration 10 of 260; there is no student yet",
     }
-    card = {"base": "emoji", "method": "trajp-l-tdm", "steps": [4], "weights": "lora", "rank": 32, "head": "span"}
-    (run / "final" / "fewstep.json").write_text(json.dumps(card))
+    card = replace(CARD, base="emoji", method="trajp-l-tdm", rank=32, head="span")
+    (run / "final" / "fewstep.json").write_text(json.dumps(asdict(card)))
     (run / "final" / "emoji-lora.safetensors").write_text("")
     (run / "best").mkdir()
-    (run / "best" / "preview.json").write_text(json.dumps({"iteration": 5, "value": 12.3456, "measured": "quality.fd_real"}))
+    (run / "best" / "preview.json").write_text(
+        json.dumps({"iteration": 5, "value": 12.3456, "measured": "quality.fd_real"})
+    )
     facts = dict(read_run(run).made)
     assert facts["Method"] == "trajp-l-tdm" and facts["Steps"] == "4"
     assert facts["Trained"] == "LoRA of rank 32, for strength 1.0, and a span head"
@@ -325,7 +368,9 @@ def test_diversity_is_what_the_note_says_it_is() -> None:
     text = "".join(page.text)
     assert "1.18" in text and "0.46" not in text and "as a multiple of what the teacher's do" in text
     alone = [{"model": "student", "steps": 4, "diversity": 0.455, "diversity_ratio": None}]
-    assert "Diversity" not in "".join(parsed(render(Report("t", rows=alone))).text)  # there is nothing that it is a multiple of
+    assert "Diversity" not in "".join(
+        parsed(render(Report("t", rows=alone))).text
+    )  # there is nothing that it is a multiple of
 
 
 @pytest.fixture
@@ -335,10 +380,14 @@ def run(tmp_path: Path) -> Path:
     report = full_report()
     about = {"title": "Emoji", "recipe": {"name": "demo"}, "hardware": "2 CPU cores", "versions": {"python": "3.11"}}
     (run / "run.json").write_text(json.dumps(about))
-    (run / "final" / "eval.json").write_text(json.dumps({"protocol": "emoji", "versions": {"torch": "2.13"}, "rows": report.rows}))
+    (run / "final" / "eval.json").write_text(
+        json.dumps({"protocol": "emoji", "versions": {"torch": "2.13"}, "rows": report.rows})
+    )
     lines = [json.dumps({"iteration": i, "seconds": 2.0 * i, "fake_loss": 1.0}) for i in range(1, 11)]
-    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 10, "warnings": ["colours drift"]}', '{"iterat']))
-    save_pictures(run / "pictures.safetensors", report.pictures)
+    (run / "metrics.jsonl").write_text(
+        "\n".join([*lines, '{"iteration": 10, "warnings": ["colours drift"]}', '{"iterat'])
+    )
+    save_images(run / "images.safetensors", report.images)
     for i in range(0, 600, 100):
         write_grid(run / "samples" / f"step_{i:06d}.png", torch.full((1, 1, 3, 8, 8), i / 600), ["teacher"], ["p"])
     return run
@@ -351,10 +400,19 @@ def test_a_run_folder_becomes_the_same_report_again(run: Path) -> None:
     assert report.versions == {"python": "3.11", "torch": "2.13"}
     assert [i for i, _ in report.samples] == [0, 200, 500]
     assert report.samples[-1][1] == (run / "samples" / "step_000500.png").read_bytes()
-    assert torch.equal(to_uint8(report.pictures.rows[STUDENT]), to_uint8(full_report().pictures.rows[STUDENT]))
+    assert torch.equal(to_uint8(report.images.rows[STUDENT]), to_uint8(full_report().images.rows[STUDENT]))
     assert render_run(run) == run / "report.html"
     page = parsed((run / "report.html").read_text(encoding="utf-8"))
-    assert {s["id"] for s in page.all("section")} == {"images", "steps", "counts", "quality", "training", "progress", "next", "made"}
+    assert {s["id"] for s in page.all("section")} == {
+        "images",
+        "steps",
+        "counts",
+        "quality",
+        "training",
+        "progress",
+        "next",
+        "made",
+    }
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
@@ -388,7 +446,7 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
         ("run.json", '{"title": 3}'),
         ("run.json", '{"recipe": []}'),
         ("run.json", '{"recipe": {"method": "tdm"}}'),
-        ("run.json", '{"recipe": {"first": 3}}'),
+        ("run.json", '{"recipe": {"warm_start": 3}}'),
         ("run.json", '{"versions": {"torch": null}}'),
         ("run.json", '{"next": [["a"]]}'),
         ("run.json", "[" * 100_000),
@@ -402,8 +460,8 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
         ("trajectories.json", '{"mean": [[1, 2, 3]]}'),
         ("metrics.jsonl", '{"iteration": 1, "seconds": "x"}\n'),
         ("metrics.jsonl", "root:x:0:0:root:/root:/bin/bash\n"),
-        ("samples/step_000100.png", "no picture"),
-        ("pictures.safetensors", "no tensors"),
+        ("samples/step_000100.png", "no image"),
+        ("images.safetensors", "no tensors"),
     ],
 )
 def test_a_file_that_holds_something_else_is_named(run: Path, name: str, text: str) -> None:
@@ -434,7 +492,9 @@ def test_a_model_that_takes_no_prompt_is_asked_none() -> None:
 def test_commands_are_those_of_the_folder_and_not_of_where_it_was(run: Path) -> None:
     """Also of a run whose record says others."""
     about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"next_commands": [["Draw", "fewstep sample runs/elsewhere, first"]]}))
+    (run / "run.json").write_text(
+        json.dumps(about | {"next_commands": [["Draw", "fewstep sample runs/elsewhere, first"]]})
+    )
     commands = [command for _, command in read_run(run).next_commands]
     assert shlex.split(commands[0])[:3] == ["fewstep", "sample", str(run)]
     assert not [c for c in commands if "elsewhere" in c]

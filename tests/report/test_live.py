@@ -36,7 +36,9 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
 
 
 def test_quality_and_training_of_one_iteration_are_one_record(tmp_path: Path) -> None:
-    path = written(tmp_path / "m.jsonl", '{"iteration": 5, "fake_loss": 1.0}', '{"iteration": 5, "quality": {"fd_real": 140.5}}')
+    path = written(
+        tmp_path / "m.jsonl", '{"iteration": 5, "fake_loss": 1.0}', '{"iteration": 5, "quality": {"fd_real": 140.5}}'
+    )
     metrics = read_metrics(path)
     assert metrics == [{"iteration": 5, "fake_loss": 1.0, "quality": {"fd_real": 140.5}}]
     assert series(metrics, "quality.fd_real") == ([5], [140.5])
@@ -59,7 +61,15 @@ def test_no_file_yet_is_no_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["[]", "3", '{"other": 1}', '{"iteration": 2.0}', '{"iteration": 2, "loss": "low"}', '{"iteration": 2, "quality": []}']
+    "line",
+    [
+        "[]",
+        "3",
+        '{"other": 1}',
+        '{"iteration": 2.0}',
+        '{"iteration": 2, "loss": "low"}',
+        '{"iteration": 2, "quality": []}',
+    ],
 )
 def test_a_whole_line_that_holds_something_else_is_named(line: str, tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", '{"iteration": 1}', line)

@@ -8,12 +8,27 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fewstep.report.plots import FEW, charts, coordinates, explained, gaps, losses, quality, quality_cost, smooth, space, thin, to_svg
+from fewstep.report.plots import (
+    FEW,
+    charts,
+    coordinates,
+    explained,
+    gaps,
+    losses,
+    quality,
+    quality_cost,
+    smooth,
+    space,
+    thin,
+    to_svg,
+)
 from fewstep.report.space import box_around
 
 TRAINING = {"student_loss": 2.0, "student_grad": 1.0, "fake_grad": 0.5, "gap_1": 0.2}
 QUALITY = {i: {"quality": {"fd_real": 150.0 - i, "retrieval_top1": 0.5 + i / 100}} for i in (10, 20, 30, 40)}
-METRICS = [{"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.4 / i, **TRAINING, **QUALITY.get(i, {})} for i in range(1, 41)]
+REGRESSION_LOSSES = [
+    {"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.4 / i, **TRAINING, **QUALITY.get(i, {})} for i in range(1, 41)
+]
 ROWS = [
     {"model": "teacher", "steps": 50, "guidance": 3.5, "nfe": 100, "fd_real": 100.0, "retrieval_top1": 0.9},
     {"model": "teacher", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 170.0, "retrieval_top1": 0.4},
@@ -23,9 +38,14 @@ ROWS = [
 WAY = np.linspace(0, 1, 9)
 MEAN = np.stack([1 - WAY, 0.2 * np.sin(np.pi * WAY), 0.1 * np.sin(2 * np.pi * WAY)], 1)
 SHAPE = {
-    "s": WAY.tolist(), "mean": MEAN.tolist(), "fit": (MEAN * 1.01).tolist(), "samples": [(MEAN * (1, 1 + i / 40, 1 - i / 40)).tolist() for i in range(20)],
-    "r2": [1.0, 0.9991, 0.75], "unexplained": [0.16, 0.067, 0.033], "errors": {"DDIM, 2": {"s": [0, 0.5, 1], "error": [0, 0.4, 0.3]}},
-}  # fmt: skip
+    "s": WAY.tolist(),
+    "mean": MEAN.tolist(),
+    "fit": (MEAN * 1.01).tolist(),
+    "samples": [(MEAN * (1, 1 + i / 40, 1 - i / 40)).tolist() for i in range(20)],
+    "r2": [1.0, 0.9991, 0.75],
+    "unexplained": [0.16, 0.067, 0.033],
+    "errors": {"DDIM, 2": {"s": [0, 0.5, 1], "error": [0, 0.4, 0.3]}},
+}
 
 
 def tree(svg: str) -> ET.Element:
@@ -37,7 +57,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_all_charts_are_whole_svg_in_the_colours_of_the_page() -> None:
-    drawn = charts(METRICS, ROWS, SHAPE)
+    drawn = charts(REGRESSION_LOSSES, ROWS, SHAPE)
     assert len(drawn) == 11
     for chart in drawn:
         tree(chart.svg)
@@ -52,7 +72,7 @@ def test_nothing_to_show_is_no_chart() -> None:
     assert charts([], []) == []
     assert charts([{"iteration": 1}], [{"model": "teacher"}]) == []
     assert charts([{"iteration": 1, "fake_loss": 1.0}], ROWS[:1]) == []
-    assert [c.title for c in charts(METRICS, [])] == [
+    assert [c.title for c in charts(REGRESSION_LOSSES, [])] == [
         "Distance to real images while training",
         "Prompt match while training",
         "Matching gap by step",
@@ -64,18 +84,18 @@ def test_nothing_to_show_is_no_chart() -> None:
 def test_drawing_is_deterministic_and_leaves_the_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now fails
     before = dict(mpl.rcParams)
-    first, second = charts(METRICS, ROWS), charts(METRICS, ROWS)
+    first, second = charts(REGRESSION_LOSSES, ROWS), charts(REGRESSION_LOSSES, ROWS)
     assert first == second
     assert dict(mpl.rcParams) == before
 
 
 def test_ids_do_not_clash_between_charts() -> None:
-    ids = [e.get("id") for c in charts(METRICS, ROWS, SHAPE) for e in tree(c.svg).iter() if e.get("id")]
+    ids = [e.get("id") for c in charts(REGRESSION_LOSSES, ROWS, SHAPE) for e in tree(c.svg).iter() if e.get("id")]
     assert len(ids) == len(set(ids))
 
 
 def test_the_student_and_the_teachers_stand_at_their_values() -> None:
-    figure = quality(METRICS, ROWS, "retrieval_top1", percent=True)
+    figure = quality(REGRESSION_LOSSES, ROWS, "retrieval_top1", percent=True)
     assert figure is not None
     student, *levels = figure.axes[0].lines
     assert np.allclose(student.get_xydata(), [[10, 60], [20, 70], [30, 80], [40, 90]])
@@ -84,14 +104,18 @@ def test_the_student_and_the_teachers_stand_at_their_values() -> None:
 
 
 def test_the_curves_teacher_is_the_best_one_at_the_student_s_cost() -> None:
-    """Neither the one with the fewest calls, which a student of several step counts has too, nor the worse one of two that cost the same."""
+    """The curve shows the best teacher at the student's cost.
+
+    It is not the teacher with the fewest calls, which a student of several step counts has too, nor the worse one of
+    two that cost the same.
+    """
     more = [
         {"model": "teacher", "steps": 2, "guidance": 3.5, "nfe": 4, "fd_real": 200.0, "retrieval_top1": 0.6},
         {"model": "teacher", "steps": 1, "guidance": 1.0, "nfe": 1, "fd_real": 300.0, "retrieval_top1": 0.1},
         {"model": "student", "steps": 1, "guidance": 1.0, "nfe": 1, "fd_real": 180.0, "retrieval_top1": 0.3},
     ]
     for key, percent, expected in (("fd_real", False, [100, 170]), ("retrieval_top1", True, [60, 90])):
-        figure = quality(METRICS, [*ROWS, *more], key, percent=percent)
+        figure = quality(REGRESSION_LOSSES, [*ROWS, *more], key, percent=percent)
         assert figure is not None
         assert sorted(line.get_ydata()[0] for line in figure.axes[0].lines[1:]) == expected
 
@@ -122,7 +146,9 @@ def test_labels_do_not_overlap(crowd: float) -> None:
     assert heights[-1] <= 1
 
 
-@pytest.mark.parametrize("figure", [losses(METRICS), quality(METRICS, [], "fd_real"), quality_cost(ROWS[1:])])
+@pytest.mark.parametrize(
+    "figure", [losses(REGRESSION_LOSSES), quality(REGRESSION_LOSSES, [], "fd_real"), quality_cost(ROWS[1:])]
+)
 def test_a_label_sits_at_the_end_of_its_line(figure: Figure) -> None:
     figure.canvas.draw()
     for axes in figure.axes:

@@ -9,11 +9,24 @@ from fewstep.report.table import COLUMNS, table
 from fewstep.report.words import duration, times
 
 
-def row(model: str, steps: int, nfe: int, fd: float | None, top1: float, seconds: float | None = None) -> dict[str, object]:
-    return {"model": model, "steps": steps, "nfe": nfe, "fd_real": fd, "retrieval_top1": top1, "seconds_per_image": seconds}
+def row(
+    model: str, steps: int, nfe: int, fd: float | None, top1: float, seconds: float | None = None
+) -> dict[str, object]:
+    return {
+        "model": model,
+        "steps": steps,
+        "nfe": nfe,
+        "fd_real": fd,
+        "retrieval_top1": top1,
+        "seconds_per_image": seconds,
+    }
 
 
-ROWS = [row("teacher", 50, 100, 136.94, 0.6312, 2.471), row("teacher", 4, 4, 169.8, 0.4, 0.1), row("student", 4, 4, 142.6, 0.6312, 0.1052)]
+ROWS = [
+    row("teacher", 50, 100, 136.94, 0.6312, 2.471),
+    row("teacher", 4, 4, 169.8, 0.4, 0.1),
+    row("student", 4, 4, 142.6, 0.6312, 0.1052),
+]
 
 
 def shown(key: str, rows: list[dict[str, object]]) -> list[tuple[str, bool]]:
@@ -41,7 +54,14 @@ def test_missing_and_broken_values_are_dashes_and_never_the_best() -> None:
 
 
 def test_columns_that_no_row_fills_are_left_out() -> None:
-    assert [c.key for c in table(ROWS).columns] == ["model", "steps", "nfe", "fd_real", "retrieval_top1", "seconds_per_image"]
+    assert [c.key for c in table(ROWS).columns] == [
+        "model",
+        "steps",
+        "nfe",
+        "fd_real",
+        "retrieval_top1",
+        "seconds_per_image",
+    ]
     assert table([]).columns == ()
     assert {c.key for c in COLUMNS} >= {"guidance", "n", "fd_teacher", "retrieval_top5", "diversity_ratio"}
 
@@ -67,14 +87,20 @@ def guided(steps: int, scale: float, fd: float, **more: object) -> dict[str, obj
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_the_best_teacher_at_the_student_s_cost_is_the_baseline_and_is_named(flipped: bool) -> None:
-    """Two guided steps cost what four unguided ones do: the better of them, wherever it stands, is what a student has to beat."""
+    """The baseline is the best teacher at the student's cost.
+
+    Two guided steps cost what four unguided ones do; the better of them counts, wherever it stands.
+    """
     student = row("student", 4, 4, 13.0, 0.5)
     rows = [guided(50, 4.5, 12.8), *[guided(4, 1.0, 17.1), guided(2, 4.5, 24.1)][:: -1 if flipped else 1], student]
     quality = headlines(rows, None)[0]
     assert quality.value == "95 %"  # (17.1 - 13.0) / (17.1 - 12.8); against the worse one it would be 98 %
     assert "17.1 at the student's cost, in 4 unguided steps" in quality.caption and "24.1" not in quality.caption
     better_guided = [guided(50, 4.5, 12.8), guided(4, 1.0, 24.1), guided(2, 4.5, 17.1), student]
-    assert headlines(better_guided, None)[0].value == "95 %" and "in 2 guided steps" in headlines(better_guided, None)[0].caption
+    assert (
+        headlines(better_guided, None)[0].value == "95 %"
+        and "in 2 guided steps" in headlines(better_guided, None)[0].caption
+    )
 
 
 def test_a_cheaper_teacher_counts_where_it_is_better_and_is_none_by_itself() -> None:
@@ -111,12 +137,22 @@ def test_headlines_need_their_numbers() -> None:
     assert [h.value for h in headlines(no_equal_cost, None)] == ["142.6", "25×"]
     worse = [ROWS[0], ROWS[1], row("student", 4, 4, 180.0, 0.1)]
     assert headlines(worse, None)[0].value == "-31 %"
-    assert [h.value for h in headlines([row("teacher", 50, 100, None, 0), row("student", 1, 1, 5.0, 0)], None)] == ["100×"]
+    assert [h.value for h in headlines([row("teacher", 50, 100, None, 0), row("student", 1, 1, 5.0, 0)], None)] == [
+        "100×"
+    ]
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.1052, "0.11 s"), (48, "48 s"), (59.7, "1 min"), (450, "7 min 30 s"), (3601, "1 h"), (7500, "2 h 5 min"), (274000, "3 d 4 h")],
+    [
+        (0.1052, "0.11 s"),
+        (48, "48 s"),
+        (59.7, "1 min"),
+        (450, "7 min 30 s"),
+        (3601, "1 h"),
+        (7500, "2 h 5 min"),
+        (274000, "3 d 4 h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

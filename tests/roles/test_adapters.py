@@ -55,13 +55,17 @@ def test_targets_of_a_real_unet() -> None:
     attention = adapters.targets(unet, "attention")
     assert attention
     assert all(".attn" in n or "add_embedding" in n for n in attention)
-    assert len(adapters.targets(unet, "all")) == len(adapters.targets(unet, "linear")) + len(adapters.targets(unet, "conv"))
+    assert len(adapters.targets(unet, "all")) == len(adapters.targets(unet, "linear")) + len(
+        adapters.targets(unet, "conv")
+    )
 
 
 def test_targets_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"roles\.targets: got 'mlp', allowed are all, linear, conv, attention"):
         adapters.targets(net(), "mlp")
-    with pytest.raises(ValueError, match=r"roles\.targets: the network has no conv layers to carry LoRA; .*roles\.share=false"):
+    with pytest.raises(
+        ValueError, match=r"roles\.targets: the network has no conv layers to carry LoRA; .*roles\.lora=false"
+    ):
         adapters.targets(nn.Sequential(nn.Linear(2, 2)), "conv")
 
 
@@ -75,7 +79,9 @@ def test_a_new_adapter_changes_nothing_and_its_start_depends_on_the_seed_alone()
     assert torch.equal(run(one, "student"), bare)
     torch.manual_seed(6)
     for a, b in zip(
-        adapters.adapter_state(one, "student").values(), adapters.adapter_state(adapted("student"), "student").values(), strict=True
+        adapters.adapter_state(one, "student").values(),
+        adapters.adapter_state(adapted("student"), "student").values(),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -116,7 +122,9 @@ def test_files_round_trip_and_name_no_adapter() -> None:
     wanted = run(module, "student")
     adapters.load_adapter(module, "fake", state)
     assert all(torch.equal(v, state[k]) for k, v in adapters.adapter_state(module, "fake").items())
-    torch.testing.assert_close(run(module, "fake"), wanted, rtol=0, atol=1e-6)  # sums of tensors that lie elsewhere may be in another order
+    torch.testing.assert_close(
+        run(module, "fake"), wanted, rtol=0, atol=1e-6
+    )  # sums of tensors that lie elsewhere may be in another order
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown"])
@@ -127,7 +135,10 @@ def test_files_that_do_not_fit(damage: str) -> None:
         del state["to_q.lora_A.weight"]
     else:
         state["elsewhere.lora_A.weight"] = torch.zeros(2, 8)
-    with pytest.raises(ValueError, match=r"student: its LoRA does not fit this network .*load it on the base named in its fewstep\.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"student: its LoRA does not fit this network .*load it on the base named in its fewstep\.json",
+    ):
         adapters.load_adapter(module, "student", state)
 
 
@@ -138,7 +149,7 @@ def test_values_come_back_even_after_an_error() -> None:
     ones = {n: torch.ones_like(p) for n, p in kept.items()}
 
     def within() -> None:
-        with adapters.values(parameters, ones):
+        with adapters.swapped_parameters(parameters, ones):
             assert all(torch.equal(p, ones[n]) for n, p in parameters.items())
             raise RuntimeError("stop")
 
@@ -163,7 +174,9 @@ def test_removing_adapters_gives_the_plain_network_back() -> None:
 
 def test_adapters_of_others_are_not_thrown_away() -> None:
     module = adapted("style")
-    with pytest.raises(ValueError, match="teacher: its network carries the adapter style; fuse it into the weights first"):
+    with pytest.raises(
+        ValueError, match="teacher: its network carries the adapter style; fuse it into the weights first"
+    ):
         adapters.remove_adapters(module, ("student", "fake"))
     assert adapters.adapter_layers(module)
 
@@ -182,14 +195,18 @@ def test_uncast_is_the_same_under_autocast_and_keeps_no_second_copy_of_an_input(
 
         def pack(t: Tensor) -> Tensor:
             nonlocal made
-            made += t.shape[-1] == 64 and t.numel() == x.numel() and t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+            made += (
+                t.shape[-1] == 64
+                and t.numel() == x.numel()
+                and t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+            )
             return t
 
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             return module[0](x), made
 
     before, copies = walk()
-    with adapters.uncast(layers):
+    with adapters.keep_input_dtype(layers):
         after, fewer = walk()
     assert torch.equal(before, after)
     assert fewer < copies
@@ -197,15 +214,22 @@ def test_uncast_is_the_same_under_autocast_and_keeps_no_second_copy_of_an_input(
 
 
 def test_a_rank_fits_its_network() -> None:
-    """The weights of a LoRA are counted as they are made; large networks get 32, small ones what trains at most a quarter, 4 at least."""
+    """The weights of a LoRA are counted as they are made.
+
+    A large network gets rank 32, a small one a rank that trains at most a quarter of it, 4 at least.
+    """
     teacher = tiny.stable_diffusion()
     names = adapters.targets(teacher.module, "all")
     counted = adapters.lora_weights(teacher.module, names, 3)
     adapters.add_adapter(teacher.module, "student", 3, 3, names, seed=0)
     assert counted == sum(p.numel() for p in adapters.adapter_parameters(teacher.module, "student").values())
 
-    before = {kind: adapters.targets(tiny.stable_diffusion().module, kind) for kind in ("all", "linear", "conv", "attention")}
-    assert {kind: adapters.targets(teacher.module, kind) for kind in before} == before  # whether it carries adapters by now or not
+    before = {
+        kind: adapters.targets(tiny.stable_diffusion().module, kind) for kind in ("all", "linear", "conv", "attention")
+    }
+    assert {
+        kind: adapters.targets(teacher.module, kind) for kind in before
+    } == before  # whether it carries adapters by now or not
     assert adapters.lora_weights(teacher.module, names, 3) == counted
 
     wide, narrow = nn.Sequential(nn.Linear(1024, 1024)), nn.Sequential(nn.Linear(16, 16))

@@ -1,4 +1,7 @@
-"""Checkpointed blocks give the gradients of the role that they were computed as, whoever the network is by the time of the backward pass."""
+"""Checkpointed blocks give the gradients of their own role.
+
+Their role is that of the forward pass, whoever the network is by the time of the backward pass.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,11 +13,13 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import load_teacher
-from fewstep.methods.matching import Matching, losses
+from fewstep.core.guidance import Guidance
+from fewstep.methods.distribution_matching import DistributionMatching, matching_losses
+from fewstep.methods.method import TrainBatch
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import pipelines, tiny
-from .test_roles import given, perturb
+from .common import given, perturb
 
 
 @pytest.fixture(scope="module", params=["sd", "pixart", "cogvideox"])
@@ -23,7 +28,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def prepared(backbone: Backbone, checkpointing: bool, share: bool = True) -> Roles:
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2, checkpointing=checkpointing), counts=(2, 1))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2, checkpointing=checkpointing), condition_values=(2, 1))
     perturb(roles, "student", 1, 0.02)
     perturb(roles, "fake", 2, 0.02)
     return roles
@@ -32,9 +37,10 @@ def prepared(backbone: Backbone, checkpointing: bool, share: bool = True) -> Rol
 def gradients(roles: Roles) -> dict[Role, list[Tensor]]:
     """Those of one iteration; each backward pass comes after other roles have been called."""
     _, _, cond, null = given(roles.backbone)
-    method = Matching(steps=(2, 1), guidance=3.0, warmup=0)
+    method = DistributionMatching(steps=(2, 1), warmup=0, guidance=Guidance(scale=3.0))
     found: dict[Role, list[Tensor]] = {}
-    for loss in losses(method, roles, cond, null, 2, torch.Generator().manual_seed(0), warming_up=False):
+    batch = TrainBatch(0, 1, 2, cond, null, None, torch.Generator().manual_seed(0))
+    for loss in matching_losses(method, roles, batch):
         parameters = list(roles.trained[loss.role].values())
         grads = torch.autograd.grad(loss.value, parameters, allow_unused=True, retain_graph=True)
         found[loss.role] = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]

@@ -12,7 +12,7 @@ from fewstep.roles.discriminator import features, make_discriminator
 from fewstep.roles.roles import RolesConfig, make_roles
 
 from .. import tiny
-from .test_roles import given
+from .common import given
 
 
 def own() -> Denoiser:
@@ -41,7 +41,7 @@ def test_features_are_the_layers_outputs_and_the_rest_does_not_run(name: str) ->
         assert tokens.shape[0] == 2
 
 
-def test_gradients_reach_the_picture_and_never_the_teacher() -> None:
+def test_gradients_reach_the_image_and_never_the_teacher() -> None:
     backbone = tiny.stable_diffusion()
     x, t, cond, _ = given(backbone)
     judge = make_discriminator(backbone, backbone.module, (4, 2), seed=0)
@@ -67,7 +67,7 @@ def test_heads_are_told_noise_level_and_step_count() -> None:
 
 
 def test_it_reads_the_teacher_whatever_the_other_roles_have_become() -> None:
-    roles = make_roles(tiny.stable_diffusion(), RolesConfig(rank=2), against=(4,))
+    roles = make_roles(tiny.stable_diffusion(), RolesConfig(rank=2), gan_step_counts=(4,))
     assert roles.discriminator is not None
     x, t, cond, _ = given(roles.backbone)
     with torch.no_grad():
@@ -82,5 +82,7 @@ def test_it_reads_the_teacher_whatever_the_other_roles_have_become() -> None:
 
 def test_without_layers_it_says_what_to_do() -> None:
     backbone = Denoiser(nn.Linear(2, 2), tiny.TABLE, (2,))
-    with pytest.raises(ValueError, match=r"^method\.gan: this network names no layers .*feature_layers.* or set method\.gan=0$"):
+    with pytest.raises(
+        ValueError, match=r"^method\.gan: this network names no layers .*feature_layers.* or set method\.gan=0$"
+    ):
         make_discriminator(backbone, backbone.module, (4,), seed=0)

@@ -1,4 +1,7 @@
-"""Three roles: one copy of the weights, bit for bit the teacher at the start, and exact gradients in any order of calls."""
+"""Three roles share one copy of the weights.
+
+At the start each is the teacher bit for bit, and gradients are exact in any order of calls.
+"""
 
 from collections.abc import Callable
 
@@ -6,32 +9,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone, Cond
+from fewstep.backbones.base import Backbone
+from fewstep.core.guidance import Guidance
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
-from fewstep.roles.student import with_lora
+from fewstep.student.student import Student
 
 from .. import tiny
+from .common import ORIGIN, attached, given, perturb
 
-BACKBONES: dict[str, Callable[[], Backbone]] = {"own": tiny.denoiser, "flow": tiny.flow_denoiser, "sd": tiny.stable_diffusion}
-
-
-def given(backbone: Backbone) -> tuple[Tensor, Tensor, Cond, Cond]:
-    x = torch.randn((2, *backbone.shape), generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([backbone.schedule.t_max, backbone.schedule.t_max / 3], dtype=torch.float64)
-    return x, t.round() if backbone.schedule.resolution else t, backbone.encode(["red cat", "blue dog"]), backbone.encode([""])
-
-
-def perturb(roles: Roles, role: Role, seed: int, size: float = 0.1) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in roles.trained[role].values():
-            p.add_(size * torch.randn(p.shape, generator=rng))
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "own": tiny.denoiser,
+    "flow": tiny.flow_denoiser,
+    "sd": tiny.stable_diffusion,
+}
 
 
 def storage_bytes(roles: Roles) -> int:
     """Bytes of all networks together, every storage counted once."""
-    storages = {s.data_ptr(): s.nbytes() for n in roles.networks.values() for p in n.parameters() for s in [p.untyped_storage()]}
+    storages = {
+        s.data_ptr(): s.nbytes() for n in roles.networks.values() for p in n.parameters() for s in [p.untyped_storage()]
+    }
     return sum(storages.values())
 
 
@@ -47,7 +46,7 @@ def test_all_roles_start_as_the_teacher_bit_for_bit(name: str) -> None:
         backbone.module.requires_grad_(False)
         alone = backbone.predict(backbone.module, x, t, cond)
         roles = make_roles(backbone, RolesConfig(rank=2))
-        teacher = roles.teacher(cond, null, 1.0)(x, t)
+        teacher = roles.teacher(cond, null, Guidance())(x, t)
         for role in TRAINED:
             assert torch.equal(roles.denoise(role, cond)(x, t).x0, teacher.x0)
         assert torch.equal(backbone.predict(backbone.module, x, t, cond), alone)
@@ -55,17 +54,22 @@ def test_all_roles_start_as_the_teacher_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_copies_start_with_the_teachers_weights(name: str) -> None:
-    """Frozen as it is they give its very bits; torch's matmul goes another way, to another last bit, where a weight is to be trained."""
+    """Copies give the teacher's very bits, frozen as the teacher is.
+
+    Where a weight is to be trained, torch's matmul goes another way, to another last bit.
+    """
     backbone = BACKBONES[name]()
     x, t, cond, null = given(backbone)
-    roles = make_roles(backbone, RolesConfig(share=False))
+    roles = make_roles(backbone, RolesConfig(lora=False))
     with torch.no_grad():
         for role in TRAINED:
-            for (_, a), (_, b) in zip(roles.networks[role].state_dict().items(), backbone.module.state_dict().items(), strict=True):
+            for (_, a), (_, b) in zip(
+                roles.networks[role].state_dict().items(), backbone.module.state_dict().items(), strict=True
+            ):
                 assert torch.equal(a, b)
                 assert a.data_ptr() != b.data_ptr()
             roles.networks[role].requires_grad_(False)
-            assert torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, null, 1.0)(x, t).x0)
+            assert torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, null, Guidance())(x, t).x0)
 
 
 @pytest.mark.parametrize("name", ["own", "sd"])
@@ -76,13 +80,13 @@ def test_sharing_keeps_one_copy_of_the_weights(name: str) -> None:
     lora = sum(p.numel() * p.element_size() for role in TRAINED for p in roles.trained[role].values())
     assert storage_bytes(roles) == base + lora
     assert len({id(n) for n in roles.networks.values()}) == 1
-    copies = make_roles(BACKBONES[name](), RolesConfig(share=False))
+    copies = make_roles(BACKBONES[name](), RolesConfig(lora=False))
     assert storage_bytes(copies) == 3 * base
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_only_the_two_trained_roles_can_be_trained(share: bool) -> None:
-    roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+    roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
     wanted = {id(p) for role in TRAINED for p in roles.trained[role].values()}
     can = {id(p) for n in roles.networks.values() for p in n.parameters() if p.requires_grad}
     assert can == wanted
@@ -92,7 +96,7 @@ def test_only_the_two_trained_roles_can_be_trained(share: bool) -> None:
 
 def merged_copies(shared: Roles, fresh: Backbone) -> Roles:
     """Full copies whose weights are `W + B A` of the shared roles' adapters."""
-    copies = make_roles(fresh, RolesConfig(share=False))
+    copies = make_roles(fresh, RolesConfig(lora=False))
     with torch.no_grad():
         for role in TRAINED:
             state = adapters.adapter_state(shared.networks[role], role)
@@ -104,7 +108,10 @@ def merged_copies(shared: Roles, fresh: Backbone) -> Roles:
 
 
 def through_lora(roles: Roles, role: Role, full: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The chain rule `dL/dB = G A', dL/dA = B' G` from the gradient G on the whole weight, by the names of the shared role."""
+    """`dL/dB = G A', dL/dA = B' G`, the chain rule.
+
+    G is the gradient on the whole weight. The names are those of the shared role.
+    """
     found = {}
     for name, p in roles.trained[role].items():
         layer, _, rest = name.partition(".lora_")
@@ -116,7 +123,11 @@ def through_lora(roles: Roles, role: Role, full: dict[str, Tensor]) -> dict[str,
 
 @pytest.mark.parametrize("name", ["own", "sd"])
 def test_gradients_are_exact_whatever_is_called_before_the_backward_pass(name: str) -> None:
-    """Student, teacher, fake forward, then the student's backward, against copies of the same weights; then the fake's."""
+    """Shared weights give the gradients of separate copies.
+
+    The forward passes of student, teacher and fake score come before the student's backward pass, and the fake
+    score's backward pass comes last.
+    """
     shared = make_roles(BACKBONES[name](), RolesConfig(rank=2))
     for seed, role in enumerate(TRAINED):
         perturb(shared, role, seed)
@@ -125,13 +136,15 @@ def test_gradients_are_exact_whatever_is_called_before_the_backward_pass(name: s
     outputs, gradients = [], []
     for roles in (shared, copies):
         student = roles.denoise("student", cond)(x, t).x0
-        teacher = roles.teacher(cond, null, 3.5)(x, t).x0
+        teacher = roles.teacher(cond, null, Guidance(scale=3.5))(x, t).x0
         fake = roles.denoise("fake", cond)(x, t).x0
         outputs.append((student, teacher, fake))
         loss = (student * (teacher - fake).detach()).sum()
         on_student = torch.autograd.grad(loss, list(roles.trained["student"].values()), allow_unused=True)
         on_fake = torch.autograd.grad(fake.square().mean(), list(roles.trained["fake"].values()), allow_unused=True)
-        gradients.append([dict(zip(roles.trained[r], g, strict=True)) for r, g in zip(TRAINED, (on_student, on_fake), strict=True)])
+        gradients.append(
+            [dict(zip(roles.trained[r], g, strict=True)) for r, g in zip(TRAINED, (on_student, on_fake), strict=True)]
+        )
     for mine, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     for i, role in enumerate(TRAINED):
@@ -149,21 +162,31 @@ def test_one_role_has_no_gradient_from_another() -> None:
         perturb(roles, role, 0)
         value = roles.denoise(role, cond)(x, t).x0.sum()
         roles.denoise(other, cond)(x, t)
-        assert all(g is None for g in torch.autograd.grad(value, list(roles.trained[other].values()), allow_unused=True, retain_graph=True))
-        assert all(g is not None for g in torch.autograd.grad(value, list(roles.trained[role].values()), allow_unused=True))
+        assert all(
+            g is None
+            for g in torch.autograd.grad(
+                value, list(roles.trained[other].values()), allow_unused=True, retain_graph=True
+            )
+        )
+        assert all(
+            g is not None for g in torch.autograd.grad(value, list(roles.trained[role].values()), allow_unused=True)
+        )
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_the_backbone_is_the_teacher_between_calls(share: bool) -> None:
-    """Whoever holds the backbone (to sample the teacher, to hash it) finds the teacher, not the role that was called last."""
+    """The backbone is the teacher, not the role that was called last.
+
+    This holds for whoever holds the backbone, to sample the teacher or to hash it.
+    """
     backbone = tiny.denoiser()
     x, t, cond, _ = given(backbone)
-    roles = make_roles(backbone, RolesConfig(share=share, rank=2))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=2))
     with torch.no_grad():
         before = backbone.predict(backbone.module, x, t, cond)
         for role in TRAINED:
             perturb(roles, role, 1)
-            assert not torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, cond, 1.0)(x, t).x0)
+            assert not torch.equal(roles.denoise(role, cond)(x, t).x0, roles.teacher(cond, cond, Guidance())(x, t).x0)
             roles.denoise(role, cond)(x, t)
             assert torch.equal(backbone.predict(backbone.module, x, t, cond), before)
 
@@ -171,7 +194,7 @@ def test_the_backbone_is_the_teacher_between_calls(share: bool) -> None:
 @pytest.mark.parametrize("share", [True, False])
 def test_average_of_the_student(share: bool) -> None:
     """`average <- decay average + (1 - decay) student`, shown in place of the student and gone again."""
-    roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
+    roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
     x, t, cond, _ = given(roles.backbone)
     start = {n: v.clone() for n, v in roles.average.items()}
     perturb(roles, "student", 1)
@@ -196,44 +219,50 @@ def test_student_state_is_a_copy_of_the_lora_or_of_the_network() -> None:
     assert all(".lora_" in k and "student" not in k for k in state)
     perturb(shared, "student", 0)
     assert all(not torch.equal(v, state[k]) for k, v in shared.student_state().items())
-    settings = shared.adapter_settings()
+    plain, settings = adapters.plain_state(shared.backbone.module, "student")
+    assert all(torch.equal(v, plain[k]) for k, v in shared.student_state().items())
     assert (settings["r"], settings["lora_alpha"]) == (2, 2)
 
-    copies = make_roles(tiny.denoiser(), RolesConfig(share=False))
+    copies = make_roles(tiny.denoiser(), RolesConfig(lora=False))
     assert list(copies.student_state()) == list(tiny.denoiser().module.state_dict())
-    assert copies.adapter_settings() == {}
+    assert Student.of(copies, DistributionMatching(), ORIGIN).adapter is None
 
 
 def test_a_lora_is_right_at_strength_one_whatever_its_alpha() -> None:
-    """Its scale is in its weights: read with alpha = rank it is the student, and a run of any alpha can begin with it."""
+    """A LoRA's scale is in its weights.
+
+    Read with alpha = rank it is the student, and a run of any alpha can begin with it.
+    """
     backbone = tiny.denoiser()
     x, t, cond, _ = given(backbone)
     roles = make_roles(backbone, RolesConfig(rank=2, alpha=8))
     perturb(roles, "student", 1)
     state = roles.student_state()
-    assert roles.adapter_settings()["lora_alpha"] == 2
+    plain, settings = adapters.plain_state(backbone.module, "student")
+    assert settings["lora_alpha"] == 2
+    assert all(torch.equal(v, plain[k]) for k, v in state.items())
     with torch.no_grad():
         wanted = roles.denoise("student", cond)(x, t).x0
-        torch.testing.assert_close(with_lora(tiny.denoiser(), state, 2, 2).denoise(cond)(x, t).x0, wanted)
+        torch.testing.assert_close(attached(tiny.denoiser(), state).denoise(cond)(x, t).x0, wanted)
         other = make_roles(tiny.denoiser(), RolesConfig(rank=2, alpha=1))
         other.start_from(state)
         torch.testing.assert_close(other.denoise("student", cond)(x, t).x0, wanted)
-    with pytest.raises(ValueError, match=r"roles\.alpha: got -1, allowed are numbers above 0"):
+    with pytest.raises(ValueError, match=r"^alpha: got -1, allowed are numbers above 0"):
         RolesConfig(alpha=-1)
 
 
 def test_a_second_run_on_the_same_teacher_starts_anew() -> None:
-    """Stop, look, start again in one session: the same teacher serves, and the first run's student does not pretend to be alive."""
+    """The same teacher serves a second run in one session. The first run's student says that its network has gone."""
     backbone = tiny.denoiser()
     x, t, cond, null = given(backbone)
     first = make_roles(backbone, RolesConfig(rank=2))
     perturb(first, "student", 0)
     second = make_roles(backbone, RolesConfig(rank=3))
     with torch.no_grad():
-        assert torch.equal(second.denoise("student", cond)(x, t).x0, second.teacher(cond, null, 1.0)(x, t).x0)
+        assert torch.equal(second.denoise("student", cond)(x, t).x0, second.teacher(cond, null, Guidance())(x, t).x0)
         with pytest.raises(ValueError, match="student: its network has gone to another run on the same teacher"):
             first.denoise("student", cond)(x, t)
-    copies = make_roles(backbone, RolesConfig(share=False))
+    copies = make_roles(backbone, RolesConfig(lora=False))
     assert list(copies.trained["student"]) == [n for n, _ in tiny.denoiser().module.named_parameters()]
 
 
@@ -243,37 +272,46 @@ def test_finished_students_live_beside_each_other_and_the_teacher() -> None:
     roles = make_roles(backbone, RolesConfig(rank=2))
     states, wanted = [], []
     with torch.no_grad():
-        teacher = roles.teacher(cond, null, 1.0)(x, t).x0
+        teacher = roles.teacher(cond, null, Guidance())(x, t).x0
         for seed in (1, 2):
             perturb(roles, "student", seed)
             states.append(roles.student_state())
             wanted.append(roles.denoise("student", cond)(x, t).x0)
         fresh = tiny.denoiser()
-        students = [with_lora(fresh, state, 2, 2) for state in states]
+        students = [attached(fresh, state) for state in states]
         for student, x0 in zip(students, wanted, strict=True):
             torch.testing.assert_close(student.denoise(cond)(x, t).x0, x0, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
             fresh.predict(fresh.module, x, t, cond), backbone.predict(backbone.module, x, t, cond), rtol=1e-5, atol=1e-6
         )
-        torch.testing.assert_close(make_roles(fresh, RolesConfig(rank=2)).teacher(cond, null, 1.0)(x, t).x0, teacher, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            make_roles(fresh, RolesConfig(rank=2)).teacher(cond, null, Guidance())(x, t).x0,
+            teacher,
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_a_lora_of_another_network_is_refused() -> None:
     state = make_roles(tiny.denoiser(), RolesConfig(rank=2)).student_state()
     with pytest.raises(ValueError, match=r"student: the base network has no layer gone\.inp \(5 of 5 are missing\)"):
-        with_lora(tiny.denoiser(), {f"gone.{k}": v for k, v in state.items()}, 2, 2)
+        attached(tiny.denoiser(), {f"gone.{k}": v for k, v in state.items()})
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"roles\.rank: got -1, allowed are whole numbers from 0"):
+    with pytest.raises(ValueError, match=r"^rank: got -1, allowed are whole numbers from 0"):
         RolesConfig(rank=-1)
-    with pytest.raises(ValueError, match=r"roles\.rank: got 2147483648, allowed are whole numbers from 0 \(no LoRA\) to 4096"):
+    with pytest.raises(
+        ValueError, match=r"^rank: got 2147483648, allowed are whole numbers from 0 to 4096 \(0: no LoRA\)"
+    ):
         RolesConfig(rank=2**31)
 
 
 def test_copies_of_half_precision_weights_are_refused_with_one_line() -> None:
     backbone = tiny.denoiser()
     backbone.module.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"roles\.share: got false, which trains weights that are bfloat16 here .* set dtype to float32"):
-        make_roles(backbone, RolesConfig(share=False))
-    make_roles(backbone, RolesConfig(share=True))  # the adapters are in single precision
+    with pytest.raises(
+        ValueError, match=r"roles\.lora: got false, which trains weights that are bfloat16 here .* set dtype to float32"
+    ):
+        make_roles(backbone, RolesConfig(lora=False))
+    make_roles(backbone, RolesConfig(lora=True))  # the adapters are in single precision

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,20 +10,23 @@ from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.core import timegrid
+from fewstep.core.guidance import Guidance
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import CONDITION, TRAINED, Roles, RolesConfig, make_roles
-from fewstep.roles.step_condition import GAIN, attach, folded_bias, nearest, unfold
-from fewstep.roles.student import plain_lora, with_lora, with_vectors, without_fold
+from fewstep.roles.step_condition import GAIN, attach, folded_bias, nearest, unfold, without_fold
+from fewstep.student.folder import Parts, read_lora
+from fewstep.student.student import Student
 
 from .. import tiny
-from .test_roles import given, perturb
+from .common import ORIGIN, given, perturb
 
 COUNTS = (2, 1)
 BACKBONES: dict[str, Callable[[], Backbone]] = {"own": tiny.denoiser, "sd": tiny.stable_diffusion}
 
 
 def make(name: str = "own", share: bool = True, alpha: float | None = None) -> Roles:
-    return make_roles(BACKBONES[name](), RolesConfig(share=share, rank=4, alpha=alpha), counts=COUNTS)
+    return make_roles(BACKBONES[name](), RolesConfig(lora=share, rank=4, alpha=alpha), condition_values=COUNTS)
 
 
 def at_grid(roles: Roles, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -35,13 +39,16 @@ def at_grid(roles: Roles, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_it_is_nothing_at_first(name: str, share: bool) -> None:
-    """Bit for bit, of copies too: frozen as the teacher is, since torch's matmul goes another way where a weight is to be trained."""
+    """At first the condition changes no bit, in copies too.
+
+    The networks are frozen as the teacher is, since torch's matmul goes another way where a weight is to be trained.
+    """
     roles = make(name, share)
     for network in roles.networks.values():
         network.requires_grad_(False)
     x, t, cond, null = given(roles.backbone)
     with torch.no_grad():
-        teacher = roles.teacher(cond, null, 1.0)(x, t).x0
+        teacher = roles.teacher(cond, null, Guidance())(x, t).x0
         for role in TRAINED:
             for count in COUNTS:
                 assert torch.equal(roles.denoise(role, cond, count)(x, t).x0, teacher)
@@ -53,11 +60,11 @@ def test_each_role_and_count_has_its_own(share: bool) -> None:
     x, t, cond, null = given(roles.backbone)
     with torch.no_grad():
         before = {(r, k): roles.denoise(r, cond, k)(x, t).x0 for r in TRAINED for k in COUNTS}
-        teacher = roles.teacher(cond, null, 1.0)(x, t).x0
+        teacher = roles.teacher(cond, null, Guidance())(x, t).x0
         roles.trained["student"][CONDITION][1].add_(0.1)  # told "1 step"
         for (role, count), x0 in before.items():
             assert torch.equal(roles.denoise(role, cond, count)(x, t).x0, x0) == ((role, count) != ("student", 1))
-        assert torch.equal(roles.teacher(cond, null, 1.0)(x, t).x0, teacher)
+        assert torch.equal(roles.teacher(cond, null, Guidance())(x, t).x0, teacher)
         assert torch.equal(roles.denoise("student", cond)(x, t).x0, before["student", 2])  # the first count by default
 
 
@@ -87,23 +94,29 @@ def test_it_is_averaged_and_taken_along() -> None:
 @pytest.mark.parametrize("alpha", [None, 2.0])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_folded_into_a_lora_it_is_the_student_of_that_count(name: str, count: int, alpha: float | None) -> None:
+def test_folded_into_a_lora_it_is_the_student_of_that_count(
+    name: str, count: int, alpha: float | None, tmp_path: Path
+) -> None:
     roles = make(name, alpha=alpha)
     perturb(roles, "student", 0)
     x, t, cond = at_grid(roles, count)
     with torch.no_grad():
         wanted = roles.denoise("student", cond, count)(x, t).x0
-        state = roles.student_state() | roles.told(count, t)
-        layer = roles.backbone.time_layer
+        whole = Student.of(roles, DistributionMatching(steps=COUNTS), ORIGIN)
+        single, layer = whole.single(count), roles.backbone.time_layer
+        state = read_lora(single.write(tmp_path / "written"))
         assert {s.shape[0] for k, s in state.items() if "lora_A" in k} == {4}  # no layer of another rank
-        plain = with_lora(BACKBONES[name](), state, 4, 4)
+        plain = Student.from_parts(Parts(single.card, state), BACKBONES[name]())
         torch.testing.assert_close(plain.denoise(cond)(x, t).x0, wanted, rtol=1e-4, atol=1e-4)
-        bare = with_lora(BACKBONES[name](), without_fold(state, layer), 4, 4)
+        bare = Student.from_parts(Parts(single.card, without_fold(state, layer)), BACKBONES[name]())
         assert (bare.denoise(cond)(x, t).x0 - wanted).abs().max() > 1e-3  # the fold is needed
-        student = with_vectors(bare, roles.vectors())
+        parts = Parts(whole.card, without_fold(state, layer), vectors=roles.vectors())
+        student = Student.from_parts(parts, BACKBONES[name]())
         for k in COUNTS:
-            torch.testing.assert_close(student.denoise(cond, k)(x, t).x0, roles.denoise("student", cond, k)(x, t).x0, rtol=1e-5, atol=1e-5)
-        again, _ = plain_lora(student, count, t)
+            torch.testing.assert_close(
+                student.denoise(cond, k)(x, t).x0, roles.denoise("student", cond, k)(x, t).x0, rtol=1e-5, atol=1e-5
+            )
+        again = read_lora(student.single(count).write(tmp_path / "again"))
         for key, tensor in state.items():
             torch.testing.assert_close(again[key], tensor, rtol=1e-4, atol=1e-6)
 
@@ -143,8 +156,10 @@ def test_a_network_that_names_no_layer_is_told_what_to_do() -> None:
     backbone = tiny.denoiser()
     nameless = Denoiser(backbone.module, backbone.schedule, backbone.shape, "v")
     with pytest.raises(
-        ValueError, match=r"^method.steps: several step counts need .*Denoiser\(time_layer=\.\.\.\), or set method.condition=false$"
+        ValueError,
+        match=r"^method.steps: several step counts need .*Denoiser\(time_layer=\.\.\.\), "
+        r"or set method.condition=false$",
     ):
-        make_roles(nameless, RolesConfig(), counts=COUNTS)
+        make_roles(nameless, RolesConfig(), condition_values=COUNTS)
     with pytest.raises(ValueError, match="several step counts need"):
         attach(backbone.module, "")

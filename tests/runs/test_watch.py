@@ -15,7 +15,7 @@ from fewstep.runs.watch import Trend, Watch, affordable
 from fewstep.training.loop import TrainConfig
 from fewstep.words import python_words
 
-from ..evaluation.test_process import Exact
+from ..evaluation.exact import Exact
 
 RING = Mixture.ring()
 
@@ -55,11 +55,22 @@ def test_a_gap_is_told_earlier_than_a_loss() -> None:
 
 
 def test_a_collapsed_student_is_told() -> None:
-    """A full-weight training at a rate that throws it away: every kind of line is there, in Python's words, once each as Python's warning."""
-    method = fewstep.TDM(steps=2, guidance=1.0, warmup=2, loss="l2")
+    """A collapsed student is told.
+
+    A full-weight training at a rate that throws it away gives every kind of line, in Python's words, each once as
+    Python's warning.
+    """
+    method = fewstep.TDM(steps=2, warmup=2, loss="l2", guidance=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        steps = list(fewstep.distill(teacher(), method, iterations=80, batch=64, lr=0.1, fake_lr=1e-4, share=False, ema=0.0))
+        steps = list(
+            fewstep.distill(
+                teacher(),
+                method,
+                train=fewstep.TrainConfig(iterations=80, batch=64, lr=0.1, fake_lr=1e-4, ema=0.0),
+                roles=fewstep.RolesConfig(lora=False),
+            )
+        )
     said = [line for step in steps for line in step.warnings]
     assert any(line.startswith(("WORSE", "DRIFT", "MODES")) for line in said)
     assert not any("train." in line or "method." in line for line in said)
@@ -69,10 +80,17 @@ def test_a_collapsed_student_is_told() -> None:
 
 
 def test_a_student_that_stays_well_is_not() -> None:
-    method = fewstep.TDM(steps=8, guidance=1.0, warmup=2, loss="l2")
+    method = fewstep.TDM(steps=8, warmup=2, loss="l2", guidance=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", fewstep.DistillationWarning)
-        steps = list(fewstep.distill(teacher(), method, iterations=40, batch=64, lr=1e-5, fake_lr=1e-4, share=False))
+        steps = list(
+            fewstep.distill(
+                teacher(),
+                method,
+                train=fewstep.TrainConfig(iterations=40, batch=64, lr=1e-5, fake_lr=1e-4),
+                roles=fewstep.RolesConfig(lora=False),
+            )
+        )
     assert all(step.warnings == () for step in steps)
 
 
@@ -111,11 +129,21 @@ def test_watching_costs_no_more_than_its_share() -> None:
     ("recipe", "python"),
     [
         ("train.lr: got -1, allowed are numbers above 0", "lr: got -1, allowed are numbers above 0"),
-        ("roles.base: got int8; set roles.share=true, or roles.base=null", "base: got int8; set share=True, or base=None"),
-        ("data.folder: the trajectories", "paths.folder: the trajectories"),
-        ("data.source: method lcm needs pictures; leave data out", "pictures: method lcm needs pictures; leave pictures out"),
+        (
+            "roles.quantize: got int8; set roles.lora=true, or roles.quantize=null",
+            "quantize: got int8; set lora=True, or quantize=None",
+        ),
+        ("data.folder: the trajectories", "trajectories.folder: the trajectories"),
+        ("data.from_student: x leads", "trajectories.student: x leads"),
+        (
+            "data.source: method lcm needs images; leave data out",
+            "images: method lcm needs images; leave images out",
+        ),
         ("x: choose another --out", "x: choose another out"),
-        ("method.free_first: got true with method.solver=renoise", "free_first: got True with solver=renoise"),
+        (
+            "method.analytic_first_step: got true with method.solver=renoise",
+            "analytic_first_step: got True with solver=renoise",
+        ),
         ("read runs/train.log and train.", "read runs/train.log and train."),
     ],
 )

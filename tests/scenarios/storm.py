@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from fewstep.atomic import LEFT, read_tensors
+from fewstep.atomic import LEFT, read_hashed
 from fewstep.backbones import miniature
 from fewstep.hashes import bytes_of
 
@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
     "roles": {"rank": 2, "targets": "attention"},
     "train": {**TRAIN, "iterations": 5, "seed": 1},
     "preview": {"every": 2, "prompts": ["red cat", "blue dog"], "teacher_steps": 2},
-    "evaluate": "pictures-8",
+    "evaluate": "images-8",
 }
 PHASES = {  # of a command, in the order in which it enters them, and the functions that are them
     "embedding": ["fewstep.cli.distill.embed"],
@@ -54,13 +54,13 @@ PHASES = {  # of a command, in the order in which it enters them, and the functi
     "training": ["fewstep.cli.distill.training"],
     "checkpoint": ["fewstep.training.loop.save_checkpoint"],
     "preview": ["fewstep.cli.distill.judge"],
-    "export": ["fewstep.cli.ending.write_student"],
-    "evaluation": ["fewstep.cli.ending.evaluate_student"],
-    "report": ["fewstep.cli.ending.render_run"],
+    "export": ["fewstep.cli.finish.write_student"],
+    "evaluation": ["fewstep.cli.finish.evaluate_student"],
+    "report": ["fewstep.cli.finish.render_run"],
 }
 SERVER = """
 import json, os, signal, sys, time
-import fewstep.api, fewstep.cli.distill, fewstep.cli.ending, fewstep.cli.evaluate, fewstep.report.html
+import fewstep.api, fewstep.cli.distill, fewstep.cli.finish, fewstep.cli.evaluate, fewstep.report.html
 from fewstep.cli import main
 from matplotlib import pyplot
 from matplotlib.figure import Figure
@@ -90,7 +90,10 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended: its exit code, negative where a signal ended it, its seconds, what it printed, and the phase that it was in."""
+    """A command that has ended.
+
+    It has its exit code, negative where a signal ended it, its seconds, what it printed, and its last phase.
+    """
 
     code: int
     seconds: float
@@ -102,12 +105,20 @@ class Server:
     """A process that has everything imported and runs commands in children of its own."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        }
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT
+        )
 
     def run(self, folder: Path, kill: Mapping[str, Any] | None = None, fault: Mapping[str, Any] | None = None) -> Ended:
-        """The storm's command in a folder; killed `after` so many seconds of the `nth` time that it is in a `phase`, or with writes that fail."""
+        """Run the storm's command in a folder.
+
+        It is killed `after` so many seconds of the `nth` time that it is in a `phase`, or its writes fail.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         log, mark = folder.parent / f"{folder.name}-said.txt", folder.parent / f"{folder.name}-mark.txt"
         job = {
@@ -211,7 +222,8 @@ def fresh(folder: Path) -> Path:
 
 TIMES = re.compile(r"seconds|started|state_sha256")  # keys of what depends on how long something took, or when it was
 SPANS = re.compile(
-    r"""\d+(?:\.\d+)?(?:\ss\b|\sminutes|×)|(?<=<data value=")[\d.e-]+|\sclass="best"|<span class="hidden">\s\(best\)</span>"""
+    r"""\d+(?:\.\d+)?(?:\ss\b|\sminutes|×)|(?<=<data value=")[\d.e-]+"""
+    r"""|\sclass="best"|<span class="hidden">\s\(best\)</span>"""
 )
 
 
@@ -221,10 +233,14 @@ def left(folder: Path) -> dict[str, Any]:
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
         if path.suffix == ".safetensors":
-            tensors, about = read_tensors(path)
+            tensors, about = read_hashed(path)
             timed = any(TIMES.search(key) for key in tensors)
             found[name] = {k: v for k, v in about.items() if not (timed and k == "sha256")}
-            found |= {f"{name}/{key}": (t.dtype, t.shape, bytes(bytes_of(t))) for key, t in tensors.items() if not TIMES.search(key)}
+            found |= {
+                f"{name}/{key}": (t.dtype, t.shape, bytes(bytes_of(t)))
+                for key, t in tensors.items()
+                if not TIMES.search(key)
+            }
         elif path.suffix == ".png":
             found[name] = path.read_bytes()
         elif path.suffix == ".jsonl":
@@ -246,13 +262,21 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Nothing is missing, nothing is there too many, and all of it is the same."""
     missing, more = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     other = [
-        f"{k}: {found[k]!r:.2000}\ninstead of {expected[k]!r:.2000}" for k in expected.keys() & found.keys() if found[k] != expected[k]
+        f"{k}: {found[k]!r:.2000}\ninstead of {expected[k]!r:.2000}"
+        for k in expected.keys() & found.keys()
+        if found[k] != expected[k]
     ]
-    assert not missing and not more and not other, f"missing {missing}, too many {more}, other {len(other)}:\n" + "\n".join(other)
+    assert not missing and not more and not other, (
+        f"missing {missing}, too many {more}, other {len(other)}:\n" + "\n".join(other)
+    )
 
 
 def half_written(runs: Path, before: Path | None = None) -> list[str]:
-    """Files of runs that are not whole: temporary ones, and those that cannot be read; what lay in the folder `before` as it does now is left out."""
+    """List the files of runs that are not whole.
+
+    They are temporary files, and files that cannot be read. A file that lies unchanged in the folder `before` is left
+    out.
+    """
     odd = []
     for path in sorted(runs.rglob("*")):
         name = path.relative_to(runs)
@@ -267,7 +291,7 @@ def readable(path: Path) -> bool:
     """Whether a file is what it is called, from its first byte to its last."""
     try:
         if path.suffix == ".safetensors":
-            read_tensors(path)
+            read_hashed(path)
         elif path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".jsonl":

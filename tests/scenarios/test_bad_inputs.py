@@ -1,4 +1,7 @@
-"""Generated bad files and settings: each ends in one line and exit code 2, none in a traceback, none is taken in silence."""
+"""Generated bad files and settings each end in one line.
+
+The exit code is 2. None ends in a traceback, and none is taken in silence.
+"""
 
 import contextlib
 import io
@@ -22,8 +25,8 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from fewstep.cli import main
-from fewstep.cli.recipe import DistillRecipe, _kinds
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.runs.recipe import DistillRecipe, _kinds
 
 from .storm import RECIPE, place
 
@@ -37,7 +40,12 @@ SHORT: dict[str, Any] = {
 
 def examples(count: int) -> settings:
     """So many of a kind, the same every time."""
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
+    quiet = [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.filter_too_much,
+        HealthCheck.function_scoped_fixture,
+    ]
     return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=quiet)
 
 
@@ -102,7 +110,7 @@ def leaves(kind: Any, where: str = "") -> Iterator[tuple[str, list[Any]]]:
         kinds = _kinds(annotation)
         inner = [k for k in kinds if isinstance(k, type) and (issubclass(k, BaseModel) or is_dataclass(k))]
         if name == "method":
-            inner = [Matching]
+            inner = [DistributionMatching]
         if name in ("first", "data", "kind"):
             continue
         if inner:
@@ -185,7 +193,8 @@ def test_a_setting_that_is_not_there_and_a_recipe_that_is_none(made: Path, data:
     if kind == "key":
         parent = data.draw(st.sampled_from(["", "method.", "train.", "roles.", "prompts.", "preview."]))
         (made / "bad.yaml").write_text(
-            yaml.safe_dump(put(SHORT, f"{parent}{data.draw(WORD.filter(lambda w: '.' not in w))} x", 1)), encoding="utf-8"
+            yaml.safe_dump(put(SHORT, f"{parent}{data.draw(WORD.filter(lambda w: '.' not in w))} x", 1)),
+            encoding="utf-8",
         )
     elif kind == "text":
         (made / "bad.yaml").write_text(data.draw(st.text(max_size=30)), encoding="utf-8")
@@ -194,7 +203,10 @@ def test_a_setting_that_is_not_there_and_a_recipe_that_is_none(made: Path, data:
     else:
         shutil.copy(made / "storm.yaml", made / "bad.yaml")
         parent = data.draw(st.sampled_from(["", "method.", "train.lr.", "name.", "data.", "first.x."]))
-        arguments = ["--set", data.draw(st.one_of(WORD, st.builds("{}{}-={}".format, st.just(parent), WORD, st.text(max_size=8))))]
+        arguments = [
+            "--set",
+            data.draw(st.one_of(WORD, st.builds("{}{}-={}".format, st.just(parent), WORD, st.text(max_size=8)))),
+        ]
     assert_refused(fewstep(made, "distill", "bad.yaml", "--dry-run", *arguments), (kind, arguments))
 
 
@@ -212,7 +224,15 @@ BROKEN_PROMPTS = {
         b'{"prompt": null}\n',
         b"\xff\n",
     ],
-    "csv": [b"", b"prompt\n", b"a,b\nc,d\n", b"prompt,prompt\na,b\n", b'prompt\n"a\n', b"\xff\xff\n", b"prompt\n\x00\n"],
+    "csv": [
+        b"",
+        b"prompt\n",
+        b"a,b\nc,d\n",
+        b"prompt,prompt\na,b\n",
+        b'prompt\n"a\n',
+        b"\xff\xff\n",
+        b"prompt\n\x00\n",
+    ],
     "tsv": [b"prompts\nred cat\n", b"prompt\n\n"],
     "parquet": [b"PAR1"],
     "": [b"red cat\n"],
@@ -240,7 +260,8 @@ def places_of(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
 def other_type(value: Any) -> st.SearchStrategy[Any]:
     """JSON values of another type than this one."""
     kinds: list[tuple[Any, st.SearchStrategy[Any]]] = [
-        (str, WORD), ((int, float), st.integers(2, 9)), (list, st.just([[]])), (dict, st.just({"a": {}})), (NoneType, st.none()),
+        (str, WORD), ((int, float), st.integers(2, 9)), (list, st.just([[]])), (dict, st.just({"a": {}})),
+        (NoneType, st.none()),
     ]  # fmt: skip
     return st.one_of([strategy for kind, strategy in kinds if not isinstance(value, kind)])
 
@@ -272,7 +293,10 @@ def test_a_student_whose_card_is_spoilt(made: Path, room: Path, data: st.DataObj
 
 
 def spoil_tensors(path: Path, data: st.DataObject, kinds: Sequence[str] = ("cut", "bit", "bytes", "gone")) -> object:
-    """Cut a file of tensors off, change a byte of its tensors, put other bytes in its place, or remove it; returns what was done."""
+    """Spoil a file of tensors, and return what was done.
+
+    The file is cut off, a byte of its tensors changed, its content replaced, or the file removed.
+    """
     content, kind = path.read_bytes(), data.draw(st.sampled_from(kinds))
     if kind == "cut":
         path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
@@ -305,7 +329,9 @@ def test_a_record_of_trajectories_that_is_spoilt(made: Path, room: Path, data: s
 
 @examples(6)
 @given(data=st.data())
-def test_embeddings_and_trajectories_that_are_spoilt_are_made_again(made: Path, room: Path, data: st.DataObject) -> None:
+def test_embeddings_and_trajectories_that_are_spoilt_are_made_again(
+    made: Path, room: Path, data: st.DataObject
+) -> None:
     """They hold nothing that cannot be made again, and are what they were."""
     folder = copied(made, room)
     kind = data.draw(st.sampled_from(["embeddings", "trajectories"]))
@@ -315,7 +341,9 @@ def test_embeddings_and_trajectories_that_are_spoilt_are_made_again(made: Path, 
     said = fewstep(folder, "distill", "storm.yaml")
     assert said.code == 0, (what, said)
     after = load_file(path)
-    assert after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items() if k != "seconds"), what
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[k], v) for k, v in before.items() if k != "seconds"
+    ), what
 
 
 SETTINGS_OF_PARTS = {
@@ -359,7 +387,10 @@ def test_a_style_that_is_none(made: Path, room: Path, data: st.DataObject) -> No
     elif kind == "shape":
         save_file({**tensors, key: torch.zeros(7, 5)}, path)
     elif kind == "name":
-        save_file({**{k: v for k, v in tensors.items() if k != key}, f"unet.{data.draw(WORD)}.lora_A.weight": tensors[key]}, path)
+        save_file(
+            {**{k: v for k, v in tensors.items() if k != key}, f"unet.{data.draw(WORD)}.lora_A.weight": tensors[key]},
+            path,
+        )
     elif kind == "nan":
         save_file({**tensors, key: tensors[key] * math.nan}, path)
     else:
@@ -368,4 +399,6 @@ def test_a_style_that_is_none(made: Path, room: Path, data: st.DataObject) -> No
     if path.exists():
         path.rename(lora)
     shutil.rmtree(folder / "runs")
-    assert_refused(fewstep(folder, "distill", "storm.yaml", "--fuse-lora", f"style.safetensors{strength}"), (what, strength))
+    assert_refused(
+        fewstep(folder, "distill", "storm.yaml", "--fuse-lora", f"style.safetensors{strength}"), (what, strength)
+    )

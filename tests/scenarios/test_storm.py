@@ -1,4 +1,7 @@
-"""A storm on a run of two stages: killed at random moments, writes that fail, and the same command again ends as if nothing had been."""
+"""A stormy run of two stages ends as if nothing had been.
+
+It is killed at random moments, its writes fail, and the same command is given again.
+"""
 
 import json
 import random
@@ -51,13 +54,19 @@ def assert_ends_well(world: World) -> None:
 
 @pytest.mark.slow
 def test_kills_at_random_moments_leave_no_trace(world: World) -> None:
-    """Each is followed by the same command, which is killed in its turn, the last one of a life by one that ends. All phases have their share."""
+    """Kills at random moments leave no trace.
+
+    Each is followed by the same command, which is killed in its turn; the last one of a life ends. Every phase is
+    killed.
+    """
     rng, fell = random.Random(0), Counter[str]()
     for life in range(MOST):
         fresh(world.folder)
         for phase in [*ALL, rng.choice(ALL)]:  # in the order in which a run comes to them
             nth = 1 if phase in ONCE else rng.randint(1, 2)
-            after = rng.expovariate(1 / (LONG * world.seconds)) if life else 0.0  # short phases are hit at their beginning
+            after = (
+                rng.expovariate(1 / (LONG * world.seconds)) if life else 0.0
+            )  # short phases are hit at their beginning
             ended = world.server.run(world.folder, {"phase": phase, "nth": nth, "after": after})
             assert ended.code in (0, -9), ended.said
             fell[ended.phase] += ended.code == -9
@@ -70,9 +79,10 @@ def test_kills_at_random_moments_leave_no_trace(world: World) -> None:
 
 @pytest.mark.slow
 def test_every_write_may_fail_and_the_same_command_goes_on(world: World, tmp_path: Path) -> None:
-    """On a disk that is full, or may not be written to, from each place of writing in its turn: one line, exit code 2, nothing half-written.
+    """Every failing write ends in one line and leaves nothing half-written.
 
-    After one place of each phase, chosen at random, the same command is run again.
+    The disk is full, or may not be written to, from each place of writing in its turn; the exit code is 2. After one
+    place of each phase, chosen at random, the same command is run again.
     """
     ended = world.server.run(fresh(world.folder), fault={"out": str(tmp_path)})
     assert ended.code == 0, ended.said
@@ -83,10 +93,14 @@ def test_every_write_may_fail_and_the_same_command_goes_on(world: World, tmp_pat
         lines = [line for line in row["said"].splitlines() if line.startswith("error: ")]
         assert row["code"] == 2 and lines == row["said"].splitlines()[-1:], row
         assert not re.search("Traceback|Exception ignored|please report", row["said"]), row
-        assert re.search({"full": "no space left on device", "read-only": "read-only file system"}[row["kind"]], lines[0], re.IGNORECASE), (
+        assert re.search(
+            {"full": "no space left on device", "read-only": "read-only file system"}[row["kind"]],
+            lines[0],
+            re.IGNORECASE,
+        ), row
+        assert re.search(r"error: (--out: )?(cannot write |runs/storm)", lines[0]), (
             row
-        )
-        assert re.search(r"error: (--out: )?(cannot write |runs/storm)", lines[0]), row  # it names the file or the folder
+        )  # it names the file or the folder
         assert len(re.findall("run the same command again|may not be written to|check the path", lines[0])) == 1, row
         temporary = row["kind"] == "read-only"  # where nothing can be removed; the next run does
         assert [name for name in row["odd"] if not (temporary and name.endswith(".tmp"))] == [], row

@@ -1,4 +1,7 @@
-"""Training in bf16: what autocast keeps of the weights is never what they were, and every trained tensor has a gradient."""
+"""Training in bf16 gives every trained tensor a gradient.
+
+What autocast keeps of the weights is never what they were.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,32 +9,33 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.begin import roles_for
-from fewstep.methods.imitation import Imitation
-from fewstep.methods.matching import Matching
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
+from fewstep.data.trajectories import Trajectories
+from fewstep.heads.head import make_head, unknown
+from fewstep.methods.consistency import ConsistencyDistillation
+from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig
 from fewstep.methods.method import Loss, Method
-from fewstep.methods.paths import PathImitation
 from fewstep.methods.presets import PRESETS, ROLES
+from fewstep.methods.progressive import ProgressiveDistillation
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.runs.init import roles_for
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.paths import Paths
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import embed
-from fewstep.trajp.head import make_head, unknown
 
 from .. import tiny
 
 CONFIG = TrainConfig(iterations=3, batch=4, lr=1e-2, fake_lr=1e-2, precision="bf16")
 # Every method by name, and what only some settings reach.
 METHODS: dict[str, Method] = {
-    **{name: replace(m, warmup=1) if isinstance(m, Matching) else m for name, m in PRESETS.items()},
-    "several-updates": Matching(steps=4, fake_updates=3, warmup=1),
-    "gan": Matching(steps=2, gan=1.0, warmup=1),
-    "anchor": Matching(steps=2, anchor=1.0, warmup=1),
-    "scales": Imitation(steps=2, scales=(5.0,)),
-    "stages": Imitation(steps=1, target="progressive", loss="l2", solver="ddim", name="progressive"),
-    "free-first": PathImitation(steps=2, head="none", free_first=True),
+    **{name: replace(m, warmup=1) if isinstance(m, DistributionMatching) else m for name, m in PRESETS.items()},
+    "several-updates": DistributionMatching(steps=4, warmup=1, fake=FakeScoreConfig(updates=3)),
+    "gan": DistributionMatching(steps=2, warmup=1, gan=GanConfig(weight=1.0)),
+    "anchor": DistributionMatching(steps=2, regression_weight=1.0, warmup=1),
+    "scales": ConsistencyDistillation(steps=2, guidance_scales=(5.0,)),
+    "stages": ProgressiveDistillation(steps=1, loss="l2", solver="ddim", name="progressive"),
+    "free-first": TrajectoryImitation(steps=2, head="none", analytic_first_step=True),
 }
 
 
@@ -41,11 +45,11 @@ def seen(name: str, share: bool) -> list[dict[str, float]]:
     data = embed(backbone, tiny.WORDS, None, "tiny")
     rng = torch.Generator().manual_seed(1)
     states = torch.randn(len(tiny.WORDS), *backbone.shape, generator=rng)
-    real = RealData(states, data, "") if method.needs.pictures else None
+    real = ImageData(states, data, "") if method.needs.images else None
     times = method.times(backbone.schedule, max(method.counts))
     walked = torch.randn(len(tiny.WORDS), len(times), *backbone.shape, generator=rng)
-    paths = Paths(walked, times, data, walked, times, "") if method.needs.paths else None
-    config = replace(RolesConfig(share=share, rank=4), **ROLES.get(name, {}))  # type: ignore[arg-type]
+    paths = Trajectories(walked, times, data, walked, times, "") if method.needs.trajectories else None
+    config = replace(RolesConfig(lora=share, rank=4), **ROLES.get(name, {}))  # type: ignore[arg-type]
     roles = roles_for(backbone, method, config, paths=paths)
     return [dict(step.metrics) for step in distill(roles, method, data, CONFIG, real=real, paths=paths)]
 
@@ -64,24 +68,26 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_what_autocast_keeps_is_what_the_weights_are(name: str, share: bool, no_cache: Callable[[], None]) -> None:
-    if ROLES.get(name, {}).get("share", share) != share:
+    if ROLES.get(name, {}).get("lora", share) != share:
         pytest.skip("its name stands for other roles")
     kept = seen(name, share)
     no_cache()
-    for one, other in zip(kept, seen(name, share), strict=True):  # a cast that two calls share adds their gradients in bf16
+    for one, other in zip(
+        kept, seen(name, share), strict=True
+    ):  # a cast that two calls share adds their gradients in bf16
         assert one == pytest.approx(other, rel=2e-2, abs=1e-3)
 
 
 def test_folding_a_head_away_learns_from_what_the_student_was(no_cache: Callable[[], None]) -> None:
     def losses() -> list[float]:
-        method, backbone = Matching(steps=2, warmup=3, head="fold"), tiny.denoiser()
+        method, backbone = DistributionMatching(steps=2, warmup=3, init_head="absorb"), tiny.denoiser()
         head = make_head("span", backbone.schedule, unknown(backbone.shape, [method.times(backbone.schedule)]), 0)
         with torch.no_grad():
             for p in head.parameters():
                 p.add_(0.1)
-        roles = make_roles(backbone, RolesConfig(rank=4), folding=head)
+        roles = make_roles(backbone, RolesConfig(rank=4), head_to_absorb=head)
         steps = distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), replace(CONFIG, iterations=4))
-        return [step.metrics["fold_loss"] for step in steps if "fold_loss" in step.metrics]
+        return [step.metrics["absorb_loss"] for step in steps if "absorb_loss" in step.metrics]
 
     kept = losses()
     no_cache()
@@ -97,11 +103,13 @@ def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monke
 
     def watched(loss: Loss, roles: Roles, part: float, reach: loop.Reach) -> None:
         add(loss, roles, part, reach)
-        reached.update((loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any()))
+        reached.update(
+            (loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any())
+        )
 
     monkeypatch.setattr(loop, "_add_gradients", watched)
-    roles = make_roles(backbone, RolesConfig(share=share, rank=4))
-    method = Matching(steps=4, warmup=0)
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=4))
+    method = DistributionMatching(steps=4, warmup=0)
     config = TrainConfig(iterations=3, batch=8, lr=1e-2, fake_lr=1e-2, precision=precision)  # type: ignore[arg-type]
     list(distill(roles, method, embed(backbone, tiny.WORDS, None, "tiny"), config))
     assert {(role, n) for role, own in roles.trained.items() for n in own} - reached == set()
@@ -111,9 +119,11 @@ def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monke
 def test_gradients_that_are_lost_on_the_way_end_a_training(share: bool, layer: str) -> None:
     """As casts without history lost them: all, or all but the last layer's."""
     backbone = tiny.denoiser()
-    roles = make_roles(backbone, RolesConfig(share=share, rank=4))
+    roles = make_roles(backbone, RolesConfig(lora=share, rank=4))
     for network in {id(n): n for n in roles.networks.values()}.values():
         network.get_submodule(layer).register_forward_hook(lambda _, __, output: output.detach())
     data = embed(backbone, tiny.WORDS, None, "tiny")
     with pytest.raises(ValueError, match=r"^train: the fake's loss reaches (none|\d+) of (its )?\d+ trained tensors"):
-        list(distill(roles, Matching(steps=4, warmup=0), data, replace(CONFIG, precision="no", iterations=9)))
+        list(
+            distill(roles, DistributionMatching(steps=4, warmup=0), data, replace(CONFIG, precision="no", iterations=9))
+        )

@@ -12,7 +12,7 @@ from torch import nn
 from fewstep.training.compiling import Compiled
 from fewstep.training.loop import TrainConfig
 
-from .test_loop import CONFIG, METHOD, metrics, parts, run
+from .common import CONFIG, METHOD, metrics, parts, run
 
 COMPILED = replace(CONFIG, compile=True)
 
@@ -24,7 +24,10 @@ def fresh() -> None:
 
 @pytest.mark.parametrize("share", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_it_is_the_same_training(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Roles, guidance and adapters go through torch's tracing and its derivatives; compiled to what runs without a compiler."""
+    """Roles, guidance and adapters go through torch's tracing and its derivatives.
+
+    The backend runs without a compiler.
+    """
     plain, expected = run(share)
     made: list[object] = []
     traced = partial(torch.compile, backend="aot_eager")
@@ -42,7 +45,7 @@ def test_it_is_the_same_training(share: bool, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_pictures_are_drawn_by_the_networks_as_they_are() -> None:
+def test_images_are_drawn_by_the_networks_as_they_are() -> None:
     calls: list[str] = []
 
     class Network(nn.Module):
@@ -64,7 +67,10 @@ def test_without_a_compiler_one_line_says_so() -> None:
     from torch._inductor import config
 
     roles, _ = parts()
-    with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "fx_graph_cache": False}), pytest.raises(ValueError, match="compile") as error:
+    with (
+        config.patch({"cpp.cxx": (None, "/nowhere/g++"), "fx_graph_cache": False}),
+        pytest.raises(ValueError, match="compile") as error,
+    ):
         Compiled(roles.networks.values(), torch.device("cpu"))
     assert str(error.value).startswith("train.compile: got true, but torch cannot compile here (")
     assert str(error.value).endswith("); install a C++ compiler (on a GPU: triton), or set it to false")
@@ -72,7 +78,7 @@ def test_without_a_compiler_one_line_says_so() -> None:
 
 
 def test_not_with_spread_weights() -> None:
-    with pytest.raises(ValueError, match=r"^train\.compile: got true with train\.shard=true"):
+    with pytest.raises(ValueError, match=r"^compile: got True with shard=True"):
         TrainConfig(iterations=1, batch=1, lr=1e-3, fake_lr=1e-3, shard=True, compile=True)
 
 

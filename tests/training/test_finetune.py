@@ -1,4 +1,4 @@
-"""Fine-tuning a teacher: it learns the pictures it is shown, by LoRA or whole, and can be stopped and resumed."""
+"""Fine-tuning a teacher: it learns the images it is shown, by LoRA or whole, and can be stopped and resumed."""
 
 import copy
 from pathlib import Path
@@ -7,27 +7,27 @@ import pytest
 import torch
 
 from fewstep.backbones.base import Denoiser
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
 from fewstep.roles.roles import RolesConfig
 from fewstep.training.finetune import finetune
 from fewstep.training.fit import FitConfig
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import embed
 
 from .. import tiny
 
 CONFIG = FitConfig(steps=60, batch=16, lr=1e-2, warmup=5, decay=20, ema=0.9, checkpoint_every=30)
 
 
-def data(backbone: Denoiser) -> RealData:
+def data(backbone: Denoiser) -> ImageData:
     x0 = torch.full((3, *backbone.shape), 0.7)
-    return RealData(x0, embed(backbone, tiny.WORDS, None, "x"), "x")
+    return ImageData(x0, embed(backbone, tiny.WORDS, None, "x"), "x")
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_it_learns_and_leaves_a_plain_network(tmp_path: Path, share: bool) -> None:
     backbone = tiny.denoiser()
     before = copy.deepcopy(backbone.module.state_dict())
-    steps = list(finetune(backbone, data(backbone), RolesConfig(share=share, rank=4), CONFIG, tmp_path))
+    steps = list(finetune(backbone, data(backbone), RolesConfig(lora=share, rank=4), CONFIG, tmp_path))
     assert sum(s.loss for s in steps[-10:]) < 0.7 * sum(s.loss for s in steps[:10])
     after = backbone.module.state_dict()
     assert set(after) == set(before)  # no adapter is left
@@ -39,7 +39,7 @@ def test_it_learns_and_leaves_a_plain_network(tmp_path: Path, share: bool) -> No
 @pytest.mark.parametrize("share", [True, False])
 def test_stopped_and_resumed_it_is_the_same_teacher(tmp_path: Path, share: bool) -> None:
     straight, resumed = tiny.denoiser(), tiny.denoiser()
-    how = RolesConfig(share=share, rank=4)
+    how = RolesConfig(lora=share, rank=4)
     list(finetune(straight, data(straight), how, CONFIG, tmp_path / "straight"))
     for step in finetune(tiny.denoiser(), data(straight), how, CONFIG, tmp_path / "stopped"):
         if step.step == 40:

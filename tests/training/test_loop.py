@@ -1,6 +1,5 @@
 """The training loop: what it changes and what not, bit-exact resuming, and every way to stop."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,74 +7,44 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone, Denoiser
+from fewstep.backbones.base import Denoiser
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
-from fewstep.methods.imitation import Imitation
-from fewstep.methods.matching import Matching
-from fewstep.methods.method import Loss, Turn
+from fewstep.data.prompts import embed
+from fewstep.methods.consistency import ConsistencyDistillation
+from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig
+from fewstep.methods.method import Loss, TrainBatch
+from fewstep.methods.progressive import ProgressiveDistillation
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.optimizer import OptimizerName, make_optimizer
-from fewstep.training.prompts import Embeddings, embed
 from fewstep.training.settings import require_unchanged
 from fewstep.training.state import checkpoints
 
 from .. import tiny
-
-METHOD = Matching(steps=2, guidance=2.0, warmup=2)
-CONFIG = TrainConfig(iterations=6, batch=4, lr=1e-3, fake_lr=1e-2, checkpoint_every=3)
-
-
-def parts(share: bool = True, backbone: Backbone | None = None) -> tuple[Roles, Embeddings]:
-    backbone = backbone or tiny.denoiser()
-    return make_roles(backbone, RolesConfig(share=share, rank=2)), embed(backbone, tiny.WORDS, None, "tiny")
-
-
-def run(
-    share: bool = True, method: Matching = METHOD, config: TrainConfig = CONFIG, out: Path | None = None, stop: int | None = None
-) -> tuple[Roles, list[Step]]:
-    roles, data = parts(share)
-    steps = []
-    for step in distill(roles, method, data, config, out):
-        steps.append(step)
-        if step.iteration == stop:
-            break
-    return roles, steps
-
-
-def metrics(steps: list[Step]) -> list[tuple[int, dict[str, float]]]:
-    return [(s.iteration, dict(s.metrics)) for s in steps]
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {f"{p.stem}/{n}": t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
-
-
-def digest(module: nn.Module) -> str:
-    """SHA-256 of the base weights, adapters left out."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted((n.replace(".base_layer", ""), t) for n, t in module.state_dict().items() if "lora_" not in n):
-        sha.update(name.encode())
-        sha.update(tensor.numpy().tobytes())
-    return sha.hexdigest()
-
+from .common import CONFIG, METHOD, digest, metrics, parts, run, tensors
 
 # What changes and what does not
 
 
-@pytest.mark.parametrize("backbone", [tiny.denoiser, tiny.flow_denoiser, tiny.stable_diffusion], ids=["table", "flow", "sd"])
+@pytest.mark.parametrize(
+    "backbone", [tiny.denoiser, tiny.flow_denoiser, tiny.stable_diffusion], ids=["table", "flow", "sd"]
+)
 def test_training_leaves_the_base_as_it_was(backbone: type) -> None:
     made = backbone()
     before = digest(made.module)
     roles, data = parts(backbone=made)
     assert len(list(distill(roles, replace(METHOD, warmup=0), data, replace(CONFIG, iterations=3)))) == 3
     assert digest(made.module) == before
-    assert all(bool(p.any()) for n, p in roles.trained["student"].items() if "lora_B" in n and "to_k" not in n and "to_q" not in n)
+    assert all(
+        bool(p.any())
+        for n, p in roles.trained["student"].items()
+        if "lora_B" in n and "to_k" not in n and "to_q" not in n
+    )
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -96,23 +65,33 @@ def test_the_warm_up_trains_the_fake_score_alone_and_then_both_move(share: bool)
 
 def test_the_students_rate_falls_to_zero_in_a_line(tmp_path: Path) -> None:
     config = replace(CONFIG, decay=4)
-    assert [config.lr_at("student", i) for i in range(6)] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3 * 0.75, 1e-3 * 0.5, 1e-3 * 0.25])
+    assert [config.lr_at("student", i) for i in range(6)] == pytest.approx(
+        [1e-3, 1e-3, 1e-3, 1e-3 * 0.75, 1e-3 * 0.5, 1e-3 * 0.25]
+    )
     assert {config.lr_at("fake", i) for i in range(6)} == {config.fake_lr}
     (roles, data), (others, _) = parts(), parts()
     list(distill(roles, METHOD, data, config, tmp_path))
     list(distill(others, METHOD, data, replace(CONFIG, iterations=3)))
     plain, _ = parts()
     list(distill(plain, METHOD, data, CONFIG))
-    start, end, far = (torch.cat([p.detach().flatten() for p in r.trained["student"].values()]) for r in (others, roles, plain))
-    assert 0 < (end - start).norm() < 0.75 * (far - start).norm()  # the same first three iterations, then smaller and smaller steps
-    with pytest.raises(ValueError, match=r"other settings: train\.iterations 6 -> 9; set"):  # a longer run has had other rates
+    start, end, far = (
+        torch.cat([p.detach().flatten() for p in r.trained["student"].values()]) for r in (others, roles, plain)
+    )
+    assert (
+        0 < (end - start).norm() < 0.75 * (far - start).norm()
+    )  # the same first three iterations, then smaller and smaller steps
+    with pytest.raises(
+        ValueError, match=r"other settings: train\.iterations 6 -> 9; set"
+    ):  # a longer run has had other rates
         next(distill(parts()[0], METHOD, data, replace(config, iterations=9), tmp_path))
 
 
 def test_the_rates_rise_from_zero_over_each_roles_first_updates() -> None:
     config = replace(CONFIG, lr_warmup=4, iterations=8)
     assert [config.lr_at("fake", i) for i in range(6)] == pytest.approx([1e-2 * r for r in (0.25, 0.5, 0.75, 1, 1, 1)])
-    assert [config.lr_at("student", i, 2) for i in range(2, 8)] == pytest.approx([1e-3 * r for r in (0.25, 0.5, 0.75, 1, 1, 1)])
+    assert [config.lr_at("student", i, 2) for i in range(2, 8)] == pytest.approx(
+        [1e-3 * r for r in (0.25, 0.5, 0.75, 1, 1, 1)]
+    )
     (roles, data), (plain, _) = parts(), parts()
     start = {n: p.detach().clone() for n, p in roles.trained["student"].items()}
     method = replace(METHOD, warmup=0)
@@ -124,11 +103,17 @@ def test_the_rates_rise_from_zero_over_each_roles_first_updates() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("lr_warmup", -1), ("lr_warmup", 99), ("betas", (0.0, 1.0)), ("betas", (-0.1, 0.9)), ("weight_decay", float("nan"))]
+    [
+        ("lr_warmup", -1),
+        ("lr_warmup", 99),
+        ("betas", (0.0, 1.0)),
+        ("betas", (-0.1, 0.9)),
+        ("weight_decay", float("nan")),
+    ]
     + [(option, value) for option in ("lr", "fake_lr", "clip") for value in (0.0, float("nan"), float("inf"))],
 )
 def test_settings_that_cannot_be_are_refused(option: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^train\.{option}: got .*, allowed are "):
+    with pytest.raises(ValueError, match=rf"^{option}: got .*, allowed are "):
         replace(CONFIG, **{option: value})  # type: ignore[arg-type]
 
 
@@ -147,7 +132,9 @@ def test_one_update_moves_one_role(share: bool, monkeypatch: pytest.MonkeyPatch)
         return norm
 
     monkeypatch.setattr(loop, "_update", watched)
-    list(distill(roles, replace(METHOD, warmup=0, fake_updates=2), data, replace(CONFIG, iterations=2)))
+    list(
+        distill(roles, replace(METHOD, warmup=0, fake=FakeScoreConfig(updates=2)), data, replace(CONFIG, iterations=2))
+    )
     assert seen == [["fake"], ["fake"], ["student"]] * 2
     assert kept.keys() == {"student", "fake"}
 
@@ -179,16 +166,16 @@ class Place:
 def draws_of(rank: int, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, list[float]]]]:
     """For every iteration and batch of a process: the seed of its noise, and which conditions it took."""
     seen: list[list[tuple[int, list[float]]]] = []
-    inner = Matching.losses
+    inner = DistributionMatching.losses
 
-    def watched(method: Matching, roles: Roles, turn: Turn) -> Iterator[Loss]:
-        if len(seen) <= turn.iteration:
+    def watched(method: DistributionMatching, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
+        if len(seen) <= batch.iteration:
             seen.append([])
-        seen[turn.iteration].append((turn.rng.initial_seed(), turn.cond["label"].flatten().tolist()))
-        return inner(method, roles, turn)
+        seen[batch.iteration].append((batch.rng.initial_seed(), batch.cond["label"].flatten().tolist()))
+        return inner(method, roles, batch)
 
     monkeypatch.setattr(loop, "Accelerator", lambda: Place(rank))
-    monkeypatch.setattr(Matching, "losses", watched)
+    monkeypatch.setattr(DistributionMatching, "losses", watched)
     backbone = tiny.denoiser()
     words = [letter * n for letter in "abe" for n in range(1, 30)]
     roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, words, None, "tiny")
@@ -224,7 +211,7 @@ def test_both_roles_have_the_settings_of_the_training(monkeypatch: pytest.Monkey
     for optimizer, lr in zip(made, (config.lr, config.fake_lr), strict=True):
         (group,) = optimizer.param_groups
         assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.1, 0.95), 0.03, lr)
-    assert TrainConfig(1, 1, 1.0, 1.0).betas == (0.0, 0.999)  # TDM, app. D
+    assert TrainConfig(iterations=1, batch=1, lr=1.0, fake_lr=1.0).betas == (0.0, 0.999)  # TDM, app. D
 
 
 def test_a_step_shows_its_networks_and_its_time() -> None:
@@ -295,11 +282,18 @@ def test_a_finished_run_yields_its_last_step_and_can_be_made_longer(tmp_path: Pa
     ("other", "named"),
     [
         ({"method": replace(METHOD, loss="l2")}, "method.loss huber -> l2"),
-        ({"method": replace(METHOD, steps=4, guidance=3.0)}, "method.steps 2 -> 4, method.guidance 2 -> 3"),
+        (
+            {"method": replace(METHOD, steps=4, guidance=Guidance(scale=3.0))},
+            "method.steps 2 -> 4, method.guidance.scale 2 -> 3",
+        ),
+        (
+            {"method": replace(METHOD, guidance=Guidance(scale=2.0, rescale=0.5))},
+            "method.guidance.rescale 0 -> 0.5",
+        ),
         ({"config": replace(CONFIG, lr=2e-3)}, "train.lr 0.001 -> 0.002"),
         ({"config": replace(CONFIG, batch=8)}, f"train.batch {CONFIG.batch} -> 8"),
         ({"config": replace(CONFIG, seed=1)}, "train.seed 0 -> 1"),
-        ({"share": False}, "roles.share True -> False"),
+        ({"share": False}, "roles.lora True -> False"),
     ],
 )
 def test_other_settings_do_not_go_on_and_are_named(tmp_path: Path, other: dict, named: str) -> None:
@@ -314,11 +308,16 @@ def test_other_settings_do_not_go_on_and_are_named(tmp_path: Path, other: dict, 
     ("changed", "named"),
     [
         (lambda b: replace(b, schedule=VP(tiny.TABLE.alpha_bar[:980])), "teacher.schedule.levels 1000 -> 980"),
-        (lambda b: replace(b, schedule=VP(tiny.TABLE.alpha_bar * 0.99)), r"teacher.schedule.alpha_bar \(33 numbers from 0.99915 to 0.0046"),
+        (
+            lambda b: replace(b, schedule=VP(tiny.TABLE.alpha_bar * 0.99)),
+            r"teacher.schedule.alpha_bar \(33 numbers from 0.99915 to 0.0046",
+        ),
         (lambda b: replace(b, schedule=Flow()), "teacher.schedule VP -> Flow"),
         (lambda b: replace(b, prediction="eps"), "teacher.prediction v -> eps"),
-        (lambda b: replace(b, guidance_rescale=0.5), "teacher.guidance_rescale 0 -> 0.5"),
-        (lambda b: replace(b, conditions=lambda prompts: {"label": torch.ones(len(prompts), 3)}), "conditions.label.says"),
+        (
+            lambda b: replace(b, conditions=lambda prompts: {"label": torch.ones(len(prompts), 3)}),
+            "conditions.label.says",
+        ),
     ],
 )
 def test_another_process_does_not_go_on(tmp_path: Path, changed: Callable[[Denoiser], Denoiser], named: str) -> None:
@@ -326,20 +325,36 @@ def test_another_process_does_not_go_on(tmp_path: Path, changed: Callable[[Denoi
     run(out=tmp_path, stop=3)
     backbone = changed(tiny.denoiser())
     with pytest.raises(ValueError, match=rf"made with other settings: {named}"):
-        next(distill(make_roles(backbone, RolesConfig(rank=2)), METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
+        next(
+            distill(
+                make_roles(backbone, RolesConfig(rank=2)),
+                METHOD,
+                embed(backbone, tiny.WORDS, None, "tiny"),
+                CONFIG,
+                tmp_path,
+            )
+        )
 
 
 def test_settings_survive_a_rounding_and_another_name(tmp_path: Path) -> None:
     run(out=tmp_path, stop=3)
     backbone = replace(tiny.denoiser(), name="other", schedule=VP(tiny.TABLE.alpha_bar.float()))
-    step = next(distill(make_roles(backbone, RolesConfig(rank=2)), METHOD, embed(backbone, tiny.WORDS, None, "tiny"), CONFIG, tmp_path))
+    step = next(
+        distill(
+            make_roles(backbone, RolesConfig(rank=2)),
+            METHOD,
+            embed(backbone, tiny.WORDS, None, "tiny"),
+            CONFIG,
+            tmp_path,
+        )
+    )
     assert step.iteration == 4
 
 
 def test_stages_of_a_length_are_not_made_longer() -> None:
     """Progressive distillation divides its length into stages, so another length is another run."""
-    assert Imitation(target="progressive", loss="l2", solver="ddim").needs.length
-    assert not Imitation().needs.length and not METHOD.needs.length
+    assert ProgressiveDistillation(loss="l2", solver="ddim").needs.length
+    assert not ConsistencyDistillation().needs.length and not METHOD.needs.length
 
 
 def test_a_checkpoint_without_settings_is_refused_by_name() -> None:
@@ -368,7 +383,8 @@ def test_a_truncated_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint-000006" / "student.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(
-        ValueError, match=r"checkpoint-000006 is damaged or incomplete .*; delete that folder to go on from checkpoint-000003$"
+        ValueError,
+        match=r"checkpoint-000006 is damaged or incomplete .*; delete that folder to go on from checkpoint-000003$",
     ):
         run(out=tmp_path)
     for part in file.parent.iterdir():
@@ -384,7 +400,9 @@ def test_a_full_disk_stops_with_the_older_checkpoint_whole(tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot write checkpoint .*checkpoint-000006: .*No space left on device.*; free some space"):
+    with pytest.raises(
+        OSError, match=r"cannot write checkpoint .*checkpoint-000006: .*No space left on device.*; free some space"
+    ):
         run(out=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
     monkeypatch.undo()
@@ -406,7 +424,7 @@ class Breaking(nn.Module):
         return self.inner(x, t, label) * (float("nan") if self.calls > self.last else 1.0)
 
 
-@pytest.mark.parametrize(("role", "option"), [("fake", "train.fake_lr"), ("student", "train.lr")])
+@pytest.mark.parametrize(("role", "option"), [("fake", "train.lr or train.fake_lr"), ("student", "train.lr")])
 def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role: str, option: str) -> None:
     backbone = tiny.denoiser()
     roles, data = parts(False, replace(backbone, module=Breaking(backbone.module), time_layer="inner.time"))
@@ -416,7 +434,8 @@ def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role:
     broken = roles.networks["teacher" if role == "student" else "fake"]
     assert isinstance(broken, Breaking)
     broken.last = 0
-    message = rf"^the {role} loss is nan at iteration 5; the last checkpoint is intact: lower {option}, then run again$"
+    kept = rf"\(checkpoint-000003 of {re.escape(str(tmp_path))} is intact\)"
+    message = rf"^the {role} loss is nan at iteration 5; lower {option}, and choose another --out {kept}$"
     with pytest.raises(FloatingPointError, match=message):
         next(steps)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003"]
@@ -436,22 +455,22 @@ def test_a_gradient_that_is_no_number_updates_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"iterations": 0}, "train.iterations: got 0, allowed are whole numbers from 1"),
-        ({"batch": 0}, "train.batch: got 0, allowed are whole numbers from 1"),
-        ({"batch": 2**31}, "train.batch: got 2147483648, allowed are whole numbers from 1 to 65536"),
-        ({"checkpoint_every": 0}, "train.checkpoint_every: got 0, allowed are whole numbers from 1"),
-        ({"lr": 0.0}, "train.lr: got 0.0, allowed are numbers above 0"),
-        ({"lr": float("nan")}, "train.lr: got nan, allowed are numbers above 0"),
-        ({"fake_lr": -1.0}, "train.fake_lr: got -1.0, allowed are numbers above 0"),
-        ({"clip": 0.0}, "train.clip: got 0.0, allowed are numbers above 0"),
-        ({"ema": 1.0}, "train.ema: got 1.0, allowed are numbers from 0 (off) up to, not including, 1"),
-        ({"precision": "half"}, "train.precision: got 'half', allowed are no, bf16"),
+        ({"iterations": 0}, "iterations: got 0, allowed are whole numbers from 1"),
+        ({"batch": 0}, "batch: got 0, allowed are whole numbers from 1"),
+        ({"batch": 2**31}, "batch: got 2147483648, allowed are whole numbers from 1 to 65536"),
+        ({"checkpoint_every": 0}, "checkpoint_every: got 0, allowed are whole numbers from 1"),
+        ({"lr": 0.0}, "lr: got 0.0, allowed are numbers above 0"),
+        ({"lr": float("nan")}, "lr: got nan, allowed are numbers above 0"),
+        ({"fake_lr": -1.0}, "fake_lr: got -1.0, allowed are numbers above 0"),
+        ({"clip": 0.0}, "clip: got 0.0, allowed are numbers above 0"),
+        ({"ema": 1.0}, "ema: got 1.0, allowed are numbers from 0 up to, not including, 1"),
+        ({"precision": "half"}, "precision: got 'half', allowed are no, bf16"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         replace(CONFIG, **settings)
-    assert expected in str(error.value)
+    assert str(error.value).startswith(expected)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -462,7 +481,10 @@ def test_a_batch_smaller_than_the_steps_trains(share: bool) -> None:
 
 def test_mixed_precision_trains_in_it() -> None:
     """bfloat16 inside, float32 weights and losses: near the float32 run, and not the same."""
-    (_, full), (roles, half) = run(config=replace(CONFIG, iterations=3)), run(config=replace(CONFIG, iterations=3, precision="bf16"))
+    (_, full), (roles, half) = (
+        run(config=replace(CONFIG, iterations=3)),
+        run(config=replace(CONFIG, iterations=3, precision="bf16")),
+    )
     assert half[0].metrics["fake_loss"] != full[0].metrics["fake_loss"]
     assert half[0].metrics["fake_loss"] == pytest.approx(full[0].metrics["fake_loss"], rel=0.05)
     assert all(p.dtype == torch.float32 for r in TRAINED for p in roles.trained[r].values())

@@ -10,29 +10,34 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fewstep.api import path_times
+from fewstep.api import trajectory_times
 from fewstep.backbones.base import Backbone
-from fewstep.backbones.hollow import hollow_teacher
 from fewstep.backbones.load import load_teacher
-from fewstep.begin import roles_for
-from fewstep.methods.matching import Matching
+from fewstep.backbones.meta import meta_teacher
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import Embeddings
+from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, MatchConfig
 from fewstep.methods.method import Method
-from fewstep.methods.paths import PathImitation
-from fewstep.roles.quantised import quantise
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
+from fewstep.roles.quantized import quantize
 from fewstep.roles.roles import RolesConfig
+from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import Training, module_bytes, peak_bytes, training_bytes
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import Embeddings
 
 from .. import pipelines
 
-TDM = Matching(steps=2, warmup=0)
+TDM = DistributionMatching(steps=2, warmup=0)
 
 
 def bytes_of(backbone: Backbone, method: Method, roles: RolesConfig, config: TrainConfig) -> Training:
     return training_bytes(
-        backbone, lambda: roles_for(backbone, method, roles), method, path_times(method, backbone), config, embeddings(backbone)
+        backbone,
+        lambda: roles_for(backbone, method, roles),
+        method,
+        trajectory_times(method, backbone),
+        config,
+        embeddings(backbone),
     )
 
 
@@ -41,12 +46,16 @@ def embeddings(backbone: Backbone) -> Embeddings:
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl", "pixart", "cogvideox") else f for f in pipelines.FAMILIES]
+    "family",
+    [
+        pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl", "pixart", "cogvideox") else f
+        for f in pipelines.FAMILIES
+    ],
 )
 def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tmp_path: Path) -> None:
     folder = pipelines.save(family, tmp_path / family)
-    roles, config = RolesConfig(rank=4), TrainConfig(1, 4, 1e-4, 1e-4)
-    planned, real = (bytes_of(b, TDM, roles, config) for b in (hollow_teacher(folder), load_teacher(folder)))
+    roles, config = RolesConfig(rank=4), TrainConfig(iterations=1, batch=4, lr=1e-4, fake_lr=1e-4)
+    planned, real = (bytes_of(b, TDM, roles, config) for b in (meta_teacher(folder), load_teacher(folder)))
     assert planned.total == pytest.approx(real.total, rel=0.01)
     assert (planned.base, planned.trained) == (real.base, real.trained)
 
@@ -57,27 +66,39 @@ def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tm
         (TDM, RolesConfig(rank=4), 2),
         pytest.param(TDM, RolesConfig(rank=4), 8, marks=pytest.mark.slow),
         pytest.param(TDM, RolesConfig(rank=4, checkpointing=True), 8, marks=pytest.mark.slow),
-        pytest.param(TDM, RolesConfig(share=False), 2, marks=pytest.mark.slow),
-        pytest.param(TDM, RolesConfig(rank=4, base="int8"), 8, marks=pytest.mark.slow),
+        pytest.param(TDM, RolesConfig(lora=False), 2, marks=pytest.mark.slow),
+        pytest.param(TDM, RolesConfig(rank=4, quantize="int8"), 8, marks=pytest.mark.slow),
         pytest.param(
-            TDM, RolesConfig(rank=4, base="nf4"), 8, marks=pytest.mark.slow
+            TDM, RolesConfig(rank=4, quantize="nf4"), 8, marks=pytest.mark.slow
         ),  # with checkpointing, a weight decoded on a CPU is too much of all
-        pytest.param(Matching(steps=(2, 1), divergence="fisher", warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
-        pytest.param(Matching(steps=2, gan=1.0, warmup=0), RolesConfig(rank=4), 4, marks=pytest.mark.slow),
+        pytest.param(
+            DistributionMatching(steps=(2, 1), warmup=0, match=MatchConfig(divergence="fisher")),
+            RolesConfig(rank=4),
+            4,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            DistributionMatching(steps=2, warmup=0, gan=GanConfig(weight=1.0)),
+            RolesConfig(rank=4),
+            4,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @pytest.mark.slow
-def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(method: Matching, roles: RolesConfig, batch: int) -> None:
-    config = TrainConfig(2, batch, 1e-4, 1e-4)
-    planned = bytes_of(hollow_teacher("emoji"), method, roles, config).total
+def test_the_plan_is_within_five_percent_of_what_the_allocator_gave(
+    method: DistributionMatching, roles: RolesConfig, batch: int
+) -> None:
+    config = TrainConfig(iterations=2, batch=batch, lr=1e-4, fake_lr=1e-4)
+    planned = bytes_of(meta_teacher("emoji"), method, roles, config).total
     assert planned == pytest.approx(taken(load_teacher("emoji"), method, roles, config), rel=0.05)
 
 
-def taken(teacher: Backbone, method: Matching, roles: RolesConfig, config: TrainConfig) -> int:
+def taken(teacher: Backbone, method: DistributionMatching, roles: RolesConfig, config: TrainConfig) -> int:
     """What the network has, and what the allocator gave in a training of it."""
-    quantise(teacher, roles.base)
+    quantize(teacher, roles.quantize)
     base, data = module_bytes(teacher.module), embeddings(teacher)  # before it carries adapters
-    real = RealData(torch.zeros(2, *teacher.shape), data, "") if method.gan else None
+    real = ImageData(torch.zeros(2, *teacher.shape), data, "") if method.needs.images else None
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in distill(roles_for(teacher, method, roles), method, data, config, real=real):
@@ -91,18 +112,26 @@ def taken(teacher: Backbone, method: Matching, roles: RolesConfig, config: Train
 def test_a_rounded_base_and_moments_in_8_bits_take_what_is_planned() -> None:
     """Bytes that a training with the package takes, against those planned without it."""
     pytest.importorskip("bitsandbytes")
-    roles, config = RolesConfig(rank=32, base="int8"), TrainConfig(2, 2, 1e-4, 1e-4, optimizer="adamw8bit")
-    planned = bytes_of(hollow_teacher("emoji"), TDM, roles, config)
+    roles, config = (
+        RolesConfig(rank=32, quantize="int8"),
+        TrainConfig(iterations=2, batch=2, lr=1e-4, fake_lr=1e-4, optimizer="adamw8bit"),
+    )
+    planned = bytes_of(meta_teacher("emoji"), TDM, roles, config)
     assert planned.total == pytest.approx(taken(load_teacher("emoji"), TDM, roles, config), rel=0.05)
-    plain = bytes_of(hollow_teacher("emoji"), TDM, RolesConfig(rank=32), replace(config, optimizer="adamw"))
+    plain = bytes_of(meta_teacher("emoji"), TDM, RolesConfig(rank=32), replace(config, optimizer="adamw"))
     assert planned.base < 0.33 * plain.base
     assert planned.optimiser < 0.4 * plain.optimiser
 
 
 @pytest.mark.slow
 def test_methods_that_walk_trajectories_are_planned_too(tmp_path: Path) -> None:
-    teacher = hollow_teacher(pipelines.save("sd", tmp_path / "sd"))
-    planned = bytes_of(teacher, PathImitation(steps=2), RolesConfig(rank=4), TrainConfig(1, 2, 1e-4, 1e-4))
+    teacher = meta_teacher(pipelines.save("sd", tmp_path / "sd"))
+    planned = bytes_of(
+        teacher,
+        TrajectoryImitation(steps=2),
+        RolesConfig(rank=4),
+        TrainConfig(iterations=1, batch=2, lr=1e-4, fake_lr=1e-4),
+    )
     assert planned.total > planned.base > 0
 
 
@@ -113,14 +142,14 @@ def test_nothing_is_read_or_allocated(tmp_path: Path) -> None:
     path = folder / "unet" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"block_out_channels": [16384 for _ in config["block_out_channels"]]}))
-    teacher = hollow_teacher(folder, torch.bfloat16)
+    teacher = meta_teacher(folder, torch.bfloat16)
     assert next(teacher.module.parameters()).dtype == torch.bfloat16
     assert module_bytes(teacher.module) > 50 * 2**30
 
 
 def test_decoding_goes_by_parts(tmp_path: Path) -> None:
-    """Many pictures need little more than as many as fit together."""
-    teacher = hollow_teacher("emoji")
+    """Many images need little more than as many as fit together."""
+    teacher = meta_teacher("emoji")
     vae = teacher.pipe.vae  # type: ignore[attr-defined]
     one, many = (peak_bytes(partial(teacher.decode, torch.zeros(n, *teacher.shape)), vae) for n in (64, 640))
     assert many < 1.25 * one + 640 * 3 * 64 * 64 * 4 * 4

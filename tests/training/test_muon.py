@@ -65,4 +65,8 @@ def test_which_parameters_are_matrices() -> None:
             "fc": nn.Linear(64, 64),
         }
     )
-    assert {n for n, p in net.named_parameters() if is_matrix(net, n, p)} == {"conv.weight", "video.weight", "fc.weight"}
+    assert {n for n, p in net.named_parameters() if is_matrix(net, n, p)} == {
+        "conv.weight",
+        "video.weight",
+        "fc.weight",
+    }

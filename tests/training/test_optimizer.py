@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone
+from fewstep.data.prompts import Embeddings, embed
 from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import optimizer as module
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import storage_bytes, training_bytes
 from fewstep.training.optimizer import make_optimizer, require, state_bytes
-from fewstep.training.prompts import Embeddings, embed
 from fewstep.training.state import checkpoints
 
 from .. import tiny
-from .test_loop import CONFIG, METHOD, tensors
+from .common import CONFIG, METHOD, tensors
 
 EIGHT = replace(CONFIG, optimizer="adamw8bit")
 
@@ -35,7 +35,10 @@ def parts() -> tuple[Roles, Embeddings]:
 
 
 def test_what_is_held_for_a_parameter() -> None:
-    """Two moments: in single precision 8 bytes a number, in 8 bits 2 and two scales for 256; small tensors stay as they were."""
+    """AdamW's two moments take 8 bytes or 2 a number.
+
+    In single precision they take 8, in 8 bits 2 and two scales for 256 numbers; small tensors stay as they were.
+    """
     large, odd, small = (nn.Parameter(torch.zeros(n)) for n in (8192, 5000, 100))
     assert state_bytes([large, odd, small], "adamw") == 8 * (8192 + 5000 + 100)
     assert state_bytes([large], "adamw8bit") == 2 * 8192 + 2 * 4 * 32
@@ -50,7 +53,12 @@ def test_its_plan_needs_no_package_and_a_quarter(monkeypatch: pytest.MonkeyPatch
         backbone = wide()
         data = embed(backbone, tiny.WORDS, None, "tiny")
         planned[config.optimizer] = training_bytes(
-            backbone, partial(make_roles, backbone, RolesConfig(rank=64)), METHOD, METHOD.times(backbone.schedule), config, data
+            backbone,
+            partial(make_roles, backbone, RolesConfig(rank=64)),
+            METHOD,
+            METHOD.times(backbone.schedule),
+            config,
+            data,
         )
     plain, eight = planned["adamw"], planned["adamw8bit"]
     assert eight.optimiser < 0.27 * plain.optimiser
@@ -60,12 +68,15 @@ def test_its_plan_needs_no_package_and_a_quarter(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     require("adamw")
-    line = r"^train\.optimizer: adamw8bit needs the package bitsandbytes; run: pip install 'fewstep\[train8bit\]', or set it to adamw$"
+    line = (
+        r"^train\.optimizer: adamw8bit needs the package bitsandbytes; "
+        r"run: pip install 'fewstep\[train8bit\]', or set it to adamw$"
+    )
     with pytest.raises(ValueError, match=line):
         next(distill(*parts()[:1], METHOD, parts()[1], EIGHT))
-    with pytest.raises(ValueError, match=r"^train\.optimizer: got 'sgd', allowed are adamw, adamw8bit$"):
+    with pytest.raises(ValueError, match=r"^optimizer: got 'sgd', allowed are adamw, adamw8bit$"):
         replace(CONFIG, optimizer="sgd")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^train\.shard: got true, but adamw8bit takes whole tensors; set train\.optimizer=adamw$"):
+    with pytest.raises(ValueError, match=r"^shard: got True, but adamw8bit takes whole tensors; set optimizer=adamw$"):
         replace(EIGHT, shard=True)
 
 
@@ -94,11 +105,23 @@ def test_it_resumes_bit_for_bit_from_tensors_alone(tmp_path: Path) -> None:
     for _ in range(4):
         next(killed)
     kept = tensors(checkpoints(tmp_path / "killed")[-1])
-    types = {name.rpartition(".")[2]: tensor.dtype for name, tensor in kept.items() if "optimizer_student" in name and "to_q" in name}
+    types = {
+        name.rpartition(".")[2]: tensor.dtype
+        for name, tensor in kept.items()
+        if "optimizer_student" in name and "to_q" in name
+    }
     assert types | {"step": types["step"]} == {
-        "step": torch.int64, "state1": torch.uint8, "state2": torch.uint8, "qmap1": torch.float32, "qmap2": torch.float32, "absmax1": torch.float32, "absmax2": torch.float32,
-    }  # fmt: skip
-    assert any(bool((t != t.flatten()[0]).any()) for n, t in kept.items() if n.endswith("state2") and t.dtype == torch.uint8)
+        "step": torch.int64,
+        "state1": torch.uint8,
+        "state2": torch.uint8,
+        "qmap1": torch.float32,
+        "qmap2": torch.float32,
+        "absmax1": torch.float32,
+        "absmax2": torch.float32,
+    }
+    assert any(
+        bool((t != t.flatten()[0]).any()) for n, t in kept.items() if n.endswith("state2") and t.dtype == torch.uint8
+    )
     resumed, _ = parts()
     assert [s.iteration for s in distill(resumed, METHOD, data, config, tmp_path / "killed")] == [5, 6]
     for role in TRAINED:

@@ -1,4 +1,7 @@
-"""Two processes on one machine: each its own draws, one set of weights, one checkpoint, one recipe, and none that waits for ever."""
+"""Two processes train one student on one machine.
+
+Each has its own draws; both have one set of weights, one checkpoint and one recipe. Neither waits for ever.
+"""
 
 import os
 import signal
@@ -11,10 +14,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fewstep.methods.matching import Matching
+from fewstep.data.prompts import embed
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
 
 from .. import tiny
 from ..project import ROOT
@@ -25,10 +28,10 @@ from dataclasses import replace
 from accelerate import debug_launcher
 from safetensors.torch import save_file
 from tests import tiny
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import TRAINED, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 
 def work(folder):
     import torch
@@ -37,7 +40,8 @@ def work(folder):
     roles = make_roles(backbone, RolesConfig(rank=2))
     data = embed(backbone, tiny.WORDS, None, "tiny")
     config = TrainConfig(iterations=4, batch=4, lr=1e-3, fake_lr=1e-2, checkpoint_every=2)
-    steps = list(distill(roles, Matching(steps=(2, 1), warmup=1), data, config, __import__("pathlib").Path(folder)))
+    steps = list(distill(roles, DistributionMatching(steps=(2, 1), warmup=1), data, config, \
+__import__("pathlib").Path(folder)))
     rank = torch.distributed.get_rank()
     found = {f"{r}/{n}": p.detach().clone() for r in TRAINED for n, p in roles.trained[r].items()}
     found["loss"] = torch.tensor([s.metrics["fake_loss"] for s in steps])
@@ -49,7 +53,9 @@ debug_launcher(work, args=(sys.argv[1],), num_processes=2)
 
 @pytest.mark.slow
 def test_ranks_see_different_draws_and_keep_the_same_weights(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / f"rank{i}.safetensors") for i in (0, 1))
     assert bool((one.pop("loss") != two.pop("loss")).all())
@@ -65,12 +71,14 @@ def alone(folder: Path, accumulate: int) -> None:
     roles = make_roles(backbone, RolesConfig(rank=2))
     data = embed(backbone, tiny.WORDS, None, "tiny")
     config = TrainConfig(iterations=4, batch=4, accumulate=accumulate, lr=1e-3, fake_lr=1e-2, checkpoint_every=2)
-    list(distill(roles, Matching(steps=(2, 1), warmup=1), data, config, folder))
+    list(distill(roles, DistributionMatching(steps=(2, 1), warmup=1), data, config, folder))
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_that_takes_both_batches(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     two = load_file(tmp_path / "rank0.safetensors")
     for accumulate, same in ((2, True), (1, False)):
@@ -85,11 +93,11 @@ APART = """
 import datetime, os, signal, sys, time
 from pathlib import Path
 import torch
-from fewstep.methods.matching import Matching
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
-from fewstep.training import processes
+from fewstep import processes
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.prompts import embed
+from fewstep.data.prompts import embed
 from tests import tiny
 torch.set_num_threads(1)
 processes.TRAINING = datetime.timedelta(seconds=4)
@@ -101,7 +109,7 @@ data = embed(backbone, words, None, "tiny")
 count = {(1, "iterations"): 5, (0, "stop"): 400, (1, "stop"): 400}.get((rank, what), 4)
 config = TrainConfig(iterations=count, batch=4, lr=2e-3 if (rank, what) == (1, "lr") else 1e-3, fake_lr=1e-2)
 try:
-    for step in distill(roles, Matching(steps=(2, 1), warmup=1), data, config, run):
+    for step in distill(roles, DistributionMatching(steps=(2, 1), warmup=1), data, config, run):
         if what == "stop" and step.iteration == 3 and rank == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGSTOP)
     print("finished", flush=True)
@@ -115,7 +123,14 @@ def two(what: str, run: Path, *more: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}  # fmt: skip
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-c", APART, what, str(run), *more],
@@ -133,7 +148,7 @@ def two(what: str, run: Path, *more: str) -> list[subprocess.Popen[str]]:
     [
         ("lr", "train.lr is another (0.002 and not 0.001) here than in process 0"),
         ("iterations", "train.iterations is another (5 and not 4) here than in process 0"),
-        ("prompts", "training is another ("),
+        ("prompts", "conditions.label.says is another ("),
     ],
 )
 def test_processes_of_other_settings_do_not_train_together(what: str, said: str, tmp_path: Path) -> None:
@@ -141,7 +156,8 @@ def test_processes_of_other_settings_do_not_train_together(what: str, said: str,
     ends = [p.communicate(timeout=120)[0] for p in both]
     assert [p.returncode for p in both] == [2, 2]
     assert ends[0] == (
-        "ValueError process 0 of 2: other settings in another process than in process 0; start all of them with the same command and files\n"
+        "ValueError process 0 of 2: other settings in another process than in process 0; "
+        "start all of them with the same command and files\n"
     )
     assert said in ends[1] and not list(tmp_path.glob("checkpoint-*"))
 
@@ -157,7 +173,9 @@ def test_one_that_stands_still_is_missed_within_the_patience_of_an_iteration(sto
                 other.communicate(timeout=25)
             return
         said = other.communicate(timeout=90)[0]
-        assert other.returncode == 2 and said.startswith("ConnectionError another process of this run has ended or stands still")
+        assert other.returncode == 2 and said.startswith(
+            "ConnectionError another process of this run has ended or stands still"
+        )
         assert time.monotonic() - began < 80
     finally:
         for process in both:

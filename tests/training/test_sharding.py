@@ -1,4 +1,7 @@
-"""Sharded weights train as whole ones do. One process that shards with itself is enough to see most of it; two are in the slow tests."""
+"""Sharded weights train as whole ones do.
+
+One process that shards with itself is enough to see most of it; two are in the slow tests.
+"""
 
 import shutil
 import subprocess
@@ -16,25 +19,25 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.backbones.parts import blocks_of
-from fewstep.methods.imitation import Imitation
-from fewstep.methods.matching import Matching
+from fewstep.data.images import ImageData
+from fewstep.data.prompts import embed
+from fewstep.methods.consistency import ConsistencyDistillation
+from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig, GanConfig, MatchConfig
 from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.roles.sharding import whole
 from fewstep.training.loop import TrainConfig, distill
-from fewstep.training.pictures import RealData
-from fewstep.training.prompts import embed
 
 from .. import tiny
 from ..project import ROOT
 
 CONFIG = TrainConfig(iterations=3, batch=2, lr=1e-3, fake_lr=1e-3, checkpoint_every=2, weight_decay=0.01)
 METHODS: dict[str, Method] = {
-    "unify": Matching(steps=(2, 1), warmup=1),
-    "small batch": Matching(steps=4, warmup=0, fake_updates=2, share_draw=False),
-    "fisher": Matching(steps=2, warmup=0, divergence="fisher"),
-    "gan": Matching(steps=2, warmup=0, gan=0.1, gan_r1=0.1),
-    "lcm": Imitation(scales=(2.0,)),
+    "unify": DistributionMatching(steps=(2, 1), warmup=1),
+    "small batch": DistributionMatching(steps=4, warmup=0, fake=FakeScoreConfig(updates=2, share_noised_sample=False)),
+    "fisher": DistributionMatching(steps=2, warmup=0, match=MatchConfig(divergence="fisher")),
+    "gan": DistributionMatching(steps=2, warmup=0, gan=GanConfig(weight=0.1, r1=0.1)),
+    "lcm": ConsistencyDistillation(guidance_scales=(2.0,)),
 }
 
 
@@ -44,7 +47,9 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.time, self.inp, self.out = nn.Linear(2, 8), nn.Linear(6, 8), nn.Linear(8, 6)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8, bias=False)) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8, bias=False)) for _ in range(3)
+        )
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         h = self.inp(x) + self.time(torch.stack([t / 1000, torch.cos(t)], 1)) + label.to(x).sum(1, keepdim=True)
@@ -56,7 +61,12 @@ class Deep(nn.Module):
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """This process alone, as if it were several."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    distributed.init_process_group(
+        "gloo",
+        store=distributed.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
+    )
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
@@ -71,15 +81,17 @@ def deep() -> Denoiser:
 
 def roles_of(backbone: Backbone, method: Method, share: bool, checkpointing: bool = False) -> Roles:
     against = method.counts if method.needs.adversary else ()
-    config = RolesConfig(share, rank=2, checkpointing=checkpointing)
-    return make_roles(backbone, config, 0, method.conditioned, against, None, method.needs.fake)
+    config = RolesConfig(lora=share, rank=2, checkpointing=checkpointing)
+    return make_roles(backbone, config, 0, method.condition_values, against, None, method.needs.fake)
 
 
-def trained(roles: Roles, method: Method, run: Path | None = None, config: TrainConfig = CONFIG) -> list[dict[str, float]]:
+def trained(
+    roles: Roles, method: Method, run: Path | None = None, config: TrainConfig = CONFIG
+) -> list[dict[str, float]]:
     """All metrics."""
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
-    real = RealData(torch.randn(3, *roles.backbone.shape, generator=torch.Generator().manual_seed(5)), data, "")
-    return [dict(s.metrics) for s in distill(roles, method, data, config, run, real if method.needs.pictures else None)]
+    real = ImageData(torch.randn(3, *roles.backbone.shape, generator=torch.Generator().manual_seed(5)), data, "")
+    return [dict(s.metrics) for s in distill(roles, method, data, config, run, real if method.needs.images else None)]
 
 
 def weights(roles: Roles) -> dict[str, Tensor]:
@@ -129,7 +141,9 @@ def test_blocks_are_those_that_diffusers_keeps_together_or_the_elements_of_lists
     assert set(kinds) == {"ResnetBlock2D", "BasicTransformerBlock", "CrossAttnUpBlock2D", "UpBlock2D"}
     assert kinds.index("ResnetBlock2D") < kinds.index("UpBlock2D")  # inner ones first
     inside = {id(p) for b in blocks_of(network) for p in b.parameters()}
-    assert sum(p.numel() for p in network.parameters() if id(p) in inside) > 0.8 * sum(p.numel() for p in network.parameters())
+    assert sum(p.numel() for p in network.parameters() if id(p) in inside) > 0.8 * sum(
+        p.numel() for p in network.parameters()
+    )
     assert len(blocks_of(Deep())) == 3
 
 
@@ -140,7 +154,7 @@ from accelerate import debug_launcher
 from safetensors.torch import save_file
 from dataclasses import replace
 from tests.training import test_sharding as t
-from fewstep.training.processes import mesh_of_all
+from fewstep.processes import mesh_of_all
 from fewstep.training.loop import distill
 
 def work(folder, name, share):
@@ -168,10 +182,16 @@ def bytes_here(roles: Roles) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_that_share_the_weights_are_one_that_takes_both_batches(name: str, share: bool, tmp_path: Path) -> None:
+def test_two_processes_that_share_the_weights_are_one_that_takes_both_batches(
+    name: str, share: bool, tmp_path: Path
+) -> None:
     """With a batch of one and four steps the processes need unlike many network calls, and must make as many."""
     done = subprocess.run(
-        [sys.executable, "-c", TWO, str(tmp_path), name, str(share)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", TWO, str(tmp_path), name, str(share)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one = roles_of(deep(), METHODS[name], share)

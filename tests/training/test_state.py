@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training import state as module
 from fewstep.training.loop import save_run
-from fewstep.training.memory import Ledger
+from fewstep.training.memory import MemoryTracker
 from fewstep.training.optimizer import make_optimizer
 from fewstep.training.state import (
     checkpoints,
@@ -46,7 +46,18 @@ def test_seeds_depend_on_all_their_arguments_and_nothing_else() -> None:
 
     torch.manual_seed(1)
     assert first(0, 5, "draw") == first(0, 5, "draw")
-    assert len({first(0, 5, "draw"), first(1, 5, "draw"), first(0, 6, "draw"), first(0, 5, "prompts"), first(0, 5, "draw", rank=1)}) == 5
+    assert (
+        len(
+            {
+                first(0, 5, "draw"),
+                first(1, 5, "draw"),
+                first(0, 6, "draw"),
+                first(0, 5, "prompts"),
+                first(0, 5, "draw", rank=1),
+            }
+        )
+        == 5
+    )
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -89,12 +100,15 @@ def empty(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, remove, empty])
 @pytest.mark.parametrize("file", ["student.safetensors", "optimizer.safetensors", "state.json"])
-def test_damage_is_one_clear_error_and_the_older_one_is_whole(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+def test_damage_is_one_clear_error_and_the_older_one_is_whole(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
     older = save_checkpoint(tmp_path, 1, GROUPS, {})
     damage(save_checkpoint(tmp_path, 2, GROUPS, {}) / file)
     with pytest.raises(
         ValueError,
-        match=r"^checkpoint .*checkpoint-000002 is damaged or incomplete .*; delete that folder to go on from checkpoint-000001$",
+        match=r"^checkpoint .*checkpoint-000002 is damaged or incomplete .*; "
+        r"delete that folder to go on from checkpoint-000001$",
     ):
         latest_checkpoint(tmp_path)
     assert load_checkpoint(older)[1]["step"] == 1
@@ -107,7 +121,9 @@ def test_damage_of_the_only_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     save_checkpoint(tmp_path, 1, GROUPS, {})
     written: list[Path] = []
 
@@ -119,7 +135,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(
-        OSError, match=r"cannot write checkpoint .*checkpoint-000002: .*No space left on device.*; free some space or choose another --out"
+        OSError,
+        match=r"cannot write checkpoint .*checkpoint-000002: .*No space left on device.*; "
+        r"free some space or choose another --out",
     ):
         save_checkpoint(tmp_path, 2, GROUPS, {})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000001"]
@@ -169,21 +187,27 @@ def test_an_optimiser_goes_on_bit_for_bit() -> None:
 @pytest.mark.parametrize("share", [True, False])
 def test_saving_holds_nothing_beside_what_is_there(share: bool, tmp_path: Path) -> None:
     """Copies of weights or of optimiser states would be made on the card: gigabytes at the first checkpoint."""
-    roles = make_roles(tiny.denoiser(), RolesConfig(share=share, rank=2))
-    optimizers = {r: make_optimizer(list(p.values()), "adamw", 1e-3, (0.0, 0.999), 0.0) for r, p in roles.trained.items()}
+    roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
+    optimizers = {
+        r: make_optimizer(list(p.values()), "adamw", 1e-3, (0.0, 0.999), 0.0) for r, p in roles.trained.items()
+    }
     states = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         ledger.add(*roles.average.values(), *states, *(p for own in roles.trained.values() for p in own.values()))
         held = ledger.now
         save_run(roles, optimizers, tmp_path, 1, {})
-    assert ledger.most == held
+    assert ledger.peak == held
     assert (tmp_path / "checkpoint-000001" / "optimizer_student.safetensors").is_file()
 
 
 def read(folder: Path) -> dict[str, Any] | str:
     """The state of a checkpoint without its own hash, under whatever name, or what is said of it."""
     try:
-        return {k: v for k, v in load_checkpoint(folder)[1].items() if k in ("step", "groups", "fingerprint", "metrics", "sha256")}
+        return {
+            k: v
+            for k, v in load_checkpoint(folder)[1].items()
+            if k in ("step", "groups", "fingerprint", "metrics", "sha256")
+        }
     except ValueError as error:
         return str(error)
 
@@ -197,7 +221,10 @@ def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
             file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
             found = read(folder)
             assert found == whole or (isinstance(found, str) and found.startswith(damage)), (file.name, at)
-            assert found != whole or data[at : at + 1] in b" \n" or b"state_sha" in data[at - 12 : at + 12], (file.name, at)
+            assert found != whole or data[at : at + 1] in b" \n" or b"state_sha" in data[at - 12 : at + 12], (
+                file.name,
+                at,
+            )
         file.write_bytes(data)
 
 
@@ -208,7 +235,17 @@ def test_a_checkpoint_without_hashes_is_read(tmp_path: Path) -> None:
     assert load_checkpoint(folder)[1] == {"step": 2, "groups": ["optimizer", "student"]}
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"step": "2", "groups": []}', '{"step": true, "groups": []}', '{"step": 2, "groups": 3}', '{"step": 2, "groups": [], "sha256": []}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"step": "2", "groups": []}',
+        '{"step": true, "groups": []}',
+        '{"step": 2, "groups": 3}',
+        '{"step": 2, "groups": [], "sha256": []}',
+    ],
+)
 def test_a_state_of_another_kind_is_damage(text: str, tmp_path: Path) -> None:
     (save_checkpoint(tmp_path, 2, {}, {}) / "state.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged or incomplete"):
@@ -236,7 +273,8 @@ def test_copies_that_somebody_made_are_no_checkpoints_and_stay(tmp_path: Path) -
     assert all((tmp_path / name / "student.safetensors").is_file() for name in mine)
     shutil.copytree(tmp_path / "checkpoint-000005", tmp_path / "checkpoint-000099")
     with pytest.raises(
-        ValueError, match=r"it is of iteration 5: a copy under another name\); delete that folder to go on from checkpoint-000006"
+        ValueError,
+        match=r"it is of iteration 5: a copy under another name\); delete that folder to go on from checkpoint-000006",
     ):
         latest_checkpoint(tmp_path)
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fewstep.methods.distribution_matching import FakeScoreConfig
 from fewstep.roles.roles import TRAINED
 from fewstep.training import loop
 from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.state import seeded
 
 from .. import tiny
-from .test_loop import CONFIG, METHOD, parts, run, tensors
+from .common import CONFIG, METHOD, parts, run, tensors
 
 Gradients = dict[int, Tensor]
 
@@ -27,7 +28,9 @@ def gradients() -> Iterator[Gradients]:
     kept: Gradients = {}
 
     def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        kept.update({id(p): p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None})
+        kept.update(
+            {id(p): p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        )
 
     handle = register_optimizer_step_pre_hook(keep)
     yield kept
@@ -35,13 +38,19 @@ def gradients() -> Iterator[Gradients]:
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_accumulated_batches_give_the_mean_of_their_gradients(share: bool, monkeypatch: pytest.MonkeyPatch, gradients: Gradients) -> None:
+def test_accumulated_batches_give_the_mean_of_their_gradients(
+    share: bool, monkeypatch: pytest.MonkeyPatch, gradients: Gradients
+) -> None:
     """Two batches an iteration against each batch alone, with a step too small to matter in between."""
     still = replace(CONFIG, iterations=1, lr=1e-12, fake_lr=1e-12)
     method = replace(METHOD, warmup=0)
 
     def mean(config: TrainConfig, stream: int) -> dict[str, Tensor]:
-        monkeypatch.setattr(loop, "seeded", lambda seed, step, name, rank=0, device="cpu": seeded(seed, step, name, rank + stream, device))
+        monkeypatch.setattr(
+            loop,
+            "seeded",
+            lambda seed, step, name, rank=0, device="cpu": seeded(seed, step, name, rank + stream, device),
+        )
         roles, data = parts(share)
         list(distill(roles, method, data, config))
         return {f"{r}/{n}": gradients[id(p)] for r in TRAINED for n, p in roles.trained[r].items()}
@@ -54,11 +63,20 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(share: bool, monke
 
 
 def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
-    """Those of wide convolutions come channels last, which torch's fused AdamW reads in the wrong order without a word."""
+    """A gradient has the strides of its parameter.
+
+    The gradients of wide convolutions come channels last, which torch's fused AdamW reads in the wrong order without
+    a word.
+    """
     seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        seen.extend((p.stride(), p.grad.stride()) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        seen.extend(
+            (p.stride(), p.grad.stride())
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        )
 
     backbone = replace(tiny.denoiser(), module=tiny.Net(512))
     roles, data = parts(backbone=backbone)
@@ -69,9 +87,13 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
 
 
 def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path, gradients: Gradients) -> None:
-    """betas (0, 0.999): the first moment is the last gradient, the first step moves every weight by lr against its sign."""
+    """Updates are AdamW with betas (0, 0.999).
+
+    The first moment is the last gradient, and the first step moves every weight by lr against the gradient's sign.
+    """
     roles, data = parts()
-    start = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}
+    start, lr = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}, CONFIG.fake_lr
+    assert lr is not None
     for step in distill(roles, METHOD, data, replace(CONFIG, checkpoint_every=1), tmp_path):
         saved = tensors(tmp_path / f"checkpoint-{step.iteration:06d}")
         for n, p in roles.trained["fake"].items():
@@ -82,7 +104,7 @@ def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path, gradients: Grad
                 torch.testing.assert_close(saved[f"optimizer_fake/{n}.exp_avg_sq"], 0.001 * grad**2)
                 if "lora_B" in n:
                     moved, felt = start[n] - p.detach(), grad.abs() > 1e-5  # far above Adam's epsilon
-                    torch.testing.assert_close(moved[felt], CONFIG.fake_lr * grad.sign()[felt], rtol=1e-2, atol=0)
+                    torch.testing.assert_close(moved[felt], lr * grad.sign()[felt], rtol=1e-2, atol=0)
 
 
 def test_gradients_are_clipped_and_logged_before_it(gradients: Gradients) -> None:
@@ -93,14 +115,21 @@ def test_gradients_are_clipped_and_logged_before_it(gradients: Gradients) -> Non
         assert steps[-1].metrics[f"{role}_grad"] > 1e-6
 
 
-def test_under_bf16_a_later_call_of_an_iteration_sees_what_an_earlier_update_made_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_bf16_a_later_call_of_an_iteration_sees_what_an_earlier_update_made_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """autocast keeps what it cast, updated since or not, unless told otherwise."""
-    config, method = replace(CONFIG, precision="bf16", iterations=2), replace(METHOD, warmup=0, fake_updates=3, share_draw=False)
+    config, method = (
+        replace(CONFIG, precision="bf16", iterations=2),
+        replace(METHOD, warmup=0, fake=FakeScoreConfig(updates=3, share_noised_sample=False)),
+    )
 
     def metrics() -> list[dict[str, float]]:
         roles, data = parts(True)
         return [dict(s.metrics) for s in distill(roles, method, data, config)]
 
     found, autocast = metrics(), torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: autocast(*args, **(options | {"cache_enabled": False})))
+    monkeypatch.setattr(
+        torch, "autocast", lambda *args, **options: autocast(*args, **(options | {"cache_enabled": False}))
+    )
     assert found == metrics()

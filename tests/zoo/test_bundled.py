@@ -20,15 +20,21 @@ def test_it_ships_whole_and_small() -> None:
 
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
 def test_plain_diffusers_draws_what_fewstep_draws(rescale: float) -> None:
-    """Guided DDIM in stock diffusers equals ours, picture by picture: schedule, guidance, noise and codec agree."""
+    """Guided DDIM in stock diffusers equals ours, image by image: schedule, guidance, noise and codec agree."""
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     prompts, seeds = ["red apple", "waving hand sign, dark skin tone"], [3, 4]
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     theirs = pipe(
-        prompts, num_inference_steps=5, guidance_scale=3.0, guidance_rescale=rescale, generator=generators, output_type="pt"
+        prompts,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        guidance_rescale=rescale,
+        generator=generators,
+        output_type="pt",
     ).images
-    ours = fewstep.sample(fewstep.load_teacher("emoji", guidance_rescale=rescale), prompts, seeds, steps=5, guidance=3.0)
+    guidance = fewstep.Guidance(scale=3.0, rescale=rescale)
+    ours = fewstep.sample(fewstep.load_teacher("emoji"), prompts, seeds, steps=5, guidance=guidance)
     assert (theirs - ours).abs().max() <= 1e-3
     assert ours.std() > 0.1
 
@@ -51,6 +57,9 @@ def test_the_pixel_teacher_is_tiny_and_draws_its_kinds() -> None:
     assert DDPMPipeline.from_pretrained(folder).unet.config.sample_size == 28
     for guidance in (1.0, 2.0):
         trousers, bags = fewstep.sample(teacher, ["trouser"] * 6 + ["bag"] * 6, steps=10, guidance=guidance).split(6)
-        width = [((p > 0.3).float().amax(2).sum(2) / (p > 0.3).float().amax(3).sum(2).clamp(min=1)).mean() for p in (trousers, bags)]
+        width = [
+            ((p > 0.3).float().amax(2).sum(2) / (p > 0.3).float().amax(3).sum(2).clamp(min=1)).mean()
+            for p in (trousers, bags)
+        ]
         assert width[0] < 0.75
         assert width[1] > 0.85

@@ -16,12 +16,12 @@ from ..archives import pack
 
 def webp(frames: int) -> bytes:
     """A square that grows darker by ten a frame, see-through around it."""
-    pictures = []
+    images = []
     for i in range(frames):
-        pictures.append(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
-        pictures[-1].paste((200 - 10 * i, 100, 0, 255), (8, 8, 24, 24))
+        images.append(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
+        images[-1].paste((200 - 10 * i, 100, 0, 255), (8, 8, 24, 24))
     file = io.BytesIO()
-    pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], lossless=True, duration=40)
+    images[0].save(file, "WEBP", save_all=True, append_images=images[1:], lossless=True, duration=40)
     return file.getvalue()
 
 
@@ -37,7 +37,10 @@ def test_what_moves_and_has_a_name_is_taken(tmp_path: Path) -> None:
     assets = {"1f3c3": webp(12), "1f3c3-1f3ff": webp(9), "1f3c4": webp(1), "ffff": webp(5)}
     archive = pack(tmp_path / "clips.tgz", {f"package/assets/{k}.webp": v for k, v in assets.items()})
     clips = load_clips(names, archive, 16, tmp_path / "cache" / "clips.safetensors")
-    assert [(e.caption, len(x)) for e, x in zip(clips.emoji, clips.frames, strict=True)] == [("runner", 12), ("runner, dark skin tone", 9)]
+    assert [(e.caption, len(x)) for e, x in zip(clips.emoji, clips.frames, strict=True)] == [
+        ("runner", 12),
+        ("runner, dark skin tone", 9),
+    ]
     assert clips.frames[0].shape == (12, 3, 16, 16)
     assert (clips.frames[0][:, :, 0, 0] == 255).all()  # see-through is white
     assert clips.frames[0][:, 0, 8, 8].tolist() == [200 - 10 * i for i in range(12)]
@@ -68,7 +71,9 @@ def test_frames_are_evenly_spaced_in_order_from_many_beginnings() -> None:
 
 @pytest.mark.parametrize("frames", [2, 9, 12])
 def test_a_short_clip_stands_still_at_its_end(frames: int) -> None:
-    shown = draw_clips(counting(frames, mirrors=False), [0] * 8, 9, 1.0, torch.Generator().manual_seed(0))[:, :, 0, 0, 0].long()
+    shown = draw_clips(counting(frames, mirrors=False), [0] * 8, 9, 1.0, torch.Generator().manual_seed(0))[
+        :, :, 0, 0, 0
+    ].long()
     assert (shown.diff(dim=1) >= 0).all()
     assert shown.max() <= frames - 1
 

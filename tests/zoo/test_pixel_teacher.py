@@ -1,4 +1,4 @@
-"""Pixel-space teachers: pictures from the files that people have, and a model of them that samples."""
+"""Pixel-space teachers: images from the files that people have, and a model of them that samples."""
 
 import gzip
 import io
@@ -18,6 +18,8 @@ from fewstep.training.fit import FitConfig
 from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, load_idx, read_pixel_data
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig, draw_times, train_pixel_teacher
 
+from .common import IMAGES
+
 
 def write_idx(path: Path, data: torch.Tensor) -> None:
     head = bytes([0, 0, 8, data.ndim]) + b"".join(n.to_bytes(4, "big") for n in data.shape)
@@ -32,13 +34,10 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def bytes_of(picture: np.ndarray, kind: str = "PNG") -> bytes:
+def bytes_of(image: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind)
+    Image.fromarray(image).save(buffer, kind)
     return buffer.getvalue()
-
-
-PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
 def settings(data: Path, **other: object) -> PixelTeacherConfig:
@@ -64,18 +63,21 @@ def test_idx_files(fashion: Path) -> None:
 
 
 def test_npz_of_pixels_and_of_files(tmp_path: Path) -> None:
-    np.savez(tmp_path / "pixels.npz", images=PICTURES, labels=[0, 0, 1, 1, 2, 2], classes=["cat", "dog", "ship"])
+    np.savez(tmp_path / "pixels.npz", images=IMAGES, labels=[0, 0, 1, 1, 2, 2], classes=["cat", "dog", "ship"])
     data = read_pixel_data(str(tmp_path / "pixels.npz"))
-    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), PICTURES)
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), IMAGES)
     assert data.classes == ("cat", "dog", "ship")
-    files = [bytes_of(p) for p in PICTURES]
+    files = [bytes_of(p) for p in IMAGES]
     np.savez(
-        tmp_path / "files.npz", jpeg=np.frombuffer(b"".join(files), np.uint8), offset=np.cumsum([0, *map(len, files)]), y=[0, 1, 0, 1, 0, 1]
+        tmp_path / "files.npz",
+        jpeg=np.frombuffer(b"".join(files), np.uint8),
+        offset=np.cumsum([0, *map(len, files)]),
+        y=[0, 1, 0, 1, 0, 1],
     )
     again = read_pixel_data(str(tmp_path / "files.npz"))
     assert torch.equal(again.images, data.images)
     assert again.classes == ("0", "1")
-    np.savez(tmp_path / "other.npz", x=PICTURES)
+    np.savez(tmp_path / "other.npz", x=IMAGES)
     with pytest.raises(ValueError, match=r"other.npz holds x; it needs images"):
         read_pixel_data(str(tmp_path / "other.npz"))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "files.npz").read_bytes()[:50])
@@ -84,19 +86,19 @@ def test_npz_of_pixels_and_of_files(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_one_folder_per_class(tmp_path: Path) -> None:
-    for i, picture in enumerate(PICTURES):
+    for i, image in enumerate(IMAGES):
         folder = tmp_path / "set" / ("dog" if i % 2 else "cat")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.png").write_bytes(bytes_of(picture))
+        (folder / f"{i}.png").write_bytes(bytes_of(image))
     data = read_pixel_data(str(tmp_path / "set"))
     assert data.classes == ("cat", "dog")
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), PICTURES[1])
+    assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), IMAGES[1])
     (tmp_path / "set" / "cat" / "large.png").write_bytes(bytes_of(np.zeros((9, 9, 3), np.uint8)))
     with pytest.raises(ValueError, match="are of several sizes"):
         read_pixel_data(str(tmp_path / "set"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no pictures"):
+    with pytest.raises(ValueError, match="has no images"):
         read_pixel_data(str(tmp_path / "empty"))
 
 
@@ -110,7 +112,7 @@ def test_it_trains_by_class(fashion: Path, tmp_path: Path) -> None:
 
 
 def test_it_trains_in_colour_without_classes(tmp_path: Path) -> None:
-    np.savez(tmp_path / "pixels.npz", images=PICTURES)
+    np.savez(tmp_path / "pixels.npz", images=IMAGES)
     options = {"layers": 2, "dropout": 0.1, "flip": True}
     assert len(list(train_pixel_teacher(settings(tmp_path / "pixels.npz", **options), tmp_path / "run"))) == 2
     teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
@@ -148,27 +150,37 @@ def test_it_trains_with_edm_s_preconditioning(fashion: Path, tmp_path: Path) -> 
     assert teacher.scheduler_config["sigma_data"] == 0.7
     assert fewstep.sample(teacher, ["bag", "coat"], steps=2, guidance=3.0).shape == (2, 3, 28, 28)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "teacher")  # without fewstep
-    assert pipe(batch_size=2, class_labels=[8, 4], num_inference_steps=2, output_type="pt").images.shape == (2, 1, 28, 28)
+    assert pipe(batch_size=2, class_labels=[8, 4], num_inference_steps=2, output_type="pt").images.shape == (
+        2,
+        1,
+        28,
+        28,
+    )
     with pytest.raises(ValueError, match=r"^process: got vp, the run in .* was begun with edm; pass --out"):
         next(train_pixel_teacher(settings(fashion), tmp_path / "run"))
 
 
 @pytest.mark.parametrize(("process", "left"), [("vp", 0.15), ("edm", 0.03)])
-def test_training_learns_the_clean_picture(process: str, left: float, tmp_path: Path) -> None:
-    """One picture only: a network that has learnt gives it at any noise. With another sign, or told other times, more is left."""
-    np.savez(tmp_path / "one.npz", images=PICTURES[:1])
+def test_training_learns_the_clean_image(process: str, left: float, tmp_path: Path) -> None:
+    """A network that has learnt one image gives it at any noise.
+
+    With another sign, or told other times, more error is left.
+    """
+    np.savez(tmp_path / "one.npz", images=IMAGES[:1])
     fit = FitConfig(steps=60, batch=32, lr=1e-2, warmup=1, decay=30, ema=0.9, weight_decay=0.0)
     config = settings(tmp_path / "one.npz", process=process, channels=[16, 16], fit=fit)
     assert len(list(train_pixel_teacher(config, tmp_path / "run"))) == 60
     teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
-    wanted = torch.from_numpy(PICTURES[0]).permute(2, 0, 1) / 255
+    wanted = torch.from_numpy(IMAGES[0]).permute(2, 0, 1) / 255
 
-    def off(pictures: Tensor) -> float:
-        return float((pictures - wanted).square().mean())
+    def off(images: Tensor) -> float:
+        return float((images - wanted).square().mean())
 
     assert off(fewstep.sample(teacher, [""] * 4, steps=4)) < left * off(torch.full_like(wanted, float(wanted.mean())))
 
 
 def test_sigma_data_is_edm_s_alone(fashion: Path) -> None:
-    with pytest.raises(ValueError, match=r"sigma_data: got 0\.7 with process vp, which has none; leave it out, or set process=edm"):
+    with pytest.raises(
+        ValueError, match=r"sigma_data: got 0\.7 with process vp, which has none; leave it out, or set process=edm"
+    ):
         settings(fashion, sigma_data=0.7)

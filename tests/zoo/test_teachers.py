@@ -1,4 +1,7 @@
-"""The bundled teachers' own training, on data of a few pictures: data, checksum, stages, resuming, the folder that results."""
+"""The bundled teachers' own training runs on data of a few images.
+
+It covers data, checksum, stages, resuming, and the folder that results.
+"""
 
 import hashlib
 import io
@@ -44,7 +47,7 @@ def archive(tmp_path: Path) -> Path:
     return pack(tmp_path / "tiny-emoji-1.0.0.tgz", files)
 
 
-def test_captions_and_pictures(archive: Path) -> None:
+def test_captions_and_images(archive: Path) -> None:
     emoji, images = emoji_data.load(archive, 0.0)
     captions = [e.caption for e in emoji]
     assert captions[:2] == ["red circle", "waving hand"]
@@ -52,12 +55,15 @@ def test_captions_and_pictures(archive: Path) -> None:
     assert captions[-1] == "couple, light skin tone and dark skin tone"
     assert emoji[-1].tone == ""  # two tones are no single one
     assert images.shape == (9, 3, 64, 64)
-    assert (images[0] == 255).all()  # a transparent picture is white
+    assert (images[0] == 255).all()  # a transparent image is white
     assert images[1][:, 0, 0].tolist() == [20, 100, 50]
 
 
-def test_a_placed_picture_is_the_picture_at_another_place() -> None:
-    """A black square left of the middle: its area shrinks with the square of the scale, and it changes sides only where it may."""
+def test_a_placed_image_is_the_image_at_another_place() -> None:
+    """A placed image is the image, smaller and at another place.
+
+    A black square's area shrinks with the square of the scale, and it changes sides only where it may.
+    """
     square = torch.full((200, 3, 64, 64), 255, dtype=torch.uint8)
     square[:, :, 20:40, 8:28] = 0
     mirrors = torch.arange(200) < 100
@@ -72,14 +78,27 @@ def test_a_placed_picture_is_the_picture_at_another_place() -> None:
     assert 30 < on_the_right[:100].sum() < 70
     assert not on_the_right[100:].any()
     assert centre[100:].std() > 1  # moved about
-    assert torch.equal(emoji_data.placed(square, mirrors, 1.0, torch.Generator())[100:], square[100:])  # no room, no change
+    assert torch.equal(
+        emoji_data.placed(square, mirrors, 1.0, torch.Generator())[100:], square[100:]
+    )  # no room, no change
     again = emoji_data.placed(square, mirrors, 0.7, torch.Generator().manual_seed(0))
     assert torch.equal(found, again)
 
 
 def test_what_has_a_side_is_not_mirrored(archive: Path) -> None:
-    hand = {"name": "POINTING HAND", "image": "", "has_img_google": True, "category": "People & Body", "subcategory": "hands"}
-    changed: list[dict[str, object]] = [{}, {"name": "LEFT POINTING HAND"}, {"category": "Flags"}, {"subcategory": "time"}]
+    hand = {
+        "name": "POINTING HAND",
+        "image": "",
+        "has_img_google": True,
+        "category": "People & Body",
+        "subcategory": "hands",
+    }
+    changed: list[dict[str, object]] = [
+        {},
+        {"name": "LEFT POINTING HAND"},
+        {"category": "Flags"},
+        {"subcategory": "time"},
+    ]
     assert [emoji_data.catalogue([{**hand, **c}], 0.0)[0].mirrors for c in changed] == [True, False, False, False]
     emoji, images = emoji_data.with_places(*emoji_data.load(archive, 0.0), copies=2)
     assert len(emoji) == len(images) == 9 + 2 * 3
@@ -138,14 +157,18 @@ def test_the_decoder_alone_is_fitted_on(archive: Path, tmp_path: Path) -> None:
 
 def test_the_emoji_teacher_trains_resumes_and_is_a_pipeline(archive: Path, tmp_path: Path) -> None:
     straight = list(train_teacher(config(archive), tmp_path / "straight"))
-    assert [(stage, s.step) for stage, s in straight] == [(stage, i) for stage in ("codec", "decoder", "denoiser") for i in (1, 2, 3, 4)]
+    assert [(stage, s.step) for stage, s in straight] == [
+        (stage, i) for stage in ("codec", "decoder", "denoiser") for i in (1, 2, 3, 4)
+    ]
     stopped = train_teacher(config(archive), tmp_path / "stopped")
     for stage, step in stopped:
         if (stage, step.step) == ("denoiser", 3):
             stopped.close()
     resumed = list(train_teacher(config(archive), tmp_path / "stopped"))
     assert [(stage, s.step, s.loss) for stage, s in resumed] == [("denoiser", 4, straight[-1][1].loss)]
-    weights = [load_file(next((tmp_path / run / "teacher" / "unet").glob("*.safetensors"))) for run in ("straight", "stopped")]
+    weights = [
+        load_file(next((tmp_path / run / "teacher" / "unet").glob("*.safetensors"))) for run in ("straight", "stopped")
+    ]
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
     teacher = fewstep.load_teacher(tmp_path / "straight" / "teacher")
     assert teacher.shape == (4, 8, 8)
@@ -168,7 +191,9 @@ def test_the_last_time_of_a_batch_stays_on_the_table(archive: Path, monkeypatch:
             return x
 
     words, fit = torch.zeros(len(emoji), 3, dtype=torch.long), FitConfig(steps=1, batch=128, lr=1e-3)
-    loss_at = v_loss(Net(), emoji, torch.zeros(len(emoji), 1, 1, 2, 2), words, words[0], torch.linspace(0.9, 0.1, 1000), fit, 0.1, 0)
+    loss_at = v_loss(
+        Net(), emoji, torch.zeros(len(emoji), 1, 1, 2, 2), words, words[0], torch.linspace(0.9, 0.1, 1000), fit, 0.1, 0
+    )
     monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
     assert loss_at(0).isfinite()
     assert seen == [999]

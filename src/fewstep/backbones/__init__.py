@@ -1,0 +1,1 @@
+"""Pretrained models behind one protocol: diffusers families, checkpoints, your own network."""

@@ -1,4 +1,7 @@
-"""A model once more, around the same weights: modules of its own for a run or a student to change, so that nobody else's change."""
+"""Copies of a model around the same weights.
+
+A run or a student changes the modules of a copy. No other copy sees the change.
+"""
 
 import copy
 from typing import Any, TypeVar
@@ -7,20 +10,24 @@ from torch import nn
 
 from .base import Backbone
 from .few_step import with_network
-from .parts import Piped
+from .modules import without_fast_path
+from .parts import DiffusersBackbone
 
 Model = TypeVar("Model", bound=Backbone)
 
 
 def apart(backbone: Model) -> Model:
-    """The same model with a network of its own around the same tensors: adapters, hooks and rounding in one do not show in the other.
+    """Return the same model with separate modules around the same tensors.
 
-    No memory but that of the modules. Weights that are trained in place change in both. Raises ValueError for a network that
-    cannot be copied, and for a model whose network cannot be put in its place.
+    Adapters, hooks and quantization in one copy do not show in the other. Only the modules take memory.
+    Weights that are trained in place change in both copies.
+
+    Raises ValueError for a network that Python cannot copy, and for a model whose network cannot be
+    replaced.
     """
-    network = around_same_weights(backbone.module, backbone.name)
+    network = around_same_weights(backbone.module, backbone.name, isinstance(backbone, DiffusersBackbone))
     again = copy.copy(backbone)
-    if isinstance(backbone, Piped):
+    if isinstance(backbone, DiffusersBackbone):
         pipe = backbone.pipe
         object.__setattr__(again, "pipe", with_network(pipe, network, pipe.scheduler, type(pipe)))
         return again
@@ -28,19 +35,35 @@ def apart(backbone: Model) -> Model:
         object.__setattr__(again, "module", network)
     except AttributeError as error:
         raise ValueError(
-            f"teacher: the network of a {type(backbone).__name__} cannot be replaced ({error}); make `module` a field of it, as in fewstep.Denoiser"
+            f"teacher: the network of a {type(backbone).__name__} cannot be replaced ({error}); "
+            "make `module` a field of it, as in fewstep.Denoiser"
         ) from error
     return again
 
 
-def around_same_weights(network: nn.Module, name: str) -> nn.Module:
-    """Modules like these around the same storage, tied where they are tied, frozen and in eval mode. Raises ValueError where Python cannot copy them."""
+def rested(backbone: Model) -> Model:
+    """Return a model whose calls do not change the backbone's network.
+
+    A copy for a custom network, and for a network in training mode; otherwise the same model.
+    """
+    still = isinstance(backbone, DiffusersBackbone) and not any(m.training for m in backbone.module.modules())
+    return backbone if still else apart(backbone)
+
+
+def around_same_weights(network: nn.Module, name: str, share_buffers: bool = False) -> nn.Module:
+    """Return a frozen copy of a network around the same weights.
+
+    Tied tensors stay tied. The copy is in eval mode. Buffers are copied unless they are to be shared: a
+    custom network may write into its buffers when it is called. Raises ValueError where Python cannot copy
+    the network.
+    """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
-    memo |= {id(b): b for b in network.buffers()}
+    memo |= {id(b): b if share_buffers else b.detach().clone() for b in network.buffers()}
     try:
-        return copy.deepcopy(network, memo).eval()
-    except Exception as error:  # what a module of one's own holds may raise anything
+        return without_fast_path(copy.deepcopy(network, memo).eval())
+    except Exception as error:  # a custom module may raise anything
         raise ValueError(
-            f"teacher: the network of {name} cannot be copied ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            f"teacher: the network of {name} cannot be copied "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
             "keep in it what copy.deepcopy takes: parameters, buffers, modules and plain values"
         ) from error

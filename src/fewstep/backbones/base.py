@@ -1,29 +1,39 @@
-"""What the rest of fewstep may ask of a model. The only protocol that a new backbone must satisfy."""
+"""The backbone protocol: all that fewstep calls on a model.
+
+A new backbone satisfies this protocol and no other.
+"""
 
 import difflib
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ..core.guidance import Guidance, guide
 from ..core.prediction import Row, Split, edm_inputs, row_named, share, split
 from ..core.schedule import Schedule, expand
 from ..core.solvers import Denoise
+from .conditions import made_conditions, require_same_shape
+from .modules import dtype_of, require_module, time_dtype
 
-LEAST_SHARE = (
-    1e-3  # of the data in what a network says at the noisiest time: below it a clean estimate is a thousand times the network's error
-)
+# Least share of the data in a network's output at the noisiest time. At this share the error of the clean
+# estimate is 1000 times the network's error.
+LEAST_SHARE = 1e-3
+LARGEST_STATE = 2**28  # numbers
 Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
 
 
+@runtime_checkable
 class Backbone(Protocol):
-    """A pretrained denoiser with its process and its way to and from what a person sees.
+    """A pretrained denoiser with its process, conditions and decoder.
 
-    `module` is the frozen network; `predict` runs any network of its architecture (the student, the fake score), so the
-    quirks of a family stay in its own file. `shape` is that of one state: latents [C, H, W], images, or points [D].
+    `module` is the frozen network. `predict` runs any network of the same architecture (the student, the
+    fake score), so the quirks of a family stay in the family's own file. `shape` is the shape of one state:
+    latents [C, H, W], images, or points [D].
     """
 
     @property
@@ -38,53 +48,76 @@ class Backbone(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """The diffusers scheduler's settings, for export; empty where the model is no diffusers pipeline."""
+        """Settings of the diffusers scheduler, for export.
+
+        Empty where the model is no diffusers pipeline.
+        """
         ...
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
-        """The networks that `encode` goes through."""
+        """Networks that `encode` runs."""
         ...
 
     @property
     def time_layer(self) -> str:
-        """The linear layer inside `module` whose output is the time embedding, where a step count can enter; empty if there is none."""
+        """Name of the linear layer whose output is the time embedding.
+
+        The layer is inside `module`. A step count can enter there. Empty if the network has no such layer.
+        """
         ...
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        """Layers inside `module`, in the order in which they run, whose outputs [B, C, ...] or [B, N, C] tell pictures apart; may be empty."""
+        """Names of the layers whose outputs a discriminator reads.
+
+        The layers are inside `module`, in the order in which they run. Their outputs, [B, C, ...] or
+        [B, N, C], distinguish images. May be empty.
+        """
         ...
 
     @property
-    def picture_size(self) -> int:
-        """Height and width of the pictures that states decode to; 0 where they are no pictures."""
-        ...
+    def image_size(self) -> int:
+        """Height and width of decoded images, in pixels.
 
-    @property
-    def guidance_rescale(self) -> float:
-        """Share of `rescaled` guidance in this model's guided predictions, 0..1; 0 is plain classifier-free guidance."""
+        0 where states do not decode to images.
+        """
         ...
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Raw network output m = a x0 + b eps, [B, ...] in float32. x [B, ...], t [B] float64 on the schedule's times."""
+        """Return the raw network output m = a x0 + b eps.
+
+        x [B, ...], t [B] float64 on the schedule's times. The output is [B, ...] in float32.
+        """
         ...
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """Conditions of these prompts, each tensor [len(prompts), ...]; the empty prompt is the unconditional one."""
+        """Encode prompts as conditions, each tensor [len(prompts), ...].
+
+        The empty prompt gives the unconditional conditions.
+        """
         ...
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
-        """Clean states [B, ...] of pictures [B, 3, H, W] in [0, 1]: the inverse of `decode`, of real data for SFT and GAN."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] in [0, 1] as clean states.
+
+        Returns states [B, ...]: the inverse of `decode`, for the real data of SFT and GAN.
+        """
         ...
 
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] from clean states [B, ...]; points and other data come back as they are."""
+        """Decode clean states [B, ...] to images.
+
+        Images are [B, 3, H, W] in [0, 1]. Points and other data come back unchanged.
+        """
         ...
 
 
 def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
-    """`(x, t) -> (x0, eps)` of one network under fixed conditions, without guidance."""
+    """Return `(x, t) -> (x0, eps)` of one network, without guidance.
+
+    The conditions are fixed.
+    """
 
     def denoise(x: Tensor, t: Tensor) -> Split:
         return _split(backbone, backbone.predict(module, x, t, cond), x, t)
@@ -92,74 +125,57 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
     return denoise
 
 
-def calls(cond: Cond, scale: float | Tensor) -> int:
-    """Network evaluations in one answer of `guided`: two halves, or one where there is nothing to guide."""
-    return 1 if not cond or (not isinstance(scale, Tensor) and scale == 1) else 2
+def nfe_per_step(cond: Cond, guidance: Guidance) -> int:
+    """Return the network evaluations of one step under guidance.
 
-
-def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float | Tensor, parallel: float = 1.0) -> Denoise:
-    """Classifier-free guidance `m_null + w (m_cond - m_null)`, both halves in one batched call; a number w = 1, or a model without conditions, is one half only.
-
-    `scale` is one number or one a sample, `[B]`. Guidance is affine, so mixing raw outputs equals mixing x0 or eps. `parallel` below 1 takes away from
-    guidance what points along the clean estimate (see `projected`). What the backbone's `guidance_rescale` asks for comes after.
+    2, or 1 without conditions or without guidance.
     """
-    if calls(cond, scale) == 1:
-        return denoiser(backbone, module, cond)
+    return 2 if cond and guidance.active else 1
+
+
+def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
+    """Return `(x, t) -> (x0, eps)` of one network under guidance.
+
+    One batched call evaluates the conditional and the unconditional half. The conditional half alone is
+    evaluated for a batch in which guidance has stopped for all samples, and without conditions or guidance.
+    """
+    plain = denoiser(backbone, module, cond)
+    if nfe_per_step(cond, guidance) == 1:
+        return plain
 
     def denoise(x: Tensor, t: Tensor) -> Split:
+        if guidance.stop and bool(guidance.stopped(backbone.schedule, t).all()):
+            return plain(x, t)
         both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in cond.items()}
         m_null, m_cond = backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        if parallel != 1:
-            m_null = m_cond - projected(m_cond - m_null, _split(backbone, m_cond, x, t).x0, parallel)
-        m = m_null + (expand(scale, m_cond) if isinstance(scale, Tensor) else scale) * (m_cond - m_null)
-        return _split(backbone, rescaled(m, m_cond, backbone.guidance_rescale) if backbone.guidance_rescale else m, x, t)
+        return _split(backbone, guide(guidance, backbone.schedule, backbone.row, m_cond, m_null, x, t), x, t)
 
     return denoise
 
 
-def guided_until(
-    backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, scale: float, until: float, parallel: float = 1.0
-) -> Denoise:
-    """`guided` where more than the fraction `until` of the way to clean data is left, the bare network after it: guidance in an interval.
+def encoded(backbone: Backbone, prompts: Sequence[str]) -> tuple[Cond, Cond]:
+    """Return conditions of prompts, and of the empty prompt.
 
-    At low noise guidance no longer decides what is drawn, and only overshoots (Kynkaanniemi et al. 2024, arXiv 2404.07724). `t` is the same for all of a batch.
+    Raises ValueError where the conditions are not of one shape, which batches need.
     """
-    early, late = guided(backbone, module, cond, null, scale, parallel), denoiser(backbone, module, cond)
-
-    def denoise(x: Tensor, t: Tensor) -> Split:
-        return (early if float(backbone.schedule.fraction(t[:1])) > until else late)(x, t)
-
-    return denoise
-
-
-def projected(difference: Tensor, x0: Tensor, parallel: float) -> Tensor:
-    """`d - (1 - parallel) <d, x0> x0 / |x0|^2` per sample: what guidance adds, with this share of its part along the clean estimate.
-
-    That part makes what is there stronger, which saturates; the rest makes it clearer. difference [B, ...] may be between raw outputs, which at one state
-    and time is a multiple of that between clean estimates. Sadat et al. 2024 (arXiv 2410.02416), whose eta is `parallel`; their momentum and norm are left out.
-    """
-    along = (difference * x0).flatten(1).sum(1) / x0.square().flatten(1).sum(1).clamp(min=torch.finfo(x0.dtype).tiny)
-    return difference - expand((1 - parallel) * along, x0) * x0
-
-
-def rescaled(m: Tensor, m_cond: Tensor, share: float) -> Tensor:
-    """`share m std(m_cond) / std(m) + (1 - share) m`, standard deviations per sample: guidance without its excess of contrast.
-
-    m, m_cond [B, ...] are raw outputs with and without guidance. Lin et al. 2024 (arXiv 2305.08891), eq. 15 and 16; for models whose
-    last time is pure noise. diffusers' pipelines call the share `guidance_rescale`.
-    """
-    ratio = m_cond.flatten(1).std(1) / m.flatten(1).std(1)
-    return m * expand(share * ratio + (1 - share), m)
+    cond, null = backbone.encode(prompts), backbone.encode([""])
+    require_same_shape(cond, null)
+    return cond, null
 
 
 def speechless(schedule: Schedule, row: Row) -> str:
-    """Why the clean estimate at the noisiest time is lost; empty where it is not. Networks that predict eps need some signal there."""
+    """Say why the clean estimate at the noisiest time is lost.
+
+    Empty where the estimate is usable: data make up at least `LEAST_SHARE` of the network's output.
+    Networks that predict eps need some signal at the noisiest time.
+    """
     end = torch.tensor([schedule.t_max], dtype=torch.float64)
     left = float(share(schedule.alpha(end), schedule.sigma(end), row))
     return (
         ""
         if left >= LEAST_SHARE
-        else f"predicts noise, and at its noisiest time ({schedule.t_max:g}) the schedule leaves {left:.1g} of the picture, so that nothing is said of it"
+        else f"predicts noise, and at its noisiest time ({schedule.t_max:g}) the schedule leaves {left:.1g} "
+        "of the image, so that nothing is said of it"
     )
 
 
@@ -169,22 +185,31 @@ def _split(backbone: Backbone, m: Tensor, x: Tensor, t: Tensor) -> Split:
 
 
 def rows(cond: Cond, index: slice | Tensor) -> Cond:
-    """The conditions of some rows of the batch."""
+    """Return the conditions of some rows of the batch."""
     return {k: v[index] for k, v in cond.items()}
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Any torch network of one's own: `module(x, t)` or, with conditions, `module(x, t, **cond)`.
+    """Any torch network as a backbone.
 
-    `prediction` names the row (`x0, eps, v, flow, edm`); `shape` is that of one state. `conditions` maps a prompt to the
-    keyword arguments of the network; without it the model is unconditional and prompts are ignored. `time_layer` is the full
-    name of the linear layer whose output is the time embedding: students of several step counts are told theirs there.
-    `feature_layers` are those whose outputs a discriminator may read; `guidance_rescale`: see `rescaled`.
+    The network is called as `module(x, t)` or, with conditions, as `module(x, t, **cond)`. States x have the
+    dtype of most of the network's weights. Times t are float32, or float64 if the network is: half precision
+    does not have the number 999.
 
-    `edm` is the raw F of EDM's `D = c_skip x + c_out F` for data of standard deviation `sigma_data`. With `precondition` the network is called
-    as `F(c_in x, c_noise)`, all of EDM's preconditioning being done for it; without, it is called as all others, and scales its inputs itself.
-    Raises ValueError where these two do not go with the prediction, or `edm` does not with the schedule.
+    `prediction` names the row: `x0`, `eps`, `v`, `flow` or `edm`. `shape` is the shape of one state.
+    `conditions` maps prompts to the network's keyword arguments; without `conditions` the model is
+    unconditional and ignores prompts. `time_layer` is the full name of the linear layer whose output is the
+    time embedding: a student of several step counts is conditioned on its step count there.
+    `feature_layers` are the layers whose outputs a discriminator may read.
+
+    `edm` is the raw F of EDM's `D = c_skip x + c_out F` (arXiv 2206.00364) for data of standard deviation
+    `sigma_data`. With `precondition`, fewstep does EDM's input preconditioning and calls the network as
+    `F(c_in x, c_noise)`. Without, the network is called as all others are and scales its inputs itself.
+
+    Raises ValueError for fields of another type or range, for layers that the network does not have, where
+    `sigma_data` or `precondition` is set for another prediction than `edm`, where `edm` meets a schedule
+    that scales data, and where the prediction loses the clean estimate at the noisiest time.
     """
 
     module: nn.Module
@@ -195,44 +220,62 @@ class Denoiser:
     name: str = "own-network"
     time_layer: str = ""
     feature_layers: tuple[str, ...] = ()
-    guidance_rescale: float = 0.0
     sigma_data: float = 0.5
     precondition: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.module, nn.Module) or next(self.module.parameters(), None) is None:
-            raise ValueError(f"module: got a {type(self.module).__name__}, allowed is a torch.nn.Module with parameters")
-        if not isinstance(self.schedule, Schedule):
+        require_module(self.module)
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"name: got {self.name!r}, allowed is a text, by which students know their base")
+        if not isinstance(self.schedule, Schedule) or isinstance(self.schedule, type):
+            kind = self.schedule if isinstance(self.schedule, type) else type(self.schedule)
             raise ValueError(
-                f"schedule: got a {type(self.schedule).__name__}, allowed are VP(alphas_cumprod), Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
+                f"schedule: got {'the class' if isinstance(self.schedule, type) else 'a'} {kind.__name__}, allowed are "
+                "VP(alphas_cumprod), Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
             )
-        try:
-            object.__setattr__(self, "shape", tuple(operator.index(n) for n in self.shape))
-        except TypeError as error:
-            raise ValueError(f"shape: got {self.shape!r}, allowed are the sizes of one state, e.g. (2,) or (3, 32, 32)") from error
-        if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape: got {self.shape}, allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32)")
-        if self.conditions is not None and not callable(self.conditions):
+        object.__setattr__(self, "shape", _sizes(self.shape))
+        if self.conditions is not None and (not callable(self.conditions) or isinstance(self.conditions, type)):
+            got = (
+                f"the class {self.conditions.__name__}"
+                if isinstance(self.conditions, type)
+                else f"a {type(self.conditions).__name__}"
+            )
             raise ValueError(
-                f"conditions: got a {type(self.conditions).__name__}, allowed is a function from a list of prompts to a dictionary of tensors"
+                f"conditions: got {got}, allowed is a function from a list of prompts to a dictionary of tensors"
             )
+        if not isinstance(self.time_layer, str):
+            raise ValueError(
+                f"time_layer: got {self.time_layer!r}, allowed is the name of a layer; leave it out for none"
+            )
+        if not isinstance(self.feature_layers, list | tuple):
+            raise ValueError(
+                f"feature_layers: got {self.feature_layers!r}, allowed is a tuple of names of layers; "
+                "leave it out for none"
+            )
+        object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
         self._require_layers("time_layer", [self.time_layer] if self.time_layer else [])
         self._require_layers("feature_layers", self.feature_layers)
+        number = isinstance(self.sigma_data, int | float) and not isinstance(self.sigma_data, bool)
+        if not number or not 0 < self.sigma_data < math.inf:
+            raise ValueError(
+                f"sigma_data: got {f'{self.sigma_data:g}' if number else repr(self.sigma_data)}, allowed are "
+                "positive numbers; take that of the network's training, often 0.5"
+            )
         row_named(self.prediction)
         if self.prediction != "edm" and (self.precondition or self.sigma_data != 0.5):
             option = "precondition" if self.precondition else "sigma_data"
-            raise ValueError(f"{option}: is for prediction='edm' alone, got {self.prediction!r}; leave it out, or choose 'edm'")
+            raise ValueError(
+                f"{option}: is for prediction='edm' alone, got {self.prediction!r}; leave it out, or choose 'edm'"
+            )
         if self.prediction == "edm" and float(self.schedule.alpha(torch.tensor([self.schedule.t_max]))) != 1:
             raise ValueError(
-                f"prediction: 'edm' is for data that noise is added to, {type(self.schedule).__name__} scales them; pass schedule=EDM()"
-            )
-        if self.sigma_data <= 0:
-            raise ValueError(
-                f"sigma_data: got {self.sigma_data:g}, allowed are positive numbers; take that of the network's training, often 0.5"
+                "prediction: 'edm' is for data that noise is added to, "
+                f"{type(self.schedule).__name__} scales them; pass schedule=EDM()"
             )
         if why := speechless(self.schedule, self.row):
             raise ValueError(
-                f"prediction: a network of {self.prediction!r} {why}; pass schedule=VP(alphas_cumprod[:N]) that ends earlier, or 'v' where it predicts that"
+                f"prediction: a network of {self.prediction!r} {why}; "
+                "pass schedule=VP(alphas_cumprod[:N]) that ends earlier, or 'v' where it predicts that"
             )
 
     def _require_layers(self, option: str, names: Sequence[str]) -> None:
@@ -244,7 +287,8 @@ class Denoiser:
                 raise ValueError(f"{option}: the network has no layer {name!r}; {cure}")
             if option == "time_layer" and not isinstance(layers[name], nn.Linear):
                 raise ValueError(
-                    f"time_layer: {name!r} is a {type(layers[name]).__name__}, allowed is the linear layer whose output is the time embedding"
+                    f"time_layer: {name!r} is a {type(layers[name]).__name__}, "
+                    "allowed is the linear layer whose output is the time embedding"
                 )
 
     @property
@@ -256,7 +300,7 @@ class Denoiser:
         return {}
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         return self.shape[-1] if len(self.shape) == 3 else 0
 
     @property
@@ -264,22 +308,41 @@ class Denoiser:
         return [self.conditions] if isinstance(self.conditions, nn.Module) else []
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        dtype = next(module.parameters()).dtype
         if self.precondition:
             x, t = edm_inputs(x, t, self.sigma_data)
-        return module(x.to(dtype), t.to(dtype), **cond).float() if cond else module(x.to(dtype), t.to(dtype)).float()
+        x, t = x.to(dtype_of(module)), t.to(time_dtype(module))
+        return module(x, t, **cond).float() if cond else module(x, t).float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        return {} if self.conditions is None else self.conditions(prompts)
+        return {} if self.conditions is None else made_conditions(self.conditions, prompts)
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
-        return pictures
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
 
     def decode(self, x: Tensor) -> Tensor:
         return x
 
 
+def _sizes(shape: object) -> tuple[int, ...]:
+    """Return the sizes of one state. Raises ValueError where they are none."""
+    cure = (
+        "allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32), "
+        f"of {LARGEST_STATE:,} numbers at most"
+    )
+    try:
+        sizes = tuple(operator.index(n) for n in shape if not isinstance(n, bool))  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise ValueError(f"shape: got {shape!r}, {cure}") from error
+    odd = not sizes or min(sizes) < 1 or math.prod(sizes) > LARGEST_STATE
+    if odd or len(sizes) != len(shape):  # type: ignore[arg-type]
+        raise ValueError(f"shape: got {shape!r}, {cure}")
+    return sizes
+
+
 class Conditions(Protocol):
-    """Prompts to conditions, each tensor [len(prompts), ...]."""
+    """A function from prompts to conditions.
+
+    Each tensor is [len(prompts), ...].
+    """
 
     def __call__(self, prompts: Sequence[str]) -> Cond: ...

@@ -1,72 +1,84 @@
-"""Diffusers pipelines that are right without a word from their user: `pipe(prompt)` takes the student's steps, without guidance."""
+"""Diffusers pipelines with a student's defaults.
 
-import copy
+`pipe(prompt)` samples in the student's steps, without guidance, with no further arguments.
+"""
+
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import (
-    CogVideoXPipeline,
-    DDPMPipeline,
-    DiffusionPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    SchedulerMixin,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ..hashes import require_listed
-from .files import LORA_FILE, load_network, loads_lora, part_name
+from .families import FAMILIES, family_of_pipeline
+from .family import Family
+from .files import loads_lora, part_name
 from .generate import noise_of
 from .parts import denoiser_of
-from .schedulers import load_scheduler
-from .student_scheduler import StudentScheduler, Walking
 
 Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How a student wants to be called: step counts served, the first one the default; guidance is baked in."""
+class SamplingDefaults:
+    """Default arguments of a student's pipeline.
+
+    `steps` are the step counts served, the default one first.
+    """
 
     steps: tuple[int, ...]
-    size: int = 0  # of its pictures, where it is another than the base's
-    scales: tuple[float, ...] = ()  # guidance scales that it is told apart; empty where one is baked in
+    size: int = 0  # height and width of the images, in pixels; 0: the base's
+    scales: tuple[float, ...] = ()  # guidance scales that the student is conditioned on; empty: one is baked in
 
 
 class FewStepPipeline(DiffusionPipeline):
-    """What stands before a family's own pipeline and changes its defaults to the student's."""
+    """A mixin that changes a family's defaults to the student's."""
 
-    serving = Serving((4,))
-    tell: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # tells a student what it is told apart by
+    defaults = SamplingDefaults((4,))
+    set_condition: Callable[[int, float], None] = staticmethod(lambda steps, guidance: None)  # conditions the student
 
     def __call__(
-        self, prompt: str | list[str] | None = None, num_inference_steps: int | None = None, guidance_scale: float = 1.0, **options: Any
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        **options: Any,
     ) -> Any:
-        """As the family's own `__call__`, to which `options` go; warns when asked for other steps or for guidance."""
-        steps, guidance = num_inference_steps or self.serving.steps[0], guidance_scale
-        if steps not in self.serving.steps:
+        """Call the family's pipeline with the student's defaults.
+
+        `options` go to the family's own `__call__`. Warns for step counts and guidance scales that the
+        student was not trained for. Raises ValueError for a step count below 1.
+        """
+        steps = self.defaults.steps[0] if num_inference_steps is None else num_inference_steps
+        guidance = guidance_scale
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: got {steps}, allowed are whole numbers from 1")
+        if steps not in self.defaults.steps:
             warnings.warn(
-                f"num_inference_steps: got {steps}, this student was trained for {', '.join(map(str, self.serving.steps))}", stacklevel=2
+                f"num_inference_steps: got {steps}, this student was trained for "
+                f"{', '.join(map(str, self.defaults.steps))}",
+                stacklevel=2,
             )
-        if self.serving.scales:
-            guidance = self.serving.scales[0] if guidance_scale == 1 else guidance_scale
-            if guidance not in self.serving.scales:
-                known = ", ".join(f"{w:g}" for w in self.serving.scales)
-                warnings.warn(f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken", stacklevel=2)
+        if self.defaults.scales:
+            guidance = self.defaults.scales[0] if guidance_scale == 1 else guidance_scale
+            if guidance not in self.defaults.scales:
+                known = ", ".join(f"{w:g}" for w in self.defaults.scales)
+                warnings.warn(
+                    f"guidance_scale: got {guidance}, this student was trained for {known}; the nearest is taken",
+                    stacklevel=2,
+                )
             guidance_scale = 1.0
         elif guidance_scale > 1:
-            warnings.warn(f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0", stacklevel=2)
-        self.tell(steps, guidance)
-        if self.serving.size:
-            options = {"height": self.serving.size, "width": self.serving.size} | options
+            warnings.warn(
+                f"guidance_scale: got {guidance_scale}, guidance is baked into this student; leave it at 1.0",
+                stacklevel=2,
+            )
+        self.set_condition(steps, guidance)
+        if self.defaults.size:
+            options = {"height": self.defaults.size, "width": self.defaults.size} | options
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
 
     def save_pretrained(
@@ -77,96 +89,78 @@ class FewStepPipeline(DiffusionPipeline):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
     ) -> None:
-        """Raises ValueError: a folder of it would say neither its steps nor its student, and nothing would load it."""
+        """Refuse to save the pipeline.
+
+        Raises ValueError: a saved folder would hold neither the student's steps nor the student, and no
+        library would load the folder.
+        """
         raise ValueError(
-            f"save_pretrained: this pipeline is a base and a student; run: fewstep export STUDENT {save_directory} --format pipeline"
+            "save_pretrained: this pipeline is a base and a student; "
+            f"run: fewstep export STUDENT {save_directory} --format pipeline"
         )
 
 
-class FewStepSD(FewStepPipeline, StableDiffusionPipeline):
-    """Stable Diffusion."""
+def _few_step(family: Family) -> type[FewStepPipeline]:
+    """Return a family's pipeline class with a student's defaults.
+
+    The class has the family's own name. diffusers finds related pipelines by this name
+    (AutoPipelineForImage2Image.from_pipe).
+    """
+    return type(
+        family.name,
+        (FewStepPipeline, family.pipeline),
+        {"__doc__": f"A {family.name} with a student's defaults.", "__module__": __name__},
+    )
 
 
-class FewStepSDXL(FewStepPipeline, StableDiffusionXLPipeline):
-    """Stable Diffusion XL."""
-
-
-class FewStepPixArtAlpha(FewStepPipeline, PixArtAlphaPipeline):
-    """PixArt-alpha."""
-
-
-class FewStepPixArtSigma(FewStepPipeline, PixArtSigmaPipeline):
-    """PixArt-Sigma."""
-
-
-class FewStepCogVideoX(FewStepPipeline, CogVideoXPipeline):
-    """CogVideoX."""
-
-
-class FewStepSD3(FewStepPipeline, StableDiffusion3Pipeline):
-    """Stable Diffusion 3."""
-
-
-FEW_STEP: dict[type[DiffusionPipeline], type[FewStepPipeline]] = {
-    StableDiffusionPipeline: FewStepSD,
-    StableDiffusionXLPipeline: FewStepSDXL,
-    PixArtAlphaPipeline: FewStepPixArtAlpha,
-    PixArtSigmaPipeline: FewStepPixArtSigma,
-    CogVideoXPipeline: FewStepCogVideoX,
-    StableDiffusion3Pipeline: FewStepSD3,
+FEW_STEP: dict[str, type[FewStepPipeline]] = {
+    name: _few_step(family) for name, family in FAMILIES.items() if family.takes_prompts
 }
-for _plain, _few in FEW_STEP.items():  # by this name diffusers finds a family's other pipelines: AutoPipelineForImage2Image.from_pipe
-    _few.__name__ = _plain.__name__
 
 
 @dataclass(frozen=True)
-class Facts:
-    """How a pipeline is called: its class, its denoiser, whether it loads LoRA, takes prompts and a list of times, and gives videos."""
+class PipelineInfo:
+    """How a pipeline is called.
 
-    pipeline: str
+    `part` is the name of the denoiser. `loads_lora` and `takes_times` say whether the pipeline loads LoRA
+    and takes a list of times.
+    """
+
+    family: Family
     part: str
     loads_lora: bool
-    takes_prompts: bool
-    takes_times: bool  # with a scheduler that students of its family have
-    video: bool
+    takes_times: bool
 
 
-def facts_of(pipe: DiffusionPipeline) -> Facts:
-    """What a model card has to know of the base."""
-    plain = next((p for p in FEW_STEP if isinstance(pipe, p)), type(pipe))
-    network = denoiser_of(pipe)
-    told = plain in FEW_STEP and plain not in (CogVideoXPipeline, StableDiffusion3Pipeline)
-    told = told and not pipe.scheduler.config.get("rescale_betas_zero_snr")  # DPM-Solver++ takes no signal for 2^-12 of one, which is seen
-    return Facts(plain.__name__, part_name(network), loads_lora(network), plain in FEW_STEP, told, plain is CogVideoXPipeline)
+def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
+    """Return what a model card says of the base."""
+    family, network = family_of_pipeline(pipe), denoiser_of(pipe)
+    # DPM-Solver++ replaces a signal of 0 by 2^-12, which shows in the images.
+    takes_times = family.takes_times and not pipe.scheduler.config.get("rescale_betas_zero_snr")
+    return PipelineInfo(family, part_name(network), loads_lora(network), takes_times)
 
 
 def few_step_pipeline(
-    base: DiffusionPipeline, student: Path, serving: Serving, weights: str, walking: Walking | None = None, adapter: str = "fewstep"
+    base: DiffusionPipeline, network: nn.Module, scheduler: SchedulerMixin, defaults: SamplingDefaults
 ) -> FewStepPipeline:
-    """`base` with the student in `student/` on it: LoRA at strength 1.0 or whole network (`weights` lora, full, none), its scheduler, its steps.
+    """Return the pipeline of `base` with a student's network and defaults.
 
-    `walking` takes the place of the scheduler in its folder. A LoRA that the pipeline has no loader for is left to the caller. Raises
-    ValueError for a pipeline that takes no prompts.
+    Raises ValueError for a pipeline without prompts.
     """
-    kind = next((few for plain, few in FEW_STEP.items() if isinstance(base, plain)), None)
-    if kind is None:
+    family = family_of_pipeline(base)
+    if not family.takes_prompts:
         raise ValueError(f"base: {type(base).__name__} takes no prompts; sample its students with fewstep.sample")
-    # Modules of its own around the same weights: the LoRA goes on this pipeline, and whoever holds `base` keeps the teacher.
-    plain = denoiser_of(base)
-    shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
-    network = load_network(student, plain) if weights == "full" else copy.deepcopy(plain, shared)
-    walk = load_scheduler(student / "scheduler") if walking is None else StudentScheduler.walking(base.scheduler.config, walking)
-    pipe = with_network(base, network, walk, kind)
-    pipe.serving = serving
-    if weights == "lora" and loads_lora(network):
-        require_listed(student, LORA_FILE)
-        pipe.load_lora_weights(str(student), adapter_name=adapter)
-        pipe.enable_lora()  # a base that has just been trained on has its adapters switched off
+    kind = FEW_STEP[family.name]
+    pipe = with_network(base, network, scheduler, kind)
+    pipe.defaults = defaults
     return pipe
 
 
 def with_network(base: DiffusionPipeline, network: nn.Module, scheduler: SchedulerMixin, kind: type[Kind]) -> Kind:
-    """A pipeline of this `kind` from the parts of `base`, with another denoiser and scheduler."""
+    """Return a pipeline of this `kind` from the parts of `base`.
+
+    `network` and `scheduler` replace the denoiser and the scheduler.
+    """
     settings = {k: v for k, v in base.config.items() if not k.startswith("_") and k not in base.components}
     pipe = kind(**{**settings, **base.components, part_name(network): network, "scheduler": scheduler})
     pipe.set_progress_bar_config(disable=True)
@@ -182,23 +176,27 @@ def drawn(
     size: int = 0,
     shape: Sequence[int] = (),
 ) -> Tensor:
-    """What a pipeline draws from seeds 0, 1, ...: pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. `times` are told where given, and a `size` other than 0.
+    """Sample one image per prompt from seeds 0, 1, and so on.
 
-    One that takes no prompts draws one picture for each all the same. States of a `shape` begin as fewstep's do: what older torch draws in half
-    precision is other noise.
+    Returns images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]. The pipeline gets `times` where given,
+    and a `size` other than 0. A pipeline without prompts samples as many images. With a `shape`, the
+    initial noise is fewstep's: older torch samples other noise in half precision.
     """
+    family = family_of_pipeline(pipe)
     options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
-    if isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
-        options |= {"use_resolution_binning": False, "clean_caption": False}
-    elif isinstance(pipe, CogVideoXPipeline):
-        options |= {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
+    options |= family.call_options(pipe)
     options |= {"height": size, "width": size} if size else {}
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    if isinstance(pipe, DDPMPipeline):
+    if not family.takes_prompts:
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images
     if shape:
         options |= {"latents": noise_of(generators, shape).to(pipe.dtype)}
     result = pipe(
-        prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt", **options
+        prompt=list(prompts),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="pt",
+        **options,
     )
-    return result.frames if isinstance(pipe, CogVideoXPipeline) else result.images
+    return result.frames if family.video else result.images

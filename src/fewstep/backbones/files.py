@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,122 +15,121 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..atomic import write_json, write_tensors
-from ..hashes import require_listed
 from ..reading import reading
-from ..tensors import read_tensors, require_floating
+from ..tensors import finite, read_tensors
 from . import weights
+from .modules import without_fast_path
 from .parts import able_to_single
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-NETWORK_FILE = "network.safetensors"  # a full student of a network of one's own: its state_dict
-CONDITION_FILE = "step_condition.safetensors"  # beside a student of several step counts: what tells it the one it takes
-# Of a LoRA: what every PEFT knows; older ones refuse a header with settings that came later, diffusers 0.35 one without these.
+NETWORK_FILE = "network.safetensors"  # a custom network's state_dict
+# LoRA settings that every PEFT knows. Older PEFT refuses a header with later settings, diffusers 0.35 one
+# without these.
 SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-CLIP = "text_model."  # how the names of CLIP's tensors begin
-PEFT_FOLDER = "peft"  # beside a LoRA that its pipeline has no loader for
+CLIP = "text_model."  # prefix of the names of CLIP's tensors
+PEFT_FOLDER = "peft"  # next to a LoRA for which its pipeline has no loader
 
 
 def part_name(network: nn.Module) -> str:
-    """What pipelines call their denoiser: `unet` or `transformer`."""
+    """Return the name of the denoiser in pipelines: `unet` or `transformer`."""
     return "unet" if isinstance(network, UNet2DConditionModel | UNet2DModel) else "transformer"
 
 
 def loads_lora(network: nn.Module) -> bool:
-    """Whether a pipeline with this denoiser has `load_lora_weights`."""
+    """Return whether pipelines with this denoiser have `load_lora_weights`."""
     return isinstance(network, PeftAdapterMixin)
 
 
 def save_lora(
-    folder: Path, network: nn.Module, state: Mapping[str, Tensor], metadata: Mapping[str, Any], about: Mapping[str, str] | None = None
-) -> Path:
-    """`folder/pytorch_lora_weights.safetensors` in diffusers' format, with what the adapter's settings say of a LoRA, and `about`, in its header.
+    path: Path,
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write a LoRA in diffusers' format.
 
-    For a network whose pipeline has no loader, PEFT's own folder is written beside it.
+    The header holds `about` and the LoRA settings of the adapter's `metadata`. For a network whose pipeline
+    has no loader, PEFT's own folder is written next to the file.
     """
     known = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items() if k in SETTINGS}
     plain = known and {"rank_pattern": {}, "alpha_pattern": {}, **known}
     part = part_name(network)
     settings = json.dumps({f"{part}.{k}": v for k, v in plain.items()})  # as diffusers writes it
     header = {"format": "pt"} | dict(about or {}) | ({"lora_adapter_metadata": settings} if plain else {})
-    write_tensors(folder / LORA_FILE, {f"{part}.{k}": v for k, v in state.items()}, header)
+    write_tensors(path, {f"{part}.{k}": v for k, v in state.items()}, header)
     if not loads_lora(network):
-        write_tensors(folder / PEFT_FOLDER / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()})
-        write_json(folder / PEFT_FOLDER / "adapter_config.json", {**plain, "peft_type": "LORA"})
-    return folder / LORA_FILE
-
-
-def load_lora(folder: Path) -> dict[str, Tensor]:
-    """The LoRA of a student folder in PEFT's file format (layer names without the `unet.` or `transformer.` prefix).
-
-    Raises ValueError when the file is missing or damaged.
-    """
-    path = folder / LORA_FILE
-    require_listed(folder, LORA_FILE)
-    with reading(f"student: {path}", "export the run again", "is missing or damaged"):
-        state = require_floating(read_tensors(path))
-    return {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
+        folder = path.parent / PEFT_FOLDER
+        write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()})
+        write_json(folder / "adapter_config.json", {**plain, "peft_type": "LORA"})
 
 
 def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
-    """A whole pipeline as diffusers saves it, and as transformers 4 and 5.0 to 5.5 read it, too.
+    """Write a whole pipeline as diffusers saves it.
 
-    Those want a tokenizer's `vocab.json` and `merges.txt`, and CLIP's tensors under the names of its published files: others they fill at random.
+    transformers 4 and 5.0 to 5.5 read the folder, too. These versions need a tokenizer's `vocab.json` and
+    `merges.txt`, and CLIP's tensors under their published names. Tensors of other names would be filled at
+    random.
     """
     pipe.save_pretrained(folder)
     for name, part in pipe.components.items():
         if isinstance(part, CLIPTextModel):
             path = folder / name / SAFE_WEIGHTS_NAME
             tensors = load_file(path)
-            write_tensors(path, {k if k.startswith(CLIP) else CLIP + k: v for k, v in tensors.items()}, {"format": "pt"})
+            write_tensors(
+                path, {k if k.startswith(CLIP) else CLIP + k: v for k, v in tensors.items()}, {"format": "pt"}
+            )
         if isinstance(part, PreTrainedTokenizerFast) and isinstance(part.backend_tokenizer.model, BPE):
             part.backend_tokenizer.model.save(str(folder / name))
 
 
 def save_network(folder: Path, network: nn.Module) -> None:
-    """A full student: the whole network in diffusers' format, in `folder/unet` or `folder/transformer`; one of one's own in one file."""
+    """Write the whole network of a full student.
+
+    A diffusers network goes to `folder/unet` or `folder/transformer`, a custom network to one safetensors
+    file. Raises ValueError where a custom network's state_dict holds anything but tensors.
+    """
     if isinstance(network, ModelMixin):
-        network.save_pretrained(folder / part_name(network))
+        network.save_pretrained(network_place(folder, network))
         return
     state = network.state_dict()
     if odd := next((k for k, v in state.items() if not isinstance(v, Tensor)), None):
         raise ValueError(
-            f"student: {odd} of its network is a {type(state[odd]).__name__}, which safetensors does not hold; make it a buffer"
+            f"student: {odd} of its network is a {type(state[odd]).__name__}, which safetensors does not hold; "
+            "make it a buffer"
         )
-    write_tensors(folder / NETWORK_FILE, {k: v.detach().cpu().clone() for k, v in state.items()})  # a clone each: tied ones share memory
+    # Clones: safetensors refuses tied tensors, which share memory.
+    write_tensors(network_place(folder, network), {k: v.detach().cpu().clone() for k, v in state.items()})
+
+
+def network_place(folder: Path, like: nn.Module) -> Path:
+    """Return where `save_network` puts a network of this class."""
+    return folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)
 
 
 def load_network(folder: Path, like: nn.Module) -> nn.Module:
-    """The whole network of a full student, of the class of `like`. Raises ValueError when it is missing, damaged or another's."""
-    path = folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)
-    require_listed(folder, path.name)
+    """Load what `save_network` wrote, of the class of `like`.
+
+    The network is frozen, with the dtype and device of `like`. Raises ValueError where the file is missing,
+    damaged or of another network.
+    """
+    path = network_place(folder, like)
     weight = next(like.parameters())
     if isinstance(like, ModelMixin):
         try:
             network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
         except weights.UnfitError as error:
-            raise ValueError(f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}") from error
+            raise ValueError(
+                f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}"
+            ) from error
         return able_to_single(network.to(weight.device).requires_grad_(False))
     network = copy.deepcopy(like)
     try:
         with reading(f"student: {path}", "export the run again", "is missing or damaged"):
-            tensors = read_tensors(path)
+            tensors = read_tensors(path, {n for n, b in like.named_buffers() if not finite(b)})  # e.g. masks
         network.load_state_dict(tensors)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"student: {path} does not fit this network ({said}); pass the base that it was made from") from error
-    return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
-
-
-def save_vectors(folder: Path, vectors: Mapping[float, Tensor]) -> None:
-    """One vector per step count or guidance scale."""
-    write_tensors(folder / CONDITION_FILE, {f"{k:g}": v.float() for k, v in vectors.items()})
-
-
-def load_vectors(folder: Path, told: Sequence[float], width: int) -> dict[float, Tensor]:
-    """Inverse of `save_vectors`, one of `width` numbers for each of `told`. Raises ValueError when the file is missing, damaged or another's."""
-    require_listed(folder, CONDITION_FILE)
-    with reading(f"student: {folder / CONDITION_FILE}", "export the run again", "is missing or damaged"):
-        vectors = {float(k): v for k, v in require_floating(read_tensors(folder / CONDITION_FILE)).items()}
-        if {f"{k:g}" for k in vectors} != {f"{k:g}" for k in told} or any(v.shape != (width,) for v in vectors.values()):
-            raise ValueError(f"it has no vectors of {width} numbers for {', '.join(f'{k:g}' for k in told)}")
-        return vectors
+        raise ValueError(
+            f"student: {path} does not fit this network ({said}); pass the base that it was made from"
+        ) from error
+    return without_fast_path(network).to(weight.device).requires_grad_(False).eval()  # in the dtypes of `like`

@@ -1,27 +1,20 @@
-"""From a name to a teacher: a bundled one, a diffusers folder, a hub id, or a checkpoint in one file."""
+"""Loading a teacher by its name.
+
+A teacher is bundled, a diffusers folder, a pipeline on the hub, or a checkpoint in one file.
+"""
 
 import hashlib
 import math
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import (
-    CogVideoXPipeline,
-    ConsistencyModelPipeline,
-    DDPMPipeline,
-    DiffusionPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -32,30 +25,27 @@ from ..hashes import sha256_of
 from ..names import expanded
 from ..reading import ReadError, json_in, out_of_memory, reading, reason, unreadable
 from .base import Backbone, speechless
-from .cogvideox import CogVideoX, around_cogvideox
+from .families import FAMILIES, family_of_pipeline
+from .family import Family
 from .lora import fuse
-from .parts import LatentUNet, Piped, able_to_single, load_pipeline
-from .pixart import PixArt, around_pixart
-from .sd import StableDiffusion, around_sd
-from .sd3 import StableDiffusion3, around_sd3
-from .sdxl import StableDiffusionXL, around_sdxl
+from .parts import DiffusersBackbone, LatentUNet, able_to_single, load_pipeline
 from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .trial import require_runs
-from .unconditional import PixelModel, around_pixels
 from .weights import UnfitError, inside
 
-FUSED = " + "  # between a teacher and the LoRAs that are fused into it
-WITHIN = " \\+ "  # the same inside the name of one of them
+FUSED = " + "  # separates a teacher and the LoRAs that are fused into it
+WITHIN = " \\+ "  # stands for FUSED inside a name
 INDEX = "model_index.json"  # in every pipeline's folder
 BUNDLED = Path(__file__).resolve().parent.parent / "zoo"
-HASHES = "hashes.json"  # in it: SHA-256 of the weights of each of them
+HASHES = "hashes.json"  # SHA-256 of the bundled teachers' weights
 
 
 class Source(NamedTuple):
-    """Where a teacher comes from: a pipeline, and LoRAs that are fused into its weights, each a file, folder or hub id with its strength.
+    """Where a teacher comes from: a pipeline and fused LoRAs.
 
-    `reading` says how a checkpoint in one file is to be read (see `single_file.read_checkpoint`).
+    Each LoRA is a file, folder or hub id with a strength. `reading` says how to read a checkpoint in one file
+    (see `single_file.read_checkpoint`).
     """
 
     place: str
@@ -64,15 +54,16 @@ class Source(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """What the pipeline and its LoRAs are called: the last parts of their paths."""
+        """Names of the pipeline and its LoRAs: the last parts of paths."""
         paths = (self.place, *(lora for lora, _ in self.loras))
-        return [Path(os.path.abspath(path)).name.removesuffix(SUFFIX) for path in paths]  # `.` is called what its folder is
+        return [Path(os.path.abspath(path)).name.removesuffix(SUFFIX) for path in paths]  # `.` gets its folder's name
 
 
 def source_of(text: str | Path) -> Source:
-    """`owner/name + style.safetensors@0.8 + other.safetensors` in its parts; 1 where no strength is said; a checkpoint is `FILE` or `FILE@READING`.
+    """Split `owner/name + style.safetensors@0.8 + other.safetensors` into its parts.
 
-    What is there under the whole of a name is meant by it, whatever is in the name. Raises ValueError with one line.
+    The strength of a LoRA is 1 by default. A checkpoint is `FILE` or `FILE@READING`. A text or part that
+    exists as a path is this path, whatever characters it contains. Raises ValueError with one line.
     """
     whole = str(text)
     parts = [whole] if os.path.exists(expanded(whole)) else [part.replace(WITHIN, FUSED) for part in whole.split(FUSED)]
@@ -82,7 +73,10 @@ def source_of(text: str | Path) -> Source:
 
 
 def _style(text: str) -> tuple[str, float]:
-    """A LoRA's path and strength."""
+    """Split a LoRA into path and strength.
+
+    Raises ValueError for a strength other than a finite number that is not 0.
+    """
     path, at, strength = text.rpartition("@")
     if not at or os.path.exists(text):
         return text, 1.0
@@ -92,11 +86,17 @@ def _style(text: str) -> tuple[str, float]:
     except ValueError:
         if text.endswith(SUFFIX):
             return text, 1.0
-    raise ValueError(f"--fuse-lora: got {text!r}, allowed are PATH or PATH@STRENGTH with a number other than 0, e.g. style.safetensors@0.8")
+    raise ValueError(
+        f"--fuse-lora: got {text!r}, allowed are PATH or PATH@STRENGTH with a number other than 0, "
+        "e.g. style.safetensors@0.8"
+    )
 
 
 def fused(teacher: str, styles: Sequence[str]) -> str:
-    """A teacher and the LoRAs that are fused into it as one text, which `source_of` takes apart again."""
+    """Join a teacher and the LoRAs fused into it as one text.
+
+    `source_of` splits the text again.
+    """
     whole = teacher.replace(FUSED, WITHIN) if os.path.exists(expanded(teacher)) else teacher
     return FUSED.join([whole, *map(_said, map(_style, map(expanded, styles)))]) if styles else teacher
 
@@ -107,7 +107,10 @@ def _said(style: tuple[str, float]) -> str:
 
 
 def absolute(source: str) -> str:
-    """The same source, whichever folder one works in: what is on this machine with its whole path."""
+    """Return the same source with absolute local paths.
+
+    The text then means the same in every working folder.
+    """
     given = source_of(source)
     place = _whole(given.place).replace(FUSED, WITHIN) + (f"@{_whole(given.reading)}" if given.reading else "")
     return FUSED.join([place, *(_said((_whole(path), strength)) for path, strength in given.loras)])
@@ -118,18 +121,29 @@ def _whole(path: str) -> str:
 
 
 def local(path: str) -> bool:
-    """Whether a part of a source is a path on somebody's machine, and neither a bundled name nor a hub id."""
-    return path not in bundled() and (os.path.isabs(path) or os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    """Return whether a part of a source is a local path.
+
+    Bundled names and hub ids are not.
+    """
+    return path not in bundled() and (
+        os.path.isabs(path) or os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    )
 
 
 def hub_id(source: str) -> str:
-    """The hub id of a source's pipeline, or the empty text."""
+    """Return the hub id of a source's pipeline.
+
+    Empty for a bundled or local pipeline.
+    """
     place = source_of(source).place
     return "" if place in bundled() or local(place) else place
 
 
 def called(source: str) -> str:
-    """The same source as one tells others: what is on this machine by its own name, without the folders above it."""
+    """Return the same source without the folders above local paths.
+
+    For texts that other people read.
+    """
     given = source_of(source)
 
     def own(path: str) -> str:
@@ -140,7 +154,10 @@ def called(source: str) -> str:
 
 
 def seen_from(source: str, folder: Path) -> str:
-    """The same source with what is not here looked for from the folders above a student, which was made in one of them."""
+    """Return the same source with missing paths resolved from a student.
+
+    A missing relative path is looked for in `folder` and in all folders above `folder`.
+    """
     given = source_of(source)
 
     def found(path: str) -> str:
@@ -152,45 +169,27 @@ def seen_from(source: str, folder: Path) -> str:
     return FUSED.join([place, *(_said((found(path), strength)) for path, strength in given.loras)])
 
 
-def present(source: Source) -> Source:
-    """The same, if the files of its LoRAs are there. Raises ValueError where one is not."""
+def require_lora_files(source: Source) -> Source:
+    """Return `source` if the files of its LoRAs exist.
+
+    Raises ValueError otherwise.
+    """
     for path, _ in source.loras:
         if path.endswith(SUFFIX) and not Path(path).expanduser().is_file():
             raise ValueError(f"--fuse-lora: there is no {path}; pass a .safetensors file, a folder or a hub id")
     return source
 
 
-@dataclass(frozen=True)
-class Family:
-    """A diffusers pipeline, the backbone that goes around it, and parts that are loaded otherwise than it says."""
-
-    pipeline: type[DiffusionPipeline]
-    around: Callable[[Any, str], StableDiffusion | StableDiffusionXL | PixArt | CogVideoX | StableDiffusion3 | PixelModel]
-    parts: Mapping[str, Any] = field(default_factory=dict)
-
-
-FAMILIES = {
-    family.pipeline.__name__: family
-    for family in (
-        Family(StableDiffusionPipeline, around_sd, {"safety_checker": None, "requires_safety_checker": False}),
-        Family(StableDiffusionXLPipeline, around_sdxl),
-        Family(PixArtAlphaPipeline, around_pixart),
-        Family(PixArtSigmaPipeline, around_pixart),
-        Family(CogVideoXPipeline, around_cogvideox),
-        Family(StableDiffusion3Pipeline, around_sd3),
-        Family(DDPMPipeline, around_pixels),
-        Family(ConsistencyModelPipeline, around_pixels),
-    )
-}
-
-
 def bundled() -> list[str]:
-    """Names of the teachers that ship with the package."""
+    """Return the names of the teachers that ship with the package."""
     return sorted(p.parent.name for p in BUNDLED.glob(f"*/{INDEX}"))
 
 
 def require_shipped(folder: Path) -> None:
-    """Raises UnfitError where the weights of a bundled teacher are not those that were shipped."""
+    """Check that a bundled teacher's weights are the shipped ones.
+
+    Raises UnfitError otherwise.
+    """
     with reading(folder.parent / HASHES, "install fewstep again"):
         known = json_in(folder.parent / HASHES)
     for name, digest in known.items():
@@ -204,17 +203,18 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     size: int | None = None,
-    guidance_rescale: float = 0.0,
 ) -> Backbone:
-    """A teacher by bundled name, folder, hub id (`owner/name`), or checkpoint (`FILE.safetensors`, or `FILE@CONFIG`), with all its networks on `device`.
+    """Load a teacher with all its networks on `device`.
 
-    LoRAs behind ` + ` are fused in (see `source_of`). What a checkpoint predicts and where its configuration is: see `single_file.read_checkpoint`.
-    `size` is the height and width of its pictures, where it is to draw others than it was made for; `guidance_rescale` belongs to its guidance (see
-    `backbones.base.rescaled`). Raises ValueError with one line when the source is none of these, is damaged, or is of a family that is not supported.
+    `source` is a bundled name, a folder, a hub id (`owner/name`), or a checkpoint (`FILE.safetensors` or
+    `FILE@CONFIG`), with LoRAs to fuse behind ` + ` (see `source_of`). `single_file.read_checkpoint` says what
+    a checkpoint predicts and where its configuration is. `size` is the height and width of the images in
+    pixels, if other than the size that the teacher was made for.
+
+    Raises ValueError with one line where the source is none of these, is damaged, or belongs to a family that
+    is not supported.
     """
-    if not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale: got {guidance_rescale}, allowed are numbers from 0 to 1")
-    given = present(source_of(source))
+    given = require_lora_files(source_of(source))
     place, family, checkpoint = locate(given)
     try:
         if given.place in bundled():
@@ -229,7 +229,7 @@ def load_teacher(
     for lora, strength in given.loras:
         fuse(pipe, lora, strength)
     backbone.pipe.to(device)
-    backbone = at_size(replace(backbone, guidance_rescale=guidance_rescale, source=str(source)), size)
+    backbone = at_size(replace(backbone, source=str(source)), size)
     try:
         require_runs(backbone)
     except UnfitError as error:
@@ -238,57 +238,79 @@ def load_teacher(
 
 
 def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
-    """What goes around a pipeline, if all that its settings ask for is done. Raises UnfitError."""
-    backbone = family.around(require_settings(pipe), name)
+    """Return the backbone around a pipeline whose settings are all followed.
+
+    Raises UnfitError for other settings, and where the clean estimate at the noisiest time is lost.
+    """
+    backbone = family.from_pipeline(require_settings(pipe), name)
     able_to_single(backbone.module)
     if why := speechless(backbone.schedule, backbone.row):
         raise UnfitError(
             f"its network {why}",
-            "set rescale_betas_zero_snr to false in scheduler/scheduler_config.json, or prediction_type to v_prediction where the network predicts that",
+            "set rescale_betas_zero_snr to false in scheduler/scheduler_config.json, "
+            "or prediction_type to v_prediction where the network predicts that",
         )
     return backbone
 
 
 def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
-    """Where a teacher's configuration is, a folder or hub id, its family, and the checkpoint where its weights are in one file. Raises ValueError with one line."""
+    """Return where a teacher is configured, with its family and checkpoint.
+
+    The configuration is a folder or a hub id. The checkpoint is None where the weights are not in one file.
+    Raises ValueError with one line.
+    """
     checkpoint = read_checkpoint(Path(source.place), source.reading) if is_file(source.place) else None
     place = find(source.place) if checkpoint is None else configuration(checkpoint)
     family = family_of(place)
     if checkpoint is not None and family.pipeline is not checkpoint.pipeline:
         raise ValueError(
-            f"teacher: {checkpoint.file} is a {checkpoint.pipeline.__name__}, {checkpoint.config} configures a {family.pipeline.__name__}; pass {checkpoint.file}@FOLDER with its own kind"
+            f"teacher: {checkpoint.file} is a {checkpoint.pipeline.__name__}, "
+            f"{checkpoint.config} configures a {family.pipeline.__name__}; "
+            f"pass {checkpoint.file}@FOLDER with its own kind"
         )
     return place, family, checkpoint
 
 
 def find(source: str | Path) -> str | Path:
-    """The folder of a bundled name or of a folder; a hub id stays one. Raises ValueError for anything else."""
+    """Return the folder of a bundled teacher or a path.
+
+    A hub id comes back unchanged. Raises ValueError for anything else.
+    """
     name, folder = str(source), Path(source).expanduser()
     if name in bundled():
         if (folder / INDEX).is_file() and folder.resolve() != BUNDLED / name:
             raise ValueError(
-                f"teacher: {name} is a bundled teacher and a folder here; pass ./{name} for the folder, or rename it for the bundled one"
+                f"teacher: {name} is a bundled teacher and a folder here; "
+                f"pass ./{name} for the folder, or rename it for the bundled one"
             )
         return BUNDLED / name
     if not folder.exists():
         if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
             raise ValueError(
-                f"teacher: got {name!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, a hub id such as owner/name, or a checkpoint FILE{SUFFIX}"
+                f"teacher: got {name!r}, allowed are {', '.join(bundled())}, a diffusers pipeline folder, "
+                f"a hub id such as owner/name, or a checkpoint FILE{SUFFIX}"
             )
         return name
     if not folder.is_dir():
         raise ValueError(f"teacher: {name} is no folder; pass a diffusers pipeline folder or a checkpoint FILE{SUFFIX}")
     if not (folder / INDEX).exists():
-        raise ValueError(f"teacher: {folder} is no diffusers pipeline (it has no {INDEX}); pass the folder that save_pretrained wrote")
+        raise ValueError(
+            f"teacher: {folder} is no diffusers pipeline (it has no {INDEX}); "
+            "pass the folder that save_pretrained wrote"
+        )
     return folder
 
 
 def at_size(backbone: Backbone, size: int | None) -> Backbone:
-    """The same model for pictures of `size` x `size`; None leaves it as it is. Raises ValueError where it has one size alone."""
-    if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.picture_size):
+    """Return the same model for images of `size` x `size` pixels.
+
+    None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
+    where the U-Net's levels do not divide the size.
+    """
+    if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.image_size):
         return backbone
     if not isinstance(backbone, LatentUNet):
-        raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
+        raise ValueError(f"size: got {size}, {backbone.name} makes images of one size; leave it out")
     unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
     most = LARGEST * backbone.pipe.vae_scale_factor
     if not isinstance(size, int) or not unit <= size <= most or size % unit:
@@ -297,34 +319,53 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
 
 
 def place_encoders(backbone: Backbone, device: str | torch.device) -> None:
-    """Move the encoders: to the CPU, where they still serve, slowly, while a training that has its embeddings needs the room."""
+    """Move the encoders to a device.
+
+    A training that has all embeddings moves the encoders to the CPU to make room. Encoders still work on the
+    CPU, slowly.
+    """
     for encoder in backbone.encoders:
         encoder.to(device)
 
 
 def require_reached(name: str) -> None:
-    """Ask the hub once for a pipeline that is not in the cache. Raises ValueError that says what is the matter; diffusers would try for a minute."""
+    """Check that the hub or the cache has a pipeline.
+
+    Sends one request with a timeout of 10 s, where diffusers would try for a minute. Raises ValueError that
+    names the cause.
+    """
     if isinstance(try_to_load_from_cache(name, INDEX), str):
         return
     here = f"there is no folder {name} here"
     try:
         get_hf_file_metadata(hf_hub_url(name, INDEX), timeout=10)
     except OfflineModeIsEnabled as error:
-        raise ValueError(f"teacher: {here}, and HF_HUB_OFFLINE forbids asking the hub; check the path, or unset it") from error
+        raise ValueError(
+            f"teacher: {here}, and HF_HUB_OFFLINE forbids asking the hub; check the path, or unset it"
+        ) from error
     except GatedRepoError as error:
-        raise ValueError(f"teacher: {name} is gated; accept its terms on its page on the hub, then run: hf auth login") from error
+        raise ValueError(
+            f"teacher: {name} is gated; accept its terms on its page on the hub, then run: hf auth login"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"teacher: {here}, and the hub has none of that name, or it is private; check it, or run: hf auth login"
         ) from error
     except EntryNotFoundError as error:
-        raise ValueError(f"teacher: {name} on the hub is no diffusers pipeline (it has no {INDEX}); pass one that is") from error
-    except Exception as error:  # as many types as there are kinds of trouble on the way
-        raise ValueError(f"teacher: {here}, and the hub cannot be reached ({reason(error)}); check the path, or the network") from error
+        raise ValueError(
+            f"teacher: {name} on the hub is no diffusers pipeline (it has no {INDEX}); pass one that is"
+        ) from error
+    except Exception as error:  # the network raises a different type for each kind of trouble
+        raise ValueError(
+            f"teacher: {here}, and the hub cannot be reached ({reason(error)}); check the path, or the network"
+        ) from error
 
 
 def family_of(source: str | Path) -> Family:
-    """The family of a folder or a hub id. Raises ValueError with one line when it cannot be read or is not supported."""
+    """Return the family of a folder or a hub id.
+
+    Raises ValueError with one line where the index cannot be read or the family is not supported.
+    """
     if isinstance(source, str) and not Path(source).exists():
         require_reached(source)
     try:
@@ -338,16 +379,23 @@ def family_of(source: str | Path) -> Family:
                 f"teacher: {source}: its {INDEX} cannot be read ({reason(error)}); save or download the pipeline again"
             ) from error
         raise ValueError(
-            f"teacher: {source} is no folder here, and not to be had from the hub ({_trouble(error)}); check the name, or pass a folder"
+            f"teacher: {source} is no folder here, and not to be had from the hub ({_trouble(error)}); "
+            "check the name, or pass a folder"
         ) from error
     if not isinstance(name, str) or name not in FAMILIES:
         called = name if isinstance(name, str) and name.isprintable() else repr(name)[:80]
-        raise ValueError(f"teacher: {source} is a {called}, supported are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser")
+        raise ValueError(
+            f"teacher: {source} is a {called}, supported are {', '.join(FAMILIES)}; "
+            "wrap your own network in fewstep.Denoiser"
+        )
     return FAMILIES[name]
 
 
 def _trouble(error: Exception) -> str:
-    """Why the hub gave nothing: the cause behind what its client and diffusers say."""
+    """Say why the hub gave nothing.
+
+    Network errors hide in the chain of causes behind the errors of diffusers and the hub's client.
+    """
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -356,55 +404,69 @@ def _trouble(error: Exception) -> str:
 
 
 def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
-    """What to say of a pipeline that cannot be loaded."""
+    """Return the error to raise for a pipeline that cannot be loaded."""
     if isinstance(error, UnfitError):
         return ValueError(f"teacher: {source}: {error}; {error.cure or 'download it again'}")
     if isinstance(error, ReadError):
         return error
     if out_of_memory(error):
-        return unreadable(f"teacher: {source}", error, "check the sizes that its configuration says, or load it in bfloat16")
+        return unreadable(
+            f"teacher: {source}", error, "check the sizes that its configuration says, or load it in bfloat16"
+        )
     return unreadable(f"teacher: {source}", error, "check it, or download it again", "cannot be loaded")
 
 
 def quiet() -> None:
-    """Keep diffusers' and transformers' own loading bars and notices off the screen: for programs that show their own."""
+    """Silence the loading bars and notices of diffusers and transformers.
+
+    For programs that show their own.
+    """
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
 
 
 def fingerprint(*modules: nn.Module, through: torch.dtype = torch.float32) -> str:
-    """SHA-256 of networks' own weights, adapters left out, independent of dtype down to half precision; first 16 digits.
+    """Hash networks' own weights, and return the first 16 digits.
 
-    `through` is the dtype in which they were when it was taken, where they are in a finer one now.
+    SHA-256, independent of dtype down to half precision. Adapters are left out. `through` is the dtype that
+    the weights had when an earlier fingerprint was taken, where they have a finer dtype now.
     """
     digest = hashlib.sha256()
     for name, tensor in (item for module in modules for item in sorted(module.state_dict().items())):
         if "lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(
-                tensor.detach().cpu().to(through if tensor.is_floating_point() else tensor.dtype).half().contiguous().numpy().tobytes()
+                tensor.detach()
+                .cpu()
+                .to(through if tensor.is_floating_point() else tensor.dtype)
+                .half()
+                .contiguous()
+                .numpy()
+                .tobytes()
             )
     return digest.hexdigest()[:16]
 
 
 def pipeline_of(base: str | Path | Backbone | DiffusionPipeline) -> DiffusionPipeline:
-    """The diffusers pipeline behind a name, a folder, a hub id or a backbone. Raises ValueError where there is none."""
+    """Return the diffusers pipeline of a name, path or backbone.
+
+    A pipeline comes back unchanged. Raises ValueError for a backbone without a pipeline.
+    """
     if isinstance(base, DiffusionPipeline):
         return base
     backbone = load_teacher(base) if isinstance(base, str | Path) else base
-    if not isinstance(backbone, Piped):
+    if not isinstance(backbone, DiffusersBackbone):
         raise ValueError(f"base: {backbone.name} is no diffusers pipeline; sample it with fewstep.sample")
     return backbone.pipe
 
 
 def around(pipe: DiffusionPipeline, name: str) -> Backbone:
-    """The backbone of a pipeline that is there already. Raises ValueError for a family that is not supported."""
-    family = next((f for f in FAMILIES.values() if isinstance(pipe, f.pipeline)), None)
-    if family is None:
-        raise ValueError(
-            f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; wrap your own network in fewstep.Denoiser"
-        )
+    """Return the backbone around a loaded pipeline.
+
+    Raises ValueError for a family that is not supported, and for settings that fewstep does not follow.
+    """
+    family = family_of_pipeline(pipe)
     try:
         found: Backbone = backbone_of(family, pipe, name)
         assert found.shape

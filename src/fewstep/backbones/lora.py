@@ -1,10 +1,10 @@
-"""LoRAs in the names of diffusers, PEFT, kohya or the original programs, added to a pipeline's own weights: all of a file, or none of it.
+"""Fusing LoRAs into a pipeline's weights: all of a file, or nothing.
 
-`W + strength alpha / r B A` for every layer, in single precision. What is no plain LoRA, and what does not belong to this model, is refused by name:
-libraries drop such tensors and say so in a log.
+The layers may have the names of diffusers, PEFT, kohya or the original programs. Each weight becomes
+`W + strength alpha / r B A`, computed in single precision. What is no plain LoRA, and what does not belong to
+the model, is refused by name: libraries drop such tensors with a line in a log.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -19,20 +19,22 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..reading import json_in, reason, require_regular
+from ..reading import json_in, json_of, reason, require_regular
 from ..tensors import finite, read_tensors, require_floating
+from ..typed import typed
 from .original_names import original_names
 from .weights import PICKLES
 
-USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # what libraries call a LoRA in its folder
-ADAPTER = "adapter_config.json"  # PEFT's settings beside it
-KEY = re.compile(  # layer, what it is, from the files of all programs
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # libraries' names for a LoRA in its folder
+ADAPTER = "adapter_config.json"  # PEFT's settings next to a LoRA
+KEY = re.compile(  # a tensor's layer and role, in the files of all programs
     r"^(?P<layer>.*?)(?:\.processor)?(?P<old>\.to_(?:q|k|v|out)_lora)?"
-    r"\.(?P<role>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up|down|up|alpha)"
+    r"\.(?P<role>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
+    r"lora_linear_layer\.up|down|up|alpha)"
     r"(?:\.(?!weight$)\w+)?(?P<weight>\.weight)?$"
 )
 DOWN = ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down", "down")
-OTHERS = {  # what is in the name of a tensor, and what such files hold
+OTHERS = {  # patterns of tensor names, and what files with such tensors hold
     r"hada_w|hada_t": "LoHa, products of two LoRAs",
     r"lokr_": "LoKr, Kronecker products",
     r"dora_scale|lora_magnitude_vector": "DoRA, a LoRA with magnitudes",
@@ -48,12 +50,16 @@ OTHERS = {  # what is in the name of a tensor, and what such files hold
 
 
 class Facts(NamedTuple):
-    """A LoRA as it was read: its tensors, and alphas that its header or PEFT's settings say, by pattern; `alpha` for all other layers."""
+    """A LoRA as it was read.
+
+    `alpha` maps the name of a pipeline's part to an alpha; the empty name stands for all parts. `alphas` maps
+    patterns of layer names to alphas. Both come from the file's header or from PEFT's settings.
+    """
 
     tensors: dict[str, Tensor]
     alpha: Mapping[str, float]
     alphas: Mapping[str, float]
-    root: bool  # alpha / sqrt(r), rank-stabilised
+    root: bool  # rank-stabilised: alpha / sqrt(r)
 
 
 @dataclass
@@ -67,7 +73,10 @@ class Factors:
 
 
 class Target(NamedTuple):
-    """A layer of a pipeline; `part` is what the pipeline calls the network that it is in."""
+    """A layer of a pipeline.
+
+    `part` is the pipeline's name for the network with this layer.
+    """
 
     part: str
     name: str
@@ -75,9 +84,10 @@ class Target(NamedTuple):
 
 
 def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> int:
-    """Add a LoRA to a pipeline's own weights; returns how many layers it changed.
+    """Add a LoRA to a pipeline's own weights.
 
-    Raises ValueError with one line, and nothing changed, where any of it cannot be used.
+    Returns how many layers changed. Raises ValueError with one line, and changes nothing, where any of the
+    LoRA cannot be used.
     """
     changes = changes_of(pipe, lora, strength)
     with torch.no_grad():
@@ -88,19 +98,26 @@ def fuse(pipe: DiffusionPipeline, lora: str, strength: float) -> int:
 
 
 def changes_of(pipe: DiffusionPipeline, lora: str, strength: float) -> list[tuple[Target, Tensor]]:
-    """What `fuse` would add to which layers; of the pipeline's own weights only shapes are asked. Raises ValueError as it does."""
+    """Return what `fuse` would add to which layers.
+
+    Of the pipeline's own weights, only the shapes are read. Raises ValueError as `fuse` does.
+    """
     if not isinstance(pipe, LoraBaseMixin):
         raise ValueError(f"--fuse-lora: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out")
     try:
         return list(differences(pipe, read_lora(lora), strength))
     except LoraError as error:
         raise ValueError(
-            f"--fuse-lora: {lora} cannot be fused into this teacher ({error}); {error.cure or 'check the file and what it was made for'}"
+            f"--fuse-lora: {lora} cannot be fused into this teacher ({error}); "
+            f"{error.cure or 'check the file and what it was made for'}"
         ) from error
 
 
 class LoraError(ValueError):
-    """Why a LoRA cannot be used, in one line, and the `cure` where it is another than checking the file."""
+    """Why a LoRA cannot be used, in one line.
+
+    `cure` is set where something else helps than checking the file.
+    """
 
     def __init__(self, what: str, cure: str = "") -> None:
         super().__init__(what)
@@ -108,12 +125,17 @@ class LoraError(ValueError):
 
 
 def differences(pipe: DiffusionPipeline, facts: Facts, strength: float) -> Iterator[tuple[Target, Tensor]]:
-    """What a LoRA adds to which layers, float32. Raises LoraError where any of its tensors has no place."""
+    """Yield the layers that a LoRA changes, with their differences in float32.
+
+    Raises LoraError where a tensor has no place in the pipeline, where two names mean one layer, where a
+    difference is not finite, and where all are zero.
+    """
     places, layers = places_in(pipe), factors_of(facts)
     if unknown := [layer for layer in layers if _place(layer, places) is None]:
         own = ", ".join(sorted({t.part for t in places.values()}))
         raise LoraError(
-            f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), the first is {unknown[0]!r}",
+            f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), "
+            f"the first is {unknown[0]!r}",
             "pass a LoRA that was made for this kind of model",
         )
     moved = 0
@@ -134,13 +156,17 @@ def differences(pipe: DiffusionPipeline, facts: Facts, strength: float) -> Itera
 
 
 def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Tensor:
-    """`alpha / r B A` in the shape of the layer's weight. Raises LoraError where the factors are not its own."""
+    """Return `alpha / r B A`, shaped as a layer's weight.
+
+    A rank-stabilised LoRA has `alpha / sqrt(r)` in place of `alpha / r`. Raises LoraError where the factors
+    do not fit the layer.
+    """
     down, up, weight = factors.down, factors.up, target.layer.weight
     if down is None or up is None:
         raise LoraError(f"{layer!r} has half of a LoRA alone ({', '.join(factors.names)})")
     rank = down.shape[0] if down.ndim > 1 else 0
     fits = rank > 0 and up.numel() == rank * weight.shape[0] and up.shape[:2] == (weight.shape[0], rank)
-    # A linear layer may be said as a convolution of 1x1, and the other way round.
+    # A file may store a linear layer as a convolution of 1x1, and the other way round.
     kernel = weight.shape[1:] + (1,) * (4 - weight.ndim)
     if not fits or down.shape[1:] + (1,) * (4 - down.ndim) != kernel:
         raise LoraError(
@@ -153,7 +179,11 @@ def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Te
 
 
 def _alpha(target: Target, facts: Facts, rank: int) -> float:
-    """Of a layer beside which none is said: that of the header or of PEFT's settings, else the rank."""
+    """Return the alpha of a layer that has none of its own.
+
+    The first that is set of: PEFT's pattern for the layer, the alpha of the layer's part, the alpha of all
+    parts, the rank.
+    """
     name = f"{target.part}.{target.name}"
     for pattern, alpha in facts.alphas.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
@@ -162,18 +192,24 @@ def _alpha(target: Target, facts: Facts, rank: int) -> float:
 
 
 def factors_of(facts: Facts) -> dict[str, Factors]:
-    """The factors of every layer, by the file's own names for them. Raises LoraError for what is no plain LoRA."""
+    """Group a LoRA's tensors by layer, under the file's own names.
+
+    Raises LoraError for what is no plain LoRA.
+    """
     layers: dict[str, Factors] = {}
     for kind, what in OTHERS.items():
         if found := sorted(n for n in facts.tensors if re.search(kind, n)):
             raise LoraError(
-                f"it holds {what}: {found[0]!r} and {len(found) - 1} more", "pass a plain LoRA, or merge it in the program that made it"
+                f"it holds {what}: {found[0]!r} and {len(found) - 1} more",
+                "pass a plain LoRA, or merge it in the program that made it",
             )
     for name, tensor in facts.tensors.items():
         match = KEY.match(name)
         if match is None or (match["role"] != "alpha" and match["weight"] is None):
             raise LoraError(f"{name!r} is no tensor of a LoRA", "pass a plain LoRA")
-        old = "" if match["old"] is None else ".to_out.0" if "out" in match["old"] else match["old"].removesuffix("_lora")
+        old = (
+            "" if match["old"] is None else ".to_out.0" if "out" in match["old"] else match["old"].removesuffix("_lora")
+        )
         factors = layers.setdefault(match["layer"] + old, Factors())
         factors.names.append(name)
         if match["role"] == "alpha":
@@ -190,7 +226,10 @@ def factors_of(facts: Facts) -> dict[str, Factors]:
 
 
 def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
-    """Where tensors may go: by part, and by the layer's name with `_` for dots, in diffusers' names and in the original ones."""
+    """Return the layers that a LoRA may change.
+
+    The keys are (part, layer name with `_` for dots), in diffusers' names and in the original ones.
+    """
     places: dict[tuple[str, str], Target] = {}
     for part, network in pipe.components.items():
         if not isinstance(network, nn.Module) or part in ("vae", "safety_checker", "image_encoder"):
@@ -209,16 +248,18 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
 
 
 def flat(name: str) -> str:
+    """Replace the dots of a name by underscores."""
     return name.replace(".", "_")
 
 
 def _place(layer: str, places: Mapping[tuple[str, str], Target]) -> Target | None:
-    """The layer that a file means."""
+    """Return the layer that a file's name means, or None."""
     layer = layer.removeprefix("base_model.model.")
     denoiser = next(part for part, _ in places if part in ("unet", "transformer"))
     starts = {
-        "lora_unet_": denoiser, "lora_transformer_": denoiser, "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
-        "lora_te3_": "text_encoder_3", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
+        "lora_unet_": denoiser, "lora_transformer_": denoiser, "lora_te_": "text_encoder",
+        "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3",
+        "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
         f"{denoiser}.": denoiser, "diffusion_model.": denoiser, "": denoiser,
     }  # fmt: skip
     found = ((part, flat(layer.removeprefix(start))) for start, part in starts.items() if layer.startswith(start))
@@ -226,41 +267,63 @@ def _place(layer: str, places: Mapping[tuple[str, str], Target]) -> Target | Non
 
 
 def read_lora(place: str) -> Facts:
-    """A LoRA from a file, a folder or a hub id. Raises LoraError."""
+    """Read a LoRA from a file, a folder or a hub id.
+
+    Raises LoraError.
+    """
     file = lora_file(place)
     try:
         tensors = read_tensors(file)
         require_floating({n: t for n, t in tensors.items() if not n.endswith("alpha")})
+        if odd := next((n for n, t in tensors.items() if t.dtype == torch.bool), None):
+            raise LoraError(f"its {odd} holds truth values, not numbers", "write the file again")
         with safe_open(require_regular(file), "pt") as opened:
-            said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            said = typed(dict[str, Any], json_of((opened.metadata() or {}).get("lora_adapter_metadata", "{}")))
         beside = file.with_name(ADAPTER)
         if not said and beside.is_file() and file.name == "adapter_model.safetensors":
             said = json_in(beside)
         return _facts(tensors, said)
     except LoraError:
         raise
-    except Exception as error:  # as many types as there are kinds of damage
+    except Exception as error:  # each kind of damage raises another type
         raise LoraError(reason(error)) from error
 
 
 def _facts(tensors: dict[str, Tensor], said: Mapping[str, Any]) -> Facts:
-    """`said` is PEFT's settings; in diffusers' headers the names of the parts stand before them."""
+    """Return `Facts` of tensors and PEFT's settings `said`.
+
+    In diffusers' headers, the name of a part stands before each setting.
+    """
     alpha, alphas, root = dict[str, float](), dict[str, float](), False
     for key, value in said.items():
         part, _, setting = key.rpartition(".")
         if setting == "lora_alpha":
-            alpha[part] = float(value)
+            alpha[part] = typed(float, value, key)
         elif setting == "alpha_pattern":
-            alphas |= {re.compile(str(k)).pattern: float(v) for k, v in (value or {}).items()}
+            alphas |= {_pattern(k, key): v for k, v in (typed(dict[str, float] | None, value, key) or {}).items()}
         elif setting == "use_rslora":
-            root = root or bool(value)
-        elif setting == "use_dora" and value:
+            root = bool(typed(bool | None, value, key)) or root
+        elif setting == "use_dora" and typed(bool | None, value, key):
             raise LoraError("it is DoRA, a LoRA with magnitudes", "pass a plain LoRA")
     return Facts(tensors, alpha, alphas, root)
 
 
+def _pattern(text: str, key: str) -> str:
+    """Return a regular expression.
+
+    Raises ValueError for a text that is none.
+    """
+    try:
+        return re.compile(text).pattern
+    except re.error as error:
+        raise ValueError(f"{key} has {text!r}, which is no pattern") from error
+
+
 def lora_file(place: str) -> Path:
-    """The file of a LoRA: itself, the one in a folder, or that of a hub id. Raises LoraError."""
+    """Find the file of a LoRA.
+
+    `place` is the file, a folder with the file, or a hub id. Raises LoraError.
+    """
     path = Path(place).expanduser()
     if path.suffix in PICKLES:
         raise LoraError("it is a pickle, which may run any code when it is read", "pass it as .safetensors")
@@ -272,10 +335,14 @@ def lora_file(place: str) -> Path:
         try:
             path = Path(snapshot_download(place, allow_patterns=["*.safetensors", ADAPTER]))
         except Exception as error:  # the hub raises a different type for each kind of trouble
-            raise LoraError(f"it is not to be had from the hub: {reason(error)}", "pass a .safetensors file or a folder") from error
+            raise LoraError(
+                f"it is not to be had from the hub: {reason(error)}", "pass a .safetensors file or a folder"
+            ) from error
     found = sorted(path.glob("*.safetensors"))
     usual = [path / name for name in USUAL if path / name in found]
     if not usual and len(found) != 1:
         names = ", ".join(f.name for f in found[:8]) or "none"
-        raise LoraError(f"its .safetensors files are {names}, of which none is called {' or '.join(USUAL)}", "pass the file itself")
+        raise LoraError(
+            f"its .safetensors files are {names}, of which none is called {' or '.join(USUAL)}", "pass the file itself"
+        )
     return (usual or found)[0]

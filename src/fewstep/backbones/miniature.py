@@ -1,7 +1,8 @@
-"""A Stable Diffusion pipeline in miniature: the same classes, a few million parameters, its own vocabulary.
+"""A Stable Diffusion pipeline in miniature.
 
-Built from plain numbers, so that the bundled teacher is the very thing that `StableDiffusionPipeline.from_pretrained`
-loads, and so that tests can have one with random weights in milliseconds.
+The same classes, a few million parameters, a vocabulary of its own. The networks are built from plain
+numbers, so `StableDiffusionPipeline.from_pretrained` loads the bundled teacher as any other, and tests make
+one with random weights in milliseconds.
 """
 
 from collections import Counter
@@ -20,9 +21,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def word_tokenizer(corpus: Sequence[str], vocabulary: int, length: int) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer whose merges are learned on `corpus`; any other text still falls back to bytes.
+    """Return a CLIP byte-pair tokenizer with merges learned on `corpus`.
 
-    Merges are learned here and not by the library's trainer, which breaks ties differently in every process.
+    Any other text falls back to bytes. The library's own trainer breaks ties differently in every process, so
+    `learn_merges` learns the merges.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_merges(corpus, vocabulary - len(alphabet))
@@ -32,12 +34,15 @@ def word_tokenizer(corpus: Sequence[str], vocabulary: int, length: int) -> CLIPT
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A tokenizer that `save_pretrained` wrote."""
+    """Load a tokenizer that `save_pretrained` wrote."""
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def learn_merges(corpus: Sequence[str], count: int) -> list[tuple[str, str]]:
-    """The `count` most frequent byte pairs in turn (Sennrich et al. 2016, arXiv 1508.07909); the alphabet decides ties."""
+    """Return the `count` byte pairs that are most frequent in turn.
+
+    Sennrich et al. 2016, arXiv 1508.07909. The alphabet decides ties. A small corpus gives fewer pairs.
+    """
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True),
@@ -61,7 +66,7 @@ def learn_merges(corpus: Sequence[str], count: int) -> list[tuple[str, str]]:
 
 
 def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """`word` with every occurrence of `pair` made one piece."""
+    """Merge every occurrence of `pair` in `word`."""
     out: list[str] = []
     for piece in word:
         if out and (out[-1], piece) == pair:
@@ -72,9 +77,13 @@ def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int) -> CLIPTextModel:
-    """A causal CLIP text transformer for `tokenizer`, random weights."""
+    """Return a causal CLIP text transformer with random weights.
+
+    Vocabulary and length are the tokenizer's.
+    """
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=heads,
         max_position_embeddings=tokenizer.model_max_length, projection_dim=width, hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -82,15 +91,20 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int) 
 
 
 def autoencoder(channels: Sequence[int], latent: int, size: int, groups: int = 8) -> AutoencoderKL:
-    """A convolutional KL autoencoder that halves the resolution len(channels) - 1 times, random weights."""
+    """Return a convolutional KL autoencoder with random weights.
+
+    The encoder halves the resolution len(channels) - 1 times.
+    """
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=latent, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=groups, sample_size=size,
-        down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels), mid_block_add_attention=False,
+        in_channels=3, out_channels=3, latent_channels=latent, block_out_channels=tuple(channels),
+        layers_per_block=1, norm_num_groups=groups, sample_size=size,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels), mid_block_add_attention=False,
     )  # fmt: skip
 
 
 class Decoder(nn.Module):
-    """The half of an autoencoder that draws."""
+    """The decoding half of an autoencoder."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -102,7 +116,7 @@ class Decoder(nn.Module):
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
-    """An autoencoder that `save_pretrained` wrote, in eval mode."""
+    """Load an autoencoder that `save_pretrained` wrote, in eval mode."""
     network: AutoencoderKL = load_network(AutoencoderKL, folder)
     return network
 
@@ -110,26 +124,35 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 def unet(
     channels: Sequence[int], attention: Sequence[bool], latent: int, size: int, text_width: int, groups: int = 16
 ) -> UNet2DConditionModel:
-    """A conditional U-Net: cross attention where `attention` says so, and the pooled text added to the time embedding."""
+    """Return a conditional U-Net with random weights.
+
+    A level has cross attention where `attention` is true. The pooled text is added to the time embedding.
+    """
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
     return UNet2DConditionModel(
-        sample_size=size, in_channels=latent, out_channels=latent, block_out_channels=tuple(channels), layers_per_block=1,
-        down_block_types=down, up_block_types=up, cross_attention_dim=text_width, attention_head_dim=4, norm_num_groups=groups,
-        addition_embed_type="text", addition_embed_type_num_heads=8, resnet_time_scale_shift="scale_shift",
+        sample_size=size, in_channels=latent, out_channels=latent, block_out_channels=tuple(channels),
+        layers_per_block=1, down_block_types=down, up_block_types=up, cross_attention_dim=text_width,
+        attention_head_dim=4, norm_num_groups=groups, addition_embed_type="text",
+        addition_embed_type_num_heads=8, resnet_time_scale_shift="scale_shift",
     )  # fmt: skip
 
 
 def scheduler() -> DDIMScheduler:
-    """Cosine schedule with zero terminal SNR, v-prediction, trailing times."""
+    """Return a cosine schedule with zero terminal SNR and v-prediction.
+
+    The times are trailing.
+    """
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction",
         timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, steps_offset=1,
     )  # fmt: skip
 
 
-def pipeline(vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, net: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The four parts as an ordinary `StableDiffusionPipeline`, in eval mode."""
+def pipeline(
+    vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, net: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """Return the four parts as a `StableDiffusionPipeline` in eval mode."""
     return StableDiffusionPipeline(
         vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=net.eval(), scheduler=scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

@@ -1,4 +1,7 @@
-"""What the pipelines of several families have in common: prediction types, autoencoders, layers worth looking at, loading."""
+"""What the pipelines of several families have in common.
+
+Prediction types, autoencoders, layers for a discriminator, loading.
+"""
 
 import inspect
 import json
@@ -22,29 +25,39 @@ from .settings import read_settings, side
 from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
-OUTPUTS = ("conv_out", "proj_out")  # what U-Nets and transformers call their last layer
-PIXELS = 2**18  # that go through an autoencoder at once, 64 pictures of 64x64 or one of 512x512: its memory stays below the denoiser's
+OUTPUTS = ("conv_out", "proj_out")  # names of the last layer in U-Nets and transformers
+# Pixels that go through an autoencoder at once, 64 images of 64x64 or one of 512x512: the autoencoder then
+# needs less memory than the denoiser.
+PIXELS = 2**18
 
 INDEX_CURE = "pass the folder that save_pretrained wrote"
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 @dataclass(frozen=True)
-class Piped(ABC):
-    """What all backbones around a diffusers pipeline have in common; a family adds what is its own, and overrides nothing."""
+class DiffusersBackbone(ABC):
+    """A backbone around a diffusers pipeline.
+
+    A family adds what is its own, and overrides nothing.
+    """
 
     pipe: DiffusionPipeline
     name: str
     schedule: Schedule
-    guidance_rescale: float = field(default=0.0, kw_only=True)
-    source: str = field(default="", kw_only=True)  # what `load_teacher` was told, so that a student can name its base
+    source: str = field(default="", kw_only=True)  # argument of `load_teacher`, by which a student names its base
 
     @property
     def module(self) -> nn.Module:
+        """The network that is distilled."""
         return denoiser_of(self.pipe)
 
     @property
     def row(self) -> Row:
+        """The row of the scheduler's prediction type.
+
+        EDM's row for a scheduler with `sigma_data`. The flow row for a scheduler that names no prediction
+        type.
+        """
         config = self.pipe.scheduler.config
         if "sigma_data" in config:
             return edm_row(config.sigma_data, EDM_SIGNS[config.prediction_type])
@@ -52,15 +65,19 @@ class Piped(ABC):
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
+        """Settings of the pipeline's scheduler."""
         return dict(self.pipe.scheduler.config)
 
 
 @dataclass(frozen=True)
-class Latent(Piped):
-    """A backbone whose states are the scaled latents [C, h, w] of an image autoencoder."""
+class Latent(DiffusersBackbone):
+    """A backbone whose states are latents of an image autoencoder.
+
+    The latents [C, h, w] are scaled.
+    """
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         return self.shape[-1] * self.pipe.vae_scale_factor
 
     @property
@@ -69,28 +86,39 @@ class Latent(Piped):
 
     @property
     def chunk(self) -> int:
-        """How many pictures go through the autoencoder at once."""
-        return max(1, PIXELS // self.picture_size**2)
+        """Number of images that go through the autoencoder at once."""
+        return max(1, PIXELS // self.image_size**2)
 
     def latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """`(shift, scale)` of states `(z - shift) scale` for latents z: two numbers, or two tensors [1, C, 1, 1] where channels are normalised one by one."""
+        """Return `(shift, scale)` of states `(z - shift) scale` for latents z.
+
+        Two numbers, or two tensors [1, C, 1, 1] where channels are normalised one by one.
+        """
         config = self.pipe.vae.config
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return config.get("shift_factor") or 0.0, config.scaling_factor
-        mean, std = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
         return mean, config.scaling_factor / std
 
-    def picture_states(self, pictures: Tensor) -> Tensor:
-        """Latents in float32: means of pictures [B, 3, H, W] in [0, 1]."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] in [0, 1] as scaled latents.
+
+        Means of the autoencoder's posterior, in float32.
+        """
         vae = self.pipe.vae
         with torch.no_grad():
-            means = [vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(self.chunk)]
+            means = [vae.encode(2 * x - 1).latent_dist.mean for x in images.to(vae.device, vae.dtype).split(self.chunk)]
         z = torch.cat(means).float()
         shift, scale = self.latent_scale(z)
         return (z - shift) * scale
 
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], float32."""
+        """Decode scaled latents to images [B, 3, H, W] in [0, 1].
+
+        Images are float32.
+        """
         vae = self.pipe.vae
         shift, scale = self.latent_scale(x)
         z = x.float() / scale + shift
@@ -100,8 +128,8 @@ class Latent(Piped):
 
 
 @dataclass(frozen=True)
-class WithUNet(Piped):
-    """The layers that diffusers' U-Nets have in common."""
+class WithUNet(DiffusersBackbone):
+    """A backbone with a U-Net of diffusers."""
 
     @property
     def time_layer(self) -> str:
@@ -114,9 +142,12 @@ class WithUNet(Piped):
 
 @dataclass(frozen=True)
 class LatentUNet(WithUNet, Latent):
-    """Of these, those with a U-Net, which draws at other sizes than it was made for, too."""
+    """A latent backbone with a U-Net.
 
-    size: int = 0  # height and width of the latents; 0: as the network was made for
+    A U-Net samples at other sizes than the one it was made for, too.
+    """
+
+    size: int = 0  # height and width of the latents; 0: the size that the network was made for
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,7 +158,10 @@ class LatentUNet(WithUNet, Latent):
 
 @dataclass(frozen=True)
 class LatentTransformer(Latent):
-    """Of these, those with a transformer, which draws at the size it was made for."""
+    """A latent backbone with a transformer.
+
+    A transformer samples at the size that it was made for.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,9 +173,10 @@ class LatentTransformer(Latent):
 def load_pipeline(
     kind: type[Pipeline], source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})
 ) -> Pipeline:
-    """A pipeline from a folder or a hub id, some of its `parts` replaced, `frozen`; of its networks every weight is accounted for.
+    """Load a frozen pipeline from a folder or a hub id.
 
-    Raises UnfitError (see `weights.load_network`), and whatever diffusers raises for what is no network.
+    `parts` replace those of the folder. Every weight of the networks is accounted for. Raises UnfitError (see
+    `weights.load_network`), and whatever diffusers raises for what is no network.
     """
     folder = Path(source) if Path(source).is_dir() else fetched(kind, str(source), parts)
     named = part_names(kind, kind.load_config(folder))
@@ -152,7 +187,10 @@ def load_pipeline(
 
 
 def fetched(kind: type[DiffusionPipeline], source: str, parts: Mapping[str, Any]) -> Path:
-    """The folder in the hub's cache with a pipeline's files, downloaded where they are not there: those in full precision, else in half."""
+    """Return the hub's cached folder of a pipeline, downloaded where missing.
+
+    Files in full precision, or else in half.
+    """
     try:
         return Path(kind.download(source, use_safetensors=True, **parts))
     except (OSError, ValueError) as error:
@@ -163,17 +201,21 @@ def fetched(kind: type[DiffusionPipeline], source: str, parts: Mapping[str, Any]
 
 
 def part_names(pipeline: type[DiffusionPipeline], index: Mapping[str, Any]) -> dict[str, str]:
-    """The parts that a pipeline's `model_index.json` names, and what their classes are called. Raises UnfitError where it is damaged, or lacks one."""
+    """Return the class names of the parts in a `model_index.json`.
+
+    Raises UnfitError where the index is damaged or lacks a part.
+    """
     told = inspect.signature(pipeline.__init__).parameters
     needed = {n for n, p in told.items() if p.default is p.empty} - {"self"}
     parts, named = needed | set(pipeline._optional_components), dict[str, str]()
     for name, entry in index.items():
-        if name.startswith("_") or (name in told and name not in parts):  # the latter are settings of the pipeline itself
+        if name.startswith("_") or (name in told and name not in parts):  # settings of the pipeline itself
             continue
         pair = entry if isinstance(entry, list | tuple) else ()
         if name not in parts or len(pair) != 2 or not all(part is None or isinstance(part, str) for part in pair):
             raise UnfitError(
-                f"model_index.json says {name!r} {json.dumps(entry)[:60]}, which is no part of a {pipeline.__name__}", INDEX_CURE
+                f"model_index.json says {name!r} {json.dumps(entry)[:60]}, which is no part of a {pipeline.__name__}",
+                INDEX_CURE,
             )
         if pair[0] is not None and pair[1] is not None:
             named[name] = pair[1]
@@ -183,7 +225,10 @@ def part_names(pipeline: type[DiffusionPipeline], index: Mapping[str, Any]) -> d
 
 
 def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
-    """The classes that a pipeline allows for one of its parts."""
+    """Return the classes that a pipeline allows for a part.
+
+    Raises UnfitError where the pipeline has no such part.
+    """
     hints = get_type_hints(pipeline.__init__)
     if name not in hints:
         raise UnfitError(
@@ -194,7 +239,10 @@ def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
 
 
 def network_kind(pipeline: type[DiffusionPipeline], name: str, called: str) -> type[nn.Module] | None:
-    """The class of one of a pipeline's networks; None for what is no network. Raises UnfitError where the folder calls it otherwise than the pipeline allows."""
+    """Return the class of a pipeline's network; None for other parts.
+
+    Raises UnfitError where the folder names another class than the pipeline allows.
+    """
     kinds = [k for k in part_kind(pipeline, name) if issubclass(k, ModelMixin | PreTrainedModel)]
     if not kinds:
         return None
@@ -207,7 +255,10 @@ def network_kind(pipeline: type[DiffusionPipeline], name: str, called: str) -> t
 
 
 def load_part(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """One network of a pipeline's folder, of its `own_dtype`. Raises UnfitError."""
+    """Load one network of a pipeline's folder, in its `own_dtype`.
+
+    Raises UnfitError.
+    """
     place = folder / name
     loader: Any = kind
     config = loader.load_config(place) if issubclass(kind, ModelMixin) and (place / "config.json").is_file() else {}
@@ -216,7 +267,10 @@ def load_part(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype
 
 
 def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
-    """The pipeline with all its networks frozen, in eval mode and of their `own_dtype`, without bars."""
+    """Freeze a pipeline's networks, in eval mode and in their `own_dtype`.
+
+    Progress bars are off. Returns `pipe`.
+    """
     pipe.set_progress_bar_config(disable=True)
     for part in networks(pipe):
         part.requires_grad_(False).eval()
@@ -227,7 +281,10 @@ def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
 
 
 class SingleConv2d(nn.Conv2d):
-    """A convolution that calculates in single precision while `single` is set, whatever goes on around it."""
+    """A convolution that computes in float32 while `single` is set.
+
+    Autocast around the layer then has no effect.
+    """
 
     single = False
 
@@ -239,7 +296,10 @@ class SingleConv2d(nn.Conv2d):
 
 
 class SingleLinear(nn.Linear):
-    """A linear layer that calculates in single precision while `single` is set, whatever goes on around it."""
+    """A linear layer that computes in float32 while `single` is set.
+
+    Autocast around the layer then has no effect.
+    """
 
     single = False
 
@@ -247,11 +307,16 @@ class SingleLinear(nn.Linear):
         if not self.single:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            return nn.functional.linear(
+                x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+            )
 
 
 def able_to_single(network: nn.Module) -> nn.Module:
-    """The same network, its last layer able to calculate in single precision (see `single_output`); weights, hooks and names stay."""
+    """Make a network's last layer able to compute in float32.
+
+    For `single_output`. Weights, hooks and names stay. Returns the same network.
+    """
     for name, layer in network.named_children():
         if name in OUTPUTS and type(layer) in (nn.Conv2d, nn.Linear):
             layer.__class__ = SingleConv2d if isinstance(layer, nn.Conv2d) else SingleLinear
@@ -260,13 +325,16 @@ def able_to_single(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def single_output(network: nn.Module) -> Iterator[None]:
-    """Within it the network's last layer calculates in single precision, where it is able to.
+    """Compute the network's last layer in float32 inside the block.
 
-    A clean estimate at the noisiest time is the output's error sigma / alpha times over for an eps network: rounding it to bfloat16, about 0.001 of what it
-    says, is 0.015 of x0's unit for Stable Diffusion's last time and 0.16 for PixArt's, and guidance multiplies that.
+    Only after `able_to_single`. For an eps network, the error of the clean estimate at the noisiest time is
+    sigma / alpha times the error of the output. Rounding the output to bfloat16, an error of about 0.001 of
+    the output, is 0.015 of x0's unit at Stable Diffusion's last time and 0.16 at PixArt's, and guidance
+    multiplies the error.
     """
     outputs = [child for name, child in network.named_children() if name in OUTPUTS]
-    layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]  # under an adapter, too
+    # `modules`, since the layer may be inside an adapter.
+    layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]
     for layer in layers:
         layer.single = True
     try:
@@ -277,29 +345,40 @@ def single_output(network: nn.Module) -> Iterator[None]:
 
 
 def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, but single precision for an autoencoder that overflows in half, as SDXL's does."""
-    return torch.float32 if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True) else dtype
+    """Return `dtype`, or float32 where float16 would overflow.
+
+    Autoencoders such as SDXL's overflow in float16.
+    """
+    return (
+        torch.float32
+        if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True)
+        else dtype
+    )
 
 
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
-    """All networks of a pipeline."""
+    """Return all networks of a pipeline."""
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """The network that is distilled: the U-Net or the transformer."""
+    """Return the network that is distilled: the U-Net or the transformer."""
     return pipe.unet if "unet" in pipe.components else pipe.transformer
 
 
 def on(network: nn.Module, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Conditions where the network is; the encoders may be elsewhere."""
+    """Move conditions to the network's device.
+
+    The encoders may be on another one.
+    """
     device = next(network.parameters()).device
     return {k: v.to(device) for k, v in cond.items()}
 
 
 def set_checkpointing(network: nn.Module, run: Callable[..., Any] | None) -> None:
-    """Let `run(block, *inputs)` compute the blocks of a diffusers network where gradients are on; None: they compute themselves.
+    """Set how the blocks of a diffusers network are computed.
 
+    With gradients on, `run(block, *inputs)` computes each block; with None the blocks compute themselves.
     Raises ValueError for a network that has no such blocks.
     """
     if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
@@ -309,14 +388,16 @@ def set_checkpointing(network: nn.Module, run: Callable[..., Any] | None) -> Non
             network.enable_gradient_checkpointing(run)
     elif run is not None:
         raise ValueError(
-            f"roles.checkpointing: a {type(network).__name__} has no blocks to check; set it to false, or lower train.batch to save memory"
+            f"roles.checkpointing: a {type(network).__name__} has no blocks to check; "
+            "set it to false, or lower train.batch to save memory"
         )
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The parts that a network's weights are spread in, inner ones first: those that diffusers keeps together, else the elements of its outermost lists.
+    """Return the blocks in which a network's weights are sharded.
 
-    Raises ValueError where there are none.
+    Inner blocks first. Blocks are the modules that diffusers keeps together, or else the elements of the
+    outermost module lists. Raises ValueError where there are none.
     """
     kinds = (network._no_split_modules or ()) if isinstance(network, ModelMixin) else ()
     found = [m for m in network.modules() if type(m).__name__ in kinds and m is not network]
@@ -326,21 +407,29 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
         found = [block for m in outer for block in m if next(block.parameters(), None) is not None]
     if not found:
         raise ValueError(
-            f"train.shard: a {type(network).__name__} has no blocks (the elements of an nn.ModuleList) to spread; set it to false"
+            f"train.shard: a {type(network).__name__} has no blocks (the elements of an nn.ModuleList) "
+            "to spread; set it to false"
         )
     return found[::-1]
 
 
 def unet_features(unet: nn.Module) -> tuple[str, ...]:
-    """The last convolution block of every downward level, and the middle."""
+    """Name the last resnet of every down level, and the middle."""
     levels = unet.get_submodule("down_blocks")
     assert isinstance(levels, nn.ModuleList)
-    last = [f"down_blocks.{i}.resnets.{len(level.get_submodule('resnets')) - 1}" for i, level in enumerate(levels)]  # type: ignore[arg-type]
+    last = [
+        f"down_blocks.{i}.resnets.{len(level.get_submodule('resnets')) - 1}"  # type: ignore[arg-type]
+        for i, level in enumerate(levels)
+    ]
     return (*last, "mid_block")
 
 
 def transformer_features(blocks: Sequence[nn.Module], part: str = "") -> tuple[str, ...]:
-    """Up to four of a transformer's blocks, or this part of them, evenly through its first three quarters."""
+    """Name up to four blocks of a transformer.
+
+    `part` is a layer's name inside each block, if not the block itself. The blocks are spread evenly through
+    the first three quarters.
+    """
     count = len(blocks)
     places = sorted({round(count * share / 4) for share in (0.75, 1.5, 2.25, 3)} & set(range(count)))
     return tuple(f"transformer_blocks.{i}{part}" for i in places or [0])

@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma: a T5 text with its mask, a transformer that also predicts a variance."""
+"""PixArt-alpha and PixArt-Sigma: masked T5 text, a transformer with learned variance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,17 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from .base import Cond
+from .family import Family
 from .parts import LatentTransformer, on, single_output, transformer_features
 from .settings import table
 
 
 @dataclass(frozen=True)
 class PixArt(LatentTransformer):
-    """A PixArt pipeline as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]` with `mask [B, L]`."""
+    """A PixArt pipeline as a backbone.
+
+    States are scaled latents [C, h, w]. The condition is `text [B, L, D]` with `mask [B, L]`.
+    """
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -29,13 +33,15 @@ class PixArt(LatentTransformer):
         return transformer_features(self.pipe.transformer.transformer_blocks)
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        text, size = cond["text"], self.picture_size
+        text, size = cond["text"], self.image_size
         extra: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.pipe.transformer.config.use_additional_conditions:
             extra = {"resolution": text.new_full((len(x), 2), size), "aspect_ratio": text.new_ones(len(x), 1)}
         states, times = x.to(text.dtype), t.to(torch.float32)
         with single_output(module):
-            output = module(states, text, times, encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False)[0]
+            output = module(
+                states, text, times, encoder_attention_mask=cond["mask"], added_cond_kwargs=extra, return_dict=False
+            )[0]
         return output[:, : x.shape[1]].float()  # the other half, where there is one, is the learned variance
 
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -46,6 +52,11 @@ class PixArt(LatentTransformer):
         return on(self.module, {"text": text, "mask": mask})
 
 
-def around_pixart(pipe: PixArtAlphaPipeline | PixArtSigmaPipeline, name: str) -> PixArt:
-    """The backbone of a pipeline."""
-    return PixArt(pipe, name, table(pipe))
+ALPHA, SIGMA = (
+    Family(
+        pipeline,
+        lambda pipe, name: PixArt(pipe, name, table(pipe)),
+        call_options=lambda pipe: {"use_resolution_binning": False, "clean_caption": False},
+    )
+    for pipeline in (PixArtAlphaPipeline, PixArtSigmaPipeline)
+)

@@ -1,4 +1,8 @@
-"""How a network's answers are read, as data: what its weights do not say, and what makes them another model when it is wrong."""
+"""How a network's outputs are read, as data.
+
+A model's weights do not say what the network predicts and on which schedule. The same weights with another
+prediction or schedule are another model.
+"""
 
 import hashlib
 import json
@@ -14,24 +18,28 @@ from ..core.prediction import ROWS, Row, edm_row
 from ..core.schedule import EDM, VP, Flow, Schedule
 from .base import Backbone
 
-PROBES = 17  # fractions of the way at which a schedule that is none of ours is written down
-SHOWN = 6  # numbers of a list that are printed in full
+PROBES = 17  # times at which a custom schedule is sampled
+SHOWN = 6  # longest list that is printed in full
+
+LEVELS = 33  # levels of a schedule's table that are kept
 
 
 def process_data(backbone: Backbone, most: int | None = None) -> dict[str, Any]:
-    """`prediction`, `sigma_data` where it has one, and `schedule` of a backbone, ready for JSON.
+    """Return a backbone's `prediction`, `sigma_data` and `schedule`, ready for JSON.
 
-    A table of more than `most` levels is thinned to so many, evenly: enough to tell it from others.
+    `sigma_data` is 0 where the prediction has none. A table of more than `most` levels is thinned evenly to
+    `most`, which is enough to distinguish tables.
     """
     prediction, sigma_data = prediction_of(backbone.row)
     return {"prediction": prediction, "sigma_data": sigma_data, "schedule": schedule_data(backbone.schedule, most)}
 
 
 def prediction_of(row: Row) -> tuple[str, float]:
-    """The name of a prediction row and its `sigma_data`, 0 where it has none.
+    """Return the name of a prediction row and its `sigma_data`.
 
-    Rows are compared at two noise levels, alpha 0.6 and sigma 0.8 and alpha 1 and sigma 2. EDM's `F` has
-    `a / b = -sigma / sigma_data^2`, which gives `sigma_data`. A row of nobody's is written as its numbers.
+    `sigma_data` is 0 where the row has none. Rows are compared at two noise levels: alpha 0.6 with sigma 0.8,
+    and alpha 1 with sigma 2. EDM's `F` has `a / b = -sigma / sigma_data^2`, which gives `sigma_data`. An
+    unknown row is named by its numbers.
     """
     for name, known in ROWS.items():
         if name != "edm" and _same(_at(row), _at(known)):
@@ -55,10 +63,17 @@ def _same(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def schedule_data(schedule: Schedule, most: int | None = None) -> dict[str, Any]:
-    """The kind of a schedule and its table or parameters; of one that is none of ours alpha and sigma along the way."""
+    """Return the kind of a schedule with its table or parameters.
+
+    A custom schedule is sampled: alpha and sigma at `PROBES` times.
+    """
     if isinstance(schedule, VP):
         table = schedule.alpha_bar.double().cpu()
-        kept = table if most is None or len(table) <= most else table[torch.linspace(0, len(table) - 1, most).round().long()]
+        kept = (
+            table
+            if most is None or len(table) <= most
+            else table[torch.linspace(0, len(table) - 1, most).round().long()]
+        )
         return {"kind": "VP", "levels": len(table), "alpha_bar": kept.tolist()}
     if isinstance(schedule, EDM | Flow):
         return {"kind": type(schedule).__name__, **asdict(schedule)}
@@ -72,9 +87,10 @@ def _numbers(values: Tensor) -> list[float]:
 
 
 def probe(cond: Mapping[str, Tensor], rows: int = 16) -> dict[str, Any]:
-    """What conditions say, in a few numbers: the shape of each, and four projections of its first rows, of unit variance.
+    """Summarise conditions in a few numbers.
 
-    For mappings from prompts that have no weights to be known by. cond: tensors [N, ...].
+    The shape of each tensor, and four projections of its first rows, of unit variance. For mappings from
+    prompts that have no weights to compare. cond: tensors [N, ...].
     """
     found = {}
     for name, tensor in sorted(cond.items()):
@@ -87,7 +103,11 @@ def probe(cond: Mapping[str, Tensor], rows: int = 16) -> dict[str, Any]:
 
 
 def mapping_of(backbone: Backbone, prompts: Sequence[str], count: int = 16) -> str:
-    """A hash that tells conditions from others that have no weights to be known by, from what they say of some prompts; else empty."""
+    """Hash what a mapping without weights gives for some prompts.
+
+    The hash distinguishes custom conditions. Empty for a backbone with encoders, whose weights are compared,
+    and without conditions.
+    """
     if backbone.encoders:
         return ""
     asked = [prompts[i] for i in torch.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().long().tolist()]
@@ -97,9 +117,10 @@ def mapping_of(backbone: Backbone, prompts: Sequence[str], count: int = 16) -> s
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], under: str = "") -> list[str]:
-    """`name before -> now` for every setting that differs; nested ones by their dotted names.
+    """Return `name before -> now` for every setting that differs.
 
-    Numbers are the same to 1 in 10,000: machines and file formats round. Two that are of another `kind` differ in that.
+    Nested settings have dotted names. Numbers are equal to 1 in 10,000: machines and file formats round. Two
+    mappings of another `kind` differ in `kind` alone.
     """
     if "kind" in before and "kind" in now and before["kind"] != now["kind"]:
         return [f"{under or 'kind'} {before['kind']} -> {now['kind']}"]
@@ -116,12 +137,28 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], under: str = 
 def _equal(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool) and not isinstance(b, bool):
-        return math.isclose(a, b, rel_tol=1e-4 if isinstance(a, float) or isinstance(b, float) else 0, abs_tol=0 if a == b else tolerance)
+    if (
+        isinstance(a, float | int)
+        and isinstance(b, float | int)
+        and not isinstance(a, bool)
+        and not isinstance(b, bool)
+    ):
+        return math.isclose(
+            a,
+            b,
+            rel_tol=1e-4 if isinstance(a, float) or isinstance(b, float) else 0,
+            abs_tol=0 if a == b else tolerance,
+        )
     return bool(a == b)
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > SHOWN:
         return f"({len(value)} numbers from {_short(value[0])} to {_short(value[-1])})"
-    return f"{value:.6g}" if isinstance(value, float) else repr(value) if isinstance(value, str) and not value else str(value)
+    return (
+        f"{value:.6g}"
+        if isinstance(value, float)
+        else repr(value)
+        if isinstance(value, str) and not value
+        else str(value)
+    )

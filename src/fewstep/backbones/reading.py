@@ -1,23 +1,36 @@
-"""How prompts are read: how many tokens they are, and what of them an encoder takes."""
+"""How text encoders read prompts.
+
+The number of tokens of a prompt, and the tokens that an encoder takes.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from diffusers import CogVideoXPipeline, DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+)
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
 
 from .base import Backbone
-from .parts import Piped
+from .parts import DiffusersBackbone
 
-T5_TOKENS = 256  # that SD3's pipeline gives its third encoder
-PIXART_TOKENS = 120  # of PixArt-alpha's call; Sigma's is 300
-SIGMA_TOKENS = 300
+T5_TOKENS = 256  # token limit of SD3's third encoder
+PIXART_TOKENS = 120  # token limit of PixArt-alpha
+SIGMA_TOKENS = 300  # token limit of PixArt-Sigma
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One encoder's view of some prompts: the most tokens that it takes, begin and end included, how many each has, and those that are taken."""
+    """One encoder's view of some prompts.
+
+    `most` is the largest number of tokens that the encoder takes, begin and end included. `lengths` has the
+    number of tokens of each prompt, `taken` the tokens that the encoder takes.
+    """
 
     encoder: str
     most: int
@@ -26,8 +39,11 @@ class Reading:
 
 
 def readings(backbone: Backbone, prompts: Sequence[str]) -> list[Reading]:
-    """Of every text encoder; none where there are none, or where it is somebody's own."""
-    if not isinstance(backbone, Piped):
+    """Return the readings of every text encoder.
+
+    Empty for a backbone without text encoders and for a custom one.
+    """
+    if not isinstance(backbone, DiffusersBackbone):
         return []
     pipe, found = backbone.pipe, []
     for name, words, most in _tokenizers(pipe):
@@ -39,7 +55,7 @@ def readings(backbone: Backbone, prompts: Sequence[str]) -> list[Reading]:
 
 
 def _tokenizers(pipe: DiffusionPipeline) -> Iterator[tuple[str, PreTrainedTokenizerBase, int]]:
-    """The tokenizers of a pipeline, and how many tokens it lets each have."""
+    """Yield a pipeline's tokenizers, with their names and token limits."""
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         words = pipe.components.get(name)
         if not isinstance(words, PreTrainedTokenizerBase):
@@ -57,5 +73,5 @@ def _tokenizers(pipe: DiffusionPipeline) -> Iterator[tuple[str, PreTrainedTokeni
 
 
 def _converted(pipe: DiffusionPipeline, prompt: str, words: PreTrainedTokenizerBase) -> str:
-    """A prompt with words of several tokens spelt out, where the pipeline does that."""
+    """Spell out a prompt's words of several tokens, if the pipeline does."""
     return str(pipe.maybe_convert_prompt(prompt, words)) if isinstance(pipe, TextualInversionLoaderMixin) else prompt

@@ -1,4 +1,8 @@
-"""What a scheduler says of a model's process, and stock schedulers that visit exactly the times that a student was trained on."""
+"""diffusers' schedulers: a model's process, and sampling of students.
+
+A scheduler's settings give a model's process. For a student, a stock scheduler steps through exactly the
+times that the student was trained on.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,102 +20,145 @@ from diffusers import (
 )
 
 from ..core.schedule import EDM, VP, Schedule
+from ..core.solvers import SOLVERS, Solver
 from ..reading import read_json, reading
 from .weights import UnfitError
 
 EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
-EDM_SIGNS = {
-    "epsilon": 1.0,
-    "v_prediction": -1.0,
-}  # of EDM's F in the output: with these schedulers the names mean no noise and no velocity
+# Sign of EDM's F in the output. In these schedulers, the names mean neither noise nor velocity.
+EDM_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}
 CONFIG = "scheduler_config.json"
-_TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+_TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 _TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 _WHOLE = {"set_alpha_to_one": True, "clip_sample": False}
 _LEVELS = ("sigma_max", "sigma_data", "rho", "prediction_type", "num_train_timesteps")
 
 
 def process_of(scheduler: SchedulerMixin) -> Schedule:
-    """The forward process that a scheduler undoes: its table of betas, or EDM's noise levels. Raises ValueError for one that has neither."""
+    """Return the forward process that a scheduler undoes.
+
+    A table of betas, or EDM's noise levels. Raises ValueError for a scheduler that has neither.
+    """
     config = scheduler.config
     if not isinstance(scheduler, EDM_SCHEDULERS):
         if "beta_schedule" not in config:
             raise ValueError(
-                f"its {type(scheduler).__name__} has no table of betas and is none of {', '.join(s.__name__ for s in EDM_SCHEDULERS)}"
+                f"its {type(scheduler).__name__} has no table of betas and is none of "
+                f"{', '.join(s.__name__ for s in EDM_SCHEDULERS)}"
             )
         return table_of(scheduler)
     if config.prediction_type not in EDM_SIGNS:
-        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type}, allowed are {', '.join(EDM_SIGNS)}")
+        raise ValueError(
+            f"its scheduler's prediction_type is {config.prediction_type}, allowed are {', '.join(EDM_SIGNS)}"
+        )
     if config.sigma_schedule != "karras":
         raise ValueError(
-            f"its scheduler's sigma_schedule is {config.sigma_schedule}; set it to karras, which spaces steps otherwise, in {CONFIG}"
+            f"its scheduler's sigma_schedule is {config.sigma_schedule}; "
+            f"set it to karras, which spaces steps otherwise, in {CONFIG}"
         )
     return noise_levels(config)
 
 
 def table_of(scheduler: SchedulerMixin) -> VP:
-    """The process of a scheduler's `alphas_cumprod`. Raises UnfitError where noise does not grow in it, and where it is not as long as is said."""
+    """Return the process of a scheduler's `alphas_cumprod`.
+
+    Raises UnfitError where noise does not grow with time, and where the table does not have
+    `num_train_timesteps` entries.
+    """
     alphas, called = scheduler.alphas_cumprod.double(), type(scheduler).__name__
     if len(alphas) != scheduler.config.num_train_timesteps:
-        raise UnfitError(f"its {called} has {len(alphas)} betas and says num_train_timesteps {scheduler.config.num_train_timesteps}")
+        raise UnfitError(
+            f"its {called} has {len(alphas)} betas and says num_train_timesteps {scheduler.config.num_train_timesteps}"
+        )
     if not bool(alphas.isfinite().all() and (alphas >= 0).all() and (alphas <= 1).all() and (alphas.diff() < 0).all()):
         raise UnfitError(f"its {called}'s betas are no noise schedule: signal does not fall from 1 towards 0 in it")
     return VP(alphas)
 
 
 def noise_levels(config: Mapping[str, Any]) -> EDM:
-    """The process of EDM's schedulers in diffusers, which start from data of unit variance under the largest noise."""
+    """Return the process of EDM's schedulers in diffusers.
+
+    The initial state has the variance of unit-variance data under the largest noise.
+    """
     return EDM(t_max=config["sigma_max"], t_min=config["sigma_min"], rho=config["rho"], data_std=1.0)
 
 
-def student_scheduler(config: Mapping[str, Any], steps: Sequence[int], solver: str, even: bool = True) -> SchedulerMixin:
-    """A stock scheduler that visits exactly the trained times for every step count served.
+def student_scheduler(
+    config: Mapping[str, Any], steps: Sequence[int], solver: str, even: bool = True
+) -> SchedulerMixin:
+    """Return a scheduler that steps through exactly the trained times.
 
-    On a table of times, DDIM on trailing times is exact where the step count divides the table; DPM-Solver++ of order 1 is the same
-    rule and is exact for any. Stochastic students get diffusers' LCM scheduler. Video has a scheduler of its own, which alone knows
-    its shift, and flow another; these two walk DDIM's way, which on flow is Euler's. ValueError where there is none. `config` is
-    that of the teacher's scheduler. Times that are not `even` have to be told, which DPM-Solver++ takes and those two do not.
-    On EDM's noise levels it is right for the first of `steps` alone (see `_on_noise_levels`).
+    The scheduler serves every step count in `steps`. `config` is that of the teacher's scheduler. Times that
+    are not `even` have to be given to the pipeline.
+
+    On a table of times, DDIM on trailing times is exact if the step count divides the table. DPM-Solver++ of
+    order 1 is the same rule and is exact for any step count. Students of a stochastic solver get LCM's
+    scheduler. Students of a solver that no stock scheduler has get the stock scheduler of the nearest order,
+    and fewstep's own when fewstep samples. CogVideoX has its own scheduler, which alone knows its shift. Flow
+    has another, whose Euler steps are DDIM's. On EDM's noise levels, the scheduler is right for the first of
+    `steps` alone (see `_on_noise_levels`).
+
+    Raises ValueError if there is no such scheduler.
     """
+    rule = SOLVERS[solver]
     if "sigma_data" in config:
-        return _on_noise_levels(config, steps[0], solver, even)
-    if not even and solver == "renoise":
-        raise ValueError("method.shift: students that re-noise are exported for even times alone; set it to 1, or method.solver=ddim")
+        return _on_noise_levels(config, steps[0], rule, even)
+    if not even and rule.stochastic:
+        raise ValueError(
+            "method.shift: students of a stochastic solver can only be exported with uniform time grids; "
+            "set it to 1, or method.solver=ddim"
+        )
     if "snr_shift_scale" in config:
-        _only("ddim", solver)
+        _only_ddim(rule)
         if even:
             _divides(config, steps)
         shared = {k: config[k] for k in (*_TABLE, "snr_shift_scale") if k in config}
         return CogVideoXDDIMScheduler(**shared, **_WHOLE, timestep_spacing="trailing")
-    if "shift" in config:
-        _only("ddim", solver)
-        return _flow()(num_train_timesteps=config["num_train_timesteps"], shift=config["shift"])
+    if "beta_schedule" not in config:  # no table of betas: flow
+        _only_ddim(rule)
+        return _flow()(num_train_timesteps=config["num_train_timesteps"], shift=config.get("shift", 1.0))
     shared = {k: config[k] for k in _TABLE if k in config}
-    if solver == "renoise":
+    if rule.stock == "lcm":
         _divides(config, steps)
         return LCMScheduler(**shared, original_inference_steps=config["num_train_timesteps"], clip_sample=False)
-    if solver == "ddim" and even and all(config["num_train_timesteps"] % k == 0 for k in steps):
+    if rule.order == 1 and even and all(config["num_train_timesteps"] % k == 0 for k in steps):
         return DDIMScheduler(**shared, **_WHOLE, **_TRAILING)
-    return DPMSolverMultistepScheduler(**shared, **_TRAILING, solver_order=1 if solver == "ddim" else 2)
+    return DPMSolverMultistepScheduler(**shared, **_TRAILING, solver_order=min(rule.order, 2))
 
 
-def _on_noise_levels(config: Mapping[str, Any], steps: int, solver: str, even: bool) -> SchedulerMixin:
-    """EDM's Euler, which is DDIM there, or DPM-Solver++ whose last noise level is that of the student's last step.
+def _on_noise_levels(config: Mapping[str, Any], steps: int, rule: Solver, even: bool) -> SchedulerMixin:
+    """Return EDM's Euler or DPM-Solver++ scheduler for one step count.
 
-    diffusers spaces K levels evenly in the rho-th root from `sigma_max` to `sigma_min` and goes to clean data from there; fewstep spaces
-    K steps evenly from `sigma_max` to clean data, and its last level is `sigma_min` of the scheduler for these K.
+    Euler is DDIM on noise levels. The last noise level is that of the student's last step. diffusers spaces K
+    levels evenly in the rho-th root from `sigma_max` to `sigma_min` and goes to clean data from there.
+    fewstep spaces K steps evenly from `sigma_max` to clean data; its last level is the scheduler's
+    `sigma_min` for these K.
     """
     if not even:
         raise ValueError("method.shift: students on EDM's noise levels are exported for even times alone; set it to 1")
-    if solver == "renoise":
-        raise ValueError("method.solver: got renoise, students on EDM's noise levels are exported for ddim or dpmpp; choose one")
+    if rule.stochastic:
+        raise ValueError(
+            f"method.solver: got {rule.name}, students on EDM's noise levels are exported for ddim or dpmpp; choose one"
+        )
     last = float(noise_levels(config).at(torch.tensor(1 / steps, dtype=torch.float64)))
     shared = {**{k: config[k] for k in _LEVELS if k in config}, "sigma_min": last}
-    return EDMDPMSolverMultistepScheduler(**shared) if solver == "dpmpp" else EDMEulerScheduler(**shared)
+    multistep = rule.order > 1 and rule.stock
+    return EDMDPMSolverMultistepScheduler(**shared) if multistep else EDMEulerScheduler(**shared)
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
-    """What `save_pretrained` of one of them wrote. Raises ValueError where it is missing or damaged."""
+    """Load a student's scheduler that `save_pretrained` wrote.
+
+    Raises ValueError where the file is missing or damaged, and for a scheduler that fewstep does not write.
+    """
     path = folder / CONFIG
     try:
         name = read_json(path, "export the run again").get("_class_name")
@@ -128,22 +175,31 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
 
 
 def _flow() -> type[SchedulerMixin]:
-    """diffusers' only scheduler for flow whose K steps are the K even ones: its Euler scheduler ends on a step of no length."""
+    """Return diffusers' flow scheduler with K even steps.
+
+    diffusers' Euler scheduler for flow ends on a step of length 0. Raises ValueError for diffusers before
+    0.42.
+    """
     try:
         from diffusers import FlowMapEulerDiscreteScheduler
     except ImportError as error:
-        raise ValueError("student: few-step students of flow models need diffusers 0.42 or newer; run: pip install -U diffusers") from error
+        raise ValueError(
+            "student: few-step students of flow models need diffusers 0.42 or newer; run: pip install -U diffusers"
+        ) from error
     return FlowMapEulerDiscreteScheduler
 
 
-def _only(allowed: str, solver: str) -> None:
-    if solver != allowed:
-        raise ValueError(f"method.solver: got {solver}, students of this family are exported for {allowed} alone; choose that")
+def _only_ddim(rule: Solver) -> None:
+    if rule.name != "ddim":
+        raise ValueError(
+            f"method.solver: got {rule.name}, students of this family are exported for ddim alone; choose that"
+        )
 
 
 def _divides(config: Mapping[str, Any], steps: Sequence[int]) -> None:
     table = config["num_train_timesteps"]
     if any(table % k for k in steps):
         raise ValueError(
-            f"method.steps: got {list(steps)}, students like this are exported for divisors of {table}; choose among 1, 2, 4, 5, 8"
+            f"method.steps: got {list(steps)}, students like this are exported for divisors of {table}; "
+            "choose among 1, 2, 4, 5, 8"
         )

@@ -1,4 +1,7 @@
-"""Stable Diffusion 3: rectified flow with shifted times, two CLIP texts and a T5 text."""
+"""Stable Diffusion 3: rectified flow with shifted times.
+
+Two CLIP texts and a T5 text.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,16 +12,22 @@ from torch import Tensor, nn
 
 from ..core.schedule import Flow
 from .base import Cond
+from .family import Family
 from .parts import LatentTransformer, on, single_output, transformer_features
 
 
 @dataclass(frozen=True)
 class StableDiffusion3(LatentTransformer):
-    """A `StableDiffusion3Pipeline` as a backbone. States are scaled latents [C, h, w]; the condition is `text [B, L, D]`, `pooled [B, P]`."""
+    """A `StableDiffusion3Pipeline` as a backbone.
+
+    States are scaled latents [C, h, w]. The condition is `text [B, L, D]` and `pooled [B, P]`.
+    """
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
-        return [e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None]
+        return [
+            e for e in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3) if e is not None
+        ]
 
     @property
     def time_layer(self) -> str:
@@ -26,7 +35,8 @@ class StableDiffusion3(LatentTransformer):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")  # a block itself gives a pair, text and picture
+        # A block returns a pair, text and image. Its feed-forward layer returns one tensor.
+        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         times = t.to(torch.float32) * self.pipe.scheduler.config.num_train_timesteps
@@ -41,6 +51,9 @@ class StableDiffusion3(LatentTransformer):
         return on(self.module, {"text": text, "pooled": pooled})
 
 
-def around_sd3(pipe: StableDiffusion3Pipeline, name: str) -> StableDiffusion3:
-    """The backbone of a pipeline."""
-    return StableDiffusion3(pipe, name, Flow(shift=pipe.scheduler.config.shift))
+FAMILY = Family(
+    StableDiffusion3Pipeline,
+    lambda pipe, name: StableDiffusion3(pipe, name, Flow(shift=pipe.scheduler.config.shift)),
+    takes_times=False,
+    comfyui_latent="EmptySD3LatentImage",
+)

@@ -1,4 +1,7 @@
-"""Stable Diffusion XL: two text encoders, a pooled text, and the sizes that the picture pretends to have had."""
+"""Stable Diffusion XL: two text encoders, pooled text, size conditions.
+
+The network is conditioned on the sizes that the image is said to have had.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +11,17 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from .base import Cond
+from .family import Family
 from .parts import LatentUNet, on, single_output
 from .settings import table
 
 
 @dataclass(frozen=True)
 class StableDiffusionXL(LatentUNet):
-    """A `StableDiffusionXLPipeline` as a backbone. States are scaled latents [C, h, w].
+    """A `StableDiffusionXLPipeline` as a backbone.
 
-    The condition is `text [B, L, D]`, `pooled [B, P]` and `sizes [B, 6]`: original height and width, crop, height and width.
+    States are scaled latents [C, h, w]. The condition is `text [B, L, D]`, `pooled [B, P]` and
+    `sizes [B, 6]`: original height and width, crop, height and width.
     """
 
     @property
@@ -27,7 +32,9 @@ class StableDiffusionXL(LatentUNet):
         added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}
         states = x.to(cond["text"].dtype)
         with single_output(module):
-            return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[0].float()
+            return module(states, t.to(torch.float32), cond["text"], added_cond_kwargs=added, return_dict=False)[
+                0
+            ].float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
@@ -37,10 +44,13 @@ class StableDiffusionXL(LatentUNet):
         if self.pipe.config.force_zeros_for_empty_prompt:
             said = torch.tensor([bool(p) for p in prompts], device=text.device)
             text, pooled = text * said[:, None, None], pooled * said[:, None]
-        sizes = torch.tensor([self.picture_size, self.picture_size, 0, 0, self.picture_size, self.picture_size])
+        sizes = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size])
         return on(self.module, {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)})
 
 
-def around_sdxl(pipe: StableDiffusionXLPipeline, name: str) -> StableDiffusionXL:
-    """The backbone of a pipeline."""
-    return StableDiffusionXL(pipe, name, table(pipe))
+FAMILY = Family(
+    StableDiffusionXLPipeline,
+    lambda pipe, name: StableDiffusionXL(pipe, name, table(pipe)),
+    comfyui_latent="EmptyLatentImage",
+    kohya="original",
+)

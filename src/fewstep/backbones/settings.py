@@ -1,6 +1,8 @@
-"""Settings of a pipeline's parts: what they ask for is done, or refused when the teacher is loaded, never passed over.
+"""Checks of the settings of a pipeline's parts.
 
-Most of them say how a network computes, which is its own affair. Here are those that somebody around it has to read, and those that say the parts go together.
+fewstep follows a setting or refuses it when the teacher is loaded, and never passes over one. Most settings
+say how a network computes, and the network reads them. The checks are for the settings that code around the
+network has to read, and for those that say whether the parts go together.
 """
 
 import json
@@ -20,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DModel,
 )
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..core.schedule import VP
@@ -28,36 +31,48 @@ from .schedulers import table_of
 from .switches import require_switches
 from .weights import UnfitError, inside
 
-LARGEST = 4096  # height and width of states
+LARGEST = 4096  # largest height and width of states
 LAYERS = re.compile(r"^(num_.*layers|layers_per_block|num_.*blocks|num_layers)$")
-MOST = 1000  # of layers, which libraries build one by one
-TABLE = 100_000  # times that a table of noise levels may have
-IMAGES = (PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline)
+MOST = 1000  # largest number of layers, which libraries build one by one
+TABLE = 100_000  # largest number of times in a table of noise levels
+IMAGES = (
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 SIZES = "pass the folder that save_pretrained wrote"
 
 
 def read_settings(folder: Path, parts: Iterable[str]) -> None:
-    """Read the JSON settings of these parts of a pipeline's folder before any library does. Raises UnfitError for what cannot be built."""
+    """Read the JSON settings of a pipeline's parts before libraries do.
+
+    Raises UnfitError for settings that cannot be built.
+    """
     for part in parts:
         for file in sorted((folder / part).glob("*config.json")):
             inside(file, folder)
             try:
                 value = json_in(file)
-            except Exception as error:  # as many types as there are kinds of damage
+            except Exception as error:  # each kind of damage raises another type
                 raise UnfitError(f"{part}/{file.name} is damaged ({reason(error)})") from error
             if not isinstance(value, dict):
                 raise UnfitError(f"{part}/{file.name} is damaged (it holds a {type(value).__name__}, not an object)")
             if "quantization_config" in value:
                 raise UnfitError(
-                    f"{part}/{file.name} asks for weights in fewer bits (quantization_config), which fewstep does not read",
-                    "pass the model in float16, bfloat16 or float32; roles.base rounds it",
+                    f"{part}/{file.name} asks for weights in fewer bits (quantization_config), "
+                    "which fewstep does not read",
+                    "pass the model in float16, bfloat16 or float32; roles.quantize rounds it",
                 )
             for key, number in _numbers(value):
                 if LAYERS.match(key) and not 0 <= number <= MOST:
                     raise UnfitError(f"{part}/{file.name} says {key} {number:g}, allowed are 0 to {MOST}")
                 if key == "num_train_timesteps" and not 1 < number <= TABLE:
                     raise UnfitError(f"{part}/{file.name} says {key} {number:g}, allowed are 2 to {TABLE}")
-                if (math.isnan(number) or (math.isfinite(number) and abs(number) >= 2**31)) and key != "model_max_length":
+                if (
+                    math.isnan(number) or (math.isfinite(number) and abs(number) >= 2**31)
+                ) and key != "model_max_length":
                     raise UnfitError(f"{part}/{file.name} says {key} {number:g}, which is no setting of a network")
 
 
@@ -69,7 +84,10 @@ def _numbers(value: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
 
 
 def require_settings(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The same pipeline, if all that its settings ask for is done. Raises UnfitError."""
+    """Return the pipeline if fewstep follows all its settings.
+
+    Raises UnfitError otherwise.
+    """
     require_switches(pipe)
     if isinstance(pipe, IMAGES):
         _autoencoder(pipe)
@@ -86,21 +104,37 @@ def require_settings(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def whole(where: str, key: str, value: object, least: int = 1, most: int = LARGEST) -> int:
-    """A whole number. Raises UnfitError."""
+    """Return `value` if it is a whole number in the range.
+
+    `where` and `key` name the setting. Raises UnfitError otherwise.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UnfitError(f"{where} says {key} {_shown(value)}, allowed are whole numbers from {least} to {most}", SIZES)
     return value
 
 
 def number(where: str, key: str, value: object, positive: bool = True) -> float:
-    """A finite number. Raises UnfitError."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or (positive and value <= 0):
-        raise UnfitError(f"{where} says {key} {_shown(value)}, allowed are {'positive' if positive else 'finite'} numbers", SIZES)
+    """Return `value` if it is a finite number.
+
+    With `positive`, above 0. `where` and `key` name the setting. Raises UnfitError otherwise.
+    """
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or (positive and value <= 0)
+    ):
+        raise UnfitError(
+            f"{where} says {key} {_shown(value)}, allowed are {'positive' if positive else 'finite'} numbers", SIZES
+        )
     return float(value)
 
 
 def same(where: str, key: str, value: object, wanted: object, why: str, cure: str = SIZES) -> None:
-    """Raises UnfitError where a setting is not what the rest of the pipeline goes with."""
+    """Check that a setting is what the rest of the pipeline needs.
+
+    Raises UnfitError otherwise.
+    """
     if value != wanted:
         raise UnfitError(f"{where} says {key} {_shown(value)}, {why}", cure)
 
@@ -111,13 +145,18 @@ def _shown(value: object) -> str:
 
 
 def side(where: str, value: object, size: int = 0) -> int:
-    """Height and width of square latents: `sample_size`, a number or twice the same one, or `size` where that is said. Raises UnfitError."""
+    """Return the height and width of square latents.
+
+    `value` is `sample_size`: a number, or twice the same one. A `size` other than 0 replaces `value`. Raises
+    UnfitError.
+    """
     if size:
         return size
     pair = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(pair) != 2 or pair[0] != pair[1]:
         raise UnfitError(
-            f"{where} says sample_size {_shown(value)}, fewstep draws squares", "pass size=PIXELS, or set it in its config.json"
+            f"{where} says sample_size {_shown(value)}, fewstep samples squares",
+            "pass size=PIXELS, or set it in its config.json",
         )
     if pair[0] is None:
         raise UnfitError(f"{where} says no sample_size", "pass size=PIXELS, or set it in its config.json")
@@ -125,9 +164,12 @@ def side(where: str, value: object, size: int = 0) -> int:
 
 
 def table(pipe: DiffusionPipeline) -> VP:
-    """The process that a scheduler with a table of betas undoes. Raises UnfitError for another one, and for a table that is none."""
+    """Return the process of a scheduler with a table of betas.
+
+    Raises UnfitError for another scheduler, and for a table that is no noise schedule.
+    """
     scheduler = pipe.scheduler
-    if "beta_schedule" not in scheduler.config:
+    if "beta_schedule" not in scheduler.config or not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         raise UnfitError(
             f"its {type(scheduler).__name__} has no table of betas, which a {type(pipe).__name__} is read by",
             "wrap your own network in fewstep.Denoiser",
@@ -136,35 +178,49 @@ def table(pipe: DiffusionPipeline) -> VP:
 
 
 def require_prediction(pipe: DiffusionPipeline, allowed: Sequence[str]) -> None:
-    """Raises UnfitError for a scheduler whose network predicts something else."""
+    """Check that a scheduler's prediction type is an allowed one.
+
+    Raises UnfitError otherwise.
+    """
     said = pipe.scheduler.config.get("prediction_type", "epsilon")
     if said not in allowed:
         raise UnfitError(
-            f"its scheduler says prediction_type {_shown(said)}, allowed are {', '.join(allowed)}", "set it in scheduler_config.json"
+            f"its scheduler says prediction_type {_shown(said)}, allowed are {', '.join(allowed)}",
+            "set it in scheduler_config.json",
         )
 
 
 def _autoencoder(pipe: DiffusionPipeline) -> None:
-    """Pictures in, pictures out, and latents scaled as its pipeline does: SD3's shifts them, SDXL's may normalise them channel by channel."""
+    """Check the channels and scales of an image autoencoder.
+
+    The scales must be those that the pipeline reads: SD3's shifts latents, SDXL's may normalise them channel
+    by channel.
+    """
     config, called = pipe.vae.config, type(pipe).__name__
     for key in ("in_channels", "out_channels"):
-        same("vae", key, config[key], 3, "pictures have 3")
+        same("vae", key, config[key], 3, "images have 3")
     number("vae", "scaling_factor", config.scaling_factor)
     if isinstance(pipe, StableDiffusion3Pipeline):
         number("vae", "shift_factor", config.shift_factor, positive=False)
     elif config.get("shift_factor"):
         raise UnfitError(
-            f"vae says shift_factor {_shown(config.shift_factor)}, which a {called} does not read", "set it to null in vae/config.json"
+            f"vae says shift_factor {_shown(config.shift_factor)}, which a {called} does not read",
+            "set it to null in vae/config.json",
         )
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         return
     if not isinstance(pipe, StableDiffusionXLPipeline):
-        raise UnfitError(f"vae says latents_mean and latents_std, which a {called} does not read", "set both to null in vae/config.json")
+        raise UnfitError(
+            f"vae says latents_mean and latents_std, which a {called} does not read",
+            "set both to null in vae/config.json",
+        )
     for key, values in (("latents_mean", mean), ("latents_std", std)):
         if not isinstance(values, list | tuple) or len(values) != config.latent_channels:
             raise UnfitError(
-                f"vae says {key} {_shown(values)}, allowed are {config.latent_channels} numbers, one a channel, or null for both", SIZES
+                f"vae says {key} {_shown(values)}, allowed are {config.latent_channels} numbers, "
+                "one a channel, or null for both",
+                SIZES,
             )
         for value in values:
             number("vae", key, value, positive=key == "latents_std")
@@ -188,21 +244,31 @@ def _unet(pipe: DiffusionPipeline) -> None:
             "pass the model that it was distilled from",
         )
     for key in ("class_embed_type", "num_class_embeds"):
-        same("unet", key, config.get(key), None, f"a {called} has no classes to tell it", "wrap your own network in fewstep.Denoiser")
+        same(
+            "unet",
+            key,
+            config.get(key),
+            None,
+            f"a {called} has no classes",
+            "wrap your own network in fewstep.Denoiser",
+        )
     if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
         raise UnfitError(
-            f"unet says encoder_hid_dim_type {_shown(config.encoder_hid_dim_type)}: it takes pictures beside the text",
+            f"unet says encoder_hid_dim_type {_shown(config.encoder_hid_dim_type)}: it takes images next to the text",
             "pass a text-to-image model",
         )
     both = isinstance(pipe, StableDiffusionXLPipeline)
     added = ("text_time",) if both else (None, "text")
     if config.get("addition_embed_type") not in added:
         raise UnfitError(
-            f"unet says addition_embed_type {_shown(config.addition_embed_type)}, a {called} tells it {' or '.join(str(a or 'nothing') for a in added)}",
+            f"unet says addition_embed_type {_shown(config.addition_embed_type)}, "
+            f"a {called} gives it {' or '.join(str(a or 'nothing') for a in added)}",
             SIZES,
         )
     if pipe.config.get("requires_aesthetics_score"):
-        raise UnfitError("it asks for aesthetic scores: it is a refiner, which begins with pictures", "pass the base model")
+        raise UnfitError(
+            "it asks for aesthetic scores: it is a refiner, which begins with images", "pass the base model"
+        )
     width = pipe.text_encoder.config.hidden_size + (pipe.text_encoder_2.config.hidden_size if both else 0)
     _texts(
         "unet",
@@ -211,7 +277,9 @@ def _unet(pipe: DiffusionPipeline) -> None:
         width,
     )
     if both:
-        told = pipe.text_encoder_2.config.projection_dim + 6 * whole("unet", "addition_time_embed_dim", config.addition_time_embed_dim)
+        told = pipe.text_encoder_2.config.projection_dim + 6 * whole(
+            "unet", "addition_time_embed_dim", config.addition_time_embed_dim
+        )
         same(
             "unet",
             "projection_class_embeddings_input_dim",
@@ -234,11 +302,15 @@ def _pixart(pipe: DiffusionPipeline) -> None:
     same("transformer", "in_channels", config.in_channels, latent, f"its autoencoder's latents have {latent}")
     if config.out_channels not in (latent, 2 * latent):
         raise UnfitError(
-            f"transformer says out_channels {_shown(config.out_channels)}, allowed are {latent}, or {2 * latent} with a variance", SIZES
+            f"transformer says out_channels {_shown(config.out_channels)}, allowed are {latent}, "
+            f"or {2 * latent} with a variance",
+            SIZES,
         )
     size = side("transformer", config.sample_size)
     if size % whole("transformer", "patch_size", config.patch_size):
-        raise UnfitError(f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES)
+        raise UnfitError(
+            f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES
+        )
     if config.caption_channels is not None:
         _texts("transformer", "caption_channels", config.caption_channels, pipe.text_encoder.config.d_model)
     table(pipe)
@@ -251,18 +323,23 @@ def _sd3(pipe: DiffusionPipeline) -> None:
         same("transformer", key, config[key], latent, f"its autoencoder's latents have {latent}")
     size = side("transformer", config.sample_size)
     if size % whole("transformer", "patch_size", config.patch_size):
-        raise UnfitError(f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES)
+        raise UnfitError(
+            f"transformer says sample_size {size}, which is no multiple of its patch_size {config.patch_size}", SIZES
+        )
     for name in ("text_encoder", "text_encoder_2"):
         if getattr(pipe, name) is None:
             raise UnfitError(f"it has no {name}", "pass the whole pipeline; text_encoder_3 alone may be left out")
     pooled = pipe.text_encoder.config.projection_dim + pipe.text_encoder_2.config.projection_dim
-    same("transformer", "pooled_projection_dim", config.pooled_projection_dim, pooled, f"its text encoders give {pooled}")
+    same(
+        "transformer", "pooled_projection_dim", config.pooled_projection_dim, pooled, f"its text encoders give {pooled}"
+    )
     if pipe.text_encoder_3 is not None:
         _texts("transformer", "joint_attention_dim", config.joint_attention_dim, pipe.text_encoder_3.config.d_model)
     scheduler = pipe.scheduler.config
     if "shift" not in scheduler or "beta_schedule" in scheduler:
         raise UnfitError(
-            f"its {type(pipe.scheduler).__name__} is no scheduler of flow matching", "pass a pipeline with FlowMatchEulerDiscreteScheduler"
+            f"its {type(pipe.scheduler).__name__} is no scheduler of flow matching",
+            "pass a pipeline with FlowMatchEulerDiscreteScheduler",
         )
     number("scheduler", "shift", scheduler.shift)
     for key in ("use_dynamic_shifting", "invert_sigmas"):
@@ -277,26 +354,38 @@ def _cogvideox(pipe: DiffusionPipeline) -> None:
     config, latent = pipe.transformer.config, pipe.vae.config.latent_channels
     if config.get("patch_size_t") is not None or config.get("ofs_embed_dim") is not None:
         raise UnfitError(
-            "transformer says patch_size_t: it is CogVideoX 1.5, which fewstep does not read", "pass CogVideoX-2b or CogVideoX-5b"
+            "transformer says patch_size_t: it is CogVideoX 1.5, which fewstep does not read",
+            "pass CogVideoX-2b or CogVideoX-5b",
         )
     same(
         "transformer",
         "in_channels",
         config.in_channels,
         latent,
-        f"text-to-video with this autoencoder takes {latent} (twice as many are for video from pictures)",
+        f"text-to-video with this autoencoder takes {latent} (twice as many are for video from images)",
         "pass a text-to-video model",
     )
     same("transformer", "out_channels", config.out_channels, latent, f"its latents have {latent}")
     number("vae", "scaling_factor", pipe.vae.config.scaling_factor)
     for key in ("latents_mean", "latents_std", "invert_scale_latents"):
         if pipe.vae.config.get(key):
-            raise UnfitError(f"vae says {key}, which a CogVideoXPipeline does not read", "set it to null in vae/config.json")
+            raise UnfitError(
+                f"vae says {key}, which a CogVideoXPipeline does not read", "set it to null in vae/config.json"
+            )
     for key in ("sample_height", "sample_width"):
         if whole("transformer", key, config[key]) % whole("transformer", "patch_size", config.patch_size):
-            raise UnfitError(f"transformer says {key} {config[key]}, which is no multiple of its patch_size {config.patch_size}", SIZES)
+            raise UnfitError(
+                f"transformer says {key} {config[key]}, which is no multiple of its patch_size {config.patch_size}",
+                SIZES,
+            )
     every = whole("vae", "temporal_compression_ratio", pipe.vae.config.temporal_compression_ratio, most=64)
-    same("transformer", "temporal_compression_ratio", config.temporal_compression_ratio, every, f"its autoencoder says {every}")
+    same(
+        "transformer",
+        "temporal_compression_ratio",
+        config.temporal_compression_ratio,
+        every,
+        f"its autoencoder says {every}",
+    )
     if (whole("transformer", "sample_frames", config.sample_frames) - 1) % every:
         raise UnfitError(f"transformer says sample_frames {config.sample_frames}, allowed are {every} n + 1", SIZES)
     whole("transformer", "max_text_seq_length", config.max_text_seq_length)
@@ -307,11 +396,15 @@ def _cogvideox(pipe: DiffusionPipeline) -> None:
 
 
 def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
-    """Raises UnfitError for a pixel U-Net that wants or gives something else than pictures and the classes named in `labels`."""
+    """Check that a pixel U-Net takes and gives images.
+
+    The classes must be those named in `labels`. Raises UnfitError otherwise.
+    """
     config = unet.config
     if config.in_channels not in (1, 3):
         raise UnfitError(
-            f"unet says in_channels {_shown(config.in_channels)}, pictures have 1 or 3", "wrap your own network in fewstep.Denoiser"
+            f"unet says in_channels {_shown(config.in_channels)}, images have 1 or 3",
+            "wrap your own network in fewstep.Denoiser",
         )
     same(
         "unet",
@@ -324,13 +417,15 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
     for value in config.sample_size if isinstance(config.sample_size, list | tuple) else [config.sample_size] * 2:
         whole("unet", "sample_size", value)
     if isinstance(config.sample_size, list | tuple) and len(config.sample_size) != 2:
-        raise UnfitError(f"unet says sample_size {_shown(config.sample_size)}, allowed are a number, or height and width", SIZES)
+        raise UnfitError(
+            f"unet says sample_size {_shown(config.sample_size)}, allowed are a number, or height and width", SIZES
+        )
     same(
         "unet",
         "class_embed_type",
         config.class_embed_type,
         None,
-        "classes are told by their number",
+        "classes are given by their number",
         "wrap your own network in fewstep.Denoiser",
     )
     classes = config.num_class_embeds
@@ -340,25 +435,39 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
             f"write {classes - 1} names, the last class being the one of no name",
         )
     if classes is None and labels:
-        raise UnfitError(f"labels.json names {len(labels)} classes, the unet has none (num_class_embeds null)", "remove labels.json")
+        raise UnfitError(
+            f"labels.json names {len(labels)} classes, the unet has none (num_class_embeds null)", "remove labels.json"
+        )
 
 
 def read_labels(file: Path) -> tuple[str, ...]:
-    """The class names beside a pixel model; none where there is no such file. Raises UnfitError where it is damaged."""
+    """Read the class names next to a pixel model.
+
+    Empty where there is no such file. Raises UnfitError where the file is damaged.
+    """
     if not file.exists():
         return ()
     inside(file, file.parent)
     try:
         names = json_in(file)
-    except Exception as error:  # as many types as there are kinds of damage
+    except Exception as error:  # each kind of damage raises another type
         raise UnfitError(f"{file.name} is damaged ({reason(error)})") from error
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names) or len(set(names)) < len(names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(n, str) and n for n in names)
+        or len(set(names)) < len(names)
+    ):
         raise UnfitError(f"{file.name} is no list of names, each another and none empty")
     return tuple(names)
 
 
 def _tokenizers(pipe: DiffusionPipeline) -> None:
-    """Their lengths are those of their text encoders where none is said; their words are in the encoders' vocabularies."""
+    """Check that tokenizers go with their text encoders.
+
+    The words must be in the encoder's vocabulary. A tokenizer that names no length, or a longer one than its
+    encoder, gets the encoder's.
+    """
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         words, encoder = pipe.components.get(name), pipe.components.get(name.replace("tokenizer", "text_encoder"))
         if not isinstance(words, PreTrainedTokenizerBase) or encoder is None:
@@ -371,11 +480,13 @@ def _tokenizers(pipe: DiffusionPipeline) -> None:
             )
         most = getattr(encoder.config, "max_position_embeddings", None)
         if most is None:
-            continue  # T5 has no last position, and its pipelines say how long a prompt is
+            continue  # T5 has no last position: its pipelines limit the length of a prompt
         length = words.model_max_length
         if not isinstance(length, int) or length > most:
             words.model_max_length = most
             if isinstance(pipe, StableDiffusion3Pipeline) and name == "tokenizer":
                 pipe.tokenizer_max_length = most
         elif length < 3:
-            raise UnfitError(f"{name} says model_max_length {length}, allowed are 3 to {most}", "set it in tokenizer_config.json")
+            raise UnfitError(
+                f"{name} says model_max_length {length}, allowed are 3 to {most}", "set it in tokenizer_config.json"
+            )

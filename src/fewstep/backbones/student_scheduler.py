@@ -1,4 +1,7 @@
-"""A scheduler that walks a diffusers pipeline down a student's own steps where no stock scheduler can: heads, iPNDM, free first steps."""
+"""A diffusers scheduler that steps through a student's own times.
+
+For students that no stock scheduler can sample: heads, iPNDM, analytic first steps (AFS).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,99 +14,129 @@ from torch import Tensor
 
 from ..core.prediction import Row, Split, split
 from ..core.schedule import Schedule, diffuse, expand
-from ..core.solvers import Correct, Past, Solver, free_direction, free_first, step
+from ..core.solvers import Correction, Solver, SolverHistory, analytic_direction, step, with_analytic_first_step
 
 
 @dataclass(frozen=True)
-class Walking:
-    """What a student is sampled with. `grids`: its times for every step count served."""
+class SamplingSpec:
+    """What a student is sampled with.
+
+    `grids` has the student's times for every step count served.
+    """
 
     schedule: Schedule
     row: Row
     solver: Solver
     grids: Mapping[int, Tensor]
-    correct: Correct | None
-    free: bool
+    correct: Correction | None
+    analytic_first_step: bool
 
 
-def calls(schedule: Schedule, free: bool, steps: int) -> int:
-    """How often a pipeline asks the network for a picture in so many steps.
+def pipeline_nfe(schedule: Schedule, analytic: bool, steps: int) -> int:
+    """Return a pipeline's NFE for one image.
 
-    A free first step is taken where it hands the scheduler the state that it is going to ask about; flow's does not, and asks for nothing.
+    An analytic first step (AFS) saves one evaluation if the pipeline hands its scheduler the state on which
+    it calls the network. Flow's pipelines do not.
     """
-    return steps - int(free and steps > 1 and schedule.resolution > 0)
+    return steps - int(analytic and steps > 1 and schedule.resolution > 0)
 
 
 class StudentScheduler(DDIMScheduler):
-    """In the place of DDIM, with the numbers and the network calls of `core.solvers.sample`. Make one with `walking`.
+    """A replacement for DDIM with the steps of `core.solvers.sample`.
 
-    Where a step begins is what the pipeline says, not how many there were: image-to-image begins in the middle.
+    The numbers and the network evaluations are the same. Make one with `of`. The pipeline says where a step
+    starts; the scheduler does not count steps, since image-to-image starts in the middle.
     """
 
-    student: Walking
-    skipped = 0  # steps that the pipeline does not know of
-    past: Past | None = None
+    student: SamplingSpec
+    skipped = 0  # analytic steps, of which the pipeline does not know
+    history: SolverHistory | None = None
 
     @staticmethod
-    def walking(config: Mapping[str, Any], student: Walking) -> "StudentScheduler":
+    def of(config: Mapping[str, Any], student: SamplingSpec) -> "StudentScheduler":
+        """Return a scheduler for a student, with a DDIM scheduler's `config`."""
         scheduler = StudentScheduler.from_config(dict(config))
         scheduler.student = student
         return scheduler
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Raises ValueError for a step count that the student does not serve."""
+        """Set the student's times for a step count.
+
+        Raises ValueError for a step count that the student does not serve.
+        """
         if num_inference_steps not in self.student.grids:
             raise ValueError(
-                f"num_inference_steps: got {num_inference_steps}, this student serves {', '.join(map(str, self.student.grids))}; its steps cannot be made up"
+                f"num_inference_steps: got {num_inference_steps}, this student serves "
+                f"{', '.join(map(str, self.student.grids))}; supported step counts are these alone"
             )
         self.num_inference_steps = num_inference_steps
         self.grid = self.student.grids[num_inference_steps]
-        # A pipeline hands the network these: indices of a table, or flow's times as parts of one.
+        # The times that a pipeline hands the network: indices of a table, or flow's times scaled to a table's.
         told = self.grid if self.student.schedule.resolution else self.grid * self.config.num_train_timesteps
-        self.skipped = num_inference_steps - calls(self.student.schedule, self.student.free, num_inference_steps)
-        self.timesteps = told[self.skipped : -1].to(device, torch.long if self.student.schedule.resolution else torch.float32)
-        self.past = None
+        self.skipped = num_inference_steps - pipeline_nfe(
+            self.student.schedule, self.student.analytic_first_step, num_inference_steps
+        )
+        self.timesteps = told[self.skipped : -1].to(
+            device, torch.long if self.student.schedule.resolution else torch.float32
+        )
+        self.history = None
 
     def places(self, timestep: int | float | Tensor) -> Tensor:
-        """Which of `timesteps` these are, [N]. Raises ValueError for a time that the student does not visit."""
+        """Return the indices [N] of times in `timesteps`.
+
+        Raises ValueError for a time at which the student has no step.
+        """
         asked = torch.as_tensor(timestep, device=self.timesteps.device).reshape(-1)
         apart = (self.timesteps[None].double() - asked[:, None].double()).abs()
-        if bool((apart.amin(1) > 0.25).any()):  # half precision and the like, never another time of a table
+        if bool((apart.amin(1) > 0.25).any()):  # allows for rounding, never for another time of a table
             visits = ", ".join(f"{t:g}" for t in self.timesteps.tolist())
-            raise ValueError(f"timestep: got {asked.tolist()}, this student visits {visits}; leave timesteps and sigmas to its scheduler")
+            raise ValueError(
+                f"timestep: got {asked.tolist()}, this student visits {visits}; "
+                "leave timesteps and sigmas to its scheduler"
+            )
         return apart.argmin(1)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """A picture's state at these times [B]. Raises ValueError where there is no step left, and for a student that has to begin with pure noise."""
+        """Add noise to clean states at these times [B].
+
+        Raises ValueError where no step is left, and for a student that starts from pure noise alone.
+        """
         if not timesteps.numel():
             raise ValueError(
-                f"strength: it leaves none of the {self.num_inference_steps} steps; allowed are {1 / self.num_inference_steps:g} to 1"
+                f"strength: it leaves none of the {self.num_inference_steps} steps; "
+                f"allowed are {1 / self.num_inference_steps:g} to 1"
             )
-        if self.student.correct is not None or self.student.free:
+        if self.student.correct is not None or self.student.analytic_first_step:
             by = (
                 "a head that knows where it began"
                 if self.student.correct is not None
                 else "a first direction that is taken from pure noise"
             )
-            raise ValueError(f"image: this student has {by}; it draws from prompts alone, without a picture to begin with")
+            raise ValueError(f"image: this student has {by}; it samples from prompts alone, without an initial image")
         t = self.grid[self.skipped :][self.places(timesteps).cpu()].to(original_samples.device)
         return diffuse(self.student.schedule, original_samples, t, noise)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """`add_noise`, as flow's pipelines call it."""
+        """Add noise, under the name that flow's pipelines call."""
         return self.add_noise(sample, noise, timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """What the network is asked about: at first the state that a free step leads to."""
+        """Return the state on which the network is evaluated.
+
+        At the first time after an analytic first step, the state that this step leads to. Otherwise `sample`.
+        """
         first = self.skipped and timestep is not None and int(self.places(timestep)[0]) == 0
         return self._skip(sample.float())[0].to(sample.dtype) if first else sample
 
-    def _skip(self, x: Tensor) -> tuple[Tensor, Past]:
-        """Where the free first step leads from noise, and the past that it leaves."""
-        s, past = self.student, Past(x / self.student.schedule.start_std)
+    def _skip(self, x: Tensor) -> tuple[Tensor, SolverHistory]:
+        """Take the analytic first step from pure noise.
+
+        Returns the next state and the history with this step.
+        """
+        s, history = self.student, SolverHistory(x / self.student.schedule.start_std)
         t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[:2])
-        landed, visit = step(s.solver, s.schedule, free_direction(s.schedule, x, t), t, t_next, past, s.correct)
-        return landed, Past(past.noise, (visit,))
+        landed, done = step(s.solver, s.schedule, analytic_direction(s.schedule, x, t), t, t_next, history, s.correct)
+        return landed, SolverHistory(history.noise, (done,))
 
     def step(
         self,
@@ -116,18 +149,21 @@ class StudentScheduler(DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """One step of the student from `timestep`; only the first three arguments count."""
+        """Take one step of the student from `timestep`.
+
+        Only the first three arguments and `return_dict` count.
+        """
         s, x, place = self.student, sample.float(), int(self.places(timestep)[0]) + self.skipped
         if self.skipped and place == self.skipped:
-            x, self.past = self._skip(x)
+            x, self.history = self._skip(x)
         t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[place : place + 2])
 
         def network(x: Tensor, t: Tensor) -> Split:
             return split(model_output.float(), x, expand(s.schedule.alpha(t), x), expand(s.schedule.sigma(t), x), s.row)
 
-        here = (free_first(network, s.schedule) if s.free else network)(x, t)
-        past = Past(x / s.schedule.start_std) if self.past is None else self.past
-        landed, visit = step(s.solver, s.schedule, here, t, t_next, past, s.correct)
-        self.past = Past(past.noise, (visit, *past.visits))
+        pred = (with_analytic_first_step(network, s.schedule) if s.analytic_first_step else network)(x, t)
+        history = SolverHistory(x / s.schedule.start_std) if self.history is None else self.history
+        landed, done = step(s.solver, s.schedule, pred, t, t_next, history, s.correct)
+        self.history = SolverHistory(history.noise, (done, *history.steps))
         landed = landed.to(sample.dtype)
-        return DDIMSchedulerOutput(landed, visit.way.x0) if return_dict else (landed,)
+        return DDIMSchedulerOutput(landed, done.used.x0) if return_dict else (landed,)

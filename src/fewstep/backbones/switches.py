@@ -1,4 +1,7 @@
-"""Settings that are on or off: diffusers takes any text, number or list that stands there for on."""
+"""Checks of settings that are true or false.
+
+diffusers takes any text, number or list for true.
+"""
 
 import inspect
 import json
@@ -10,7 +13,10 @@ from .weights import UnfitError
 
 
 def require_switches(pipe: DiffusionPipeline) -> None:
-    """Raises UnfitError where a setting of a part that its class says is a bool is another value than true, false and null."""
+    """Check that settings declared as bool are booleans or null.
+
+    A part's class declares the types of its settings. Raises UnfitError for another value.
+    """
     for name, part in pipe.components.items():
         if not isinstance(part, ConfigMixin):
             continue
@@ -18,5 +24,6 @@ def require_switches(pipe: DiffusionPipeline) -> None:
         for key, value in part.config.items():
             if kinds.get(key) is bool and value is not None and not isinstance(value, bool):
                 raise UnfitError(
-                    f"{name} says {key} {json.dumps(value, default=repr)[:60]}, allowed are true and false", "set it in its config.json"
+                    f"{name} says {key} {json.dumps(value, default=repr)[:60]}, allowed are true and false",
+                    "set it in its config.json",
                 )

@@ -1,4 +1,7 @@
-"""One small call of everything that a teacher is made of: parts that do not go together are found before anything is built on them."""
+"""A trial call of every part of a teacher.
+
+Parts that do not go together are found before anything is built on them.
+"""
 
 import math
 from contextlib import nullcontext
@@ -11,13 +14,14 @@ from .base import Backbone
 from .parts import Latent, WithUNet
 from .weights import UnfitError
 
-SMALL = 2**12  # numbers in a state, of which a call takes no time on a CPU either
+SMALL = 2**12  # largest state, in numbers, for which a call on a CPU takes no time
 
 
 def require_runs(backbone: Backbone) -> None:
-    """Raises UnfitError where encoding, predicting or decoding fails.
+    """Check that encoding, predicting and decoding run.
 
-    The states are as small as the network takes them; where that is large, and there is no GPU, shapes alone are calculated.
+    The states are as small as the network takes them. For large states on a CPU, shapes alone are computed,
+    with fake (meta) tensors. Raises UnfitError where a call fails.
     """
     shape = small_shape(backbone)
     weight = next(backbone.module.parameters())
@@ -31,11 +35,16 @@ def require_runs(backbone: Backbone) -> None:
             if isinstance(backbone, Latent):
                 backbone.decode(x)
     except Exception as error:  # whatever a network raises for inputs that are not its own
-        raise UnfitError(f"its parts do not go together ({reason(error)})", "check its configuration, or download it again") from error
+        raise UnfitError(
+            f"its parts do not go together ({reason(error)})", "check its configuration, or download it again"
+        ) from error
 
 
 def small_shape(backbone: Backbone) -> tuple[int, ...]:
-    """The smallest states that a network takes without loss: a U-Net's are halved at every level, transformers have one size."""
+    """Return the smallest state shape that a network takes without loss.
+
+    A U-Net halves states at every level. Other networks have one size.
+    """
     if not isinstance(backbone, WithUNet):
         return backbone.shape
     unit = 2 ** len(backbone.pipe.unet.config.block_out_channels)

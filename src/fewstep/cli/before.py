@@ -1,4 +1,7 @@
-"""Before a long training: what could fail at its end is tried now, and shown as a list."""
+"""Checks before a training of what could fail late.
+
+The checks cover the run's folder, the disk, the teacher and each student's files.
+"""
 
 import os
 import shutil
@@ -11,25 +14,31 @@ from ..backbones.base import Backbone
 from ..backbones.conformance import conformance
 from ..backbones.load import hub_id, pipeline_of
 from ..backbones.parts import networks
+from ..data.prompts import embedding_bytes
+from ..data.trajectories import trajectory_bytes
 from ..findings import Check, require
 from ..report.words import size
+from ..runs.place import place_checks, unwritable, writing_check
+from ..runs.recipe import DistillRecipe, FinetuneRecipe
 from ..runs.rehearsal import CHECKPOINTS, Trial, disk_check, student_check, trial_of
-from ..runs.walking import path_times
+from ..runs.trajectory_sources import trajectory_times
 from ..training.memory import module_bytes
-from ..training.paths import path_bytes
-from ..training.prompts import embedding_bytes
-from .ending import made_of
-from .preflight import in_first, place_checks, unwritable, writing_check
+from .finish import origin_of
+from .preflight import in_first
 from .progress import console, show_checks
-from .recipe import DistillRecipe, FinetuneRecipe
 
-LOADED = 1.2  # memory that loading takes, in units of the weights
+LOADED = 1.2  # memory that loading takes, relative to the weights
 
 
-def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path) -> None:
-    """Look at the folder, the disk, the teacher, and each stage's files, written to `place`. Raises ValueError with one line, in all processes.
+def look_before(
+    stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: str, prompts: Sequence[str], run: Path, place: Path
+) -> None:
+    """Check folder, disk, teacher and student files before a training.
 
-    The first process looks. The teacher's and the student's pictures are drawn where that takes seconds.
+    The first process checks; trial files are written to `place`. Images of the teacher and of the student
+    are sampled only where sampling takes seconds.
+
+    Raises ValueError with one line, in all processes.
     """
 
     def look() -> None:
@@ -49,8 +58,12 @@ def look_before(stages: Sequence[DistillRecipe], teacher: Backbone, base_hash: s
 
 
 def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -> None:
-    """The same for a teacher that is going to be fine-tuned, where all weights are trained four times them in a checkpoint. Raises ValueError."""
-    checkpoint = 0 if recipe.roles.share else 4 * module_bytes(teacher.module)
+    """Check disk and teacher before a teacher is fine-tuned.
+
+    Where all weights are trained, a checkpoint takes four times the bytes of the weights. A LoRA's
+    checkpoint counts as nothing. Raises ValueError.
+    """
+    checkpoint = 0 if recipe.roles.lora else 4 * module_bytes(teacher.module)
     disk = disk_check(CHECKPOINTS * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
     found = conformance(teacher)
     console.print("before the training:")
@@ -60,9 +73,9 @@ def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -
 
 
 def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Sequence[str]) -> int:
-    """What embeddings and trajectories will take in the run's folder, about."""
+    """Estimate the bytes of embeddings and trajectories in the run's folder."""
     walks = {
-        path_bytes(data.count, teacher.shape, len(path_times(stage.method, teacher)), data.steps + 1)
+        trajectory_bytes(data.count, teacher.shape, len(trajectory_times(stage.method, teacher)), data.steps + 1)
         for stage in stages
         if (data := stage.data) is not None and data.source == "trajectories" and data.folder is None
     }
@@ -70,16 +83,26 @@ def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Seq
 
 
 def _trial(recipe: DistillRecipe, teacher: Backbone, base_hash: str) -> Trial:
-    return trial_of(teacher, recipe.method, recipe.roles, recipe.train, made_of(recipe, base_hash, 0, 0.0))
+    return trial_of(teacher, recipe.method, recipe.roles, recipe.train, origin_of(recipe, base_hash, 0, 0.0))
 
 
 def look_in_dry_run(
-    stages: Sequence[DistillRecipe], load: Callable[[], tuple[Backbone, str]], hollow: Backbone, prompts: Sequence[str], run: Path
+    stages: Sequence[DistillRecipe],
+    load: Callable[[], tuple[Backbone, str]],
+    hollow: Backbone,
+    prompts: Sequence[str],
+    run: Path,
 ) -> None:
-    """The same without a run, where the teacher's weights are on this machine and fit in its memory; nothing is left of it."""
+    """Run the checks of `look_before` without a run.
+
+    The teacher is loaded only where the weights are on this machine and fit in memory; otherwise one line
+    says why nothing was checked. `hollow` is the teacher with fake (meta) tensors. No files are left behind.
+    """
     teacher, room = stages[0].teacher, room_to_load(hollow)
     if hub_id(teacher):
-        console.print(f"not looked at before the training: {teacher} is on the hub; a run downloads it, and looks at it then")
+        console.print(
+            f"not looked at before the training: {teacher} is on the hub; a run downloads it, and looks at it then"
+        )
     elif not room.holds:
         console.print(f"not looked at before the training: {room.said}; {room.cure}")
     else:
@@ -94,7 +117,10 @@ def look_in_dry_run(
 
 
 def room_to_load(hollow: Backbone) -> Check:
-    """Whether this machine's memory holds a teacher, of which only the shapes are there."""
+    """Check that this machine's memory holds the teacher.
+
+    `hollow` is the teacher with fake (meta) tensors. Loading takes `LOADED` times the bytes of the weights.
+    """
     needed = int(LOADED * module_bytes(*networks(pipeline_of(hollow))))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     said = f"loading the teacher takes {size(needed)}, {size(free)} are free"

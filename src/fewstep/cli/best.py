@@ -1,4 +1,7 @@
-"""The best student that a run has shown, kept beside the last one: distribution matching can get worse after it got better."""
+"""The best student of a run, kept next to the last.
+
+Distribution matching can make a student worse after having made the student better.
+"""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,14 +11,17 @@ from ..atomic import write_json
 from ..report.live import read_metrics, series
 from ..report.run import BEST, BEST_FILE, best_preview
 from ..report.words import finite, plural
-from .recipe import DistillRecipe
+from ..runs.recipe import DistillRecipe
 
-PATIENCE = 3  # previews in a row that are no better, after which it is said
+PATIENCE = 3  # previews in a row without improvement before a warning
 
 
 @dataclass(frozen=True)
 class Best:
-    """The preview whose student lies in `best/`. `measured` is the key in metrics.jsonl: of two values the smaller is better."""
+    """The preview whose student lies in `best/`.
+
+    `measured` is the key of `value` in metrics.jsonl. Of two values the smaller is better.
+    """
 
     iteration: int
     value: float
@@ -23,31 +29,50 @@ class Best:
 
 
 def measured_by(recipe: DistillRecipe) -> str:
-    """The key in metrics.jsonl of a preview's quality: the distance to real pictures where it is measured, else that of the previews to the teacher's."""
-    return "preview.distance" if recipe.preview.measure is None else "quality.fd_real"
+    """Return the key of a preview's quality in metrics.jsonl.
+
+    Where the recipe names a protocol, the quality is the distance to real images (`quality.fd_real`).
+    Otherwise the quality is the distance of the previews to the teacher's previews (`preview.distance`).
+    """
+    return "preview.distance" if recipe.preview.protocol is None else "quality.fd_real"
 
 
 def read_best(run: Path, measured: str) -> Best | None:
-    """What lies in `run/best`, None where nothing does, or nothing that was measured in this way."""
+    """Read which preview lies in `run/best`.
+
+    Returns None where there is no preview, or where the preview was measured under another key.
+    """
     found = best_preview(run)
     return Best(int(found["iteration"]), float(found["value"]), measured) if found.get("measured") == measured else None
 
 
 def missed(run: Path, recipe: DistillRecipe) -> str:
-    """What to say at the end of a run whose last preview was not the best one; empty where it was, or where nothing was kept."""
+    """Say that a run's last preview was not the best.
+
+    Called at the end of a run. Returns an empty text where the last preview was the best, or where no
+    student was kept.
+    """
     measured, last = measured_by(recipe), recipe.train.iterations
-    best, values = read_best(run, measured), dict(zip(*series(read_metrics(run / "metrics.jsonl"), measured), strict=True))
+    best, values = (
+        read_best(run, measured),
+        dict(zip(*series(read_metrics(run / "metrics.jsonl"), measured), strict=True)),
+    )
     if best is None or best.iteration >= last or last not in values:
         return ""
-    return f"{run / BEST}: the student of iteration {best.iteration}, {measured} {best.value:.4g} where the last has {values[last]:.4g}"
+    return (
+        f"{run / BEST}: the student of iteration {best.iteration}, "
+        f"{measured} {best.value:.4g} where the last has {values[last]:.4g}"
+    )
 
 
 def keep_best(run: Path, now: Best, write: Callable[[Path], object], warmup: int = 0) -> list[str]:
-    """Have the student written to `run/best` if none so far was better; returns what is to be said after `PATIENCE` that were not.
+    """Write the student to `run/best` if none before was better.
 
-    What came before is read from metrics.jsonl, whose first value is that of the student as it began, and from `run/best`, which a run that
-    is resumed from an earlier checkpoint keeps. A value that is not finite is never the best. In the first `warmup` iterations the student
-    is not trained yet.
+    Returns a warning after every `PATIENCE` previews in a row that are no better, else an empty list.
+
+    Earlier values come from metrics.jsonl, whose first value is that of the initial student, and from
+    `run/best`, which a run that resumes from an earlier checkpoint keeps. A value that is not finite is
+    never the best. In the first `warmup` iterations the student is not trained yet, and nothing is kept.
     """
     if now.iteration <= warmup:
         return []
@@ -64,8 +89,11 @@ def keep_best(run: Path, now: Best, write: Callable[[Path], object], warmup: int
     if now.value < value or since % PATIENCE:
         return []
     worse = (
-        f"{plural(since, 'preview')} in a row no better than iteration {iteration}'s, {now.measured} {now.value:.4g} against {value:.4g}"
+        f"{plural(since, 'preview')} in a row no better than iteration {iteration}'s, "
+        f"{now.measured} {now.value:.4g} against {value:.4g}"
     )
     if best is None or iteration == 0:
         return [f"{worse}, the student as it began; stop with Ctrl-C and lower train.lr or method.guidance"]
-    return [f"{worse}; {folder} has the student of iteration {best.iteration}: stop with Ctrl-C, or go on and take it later"]
+    return [
+        f"{worse}; {folder} has the student of iteration {best.iteration}: stop with Ctrl-C, or go on and take it later"
+    ]

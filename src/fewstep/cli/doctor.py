@@ -1,4 +1,7 @@
-"""`fewstep doctor`: what is installed, which devices are there, what is missing and the command that installs it; and what a teacher is."""
+"""`fewstep doctor`: installed packages, devices, and checks of a teacher.
+
+For a missing package the command that installs the package is printed.
+"""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -17,19 +20,20 @@ CORE = (
     "pydantic",
     "typer",
     "rich",
-    "torchmetrics",
     "matplotlib",
     "jinja2",
 )
 OPTIONAL = {
     "datasets": "pip install datasets   # prompts from a hub data set",
-    "gradio": "pip install 'fewstep[studio]'",
     "bitsandbytes": "pip install 'fewstep[train8bit]'",
 }
 
 
 def run_doctor(teacher: str | None = None, dtype: str = "float32", size: int | None = None) -> None:
-    """Print it, or of a teacher what it is and whether it is sound. Raises ValueError when a core package is missing, and for a teacher that is not."""
+    """Print packages and devices, or check a teacher.
+
+    Raises ValueError where a core package is missing, or where a check of the teacher does not hold.
+    """
     import torch
 
     if teacher is not None:
@@ -51,7 +55,9 @@ def run_doctor(teacher: str | None = None, dtype: str = "float32", size: int | N
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
-            console.print(f"GPU {i}: {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+            console.print(
+                f"GPU {i}: {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+            )
     else:
         console.print(f"no GPU; CPU with {torch.get_num_threads()} threads")
     if missing:
@@ -59,7 +65,10 @@ def run_doctor(teacher: str | None = None, dtype: str = "float32", size: int | N
 
 
 def check_teacher(teacher: str, dtype: str, size: int | None) -> None:
-    """Load a teacher, look at it as before a training, and print what was found. Raises ValueError with one line where a check does not hold."""
+    """Check a teacher as before a training, and print the result.
+
+    Raises ValueError with one line where a check does not hold.
+    """
     import torch
 
     from ..backbones.conformance import conformance

@@ -1,4 +1,8 @@
-"""What ends a command: one line for everything that may go wrong, an exit code that says whose fault it is, and a log of what nobody foresaw."""
+"""How a command ends: an error line, an exit code, a log.
+
+Whatever goes wrong becomes one line. The exit code says whose fault the error is. Errors that nobody foresaw
+are written to a log.
+"""
 
 import dis
 import os
@@ -17,27 +21,36 @@ from ..names import quoted, visible
 from ..reading import PACKAGE, ReadError, innermost, ours, out_of_memory, reason
 
 LOG, ELSEWHERE = "error.log", "fewstep-error.log"  # in a run's folder, and where there is none
-USERS, OURS = 2, 1  # exit codes: of a mistake in what was asked or given, of a mistake of fewstep
+USERS, OURS = 2, 1  # exit codes of a user's mistake and of a mistake of fewstep
 LESS = {
-    "distill": "lower train.batch and raise train.accumulate as much, or set roles.checkpointing=true; `fewstep plan RECIPE --memory 24GiB` finds what fits",
-    "train-teacher": "lower the batch of its fit, or its pictures' size",
-    "sample": "draw fewer pictures at once (-n), or at a smaller size",
+    "distill": (
+        "lower train.batch and raise train.accumulate as much, or set roles.checkpointing=true; "
+        "`fewstep plan RECIPE --memory 24GiB` finds what fits"
+    ),
+    "train-teacher": "lower the batch of its fit, or its images' size",
+    "sample": "sample fewer images at once (-n), or at a smaller size",
 }
-WORD = re.compile(r"\S{400,}")  # longer than any path is, and than anybody reads
+WORD = re.compile(r"\S{400,}")  # longer than any path
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 
 class FaultError(Exception):
-    """How a command ends: what is said, in one line, and its exit code."""
+    """The line and the exit code with which a command ends."""
 
     def __init__(self, line: str, status: int) -> None:
         super().__init__(line)
-        self.line, self.status = WORD.sub(lambda long: f"{long[0][:200]} ... {long[0][-60:]}", visible(line, lines=False)), status
+        self.line, self.status = (
+            WORD.sub(lambda long: f"{long[0][:200]} ... {long[0][-60:]}", visible(line, lines=False)),
+            status,
+        )
 
 
 @contextmanager
 def logged_in(folder: Path | None) -> Iterator[None]:
-    """Turn whatever goes wrong within it into a FaultError; the log of what nobody foresaw goes to this folder, which is a run's, if it is one."""
+    """Turn every exception in the block into a FaultError.
+
+    The log of an error that nobody foresaw goes to `folder`, the folder of a run, where there is one.
+    """
     try:
         yield
     except Exception as error:
@@ -45,7 +58,10 @@ def logged_in(folder: Path | None) -> Iterator[None]:
 
 
 def fault_of(error: Exception, folder: Path | None = None) -> FaultError:
-    """What to say of an exception. The traceback of one that nobody foresaw is written to `folder`, or to the working folder."""
+    """Return the line and the exit code for an exception.
+
+    The traceback of an error that nobody foresaw is written to `folder`, or to the working folder.
+    """
     if isinstance(error, FaultError):
         return error
     if isinstance(error, ReadError):
@@ -59,24 +75,42 @@ def fault_of(error: Exception, folder: Path | None = None) -> FaultError:
     if isinstance(error, OSError) and error.errno is not None:
         names = " and ".join(str(n) for n in (error.filename, error.filename2) if n is not None)
         return FaultError(
-            f"error: {names or step_of(error)}: {str(error.strerror).lower()}; check the path, its permissions and the disk", USERS
+            (
+                f"error: {names or step_of(error)}: {str(error.strerror).lower()}; "
+                "check the path, its permissions and the disk"
+            ),
+            USERS,
         )
     if isinstance(error, ImportError):
         return FaultError(f"error: a package is missing or does not fit ({reason(error)}); run: fewstep doctor", USERS)
     what = f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
     return FaultError(
-        f"error: {what}, while {step_of(error)}; this is a fault of fewstep: please report it with {write_log(error, folder)}", OURS
+        (
+            f"error: {what}, while {step_of(error)}; "
+            f"this is a fault of fewstep: please report it with {write_log(error, folder)}"
+        ),
+        OURS,
     )
 
 
 def said_by_us(error: BaseException) -> bool:
-    """Whether a `raise` in fewstep's own code made it: what other libraries and Python itself raise says nothing to a user."""
+    """Return whether a `raise` in fewstep's own code made an exception.
+
+    Messages of other libraries and of Python itself say nothing to a user.
+    """
     trace = innermost(error)
-    return trace is not None and ours(trace) and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return (
+        trace is not None
+        and ours(trace)
+        and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    )
 
 
 def step_of(error: BaseException) -> str:
-    """The function of fewstep in which it happened, as `in training.loop.distill, line 120`."""
+    """Return where in fewstep an exception was raised.
+
+    The place reads `in training.loop.distill, line 120`.
+    """
     trace, last = error.__traceback__, None
     while trace is not None:
         last, trace = (trace if ours(trace) else last), trace.tb_next
@@ -88,11 +122,18 @@ def step_of(error: BaseException) -> str:
 
 
 def write_log(error: BaseException, folder: Path | None) -> str:
-    """Write versions, command line and traceback to `folder/error.log`, else to the working folder, else to a temporary file; say where."""
-    text = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{quoted('fewstep', *sys.argv[1:])}\n{_versions()}\n\n"
+    """Write versions, command line and traceback to a log file.
+
+    The file is `folder/error.log`, else one in the working folder, else a temporary file. Returns the file's
+    path, or a text that says that the log could not be written.
+    """
+    text = (
+        f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{quoted('fewstep', *sys.argv[1:])}\n{_versions()}\n\n"
+    )
     text += "".join(traceback.format_exception(error))
     for path in ([folder / LOG] if folder is not None and folder.is_dir() else []) + [Path(ELSEWHERE)]:
-        with suppress(Exception):  # a folder that may not be written to, a full disk, or the very packages that are at fault
+        # The folder may be read-only, the disk full, or a package of `..atomic` itself at fault.
+        with suppress(Exception):
             from ..atomic import write_text
 
             return str(write_text(path, text).resolve())

@@ -1,4 +1,4 @@
-"""`fewstep inspect`: what a file or folder is, read from its own metadata."""
+"""`fewstep inspect`: what a file or folder is, by its metadata."""
 
 import json
 import math
@@ -11,14 +11,15 @@ from safetensors import safe_open
 
 from ..backbones.load import bundled, fingerprint, load_teacher, quiet, source_of
 from ..backbones.single_file import FIRST, read_checkpoint
-from ..export.card import counted, read_card
-from ..export.headers import KEY
+from ..data.texts import printable
 from ..reading import read_json, reading, require_regular
-from ..runs.students import student_folder
+from ..student.card import counted
+from ..student.folder import find_folder, read_card
+from ..student.headers import KEY
 from ..training.state import checkpoints
-from ..training.texts import printable
 from .progress import console
 
+SHOWN = 16  # numbers of a list that are shown
 KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how they begin
     ".lora_A.weight": {"unet": "diffusers'", "transformer": "diffusers'", "base_model": "PEFT's", "": "PEFT's"},
     ".lora_down.weight": {"": "kohya's"},
@@ -27,16 +28,19 @@ KINDS: dict[str, dict[str, str]] = {  # by how a LoRA's keys end, then by how th
 
 
 def run_inspect(source: str) -> None:
-    """Print it, one `key  value` a line. Raises ValueError when it is nothing that fewstep knows."""
+    """Print what a file or folder is, one `key  value` per line.
+
+    Raises ValueError for anything that fewstep does not know.
+    """
     quiet()
     path = Path(source)
     if path.suffix == ".safetensors":
         values = safetensors_summary(path)
     elif (path / "run.json").is_file():
         values = run_summary(path)
-    elif (folder := student_folder(source)) is not None:
+    elif (folder := find_folder(source)) is not None:
         card = read_card(folder)
-        values = {"student": str(folder), "network calls": counted(card), **asdict(card)}
+        values = {"student": str(folder), "NFE": counted(card), **asdict(card)}
     elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:
         teacher = load_teacher(source)
         count = sum(p.numel() for p in teacher.module.parameters())
@@ -46,20 +50,38 @@ def run_inspect(source: str) -> None:
             "parameters": f"{count / 1e6:.2f}M",
             "state": list(teacher.shape),
         }
-        values |= {"hash": fingerprint(teacher.module), **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")}}
+        values |= {
+            "hash": fingerprint(teacher.module),
+            **{k: v for k, v in teacher.scheduler_config.items() if not k.startswith("_")},
+        }
     elif not path.exists():
         raise ValueError(
-            f"inspect: there is no {source}; pass a student, run or teacher folder, a .safetensors file, or one of {', '.join(bundled())}"
+            f"inspect: there is no {source}; "
+            f"pass a student, run or teacher folder, a .safetensors file, or one of {', '.join(bundled())}"
         )
     else:
-        raise ValueError(f"inspect: {source} is no student, run, teacher or .safetensors file; pass the final/ folder of a run")
+        raise ValueError(
+            f"inspect: {source} is no student, run, teacher or .safetensors file; pass the final/ folder of a run"
+        )
     width = max(len(k) for k in values)
     for key, value in values.items():
-        console.print(f"{printable(key):<{width}}  {printable(value)}", markup=False)
+        console.print(f"{printable(key):<{width}}  {printable(_short(value))}", markup=False)
+
+
+def _short(value: Any) -> Any:
+    """Shorten a long list of numbers to its ends."""
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    if not isinstance(value, list | tuple) or len(value) <= SHOWN or not all(isinstance(v, int | float) for v in value):
+        return value
+    return f"{len(value)} numbers, {value[0]:.6g} to {value[-1]:.6g}"
 
 
 def safetensors_summary(path: Path) -> dict[str, Any]:
-    """What a weights file says of itself: tensors, its LoRA's names, rank and alpha, and how a student is called."""
+    """Return what a weights file says of itself.
+
+    Tensors; for a LoRA the convention of the names, rank and alpha; for a student how to call the student.
+    """
     with (
         reading(f"inspect: {path}", "check the path, or copy it again", "is missing or damaged"),
         safe_open(require_regular(path), "pt") as file,
@@ -75,12 +97,18 @@ def safetensors_summary(path: Path) -> dict[str, Any]:
     }
     if FIRST in names:
         checkpoint = read_checkpoint(path)
-        values |= {"kind": f"checkpoint of a {checkpoint.pipeline.__name__}", "configuration": checkpoint.config, **checkpoint.scheduler}
+        values |= {
+            "kind": f"checkpoint of a {checkpoint.pipeline.__name__}",
+            "configuration": checkpoint.config,
+            **checkpoint.scheduler,
+        }
     ending = next((e for e in KINDS if any(n.endswith(e) for n in names)), "")
     if ending:
         downs = [n for n in names if n.endswith(ending)]
         told = _json(header, "lora_adapter_metadata")
-        alphas = alphas or [float(v) for k, v in told.items() if k.endswith(".lora_alpha") and isinstance(v, int | float)]
+        alphas = alphas or [
+            float(v) for k, v in told.items() if k.endswith(".lora_alpha") and isinstance(v, int | float)
+        ]
         values |= {
             "kind": f"LoRA, {KINDS[ending].get(downs[0].split('.')[0], KINDS[ending][''])} names",
             "layers": len(downs),
@@ -97,23 +125,34 @@ def _several(numbers: Iterable[float]) -> str:
 
 
 def _json(header: Mapping[str, str], key: str) -> dict[str, Any]:
-    """An entry of a header that holds a JSON object; empty where it is missing or something else."""
+    """Read a JSON object from an entry of a header.
+
+    Empty where the entry is missing or holds anything else.
+    """
     try:
         value = json.loads(header.get(key, "{}"))
     except (ValueError, RecursionError):
         return {}
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 def run_summary(path: Path) -> dict[str, Any]:
-    """Where a run stands."""
+    """Return how far a run has come."""
     record = read_json(path / "run.json", "run its command again to write it anew")
     saved, final = checkpoints(path), path / "final"
+    recipe, settings = _object(record.get("recipe")), _object(_object(record.get("recipe")).get("method"))
     return {
         "run": str(path),
+        "teacher": recipe.get("teacher"),
+        "method": settings.get("name"),
+        "steps": settings.get("steps"),
         "command": record.get("command"),
         "started": record.get("started"),
         "newest checkpoint": saved[-1].name if saved else "none yet",
         "student": str(final) if final.is_dir() else "not finished",
-        **({"network calls": counted(read_card(final))} if final.is_dir() else {}),
+        **({"NFE": counted(read_card(final))} if final.is_dir() else {}),
     }

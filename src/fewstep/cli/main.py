@@ -1,4 +1,7 @@
-"""The command line. Heavy imports happen inside the commands, so that `--help` is immediate."""
+"""The command line.
+
+Heavy imports happen inside the commands, so that `--help` is immediate.
+"""
 
 import os
 import sys
@@ -14,27 +17,37 @@ from .faults import FaultError, logged_in
 from .progress import Plain, show_all_letters
 from .signals import Interrupted, interruptible
 
-app = typer.Typer(name="fewstep", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    name="fewstep", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 
 def _path(text: str | Path) -> Path:
-    """What stands behind an option that takes a path."""
+    """Parse an option that takes a path."""
     if not str(text):
         raise typer.BadParameter("got an empty text; pass a path, or leave the option out")
     return Path(expanded(str(text)))
 
 
-Out = Annotated[Path | None, typer.Option("--out", parser=_path, metavar="PATH", help="Folder of the run; runs/NAME by default.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", parser=_path, metavar="PATH", help="Folder of the run; runs/NAME by default.")
+]
 Fuse = Annotated[
-    list[str] | None, typer.Option("--fuse-lora", help="LoRA that becomes part of the teacher, PATH or PATH@STRENGTH. May be repeated.")
+    list[str] | None,
+    typer.Option("--fuse-lora", help="LoRA that becomes part of the teacher, PATH or PATH@STRENGTH. May be repeated."),
 ]
 Teacher = Annotated[
     str | None,
     typer.Option(
-        help="Bundled name, diffusers folder, hub id or checkpoint (FILE.safetensors, FILE@v, FILE@eps, FILE@FOLDER); the recipe's by default."
+        help=(
+            "Bundled name, diffusers folder, hub id or checkpoint (FILE.safetensors, "
+            "FILE@v, FILE@eps, FILE@FOLDER); the recipe's by default."
+        )
     ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")
+]
 
 
 @app.callback()
@@ -49,20 +62,30 @@ def distill(
     set_: Set = None,
     out: Out = None,
     teacher: Teacher = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")
+    ] = None,
     fuse_lora: Fuse = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, the memory it needs and the first batch; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved recipe, the memory it needs and the first batch; train nothing."
+        ),
     ] = False,
 ) -> None:
     """Train a few-step student. The same command again resumes where the last one stopped."""
     from .distill import run_distill
 
-    run_distill(recipe, set_ or [], out, dry_run, fuse_lora or [], _given({"teacher": teacher, "prompts.source": prompts}))
+    run_distill(
+        recipe, set_ or [], out, dry_run, fuse_lora or [], _given({"teacher": teacher, "prompts.source": prompts})
+    )
 
 
 def _given(options: dict[str, str | None]) -> dict[str, str]:
-    """Those that were given, to the letter: what people call their files is no YAML."""
+    """Return the options that were given, with their texts unchanged.
+
+    The texts are not read as YAML: people call their files what they like.
+    """
     return {key: text for key, text in options.items() if text is not None}
 
 
@@ -83,29 +106,54 @@ def plan(
 def sample(
     student: Annotated[
         str,
-        typer.Argument(help="A student folder (a run or its final/), or a teacher: bundled, a diffusers folder, a hub id, a checkpoint."),
+        typer.Argument(
+            help=(
+                "A student folder (a run or its final/), or a teacher: "
+                "bundled, a diffusers folder, a hub id, a checkpoint."
+            )
+        ),
     ],
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "-p", "--prompt", help="What to draw, for a model of classes one of them. May be repeated; not for models that take none."
+            "-p",
+            "--prompt",
+            help="Prompt, or class name for class-conditional models. May be repeated; not for unconditional models.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")
+    ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Guidance rescale of a teacher, 0 to 1.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", help="Pictures per prompt.")] = 1,
-    compare: Annotated[bool, typer.Option("--compare", help="Put the teacher's pictures beside, same prompts and seeds.")] = False,
-    base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Images per prompt.")] = 1,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also sample the teacher, with the same prompts and seeds.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Base model to load the student on, if not the one it names.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="ddim, dpmpp, ipndm or renoise; a student brings its own.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="PATH", help="PNG file to write.")] = Path("sample.png"),
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="PATH", help="PNG file to write.")] = Path(
+        "sample.png"
+    ),
 ) -> None:
-    """Draw pictures with a student or a teacher."""
+    """Draw images with a student or a teacher."""
     from .sample import run_sample
 
     run_sample(
-        expanded(student), prompt or [], steps, guidance, guidance_rescale, seed, count, compare, base and expanded(base), solver, out
+        expanded(student),
+        prompt or [],
+        steps,
+        guidance,
+        guidance_rescale,
+        seed,
+        count,
+        compare,
+        base and expanded(base),
+        solver,
+        out,
     )
 
 
@@ -115,23 +163,38 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Which protocol: how many prompts and seeds, which reference; or its size (quick, medium, full), or pictures-N of N pictures. By default emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
+            help=(
+                "Which protocol: how many prompts and seeds, which reference; "
+                "or its size (quick, medium, full), or images-N of N images. By default "
+                "emoji-full for models of emoji, images for pixel models, images-quick for others."
+            )
         ),
     ] = None,
     real: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Real pictures of the model's size that it is measured against too: a folder or an npz; the recipe's data.real by default.",
+            help=(
+                "Real images of the model's size that it is measured against too: "
+                "a folder or an npz; the recipe's data.real by default."
+            ),
         ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="Prompts that a text-to-image model is measured by, beside its teacher; the run's own by default."),
+        typer.Option(
+            help="Prompts that a text-to-image model and its teacher are measured by; the run's own by default."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", parser=_path, metavar="PATH", help="JSON file to write; eval.json in the student's folder by default."),
+        typer.Option(
+            "-o",
+            "--out",
+            parser=_path,
+            metavar="PATH",
+            help="JSON file to write; eval.json in the student's folder by default.",
+        ),
     ] = None,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""
@@ -145,13 +208,25 @@ def export(
     student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
     folder: Annotated[Path, typer.Argument(parser=_path, metavar="DIR", help="A new folder to write.")],
     format_: Annotated[
-        str, typer.Option("--format", help="student, kohya (ComfyUI, A1111), merged (one network), or pipeline (a whole folder).")
+        str,
+        typer.Option(
+            "--format", help="student, kohya (ComfyUI, A1111), merged (one network), or pipeline (a whole folder)."
+        ),
     ] = "student",
-    steps: Annotated[int | None, typer.Option(help="Which of the student's step counts; its default one if not given.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Which of its guidance scales, where it was trained for several.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model to load the student on, if not the one it names.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Which of the student's step counts; its default one if not given.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Which of its guidance scales, where it was trained for several.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model to load the student on, if not the one it names.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of merged and pipeline: float32, bfloat16 or float16; the one the base was read in if not given.")
+        str | None,
+        typer.Option(
+            help="Of merged and pipeline: float32, bfloat16 or float16; the one the base was read in if not given."
+        ),
     ] = None,
 ) -> None:
     """Write a student as files for other programs, load them again, and compare them with it."""
@@ -161,7 +236,9 @@ def export(
 
 
 @app.command()
-def inspect(file: Annotated[str, typer.Argument(help="A student or teacher folder, a run, or a .safetensors file.")]) -> None:
+def inspect(
+    file: Annotated[str, typer.Argument(help="A student or teacher folder, a run, or a .safetensors file.")],
+) -> None:
     """Print what a file is: base, method, steps, times, rank, hashes."""
     from .inspect import run_inspect
 
@@ -179,10 +256,13 @@ def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished, s
 @app.command()
 def doctor(
     teacher: Annotated[
-        str | None, typer.Argument(help="A teacher to look at as before a training: what it is, and whether it is sound.")
+        str | None,
+        typer.Argument(help="A teacher to look at as before a training: what it is, and whether it is sound."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="The type of the teacher's weights: float32, bfloat16 or float16.")] = "float32",
-    size: Annotated[int | None, typer.Option(help="Height and width of its pictures, if not its own.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="The type of the teacher's weights: float32, bfloat16 or float16.")
+    ] = "float32",
+    size: Annotated[int | None, typer.Option(help="Height and width of its images, if not its own.")] = None,
 ) -> None:
     """Print versions, devices, and what is missing with the command that installs it; or check a TEACHER."""
     from .doctor import run_doctor
@@ -203,8 +283,13 @@ def train_teacher(
 
 
 def run() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, one of ours a line, a log and exit code 1, a signal a line and 128 and its number."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notice about torchvision, at import, is of no use to anyone here
+    """Run the command line.
+
+    A user's mistake prints one line and exits with code 2. A mistake of fewstep prints one line, writes a
+    log and exits with code 1. A signal prints one line and exits with 128 plus the signal's number.
+    """
+    # transformers prints a notice about torchvision when imported, which is of no use to users.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     show_all_letters()
     try:
         with interruptible(), logged_in(None):
@@ -212,7 +297,10 @@ def run() -> None:
     except FaultError as fault:
         _leave(fault.line, fault.status)
     except Interrupted as signal:
-        _leave(f"interrupted by {signal.name}; the same command goes on: a training from its last checkpoint", 128 + signal.number)
+        _leave(
+            f"interrupted by {signal.name}; the same command goes on: a training from its last checkpoint",
+            128 + signal.number,
+        )
 
 
 def _leave(text: str, status: int) -> None:

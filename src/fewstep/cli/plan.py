@@ -1,4 +1,7 @@
-"""`fewstep plan`: what a recipe needs in memory, part by part, and the settings that make it fit a card: first those with the same result."""
+"""`fewstep plan`: what a recipe needs in memory, part by part.
+
+With `--memory`, the plan finds settings that make a recipe fit a card: first those with the same result.
+"""
 
 import re
 from collections.abc import Mapping
@@ -9,36 +12,42 @@ import torch
 from rich.table import Table
 
 from ..backbones.base import Backbone
-from ..backbones.hollow import hollow_teacher
 from ..backbones.load import at_size, quiet
-from ..backbones.parts import Piped, networks
-from ..begin import roles_for
+from ..backbones.meta import meta_teacher
+from ..backbones.parts import DiffusersBackbone, networks
+from ..data.prompts import CHUNK, Embeddings
 from ..names import quoted
 from ..reading import reason
 from ..report.words import size
-from ..roles.quantised import KINDS, Kind, layers_of, quantise
-from ..runs.walking import path_times
+from ..roles.quantized import KINDS, Kind, layers_of, quantize
+from ..runs.init import roles_for
+from ..runs.recipe import DistillRecipe, first_stage, read_recipe
+from ..runs.trajectory_sources import trajectory_times
 from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
-from ..training.prompts import CHUNK, Embeddings
 from .preflight import note_shadowed
 from .progress import console
-from .recipe import DistillRecipe, first_stage, read_recipe
 
 UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "M": 2**20, "G": 2**30}
-RESERVE = 0.05  # of a card's memory: fragments, workspaces of its libraries
-CONTEXT = 2**29  # what CUDA takes for itself
+RESERVE = 0.05  # share of a card's memory for fragments and workspaces of libraries
+CONTEXT = 2**29  # bytes that CUDA takes for itself
 BASES: tuple[Kind | None, ...] = (None, *KINDS)
 ROUNDINGS: tuple[tuple[Kind | None, OptimizerName], ...] = (
     (None, "adamw8bit"), ("int8", "adamw"), ("int8", "adamw8bit"), ("nf4", "adamw8bit")
 )  # fmt: skip
-ROUNDED = {"train.optimizer": "Adam's moments are kept in 8 bits", "roles.base": "the base's weights are rounded, the teacher's too"}
-LEAST_BATCH = 4  # below it a card is rather kept busy by computing blocks again than by smaller batches
+ROUNDED = {
+    "train.optimizer": "Adam's moments are kept in 8 bits",
+    "roles.quantize": "the base's weights are quantized, the teacher's too",
+}
+LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batches
 
 
 @dataclass(frozen=True)
 class Phases:
-    """Bytes that hold for a recipe at any batch. `idle` is in memory all the time: the autoencoder; `drawing` is it at work."""
+    """Bytes of a recipe that do not depend on the batch.
+
+    `idle` is in memory all the time: the autoencoder. `drawing` is the autoencoder at work.
+    """
 
     encoding: int
     idle: int
@@ -47,7 +56,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe needs."""
+    """What a recipe needs in memory."""
 
     recipe: DistillRecipe
     phases: Phases
@@ -62,8 +71,13 @@ class Plan:
         return max(self.phases.encoding, self.training.total + self.phases.idle, self.drawing)
 
 
-def run_plan(source: str, overrides: list[str], memory: str | None, given: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Print the plan, and with `memory` the settings that fit it. Raises ValueError with one line when none do."""
+def run_plan(
+    source: str, overrides: list[str], memory: str | None, given: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print the plan, and with `memory` the settings that fit.
+
+    Raises ValueError with one line where no settings fit.
+    """
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe, given)
     note_shadowed(recipe.teacher)
@@ -74,10 +88,11 @@ def run_plan(source: str, overrides: list[str], memory: str | None, given: Mappi
     if memory is None or usable is None:
         return
     console.print(
-        f"{memory}: {size(usable)} are usable; CUDA takes about {size(CONTEXT)}, {RESERVE:.0%} are kept for workspaces and fragments"
+        f"{memory}: {size(usable)} are usable; "
+        f"CUDA takes about {size(CONTEXT)}, {RESERVE:.0%} are kept for workspaces and fragments"
     )
     sets: list[str] = []
-    for made, prefix in zip(plans, ("first.", "") if len(plans) > 1 else ("",), strict=True):
+    for made, prefix in zip(plans, ("warm_start.", "") if len(plans) > 1 else ("",), strict=True):
         own, needed = fit(made, teacher, usable, prefix)
         sets += [s for s in own if s not in sets]
         console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")
@@ -92,41 +107,44 @@ def run_plan(source: str, overrides: list[str], memory: str | None, given: Mappi
 
 
 def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
-    """The recipe's teacher without content, and the plan of each of its stages."""
-    teacher = hollow_of(recipe)
-    stages = [recipe] if recipe.first is None else [first_stage(recipe), recipe]
+    """Return the recipe's teacher and the plan of each stage.
+
+    The teacher has fake (meta) tensors. Raises ValueError for networks that cannot be called as their
+    configuration says.
+    """
+    teacher = meta_of(recipe)
+    stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
     try:
         return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ZeroDivisionError,
-    ) as error:  # networks that are not what they are told
+    # These come from networks that do not fit their configuration.
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"teacher: {recipe.teacher} cannot be called as its configuration says ({reason(error)}); check it, or download it again"
+            f"teacher: {recipe.teacher} cannot be called as its configuration says ({reason(error)}); "
+            "check it, or download it again"
         ) from error
 
 
-def hollow_of(recipe: DistillRecipe) -> Backbone:
-    """The recipe's teacher without content, rounded where it says so."""
-    teacher = hollow_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size, recipe.guidance_rescale)
-    quantise(teacher, recipe.roles.base)
+def meta_of(recipe: DistillRecipe) -> Backbone:
+    """Return the recipe's teacher with fake (meta) tensors.
+
+    The teacher is quantized where the recipe says so.
+    """
+    teacher = meta_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.size)
+    quantize(teacher, recipe.roles.quantize)
     return teacher
 
 
 def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[str], int]:
-    """The settings of a stage that fit, and what it needs with them. Raises ValueError with one line when none do.
+    """Return settings of a stage that fit, and the bytes needed.
 
-    The fastest of those that give the same result; where there are none, those that round the least.
+    The settings are the fastest of those with the same result; where there are none, those that round the
+    least. Raises ValueError with one line where no settings fit.
     """
     if made.total <= usable:
         return [], made.total
     found, needed = fastest(made, teacher, usable, prefix)
     for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
-        hollow = hollow_of(recipe)
+        hollow = meta_of(recipe)
         rounded = plan_of(recipe, hollow, phases_of(recipe, hollow))
         ways, needed = ([], rounded.total) if rounded.total <= usable else fastest(rounded, hollow, usable, prefix)
         if ways is not None:
@@ -135,15 +153,20 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
         return found, needed
     bf16 = "; --set dtype=bfloat16 halves the base's weights" if made.recipe.dtype == "float32" else ""
     raise ValueError(
-        f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch, checkpointing and all that rounds, {size(usable)} are usable{bf16}"
+        f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch, "
+        f"checkpointing and all that rounds, {size(usable)} are usable{bf16}"
     )
 
 
 def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[str] | None, int]:
-    """The fastest settings with the same result that fit, None where none do, and the least that was found to be needed."""
+    """Return the fastest settings with the same result that fit.
+
+    The settings are None where none fit. The second value is the bytes of these settings, or the least that
+    was found to be needed.
+    """
     needed = max(made.phases.encoding, made.drawing)
     for ways in savings(made.recipe, prefix) if needed <= usable else ():
-        # Within one of these lists each way needs less than the one before: halve it until the first that fits is found.
+        # Within a list each entry needs less than the entry before: bisect for the first that fits.
         fitting, first, last = None, 0, len(ways) - 1
         while ways and first <= last:
             middle = last if fitting is None else (first + last) // 2
@@ -161,13 +184,21 @@ def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[li
 
 
 def roundings(recipe: DistillRecipe, teacher: Backbone, prefix: str) -> list[tuple[list[str], DistillRecipe]]:
-    """Ways to need less that change the result, the least first; what the recipe rounds already stays so."""
-    own, by = recipe.roles.base, recipe.train.optimizer
-    able = recipe.roles.share and (own is not None or bool(layers_of(teacher)))
+    """Return settings that need less memory and change the result.
+
+    The least change comes first. What the recipe rounds already stays so.
+    """
+    own, by = recipe.roles.quantize, recipe.train.optimizer
+    able = recipe.roles.lora and (own is not None or bool(layers_of(teacher)))
     return [
         (
-            [f"{prefix}train.optimizer={optimizer}"] * (optimizer != by) + [f"roles.base={base}"] * (base != own),
-            recipe.model_copy(update={"train": replace(recipe.train, optimizer=optimizer), "roles": replace(recipe.roles, base=base)}),
+            [f"{prefix}train.optimizer={optimizer}"] * (optimizer != by) + [f"roles.quantize={base}"] * (base != own),
+            recipe.model_copy(
+                update={
+                    "train": replace(recipe.train, optimizer=optimizer),
+                    "roles": replace(recipe.roles, quantize=base),
+                }
+            ),
         )
         for base, optimizer in ROUNDINGS
         if (base, optimizer) != (own, by)
@@ -178,7 +209,11 @@ def roundings(recipe: DistillRecipe, teacher: Backbone, prefix: str) -> list[tup
 
 
 def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], DistillRecipe]]]:
-    """Ways to need less with the same result, the fastest first: the batch in parts, then blocks computed again, in parts too."""
+    """Return settings that need less memory for the same result.
+
+    The fastest come first: a list with the batch in parts, then a list with checkpointing, in parts too.
+    Within a list each entry needs less than the entry before.
+    """
     parts = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if recipe.train.batch % k == 0]
     few = [k for k in parts if k > 1 and recipe.train.batch // k >= LEAST_BATCH]
 
@@ -186,7 +221,9 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
         train = replace(recipe.train, batch=recipe.train.batch // k, accumulate=recipe.train.accumulate * k)
         sets = [] if k == 1 else [f"{prefix}train.batch={train.batch}", f"{prefix}train.accumulate={train.accumulate}"]
         sets += ["roles.checkpointing=true"] if checkpointing and not recipe.roles.checkpointing else []
-        return sets, recipe.model_copy(update={"train": train, "roles": replace(recipe.roles, checkpointing=checkpointing)})
+        return sets, recipe.model_copy(
+            update={"train": train, "roles": replace(recipe.roles, checkpointing=checkpointing)}
+        )
 
     if recipe.roles.checkpointing:
         return [[way(k, True) for k in parts[1:]]]
@@ -194,9 +231,9 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
 
 
 def phases_of(recipe: DistillRecipe, teacher: Backbone) -> Phases:
-    """What comes before and beside the training."""
+    """Measure the memory before and next to the training."""
     sized = at_size(teacher, recipe.size)
-    assert isinstance(sized, Piped)
+    assert isinstance(sized, DiffusersBackbone)
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
     shown = len(recipe.preview.prompts or [None] * 8)
     return Phases(
@@ -207,32 +244,47 @@ def phases_of(recipe: DistillRecipe, teacher: Backbone) -> Phases:
 
 
 def plan_of(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
-    """The plan of one training."""
+    """Return the plan of one training."""
     sized, method = at_size(teacher, recipe.size), recipe.method
     data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
-    times = path_times(method, sized)
-    return Plan(recipe, phases, training_bytes(sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data))
+    times = trajectory_times(method, sized)
+    return Plan(
+        recipe,
+        phases,
+        training_bytes(sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data),
+    )
 
 
 def show(made: Plan) -> None:
-    """The plan as a table."""
+    """Print a plan as a table."""
     recipe, t = made.recipe, made.training
     how = f"batch {recipe.train.batch}" + (f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else "")
     table = Table(
-        title=f"{recipe.name}: {recipe.teacher}, {recipe.roles.base or recipe.dtype}, {how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}",
+        title=(
+            f"{recipe.name}: {recipe.teacher}, {recipe.roles.quantize or recipe.dtype}, "
+            f"{how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}"
+        ),
         title_justify="left",
     )
     table.add_column("what")
     table.add_column("bytes", justify="right")
     rows = {
-        f"denoiser ({'one for all roles' if recipe.roles.share else 'three copies, those of student and fake score among the trained'})": t.base,
+        (
+            "denoiser ("
+            f"""{
+                "one for all roles"
+                if recipe.roles.lora
+                else "three copies, those of student and fake score among the trained"
+            }"""
+            ")"
+        ): t.base,
         "autoencoder": made.phases.idle,
         "trained parameters": t.trained,
         "their gradients": t.gradients,
         f"optimiser ({recipe.train.optimizer})": t.optimiser,
         "student's average": t.average,
         "activations and what else comes and goes": t.work,
-    }  # fmt: skip
+    }
     for name, count in rows.items():
         table.add_row(name, size(count))
     table.add_section()
@@ -244,15 +296,24 @@ def show(made: Plan) -> None:
 
 
 def usable_bytes(memory: str) -> int:
-    """Of a card of this size. Raises ValueError with one line."""
+    """Return the usable bytes of a card of this size.
+
+    Raises ValueError with one line.
+    """
     usable = int((parse_bytes(memory) - CONTEXT) * (1 - RESERVE))
     if usable <= 0:
-        raise ValueError(f"--memory: got {memory}, of which CUDA alone takes about {size(CONTEXT)}; pass the size of the card, e.g. 24GiB")
+        raise ValueError(
+            f"--memory: got {memory}, of which CUDA alone takes about {size(CONTEXT)}; "
+            "pass the size of the card, e.g. 24GiB"
+        )
     return usable
 
 
 def parse_bytes(text: str) -> int:
-    """`24GiB`, `16 GB`, `500MiB` as bytes. Raises ValueError with one line."""
+    """Parse `24GiB`, `16 GB` or `500MiB` as bytes.
+
+    Raises ValueError with one line.
+    """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else UNITS.get(match[2].upper())
     try:

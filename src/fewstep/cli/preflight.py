@@ -1,29 +1,30 @@
-"""Checks before a run begins: what would end it hours later ends it now."""
+"""Checks before a run of what would end it hours later."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..atomic import cure_of, link_or_copy, remove_left, require_replaceable, temporary_beside
+from ..atomic import remove_left, require_replaceable
 from ..backbones.load import bundled, source_of
-from ..export.card import FILE
-from ..findings import Check, require
-from ..names import LONGEST, visible
+from ..data.trajectories import OF_STUDENT, TRAJECTORIES
+from ..findings import require
+from ..names import visible
+from ..processes import any_rank, is_first
+from ..runs.place import unwritable, writing_check
 from ..training.lock import locked
-from ..training.paths import OF_STUDENT, TRAJECTORIES
-from ..training.processes import any_of, is_first
 from .faults import logged_in
 from .progress import console
 
-FINAL = "final"
-PARTS = ("first", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)  # folders in which a run writes files
-DEEPEST = ("unet", f"{'x' * (LONGEST + len('-kohya.safetensors') - 18)}-kohya.safetensors")  # as deep and as long as what a run writes
+# Folders in which a run writes files.
+PARTS = ("warm_start", "samples", "embeddings", "evaluation", TRAJECTORIES, OF_STUDENT)
 
 
 def require_output(path: Path, option: str) -> None:
-    """Raises ValueError where no file can be written to `path`, before hours go into what would be written."""
+    """Check that a file can be written to `path`.
+
+    Raises ValueError before hours go into what would be written.
+    """
     if path.name == "-":
         raise ValueError(f"{option}: got -, what is made goes to a file; pass its name")
     require_parent(path, option)
@@ -31,7 +32,11 @@ def require_output(path: Path, option: str) -> None:
 
 
 def require_parent(path: Path, option: str) -> None:
-    """Raises ValueError where nothing can be made at `path`: no folder above it, no permission, too long a name."""
+    """Check that something can be made at `path`.
+
+    Raises ValueError where the folder above is no folder or may not be written to, and where the name is too
+    long.
+    """
     above = next(p for p in path.absolute().parents if os.path.lexists(p))
     shown, cause = visible(str(above), lines=False), ""
     if not above.is_dir():
@@ -49,60 +54,22 @@ def require_parent(path: Path, option: str) -> None:
 
 
 def note_shadowed(teacher: str) -> None:
-    """Say which of two is meant where a folder here is called as a bundled teacher."""
+    """Print a note where a folder has a bundled teacher's name.
+
+    The name stands for the bundled teacher.
+    """
     place = source_of(teacher).place
     if place in bundled() and (Path(place) / "model_index.json").is_file():
         console.print(f"note: teacher {place} is the one that ships with fewstep; pass ./{place} for the folder here")
 
 
-def place_checks(run: Path) -> list[Check]:
-    """Whether a run may have this folder. Nothing is written."""
-    shown, real = visible(str(run), lines=False), Path(os.path.realpath(run))
-    own = real in (Path(real.anchor), Path(os.path.realpath(Path.home())))
-    foreign = next((name for name in (FILE, "model_index.json") if (run / name).exists()), "")
-    blocked = next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None)
-    student = next((f for f in (run / FINAL, run / "first" / FINAL) if _somebodys(f)), None)
-    found = [
-        (own, f"{shown} is no folder for one run", f"pass one inside it, e.g. --out {visible(str(real / 'runs' / 'mine'), lines=False)}"),
-        (blocked is not None, f"{visible(str(blocked), lines=False)} is a file or a device, a run needs a folder", "choose another"),
-        (bool(foreign), f"{shown} is a model's own folder (it has {foreign} in it)", "choose another"),
-        (student is not None, f"{visible(str(student), lines=False)} is there and no student of fewstep's", "move it away, or choose another --out"),
-    ]  # fmt: skip
-    return [Check("folder", said, False, cure) for wrong, said, cure in found if wrong] or [Check("folder", f"{shown} is for this run")]
-
-
-def _somebodys(folder: Path) -> bool:
-    """Whether something is in the place of a finished student that is none, and would be lost."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        return True
-    return folder.is_dir() and not (folder / FILE).is_file() and any(folder.iterdir())
-
-
-def writing_check(run: Path) -> Check:
-    """Whether a run can write its folder: as deep and long names as it will, second names, and renamed folders. Nothing is left of it."""
-    trial = temporary_beside(run / "trial")
-    try:
-        deepest = trial.joinpath(*DEEPEST)
-        deepest.parent.mkdir(parents=True)
-        deepest.write_bytes(b"x")
-        link_or_copy(deepest, deepest.with_name("second"))
-        os.replace(trial, renamed := temporary_beside(run / "trial"))
-        trial = renamed
-    except OSError as error:
-        return unwritable(run, error)
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
-    return Check("writing", "long names, second names of files, and renamed folders")
-
-
-def unwritable(run: Path, error: OSError) -> Check:
-    """What to say of a folder that cannot be written to."""
-    return Check("writing", f"cannot write to {visible(str(run), lines=False)} ({error.strerror or error})", False, cure_of(error))
-
-
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Hold a run's folder, in which nothing half-written is left, for all processes of the run. Raises ValueError in all where the first cannot."""
+    """Hold a run's folder for all processes of the run.
+
+    Half-written files of earlier runs are removed first. Raises ValueError in all processes where the first
+    process cannot hold the folder.
+    """
     with ExitStack() as stack:
 
         def hold() -> None:
@@ -120,12 +87,15 @@ def held(run: Path) -> Iterator[None]:
 
 
 def in_first(work: Callable[[], None]) -> None:
-    """Do it in the first process alone. Raises ValueError in all of them where that one does."""
+    """Call `work` in the first process alone.
+
+    Raises ValueError in all processes where `work` does in the first.
+    """
     refused: ValueError | None = None
     try:
         if is_first():
             work()
     except ValueError as error:
         refused = error
-    if any_of(refused is not None):
+    if any_rank(refused is not None):
         raise refused or ValueError("see what the first process said")

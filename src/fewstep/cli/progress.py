@@ -1,11 +1,16 @@
-"""Progress that a person can read: a bar with losses, speed and time left; plain lines where there is no terminal."""
+"""Progress on the screen: a bar, or lines without a terminal.
+
+The bar shows losses, speed and time left.
+"""
 
 import io
 import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from rich.console import Console, HighlighterType, JustifyMethod, OverflowMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,14 +19,16 @@ from rich.text import Text
 
 from ..findings import Check
 from ..names import visible
+from ..report.words import size as said_size
 
 CLOSED = 141  # exit status of a program whose reader has left: 128 + SIGPIPE
 
 
 class Plain(Console):
-    """A console that prints what it is given: users' names hold brackets and colons, which rich would read as styles and emoji.
+    """A console that prints texts literally.
 
-    What a terminal would obey is written out.
+    Users' names hold brackets and colons, which rich would read as styles and emoji. Characters that a
+    terminal would obey are written out.
     """
 
     def __init__(self, stderr: bool = False) -> None:
@@ -39,45 +46,67 @@ class Plain(Console):
         highlight: bool | None = None,
         highlighter: HighlighterType | None = None,
     ) -> Text:
-        """As rich's, with the text as it is, whoever asks for more. Every string that is printed comes by here, those in tables too."""
+        """Render the text literally, whatever styles the caller asks for.
+
+        Every string that is printed passes through this method, strings in tables too.
+        """
         return super().render_str(
             visible(text), style=style, justify=justify, overflow=overflow, emoji=False, markup=False, highlight=False
         )
 
     def on_broken_pipe(self) -> None:
-        """Say that nobody reads any more, and leave: a training saves on its way out."""
+        """Say that nobody reads any more, and exit.
+
+        A training saves on exit.
+        """
         self.quiet = True
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with suppress(OSError):
-            print("stopped: what this was printed to is closed; the same command goes on", file=sys.stderr)  # noqa: T201
+            print(  # noqa: T201
+                "stopped: what this was printed to is closed; the same command goes on", file=sys.stderr
+            )
         raise SystemExit(CLOSED)
 
 
 def show_all_letters() -> None:
-    """Write out what the terminal's encoding lacks, where Python would raise."""
+    """Write out characters that the terminal's encoding lacks.
+
+    Python would raise an error instead.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 console = Plain()
+WORTH_SAYING = 2**20  # bytes
 
 
 class Meter:
-    """One task's progress. `advance` takes the numbers to show beside the bar."""
+    """The progress of one task.
+
+    `advance` takes the numbers to show next to the bar.
+    """
 
     def __init__(self, title: str, total: int, done: int = 0, seconds_between_lines: float = 10.0) -> None:
         self.title, self.total, self.done = title, total, done
         self.between, self.began, self.first, self.last_line = seconds_between_lines, time.monotonic(), done, 0.0
         self.bar = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self.task = self.bar.add_task(visible(title, lines=False), total=total, completed=done, note="")
 
     def advance(self, done: int, numbers: Mapping[str, float]) -> None:
-        """`done` of `total` are finished."""
+        """Show that `done` of `total` are finished."""
         self.done = done
         note = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items())
         self.bar.update(self.task, completed=done, note=note)
@@ -90,7 +119,7 @@ class Meter:
 
 @contextmanager
 def meter(title: str, total: int, done: int = 0) -> Iterator[Meter]:
-    """A `Meter` on the screen while the block runs."""
+    """Yield a `Meter` on the screen while the block runs."""
     m = Meter(title, total, done)
     with m.bar:
         yield m
@@ -102,6 +131,31 @@ def _clock(seconds: float) -> str:
 
 
 def show_checks(checks: Sequence[Check], stage: str = "") -> None:
-    """A line for each of them."""
+    """Print one line for each check."""
     for check in checks:
         console.print(f"  {'ok' if check.holds else 'NO':<4}{stage}{check.name:<14} {check.said}", markup=False)
+
+
+class OnScreen:
+    """A run's progress on the screen."""
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        console.print(text, markup=False)
+
+    @contextmanager
+    def meter(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar."""
+        with meter(title, total) as bar:
+            yield lambda done: bar.advance(done, {})
+
+    def writing(self, path: Path, size: int) -> None:
+        """Print the size of a large file before it is written."""
+        if size >= WORTH_SAYING:
+            console.print(f"writing {visible(str(path), lines=False)}: {count_in(size, path.parent)}", markup=False)
+
+
+def count_in(count: int, folder: Path) -> str:
+    """Return `17.00 GiB, of 25.00 GiB that are free`."""
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    return f"{said_size(count)}, of {said_size(shutil.disk_usage(there).free)} that are free"

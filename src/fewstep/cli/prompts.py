@@ -1,60 +1,54 @@
-"""What a run is given to learn from: its prompts, and a word on what was found and on what is going to be written."""
+"""The prompts of a run, and what is printed about them."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..backbones.base import Backbone
-from ..backbones.load import BUNDLED, source_of
-from ..report.words import size
-from ..training.prompt_lengths import said_of_prompts
-from ..training.prompts import find_prompts, ignore
-from ..training.texts import Found, printable
+from ..backbones.load import BUNDLED, bundled, source_of
+from ..data.prompt_lengths import said_of_prompts
+from ..data.prompts import find_prompts, ignore
+from ..data.texts import Found
+from ..runs.recipe import DistillRecipe
 from .progress import console
-from .recipe import DistillRecipe
-
-WORTH_SAYING = 2**20  # bytes
 
 
 def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
-    """The recipe's prompts; `bundled` means those that came with a bundled teacher. A model without conditions has the empty one."""
+    """Return the recipe's prompts.
+
+    `bundled` stands for the prompts of a bundled teacher. A model without conditions has the empty prompt
+    alone.
+    """
     if not teacher.encode([""]):
         return [""]
     return prompts_from(recipe.prompts.source, recipe.prompts.column, recipe.teacher, say_found)
 
 
 def prompts_from(source: str, column: str | None, teacher: str, say: Callable[[Found], None] = ignore) -> list[str]:
-    """Prompts of a file, a data set, or `bundled` with this teacher; of all but these `say` hears what was found. Raises ValueError."""
+    """Read prompts of a file, a data set or a bundled teacher.
+
+    `bundled` stands for the prompts of the teacher. For any other source `say` is called with what was
+    found. Raises ValueError.
+    """
     if source != "bundled":
         prompts, found = find_prompts(source, column)
         say(found)
         return prompts
-    shipped = BUNDLED / source_of(teacher).place / "prompts.txt"
+    place = source_of(teacher).place
+    shipped = (BUNDLED / place if place in bundled() else Path(place)) / "prompts.txt"
     if not shipped.is_file():
         raise ValueError(
-            f"prompts: teacher {teacher} brings no prompts of its own; pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
+            f"prompts: teacher {teacher} brings no prompts of its own; "
+            "pass --prompts FILE (.txt, .jsonl, .csv, .tsv) or a hub data set id"
         )
     return find_prompts(str(shipped))[0]
 
 
 def say_of_prompts(teacher: Backbone, prompts: Sequence[str]) -> None:
-    """Print what encoders cut of them, and which signs they do not understand."""
+    """Print what encoders cut, and which characters they do not know."""
     for line in said_of_prompts(teacher, prompts):
         console.print(line, markup=False)
 
 
 def say_found(found: Found) -> None:
-    """One line on what a source has."""
+    """Print one line on what a source has."""
     console.print(found.line, markup=False)
-
-
-def say_size(path: Path, count: int) -> None:
-    """One line on a file of so many bytes that is going to be written, if that is worth one."""
-    if count >= WORTH_SAYING:
-        console.print(f"writing {printable(path)}: {count_in(count, path.parent)}", markup=False)
-
-
-def count_in(count: int, folder: Path) -> str:
-    """`17.00 GiB, of 25.00 GiB that are free`."""
-    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    return f"{size(count)}, of {size(shutil.disk_usage(there).free)} that are free"

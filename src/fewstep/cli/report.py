@@ -1,4 +1,7 @@
-"""`fewstep report`: the page of a run written again from what its folder holds by now, also while it trains and where it was stopped."""
+"""`fewstep report`: a run's page, written again from its folder.
+
+The run may be finished, stopped or still training.
+"""
 
 from pathlib import Path
 
@@ -8,6 +11,9 @@ from .progress import console
 
 
 def run_report(source: str) -> None:
-    """Write `report.html` into the run's folder and print its path. Raises ValueError where it is no run's."""
+    """Write `report.html` into the run's folder and print its path.
+
+    Raises ValueError where the folder is no run's.
+    """
     with logged_in(Path(source)):
         console.print(str(render_run(Path(source)).resolve()))

@@ -1,4 +1,7 @@
-"""`fewstep sample`: pictures from a student or a teacher, the teacher's beside on request."""
+"""`fewstep sample`: images from a student or a teacher.
+
+On request the teacher's images stand next to the student's.
+"""
 
 import time
 from collections.abc import Sequence
@@ -6,46 +9,56 @@ from pathlib import Path
 
 import torch
 
-from ..backbones.base import Backbone, calls
+from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.generate import require_seed
 from ..backbones.load import load_teacher, quiet, seen_from
 from ..backbones.unconditional import PixelModel
-from ..core.solvers import evaluations
-from ..export.card import card_evaluations, read_card
+from ..core.guidance import Guidance
+from ..core.solvers import total_nfe
 from ..names import quoted
 from ..report.grids import write_grid
 from ..report.video import strip, write_mp4
 from ..report.words import plural
 from ..runs.sampling import backbone_of, check_steps, sample
-from ..runs.students import LoadedStudent, base_note, load_student, student_folder
+from ..student.card import card_nfe
+from ..student.folder import find_folder, read_card
+from ..student.student import Student
 from ..training.loop import default_device
+from .options import in_options
 from .preflight import note_shadowed, require_output
 from .progress import console
 
 
-def open_model(source: str, base: str | None = None, rescale: float = 0.0) -> Backbone | LoadedStudent:
-    """A student or a teacher. Raises ValueError with one line when it is neither."""
-    folder = student_folder(source)
+def open_model(source: str, base: str | None = None) -> Backbone | Student:
+    """Open a student or a teacher.
+
+    Raises ValueError with one line where the source is neither.
+    """
+    folder = find_folder(source)
     if folder is not None:
         return open_student(folder, base)
     if (Path(source) / "run.json").is_file():
         raise ValueError(f"student: {source} is a run without a finished student; run its command again to finish it")
     note_shadowed(source)
-    return load_teacher(source, device=default_device(), guidance_rescale=rescale)
+    return load_teacher(source, device=default_device())
 
 
-def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> LoadedStudent:
-    """A student on its base, or on another; says so where that has other weights than the one that it was trained on."""
-    student = load_student(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
-    if note := base_note(student):
+def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> Student:
+    """Open a student on its base, or on another base.
+
+    Prints a note where the base has other weights than the base that the student was trained on.
+    """
+    student = Student.read(folder, base or seen_from(read_card(folder).base, folder), default_device(), dtype)
+    if note := student.base_note():
         console.print(f"note: {note}")
     return student
 
 
 def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
-    """What this model draws: the prompts given, or the empty one where it takes none. Raises ValueError for what it does not take.
+    """Return the prompts that this model samples.
 
-    To a model of classes the empty prompt is no class.
+    These are the given prompts, or the empty prompt for a model that takes none. Raises ValueError for
+    prompts that the model does not take. To a model of classes the empty prompt is no class.
     """
     if not backbone.encode([""]):
         if asked := next((p for p in given if p.strip()), ""):
@@ -54,16 +67,18 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
     if isinstance(backbone, PixelModel):
         if not given:
             raise ValueError(
-                f"--prompt: got none, {backbone.name} draws {backbone.classes}; say which, e.g. -p {quoted(backbone.labels[0])}"
+                f"--prompt: got none, {backbone.name} draws {backbone.classes}; "
+                f"say which, e.g. -p {quoted(backbone.labels[0])}"
             )
         backbone.encode(given)
         return list(given)
     if not all(p.strip() for p in given or [""]):
-        raise ValueError(f"--prompt: got {'an empty prompt' if given else 'none'}; say what to draw, e.g. -p rocket")
+        raise ValueError(f"--prompt: got {'an empty prompt' if given else 'none'}; name one, e.g. -p rocket")
     return list(given)
 
 
-FLAT = 1 / 255  # a picture whose pixels differ by less is one colour
+MOST = 1024  # images per prompt
+FLAT = 1 / 255  # an image whose pixels differ by less is one colour
 
 
 def run_sample(
@@ -79,60 +94,75 @@ def run_sample(
     solver: str | None,
     out: Path,
 ) -> None:
-    """Draw, write one PNG grid (a row per model; videos as strips, and as mp4 beside), and print its path and the time a picture took."""
+    """Sample, write one PNG grid, and print its path.
+
+    The grid has a row per model. Videos are shown as strips of frames, and written as mp4 next to the grid.
+    The time per image is printed, too.
+    """
     quiet()
     require_output(out, "-o")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"-o: got {out.name}, allowed are names that end in .png; pass {out.with_suffix('.png').name}")
     if steps is not None and steps < 1:
         raise ValueError(f"--steps: got {steps}, allowed are whole numbers from 1")
-    if count < 1:
-        raise ValueError(f"--count: got {count}, allowed are whole numbers from 1")
+    if not 1 <= count <= MOST:
+        raise ValueError(f"--count: got {count}, allowed are whole numbers from 1 to {MOST}")
+    with in_options({"guidance.scale": "--guidance", "guidance.rescale": "--guidance-rescale"}):
+        wished = Guidance(scale=1.0 if guidance is None else guidance, rescale=rescale or 0.0)
     require_seed(seed, "--seed")
-    if rescale is not None and student_folder(source) is not None:
+    if rescale is not None and find_folder(source) is not None:
         raise ValueError(f"--guidance-rescale: got {rescale:g}, this is a student and needs no guidance; leave it out")
-    model = open_model(source, base, rescale or 0.0)
+    model = open_model(source, base)
     prompts = prompts_of(backbone_of(model), prompts)
     wanted = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
-    pictures, labels = [], []
-    if isinstance(model, LoadedStudent):
-        if guidance not in (None, 1.0) and not model.card.scales:
+    rows, labels = [], []
+    if isinstance(model, Student):
+        card = model.card
+        if guidance not in (None, 1.0) and not card.guidance_scales:
             raise ValueError(
-                f"--guidance: got {guidance}, this student has guidance baked in (teacher's scale {model.card.teacher_guidance:g}); leave it out"
+                f"--guidance: got {guidance}, this student has guidance baked "
+                f"in (teacher's scale {card.guidance.scale:g}); leave it out"
             )
-        if guidance is not None and model.card.scales and guidance not in model.card.scales:
-            known = ", ".join(f"{w:g}" for w in model.card.scales)
-            console.print(f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken")
+        if guidance is not None and card.guidance_scales and guidance not in card.guidance_scales:
+            known = ", ".join(f"{w:g}" for w in card.guidance_scales)
+            console.print(
+                f"warning: --guidance {guidance:g}: this student was trained for {known}; the nearest is taken"
+            )
         taken = steps or model.card.steps[0]
         check_steps(model, taken, "--steps")
         if taken not in model.card.steps:
-            console.print(f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}")
+            console.print(
+                f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}"
+            )
         if compare:
-            pictures.append(_timed(model.student.backbone, wanted, seeds, 50, model.card.teacher_guidance, "ddim"))
-            labels.append(f"teacher, 50 steps, guidance {model.card.teacher_guidance:g}")
-        pictures.append(_timed(model, wanted, seeds, taken, guidance or 1.0, solver))
+            rows.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
+            labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")
+        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
         labels.append(f"student, {plural(taken, 'step')}")
     else:
-        taken, scale = steps or 50, 1.0 if guidance is None else guidance
-        pictures.append(_timed(model, wanted, seeds, taken, scale, solver))
-        labels.append(f"teacher, {plural(taken, 'step')}, guidance {scale:g}")
-    write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
+        taken = steps or 50
+        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
+        labels.append(f"teacher, {plural(taken, 'step')}, guidance {wished.scale:g}")
+    write_grid(out, torch.stack([strip(p) for p in rows]), labels, wanted)
     console.print(str(out.resolve()))
-    if pictures[-1].ndim == 5:
-        for i, video in enumerate(pictures[-1]):
+    if rows[-1].ndim == 5:
+        for i, video in enumerate(rows[-1]):
             console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video).resolve()))
 
 
 def _timed(
-    model: Backbone | LoadedStudent, prompts: list[str], seeds: list[int], steps: int, guidance: float, solver: str | None
+    model: Backbone | Student, prompts: list[str], seeds: list[int], steps: int, guidance: Guidance, solver: str | None
 ) -> torch.Tensor:
     began = time.perf_counter()
-    result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
+    with in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}):
+        result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
-    if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
-        console.print(f"warning: {flat} of {len(result)} pictures are one colour; run fewstep doctor TEACHER")
-    if isinstance(model, LoadedStudent):
-        who, cost = "student", card_evaluations(model.card, steps)
+    if flat := sum(float(image.amax() - image.amin()) < FLAT for image in result):
+        console.print(f"warning: {flat} of {len(result)} images are one colour; run fewstep doctor TEACHER")
+    if isinstance(model, Student):
+        who, cost = "student", card_nfe(model.card, steps)
     else:
-        who, cost = "teacher", evaluations(steps, calls(model.encode([""]), guidance))
-    console.print(f"{who}: {plural(steps, 'step')}, {plural(cost, 'network call')} and {seconds:.3f} s a picture")
+        who, cost = "teacher", total_nfe(steps, nfe_per_step(model.encode([""]), guidance))
+    console.print(f"{who}: {plural(steps, 'step')}, {cost} NFE and {seconds:.3f} s per image")
     return result

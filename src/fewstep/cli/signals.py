@@ -1,4 +1,7 @@
-"""Signals as requests: a training finishes its iteration, saves and leaves; anything else leaves at once with a line that says why."""
+"""Signals as requests to stop.
+
+A training finishes the iteration, saves and exits. Anything else exits at once with a line that says why.
+"""
 
 import signal
 import threading
@@ -12,7 +15,10 @@ NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class Interrupted(BaseException):
-    """A signal that nobody was waiting for. No `KeyboardInterrupt`, which typer would answer with a word of its own."""
+    """A signal that nobody was waiting for.
+
+    Not a `KeyboardInterrupt`, which typer would answer with a message of its own.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -20,7 +26,11 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """`asked` turns true at the first signal. What follows within a second is the same one: launchers pass on what their children get, too."""
+    """A signal handler that remembers the request to stop.
+
+    `asked` turns true at the first signal. Signals within a second count as one: launchers pass on what
+    their children get, too. A later signal raises `Interrupted`.
+    """
 
     def __init__(self) -> None:
         self.asked, self.when = False, 0.0
@@ -34,8 +44,11 @@ class StopRequest:
 
 @contextmanager
 def listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handler` answer the signals while the block runs, then put the old ones back. What is ignored, as under nohup, stays so."""
-    here = threading.current_thread() is threading.main_thread()  # no other may
+    """Let `handler` answer the signals while the block runs.
+
+    The old handlers are put back afterwards. Signals that are ignored, as under nohup, stay ignored.
+    """
+    here = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
     old = {n: known for n in NUMBERS if here and (known := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
     for number in old:
         signal.signal(number, handler)
@@ -48,7 +61,10 @@ def listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listen while the block runs; a second signal ends it at once."""
+    """Listen for signals while the block runs.
+
+    A second signal ends the block at once.
+    """
     request = StopRequest()
     with listening(request):
         yield request

@@ -1,29 +1,36 @@
-"""`fewstep train-teacher`: the bundled teachers from their data, resumable."""
+"""`fewstep train-teacher`: train the bundled teachers from their data.
+
+A stopped training resumes.
+"""
 
 from collections.abc import Generator
 from pathlib import Path
 
 from ..atomic import write_json, write_text
 from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
+from ..data.captioned import read_images
+from ..data.images import encode_images_of
 from ..findings import require
-from ..training.captioned import read_pictures
+from ..runs.place import place_checks
+from ..runs.recipe import FinetuneRecipe, kind_of, read_recipe, recorded
 from ..training.finetune import finetune
 from ..training.fit import FitStep
 from ..training.loop import default_device
-from ..training.pictures import encode_pictures
 from ..training.state import checkpoints
 from ..zoo.pixel_teacher import PixelTeacherConfig, train_pixel_teacher
 from ..zoo.teacher import TeacherConfig, train_teacher
 from .before import look_before_finetune
-from .preflight import held, place_checks
-from .progress import console, meter
-from .prompts import say_found, say_size
-from .recipe import FinetuneRecipe, kind_of, read_recipe, recorded
+from .preflight import held
+from .progress import OnScreen, console, meter
+from .prompts import say_found
 from .signals import stop_request
 
 
 def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> None:
-    """Train every stage of the recipe in turn; the same command again resumes."""
+    """Train every stage of the recipe in turn.
+
+    The same command again resumes.
+    """
     quiet()
     run = out or Path("runs") / Path(source).stem
     steps: Generator[tuple[str, FitStep], None, None]
@@ -36,7 +43,11 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
         steps, stages = finetune_teacher(recipe, run), {"finetune": recipe.fit.steps}
     else:
         config = read_recipe(source, overrides, TeacherConfig)
-        stages = {"codec": config.codec.fit.steps, "decoder": config.codec.decoder.steps, "denoiser": config.denoiser.fit.steps}
+        stages = {
+            "codec": config.codec.fit.steps,
+            "decoder": config.codec.decoder.steps,
+            "denoiser": config.denoiser.fit.steps,
+        }
         steps = train_teacher(config, run)
     require(place_checks(run), "--out")
     with held(run), stop_request() as request:
@@ -55,16 +66,19 @@ def run_train_teacher(source: str, overrides: list[str], out: Path | None) -> No
 
 
 def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, FitStep], None, None]:
-    """Fine-tune a teacher on real pictures; ends with `run/teacher`, an ordinary pipeline folder, and the captions as its prompts."""
+    """Fine-tune a teacher on real images.
+
+    Ends with `run/teacher`, an ordinary pipeline folder with the captions as prompts.
+    """
     teacher = load_teacher(recipe.teacher, device=default_device())
     run.mkdir(parents=True, exist_ok=True)
     if not checkpoints(run):
         look_before_finetune(recipe, teacher, run)
     write_json(run / "run.json", recorded(recipe))
     identity, source = fingerprint(teacher.module, *teacher.encoders), recipe.data.source
-    data = encode_pictures(teacher, source, run / "embeddings", identity, found=say_found, keep=say_size)
+    data = encode_images_of(teacher, source, run / "embeddings", identity, found=say_found, keep=OnScreen().writing)
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
     yield from (("finetune", step) for step in training)
     pipeline_of(teacher).save_pretrained(run / "teacher")
-    captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_pictures(source)[0])  # one a line
+    captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_images(source)[0])  # one per line
     write_text(run / "teacher" / "prompts.txt", "".join(f"{c}\n" for c in captions if c))

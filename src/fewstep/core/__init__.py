@@ -1,0 +1,1 @@
+"""Schedules, predictions, time grids, solvers, guidance and rollouts: formulas on tensors."""

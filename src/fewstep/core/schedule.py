@@ -1,21 +1,28 @@
-"""Forward process `x_t = alpha(t) x0 + sigma(t) eps` and its transitions. All times and coefficients are float64."""
+"""Forward process `x_t = alpha(t) x0 + sigma(t) eps` and its transitions.
+
+All times and coefficients are float64.
+"""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..config_fields import POSITIVE, Range, check_fields
+
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Two functions of time, and the times between which they are meant.
+    """The functions alpha and sigma of time, and the time range.
 
-    `t_clean` is the time of data (alpha 1, sigma 0), `t_max` that of pure noise, `resolution` the spacing of the times
-    that a network knows (1 for a table of integers, 0 for a continuum). `start_std` is the standard deviation of the noise
-    that sampling starts from, as diffusers starts: 1 for a table, also where it keeps a little signal at t_max.
-    `at` is the time a fraction u of the way from clean data (0) to pure noise (1), in the measure in which grids are even and times
-    are drawn; `fraction` is its inverse.
+    `t_clean` is the time of data (alpha 1, sigma 0) and `t_max` the time of pure noise. `resolution` is the
+    spacing of the times that a network knows: 1 for a table of integers, 0 for a continuum. `start_std` is
+    the standard deviation of the noise that sampling starts from, as in diffusers: 1 for a table, also where
+    the table keeps a little signal at t_max.
+
+    `at` is the time at a fraction u of the path from clean data (0) to pure noise (1). Grids are even in u,
+    and times are drawn evenly in u. `fraction` is the inverse of `at`.
     """
 
     @property
@@ -34,17 +41,26 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class EDM:
-    """`alpha = 1, sigma = t` (Karras et al. 2022, arXiv 2206.00364); fractions are even in the `rho`-th root of t from `t_min` (eq. 5).
+    """EDM's schedule `alpha = 1, sigma = t`.
 
-    `data_std` is the standard deviation of data that sampling's starting noise has besides its own: diffusers starts as if it were 1.
+    Fractions are even in the `rho`-th root of t, from `t_min` (eq. 5). `data_std` is the standard deviation
+    of data that the starting noise of sampling contains in addition to the noise: diffusers starts as if
+    `data_std` were 1.
+
+    Source: Karras et al. 2022, arXiv 2206.00364.
     """
 
-    t_max: float = 80.0
-    t_clean: float = 0.0
-    resolution: float = 0.0
-    t_min: float = 0.002
-    rho: float = 7.0
-    data_std: float = 0.0
+    t_max: Annotated[float, POSITIVE] = 80.0
+    t_clean: Annotated[float, Range()] = 0.0
+    resolution: Annotated[float, Range(0)] = 0.0
+    t_min: Annotated[float, POSITIVE] = 0.002
+    rho: Annotated[float, POSITIVE] = 7.0
+    data_std: Annotated[float, Range(0)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "schedule")
+        if not self.t_min < self.t_max:
+            raise ValueError(f"schedule.t_min: got {self.t_min:g}, allowed are numbers below t_max ({self.t_max:g})")
 
     @property
     def start_std(self) -> float:
@@ -59,7 +75,7 @@ class EDM:
     def at(self, u: Tensor) -> Tensor:
         low, high = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
         t = (low + u.double() * (high - low)) ** self.rho
-        # The ends exactly: a root and a power miss them by a rounding, and no time may lie beyond t_max.
+        # Set the ends exactly: the root and the power round, and no time may exceed t_max.
         return torch.where(u > 0, torch.where(u < 1, t, self.t_max), self.t_clean)
 
     def fraction(self, t: Tensor) -> Tensor:
@@ -69,15 +85,21 @@ class EDM:
 
 @dataclass(frozen=True)
 class Flow:
-    """`alpha = 1 - t, sigma = t` (rectified flow, arXiv 2209.03003).
+    """Rectified flow `alpha = 1 - t, sigma = t`.
 
-    With a `shift` s, fractions u are those of times `s u / (1 + (s - 1) u)`: more of them near noise (arXiv 2403.03206, eq. 23).
+    With a `shift` s, the fraction u is the time `s u / (1 + (s - 1) u)`: more times lie near noise (arXiv
+    2403.03206, eq. 23).
+
+    Source: arXiv 2209.03003.
     """
 
-    t_max: float = 1.0
-    t_clean: float = 0.0
-    resolution: float = 0.0
-    shift: float = 1.0
+    t_max: Annotated[float, Range(0, 1, above=True)] = 1.0
+    t_clean: Annotated[float, Range()] = 0.0
+    resolution: Annotated[float, Range(0)] = 0.0
+    shift: Annotated[float, POSITIVE] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "schedule")
 
     @property
     def start_std(self) -> float:
@@ -99,24 +121,31 @@ class Flow:
 
 @dataclass(frozen=True)
 class VP:
-    """A table of cumulative products `alpha_bar [T]`: `alpha = sqrt(alpha_bar)`, `sigma = sqrt(1 - alpha_bar)`.
+    """Variance-preserving schedule from a table of cumulative products.
 
-    `t` is an index 0 .. T-1, and -1 is clean data. A K-step grid therefore lands on `T i / K - 1`.
+    For `alpha_bar [T]`: `alpha = sqrt(alpha_bar)`, `sigma = sqrt(1 - alpha_bar)`. `t` is an index 0 .. T-1,
+    and -1 is clean data, so a K-step grid lands on `T i / K - 1`. Raises ValueError for a table that is not a
+    decreasing list of cumulative products.
     """
 
     alpha_bar: Tensor
 
     def __post_init__(self) -> None:
         try:
-            table = torch.as_tensor(self.alpha_bar)  # numpy's and lists, too
+            table = torch.as_tensor(self.alpha_bar)  # also from numpy arrays and lists
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"schedule: alpha_bar is a {type(self.alpha_bar).__name__}; pass the scheduler's alphas_cumprod") from error
-        object.__setattr__(self, "alpha_bar", table)
-        if table.ndim != 1 or len(table) < 2 or not bool((table.diff() <= 0).all()):
-            raise ValueError("schedule: alpha_bar must be a decreasing list of numbers; pass the scheduler's alphas_cumprod")
-        if not (0 <= float(table[-1]) <= 0.5 and float(table[0]) <= 1):
             raise ValueError(
-                f"schedule: alpha_bar goes from {float(table[0]):.4g} to {float(table[-1]):.4g}, allowed are cumulative products from at most 1 to below 0.5; "
+                f"schedule: alpha_bar is a {type(self.alpha_bar).__name__}; pass the scheduler's alphas_cumprod"
+            ) from error
+        object.__setattr__(self, "alpha_bar", table)
+        if table.is_complex() or table.ndim != 1 or len(table) < 2 or not bool((table.diff() <= 0).all()):
+            raise ValueError(
+                "schedule: alpha_bar must be a decreasing list of numbers; pass the scheduler's alphas_cumprod"
+            )
+        if not (0 <= float(table[-1]) <= 0.5 < float(table[0]) <= 1):
+            raise ValueError(
+                f"schedule: alpha_bar goes from {float(table[0]):.4g} to {float(table[-1]):.4g}, allowed are "
+                "cumulative products from at most 1 to below 0.5; "
                 "pass the scheduler's alphas_cumprod, not its alphas"
             )
 
@@ -154,17 +183,26 @@ class VP:
 
 
 def expand(a: Tensor, x: Tensor) -> Tensor:
-    """`[B] -> [B, 1, ..., 1]` in the dtype of `x [B, ...]`, to multiply it."""
+    """Reshape a `[B]` tensor to broadcast against `x [B, ...]`.
+
+    `[B] -> [B, 1, ..., 1]`, in the dtype of x.
+    """
     return a.to(x).reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
 def diffuse(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """`q(x_t | x0)`: `alpha_t x0 + sigma_t eps`. x0, eps [B, ...]; t [B]."""
+    """Diffuse clean data to time t.
+
+    `q(x_t | x0)`: `alpha_t x0 + sigma_t eps`. x0, eps [B, ...]; t [B].
+    """
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 
 
 def transition(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """`(r, beta)` of `q(x_t | x_s) = N(r x_s, beta^2)` for t noisier than s: `r = alpha_t/alpha_s`, `beta^2 = sigma_t^2 - r^2 sigma_s^2`.
+    """Return the coefficients of the transition from s to t.
+
+    Returns `(r, beta)` of `q(x_t | x_s) = N(r x_s, beta^2)` for t noisier than s: `r = alpha_t/alpha_s`,
+    `beta^2 = sigma_t^2 - r^2 sigma_s^2`.
 
     s, t [B]; float64. `beta` is exactly zero at t = s.
     """

@@ -1,4 +1,4 @@
-"""Where a student stops: K-step grids, and times drawn inside one of their segments."""
+"""Time grids of students, and times drawn inside one segment."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,14 @@ from .schedule import Schedule
 
 
 def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
-    """`t_i = (T/K) i` for i = K .. 0, the stated grid of TDM sec. 3.2; `[K + 1]`, float64, decreasing, ends clean.
+    """Return the uniform K-step time grid.
 
-    On a table of 1000 times and K = 4: 999, 749, 499, 249, -1 (clean); with EDM's schedule even in the seventh root. `shift` s moves
-    the fraction u = i/K to `s u / (1 + (s - 1) u)`, towards noise for s > 1. Raises ValueError for fewer than one step or more than
-    the table has.
+    The grid is `t_i = (T/K) i` for i = K .. 0 (TDM sec. 3.2): `[K + 1]`, float64, decreasing, ending at clean
+    data. On a table of 1000 times and K = 4 the grid is 999, 749, 499, 249, -1 (clean); with EDM's schedule
+    the grid is even in the seventh root. A `shift` s moves the fraction u = i/K to `s u / (1 + (s - 1) u)`,
+    towards noise for s > 1.
+
+    Raises ValueError for fewer than one step, or for more steps than the table has.
     """
     most = int(schedule.t_max - schedule.t_clean) if schedule.resolution else 10_000
     if not 1 <= steps <= most:
@@ -21,18 +24,24 @@ def uniform(schedule: Schedule, steps: int, shift: float = 1.0) -> Tensor:
 
 
 def even(schedule: Schedule, times: Tensor) -> bool:
-    """Whether this is the grid that its number of steps says by itself."""
+    """Return whether a grid equals the uniform grid of its length."""
     return torch.allclose(times.double(), uniform(schedule, len(times) - 1), rtol=1e-9, atol=1e-9)
 
 
 def time_at(schedule: Schedule, u: Tensor) -> Tensor:
-    """The network's own time nearest to the fraction u of the way from clean data to pure noise, float64."""
+    """Return the network's time nearest to the fraction u.
+
+    u is a fraction of the path from clean data to pure noise; the time is float64.
+    """
     t = schedule.at(u)
     return schedule.t_clean + (t - schedule.t_clean).round() if schedule.resolution else t
 
 
 def check(schedule: Schedule, times: Tensor) -> Tensor:
-    """`times` if it is a grid of this schedule: decreasing, ending clean. Raises ValueError otherwise."""
+    """Check that `times` is a grid of this schedule.
+
+    A grid is decreasing and ends at clean data. Returns the grid; raises ValueError for any other times.
+    """
     if (
         times.ndim != 1
         or len(times) < 2
@@ -41,22 +50,28 @@ def check(schedule: Schedule, times: Tensor) -> Tensor:
         or times[0] > schedule.t_max
     ):
         raise ValueError(
-            f"times: got {times.tolist()}, allowed are decreasing times from at most {schedule.t_max:g}, the last one {schedule.t_clean:g} (clean)"
+            f"times: got {times.tolist()}, allowed are decreasing times from at most {schedule.t_max:g}, the last "
+            f"one {schedule.t_clean:g} (clean)"
         )
     return times
 
 
 def draw_segments(batch: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Which segment each sample trains on, `[B]` in 0 .. K-1 (0 starts from noise), sorted, drawn evenly.
+    """Draw the segment that each sample trains on.
 
-    Stratified: every segment gets B/K samples, the rest at random, so that no batch leaves a segment out by chance.
+    Returns `[B]` in 0 .. K-1, sorted, evenly distributed; segment 0 starts from noise. The draw is
+    stratified: every segment gets B/K samples and the remainder is random, so no batch misses a segment by
+    chance.
     """
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     return ((torch.arange(batch, device=generator.device) + offset) * steps / batch).floor().long().clamp(max=steps - 1)
 
 
 def draw_between(schedule: Schedule, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """A time in `(low, high]` per sample, even in the schedule's own measure, on the network's own times. low, high [B], float64."""
+    """Draw one time in `(low, high]` per sample.
+
+    Times are even in the schedule's own measure and lie on the network's times. low, high [B], float64.
+    """
     u = 1 - torch.rand(low.shape, generator=generator, dtype=torch.float64, device=low.device)
     bottom, top = schedule.fraction(low), schedule.fraction(high)
     t = schedule.at(bottom + u * (top - bottom))

@@ -1,8 +1,9 @@
-"""EfficientNet-lite0 features: the space in which pictures are compared.
+"""EfficientNet-lite0 features, the space in which images are compared.
 
-The network is that of `tensorflow/tpu/models/official/efficientnet/lite` (Tan & Le, arXiv:1905.11946, without squeeze-and-excitation and
-with ReLU6). The shipped weights have every batch normalisation folded into the convolution before it; `zoo/features/README.md` says how
-they were made, and what was measured to choose the size of the input.
+The network is that of `tensorflow/tpu/models/official/efficientnet/lite` (Tan & Le, arXiv:1905.11946, without
+squeeze-and-excitation and with ReLU6). The shipped weights have every batch normalisation folded into the
+convolution before it; `zoo/features/README.md` says how they were made, and what was measured to choose the
+size of the input.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..tensors import finite, read_tensors
 WEIGHTS = Path(__file__).parents[1] / "zoo" / "features" / "efficientnet_lite0.safetensors"
 SIZE = 128
 WIDTH = 1280
-BATCH = 16  # larger ones fall out of a CPU's cache: half the speed at 64
+BATCH = 16  # larger batches exceed a CPU's cache: half the speed at 64
 STAGES = (  # repeats, kernel, stride of the first block, expansion, channels
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -29,7 +30,10 @@ STAGES = (  # repeats, kernel, stride of the first block, expansion, channels
 
 
 class SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding: ceil(size / stride) outputs, the odd pixel of padding right and below."""
+    """Convolution with TensorFlow's SAME padding.
+
+    There are ceil(size / stride) outputs; the odd pixel of padding is on the right and below.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         (k, _), (s, _) = self.kernel_size, self.stride
@@ -39,7 +43,10 @@ class SameConv(nn.Conv2d):
 
 
 class MBConv(nn.Module):
-    """Inverted residual: 1x1 expansion, depthwise k x k, 1x1 projection; the input is added where the shapes agree."""
+    """Inverted residual block.
+
+    1x1 expansion, depthwise k x k, 1x1 projection; the input is added where the shapes agree.
+    """
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -56,9 +63,10 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Features [B, 1280], the last ReLU6 averaged over space, of images [B, 3, H, W] in [0, 1].
+    """Network that returns features [B, 1280] of images.
 
-    Images are resized to `size` x `size` (bicubic, antialiased) and enter as `(RGB_255 - 127) / 128`.
+    Images are [B, 3, H, W] in [0, 1], resized to `size` x `size` (bicubic, antialiased), and enter as
+    `(RGB_255 - 127) / 128`. The features are the last ReLU6 averaged over space.
     """
 
     def __init__(self, size: int = SIZE) -> None:
@@ -81,15 +89,20 @@ class EfficientNetLite0(nn.Module):
 
 
 def feature_network() -> EfficientNetLite0:
-    """The network with the shipped weights, float32, frozen."""
+    """Return the network with the shipped weights, float32, frozen."""
     network = EfficientNetLite0()
     network.load_state_dict({name: tensor.float() for name, tensor in read_tensors(WEIGHTS).items()})
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def features(network: nn.Module, images: Tensor) -> Tensor:
-    """Features [N, 1280] of images [N, 3, H, W] in [0, 1]."""
+    """Return the features [N, 1280] of images.
+
+    images [N, 3, H, W] in [0, 1]. Raises ValueError for images that are not finite.
+    """
     if not finite(images):
-        raise ValueError("evaluate: the pictures to be measured are not finite; draw them in float32, or look at what drew them")
+        raise ValueError(
+            "evaluate: the images to be measured are not finite; sample them in float32, or check what sampled them"
+        )
     with torch.inference_mode():
         return torch.cat([network(batch) for batch in images.split(BATCH)])

@@ -1,4 +1,7 @@
-"""Pictures of one generator become numbers, and those are kept: an interrupted measurement goes on where it stopped."""
+"""Measurement of one generator's images.
+
+Measurements are kept, so an interrupted measurement continues where it stopped.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +20,16 @@ from .features import feature_network, features
 from .speed import timed
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
-SAME = 0.002  # how far a picture that is drawn again may be from itself, as a share of its embedding's length; in float32 it is 2e-6
+# Largest difference between two samples of one image, as a share of the embedding's length (float32: 2e-6).
+SAME = 0.002
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the first n pictures: `embeddings` [n, K], colour histograms `colours` [n, 125], and `seconds` per picture of each batch."""
+    """Measurements of the first n images.
+
+    `embeddings` [n, K], colour histograms `colours` [n, 125], and `seconds` per image of each batch.
+    """
 
     embeddings: Tensor
     colours: Tensor
@@ -32,7 +39,7 @@ class Measured:
         return len(self.embeddings)
 
     def fastest(self, batch: int) -> float:
-        """Seconds per picture of the fastest whole batch of this size."""
+        """Return the seconds per image of the fastest whole batch."""
         return float(self.seconds[: len(self) // batch or None].min())
 
     def then(self, more: "Measured") -> "Measured":
@@ -40,8 +47,8 @@ class Measured:
         return Measured(*(torch.cat(pair) for pair in pairs))
 
 
-class Asked(Protocol):
-    """Every picture's prompt and seed."""
+class SamplePlan(Protocol):
+    """Prompt and seed of every image."""
 
     @property
     def prompts(self) -> tuple[str, ...]: ...
@@ -50,35 +57,52 @@ class Asked(Protocol):
 
 
 class Space(Protocol):
-    """Where pictures are compared: `embed` makes [B, width] of features [B, 1280]. A `reference.Reference` is one."""
+    """Space in which images are compared, for example `reference.Reference`.
+
+    `embed` maps features [B, 1280] to [B, width].
+    """
 
     @property
     def width(self) -> int: ...
     def embed(self, features: Tensor) -> Tensor: ...
 
 
-class Gauge:
-    """Draws and measures. The feature network stays on the CPU, so that the numbers do not depend on where the pictures were drawn."""
+class FeatureExtractor:
+    """Samples images and measures them.
+
+    The feature network stays on the CPU, so the numbers do not depend on the device of sampling.
+    """
 
     def __init__(self, space: Space) -> None:
         self.network, self.space = feature_network(), space
         self.nothing = Measured(torch.empty(0, space.width), torch.empty(0, BINS**3), torch.empty(0))
 
     def draw(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str) -> Measured:
-        """One batch, rounded to 8 bits as a saved PNG is. Raises ValueError naming the row where it is not pictures."""
+        """Sample and measure one batch.
+
+        Images are rounded to 8 bits, as a saved PNG is. Raises ValueError that names the row if the sampler
+        does not return images.
+        """
         images, seconds = timed(lambda: sampler(prompts, seeds))
         if images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
-            raise ValueError(f"row {row}: its sampler returned {list(images.shape)}; return pictures [{len(prompts)}, 3, H, W]")
+            raise ValueError(
+                f"row {row}: its sampler returned {list(images.shape)}; return images [{len(prompts)}, 3, H, W]"
+            )
         if not images.isfinite().all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
-            raise ValueError(f"row {row}: its pictures go from {images.min():.3g} to {images.max():.3g}; return finite values in [0, 1]")
+            raise ValueError(
+                f"row {row}: its images go from {images.min():.3g} to {images.max():.3g}; "
+                "return finite values in [0, 1]"
+            )
         images = (images.float().clamp(0, 1) * 255).round() / 255
-        return Measured(self.space.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds]))
+        return Measured(
+            self.space.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds])
+        )
 
 
 def measure(
-    gauge: Gauge,
+    gauge: FeatureExtractor,
     sampler: Sampler,
-    plan: Asked,
+    plan: SamplePlan,
     *,
     batch: int,
     row: str,
@@ -86,9 +110,10 @@ def measure(
     keep: Path | None,
     progress: Callable[[int], None],
 ) -> Measured:
-    """Measure all pictures of the plan for one row, starting from the longest of `kept` whose first picture is drawn the same again.
+    """Measure all images of the plan for one row.
 
-    What is new is written to `keep`, at the end and on the way out of an exception.
+    The measurement starts from the longest of `kept` whose first image is the same when sampled again. New
+    measurements are written to `keep`, at the end and after an exception.
     """
     done = _kept(gauge, sampler, plan, row, kept)
     before = len(done)
@@ -104,7 +129,7 @@ def measure(
     return done
 
 
-def _kept(gauge: Gauge, sampler: Sampler, plan: Asked, row: str, files: Sequence[Path]) -> Measured:
+def _kept(gauge: FeatureExtractor, sampler: Sampler, plan: SamplePlan, row: str, files: Sequence[Path]) -> Measured:
     found = sorted((_read(f, gauge.nothing) for f in files if f.exists()), key=len, reverse=True)
     if not found:
         return gauge.nothing
@@ -114,7 +139,10 @@ def _kept(gauge: Gauge, sampler: Sampler, plan: Asked, row: str, files: Sequence
 
 
 def _read(file: Path, like: Measured) -> Measured:
-    """What was measured before, whose rows are as wide as those of `like`. Raises ReadError."""
+    """Read earlier measurements.
+
+    The rows have to be as wide as the rows of `like`. Raises ReadError otherwise.
+    """
     with reading(f"evaluation {file}", "delete it and run the same command again"):
         tensors = load_file(require_regular(file))
         found = Measured(tensors["embeddings"], tensors["colours"], tensors["seconds"])
@@ -122,7 +150,7 @@ def _read(file: Path, like: Measured) -> Measured:
         if shapes != [like.embeddings.shape[1:], like.colours.shape[1:], like.seconds.shape[1:]]:
             raise ValueError("its tensors are of other shapes")
         if not len(found.embeddings) or len(found.embeddings) != len(found.colours) or not len(found.seconds):
-            raise ValueError("its tensors are not of as many pictures")
+            raise ValueError("its tensors are not of as many images")
         if any(t.dtype != torch.float32 or not finite(t) for t in (found.embeddings, found.colours, found.seconds)):
             raise ValueError("its numbers are not finite ones in float32")
         return found

@@ -1,4 +1,7 @@
-"""What a protocol draws: prompts and seeds, the same for every row and for everyone."""
+"""Prompts and seeds of a protocol.
+
+Prompts and seeds are the same for every row and every user.
+"""
 
 import hashlib
 import json
@@ -10,11 +13,12 @@ from .reference import Reference, caption
 
 @dataclass(frozen=True)
 class EmojiProtocol:
-    """How many pictures are drawn for what, and which reference they meet.
+    """Numbers of images per purpose, and the reference.
 
-    `names`: plain prompts with one picture each, for distance and retrieval. `repeated`: how many of these get `seeds` pictures, for
-    diversity. `toned`: prompts "name, skin tone" of the training set; `held_out`: such prompts that were kept out of it.
-    `reference`: the hash of the real emoji's features. `components`: how many of theirs enter the Frechet distance.
+    `names`: plain prompts with one image each, for distance and retrieval. `repeated`: number of these
+    prompts with `seeds` images, for diversity. `toned`: prompts "name, skin tone" of the training set;
+    `held_out`: such prompts outside of the training set. `reference`: the hash of the real emoji's features.
+    `components`: number of principal components in the Frechet distance.
     """
 
     name: str
@@ -28,13 +32,16 @@ class EmojiProtocol:
     batch: int = 16
 
     def total(self, rows: int) -> int:
-        """Pictures drawn for that many rows."""
+        """Return the number of sampled images for that many rows."""
         return rows * (self.names + self.repeated * (self.seeds - 1) + self.toned + self.held_out)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All prompts and seeds of a row, and where its parts are: plain names, their repetitions prompt by prompt, toned, held out."""
+    """All prompts and seeds of a row, with the parts' slices.
+
+    The parts are plain names, repetitions prompt by prompt, toned, and held out.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -45,12 +52,14 @@ class Plan:
 
 
 def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
-    """Prompts are ordered by their hash, so that each part of a small protocol is the beginning of that part of a large one.
+    """Return the plan of a protocol.
 
-    A picture's seed is a hash of its prompt and of the number of the repetition. Raises ValueError for counts that cannot be had.
+    Prompts are ordered by hash, so each part of a small protocol is the beginning of the same part of a large
+    protocol. An image's seed is a hash of the prompt and of the number of the repetition. Raises ValueError
+    for counts that the reference cannot fill.
     """
     if protocol.seeds < 2:
-        raise ValueError(f"protocol.seeds: got {protocol.seeds}; diversity takes at least 2 pictures of a prompt")
+        raise ValueError(f"protocol.seeds: got {protocol.seeds}; diversity takes at least 2 images of a prompt")
     names = _choose("names", reference.names, protocol.names)
     repeated = _choose("repeated", names, protocol.repeated)
     trained = {caption(n, t) for n in reference.toned for t in reference.tones if t} - set(reference.held_out)
@@ -60,11 +69,11 @@ def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
         [(prompt, 0) for prompt in _choose("toned", trained, protocol.toned)],
         [(prompt, 0) for prompt in _choose("held_out", reference.held_out, protocol.held_out)],
     )
-    pictures = [picture for part in parts for picture in part]
+    images = [image for part in parts for image in part]
     ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
     return Plan(
-        tuple(prompt for prompt, _ in pictures),
-        tuple(seed_of(*picture) for picture in pictures),
+        tuple(prompt for prompt, _ in images),
+        tuple(seed_of(*image) for image in images),
         *(slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)),
     )
 
@@ -77,10 +86,10 @@ def _choose(option: str, prompts: Iterable[str], count: int) -> list[str]:
 
 
 def seed_of(prompt: str, repetition: int) -> int:
-    """A picture's seed, below 2^31."""
+    """Return an image's seed, below 2^31."""
     return int(digest(f"{prompt}/{repetition}")[:8], 16) >> 1
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a text, or of a value's JSON."""
+    """Return the SHA-256 of a text, or of a value's JSON."""
     return hashlib.sha256((value if isinstance(value, str) else json.dumps(value)).encode()).hexdigest()

@@ -1,8 +1,11 @@
-"""Is a network read as it was trained? Its clean estimates on real data, beside what a right reading must have and what others would have.
+"""A check that a network is interpreted as it was trained.
 
-The posterior mean has the smallest mean square error of all functions of `x_t`. So a right reading is no worse than the best linear
-estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an element of variance v; and at the same data and the same ratio of noise to data no
-other reading of the same network is better than it.
+The clean estimates on real data are compared with a bound for the right reading, and with other readings of
+the network.
+
+The posterior mean has the smallest mean square error of all functions of `x_t`. So a right reading is no
+worse than the best linear estimate, `v sigma^2 / (alpha^2 v + sigma^2)` for an element of variance v; and at
+the same data and the same ratio of noise to data no other reading of the same network is better.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,25 +15,40 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone, Cond, rows
-from ..core.prediction import ROWS, Row, row_named, split
+from ..core.prediction import ROWS, Row, row_named, split, target
 from ..core.schedule import VP, Flow, Schedule, expand
 from .states import SURE
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
-LOWEST = (1, 2, 3)  # indices of a table at which one index is most of the noise
-DRAWS = 2048  # numbers of noise that are drawn at each time, at least, to see how much of it is found
-OFF = 0.05  # by which noise that is found may be too much or too little
-BETTER = 0.9  # of the stated reading's error: what another has to get below to be suspected
-WORSE = 1.15  # of the linear estimate's error: what no right reading has
-SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of the way from clean data to noise
-GRID = 4096  # times of a continuum among which the one of a ratio is looked for
-RANGES = {"2 x - 1": (2.0, -1.0), "(x + 1) / 2": (0.5, 0.5), "x / 127.5 - 1": (1 / 127.5, -1.0), "x / 255": (1 / 255, 0.0)}  # scale, offset
+LOWEST = (1, 2, 3)  # indices of a table at which one index makes up most of the noise
+DRAWS = 2048  # smallest number of noise values per time, to estimate how much noise the network finds
+OFF = 0.05  # tolerated share of noise that the network finds too much or too little
+BETTER = 0.9  # share of the stated reading's error; another reading below this share is suspected
+WORSE = 1.15  # multiple of the linear estimate's error; no right reading exceeds this multiple
+FLAWED = 0.05  # share of its output's mean square that a sound network's error may be, when readings are compared
+POOR = 0.1  # the same share, beyond which an estimate worse than a linear one is suspected
+CLEARLY = 0.3  # share of the excess of noise that is left under another schedule which is named
+OFTEN = 3  # smallest number of times at which the noise is wrong, where no schedule is better
+LARGEST = 4.0  # mean square of an output, which networks are trained to give in units of one
+SHIFTS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # fractions of the path from clean data to noise
+GRID = 4096  # times of a continuum among which the time of a noise ratio is searched
+# name -> (scale, offset)
+RANGES = {
+    "2 x - 1": (2.0, -1.0),
+    "(x + 1) / 2": (0.5, 0.5),
+    "x / 127.5 - 1": (1 / 127.5, -1.0),
+    "x / 255": (1 / 255, 0.0),
+}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a network. At a time of the stated schedule it makes a state of data `scale x0 + offset` in its own `schedule`'s terms, at the time of
-    the same ratio of noise to data, tells the network `told` of that, and reads the answer by `row`."""
+    """One interpretation of a network's inputs and outputs.
+
+    At a time of the stated schedule, the reading makes a state of data `scale x0 + offset` under the
+    reading's own `schedule`, at the time of the same ratio of noise to data. The network is conditioned on
+    `told` of that time, and the output is interpreted by `row`.
+    """
 
     name: str
     schedule: Schedule
@@ -38,12 +56,16 @@ class Reading:
     told: Callable[[Tensor], Tensor] = lambda t: t
     scale: float = 1.0
     offset: float = 0.0
-    same: bool = True  # its schedule is the stated one, so that its times are
+    same: bool = True  # schedule and times are the stated ones
 
 
 @dataclass(frozen=True)
 class At:
-    """At one time: the mean square error of the clean estimate, and that of the best linear estimate, which a right model does not exceed."""
+    """Mean square errors at one time.
+
+    `error` is that of the clean estimate; `bound` is that of the best linear estimate, which a right model
+    does not exceed.
+    """
 
     t: float
     error: float
@@ -52,53 +74,101 @@ class At:
 
 @dataclass(frozen=True)
 class ProcessCheck:
-    """What `fewstep.check` found: errors by time, and a line for everything that is suspected; none where all is well."""
+    """The result of `fewstep.check`.
+
+    `times` are the errors by time, and `suspected` has a line for every suspicion; empty where all is well.
+    """
 
     times: tuple[At, ...]
     suspected: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"t {at.t:.6g}: error of the clean estimate {at.error:.4g}, of the best linear one {at.bound:.4g}" for at in self.times]
+        lines = [
+            f"t {at.t:.6g}: error of the clean estimate {at.error:.4g}, of the best linear one {at.bound:.4g}"
+            for at in self.times
+        ]
         return "\n".join([*lines, *(self.suspected or ("nothing is suspected",))])
 
 
 def check_process(backbone: Backbone, real: Tensor, cond: Cond, seed: int = 0, batch: int = 64) -> ProcessCheck:
-    """Compare the reading that a backbone states with others, on clean states `real` [N, ...] with their conditions.
+    """Compare the stated reading of a backbone with other readings.
 
-    Others: another prediction, another range of the data, times one index off, scaled or reversed, another noise schedule. One is suspected where its error is
-    far below the stated one's, by more than chance. About 25 times as many network calls as there are states and times.
+    The comparison uses clean states `real` [N, ...] with conditions. Other readings: another prediction,
+    another range of the data, times that are one index off, scaled or reversed, another noise schedule. A
+    reading is suspected if the reading's error is far below the error of the stated reading, by more than
+    chance. Costs about 25 times as many network calls as there are states and times.
     """
     schedule, table = backbone.schedule, backbone.schedule.resolution > 0
     times = schedule.at(torch.tensor(FRACTIONS, dtype=torch.float64))
     times = times.round() if table else times
     noise = torch.randn((len(times), *real.shape), generator=torch.Generator().manual_seed(seed))
-    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    variance = real.double().flatten(1).var(0)
-    bound = torch.stack([(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]).clamp(min=1e-12)
 
-    def score(reading: Reading) -> Tensor:
-        return _errors(backbone, schedule, reading, times, real, noise, cond, batch) / bound[:, None]
+    def judged(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a reading's errors, with the bounds of these errors.
 
-    own = score(Reading("", schedule, backbone.row))
-    found = _better(own, [(other.name, score(other)) for other in _others(backbone)])
-    at = tuple(At(float(t), float(e * b), float(b)) for t, e, b in zip(times, own.mean(1), bound, strict=True))
+        The errors are [T, N]; the bounds are the errors of the best linear estimate [T] and of an all-wrong
+        network output [T].
+        """
+        own, x0 = _own_times(reading, schedule, times), reading.scale * real + reading.offset
+        estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
+        errors = torch.stack([(clean - x0).square().flatten(1).mean(1) for clean in estimates])
+        errors = errors.nan_to_num(nan=1e12, posinf=1e12).clamp(max=1e12)
+        alpha, sigma = reading.schedule.alpha(own), reading.schedule.sigma(own)
+        return errors, _linear(x0, alpha, sigma), _flaw(reading.row, x0, noise, alpha, sigma)
+
+    def score(errors: Tensor, bound: Tensor, flaw: Tensor) -> Tensor:
+        return errors / (bound + FLAWED * flaw)[:, None]
+
+    own = judged(Reading("", schedule, backbone.row))
+    found = _better(score(*own), [(other.name, score(*judged(other))) for other in _others(backbone)])
+    at = tuple(At(float(t), float(e), float(b)) for t, e, b in zip(times, own[0].mean(1), own[1], strict=True))
     if found:
         ratio, name = min(found)
-        return ProcessCheck(at, (f"suspected: {name} (its error is {100 * ratio:.2g} % of that of the network as it is stated)",))
+        return ProcessCheck(
+            at, (f"suspected: {name} (beside a sound network's, its error is {100 * ratio:.2g} % of the stated one's)",)
+        )
     if other := _miscalibrated(backbone, times, real, cond, seed, batch):
         return ProcessCheck(at, (f"suspected: {other}",))
-    beyond = [a for a in at if not a.error <= WORSE * a.bound]
+    beyond = [a for a, f in zip(at, own[2], strict=True) if not a.error <= WORSE * a.bound + POOR * float(f)]
     if not beyond:
         return ProcessCheck(at, ())
     worst = max(beyond, key=lambda a: a.error / a.bound if a.error == a.error else float("inf"))
     return ProcessCheck(at, (
-        f"suspected: schedule, prediction or range of the data: at t {worst.t:.6g} the error of its clean estimate is {worst.error / worst.bound:.2g} times "
-        "that of a linear one, and no other reading that was tried does better; look at what the network was trained with",
+        f"suspected: schedule, prediction or range of the data: at t {worst.t:.6g} the error of its clean estimate "
+        f"is {worst.error / worst.bound:.2g} times that of a linear one, and no other reading that was tried does "
+        "better; look at what the network was trained with",
     ))  # fmt: skip
 
 
+def _flaw(row: Row, real: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the clean estimate's error [T] for an all-wrong network output.
+
+    `|d x0 / d m|^2 E m^2` for an output m of this row. A network errs by a share of its output: a sound network
+    that predicts noise has a large error of its clean estimate where there is little but noise.
+    """
+    found, one = [], torch.ones((), dtype=torch.float64)
+    for a, s, eps in zip(alpha, sigma, noise, strict=True):
+        output = target(real.double(), eps.double(), a, s, row)
+        found.append(split(one, 0 * one, a, s, row).x0.square() * output.square().mean().clamp(max=LARGEST))
+    return torch.stack(found)
+
+
+def _linear(x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the error [T] of the best linear estimate.
+
+    The estimate is linear in each element of x0 [N, ...]: `v sigma^2 / (alpha^2 v + sigma^2)` for an element
+    of variance v.
+    """
+    variance = x0.double().flatten(1).var(0)
+    found = [(variance * s**2 / (a**2 * variance + s**2)).mean() for a, s in zip(alpha, sigma, strict=True)]
+    return torch.stack(found).clamp(min=1e-12)
+
+
 def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[float, str]]:
-    """(error as a share of the own, name) of those that are better, and not by chance. own, others [T, N]."""
+    """Return the readings that are better, and not by chance.
+
+    Returns (error as a share of the stated reading's error, name). own, others [T, N].
+    """
     found = []
     for name, theirs in others:
         gain, ratio = (own - theirs).mean(0), float(theirs.mean() / own.mean().clamp(min=1e-30))
@@ -108,22 +178,25 @@ def _better(own: Tensor, others: Sequence[tuple[str, Tensor]]) -> list[tuple[flo
 
 
 def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, seed: int, batch: int) -> str:
-    """What is suspected where the network finds too much or too little noise at some time; empty where it finds the right amount.
+    """Return a suspicion if the network finds a wrong amount of noise.
 
-    A network that was trained by regression has `E <eps - eps_hat, eps_hat> = 0` at every time, however well it fits. Asked about noise s' in a state of
-    noise s it is off by about s / s'. Of the usual mistakes the one is named that leaves least of it.
+    A network that was trained by regression has `E <eps - eps_hat, eps_hat> = 0` at every time, however well the
+    network fits. Evaluated for noise s' at a state of noise s, the network is off by about s / s'.
+
+    Few networks fit well where there is little noise, and times one index off show only there. So a schedule is
+    suspected if the amount is right everywhere under another one, or wrong at several ordinary times.
     """
     schedule = backbone.schedule
-    if schedule.resolution:
-        times = torch.cat([torch.tensor(LOWEST, dtype=torch.float64), times]).unique()
+    lowest = torch.tensor(LOWEST if schedule.resolution else (), dtype=torch.float64)
+    times = torch.cat([lowest, times[~torch.isin(times, lowest)]])
     draws = max(1, -(-DRAWS // real[0].numel() // len(real)))
     of = torch.arange(len(real)).repeat(draws)
     noise = torch.randn((len(times), len(of), *real.shape[1:]), generator=torch.Generator().manual_seed(seed + 1))
     x0, cond = real[of], rows(cond, of)
 
     def excess(reading: Reading) -> tuple[Tensor, Tensor]:
-        """(share of the noise that is found too much, its standard error) [T]."""
-        own = times if reading.same else _time_of(reading.schedule, schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12))
+        """Return (share of noise found in excess, standard error) [T]."""
+        own = _own_times(reading, schedule, times)
         alpha, sigma, found = reading.schedule.alpha(own), reading.schedule.sigma(own), []
         for i, clean in enumerate(_estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)):
             eps = noise[i] + alpha[i] / sigma[i] * (x0 - clean)
@@ -132,26 +205,33 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
             found.append(torch.stack([left.mean() / size, left.std() / size / len(left) ** 0.5]))
         return torch.stack(found).nan_to_num(nan=1e6).unbind(1)  # type: ignore[return-value]
 
-    def total(reading: Reading) -> float:
-        share, error = excess(reading)
+    def total(share: Tensor, error: Tensor) -> float:
         return float((share.abs() - 2 * error).clamp(min=0).mean())
 
-    stated = Reading("", schedule, backbone.row)
-    share, error = excess(stated)
-    wrong = (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
-    if not bool(wrong.any()):
+    def odd(share: Tensor, error: Tensor) -> Tensor:
+        return (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
+
+    share, error = excess(Reading("", schedule, backbone.row))
+    if not bool((wrong := odd(share, error)).any()):
         return ""
-    own = float((share.abs() - 2 * error).clamp(min=0).mean())
-    best, name = min((total(other), other.name) for other in _schedules(backbone))
-    if best < own / 2:
+    found = [(other.name, excess(other)) for other in _schedules(backbone)]
+    name, best = min(found, key=lambda reading: (total(*reading[1]), reading[0]))
+    if total(*best) < CLEARLY * total(share, error) and not bool(odd(*best).any()):
         return name
-    t = times[wrong][int(share[wrong].abs().argmax())]
-    amount = "too little" if float(share[wrong][int(share[wrong].abs().argmax())]) > 0 else "too much"
-    return f"the schedule: at t {float(t):.6g} the network finds {amount} noise, and on no schedule that was tried the right amount; pass the one that it was trained with"
+    wrong[: len(lowest)] = False
+    if int(wrong.sum()) < OFTEN:
+        return ""
+    worst = int((share.abs() * wrong).argmax())
+    return (
+        f"the schedule: at t {float(times[worst]):.6g} the network finds too "
+        f"{'little' if share[worst] > 0 else 'much'} noise, and on no schedule that was tried the right "
+        "amount; the network was trained on another schedule, "
+        "or for too short a time"
+    )
 
 
 def _others(backbone: Backbone) -> list[Reading]:
-    """The readings that are mistaken for each other."""
+    """Return other readings that are often confused."""
     schedule, row = backbone.schedule, backbone.row
     here = torch.tensor([[0.6, 1.0], [0.8, 2.0]], dtype=torch.float64).unbind(0)
     found = [
@@ -173,7 +253,10 @@ def _others(backbone: Backbone) -> list[Reading]:
         told("the scale of time: the network wants t as a fraction of the table", lambda t: t / (schedule.t_max + 1))
     else:
         told("the scale of time: the network wants 1000 t", lambda t: 1000 * t)
-        told("the scale of time: the network wants log(sigma) / 4", lambda t: schedule.sigma(t).clamp(min=1e-12).log() / 4)
+        told(
+            "the scale of time: the network wants log(sigma) / 4",
+            lambda t: schedule.sigma(t).clamp(min=1e-12).log() / 4,
+        )
     return found
 
 
@@ -186,16 +269,21 @@ def _moved(schedule: Schedule, shift: float) -> Callable[[Tensor], Tensor]:
 
 
 def _schedules(backbone: Backbone) -> list[Reading]:
-    """The noise that is mistaken for another: one index off, times of the way off, the usual tables."""
+    """Return readings with other schedules.
+
+    Times one index off, times moved along the path, and the usual tables.
+    """
     schedule, row, found = backbone.schedule, backbone.row, []
     for step in (1, -1) if schedule.resolution else ():
         name = f"times are off by one: the network knows the noise of t as that of t {'+' if step > 0 else '-'} 1"
         found.append(Reading(name, schedule, row, _stepped(schedule, step)))
     for shift in SHIFTS:
         way = "noisier" if shift > 0 else "cleaner"
-        name = f"the schedule: the network finds the right noise where it is told times {abs(shift):.0%} of the way {way}"
+        name = f"the schedule: the network finds the right noise at times {abs(shift):.0%} of the way {way}"
         found.append(Reading(name, schedule, row, _moved(schedule, shift)))
-    return found + [Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)]
+    return found + [
+        Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)
+    ]
 
 
 def _stepped(schedule: Schedule, step: int) -> Callable[[Tensor], Tensor]:
@@ -203,7 +291,10 @@ def _stepped(schedule: Schedule, step: int) -> Callable[[Tensor], Tensor]:
 
 
 def _usual(schedule: Schedule) -> list[tuple[str, Schedule]]:
-    """The usual schedules on the same times, those that are the stated one left out."""
+    """Return the usual schedules on the same times.
+
+    Schedules that equal the stated schedule are left out.
+    """
     if not schedule.resolution:
         return [] if isinstance(schedule, Flow) else [("a straight line (Flow)", Flow())]
     n = round(schedule.t_max) + 1
@@ -220,35 +311,46 @@ def _usual(schedule: Schedule) -> list[tuple[str, Schedule]]:
     }
     index = torch.arange(n, dtype=torch.float64)
     tables = {name: VP((1 - b.clamp(max=0.999)).cumprod(0)) for name, b in betas.items()}
-    return [(name, vp) for name, vp in tables.items() if not torch.allclose(vp.sigma(index), schedule.sigma(index), atol=1e-3)]
+    return [
+        (name, vp)
+        for name, vp in tables.items()
+        if not torch.allclose(vp.sigma(index), schedule.sigma(index), atol=1e-3)
+    ]
 
 
 def _time_of(schedule: Schedule, ratio: Tensor) -> Tensor:
-    """The times [T] at which noise is this multiple of the data, sigma / alpha, as near as the schedule has it."""
+    """Return the times [T] of these ratios sigma / alpha.
+
+    The times are as near as the schedule allows.
+    """
     if schedule.resolution:
         times = torch.arange(0, round(schedule.t_max) + 1, dtype=torch.float64)
     else:
         times = schedule.at(torch.linspace(1e-4, 1, GRID, dtype=torch.float64))
-    known = (schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)).clamp(min=1e-12).log()
+    known = _ratio(schedule, times).clamp(min=1e-12).log()
     return times[(known[None] - ratio.log()[:, None]).abs().argmin(1)]
 
 
-def _errors(
-    backbone: Backbone, stated: Schedule, reading: Reading, times: Tensor, real: Tensor, noise: Tensor, cond: Cond, batch: int
-) -> Tensor:
-    """Mean squares over elements [T, N], in units of the data as they were given. What is not finite counts as very large."""
-    own = times if reading.same else _time_of(reading.schedule, reading.scale * stated.sigma(times) / stated.alpha(times).clamp(min=1e-12))
-    x0 = reading.scale * real + reading.offset
-    estimates = _estimates(backbone, reading, own, reading.told(own), x0, noise, cond, batch)
-    errors = [((clean - x0) / reading.scale).square().flatten(1).mean(1) for clean in estimates]
-    return torch.stack(errors).nan_to_num(nan=1e12, posinf=1e12).clamp(max=1e12)
+def _own_times(reading: Reading, stated: Schedule, times: Tensor) -> Tensor:
+    """Return the reading's times [T] with the stated noise ratios.
+
+    The stated schedule has these ratios of noise to data at `times`.
+    """
+    return times if reading.same else _time_of(reading.schedule, reading.scale * _ratio(stated, times))
+
+
+def _ratio(schedule: Schedule, times: Tensor) -> Tensor:
+    return schedule.sigma(times) / schedule.alpha(times).clamp(min=1e-12)
 
 
 @torch.no_grad()
 def _estimates(
     backbone: Backbone, reading: Reading, times: Tensor, told: Tensor, x0: Tensor, noise: Tensor, cond: Cond, batch: int
 ) -> list[Tensor]:
-    """Clean estimates [N, ...] at each of the times [T], float64; NaN where a network fails for a time that only another reading asks for."""
+    """Return clean estimates [N, ...] at each of the times [T].
+
+    float64. NaN where a network fails at a time that only another reading uses.
+    """
     device, found = next(backbone.module.parameters()).device, []
     alpha, sigma = reading.schedule.alpha(times), reading.schedule.sigma(times)
     for i in range(len(times)):
@@ -256,7 +358,12 @@ def _estimates(
         x = (expand(a, x0) * x0 + expand(s, x0) * noise[i]).float()
         parts = [slice(j, j + batch) for j in range(0, len(x0), batch)]
         try:
-            m = torch.cat([backbone.predict(backbone.module, x[p].to(device), t[p].to(device), rows(cond, p)).cpu() for p in parts])
+            m = torch.cat(
+                [
+                    backbone.predict(backbone.module, x[p].to(device), t[p].to(device), rows(cond, p)).cpu()
+                    for p in parts
+                ]
+            )
         except (IndexError, ValueError, RuntimeError):
             if not reading.name:
                 raise

@@ -1,20 +1,24 @@
-"""Named protocols: which prompts, which seeds, which reference. Whoever runs one by name measures the same thing.
+"""Named protocols: prompts, seeds and reference.
 
-The distance is labelled FD-efflite0 and is no FID: it sees another network, and only the leading components of its features. Its value
-depends on the number of pictures, so compare the rows of one protocol; `fd_floor` is what that many real emoji get themselves.
+Every run of a protocol by name measures the same thing. The distance is labelled FD-efflite0 and is no FID:
+the distance uses another network, and only the leading components of the features. The value depends on the
+number of images, so compare only rows of one protocol; `fd_floor` is the value of as many real emoji.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
-from .measure import Asked, Gauge, Measured, Sampler, measure
+from ..core.guidance import Guidance
+from .measure import FeatureExtractor, Measured, SamplePlan, Sampler, measure
+from .metrics import values
 from .plan import EmojiProtocol, digest, plan
-from .quality import Ruler
+from .quality import MetricSuite
 from .reference import FOLDER, load_reference
 
 REFERENCE = "4228312292527cfbffcd641eaf5df5757565bfad90002a8d6ed067dbd6705a42"
@@ -27,7 +31,10 @@ PROTOCOLS = (
 
 
 def protocol_named(name: str) -> EmojiProtocol:
-    """Raises ValueError with the names there are."""
+    """Return the protocol called `name`.
+
+    Raises ValueError that lists the protocols for an unknown name.
+    """
     for protocol in PROTOCOLS:
         if protocol.name == name:
             return protocol
@@ -36,11 +43,15 @@ def protocol_named(name: str) -> EmojiProtocol:
 
 @dataclass(frozen=True)
 class Row:
-    """One generator. `sampler(prompts, seeds)` gives pictures [B, 3, H, W] in [0, 1]; `nfe` are its network evaluations for one of them."""
+    """One generator.
+
+    `sampler(prompts, seeds)` returns images [B, 3, H, W] in [0, 1]; `nfe` is the number of network
+    evaluations per image.
+    """
 
     model: str
     steps: int
-    guidance: float
+    guidance: Guidance
     nfe: int
     sampler: Sampler
 
@@ -54,22 +65,33 @@ def evaluate(
     shipped: Path | None = None,
     reference: Path = FOLDER,
 ) -> dict[str, Any]:
-    """What eval.json holds: every row measured on the same prompts and, picture by picture, the same seeds.
+    """Return the content of eval.json for all rows.
 
-    `progress` hears how many of `protocol.total(len(rows))` pictures are done. Measurements are kept in `cache`, finished or not: the same
-    call goes on from there, to the same numbers. `shipped` is such a folder too, but only read. A kept row is trusted if its first picture
-    is drawn the same again, so that a student that was trained further is measured anew.
-    The teacher that `fd_teacher` and `diversity_ratio` compare with is the first row called "teacher" with the most steps.
-    Raises ValueError for another reference than the protocol's, and for a sampler that returns no pictures in [0, 1].
+    Every row is measured on the same prompts and, image by image, the same seeds. `progress` is called with
+    the number of finished images, of `protocol.total(len(rows))`. Measurements are kept in `cache`, finished
+    or not: the same call continues from there, to the same numbers. `shipped` is such a folder too, but only
+    read. A kept row is trusted if the first image is the same when sampled again, so a student that was
+    trained further is measured anew.
+
+    The teacher that `fd_teacher` and `diversity_ratio` compare with is the first row called "teacher" with
+    the most steps. Raises ValueError for another reference than the protocol's, and for a sampler that does
+    not return images in [0, 1].
     """
     known = load_reference(reference)
     if known.sha256 != protocol.reference:
         found = f"the reference {reference} has hash {known.sha256[:12]}, expected {protocol.reference[:12]}"
-        raise ValueError(f"protocol {protocol.name}: {found}; install fewstep again, or name your own reference's hash in the protocol")
-    drawn, gauge = plan(protocol, known), Gauge(known)
-    stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds), "reference_sha256": known.sha256}
+        raise ValueError(
+            f"protocol {protocol.name}: {found}; install fewstep again, or name your own reference's hash in the "
+            "protocol"
+        )
+    drawn, gauge = plan(protocol, known), FeatureExtractor(known)
+    stamp = {
+        "prompts_sha256": digest(drawn.prompts),
+        "seeds_sha256": digest(drawn.seeds),
+        "reference_sha256": known.sha256,
+    }
     measured = measured_rows(rows, drawn, gauge, list(stamp.values()), protocol.batch, cache, progress, shipped)
-    ruler, most = Ruler(protocol, drawn, known), best_teacher(rows)
+    suite, most = MetricSuite(protocol, drawn, known), best_teacher(rows)
     best = None if most is None else measured[most]
     return {
         "protocol": protocol.name,
@@ -77,15 +99,15 @@ def evaluate(
         "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
         **stamp,
         "batch": protocol.batch,
-        "fd_floor": ruler.floor(),
+        "fd_floor": suite.floor(),
         "rows": [
             {
                 "model": r.model,
                 "steps": r.steps,
-                "guidance": r.guidance,
+                "guidance": r.guidance.scale,
                 "nfe": r.nfe,
                 "n": protocol.names,
-                **ruler.quality(m, best).as_dict(),
+                **values(suite.measurement(m, best)),
             }
             for r, m in zip(rows, measured, strict=True)
         ],
@@ -93,26 +115,33 @@ def evaluate(
 
 
 def best_teacher(rows: Sequence[Row]) -> int | None:
-    """Which row others are compared with: the first one called "teacher" with the most steps; None where there is no teacher."""
+    """Return the row of the teacher that others are compared with.
+
+    The first row called "teacher" with the most steps; None without a teacher.
+    """
     teachers = [i for i, row in enumerate(rows) if row.model == "teacher"]
     return max(teachers, key=lambda i: rows[i].steps) if teachers else None
 
 
 def measured_rows(
     rows: Sequence[Row],
-    asked: Asked,
-    gauge: Gauge,
+    asked: SamplePlan,
+    gauge: FeatureExtractor,
     stamp: Sequence[str],
     batch: int,
     cache: Path | None,
     progress: Callable[[int], None],
     shipped: Path | None = None,
 ) -> list[Measured]:
-    """Every row's pictures as numbers; those kept in `cache` or `shipped` under the same `stamp` are not drawn again."""
+    """Return the measurements of every row.
+
+    Measurements kept in `cache` or `shipped` under the same `stamp` are reused.
+    """
     measured: list[Measured] = []
     for row in rows:
-        title = f"{row.model}-{row.steps}steps-guidance{row.guidance:g}"
-        file = f"{title}-{digest([*stamp, batch, row.nfe])[:12]}.safetensors"
+        title = f"{row.model}-{row.steps}steps-guidance{row.guidance.scale:g}"
+        special = [] if row.guidance == Guidance(scale=row.guidance.scale) else [json.dumps(asdict(row.guidance))]
+        file = f"{title}-{digest([*stamp, batch, row.nfe, *special])[:12]}.safetensors"
         kept = [folder / file for folder in (cache, shipped) if folder is not None]
         before = len(measured) * len(asked.prompts)
 

@@ -1,45 +1,38 @@
-"""From the measured pictures of a row to its numbers."""
+"""Rows of emoji, measured against the real emoji."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .alignment import COLLAPSED, diversity, name_ranks, nearest_colours, top
-from .distances import Moments, frechet_distance, kernel_distance, moments
+from .alignment import diversity, name_ranks, nearest_colours
+from .distances import Moments, frechet_distance, moments
 from .measure import Measured
 from .plan import EmojiProtocol, Plan
 from .reference import Reference, without_tone
 
 
 @dataclass(frozen=True)
-class Quality:
-    """Distances in units in which the real emoji's variance is 100; shares in 0..1; None where there is no teacher to compare with.
+class Row:
+    """A row of emoji as metrics see it; see `metric.Measurement`.
 
-    `kid_real`: kernel distance, unbiased for few pictures. `retrieval_top1`: the nearest real emoji is the prompt's own. `tone`: of the
-    name's skin tones, the one asked for has the most alike colours. `diversity`: mean distance of two seeds of a prompt, where 1 is that of
-    two real emoji; `collapsed`: less than half of the teacher's. `seconds_per_image`: of the fastest batch.
+    Distances are in units in which the real emoji's variance is 100.
     """
 
-    fd_real: float
-    fd_teacher: float | None
-    kid_real: float
-    retrieval_top1: float
-    retrieval_top5: float
-    tone: float
-    held_out_top1: float
-    held_out_top5: float
-    held_out_tone: float
+    real: Moments
+    teacher: Moments | None
+    own: Moments
+    gallery: Tensor
+    embeddings: Tensor
+    ranks: Tensor
+    held_out_ranks: Tensor
+    tones: tuple[float, float]
     diversity: float
-    diversity_ratio: float | None
-    collapsed: bool | None
-    seconds_per_image: float
-
-    def as_dict(self) -> dict[str, float | bool | None]:
-        return asdict(self)
+    teacher_diversity: float | None
+    seconds: float
 
 
-class Ruler:
+class MetricSuite:
     """Measures rows of one plan against one reference."""
 
     def __init__(self, protocol: EmojiProtocol, plan: Plan, reference: Reference) -> None:
@@ -49,32 +42,35 @@ class Ruler:
         self.spread = float(torch.pdist(reference.gallery).mean())
 
     def floor(self) -> float:
-        """The distance of the real emoji of the plan's names to all of them: what the number of pictures alone does."""
+        """Return the distance of real emoji to real emoji.
+
+        The real emoji of the plan's names are compared with all real emoji, which shows the effect of the
+        number of images alone.
+        """
         first = {name: i for i, name in reversed(list(enumerate(self.reference.names)))}
         rows = [first[name] for name in self.plan.prompts[self.plan.plain]]
         return frechet_distance(self.real, self._moments(self.reference.gallery[rows]))
 
-    def quality(self, row: Measured, teacher: Measured | None) -> Quality:
-        """`teacher` is the row that is compared with; it is not compared with itself."""
+    def measurement(self, row: Measured, teacher: Measured | None) -> Row:
+        """Return the inputs of metrics for one row.
+
+        `teacher` is the row to compare with; a teacher is not compared with itself.
+        """
         plain, prompts = row.embeddings[self.plan.plain], self.plan.prompts
-        ranks = self._ranks(plain, prompts[self.plan.plain])
-        held_out = self._ranks(row.embeddings[self.plan.held_out], [without_tone(p)[0] for p in prompts[self.plan.held_out]])
-        ours, theirs = self._diversity(row), None if teacher is None else self._diversity(teacher)
         compared = None if teacher is None or teacher is row else self._moments(teacher.embeddings[self.plan.plain])
-        return Quality(
-            fd_real=frechet_distance(self.real, self._moments(plain)),
-            fd_teacher=None if compared is None else frechet_distance(compared, self._moments(plain)),
-            kid_real=kernel_distance(self.reference.gallery, plain),
-            retrieval_top1=top(ranks, 1),
-            retrieval_top5=top(ranks, 5),
-            tone=self._tone(row, self.plan.toned),
-            held_out_top1=top(held_out, 1),
-            held_out_top5=top(held_out, 5),
-            held_out_tone=self._tone(row, self.plan.held_out),
-            diversity=ours,
-            diversity_ratio=ours / theirs if theirs else None,
-            collapsed=ours < COLLAPSED * theirs if theirs else None,
-            seconds_per_image=row.fastest(self.protocol.batch),
+        held_out = [without_tone(p)[0] for p in prompts[self.plan.held_out]]
+        return Row(
+            real=self.real,
+            teacher=compared,
+            own=self._moments(plain),
+            gallery=self.reference.gallery,
+            embeddings=plain,
+            ranks=self._ranks(plain, prompts[self.plan.plain]),
+            held_out_ranks=self._ranks(row.embeddings[self.plan.held_out], held_out),
+            tones=(self._tone(row, self.plan.toned), self._tone(row, self.plan.held_out)),
+            diversity=self._diversity(row),
+            teacher_diversity=None if teacher is None else self._diversity(teacher),
+            seconds=row.fastest(self.protocol.batch),
         )
 
     def _moments(self, x: Tensor) -> Moments:

@@ -1,8 +1,9 @@
-"""What generated emoji are compared with: the real ones, as features, so that measuring needs no download.
+"""Features of the real emoji, the reference for generated emoji.
 
-`zoo/emoji_reference/` is written by `build_reference` and says in its README.md how. It holds one space, the embedding: the leading
-principal components of the square roots of EfficientNet-lite0 features (which are >= 0; the root keeps a few strong channels from deciding
-everything), in a unit in which the real emoji have a total variance of 100.
+The features are shipped, so measuring needs no download. `zoo/emoji_reference/` is written by
+`build_reference`, and the folder's README.md says how. The reference has one space, the embedding: the
+leading principal components of the square roots of EfficientNet-lite0 features (which are >= 0; the root
+keeps a few strong channels from dominating), in a unit in which the real emoji have a total variance of 100.
 """
 
 from collections import defaultdict
@@ -29,7 +30,10 @@ VARIANCE = 100.0
 
 
 class Captioned(Protocol):
-    """A row of the data set; `zoo.emoji_data.Emoji` is one. `tone` is empty for plain pictures and for mixed tones."""
+    """A row of the data set, for example `zoo.emoji_data.Emoji`.
+
+    `tone` is empty for plain images and for mixed tones.
+    """
 
     @property
     def name(self) -> str: ...
@@ -43,10 +47,12 @@ class Captioned(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """The real emoji. `gallery` [N, K] are the embeddings of the plain ones, `names` and `labels` [N] theirs.
+    """The real emoji.
 
-    Pictures of one name, and names of one picture (the flags of France and of Clipperton), share a label. `colours` [M, T, 125] are the
-    histograms of the `toned` names in every one of `tones`, the first of which is none. `held_out` are captions of these never trained on.
+    `gallery` [N, K] are the embeddings of the plain emoji, with `names` and `labels` [N]. Images of one name,
+    and names of one image (the flags of France and of Clipperton), share a label. `colours` [M, T, 125] are
+    the histograms of the `toned` names in every one of `tones`, the first of which is none. `held_out` are
+    captions of toned emoji that no model was trained on.
     """
 
     mean: Tensor
@@ -62,38 +68,42 @@ class Reference:
 
     @property
     def width(self) -> int:
-        """K."""
+        """The number K of embedding dimensions."""
         return self.gallery.shape[1]
 
     def embed(self, features: Tensor) -> Tensor:
-        """Embeddings [B, K] of EfficientNet-lite0 features [B, 1280]."""
+        """Return embeddings [B, K] of EfficientNet-lite0 features [B, 1280]."""
         return (features.sqrt() - self.mean) @ self.basis
 
     def halfway_white(self, embeddings: Tensor) -> Tensor:
-        """Embeddings divided by the roots of their standard deviations: where cosines find names best (README.md there)."""
+        """Divide embeddings by the roots of their standard deviations.
+
+        Cosines of these embeddings find names best (README.md of the reference).
+        """
         return embeddings / self.gallery.std(0).sqrt()
 
     def label_of(self, names: Iterable[str]) -> Tensor:
-        """The labels of these names, [B]."""
+        """Return the labels [B] of these names."""
         first = dict(zip(reversed(self.names), reversed(self.labels.tolist()), strict=True))
         return torch.tensor([first[name] for name in names])
 
 
 def caption(name: str, tone: str) -> str:
-    """The prompt for a name in a skin tone."""
+    """Return the prompt for a name in a skin tone."""
     return f"{name}, {tone}"
 
 
 def without_tone(caption: str) -> tuple[str, str]:
-    """(name, tone): the inverse of `caption`."""
+    """Return (name, tone) of a prompt, the inverse of `caption`."""
     name, _, tone = caption.rpartition(", ")
     return name, tone
 
 
 def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = FOLDER, components: int = 256) -> Path:
-    """Write the reference of `emoji` and their images uint8 [N, 3, H, W] into `folder`, as `reference.safetensors` and `reference.json`.
+    """Write the reference of `emoji` into `folder`.
 
-    Several pictures of one caption are allowed. The shipped one is
+    The images are uint8 [N, 3, H, W]; the files are `reference.safetensors` and `reference.json`. Several
+    images of one caption are allowed. The shipped reference is
     `build_reference(*emoji_data.with_places(*emoji_data.load(archive, 0.05)))` with `fewstep.zoo.emoji_data`.
     """
     plain = [i for i, e in enumerate(emoji) if not e.tone and e.caption == e.name]
@@ -103,7 +113,7 @@ def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = F
             variants[e.name].setdefault(e.tone, i)
     tones = sorted({e.tone for e in emoji})
     rows = {name: [of[tone] for tone in tones] for name, of in variants.items() if set(of) == set(tones)}
-    # A snowboarder shows no skin: its pictures are the same in all tones.
+    # Leave out names without visible skin (a snowboarder), whose images are the same in all tones.
     toned = [name for name, r in rows.items() if len({images[i].numpy().tobytes() for i in r}) == len(tones)]
     names = [emoji[i].name for i in plain]
     roots = features(feature_network(), images[plain].float() / 255).sqrt()
@@ -133,7 +143,11 @@ def build_reference(emoji: Sequence[Captioned], images: Tensor, folder: Path = F
 
 
 def load_reference(folder: Path = FOLDER) -> Reference:
-    """Read a reference. Raises ValueError with one line where it is missing, damaged, or made with another feature network."""
+    """Read a reference.
+
+    Raises ValueError with one line if the reference is missing, damaged, or made with another feature
+    network.
+    """
     with reading(f"reference {folder}:", "install fewstep again, or call build_reference", "cannot be used"):
         texts = object_in(folder / TEXTS)
         t = load_file(folder / TENSORS)
@@ -153,10 +167,13 @@ def load_reference(folder: Path = FOLDER) -> Reference:
         )
 
 
-def _labels(names: Sequence[str], pictures: Sequence[bytes]) -> list[int]:
-    """Numbers 0, 1, 2, ... in order of appearance; rows that share a name or a picture share one, also through a third."""
+def _labels(names: Sequence[str], images: Sequence[bytes]) -> list[int]:
+    """Return labels 0, 1, 2, ... in order of appearance.
+
+    Rows that share a name or an image share a label, also through a third row.
+    """
     groups: dict[str | bytes, list[int]] = defaultdict(list)
-    for i, keys in enumerate(zip(names, pictures, strict=True)):
+    for i, keys in enumerate(zip(names, images, strict=True)):
         for key in keys:
             groups[key].append(i)
     label = list(range(len(names)))

@@ -1,4 +1,4 @@
-"""How long one picture takes."""
+"""Time per image."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def timed(draw: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """(pictures on the CPU, seconds per picture). Copying them there waits for whatever device they are drawn on."""
+    """Return images on the CPU, and the seconds per image.
+
+    Copying to the CPU waits for the device that samples.
+    """
     began = time.perf_counter()
-    pictures = draw().cpu()
-    return pictures, (time.perf_counter() - began) / len(pictures)
+    images = draw().cpu()
+    return images, (time.perf_counter() - began) / len(images)

@@ -1,48 +1,68 @@
-"""What the training loop asks of a method."""
+"""The interface between methods and the training loop.
 
+The base class `Method` holds what all methods have in common.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backbones.base import Cond
+from ..config_fields import POSITIVE, OneOf, check_fields
+from ..core import timegrid
+from ..core.guidance import Guidance, guidance_of
 from ..core.schedule import Schedule
-from ..core.solvers import Denoise, free_first
+from ..core.solvers import SOLVERS, Denoise, with_analytic_first_step
 from ..roles.roles import Role, Roles
 
+MOST_STEPS = 1000  # as many times as teachers are trained with
 
-class Real(NamedTuple):
-    """Pictures of one batch: clean states [B, ...] and their conditions."""
+
+class RealBatch(NamedTuple):
+    """Clean states [B, ...] of a batch of images, with conditions."""
 
     x0: Tensor
     cond: Cond
 
 
-class Walk(NamedTuple):
-    """Trajectories of the teacher: states [B, J, ...] at times [J], from noise to data, and their conditions."""
+class TrajectoryBatch(NamedTuple):
+    """A batch of the teacher's trajectories.
+
+    States [B, J, ...] at times [J], from noise to data, with conditions.
+    """
 
     states: Tensor
     times: Tensor
     cond: Cond
 
 
-class Turn(NamedTuple):
-    """What one iteration is given. `rng` lies on the network's device; `pictures` and `walk` are there where the method asks for them."""
+class TrainBatch(NamedTuple):
+    """Inputs of one training iteration.
+
+    `rng` is on the network's device. `images` and `trajectories` are None unless the method needs them.
+    """
 
     iteration: int  # from 0
     iterations: int
     batch: int
     cond: Cond
     null: Cond  # [1, ...]
-    pictures: Real | None
+    images: RealBatch | None
     rng: torch.Generator
-    walk: Walk | None = None
-    steps: int | None = None  # K of this iteration, the same for all its batches and processes; None: the method draws it
+    trajectories: TrajectoryBatch | None = None
+    # K of this iteration, the same for all batches and processes; None: the method draws K.
+    steps: int | None = None
 
 
 class Loss(NamedTuple):
-    """One update to make: whose, by which loss, and what to log. With `together`, its gradient and the next one's belong to the same weights."""
+    """One update: the role, the loss and what to log.
+
+    With `together`, the gradients of this loss and of the next loss belong to the same weights.
+    """
 
     role: Role
     value: Tensor
@@ -50,96 +70,196 @@ class Loss(NamedTuple):
     together: bool = False
 
 
+class Needs(NamedTuple):
+    """What a method needs besides student, teacher and prompts."""
+
+    fake: bool = False  # a fake score
+    adversary: bool = False  # a discriminator
+    images: bool = False  # clean states, of real images or of the teacher's samples
+    trajectories: bool = False  # trajectories of the teacher
+    length: bool = False  # a known number of iterations, because an iteration depends on the number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base class of methods.
+
+    A method says which role is updated by which objective, in which order, and how the student is sampled.
+    """
+
+    name: str = ""
+    """The method's name; its other settings have the defaults of that name."""
+
+    steps: int | tuple[int, ...] = 4
+    """Step count K of the student; of a list every iteration draws one, and the first is the default when sampling."""
+
+    guidance: Guidance = Guidance(scale=3.5)
+    """The teacher's guidance, which the student learns to do without: a scale, or a block of settings."""
+
+    solver: Annotated[str, OneOf(SOLVERS)] = "ddim"
+    """Solver that the student is trained and sampled with."""
+
+    shift: Annotated[float, POSITIVE] = 1.0
+    """Shift s of the student's time grid: the fraction u of the path becomes s u / (1 + (s - 1) u)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", guidance_of(self.guidance))
+        check_fields(self, "method")
+        step_counts(self.steps)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that the student serves, the default first."""
+        return step_counts(self.steps)
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the method needs besides student, teacher and prompts."""
+
+    @property
+    def head(self) -> str:
+        """The trained kind of direction head, or `none`."""
+        return "none"
+
+    @property
+    def init_head(self) -> Literal["keep", "absorb", "drop"]:
+        """Treatment of a head of the initial student."""
+        return "drop"
+
+    @property
+    def analytic_first_step(self) -> bool:
+        """Whether the first direction is taken without the network."""
+        return False
+
+    @property
+    def warmup(self) -> int:
+        """Iterations before the student's first update."""
+        return 0
+
+    @property
+    def condition_values(self) -> tuple[float, ...]:
+        """Values the trained networks are conditioned on.
+
+        The default comes first; empty for networks without a condition.
+        """
+        return ()
+
+    @property
+    def condition_on(self) -> Literal["steps", "guidance"]:
+        """The meaning of `condition_values`."""
+        return "steps"
+
+    def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
+        """Return the student's time grid `[K + 1]` for a step count.
+
+        The default is the first step count.
+        """
+        return timegrid.uniform(schedule, steps or self.counts[0], self.shift)
+
+    def one_step(self) -> "Method":
+        """Return a faster method that needs as much memory.
+
+        An iteration of the returned method needs as much memory as an iteration of this method after the
+        warm-up.
+        """
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what `losses` logs."""
+        return ("student_loss",)
+
+    @property
+    def updated(self) -> tuple[Role, ...]:
+        """Roles that are updated by gradients."""
+        return ("student",)
+
+    @abstractmethod
+    def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
+        """Yield the updates of one iteration in order.
+
+        The caller takes each optimizer step before the caller asks for the next loss, or both steps where the
+        losses are `together`.
+        """
+
+
+def step_counts(steps: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return the different step counts, the default first.
+
+    A repeated step count counts once; `draw_count` draws a repeated count more often. Raises ValueError for
+    invalid step counts.
+    """
+    counts = (steps,) if isinstance(steps, int) else tuple(steps)
+    if not counts or not all(type(k) is int and 1 <= k <= MOST_STEPS for k in counts):
+        raise ValueError(
+            f"method.steps: got {steps}, allowed are whole numbers from 1 to {MOST_STEPS}, or a list of them such as "
+            "[4, 2, 1]; few-step students use 1 to 8"
+        )
+    return tuple(dict.fromkeys(counts))
+
+
 def draw_count(steps: int | tuple[int, ...], rng: torch.Generator) -> int:
-    """The step count of an iteration, evenly from the list: one that it names twice comes twice as often."""
+    """Draw the step count of an iteration.
+
+    The draw from a list is even, so a repeated step count is drawn more often.
+    """
     if isinstance(steps, int):
         return steps
     return steps[int(torch.randint(len(steps), (), generator=rng, device=rng.device))] if len(steps) > 1 else steps[0]
 
 
-class Needs(NamedTuple):
-    """What a method asks for besides student, teacher and prompts."""
-
-    fake: bool = False  # a fake score
-    adversary: bool = False  # a discriminator
-    pictures: bool = False  # clean states, of real pictures or of the teacher's
-    paths: bool = False  # trajectories of the teacher
-    length: bool = False  # a run whose length is known: what an iteration does depends on it
-
-
-class Method(Protocol):
-    """Who is updated, in which order, by which objective; and how the student that comes out is called."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def guidance(self) -> float: ...
-    @property
-    def guidance_parallel(self) -> float:
-        """The share of guidance along the clean estimate that the student is taught, see `backbones.base.projected`."""
-        ...
-
-    @property
-    def solver(self) -> str: ...
-    @property
-    def steps(self) -> int | tuple[int, ...]:
-        """What each iteration's step count is drawn from."""
-        ...
-
-    @property
-    def needs(self) -> Needs: ...
-    @property
-    def head(self) -> str:
-        """The kind of head that corrects the student's direction, `keep` for one that it begins with, `fold` to do without that, or `none`."""
-        ...
-
-    @property
-    def free_first(self) -> bool:
-        """Whether the first direction is taken without the network."""
-        ...
-
-    @property
-    def warmup(self) -> int:
-        """Iterations before the student's first update."""
-        ...
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The step counts that the student serves, the default first."""
-        ...
-
-    @property
-    def conditioned(self) -> tuple[float, ...]:
-        """What the trained networks are told apart, the default first: step counts or, as `tells` says, guidance scales; usually none."""
-        ...
-
-    @property
-    def tells(self) -> Literal["steps", "guidance"]: ...
-
-    def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
-        """The student's grid, `[K + 1]`, for its default step count or another."""
-        ...
-
-    def losses(self, roles: Roles, turn: Turn) -> Iterator[Loss]:
-        """The updates of one iteration in order; the caller takes each step before asking for the next, or both where they go together."""
-        ...
-
-
 def student_of(
-    method: Method, roles: Roles, cond: Cond, steps: int | None = None, guidance: float | None = None, always: bool = False
+    method: Method,
+    roles: Roles,
+    cond: Cond,
+    steps: int | None = None,
+    guidance: float | None = None,
+    always: bool = False,
 ) -> Denoise:
-    """The student as its method samples it, told its step count or guidance scale (default: its first). `always`: see `core.solvers.free_first`."""
-    denoise = roles.denoise("student", cond, steps if method.tells == "steps" else guidance)
-    return free_first(denoise, roles.backbone.schedule, always) if method.free_first else denoise
+    """Return the student's denoiser as the method samples the student.
+
+    The student is conditioned on a step count or guidance scale (default: the first). `always`: see
+    `core.solvers.with_analytic_first_step`.
+    """
+    denoise = roles.denoise("student", cond, steps if method.condition_on == "steps" else guidance)
+    return with_analytic_first_step(denoise, roles.backbone.schedule, always) if method.analytic_first_step else denoise
 
 
-def require_beginning(method: Method, head: str, free: bool, whose: str) -> None:
-    """Raises ValueError where a method cannot go on from a student with a head of this kind ('' for none), or with a free first direction."""
-    if method.head == "fold" and not head:
-        raise ValueError(f"method.head: got fold, {whose} has none; set method.head=none, or begin as a student with a head (start, first)")
-    if head and method.head not in ("keep", "fold", "none", head):
-        raise ValueError(f"method.head: got {method.head}, {whose} has {head}; choose that, or none")
-    if free and not method.free_first:
+def require_analytic_first_step(method: Method) -> None:
+    """Check that an analytic first step is possible.
+
+    Other steps have to follow the first step, from the same noise. Raises ValueError otherwise.
+    """
+    if not method.analytic_first_step:
+        return
+    if min(method.counts) == 1:
         raise ValueError(
-            f"method.free_first: got false, {whose} takes its first direction without the network; set method.free_first=true, or begin as another"
+            "method.analytic_first_step: got true for a student of 1 step, which would never call the network; "
+            "set it to false"
+        )
+    if SOLVERS[method.solver].stochastic:
+        raise ValueError(
+            f"method.analytic_first_step: got true with method.solver={method.solver}, which takes no direction; "
+            "set it to false, or the solver to ddim"
+        )
+
+
+def require_initial_student(method: Method, head: str, analytic: bool, whose: str) -> None:
+    """Check that a method can be initialized from a student.
+
+    `head` is the kind of the student's head ('' for none), and `analytic` says whether the student takes an
+    analytic first step. Raises ValueError otherwise.
+    """
+    if method.init_head == "absorb" and not head:
+        raise ValueError(
+            f"method.init_head: got absorb, {whose} has no head; set method.init_head=drop, or initialize from a "
+            "student with one"
+        )
+    if head and method.head not in ("none", head):
+        raise ValueError(f"method.head: got {method.head}, {whose} has {head}; choose that, or none")
+    if analytic and not method.analytic_first_step:
+        raise ValueError(
+            f"method.analytic_first_step: got false, {whose} takes an analytic first step; set it to true, "
+            "or initialize from another student"
         )

@@ -1,0 +1,1 @@
+"""Losses and divergences, one formula of the papers each."""

@@ -1,4 +1,7 @@
-"""A run as one HTML file that needs nothing else: pictures, numbers, curves, cost, and what to do next."""
+"""A run as one HTML file that needs nothing else.
+
+The page has images, numbers, curves, cost, and what to do next.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -11,24 +14,26 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from .grids import read_grid
+from .images import Images, png, to_pil
 from .live import Metrics
-from .pictures import Pictures, png, to_pil
 from .plots import charts
 from .summary import Cost, Headline
 from .table import Row, table
 from .words import duration
 
-COLUMNS = 8  # prompts beside each other on a wide page
-SHOWN_WARNINGS = 3  # above the rest, which unfold
-PIXELATED = 160  # pictures up to this many pixels are enlarged pixel by pixel; larger ones are scaled smoothly
+COLUMNS = 8  # prompts next to each other on a wide page
+SHOWN_WARNINGS = 3  # the others unfold below
+PIXELATED = 160  # images up to this many pixels are enlarged pixel by pixel, larger images smoothly
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report shows; what is empty is left out of the page.
+    """Everything that a report shows.
 
-    `made` are facts on what was made, as (name, value); `rows` and `protocol` are those of eval.json, `metrics` the records of metrics.jsonl, `samples` the grids of
-    `samples/` as (iteration, PNG bytes), `trajectories` what is known of the teacher's, `next_commands` pairs of (what it does, command).
+    What is empty is left out of the page. `made` are facts on what was made, as (name, value). `rows` and
+    `protocol` are those of eval.json, `metrics` the records of metrics.jsonl. `samples` are the grids of
+    `samples/` as (iteration, PNG bytes). `trajectories` is what is known of the teacher's trajectories.
+    `next_commands` are pairs of (what the command does, command).
     """
 
     title: str
@@ -36,7 +41,7 @@ class Report:
     summary: Sequence[Headline] = ()
     rows: Sequence[Row] = ()
     protocol: str = ""
-    pictures: Pictures = field(default_factory=Pictures)
+    images: Images = field(default_factory=Images)
     samples: Sequence[tuple[int, bytes]] = ()
     metrics: Sequence[Metrics] = ()
     cost: Cost | None = None
@@ -48,10 +53,13 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The report as HTML. Every text is escaped; nothing is loaded from anywhere."""
+    """Render the report as HTML.
+
+    Every text is escaped; nothing is loaded from anywhere.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
-    prompts = list(enumerate(report.pictures.prompts))
+    prompts = list(enumerate(report.images.prompts))
     return template.render(
         report=report,
         table=table(report.rows),
@@ -67,11 +75,14 @@ def render(report: Report) -> str:
     )
 
 
-def source(picture: Tensor) -> str:
-    """`[3, H, W]` in [0, 1] as a `data:` address with its exact pixels."""
-    return data_url(png(to_pil(picture)))
+def source(image: Tensor) -> str:
+    """Return an image as a `data:` address with its exact pixels.
+
+    The image is `[3, H, W]` in [0, 1].
+    """
+    return data_url(png(to_pil(image)))
 
 
 def data_url(data: bytes) -> str:
-    """PNG bytes as a `data:` address."""
+    """Return PNG bytes as a `data:` address."""
     return "data:image/png;base64," + base64.b64encode(data).decode()

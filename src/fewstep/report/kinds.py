@@ -1,4 +1,7 @@
-"""What the files of a run hold, as types: anything else in them is damage, and is said where they are read."""
+"""The types of the files of a run.
+
+Anything else in a file is damage, which is reported where the file is read.
+"""
 
 from typing import Any, TypedDict
 
@@ -6,20 +9,20 @@ Number = float | None
 
 
 class Stage(TypedDict, total=False):
-    """Of a recipe, what a report names."""
+    """The part of a recipe that a report names."""
 
     method: dict[str, Any] | None
     train: dict[str, Any] | None
 
 
 class Recipe(Stage, total=False):
-    """A run's settings, as a recipe or the arguments of `fewstep.distill` said them."""
+    """A run's settings, from a recipe or from `fewstep.distill`."""
 
-    first: Stage | None
+    warm_start: Stage | None
 
 
 class About(TypedDict, total=False):
-    """`run.json`."""
+    """The content of `run.json`."""
 
     title: str
     recipe: Recipe
@@ -30,66 +33,51 @@ class About(TypedDict, total=False):
 
 
 class Row(TypedDict, total=False):
-    """One model of `eval.json`: texts and numbers by column."""
+    """A row of `eval.json`.
+
+    All other values are numbers, truth values or null.
+    """
 
     model: str
-    steps: Number
-    guidance: Number
-    nfe: Number
-    n: Number
-    fd_real: Number
-    fd_teacher: Number
-    retrieval_top1: Number
-    retrieval_top5: Number
-    diversity_ratio: Number
-    seconds_per_image: Number
 
 
 class Evaluation(TypedDict, total=False):
-    """`eval.json`."""
+    """The content of `eval.json`."""
 
     rows: list[Row]
     protocol: str
     versions: dict[str, str]
 
 
-class Walk(TypedDict):
-    """An error along the way."""
+class ErrorCurve(TypedDict):
+    """An error along the trajectory."""
 
     s: list[float]
     error: list[float]
 
 
 class Shape(TypedDict, total=False):
-    """`trajectories.json` of a run: what `trajp.analysis` says of them."""
+    """The content of a run's `trajectories.json`.
 
-    errors: dict[str, Walk]
+    The values are those of `report.trajectories`.
+    """
+
+    errors: dict[str, ErrorCurve]
     s: list[float]
     mean: list[list[float]]
     fit: list[list[float]]
     samples: list[list[list[float]]]
     r2: list[float]
     unexplained: list[float]
-    walked_by: str | None
+    sampled_from: str | None
 
 
 class BestPreview(TypedDict):
-    """`best/preview.json`."""
+    """The content of `best/preview.json`."""
 
     iteration: int
     value: float
     measured: str
-
-
-class Card(TypedDict, total=False):
-    """Of a student's `fewstep.json`, what a report names."""
-
-    method: str
-    base: str
-    steps: list[int]
-    weights: str
-    rank: int | None
-    head: str
 
 
 class _Counted(TypedDict):
@@ -97,7 +85,10 @@ class _Counted(TypedDict):
 
 
 class Line(_Counted, total=False):
-    """A line of `metrics.jsonl`; all other values are numbers."""
+    """A line of `metrics.jsonl`.
+
+    All other values are numbers.
+    """
 
     seconds: float
     warnings: list[str]
@@ -112,7 +103,10 @@ class _Shown(TypedDict):
     trajectories: dict[str, list[float]]
 
 
-class PicturesHeader(_Shown, total=False):
-    """What `pictures.safetensors` says of itself; older ones say no `grid`."""
+class ImagesHeader(_Shown, total=False):
+    """The metadata of `images.safetensors`.
+
+    Older files have no `grid`.
+    """
 
     grid: tuple[list[int], list[int]] | None

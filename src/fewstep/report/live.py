@@ -1,4 +1,4 @@
-"""Reading `metrics.jsonl` of a run that may still be running."""
+"""Reading `metrics.jsonl`, also of a run in progress."""
 
 import json
 import math
@@ -15,11 +15,13 @@ CURE = "delete that line, or the file, and run the same command again"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One record for each iteration, in order; empty where the file is not there yet.
+    """Read one record for each iteration, in order.
 
-    Lines of one iteration (training, `quality`, `warnings`) become one record. After a resume the same iterations stand
-    there twice: the later line counts. A half-written line, the last one or one that a crash left, is passed over. Raises ReadError for a line
-    that is whole and holds something else.
+    Empty where the file is not there yet. Lines of one iteration (training, `quality`, `warnings`) become
+    one record. After a resume the same iterations stand in the file twice: the later line counts. A
+    half-written line, the last one or one that a crash left, is skipped.
+
+    Raises ReadError for a line that is whole and holds something else.
     """
     if not path.exists():
         return []
@@ -35,7 +37,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """What a line holds; None where it has not been written to its end. Raises ValueError for what no line of such a file begins with."""
+    """Parse one line.
+
+    Returns None for a line that was not written to its end. Raises ValueError for a whole line that is no
+    record of a log.
+    """
     try:
         entry = json.loads(line)
     except ValueError:
@@ -49,7 +55,10 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def series(metrics: Sequence[Metrics], key: str) -> tuple[list[int], list[float]]:
-    """(iterations, values) of the records that have a finite `key`; `quality.fd_real` reaches into `quality`."""
+    """Return (iterations, values) of the records with a finite `key`.
+
+    `quality.fd_real` reaches into `quality`.
+    """
     outer, _, inner = key.rpartition(".")
     found = [(m["iteration"], (m.get(outer) or {} if outer else m).get(inner)) for m in metrics]
     finite = [(int(i), float(v)) for i, v in found if isinstance(v, int | float) and math.isfinite(v)]

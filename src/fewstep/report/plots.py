@@ -1,7 +1,8 @@
 """Charts of a run as inline SVG.
 
-Colours are written as CSS variables with the light colour as fallback, and text as text in the page's own font, so one drawing serves
-a light and a dark page. Figures are plain objects; pyplot is never imported, and matplotlib's settings differ only while an SVG is written.
+Colours are CSS variables with the light colour as fallback, and text is text in the page's own font, so that
+one drawing serves a light and a dark page. Figures are plain objects; pyplot is never imported, and
+matplotlib's settings differ only while an SVG is written.
 """
 
 import html
@@ -33,10 +34,10 @@ VARIABLES |= {colour: f"segment-{i}" for i, colour in enumerate(SEGMENTS)}
 
 WIDTH, HEIGHT = 400, 230  # units of the SVG; one unit is about one pixel on a phone
 FONT = 11
-POINTS = 600  # of one drawn line
-FEW = 12  # samples behind a curve where more would hide it
+POINTS = 600  # of one line
+FEW = 12  # samples behind a curve, which more would hide
 
-CLEANING = (  # what matplotlib writes for a file of its own and a page does without
+CLEANING = (  # parts of matplotlib's SVG that a page does not need
     (r"^.*?<svg[^>]*>", ""),
     (r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", ""),
     (r'<g id="[^"]*"/>', ""),
@@ -50,7 +51,10 @@ CLEANING = (  # what matplotlib writes for a file of its own and a page does wit
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with the words around it: `caption` says what is seen and how to read it."""
+    """A drawing with a title and a caption.
+
+    `caption` says what is shown and how to read the drawing.
+    """
 
     title: str
     caption: str
@@ -58,32 +62,61 @@ class Chart:
 
 
 WORDS = {
-    "Quality against cost": "Fréchet distance to real images, lower is better, against network evaluations per image. "
-    "A guided step counts two.",
-    "Distance to real images while training": "Fréchet distance of the student, lower is better. "
-    "Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
-    "Prompt match while training": "Share of the student's images whose nearest real image is the one of their own prompt, higher is "
-    "better. Dashed: the teacher, with its network evaluations per image, at its fullest and the best it draws at the student's cost.",
-    "Matching gap by step": "Root mean square difference between what the fake score and the teacher expect, for each step of the student. "
-    "Falling means that the student's images look more and more like the teacher's; step 1 starts from noise.",
-    "Losses": "Faint: every iteration. Strong: average over a twentieth of them. These need not fall: the student and the fake score chase "
-    "each other, so judge by the images and the distances above.",
+    "Quality against cost": (
+        "Fréchet distance to real images, lower is better, against network evaluations per image. "
+        "A guided step counts two."
+    ),
+    "Distance to real images while training": (
+        "Fréchet distance of the student, lower is better. Dashed: the teacher, with its network evaluations per "
+        "image, in most steps and at the student's cost."
+    ),
+    "Prompt match while training": (
+        "Share of the student's images whose nearest real image is the one of their own prompt, higher is "
+        "better. Dashed: the teacher, with its network evaluations per image, at its fullest and the best it "
+        "draws at the student's cost."
+    ),
+    "Matching gap by step": (
+        "Root mean square difference between what the fake score and the teacher expect, for each step of the "
+        "student. Falling means that the student's images look more and more like the teacher's; step 1 starts "
+        "from noise."
+    ),
+    "Losses": (
+        "Faint: every iteration. Strong: average over a twentieth of them. "
+        "These need not fall: the student and the fake score chase each other, so judge by the images and the "
+        "distances above."
+    ),
     "Gradient norms": "Before clipping. A steady climb is the first sign that a learning rate is too high.",
-    "Straying from the teacher": "Distance to the teacher's state from the same noise, relative to the clean state, along the way from "
-    "noise (0) to data (1), on trajectories that it was trained on. Lower is better.",
-    "Trajectories in three dimensions": "From noise x_T to data x_0: each along its own straight line, and along the two principal directions of what "
-    "bends away from it, in the line's length; every axis has a scale of its own. Faint: samples, with their shadows. Strong: their mean. Dashed: the fitted curve.",
-    "How few directions the bend takes": "Share of a trajectory's departure from its straight line, in squared distance, that lies along its own first one, "
-    "two and three principal directions; averaged over samples.",
-    "The shape that trajectories share": "Coordinates of the teacher's trajectories along the way from noise (0) to data (1): along the "
-    "straight line, then along the two principal directions of what is left. Faint: samples. Strong: their mean. Dashed: the fitted curve.",
-    "The bend, seen along the straight line": "The two coordinates beside the straight line, in its length. Faint: samples. Strong: their mean.",
+    "Straying from the teacher": (
+        "Distance to the teacher's state from the same noise, relative to the clean state, along the way from "
+        "noise (0) to data (1), on trajectories that it was trained on. "
+        "Lower is better."
+    ),
+    "Trajectories in three dimensions": (
+        "From noise x_T to data x_0: each along its own straight line, and along the two principal directions of "
+        "what bends away from it, in the line's length; every axis has a scale of its own. "
+        "Faint: samples, with their shadows. Strong: their mean. Dashed: the fitted curve."
+    ),
+    "How few directions the bend takes": (
+        "Share of a trajectory's departure from its straight line, in squared distance, that lies along its own "
+        "first one, two and three principal directions; averaged over samples."
+    ),
+    "The shape that trajectories share": (
+        "Coordinates of the teacher's trajectories along the path from noise (0) to data (1): along the straight "
+        "line, then along the two principal directions of what is left. "
+        "Faint: samples. Strong: their mean. Dashed: the fitted curve."
+    ),
+    "The bend, seen along the straight line": (
+        "The two coordinates off the straight line, in its length. Faint: samples. Strong: their mean."
+    ),
 }
-OF_TRAJECTORIES = 5  # the last ones are about trajectories: the teacher's, or a student's, which `walked_by` names
+OF_TRAJECTORIES = 5  # the last charts, of the teacher's trajectories or of those of the student `sampled_from`
 
 
 def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, Any] | None = None) -> list[Chart]:
-    """Every chart for which there is something to show; empty without metrics and rows. `shape` is what `trajectories.json` holds."""
+    """Return every chart for which there is something to show.
+
+    Empty without metrics, rows and `shape`. `shape` is the content of `trajectories.json`.
+    """
     figures = (
         quality_cost(rows),
         quality(metrics, rows, "fd_real"),
@@ -91,13 +124,13 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, 
         gaps(metrics),
         losses(metrics),
         gradients(metrics),
-        strays(shape or {}),
+        trajectory_errors(shape or {}),
         space(shape or {}),
         explained(shape or {}),
         coordinates(shape or {}),
         bend(shape or {}),
     )
-    walker, found = (shape or {}).get("walked_by"), []
+    walker, found = (shape or {}).get("sampled_from"), []
     for i, ((title, caption), figure) in enumerate(zip(WORDS.items(), figures, strict=True)):
         if walker and i >= len(WORDS) - OF_TRAJECTORIES:
             title, caption = (w.replace("the teacher", f"the student in {walker}") for w in (title, caption))
@@ -107,7 +140,10 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, 
 
 
 def losses(metrics: Sequence[Metrics]) -> Figure | None:
-    """Losses of the student and the fake score, one above the other: their scales have nothing in common."""
+    """Plot losses of the student and the fake score.
+
+    The plots stand one above the other: their scales have nothing in common.
+    """
     wanted = (("student", STUDENT, "student_loss"), ("fake score", FAKE, "fake_loss"))
     found = [f for f in ((name, colour, *series(metrics, key)) for name, colour, key in wanted) if len(f[2]) > 1]
     if not found:
@@ -124,27 +160,35 @@ def losses(metrics: Sequence[Metrics]) -> Figure | None:
 
 
 def gaps(metrics: Sequence[Metrics]) -> Figure | None:
-    """The matching gap of each segment, logarithmic: `rms |f_fake - f_teacher|`, keys `gap_0` (from noise) to `gap_{K-1}`.
+    """Plot the matching gap of each segment, logarithmic.
 
-    Of a student of several step counts the keys are `gap_K_0` ..., and the curves those of the largest K.
+    The gap is `rms |f_fake - f_teacher|`, with keys `gap_0` (from noise) to `gap_{K-1}`. Of a student of
+    several step counts the keys are `gap_K_0` ..., and the curves are those of the largest K.
     """
-    found = {key: [int(n) for n in key[4:].split("_")] for m in metrics for key in m if re.fullmatch(r"gap_(\d+_)?\d+", key)}
+    found = {
+        key: [int(n) for n in key[4:].split("_")] for m in metrics for key in m if re.fullmatch(r"gap_(\d+_)?\d+", key)
+    }
     most = max((n[0] for n in found.values() if len(n) == 2), default=0)
     keys = sorted((key for key, n in found.items() if len(n) == 1 or n[0] == most), key=lambda key: found[key])
     colours = [SEGMENTS[round(i * (len(SEGMENTS) - 1) / max(len(keys) - 1, 1))] for i in range(len(keys))]
-    return _logarithmic(metrics, [(f"step {found[key][-1] + 1}", colour, key) for key, colour in zip(keys, colours, strict=True)])
+    return _logarithmic(
+        metrics, [(f"step {found[key][-1] + 1}", colour, key) for key, colour in zip(keys, colours, strict=True)]
+    )
 
 
 def gradients(metrics: Sequence[Metrics]) -> Figure | None:
-    """Gradient norms of both trained roles, logarithmic."""
+    """Plot gradient norms of both trained roles, logarithmic."""
     return _logarithmic(metrics, [("student", STUDENT, "student_grad"), ("fake score", FAKE, "fake_grad")])
 
 
-def strays(shape: Mapping[str, Any]) -> Figure | None:
-    """Cumulative error of few steps along the way, `errors`: name -> {s, error}."""
+def trajectory_errors(shape: Mapping[str, Any]) -> Figure | None:
+    """Plot the cumulative error of few steps along the trajectory.
+
+    `errors`: name -> {s, error}.
+    """
     if not shape.get("errors"):
         return None
-    axes = _axes("", "way from noise to data")
+    axes = _axes("", "path from noise to data")
     ends = []
     for (name, walk), colour in zip(shape["errors"].items(), cycle((TEACHER, FAKE, STUDENT, *SEGMENTS))):
         axes.plot(walk["s"], walk["error"], color=colour, lw=1.6, marker="o", ms=4, mec="none")
@@ -156,13 +200,16 @@ def strays(shape: Mapping[str, Any]) -> Figure | None:
 
 
 def coordinates(shape: Mapping[str, Any]) -> Figure | None:
-    """Three coordinates over the way: samples, mean and fit."""
+    """Plot the three coordinates along the trajectory.
+
+    The curves are samples, mean and fit.
+    """
     if not shape.get("mean"):
         return None
     figure = _figure()
     s, mean, fit, samples = (np.asarray(shape[k]) for k in ("s", "mean", "fit", "samples"))
     for i, axes in enumerate(figure.subplots(3, 1, sharex=True)):
-        _style(axes, "", "way from noise to data" if i == 2 else "")
+        _style(axes, "", "path from noise to data" if i == 2 else "")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(3))
         for sample in samples[:FEW]:
@@ -174,7 +221,7 @@ def coordinates(shape: Mapping[str, Any]) -> Figure | None:
 
 
 def bend(shape: Mapping[str, Any]) -> Figure | None:
-    """The second and third coordinate against each other."""
+    """Plot the second and third coordinate against each other."""
     if not shape.get("mean"):
         return None
     axes = _axes("", "second coordinate")
@@ -189,9 +236,10 @@ def bend(shape: Mapping[str, Any]) -> Figure | None:
 
 
 def space(shape: Mapping[str, Any]) -> Figure | None:
-    """All three coordinates in a box, from noise at its left to data at its right: samples with shadows, mean and fit.
+    """Plot all three coordinates in a box.
 
-    The second coordinate, in which trajectories bend most, goes up, and the third to the back.
+    Noise is at the box's left, data at its right. The curves are samples with shadows, mean and fit. The
+    second coordinate, in which trajectories bend most, goes up, and the third to the back.
     """
     if not shape.get("mean"):
         return None
@@ -209,11 +257,17 @@ def space(shape: Mapping[str, Any]) -> Figure | None:
     axes.plot(*box.on_page(mean[[0, -1]]).T, color=STUDENT, ls="", marker="o", ms=5, mec="none")
     ends = box.on_page(mean[[0, -1]])
     low, high = ([f"{round(x, 2) + 0:g}" for x in side.tolist()] for side in (box.low, box.high))
-    words = (  # where, text, colour, which side of the place is at it
-        (ends[0] - (0.04, 0), "noise", INK, "right"), (ends[1] + (0.04, 0), "data", INK, "left"), ((0.5, -0.14), "along the straight line", MUTED, "center"),
-        ((-0.03, 0.02), low[2], MUTED, "right"), ((-0.03, 0.73), high[2], MUTED, "right"), ((0.12, 0.92), "first direction", MUTED, "right"),
-        ((1.03, -0.13), low[1], MUTED, "left"), ((1.37, 0.14), high[1], MUTED, "left"), ((1.19, -0.06), "second direction", MUTED, "left"),
-    )  # fmt: skip
+    words = (  # position, text, colour, alignment
+        (ends[0] - (0.04, 0), "noise", INK, "right"),
+        (ends[1] + (0.04, 0), "data", INK, "left"),
+        ((0.5, -0.14), "along the straight line", MUTED, "center"),
+        ((-0.03, 0.02), low[2], MUTED, "right"),
+        ((-0.03, 0.73), high[2], MUTED, "right"),
+        ((0.12, 0.92), "first direction", MUTED, "right"),
+        ((1.03, -0.13), low[1], MUTED, "left"),
+        ((1.37, 0.14), high[1], MUTED, "left"),
+        ((1.19, -0.06), "second direction", MUTED, "left"),
+    )
     for place, text, colour, side in words:
         axes.text(*place, text, color=colour, fontsize=FONT, ha=side, va="center").set_in_layout(False)
     axes.set_xlim(-0.25, 1.66)
@@ -222,7 +276,10 @@ def space(shape: Mapping[str, Any]) -> Figure | None:
 
 
 def explained(shape: Mapping[str, Any]) -> Figure | None:
-    """What one, two and three principal directions explain of the part beside the straight line, as bars."""
+    """Plot what few principal directions explain, as bars.
+
+    One, two and three directions explain a share of the part orthogonal to the straight line.
+    """
     if not shape.get("unexplained"):
         return None
     shares = [100 * (1 - left) for left in shape["unexplained"]]
@@ -233,14 +290,18 @@ def explained(shape: Mapping[str, Any]) -> Figure | None:
     axes.set_yticks(range(len(shares)), [plural(i + 1, "direction") for i in range(len(shares))])
     axes.invert_yaxis()
     for i, share in enumerate(shares):
-        axes.text(1.02, i, f"{share:.1f} %", color=STUDENT, fontsize=FONT, va="center", transform=axes.get_yaxis_transform())
+        axes.text(
+            1.02, i, f"{share:.1f} %", color=STUDENT, fontsize=FONT, va="center", transform=axes.get_yaxis_transform()
+        )
     return axes.figure
 
 
 def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: bool = False) -> Figure | None:
-    """`key` of the student at every evaluation; horizontal lines are the best teacher of `rows` at the student's cost, and the fullest one.
+    """Plot `key` of the student at every evaluation.
 
-    The student that is measured while training is the default one, the first of `rows`. `percent` are shares, the more the better.
+    Horizontal lines are the teacher's best row at the student's cost, and the teacher's row with the most
+    evaluations. The student that is measured during the training is the default student, the first of
+    `rows`. `percent` marks shares, of which more is better.
     """
     x, y = series(metrics, f"quality.{key}")
     if len(x) < 2:
@@ -263,7 +324,10 @@ def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: 
 
 
 def quality_cost(rows: Sequence[Row]) -> Figure | None:
-    """`fd_real` against network evaluations per image, one line for each model with and without guidance."""
+    """Plot `fd_real` against network evaluations per image.
+
+    Each model has one line, the teacher one with and one without guidance.
+    """
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if finite(row.get("nfe")) and finite(row.get("fd_real")) and row["nfe"] > 0:
@@ -292,7 +356,10 @@ def quality_cost(rows: Sequence[Row]) -> Figure | None:
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """Average over a window of about a twentieth of all values, centred on each; the window shrinks at both ends."""
+    """Average over a window of about a twentieth of all values.
+
+    The window is centred on each value, and shrinks at both ends.
+    """
     y = np.asarray(values, float)
     total, here = np.concatenate(([0.0], y.cumsum())), np.arange(len(y))
     half = len(y) // 40
@@ -301,7 +368,10 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def thin(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `points` of a line: the lowest and the highest of each stretch, so that no spike is lost."""
+    """Reduce a line to at most `points` points.
+
+    Of each stretch the lowest and the highest point are kept, so that no spike is lost.
+    """
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     if len(xs) <= points:
         return xs, ys
@@ -311,17 +381,27 @@ def thin(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tuple[
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """The figure as one `<svg>` element for use inside a page; `title` is read out to those who cannot see it."""
+    """Return the figure as one `<svg>` element for a page.
+
+    `title` is read out to those who cannot see the figure.
+    """
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a model's name may hold a dollar sign
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     svg = buffer.getvalue()
     for pattern, new in CLEANING:
         svg = re.sub(pattern, new, svg, flags=re.DOTALL)
     svg = re.sub("|".join(VARIABLES), lambda m: f"var(--{VARIABLES[m[0]]}, {m[0]})", svg)
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{svg.strip()}'
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{svg.strip()}'
+    )
 
 
 def _figure() -> Figure:
@@ -350,7 +430,7 @@ def _style(axes: Axes, unit: str, across: str) -> None:
 
 
 def _curve(axes: Axes, x: Sequence[int], y: Sequence[float], colour: str) -> None:
-    """Every value faint, the running average strong."""
+    """Draw every value faint, and the running average strong."""
     axes.plot(*thin(x, y), color=colour, lw=0.8, alpha=0.28)
     axes.plot(*thin(x, list(smooth(y))), color=colour, lw=1.8, solid_capstyle="round")
 
@@ -378,7 +458,10 @@ def _logarithmic(metrics: Sequence[Metrics], wanted: Sequence[tuple[str, str, st
 
 
 def _focus(axes: Axes, values: Sequence[Sequence[float]]) -> None:
-    """Keep a few wild values from flattening the rest: the view holds all averages and 98 % of the raw values."""
+    """Keep a few wild values from flattening the rest.
+
+    The view holds all averages and 98 % of the raw values.
+    """
     averages = [smooth(v) for v in values]
     low = min([float(np.quantile(v, 0.01)) for v in values] + [float(a.min()) for a in averages])
     high = max([float(np.quantile(v, 0.99)) for v in values] + [float(a.max()) for a in averages])
@@ -391,8 +474,11 @@ def _focus(axes: Axes, values: Sequence[Sequence[float]]) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Names at the right end of their lines, moved apart where they would overlap. `ends` are (name, colour, last value)."""
-    axes.get_ylim()  # limits are worked out when they are asked for
+    """Write names at the right ends of their lines.
+
+    Names that would overlap are moved apart. `ends` are (name, colour, last value).
+    """
+    axes.get_ylim()  # matplotlib computes the limits when they are read
     to_share = axes.transScale + axes.transLimits
     height = axes.get_subplotspec().get_gridspec().nrows * 0.085 if axes.get_subplotspec() is not None else 0.085
     places = [(float(to_share.transform((1, value))[1]), name, colour) for name, colour, value in ends]

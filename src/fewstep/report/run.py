@@ -1,4 +1,4 @@
-"""A report made again from the files of a run folder."""
+"""A report made again from the files of a run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,46 +8,54 @@ from typing import Any
 from ..atomic import write_text
 from ..names import quoted
 from ..reading import object_in, reading, require_regular
+from ..student.folder import holds_student, read_card
 from ..typed import typed
 from .grids import require_png
 from .html import Report, render
-from .kinds import About, BestPreview, Card, Evaluation, Shape
+from .images import Images, load_images
+from .kinds import About, BestPreview, Evaluation, Shape
 from .live import read_metrics
-from .pictures import Pictures, load_pictures
 from .summary import Cost, headlines
 
-PICTURES = "pictures.safetensors"
+IMAGES = "images.safetensors"
 REPORT = "report.html"
-SHAPE = "trajectories.json"  # what `trajp.analysis` says of the teacher's trajectories
-CARD = "fewstep.json"
-BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which one that was
+SHAPE = "trajectories.json"  # the shape of the trajectories, see `report.trajectories`
+BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which preview
 SHOWN_SAMPLES = 3
 STEP = re.compile(r"step_[0-9]{1,18}\.png")
 CURE = "delete it and run the command that made it again"
 
 
 def render_run(run: Path) -> Path:
-    """Write `run/report.html` from whatever the folder holds by now; returns its path.
+    """Write `run/report.html` from whatever the folder holds by now.
 
-    Reads run.json (`title`, `recipe`, `versions`, `hardware`, `command`, all optional), metrics.jsonl, final/eval.json,
-    samples/*.png and pictures.safetensors. Raises ValueError where the folder is no run or a file is damaged.
+    Reads run.json (`title`, `recipe`, `versions`, `hardware`, `command`, `next`, all optional),
+    metrics.jsonl, final/eval.json, final/fewstep.json, best/preview.json, trajectories.json, samples/*.png
+    and images.safetensors. Returns the report's path.
+
+    Raises ValueError where the folder is no run or a file is damaged.
     """
     if not (run / "run.json").exists():
         lacks = "run.json" if run.is_dir() else "such folder"
-        raise ValueError(f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first")
+        raise ValueError(
+            f"run {run}: there is no {lacks}, allowed are folders that `fewstep distill RECIPE` made; run that first"
+        )
     with reading(f"run {run}", CURE, "cannot be shown"):
         page = render(read_run(run))
     return write_text(run / REPORT, page)
 
 
 def read_run(run: Path) -> Report:
-    """The report of a run folder; parts whose files are not there yet are empty."""
-    about, evaluation = _read(run / "run.json", About), _read(run / "final" / "eval.json", Evaluation)
+    """Read the report of a run's folder.
+
+    Parts whose files are not there yet are empty.
+    """
+    about, evaluation = _read(run / "run.json", About), _evaluation(run / "final" / "eval.json")
     metrics = read_metrics(run / "metrics.jsonl")
     rows = evaluation.get("rows", [])
     seconds = [m["seconds"] for m in metrics if "seconds" in m]
     cost = Cost(seconds[-1], metrics[-1]["iteration"], about.get("hardware", "")) if seconds else None
-    pictures = load_pictures(run / PICTURES) if (run / PICTURES).exists() else Pictures()
+    images = load_images(run / IMAGES) if (run / IMAGES).exists() else Images()
     go_on = [("Go on where it stopped", about["command"])] if "command" in about else []
     return Report(
         title=about.get("title", run.resolve().name),
@@ -55,7 +63,7 @@ def read_run(run: Path) -> Report:
         summary=headlines(rows, cost),
         rows=rows,
         protocol=evaluation.get("protocol", ""),
-        pictures=pictures,
+        images=images,
         samples=[(int(p.stem.rpartition("_")[2]), _grid(p)) for p in _spread(_grids(run / "samples"))],
         metrics=metrics,
         cost=cost,
@@ -64,7 +72,7 @@ def read_run(run: Path) -> Report:
         recipe=about.get("recipe", {}),
         next_commands=[(what, line) for what, line in about["next"]]
         if "next" in about
-        else next_commands(run, pictures.prompts)
+        else next_commands(run, images.prompts)
         if (run / "final").is_dir()
         else go_on,
         versions={**about.get("versions", {}), **evaluation.get("versions", {})},
@@ -72,24 +80,38 @@ def read_run(run: Path) -> Report:
 
 
 def best_preview(run: Path) -> Mapping[str, Any]:
-    """`iteration`, `value` and what was `measured` of the student in `run/best`; empty where there is none."""
+    """Read which preview's student lies in `run/best`.
+
+    The keys are `iteration`, `value` and what was `measured`. Empty where there is no such student.
+    """
     return _read(run / BEST / BEST_FILE, BestPreview)
 
 
 def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str, str]]:
-    """What was made: teacher, method, steps, what was trained, and which file to use. Of a run without a student yet, what is being made."""
-    card = _read(run / "final" / CARD, Card)
+    """Return what was made, as (name, value).
+
+    The facts are teacher, method, steps, what was trained, and which file to use. Of a run without a
+    student, the facts say what is being made.
+    """
+    card = read_card(run / "final") if holds_student(run / "final") else None
     method, train = recipe.get("method") or {}, recipe.get("train") or {}
-    first = ((recipe.get("first") or {}).get("method") or {}).get("name")
-    name = card.get("method") or (f"{first}-{method.get('name')}" if first else method.get("name"))
-    steps = card.get("steps") or method.get("steps")
+    first = ((recipe.get("warm_start") or {}).get("method") or {}).get("name")
+    name = f"{first}-{method.get('name')}" if first else method.get("name")
+    steps = card.steps if card else method.get("steps")
     counts = [steps] if isinstance(steps, int) else list(steps or [])
-    facts = [("Teacher", card.get("base") or recipe.get("teacher")), ("Method", name), ("Steps", _listed(counts))]
+    facts = [
+        ("Teacher", card.base if card else recipe.get("teacher")),
+        ("Method", card.method if card else name),
+        ("Steps", _listed(counts)),
+    ]
     if card:
-        trained = {"lora": f"LoRA of rank {card.get('rank')}, for strength 1.0", "full": "all weights of the network"}
-        head = f", and a {card['head']} head" if card.get("head") else ""
+        trained = {"lora": f"LoRA of rank {card.rank}, for strength 1.0", "full": "all weights of the network"}
+        head = f", and a {card.head} head" if card.head else ""
         facts.append(
-            ("Trained", trained.get(str(card.get("weights")), "nothing but a head") + (head if card.get("weights") != "none" else ""))
+            (
+                "Trained",
+                trained.get(card.weights, "nothing but a head") + (head if card.weights != "none" else ""),
+            )
         )
         files = sorted(p.name for p in (run / "final").glob("*-lora.safetensors"))
         facts.append(("File to use", f"{run / 'final'}{f', for other programs {files[0]} in it' if files else ''}"))
@@ -97,49 +119,85 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
         facts.append(("State", f"iteration {iteration:,} of {train['iterations']:,}; there is no student yet"))
     best = best_preview(run)
     if best and int(best["iteration"]) < iteration:
-        facts.append(("Best preview", f"iteration {best['iteration']:,}, kept in {run / BEST} ({best['measured']} {best['value']:.4g})"))
+        facts.append(
+            (
+                "Best preview",
+                f"iteration {best['iteration']:,}, kept in {run / BEST} ({best['measured']} {best['value']:.4g})",
+            )
+        )
     return [(key, str(value)) for key, value in facts if value]
 
 
 def _listed(counts: Sequence[int]) -> str:
-    """`4`, `4 or 2`, `4, 2 or 1`."""
+    """List counts as `4`, `4 or 2`, `4, 2 or 1`."""
     words = [str(count) for count in counts]
     return " or ".join(w for w in (", ".join(words[:-1]), *words[-1:]) if w)
 
 
 def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
-    """What one does with the student of this folder, as commands to copy. Models that take no prompt have empty ones."""
+    """Return commands that use the student, each with a title.
+
+    A model that takes no prompts has empty `prompts`.
+    """
     student = quoted(str(run))
     asked = next((f" -p {quoted(p)}" for p in prompts if p), "" if prompts else " -p 'a prompt of your own'")
     out = quoted(str(run / "export"))
     return [
-        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {student}{asked} --compare"),
+        ("Sample a prompt of your own, next to the teacher", f"fewstep sample {student}{asked} --compare"),
         ("Measure it under the full protocol", f"fewstep evaluate {student}"),
-        ("Write it for diffusers and ComfyUI; each file is loaded again and compared", f"fewstep export {student} {out}"),
-        ("Distil a pipeline of your own", "fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine"),
+        (
+            "Write it for diffusers and ComfyUI; each file is loaded again and compared",
+            f"fewstep export {student} {out}",
+        ),
+        (
+            "Distil a pipeline of your own",
+            "fewstep distill tdm4 --teacher FOLDER_OR_HUB_ID --prompts prompts.txt --out runs/mine",
+        ),
     ]
 
 
 def _spread(paths: Sequence[Path]) -> list[Path]:
-    """At most three of them: the first, the middle one and the last."""
+    """Return at most three paths: the first, middle and last."""
     if len(paths) <= SHOWN_SAMPLES:
         return list(paths)
     return [paths[round(i * (len(paths) - 1) / (SHOWN_SAMPLES - 1))] for i in range(SHOWN_SAMPLES)]
 
 
 def _grids(folder: Path) -> list[Path]:
-    """The grids of a run's previews, in order; what others put beside them is left alone."""
+    """Return the grids of a run's previews, in order.
+
+    Files that others put next to the grids are left alone.
+    """
     return sorted(p for p in folder.glob("step_*.png") if STEP.fullmatch(p.name))
 
 
 def _grid(path: Path) -> bytes:
-    """A picture's bytes. Raises ReadError where it is none."""
+    """Read the bytes of a PNG image.
+
+    Raises ReadError for a file that is no PNG image.
+    """
     with reading(path, CURE):
         return require_png(require_regular(path).read_bytes())
 
 
+def _evaluation(path: Path) -> Mapping[str, Any]:
+    """Read an evaluation.
+
+    Raises ReadError where a value other than the model's name is no number.
+    """
+    found = _read(path, Evaluation)
+    with reading(path, CURE):
+        for row in found.get("rows", []):
+            for key, value in row.items():
+                typed(str if key == "model" else bool | float | None, value, key)
+    return found
+
+
 def _read(path: Path, kind: Any) -> Mapping[str, Any]:
-    """A JSON file of this kind; empty where there is none. Raises ReadError."""
+    """Read a JSON file of this kind.
+
+    Empty where there is no file. Raises ReadError.
+    """
     if not path.exists():
         return {}
     with reading(path, CURE):

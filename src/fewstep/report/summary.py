@@ -1,4 +1,4 @@
-"""The three numbers that matter: quality against the teacher, speed-up, cost."""
+"""The three headline numbers: quality, speed-up and cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,10 @@ from .words import duration, finite, plural, times
 
 @dataclass(frozen=True)
 class Headline:
-    """One large number and the sentence that says how it was counted."""
+    """One large number and the sentence that explains the number.
+
+    The sentence says how the number was counted.
+    """
 
     value: str
     caption: str
@@ -17,7 +20,10 @@ class Headline:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the training took: wall-clock seconds, iterations and the machine in words ("2 CPU cores", "1 x H100 80 GB")."""
+    """What the training took: wall-clock seconds, iterations and machine.
+
+    The machine is in words ("2 CPU cores", "1 x H100 80 GB").
+    """
 
     seconds: float
     iterations: int
@@ -25,9 +31,11 @@ class Cost:
 
 
 def headlines(rows: Sequence[Row], cost: Cost | None) -> list[Headline]:
-    """At most three headlines from the rows of eval.json and the cost; one for which a number is missing is left out.
+    """Return at most three headlines.
 
-    The teacher at its best is its row with the most evaluations; the student's row is the one with the most steps.
+    The headlines come from the rows of eval.json and the cost; one for which a number is missing is left
+    out. The teacher at its best is the row with the most evaluations; the student's row is the row with the
+    most steps.
     """
     student, teacher = _most(rows, "student", "steps"), _most(rows, "teacher", "nfe")
     found = [_quality(rows, student, teacher), _speed(student, teacher), _training(cost)]
@@ -39,9 +47,10 @@ def _most(rows: Sequence[Row], model: str, key: str) -> Row | None:
 
 
 def at_equal_cost(rows: Sequence[Row], student: Row, key: str, highest: bool = False) -> Row | None:
-    """The teacher's best row by `key` among those that cost no more network evaluations than the student.
+    """Return the teacher's best row at the student's cost.
 
-    Of a distance the lowest is best, of a share the `highest`.
+    The row is the best by `key` among those with no more network evaluations than the student's. Of a
+    distance the lowest is best, of a share the `highest`.
 
     None where no row costs exactly as many: a cheaper teacher alone would flatter the student.
     """
@@ -53,16 +62,20 @@ def at_equal_cost(rows: Sequence[Row], student: Row, key: str, highest: bool = F
 
 
 def called(row: Row) -> str:
-    """What a teacher's row is: `2 guided steps`, `4 unguided steps`; `4 steps` where the row has no guidance."""
+    """Return what a teacher's row is, in words.
+
+    `2 guided steps`, `4 unguided steps`; `4 steps` where the row has no guidance.
+    """
     scale = row.get("guidance")
     kind = "" if not finite(scale) else "guided " if scale > 1 else "unguided "
     return plural(row["steps"], f"{kind}step")
 
 
 def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> Headline | None:
-    """How much of the gap between the best teacher at the student's cost and the teacher at its best is closed.
+    """Return how much of the teacher's loss of quality is closed.
 
-    Without real images, how far the student is from the teacher at its best.
+    The gap is that between the best teacher at the student's cost and the teacher at its best. Without real
+    images, the headline is how far the student is from the teacher at its best.
     """
     if student is None or teacher is None:
         return None
@@ -73,7 +86,7 @@ def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> H
     compared = f"student {ours:.1f}, teacher {goal:.1f} with {_evaluations(teacher)}"
     if start is None:
         return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
-    compared += f" and {start['fd_real']:.1f} at the student's cost, in {called(start)}, the best of what it draws with so many"
+    compared += f" and {start['fd_real']:.1f} at the student's cost, in {called(start)}, its best at that NFE"
     if start["fd_real"] <= goal:
         return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
     lost = f"of the quality that the teacher loses at {_evaluations(student)} is won back."
@@ -85,13 +98,18 @@ def _imitation(rows: Sequence[Row], student: Row, teacher: Row) -> Headline | No
     if not finite(student.get("fd_teacher")):
         return None
     same = at_equal_cost(rows, student, "fd_teacher")
-    beside = "" if same is None else f"; the teacher at the student's cost has {same['fd_teacher']:.1f}, in {called(same)}"
+    beside = (
+        "" if same is None else f"; the teacher at the student's cost has {same['fd_teacher']:.1f}, in {called(same)}"
+    )
     told = f"Fréchet distance to the teacher's images of {_evaluations(teacher)}, lower is better{beside}."
     return Headline(f"{student['fd_teacher']:.1f}", told)
 
 
 def _speed(student: Row | None, teacher: Row | None) -> Headline | None:
-    """The ratio of measured times; of network evaluations where no times were taken."""
+    """Return the speed-up over the teacher.
+
+    The ratio is that of measured times, or of network evaluations where no times were taken.
+    """
     if student is None or teacher is None or not finite(student.get("nfe")) or student["nfe"] <= 0:
         return None
     counted = f"{_evaluations(student)} instead of {teacher['nfe']:g}"

@@ -1,9 +1,13 @@
-"""The rows of `eval.json` as a table: headings with units, formatted numbers, the best of each column marked."""
+"""The rows of `eval.json` as a table.
+
+The table has headings with units and formatted numbers; the best of each column is marked.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..evaluation.metrics import METRICS
 from .words import finite
 
 Row = Mapping[str, Any]
@@ -11,7 +15,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """`better` says which values are good, None where neither end is; `factor` turns a stored value into the shown unit."""
+    """A column of the table.
+
+    `better` says which values are good, None where neither end is. `factor` turns a stored value into the
+    shown unit.
+    """
 
     key: str
     heading: str
@@ -23,7 +31,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """`value` is what eval.json holds, `text` what is shown."""
+    """A cell of the table.
+
+    `value` is what eval.json holds, `text` what is shown.
+    """
 
     text: str
     value: float | None = None
@@ -36,25 +47,26 @@ COLUMNS = (
     Column("guidance", "Guidance", 1),
     Column("nfe", "Network evaluations"),
     Column("n", "Images measured"),
-    Column("fd_real", "FD to real images", 1, "low"),
-    Column("fd_teacher", "FD to teacher", 1, "low"),
-    Column("retrieval_top1", "Prompt match, top 1", 1, "high", "%", 100),
-    Column("retrieval_top5", "Prompt match, top 5", 1, "high", "%", 100),
-    Column("diversity_ratio", "Diversity, teacher = 1", 2),
-    Column("seconds_per_image", "Time per image", 3, "low", "s"),
+    *(Column(m.key, m.heading, m.digits, m.better, m.unit, m.factor) for m in METRICS.values() if m.shown),
 )
 
 
 @dataclass(frozen=True)
 class Table:
-    """`cells[r][c]` belongs to `columns[c]`; columns that no row fills are left out."""
+    """The columns and cells of a table.
+
+    `cells[r][c]` belongs to `columns[c]`. Columns that no row fills are left out.
+    """
 
     columns: tuple[Column, ...]
     cells: tuple[tuple[Cell, ...], ...]
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Rows in their own order. A value that is missing or not finite is shown as a dash and is never the best."""
+    """Return the rows as a table, in their own order.
+
+    A value that is missing or not finite is shown as a dash and is never the best.
+    """
     columns = tuple(c for c in COLUMNS if any(row.get(c.key) is not None for row in rows))
     return Table(columns, tuple(tuple(_cell(c, row, rows) for c in columns) for row in rows))
 
@@ -66,5 +78,7 @@ def _cell(column: Column, row: Row, rows: Sequence[Row]) -> Cell:
     if not finite(value):
         return Cell("–")
     others = [r[column.key] for r in rows if finite(r.get(column.key))]
-    best = len(others) > 1 and ((column.better == "low" and value == min(others)) or (column.better == "high" and value == max(others)))
+    best = len(others) > 1 and (
+        (column.better == "low" and value == min(others)) or (column.better == "high" and value == max(others))
+    )
     return Cell(f"{value * column.factor:,.{column.digits}f}{column.unit and chr(0xA0) + column.unit}", value, best)

@@ -1,4 +1,7 @@
-"""Videos as files, and as strips of frames where only a picture fits."""
+"""Videos as files, and as strips of frames.
+
+A strip stands where only an image fits.
+"""
 
 from pathlib import Path
 
@@ -10,17 +13,24 @@ from ..atomic import replacing
 FPS = 8  # CogVideoX's own
 
 
-def strip(pictures: Tensor, frames: int = 5) -> Tensor:
-    """Videos `[..., F, 3, H, W]` of five or more dimensions as pictures `[..., 3, H, n W]` of up to `frames` frames, evenly spaced; pictures [B, 3, H, W] as they are."""
-    if pictures.ndim < 5:
-        return pictures
-    count = pictures.shape[-4]
+def strip(images: Tensor, frames: int = 5) -> Tensor:
+    """Return videos as strips of frames, and images as they are.
+
+    Videos `[..., F, 3, H, W]` of five or more dimensions become images `[..., 3, H, n W]` of up to `frames`
+    frames, evenly spaced. Images are `[B, 3, H, W]`.
+    """
+    if images.ndim < 5:
+        return images
+    count = images.shape[-4]
     chosen = torch.linspace(0, count - 1, min(frames, count)).round().long()
-    return torch.cat(pictures.index_select(-4, chosen.to(pictures.device)).unbind(-4), -1)
+    return torch.cat(images.index_select(-4, chosen.to(images.device)).unbind(-4), -1)
 
 
 def write_mp4(path: Path, video: Tensor, fps: int = FPS) -> Path:
-    """One video `[F, 3, H, W]` in [0, 1] as H.264. Raises ValueError where the package for it is missing or a side is odd."""
+    """Write one video `[F, 3, H, W]` in [0, 1] as H.264.
+
+    Raises ValueError where the package for H.264 is missing or a side is odd.
+    """
     try:
         import av
     except ImportError as error:

@@ -5,12 +5,15 @@ from typing import TypeGuard
 
 
 def finite(value: object) -> TypeGuard[float]:
-    """Whether `value` is a number that can be shown or drawn."""
+    """Return whether `value` is a number that can be shown."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def duration(seconds: float) -> str:
-    """`48 s`, `7 min 30 s`, `2 h 5 min`, `3 d 4 h`: the two largest units."""
+    """Format seconds in the two largest units.
+
+    `48 s`, `7 min 30 s`, `2 h 5 min`, `3 d 4 h`.
+    """
     if seconds < 10:
         return f"{seconds:.2g} s"
     minutes, s = divmod(round(seconds), 60)
@@ -22,15 +25,18 @@ def duration(seconds: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """A factor with two significant digits: `25×`, `1.3×`."""
+    """Format a factor with two significant digits.
+
+    `25×`, `1.3×`.
+    """
     return f"{ratio:.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
 
 
 def plural(count: float, noun: str) -> str:
-    """`1 step`, `4 steps`."""
+    """Format a count with its noun, as `1 step`, `4 steps`."""
     return f"{count:g} {noun}{'s' if count != 1 else ''}"
 
 
 def size(count: int) -> str:
-    """Bytes in GiB, or in MiB below one."""
+    """Format bytes in GiB, or in MiB below 1 GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""Teacher, student and fake score: adapters of one network, or copies."""

@@ -1,29 +1,60 @@
-"""LoRA adapters of one frozen network: which layers carry them, and a switch that never touches `requires_grad`.
+"""LoRA adapters of one frozen network.
 
-PEFT's own `set_adapter` and `disable_adapters` toggle `requires_grad`, which silently drops the gradient of a student whose
-forward pass came before another role's. The switch here changes nothing but which adapter the layers add.
+The functions choose the layers that carry adapters and switch adapters without touching `requires_grad`.
+PEFT's own `set_adapter` and `disable_adapters` toggle `requires_grad`, which silently drops the gradient of a
+student whose forward pass came before another role's forward pass. The switch in this module changes only
+which adapter the layers add.
 """
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
-from .sharding import part_of
+from ..backbones.modules import without_fast_path
+from .sharding import shard_like
 
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {"all": (nn.Linear, nn.Conv2d), "linear": (nn.Linear,), "conv": (nn.Conv2d,)}
-MOST_RANK, LEAST_RANK = 32, 4
-FITTING = 0.25  # of a network's weights
+TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
+    "all": (nn.Linear, nn.Conv2d),
+    "linear": (nn.Linear,),
+    "conv": (nn.Conv2d,),
+    "attention": (nn.Linear,),
+}
+DEFAULT_RANK, LEAST_RANK = 32, 4
+FITTING = 0.25  # largest share of a network's weights
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA of a network.
+
+    `layers` are the layers that carry adapters, and `name` is the LoRA's name in these layers.
+    """
+
+    layers: tuple[LoraLayer, ...]
+    name: str
+
+    def switch(self, on: bool) -> None:
+        """Switch this adapter on, or all adapters off."""
+        switch(self.layers, self.name if on else None)
 
 
 def plain_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Name all modules of a network as they are without adapters, which may be there by now."""
+    """Return all modules of a network by name, without adapters.
+
+    The network may carry adapters by now.
+    """
     found, inside = dict[str, nn.Module](), "\0"
     for name, part in module.named_modules():
         if name.startswith(inside):
@@ -35,64 +66,123 @@ def plain_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]:
-    """Full names of the layers of `kind` (all, linear, conv, attention) that can carry LoRA. Names containing a `skip` are left out."""
-    if kind not in (*KINDS, "attention"):
-        raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join([*KINDS, 'attention'])}")
+    """Return the names of the layers that can carry LoRA.
+
+    `kind` is all, linear, conv or attention. Names containing a `skip` are left out, and so are layers whose
+    LoRA could not be merged: convolutions with groups, dilation or another padding than zeros, and weights that
+    are tied, computed from others, or read by nn.MultiheadAttention. Raises ValueError for an unknown kind, or a
+    network without such layers.
+    """
+    if kind not in TARGETS:
+        raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join(TARGETS)}")
+    plain = plain_layers(module)
+    able = _able(plain)
     layers = [
-        (n, m) for n, m in plain_layers(module).items() if isinstance(m, KINDS.get(kind, (nn.Linear,))) and not any(s in n for s in skip)
+        (n, m) for n, m in plain.items() if isinstance(m, TARGETS[kind]) and n in able and not any(s in n for s in skip)
     ]
     if kind == "attention":
         layers = [
-            (n, m) for n, m in layers if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
+            (n, m)
+            for n, m in layers
+            if n.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "query", "key", "value") or n.endswith("to_out.0")
         ]
     if not layers:
         raise ValueError(
-            f"roles.targets: the network has no {kind} layers to carry LoRA; choose another kind or roles.share=false for full weights"
+            f"roles.targets: the network has no {kind} layers to carry LoRA; "
+            "choose another kind or roles.lora=false for full weights"
         )
     return [n for n, _ in layers]
 
 
+def _able(plain: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the layers whose LoRA can be merged.
+
+    Such a LoRA changes a weight that belongs to the layer alone.
+    """
+    holders = Counter(id(p) for m in plain.values() for p in m.parameters(recurse=False))
+    return {
+        n
+        for n, m in plain.items()
+        if not is_parametrized(m)
+        and "weight" not in vars(m)  # computed before each call
+        and holders[id(dict(m.named_parameters(recurse=False)).get("weight"))] <= 1
+        and not (isinstance(m, nn.Conv2d) and not _plain(m))
+        and not isinstance(m, NonDynamicallyQuantizableLinear)  # attention reads its weight
+    }
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    """Return whether PEFT's LoRA of a convolution is a convolution alike."""
+    return conv.groups == 1 and conv.padding_mode == "zeros" and set(conv.dilation) == {1}
+
+
 def lora_weights(module: nn.Module, names: Sequence[str], rank: int) -> int:
-    """How many weights a LoRA of this rank has: rank (in + out) a layer, of a convolution the inputs of its kernel."""
+    """Return the number of weights of a LoRA of this rank.
+
+    The number is rank (in + out) per layer; for a convolution, `in` is the number of inputs of the kernel.
+    """
     plain = plain_layers(module)
     layers = [plain[n] for n in names]
-    return sum(rank * (math.prod(m.weight.shape[1:]) + m.weight.shape[0]) for m in layers if isinstance(m, nn.Linear | nn.Conv2d))
+    return sum(
+        rank * (math.prod(m.weight.shape[1:]) + m.weight.shape[0])
+        for m in layers
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    )
 
 
 def fitting_rank(module: nn.Module, names: Sequence[str]) -> int:
-    """`MOST_RANK`, halved until a LoRA has at most `FITTING` of the network's weights; on small networks more is slower and no better."""
-    whole, rank = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n), MOST_RANK
+    """Return the rank that fits the size of a network.
+
+    The rank is `DEFAULT_RANK`, halved until a LoRA has at most `FITTING` of the network's weights. On small
+    networks a larger LoRA is slower and no better.
+    """
+    whole, rank = sum(p.numel() for n, p in module.named_parameters() if "lora_" not in n), DEFAULT_RANK
     while rank > LEAST_RANK and lora_weights(module, names, rank) > FITTING * whole:
         rank //= 2
     return rank
 
 
 def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:
-    """Inject a zero-effect LoRA adapter (B = 0), in single precision, into the named layers. The base weights stay as they are."""
+    """Inject a LoRA adapter without effect (B = 0).
+
+    The adapter is in single precision, in the named layers. The base weights do not change. The network calls its
+    layers from then on: a layer's weight alone lacks the adapter.
+    """
+    without_fast_path(module)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are the point
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are intended
         torch.manual_seed(seed)
         inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True), module, adapter_name=name
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), init_lora_weights=True),
+            module,
+            adapter_name=name,
         )
         for p in adapter_parameters(module, name).values():
-            p.data = p.data.float()  # small updates vanish in half precision, whatever the base is in
+            p.data = p.data.float()  # small updates vanish in half precision, whatever the dtype of the base
 
 
 def adapter_layers(module: nn.Module) -> list[LoraLayer]:
-    """The layers that carry adapters, to be found once and switched often."""
+    """Return the layers that carry adapters, for `switch`.
+
+    The search is slow, so callers keep the list.
+    """
     return [m for m in module.modules() if isinstance(m, LoraLayer)]
 
 
 def remove_adapters(module: nn.Module, stems: Sequence[str]) -> None:
-    """Put the plain layers back where earlier runs left adapters called `stem` or `stem_2`; whoever held these is told by `switch`.
+    """Remove the adapters that earlier runs left in a network.
 
-    Raises ValueError when there are others: they are part of the teacher, which has to be the network's own weights.
+    Adapters are called `stem` or `stem_2`; the plain layers are put back. An earlier holder of a removed
+    adapter gets an error from `switch`.
+
+    Raises ValueError for any other adapter: another adapter belongs to the teacher, whose weights have to be
+    the network's own.
     """
     carrying = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
     if foreign := {name for m in carrying.values() for name in m.lora_A if name.partition("_")[0] not in stems}:
         raise ValueError(
-            f"teacher: its network carries the adapter {min(foreign)}; fuse it into the weights first: pipe.fuse_lora(), then pipe.unload_lora_weights()"
+            f"teacher: its network carries the adapter {min(foreign)}; "
+            "fuse it into the weights first: pipe.fuse_lora(), then pipe.unload_lora_weights()"
         )
     for path, layer in carrying.items():
         parent, _, child = path.rpartition(".")
@@ -102,22 +192,33 @@ def remove_adapters(module: nn.Module, stems: Sequence[str]) -> None:
 
 
 def merge(module: nn.Module, name: str) -> None:
-    """Add the adapter to the weights it stands beside, and take all adapters out; nothing happens without any."""
+    """Merge an adapter into the base weights and remove all adapters.
+
+    A network without adapters is left unchanged.
+    """
     for layer in adapter_layers(module):
         layer.merge(adapter_names=[name])
     remove_adapters(module, (name,))
 
 
 def unused_name(module: nn.Module, stem: str) -> str:
-    """`stem`, or `stem_2`, `stem_3`, ... where the network already carries an adapter of that name."""
+    """Return an adapter name that the network does not carry.
+
+    The name is `stem`, or the first free one of `stem_2`, `stem_3`, ...
+    """
     taken = {name for m in module.modules() if isinstance(m, LoraLayer) for name in m.lora_A}
     return stem if stem not in taken else next(name for i in count(2) if (name := f"{stem}_{i}") not in taken)
 
 
 def switch(layers: Sequence[LoraLayer], name: str | None) -> None:
-    """Make `name` the adapter that the layers add; None is the bare base network. Raises ValueError when it was taken out since."""
+    """Make `name` the active adapter; None activates the base network.
+
+    Raises ValueError if the adapter was removed meanwhile.
+    """
     if name is not None and layers and not any(name in layer.lora_A for layer in layers):
-        raise ValueError("student: its network has gone to another run on the same teacher; load the teacher again to keep both")
+        raise ValueError(
+            "student: its network has gone to another run on the same teacher; load the teacher again to keep both"
+        )
     for layer in layers:
         layer._disable_adapters = name is None
         if name is not None:
@@ -125,8 +226,11 @@ def switch(layers: Sequence[LoraLayer], name: str | None) -> None:
 
 
 @contextmanager
-def uncast(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Within it LoRA take their inputs as they come: for autocast, which casts weights instead, so that no second copy of every input is kept."""
+def keep_input_dtype(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Keep the dtype of LoRA inputs within the block.
+
+    For autocast, which casts weights instead, so that no second copy of every input is kept.
+    """
     for layer in layers:
         layer.cast_input_dtype_enabled = False
     try:
@@ -137,39 +241,54 @@ def uncast(layers: Sequence[LoraLayer]) -> Iterator[None]:
 
 
 def adapter_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The trainable tensors of one adapter by full name, in a fixed order."""
+    """Return the trainable tensors of one adapter by full name.
+
+    The order is fixed.
+    """
     return {n: p for n, p in module.named_parameters() if f".{name}." in n or n.endswith(f".{name}")}
 
 
 def adapter_state(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """One adapter's weights in PEFT's file format: `layer.lora_A.weight`, `layer.lora_B.weight`."""
+    """Return the weights of one adapter in PEFT's file format.
+
+    The keys are `layer.lora_A.weight` and `layer.lora_B.weight`.
+    """
     return get_peft_model_state_dict(module, adapter_name=name)
 
 
 def scaled(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """The same LoRA with `factor` times its effect."""
+    """Return a LoRA with `factor` times the effect."""
     return {k: v * factor if factor != 1 and ".lora_B" in k else v for k, v in state.items()}
 
 
 def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
-    """Put weights in PEFT's file format into adapter `name`. Raises ValueError when any of them finds no place."""
+    """Load weights in PEFT's file format into adapter `name`.
+
+    Raises ValueError if the weights do not fit the adapter's layers or shapes.
+    """
     own = adapter_state(module, name)
     if other := next((k for k in state if k in own and own[k].shape != state[k].shape), None):
         raise ValueError(
-            f"student: its LoRA has {other} of shape {list(state[other].shape)}, here it is {list(own[other].shape)}; set roles.rank to that of the file"
+            f"student: its LoRA has {other} of shape {list(state[other].shape)}, here it is "
+            f"{list(own[other].shape)}; set roles.rank to that of the file"
         )
     result = set_peft_model_state_dict(module, dict(state), adapter_name=name)
     placed = adapter_state(module, name)
     if result.unexpected_keys or set(placed) != set(state):
         odd = sorted(set(placed) ^ set(state))[:3]
         raise ValueError(
-            f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); load it on the base named in its fewstep.json, begin from it with its own roles.targets and roles.skip"
+            f"student: its LoRA does not fit this network (first keys in doubt: {', '.join(odd)}); "
+            "load it on the base named in its fewstep.json, begin from it with its own roles.targets and "
+            "roles.exclude"
         )
 
 
 @contextmanager
-def values(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run with other values in these parameters, then put the old ones back."""
+def swapped_parameters(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace the values of parameters within the block.
+
+    The old values are put back afterwards.
+    """
     kept = {n: p.detach().clone() for n, p in parameters.items()}
     try:
         assign(parameters, replacement)
@@ -179,11 +298,44 @@ def values(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Ten
 
 
 def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into parameters of the same names, of sharded ones into this process's part.
+    """Copy tensors into the parameters of the same names.
 
-    Autocast keeps casts of parameters by identity and does not see that their values change; what it kept is dropped.
+    A sharded parameter receives this process's part. Autocast caches casts of parameters by identity and does
+    not notice changed values, so the cache is cleared.
     """
     with torch.no_grad():
         for n, p in parameters.items():
-            p.copy_(part_of(tensors[n], p))
+            p.copy_(shard_like(tensors[n], p))
     torch.clear_autocast_cache()
+
+
+def attach_adapter(module: nn.Module, state: Mapping[str, Tensor], rank: int, alpha: float) -> Adapter:
+    """Attach a LoRA in PEFT's file format to a network.
+
+    The LoRA is added next to existing adapters and is switched off. Raises ValueError if the LoRA does not
+    fit.
+    """
+    name = unused_name(module, "student")
+    names = sorted({k.rsplit(".lora_", 1)[0] for k in state})
+    known = {n.replace(".base_layer", "") for n, _ in module.named_modules()}
+    if missing := [n for n in names if n not in known]:
+        raise ValueError(
+            f"student: the base network has no layer {missing[0]} ({len(missing)} of {len(names)} are missing); "
+            "load it on the base named in its fewstep.json"
+        )
+    add_adapter(module, name, rank, alpha, names, seed=0)
+    load_adapter(module, name, state)
+    adapter = Adapter(tuple(adapter_layers(module)), name)
+    adapter.switch(False)
+    return adapter
+
+
+def plain_state(module: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a LoRA with the scale in the weights, and PEFT's settings.
+
+    The weights are in PEFT's file format, and the settings are for the file's header. Whatever alpha the LoRA
+    was made with, the returned alpha is the rank, so the LoRA is also right where headers are not read.
+    """
+    settings = module.peft_config[name].to_dict()  # type: ignore[union-attr,index]
+    state = {k: v.detach().cpu().clone() for k, v in adapter_state(module, name).items()}
+    return scaled(state, settings["lora_alpha"] / settings["r"]), settings | {"lora_alpha": settings["r"]}

@@ -1,7 +1,8 @@
-"""Gradient checkpointing of a network that is several roles: what is computed again is computed as the role that it was then.
+"""Gradient checkpointing of a network that serves several roles.
 
-A backward pass often comes when the shared network is another role already. Recomputing with whatever adapter is active by then gives
-wrong gradients and no error.
+A block is recomputed as the role of the first computation. A backward pass often comes when the shared
+network already serves another role; recomputing with the adapter that is active by then gives wrong gradients
+and no error.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ State = TypeVar("State")
 
 
 def checkpoint_blocks(network: nn.Module, state: Callable[[], State], restore: Callable[[State], None]) -> None:
-    """Let `network` keep only its blocks' inputs; `state()` says which role it is, `restore` makes it one again.
+    """Make `network` keep only the inputs of blocks.
 
-    Raises ValueError for a network that is not made of blocks which diffusers can check.
+    `state()` returns the role that the network serves, and `restore` makes the network serve a role again.
+    Raises ValueError for a network that is not made of blocks which diffusers can checkpoint.
     """
 
     def run(block: Callable[..., Tensor], *inputs: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Discriminator heads on frozen features of the teacher, told the noise level, the step count and, through the features, the prompt."""
+"""Discriminator heads on frozen features of the teacher.
+
+The heads are conditioned on the noise level, the step count and, through the features, the prompt.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +14,22 @@ from ..backbones.base import Backbone, Cond
 from .sharding import fetch_for, is_sharded
 
 
-class _Enough(Exception):  # noqa: N818 - no error: the last wanted feature is there, the rest of the network need not run
+class _Enough(Exception):  # noqa: N818 - no error: all wanted features are computed, the rest is skipped
     pass
 
 
 def features(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-    """Outputs of `backbone.feature_layers` at x [B, ...] and t [B], as tokens [B, N, C]; the network stops after the last one.
+    """Return features of a network as tokens.
 
-    Gradients flow through x. Raises ValueError for a backbone that names no layers.
+    The features are the outputs of `backbone.feature_layers` at x [B, ...] and t [B], as tokens [B, N, C] in
+    single precision. The network stops after the last layer. Gradients flow through x. Raises ValueError for
+    a backbone that names no layers.
     """
     layers = backbone.feature_layers
     if not layers:
         raise ValueError(
-            "method.gan: this network names no layers to look at; name them in Denoiser(feature_layers=(...)), or set method.gan=0"
+            "method.gan: this network names no layers to look at; name them in Denoiser(feature_layers=(...)), or "
+            "set method.gan=0"
         )
     found: dict[str, Tensor] = {}
 
@@ -31,10 +37,12 @@ def features(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, cond:
         found[name] = output
         if is_sharded(network):
             fetch_for(output, network, name)
-        elif len(found) == len(layers):  # the blocks of a sharded one have to see the end of a pass
+        elif len(found) == len(layers):  # the blocks of a sharded network have to finish a pass
             raise _Enough
 
-    handles = [network.get_submodule(n).register_forward_hook(lambda _, __, output, n=n: keep(n, output)) for n in layers]
+    handles = [
+        network.get_submodule(n).register_forward_hook(lambda _, __, output, n=n: keep(n, output)) for n in layers
+    ]
     try:
         backbone.predict(network, x, t, cond)
     except _Enough:
@@ -46,23 +54,35 @@ def features(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, cond:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[B, C, ...] and [B, C] as [B, N, C]; [B, N, C] stays."""
+    """Reshape [B, C, ...] and [B, C] to [B, N, C].
+
+    A tensor [B, N, C] is returned unchanged.
+    """
     if x.ndim == 3:
         return x
     return x[:, None] if x.ndim == 2 else x.flatten(2).mT
 
 
 class Heads(nn.Module):
-    """One small head per feature: normalised tokens -> logit per token, modulated by noise level and step count."""
+    """One small head per feature.
+
+    Each head maps normalised tokens to one logit per token, modulated by noise level and step count.
+    """
 
     def __init__(self, widths: Sequence[int], counts: int, width: int = 128) -> None:
         super().__init__()
-        self.inputs = nn.ModuleList(nn.Sequential(nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, width)) for w in widths)
+        self.inputs = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, width)) for w in widths
+        )
         self.told = nn.ModuleList(nn.Linear(2 + counts, 2 * width) for _ in widths)
         self.outputs = nn.ModuleList(nn.Linear(width, 1) for _ in widths)
 
     def forward(self, tokens: Sequence[Tensor], told: Tensor) -> Tensor:
-        """Logits [B, N] of all tokens of all features; told [B, 2 + counts]."""
+        """Return the logits [B, N] of all tokens of all features.
+
+        `told` [B, 2 + counts] is the condition: two numbers for the noise level, and the step count as
+        one-hot.
+        """
         logits = []
         for x, inner, modulation, out in zip(tokens, self.inputs, self.told, self.outputs, strict=True):
             scale, shift = modulation(told)[:, None].chunk(2, dim=2)
@@ -72,7 +92,10 @@ class Heads(nn.Module):
 
 @dataclass(frozen=True)
 class Discriminator:
-    """Heads with the teacher whose features they read. `counts` are the step counts they are told apart."""
+    """Discriminator heads, with the teacher whose features they read.
+
+    `counts` are the step counts that the heads are conditioned on.
+    """
 
     backbone: Backbone
     network: nn.Module
@@ -80,11 +103,14 @@ class Discriminator:
     counts: tuple[int, ...]
 
     def tokens(self, x: Tensor, tau: Tensor, cond: Cond) -> list[Tensor]:
-        """The teacher's features of diffused states x [B, ...] at tau [B]. The network has to be the teacher at the moment."""
+        """Return the teacher's features of diffused states.
+
+        x [B, ...] at tau [B]. The network has to serve as the teacher during the call.
+        """
         return features(self.backbone, self.network, x, tau, cond)
 
     def logits(self, tokens: Sequence[Tensor], tau: Tensor, steps: int) -> Tensor:
-        """[B, N]."""
+        """Return the logits [B, N] of tokens at tau [B]."""
         schedule = self.backbone.schedule
         angle = torch.atan2(schedule.sigma(tau), schedule.alpha(tau)).float()  # finite at both ends, unlike the log-SNR
         count = torch.tensor([float(steps == k) for k in self.counts], device=angle.device).expand(len(angle), -1)
@@ -92,12 +118,17 @@ class Discriminator:
 
 
 def make_discriminator(backbone: Backbone, network: nn.Module, counts: Sequence[int], seed: int) -> Discriminator:
-    """Heads of the sizes that the backbone's features have, on its device."""
+    """Return a discriminator with heads that fit the backbone's features.
+
+    The heads are on the backbone's device.
+    """
     device = next(network.parameters()).device
     cond = {k: v[:1] for k, v in backbone.encode([""]).items()}
     with torch.no_grad():
         t = torch.full((1,), backbone.schedule.t_max, dtype=torch.float64, device=device)
-        widths = [f.shape[2] for f in features(backbone, network, torch.zeros(1, *backbone.shape, device=device), t, cond)]
+        widths = [
+            f.shape[2] for f in features(backbone, network, torch.zeros(1, *backbone.shape, device=device), t, cond)
+        ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = Heads(widths, len(counts)).to(device)

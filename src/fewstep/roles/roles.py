@@ -1,12 +1,14 @@
-"""Teacher, student and fake score: three adapters' worth of one frozen network, or three networks."""
+"""Teacher, student and fake score of a run.
+
+The roles are adapters of one frozen network, or three networks.
+"""
 
 import copy
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,77 +17,100 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
 from ..backbones.parts import set_checkpointing
+from ..config_fields import OneOf, Range, check_fields
+from ..core.guidance import Guidance
 from ..core.prediction import Split
 from ..core.solvers import Denoise
+from ..words import speaks_python
 from . import adapters, sharding, step_condition
 from .checkpointing import checkpoint_blocks
 from .discriminator import Discriminator, make_discriminator
-from .quantised import KINDS, Kind, quantise, weight_count
+from .quantized import Kind, quantize, weight_count
 from .step_condition import StepCondition
 
 Role = Literal["teacher", "student", "fake", "discriminator"]
 TRAINED: tuple[Role, ...] = ("student", "fake")
-HEAD = "head."  # how its parameters' names begin
+HEAD = "head."  # prefix of the head's parameter names
 LARGEST_RANK = 4096
-LARGE = 0.5  # of a network's weights
-CONDITION = "step_condition"  # the table's name among the trained parameters
+LARGE = 0.5  # share of a network's weights
+CONDITION = "step_condition"  # name of the condition table among the trained parameters
 
 
-@dataclass(frozen=True)
+@speaks_python("roles")
+@dataclass(frozen=True, kw_only=True)
 class RolesConfig:
-    """`share`: LoRA adapters on one copy of the weights; otherwise full copies, all weights trained.
+    """How student and fake score are kept next to the teacher.
 
-    `checkpointing` keeps only the inputs of the networks' blocks and computes the rest again: a third more time, a fraction of the memory.
-    `base` rounds the frozen weights that adapters share, the teacher's too; what was trained beside them goes with the weights as they were.
+    Raises ValueError for invalid settings.
     """
 
-    share: bool = True
-    rank: int = 32
-    alpha: float | None = None  # None: alpha = rank, so that a LoRA is right at strength 1.0
-    targets: str = "all"
+    lora: bool = True
+    """Train LoRA adapters on one copy of the weights; otherwise full copies, all weights trained."""
+
+    rank: Annotated[int, Range(0, LARGEST_RANK, hint=" (0: no LoRA); 32 is a good start")] = 32
+    """Rank of the LoRA; 0 trains a head alone."""
+
+    alpha: Annotated[float, Range(0, above=True, hint="; leave it out for the rank itself")] | None = None
+    """LoRA alpha; by default the rank, so that a LoRA is right at strength 1.0."""
+
+    targets: Annotated[str, OneOf(adapters.TARGETS)] = "all"
+    """Layers that carry LoRA: all, linear, conv or attention."""
+
+    exclude: tuple[str, ...] = (
+        "add_embedding",
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+    )
+    """Layers without LoRA, by a part of their name; by default those that programs which read kohya's names leave
+    out."""
+
     checkpointing: bool = False
-    # Programs that read LoRA under kohya's names drop these: sd-scripts, stable-diffusion.cpp and diffusers 0.35.
-    skip: tuple[str, ...] = ("add_embedding", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
-    base: Kind | None = None
+    """Keep only the inputs of the networks' blocks and compute the rest again: a third more time, a fraction of the
+    memory."""
+
+    quantize: Kind | None = None
+    """Quantize the frozen weights that adapters share, the teacher's too: int8 or nf4."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank <= LARGEST_RANK:
+        check_fields(self, "roles")
+        if self.quantize is not None and not self.lora:
             raise ValueError(
-                f"roles.rank: got {self.rank}, allowed are whole numbers from 0 (no LoRA) to {LARGEST_RANK}; 32 is a good start"
-            )
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"roles.alpha: got {self.alpha}, allowed are numbers above 0; leave it out for the rank itself")
-        if self.base not in (None, *KINDS):
-            raise ValueError(f"roles.base: got {self.base!r}, allowed are {', '.join(KINDS)}, and null for the weights as they are")
-        if self.base is not None and not self.share:
-            raise ValueError(
-                f"roles.base: got {self.base}, which is for weights that stay as they are; set roles.share=true, or roles.base=null"
+                f"roles.quantize: got {self.quantize}, which is for weights that stay as they are; "
+                "set roles.lora=true, or roles.quantize=null"
             )
 
     @property
     def scale(self) -> float:
-        """What a LoRA's effect is multiplied by: alpha / rank."""
+        """Factor of a LoRA's effect, alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def large_rank(network: nn.Module, config: RolesConfig) -> str:
-    """What to say of a LoRA that is no small change of its network any more; the empty text of one that is."""
-    if not (config.share and config.rank):
+    """Return a message about a LoRA that is large for the network.
+
+    The text is empty for a LoRA that is small enough.
+    """
+    if not (config.lora and config.rank):
         return ""
-    names = adapters.targets(network, config.targets, config.skip)
+    names = adapters.targets(network, config.targets, config.exclude)
     share = adapters.lora_weights(network, names, config.rank) / weight_count(network)
     fits = adapters.fitting_rank(network, names)
     if share <= LARGE or fits >= config.rank:
         return ""
     return (
-        f"LORA roles.rank: {config.rank} trains {share:.0%} as many weights as this small network has, which is slower and no better; "
-        f"set roles.rank={fits}, or train all weights (roles.share=false)"
+        f"LORA roles.rank: {config.rank} trains {share:.0%} as many weights as this small network has, which is "
+        f"slower and no better; set roles.rank={fits}, or train all weights (roles.lora=false)"
     )
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The networks of one run. Make one with `make_roles`."""
+    """The networks of one run.
+
+    `make_roles` makes the roles.
+    """
 
     backbone: Backbone
     networks: Mapping[Role, nn.Module]
@@ -93,24 +118,30 @@ class Roles:
     layers: tuple[LoraLayer, ...]  # empty for full copies
     config: RolesConfig
     average: dict[str, Tensor] = field(default_factory=dict)  # EMA of the student, by parameter name
-    counts: tuple[float, ...] = ()  # step counts, or guidance scales, that student and fake score are told apart; usually none
+    # Step counts or guidance scales that student and fake score are conditioned on; usually none.
+    condition_values: tuple[float, ...] = ()
     conditions: Mapping[Role, StepCondition] = field(default_factory=dict)
     discriminator: Discriminator | None = None
-    head: nn.Module | None = None  # a `core.solvers.Correct` that is trained as part of the student
-    folding: nn.Module | None = None  # one that the student begins with and learns to do without
-    now: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])  # who the shared network is, told which count
+    head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
+    head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
+    # The role that the shared network serves, and the condition.
+    active: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])
 
-    def denoise(self, role: Role, cond: Cond, told: float | None = None) -> Denoise:
-        """This role without guidance, told its step count, or guidance scale, where it was made to be told (default: the first)."""
-        return self._as(role, denoiser(self.backbone, self.networks[role], cond), told)
+    def denoise(self, role: Role, cond: Cond, condition: float | None = None) -> Denoise:
+        """Return the denoiser of a role, without guidance.
 
-    def teacher(self, cond: Cond, null: Cond, scale: float | Tensor, parallel: float = 1.0) -> Denoise:
-        """The frozen teacher under classifier-free guidance, see `backbones.base.guided`."""
-        return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, scale, parallel))
+        A role with `condition_values` is conditioned on the step count or guidance scale `condition`
+        (default: the first value).
+        """
+        return self._as(role, denoiser(self.backbone, self.networks[role], cond), condition)
 
-    def _as(self, role: Role, inner: Denoise, told: float | None = None) -> Denoise:
+    def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
+        """Return the frozen teacher under guidance."""
+        return self._as("teacher", guided(self.backbone, self.networks["teacher"], cond, null, guidance))
+
+    def _as(self, role: Role, inner: Denoise, condition: float | None = None) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Split:
-            self.activate(role, told)
+            self.activate(role, condition)
             try:
                 return inner(x, t)
             finally:
@@ -118,36 +149,53 @@ class Roles:
 
         return denoise
 
-    def activate(self, role: Role, told: float | None = None) -> None:
-        """Let the shared network be this role, told its step count or guidance scale, until another is activated.
+    def activate(self, role: Role, condition: float | None = None) -> None:
+        """Make the shared network serve a role.
 
-        Between two calls of a role it is the teacher, so that whoever holds the backbone finds what it was.
+        The network serves the role, conditioned on a step count or guidance scale, until another role is
+        activated. Between two calls of a role the network is the teacher, so other users of the backbone find
+        the teacher.
         """
-        self.now[0] = (role, told)
+        self.active[0] = (role, condition)
         adapters.switch(self.layers, None if role == "teacher" else role)
-        for condition in self.conditions.values():
-            condition.active = None
-        if self.counts and role != "teacher":
-            self.conditions[role].active = step_condition.nearest(self.vectors(role), told or self.counts[0])
+        for attached in self.conditions.values():
+            attached.active = None
+        if self.condition_values and role != "teacher":
+            self.conditions[role].active = step_condition.nearest(
+                self.vectors(role), condition or self.condition_values[0]
+            )
 
     def vectors(self, role: Role = "student") -> dict[float, Tensor]:
-        """What is added to the role's time embedding for each value that it is told; empty where it is not told."""
-        return step_condition.vectors(self.counts, self.trained[role][CONDITION]) if self.counts else {}
+        """Return the condition vectors of a role by value.
+
+        The vector of a value is added to the role's time embedding. Empty for a role without a condition.
+        """
+        return (
+            step_condition.vectors(self.condition_values, self.trained[role][CONDITION])
+            if self.condition_values
+            else {}
+        )
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights are spread over processes: every call of a network needs all of them, and gradients come by backward passes."""
+        """Whether the weights are sharded over processes.
+
+        Every call of a sharded network needs all processes, and gradients come from backward passes.
+        """
         return sharding.is_sharded(self.backbone.module)
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Spread all networks over the processes of `mesh`, their parts and all else on `device`; see `sharding.shard`.
+        """Shard all networks over the processes of `mesh`.
 
-        For good: whoever wants them whole makes roles anew. Before it the student may begin as another, after it no more. Raises ValueError
-        for a base that is rounded, whose codes every process would hold.
+        This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`.
+        Sharding is permanent: to get whole networks, make new roles. The student can be initialized from
+        another student before sharding, not afterwards. Raises ValueError for a quantized base, whose codes
+        every process would hold.
         """
-        if self.config.base is not None:
+        if self.config.quantize is not None:
             raise ValueError(
-                f"train.shard: got true, but roles.base={self.config.base} is not spread; set roles.base=null or train.shard=false"
+                f"train.shard: got true, but roles.quantize={self.config.quantize} is not spread; "
+                "set roles.quantize=null or train.shard=false"
             )
         for network in {id(n): n for n in self.networks.values()}.values():
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -157,129 +205,151 @@ class Roles:
                 self.trained[role] = {n: after[n] if before.get(n) is p else p for n, p in own.items()}
         for p in sharding.by_kind([p for own in self.trained.values() for p in own.values()])[1]:
             p.data = p.data.to(device)
-        for head in (self.head, self.folding):
+        for head in (self.head, self.head_to_absorb):
             if head is not None:
                 head.to(device)
         for name, p in self.trained["student"].items():
-            self.average[name] = sharding.part_of(self.average[name], p).to(p.device)
+            self.average[name] = sharding.shard_like(self.average[name], p).to(p.device)
 
     def update_average(self, decay: float) -> None:
-        """`average <- decay average + (1 - decay) student`."""
+        """Update the student's moving average.
+
+        `average <- decay average + (1 - decay) student`.
+        """
         for name, p in self.trained["student"].items():
             self.average[name].lerp_(p.detach().float(), 1 - decay)
 
     def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[float, Tensor] = MappingProxyType({})) -> None:
-        """Let student and average begin as another student: its LoRA in PEFT's file format, or its whole network.
+        """Initialize student and average from another student.
 
-        `vectors` are what it is told for each count or scale, which its weights must not say by themselves; without them it begins as one that is the same for all.
-        Raises ValueError where it does not fit.
+        `state` is the other student's LoRA in PEFT's file format, or the whole network. `vectors` are the
+        condition vectors of each step count or scale, which `state` must not contain; without `vectors` the
+        condition starts at zero, the same for all values. Raises ValueError if the state does not fit.
         """
         network = self.networks["student"]
-        if self.config.share:
+        if self.config.lora:
             adapters.load_adapter(network, "student", adapters.scaled(state, 1 / self.config.scale))
         else:
             own = network.state_dict()
-            if odd := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
+            if odd := sorted(
+                k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
+            ):
                 raise ValueError(
-                    f"start: its weights do not fit this network (first in doubt: {odd[0]}); start from a student of the same base"
+                    f"init_from: its weights do not fit this network (first in doubt: {odd[0]}); "
+                    "start from a student of the same base"
                 )
             network.load_state_dict(state)
         if vectors:
-            step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.counts])
+            step_condition.put(self.trained["student"][CONDITION], [vectors[k] for k in self.condition_values])
         for name, p in self.trained["student"].items():
             self.average[name].copy_(p.detach())
 
     def keep_average_as_fake(self) -> None:
-        """The fake score becomes the student's average as it is now: a frozen copy to imitate."""
+        """Copy the student's current average into the fake score.
+
+        The fake score becomes a frozen copy to imitate.
+        """
         fake = self.trained["fake"]
         adapters.assign(fake, dict(zip(fake, self.average.values(), strict=True)))
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within it the student has its averaged weights: for pictures, evaluation and export."""
-        return adapters.values(self.trained["student"], self.average)
+        """Use the student's averaged weights within the block.
+
+        For previews, evaluation and export.
+        """
+        return adapters.swapped_parameters(self.trained["student"], self.average)
 
     def student_state(self) -> dict[str, Tensor]:
-        """The student's weights as they are now, without its step condition: LoRA in PEFT's file format, or the whole network.
+        """Return the student's current weights, without the step condition.
 
-        A LoRA's scale is part of its weights, so that it is right at strength 1.0 also where its alpha is not read.
+        The weights are a LoRA in PEFT's file format, or the whole network. A LoRA's scale is part of the
+        weights, so the LoRA is right at strength 1.0 also where alpha is not read.
         """
         network = self.networks["student"]
-        if self.config.share and not self.config.rank:
+        if self.config.lora and not self.config.rank:
             return {}
         state = network.state_dict()
-        if self.config.share:
+        if self.config.lora:
             state = adapters.scaled(adapters.adapter_state(network, "student"), self.config.scale)
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
-    def told(self, count: float, times: Tensor) -> dict[str, Tensor]:
-        """What makes the shared student a plain LoRA for one step count, or guidance scale, with these `times`; empty where it is not told its count."""
-        if not (self.counts and self.config.share and self.config.rank):
-            return {}
-        network = self.networks["student"]
-        self.activate("student", count)
-        try:
-            return step_condition.folded_lora(self.backbone, network, self.vectors()[count], times, self.config.rank, self.config.rank)
-        finally:
-            self.activate("teacher")
-
-    def adapter_settings(self) -> dict[str, Any]:
-        """PEFT's settings of `student_state`, for the header of its file; empty for a full student."""
-        if not (self.config.share and self.config.rank):
-            return {}
-        return self.networks["student"].peft_config["student"].to_dict() | {"lora_alpha": self.config.rank}  # type: ignore[union-attr,index]
-
 
 def copied(network: nn.Module) -> nn.Module:
-    """A network of its own with the same weights, tied where they are tied. Its tensors are cloned, which also those without content can be."""
+    """Return a deep copy of a network, with tied weights tied.
+
+    Tensors are cloned, which also works for fake (meta) tensors.
+    """
     memo: dict[int, Any] = {id(b): b.detach().clone() for b in network.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
     return copy.deepcopy(network, memo)
 
 
 def _require_single(network: nn.Module) -> None:
-    """Raises ValueError where weights that are to be trained themselves are too coarse for their updates."""
-    if coarse := {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}:
-        raise ValueError(
-            f"roles.share: got false, which trains weights that are {str(coarse.pop()).removeprefix('torch.')} here and would lose "
-            "updates smaller than their rounding; set dtype to float32 (train.precision bf16 computes in half of it all the same)"
-        )
+    """Check that weights to be trained are in single precision or better.
+
+    Raises ValueError for coarser weights, which would lose small updates.
+    """
+    for name, p in network.named_parameters():
+        kind = str(p.dtype).removeprefix("torch.")
+        if p.is_complex():
+            raise ValueError(f"roles.lora: got false, but {name} is {kind}, which is not trained; set roles.lora=true")
+        if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"roles.lora: got false, which trains weights that are {kind} here ({name}) "
+                "and would lose updates smaller than their rounding; set dtype to float32 (train.precision bf16 "
+                "computes in half of it all the same)"
+            )
 
 
 def make_roles(
     backbone: Backbone,
     config: RolesConfig,
     seed: int = 0,
-    counts: tuple[float, ...] = (),
-    against: tuple[int, ...] = (),
+    condition_values: tuple[float, ...] = (),
+    gan_step_counts: tuple[int, ...] = (),
     head: nn.Module | None = None,
     fake: bool = True,
-    folding: nn.Module | None = None,
+    head_to_absorb: nn.Module | None = None,
 ) -> Roles:
-    """Student and `fake` score that start as the teacher, bit for bit, also when they are told one of several `counts`: step counts or guidance scales.
+    """Return a student and a `fake` score that equal the teacher.
 
-    `against` makes a discriminator of students of these step counts; `head` becomes part of the student, which without LoRA
-    (rank 0) is all of it; one that it is `folding` away stays as it is. Raises ValueError where there is nothing to train, or copies of half-precision weights.
-    Shared: the backbone's own module gets two zero-effect adapters, and its weights stay frozen; those of an earlier run on
-    the same backbone are taken out, and `config.base` rounds its weights for good. Copies: two deep copies.
+    Both equal the teacher bit for bit, also when they are conditioned on `condition_values` (step counts or
+    guidance scales).
+
+    `gan_step_counts` makes a discriminator of students of these step counts. `head` becomes part of the
+    student; without LoRA (rank 0) the head is all that is trained. `head_to_absorb`, a head that the student
+    learns to do without, stays unchanged.
+
+    Shared: the backbone's own module gets two adapters without effect, and the base weights stay frozen.
+    Adapters of an earlier run on the same backbone are removed, and `config.quantize` quantizes the base
+    weights permanently. Copies: two deep copies of the network.
+
+    Raises ValueError if there is nothing to train, or for copies of half-precision weights.
     """
     adapters.remove_adapters(backbone.module, TRAINED)
-    quantise(backbone, config.base)
+    quantize(backbone, config.quantize)
     set_checkpointing(backbone.module, None)
     base = backbone.module.requires_grad_(False).eval()
     made: tuple[Role, ...] = TRAINED if fake else ("student",)
-    if config.share and not config.rank and (fake or head is None):
+    if config.lora and not config.rank and (fake or head is None):
         raise ValueError("roles.rank: got 0, which trains a head alone; choose a rank from 1, e.g. 32")
-    if counts:
+    if condition_values:
         width = step_condition.width(base, backbone.time_layer)
-    if not config.share:
+    if not config.lora:
         _require_single(base)
         networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
-        trained: dict[Role, Mapping[str, nn.Parameter]] = {r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made}
+        trained: dict[Role, Mapping[str, nn.Parameter]] = {
+            r: {n: p for n, p in networks[r].named_parameters() if p.is_floating_point()} for r in made
+        }
+        for p in (p for own in trained.values() for p in own.values()):
+            p.requires_grad_(True)
         layers: tuple[LoraLayer, ...] = ()
     else:
         if config.rank:
-            # Where the step count enters, it takes the adapter's place, so that at export it can become one.
-            names = adapters.targets(base, config.targets, (*config.skip, *([backbone.time_layer] if counts else [])))
+            # The time layer gets the step condition instead of an adapter; export turns the condition into one.
+            names = adapters.targets(
+                base, config.targets, (*config.exclude, *([backbone.time_layer] if condition_values else []))
+            )
             for i, role in enumerate(made):
                 adapters.add_adapter(base, role, config.rank, config.alpha or config.rank, names, seed + i)
         networks = {"teacher": base, **dict.fromkeys(made, base)}
@@ -289,24 +359,41 @@ def make_roles(
             for p in parameters.values():
                 p.requires_grad_(True)
     conditions: dict[Role, StepCondition] = {}
-    if counts:
+    if condition_values:
         device = next(base.parameters()).device
         for role in made:
-            shared = config.share and bool(conditions)
-            conditions[role] = conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
-            trained[role] = {**trained[role], CONDITION: nn.Parameter(torch.zeros(len(counts), width, device=device))}
+            shared = config.lora and bool(conditions)
+            conditions[role] = (
+                conditions["student"] if shared else step_condition.attach(networks[role], backbone.time_layer)
+            )
+            trained[role] = {
+                **trained[role],
+                CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device)),
+            }
     if head is not None:
         head.to(next(base.parameters()).device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
-    if folding is not None:
-        folding.to(next(base.parameters()).device).requires_grad_(False)
+    if head_to_absorb is not None:
+        head_to_absorb.to(next(base.parameters()).device).requires_grad_(False)
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
     adapters.switch(layers, None)
-    discriminator = make_discriminator(backbone, base, against, seed) if against else None
+    discriminator = make_discriminator(backbone, base, gan_step_counts, seed) if gan_step_counts else None
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
-    roles = Roles(backbone, networks, trained, layers, config, average, counts, conditions, discriminator, head, folding)
+    roles = Roles(
+        backbone,
+        networks,
+        trained,
+        layers,
+        config,
+        average,
+        condition_values,
+        conditions,
+        discriminator,
+        head,
+        head_to_absorb,
+    )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
-        checkpoint_blocks(network, lambda: roles.now[0], lambda who: roles.activate(*who))
+        checkpoint_blocks(network, lambda: roles.active[0], lambda who: roles.activate(*who))
     return roles

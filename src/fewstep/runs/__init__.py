@@ -1,0 +1,1 @@
+"""Recipes, preparation, previews and what a run leaves."""

@@ -1,4 +1,4 @@
-"""What a run writes down of every iteration."""
+"""The log that a run writes, iteration by iteration."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,10 @@ from ..training.loop import Step
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line an iteration. On resuming, lines after the checkpoint are dropped. Without a path nothing is written."""
+    """`metrics.jsonl`: JSON lines about each iteration.
+
+    On resuming, lines after the checkpoint are dropped. Without a path nothing is written.
+    """
 
     def __init__(self, path: Path | None, start: int) -> None:
         self.path, self.iteration, self.seconds = path, start, 0.0
@@ -33,7 +36,10 @@ class MetricsLog:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """Readable lines; a last line cut off by a kill is left out."""
+    """Read the complete lines of a log.
+
+    A last line that was cut off by a kill is left out.
+    """
     records = []
     with reading(path, "move it away and run the same command again"):
         text = text_in(path, lenient=True) if path.exists() else ""

@@ -1,36 +1,44 @@
-"""The run's fixed prompts and seeds as pictures: while it trains, and for its report."""
+"""The run's fixed prompts and seeds as images.
+
+Previews are sampled during the training, and once for the report.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, calls, guided
+from ..backbones.base import Backbone, guided, nfe_per_step
 from ..backbones.base import rows as rows_of
-from ..backbones.generate import device_of, in_parts, pictures, trajectory
+from ..backbones.generate import device_of, in_parts, sample_images, trajectory
 from ..core import timegrid
-from ..core.solvers import Denoise, State, evaluations
+from ..core.guidance import Guidance
+from ..core.solvers import Denoise, State, total_nfe
+from ..data.prompts import Embeddings
 from ..evaluation.distances import paired_distance
 from ..evaluation.features import feature_network, features
 from ..evaluation.motion import motion
-from ..methods.matching import Matching, draw, guidance_at
+from ..methods.distribution_matching import DistributionMatching, draw
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
-from ..report.pictures import Pictures, StepGrid, Trajectory
+from ..report.images import Images, StepGrid, Trajectory
 from ..report.video import strip
 from ..report.words import plural
 from ..roles.roles import Roles
 from ..tensors import finite
-from ..training.monitor import MODERATE, Look, drift, look, unfit
-from ..training.prompts import Embeddings
+from ..training.monitor import MODERATE, ImageStats, drift, look, unfit
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a run draws over and over: the method's student, `batch` pictures at once, beside a teacher of `teacher_steps`, from `seed` on."""
+    """What a run samples over and over.
+
+    The method's student, `batch` images at once, next to a teacher of `teacher_steps` steps. Seeds count up
+    from `seed`.
+    """
 
     method: Method
     batch: int
@@ -40,10 +48,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a preview says: the monitor's `warnings`, and of every step count how far its pictures are from the teacher's.
+    """What a preview says: warnings, and distances to the teacher.
 
-    The distance is that of EfficientNet-lite0 features, prompt by prompt, relative to the teacher's own (`paired_distance`); the teacher
-    is guided as in training, but no more than moderately.
+    `warnings` are the monitor's. `distances` has, for every step count, the distance of the student's images
+    to the teacher's: that of EfficientNet-lite0 features, prompt by prompt, relative to the norm of the
+    teacher's features (`paired_distance`). The teacher is guided as in training, but no more than
+    moderately.
     """
 
     warnings: list[str]
@@ -51,12 +61,16 @@ class Shown:
 
     @property
     def distance(self) -> float:
-        """The mean over step counts."""
+        """The mean distance over step counts."""
         return sum(self.distances.values()) / len(self.distances)
 
 
 class Preview:
-    """The run's fixed pictures: the teacher's row once, the student's row every time. Without a run they are drawn and not written."""
+    """The run's fixed images.
+
+    The teacher's row is sampled once, the student's rows at every preview. Without a run the images are not
+    written.
+    """
 
     def __init__(self, drawing: Drawing, teacher: Backbone, shown: Embeddings, run: Path | None) -> None:
         self.drawing, self.teacher, self.folder = drawing, teacher, None if run is None else run / "samples"
@@ -64,57 +78,90 @@ class Preview:
         self.seeds = [drawing.seed + i for i in range(len(self.prompts))]
         device = device_of(teacher.module)
         self.cond, self.null = shown.all(device), shown.unconditional(device)
-        times, scale = timegrid.uniform(teacher.schedule, drawing.teacher_steps), drawing.method.guidance
-        self.reference, self.look = self._looked(trajectory(teacher, self._guided(scale), self.seeds, times)[-1].x)
+        times, guidance = timegrid.uniform(teacher.schedule, drawing.teacher_steps), drawing.method.guidance
+        self.reference, self.look = self._looked(trajectory(teacher, self._guided(guidance), self.seeds, times)[-1].x)
         self.moderate, seen = None, self.reference
-        if self.null and scale > MODERATE:
-            seen, self.moderate = self._looked(trajectory(teacher, self._guided(MODERATE), self.seeds, times)[-1].x)
+        if self.null and guidance.scale > MODERATE:
+            moderate = self._guided(replace(guidance, scale=MODERATE))
+            seen, self.moderate = self._looked(trajectory(teacher, moderate, self.seeds, times)[-1].x)
         self.features, self.seen = feature_network(), seen
         self.starts = {k: self._start(drawing.method, k) for k in drawing.method.counts}
 
-    def _looked(self, x: Tensor) -> tuple[Tensor, Look]:
-        """The pictures that states are decoded to, clips as strips of frames, and their statistics."""
+    def _looked(self, x: Tensor) -> tuple[Tensor, ImageStats]:
+        """Decode states to images, and compute statistics of the images.
+
+        Videos become strips of frames.
+        """
         decoded = self.teacher.decode(x)
         return strip(decoded), look(decoded, x, motion(decoded) / 255 if decoded.ndim == 5 else None)
 
-    def _start(self, method: Method, count: int) -> Look:
-        """The teacher's own steps without guidance, which is what a student begins as."""
-        states = trajectory(self.teacher, self._guided(1.0), self.seeds, method.times(self.teacher.schedule, count), method.solver)
+    def _start(self, method: Method, count: int) -> ImageStats:
+        """Return statistics of the teacher's own unguided steps.
+
+        A student is initialized from the teacher, so these are the statistics of the initial student.
+        """
+        states = trajectory(
+            self.teacher,
+            self._guided(Guidance()),
+            self.seeds,
+            method.times(self.teacher.schedule, count),
+            method.solver,
+        )
         return self._looked(states[-1].x)[1]
 
-    def _guided(self, scale: float) -> Denoise:
-        """The teacher, as many pictures at once as in training, whose memory is enough for it."""
-        teacher = self.teacher
-        return in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, scale), self.drawing.batch)
+    def _guided(self, guidance: Guidance) -> Denoise:
+        """Return the guided teacher, evaluated in parts.
 
-    def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
-        """The student of this count, likewise."""
+        A part is as large as the training's batch, for which the memory is enough.
+        """
+        teacher = self.teacher
+        return in_parts(
+            lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch
+        )
+
+    def _conditioned(self, roles: Roles, method: Method, count: int) -> Denoise:
+        """Return the student of this step count, evaluated in parts.
+
+        A part is as large as the training's batch.
+        """
         return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.drawing.batch)
 
     def show(self, roles: Roles, iteration: int, method: Method) -> Shown:
-        """Write `samples/step_N.png` and judge what is on it. Before the first iteration the teacher is judged, not the student."""
+        """Write `samples/step_N.png` and check the images.
+
+        Before the first iteration the teacher's images are checked, not the student's.
+        """
         with roles.averaged():
             own = {k: self._looked(self._student(roles, method, k)[-1].x) for k in method.counts}
         rows = {f"teacher, {self.drawing.teacher_steps} steps": self.reference}
         rows |= {f"student, {plural(k, 'step')}": images for k, (images, _) in own.items()}
-        if isinstance(method, Matching):
+        if isinstance(method, DistributionMatching):
             rows |= self._compared(roles, method)
         if self.folder is not None:
-            write_grid(self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts)
+            write_grid(
+                self.folder / f"step_{iteration:06d}.png", torch.stack(list(rows.values())), list(rows), self.prompts
+            )
         goal = self.seen.cpu()
         distances = {k: self._distance(images.cpu(), goal) for k, (images, _) in own.items()}
         if not iteration:
-            return Shown(unfit(self.look, self.moderate, method.guidance), distances)
+            return Shown(unfit(self.look, self.moderate, method.guidance.scale), distances)
         return Shown([line for k, (_, seen) in own.items() for line in self._left(seen, k)], distances)
 
     def _distance(self, images: Tensor, goal: Tensor) -> float:
-        """See `paired_distance`; NaN where either are not finite, which a run goes on to say."""
+        """Return `paired_distance` of features of two sets of images.
+
+        NaN where either set is not finite; the run goes on and says so.
+        """
         if not (finite(images) and finite(goal)):
             return math.nan
         return paired_distance(features(self.features, images), features(self.features, goal))
 
-    def _left(self, seen: Look, count: int) -> list[str]:
-        """In what the student of this count has left its teacher, or the teacher under moderate guidance; each thing is said once."""
+    def _left(self, seen: ImageStats, count: int) -> list[str]:
+        """Return warnings where the student has drifted from the teacher.
+
+        The student of step count `count` is compared with the teacher as guided in training, and with the
+        teacher under moderate guidance. Each kind of drift is said once.
+        """
         where, start = f" in {plural(count, 'step')}", self.starts[count]
         found = drift(seen, self.look, start, where=where)
         if self.moderate is not None:
@@ -123,10 +170,11 @@ class Preview:
             found += [line for line in more if line.split()[1] not in said]
         return found
 
-    def _compared(self, roles: Roles, method: Matching) -> dict[str, Tensor]:
-        """What student, teacher and fake score take for the clean picture where they are compared, at a state drawn as in training.
+    def _compared(self, roles: Roles, method: DistributionMatching) -> dict[str, Tensor]:
+        """Return the clean estimates of student, teacher and fake score.
 
-        The fake score should say what the student does; where it and the teacher differ is where the student is pushed.
+        The estimates are those at a state drawn as in training. The fake score should predict what the
+        student does; the difference between fake score and teacher is where the student is pushed.
         """
         count, size, device = method.counts[0], self.drawing.batch, device_of(self.teacher.module)
         found: list[list[Tensor]] = []
@@ -135,8 +183,7 @@ class Preview:
                 part = slice(first, min(first + size, len(self.seeds)))
                 cond, rng = rows_of(self.cond, part), torch.Generator(device).manual_seed(self.seeds[first])
                 d = draw(method, roles, cond, len(self.seeds[part]), rng, with_gradient=False, steps=count)
-                scale = guidance_at(method, self.teacher.schedule, d.tau)
-                guide = roles.teacher(cond, self.null, scale, method.guidance_parallel)
+                guide = roles.teacher(cond, self.null, method.guidance)
                 fake = roles.denoise("fake", cond, count)
                 found.append([d.x0, guide(d.x_tau, d.tau).x0, fake(d.x_tau, d.tau).x0])
         who = ("student", "teacher", "fake score")
@@ -147,18 +194,24 @@ class Preview:
 
     def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:
         times = method.times(self.teacher.schedule, steps)
-        return trajectory(self.teacher, self._told(roles, method, steps), self.seeds, times, method.solver, roles.head)
+        return trajectory(
+            self.teacher, self._conditioned(roles, method, steps), self.seeds, times, method.solver, roles.head
+        )
 
-    def compare(self, roles: Roles, method: Method) -> Pictures:
-        """The report's pictures: teacher guided, then teacher at the student's cost and student for every step count; both trajectories.
+    def compare(self, roles: Roles, method: Method) -> Images:
+        """Sample the images and the trajectories of the report.
 
-        Where a guided step costs two calls, the teacher has the default student's calls in either way: unguided, and half as many guided.
+        The rows are the guided teacher; then, for every step count, the teacher at the student's cost and
+        the student. The trajectories are those of teacher and student at the largest step count.
+
+        Where a guided step costs two NFE, the teacher has the default student's NFE in two forms: unguided
+        steps, and half as many guided steps.
         """
         teacher, most = self.teacher, self.drawing.teacher_steps
-        each = calls(self.null, method.guidance)
+        each = nfe_per_step(self.null, method.guidance)
         guide, plain = ("guided step", "unguided step") if each > 1 else ("step", "step")
-        rows = {labelled("teacher", guide, most, evaluations(most, each)): self.reference}
-        cost = evaluations(method.counts[0], free=method.free_first)
+        rows = {labelled("teacher", guide, most, total_nfe(most, each)): self.reference}
+        cost = total_nfe(method.counts[0], analytic=method.analytic_first_step)
         if each > 1 and cost and cost % each == 0:
             times = timegrid.uniform(teacher.schedule, cost // each)
             half = trajectory(teacher, self._guided(method.guidance), self.seeds, times)
@@ -166,31 +219,54 @@ class Preview:
         paths, shown = {}, min(4, len(self.prompts))
         for steps in method.counts:
             times = method.times(teacher.schedule, steps)
-            few = trajectory(teacher, self._guided(1.0), self.seeds, times)
+            few = trajectory(teacher, self._guided(Guidance()), self.seeds, times)
             for who, states in (("teacher", few), ("student", self._student(roles, method, steps))):
                 name = labelled(who, "step", steps)
-                cost = evaluations(steps, free=method.free_first and who == "student")
-                rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(teacher.decode(states[-1].x))
+                cost = total_nfe(steps, analytic=method.analytic_first_step and who == "student")
+                rows[labelled(who, plain if who == "teacher" else "step", steps, cost)] = strip(
+                    teacher.decode(states[-1].x)
+                )
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
-        return Pictures(
-            self.prompts, rows, paths, self._step_grid(roles, method, shown) if roles.counts and method.tells == "steps" else None
+        return Images(
+            self.prompts,
+            rows,
+            paths,
+            self._step_grid(roles, method, shown)
+            if roles.condition_values and method.condition_on == "steps"
+            else None,
         )
 
     def _step_grid(self, roles: Roles, method: Method, shown: int) -> StepGrid:
-        """A student of several step counts, told each and taking each."""
+        """Sample a student for every pair of its step counts.
+
+        The student is conditioned on one step count and sampled in another.
+        """
         counts = sorted(method.counts)
 
-        def sampled(told: int, taken: int) -> Tensor:
-            times = method.times(self.teacher.schedule, taken)
-            return strip(pictures(self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head), 1)
+        def sampled(condition: int, steps: int) -> Tensor:
+            times = method.times(self.teacher.schedule, steps)
+            return strip(
+                sample_images(
+                    self.teacher,
+                    self._conditioned(roles, method, condition),
+                    self.seeds[:shown],
+                    times,
+                    method.solver,
+                    roles.head,
+                ),
+                1,
+            )
 
-        images = torch.stack([torch.stack([sampled(told, taken) for taken in counts], 1) for told in counts], 1)
+        images = torch.stack([torch.stack([sampled(value, steps) for steps in counts], 1) for value in counts], 1)
         return StepGrid(counts, counts, images)
 
 
 def labelled(who: str, step: str, steps: int, cost: int | None = None) -> str:
-    """`student, 4 steps (3 evaluations)`, as `report.pictures.Pictures` wants its labels."""
+    """Return a label such as `student, 4 steps (3 evaluations)`.
+
+    The labels are those of `report.images.Images`.
+    """
     name = f"{who}, {plural(steps, step)}"
     return name if cost is None else f"{name} ({plural(cost, 'evaluation')})"

@@ -1,4 +1,4 @@
-"""What a run writes down of where it was made."""
+"""What a run records of its software and hardware."""
 
 import platform
 from importlib.metadata import version
@@ -6,17 +6,18 @@ from importlib.metadata import version
 import torch
 
 from .. import __version__
-from ..training.processes import this_process
+from ..processes import this_process
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python, fewstep and what fewstep computes with."""
     return {"fewstep": __version__, "python": platform.python_version()} | {
         p: version(p) for p in ("torch", "diffusers", "transformers", "peft", "accelerate")
     }
 
 
 def hardware() -> str:
-    """The device's name as a person would say it."""
+    """Return the device's name as a person would say it."""
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     count = this_process().num_processes
     return name if count == 1 else f"{count} x {name}"

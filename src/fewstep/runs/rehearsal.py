@@ -1,4 +1,8 @@
-"""A student's files before there is a student: written, read again, drawn with; and what a run leaves on the disk."""
+"""A trial of a student's files before the training.
+
+An untrained student is written, read again and sampled from. The disk space that a run takes is checked,
+too.
+"""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -11,49 +15,64 @@ from ..backbones.apart import apart
 from ..backbones.base import Backbone
 from ..backbones.conformance import operations_of, small
 from ..backbones.generate import device_of
-from ..begin import roles_for
+from ..backbones.modules import dtype_of
 from ..findings import Check
 from ..methods.method import Method
 from ..reading import reason
 from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
+from ..student.folder import Parts
+from ..student.student import Origin, Student, student_card
 from ..training.loop import TrainConfig
 from ..training.memory import module_bytes, storage_bytes
 from ..training.optimizer import state_bytes
+from .init import roles_for
 from .sampling import sample
-from .students import LoadedStudent, Made, load_student, put_together, save_student, student_card
 
-CHECKPOINTS = 3  # at once: two are kept while the next one is written
-STUDENTS = 3  # at once: the last one, the best one, and one of them while it is replaced
-CHANGE = 1e-2  # standard deviation of a trial's weights: small, so that it draws as its teacher; not zero, so that its files say something
-SAME, ROUNDED = 1e-3, 0.05  # largest difference of a pixel, in single and in half precision
-LARGE = 2e12  # operations that take a CPU some seconds
+CHECKPOINTS = 3  # at once: two are kept while the next is written
+STUDENTS = 3  # at once: the last, the best, and a new one that replaces either
+# Standard deviation of a trial's weights. Small, so that the trial student samples like the teacher; not zero,
+# so that the files differ from the teacher.
+CHANGE = 1e-2
+SAME, ROUNDED = 1e-3, 0.05  # largest difference of a pixel in single and in half precision
+LARGE = 2e12  # operations, some seconds on a CPU
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A student that nobody has trained, and the bytes that its run leaves."""
+    """An untrained student, and the bytes that its run leaves."""
 
-    student: LoadedStudent
+    student: Student
     disk: int
 
 
-def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: TrainConfig, made: Made) -> Trial:
-    """The student of a run before its training, changed a little. A U-Net on a CPU gets small pictures; full copies are not made for it."""
-    teacher, full = small(teacher), not networks.share
-    roles = roles_for(apart(teacher), method, replace(networks, share=True, rank=1, alpha=None) if full else networks, config.seed)
+def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: TrainConfig, origin: Origin) -> Trial:
+    """Return the student of a run before training, changed a little.
+
+    A U-Net on a CPU gets small images. Where full copies of the network are trained, no copies are made for
+    the trial.
+    """
+    teacher, full = small(teacher), not networks.lora
+    roles = roles_for(
+        apart(teacher), method, replace(networks, lora=True, rank=1, alpha=None) if full else networks, config.seed
+    )
     rng = torch.Generator().manual_seed(config.seed)
     lora = {n: torch.randn(v.shape, generator=rng).to(v) * CHANGE for n, v in roles.student_state().items()}
     vectors = {k: torch.randn(v.shape, generator=rng) * CHANGE for k, v in roles.vectors().items()}
-    card = student_card(roles, method, made)
+    card = student_card(roles, method, origin)
     card = replace(card, weights="full", rank=None, alpha=None) if full else card
-    weights = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())  # a LoRA is written under two names
+    # A LoRA is written under two names.
+    weights = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())
     disk = CHECKPOINTS * _checkpoint(roles, config, weights if full else 0) + STUDENTS * weights
-    return Trial(put_together(card, teacher, lora, None, vectors, roles.head), disk)
+    return Trial(Student.from_parts(Parts(card, lora, {}, None, vectors, roles.head), teacher), disk)
 
 
 def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
-    """Of what is trained, its optimiser's state and the student's average; `copy` are the bytes of a network where copies are trained."""
+    """Return the bytes of a checkpoint.
+
+    A checkpoint holds what is trained, the optimiser's state and the student's average. `copy` is the bytes
+    of a network where full copies are trained, else 0.
+    """
     if copy:
         moments = 0.5 if config.optimizer == "adamw8bit" else 2
         return int(copy * (1 + sum(role in roles.trained for role in ("student", "fake")) * (1 + moments)))
@@ -62,35 +81,41 @@ def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
 
 
 def student_check(trial: Trial, folder: Path) -> Check:
-    """Write the student beside `folder`, read it on its base, draw with both; nothing is left of it.
+    """Check a trial student: write, read again, sample and compare.
 
-    Their pictures differ by rounding alone. Where a call takes long, the files are written and read, and nothing is drawn.
+    The files lie next to `folder` and are removed afterwards. The samples of both students differ by
+    rounding alone. Where a call takes long, the files are written and read, and nothing is sampled.
     """
     student, place, steps = trial.student, temporary_beside(folder), trial.student.card.steps[0]
-    teacher = student.student.backbone
-    half = next(teacher.module.parameters()).dtype != torch.float32
+    teacher = student.backbone
+    half = dtype_of(teacher.module).itemsize < 4
     try:
-        save_student(student, place)
-        again = load_student(place, student.base)
+        student.write(place)
+        again = Student.read(place, student.base)
         if device_of(teacher.module).type == "cpu" and 2 * steps * operations_of(teacher, teacher.shape) > LARGE:
-            return Check("student", "its files are written and read; drawing with them takes long on a CPU and is left out")
+            return Check(
+                "student", "its files are written and read; drawing with them takes long on a CPU and is left out"
+            )
         wanted, found = (sample(s, [""], steps=steps) for s in (student, again))
-    except OSError as error:  # a full disk is no fault of the recipe's
+    except OSError as error:  # e.g. a full disk, no fault of the recipe
         raise ValueError(f"--out: {error}") from error
     except (ValueError, FloatingPointError) as error:
         return Check(
-            "student", f"its files cannot be written, read and drawn with ({reason(error)})", False, "please report it with the recipe"
+            "student",
+            f"its files cannot be written, read and sampled ({reason(error)})",
+            False,
+            "please report it with the recipe",
         )
     finally:
         shutil.rmtree(place, ignore_errors=True)
     apart_by = float((found - wanted).abs().max())
-    same = apart_by <= (ROUNDED if half else SAME)  # not so where it is NaN
-    said = f"its files are written, read and drawn with in {steps} steps: largest difference {apart_by:.1e}"
+    same = apart_by <= (ROUNDED if half else SAME)  # False for NaN
+    said = f"its files are written, read and sampled in {steps} steps: largest difference {apart_by:.1e}"
     return Check("student", said, same, "" if same else "they do not hold all of it: please report it with the recipe")
 
 
 def disk_check(disk: int, folder: Path) -> Check:
-    """Whether there is room for what a run leaves."""
+    """Check that the disk has room for what a run leaves."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     said = f"{size(disk)} for what a run keeps, {size(free)} are free"

@@ -1,4 +1,4 @@
-"""A run in Python: the training, watched, logged and kept; at its end a student's folder and a report."""
+"""A run in Python: training, monitoring, log, student and report."""
 
 import sys
 import time
@@ -9,60 +9,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
-from ..backbones.parts import Piped
-from ..backbones.schedulers import student_scheduler
-from ..core import timegrid
-from ..export.card import FILE, read_card
+from ..backbones.parts import DiffusersBackbone
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..methods.metrics import filled, metric_names
-from ..report.pictures import save_pictures
-from ..report.run import PICTURES as PICTURES_FILE
+from ..report.images import save_images
+from ..report.run import IMAGES as IMAGES_FILE
 from ..report.run import render_run
 from ..roles.roles import Roles
+from ..student.folder import holds_student, read_card
+from ..student.student import Origin
 from ..training import loop
 from ..training.loop import TrainConfig
-from ..training.paths import Paths
-from ..training.pictures import RealData
-from ..training.prompts import Embeddings
 from ..training.settings import begun, settings_of
 from ..words import python_words
 from .metrics_log import MetricsLog
 from .preview import Drawing, Preview
 from .record import hardware, versions
 from .step import Step
-from .students import Made
-from .watch import PICTURES, DistillationWarning, Watch, Watcher, affordable
+from .watch import IMAGES, DistillationWarning, Watch, Watcher, affordable
 
 FINAL = "final"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of. `teacher` is the one that was passed, `roles` are on modules of their own."""
+    """The parts of a run.
+
+    `teacher` is the teacher as passed; `roles` are on modules of their own.
+    """
 
     teacher: Backbone
     roles: Roles
     method: Method
     data: Embeddings
     config: TrainConfig
-    made: Made
+    origin: Origin
     folder: Path | None
     watch: Watch | None
-    real: RealData | None = None
-    paths: Paths | None = None
+    real: ImageData | None = None
+    paths: Trajectories | None = None
 
 
 def steps_of(run: Run) -> Generator[Step, None, None]:
-    """Train, and yield every iteration with its warnings; before the last one is yielded, its student lies in `folder/final` and `folder/report.html` is there."""
+    """Train, and yield every iteration with its warnings.
+
+    Before the last iteration is yielded, `folder/final` holds the student and `folder/report.html` the
+    report.
+    """
     folder, method, roles, config = run.folder, run.method, run.roles, run.config
-    if folder is not None:
-        require_files(run.teacher, method)
     settings = settings_of(roles, method, run.data, config, config.accumulate, run.real, run.paths)
-    done = 0 if folder is None else begun(folder, settings)  # before the teacher is asked for anything
+    done = 0 if folder is None else begun(folder, settings)  # before the teacher is called
     watch = run.watch if done < config.iterations else None
     names, preview = metric_names(method, roles), _preview(run, watch)
     watcher, log = Watcher(watch, roles, method, run.data, config, preview), MetricsLog(None, 0)
@@ -80,17 +82,28 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
                 log.add(step)
                 found, numbers = watcher.seen(roles, step.iteration, step.metrics)
                 if found or numbers:
-                    log.note(step.iteration, ({"warnings": found} if found else {}) | ({"watch": numbers} if numbers else {}))
+                    log.note(
+                        step.iteration, ({"warnings": found} if found else {}) | ({"watch": numbers} if numbers else {})
+                    )
             elif step.iteration > config.iterations:
                 found = [
-                    f"LONGER: {folder} has {step.iteration} iterations already, train.iterations is {config.iterations}; this is its last step"
+                    f"LONGER: {folder} has {step.iteration} iterations already, "
+                    f"train.iterations is {config.iterations}; this is its last step"
                 ]
             recent = [*recent[-19:], step.seconds]
-            made = replace(run.made, iterations=step.iteration, seconds=log.seconds)
+            origin = replace(run.origin, iterations=step.iteration, seconds=log.seconds)
             left = sum(recent) / len(recent) * max(0, config.iterations - step.iteration)
             said = tuple(python_words(text) for text in found)
             whole = Step(
-                step.iteration, filled(step.metrics, names), step.seconds, roles, method, said, left, teacher=run.teacher, made=made
+                step.iteration,
+                filled(step.metrics, names),
+                step.seconds,
+                roles,
+                method,
+                said,
+                left,
+                teacher=run.teacher,
+                origin=origin,
             )
             if folder is not None and step.iteration >= config.iterations:
                 _finish(run, folder, whole, preview)
@@ -100,73 +113,91 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
         training.close()
 
 
-def require_files(teacher: Backbone, method: Method) -> None:
-    """Raises ValueError before the training for a student that could not be written after it."""
-    if isinstance(teacher, Piped):
-        even = all(timegrid.even(teacher.schedule, method.times(teacher.schedule, k)) for k in method.counts)
-        student_scheduler(teacher.scheduler_config, method.counts, method.solver, even)
-    elif odd := next((k for k, v in teacher.module.state_dict().items() if not isinstance(v, Tensor)), None):
-        raise ValueError(
-            f"teacher: {odd} in the state of its network is no tensor, so that no student of it can be written; make it a buffer"
-        )
-
-
 def _preview(run: Run, watch: Watch | None) -> Preview | None:
-    """Pictures of a pipeline's run, where it is long enough for some."""
-    if watch is None or not isinstance(run.teacher, Piped):
+    """Return the previews of a pipeline's run.
+
+    None for other networks, and for a run too short for previews.
+    """
+    if watch is None or not isinstance(run.teacher, DiffusersBackbone):
         return None
-    count = affordable(watch, run.method, run.data.null, run.config, PICTURES, PICTURES)
+    count = affordable(watch, run.method, run.data.null, run.config, IMAGES, IMAGES)
     if not count:
         return None
     of = torch.arange(count) % run.data.count
     shown = run.data.take(of, run.data.key)
-    return Preview(Drawing(run.method, run.config.batch, watch.teacher_steps, watch.seed), run.roles.backbone, shown, run.folder)
+    return Preview(
+        Drawing(run.method, run.config.batch, watch.teacher_steps, watch.seed), run.roles.backbone, shown, run.folder
+    )
 
 
 def _begin(run: Run, folder: Path, settings: dict[str, Any], start: int) -> MetricsLog:
-    """Once the checkpoint has been found to be of this run: `run.json` and the log."""
-    write_json(folder / "run.json", {
-        "title": folder.resolve().name, "recipe": {**settings, "iterations": run.config.iterations}, "base": run.made.base, "base_hash": run.made.base_hash,
-        "seed": run.config.seed, "hardware": hardware(), "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "next": next_lines(run, folder),
-    })  # fmt: skip
+    """Write `run.json` and open the log.
+
+    Only after the checkpoint has been found to be of this run.
+    """
+    write_json(
+        folder / "run.json",
+        {
+            "title": folder.resolve().name,
+            "recipe": {**settings, "iterations": run.config.iterations},
+            "base": run.origin.base,
+            "base_hash": run.origin.base_hash,
+            "seed": run.config.seed,
+            "hardware": hardware(),
+            "versions": versions(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "next": next_lines(run, folder),
+        },
+    )
     return MetricsLog(folder / "metrics.jsonl", start)
 
 
 def next_lines(run: Run, folder: Path) -> list[list[str]]:
-    """What one does with the student in Python, as lines to copy."""
+    """Return Python lines that use the student, each with a title."""
     final = str(folder / FINAL)
-    base = "" if isinstance(run.teacher, Piped) else ", base=teacher"
+    base = "" if isinstance(run.teacher, DiffusersBackbone) else ", base=teacher"
+    measured = "student, prompts, real=..." if run.data.null else "student, real=..."
     return [
         ["Load the student", f"student = fewstep.load_student({final!r}{base})"],
-        ["Draw with it", "samples = fewstep.sample(student, prompts)"],
+        ["Sample from it", "samples = fewstep.sample(student, prompts)"],
+        ["Measure it next to its teacher", f"fewstep.evaluate({measured})" if base else f"fewstep evaluate {folder}"],
         [
-            "Measure it beside its teacher",
-            f"fewstep.evaluate(student{'' if base else ', real=...'})" if base else f"fewstep evaluate {folder}",
+            "Initialize another training from it",
+            (
+                "fewstep.distill(teacher, method, prompts, "
+                f"train=fewstep.TrainConfig(iterations=...), init_from={final!r})"
+            ),
         ],
-        ["Begin another training as it", f"fewstep.distill(teacher, method, prompts, iterations=..., start={final!r})"],
     ]
 
 
 def _finish(run: Run, folder: Path, step: Step, preview: Preview | None) -> None:
-    """The student's folder, its pictures and the report, where they are not there yet."""
+    """Write the student, the report's images and the report.
+
+    Student and images are not written again where they are there already.
+    """
     final = folder / FINAL
-    if not ((final / FILE).is_file() and read_card(final).iterations == step.iteration):
+    if not (holds_student(final) and read_card(final).iterations == step.iteration):
         step.save(final)
         if preview is not None:
             with run.roles.averaged():
-                save_pictures(folder / PICTURES_FILE, preview.compare(run.roles, run.method))
+                save_images(folder / IMAGES_FILE, preview.compare(run.roles, run.method))
     render_run(folder)
 
 
 def _tell(iteration: int, said: tuple[str, ...], told: set[str]) -> None:
-    """Each kind of warning once as Python's own, at the line of whoever iterates."""
+    """Warn once for each kind of warning.
+
+    The warnings are Python's own, at the line of the code that iterates.
+    """
     level, frame = 1, sys._getframe()
     package = str(Path(__file__).resolve().parent.parent)
     while frame is not None and str(Path(frame.f_code.co_filename).resolve()).startswith(package):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     for text in said:
-        kind = [text.partition(":")[0], *(word for word in text.split() if "_" in word)][: 2 if text.startswith(("LOSS", "GAP")) else 1]
+        kind = [text.partition(":")[0], *(word for word in text.split() if "_" in word)][
+            : 2 if text.startswith(("LOSS", "GAP")) else 1
+        ]
         if (named := " ".join(kind)) not in told:
             told.add(named)
             warnings.warn(f"iteration {iteration}: {text}", DistillationWarning, stacklevel=level)

@@ -1,4 +1,8 @@
-"""Networks compiled by torch while they are trained, and then alone: pictures come in other shapes and are drawn as ever."""
+"""Networks compiled by torch during training.
+
+Outside of training the networks are not compiled: previews have other shapes and are sampled as without
+compilation.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +13,11 @@ from torch import nn
 
 
 class Compiled:
-    """Networks that are called compiled within `switched_on`; the first call of each role and shape there takes minutes, for it compiles.
+    """Networks that are compiled within `switched_on`.
 
-    Every shape is compiled by itself, so that what a run computes does not depend on which came first and it resumes bit for bit.
-    Raises ValueError where torch cannot compile.
+    The first call of each role and shape takes minutes, because the call compiles. Every shape is compiled
+    separately, so the results of a run do not depend on the order of shapes, and a run resumes bit for bit.
+    Raises ValueError if torch cannot compile.
     """
 
     def __init__(self, networks: Iterable[nn.Module], device: torch.device) -> None:
@@ -21,7 +26,8 @@ class Compiled:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"train.compile: got true, but torch cannot compile here ({reason}); install a C++ compiler (on a GPU: triton), or set it to false"
+                f"train.compile: got true, but torch cannot compile here ({reason}); "
+                "install a C++ compiler (on a GPU: triton), or set it to false"
             ) from error
         self.networks = list({id(n): n for n in networks}.values())
         for network in self.networks:
@@ -35,7 +41,7 @@ class Compiled:
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
-        """Within it the networks are called as they were compiled."""
+        """Call the compiled networks within the block."""
         self._set(self.calls)
         try:
             yield

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning of a teacher on real pictures before it is distilled: a better teacher makes a better student (TDM sec. 3.1)."""
+"""Supervised fine-tuning of a teacher on real images.
+
+The teacher is fine-tuned before distillation: a better teacher makes a better student (TDM sec. 3.1).
+"""
 
 import copy
 from collections.abc import Generator
@@ -8,35 +11,49 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone
+from ..backbones.modules import dtype_of
 from ..core import timegrid
 from ..core.prediction import target
 from ..core.schedule import diffuse, expand
+from ..data.images import ImageData
 from ..roles import adapters
 from ..roles.roles import RolesConfig
 from .fit import FitConfig, FitStep, fit
-from .pictures import RealData
 from .state import seeded
 
 ADAPTER = "finetune"
 
 
 def finetune(
-    backbone: Backbone, data: RealData, how: RolesConfig, config: FitConfig, run: Path, seed: int = 0, drop_caption: float = 0.1
+    backbone: Backbone,
+    data: ImageData,
+    how: RolesConfig,
+    config: FitConfig,
+    run: Path,
+    seed: int = 0,
+    drop_caption: float = 0.1,
 ) -> Generator[FitStep, None, None]:
-    """Train the backbone's own network on its own prediction type, at uniform times; afterwards its weights are the averaged result.
+    """Train the backbone's network on the network's own prediction type.
 
-    `how.share` trains a LoRA, which is merged at the end, otherwise all weights. Captions are left out at the rate `drop_caption`,
-    so that the teacher can still be guided. Resumes from `run`. Raises ValueError for a base that is to be rounded.
+    Times are uniform. Afterwards the network has the averaged weights. `how.lora` trains a LoRA, which is
+    merged at the end; otherwise all weights are trained. Captions are dropped at the rate `drop_caption`, so
+    guidance still works. Resumes from `run`. Raises ValueError for `how.quantize`, and for float16 weights.
     """
-    if how.base is not None:
-        raise ValueError(f"roles.base: got {how.base}, a fine-tune changes the weights themselves; leave it out")
+    if how.quantize is not None:
+        raise ValueError(
+            f"roles.quantize: got {how.quantize}, a fine-tune changes the weights themselves; leave it out"
+        )
     module, schedule = backbone.module, backbone.schedule
-    if next(module.parameters()).dtype == torch.float16:
-        raise ValueError("dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32")
+    if dtype_of(module) == torch.float16:
+        raise ValueError(
+            "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
+        )
     device = next(module.parameters()).device
     adapters.remove_adapters(module, (ADAPTER, "student", "fake"))
-    if how.share:
-        adapters.add_adapter(module, ADAPTER, how.rank, how.alpha or how.rank, adapters.targets(module, how.targets, how.skip), seed)
+    if how.lora:
+        adapters.add_adapter(
+            module, ADAPTER, how.rank, how.alpha or how.rank, adapters.targets(module, how.targets, how.exclude), seed
+        )
         layers = adapters.adapter_layers(module)
         trained = nn.ParameterList(adapters.adapter_parameters(module, ADAPTER).values()).requires_grad_(True)
     else:
@@ -51,7 +68,9 @@ def finetune(
         t = timegrid.draw_between(schedule, low, high, rng).to(device)
         eps = torch.randn(x0.shape, generator=rng).to(device)
         dropped = (torch.rand(n, generator=rng) < drop_caption).to(device)
-        cond = {k: torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), null[k].expand_as(v), v) for k, v in cond.items()}
+        cond = {
+            k: torch.where(dropped.reshape(-1, *[1] * (v.ndim - 1)), null[k].expand_as(v), v) for k, v in cond.items()
+        }
         adapters.switch(layers, ADAPTER if layers else None)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             m = backbone.predict(module, diffuse(schedule, x0, t, eps), t, cond)

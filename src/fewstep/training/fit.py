@@ -1,4 +1,7 @@
-"""Supervised fitting of one set of weights to a loss: the loop behind every teacher in the zoo."""
+"""Supervised fitting of one network to a loss.
+
+This loop trains every teacher of the zoo.
+"""
 
 import math
 import time
@@ -16,9 +19,11 @@ from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors,
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Warm-up, constant, then linear decay to zero over the last `decay` steps; EMA of the weights.
+    """Settings of a fit.
 
-    `optimizer: muon` trains the weight matrices with Muon and the rest with AdamW, at the same rate.
+    The rate warms up, stays constant, and decays linearly to zero over the last `decay` steps; `ema` is the
+    decay of the average of the weights. `optimizer: muon` trains the weight matrices with Muon and the rest
+    with AdamW, at the same rate.
     """
 
     steps: int
@@ -41,6 +46,8 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class FitStep:
+    """The result of one step."""
+
     step: int
     loss: float
     seconds: float
@@ -49,10 +56,12 @@ class FitStep:
 def fit(
     module: nn.Module, ema: nn.Module, loss_at: Callable[[int], Tensor], config: FitConfig, run: Path
 ) -> Generator[FitStep, None, None]:
-    """Train `module` on `loss_at(step)`, keep its average in `ema`, and resume from `run` when checkpoints are there.
+    """Train `module` on `loss_at(step)`, and yield every step.
 
-    `loss_at` must depend on nothing but the step and the weights (see `state.seeded`), so that a resumed run is the
-    straight run bit for bit. Raises FloatingPointError at the first non-finite loss; the last checkpoint stays.
+    `ema` holds the average of the weights. The fit resumes from `run` if checkpoints exist. `loss_at` must
+    depend only on the step and the weights (see `state.seeded`), so that a resumed run equals the
+    uninterrupted run bit for bit. Raises FloatingPointError at the first non-finite loss; the last checkpoint
+    stays.
     """
     optimizers = _optimizers(module, config)
     start = 0
@@ -71,14 +80,15 @@ def fit(
         loss = loss_at(step)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
-                f"loss is {value} at step {step}; lower train.lr or set train.bf16=false, then run the same command again"
+                f"loss is {value} at step {step}; lower this fit's lr or set its bf16 to false, "
+                "then run the same command again"
             )
         module.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), config.clip)
         for optimizer, _ in optimizers:
             optimizer.step()
-        # The early average forgets faster, so that it is never a memory of the initialisation.
+        # The early average decays faster, so that the average never holds the initialisation.
         rate = min(config.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - rate)
@@ -86,21 +96,29 @@ def fit(
 
         def save(done: int = done, value: float = value) -> None:
             moments = {k: v for optimizer, names in optimizers for k, v in optimizer_tensors(optimizer, names).items()}
-            save_checkpoint(run, done, {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": moments}, {"loss": value})
+            save_checkpoint(
+                run,
+                done,
+                {"module": module.state_dict(), "ema": ema.state_dict(), "optimizer": moments},
+                {"loss": value},
+            )
 
         saved = done % config.checkpoint_every == 0 or done == config.steps
         if saved:
             save()
         try:
             yield FitStep(done, value, time.monotonic() - began)
-        except GeneratorExit:  # the caller stops here: nothing of what was trained is lost
+        except GeneratorExit:  # the caller stops: save the last step
             if not saved:
                 save()
             raise
 
 
 def _optimizers(module: nn.Module, config: FitConfig) -> list[tuple[torch.optim.Optimizer, list[str]]]:
-    """Each optimiser with the names of its parameters; together they hold every parameter once."""
+    """Return each optimizer with the names of the optimizer's parameters.
+
+    Together the optimizers hold every parameter once.
+    """
     named = dict(module.named_parameters())
     muon = [n for n, p in named.items() if config.optimizer == "muon" and is_matrix(module, n, p)]
     rest = [n for n in named if n not in set(muon)]

@@ -1,4 +1,7 @@
-"""One holder of a run's folder at a time: a lock that names its holder and that a dead process does not keep."""
+"""A lock on a run's folder.
+
+Only one process holds a folder at a time. The lock names the holder, and a dead process loses the lock.
+"""
 
 import json
 import os
@@ -7,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..atomic import cure_of
 from ..names import visible
 
 LOCK = "run.lock"
@@ -20,7 +24,11 @@ SILENT = 600.0  # seconds after which a holder on another machine is taken for d
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, told from a later one of the same number by when it `began` (of its machine's own clock; empty where that is not known)."""
+    """A process that holds a lock.
+
+    `began` distinguishes the process from a later process of the same number: the start time by the machine's
+    own clock, empty if unknown.
+    """
 
     pid: int
     host: str
@@ -29,12 +37,17 @@ class Holder:
 
 
 def this_holder() -> Holder:
-    """Return what a lock says of this process."""
-    return Holder(os.getpid(), socket.gethostname(), _began(os.getpid()), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    """Return this process as a lock's holder."""
+    return Holder(
+        os.getpid(), socket.gethostname(), _began(os.getpid()), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    )
 
 
 def _began(pid: int) -> str:
-    """The start of a process on Linux, with what tells one boot and one container from another."""
+    """Return the start of a process on Linux.
+
+    The text also identifies the boot and the container. Empty elsewhere.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
@@ -44,16 +57,19 @@ def _began(pid: int) -> str:
 
 
 def lives(holder: Holder) -> bool | None:
-    """Whether the process of a holder runs; None where this machine cannot say."""
+    """Return whether a holder's process runs.
+
+    None means that this machine cannot say.
+    """
     if holder.host != socket.gethostname():
         return None
     if holder.began:
         mine = _began(os.getpid())
         if holder.began.split()[:2] != mine.split()[:2]:
-            return None  # another boot or container of the same name
+            return None  # another boot, or another container, of the same host name
         return _began(holder.pid) == holder.began
     if os.name == "nt":
-        return None  # where asking for a process ends it
+        return None  # on Windows, `os.kill` with signal 0 ends the process
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
@@ -64,11 +80,27 @@ def lives(holder: Holder) -> bool | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder while the block runs.
+def held_in_python(folder: Path) -> Iterator[None]:
+    """Hold a folder as `locked` does, for a program in Python.
 
-    Raises ValueError that names the holder where another process has it. One that is dead loses it: on this machine at once, on
-    another after ten minutes without a sign of life.
+    Raises ValueError also where the folder cannot be made.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            shown = visible(str(folder), lines=False)
+            raise ValueError(f"out: cannot write to {shown[:200]} ({error.strerror}); {cure_of(error)}") from error
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder within the block.
+
+    Raises ValueError that names the holder if another process, or another run of this one, holds the lock. A
+    dead holder loses the lock: on this machine at once, on another machine after ten minutes without a sign
+    of life.
     """
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,31 +115,33 @@ def locked(folder: Path) -> Iterator[None]:
         ended.set()
         beat.join()
         with suppress(OSError):
-            path.unlink()  # while it is held, so that nobody holds a file without a name
+            path.unlink()  # remove the file while holding the lock, so that nobody locks a removed file
         os.close(handle)
         with suppress(OSError):
             for own in made:
-                own.rmdir()  # where nothing came of it
+                own.rmdir()  # remove the folder if the run wrote nothing
 
 
 def _taken(path: Path, folder: Path) -> int:
-    """The open lock file, which is this process's."""
+    """Lock the file, and return the open file."""
     me = this_holder()
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             kernel = _kernel_lock(handle)
             if kernel and not _is(handle, path):
-                os.close(handle)  # its last holder has just removed it
+                os.close(handle)  # the last holder has just removed the file
                 continue
             holder = _read(handle)
-            if kernel is False or (holder is not None and holder != me and not _dead(holder, handle, kernel)):
+            if kernel is False or (
+                holder is not None and (holder != me or kernel is None) and not _dead(holder, handle, kernel)
+            ):
                 raise ValueError(_refusal(folder, path, holder))
             os.ftruncate(handle, 0)
             os.lseek(handle, 0, os.SEEK_SET)
             os.write(handle, json.dumps(asdict(me)).encode())
             os.fsync(handle)
-            if kernel is None:  # two may have come at once, and the last one's name stands there
+            if kernel is None:  # two processes may have come at once; the file names the last one
                 time.sleep(0.3)
                 if (other := _read(handle)) != me:
                     raise ValueError(_refusal(folder, path, other))
@@ -118,12 +152,15 @@ def _taken(path: Path, folder: Path) -> int:
 
 
 def _kernel_lock(handle: int) -> bool | None:
-    """Lock the file for as long as this process lives; False where another has it, None where the file system has no locks."""
+    """Lock the file for the lifetime of this process.
+
+    Returns False if another process has the lock, None if the file system has no locks.
+    """
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond what is written, which others are to read
+            os.lseek(handle, 1 << 30, os.SEEK_SET)  # lock a byte beyond the content, which others have to read
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
             os.lseek(handle, 0, os.SEEK_SET)
         else:
@@ -138,7 +175,7 @@ def _kernel_lock(handle: int) -> bool | None:
 
 
 def _is(handle: int, path: Path) -> bool:
-    """Whether the open file still has its name."""
+    """Return whether the open file still has this path."""
     try:
         there = path.stat()
     except FileNotFoundError:
@@ -156,15 +193,22 @@ def _read(handle: int) -> Holder | None:
 
 
 def _dead(holder: Holder, handle: int, kernel: bool | None) -> bool:
-    """Whether a holder has gone. One that this machine knows nothing of is known by its silence."""
+    """Return whether a holder has ended.
+
+    A holder that this machine knows nothing about counts as dead after a long silence.
+    """
     alive = lives(holder)
     if alive is None and kernel and holder.host == socket.gethostname():
-        return True  # from before this machine, or this container, began anew: what lives holds the kernel's lock
+        # The holder is from before a restart of this machine or container: a living holder has the kernel's lock.
+        return True
     return _silence(handle) > SILENT if alive is None else not alive
 
 
 def _silence(handle: int) -> float:
-    """Seconds since the last sign of life, both times by the clock of the file system where it tells."""
+    """Return the seconds since the last sign of life.
+
+    Both times are from the file system's clock where possible.
+    """
     before = os.fstat(handle).st_mtime
     if os.utime not in os.supports_fd:
         return time.time() - before
@@ -176,8 +220,16 @@ def _silence(handle: int) -> float:
 
 def _refusal(folder: Path, path: Path, holder: Holder | None) -> str:
     shown, lock = (visible(str(p), lines=False) for p in (folder, path))
-    who = "another process" if holder is None else visible(f"process {holder.pid} on {holder.host} since {holder.since}", lines=False)
-    return f"--out: {shown} is in use by {who}; wait for it or choose another --out; if it is dead for sure, delete {lock}"
+    who = (
+        "another process"
+        if holder is None
+        else "another run of this process"
+        if (holder.pid, holder.host) == (os.getpid(), socket.gethostname())
+        else visible(f"process {holder.pid} on {holder.host} since {holder.since}", lines=False)
+    )
+    return (
+        f"--out: {shown} is in use by {who}; wait for it or choose another --out; if it is dead for sure, delete {lock}"
+    )
 
 
 def _beat(path: Path, ended: threading.Event) -> None:

@@ -1,30 +1,43 @@
-"""The one training loop: a generator that yields after every iteration and resumes from its checkpoints, on a CPU bit for bit."""
+"""The training loop.
 
-import math
+The loop is a generator that yields after every iteration. A run resumes from checkpoints, on a CPU bit for
+bit.
+"""
+
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..backbones.generate import device_of, require_seed
-from ..methods.method import Loss, Method, Turn, draw_count
-from ..roles.adapters import assign, uncast
+from ..config_fields import POSITIVE, WEIGHT, Range, check_fields
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
+from ..methods.method import Loss, Method, TrainBatch, draw_count
+from ..processes import is_first, mean_of, meet, require_same, this_process
+from ..roles.adapters import assign, keep_input_dtype
 from ..roles.roles import Role, Roles
-from ..roles.sharding import by_kind, clip_gradients, part_of, whole
+from ..roles.sharding import by_kind, clip_gradients, shard_like, whole
+from ..words import speaks_python
 from .compiling import Compiled
-from .optimizer import OPTIMIZERS, OptimizerName, make_optimizer
-from .paths import Paths
-from .pictures import RealData
-from .processes import is_first, mean_of, meet, require_same, this_process
-from .prompts import Embeddings
+from .optimizer import OptimizerName, make_optimizer
 from .settings import require_unchanged, settings_of
-from .state import latest_checkpoint, load_optimizer_tensors, optimizer_tensors, require_optimizer_tensors, save_checkpoint, seeded
+from .state import (
+    checkpoints,
+    latest_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    require_optimizer_tensors,
+    save_checkpoint,
+    seeded,
+)
 
 Precision = Literal["no", "bf16"]
 Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and the state of a checkpoint
@@ -32,83 +45,114 @@ Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and t
 MOST_BATCH = 65_536
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Iterations include the fake score's warm-up. `lr` is the student's; `fake_lr` the fake score's.
+LORA_RATES, COPY_RATES = (1e-4, 1e-3), (1e-5, 1e-4)  # default rates of student and fake score
 
-    An iteration takes `accumulate` batches one after the other: as much memory as one, the update of all. N processes do the same with
-    N times as many, and draw what one process would draw that accumulates as often.
-    With `shard` each of them holds a part of all weights and optimiser states (FSDP2) instead of all; one process takes no notice.
-    Over the last `decay` iterations the student's rate falls to zero in a line, and over a warm-up that folds its head away.
-    Over its first `lr_warmup` iterations every role's rate rises from zero in a line: Adam's first updates move each weight by the whole rate,
-    however small or noisy its gradient.
+
+@speaks_python("train")
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in which batches, and at which rates a student trains.
+
+    Raises ValueError for invalid settings.
     """
 
-    iterations: int
-    batch: int
-    lr: float
-    fake_lr: float
-    decay: int = 0
-    lr_warmup: int = 0
-    accumulate: int = 1
-    ema: float = 0.98
-    betas: tuple[float, float] = (0.0, 0.999)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    checkpoint_every: int = 100
+    iterations: Annotated[int, Range(1)]
+    """Iterations, the fake score's warm-up included."""
+
+    batch: Annotated[int, Range(1, MOST_BATCH)] = 16
+    """Samples in a batch, of each process."""
+
+    lr: Annotated[float, POSITIVE] | None = None
+    """Learning rate of the student; by default 1e-4 for a LoRA, 1e-5 for all weights."""
+
+    fake_lr: Annotated[float, POSITIVE] | None = None
+    """Learning rate of the fake score and the discriminator; by default 1e-3 for a LoRA, 1e-4 for all weights."""
+
+    decay: Annotated[int, Range(0)] = 0
+    """Iterations at the end, and of a warm-up that absorbs a head, in which the student's rate falls linearly to
+    zero."""
+
+    lr_warmup: Annotated[int, Range(0)] = 0
+    """Updates at the beginning in which every role's rate rises linearly from zero."""
+
+    accumulate: Annotated[int, Range(1, MOST_BATCH)] = 1
+    """Batches of an iteration, one after the other: the memory of one, the update of all."""
+
+    ema: Annotated[float, Range(0, 1, below=True)] = 0.98
+    """Decay of the student's average; 0 is off."""
+
+    betas: tuple[Annotated[float, Range(0, 1, below=True)], Annotated[float, Range(0, 1, below=True)]] = (0.0, 0.999)
+    """Adam's betas."""
+
+    weight_decay: Annotated[float, WEIGHT] = 0.0
+    """Decoupled weight decay."""
+
+    clip: Annotated[float, POSITIVE] = 1.0
+    """Largest norm of a gradient."""
+
+    checkpoint_every: Annotated[int, Range(1)] = 100
+    """Iterations between two checkpoints."""
+
     seed: int = 0
-    precision: Precision = "no"  # bf16: the networks compute in it, weights and losses stay float32
+    """Seed of every draw."""
+
+    precision: Precision = "no"
+    """bf16: the networks compute in it, weights and losses stay in single precision."""
+
     shard: bool = False
-    optimizer: OptimizerName = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory, and another result
-    compile: bool = False  # the networks by torch.compile: minutes at the start of every run, for iterations that may be faster on a GPU
+    """Share all weights and optimizer states between processes (FSDP2); one process ignores it."""
+
+    optimizer: OptimizerName = "adamw"
+    """adamw8bit keeps its moments in 8 bits: a quarter of their memory, and another result."""
+
+    compile: bool = False
+    """Compile the networks (torch.compile): minutes at the start of every run, for iterations that may be faster on
+    a GPU."""
 
     def __post_init__(self) -> None:
-        for option in ("iterations", "batch", "accumulate", "checkpoint_every"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
-        for option in ("batch", "accumulate"):
-            if getattr(self, option) > MOST_BATCH:
-                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are whole numbers from 1 to {MOST_BATCH}")
-        for option in ("lr", "fake_lr", "clip"):
-            if not 0 < getattr(self, option) < math.inf:
-                raise ValueError(f"train.{option}: got {getattr(self, option)}, allowed are numbers above 0")
+        check_fields(self, "train")
         require_seed(self.seed, "train.seed")
-        if self.precision not in ("no", "bf16"):
-            raise ValueError(f"train.precision: got {self.precision!r}, allowed are no, bf16")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"train.optimizer: got {self.optimizer!r}, allowed are {', '.join(OPTIMIZERS)}")
         if self.shard and self.optimizer != "adamw":
-            raise ValueError(f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw")
+            raise ValueError(
+                f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw"
+            )
         if self.shard and self.compile:
-            raise ValueError("train.compile: got true with train.shard=true, which has not been made to work; set one of them to false")
-        if not 0 <= self.decay <= self.iterations:
             raise ValueError(
-                f"train.decay: got {self.decay}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
+                "train.compile: got true with train.shard=true, which has not been made to work; "
+                "set one of them to false"
             )
-        if not 0 <= self.lr_warmup <= self.iterations:
-            raise ValueError(
-                f"train.lr_warmup: got {self.lr_warmup}, allowed are whole numbers from 0 (off) to train.iterations ({self.iterations})"
-            )
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"train.weight_decay: got {self.weight_decay}, allowed are numbers from 0 (off)")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas: got {list(self.betas)}, allowed are two numbers from 0 up to, not including, 1")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema: got {self.ema}, allowed are numbers from 0 (off) up to, not including, 1")
+        for option in ("decay", "lr_warmup"):
+            if (got := getattr(self, option)) > self.iterations:
+                raise ValueError(
+                    f"train.{option}: got {got}, allowed are whole numbers from 0 (off) to train.iterations "
+                    f"({self.iterations})"
+                )
 
-    def lr_at(self, role: Role, iteration: int, warmup: int = 0) -> float:
-        """The rate of a role in an iteration, from 0; the student's own updates begin after `warmup`."""
+    def rates(self, share: bool) -> tuple[float, float]:
+        """Return the learning rates of student and fake score."""
+        student, fake = LORA_RATES if share else COPY_RATES
+        return student if self.lr is None else self.lr, fake if self.fake_lr is None else self.fake_lr
+
+    def lr_at(self, role: Role, iteration: int, warmup: int = 0, share: bool = True) -> float:
+        """Return the learning rate of a role in an iteration, from 0.
+
+        The student's own updates begin after `warmup`.
+        """
+        lr, fake_lr = self.rates(share)
         if role == "student" and iteration < warmup:
-            return self.lr * (warmup - iteration) / warmup
+            return lr * (warmup - iteration) / warmup
         updates = iteration - warmup if role == "student" else iteration
         rise = min(1.0, (updates + 1) / self.lr_warmup) if self.lr_warmup else 1.0
         fall = min(1.0, (self.iterations - iteration) / self.decay) if self.decay and role == "student" else 1.0
-        return rise * fall * (self.lr if role == "student" else self.fake_lr)
+        return rise * fall * (lr if role == "student" else fake_lr)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one iteration did. `metrics` are plain numbers; `roles` gives access to every network."""
+    """The result of one iteration.
+
+    `metrics` are plain numbers; `roles` gives access to every network.
+    """
 
     iteration: int
     metrics: Mapping[str, float]
@@ -118,17 +162,34 @@ class Step:
 
 
 def default_device() -> torch.device:
-    """This process's own GPU, or the CPU."""
+    """Return this process's own GPU, or the CPU."""
     device = this_process().device
-    return device if device.type in ("cuda", "xpu") else torch.device("cpu")  # times are float64, which Apple's GPUs do not know
+    # Times are float64, which Apple's GPUs do not support.
+    return device if device.type in ("cuda", "xpu") else torch.device("cpu")
 
 
 def require_updates(method: Method, iterations: int) -> None:
-    """Raises ValueError for a training that would end before the student's first update."""
+    """Check that a training reaches the student's first update.
+
+    Raises ValueError otherwise.
+    """
     if iterations <= method.warmup:
         raise ValueError(
-            f"train.iterations: got {iterations}, of which the first {method.warmup} (method.warmup) do not train the student; set more than these"
+            f"train.iterations: got {iterations}, of which the first {method.warmup} (method.warmup) do not train "
+            "the student; set more than these"
         )
+
+
+def require_trajectories(method: Method, given: bool) -> None:
+    """Check that a method gets trajectories if it needs them.
+
+    Raises ValueError for needed trajectories that are missing, and for trajectories that the method does not take.
+    """
+    if method.needs.trajectories != given:
+        needs, cure = (
+            ("needs", "set it to trajectories") if method.needs.trajectories else ("takes no", "leave data out")
+        )
+        raise ValueError(f"data.source: method {method.name} {needs} trajectories of the teacher; {cure}")
 
 
 def distill(
@@ -137,37 +198,53 @@ def distill(
     data: Embeddings,
     config: TrainConfig,
     run: Path | None = None,
-    real: RealData | None = None,
-    paths: Paths | None = None,
+    real: ImageData | None = None,
+    paths: Trajectories | None = None,
     resumed: Callable[[Step], None] = lambda step: None,
 ) -> Generator[Step, None, None]:
-    """Train the student in `roles` and yield a `Step` after every iteration; the caller may look, log or stop at any of them.
+    """Train the student in `roles`, yielding a `Step` per iteration.
 
-    `resumed` is given the checkpoint's own step once the roles are back where it was: what its iteration lost to a kill can be made again.
+    The caller may inspect, log or stop at any step. `resumed` is called with the checkpoint's own step after
+    the roles are restored, so that the caller can redo what a kill interrupted in that iteration.
 
-    With `run`, checkpoints go there, and calling again with the same settings resumes from the newest. Every draw is seeded
-    by (seed, iteration, rank), so the resumed run is the straight run: on a CPU of the same machine bit for bit, on a GPU as far as
-    its kernels are deterministic, which by default they are not. A run that is finished yields its last step again, without `seconds`.
-    Raises ValueError when the checkpoint belongs to other settings, which it names, FloatingPointError at a non-finite loss or gradient (the last checkpoint
-    stays). Trains on the device that the network is on, and where the roles are sharded in all processes together.
+    With `run`, checkpoints are written to this folder, and another call with the same settings resumes from
+    the newest checkpoint. Every draw is seeded by (seed, iteration, rank), so the resumed run equals the
+    uninterrupted run: on a CPU of the same machine bit for bit, on a GPU as far as the GPU's kernels are
+    deterministic, which they are not by default. A finished run yields the last step again, without
+    `seconds`.
+
+    Training runs on the network's device; sharded roles train in all processes together. Raises ValueError if
+    the checkpoint belongs to other settings, which the message names, and FloatingPointError at a non-finite
+    loss or gradient (the last checkpoint stays).
     """
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
-    if method.needs.paths != (paths is not None):
+    require_trajectories(method, paths is not None)
+    if method.needs.images != (real is not None):
         raise ValueError(
-            f"data.source: method {method.name} {'needs' if method.needs.paths else 'takes no'} trajectories of the teacher; "
-            + ("set it to trajectories" if method.needs.paths else "leave data out")
-        )
-    if method.needs.pictures != (real is not None):
-        raise ValueError(
-            f"data.source: method {method.name} {'needs pictures' if method.needs.pictures else 'is trained from prompts alone, which pictures need method.gan above 0 to change'}; "
-            + ("pass a folder of captioned ones, or teacher for the teacher's own" if method.needs.pictures else "leave data out")
+            (
+                f"data.source: method {method.name} "
+                f"""{
+                    "needs images"
+                    if method.needs.images
+                    else "is trained from prompts alone, which images need method.gan above 0 to change"
+                }; """
+            )
+            + (
+                "pass a folder of captioned ones, or teacher for the teacher's own"
+                if method.needs.images
+                else "leave data out"
+            )
         )
     require_updates(method, config.iterations)
 
     def optimizer_of(role: Role) -> torch.optim.Optimizer:
         return make_optimizer(
-            list(roles.trained[role].values()), config.optimizer, config.lr_at(role, 0), config.betas, config.weight_decay
+            list(roles.trained[role].values()),
+            config.optimizer,
+            config.lr_at(role, 0, 0, roles.config.lora),
+            config.betas,
+            config.weight_decay,
         )
 
     optimizers = {role: optimizer_of(role) for role in roles.trained}
@@ -191,32 +268,40 @@ def distill(
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
-        if i == method.warmup and roles.folding is not None:
-            optimizers["student"] = optimizer_of("student")  # the gradients that folded a head away say nothing of the method's
+        if i == method.warmup and roles.head_to_absorb is not None:
+            # Reset the optimizer: the moments are from absorbing the head, not from the method.
+            optimizers["student"] = optimizer_of("student")
         for role, optimizer in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(role, i, method.warmup)
-        turns, steps = [], draw_count(method.steps, seeded(config.seed, i, "count"))
+                group["lr"] = config.lr_at(role, i, method.warmup, roles.config.lora)
+        turns, steps = list[TrainBatch](), draw_count(method.steps, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
             stream = rank * config.accumulate + part
             rng = seeded(config.seed, i, "draw", stream, device)
             cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
-            pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
+            images = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
-            turns.append(Turn(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
+            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, images, rng, walk, steps))
         mixed = config.precision == "bf16"
-        # What autocast keeps of sharded weights would be whole, and of the block that was fetched into the same memory before.
+        # No autocast cache for sharded weights: cached casts would be whole, and might belong to an earlier block
+        # in the same memory.
         with (
             torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=not roles.sharded),
-            uncast(roles.layers if mixed else ()),
+            keep_input_dtype(roles.layers if mixed else ()),
             compiled(),
         ):
-            metrics = _updates(accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach)
+            try:
+                metrics = _updates(
+                    accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}{_and_then(run)}") from error
         if i >= method.warmup:
-            # A young average forgets faster, so that it is never a memory of the start.
+            # A young average decays faster, so that the average never holds the start.
             done = i - method.warmup + 1
             roles.update_average(min(config.ema, done / (done + 9)))
-        writes = accelerator.is_main_process or roles.sharded  # of the latter all give what they have, and the first writes
+        # All processes contribute sharded weights, and the first process writes.
+        writes = accelerator.is_main_process or roles.sharded
         numbers = {k: float(v) for k, v in metrics.items()}
         state = {"settings": settings, "batches": batches, "metrics": numbers, "seconds": time.perf_counter() - began}
         if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
@@ -225,31 +310,35 @@ def distill(
         try:
             yield Step(i + 1, numbers, time.perf_counter() - began, roles, method)
         except GeneratorExit:
-            # The caller stops here: nothing of what was trained is lost.
+            # The caller stops: save the last iteration.
             if run is not None and not saved and writes:
                 save_run(roles, optimizers, run, i + 1, state)
             raise
         if several:
-            meet()  # the first may have drawn and measured
+            meet()  # the first process may have sampled and measured
 
 
 class Reach:
-    """Which tensors of a role its losses have reached; a free first step trains a head alone, so one iteration does not tell."""
+    """Which tensors of a role the losses have reached.
 
-    PATIENCE = 8  # iterations in which a role is updated, after which it is known
+    One iteration is not enough to decide: an analytic first step trains the head alone.
+    """
+
+    PATIENCE = 8  # updates of a role before the check
 
     def __init__(self) -> None:
         self.reached: dict[Role, set[str]] = {}
         self.seen: dict[Role, int] = {}
 
     def add(self, role: Role, names: Iterable[str]) -> None:
-        """These tensors have a gradient."""
+        """Add the names of tensors that have a gradient."""
         self.reached.setdefault(role, set()).update(names)
 
     def check(self, roles: Roles, updated: Iterable[Role]) -> None:
-        """Refuse a role whose losses reach less than half of what they should train, once that is known.
+        """Check that losses reach at least half of a role's parameters.
 
-        Some layers of a network may have no part in its output; where most have none, gradients are being lost on the way.
+        The check happens after `PATIENCE` updates of a role. Some layers of a network may have no part in the
+        output; if most layers have none, gradients are being lost. Raises ValueError.
         """
         for role in dict.fromkeys(updated):
             self.seen[role] = self.seen.get(role, 0) + 1
@@ -259,7 +348,8 @@ class Reach:
                 p.numel() for p in parameters.values()
             ):
                 raise ValueError(
-                    f"train: the {role}'s loss reaches {len(parameters) - len(lost)} of {len(parameters)} trained tensors, not {lost[0]}; "
+                    f"train: the {role}'s loss reaches {len(parameters) - len(lost)} of {len(parameters)} trained "
+                    f"tensors, not {lost[0]}; "
                     "check that the network computes with gradients, or set train.precision=no"
                 )
 
@@ -273,9 +363,11 @@ def _updates(
     i: int,
     reach: Reach,
 ) -> dict[str, Tensor]:
-    """All updates of one iteration, each from the mean gradient over the batches in `losses`; returns what to log, means as well.
+    """Make all updates of one iteration.
 
-    The batches take turns, so that no more than one holds what its gradients need, where a method's updates go together.
+    Each update uses the mean gradient over the batches in `losses`. Returns what to log, also as means. The
+    batches take turns: where a method's updates go together, only one batch at a time holds what gradients
+    need.
     """
     seen: dict[str, list[Tensor]] = {}
     norms: dict[str, Tensor] = {}
@@ -301,7 +393,11 @@ def _updates(
 
 
 def _add_gradients(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
-    """This share of the loss's gradients onto what its role's parameters have; zero for those that it does not reach."""
+    """Add a share of the loss's gradients to the role's parameters.
+
+    Parameters that the loss does not reach get a zero gradient. Raises ValueError if the loss reaches no
+    parameter.
+    """
     if not loss.value.requires_grad:
         raise ValueError(
             f"train: the {loss.role}'s loss reaches none of its {len(roles.trained[loss.role])} trained tensors; "
@@ -319,7 +415,11 @@ def _add_gradients(loss: Loss, roles: Roles, share: float, reach: Reach) -> None
 
 
 def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
-    """The same where weights are sharded: their gradients come by a backward pass alone, which may reach other roles; they keep what they had."""
+    """Add gradients as `_add_gradients` does, for sharded weights.
+
+    Gradients of sharded weights come from a backward pass only, which may also reach other roles; the
+    gradients of other roles are restored.
+    """
     others = [(p, p.grad) for role, own in roles.trained.items() if role != loss.role for p in own.values()]
     for p, _ in others:
         p.grad = None
@@ -332,36 +432,60 @@ def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float, reach: Reach
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def _update(accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int) -> Tensor:
-    """One step of one role; returns its gradient norm. Gradients are averaged over processes in one flat call, where they are not yet."""
+def _update(
+    accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int
+) -> Tensor:
+    """Take one optimizer step of one role.
+
+    Returns the gradient norm. Gradients that are not yet means over processes are averaged in one flat call.
+    """
     parameters = list(roles.trained[role].values())
     own = by_kind(parameters)[1]
     if accelerator.num_processes > 1 and own:
         flat = mean_of(torch.cat([p.grad.flatten() for p in own if p.grad is not None]))
         for p, g in zip(own, flat.split([p.numel() for p in own]), strict=True):
             p.grad = g.view_as(p).to(p.dtype)
-    for p in own:  # torch's fused AdamW reads a gradient in its parameter's order, whatever the gradient's own is, and says nothing
+    # torch's fused AdamW silently reads a gradient in the memory order of the parameter.
+    for p in own:
         if p.grad is not None and p.grad.stride() != p.stride():
             p.grad = torch.empty_like(p).copy_(p.grad)
     norm = clip_gradients(parameters, config.clip)
     _require_finite(norm, "gradient", role, i)
     optimizer.step()
-    torch.clear_autocast_cache()  # of what the weights were: a later call of the same iteration is of what they are
-    optimizer.zero_grad(set_to_none=True)  # nothing of it is held through the next iteration
+    torch.clear_autocast_cache()  # cached casts of the old weights
+    optimizer.zero_grad(set_to_none=True)  # free the gradients before the next iteration
     return norm
 
 
 def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
-    """Raises FloatingPointError before anything is updated or saved that would carry the damage on."""
+    """Check that a value is finite before anything is updated or saved.
+
+    Raises FloatingPointError otherwise.
+    """
     if not bool(torch.isfinite(value)):
-        option = "train.lr" if role == "student" else "train.fake_lr"
-        raise FloatingPointError(
-            f"the {role} {what} is {value.item()} at iteration {i + 1}; the last checkpoint is intact: lower {option}, then run again"
-        )
+        # The student's own rate breaks the fake score as well: the student's samples are what the score is trained on.
+        option = "train.lr" if role == "student" else "train.lr or train.fake_lr"
+        raise FloatingPointError(f"the {role} {what} is {value.item()} at iteration {i + 1}; lower {option}")
 
 
-def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, state: Mapping[str, Any]) -> None:
-    """Every trained role with its optimiser, and the average, as one atomic checkpoint. The first process writes, those of sharded roles all come."""
+def _and_then(run: Path | None) -> str:
+    """Return the advice after a number that is not finite.
+
+    A run keeps its learning rates, so lower rates need another folder.
+    """
+    if run is None:
+        return ""
+    kept = "" if not (found := checkpoints(run)) else f" ({found[-1].name} of {run} is intact)"
+    return f", and choose another --out{kept}"
+
+
+def save_run(
+    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, state: Mapping[str, Any]
+) -> None:
+    """Save every trained role, optimizer and average as a checkpoint.
+
+    The checkpoint is atomic. The first process writes; for sharded roles all processes have to call.
+    """
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
@@ -373,7 +497,7 @@ def save_run(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Of its parameters, in its own order."""
+    """Return the names of an optimizer's parameters, in the optimizer's order."""
     known = {id(p): n for n, p in parameters.items()}
     return [known[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
@@ -387,25 +511,37 @@ def _resume(
     batches: int,
     processes: int,
 ) -> int:
-    """Put the checkpoint that was found back and return its iteration, or 0 where there is none."""
+    """Restore the checkpoint that was found, and return the iteration.
+
+    Returns 0 without a checkpoint. Raises ValueError for a checkpoint of other settings.
+    """
     if found is None:
         return 0
     groups, state = found
     if (before := state.get("batches", batches)) != batches:
         raise ValueError(
-            f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; in {processes} processes set it to {before / processes:g}"
+            f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; "
+            f"in {processes} process{'es' if processes > 1 else ''} set it to {before / processes:g}"
         )
     require_unchanged(state.get("settings"), settings, str(run))
     place, names = (
         f"run {run}: the checkpoint of iteration {state['step']}",
         {r: _names(optimizers[r], roles.trained[r]) for r in roles.trained},
     )
-    trained: dict[str, Mapping[str, Tensor]] = {"average": roles.average, **{str(r): own for r, own in roles.trained.items()}}
+    trained: dict[str, Mapping[str, Tensor]] = {
+        "average": roles.average,
+        **{str(r): own for r, own in roles.trained.items()},
+    }
     for group, wanted in trained.items():
         if odd := sorted({*wanted} ^ {*groups.get(group, {})}):
-            raise ValueError(f"{place} does not fit what is trained, at {group}/{odd[0]}; delete that folder to go on from an older one")
+            raise ValueError(
+                f"{place} does not fit what is trained, at {group}/{odd[0]}; "
+                "delete that folder to go on from an older one"
+            )
     for role in roles.trained:
-        require_optimizer_tensors(optimizer_tensors(optimizers[role], names[role]), groups.get(f"optimizer_{role}", {}), place)
+        require_optimizer_tensors(
+            optimizer_tensors(optimizers[role], names[role]), groups.get(f"optimizer_{role}", {}), place
+        )
     _put_back(roles, groups)
     for role in roles.trained:
         load_optimizer_tensors(optimizers[role], names[role], groups[f"optimizer_{role}"])
@@ -413,7 +549,10 @@ def _resume(
 
 
 def restore(roles: Roles, run: Path) -> None:
-    """Give new roles what the newest checkpoint holds, for whoever looks at them. Raises ValueError where there is none."""
+    """Restore new roles from the newest checkpoint, for inspection.
+
+    Raises ValueError if there is no checkpoint.
+    """
     if (found := latest_checkpoint(run)) is None:
         raise ValueError(f"run {run}: has no checkpoint; run the same command again")
     _put_back(roles, found[0])
@@ -423,4 +562,4 @@ def _put_back(roles: Roles, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
     for role in roles.trained:
         assign(roles.trained[role], groups[role])
     for name, tensor in roles.average.items():
-        tensor.copy_(part_of(groups["average"][name], tensor))
+        tensor.copy_(shard_like(groups["average"][name], tensor))

@@ -1,4 +1,8 @@
-"""What a training holds in memory, before there is one: its own iteration on networks without content, every tensor counted while it lives."""
+"""Memory of a training, measured before the training.
+
+One iteration of the real training runs on fake (meta) tensors, and every tensor is counted while the tensor
+lives.
+"""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,36 +16,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backbones.base import Backbone
-from ..methods.matching import Matching
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..roles.roles import Roles
 from .loop import TrainConfig, distill
 from .optimizer import state_bytes
-from .paths import Paths
-from .pictures import RealData
-from .prompts import Embeddings
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make within it, until they are freed. `now` and `most` are in bytes.
+class MemoryTracker(TorchDispatchMode):
+    """Counter of the bytes of all storages that operations allocate.
 
-    Asked for the value of a tensor without content, it says 1: losses are finite, norms are small.
+    Storages count until they are freed. `now` and `peak` are in bytes. The value of a fake (meta) tensor is
+    reported as 1, so losses are finite and norms small.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.most = 0, 0
+        self.now, self.peak = 0, 0
         self._seen: set[int] = set()
 
     def add(self, *tensors: Tensor) -> None:
-        """Count what is there already; each storage counts once."""
+        """Count existing tensors; each storage counts once."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self._seen:
                 self._seen.add(key)
                 self.now += size
-                self.most = max(self.most, self.now)
+                self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
@@ -59,20 +63,23 @@ class Ledger(TorchDispatchMode):
 
 
 def storage_bytes(*tensors: Tensor) -> int:
-    """Bytes of these tensors, shared storages counted once."""
+    """Return the bytes of these tensors, shared storages counted once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def module_bytes(*modules: nn.Module) -> int:
-    """Bytes of networks' weights and buffers."""
+    """Return the bytes of the weights and buffers of networks."""
     return storage_bytes(*(t for m in modules for t in (*m.parameters(), *m.buffers())))
 
 
 @dataclass(frozen=True)
 class Training:
-    """Bytes at the peak of a training, by what they are for; `work` comes and goes: activations, inputs kept for gradients, estimates."""
+    """Bytes at the peak of a training, by purpose.
 
-    base: int  # of the frozen denoiser; copies that are trained count as such
+    `work` is temporary: activations, inputs kept for gradients, estimates.
+    """
+
+    base: int  # of the frozen denoiser; trained copies count as `trained`
     trained: int
     gradients: int
     optimiser: int
@@ -87,34 +94,37 @@ class Training:
 def training_bytes(
     backbone: Backbone, make: Callable[[], Roles], method: Method, times: Tensor, config: TrainConfig, data: Embeddings
 ) -> Training:
-    """An iteration after the warm-up, counted. The base may be without content.
+    """Return the bytes of an iteration after the warm-up.
 
-    `make` makes the roles on this backbone; `times` are those of the trajectories that the method may ask for; a few prompts are
-    enough as `data`. What an optimiser holds is counted by its formula, which needs no package. Raises ValueError as the training would.
+    The base may have fake (meta) tensors. `make` makes the roles on this backbone; `times` are the times of
+    the trajectories that the method may need; a few prompts are enough as `data`. The state of an optimizer
+    is counted by a formula, which needs no package. Raises ValueError as the training would.
     """
     states = torch.zeros(data.count, *backbone.shape)
-    real = RealData(states, data, "") if method.needs.pictures else None
+    real = ImageData(states, data, "") if method.needs.images else None
     walks = torch.zeros(data.count, len(times), *backbone.shape)
-    paths = Paths(walks, times, data, walks[:0], times, "") if method.needs.paths else None
+    paths = Trajectories(walks, times, data, walks[:0], times, "") if method.needs.trajectories else None
     one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2), optimizer="adamw")
-    # One step costs what four do: those before the one with gradients hold less than it.
-    begun = replace(method, warmup=0, steps=1, head="keep", free_first=False) if isinstance(method, Matching) else method
-    roles = make()  # a base that is rounded is there as it was only before
+    # One step needs as much memory as four: the steps without gradient hold less.
+    begun = method.one_step()
+    roles = make()  # outside of the tracker: unquantized base weights exist only before
     parameters = [p for role in roles.trained.values() for p in role.values()]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         ledger.add(*held, *parameters, *roles.average.values())
         for _ in distill(roles, begun, data, one, real=real, paths=paths):
             pass
     trained, average = storage_bytes(*parameters), storage_bytes(*roles.average.values())
-    base = storage_bytes(*held) - storage_bytes(*(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad))
-    work = ledger.most - base - 2 * trained - state_bytes(parameters, one.optimizer) - average
+    base = storage_bytes(*held) - storage_bytes(
+        *(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad)
+    )
+    work = ledger.peak - base - 2 * trained - state_bytes(parameters, one.optimizer) - average
     return Training(base, trained, trained, state_bytes(parameters, config.optimizer), average, work)
 
 
 def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
-    """What `run` and these networks hold at the most."""
-    with Ledger() as ledger:
+    """Return the peak bytes of `run` and these networks."""
+    with MemoryTracker() as ledger:
         ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
         run()
-    return ledger.most
+    return ledger.peak

@@ -1,8 +1,9 @@
-"""Is the student drifting? Statistics of its previews beside the teacher's, on the same prompts and seeds.
+"""Drift of the student: statistics of previews next to the teacher's.
 
-Losses of distribution matching say little; brightness, colour, contrast, variety and motion of the pictures say it early. Guidance that is
-too high shows in the states that they are decoded from: an autoencoder turns states of four times their due spread into pictures of
-ordinary brightness and colour.
+Student and teacher previews have the same prompts and seeds. Losses of distribution matching say little;
+brightness, colour, contrast, variety and motion of the images show problems early. Guidance that is too high
+shows in the states that the images are decoded from: an autoencoder decodes states with four times the normal
+spread to images of ordinary brightness and colour.
 """
 
 import math
@@ -11,27 +12,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNSEEN = 0.005  # of the range of a picture, about a grey level of 8 bits: grey pictures have no saturation, one prompt has no variety
-STANDING = 0.001  # of that range, the mean change from frame to frame: clips with less of it stand still
-STILL = 0.1  # of the teacher's motion: a clip with less does not move where the teacher's does
+# Share of an image's range, about one grey level of 8 bits: grey images have no saturation, and one prompt
+# has no variety.
+UNSEEN = 0.005
+STANDING = 0.001  # mean change from frame to frame, as a share of the range; clips with less stand still
+STILL = 0.1  # share of the teacher's motion; a clip with less does not move as the teacher's does
 TOLERANCE = 0.35
-MODERATE = 4.5  # guidance at which pictures are not blown out
+MODERATE = 4.5  # guidance at which images are not blown out
 
 ADVICE = {
     "brightness": "lower method.guidance or train.lr",
     "saturation": "lower method.guidance or train.lr",
-    "contrast": "blurred or over-sharpened: raise method.fake_updates or lower train.lr",
-    "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake_updates",
+    "contrast": "blurred or over-sharpened: raise method.fake.updates or lower train.lr",
+    "variety": "modes are being lost: lower train.lr, raise train.fake_lr or method.fake.updates",
     "spread": "blown out if above 1, faded if below: lower method.guidance or train.lr",
-    "motion": "clips stand still if below 1, flicker if above: lower train.lr, raise train.fake_lr or method.fake_updates",
+    "motion": (
+        "clips stand still if below 1, flicker if above: lower train.lr, raise train.fake_lr or method.fake.updates"
+    ),
 }
 
 
 @dataclass(frozen=True)
-class Look:
-    """Statistics of P previews: means over pictures, variety across prompts, `spread` of the states they are decoded from.
+class ImageStats:
+    """Statistics of P previews.
 
-    `blank` of each picture: not finite, or of one colour. `motions` of each clip, as a share of a picture's range; empty for pictures.
+    Means over images; `variety` across prompts; `spread` of the states that the images are decoded from.
+    `blank` is true for each image that is not finite, or of one colour. `motions` of each clip are shares of
+    an image's range; empty for images.
     """
 
     brightness: float
@@ -44,18 +51,20 @@ class Look:
     motions: tuple[float, ...]
 
 
-def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None = None) -> Look:
-    """Of pictures [P, 3, H, W] or clips [P, F, 3, H, W] in [0, 1], of the `states` [P, ...] they were, of each clip's `motions` [P].
+def look(images: Tensor, states: Tensor | None = None, motions: Tensor | None = None) -> ImageStats:
+    """Return the statistics of previews.
 
-    `variety` is the mean distance between pictures of different prompts, per pixel: it falls when modes are lost. Spread and motion are
-    0 of what is not given.
+    The previews are images [P, 3, H, W] or clips [P, F, 3, H, W] in [0, 1], with the `states` [P, ...] that
+    they were decoded from, and the `motions` [P] of clips. `variety` is the mean distance between images of
+    different prompts, per pixel, which falls when modes are lost. Spread and motion are 0 without the
+    argument.
     """
-    x = pictures.detach().float().cpu()
+    x = images.detach().float().cpu()
     flat = x.flatten(1)
     variety = torch.pdist(flat).mean() / flat.shape[1] ** 0.5 if len(x) > 1 else torch.zeros(())
     one_colour = (x.movedim(-3, 1).flatten(2).std(2, correction=0) <= UNSEEN).all(1)
     moved = torch.zeros(0) if motions is None else motions.detach().float().cpu()
-    return Look(
+    return ImageStats(
         brightness=float(x.mean()),
         saturation=float((x.amax(-3) - x.amin(-3)).mean()),
         contrast=float(x.mean(-3).flatten(1).std(1).mean()),
@@ -67,11 +76,18 @@ def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None 
     )
 
 
-def drift(student: Look, teacher: Look, start: Look | None = None, named: str = "the teacher's", where: str = "") -> list[str]:
-    """One line of advice for everything in which the student has left the teacher; `where` says which of its previews.
+def drift(
+    student: ImageStats,
+    teacher: ImageStats,
+    start: ImageStats | None = None,
+    named: str = "the teacher's",
+    where: str = "",
+) -> list[str]:
+    """Return one line of advice for every drifted statistic.
 
-    A statistic has, when it is off by more than `TOLERANCE`, relative, and than can be seen, and farther than the `start` was: a student
-    of one step begins blurred. What is not a number is off.
+    `where` names the previews. A statistic has drifted if the difference from the teacher exceeds `TOLERANCE`
+    (relative), is visible, and exceeds the difference at the `start`: a student of one step starts blurred. A
+    statistic that is not a number has drifted.
     """
     found = []
     for name, cure in ADVICE.items():
@@ -91,13 +107,16 @@ def drift(student: Look, teacher: Look, start: Look | None = None, named: str = 
     return found
 
 
-def unfit(teacher: Look, moderate: Look | None, guidance: float) -> list[str]:
-    """What is wrong with the teacher's own previews, which a student would learn; `moderate` are those at guidance `MODERATE`."""
+def unfit(teacher: ImageStats, moderate: ImageStats | None, guidance: float) -> list[str]:
+    """Return what is wrong with the teacher's own previews.
+
+    A student would learn these faults. `moderate` are the teacher's previews at guidance `MODERATE`.
+    """
     found = []
     if blank := sum(teacher.blank):
         found.append(
             f"DRIFT {blank} of the teacher's own {len(teacher.blank)} previews are of one colour or not finite; "
-            "see whether it draws at all: fewstep sample TEACHER"
+            "check that the teacher samples well: fewstep sample TEACHER"
         )
     if moderate is not None:
         own = f", in the teacher's own previews at method.guidance={guidance:g}"

@@ -1,8 +1,10 @@
-"""Muon: momentum whose update of each weight matrix is orthogonalised, so that rare directions learn as fast as common ones.
+"""Muon: momentum with an orthogonalised update of each weight matrix.
 
-Jordan et al. 2024 (the update), Liu et al. 2025 (the scale 0.2 sqrt(max(rows, columns)), which makes AdamW's rates fit).
-`torch.optim.Muon` takes plain matrices, one after the other; this one takes convolutions too, as [out, in * kh * kw], and
-iterates all matrices of one shape in a batch.
+Rare directions learn as fast as common directions. Sources: Jordan et al. 2024 (the update); Liu et al. 2025
+(the scale 0.2 sqrt(max(rows, columns)), which makes AdamW's rates fit).
+
+`torch.optim.Muon` takes plain matrices, one after the other. This implementation also takes convolutions, as
+[out, in * kh * kw], and iterates all matrices of one shape in a batch.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,9 +17,10 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """About `U V^T` of each `M = U S V^T`, by five quintic Newton-Schulz iterations: singular values end in [0.7, 1.2].
+    """Return approximately `U V^T` for each `M = U S V^T`.
 
-    `matrices` [N, R, C] of any dtype -> [N, R, C] in bfloat16.
+    Five quintic Newton-Schulz iterations; singular values end in [0.7, 1.2]. `matrices` [N, R, C] of any
+    dtype -> [N, R, C] in bfloat16.
     """
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
@@ -31,19 +34,28 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def is_matrix(module: nn.Module, name: str, parameter: nn.Parameter, least: int = 32) -> bool:
-    """Whether Muon should train this parameter: weights of linear and convolution layers with at least `least` rows and columns.
+    """Return whether Muon should train this parameter.
 
-    Embeddings, norms and biases are not maps between features; a layer of a few rows has no spectrum to flatten.
+    Muon trains the weights of linear and convolution layers with at least `least` rows and columns.
+    Embeddings, norms and biases are not maps between features; a layer of a few rows has no spectrum to
+    flatten.
     """
-    if not name.endswith("weight") or not isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Conv2d | nn.Conv3d):
+    if not name.endswith("weight") or not isinstance(
+        module.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Conv2d | nn.Conv3d
+    ):
         return False
     return min(len(parameter), parameter[0].numel()) >= least
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; decoupled weight decay. State: one `momentum` per parameter."""
+    """Muon optimizer: orthogonalised Nesterov momentum, decoupled weight decay.
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    State: one `momentum` per parameter.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -62,4 +74,6 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(torch.stack([g.reshape(rows, columns) for g in ahead]))
                 scale = 0.2 * max(rows, columns) ** 0.5
                 torch._foreach_mul_(same, keep)
-                torch._foreach_add_(same, [u.reshape(p.shape).to(p.dtype) for u, p in zip(update, same, strict=True)], alpha=-lr * scale)
+                torch._foreach_add_(
+                    same, [u.reshape(p.shape).to(p.dtype) for u, p in zip(update, same, strict=True)], alpha=-lr * scale
+                )

@@ -1,4 +1,8 @@
-"""AdamW, and AdamW whose moments are 8-bit numbers with a scale for every 256 (Dettmers et al., arXiv 2110.02861; the package bitsandbytes)."""
+"""AdamW, in single precision or with 8-bit moments.
+
+8-bit moments have one scale for every 256 numbers (Dettmers et al., arXiv 2110.02861; the package
+bitsandbytes).
+"""
 
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -11,21 +15,30 @@ from ..roles.sharding import by_kind
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
-LEAST, BLOCK = 4096, 256  # parameters of fewer numbers keep moments in single precision; numbers that share a scale
+# LEAST: numbers of the smallest parameter with 8-bit moments. BLOCK: numbers that share a scale.
+LEAST, BLOCK = 4096, 256
 
 
 def require(name: OptimizerName) -> None:
-    """Raises ValueError with one line where its package is missing."""
+    """Check that the optimizer's package is installed.
+
+    Raises ValueError with one line otherwise.
+    """
     if name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise ValueError(
-            "train.optimizer: adamw8bit needs the package bitsandbytes; run: pip install 'fewstep[train8bit]', or set it to adamw"
+            "train.optimizer: adamw8bit needs the package bitsandbytes; "
+            "run: pip install 'fewstep[train8bit]', or set it to adamw"
         )
 
 
 def make_optimizer(
     parameters: Sequence[nn.Parameter], name: OptimizerName, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """With all its state, as it is before the first step: a card that is too small says so at once. Raises ValueError as `require`."""
+    """Return an optimizer with all state allocated.
+
+    The state is that before the first step, so a GPU that is too small fails at once. Raises ValueError as
+    `require`.
+    """
     require(name)
     if name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
@@ -35,7 +48,7 @@ def make_optimizer(
             eight.init_state(eight.param_groups[0], p, 0, i)
         return eight
     spread, plain = by_kind(list(parameters))
-    # On a GPU the other kinds hold all weights' updates at once; on a CPU this one takes two fifths of their time.
+    # Fused AdamW: on a GPU the other kinds hold all updates at once; on a CPU they take 2.5 times as long.
     fused = parameters[0].is_cuda or (parameters[0].device.type == "cpu" and not spread)
     groups = [{"params": group} for group in (spread, plain) if group]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -46,7 +59,7 @@ def make_optimizer(
 
 
 def state_bytes(parameters: Iterable[nn.Parameter], name: OptimizerName) -> int:
-    """What an optimiser holds for these: two moments each."""
+    """Return the bytes of an optimizer's state, two moments per number."""
     if name == "adamw":
         return sum(2 * p.numel() * p.element_size() for p in parameters)
     scales = torch.float32.itemsize

@@ -1,4 +1,7 @@
-"""What a run is, as data: kept in its checkpoints as JSON, compared when it is resumed."""
+"""The settings of a run as data.
+
+Settings are kept as JSON in a run's checkpoints and compared at resumption.
+"""
 
 import hashlib
 import json
@@ -10,79 +13,108 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backbones.process import differences, probe, process_data
+from ..backbones.modules import dtype_of
+from ..backbones.process import LEVELS, differences, probe, process_data
+from ..data.images import ImageData
+from ..data.prompts import Embeddings
+from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..reading import read_json
 from ..roles.roles import Roles
 from ..roles.sharding import whole
-from .paths import Paths
-from .pictures import RealData
-from .prompts import Embeddings
 from .state import checkpoints
 
 if TYPE_CHECKING:
     from .loop import TrainConfig
 
-LEVELS = 33  # of a schedule's table that are kept
-DERIVED = ("begin ", "trajectories ")  # hashes of what other settings decide: named where nothing else differs
-FREE = ("shard", "checkpoint_every")  # what changes nothing of what comes out
+DERIVED = ("begin ", "trajectories ")  # hashes that follow from other settings: named only if nothing else differs
+FREE = ("shard", "checkpoint_every")  # settings that do not change the result
 
 
 def settings_of(
-    roles: Roles, method: Method, data: Embeddings, config: "TrainConfig", batches: int, real: RealData | None, paths: Paths | None
+    roles: Roles,
+    method: Method,
+    data: Embeddings,
+    config: "TrainConfig",
+    batches: int,
+    real: ImageData | None,
+    paths: Trajectories | None,
 ) -> dict[str, Any]:
-    """Every setting that a resumed run must share, prompts and the student's beginning included, ready for JSON.
+    """Return all settings that a resumed run must share.
 
-    The length of a run may grow where no rate and no stage depends on it. `batches` are those of an iteration, in whichever processes they are.
+    The settings are ready for JSON. Prompts and the student's initial weights are included. The length of a
+    run may grow if no rate and no stage depends on the length. `batches` is the number of batches per
+    iteration over all processes.
     """
     backbone, fixed = roles.backbone, config.decay or method.needs.length
     free = FREE if fixed else (*FREE, "iterations")
     return json.loads(json.dumps({
-        "method": {"kind": type(method).__name__, **(asdict(method) if is_dataclass(method) and not isinstance(method, type) else {"settings": repr(method)})},
+        "method": {
+            "kind": type(method).__name__,
+            **(
+                asdict(method)
+                if is_dataclass(method) and not isinstance(method, type)
+                else {"settings": repr(method)}
+            ),
+        },
         "train": {k: v for k, v in (asdict(config) | {"accumulate": batches}).items() if k not in free},
         "roles": asdict(roles.config),
         "teacher": {
-            "weights": data.identity.partition("-")[0], "shape": backbone.shape, "dtype": str(next(backbone.module.parameters()).dtype).removeprefix("torch."),
-            "guidance_rescale": backbone.guidance_rescale, "time_layer": backbone.time_layer, **process_data(backbone, LEVELS),
+            "weights": data.identity.partition("-")[0], "shape": backbone.shape,
+            "dtype": str(dtype_of(backbone.module)).removeprefix("torch."),
+            "time_layer": backbone.time_layer, **process_data(backbone, LEVELS),
         },
         "begin": _digest(roles.average),
         "prompts": {"count": data.count, "hash": _hash("\0".join(data.prompts).encode())},
         "conditions": {} if backbone.encoders else probe(data.cond),
-        "pictures": None if real is None else real.key,
+        "images": None if real is None else real.key,
         "trajectories": None if paths is None else paths.key,
     }, default=str))  # fmt: skip
 
 
 def require_unchanged(before: Mapping[str, Any] | None, now: Mapping[str, Any], run: str) -> None:
-    """Raises ValueError that names every setting in which a checkpoint's run is another, with both values."""
+    """Check that a checkpoint's settings equal the settings now.
+
+    Raises ValueError that names every difference, with both values.
+    """
     if before is None:
         raise ValueError(
-            f"run {run}: its checkpoint says nothing of its settings, it is of fewstep 0.1.0; finish it with that version, or choose another --out"
+            f"run {run}: its checkpoint says nothing of its settings, it is of fewstep 0.1.0; "
+            "finish it with that version, or choose another --out"
         )
     odd = differences(before, now)
-    if any(d.startswith("prompts.") for d in odd):  # conditions are those of the prompts
+    if any(d.startswith("prompts.") for d in odd):  # other prompts have other conditions
         odd = [d for d in odd if not d.startswith("conditions.")]
     if own := [d for d in odd if not d.startswith(DERIVED)] or odd:
-        raise ValueError(f"run {run}: was made with other settings: {', '.join(map(_spoken, own))}; set them back, or choose another --out")
+        raise ValueError(
+            f"run {run}: was made with other settings: {', '.join(map(_spoken, own))}; "
+            "set them back, or choose another --out"
+        )
 
 
 def _spoken(difference: str) -> str:
-    """A hash of the weights that the student begins with is `start`."""
+    """Return a difference in the user's words.
+
+    A hash of the student's initial weights is `init_from`.
+    """
     name, _, values = difference.partition(" ")
-    return f"start, the student to begin as (weights {values})" if name == "begin" else difference
+    return f"init_from, the student to initialize from (weights {values})" if name == "begin" else difference
 
 
 def begun(run: Path, now: Mapping[str, Any]) -> int:
-    """Iterations that a run's folder holds by now, without reading its weights. Raises ValueError where they are another run's."""
+    """Return the number of iterations in a run's folder.
+
+    The weights are not read. Raises ValueError if the iterations are another run's.
+    """
     if not (found := checkpoints(run)):
         return 0
     try:
         state = read_json(found[-1] / "state.json", "")
     except (OSError, ValueError):
-        return 0  # damaged: whoever reads the whole of it says so
+        return 0  # damaged: the reader of the whole checkpoint reports the damage
     settings, step = state.get("settings"), state.get("step")
     if type(step) is not int or not isinstance(settings, dict | None):
-        return 0  # as damaged
+        return 0  # damaged
     require_unchanged(settings, now, str(run))
     return step
 

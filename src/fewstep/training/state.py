@@ -1,7 +1,8 @@
-"""Checkpoints: safetensors and JSON only, written under a temporary name and then renamed.
+"""Checkpoints in safetensors and JSON, written atomically.
 
 A checkpoint is a folder `checkpoint-000100/` with one `.safetensors` file per named group of tensors and one
-`state.json`, which has the hashes of all of it. Randomness needs no state: every draw is seeded from (run seed, step, rank, stream), see `seeded`.
+`state.json`, which holds the hashes of all content. Files are written under a temporary name and then
+renamed. Randomness needs no state: every draw is seeded from (run seed, step, rank, stream), see `seeded`.
 """
 
 import hashlib
@@ -20,23 +21,27 @@ from torch import Tensor
 from ..atomic import cause_of, cure_of, open_to_others, sync, sync_all, write_json
 from ..hashes import tensors_hash, values_hash
 from ..reading import object_in, reason, require_regular
-from ..roles.sharding import part_of
+from ..roles.sharding import shard_like
 
 PREFIX = "checkpoint-"
-OWN = re.compile(rf"{PREFIX}(\d{{6,}})", re.ASCII)  # names of ours; a copy under any other is its owner's
+OWN = re.compile(rf"{PREFIX}(\d{{6,}})", re.ASCII)  # our names; copies under other names belong to their owner
 SHA256, STATE_SHA256 = "sha256", "state_sha256"  # of each group's tensors, and of the rest of state.json
 
 
 def seeded(seed: int, step: int, stream: str, rank: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator that depends on nothing but its arguments, so that a resumed run draws what the straight run drew."""
+    """Return a generator that depends only on the arguments.
+
+    A resumed run therefore draws the same numbers as the uninterrupted run.
+    """
     digest = hashlib.sha256(f"{seed}/{step}/{rank}/{stream}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """View an optimiser's per-parameter state, numbers too, as `name.key` tensors.
+    """Return an optimizer's per-parameter state as `name.key` tensors.
 
-    `names` in the order of its parameters. The tensors are the optimiser's own, not copies: of full copies of a network they are twice its weights.
+    Numbers are included. `names` are in the order of the optimizer's parameters. The tensors are the
+    optimizer's own, not copies: for full copies of a network they are twice the size of the weights.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(parameters) == len(names)
@@ -48,7 +53,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; moves each tensor, or its part, to its parameter's device, steps where the optimiser wants them."""
+    """Load the tensors of `optimizer_tensors` into an optimizer.
+
+    Each tensor, or the tensor's part, moves to the parameter's device; step counts go where the optimizer
+    wants them.
+    """
     parameters = [(p, bool(group.get("fused"))) for group in optimizer.param_groups for p in group["params"]]
     for name, (p, fused) in zip(names, parameters, strict=True):
         keys = [k for k in tensors if k.rpartition(".")[0] == name]
@@ -58,23 +67,34 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
             if isinstance(optimizer.state[p].get(key), int):
                 optimizer.state[p][key] = int(own)
             else:
-                optimizer.state[p][key] = own if key == "step" else part_of(own, p)
+                optimizer.state[p][key] = own if key == "step" else shard_like(own, p)
 
 
 def require_optimizer_tensors(wanted: Collection[str], tensors: Mapping[str, Tensor], place: str) -> None:
-    """Refuse a checkpoint whose optimiser state is not what this optimiser has, `wanted` as `name.key`. Raises ValueError."""
+    """Check that a checkpoint has the optimizer state that is needed.
+
+    `wanted` are the keys `name.key`. Raises ValueError otherwise.
+    """
     if odd := next((key for key in tensors if key not in wanted), None):
         raise ValueError(
-            f"{place} has optimiser state of {odd.rpartition('.')[0]}, which is not trained here; delete that folder to go on from an older one"
+            f"{place} has optimiser state of {odd.rpartition('.')[0]}, which is not trained here; "
+            "delete that folder to go on from an older one"
         )
     if lacking := next((key for key in wanted if key not in tensors), None):
-        raise ValueError(f"{place} lacks optimiser state of {lacking.rpartition('.')[0]}; delete that folder to go on from an older one")
+        raise ValueError(
+            f"{place} lacks optimiser state of {lacking.rpartition('.')[0]}; "
+            "delete that folder to go on from an older one"
+        )
 
 
-def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write `run/checkpoint-STEP` atomically and delete all but the newest `keep`; it is on the disk before it has its name.
+def save_checkpoint(
+    run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write `run/checkpoint-STEP` atomically, and delete old checkpoints.
 
-    Raises OSError (disk full, no permission) with the half-written folder removed; older checkpoints are untouched.
+    The newest `keep` checkpoints stay. The checkpoint is on the disk before the folder has the final name.
+    Raises OSError (disk full, no permission) with the half-written folder removed; older checkpoints are
+    untouched.
     """
     final, temporary = run / f"{PREFIX}{step:06d}", run / f".{PREFIX}{step:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -101,7 +121,11 @@ def save_checkpoint(run: Path, step: int, groups: Mapping[str, Mapping[str, Tens
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU; those that share memory, as the tables of 8-bit optimisers do, as copies, which safetensors asks for."""
+    """Return the tensors on the CPU, without shared memory.
+
+    Tensors that share memory, as the tables of 8-bit optimizers do, are copied, because safetensors requires
+    separate memory.
+    """
     plain, held = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
@@ -116,13 +140,19 @@ def _cure(error: Exception) -> str:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """All checkpoint folders of a run, oldest first. What somebody else called like one, a copy say, is none."""
+    """Return all checkpoint folders of a run, oldest first.
+
+    A folder under any other name, such as a copy, is not a checkpoint.
+    """
     numbered = [(int(match[1]), p) for p in run.glob(f"{PREFIX}*") if (match := OWN.fullmatch(p.name))]
     return [p for n, p in sorted(numbered) if p.name == f"{PREFIX}{n:06d}" and p.is_dir() and not p.is_symlink()]
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(groups, state) of one checkpoint. Raises ValueError naming the file that is missing or damaged, by its hash too."""
+    """Return (groups, state) of one checkpoint.
+
+    Raises ValueError that names the missing or damaged file; hashes are checked.
+    """
     try:
         state = object_in(folder / "state.json")
         written = {k: v for k, v in state.items() if k != STATE_SHA256}
@@ -136,18 +166,25 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         for name, digest in state.get(SHA256, {}).items():
             if tensors_hash(groups[name]) != digest:
                 raise ValueError(f"{name}.safetensors does not have the SHA-256 that state.json says")
-    except Exception as error:  # as many types as there are kinds of damage
+    except Exception as error:  # damage raises many types of errors
         raise ValueError(f"checkpoint {folder} is damaged or incomplete ({reason(error)})") from error
     return groups, state
 
 
 def latest_checkpoint(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest readable checkpoint, or None where there is none. A damaged one is an error, never skipped in silence."""
+    """Return the newest checkpoint, or None.
+
+    A damaged checkpoint raises ValueError and is never skipped silently.
+    """
     found = checkpoints(run)
     if not found:
         return None
     try:
         return load_checkpoint(found[-1])
     except ValueError as error:
-        older = f"; delete that folder to go on from {found[-2].name}" if len(found) > 1 else "; choose another --out to start again"
+        older = (
+            f"; delete that folder to go on from {found[-2].name}"
+            if len(found) > 1
+            else "; choose another --out to start again"
+        )
         raise ValueError(f"{error}{older}") from error

@@ -1,0 +1,1 @@
+"""The bundled teachers and how they were trained."""

@@ -1,4 +1,7 @@
-"""How pixel-space teachers are trained: small pictures by class, such as Fashion-MNIST in minutes on a CPU or CIFAR-10 on a GPU."""
+"""Training of pixel-space teachers on small images with classes.
+
+Fashion-MNIST trains in minutes on a CPU, CIFAR-10 on a GPU.
+"""
 
 import copy
 from collections.abc import Generator
@@ -27,9 +30,10 @@ LOG_SIGMA = (-1.2, 1.2)  # mean and standard deviation of log sigma in training 
 
 
 class PixelTeacherConfig(Strict):
-    """`recipes/fashion-teacher.yaml`, `recipes/cifar10-teacher.yaml`. `data` as in `pixel_data.read_pixel_data`.
+    """Settings of `recipes/fashion-teacher.yaml` and `recipes/cifar10-teacher.yaml`.
 
-    `process`: `vp`, the cosine table of 1000 times and v, or `edm`, noise levels with EDM's preconditioning for data of standard deviation `sigma_data`.
+    `data` is as in `pixel_data.read_pixel_data`. `process` is `vp`, the cosine table of 1000 times and v, or
+    `edm`, noise levels with EDM's preconditioning for data of standard deviation `sigma_data`.
     """
 
     kind: Literal["pixel-teacher"]
@@ -50,20 +54,26 @@ class PixelTeacherConfig(Strict):
     def _edm_alone(self) -> "PixelTeacherConfig":
         if self.process != "edm" and "sigma_data" in self.model_fields_set:
             raise ValueError(
-                f"sigma_data: got {self.sigma_data:g} with process {self.process}, which has none; leave it out, or set process=edm"
+                f"sigma_data: got {self.sigma_data:g} with process {self.process}, which has none; "
+                "leave it out, or set process=edm"
             )
         return self
 
 
 def train_pixel_teacher(config: PixelTeacherConfig, run: Path) -> Generator[tuple[str, FitStep], None, None]:
-    """Fit the U-Net, on the GPU where there is one; resumes; ends with `run/teacher`, an ordinary pipeline folder.
+    """Train a pixel U-Net and write its pipeline folder, `run/teacher`.
 
-    The loss is the mean square of the raw output's error: of v at uniform times, or of EDM's F at noise levels drawn log-normally, where it is EDM's
-    weighting `1 / c_out^2` of the clean estimate's (EDM, eq. 8). Raises ValueError where the run was begun with another process.
+    On the GPU where there is one. Resumes a stopped run. The loss is the mean square error of the raw output:
+    of v at uniform times, or of EDM's F at noise levels with a log-normal law, which is EDM's weighting
+    `1 / c_out^2` of the clean estimate's error (EDM, eq. 8). Raises ValueError where the run was started with
+    another process.
     """
-    if (record := run / "run.json").exists() and (begun := read_json(record, f"delete {run}").get("process", "vp")) != config.process:
+    if (record := run / "run.json").exists() and (
+        begun := read_json(record, f"delete {run}").get("process", "vp")
+    ) != config.process:
         raise ValueError(
-            f"process: got {config.process}, the run in {run} was begun with {begun}; pass --out with another folder, or delete it"
+            f"process: got {config.process}, the run in {run} was begun with {begun}; "
+            "pass --out with another folder, or delete it"
         )
     data, device = read_pixel_data(config.data), default_device()
     run.mkdir(parents=True, exist_ok=True)
@@ -72,7 +82,14 @@ def train_pixel_teacher(config: PixelTeacherConfig, run: Path) -> Generator[tupl
     none = len(data.classes)  # the label of no class
     torch.manual_seed(config.seed)
     net = pixel_unet(
-        config.channels, config.attention, images.shape[1], images.shape[-1], none, config.groups, config.layers, config.dropout
+        config.channels,
+        config.attention,
+        images.shape[1],
+        images.shape[-1],
+        none,
+        config.groups,
+        config.layers,
+        config.dropout,
     ).to(device)
     average = copy.deepcopy(net).eval()
     scheduler = edm_scheduler(config.sigma_data) if config.process == "edm" else miniature.scheduler()
@@ -98,8 +115,13 @@ def train_pixel_teacher(config: PixelTeacherConfig, run: Path) -> Generator[tupl
 
 
 def draw_times(schedule: Schedule, n: int, rng: torch.Generator) -> Tensor:
-    """Times of a batch [n], one per slice of their law, which halves the noise of the loss: log-normal noise levels on EDM's schedule, else uniform on a table."""
-    # In double precision: single rounds the top of the last slice up to 1, beyond the table, once in some 100,000 batches.
+    """Sample times of a batch [n], one per slice of their law.
+
+    Log-normal noise levels on EDM's schedule, or else uniform on a table. The slices halve the noise of the
+    loss.
+    """
+    # Double precision: single rounds the top of the last slice up to 1, beyond the table, about once in 100,000
+    # batches.
     u = (torch.arange(n, dtype=torch.float64, device=rng.device) + torch.rand(n, generator=rng, device=rng.device)) / n
     if isinstance(schedule, EDM):
         mean, spread = LOG_SIGMA

@@ -1,4 +1,7 @@
-"""How the bundled text-to-image teacher was trained: codec, its decoder alone, then text encoder and U-Net on cached latents."""
+"""Training of the bundled text-to-image teacher.
+
+The stages are the codec, its decoder alone, then text encoder and U-Net on cached latents.
+"""
 
 import copy
 import json
@@ -23,30 +26,36 @@ from . import emoji_data
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors."""
+    """A model whose unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataConfig(Strict):
+    """The emoji package and how its images are placed."""
+
     package: str
     version: str
     sha256: str
     folder: str = "data"
     hold_out: float = 0.05
-    variants: int = 16  # pictures of each emoji, at places and sizes of their own
+    variants: int = 16  # images of each emoji, at random places and sizes
     least: float = 0.7  # smallest size
 
 
 class CodecConfig(Strict):
+    """Settings of the autoencoder and its training."""
+
     channels: list[int]
     latent: int
     kl: float
     fit: FitConfig
-    decoder: FitConfig  # what follows: the decoder alone
+    decoder: FitConfig  # of the decoder alone, afterwards
 
 
 class TextConfig(Strict):
+    """Sizes of the text encoder and its vocabulary."""
+
     width: int
     layers: int
     heads: int
@@ -55,6 +64,8 @@ class TextConfig(Strict):
 
 
 class DenoiserConfig(Strict):
+    """Settings of the U-Net and its training."""
+
     channels: list[int]
     attention: list[bool]
     drop_caption: float
@@ -62,7 +73,7 @@ class DenoiserConfig(Strict):
 
 
 class TeacherConfig(Strict):
-    """`recipes/emoji-teacher.yaml`."""
+    """Settings of `recipes/emoji-teacher.yaml`."""
 
     kind: Literal["teacher"]
     seed: int
@@ -74,18 +85,24 @@ class TeacherConfig(Strict):
 
 @dataclass(frozen=True)
 class Data:
+    """Emoji with their images."""
+
     emoji: list[emoji_data.Emoji]
     images: Tensor  # [N, 3, 64, 64] in [-1, 1]
 
 
 def load_data(config: DataConfig) -> Data:
+    """Fetch and load the emoji package."""
     archive = emoji_data.fetch(config.package, config.version, config.sha256, Path(config.folder))
     emoji, images = emoji_data.load(archive, config.hold_out)
     return Data(emoji, images.float() / 127.5 - 1)
 
 
 def train_codec(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
-    """Fit the autoencoder to `unlikeness` and a small KL, with horizontal flips; then write `run/vae`."""
+    """Train the autoencoder and write it to `run/vae`.
+
+    The loss is `unlikeness` and a small KL, with horizontal flips.
+    """
     torch.manual_seed(config.seed)
     vae = miniature.autoencoder(config.codec.channels, config.codec.latent, data.images.shape[-1])
     average = copy.deepcopy(vae)
@@ -111,18 +128,20 @@ def train_codec(config: TeacherConfig, data: Data, run: Path) -> Generator[FitSt
 
 
 def unlikeness(y: Tensor, x: Tensor) -> Tensor:
-    """L1 of pixels and of their differences, and squares of coarse colours; y, x [B, 3, H, W].
+    """Return the distance of images y and x [B, 3, H, W].
 
-    L1 alone gives up rare colours (greens came out brown): the mean square over 8x8 blocks does not let it.
+    L1 of pixels and of their differences, and squares of coarse colours. L1 alone gives up rare colours
+    (greens came out brown); the mean square over 8x8 blocks keeps them.
     """
     edges = F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
     return F.l1_loss(y, x) + edges + 4 * F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
 
 
 def train_decoder(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
-    """Fit the decoder of `run/vae` on to placed pictures, which show smaller things than the codec was fitted to; then write it back.
+    """Train the decoder of `run/vae` further on placed images.
 
-    The encoder stays, and with it every latent that is cached.
+    Placed images show smaller things than the codec was trained on. The encoder stays, and so does every
+    cached latent. Writes `run/vae`.
     """
     vae = miniature.load_autoencoder(run / "vae")
     decoder = miniature.Decoder(vae).train()
@@ -146,7 +165,10 @@ def train_decoder(config: TeacherConfig, data: Data, run: Path) -> Generator[Fit
 
 
 class TextToNoise(nn.Module):
-    """Text encoder and U-Net, or transformer, as one module, so that both are trained by one loss."""
+    """Text encoder and U-Net or transformer as one module.
+
+    One loss trains both.
+    """
 
     def __init__(self, text: nn.Module, unet: nn.Module) -> None:
         super().__init__()
@@ -157,7 +179,10 @@ class TextToNoise(nn.Module):
 
 
 def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[FitStep, None, None]:
-    """Fit text encoder and U-Net to `v` at uniform times on cached latents; names are drawn evenly, then a skin tone."""
+    """Train text encoder and U-Net on cached latents.
+
+    The target is `v` at uniform times. Names are sampled evenly, then a skin tone.
+    """
     vae = miniature.load_autoencoder(run / "vae").eval()
     if not (run / "tokenizer").exists():
         words = [e.caption for e in data.emoji]
@@ -165,12 +190,18 @@ def train_denoiser(config: TeacherConfig, data: Data, run: Path) -> Generator[Fi
     tokenizer = miniature.load_tokenizer(run / "tokenizer")
     torch.manual_seed(config.seed)
     text = miniature.text_encoder(tokenizer, config.text.width, config.text.layers, config.text.heads)
-    latents = encode_variants(config, data, lambda x: vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor, run)
+    latents = encode_variants(
+        config, data, lambda x: vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor, run
+    )
     size = latents.shape[-1]
-    net = miniature.unet(config.denoiser.channels, config.denoiser.attention, config.codec.latent, size, config.text.width)
+    net = miniature.unet(
+        config.denoiser.channels, config.denoiser.attention, config.codec.latent, size, config.text.width
+    )
     model = TextToNoise(text, net)
     average = copy.deepcopy(model)
-    tokens = tokenizer([e.caption for e in data.emoji], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokens = tokenizer(
+        [e.caption for e in data.emoji], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     alpha_bar, drop = miniature.scheduler().alphas_cumprod, config.denoiser.drop_caption
     loss_at = v_loss(model, data.emoji, latents, tokens, empty, alpha_bar, config.denoiser.fit, drop, config.seed)
@@ -191,9 +222,11 @@ def v_loss(
     drop: float,
     seed: int,
 ) -> Callable[[int], Tensor]:
-    """`step -> |v(x_t, t, caption) - (alpha eps - sigma x0)|^2` on latents [N, V, ...] with `tokens` [N, L], at uniform times.
+    """Return the v-prediction loss of a training step.
 
-    Names are drawn evenly, then a skin tone, then one of V; captions give way to the `empty` one at the rate `drop`.
+    `step -> |v(x_t, t, caption) - (alpha eps - sigma x0)|^2` on latents [N, V, ...] with `tokens` [N, L], at
+    uniform times. Names are sampled evenly, then a skin tone, then one of V places. The `empty` caption
+    replaces captions at the rate `drop`.
     """
     by_name, alpha, sigma = _by_name(emoji), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     batch = fit.batch
@@ -204,8 +237,13 @@ def v_loss(
         plain, pick = torch.rand(batch, generator=rng).tolist(), torch.rand(batch, generator=rng).tolist()
         rows = torch.tensor([_variant(by_name[n], p, q) for n, p, q in zip(names, plain, pick, strict=True)])
         x0 = latents[rows, torch.randint(latents.shape[1], (batch,), generator=rng)].float()
-        # Stratified times: one per slice of [0, T), which halves the noise of the loss at no cost. The last may be rounded up to T.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha)).long().clamp(max=len(alpha) - 1)
+        # Stratified times, one per slice of [0, T): this halves the noise of the loss at no cost. The last may be
+        # rounded up to T.
+        t = (
+            ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * len(alpha))
+            .long()
+            .clamp(max=len(alpha) - 1)
+        )
         eps = torch.randn(x0.shape, generator=rng)
         a, s = expand(alpha[t], x0), expand(sigma[t], x0)
         captions = torch.where((torch.rand(batch, generator=rng) < drop)[:, None], empty, tokens[rows])
@@ -217,13 +255,19 @@ def v_loss(
 
 
 def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor], Tensor], run: Path) -> Tensor:
-    """Scaled latents of every emoji at `variants` places, half precision [N, V, C, h, w]; made once and kept in the run."""
+    """Encode every emoji at `variants` places as scaled latents.
+
+    Half precision [N, V, C, h, w]. Computed once and kept in the run.
+    """
     file = run / "latents.safetensors"
     if not file.exists():
         pixels, mirrors = _pixels(data), torch.tensor([e.mirrors for e in data.emoji])
         parts = []
         for v in range(config.data.variants):
-            x = emoji_data.placed(pixels, mirrors, config.data.least, seeded(config.seed, v, "places")).float() / 127.5 - 1
+            x = (
+                emoji_data.placed(pixels, mirrors, config.data.least, seeded(config.seed, v, "places")).float() / 127.5
+                - 1
+            )
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.denoiser.fit.bf16):
                 parts.append(torch.cat([encode(p) for p in x.split(64)]))
         write_tensors(file, {"latents": torch.stack(parts, 1).half()})
@@ -232,17 +276,24 @@ def encode_variants(config: TeacherConfig, data: Data, encode: Callable[[Tensor]
 
 
 def save_teacher(run: Path, vae: nn.Module, average: TextToNoise, tokenizer: object) -> Path:
-    """Write the averaged weights as a half-precision `StableDiffusionPipeline` folder, `run/teacher`."""
+    """Write the averaged weights as a pipeline folder, `run/teacher`.
+
+    A `StableDiffusionPipeline` in half precision.
+    """
     pipe = miniature.pipeline(vae, average.text, tokenizer, average.unet).to(dtype=torch.float16)
     pipe.save_pretrained(run / "teacher")
-    # Half-precision files, read in single precision: otherwise transformers takes the text encoder as it lies, unlike the U-Net.
+    # Half-precision files are read in single precision. Without this, transformers would load the text encoder in
+    # half precision, unlike the U-Net.
     config = run / "teacher" / "text_encoder" / "config.json"
     write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"})
     return run / "teacher"
 
 
 def train_teacher(config: TeacherConfig, run: Path) -> Generator[tuple[str, FitStep], None, None]:
-    """All stages in order, each resuming where it stopped; ends with `run/teacher`, an ordinary pipeline folder."""
+    """Train all stages in order and write `run/teacher`.
+
+    Each stage resumes where it stopped. The result is an ordinary pipeline folder.
+    """
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", config.model_dump())
     data = load_data(config.data)
@@ -253,12 +304,15 @@ def train_teacher(config: TeacherConfig, run: Path) -> Generator[tuple[str, FitS
 
 
 def _pixels(data: Data) -> Tensor:
-    """The pictures as uint8 [N, 3, 64, 64]."""
+    """Return the images as uint8 [N, 3, 64, 64]."""
     return ((data.images + 1) * 127.5).round().to(torch.uint8)
 
 
 def _by_name(emoji: list[emoji_data.Emoji]) -> list[list[int]]:
-    """Row numbers per name, the plain picture first; held-out variants left out."""
+    """List row numbers per name, the plain image first.
+
+    Held-out variants are left out.
+    """
     rows: dict[str, list[int]] = {}
     for i, e in enumerate(emoji):
         if not e.held_out:
@@ -267,5 +321,5 @@ def _by_name(emoji: list[emoji_data.Emoji]) -> list[list[int]]:
 
 
 def _variant(rows: list[int], plain: float, pick: float) -> int:
-    """The plain picture half of the time, otherwise one of its skin tones."""
+    """Choose the plain image or, half of the time, a skin tone."""
     return rows[0] if len(rows) == 1 or plain < 0.5 else rows[1 + int(pick * (len(rows) - 1))]

@@ -1,0 +1,484 @@
+"""Write the generated parts of README.md and docs again.
+
+`python docs/generate.py` writes them, and `--check` says whether they are up to date. A part stands between `<!--
+begin NAME -->` and `<!-- end NAME -->`. Tables of results come from benchmarks/*.json, the recipe reference from the
+docstrings below the settings' fields, the tree from the docstrings of the packages.
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from pydantic import BaseModel
+
+from fewstep.config_fields import allowed_text, field_texts
+from fewstep.core.guidance import Guidance
+from fewstep.methods.distribution_matching import FakeScoreConfig, GanConfig, MatchConfig
+from fewstep.methods.presets import METHODS, PRESETS
+from fewstep.roles.roles import RolesConfig
+from fewstep.runs.recipe import DataConfig, DistillRecipe, PreviewConfig, PromptsConfig, StageConfig
+from fewstep.training.loop import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PART = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- end (?P=name) -->)", re.DOTALL)
+Rows = Iterable[Sequence[object]]
+
+
+def stored(name: str) -> list[dict[str, Any]]:
+    """Return the rows of one benchmark's record."""
+    record = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = record["rows"]
+    return rows
+
+
+def runs(name: str, key: str) -> list[dict[str, Any]]:
+    """Return the rows of one variant of a benchmark, seed by seed."""
+    return sorted((r for r in stored(name) if r["key"] == key), key=lambda r: int(r["seed"]))
+
+
+def table(head: Sequence[str], rows: Rows) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def percent(share: float) -> str:
+    """Return `62.5 %` of 0.625."""
+    return f"{100 * share:.1f} %"
+
+
+# Results.
+
+
+def headline() -> str:
+    """Six rows of the demo: the teacher at its best, the best it does in as many calls, and the student."""
+    rows = stored("demo")
+    teachers = [r for r in rows if r["model"] == "teacher"]
+
+    def line(name: str, row: dict[str, Any], bold: bool = False) -> list[str]:
+        mark = "**" if bold else ""
+        return [
+            f"{mark}{name}{mark}",
+            f"{mark}{row['nfe']}{mark}",
+            f"{mark}{row['fd_real']:.1f}{mark}",
+            percent(row["retrieval_top1"]),
+        ]
+
+    def best(nfe: int) -> dict[str, Any]:
+        return min((r for r in teachers if r["nfe"] == nfe), key=lambda r: float(r["fd_real"]))
+
+    students = {r["steps"]: r for r in rows if r["model"] == "student"}
+    return table(
+        ("model", "network calls", "FD", "prompt match"),
+        [
+            line("teacher, 50 guided steps", max(teachers, key=lambda r: int(r["nfe"]))),
+            line("teacher, best in 4 calls", best(4)),
+            line("teacher, best in 1 call", best(1)),
+            line("student, 4 steps", students[4], True),
+            line("the same student, 2 steps", students[2], True),
+            line("the same student, 1 step", students[1], True),
+        ],
+    )
+
+
+def demo() -> str:
+    """Every row of the demo."""
+    return table(
+        ("model", "steps", "guidance", "NFE", "FD to real", "prompt match, top 1", "top 5", "diversity"),
+        [
+            (
+                r["model"],
+                r["steps"],
+                f"{r['guidance']:g}" if r["guidance"] > 1 else "none",
+                r["nfe"],
+                f"{r['fd_real']:.1f}",
+                percent(r["retrieval_top1"]),
+                percent(r["retrieval_top5"]),
+                f"{r['diversity_ratio']:.2f}",
+            )
+            for r in stored("demo")
+        ],
+    )
+
+
+WAYS = {
+    "tdm": ("TDM alone", "`fewstep distill tdm4`"),
+    "tdm-520": ("TDM alone, shorter", "`fewstep distill tdm4 --set train.iterations=520 --set train.decay=260`"),
+    "stages-half": (
+        "imitation, then TDM, shorter",
+        "`python benchmarks/stages.py --only stages-half --to runs/stages`",
+    ),
+    "stages": ("imitation, then TDM", "`fewstep distill stages`"),
+    "imitation-equal": ("imitation alone", "`python benchmarks/stages.py --only imitation-equal --to runs/stages`"),
+    "trajpl-equal": (
+        "TrajP-L alone, with a head",
+        "`python benchmarks/stages.py --only trajpl-equal --to runs/stages`",
+    ),
+}
+
+
+def stages() -> str:
+    """Ways to a student in 4 steps at equal cost."""
+    rows = stored("stages")
+    teacher = rows[0]["teacher"]
+    lines: list[Sequence[object]] = [
+        (
+            "the teacher, 50 guided steps",
+            "",
+            100,
+            f"{teacher['fd_real']:.2f}",
+            percent(teacher["retrieval_top1"]),
+            "",
+            "",
+        )
+    ]
+    for key, (what, command) in WAYS.items():
+        own = [r for r in rows if r["key"] == key]
+        means = {k: mean(r["row"][k] for r in own) for k in ("fd_real", "retrieval_top1")}
+        minutes = mean(r["seconds"] for r in own) / 60
+        lines.append(
+            (what, f"{minutes:.0f}", 4, f"{means['fd_real']:.2f}", percent(means["retrieval_top1"]), len(own), command)
+        )
+    return table(("method", "minutes", "NFE", "FD to real", "prompt match", "seeds", "command"), lines)
+
+
+def _fd(key: str, draw: str) -> list[float]:
+    """Return the FD of one variant sampled in one way, seed by seed."""
+    return [r["fd_real"] for run in runs("tdm", key) for r in run["rows"] if r["draw"] == draw]
+
+
+def ablations() -> str:
+    """What each part of TDM is worth: one setting changed, differences seed by seed."""
+    four, clean = "4 steps", "4 steps, tested with ddim"
+
+    def change(key: str, other: str, *draws: str) -> str:
+        own, theirs = _fd(key, draws[0]), _fd(other, draws[-1])
+        return f"{mean(a - b for a, b in zip(own, theirs, strict=True)):+.2f}"
+
+    counts = ("1 step", "2 steps", four)
+    return table(
+        ("change", "next to", "change in FD"),
+        [
+            (
+                "tau beyond its segment: one fake score for all segments",
+                "TDM, 4 steps",
+                change("no-segments", "tdm-4", four),
+            ),
+            ("no importance sampling for the fake score", "TDM, 4 steps", change("no-importance", "tdm-4", four)),
+            ("clean samples matched", "TDM, 4 steps", change("clean-segment", "tdm-4", four)),
+            ("clean samples matched, tau over all times", "TDM, 4 steps", change("clean", "tdm-4", clean, four)),
+            ("all weights instead of a LoRA, at their own rates", "TDM, 4 steps", change("full", "tdm-4", four)),
+            *(
+                (f"no step-count condition, sampled in {count}", "TDM-unify", change("no-condition", "unify", count))
+                for count in counts
+            ),
+        ],
+    )
+
+
+def rivals() -> str:
+    """Students of every method after as many iterations."""
+    known = {
+        "tdm-4": "TDM",
+        "fisher": "TDM, Fisher divergence",
+        "dmd2": "DMD2, 10 fake updates",
+        "dmd2-5": "DMD2, 5 fake updates",
+        "sid": "SiD",
+        "lcm": "LCM",
+        "progressive": "progressive distillation",
+    }
+    lines = []
+    for key, name in known.items():
+        own = runs("tdm", key)
+        far = [float(r["fd_real"]) for result in own for r in result["rows"] if r["draw"] == "4 steps"]
+        lines.append((name, f"{mean(r['seconds'] for r in own) / 60:.1f}", f"{mean(far):.2f}", len(own)))
+    return table(("method", "minutes", "FD in 4 steps", "seeds"), lines)
+
+
+def race() -> str:
+    """How soon TDM is where DMD2 is at its best."""
+    tdm, dmd2 = runs("race/tdm", "tdm-4"), runs("race/tdm", "dmd2")
+    pairs = [(own["curve"], rival["curve"]) for own, rival in zip(tdm, dmd2, strict=True)]
+    best = [min(rival, key=lambda p: float(p["fd_real"])) for _, rival in pairs]
+
+    def when(curve: list[dict[str, float]], level: float) -> float:
+        return next(p["seconds"] for p in curve if p["fd_real"] <= level)
+
+    took = [when(own, b["fd_real"]) for (own, _), b in zip(pairs, best, strict=True)]
+    return table(
+        ("method", "FD", "minutes to it"),
+        [
+            (
+                "DMD2 with ten fake updates, at its best",
+                f"{mean(p['fd_real'] for p in best):.1f}",
+                f"{mean(p['seconds'] for p in best) / 60:.0f}",
+            ),
+            ("TDM, as good as that", "", f"{mean(took) / 60:.1f}"),
+        ],
+    )
+
+
+def transfer() -> str:
+    """LoRA of the bundled teacher in fine-tunes that they have never seen."""
+    rows = stored("finetunes")
+
+    def far(model: str, **how: float) -> list[str]:
+        own = [
+            [
+                r["fd_teacher"]
+                for r in rows
+                if r["style"] == style and re.fullmatch(model, r["model"]) and how.items() <= r.items()
+            ]
+            for style in ("twemoji", "fluent")
+        ]
+        return [f"{mean(values):.2f}" for values in own]
+
+    return table(
+        ("sampled by", "NFE", "Twemoji", "Fluent"),
+        [
+            ("TDM's LoRA in the fine-tune", 4, *far("tdm-4-.")),
+            ("LCM's LoRA in the fine-tune", 4, *far("lcm-.")),
+            ("DMD2's LoRA in the fine-tune", 4, *far("dmd2-5-.")),
+            ("a student distilled from the fine-tune itself", 4, *far("own.*")),
+            ("the fine-tune without guidance", 4, *far("teacher", nfe=4)),
+            ("the fine-tune with guidance", 8, *far("teacher", nfe=8)),
+            ("the bundled teacher, not fine-tuned", 24, *far("plain")),
+        ],
+    )
+
+
+def _measured(part: str, key: str, what: str, calls: int) -> list[float]:
+    return [r["measured"][what][str(calls)] for r in stored("trajpl") if (r["part"], r["key"]) == (part, key)]
+
+
+def trajpl_network() -> str:
+    """Distance to the teacher's result where the truth is known, in percent."""
+    known = {
+        "TrajP-L": ("trajp-l",),
+        "LoRA with PAS's shared weights": ("lora-pas",),
+        "LoRA alone": ("lora",),
+        "head alone": ("head",),
+        "best other solver": ("ipndm", "dpmpp"),
+        "DDIM": ("ddim",),
+    }
+
+    def end(keys: tuple[str, ...], calls: int) -> str:
+        value = 100 * min(mean(_measured("network", key, "error", calls)) for key in keys)
+        return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+    return table(
+        ("method", "2 calls", "4 calls", "6 calls"),
+        [(name, *(end(keys, n) for n in (2, 4, 6))) for name, keys in known.items()],
+    )
+
+
+def trajpl_emoji() -> str:
+    """FD of one student for 1 to 6 calls of the bundled teacher."""
+    known = {
+        "TrajP-L": ("trajp-l",),
+        "LoRA alone": ("lora",),
+        "head alone": ("head",),
+        "all weights, no head (SFD)": ("sfd",),
+        "the teacher's best unguided solver": ("ddim", "dpmpp", "ipndm"),
+    }
+
+    def fd(keys: tuple[str, ...], calls: int) -> str:
+        return f"{min(mean(_measured('emoji', key, 'fd', calls)) for key in keys):.1f}"
+
+    head = ("method", "1 call", "2 calls", "4 calls", "6 calls")
+    return table(head, [(name, *(fd(keys, n) for n in (1, 2, 4, 6))) for name, keys in known.items()])
+
+
+def trajpl_pixel() -> str:
+    """How much of what DDIM adds in two steps a student takes away, in percent."""
+    floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
+
+    def taken(key: str, what: str) -> str:
+        start = mean(_measured("pixel", "ddim", what, 2))
+        values = [100 * (start - x) / (start - floors[what]) for x in _measured("pixel", key, what, 2)]
+        return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+    known = {
+        "trajp-l": "TrajP-L",
+        "lora": "LoRA alone",
+        "head": "head alone",
+        "two-matched": "LoRA for two steps, then TDM with a regression term",
+    }
+    return table(
+        ("method", "classifier's features", "EfficientNet-lite0's features"),
+        [(name, taken(key, "fd_classes"), taken(key, "fd")) for key, name in known.items()],
+    )
+
+
+def video() -> str:
+    """A video student next to its teacher."""
+    names = {"teacher": "teacher, at its best", "student": "student, 4 steps", "teacher-4": "teacher, 4 unguided steps"}
+    rows = {r["model"]: r for r in stored("video")}
+    return table(
+        ("model", "share of the teacher's motion", "FD to real clips"),
+        [(name, percent(rows[key]["of_teacher"]), f"{rows[key]['fd_looks']:.1f}") for key, name in names.items()],
+    )
+
+
+def cost() -> str:
+    """An iteration of the loop next to its bare network calls."""
+    return table(("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")])
+
+
+# Settings.
+
+
+def _default(value: Any) -> str:
+    if is_dataclass(value):
+        return "a block, see below"
+    return f"`{json.dumps(value)}`" if not isinstance(value, tuple) else f"`{json.dumps(list(value))}`"
+
+
+def settings_of(kind: Any, prefix: str, but: Sequence[str] = ()) -> str:
+    """Return the settings of a dataclass as a table: key, default, allowed, meaning."""
+    texts, lines = field_texts(kind), []
+    for field in fields(kind):
+        if field.name in but:
+            continue
+        default = (
+            "required" if field.default is MISSING and field.default_factory is MISSING else _default(field.default)
+        )
+        meaning = " ".join(texts.get(field.name, "").split()).replace("|", "\\|")
+        lines.append((f"`{prefix}{field.name}`", default, allowed_text(kind, field.name).replace("|", "\\|"), meaning))
+    return table(("key", "default", "allowed", "meaning"), lines)
+
+
+def model_settings(kind: type[BaseModel], prefix: str, but: Sequence[str] = ()) -> str:
+    """Return the settings of a recipe's block as a table."""
+    texts, lines = field_texts(kind), []
+    for name, field in kind.model_fields.items():
+        if name in but:
+            continue
+        default = (
+            "required"
+            if field.is_required()
+            else "a block, see below"
+            if isinstance(field.default, BaseModel)
+            else _default(field.get_default(call_default_factory=True))
+        )
+        lines.append((f"`{prefix}{name}`", default, " ".join(texts.get(name, "").split()).replace("|", "\\|")))
+    return table(("key", "default", "meaning"), lines)
+
+
+def recipe_settings() -> str:
+    """Every key of a distillation recipe."""
+    common = [f.name for f in fields(next(iter(METHODS.values())).__mro__[1])]
+    parts = ["## The recipe\n\n", model_settings(DistillRecipe, "")]
+    parts += ["\n## `prompts`\n\n", model_settings(PromptsConfig, "prompts.")]
+    parts += ["\n## `method`, all methods\n\n", settings_of(next(iter(METHODS.values())).__mro__[1], "method.")]
+    parts += ["\n## `method.guidance`\n\nA number alone is the scale.\n\n", settings_of(Guidance, "method.guidance.")]
+    for kind in METHODS.values():
+        names = ", ".join(f"`{name}`" for name, known in PRESETS.items() if type(known) is kind)
+        own = [name for name in common if name != "name"]
+        parts += [f"\n## `method` of {names}\n\n", settings_of(kind, "method.", own)]
+    for block, part in (("match", MatchConfig), ("fake", FakeScoreConfig), ("gan", GanConfig)):
+        parts += [f"\n## `method.{block}`\n\n", settings_of(part, f"method.{block}.")]
+    parts += [
+        "\n## `train`\n\n",
+        settings_of(TrainConfig, "train."),
+        "\n## `roles`\n\n",
+        settings_of(RolesConfig, "roles."),
+    ]
+    parts += [
+        "\n## `data`\n\n",
+        model_settings(DataConfig, "data."),
+        "\n## `warm_start`\n\n",
+        model_settings(StageConfig, "warm_start."),
+    ]
+    parts += ["\n## `preview`\n\n", model_settings(PreviewConfig, "preview.")]
+    return "".join(parts)
+
+
+def presets() -> str:
+    """What a method's name changes in the defaults of its class."""
+    lines = []
+    for name, known in PRESETS.items():
+        plain = type(known)()
+        lines.append((f"`{name}`", f"`{type(known).__name__}`", ", ".join(_changed(known, plain)) or "the defaults"))
+    return table(("name", "class", "settings"), lines)
+
+
+def _changed(own: Any, plain: Any, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(own):
+        a, b = getattr(own, field.name), getattr(plain, field.name)
+        if a == b or field.name == "name":
+            continue
+        found += _changed(a, b, f"{field.name}.") if is_dataclass(a) else [f"`{prefix}{field.name}={a}`"]
+    return found
+
+
+# The tree.
+
+
+def tree() -> str:
+    """Every package and what it holds, in the order of its imports."""
+    order = (
+        "core", "objectives", "backbones", "roles", "heads", "methods", "student", "data", "training", "evaluation",
+        "report", "runs", "cli", "zoo",
+    )  # fmt: skip
+    package = ROOT / "src" / "fewstep"
+    found = {p.parent.name for p in package.glob("*/__init__.py")}
+    assert found == set(order), found ^ set(order)
+
+    def text(name: str) -> str:
+        return ast.get_docstring(ast.parse((package / name / "__init__.py").read_text(encoding="utf-8"))) or ""
+
+    return table(("`src/fewstep/`", "holds"), [(f"`{name}/`", text(name).split("\n")[0].rstrip(".")) for name in order])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "demo": demo,
+    "stages": stages,
+    "ablations": ablations,
+    "rivals": rivals,
+    "race": race,
+    "transfer": transfer,
+    "trajpl-network": trajpl_network,
+    "trajpl-emoji": trajpl_emoji,
+    "trajpl-pixel": trajpl_pixel,
+    "video": video,
+    "cost": cost,
+    "recipe-settings": recipe_settings,
+    "presets": presets,
+    "tree": tree,
+}
+
+
+def made(text: str) -> str:
+    """Return a page with its generated parts as they are now."""
+    return PART.sub(lambda found: f"{found[1]}{PARTS[found['name']]()}{found[4]}", text)
+
+
+def main() -> int:
+    """Write all pages, or say which are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    check = parser.parse_args().check
+    old = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = page.read_text(encoding="utf-8")
+        if (now := made(before)) != before:
+            old.append(page.relative_to(ROOT).as_posix())
+            if not check:
+                page.write_text(now, encoding="utf-8")
+    for name in old:
+        print(f"{'out of date' if check else 'written'}: {name}")
+    return int(check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""All families of diffusers pipelines that fewstep distils.
+
+A new family is a file and a row in this table.
+"""
+
+from diffusers import DiffusionPipeline
+
+from . import cogvideox, pixart, sd, sd3, sdxl, unconditional
+from .family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        sd.FAMILY,
+        sdxl.FAMILY,
+        pixart.ALPHA,
+        pixart.SIGMA,
+        cogvideox.FAMILY,
+        sd3.FAMILY,
+        unconditional.DDPM,
+        unconditional.CONSISTENCY,
+    )
+}
+
+
+def family_of_pipeline(pipe: DiffusionPipeline) -> Family:
+    """Return the family of a pipeline.
+
+    Raises ValueError if the pipeline is not supported.
+    """
+    found = next((family for family in FAMILIES.values() if isinstance(pipe, family.pipeline)), None)
+    if found is None:
+        raise ValueError(
+            f"base: {type(pipe).__name__} is not supported, allowed are {', '.join(FAMILIES)}; "
+            "wrap your own network in fewstep.Denoiser"
+        )
+    return found

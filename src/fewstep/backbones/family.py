@@ -1,0 +1,37 @@
+"""What fewstep needs to know of a family of pipelines.
+
+Each family has one row, at the end of its own file.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Family:
+    """A diffusers pipeline and the backbone around it.
+
+    `from_pipeline(pipe, name)` makes the backbone.
+    """
+
+    pipeline: type[DiffusionPipeline]
+    from_pipeline: Callable[[Any, str], Any]
+    # Parts that are loaded otherwise than the pipeline's folder says.
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    takes_prompts: bool = True
+    takes_times: bool = True  # `timesteps=...`, with a scheduler that its students have
+    video: bool = False
+    # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.
+    call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
+    # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself.
+    comfyui_latent: str = ""
+    # Whose layer names kohya's scripts use for the family's U-Net; empty without a U-Net.
+    kohya: Literal["", "diffusers", "original"] = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the pipeline's class, as in `model_index.json`."""
+        return self.pipeline.__name__

@@ -1,0 +1,144 @@
+"""A teacher of fake (meta) tensors, to count what it needs.
+
+Built from a pipeline's configurations alone, with the true shapes and no weights.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DiffusionPipeline, ModelMixin
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from .base import Backbone
+from .load import at_size, backbone_of, damaged, locate, require_lora_files, source_of
+from .lora import changes_of
+from .parts import frozen, network_kind, own_dtype, part_kind, part_names
+from .schedulers import EDM_SCHEDULERS
+from .settings import read_settings
+from .single_file import SUFFIX, with_settings
+from .trial import small_shape
+from .weights import PICKLES, UnfitError, weights_in
+
+WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
+
+
+def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None) -> Backbone:
+    """Return the teacher that `load_teacher` loads, with fake (meta) tensors.
+
+    No weights are read, downloaded or allocated; tokenizers are loaded. Raises ValueError as `load_teacher`
+    does.
+    """
+    given = require_lora_files(source_of(source))
+    place, family, checkpoint = locate(given)
+    try:
+        index = DiffusionPipeline.load_config(str(place))
+        named = {n: called for n, called in part_names(family.pipeline, index).items() if n not in family.parts}
+        if checkpoint is None and Path(place).is_dir():
+            read_settings(Path(place), named)
+            require_weights(family.pipeline, Path(place), named)
+        parts = components(family.pipeline, place, named, dtype)
+        absent = {
+            n: None
+            for n in inspect.signature(family.pipeline).parameters
+            if isinstance(index.get(n), list | tuple) and n not in parts
+        }
+        pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
+        pipe.register_to_config(_name_or_path=str(place))
+        if checkpoint is not None:
+            pipe = with_settings(pipe, checkpoint)
+        backbone = backbone_of(family, pipe, given.names[0])
+    except Exception as error:  # diffusers raises a different type for each kind of damage
+        raise damaged(checkpoint or place, error) from error
+    for lora, strength in given.loras:
+        if Path(lora).expanduser().exists():  # nothing is downloaded for a plan
+            changes_of(pipe, lora, strength)  # checked alone: fused LoRAs take no memory
+    backbone = at_size(backbone, size)
+    try:
+        small_shape(backbone)
+    except UnfitError as error:
+        raise damaged(checkpoint or place, error) from error
+    return backbone
+
+
+def components(
+    pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return a pipeline's parts by name, networks with fake (meta) tensors.
+
+    The parts have the classes that the pipeline asks for. `named` has the class names from the pipeline's
+    folder.
+    """
+    made = dict[str, Any]()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all parts: tensors of several modes do not mix
+    for name, called in named.items():
+        kind: Any = network_kind(pipeline, name, called) or part_kind(pipeline, name)[0]
+        if issubclass(kind, ModelMixin):
+            config = kind.load_config(str(place), subfolder=name)
+            with mode, default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of layers of odd sizes
+                made[name] = kind.from_config(config)
+        elif issubclass(kind, PreTrainedModel):
+            config = kind.config_class.from_pretrained(str(place), subfolder=name, dtype=dtype)
+            with mode, default_dtype(dtype):
+                made[name] = kind(config)
+        else:  # all schedulers with a table of betas have the same process: DDIM's will do
+            told = next((s for s in WITHOUT_TABLE if s.__name__ == called), None)
+            kind = told or (DDIMScheduler if issubclass(kind, (Enum, *WITHOUT_TABLE)) else kind)
+            made[name] = kind.from_pretrained(str(place), subfolder=name)
+    return made
+
+
+def require_weights(
+    pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True
+) -> None:
+    """Check that the weight files of a pipeline's networks can be loaded.
+
+    Only headers are read. With `bare`, a folder of configurations alone passes: a plan needs no more. Raises
+    UnfitError where files are missing, damaged or pickled.
+    """
+    kinds = {name: kind for name, called in named.items() if (kind := network_kind(pipeline, name, called)) is not None}
+    files = [
+        f
+        for name in kinds
+        for f in (folder / name).glob("*")
+        if f.suffix in (SUFFIX, *PICKLES) or f.name.endswith(".index.json")
+    ]
+    for name, kind in kinds.items() if files or not bare else ():
+        weights_in(kind, folder / name, folder)
+
+
+def require_loadable(source: str | Path) -> None:
+    """Check that a teacher's folder has weights that can be loaded.
+
+    Only headers are read, and nothing of the hub's. Raises ValueError otherwise.
+    """
+    place, family, checkpoint = locate(require_lora_files(source_of(source)))
+    if checkpoint is None and Path(place).is_dir():
+        try:
+            named = part_names(family.pipeline, DiffusionPipeline.load_config(str(place)))
+            require_weights(
+                family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False
+            )
+        except Exception as error:  # as in `meta_teacher`
+            raise damaged(place, error) from error
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Create networks of this dtype inside the block.
+
+    Fake (meta) tensors cannot be converted in place.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,1 @@
+"""Prompts, images and trajectories that students learn from."""

@@ -1,0 +1,484 @@
+"""Distribution matching along the student's own trajectory.
+
+TDM (alg. 1), TDM's variants and rival methods are settings of one method: which state is matched (the noisy
+landing state or the clean estimate, diffused over the state's segment or over all times), by which
+divergence, in how many steps.
+
+One sample gives the updates of both student and fake score: roll the student out to a segment, take the step
+`t_{m+1} -> t_m` with gradient, diffuse the matched state to a time tau, and compare there the clean estimates
+of the fake score and the guided teacher.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backbones.base import Cond, rows
+from ..config_fields import POSITIVE, WEIGHT, OneOf, Range, check_fields
+from ..core import timegrid
+from ..core.prediction import Row
+from ..core.rollout import segment_starts
+from ..core.schedule import Schedule, diffuse, expand, transition
+from ..core.solvers import SOLVERS, solver_named, step
+from ..core.weighting import WEIGHTINGS
+from ..objectives.adversarial import GAN_LOSSES, gradient_penalty
+from ..objectives.denoising import denoising, transition_target
+from ..objectives.divergences import DIVERGENCES
+from ..objectives.matched_state import MatchedState
+from ..objectives.regression import REGRESSION_LOSSES
+from ..objectives.reverse_kl import SURROGATE_LOSSES
+from ..roles.roles import Role, Roles
+from ..words import speaks_python
+from .method import (
+    Loss,
+    Method,
+    Needs,
+    RealBatch,
+    TrainBatch,
+    TrajectoryBatch,
+    draw_count,
+    require_analytic_first_step,
+    student_of,
+)
+from .names import require_name
+from .trajectory_imitation import absorb_head
+
+MOST_UPDATES = 1000  # of the fake score, per iteration
+
+
+@speaks_python("method")
+@dataclass(frozen=True, kw_only=True)
+class MatchConfig:
+    """What is matched, where, and by which divergence.
+
+    Raises ValueError for invalid settings.
+    """
+
+    divergence: Annotated[str, OneOf(DIVERGENCES)] = "reverse-kl"
+    """Divergence between the diffused student and teacher."""
+
+    fisher_correction: Annotated[float, Range()] = 0.5
+    """Factor c of the Fisher divergence's second term; 1/2 gives half of its exact gradient, SiD uses 1."""
+
+    state: Literal["noisy", "clean"] = "noisy"
+    """State that is matched: the noisy one where a step lands, or the clean estimate that the step makes."""
+
+    tau_range: Literal["segment", "to_noise", "full"] = "segment"
+    """Range of tau: the step's own segment (eq. 5), from there to pure noise, or all times."""
+
+    tau_min: Annotated[float, Range(0, 1, below=True)] = 0.02
+    """Smallest tau, as a fraction of the path from clean data to pure noise."""
+
+    tau_max: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Largest tau, as a fraction of the path."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.match")
+        if not self.tau_min < self.tau_max:
+            raise ValueError(
+                f"method.match.tau_max: got {self.tau_max}, allowed are fractions above method.match.tau_min "
+                f"({self.tau_min}) up to 1"
+            )
+        if self.tau_range == "full" and self.state != "clean":
+            raise ValueError(
+                "method.match.tau_range: got full, which needs method.match.state=clean: a noisy state is diffused "
+                "to noisier times only"
+            )
+
+
+@speaks_python("method")
+@dataclass(frozen=True, kw_only=True)
+class FakeScoreConfig:
+    """How the fake score is trained.
+
+    Raises ValueError for invalid settings.
+    """
+
+    updates: Annotated[int, Range(1, MOST_UPDATES)] = 1
+    """Updates of the fake score for one of the student."""
+
+    input: Literal["noisy", "clean"] = "noisy"
+    """What x_tau is diffused from: the student's noisy state (importance sampling, eq. 7), or its clean estimate."""
+
+    target: Literal["clean", "transition"] = "clean"
+    """Regression target: the student's clean estimate, or the noise of the transition to x_tau."""
+
+    weight: Annotated[str, OneOf(WEIGHTINGS)] = "own"
+    """Weighting over time; `own` weights errors as those of the network's own output."""
+
+    snr_clip: Annotated[float, POSITIVE] = 5.0
+    """Largest weight."""
+
+    share_noised_sample: bool = True
+    """Use one x_tau for the last fake update and the student's (algorithm 1); otherwise each update draws its own."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.fake")
+
+
+@speaks_python("method")
+@dataclass(frozen=True, kw_only=True)
+class GanConfig:
+    """An adversarial term on real images (eq. 16).
+
+    Raises ValueError for invalid settings.
+    """
+
+    weight: Annotated[float, WEIGHT] = 0.0
+    """Weight of the term. It is a mean over tokens: next to `huber`, 5 is a fifth of the gradient."""
+
+    loss: Annotated[str, OneOf(GAN_LOSSES)] = "hinge"
+    """Adversarial loss."""
+
+    r1: Annotated[float, WEIGHT] = 0.0
+    """Weight of the gradient penalty of the discriminator on real images."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.gan")
+
+
+@speaks_python("method")
+@dataclass(frozen=True, kw_only=True)
+class DistributionMatching(Method):
+    """Settings of distribution matching; the defaults are TDM's.
+
+    Raises ValueError for invalid settings.
+    """
+
+    name: str = "tdm"
+
+    condition: bool = True
+    """Condition student and fake score on the step count, where there are several."""
+
+    loss: Annotated[str, OneOf(SURROGATE_LOSSES)] = "huber"
+    """Surrogate loss of the reverse KL (eq. 6 and 11)."""
+
+    match: MatchConfig = MatchConfig()
+    """What is matched, where, and by which divergence."""
+
+    fake: FakeScoreConfig = FakeScoreConfig()
+    """How the fake score is trained."""
+
+    warmup: Annotated[int, Range(0)] = 100
+    """Iterations at the start that train the fake score alone."""
+
+    gan: GanConfig = GanConfig()
+    """Adversarial term on real images."""
+
+    regression_weight: Annotated[float, WEIGHT] = 0.0
+    """Weight of the regression on the teacher's trajectories (DMD, arXiv 2311.18828, eq. 9), from whose noise students
+    then start."""
+
+    init_head: Literal["keep", "absorb", "drop"] = "keep"
+    """Head of the student that training is initialized from: train it on, absorb it into the weights during the
+    warm-up, or drop it."""
+
+    analytic_first_step: bool = False
+    """Take the first direction analytically, without a network evaluation (AFS, arXiv 2210.05475)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.regression_weight and self.gan.weight:
+            raise ValueError(
+                f"method.regression_weight: got {self.regression_weight} with method.gan.weight={self.gan.weight}; "
+                "a recipe has data for one of them, set the other to 0"
+            )
+        stochastic = SOLVERS[self.solver].stochastic
+        if self.regression_weight and stochastic:
+            raise ValueError(
+                f"method.regression_weight: got a weight with method.solver={self.solver}, whose states are random; "
+                "set it to 0, or the solver to ddim"
+            )
+        if self.init_head == "absorb" and not self.warmup:
+            raise ValueError(
+                "method.init_head: got absorb with method.warmup=0, and it is absorbed during the warm-up; "
+                "set method.warmup above 0, e.g. 100"
+            )
+        if self.init_head == "absorb" and stochastic:
+            raise ValueError(
+                f"method.init_head: got absorb with method.solver={self.solver}, whose states are random; "
+                "set it to drop, or the solver to ddim"
+            )
+        require_analytic_first_step(self)
+        if self.name == "tdm":  # the default name: settings of another preset get that preset's name
+            object.__setattr__(self, "name", self._own_name())
+        require_name(self)
+
+    def _own_name(self) -> str:
+        stochastic = SOLVERS[self.solver].stochastic
+        fisher, clean = (
+            self.match.divergence == "fisher",
+            self.match.state == "clean" and self.match.tau_range == "full",
+        )
+        if clean:
+            one = not fisher and self.counts == (1,) and self.fake.updates == 1 and not stochastic
+            dmd2 = stochastic and not self.fake.share_noised_sample
+            return "sid" if fisher else "diff-instruct" if one else "dmd2" if dmd2 else "tdm"
+        if self.match.state != "noisy" or self.match.divergence not in ("reverse-kl", "fisher"):
+            return "tdm"
+        return "tdm-fisher" if fisher else "tdm-unify" if len(self.counts) > 1 else "tdm"
+
+    @property
+    def condition_values(self) -> tuple[int, ...]:
+        return self.counts if self.condition and len(self.counts) > 1 else ()
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs besides student, teacher and prompts.
+
+        Always a fake score; for the adversarial term also a discriminator and images; for the regression also
+        the teacher's trajectories.
+        """
+        adversarial = self.gan.weight > 0
+        return Needs(fake=True, adversary=adversarial, images=adversarial, trajectories=self.regression_weight > 0)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        several = len(self.counts) > 1
+        gaps = (f"gap_{f'{count}_' if several else ''}{k}" for count in self.counts for k in range(count))
+        adversarial = ("discriminator_loss", "gan_loss") if self.gan.weight else ()
+        return (
+            "student_loss",
+            "fake_loss",
+            *adversarial,
+            *(("regression_loss",) if self.regression_weight else ()),
+            *gaps,
+        )
+
+    @property
+    def updated(self) -> tuple[Role, ...]:
+        return ("student", "fake", *(("discriminator",) if self.gan.weight else ()))
+
+    def one_step(self) -> "DistributionMatching":
+        """Return the one-step method, which needs as much memory.
+
+        The steps before the step with gradient hold less memory than that step.
+        """
+        return replace(self, name="", warmup=0, steps=1, init_head="keep", analytic_first_step=False)
+
+    def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
+        yield from matching_losses(self, roles, batch)
+        if batch.iteration < self.warmup and roles.head_to_absorb is not None:
+            yield from absorb_head(self, roles, batch)
+
+
+class NoisedSample(NamedTuple):
+    """A matched state and the diffused state x_tau.
+
+    `landed`, `x_m`, `x0` and `x_tau` may carry the student's gradient.
+    """
+
+    cond: Cond
+    steps: int  # K of this iteration
+    segment: Tensor  # [B] 0 .. K-1, 0 starts from noise
+    t: Tensor  # [B] time of x_m: the landing time, or the time of clean data
+    tau: Tensor  # [B]
+    landed: Tensor  # state where the step ends
+    x_m: Tensor  # matched state
+    x0: Tensor  # the student's clean estimate
+    e: Tensor  # transition noise
+    x_tau: Tensor
+
+
+def draw(
+    method: DistributionMatching,
+    roles: Roles,
+    cond: Cond,
+    batch: int,
+    rng: torch.Generator,
+    with_gradient: bool,
+    steps: int | None = None,
+    init_noise: Tensor | None = None,
+) -> NoisedSample:
+    """Draw a noised sample: roll out, step and diffuse.
+
+    Steps 1 to 3 of algorithm 1. The draw is deterministic given `rng`; `init_noise` [B, ...] replaces the
+    initial noise.
+    """
+    schedule, shape = roles.backbone.schedule, roles.backbone.shape
+    steps = steps or draw_count(method.steps, rng)
+    times = method.times(schedule, steps).to(rng.device)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=rng, device=rng.device)
+
+    solver = solver_named(method.solver, noise)
+    x = noise(torch.empty((batch, *shape))) * schedule.start_std if init_noise is None else init_noise
+    # Without a head, an analytic first step has nothing to train.
+    untrained = int(method.analytic_first_step and roles.head is None)
+    segment = untrained + timegrid.draw_segments(batch, steps - untrained, rng)
+    student = partial(student_of, method, roles, steps=steps)
+    calls = steps - 1 if roles.sharded else 0  # as many calls as any process may need
+    start, history = segment_starts(
+        lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls
+    )
+    high, landing = times[segment], times[segment + 1]
+    with torch.set_grad_enabled(with_gradient):
+        landed, done = step(
+            solver, schedule, student(cond, always=roles.sharded)(start, high), high, landing, history, roles.head
+        )
+        clean, x0 = method.match.state == "clean", done.pred.x0 if roles.head is None else done.used.x0
+        x_m = x0 if clean else landed
+    tau = _draw_tau(method, schedule, landing, high, rng)
+    t = torch.full_like(landing, schedule.t_clean) if clean else landing
+    e = noise(x)
+    r, beta = transition(schedule, t, tau)
+    with torch.set_grad_enabled(with_gradient):
+        x_tau = expand(r, x) * x_m + expand(beta, x) * e
+    return NoisedSample(cond, steps, segment, t, tau, landed, x_m, x0, e, x_tau)
+
+
+def _draw_tau(
+    method: DistributionMatching, schedule: Schedule, landing: Tensor, high: Tensor, rng: torch.Generator
+) -> Tensor:
+    """Draw tau `[B]` in (low, high].
+
+    The range starts at the landing time (`full`: at clean data) and ends at the segment's start (`segment`)
+    or at pure noise. `tau_min` and `tau_max` narrow the range, as far as times remain.
+    """
+    match = method.match
+    low = torch.full_like(landing, schedule.t_clean) if match.tau_range == "full" else landing
+    top = high if match.tau_range == "segment" else torch.full_like(high, schedule.t_max)
+    least, most = (timegrid.time_at(schedule, torch.full_like(high, u)) for u in (match.tau_min, match.tau_max))
+    top = torch.where(most > low, top.minimum(most), top)
+    least = least.minimum(top - schedule.resolution)
+    return timegrid.draw_between(schedule, torch.maximum(low, least), top, rng)
+
+
+def fake_loss(method: DistributionMatching, schedule: Schedule, row: Row, d: NoisedSample, f_fake: Tensor) -> Tensor:
+    """Return the denoising regression of the fake score at x_tau.
+
+    Step 4 of algorithm 1, eq. 7. The target is the clean estimate or the transition noise.
+    """
+    weight = WEIGHTINGS[method.fake.weight](schedule, row, d.tau, method.fake.snr_clip)
+    if method.fake.target == "clean" or method.fake.input == "clean":
+        return denoising(f_fake, d.x0, weight).mean()
+    goal, precision = transition_target(schedule, d.x_m.detach(), d.e, d.t, d.tau)
+    return denoising(f_fake, goal, precision * weight).mean()
+
+
+def student_loss(
+    method: DistributionMatching, schedule: Schedule, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor
+) -> Tensor:
+    """Return the divergence of student and teacher at x_tau.
+
+    Step 5 of algorithm 1.
+    """
+    state = MatchedState(schedule, d.x_m, d.x0, d.e, d.t, d.tau, f_teacher, f_fake)
+    return DIVERGENCES[method.match.divergence].loss(state, method.loss, method.match.fisher_correction).mean()
+
+
+def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSample, real: RealBatch) -> Tensor:
+    """Return the loss of the discriminator (eq. 16).
+
+    Real data diffused to the same tau are compared with x_tau, on the teacher's features.
+    """
+    assert roles.discriminator is not None
+    discriminator, gan_loss = roles.discriminator, GAN_LOSSES[method.gan.loss]
+    with torch.no_grad():
+        real_tokens = discriminator.tokens(diffuse(roles.backbone.schedule, real.x0, d.tau, d.e), d.tau, real.cond)
+        fake_tokens = discriminator.tokens(d.x_tau, d.tau, d.cond)
+    real_tokens = [f.requires_grad_(method.gan.r1 > 0) for f in real_tokens]
+    logits = discriminator.logits(real_tokens, d.tau, d.steps)
+    value = gan_loss.real(logits) + gan_loss.fake(discriminator.logits(fake_tokens, d.tau, d.steps))
+    if method.gan.r1:
+        gradients = torch.autograd.grad(logits.mean(1).sum(), real_tokens, create_graph=True)
+        value = value + method.gan.r1 * gradient_penalty(list(gradients))
+    return value.mean()
+
+
+def adversarial_loss(method: DistributionMatching, roles: Roles, d: NoisedSample) -> Tensor:
+    """Return the student's adversarial loss.
+
+    The gradient flows through the teacher's features into x_tau.
+    """
+    assert roles.discriminator is not None
+    discriminator = roles.discriminator
+    logits = discriminator.logits(discriminator.tokens(d.x_tau, d.tau, d.cond), d.tau, d.steps)
+    return GAN_LOSSES[method.gan.loss].student(logits).mean()
+
+
+def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
+    """Yield the updates of one iteration: fake score, discriminator, student.
+
+    With a shared sample, the last update of the fake score and the update of the student come from one x_tau
+    *and one forward pass* of the fake score, which precedes both updates. An iteration then costs (K+1)/2 + 2
+    (student) + 2 (guided teacher) + 3 (fake) network calls; a backward pass counts as two calls. A divergence
+    whose scores carry gradient shares x_tau alone and costs 3 + 2 x 2 calls more.
+    """
+    schedule, row, rng = roles.backbone.schedule, roles.backbone.row, batch.rng
+    warming_up, walk = batch.iteration < method.warmup, batch.trajectories
+    cond, init_noise = (batch.cond, None) if walk is None else (walk.cond, walk.states[:, 0])
+    steps = batch.steps or draw_count(method.steps, rng)
+    drawn = partial(draw, method, roles, cond, batch.batch, rng, steps=steps, init_noise=init_noise)
+    fake = roles.denoise("fake", cond, steps)
+    shared = method.fake.share_noised_sample
+
+    def update_fake(d: NoisedSample) -> Loss:
+        x_tau = diffuse(schedule, d.x0, d.tau, d.e) if method.fake.input == "clean" else d.x_tau
+        loss = fake_loss(method, schedule, row, d, fake(x_tau.detach(), d.tau).x0)
+        return Loss("fake", loss, {"fake_loss": loss.detach()})
+
+    for _ in range(method.fake.updates if warming_up or not shared else method.fake.updates - 1):
+        yield update_fake(drawn(with_gradient=False))
+    if warming_up:
+        return
+    d = drawn(with_gradient=True)
+    teacher = roles.teacher(cond, batch.null, method.guidance)
+    with_gradient = DIVERGENCES[method.match.divergence].scores_carry_gradient
+    one_pass = shared and not with_gradient and method.fake.input == "noisy"
+    if shared and not one_pass:
+        yield update_fake(d)
+    if with_gradient:
+        f_teacher, f_fake = teacher(d.x_tau, d.tau).x0, fake(d.x_tau, d.tau).x0
+    else:
+        with torch.no_grad():
+            f_teacher = teacher(d.x_tau, d.tau).x0
+        with torch.set_grad_enabled(one_pass):
+            f_fake = fake(d.x_tau.detach(), d.tau).x0
+    value = student_loss(method, schedule, d, f_fake, f_teacher)
+    metrics = {"student_loss": value.detach(), **_gaps(method, d, f_fake, f_teacher)}
+    if one_pass:
+        loss = fake_loss(method, schedule, row, d, f_fake)
+        yield Loss("fake", loss, {"fake_loss": loss.detach()}, together=not method.gan.weight)
+    if method.gan.weight:
+        assert batch.images is not None
+        judged = discriminator_loss(method, roles, d, batch.images)
+        yield Loss("discriminator", judged, {"discriminator_loss": judged.detach()})
+        adversarial = adversarial_loss(method, roles, d)
+        value, metrics = value + method.gan.weight * adversarial, metrics | {"gan_loss": adversarial.detach()}
+    if walk is not None:
+        regression = regression_loss(method, schedule, d, walk)
+        value, metrics = (
+            value + method.regression_weight * regression,
+            metrics | {"regression_loss": regression.detach()},
+        )
+    yield Loss("student", value, metrics)
+
+
+def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedSample, walk: TrajectoryBatch) -> Tensor:
+    """Return the regression on the teacher's trajectories.
+
+    `mean |x - x_teacher|` where the student's steps land; the teacher's trajectories start from the same
+    noise.
+    """
+    passed = (walk.times.to(d.t)[None] - method.times(schedule, d.steps).to(d.t)[d.segment + 1, None]).abs().argmin(1)
+    return REGRESSION_LOSSES["l1"](
+        d.landed, walk.states[torch.arange(len(passed), device=passed.device), passed]
+    ).mean()
+
+
+def _gaps(method: DistributionMatching, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor) -> dict[str, Tensor]:
+    """Return the gap `rms |f_psi - f_phi|` per segment.
+
+    The gap is the matching gradient before normalisation. With several step counts the names include the step
+    count.
+    """
+    gap = (f_fake - f_teacher).detach().square().flatten(1).mean(1)
+    count = f"{d.steps}_" if len(method.counts) > 1 else ""
+    of = [(k, (d.segment == k).to(gap)) for k in range(d.steps) if bool((d.segment == k).any())]
+    return {f"gap_{count}{k}": ((gap * here).sum() / here.sum()).sqrt() for k, here in of}

@@ -1,0 +1,168 @@
+"""Several processes of one run (`accelerate launch`, torchrun).
+
+All processes train; the first process writes and prints.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+PATIENCE = timedelta(hours=24)  # wait between iterations: the first process encodes, samples and measures meanwhile
+TRAINING = timedelta(minutes=10)  # wait within an iteration, where all processes do the same work
+
+ENDED = (
+    "another process of this run has ended or stands still, see what it said; "
+    "the last checkpoint is intact, the same command resumes"
+)
+
+
+def this_process() -> PartialState:
+    """Return this process's rank and device, and the number of processes.
+
+    Without a GPU, or where none is wanted, processes communicate on the CPU.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or torch.xpu.is_available())
+    return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def is_first() -> bool:
+    """Return whether this process writes.
+
+    The only process of a run writes, or the first of several.
+    """
+    return bool(this_process().is_main_process)
+
+
+@lru_cache(maxsize=1)
+def _training() -> distributed.ProcessGroup:
+    """Return the group of all processes within an iteration.
+
+    A missing process is noticed after minutes. All processes have to make the first call together.
+    """
+    return distributed.new_group(timeout=TRAINING)
+
+
+@lru_cache(maxsize=1)
+def _between() -> distributed.ProcessGroup:
+    """Return the group of all processes between iterations.
+
+    The group communicates on the CPUs. The other processes wait long for the first process, which may sample
+    and measure; the first process waits only as long as within an iteration.
+    """
+    return distributed.new_group(timeout=TRAINING if is_first() else PATIENCE, backend="gloo")
+
+
+def mean_of(tensor: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes.
+
+    All processes have to call. Raises ConnectionError with one line if a process has ended.
+    """
+    with distributed_errors():
+        total = tensor.clone()
+        distributed.all_reduce(total, group=_training())
+    return total / this_process().num_processes
+
+
+def any_rank(asked: bool) -> bool:
+    """Return whether `asked` is true in any process.
+
+    All processes have to call. Raises ConnectionError as `mean_of` does.
+    """
+    if this_process().num_processes == 1:
+        return asked
+    with distributed_errors():
+        count = torch.tensor(float(asked))
+        distributed.all_reduce(count, group=_between())
+    return bool(count > 0)
+
+
+def meet() -> None:
+    """Wait between two iterations until every process arrives.
+
+    The wait is as long as `_between` allows.
+    """
+    any_rank(False)
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """Check that all processes have the settings of the first process.
+
+    All processes have to call. Raises ValueError in every process if the settings of any process differ.
+    """
+    state = this_process()
+    if state.num_processes == 1:
+        return
+    own = json.dumps(settings, sort_keys=True, default=str)
+    first = json.loads(_from_first(own))
+    odd = [
+        key
+        for key in {**first, **settings}
+        if json.dumps(first.get(key), sort_keys=True, default=str)
+        != json.dumps(settings.get(key), sort_keys=True, default=str)
+    ]
+    if any_rank(bool(odd)):
+        which = (
+            f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here"
+            if odd
+            else "other settings in another process"
+        )
+        raise ValueError(
+            f"process {state.process_index} of {state.num_processes}: {which} than in process 0; "
+            "start all of them with the same command and files"
+        )
+
+
+def _where(first: Any, own: Any, key: str) -> str:
+    """Describe the first difference between two JSON values."""
+    if isinstance(first, dict) and isinstance(own, dict):
+        inner = next(k for k in {**first, **own} if first.get(k) != own.get(k))
+        return _where(first.get(inner), own.get(inner), f"{key}.{inner}")
+    return f"{key} is another ({str(own)[:80]} and not {str(first)[:80]})"
+
+
+def _from_first(text: str) -> str:
+    """Return the first process's text in all processes."""
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    with distributed_errors():
+        size = torch.tensor(len(data))
+        distributed.broadcast(size, 0, group=_between())
+        told = data if is_first() else torch.empty(int(size), dtype=torch.uint8)
+        distributed.broadcast(told, 0, group=_between())
+    return bytes(told.tolist()).decode()
+
+
+@contextmanager
+def distributed_errors() -> Iterator[None]:
+    """Turn distributed errors into ConnectionError within the block.
+
+    Sharded networks are called within this block. Raises ConnectionError with one line if a process has
+    ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            raise ConnectionError(ENDED) from error
+        raise
+
+
+def mesh_of_all() -> DeviceMesh:
+    """Return the mesh of all processes in one row."""
+    state = this_process()
+    if state.num_processes == 1:
+        return init_device_mesh(state.device.type, (1,))
+    return DeviceMesh.from_group(_training(), state.device.type)
+
+
+def barrier() -> None:
+    """Wait until every process of the run arrives."""
+    this_process().wait_for_everyone()

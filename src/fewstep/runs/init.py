@@ -1,0 +1,132 @@
+"""How a run is initialized: networks, head and initial student.
+
+A run starts from the teacher, or continues a finished student.
+"""
+
+from pathlib import Path
+
+import torch
+
+from ..backbones.base import Backbone
+from ..backbones.modules import dtype_of
+from ..data.trajectories import Trajectories
+from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
+from ..methods.method import Method, require_initial_student
+from ..roles.roles import Roles, RolesConfig, make_roles
+from ..student.base import require_own
+from ..student.folder import read_card, read_head, read_parts
+
+
+def roles_for(
+    teacher: Backbone,
+    method: Method,
+    config: RolesConfig,
+    seed: int = 0,
+    paths: Trajectories | None = None,
+    init_from: Path | None = None,
+) -> Roles:
+    """Return the networks that a method needs.
+
+    The student is initialized from the finished student in `init_from`, by default from the teacher. A new
+    head is fitted to the trajectories `paths`; without trajectories the head knows nothing of the data,
+    which is enough for a memory plan.
+
+    Raises ValueError for a teacher in float16, and where `init_from` does not fit.
+    """
+    if dtype_of(teacher.module) == torch.float16:
+        raise ValueError(
+            "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
+        )
+    head = _head(method, teacher, seed, paths, init_from)
+    gan_step_counts = method.counts if method.needs.adversary else ()
+    # A head alone sees the times themselves and needs no condition.
+    values = method.condition_values if config.rank or not config.lora else ()
+    kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
+    roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
+    if init_from is not None:
+        initialize(roles, init_from)
+    return roles
+
+
+def _head(
+    method: Method, teacher: Backbone, seed: int, paths: Trajectories | None, init_from: Path | None
+) -> Head | None:
+    if init_from is not None and (head := inherited_head(method, teacher, init_from)) is not None:
+        return head
+    if method.head == "none":
+        return None
+    grids = [method.times(teacher.schedule, k) for k in method.counts]
+    if paths is None:
+        return make_head(method.head, teacher.schedule, unknown(teacher.shape, grids), seed)
+    return make_head(
+        method.head,
+        teacher.schedule,
+        facts_of(teacher.schedule, paths.whole, paths.grid, paths.states[:, -1], grids),
+        seed,
+    )
+
+
+def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) -> Head | None:
+    """Return the head that a student inherits from a finished student.
+
+    None where there is no head to inherit. Raises ValueError if method, teacher and finished student do not
+    go together.
+    """
+    if init_from is None:
+        require_initial_student(method, "", False, "the teacher")
+        return None
+    card = read_card(init_from)
+    require_own(card, teacher, init_from)
+    require_initial_student(method, card.head, card.analytic_first_step, f"the student in {init_from}")
+    if method.init_head == "drop" or not card.head:
+        return None
+    head = read_head(init_from, teacher.schedule)
+    most, cure = max(method.counts), f"that of {init_from} was made for no more: choose as many, or drop the head"
+    require_steps(kind_of(head), head.counts, most, "method.steps", cure)
+    return head
+
+
+def initialize(roles: Roles, folder: Path) -> None:
+    """Initialize the student of a run from the student in `folder`.
+
+    Both students are conditioned on the same values. Raises ValueError if the student in `folder` does not
+    fit.
+    """
+    card = read_card(folder)
+    if (card.weights != "full") != roles.config.lora:
+        raise ValueError(
+            f"init_from: {folder} is a student of weights {card.weights}; "
+            f"set roles.lora={str(card.weights != 'full').lower()}"
+        )
+    if card.weights == "none":
+        return  # a head alone, which `roles_for` has set
+    parts, layer = read_parts(folder, roles.backbone), roles.backbone.time_layer
+    values = card.condition_values if parts.vectors else ()
+    carries = layer and not parts.vectors and any(k.startswith(f"{layer}.lora_") for k in parts.lora or {})
+    check_conditioning(str(folder), values, roles.condition_values, layer if carries else "")
+    state = parts.lora if parts.network is None else parts.network.state_dict()
+    assert state is not None
+    roles.start_from(state, parts.vectors)
+
+
+def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[float, ...], lora_on: str = "") -> None:
+    """Check that a student can continue another student's conditioning.
+
+    Raises ValueError if a student conditioned on `wanted` cannot continue a student conditioned on `values`.
+    `lora_on` names the layer of the condition where the initial student has a LoRA on that layer.
+    """
+    if values and set(values) != set(wanted):
+        raise ValueError(
+            f"init_from: {student} is conditioned on {_counted(values)}, this student on {_counted(wanted)}; "
+            "set method.steps, method.condition or method.guidance_scales to match"
+        )
+    if wanted and not values and lora_on:
+        raise ValueError(
+            f"init_from: this student is conditioned on {_counted(wanted)} through {lora_on}, "
+            f"but {student} has a LoRA on {lora_on}; "
+            f"train that one with {lora_on} in roles.exclude, or use roles.lora=false for both"
+        )
+
+
+def _counted(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:g}" for v in values) if values else "nothing"

@@ -1,0 +1,1 @@
+"""A student's card, weights and files: read, written, sampled, exported."""

@@ -1,0 +1,134 @@
+"""The LoRA file for other programs, and its model card section."""
+
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..atomic import write_tensors
+from ..backbones.few_step import PipelineInfo
+from ..core.schedule import Schedule
+from ..core.solvers import SOLVERS
+from .card import StudentCard
+from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
+from .headers import kohya_header
+from .kohya import kohya, layers_of, original_names
+
+# Of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA outside of these blocks.
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+
+
+def write_client_file(
+    folder: Path,
+    lora: Path,
+    network: nn.Module,
+    card: StudentCard,
+    info: PipelineInfo,
+    state: Mapping[str, Tensor],
+    size: int,
+) -> str:
+    """Write a LoRA for programs that only know files.
+
+    `state` is the LoRA, with alpha equal to its rank. The file of a U-Net has kohya's names, which all these
+    programs read. The file of a transformer is what diffusers reads, and ComfyUI for some families. Returns
+    the file's name, or an empty one where no program reads LoRA of the family.
+    """
+    if not info.loads_lora:
+        return ""
+    if not info.family.kohya:
+        name = f"{card.name}-lora.safetensors"
+        shutil.copyfile(lora, folder / name)
+        return name
+    assert card.alpha is not None
+    layers = layers_of(state)
+    modules = [n.replace(".base_layer", "") for n, _ in network.named_modules()]
+    original = original_names(layers, modules) if info.family.kohya == "original" else None
+    named, name = kohya(state, card.alpha, original), f"{card.name}-kohya.safetensors"
+    config: Mapping[str, Any] = network.config  # type: ignore[assignment]
+    write_tensors(folder / name, named, kohya_header(card, info, config, named, size))
+    return name
+
+
+def other_programs(
+    card: StudentCard,
+    info: PipelineInfo,
+    schedule: Schedule,
+    config: Mapping[str, Any],
+    file: str,
+    layers: Collection[str],
+    folder: str,
+) -> str:
+    """Return a model card's section on programs other than diffusers.
+
+    Empty where there is no file for such programs. `file` is that of `write_client_file`, `layers` are those
+    that the LoRA changes, and `config` is that of the base's scheduler.
+    """
+    if not file:
+        return ""
+    unet = bool(info.family.kohya)
+    readers = (
+        "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp"
+        if unet
+        else "ComfyUI and diffusers"
+        if info.family.comfyui_latent
+        else "diffusers"
+    )
+    rows = [
+        f"`{file}` is this LoRA under the names that {readers} read. "
+        f"Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
+    ]
+    if unet and (why := foreign(schedule, config)):
+        rows.append(f"ComfyUI, A1111 and Forge cannot sample it: {why}.")
+    else:
+        rows.append(_comfyui(card, info, schedule, config, folder))
+        rows += [_automatic(card, schedule, config)] * unet
+    if unread := [n for n in layers if n.split(".")[0] not in BLOCKS] if unet else []:
+        of = f"{len(unread)} of its {len(layers)} layers ({', '.join(unread)})"
+        told = f"; {card.time_layer} says its step count" if card.time_layer in unread else ""
+        rows.append(
+            f"sd-scripts, stable-diffusion.cpp and older diffusers leave out {of}{told}; "
+            "there use `fewstep export --format merged`."
+        )
+    return "\n## Other programs\n\n" + "\n".join(f"- {row}" for row in rows) + "\n"
+
+
+def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], folder: str) -> str:
+    """Return what to do in ComfyUI, or why nothing can be done."""
+    name = checkpoint_name(card.base)
+    if why := obstacle(card, info.family, schedule, config):
+        cured = bool(info.family.kohya) and not name
+        cure = (
+            f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have."
+            if cured
+            else ""
+        )
+        return f"There is no workflow for ComfyUI: {why}.{cure}"
+    return f"ComfyUI: drop `comfyui-workflow.json` on its window. It loads `{name}` and names all settings."
+
+
+def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any]) -> str:
+    """Return what to choose in A1111 and Forge.
+
+    The schedule `Simple` of these programs is ComfyUI's.
+    """
+    steps = card.steps[0]
+    times, sampler = card.timesteps[str(steps)][:-1], SOLVERS[card.solver[str(steps)]].clients.get("a1111")
+    if card.head or card.analytic_first_step or sampler is None:
+        return "A1111, Forge: they have no sampler that steps as this student does."
+    if (off := gap(schedule, times)) > 1.001:
+        return "A1111, Forge: none of their schedules has this student's times."
+    there = "which has exactly its times" if off == 0 else f"which is off by one of {TABLE} times at most"
+    own = ["v-prediction"] * (config.get("prediction_type") == "v_prediction")
+    own += ["zero terminal SNR"] * bool(config.get("rescale_betas_zero_snr"))
+    base = f", the base set to {' and '.join(own)}" if own else ""
+    return (
+        f"A1111 from 1.10, Forge: sampler {sampler}, schedule type Simple, "
+        f"{plural_of(steps)}, CFG scale 1{base}; {there}."
+    )
+
+
+def plural_of(steps: int) -> str:
+    """Return `1 step`, `4 steps`."""
+    return f"{steps} step{'s' if steps > 1 else ''}"

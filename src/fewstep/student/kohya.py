@@ -1,0 +1,85 @@
+"""A U-Net's LoRA under the names of kohya's scripts.
+
+Every program for Stable Diffusion reads these names.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+ENDINGS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+OUTSIDE = {  # layers outside of blocks: diffusers' names and the original code's
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def kohya(state: Mapping[str, Tensor], alpha: float, original: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Rename a LoRA's layers from PEFT's names to kohya's.
+
+    `layer.lora_A.weight` becomes `lora_unet_layer.lora_down.weight`, and `lora_B` becomes `lora_up`. Next to
+    every layer stands `alpha`, so that no header is needed.
+
+    kohya's scripts call the layers of Stable Diffusion 1 and 2 as diffusers does, and those of SDXL as the
+    `original` code does (see `original_names`). Programs that know both names take only the original names
+    for all of SDXL.
+    """
+    named: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        ending = next(e for e in ENDINGS if key.endswith(e))
+        layer = key.removesuffix(ending)
+        stem = "lora_unet_" + (layer if original is None else original[layer]).replace(".", "_")
+        named[stem + ENDINGS[ending]] = tensor
+        named[f"{stem}.alpha"] = torch.tensor(float(alpha))
+    return named
+
+
+def layers_of(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the layers that a LoRA changes, sorted.
+
+    The LoRA is in PEFT's file format.
+    """
+    return sorted({k.removesuffix(e) for k in state for e in ENDINGS if k.endswith(e)})
+
+
+def original_names(layers: Collection[str], network: Collection[str]) -> dict[str, str]:
+    """Return what Stable Diffusion's original code calls a U-Net's layers.
+
+    `layers` are names of diffusers' U-Net; `network` has the names of all modules of the U-Net.
+    """
+    depth = 1 + max((int(n.split(".")[3]) for n in network if n.startswith("down_blocks.0.resnets.")), default=0)
+    return {layer: OUTSIDE.get(layer) or _in_block(layer, depth, network) for layer in layers}
+
+
+def _in_block(layer: str, depth: int, network: Collection[str]) -> str:
+    """Return the original name of a layer inside a block.
+
+    A level has `depth` residual blocks in the down path and one more in the up path, counted through all
+    levels; attention is the second part of each block.
+    """
+    side, *rest = layer.split(".")
+    level = 0 if side == "mid_block" else int(rest.pop(0))
+    kind, index, inner = rest[0], int(rest[1]), ".".join(rest[2:])
+    inner = RESNET.get(inner, inner) if kind == "resnets" else inner
+    part = int(kind == "attentions")
+    if side == "mid_block":
+        return f"middle_block.{1 if part else 2 * index}.{inner}"
+    if kind == "downsamplers":
+        return f"input_blocks.{(level + 1) * (depth + 1)}.0.op"
+    if side == "down_blocks":
+        return f"input_blocks.{1 + level * (depth + 1) + index}.{part}.{inner}"
+    if kind == "upsamplers":
+        last = 1 + any(n.startswith(f"up_blocks.{level}.attentions.") for n in network)
+        return f"output_blocks.{level * (depth + 1) + depth}.{last}.{inner}"
+    return f"output_blocks.{level * (depth + 1) + index}.{part}.{inner}"

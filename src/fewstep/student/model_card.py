@@ -1,0 +1,207 @@
+"""The README.md of a student.
+
+The page says how to call the student, what the student was made from, and the cost. A test runs the snippet.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from ..backbones.few_step import PipelineInfo
+from ..backbones.files import PEFT_FOLDER
+from ..backbones.load import bundled, called, hub_id, source_of
+from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
+from ..core.solvers import SOLVERS
+from .card import StudentCard, counted, guidance_text
+
+
+def model_card(
+    card: StudentCard,
+    folder: str,
+    scheduler: str,
+    info: PipelineInfo,
+    even: bool,
+    elsewhere: str = "",
+    whole: bool = False,
+) -> str:
+    """Return the model card: Markdown with a hub header.
+
+    `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's
+    scheduler. `info` is that of the base's pipeline; times that are not `even` are passed where the family's
+    schedulers take times. `elsewhere` is a section on other programs. `whole` says that the folder is a
+    pipeline, which needs no base.
+    """
+    steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
+    times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
+    counts = " or ".join(map(str, card.steps))
+    part, peft = f"pipe.{info.part}", card.weights == "lora" and not info.loads_lora
+    lora = (
+        f"{part} = PeftModel.from_pretrained({part}, {_text(f'{folder}/{PEFT_FOLDER}')})"
+        if peft
+        else f"pipe.load_lora_weights({at})"
+    )
+    full = f'{part} = type({part}).from_pretrained({at}, subfolder="{info.part}")'
+    load = {"lora": lora, "full": full}.get(card.weights, "")
+    kind = {
+        "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
+        "full": "all weights of the network",
+    }.get(card.weights, "those of the base, as they are")
+    base, ours = (
+        (f"{info.family.name}.from_pretrained({at})", False) if whole else base_loading(card.base, info.family.name)
+    )
+    names = [info.family.name] if whole else sorted([scheduler] if ours else [scheduler, info.family.name])
+    imports = "\n".join(
+        ["import torch", f"from diffusers import {', '.join(names)}"]
+        + ["from peft import PeftModel"] * peft
+        + ["\nimport fewstep"] * ours
+    )
+    others = (
+        ""
+        if len(card.steps) == 1
+        else f"""
+The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewstep conditions it on the others: \
+`fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
+`fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
+    )
+    sized = f", height={card.size}, width={card.size}" if card.size else ""
+    result = "frame" if info.family.video else "image"
+    # A head corrects every step. No stock scheduler has an analytic first step, or the steps of some solvers.
+    # Such students need fewstep at hand.
+    stock = (even or info.takes_times) and not (
+        card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock
+    )
+    how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
+    student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained({at}, subfolder="scheduler")\n'
+    snippet = f"""{imports}
+
+pipe = {base}
+{student}{result} = pipe("a prompt", {how}, guidance_scale=1.0{sized}, \
+generator=torch.Generator().manual_seed(0)).{result}s[0]"""
+    own = f"""import torch
+
+import fewstep
+
+pipe = fewstep.load({home}, {at})
+{result} = pipe("a prompt", generator=torch.Generator().manual_seed(0)).{result}s[0]"""
+    if not info.family.takes_prompts:
+        stock, own = (
+            False,
+            f"""import fewstep
+
+images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes""",
+        )
+    head = (
+        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, "
+        "without a network evaluation |"
+        if card.head
+        else ""
+    )
+    beyond = "fewstep alone has its solver: in another program its files are another model."
+    if stock:
+        beyond = (
+            "With fewstep the settings come from the folder: "
+            f'`fewstep.load({at if whole else home}, {at})("a prompt")`.'
+        )
+    if stock and whole:
+        beyond = (
+            "Steps and guidance have to be said: "
+            f"by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
+        )
+    free = "; the first step is analytic, without a network evaluation" if card.analytic_first_step else ""
+    guidance = f"baked in: call it with `guidance_scale=1.0` (the teacher's guidance: {guidance_text(card)})"
+    if card.guidance_scales:
+        served = ", ".join(f"{w:g}" for w in card.guidance_scales)
+        guidance = (
+            f"conditioned on: with fewstep {served} by `guidance_scale`; the files alone are the student of the first"
+        )
+    tag = (
+        ("text-to-video" if info.family.video else "text-to-image")
+        if info.family.takes_prompts
+        else "unconditional-image-generation"
+    )
+    tags = [tag, *(["lora"] if card.weights == "lora" else []), "few-step", card.method]
+    header = {
+        "license": card.licence,
+        "base_model": hub_id(card.base),
+        "library_name": "diffusers",
+        "pipeline_tag": tag,
+        "tags": tags,
+    }
+    own_base = (
+        ""
+        if hub_id(card.base) or card.base in bundled()
+        else f" Put your own path in place of {home}, the base that it was made on."
+    )
+    return f"""---
+{yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False, allow_unicode=True).strip()}
+---
+# {_plain(card.name)}
+
+A {steps}-step generator distilled from {_code(called(card.base))} \
+with {_plain(card.method.upper())}, from {_plain(card.data)}.
+
+| | |
+|---|---|
+| steps | {counts} |
+| NFE of an image | {counted(card)} |
+| timesteps | {times} |
+| solver | {card.solver[str(steps)]}{free} |
+| guidance | {guidance}; a negative prompt has no effect |
+| weights | {kind} |{head}
+| base weights | SHA-256 {card.base_hash}... |
+| cost | {card.iterations} iterations, {card.train_seconds / 60:.1f} minutes on {card.hardware} |
+
+```python
+{snippet if stock else own}
+```
+
+{beyond}{own_base}{others}
+{elsewhere}
+The licence of the base model applies to this student.
+"""
+
+
+def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
+    """Return Python that loads the base's pipeline, LoRAs included.
+
+    Returns (code, whether the code needs fewstep). A path on this machine is cut to its last part.
+    """
+    source, whole = source_of(base), _text(called(base))
+    place = _text(called(source.place))
+    if source.place in bundled():
+        return f"fewstep.load_teacher({whole}).pipe  # this base ships with fewstep", True
+    loaded, config = f"{pipeline}.from_pretrained({place})", source.reading
+    if is_file(source.place):
+        if Path(source.place).is_file():  # the base may be elsewhere
+            checkpoint = read_checkpoint(Path(source.place), source.reading)
+            if checkpoint.absent:
+                return (
+                    f"fewstep.load_teacher({whole}).pipe  # its file has no {' and no '.join(checkpoint.absent)}",
+                    True,
+                )
+            config = checkpoint.config
+        configured = "" if config in ("", *PREDICTIONS) else f", config={_text(called(config))}"
+        loaded = f"{pipeline}.from_single_file({place}{configured})"
+    styles = (
+        f"\npipe.load_lora_weights({_text(called(s))})\npipe.fuse_lora(lora_scale={w:g})\npipe.unload_lora_weights()"
+        for s, w in source.loras
+    )
+    return loaded + "".join(styles), False
+
+
+def _text(value: str) -> str:
+    """Quote a string as Python writes strings."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _plain(value: str) -> str:
+    """Escape a text in which Markdown would find markup."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(value.split()))
+
+
+def _code(value: str) -> str:
+    """Format a text as Markdown code, whatever the text holds."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", value)), default=0))
+    return f"{fence}{' ' * (len(fence) > 1)}{value}{' ' * (len(fence) > 1)}{fence}"

@@ -1,0 +1,234 @@
+"""The workflow calls a student in ComfyUI as it was trained.
+
+Its noise levels are those that ComfyUI 0.7 itself computed.
+"""
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.backbones.families import FAMILIES
+from fewstep.core.schedule import Flow, Schedule
+from fewstep.core.timegrid import uniform
+from fewstep.student.card import StudentCard
+from fewstep.student.comfyui import checkpoint_name, gap, levels, obstacle, simple, table, workflow
+
+from .card import CARD
+from .programs import BETAS, EPS, ZERO, V, on, process
+
+# ComfyUI's `simple` on its own tables: at 4 steps the student's times 999, 749, 499, 249, at 3 one of them is another.
+COMFYS = {
+    (False, 4): [14.614641, 4.081729, 1.612886, 0.693205],
+    (True, 4): [4518.763672, 5.398738, 1.76808, 0.727056],
+    (False, 3): [14.614641, 2.918307, 0.932358],
+    (False, 7): [14.614641, 6.70163, 3.528203, 2.061671, 1.276235, 0.790061, 0.438062],
+}
+INPUTS = {  # of ComfyUI's nodes, all of which it requires
+    "CheckpointLoaderSimple": {"ckpt_name"},
+    "LoraLoader": {"model", "clip", "lora_name", "strength_model", "strength_clip"},
+    "ModelSamplingDiscrete": {"model", "sampling", "zsnr"},
+    "ModelSamplingSD3": {"model", "shift"},
+    "CLIPTextEncode": {"text", "clip"},
+    "EmptyLatentImage": {"width", "height", "batch_size"},
+    "EmptySD3LatentImage": {"width", "height", "batch_size"},
+    "KSampler": {
+        "model",
+        "seed",
+        "steps",
+        "cfg",
+        "sampler_name",
+        "scheduler",
+        "positive",
+        "negative",
+        "latent_image",
+        "denoise",
+    },
+    "KSamplerSelect": {"sampler_name"},
+    "ManualSigmas": {"sigmas"},
+    "SamplerCustom": {
+        "model",
+        "add_noise",
+        "noise_seed",
+        "cfg",
+        "positive",
+        "negative",
+        "sampler",
+        "sigmas",
+        "latent_image",
+    },
+    "VAEDecode": {"samples", "vae"},
+    "SaveImage": {"filename_prefix", "images"},
+}
+
+
+def nodes(card: StudentCard, pipeline: str, schedule: Schedule, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each kind of node is told; checks that all it needs is there, and that links lead somewhere."""
+    graph = workflow(card, FAMILIES[pipeline], "x-kohya.safetensors", 512, schedule, config)
+    assert graph is not None
+    graph = json.loads(json.dumps(graph))
+    links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
+    assert links and all(source in graph for source, _ in links)
+    assert all(set(node["inputs"]) == INPUTS[node["class_type"]] for node in graph.values())
+    return {node["class_type"]: node["inputs"] for node in graph.values()}
+
+
+def read(sigmas: str) -> list[float]:
+    """As ComfyUI's node reads them."""
+    return [float(i) for i in re.findall(r"[-+]?(?:\d*\.*\d+)", sigmas)]
+
+
+def test_a_workflow_takes_the_students_steps_without_guidance_at_strength_one() -> None:
+    told = nodes(CARD, "StableDiffusionPipeline", process(EPS), EPS)
+    assert (told["LoraLoader"]["lora_name"], told["LoraLoader"]["strength_model"]) == ("x-kohya.safetensors", 1.0)
+    sampler = told["KSampler"]
+    assert (sampler["steps"], sampler["cfg"], sampler["sampler_name"], sampler["scheduler"]) == (
+        4,
+        1.0,
+        "euler",
+        "simple",
+    )
+    assert told["CheckpointLoaderSimple"]["ckpt_name"] == "model.safetensors"
+    assert (told["EmptyLatentImage"]["width"], told["EmptyLatentImage"]["height"]) == (512, 512)
+
+
+def test_styles_that_were_fused_into_the_base_come_before_the_student() -> None:
+    card = replace(CARD, base="a.safetensors + some/style.safetensors@0.5")
+    graph = workflow(card, FAMILIES["StableDiffusionPipeline"], "x-kohya.safetensors", 512, process(EPS), EPS)
+    assert graph is not None
+    assert [
+        (n["inputs"]["lora_name"], n["inputs"]["strength_model"])
+        for n in graph.values()
+        if n["class_type"] == "LoraLoader"
+    ] == [
+        ("style.safetensors", 0.5),
+        ("x-kohya.safetensors", 1.0),
+    ]
+    assert graph["2"]["inputs"]["model"] == ["9", 0] and graph["9"]["inputs"]["model"] == ["1", 0]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"), [(EPS, ("eps", False)), (V, ("v_prediction", False)), (ZERO, ("v_prediction", True))]
+)
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_what_the_network_predicts_is_said_and_goes_before_the_sampler(
+    config: dict[str, Any], said: tuple[str, bool], pipeline: str
+) -> None:
+    """Also where the checkpoint carries no mark of it."""
+    told = nodes(CARD, pipeline, process(config), config)
+    assert (told["ModelSamplingDiscrete"]["sampling"], told["ModelSamplingDiscrete"]["zsnr"]) == said
+    assert told["KSampler"]["model"] == ["20", 0] and told["ModelSamplingDiscrete"]["model"] == ["2", 0]
+
+
+@pytest.mark.parametrize("shift", [3.0, 1.0, 2.5])
+def test_stable_diffusion_3_is_told_its_shift(shift: float) -> None:
+    told = nodes(on(Flow(shift=shift)), "StableDiffusion3Pipeline", Flow(shift=shift), {"shift": shift})
+    assert told["ModelSamplingSD3"]["shift"] == shift
+    assert told["KSampler"]["model"] == ["20", 0]
+    assert levels(Flow(shift=3.0), uniform(Flow(shift=3.0), 4)[:-1].tolist()) == pytest.approx([1.0, 0.9, 0.75, 0.5])
+
+
+@pytest.mark.parametrize(("zero", "steps"), COMFYS)
+def test_noise_levels_are_comfyuis(zero: bool, steps: int) -> None:
+    schedule = process(ZERO if zero else EPS)
+    assert [float(table(zero)[int(t)]) for t in simple(schedule, steps)] == pytest.approx(COMFYS[zero, steps], rel=1e-6)
+    own = levels(schedule, simple(schedule, steps).tolist())
+    assert own[1:] == pytest.approx(
+        COMFYS[zero, steps][1:], rel=1e-5
+    )  # noise without signal is infinite, and clamped in both
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize(("config", "solver"), [(EPS, "ddim"), (EPS, "dpmpp"), (ZERO, "ddim"), (ZERO, "dpmpp")])
+def test_comfyui_asks_the_network_at_the_students_times(
+    config: dict[str, Any], solver: str, shift: float, steps: int
+) -> None:
+    """It rounds a noise level to the nearest of its table in the logarithm."""
+    schedule = process(config)
+    card = on(schedule, steps, shift, solver=solver)
+    told = nodes(card, "StableDiffusionPipeline", schedule, config)
+    times = card.timesteps[str(steps)][:-1]
+    if "KSampler" in told:
+        assert 1000 % steps == 0
+        assert [999 - int(i * 1000 / steps) for i in range(steps)] == times
+        return
+    assert told["KSamplerSelect"]["sampler_name"] == {"ddim": "euler", "dpmpp": "dpmpp_2m"}[solver]
+    *sigmas, last = read(told["ManualSigmas"]["sigmas"])
+    assert last == 0
+    known = table(bool(config.get("rescale_betas_zero_snr"))).float().log()
+    assert [(known - torch.tensor(s).log()).abs().argmin().item() for s in sigmas] == times
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(3, 1.0), (6, 1.0), (7, 1.0), (4, 1.7)])
+def test_flow_is_told_the_levels_that_no_scheduler_visits(steps: int, shift: float) -> None:
+    schedule = Flow(shift=3.0)
+    told = nodes(on(schedule, steps, shift), "StableDiffusion3Pipeline", schedule, {"shift": 3.0})
+    assert read(told["ManualSigmas"]["sigmas"]) == pytest.approx(uniform(schedule, steps, shift).tolist(), abs=1e-7)
+
+
+def test_the_gap_to_simple_is_in_times_of_the_table() -> None:
+    schedule = process(EPS)
+    assert [gap(schedule, uniform(schedule, k)[:-1].tolist()) for k in (1, 2, 4, 5, 8)] == [0.0] * 5
+    assert all(0 < gap(schedule, uniform(schedule, k)[:-1].tolist()) <= 1 + 1e-9 for k in (3, 6, 7))
+    assert gap(schedule, uniform(schedule, 4, 2.0)[:-1].tolist()) > 50
+
+
+@pytest.mark.parametrize(
+    ("card", "pipeline", "config", "why"),
+    [
+        (CARD, "PixArtAlphaPipeline", EPS, "it loads no checkpoint of this family by itself"),
+        (replace(CARD, head="span"), "StableDiffusionPipeline", EPS, "no sampler like this student's .a head."),
+        (
+            replace(CARD, analytic_first_step=True),
+            "StableDiffusionPipeline",
+            EPS,
+            "no sampler like this student's .an analytic first step.",
+        ),
+        (
+            replace(CARD, solver={"4": "ipndm"}),
+            "StableDiffusionPipeline",
+            EPS,
+            "no sampler like this student's .ipndm.",
+        ),
+        (replace(CARD, base="emoji"), "StableDiffusionPipeline", EPS, "no file of the base is known"),
+        (replace(CARD, base="somebody/their-model"), "StableDiffusionPipeline", EPS, "no file of the base is known"),
+        (
+            replace(CARD, base="a.safetensors + some/style@0.5"),
+            "StableDiffusionPipeline",
+            EPS,
+            "a LoRA that is fused into the base is no file",
+        ),
+        (replace(CARD, weights="full"), "StableDiffusionPipeline", EPS, "the student is no LoRA"),
+        (
+            CARD,
+            "StableDiffusionPipeline",
+            BETAS,
+            "their noise levels are Stable Diffusion's, and the base was trained on others",
+        ),
+    ],
+)
+def test_there_is_no_workflow_that_could_not_run(
+    card: StudentCard, pipeline: str, config: dict[str, Any], why: str
+) -> None:
+    assert workflow(card, FAMILIES[pipeline], "x.safetensors", 512, process(config), config) is None
+    assert re.search(why, obstacle(card, FAMILIES[pipeline], process(config), config))
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("folder/My mix #2.safetensors", "My mix #2.safetensors"),
+        ("folder/a.safetensors@configs", "a.safetensors"),
+        ("a.safetensors + style.safetensors@0.8", "a.safetensors"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors"),
+        ("some/folder", ""),
+        ("emoji", ""),
+    ],
+)
+def test_the_checkpoint_is_one_that_the_user_has(base: str, name: str) -> None:
+    assert checkpoint_name(base) == name
