@@ -170,7 +170,9 @@ def put(recipe: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     *parents, last = key.split(".")
     place = copy
     for parent in parents:
-        place = place.setdefault(parent, {})
+        if not isinstance(place.get(parent), dict):
+            place[parent] = {}  # also in place of a short form, such as one number of guidance
+        place = place[parent]
     place[last] = value
     return copy
 
