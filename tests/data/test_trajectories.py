@@ -205,6 +205,11 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
     for other in (replace(PLAIN, rescale=0.5), replace(PLAIN, apg_eta=0.0), replace(PLAIN, tilt=0.1)):
         with pytest.raises(ValueError, match="were made with another guidance; choose another folder, or delete it"):
             next(make(tmp_path, backbone, guidance=other))
+    record = json.loads((tmp_path / "trajectories.json").read_text())
+    for count in ([[]], True, 0, "6", None):
+        (tmp_path / "trajectories.json").write_text(json.dumps({**record, "count": count}))
+        with pytest.raises(ValueError, match=r"trajectories\.json is damaged: count is .*, allowed are whole numbers"):
+            next(make(tmp_path, backbone))
     (tmp_path / "trajectories.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         next(make(tmp_path, backbone))

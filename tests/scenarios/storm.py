@@ -49,12 +49,12 @@ RECIPE: dict[str, Any] = {
     "evaluate": "images-8",
 }
 PHASES = {  # of a command, in the order in which it enters them, and the functions that are them
-    "embedding": ["fewstep.cli.distill.embed"],
-    "trajectories": ["fewstep.cli.distill.trajectories"],
+    "embedding": ["fewstep.runs.prepare.embed"],
+    "trajectories": ["fewstep.runs.prepare.generate"],
     "training": ["fewstep.cli.distill.training"],
     "checkpoint": ["fewstep.training.loop.save_checkpoint"],
     "preview": ["fewstep.cli.distill.judge"],
-    "export": ["fewstep.cli.finish.write_student"],
+    "export": ["fewstep.student.student.write_parts"],
     "evaluation": ["fewstep.cli.finish.evaluate_student"],
     "report": ["fewstep.cli.finish.render_run"],
 }

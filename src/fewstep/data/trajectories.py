@@ -20,7 +20,7 @@ from torch import Tensor
 from ..atomic import read_hashed, require_room, write_json, write_tensors
 from ..backbones.base import Backbone, Cond, guided, nfe_per_step, rows
 from ..backbones.generate import device_of, noise_of, require_seed
-from ..config_fields import Range, check_fields
+from ..config_fields import Range, check_fields, shortened
 from ..core import timegrid
 from ..core.guidance import Guidance
 from ..core.schedule import Schedule
@@ -387,6 +387,12 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> TrajectoryRecord:
         there = read_json(path, f"delete {folder} and run the same command again")
         old = not any(k in there for k in PROCESS)
         _require_same(there, {k: v for k, v in record.items() if not (old and k in PROCESS)}, folder)
+        count = there.get("count")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"data.folder: {path} is damaged: count is {shortened(count)}, allowed are whole numbers from 1; "
+                f"delete {folder} and run the same command again"
+            )
         return TrajectoryRecord(record, old)
     for shard in folder.glob("*.safetensors"):  # check before the record is written, which would vouch for the shards
         try:

@@ -252,7 +252,7 @@ def distill(
     several = accelerator.num_processes > 1
     settings = {} if run is None and not several else settings_of(roles, method, data, config, batches, real, paths)
     if several:
-        require_same({"iterations": config.iterations, **settings})
+        require_same({"train.iterations": config.iterations, **settings})
     found = None if run is None else latest_checkpoint(run)
     start = _resume(roles, optimizers, run, found, settings, batches, accelerator.num_processes)
     if several:
