@@ -36,12 +36,12 @@ RECIPE: dict[str, Any] = {
     "name": "storm",
     "teacher": "teacher",
     "prompts": {"source": "prompts.txt"},
-    "first": {
+    "warm_start": {
         "method": {"name": "trajp-l", "steps": 2, "head": "none", "guidance": 2.0},
         "data": TRAJECTORIES,
         "train": {**TRAIN, "iterations": 3},
     },
-    "method": {"steps": 2, "guidance": 2.0, "warmup": 1, "anchor": 1.0},
+    "method": {"steps": 2, "guidance": 2.0, "warmup": 1, "regression_weight": 1.0},
     "data": TRAJECTORIES,
     "roles": {"rank": 2, "targets": "attention"},
     "train": {**TRAIN, "iterations": 5, "seed": 1},

@@ -32,7 +32,7 @@ from .storm import RECIPE, place
 
 pytestmark = pytest.mark.slow
 SHORT: dict[str, Any] = {
-    **{k: v for k, v in RECIPE.items() if k not in ("first", "evaluate")},
+    **{k: v for k, v in RECIPE.items() if k not in ("warm_start", "evaluate")},
     "method": {"name": "trajp-l", "steps": 2, "head": "none", "guidance": 2.0},
     "train": {"batch": 2, "lr": 1.0e-3, "fake_lr": 1.0e-2, "checkpoint_every": 1, "iterations": 2},
 }
@@ -111,7 +111,7 @@ def leaves(kind: Any, where: str = "") -> Iterator[tuple[str, list[Any]]]:
         inner = [k for k in kinds if isinstance(k, type) and (issubclass(k, BaseModel) or is_dataclass(k))]
         if name == "method":
             inner = [DistributionMatching]
-        if name in ("first", "data", "kind"):
+        if name in ("warm_start", "data", "kind"):
             continue
         if inner:
             yield from leaves(inner[0], f"{where}{name}.")
@@ -204,7 +204,7 @@ def test_a_setting_that_is_not_there_and_a_recipe_that_is_none(made: Path, data:
         (made / "bad.yaml").write_bytes(data.draw(st.binary(max_size=30)))
     else:
         shutil.copy(made / "storm.yaml", made / "bad.yaml")
-        parent = data.draw(st.sampled_from(["", "method.", "train.lr.", "name.", "data.", "first.x."]))
+        parent = data.draw(st.sampled_from(["", "method.", "train.lr.", "name.", "data.", "warm_start.x."]))
         arguments = [
             "--set",
             data.draw(st.one_of(WORD, st.builds("{}{}-={}".format, st.just(parent), WORD, st.text(max_size=8)))),
