@@ -1,7 +1,8 @@
-"""Write the generated parts of README and docs again: `python docs/generate.py`, or `--check` whether they are up to date.
+"""Write the generated parts of README.md and docs again.
 
-A part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Tables of results come from benchmarks/*.json, the recipe reference
-from the docstrings below the settings' fields, the tree from the docstrings of the packages.
+`python docs/generate.py` writes them, and `--check` says whether they are up to date. A part stands between `<!--
+begin NAME -->` and `<!-- end NAME -->`. Tables of results come from benchmarks/*.json, the recipe reference from the
+docstrings below the settings' fields, the tree from the docstrings of the packages.
 """
 
 import argparse
@@ -159,7 +160,11 @@ def ablations() -> str:
     return table(
         ("change", "next to", "change in FD"),
         [
-            ("tau beyond its segment: one fake score for all segments", "TDM, 4 steps", change("no-segments", "tdm-4", four)),
+            (
+                "tau beyond its segment: one fake score for all segments",
+                "TDM, 4 steps",
+                change("no-segments", "tdm-4", four),
+            ),
             ("no importance sampling for the fake score", "TDM, 4 steps", change("no-importance", "tdm-4", four)),
             ("clean samples matched", "TDM, 4 steps", change("clean-segment", "tdm-4", four)),
             ("clean samples matched, tau over all times", "TDM, 4 steps", change("clean", "tdm-4", clean, four)),
@@ -169,7 +174,7 @@ def ablations() -> str:
                 for count in counts
             ),
         ],
-    )  # fmt: skip
+    )
 
 
 def rivals() -> str:
@@ -418,7 +423,8 @@ def _changed(own: Any, plain: Any, prefix: str = "") -> list[str]:
 def tree() -> str:
     """Every package and what it holds, in the order of its imports."""
     order = (
-        "core", "objectives", "backbones", "roles", "heads", "methods", "student", "data", "training", "evaluation", "report", "runs", "cli", "zoo",
+        "core", "objectives", "backbones", "roles", "heads", "methods", "student", "data", "training", "evaluation",
+        "report", "runs", "cli", "zoo",
     )  # fmt: skip
     package = ROOT / "src" / "fewstep"
     found = {p.parent.name for p in package.glob("*/__init__.py")}

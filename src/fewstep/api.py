@@ -187,10 +187,14 @@ def export_student(model: Student | Step, folder: str | Path, form: str = "stude
 
     The files go to a new `folder` and are loaded again. `form` is `student`, or `merged` for one network
     without LoRA, which `module.load_state_dict` takes; students of diffusers pipelines also have `kohya` and
-    `pipeline`. Returns `folder`. Raises ValueError with nothing kept.
+    `pipeline`. Files of a student of several step counts serve `steps`, by default the first count; `student`
+    keeps all counts. Returns `folder`. Raises ValueError with nothing kept.
     """
     student = model.snapshot() if isinstance(model, Step) else model
-    formats.export(student if steps is None else student.single(steps), Path(folder), form)
+    one = steps if steps is not None or form == "student" else student.card.steps[0]
+    if one is not None and one not in student.card.steps:
+        raise ValueError(f"steps: got {one}, this student serves {', '.join(map(str, student.card.steps))}")
+    formats.export(student if one is None else student.single(one), Path(folder), form)
     return Path(folder)
 
 

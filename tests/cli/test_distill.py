@@ -62,7 +62,10 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object, look: bool = False) -> int:
-    """Run the command line in this process; returns its exit code. What is looked at before a training takes seconds, and `look` does it."""
+    """Run the command line in this process, and return its exit code.
+
+    With `look` the checks before a training run too, which take seconds.
+    """
     if not look:
         for name in ("look_before", "look_in_dry_run"):
             monkeypatch.setattr(f"fewstep.cli.distill.{name}", lambda *_: None)
@@ -94,7 +97,7 @@ def test_a_run_leaves_everything_it_promises(
     assert f"student: {share}" in said and f"fake: {share}" in said
     assert "calls    4 in 4 steps; the teacher takes 6 in 3" in said
     assert "try      fewstep sample runs/tiny -p 'red cat' --compare" in said
-    assert "| network calls a picture | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
+    assert "| NFE of an image | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {
         "run.json",

@@ -1,4 +1,7 @@
-"""Whatever escapes a command ends in one line: with exit code 2 for its user's mistakes, 1 and a log for those of fewstep."""
+"""Whatever escapes a command ends in one line.
+
+A user's mistake exits with code 2, a fault of fewstep with code 1 and a log.
+"""
 
 import errno
 import tempfile
@@ -129,7 +132,8 @@ def test_what_went_wrong_while_a_file_was_read_is_its_fault(tmp_path: Path, monk
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 4 bytes."
         ),
     ],
     ids=["device", "python", "torch"],

@@ -67,7 +67,10 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
 
 
 def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
-    """Round numbers: a base of 100, moments of 40, 20 each for adapters and gradients, 4 a sample, 1 with checkpointing."""
+    """Return a plan of round numbers.
+
+    A base takes 100, moments 40, adapters and gradients 20 each, a sample 4, with checkpointing 1.
+    """
     base, moments = (
         {None: 100, "int8": 50, "nf4": 25}[recipe.roles.quantize],
         {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer],

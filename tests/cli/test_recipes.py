@@ -41,7 +41,8 @@ def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
     read_recipe(name, [], MODELS[kind_of(name)])
 
 
-# TDM, appendix D: batch, iterations of each stage, the student's and the fake score's rates, guidance. Gradients are clipped at 1 in all.
+# TDM, appendix D: batch, iterations of each stage, the student's and the fake score's rates, guidance.
+# Gradients are clipped at 1 in all.
 PAPER = {
     "sd15-tdm4": (256, [3000], 2e-6, 2e-5, 3.5),
     "sd15-unify": (256, [20000], 2e-6, 2e-5, 3.5),

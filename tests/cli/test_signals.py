@@ -1,4 +1,7 @@
-"""Signals and closed pipes end a command with one line and nothing lost; what a shell has told to be ignored is ignored."""
+"""Signals and closed pipes end a command with one line.
+
+Nothing is lost. A signal that the shell told the command to ignore is ignored.
+"""
 
 import os
 import signal

@@ -139,7 +139,8 @@ def test_mistakes_are_one_line_before_anything_is_trained(
         ((bare, "warm_start.data.from_student=warm_start"), "data.from_student: warm_start is no student folder"),
         (
             ("roles.exclude=[add_embedding]",),
-            "init_from: this student is conditioned on 4, 2, 1 through time_embedding.linear_2, but the warm start's student has a LoRA on",
+            "init_from: this student is conditioned on 4, 2, 1 through time_embedding.linear_2, "
+            "but the warm start's student has a LoRA on",
         ),
         (
             (bare, "warm_start.method.steps=[4, 3]"),

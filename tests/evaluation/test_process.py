@@ -19,7 +19,10 @@ LINEAR = VP((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(
 
 
 class Exact(nn.Module):
-    """The best network there is for these data: what it says of x at its own time t, which is `time(t)` of the schedule it was trained on."""
+    """The best network there is for these data.
+
+    It answers x at its own time t, which is `time(t)` of the schedule that it was trained on.
+    """
 
     def __init__(
         self,

@@ -59,7 +59,10 @@ def train_batch(paths: Trajectories) -> TrainBatch:
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp", "ipndm"])
 @pytest.mark.parametrize("head", ["none", *KINDS])
 def test_every_step_starts_where_the_student_is_and_meets_the_teachers_state(head: str, solver: str) -> None:
-    """Nothing is stepped here, so the student's positions are its sampler's own, and each loss is their distance to the teacher's."""
+    """Each loss is a distance between the student's and the teacher's state.
+
+    The optimizer takes no step here, so the student's states are its sampler's own.
+    """
     method = TrajectoryImitation(steps=3, head=head, solver=solver)
     paths = walked(method)
     roles = student(method, paths, RolesConfig(rank=2))
@@ -213,7 +216,10 @@ def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
 
 @pytest.mark.parametrize("free", [False, True])
 def test_a_head_goes_along_into_distribution_matching(free: bool) -> None:
-    """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient, from a free first step too."""
+    """A matched student's rollout with a head is its sampler's.
+
+    Its landing state carries the head's gradient, from a free first step too.
+    """
     paths = walked(TrajectoryImitation(steps=4))
     roles = student(TrajectoryImitation(steps=4), paths, RolesConfig(rank=2))
     cond, _ = conditions(roles.backbone)

@@ -1,4 +1,7 @@
-"""The workflow that calls a student in ComfyUI as it was trained. Its noise levels are those that ComfyUI 0.7 itself computed."""
+"""The workflow calls a student in ComfyUI as it was trained.
+
+Its noise levels are those that ComfyUI 0.7 itself computed.
+"""
 
 import json
 import re

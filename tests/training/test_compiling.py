@@ -24,7 +24,10 @@ def fresh() -> None:
 
 @pytest.mark.parametrize("share", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_it_is_the_same_training(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Roles, guidance and adapters go through torch's tracing and its derivatives; compiled to what runs without a compiler."""
+    """Roles, guidance and adapters go through torch's tracing and its derivatives.
+
+    The backend runs without a compiler.
+    """
     plain, expected = run(share)
     made: list[object] = []
     traced = partial(torch.compile, backend="aot_eager")

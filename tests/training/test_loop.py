@@ -469,7 +469,7 @@ class Breaking(nn.Module):
         return self.inner(x, t, label) * (float("nan") if self.calls > self.last else 1.0)
 
 
-@pytest.mark.parametrize(("role", "option"), [("fake", "train.fake_lr"), ("student", "train.lr")])
+@pytest.mark.parametrize(("role", "option"), [("fake", "train.lr or train.fake_lr"), ("student", "train.lr")])
 def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role: str, option: str) -> None:
     backbone = tiny.denoiser()
     roles, data = parts(False, replace(backbone, module=Breaking(backbone.module), time_layer="inner.time"))
@@ -479,7 +479,8 @@ def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role:
     broken = roles.networks["teacher" if role == "student" else "fake"]
     assert isinstance(broken, Breaking)
     broken.last = 0
-    message = rf"^the {role} loss is nan at iteration 5; the last checkpoint is intact: lower {option}, then run again$"
+    kept = rf"\(checkpoint-000003 of {re.escape(str(tmp_path))} is intact\)"
+    message = rf"^the {role} loss is nan at iteration 5; lower {option}, and choose another --out {kept}$"
     with pytest.raises(FloatingPointError, match=message):
         next(steps)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003"]

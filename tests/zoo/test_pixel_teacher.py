@@ -1,4 +1,4 @@
-"""Pixel-space teachers: pictures from the files that people have, and a model of them that samples."""
+"""Pixel-space teachers: images from the files that people have, and a model of them that samples."""
 
 import gzip
 import io
@@ -99,7 +99,7 @@ def test_a_folder_with_one_folder_per_class(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are of several sizes"):
         read_pixel_data(str(tmp_path / "set"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no pictures"):
+    with pytest.raises(ValueError, match="has no images"):
         read_pixel_data(str(tmp_path / "empty"))
 
 
@@ -163,7 +163,10 @@ def test_it_trains_with_edm_s_preconditioning(fashion: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("process", "left"), [("vp", 0.15), ("edm", 0.03)])
 def test_training_learns_the_clean_picture(process: str, left: float, tmp_path: Path) -> None:
-    """One picture only: a network that has learnt gives it at any noise. With another sign, or told other times, more is left."""
+    """A network that has learnt one image gives it at any noise.
+
+    With another sign, or told other times, more error is left.
+    """
     np.savez(tmp_path / "one.npz", images=PICTURES[:1])
     fit = FitConfig(steps=60, batch=32, lr=1e-2, warmup=1, decay=30, ema=0.9, weight_decay=0.0)
     config = settings(tmp_path / "one.npz", process=process, channels=[16, 16], fit=fit)

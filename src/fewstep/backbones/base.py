@@ -160,7 +160,7 @@ def speechless(schedule: Schedule, row: Row) -> str:
         ""
         if left >= LEAST_SHARE
         else f"predicts noise, and at its noisiest time ({schedule.t_max:g}) the schedule leaves {left:.1g} "
-        "of the picture, so that nothing is said of it"
+        "of the image, so that nothing is said of it"
     )
 
 

@@ -65,7 +65,7 @@ class TrajectoryConfig:
     """Seed of the first trajectory's noise."""
 
     student: str | None = None
-    """Folder of a finished student that is followed instead of the teacher, in its own steps, for a few network calls
+    """Folder of a finished student that is followed instead of the teacher, in its own steps, for a few NFE
     each."""
 
     folder: str | None = None

@@ -275,9 +275,7 @@ def _schedules(backbone: Backbone) -> list[Reading]:
         found.append(Reading(name, schedule, row, _stepped(schedule, step)))
     for shift in SHIFTS:
         way = "noisier" if shift > 0 else "cleaner"
-        name = (
-            f"the schedule: the network finds the right noise where it is told times {abs(shift):.0%} of the way {way}"
-        )
+        name = f"the schedule: the network finds the right noise at times {abs(shift):.0%} of the way {way}"
         found.append(Reading(name, schedule, row, _moved(schedule, shift)))
     return found + [
         Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)

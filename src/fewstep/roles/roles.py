@@ -248,7 +248,7 @@ class Roles:
                 k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
             ):
                 raise ValueError(
-                    f"start: its weights do not fit this network (first in doubt: {odd[0]}); "
+                    f"init_from: its weights do not fit this network (first in doubt: {odd[0]}); "
                     "start from a student of the same base"
                 )
             network.load_state_dict(state)

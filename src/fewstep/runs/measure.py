@@ -65,7 +65,7 @@ def evaluate(
     teacher, card = backbone_of(student), student.card
     if isinstance(teacher, DiffusersBackbone):
         raise ValueError(
-            f"model: {card.name} is a student of a diffusers pipeline, whose pictures are measured; "
+            f"model: {card.name} is a student of a diffusers pipeline, whose images are measured; "
             "save it and run: fewstep evaluate FOLDER"
         )
     if count < 32:

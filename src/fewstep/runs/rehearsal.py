@@ -101,7 +101,7 @@ def student_check(trial: Trial, folder: Path) -> Check:
     except (ValueError, FloatingPointError) as error:
         return Check(
             "student",
-            f"its files cannot be written, read and drawn with ({reason(error)})",
+            f"its files cannot be written, read and sampled ({reason(error)})",
             False,
             "please report it with the recipe",
         )
@@ -109,7 +109,7 @@ def student_check(trial: Trial, folder: Path) -> Check:
         shutil.rmtree(place, ignore_errors=True)
     apart_by = float((found - wanted).abs().max())
     same = apart_by <= (ROUNDED if half else SAME)  # False for NaN
-    said = f"its files are written, read and drawn with in {steps} steps: largest difference {apart_by:.1e}"
+    said = f"its files are written, read and sampled in {steps} steps: largest difference {apart_by:.1e}"
     return Check("student", said, same, "" if same else "they do not hold all of it: please report it with the recipe")
 
 

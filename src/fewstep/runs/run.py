@@ -160,7 +160,7 @@ def next_lines(run: Run, folder: Path) -> list[list[str]]:
         ["Load the student", f"student = fewstep.load_student({final!r}{base})"],
         ["Draw with it", "samples = fewstep.sample(student, prompts)"],
         [
-            "Measure it beside its teacher",
+            "Measure it next to its teacher",
             f"fewstep.evaluate(student{'' if base else ', real=...'})" if base else f"fewstep evaluate {folder}",
         ],
         [

@@ -93,7 +93,7 @@ def export(student: Student, out: Path, form: str, dtype: torch.dtype | None = N
         rounded = float((draw(Student.read(out, student.backbone)) - wanted).abs().max())
         if not math.isfinite(rounded):
             raise ValueError(
-                f"--dtype: {name_of(kept)} cannot hold this student's numbers, it draws nothing; "
+                f"--dtype: {name_of(kept)} cannot hold this student's numbers, so that its images are not finite; "
                 "choose bfloat16 or float32"
             )
         return Exported(difference, rounded)

@@ -97,7 +97,7 @@ def _spoken(difference: str) -> str:
     A hash of the student's initial weights is `init_from`.
     """
     name, _, values = difference.partition(" ")
-    return f"init_from, the student to begin as (weights {values})" if name == "begin" else difference
+    return f"init_from, the student to initialize from (weights {values})" if name == "begin" else difference
 
 
 def begun(run: Path, now: Mapping[str, Any]) -> int:
