@@ -280,7 +280,13 @@ Keep = Callable[[Best, float], list[str]]  # (a preview's quality, seconds so fa
 
 def drawing_of(recipe: DistillRecipe) -> Drawing:
     """Return what the previews of a recipe's run sample."""
-    return Drawing(recipe.method, recipe.train.batch, recipe.preview.teacher_steps, recipe.preview.seed)
+    return Drawing(
+        recipe.method,
+        recipe.train.batch,
+        recipe.preview.teacher_steps,
+        recipe.preview.seed,
+        recipe.train.precision,
+    )
 
 
 def training(

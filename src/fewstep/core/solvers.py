@@ -151,11 +151,21 @@ def ipndm(
         return pred
     steps = steps[:3]
     seen = torch.stack([s.t > t for s in steps]).sum(0)
-    table = torch.tensor(ADAMS_BASHFORTH, dtype=torch.float64, device=t.device)[seen]
     noises = [pred.eps, *(s.pred.eps for s in steps)]
-    change = sum((expand(table[:, i], e) * e for i, e in enumerate(noises)), start=-pred.eps)
-    ratio = torch.where(seen > 0, schedule.sigma(t) / schedule.alpha(t), torch.zeros_like(table[:, 0]))
+    change = sum((expand(_adams_bashforth(seen, i), e) * e for i, e in enumerate(noises)), start=-pred.eps)
+    ratio = torch.where(seen > 0, schedule.sigma(t) / schedule.alpha(t), 0.0)
     return Split(pred.x0 - expand(ratio, change) * change, pred.eps + change)
+
+
+def _adams_bashforth(seen: Tensor, i: int) -> Tensor:
+    """Return the coefficient of the i-th newest eps for every sample's number of past steps.
+
+    `seen` [B]; returns [B], float64. A table would have to be copied to the device at every step.
+    """
+    found = torch.full(seen.shape, ADAMS_BASHFORTH[0][i], dtype=torch.float64, device=seen.device)
+    for n, row in enumerate(ADAMS_BASHFORTH[1:], 1):
+        found = found.masked_fill(seen == n, row[i])
+    return found
 
 
 def renoise(

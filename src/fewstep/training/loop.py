@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,13 +23,14 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Loss, Method, TrainBatch, draw_count
 from ..processes import is_first, mean_of, meet, require_same, this_process
-from ..roles.adapters import assign, keep_input_dtype
+from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
 from ..roles.sharding import by_kind, clip_gradients, shard_like, whole
 from ..transfer import fetched, together
 from ..words import speaks_python
 from .compiling import Compiled
 from .optimizer import OptimizerName, make_optimizer, step_unless
+from .precision import Precision, computing
 from .settings import require_unchanged, settings_of
 from .state import (
     checkpoints,
@@ -41,7 +42,6 @@ from .state import (
     seeded,
 )
 
-Precision = Literal["no", "bf16"]
 Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and the state of a checkpoint
 
 MOST_BATCH = 65_536
@@ -294,14 +294,9 @@ def distill(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(role, i, method.warmup, roles.config.lora)
         turns = following
-        mixed = config.precision == "bf16"
-        # No autocast cache for sharded weights: cached casts would be whole, and might belong to an earlier block
-        # in the same memory.
-        with (
-            torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=not roles.sharded),
-            keep_input_dtype(roles.layers if mixed else ()),
-            compiled(),
-        ):
+        # No kept casts of sharded weights: they would be whole, and might belong to an earlier block in the same
+        # memory.
+        with computing(config.precision, device, roles.layers, keep_casts=not roles.sharded), compiled():
             measured = _updates(
                 accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, reach
             )
