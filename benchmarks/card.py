@@ -191,16 +191,21 @@ def counted() -> Iterator[Stalls]:
     Torch refuses generators, autocast and fused optimizers on the device whose name the card takes; within the block they
     are there.
     """
-    from fewstep.training import loop, optimizer
+    from fewstep.training import loop
 
-    seeded = loop.seeded
+    seeded, tensor = loop.seeded, torch.tensor
 
     def on_card(seed: int, step: int, stream: str, rank: int = 0, device: Any = "cpu") -> torch.Generator:
         made = seeded(seed, step, stream, rank)
         return made if torch.device(device) != CARD else CardGenerator().manual_seed(made.initial_seed())
 
+    def listed(data: Any, device: Any = None, **options: Any) -> Tensor:
+        made = tensor(data, **options)  # torch copies the host's numbers without a dispatch
+        return made if device is None or torch.device(device) != CARD else made.to(CARD)
+
     with (
         mock.patch.object(loop, "seeded", on_card),
+        mock.patch.object(torch, "tensor", listed),
         mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
         mock.patch("torch.optim.adam._get_fused_kernels_supported_devices", lambda: ["cpu", CARD.type], create=True),
         sdpa_kernel(SDPBackend.MATH),

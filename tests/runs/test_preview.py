@@ -164,9 +164,7 @@ def test_networks_compute_in_the_training_s_precision_and_the_decoder_as_ever(
     teacher = tiny.stable_diffusion()
     roles = make_roles(teacher, RolesConfig(rank=2))
     teacher.module.register_forward_pre_hook(lambda *_: seen["network"].add(torch.is_autocast_enabled("cpu")))
-    teacher.pipe.vae.decoder.register_forward_pre_hook(
-        lambda *_: seen["decoder"].add(torch.is_autocast_enabled("cpu"))
-    )
+    teacher.pipe.vae.decoder.register_forward_pre_hook(lambda *_: seen["decoder"].add(torch.is_autocast_enabled("cpu")))
     method = DistributionMatching(steps=2)
     drawing = Drawing(method, 2, teacher_steps=2, precision=precision)  # type: ignore[arg-type]
     shown = Preview(drawing, teacher, embed(teacher, tiny.WORDS, None, "x"), None)

@@ -78,7 +78,9 @@ class TrajectoryImitation(Method):
 
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         assert batch.trajectories is not None
-        return imitate(self, roles, batch.trajectories, batch.steps or draw_count(self.steps, batch.host_rng), self.loss)
+        return imitate(
+            self, roles, batch.trajectories, batch.steps or draw_count(self.steps, batch.host_rng), self.loss
+        )
 
 
 def imitate(

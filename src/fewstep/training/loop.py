@@ -30,7 +30,7 @@ from ..transfer import fetched, together
 from ..words import speaks_python
 from .compiling import Compiled
 from .optimizer import OptimizerName, make_optimizer, step_unless
-from .precision import Precision, computing
+from .precision import Precision, computing, lay_out
 from .settings import require_unchanged, settings_of
 from .state import (
     checkpoints,
@@ -249,6 +249,8 @@ def distill(
             config.weight_decay,
         )
 
+    if config.optimizer == "adamw":  # 8-bit moments share a scale with their neighbours in memory
+        lay_out(roles, config.precision, device)
     optimizers = {role: optimizer_of(role) for role in roles.trained}
     batches = config.accumulate * accelerator.num_processes
     several = accelerator.num_processes > 1
@@ -278,9 +280,7 @@ def distill(
             cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
             pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
-            turns.append(
-                TrainBatch(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps, host)
-            )
+            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps, host))
         return turns
 
     following = batches(start)

@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 from peft.tuners.lora import LoraLayer
 
+from ..backbones.parts import WithUNet
 from ..roles.adapters import keep_input_dtype
+from ..roles.roles import Roles
 
 Precision = Literal["no", "bf16"]
 
@@ -28,6 +30,24 @@ def computing(
         _fast_kernels(device, mixed),
     ):
         yield
+
+
+def lay_out(roles: Roles, precision: Precision, device: torch.device) -> None:
+    """Lay the weights of U-Nets out channels last, as a GPU's convolutions in bf16 read them.
+
+    Before optimizers are made, whose state has the weights' order in memory. Sharded weights stay as they are, and
+    so do all weights in single precision or on a CPU.
+    """
+    if device.type == "cuda" and precision == "bf16" and not roles.sharded and isinstance(roles.backbone, WithUNet):
+        channels_last(roles)
+
+
+def channels_last(roles: Roles) -> None:
+    """Lay the weights of all convolutions, and the average, out channels last."""
+    for network in {id(n): n for n in roles.networks.values()}.values():
+        network.to(memory_format=torch.channels_last)
+    for name, p in roles.trained["student"].items():
+        roles.average[name] = torch.empty_like(p, dtype=roles.average[name].dtype).copy_(roles.average[name])
 
 
 @contextmanager
