@@ -1,8 +1,8 @@
 """A card made of the CPU's memory, which counts what would stall a real one.
 
-Tensors on the card compute on the CPU and say that they are on another device. As on a GPU, a number reaches the host by a
-read, a tensor of the host reaches the card by a copy, and an operation on tensors of both is refused. Torch offers no second
-device on a CPU, so this one takes the name `meta`.
+Tensors on the card compute on the CPU and say that they are on another device. As on a GPU, a number reaches the host
+by a read, a tensor of the host reaches the card by a copy, and an operation on tensors of both is refused. Torch offers
+no second device on a CPU, so this one takes the name `meta`.
 """
 
 import sys
@@ -96,8 +96,8 @@ def computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 class Stalls(TorchDispatchMode):
     """Counter of what the host asks of the card, by the place in the source.
 
-    `reads` wait until the card has computed a number. `copies` of the host's memory wait until they have arrived. `sent`
-    copies come from pinned memory and nobody waits. `kernels` are operations on the card that compute something.
+    `reads` wait until the card has computed a number. `copies` of the host's memory wait until they have arrived.
+    `sent` copies come from pinned memory and nobody waits. `kernels` are operations on the card that compute something.
     """
 
     def __init__(self) -> None:
@@ -139,14 +139,16 @@ class Stalls(TorchDispatchMode):
             return
         if func is aten._to_copy.default and options.get("device") is not None:
             if made_there and not on_card:
-                return self._copied(args[0], bool(options.get("non_blocking")))
+                self._copied(args[0], bool(options.get("non_blocking")))
+                return
             if not made_there:
                 self.reads[f"to the host {_place()}"] += 1
                 return
         if func is aten.copy_.default:
             there, here = isinstance(args[0], OnCard), isinstance(args[1], OnCard)
             if there and not here:
-                return self._copied(args[1], len(args) > 2 and bool(args[2]))
+                self._copied(args[1], len(args) > 2 and bool(args[2]))
+                return
             if here and not there:
                 self.reads[f"to the host {_place()}"] += 1
                 return
@@ -188,8 +190,8 @@ def _place() -> str:
 def counted() -> Iterator[Stalls]:
     """Count within the block, in which networks may be moved to `CARD` and trained there.
 
-    Torch refuses generators, autocast and fused optimizers on the device whose name the card takes; within the block they
-    are there.
+    Torch refuses generators, autocast and fused optimizers on the device whose name the card takes; within the block
+    they are there.
     """
     from fewstep.training import loop
 
@@ -206,8 +208,8 @@ def counted() -> Iterator[Stalls]:
     with (
         mock.patch.object(loop, "seeded", on_card),
         mock.patch.object(torch, "tensor", listed),
-        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
-        mock.patch("torch.optim.adam._get_fused_kernels_supported_devices", lambda: ["cpu", CARD.type], create=True),
+        mock.patch.object(torch, "autocast", return_value=nullcontext()),
+        mock.patch("torch.optim.adam._get_fused_kernels_supported_devices", return_value=["cpu", CARD.type]),
         sdpa_kernel(SDPBackend.MATH),
         Stalls() as stalls,
     ):

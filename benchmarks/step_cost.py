@@ -4,13 +4,13 @@
     python benchmarks/step_cost.py --before OLD.json     # next to what an older commit wrote with --out
 
 An iteration of TDM (alg. 1, shared draw) contains: the no-gradient rollout to the drawn segments, one student step with
-its backward pass, one guided teacher call on the double batch, one fake-score call with its backward pass. The same calls
-are made here bare, on the same networks with the same adapters active, the same batch shapes and nothing else around them.
-The iteration is the training loop's own, prompts, clipping, optimisers and averaging included. Both are repeated in turn and
-the minimum of each is taken, in CPU seconds: these machines are shared.
+its backward pass, one guided teacher call on the double batch, one fake-score call with its backward pass. The same
+calls are made here bare, on the same networks with the same adapters active, the same batch shapes and nothing else
+around them. The iteration is the training loop's own, prompts, clipping, optimizers and averaging included. Both are
+repeated in turn and the minimum of each is taken, in CPU seconds: these machines are shared.
 
-What a GPU would do is counted on `card.py`'s card: kernels, numbers that the host reads, copies that it waits for. Every
-method is counted so, on a network of five layers.
+What a GPU would do is counted on `card.py`'s card: kernels, numbers that the host reads, copies that it waits for.
+Every method is counted so, on a network of five layers.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import commit, hardware
 from torch import Tensor, nn
 
 import card
@@ -39,7 +40,6 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.state import seeded
-from origin import commit, hardware
 
 Row = dict[str, Any]
 
@@ -86,7 +86,8 @@ def measured(source: str, batch: int, rank: int, repeats: int) -> Iterator[Row]:
     for share in (True, False):
         teacher = load_teacher(source)
         prompts = ["rocket"] * batch
-        cond, null, data = dict(teacher.encode(prompts)), dict(teacher.encode([""])), embed(teacher, prompts, None, source)
+        cond, null = dict(teacher.encode(prompts)), dict(teacher.encode([""]))
+        data = embed(teacher, prompts, None, source)
         method = DistributionMatching(steps=4, warmup=0)
         config = TrainConfig(iterations=repeats, batch=batch, lr=1e-6, fake_lr=1e-6)
         roles = make_roles(teacher, RolesConfig(lora=share, rank=rank))
@@ -195,22 +196,27 @@ def main() -> None:
     command = (
         f"python benchmarks/step_cost.py --teacher {a.teacher} --batch {a.batch} --rank {a.rank} --repeats {a.repeats}"
     )
-    record = {"rows": found, "methods": counts, "hardware": hardware(), "commit": commit(), "seeds": [0], "command": command}
+    record = {"rows": found, "methods": counts, "hardware": hardware(), "commit": commit(), "command": command}
     old = json.loads(a.before.read_text()) if a.before else {}
     (a.out / "step_cost.json").write_text(json.dumps(record | ({"before": old} if old else {}), indent=2) + "\n")
-    costs = {
-        "roles": "roles", "batch": "batch", "bare": "bare calls, CPU s", "iteration": "iteration, CPU s", "ratio": "ratio",
-        "bare_kernels": "kernels, bare", "kernels": "kernels", "reads": "reads", "copies": "copies waited for", "sent": "copies not waited for",
-    }  # fmt: skip
-    asked = {"method": "method", **{k: costs[k] for k in ("kernels", "reads", "copies", "sent")}}
-    since = f" Each number comes after that of commit {old['commit']}, where it was measured.\n" if old else ""
+    asked = {
+        "bare_kernels": "kernels, bare",
+        "kernels": "kernels",
+        "reads": "reads",
+        "copies": "copies waited for",
+        "sent": "other copies",
+    }
+    cost = {"roles": "roles", "batch": "batch", "bare": "bare calls", "iteration": "iteration", "ratio": "ratio"}
+    of_method = {"method": "method", **{k: v for k, v in asked.items() if k != "bare_kernels"}}
+    since = f"Each number stands after that of commit {old['commit']}.\n\n" if old else ""
     (a.out / "step_cost.md").write_text(
-        f"# The cost of an iteration over its bare network calls\n\n`{command}` on {hardware()}, commit {commit()}.\n{since}\n"
-        "A read is a number that the CPU asks a GPU for and waits; so is a copy from ordinary memory waited for. "
-        "Copies from pinned memory are not. Kernels are operations on the GPU.\n\n"
-        f"{table_of(found, costs, old.get('rows', []), 'roles')}\n\n"
+        "# The cost of an iteration over its bare network calls\n\n"
+        f"`{command}` on {hardware()}, commit {commit()}.\n\n{since}"
+        "Seconds are CPU seconds. A read is a number that the CPU asks a GPU for, and waits; a copy from ordinary "
+        "memory is waited for, too, others from pinned memory are not. Kernels are operations on the GPU.\n\n"
+        f"{table_of(found, cost | asked, old.get('rows', []), 'roles')}\n\n"
         "An iteration of every method, on a network of five layers, LoRA of rank 4, batch 8:\n\n"
-        f"{table_of(counts, asked, old.get('methods', []), 'method')}\n"
+        f"{table_of(counts, of_method, old.get('methods', []), 'method')}\n"
     )
 
 

@@ -1,8 +1,8 @@
 """Transfers between the CPU and another device, for which nobody waits in vain.
 
-A device computes behind the CPU, which goes on at once. Two things end that: a number of the device that the CPU asks for,
-and a copy from ordinary memory; the CPU then waits for all that the device has to do before. So numbers are asked for
-together, and copies come from pinned memory.
+A device computes behind the CPU, which goes on at once. Two things end that: a number of the device that the CPU asks
+for, and a copy from ordinary memory; the CPU then waits for all that the device has to do before. So numbers are asked
+for together, and copies come from pinned memory.
 """
 
 from collections.abc import Mapping, Sequence

@@ -152,9 +152,7 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict",
     ):
         measuring(other, "emoji-full", None)
-    with pytest.raises(
-        ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "
-    ):
+    with pytest.raises(ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "):
         measuring(emoji, "pictures", None)
     with pytest.raises(
         ValueError, match=r"^data\.real: got x, protocol emoji-quick has real images of its own; leave it out$"

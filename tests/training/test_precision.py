@@ -1,4 +1,4 @@
-"""What a GPU does faster is on within an iteration alone, and weights laid out for it train, resume and are saved as ever."""
+"""What a GPU does faster is on in an iteration alone; weights laid out for it train, resume and are saved as ever."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +34,8 @@ def test_a_gpu_s_switches_are_on_within_the_block(
 ) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: precision.keep_input_dtype(()))  # there is no GPU
     before = switches()
-    with pytest.raises(RuntimeError, match="stop"), computing(kind, torch.device(device)):
+    with computing(kind, torch.device(device)):
         assert switches() == expected
-        raise RuntimeError("stop")
     assert switches() == before == (False, "highest")
 
 

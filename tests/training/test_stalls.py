@@ -1,4 +1,4 @@
-"""Nothing in an iteration stalls a card: the host asks it for numbers once, and sends it nothing that it has to wait for."""
+"""Nothing in an iteration stalls a card: the host asks for numbers once, and waits for nothing that it sends."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -65,7 +65,7 @@ def training(
 
 
 def of_an_iteration(card: ModuleType, method: Method, share: bool, name: str = "") -> tuple[int, list[str], int]:
-    """Reads, and where copies came from that the host waited for, of the last of three; and copies that nobody waited for."""
+    """Reads, places of copies that the host waited for, and copies that it did not, of the last of three."""
     with card.counted() as stalls:
         for step in training(card, method, share, name=name)[1]:
             found = stalls.reads.total(), list(stalls.copies), stalls.sent.total()
@@ -113,7 +113,7 @@ def test_an_update_before_the_number_that_is_not_finite_is_made(card: ModuleType
         next(steps)
         before = {r: {n: p.inner.clone() for n, p in roles.trained[r].items()} for r in TRAINED}  # type: ignore[attr-defined]
         next(iter(roles.trained["student"].values())).register_hook(lambda g: g * float("inf"))
-        with pytest.raises(FloatingPointError, match="^the student gradient is "):
+        with pytest.raises(FloatingPointError, match=r"^the student gradient is "):
             next(steps)
         moved = {
             r: any(not torch.equal(p.inner, before[r][n]) for n, p in roles.trained[r].items())  # type: ignore[attr-defined]

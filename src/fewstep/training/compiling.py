@@ -14,7 +14,6 @@ from torch import nn
 
 from ..backbones.parts import repeated_blocks
 
-
 # Compiled forms of one class of blocks: of each role, with and without gradient, at each width and batch size.
 MOST_FORMS = 1024
 
