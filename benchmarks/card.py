@@ -190,7 +190,7 @@ def _place() -> str:
 def counted() -> Iterator[Stalls]:
     """Count within the block, in which networks may be moved to `CARD` and trained there.
 
-    Torch refuses generators, autocast and fused optimizers on the device whose name the card takes; within the block
+    Torch refuses generators and autocast on the device whose name the card takes; within the block
     they are there.
     """
     from fewstep.training import loop
@@ -209,7 +209,6 @@ def counted() -> Iterator[Stalls]:
         mock.patch.object(loop, "seeded", on_card),
         mock.patch.object(torch, "tensor", listed),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),
-        mock.patch("torch.optim.adam._get_fused_kernels_supported_devices", return_value=["cpu", CARD.type]),
         sdpa_kernel(SDPBackend.MATH),
         Stalls() as stalls,
     ):

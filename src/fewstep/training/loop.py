@@ -270,7 +270,7 @@ def distill(
             return
     null, reach = data.unconditional(device), Reach()
 
-    def batches(i: int) -> list[TrainBatch]:
+    def draw(i: int) -> list[TrainBatch]:
         """Draw the batches of an iteration and send them to the device."""
         turns, steps = list[TrainBatch](), draw_count(method.steps, seeded(config.seed, i, "count"))
         for part in range(config.accumulate):
@@ -283,7 +283,7 @@ def distill(
             turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps, host))
         return turns
 
-    following = batches(start)
+    following = draw(start)
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
@@ -301,7 +301,7 @@ def distill(
                 accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, reach
             )
         if i + 1 < config.iterations:  # while the device still computes
-            following = batches(i + 1)
+            following = draw(i + 1)
         try:
             numbers = measured.read(i)
         except FloatingPointError as error:
