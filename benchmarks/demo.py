@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from records import Record, about, markdown, new_record, provenance, write_record
+from records import Record, about, markdown, new_record, provenance, wrapped, write_record
 
 
 def page(record: Record) -> str:
@@ -28,11 +28,13 @@ def page(record: Record) -> str:
         ]
         for r in record.rows
     ]
+    what = f"""{provenance(record)}, one seed: {common["iterations"]} iterations in
+        {common["train_seconds"] / 60:.1f} minutes by the clock. Protocol `{common["protocol"]}`: every row has
+        {record.rows[0]["n"]} images. As many real images have an FD of {common["fd_floor"]:.1f}; differences
+        below 0.5 are noise. Diversity is relative to the teacher's."""
     return f"""# The demo
 
-{provenance(record)}, one seed: {common["iterations"]} iterations in {common["train_seconds"] / 60:.1f} minutes by the
-clock. Protocol `{common["protocol"]}`: {record.rows[0]["n"]} images in a row; as many real images have an FD of
-{common["fd_floor"]:.1f}; differences below 0.5 are noise. Diversity is relative to the teacher's.
+{wrapped(what)}
 
 {about(__doc__)}
 

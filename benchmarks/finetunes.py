@@ -35,7 +35,7 @@ from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.training.state import seeded
 from fewstep.zoo import emoji_data
 from fewstep.zoo.teacher import DataConfig
-from records import Facts, Record, about, markdown, new_record, provenance, spread, write_record
+from records import Facts, Record, about, markdown, new_record, provenance, spread, wrapped, write_record
 from tdm_variants import VARIANTS, recipe_value
 
 GOOGLE = ("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
@@ -194,7 +194,7 @@ def page(record: Record) -> str:
     ]
     return f"""# LoRA students in fine-tunes they have never seen
 
-{provenance(record)}, protocol `{common["protocol"]}`, guidance {common["guidance"]:g}.
+{wrapped(f"{provenance(record)}, protocol `{common['protocol']}`, guidance {common['guidance']:g}.")}
 
 {about(__doc__)}
 

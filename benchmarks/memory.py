@@ -29,7 +29,19 @@ from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig
 from fewstep.training.memory import training_bytes
 from fewstep.training.optimizer import OptimizerName
-from records import Facts, Record, about, commits, markdown, new_record, stored_rows, torch_of, versions, write_record
+from records import (
+    Facts,
+    Record,
+    about,
+    commits,
+    markdown,
+    new_record,
+    stored_rows,
+    torch_of,
+    versions,
+    wrapped,
+    write_record,
+)
 
 COUNTED: Facts = {"device": "counted, not run", "instructions": None, "threads": None}
 
@@ -108,8 +120,7 @@ def page(record: Record) -> str:
 
 {about(__doc__)}
 
-{where}. GiB; temporary memory comes and goes; the last column is weights and total relative to
-three copies.
+{wrapped(f"{where}. GiB; the last column is weights and total relative to three copies.")}
 
 {markdown(head, lines)}
 """

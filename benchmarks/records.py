@@ -12,6 +12,7 @@ unknown, and for what differs from row to row.
 import json
 import statistics
 import subprocess
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -122,7 +123,8 @@ def about(doc: str | None) -> str:
 
 def provenance(record: Record) -> str:
     """Return the command, the hardware, the commits and the date of a record, as far as they are known."""
-    parts = [f"`{record.command}`", *machines(record), commits(record), torch_of(record), record.date or ""]
+    where = "; ".join(machines(record))
+    parts = [f"`{record.command}`", where, commits(record), torch_of(record), record.date or ""]
     return ", ".join(part for part in parts if part)
 
 
@@ -134,7 +136,8 @@ def machines(record: Record) -> list[str]:
 def machine(found: Facts) -> str:
     """Return hardware in words."""
     instructions = f" with {found['instructions']}" if found["instructions"] else ""
-    threads = "" if found["threads"] is None else f", {found['threads']} threads"
+    count = found["threads"]
+    threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
     return f"{found['device']}{instructions}{threads}"
 
 
@@ -148,6 +151,11 @@ def torch_of(record: Record) -> str:
     """Return the version of torch that all rows share."""
     version = record.versions["torch"]
     return f"torch {version}" if version else ""
+
+
+def wrapped(text: str) -> str:
+    """Return a paragraph in lines of at most 120 columns, except for longer words."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -23,7 +23,7 @@ import fewstep
 from fewstep.atomic import write_json
 from fewstep.methods.method import Method
 from fewstep.methods.presets import preset
-from records import Facts, Record, about, markdown, new_record, provenance, spread, write_record
+from records import Facts, Record, about, markdown, new_record, provenance, spread, wrapped, write_record
 from tdm_variants import merged
 
 BASE: dict[str, Any] = {
@@ -58,7 +58,7 @@ VARIANTS = (
     Variant("tdm-4", "TDM, 4 steps", "", {"steps": 4}, (4,)),
     Variant(
         "no-importance",
-        "no importance sampling: x_tau of the fake score diffused from the clean estimate",
+        "no importance sampling for the fake score",
         "worse, modes are lost (tab. 5, fig. 11)",
         {"fake": {"input": "clean"}},
     ),
@@ -124,11 +124,13 @@ def page(record: Record) -> str:
                 spread([r["seconds"] for r in own]),
             ]
             lines.append([variant.label, count, *cells, variant.claim])
+    what = f"""{provenance(record)}. Mean ± deviation over seeds. The energy distance between two draws of the data is
+        {floor:.5f}."""
     return f"""# TDM's parts where the truth is known
 
 {about(__doc__)}
 
-{provenance(record)}. Mean ± deviation over seeds. The energy distance between two draws of the data is {floor:.5f}.
+{wrapped(what)}
 
 {markdown(["variant", "steps", "distance", "rarest mode", "seconds", "the paper"], lines)}
 """

@@ -55,6 +55,7 @@ from records import (
     provenance,
     read_record,
     spread,
+    wrapped,
     write_record,
 )
 from tdm_variants import BASE, VARIANTS, Draw, Relation, Settings, Variant, recipe_value
@@ -193,8 +194,8 @@ def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str,
 
 def _sampler(model: Any, d: Draw, guidance: float = 1.0) -> Any:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        given = {"steps": d.steps, "solver": d.solver, "condition": d.condition}
-        return sample(model, list(prompts), list(seeds), guidance=guidance, **given)
+        asked, own = list(prompts), list(seeds)
+        return sample(model, asked, own, guidance=guidance, steps=d.steps, solver=d.solver, condition=d.condition)
 
     return draw
 
@@ -283,15 +284,17 @@ def page(record: Record) -> str:
     # Over fewer names than the rows have, the noise is wider than the difference between TDM and DMD2.
     same = settings["curve"] == settings["protocol"]
     said = "\n".join(f"- {line}" for line in race(record.rows)) if same else RACE
+    what = f"""Differences up to {NOISE:g} count as none, and up to two standard errors of the difference seed by seed.
+        {rates(record)} LCM, progressive distillation and the adversarial term start from {images}.
+        {other_machines(record)}"""
     return f"""# TDM, its variants and its rivals on the bundled teacher
 
-{provenance(record)}. Protocol `{settings["protocol"]}`.
+{wrapped(f"{provenance(record)}. Protocol `{settings['protocol']}`.")}
 
 {about(__doc__)}
 
-Differences up to {NOISE:g} count as none, and up to two standard errors of the difference seed by seed. {rates(record)}
-LCM, progressive distillation and the adversarial term start from {images}.
-{other_machines(record)}
+{wrapped(what)}
+
 {markdown(head, [*teachers, *lines_of(record.rows)])}
 
 {said}
@@ -307,7 +310,7 @@ def other_machines(record: Record) -> str:
     for r in record.rows:
         if id(r) not in kept:
             found.setdefault(machine(r["hardware"]), []).append(f"{r['key']}-{r['seed']}")
-    return "".join(f"Trained on {name}: {', '.join(sorted(students))}.\n" for name, students in found.items())
+    return " ".join(f"Trained on {name}: {', '.join(sorted(students))}." for name, students in found.items())
 
 
 def command_of(a: argparse.Namespace, rows: Sequence[Facts]) -> str:

@@ -14,7 +14,7 @@ processor.
 - `pixel`: the bundled Fashion-MNIST teacher in 50 steps of DDIM; students learn from 24 steps of DPM-Solver++. Fréchet
   distances are of 1,000 images to as many of the test set (Debian's dataset-fashion-mnist), in 32 components of two
   sets of features: of a small network that classifies the set, trained here in a minute, and of EfficientNet-lite0.
-  `two` and `two-matched` are students of two steps alone.
+  Students "for 2 steps alone" serve no other count.
 - `emoji`: the bundled text-to-image teacher with guidance 4.5. Students have the guidance distilled in, solvers alone
   do without. FD-efflite0 is of 256 names to all real emoji.
 

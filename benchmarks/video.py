@@ -48,7 +48,7 @@ from fewstep.training.state import seeded
 from fewstep.zoo import clip_data, emoji_data
 from fewstep.zoo.clip_data import Clips
 from fewstep.zoo.teacher import TextToNoise, unlikeness, v_loss
-from records import Facts, Record, markdown, new_record, provenance, write_record
+from records import Facts, Record, markdown, new_record, provenance, wrapped, write_record
 
 NAMES = ("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
 CLIPS = ("@lobehub/fluent-emoji-anim-1", "1.0.0", "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea")
@@ -344,13 +344,16 @@ def page(record: Record) -> str:
     ]
     head = ["model", "steps", "guidance", "NFE", "motion", "of the teacher's", "like the teacher's", "like the real"]
     what = "\n\n".join((__doc__ or "").split("\n\n")[2:4])
+    sizes = f"""{provenance(record)}; one seed, {record.rows[0]["n"]} prompts, clips of {plan["frames"]} frames of
+        {plan["size"]}x{plan["size"]}. The teacher: {plan["codec"]["steps"]} steps of its autoencoder,
+        {plan["denoiser"]["steps"]} of its transformer and text encoder. The student: {plan["iterations"]} iterations of
+        batch {plan["batch"]} in {common["train_seconds"] / 60:.0f} minutes. Distances are to {common["clips"]} real
+        clips, in {plan["components"]} components."""
+    source = f"""The clips are Fluent emoji by Microsoft as packed in `{CLIPS[0]}` {CLIPS[1]} (MIT, LobeHub); the names
+        are from `{NAMES[0]}` {NAMES[1]} (MIT). The first row of the image shows some of them."""
     return f"""# A video student that moves
 
-{provenance(record)}; one seed, {record.rows[0]["n"]} prompts, clips of {plan["frames"]} frames of
-{plan["size"]}x{plan["size"]}. The teacher: {plan["codec"]["steps"]} steps of its autoencoder,
-{plan["denoiser"]["steps"]} of its transformer and text encoder. The student: {plan["iterations"]} iterations of batch
-{plan["batch"]} in {common["train_seconds"] / 60:.0f} minutes. Distances are to {common["clips"]} real clips, in
-{plan["components"]} components.
+{wrapped(sizes)}
 
 {what}
 
@@ -358,8 +361,7 @@ def page(record: Record) -> str:
 
 ![Five frames of clips, by row: real, teacher in {plan["steps"]} guided steps, teacher in 4 steps, student](video.png)
 
-The clips are Fluent emoji by Microsoft as packed in `{CLIPS[0]}` {CLIPS[1]} (MIT, LobeHub); the names are from
-`{NAMES[0]}` {NAMES[1]} (MIT). The first row of the image shows some of them.
+{wrapped(source)}
 """
 
 

@@ -12,9 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.project import ROOT, pyproject
-
-PACKAGE = ROOT / "src" / "fewstep"
+from tests.project import PACKAGE, ROOT, pyproject
 
 FILES = frozenset(
     {"atomic", "config_fields", "findings", "hashes", "names", "reading", "recipes_path", "tensors", "typed", "words"}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -62,7 +63,10 @@ def test_the_student_is_the_same_in_a_fresh_process(page: Page) -> None:
             ]
         )
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "fresh.py"], cwd=folder, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "fresh.py"], cwd=folder, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no other library has a word
     rows, drawn = done.stdout.splitlines()[:-1], torch.tensor(json.loads(done.stdout.splitlines()[-1]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .test_architecture import PACKAGE
+from .project import PACKAGE
 
 # Calls that read a file or parse what was in one, by the last part of their name:
 # functions, and methods or functions of a module.

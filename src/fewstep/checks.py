@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Cond, denoiser, guided, rows
+from .backbones.modules import dtype_of
 from .core.guidance import Guidance
 from .core.schedule import expand
 from .roles.adapters import remove_adapters
@@ -149,7 +150,7 @@ def _check_predictions(backbone: Backbone, case: _Case, require: Require) -> Non
     require(m.shape == x.shape, f"predict gives {list(m.shape)} for states {list(x.shape)}")
     require(m.dtype == torch.float32, f"predict gives {m.dtype}; give float32, in which solvers and losses calculate")
     require(bool(m.isfinite().all()), "predict is not finite on ordinary states")
-    close = 1e-4 if next(module.parameters()).dtype == torch.float32 else 2e-2
+    close = 1e-4 if dtype_of(module) == torch.float32 else 2e-2
 
     def same(a: Tensor, b: Tensor) -> bool:
         return float((a - b).abs().max()) <= close * max(1.0, float(b.abs().max()))

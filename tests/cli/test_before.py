@@ -16,16 +16,14 @@ from safetensors.torch import load_file, save_file
 from fewstep import atomic
 from fewstep.backbones import files
 
-from . import test_distill
-from .test_distill import error_of, recipe, teacher, uncounted
-
-assert all((recipe, teacher, uncounted))  # fixtures
+from . import common
+from .common import error_of
 
 FEW = ("--set", "train.iterations=2", "--set", "preview.teacher_steps=1")
 
 
 def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    return test_distill.fewstep(monkeypatch, *arguments, look=True)
+    return common.fewstep(monkeypatch, *arguments, look=True)
 
 
 def everything(folder: Path) -> list[str]:

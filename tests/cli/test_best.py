@@ -9,10 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.cli.best import PATIENCE, Best, keep_best, read_best
-from tests.cli.test_distill import fewstep as command
-from tests.cli.test_distill import recipe, teacher
 
-__all__ = ["recipe", "teacher"]  # fixtures
+from .common import fewstep as command
 
 KEY = "preview.distance"
 

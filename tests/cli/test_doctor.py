@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from .. import pipelines
-from .test_distill import error_of, fewstep
+from .common import error_of, fewstep
 
 
 @pytest.fixture

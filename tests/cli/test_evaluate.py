@@ -18,11 +18,10 @@ from fewstep.evaluation import protocols
 from fewstep.evaluation.pictures import PictureProtocol
 from fewstep.evaluation.plan import EmojiProtocol
 from tests import tiny
-from tests.cli.test_distill import error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
 from tests.student.card import CARD
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 SMALL = EmojiProtocol("small", names=6, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
 
@@ -152,14 +151,16 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict",
     ):
         measuring(other, "emoji-full", None)
-    with pytest.raises(ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "):
+    with pytest.raises(
+        ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "
+    ):
         measuring(emoji, "pictures", None)
     with pytest.raises(
         ValueError, match=r"^data\.real: got x, protocol emoji-quick has real images of its own; leave it out$"
     ):
         measuring(emoji, "emoji-quick", "x", "evaluate")
     with pytest.raises(
-        ValueError, match=r"^evaluate: own-network draws no single images, and nothing else is measured yet"
+        ValueError, match=r"^evaluate: own-network samples no single images, and nothing else is measured yet"
     ):
         measuring(Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,)), "medium", None, "evaluate")
 

@@ -4,37 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from fewstep.api import load_student
 from fewstep.student.folder import read_card
 
 from .. import pipelines
-from .test_distill import error_of, fewstep
+from .common import error_of, fewstep
+from .families import recipe
 
-
-def recipe(folder: Path, **changes: object) -> Path:
-    """Two iterations on a tiny teacher."""
-    train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3, "checkpoint_every": 1}
-    value = {
-        "kind": "distill",
-        "name": "tiny",
-        "teacher": str(folder),
-        "prompts": {"source": "prompts.txt"},
-        "method": {"steps": [2, 1], "name": "tdm-unify", "warmup": 0},
-        "roles": {"rank": 2},
-        "train": train,
-        "preview": {"every": 2, "teacher_steps": 2, "prompts": ["red cat", "blue dog"]},
-    } | changes
-    Path("prompts.txt").write_text("red cat\nblue dog\n")
-    Path("tiny.yaml").write_text(yaml.safe_dump(value))
-    return Path("tiny.yaml")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_videos_are_shown_as_strips_and_written_as_mp4(

@@ -19,9 +19,7 @@ from fewstep.cli.evaluate import real_of
 from fewstep.cli.faults import FaultError, fault_of, said_by_us
 from fewstep.reading import PACKAGE, ReadError, reading
 
-from .test_distill import fewstep, recipe, teacher
-
-__all__ = ["recipe", "teacher"]  # fixtures
+from .common import fewstep
 
 
 def raiser(error: BaseException) -> Callable[..., None]:

@@ -13,8 +13,10 @@ from fewstep.student.folder import read_card
 
 from .. import pipelines
 from ..snippets import snippet_of
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TDM = {"steps": 2, "warmup": 0}
 

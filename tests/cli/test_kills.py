@@ -35,7 +35,7 @@ from fewstep.training.state import latest_checkpoint, save_checkpoint
 
 from .. import tiny
 from ..student.card import CARD
-from .test_distill import RECIPE
+from .common import RECIPE
 
 METHOD = DistributionMatching(steps=2, warmup=1, guidance=Guidance(scale=1.0))
 TRAIN = {"iterations": 3, "batch": 2, "lr": 1e-3, "fake_lr": 1e-2, "checkpoint_every": 2}

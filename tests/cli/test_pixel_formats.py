@@ -15,8 +15,9 @@ from torch import Tensor
 import fewstep
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
-from tests.cli.test_distill import RECIPE, error_of
-from tests.cli.test_distill import fewstep as command
+
+from .common import RECIPE, error_of
+from .common import fewstep as command
 
 LABELS = ("zero", "one", "two")
 SCHEDULERS = {"vp": miniature.scheduler, "edm": lambda: edm_scheduler(0.6)}

@@ -19,8 +19,8 @@ from fewstep.evaluation.pictures import PictureProtocol
 
 from .. import tiny
 from ..snippets import snippet_of
-from .test_distill import error_of
-from .test_distill import fewstep as command
+from .common import error_of
+from .common import fewstep as command
 
 CLASSES = ("cat", "sea lion")
 
@@ -214,10 +214,10 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
         (("--real", tmp_path), f"--real: {tmp_path} has no images"),
         (("--real", real(tmp_path, 5)), "has 5 images, protocol pictures compares 6 with 6"),
         (("--real", real(tmp_path, 6, 9)), "are 9x9, pixels draws 8x8"),
-        (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of images"),
+        (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of pictures"),
         (
             ("--protocol", "other"),
-            "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, images",
+            "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, pictures",
         ),
     ):
         capsys.readouterr()

@@ -12,18 +12,19 @@ from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.memory import Training
 
 from .. import pipelines, tiny
-from .test_distill import error_of, fewstep
-from .test_distill import teacher as tiny_teacher  # noqa: F401 - a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="session")
-def planned(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:  # noqa: F811
+def planned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:
     train = {"iterations": 2, "batch": 32, "lr": 1e-3, "fake_lr": 1e-3}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("planned"))
-        settings = read_recipe(str(recipe(tiny_teacher, train=train)), [], DistillRecipe)
-    hollow = meta_teacher(tiny_teacher)
+        settings = read_recipe(str(recipe(teacher, train=train)), [], DistillRecipe)
+    hollow = meta_teacher(teacher)
     return plan_of(settings, hollow, phases_of(settings, hollow)), hollow
 
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .. import pipelines
 from ..project import ROOT
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TRAIN = {"iterations": 4, "batch": 2, "lr": 1e-4, "fake_lr": 1e-4, "checkpoint_every": 2}
 ENGINES = [(), ("--set", "train.shard=true")]

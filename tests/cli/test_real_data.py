@@ -10,10 +10,9 @@ import yaml
 from PIL import Image
 
 import fewstep
-from tests.cli.test_distill import error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 
 @pytest.fixture
@@ -60,7 +59,9 @@ def test_a_fine_tuned_teacher_is_a_teacher(
 
 
 @pytest.mark.slow
-def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adversarial_run_stops_and_resumes_bit_for_bit(
+    recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.checkpoint_every=2")
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/straight") == 0
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts", "--set", "train.iterations=3") == 0

@@ -24,7 +24,7 @@ from fewstep.zoo.teacher import TeacherConfig
 
 from .. import pipelines
 from ..project import ROOT
-from .test_distill import fewstep, uncounted  # noqa: F401 - the latter is a fixture
+from .common import COMMANDS, fewstep
 
 MODELS: dict[str, type[BaseModel]] = {
     "distill": DistillRecipe,
@@ -32,7 +32,6 @@ MODELS: dict[str, type[BaseModel]] = {
     "pixel-teacher": PixelTeacherConfig,
 }
 HUB = {"stable-diffusion-v1": "sd", "stable-diffusion-xl": "sdxl", "PixArt": "pixart", "CogVideoX": "cogvideox"}
-COMMANDS = ("distill", "plan", "sample", "evaluate", "export", "inspect", "report", "doctor", "train-teacher")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -16,7 +16,7 @@ from fewstep.cli.progress import CLOSED
 from fewstep.cli.signals import Interrupted, interruptible, stop_request
 
 from ..project import ROOT
-from .test_distill import fewstep
+from .common import fewstep
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
 

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from fewstep.training import loop
 
 from .. import single_file
 from ..snippets import snippet_of
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TDM = {"steps": 2, "warmup": 0}
 PROMPTS = ["red cat", "blue dog"]
@@ -74,11 +77,11 @@ def test_a_file_gives_the_student_that_its_folder_gives(
     )
     update, asked = loop._update, list[bool]()
 
-    def interrupt(*arguments: object) -> torch.Tensor:
-        if arguments[-1] == 1 and not asked:
+    def interrupt(*arguments: Any) -> torch.Tensor:
+        if arguments[-1].iteration == 1 and not asked:
             asked.append(True)
             os.kill(os.getpid(), signal.SIGINT)
-        return update(*arguments)  # type: ignore[arg-type]
+        return update(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_update", interrupt)

@@ -12,8 +12,8 @@ from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 
 from .. import pipelines, tiny
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import recipe
+from .common import error_of, fewstep
+from .families import recipe
 
 
 @pytest.mark.usefixtures("uncounted")

@@ -19,33 +19,10 @@ from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.runs.init import roles_for
 from fewstep.student.formats import FORMATS
 from fewstep.student.student import Origin, Student
-from tests.cli.test_distill import error_of, recipe, teacher, written
-from tests.cli.test_distill import fewstep as command
 from tests.snippets import snippet_of
 
-__all__ = ["recipe", "teacher"]  # fixtures
-
-
-@pytest.fixture(scope="session")
-def trained(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a student that differs from its teacher."""
-    folder = tmp_path_factory.mktemp("student")
-    with pytest.MonkeyPatch.context() as patch:
-        path = written(teacher, folder, patch)
-        assert command(patch, "distill", path, "--set", "train.lr=0.02") == 0
-    return folder / "runs" / "tiny"
-
-
-@pytest.fixture
-def final(recipe: Path, trained: Path) -> Path:
-    """That student on disk, in the working folder."""
-    return Path(shutil.copytree(trained, recipe.parent / "runs" / "tiny")).relative_to(recipe.parent) / "final"
-
-
-def as_tensor(images: list[Image.Image]) -> Tensor:
-    import numpy as np
-
-    return torch.stack([torch.from_numpy(np.asarray(i)).permute(2, 0, 1) / 255 for i in images])
+from .common import as_tensor, error_of
+from .common import fewstep as command
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -20,11 +20,9 @@ from fewstep.data.trajectories import (
 )
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.student.folder import read_card
-from tests.cli.test_distill import error_of, recipe, teacher
-from tests.cli.test_distill import fewstep as command
-from tests.cli.test_student import final, trained
 
-__all__ = ["final", "recipe", "teacher", "trained"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 PROMPTS = ["red cat", "blue dog"]
 FURTHER = TrajectoryImitation(steps=(2, 1), head="none")

@@ -18,12 +18,10 @@ from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.student.card import card_nfe
 from fewstep.student.folder import read_card
 from fewstep.training import loop
-from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
-from tests.cli.test_student import as_tensor
 from tests.snippets import snippet_of
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import RECIPE, as_tensor, error_of
+from .common import fewstep as command
 
 
 @pytest.fixture

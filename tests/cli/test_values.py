@@ -17,7 +17,7 @@ from fewstep.cli.preflight import note_shadowed
 from fewstep.runs.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
 
 from .. import tiny
-from .test_distill import RECIPE, error_of, fewstep
+from .common import RECIPE, error_of, fewstep
 
 NAMES = [
     "mymix #2", "[SD] mix", "a: b", "{x}", "null", "~", "true", "no", "3", "1e5", "2026-01-01", "0x10", "!!int 3", "&a",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fewstep.data.captioned import read_pictures
 
-from .test_images import captions, png
+from .common import captions, png
 
 PNG = png()
 Entry = tuple[str, bytes | str] | tarfile.TarInfo

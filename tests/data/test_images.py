@@ -16,22 +16,13 @@ from fewstep.data.captioned import Captioned, read_pictures
 from fewstep.data.images import encode_images_of, to_tensor
 
 from .. import tiny
-
-
-def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
+from .common import png
 
 
 def captioned(file: Path, data: bytes) -> Captioned:
-    """A image without a caption, in this file."""
+    """An image without a caption, in this file."""
     file.write_bytes(data)
     return Captioned(file.name, "", "", file, 0, len(data))
-
-
-def captions(source: Path) -> dict[str, str]:
-    return {p.name: p.caption for p in read_pictures(str(source))[0]}
 
 
 @pytest.fixture

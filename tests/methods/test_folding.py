@@ -18,8 +18,7 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 
 from .. import tiny
-from .common import BATCH, conditions, seed
-from .test_trajectory_imitation import walked
+from .common import BATCH, conditions, seed, walked
 
 METHOD = DistributionMatching(steps=3, init_head="absorb", warmup=2, guidance=Guidance(scale=1.0))
 

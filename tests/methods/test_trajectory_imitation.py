@@ -7,18 +7,13 @@ import pytest
 import torch
 
 from fewstep.api import sample_trajectory
-from fewstep.backbones.base import Backbone, denoiser
+from fewstep.backbones.base import denoiser
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import SOLVERS, Correction, Denoise, SolverHistory, sample, step
 from fewstep.data.prompts import embed
 from fewstep.data.trajectories import (
     Trajectories,
-    TrajectoryConfig,
-    generate_trajectories,
-    guided_teacher,
-    run_to_completion,
-    union,
 )
 from fewstep.heads.head import KINDS
 from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, draw
@@ -31,16 +26,8 @@ from fewstep.runs.init import roles_for
 from fewstep.training.loop import Step, TrainConfig, distill
 
 from .. import tiny
-from ..training.test_loop import digest
-from .common import BATCH, conditions, seed
-
-
-def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Trajectories:
-    backbone = backbone or tiny.denoiser()
-    config, data = TrajectoryConfig(count=6, steps=12), embed(backbone, tiny.WORDS, None, "")
-    times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
-    source = guided_teacher(backbone, backbone.encode([""]), config, times, method.guidance)
-    return run_to_completion(generate_trajectories(backbone, data, config, times, source, None, ""))
+from ..training.common import digest
+from .common import BATCH, conditions, seed, walked
 
 
 def student(method: TrajectoryImitation, paths: Trajectories, config: RolesConfig, move: float = 0.1) -> Roles:

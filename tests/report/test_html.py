@@ -21,7 +21,7 @@ from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_picture
 from fewstep.report.plots import VARIABLES
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
-from tests.cli.test_recipes import COMMANDS
+from tests.cli.common import COMMANDS
 from tests.student.card import CARD
 
 STUDENT = "student, 4 steps (4 evaluations)"

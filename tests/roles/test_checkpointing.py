@@ -19,7 +19,7 @@ from fewstep.methods.method import TrainBatch
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import pipelines, tiny
-from .test_roles import given, perturb
+from .common import given, perturb
 
 
 @pytest.fixture(scope="module", params=["sd", "pixart", "cogvideox"])

@@ -37,8 +37,8 @@ from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import MemoryTracker, module_bytes
 
 from .. import tiny
-from ..training.test_loop import digest
-from .test_roles import attached, given, perturb
+from ..training.common import digest
+from .common import attached, given, perturb
 
 LEVELS: dict[Kind, Tensor] = {"int8": torch.arange(-127, 128) / 127, "nf4": torch.tensor(NF4)}
 FAR: dict[Kind, float] = {

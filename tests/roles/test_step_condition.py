@@ -19,7 +19,7 @@ from fewstep.student.folder import Parts, read_lora
 from fewstep.student.student import Student
 
 from .. import tiny
-from .test_roles import ORIGIN, given, perturb
+from .common import ORIGIN, given, perturb
 
 COUNTS = (2, 1)
 BACKBONES: dict[str, Callable[[], Backbone]] = {"own": tiny.denoiser, "sd": tiny.stable_diffusion}

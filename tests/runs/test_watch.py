@@ -15,7 +15,7 @@ from fewstep.runs.watch import Trend, Watch, affordable
 from fewstep.training.loop import TrainConfig
 from fewstep.words import python_words
 
-from ..evaluation.test_process import Exact
+from ..evaluation.exact import Exact
 
 RING = Mixture.ring()
 

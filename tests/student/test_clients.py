@@ -12,8 +12,7 @@ from fewstep.student.card import StudentCard
 from fewstep.student.clients import other_programs
 
 from .card import CARD
-from .test_comfy import BETAS, EPS, ZERO, V, on, process
-from .test_kohya import UNREAD
+from .programs import BETAS, EPS, UNREAD, ZERO, V, on, process
 
 SD = PipelineInfo(FAMILIES["StableDiffusionPipeline"], "unet", loads_lora=True, takes_times=True)
 SD3 = PipelineInfo(FAMILIES["StableDiffusion3Pipeline"], "transformer", loads_lora=True, takes_times=False)

@@ -14,12 +14,8 @@ from fewstep.roles.adapters import targets
 from fewstep.roles.roles import RolesConfig
 from fewstep.student.kohya import kohya, layers_of, original_names
 
-UNREAD = (
-    "conv_in",
-    "conv_out",
-    "time_embedding.linear_1",
-    "time_embedding.linear_2",
-)  # by sd-scripts and stable-diffusion.cpp
+from .programs import UNREAD
+
 SD15: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,

@@ -15,7 +15,7 @@ from fewstep.training.compiling import Compiled
 from fewstep.training.loop import TrainConfig, distill
 
 from .. import pipelines, tiny
-from .test_loop import CONFIG, METHOD, metrics, parts, run
+from .common import CONFIG, METHOD, metrics, parts, run
 
 COMPILED = replace(CONFIG, compile=True)
 

@@ -18,7 +18,7 @@ from fewstep.training.optimizer import make_optimizer, require, state_bytes
 from fewstep.training.state import checkpoints
 
 from .. import tiny
-from .test_loop import CONFIG, METHOD, tensors
+from .common import CONFIG, METHOD, tensors
 
 EIGHT = replace(CONFIG, optimizer="adamw8bit")
 

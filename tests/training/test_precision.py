@@ -15,7 +15,7 @@ from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.precision import Precision, channels_last, computing, lay_out
 
 from .. import tiny
-from .test_loop import METHOD, metrics
+from .common import METHOD, metrics
 
 ORIGIN = Origin("tiny", "", 4, 0.0, "tdm")
 CONFIG = TrainConfig(iterations=4, batch=2, lr=1e-3, fake_lr=1e-3, checkpoint_every=2)
@@ -65,7 +65,9 @@ def trained(share: bool, out: Path, lay: Callable[[Roles], None], stop: int = 9)
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_weights_laid_out_channels_last_train_resume_and_are_saved_as_ever(share: bool, tmp_path: Path) -> None:
+def test_weights_laid_out_channels_last_train_resume_bit_for_bit_and_are_saved_as_ever(
+    share: bool, tmp_path: Path
+) -> None:
     _, expected = trained(share, tmp_path / "plain", lambda roles: None)
     roles, steps = trained(share, tmp_path / "laid", channels_last)
     for (_, own), (_, wanted) in zip(metrics(steps), metrics(expected), strict=True):

@@ -17,7 +17,7 @@ from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.state import seeded
 
 from .. import tiny
-from .test_loop import CONFIG, METHOD, parts, run, tensors
+from .common import CONFIG, METHOD, parts, run, tensors
 
 Gradients = dict[int, Tensor]
 

@@ -18,7 +18,7 @@ from PIL import Image
 from fewstep.zoo.arrays import labels_of, pixels
 from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, Pictures, read_pixel_data
 
-from .test_pixel_teacher import PICTURES
+from .common import PICTURES
 
 LABELS = np.array([0, 0, 1, 1, 2, 2])
 NAMES = np.array(["dog", "cat", "ship"])

@@ -18,6 +18,8 @@ from fewstep.training.fit import FitConfig
 from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, load_idx, read_pixel_data
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig, draw_times, train_pixel_teacher
 
+from .common import PICTURES
+
 
 def write_idx(path: Path, data: torch.Tensor) -> None:
     head = bytes([0, 0, 8, data.ndim]) + b"".join(n.to_bytes(4, "big") for n in data.shape)
@@ -36,9 +38,6 @@ def bytes_of(picture: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, kind)
     return buffer.getvalue()
-
-
-PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
 def settings(data: Path, **other: object) -> PixelTeacherConfig:

@@ -69,7 +69,7 @@ class Stage(TypedDict, total=False):
     data: Data | None
 
 
-class SamplePlan(TypedDict, total=False):
+class PromptsRecord(TypedDict, total=False):
     """The part of a recipe's `prompts` that an evaluation reads."""
 
     source: str
@@ -83,7 +83,8 @@ class Recipe(Stage, total=False):
     """
 
     warm_start: Stage | None
-    prompts: SamplePlan
+    first: Stage | None  # the warm start of runs of fewstep 0.1.0
+    prompts: PromptsRecord
     teacher: str | dict[str, Any]
 
 
@@ -112,7 +113,7 @@ def real_of(run: Path) -> str | None:
     None where the folder is no run, or where the recipe names none.
     """
     recipe = recipe_of(run)
-    stages: list[Stage] = [recipe, recipe.get("warm_start") or {}]
+    stages: list[Stage] = [recipe, recipe.get("warm_start") or recipe.get("first") or {}]
     named = [(stage.get("data") or {}).get("real") for stage in stages]
     return next((real for real in named if real), None)
 
@@ -135,7 +136,7 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
         raise ValueError(
             f"--prompts: there is no run around {run} that says what {teacher.name} was asked for; pass a prompt file"
         )
-    told: SamplePlan = recipe.get("prompts", {})
+    told: PromptsRecord = recipe.get("prompts", {})
     try:
         return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), named))
     except ValueError as error:

@@ -166,7 +166,7 @@ def evaluate(
             help=(
                 "Which protocol: how many prompts and seeds, which reference; "
                 "or its size (quick, medium, full), or pictures-N of N images. By default "
-                "emoji-full for models of emoji, images for pixel models, pictures-quick for others."
+                "emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
             )
         ),
     ] = None,

@@ -4,11 +4,13 @@ All times and coefficients are float64.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from ..config_fields import POSITIVE, Range, check_fields
 
 
 @runtime_checkable
@@ -49,12 +51,17 @@ class EDM:
     Source: Karras et al. 2022, arXiv 2206.00364.
     """
 
-    t_max: float = 80.0
-    t_clean: float = 0.0
-    resolution: float = 0.0
-    t_min: float = 0.002
-    rho: float = 7.0
-    data_std: float = 0.0
+    t_max: Annotated[float, POSITIVE] = 80.0
+    t_clean: Annotated[float, Range()] = 0.0
+    resolution: Annotated[float, Range(0)] = 0.0
+    t_min: Annotated[float, POSITIVE] = 0.002
+    rho: Annotated[float, POSITIVE] = 7.0
+    data_std: Annotated[float, Range(0)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "schedule")
+        if not self.t_min < self.t_max:
+            raise ValueError(f"schedule.t_min: got {self.t_min:g}, allowed are numbers below t_max ({self.t_max:g})")
 
     @property
     def start_std(self) -> float:
@@ -87,10 +94,13 @@ class Flow:
     Source: arXiv 2209.03003.
     """
 
-    t_max: float = 1.0
-    t_clean: float = 0.0
-    resolution: float = 0.0
-    shift: float = 1.0
+    t_max: Annotated[float, Range(0, 1, above=True)] = 1.0
+    t_clean: Annotated[float, Range()] = 0.0
+    resolution: Annotated[float, Range(0)] = 0.0
+    shift: Annotated[float, POSITIVE] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "schedule")
 
     @property
     def start_std(self) -> float:
@@ -133,18 +143,16 @@ class VP:
                 f"schedule: alpha_bar is a {type(self.alpha_bar).__name__}; pass the scheduler's alphas_cumprod"
             ) from error
         object.__setattr__(self, "alpha_bar", table)
-        if table.ndim != 1 or len(table) < 2 or not bool((table.diff() <= 0).all()):
+        if table.is_complex() or table.ndim != 1 or len(table) < 2 or not bool((table.diff() <= 0).all()):
             raise ValueError(
                 "schedule: alpha_bar must be a decreasing list of numbers; pass the scheduler's alphas_cumprod"
             )
-        if not (0 <= float(table[-1]) <= 0.5 and float(table[0]) <= 1):
+        if not (0 <= float(table[-1]) <= 0.5 < float(table[0]) <= 1):
             raise ValueError(
                 f"schedule: alpha_bar goes from {float(table[0]):.4g} to {float(table[-1]):.4g}, allowed are "
                 "cumulative products from at most 1 to below 0.5; "
                 "pass the scheduler's alphas_cumprod, not its alphas"
             )
-        clean_first = torch.cat([torch.ones(1, dtype=torch.float64), table.double().cpu()])
-        self._levels[clean_first.device] = (clean_first.sqrt(), (1 - clean_first).sqrt())
 
     @property
     def t_clean(self) -> float:
@@ -165,9 +173,9 @@ class VP:
     def _level(self, which: int, t: Tensor) -> Tensor:
         held = self._levels.get(t.device)
         if held is None:
-            alpha, sigma = (level.to(t.device) for level in self._levels[torch.device("cpu")])
-            held = (alpha, sigma)
-            if not isinstance(alpha, FakeTensor):  # fake tensors end with their mode
+            table = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar.double().cpu()])
+            held = (table.sqrt().to(t.device), (1 - table).sqrt().to(t.device))
+            if not isinstance(held[0], FakeTensor):  # fake tensors end with their mode
                 self._levels[t.device] = held
         return held[which][(t + 1).round().long()]
 

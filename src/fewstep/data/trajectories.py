@@ -26,6 +26,7 @@ from ..core.guidance import Guidance
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
 from ..methods.method import TrajectoryBatch
+from ..names import require_path
 from ..processes import barrier, this_process
 from ..reading import read_json, reading, reason, require_regular
 from ..transfer import all_sent, sent
@@ -74,6 +75,9 @@ class TrajectoryConfig:
     def __post_init__(self) -> None:
         check_fields(self, "data")
         require_seed(self.seed, "data.seed")
+        for option, folder in (("data.student", self.student), ("data.folder", self.folder)):
+            if folder is not None:
+                require_path(folder, option)
 
 
 def union(schedule: Schedule, grids: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from ..backbones.apart import apart
 from ..backbones.base import Backbone
 from ..backbones.conformance import operations_of, small
 from ..backbones.generate import device_of
+from ..backbones.modules import dtype_of
 from ..findings import Check
 from ..methods.method import Method
 from ..reading import reason
@@ -87,7 +88,7 @@ def student_check(trial: Trial, folder: Path) -> Check:
     """
     student, place, steps = trial.student, temporary_beside(folder), trial.student.card.steps[0]
     teacher = student.backbone
-    half = next(teacher.module.parameters()).dtype != torch.float32
+    half = dtype_of(teacher.module).itemsize < 4
     try:
         student.write(place)
         again = Student.read(place, student.base)

@@ -32,9 +32,11 @@ def write_client_file(
     """Write a LoRA for programs that only know files.
 
     `state` is the LoRA, with alpha equal to its rank. The file of a U-Net has kohya's names, which all these
-    programs read. The file of a transformer is what diffusers reads, and ComfyUI too. Returns the file's
-    name.
+    programs read. The file of a transformer is what diffusers reads, and ComfyUI for some families. Returns
+    the file's name, or an empty one where no program reads LoRA of the family.
     """
+    if not info.loads_lora:
+        return ""
     if not info.family.kohya:
         name = f"{card.name}-lora.safetensors"
         shutil.copyfile(lora, folder / name)
@@ -70,6 +72,8 @@ def other_programs(
         "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp"
         if unet
         else "ComfyUI and diffusers"
+        if info.family.comfyui_latent
+        else "diffusers"
     )
     rows = [
         f"`{file}` is this LoRA under the names that {readers} read. "

@@ -30,7 +30,7 @@ from ..transfer import fetched, together
 from ..words import speaks_python
 from .compiling import Compiled
 from .optimizer import OptimizerName, make_optimizer, step_unless
-from .precision import Precision, computing, lay_out
+from .precision import Precision, computing, lay_out, require_workspace
 from .settings import require_unchanged, settings_of
 from .state import (
     checkpoints,
@@ -110,6 +110,10 @@ class TrainConfig:
     compile: bool = False
     """Compile the networks (torch.compile): minutes at the start of every run, for iterations that may be faster on
     a GPU."""
+
+    deterministic: bool = False
+    """Compute with deterministic algorithms alone: slower on a GPU, where a resumed run then equals the uninterrupted
+    one bit for bit. On a CPU it always does."""
 
     def __post_init__(self) -> None:
         check_fields(self, "train")
@@ -211,9 +215,8 @@ def distill(
 
     With `run`, checkpoints are written to this folder, and another call with the same settings resumes from
     the newest checkpoint. Every draw is seeded by (seed, iteration, rank), so the resumed run equals the
-    uninterrupted run: on a CPU of the same machine bit for bit, on a GPU as far as the GPU's kernels are
-    deterministic, which they are not by default. A finished run yields the last step again, without
-    `seconds`.
+    uninterrupted run: bit for bit on a CPU of the same machine, and on a GPU with `config.deterministic`; without
+    it a GPU's rounding differs. A finished run yields the last step again, without `seconds`.
 
     Training runs on the network's device; sharded roles train in all processes together. Raises ValueError if
     the checkpoint belongs to other settings, which the message names, and FloatingPointError at a non-finite
@@ -239,6 +242,7 @@ def distill(
             )
         )
     require_updates(method, config.iterations)
+    require_workspace(config.deterministic, device)
 
     def optimizer_of(role: Role) -> torch.optim.Optimizer:
         return make_optimizer(
@@ -296,14 +300,15 @@ def distill(
         turns = following
         # No kept casts of sharded weights: they would be whole, and might belong to an earlier block in the same
         # memory.
-        with computing(config.precision, device, roles.layers, keep_casts=not roles.sharded), compiled():
+        numerics = computing(config.precision, device, roles.layers, not roles.sharded, config.deterministic)
+        with numerics, compiled():
             measured = _updates(
-                accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, reach
+                accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
             )
         if i + 1 < config.iterations:  # while the device still computes
             following = draw(i + 1)
         try:
-            numbers = measured.read(i)
+            numbers = measured.read()
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}{_and_then(run)}") from error
         if i >= method.warmup:
@@ -364,13 +369,14 @@ class Reach:
 
 
 class Measured:
-    """The numbers of an iteration, which the CPU reads from the device once, at the end.
+    """The numbers of an iteration (from 0), which the CPU reads from the device once, at the end.
 
     Losses and norms of gradients have to be finite. From the first that is not, the optimizers' steps are left out,
     so weights that were good stay good although the CPU learns of it at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
         self.checked: list[tuple[Role, str, Tensor]] = []
         self.metrics: dict[str, Tensor] = {}
 
@@ -385,10 +391,10 @@ class Measured:
         """
         return (~together([value for _, _, value in self.checked]).isfinite().all()).float()
 
-    def read(self, i: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Return the metrics as plain numbers.
 
-        Raises FloatingPointError at the first number of iteration `i` that is not finite.
+        Raises FloatingPointError at the first number that is not finite.
         """
         values = fetched([*(value for _, _, value in self.checked), *self.metrics.values()])
         for (role, what, _), value in zip(self.checked, values, strict=False):
@@ -396,7 +402,9 @@ class Measured:
                 # The student's own rate breaks the fake score as well: the student's samples are what the score is
                 # trained on.
                 option = "train.lr" if role == "student" else "train.lr or train.fake_lr"
-                raise FloatingPointError(f"the {role} {what} is {value} at iteration {i + 1}; lower {option}")
+                raise FloatingPointError(
+                    f"the {role} {what} is {value} at iteration {self.iteration + 1}; lower {option}"
+                )
         return dict(zip(self.metrics, values[len(self.checked) :], strict=True))
 
 
@@ -406,6 +414,7 @@ def _updates(
     roles: Roles,
     optimizers: Mapping[Role, torch.optim.Optimizer],
     config: TrainConfig,
+    i: int,
     reach: Reach,
 ) -> Measured:
     """Make all updates of one iteration.
@@ -414,7 +423,7 @@ def _updates(
     batches take turns: where a method's updates go together, only one batch at a time holds what gradients
     need.
     """
-    measured, seen, norms = Measured(), dict[str, list[Tensor]](), dict[str, Tensor]()
+    measured, seen, norms = Measured(i), dict[str, list[Tensor]](), dict[str, Tensor]()
     moved: list[Role] = []
     while True:
         updated: list[Role] = []

@@ -1,5 +1,6 @@
 """The precision in which a run's networks compute, and what a GPU does faster in it."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -12,22 +13,29 @@ from ..roles.adapters import keep_input_dtype
 from ..roles.roles import Roles
 
 Precision = Literal["no", "bf16"]
+WORKSPACE, FIXED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # read by cuBLAS, once, when it starts
 
 
 @contextmanager
 def computing(
-    precision: Precision, device: torch.device, layers: Sequence[LoraLayer] = (), keep_casts: bool = True
+    precision: Precision,
+    device: torch.device,
+    layers: Sequence[LoraLayer] = (),
+    keep_casts: bool = True,
+    deterministic: bool = False,
 ) -> Iterator[None]:
     """Compute networks in a run's precision within the block.
 
     `layers` are those that carry adapters. In bf16, weights in single precision are cast at their use; casts of
-    trained weights are kept until the block ends, unless `keep_casts` is false.
+    trained weights are kept until the block ends, unless `keep_casts` is false. `deterministic` computes with
+    deterministic algorithms alone.
     """
     mixed = precision == "bf16"
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=keep_casts),
         keep_input_dtype(layers if mixed else ()),
-        _fast_kernels(device, mixed),
+        _fast_kernels(device, mixed, deterministic),
+        _same_kernels(deterministic),
     ):
         yield
 
@@ -51,16 +59,17 @@ def channels_last(roles: Roles) -> None:
 
 
 @contextmanager
-def _fast_kernels(device: torch.device, mixed: bool) -> Iterator[None]:
+def _fast_kernels(device: torch.device, mixed: bool, deterministic: bool) -> Iterator[None]:
     """Let a GPU try which convolutions are fastest, and in bf16 multiply the rest of single precision as TF32.
 
-    TF32 holds every number of bf16. On a CPU nothing changes.
+    TF32 holds every number of bf16. Trials end differently from process to process, so deterministic training has
+    none. On a CPU nothing changes.
     """
     if device.type != "cuda":
         yield
         return
     tried, matrices = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not deterministic
     if mixed:
         torch.set_float32_matmul_precision("high")
     try:
@@ -68,3 +77,52 @@ def _fast_kernels(device: torch.device, mixed: bool) -> Iterator[None]:
     finally:
         torch.backends.cudnn.benchmark = tried
         torch.set_float32_matmul_precision(matrices)
+
+
+@contextmanager
+def _same_kernels(wanted: bool) -> Iterator[None]:
+    """Compute with deterministic algorithms alone within the block.
+
+    Raises ValueError at an operation that has none.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    chosen = torch.backends.cudnn.deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise ValueError(
+            f"train.deterministic: got true, but the network calls {operation}, which has no deterministic "
+            "implementation; set it to false"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic = chosen
+
+
+def fix_workspace(deterministic: bool) -> None:
+    """Have cuBLAS start with the workspace that deterministic training needs.
+
+    To be called before the GPU's first use. A workspace that the user has chosen stays.
+    """
+    if deterministic and not torch.cuda.is_initialized():
+        os.environ.setdefault(WORKSPACE, FIXED[0])
+
+
+def require_workspace(deterministic: bool, device: torch.device) -> None:
+    """Check that cuBLAS has the workspace that deterministic training on a GPU needs.
+
+    Raises ValueError.
+    """
+    if deterministic and device.type == "cuda" and (got := os.environ.get(WORKSPACE)) not in FIXED:
+        raise ValueError(
+            f"train.deterministic: got true, but {WORKSPACE} is {got or 'not set'}, allowed are {' and '.join(FIXED)}; "
+            f"start Python with {WORKSPACE}={FIXED[0]}"
+        )

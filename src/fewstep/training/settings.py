@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..backbones.modules import dtype_of
 from ..backbones.process import LEVELS, differences, probe, process_data
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
@@ -60,7 +61,7 @@ def settings_of(
         "roles": asdict(roles.config),
         "teacher": {
             "weights": data.identity.partition("-")[0], "shape": backbone.shape,
-            "dtype": str(next(backbone.module.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(backbone.module)).removeprefix("torch."),
             "time_layer": backbone.time_layer, **process_data(backbone, LEVELS),
         },
         "begin": _digest(roles.average),
