@@ -1,6 +1,8 @@
 """What a GPU does faster is on in an iteration alone; weights laid out for it train, resume and are saved as ever."""
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,18 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.student.student import Origin, Student
 from fewstep.training import precision
 from fewstep.training.loop import Step, TrainConfig, distill
-from fewstep.training.precision import Precision, channels_last, computing, lay_out
+from fewstep.training.precision import (
+    WORKSPACE,
+    Precision,
+    channels_last,
+    computing,
+    fix_workspace,
+    lay_out,
+    require_workspace,
+)
 
 from .. import tiny
-from .common import METHOD, metrics
+from .common import METHOD, metrics, run
 
 ORIGIN = Origin("tiny", "", 4, 0.0, "tdm")
 CONFIG = TrainConfig(iterations=4, batch=2, lr=1e-3, fake_lr=1e-3, checkpoint_every=2)
@@ -23,6 +33,11 @@ CONFIG = TrainConfig(iterations=4, batch=2, lr=1e-3, fake_lr=1e-3, checkpoint_ev
 
 def switches() -> tuple[bool, str]:
     return torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+
+
+def determinism() -> tuple[bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
 
 
 @pytest.mark.parametrize(
@@ -37,6 +52,60 @@ def test_a_gpu_s_switches_are_on_within_the_block(
     with computing(kind, torch.device(device)):
         assert switches() == expected
     assert switches() == before == (False, "highest")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_deterministic_training_tries_no_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: precision.keep_input_dtype(()))  # there is no GPU
+    before = determinism()
+    with computing("bf16", torch.device(device), deterministic=True):
+        assert determinism() == (True, True, False)
+    assert determinism() == before == (False, False, False)
+
+
+def test_an_operation_without_a_deterministic_algorithm_is_named() -> None:
+    before = determinism()
+    with (
+        pytest.raises(ValueError, match=r"^train.deterministic: got true, but the network calls put_, which has no "),
+        computing("no", torch.device("cpu"), deterministic=True),
+    ):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    with pytest.raises(RuntimeError, match="^another"), computing("no", torch.device("cpu"), deterministic=True):
+        raise RuntimeError("another")
+    assert determinism() == before
+
+
+def test_cublas_gets_its_workspace_before_it_starts_or_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setenv(WORKSPACE, "x")  # restored after the test, whatever it sets
+    monkeypatch.delenv(WORKSPACE)
+    fix_workspace(False)
+    assert WORKSPACE not in os.environ
+    require_workspace(True, cpu)
+    require_workspace(False, cuda)
+    with pytest.raises(ValueError, match=rf"^train.deterministic: got true, but {WORKSPACE} is not set, allowed are "):
+        require_workspace(True, cuda)
+    with monkeypatch.context() as started:
+        started.setattr(torch.cuda, "is_initialized", lambda: True)
+        fix_workspace(True)  # too late
+        assert WORKSPACE not in os.environ
+    fix_workspace(True)
+    require_workspace(True, cuda)
+    assert os.environ[WORKSPACE] == ":4096:8"
+    os.environ[WORKSPACE] = ":16:8"  # the user's own
+    fix_workspace(True)
+    assert os.environ[WORKSPACE] == ":16:8"
+    os.environ[WORKSPACE] = ":0:0"
+    with pytest.raises(ValueError, match=f"{WORKSPACE} is :0:0"):
+        require_workspace(True, cuda)
+
+
+@pytest.mark.parametrize("kind", ["no", "bf16"])
+def test_on_a_cpu_deterministic_training_is_that_without(kind: Precision) -> None:
+    """Digit for digit: on a CPU every algorithm that a training uses is deterministic."""
+    config = replace(CONFIG, precision=kind, iterations=3)
+    (_, plain), (_, same) = (run(config=replace(config, deterministic=on)) for on in (False, True))
+    assert metrics(plain) == metrics(same)
 
 
 @pytest.mark.parametrize(
