@@ -70,7 +70,7 @@ def test_an_operation_without_a_deterministic_algorithm_is_named() -> None:
         computing("no", torch.device("cpu"), deterministic=True),
     ):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
-    with pytest.raises(RuntimeError, match="^another"), computing("no", torch.device("cpu"), deterministic=True):
+    with pytest.raises(RuntimeError, match=r"^another"), computing("no", torch.device("cpu"), deterministic=True):
         raise RuntimeError("another")
     assert determinism() == before
 
