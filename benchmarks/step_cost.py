@@ -48,12 +48,20 @@ COST = {"bare": "bare calls, s", "iteration": "iteration, s", "ratio": "ratio", 
 
 
 def bare(
-    roles: Roles, method: DistributionMatching, cond: Mapping[str, Tensor], null: Mapping[str, Tensor], batch: int
+    roles: Roles,
+    method: DistributionMatching,
+    cond: Mapping[str, Tensor],
+    null: Mapping[str, Tensor],
+    batch: int,
+    segments: Tensor | None = None,
 ) -> None:
-    """Make the network calls of one iteration and nothing else."""
+    """Make the network calls of one iteration and nothing else.
+
+    `segments` [batch], ascending, are those that the iteration drew; by default a draw of their own.
+    """
     backbone, module = roles.backbone, roles.networks["student"]
     device = next(module.parameters()).device
-    segments = timegrid.draw_segments(batch, method.counts[0], seeded(0, 0, "draw"))
+    segments = timegrid.draw_segments(batch, method.counts[0], seeded(0, 0, "draw")) if segments is None else segments
     x = torch.randn(batch, *backbone.shape).to(device)
     t = torch.full((batch,), 500.0, dtype=torch.float64, device=device)
     cond, null = ({k: v.to(device) for k, v in c.items()} for c in (cond, null))
