@@ -40,6 +40,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,6 +97,11 @@ class Place:
     device: torch.device
     tiny: bool
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the frozen weights."""
+        return torch.float32 if self.tiny else torch.bfloat16
+
     def config(self, iterations: int, batch: int) -> TrainConfig:
         """Return the settings of a training."""
         batch = min(batch, 2) if self.tiny else batch
@@ -104,8 +110,7 @@ class Place:
 
 def built(name: str, place: Place) -> Backbone:
     """Return a family's backbone, made on the device with random weights."""
-    dtype = torch.float32 if place.tiny else torch.bfloat16
-    with torch.device(place.device), default_dtype(dtype):
+    with torch.device(place.device), default_dtype(place.dtype):
         pipe = tiny_pipeline(name) if place.tiny else backbones.FAMILIES[name].build(False)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # its table is needed on the CPU
     for part in (pipe.vae, pipe.unet if "unet" in pipe.components else pipe.transformer):
@@ -132,7 +137,7 @@ def trained(
     backbone = built(name, place)
     roles = make_roles(backbone, RolesConfig(rank=4 if place.tiny else 32, checkpointing=checkpointing))
     config = replace(place.config(WARM_UP + repeats + 1, BATCHES[name]), **train)
-    data = backbones.embeddings(name, backbone, next(backbone.module.parameters()).dtype, 8)
+    data = backbones.embeddings(name, backbone, place.dtype, 8)
     cond, null = data.draw(config.batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
     segments: list[Tensor] = []
     draw = timegrid.draw_segments
@@ -154,10 +159,9 @@ def trained(
             next(steps)
             middle = backbones.clock(device)
             if i == WARM_UP - 1:
-                ready = middle - began
+                ready, (peak, reserved) = middle - began, peak_of(device)
             if i >= WARM_UP:
                 found["seconds"].append(middle - start)
-            peak, reserved = peak_of(device)
             if i >= WARM_UP - 1:  # the first is not counted: kernels are tried
                 same_calls()
                 found["bare"].append(backbones.clock(device) - middle)
@@ -299,7 +303,7 @@ def train_to(run: Path, iterations: int, deterministic: bool, place: Place) -> N
     backbone = built("sd15", place)
     roles = make_roles(backbone, RolesConfig(rank=4 if place.tiny else 32, checkpointing=True))
     config = replace(place.config(iterations, 4), deterministic=deterministic, checkpoint_every=STOP, lr=1e-4)
-    data = backbones.embeddings("sd15", backbone, next(backbone.module.parameters()).dtype, 8)
+    data = backbones.embeddings("sd15", backbone, place.dtype, 8)
     for _ in distill(roles, METHOD, data, config, run):
         pass
 
@@ -351,7 +355,7 @@ def teacher(place: Place) -> Iterator[Facts]:
             found.append(backbones.clock(place.device))
             if len(found) == steps - 1:
                 break
-    seconds = min(b - a for a, b in zip(found, found[1:], strict=False))
+    seconds = min(b - a for a, b in pairwise(found))
     peak, reserved = peak_of(place.device)
     yield {
         "stage": "teacher",
@@ -459,9 +463,7 @@ def page(record: Record) -> str:
     head += [f"reads (at most {MOST_READS})", "peak, GiB", "plan, GiB", "reserved, GiB", "card, GB"]
     head += ["first two iterations, s", "a call of each role, s"]
     others = [[r["stage"], r["case"], said(r)] for r in record.rows if "ratio" not in r and r["stage"] != "plan"]
-    counted = [
-        [r["family"], r["batch"], r["arrangement"], gib(r["total"])] for r in record.rows if r["stage"] == "plan"
-    ]
+    counted = [[*key, gib(total)] for key, total in planned.items()]
     here = [r for r in record.rows if r["stage"] != "plan"]
     measured = (
         f"""{wrapped(f"{provenance(replace(record, rows=here))}.")}

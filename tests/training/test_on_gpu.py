@@ -71,9 +71,7 @@ def reads(steps: list[warnings.WarningMessage]) -> list[str]:
 
 @KINDS
 @SHARED
-def test_an_iteration_waits_for_the_card_at_most_three_times(
-    device: torch.device, share: bool, kind: Precision
-) -> None:
+def test_an_iteration_waits_at_most_three_times(device: torch.device, share: bool, kind: Precision) -> None:
     """As torch itself counts: reads, copies from ordinary memory, and whatever else synchronizes."""
     roles = parts(device, share)
     steps = distill(roles, TDM, embed(roles.backbone, tiny.WORDS, None, "tiny"), replace(CONFIG, precision=kind))
