@@ -232,7 +232,7 @@ def distill(
                 f"""{
                     "needs images"
                     if method.needs.images
-                    else "is trained from prompts alone, which pictures need method.gan above 0 to change"
+                    else "is trained from prompts alone, which images need method.gan above 0 to change"
                 }; """
             )
             + (
@@ -282,9 +282,9 @@ def distill(
             rng = seeded(config.seed, i, "draw", stream, device)
             host = rng if rng.device.type == "cpu" else seeded(config.seed, i, "host", stream)
             cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
-            pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
+            images = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
-            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps, host))
+            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, images, rng, walk, steps, host))
         return turns
 
     following = draw(start)
