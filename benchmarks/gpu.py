@@ -403,10 +403,10 @@ class Stage:
 STAGES = {
     "tests": Stage(marked_tests, 150),
     "sd15": Stage(sd15, 200),
-    "sdxl": Stage(sdxl, 90),
+    "sdxl": Stage(sdxl, 120),
     "resume": Stage(resume, 120),
-    "pixart": Stage(pixart, 60),
-    "cogvideox": Stage(cogvideox, 120),
+    "pixart": Stage(pixart, 90),
+    "cogvideox": Stage(cogvideox, 150),
     "teacher": Stage(teacher, 60),
 }
 
