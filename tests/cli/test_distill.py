@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fewstep.atomic import write_json
+from fewstep.atomic import stream_tensors, write_json
 from fewstep.backbones import miniature
 from fewstep.cli import main
 from fewstep.training import loop, state
@@ -260,20 +260,17 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     calls = 0
 
-    def fill_up(*arguments: object) -> None:
+    def fill_up(*arguments: Any) -> str:
         nonlocal calls
         calls += 1
         if calls > 6:  # the second checkpoint
-            full()
-        save_file(*arguments)  # type: ignore[arg-type]
+            raise OSError(28, "No space left on device")
+        return stream_tensors(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save_file", fill_up)
+        patch.setattr(state, "stream_tensors", fill_up)
         assert fewstep(monkeypatch, "distill", recipe) == 2
     assert "No space left on device" in error_of(capsys)
     assert [p.name for p in Path("runs/tiny").glob("*checkpoint*")] == ["checkpoint-000002"]

@@ -484,16 +484,19 @@ def save_run(
 ) -> None:
     """Save every trained role, optimizer and average as a checkpoint.
 
-    The checkpoint is atomic. The first process writes; for sharded roles all processes have to call.
+    The checkpoint is atomic, and tensors go to the CPU and into the file one by one. The first process
+    writes; for sharded roles all processes have to call.
     """
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
         groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]))
-    first = is_first()
-    gathered = {name: whole(tensors, keep=first) for name, tensors in groups.items()}
-    if first:
-        save_checkpoint(run, iteration, gathered, state)
+    if is_first():
+        save_checkpoint(run, iteration, groups, state)
+        return
+    for tensors in groups.values():
+        for _ in whole(tensors):  # this process's part of what the first one writes
+            pass
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:

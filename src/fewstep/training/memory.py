@@ -21,6 +21,7 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..roles.roles import Roles
+from ..roles.sharding import local_part
 from .loop import TrainConfig, distill
 from .optimizer import state_bytes
 
@@ -38,9 +39,9 @@ class MemoryTracker(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def add(self, *tensors: Tensor) -> None:
-        """Count existing tensors; each storage counts once."""
+        """Count existing tensors; each storage counts once, of a sharded tensor this process's part."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = local_part(tensor).untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self._seen:
                 self._seen.add(key)
@@ -63,8 +64,9 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def storage_bytes(*tensors: Tensor) -> int:
-    """Return the bytes of these tensors, shared storages counted once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """Return the bytes of these tensors in this process, shared storages counted once."""
+    storages = [local_part(t).untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 def module_bytes(*modules: nn.Module) -> int:

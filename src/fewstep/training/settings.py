@@ -10,13 +10,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..backbones.process import LEVELS, differences, probe, process_data
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
+from ..hashes import bytes_of
 from ..methods.method import Method
 from ..reading import read_json
 from ..roles.roles import Roles
@@ -120,9 +120,9 @@ def begun(run: Path, now: Mapping[str, Any]) -> int:
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = whole({name: tensors[name]})[name]
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in whole({name: tensors[name] for name in sorted(tensors)}):
+        digest.update(name.encode())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 
