@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 # What the lowest versions have broken before: bf16, loading, LoRA and its files, the methods, the Python API.
 CORE := tests/training/test_bf16.py tests/backbones/test_conformance.py tests/backbones/test_lora.py tests/roles/test_adapters.py \
-	tests/export/test_final.py tests/methods tests/test_api.py
+	tests/student/test_final.py tests/methods tests/test_api.py
 
 # The build of torch. Not set: what pip finds by itself; on Linux without an NVIDIA driver the CPU build, which saves gigabytes of CUDA.
 # `make setup TORCH_INDEX=URL` takes it from that index, `make setup TORCH_INDEX=` always takes what pip finds.

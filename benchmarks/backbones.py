@@ -1,13 +1,14 @@
-"""What distilling each family costs at its true size, with random weights: seconds of an iteration by role, and peak memory.
+"""Measure what distilling each model family costs at its true size.
 
-    python benchmarks/backbones.py                     # whatever fits this machine; writes benchmarks/backbones.md and .json
-    python benchmarks/backbones.py --only sd15 --batch 8    # that family's rows again; the others stay as they are
+    python benchmarks/backbones.py                          # what fits here; writes benchmarks/backbones.md and .json
+    python benchmarks/backbones.py --only sd15 --batch 8    # measures that family again and keeps the others
 
-Three arrangements of the same TDM iteration (4 steps, guided teacher): `one base` has teacher, student and fake score as LoRA adapters of one
-frozen network; `three copies` trains all weights of two copies; `reference` is the bare network calls of the public demo script: eleven forward
-and two backward passes on three networks, without its text encoder, optimiser and bookkeeping. Conditions are random tensors of the true
-shapes. On a CPU the networks have few of their blocks, of true width (of U-Nets the first two), on small states, and only ratios mean anything:
-against narrow ones an adapter of rank 32 would look dear.
+The networks have random weights. Three arrangements of the same TDM iteration, 4 steps with a guided teacher:
+`one base` keeps teacher, student and fake score as LoRA adapters of one frozen network. `three copies` trains all
+weights of two copies. `reference` is the bare network calls of the public demo script: eleven forward and two
+backward passes on three networks, without its text encoder, optimizer and bookkeeping. Conditions are random tensors
+of the true shapes. On a CPU the networks have few of their blocks, at true width, and small states (a U-Net has its
+first two blocks). There only ratios mean anything: next to narrow networks an adapter of rank 32 would look expensive.
 """
 
 import argparse
@@ -37,7 +38,6 @@ from diffusers import (
 )
 from torch import Tensor
 
-from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around
 from fewstep.core.guidance import Guidance
@@ -45,7 +45,7 @@ from fewstep.data.prompts import Embeddings
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
-from origin import commit
+from records import Facts, Record, about, machine, markdown, new_record, origin, stored_rows, write_record
 
 TABLE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -57,24 +57,30 @@ TABLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is built, of a few blocks or at its true size, and the shapes of a prompt's conditions."""
+    """A model family: its pipeline, the shapes of a prompt's conditions, and a batch that fits."""
 
-    build: Callable[[bool], Any]
+    build: Callable[[bool], Any]  # True: with few blocks
     cond: Callable[[Any], Mapping[str, tuple[int, ...]]]
     batch: int
 
 
 def vae() -> AutoencoderKL:
-    """Never run here; its scale factor of 8 is what counts."""
+    """Return an autoencoder that never runs; only its scale factor of 8 counts."""
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8
-    )  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+    )
 
 
 def sd15(small: bool) -> StableDiffusionPipeline:
-    few = {
-        "block_out_channels": (320, 640), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }  # fmt: skip
+    """Return Stable Diffusion 1.5 with random weights."""
+    few: dict[str, Any] = {
+        "block_out_channels": (320, 640),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     unet = UNet2DConditionModel(sample_size=16 if small else 64, cross_attention_dim=768, **(few if small else {}))
     return StableDiffusionPipeline(
         vae(), None, None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False
@@ -82,63 +88,97 @@ def sd15(small: bool) -> StableDiffusionPipeline:
 
 
 def sdxl(small: bool) -> StableDiffusionXLPipeline:
-    both = {
-        "use_linear_projection": True, "addition_embed_type": "text_time", "cross_attention_dim": 2048, "addition_time_embed_dim": 256,
+    """Return Stable Diffusion XL with random weights."""
+    both: dict[str, Any] = {
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
-    }  # fmt: skip
-    true = {
-        "sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
-    few = {
-        "sample_size": 16, "block_out_channels": (320, 640), "transformer_layers_per_block": (1, 2), "attention_head_dim": (5, 10),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+    }
+    true: dict[str, Any] = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    few: dict[str, Any] = {
+        "sample_size": 16,
+        "block_out_channels": (320, 640),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (5, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     unet = UNet2DConditionModel(**both, **(few if small else true))
     return StableDiffusionXLPipeline(vae(), None, None, None, None, unet, DDIMScheduler(**TABLE), add_watermarker=False)
 
 
 def pixart(small: bool) -> PixArtAlphaPipeline:
-    both = {
-        "norm_num_groups": 32, "out_channels": 8, "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096,
-    }  # fmt: skip
-    sizes = (
-        {"sample_size": 16, "num_layers": 4}
-        if small
-        else {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
-    )
-    transformer = PixArtTransformer2DModel(**both, **sizes)
+    """Return PixArt-alpha with random weights."""
+    both: dict[str, Any] = {
+        "norm_num_groups": 32,
+        "out_channels": 8,
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "cross_attention_dim": 1152,
+        "caption_channels": 4096,
+    }
+    few: dict[str, Any] = {"sample_size": 16, "num_layers": 4}
+    true: dict[str, Any] = {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
+    transformer = PixArtTransformer2DModel(**both, **(few if small else true))
     return PixArtAlphaPipeline(None, None, vae(), transformer, DDIMScheduler(**TABLE))
 
 
 def cogvideox(small: bool) -> CogVideoXPipeline:
-    few = {"num_layers": 2, "sample_width": 16, "sample_height": 16, "sample_frames": 9}
+    """Return CogVideoX-2B with random weights."""
+    few: dict[str, Any] = {"num_layers": 2, "sample_width": 16, "sample_height": 16, "sample_frames": 9}
     transformer = CogVideoXTransformer3DModel(**(few if small else {}), use_rotary_positional_embeddings=False)
     codec = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8,) * 4, norm_num_groups=2, layers_per_block=1
-    )  # fmt: skip
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=2,
+        layers_per_block=1,
+    )
     scheduler = CogVideoXDDIMScheduler(
         **TABLE, prediction_type="v_prediction", snr_shift_scale=3.0, rescale_betas_zero_snr=True, clip_sample=False
     )
     return CogVideoXPipeline(None, None, codec, transformer, scheduler)
 
 
+def sdxl_cond(pipe: Any) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of SDXL's conditions."""
+    config = pipe.unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {"text": (77, config.cross_attention_dim), "pooled": (pooled,), "sizes": (6,)}
+
+
+def cogvideox_cond(pipe: Any) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of CogVideoX's condition."""
+    return {"text": (pipe.transformer.config.max_text_seq_length, pipe.transformer.config.text_embed_dim)}
+
+
 FAMILIES = {
     "sd15": Family(sd15, lambda p: {"text": (77, p.unet.config.cross_attention_dim)}, 4),
-    "sdxl": Family(sdxl, lambda p: {"text": (77, p.unet.config.cross_attention_dim), "pooled": (p.unet.config.projection_class_embeddings_input_dim - 6 * p.unet.config.addition_time_embed_dim,), "sizes": (6,)}, 1),
+    "sdxl": Family(sdxl, sdxl_cond, 1),
     "pixart": Family(pixart, lambda p: {"text": (120, p.transformer.config.caption_channels), "mask": (120,)}, 1),
-    "cogvideox": Family(cogvideox, lambda p: {"text": (p.transformer.config.max_text_seq_length, p.transformer.config.text_embed_dim)}, 1),
-}  # fmt: skip
+    "cogvideox": Family(cogvideox, cogvideox_cond, 1),
+}
+ARRANGEMENTS = ("one base", "three copies", "reference")
 
 
 def clock(device: torch.device) -> float:
+    """Return the time in seconds, after all work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def least(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds, the least of so many runs after one that is not counted."""
+    """Return the seconds of the fastest run, after one that is not counted."""
     run()
     best = float("inf")
     for _ in range(repeats):
@@ -149,38 +189,30 @@ def least(run: Callable[[], object], device: torch.device, repeats: int) -> floa
 
 
 def peak(device: torch.device) -> float | None:
-    """GiB since the last call to `reset_peak_memory_stats`; None where nobody counts."""
+    """Return GiB since the last call to `reset_peak_memory_stats`; None where no device counts them."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def embeddings(name: str, backbone: Backbone, dtype: torch.dtype, count: int) -> Embeddings:
-    """Random conditions of `count` prompts and of the empty one."""
-    shapes, rng = FAMILIES[name].cond(around_pipe(backbone)), torch.Generator().manual_seed(0)
+    """Return random conditions of `count` prompts and of the empty prompt."""
+    pipe, rng = backbone.pipe, torch.Generator().manual_seed(0)  # type: ignore[attr-defined]
     cond = {
-        k: torch.ones(count + 1, *s) if k == "mask" else torch.randn((count + 1, *s), generator=rng)
-        for k, s in shapes.items()
+        k: (torch.ones(count + 1, *s) if k == "mask" else torch.randn((count + 1, *s), generator=rng)).to(dtype)
+        for k, s in FAMILIES[name].cond(pipe).items()
     }
-    cond = {k: v.to(dtype) for k, v in cond.items()}
-    return Embeddings(
-        {k: v[:count] for k, v in cond.items()}, {k: v[count:] for k, v in cond.items()}, ["random"] * count, 0, name
-    )
-
-
-def around_pipe(backbone: Backbone) -> Any:
-    return backbone.pipe  # type: ignore[attr-defined]
+    own, null = {k: v[:count] for k, v in cond.items()}, {k: v[count:] for k, v in cond.items()}
+    return Embeddings(own, null, ["random"] * count, 0, name)
 
 
 def by_role(roles: Roles, data: Embeddings, batch: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of one bare call of each role: rollout step, student with gradient, guided teacher, fake score with gradient."""
-    backbone, cond, null = (
-        roles.backbone,
-        data.draw(batch, torch.Generator().manual_seed(0), device),
-        data.unconditional(device),
-    )
-    x, t = (
-        torch.randn(batch, *backbone.shape, device=device),
-        torch.full((batch,), 499.0, dtype=torch.float64, device=device),
-    )
+    """Return the seconds of one bare call of each role.
+
+    The roles: a rollout step, the student with gradient, the guided teacher, the fake score with gradient.
+    """
+    backbone = roles.backbone
+    cond, null = data.draw(batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
+    x = torch.randn(batch, *backbone.shape, device=device)
+    t = torch.full((batch,), 499.0, dtype=torch.float64, device=device)
 
     def trained(role: Any) -> list[Tensor | None]:
         value = roles.denoise(role, cond)(x, t).x0.sum()
@@ -204,7 +236,10 @@ def by_role(roles: Roles, data: Embeddings, batch: int, device: torch.device, re
 
 
 def iterations(roles: Roles, data: Embeddings, config: TrainConfig, device: torch.device) -> float:
-    """Seconds of an iteration of the training loop after the first two: the least, or where a batch has too few samples for all steps the mean."""
+    """Return the seconds of an iteration of the training loop.
+
+    The first two do not count. Returns the fastest, or the mean where a batch is too small for all steps.
+    """
     loop, found = distill(roles, DistributionMatching(steps=4, warmup=0), data, config), []
     for _ in range(config.iterations):
         began = clock(device)
@@ -214,13 +249,13 @@ def iterations(roles: Roles, data: Embeddings, config: TrainConfig, device: torc
 
 
 def reference(roles: Roles, data: Embeddings, batch: int, device: torch.device, repeats: int) -> float:
-    """Eleven forward and two backward passes, of whole networks."""
+    """Return the seconds of eleven forward and two backward passes of whole networks."""
     one = by_role(roles, data, batch, device, repeats)
     return 9 * one["rollout step"] + one["student"] + one["fake"]
 
 
-def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One row. Raises torch.OutOfMemoryError where it does not fit."""
+def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.device) -> Facts:
+    """Return one row. Raises torch.OutOfMemoryError where the arrangement does not fit."""
     small, family = device.type == "cpu", FAMILIES[name]
     batch = a.batch or (4 if small else family.batch)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -236,107 +271,88 @@ def measure(name: str, arrangement: str, a: argparse.Namespace, device: torch.de
     data = embeddings(name, backbone, dtype if share else torch.float32, 8)
     precision: Literal["no", "bf16"] = "bf16" if device.type == "cuda" else "no"
     config = TrainConfig(iterations=a.repeats + 2, batch=batch, lr=1e-6, fake_lr=1e-6, precision=precision)
-    command = shlex.join(["python", "benchmarks/backbones.py", *sys.argv[1:]])
-    row: dict[str, Any] = {
+    row: Facts = {
         "family": name,
         "arrangement": arrangement,
+        "blocks": "few" if small else "all",
         "batch": batch,
         "dtype": str(dtype),
-        "commit": commit(),
-        "command": command,
+        "command": shlex.join(["python", "benchmarks/backbones.py", *sys.argv[1:]]),
+        **origin(),
     }
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         if arrangement == "reference":
-            return row | {
-                "seconds": reference(roles, data, batch, device, a.repeats),
-                "roles": {},
-                "peak_gib": None,
-                "parameters": sum(p.numel() for p in denoiser.parameters()),
-            }
+            seconds, parameters = reference(roles, data, batch, device, a.repeats), sum_of(denoiser)
+            return row | {"seconds": seconds, "roles": {}, "peak_gib": None, "parameters": parameters}
         split = by_role(roles, data, batch, device, a.repeats)
     seconds = iterations(roles, data, config, device)
-    parameters = sum(p.numel() for n, p in denoiser.named_parameters() if "lora_" not in n)
-    return row | {"seconds": seconds, "roles": split, "peak_gib": peak(device), "parameters": parameters}
+    return row | {"seconds": seconds, "roles": split, "peak_gib": peak(device), "parameters": sum_of(denoiser)}
 
 
-def hardware() -> str:
-    """What the numbers were measured on."""
-    return (
-        torch.cuda.get_device_name(0)
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads, networks of few blocks"
-    )
-
-
-def kept(file: Path) -> list[dict[str, Any]]:
-    """Rows that were measured before on the same hardware."""
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"hardware": ""}
-    return found["rows"] if found["hardware"] == hardware() else []
+def sum_of(network: torch.nn.Module) -> int:
+    """Return the number of a network's own parameters, without LoRA."""
+    return sum(p.numel() for n, p in network.named_parameters() if "lora_" not in n)
 
 
 def calls(roles: dict[str, float]) -> float:
-    """Seconds of the bare calls that an iteration contains: of the four steps a sample's rollout takes one and a half on average."""
+    """Return the seconds of the bare calls in an iteration.
+
+    The rollout of a sample takes one and a half of the four steps on average.
+    """
     return 1.5 * roles["rollout step"] + roles["student"] + roles["teacher"] + roles["fake"]
 
 
-def by_run(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """Families by the command and the commit that measured them."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for r in rows:
-        of = found.setdefault((r["command"], r["commit"]), [])
-        of += [r["family"]] * (r["family"] not in of)
-    return found
-
-
-def write(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
-    """The table and the rows."""
-    write_json(a.to / "backbones.json", {"rows": rows, "hardware": hardware(), "seeds": [0]})
+def page(record: Record) -> str:
+    """Return the page of a record."""
     lines = []
-    for r in rows:
+    for r in record.rows:
+        beside = {o["arrangement"]: o["seconds"] for o in record.rows if o["family"] == r["family"] and o is not r}
+        ratios = [""] * 3
+        if r["roles"]:
+            slower = (beside.get(name) for name in ("three copies", "reference"))
+            ratios = [
+                f"{r['seconds'] / calls(r['roles']):.2f}",
+                *(f"{s / r['seconds']:.2f}" if s else "" for s in slower),
+            ]
+        size, memory = f"{r['parameters'] / 1e6:.0f}M", "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f} GiB"
         split = ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items())
-        memory = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f} GiB"
-        other = {
-            o["arrangement"]: f"{o['seconds'] / r['seconds']:.2f}"
-            for o in rows
-            if o["family"] == r["family"] and o is not r
-        }
-        against = (
-            [f"{r['seconds'] / calls(r['roles']):.2f}", other.get("three copies", ""), other.get("reference", "")]
-            if r["roles"]
-            else [""] * 3
-        )
-        size = f"{r['parameters'] / 1e6:.0f}M"
-        cells = [r["family"], size, f"{r['batch']}", r["arrangement"], f"{r['seconds']:.3f}", *against, memory, split]
-        lines.append(f"| {' | '.join(cells)} |")
-    runs = [
-        f"- {', '.join(of)}: `{command}`, commit {commit}, {hardware()}, torch {torch.__version__}"
-        for (command, commit), of in by_run(rows).items()
-    ]
-    text = f"""# What an iteration costs, family by family
+        lines.append([r["family"], size, r["batch"], r["arrangement"], f"{r['seconds']:.3f}", *ratios, memory, split])
+    head = ["family", "parameters", "batch", "arrangement", "seconds", "of its calls alone", "copies take"]
+    head += ["reference takes", "peak", "a call of each role, s"]
+    return f"""# What an iteration costs, family by family
 
-{(__doc__ or "").split(chr(10) * 2)[2].strip()}
+{about(__doc__)}
 
-{chr(10).join(runs)}
+{chr(10).join(runs(record.rows))}
 
-| family | parameters | batch | arrangement | seconds | of its calls alone | copies take | reference takes | peak | a call of each role, s |
-|---|---|---|---|---|---|---|---|---|---|
-{chr(10).join(lines)}
+{markdown(head, lines)}
 """
-    (a.to / "backbones.md").write_text(text)
+
+
+def runs(rows: list[Facts]) -> list[str]:
+    """Return a line for each run: the families it measured, its command, and where."""
+    found: dict[str, list[str]] = {}
+    for r in rows:
+        at = [f"`{r['command']}`", machine(r["hardware"]), f"commit {r['versions']['commit']}"]
+        at += [f"torch {r['versions']['torch']}", f"{r['blocks']} blocks"]
+        families = found.setdefault(", ".join(at), [])
+        families += [r["family"]] * (r["family"] not in families)
+    return [f"- {', '.join(families)}: {at}" for at, families in found.items()]
 
 
 def main() -> None:
+    """Measure families and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--arrangements", nargs="*", default=["one base", "three copies", "reference"])
-    parser.add_argument("--batch", type=int, default=0, help="samples an iteration; 0: each family's own")
+    parser.add_argument("--arrangements", nargs="*", choices=ARRANGEMENTS, default=list(ARRANGEMENTS))
+    parser.add_argument("--batch", type=int, default=0, help="samples of an iteration; 0: each family's own")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="keep only the inputs of the networks' blocks")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
     a = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[dict[str, Any]] = [r for r in kept(a.to / "backbones.json") if r["family"] not in a.only]
+    rows = [r for r in stored_rows(a.to / "backbones.json") if r["family"] not in a.only]
     for name in a.only:
         for arrangement in a.arrangements:
             try:
@@ -347,7 +363,9 @@ def main() -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            write(sorted(rows, key=lambda r: list(FAMILIES).index(r["family"])), a)
+            rows.sort(key=lambda r: list(FAMILIES).index(r["family"]))
+            record = new_record("backbones", "python benchmarks/backbones.py", rows, [0], {})
+            write_record(record, page(record), a.to)
 
 
 if __name__ == "__main__":

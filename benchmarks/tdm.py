@@ -1,13 +1,20 @@
-"""TDM with every variant, ablation and rival of the paper on the bundled teacher: the analogue of tables 1, 3, 5, 6, 7, 8 and figures 8, 9, 10.
+"""Compare TDM with its variants, its ablations and its rivals on the bundled teacher.
 
-    python benchmarks/tdm.py                       # trains what is missing, then writes benchmarks/tdm.md, .json and .png
-    python benchmarks/tdm.py --only tdm-4 dmd2     # some variants; --seeds 0 for one seed; --iterations N for another budget
-    python benchmarks/tdm.py --only dmd2 --rate 2 --out runs/tdm-2 --to runs/tdm-2    # tuning: other learning rates, a table of its own
+    python benchmarks/tdm.py                      # trains what is missing; writes benchmarks/tdm.md, .json and .png
+    python benchmarks/tdm.py --only tdm-4 dmd2    # some variants; --seeds 0: one seed; --iterations N: another budget
+    python benchmarks/tdm.py --only dmd2 --rate 2 --out runs/tdm-2 --to runs/tdm-2    # other rates, a table of its own
 
-Every variant (`tdm_variants.py`) is the same recipe with a few settings changed, trained for the same iterations, and measured on the same prompts and
-seeds. A run that is stopped goes on where it was, and what `benchmarks/tdm.json` holds with the same settings is not run again (`--to` another folder begins
-anew); several processes, each with its `--only`, fill one table. `seconds` is training alone, of the processor where there is no GPU; evaluation along the way is not counted.
-The modes that are lost (fig. 11) are counted where they are known, in `ring.py`; supervised fine-tuning before TDM is in `finetunes.py`.
+The analogue of the paper's tables 1, 3, 5, 6, 7, 8 and figures 8, 9, 10. Every variant (`tdm_variants.py`) is the same
+recipe with a few settings changed, trained for the same iterations and measured on the same prompts and seeds. FD is
+FD-efflite0, lower is better. Retrieval top-1 is in percent, diversity relative to the teacher's. `training NFE` are the
+network calls of one iteration for each image of its batch, forward, of all roles. Minutes are of training alone, on a
+CPU those of the processor; where several machines trained, those of the machine of TDM's last seed. Numbers are
+mean ± deviation over seeds. Students take no guidance. `claim` is the paper's, on SD-v1.5 (HPS, higher is better).
+`here` says whether the claim's ordering holds in FD.
+
+A run that was stopped continues. What `benchmarks/tdm.json` holds with the same settings is not run again (--to another
+folder starts an empty table). Several processes, each with its own --only, fill one table. Lost modes (fig. 11) are
+counted in `ring.py`, where they are known. Supervised fine-tuning before TDM is in `finetunes.py`.
 """
 
 import argparse
@@ -27,8 +34,8 @@ from fewstep.atomic import write_json
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import fingerprint, quiet
 from fewstep.core.guidance import Guidance
-from fewstep.data.images import encode_images_of
-from fewstep.data.prompts import embed, read_prompts
+from fewstep.data.images import ImageData, encode_images_of
+from fewstep.data.prompts import Embeddings, embed, read_prompts
 from fewstep.data.teacher_images import teacher_images
 from fewstep.evaluation.protocols import Row, evaluate, protocol_named
 from fewstep.roles.roles import Roles
@@ -36,137 +43,150 @@ from fewstep.runs.init import initialize, roles_for
 from fewstep.runs.recipe import DistillRecipe, validate
 from fewstep.student.student import Origin, Student
 from fewstep.training.loop import Step, distill
-from origin import CLOCK, commit, hardware
-from tables import spread
+from records import (
+    CLOCK,
+    Facts,
+    Record,
+    about,
+    machine,
+    markdown,
+    new_record,
+    origin,
+    provenance,
+    read_record,
+    spread,
+    wrapped,
+    write_record,
+)
 from tdm_variants import BASE, VARIANTS, Draw, Relation, Settings, Variant, recipe_value
 
-NOISE = 0.15  # of FD, between draws and trainings of one student; with several seeds two standard errors, where that is more
-RACE = "The paper's fig. 9 in numbers, with curves over as many names as the rows: [race/tdm.md](race/tdm.md) (`python benchmarks/tdm.py --only tdm-4 dmd2 --curve emoji-medium --every 26 --out runs/race --to benchmarks/race`)."
+NOISE = 0.15  # of FD, between draws and trainings of one student
 RIVALS = ("dmd2", "dmd2-5", "dmd2-gan", "sid", "lcm", "lcm-full", "progressive")
+RACE = """The paper's fig. 9 in numbers, with curves over as many names as the rows, is in [race/tdm.md](race/tdm.md):
+`python benchmarks/tdm.py --only tdm-4 dmd2 --curve emoji-medium --every 26 --out runs/race --to benchmarks/race`."""
+
+Found = dict[tuple[str, int], Facts]  # (variant, seed) -> row
 
 
 class Calls:
-    """Counts pictures that the networks of `roles` are called for while they train."""
+    """A counter of the images that networks are called for in training."""
 
     def __init__(self, roles: Roles, before: float) -> None:
-        self.pictures, self.on = before, True
+        self.images, self.on = before, True
         for module in {id(m): m for m in (roles.backbone.module, *roles.networks.values())}.values():
             module.register_forward_pre_hook(self.add)
 
     def add(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.pictures += len(inputs[0]) if self.on else 0
+        """Count one call."""
+        self.images += len(inputs[0]) if self.on else 0
 
 
-def train(variant: Variant, seed: int, teacher: Backbone, folder: Path, a: argparse.Namespace) -> None:
-    """Train and measure one student; what is finished is left alone."""
-    run, known = folder / f"{variant.key}-{seed}", finished(a, of=variant)
-    begins = any(
-        v.start == variant.key and f"{v.key}-{seed}" not in finished(a, of=v) for v in VARIANTS if v.key in a.only
+def train(variant: Variant, seed: int, teacher: Backbone, a: argparse.Namespace) -> None:
+    """Train and measure one student, unless it is finished."""
+    run = a.out / f"{variant.key}-{seed}"
+    continued = any(
+        v.init_from == variant.key and (v.key, seed) not in finished(a, of=v) for v in VARIANTS if v.key in a.only
     )
-    if run.name in known and not (
-        begins and not (run / "final").exists()
-    ):  # the table may outlive the student that another begins as
+    # The table may outlive a student that another variant continues.
+    if (variant.key, seed) in finished(a, of=variant) and ((run / "final").exists() or not continued):
         return
     recipe = validate(recipe_value(variant, seed, a.iterations, a.rate), DistillRecipe, variant.key)
     method, identity = recipe.method, fingerprint(teacher.module, *teacher.encoders)
-    prompts = embed(teacher, read_prompts(str(a.prompts)), folder / "embeddings", identity)
-    real = None
-    if recipe.data is not None:
-        own = a.pictures if variant.key == "gan" and a.pictures else None
-        real = encode_images_of(teacher, own, folder / "embeddings", identity) if own else teacher_images(teacher, prompts, recipe.data.count, recipe.data.steps, method.guidance, folder / "embeddings", seed)  # fmt: skip
+    prompts = embed(teacher, read_prompts(str(a.prompts)), a.out / "embeddings", identity)
+    real = real_images(variant, recipe, seed, teacher, prompts, identity, a)
     roles = roles_for(teacher, method, recipe.roles, recipe.train.seed)
-    if variant.start:
-        initialize(roles, folder / f"{variant.start}-{seed}" / "final")
-    curve: list[dict[str, float]] = (
-        json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []
-    )
+    if variant.init_from:
+        initialize(roles, a.out / f"{variant.init_from}-{seed}" / "final")
+    file = run / "curve.json"
+    curve: list[dict[str, float]] = json.loads(file.read_text()) if file.exists() else []
     seconds = curve[-1]["seconds"] if curve else 0.0
     calls, step, since = Calls(roles, curve[-1]["calls"] if curve else 0.0), None, CLOCK()
     for step in distill(roles, method, prompts, recipe.train, run, real):
         if curve and step.iteration <= curve[-1]["iteration"]:
-            calls.pictures, since = curve[-1]["calls"], CLOCK()
+            calls.images, since = curve[-1]["calls"], CLOCK()
             continue
         seconds, since = seconds + CLOCK() - since, CLOCK()
         if step.iteration % a.every == 0 or step.iteration in (a.every // 2, recipe.train.iterations):
             calls.on = False
-            row = measure(step, teacher, [Draw(method.counts[0])], a.curve, run, a)[0]
+            row = measure(step, teacher, [Draw(method.counts[0])], a.curve, a)[0]
             calls.on, since = True, CLOCK()
-            curve.append(
-                {"iteration": step.iteration, "seconds": seconds, "calls": calls.pictures}
-                | {k: row[k] for k in ("fd_real", "diversity_ratio")}
-            )
-            write_json(run / "curve.json", curve)
-            print(
-                f"{variant.key}-{seed} {step.iteration:4d} {seconds:6.0f} s  FD {row['fd_real']:.2f}  diversity {row['diversity_ratio']:.2f}",
-                flush=True,
-            )
-    if step is None:  # everything was trained, not measured
+            point = {"iteration": step.iteration, "seconds": seconds, "calls": calls.images}
+            curve.append(point | {k: row[k] for k in ("fd_real", "diversity_ratio")})
+            write_json(file, curve)
+            seen = f"FD {row['fd_real']:.2f}  diversity {row['diversity_ratio']:.2f}"
+            print(f"{run.name} {step.iteration:4d} {seconds:6.0f} s  {seen}", flush=True)
+    if step is None:  # training was finished, measuring was not
         step = Step(recipe.train.iterations, {}, 0.0, roles, method)
-    rows = measure(step, teacher, variant.draws, a.protocol, run, a)
-    origin = Origin("emoji", "", recipe.train.iterations, seconds, variant.key)
+    rows = measure(step, teacher, variant.draws, a.protocol, a)
     with roles.averaged():
-        Student.of(roles, method, origin).write(run / "final")
+        made = Origin("emoji", "", recipe.train.iterations, seconds, variant.key)
+        Student.of(roles, method, made).write(run / "final")
     result = {
+        "key": variant.key,
+        "seed": seed,
         "seconds": seconds,
         "iterations": recipe.train.iterations,
         "calls": curve[-1]["calls"] / (recipe.train.iterations * recipe.train.batch),
         "curve": curve,
         "rows": rows,
-        "hardware": hardware(),
-        "commit": commit(),
+        "recipe": settled(variant, a),
+        **origin(),
     }
-    write_json(run / "result.json", result | {"asked": shared(a), "recipe": settled(variant, a)})
+    write_json(run / "result.json", {"settings": shared(a), "row": result})
+
+
+def real_images(
+    variant: Variant,
+    recipe: DistillRecipe,
+    seed: int,
+    teacher: Backbone,
+    prompts: Embeddings,
+    identity: str,
+    a: argparse.Namespace,
+) -> ImageData | None:
+    """Return the images that a variant trains on, the teacher's own by default; None if it needs none."""
+    if recipe.data is None:
+        return None
+    if variant.key == "gan" and a.images:
+        return encode_images_of(teacher, a.images, a.out / "embeddings", identity)
+    count, steps, guidance = recipe.data.count, recipe.data.steps, recipe.method.guidance
+    return teacher_images(teacher, prompts, count, steps, guidance, a.out / "embeddings", seed)
 
 
 def shared(a: argparse.Namespace) -> Settings:
-    """What results must share to stand in one table."""
-    return {
-        "iterations": a.iterations,
-        "protocol": a.protocol,
-        "curve": a.curve,
-        "guidance": a.guidance,
-        "rate": a.rate,
-        "pictures": a.pictures,
-        "prompts": a.prompts.name,
-    }
+    """Return what results must share to stand in one table."""
+    settings = {key: getattr(a, key) for key in ("iterations", "protocol", "curve", "guidance", "rate", "images")}
+    return settings | {"prompts": a.prompts.name}
 
 
 def settled(variant: Variant, a: argparse.Namespace) -> Settings:
-    """Its recipe without the seed, as it is kept."""
+    """Return a variant's recipe without the seed, as JSON keeps it."""
     value = recipe_value(variant, 0, a.iterations, a.rate)
     value["train"] = {k: v for k, v in value["train"].items() if k != "seed"}
     kept: Settings = json.loads(json.dumps(value))
     return kept
 
 
-def finished(a: argparse.Namespace, of: Variant | None = None) -> dict[str, dict[str, Any]]:
-    """variant-seed -> result: of this folder's runs, and of the table as it was; those `of` a variant with the settings that it has today."""
-    table = a.to / "tdm.json"
-    found = json.loads(table.read_text())["results"] if table.exists() else {}
-    if any(result["asked"] != shared(a) for result in found.values()):
-        raise SystemExit(f"{table} was made with other settings than {shared(a)}: give --to another folder")
-    for path in a.out.glob("*-[0-9]/result.json"):
+def finished(a: argparse.Namespace, of: Variant | None = None) -> Found:
+    """Return the rows of the table and of this folder's runs.
+
+    `of` a variant: only rows with the settings that the variant has today.
+    """
+    table = read_record(a.to / "tdm.json")
+    if table is not None and table.rows and table.common["settings"] != shared(a):
+        raise SystemExit(f"{a.to / 'tdm.json'} has other settings than {shared(a)}: give --to another folder")
+    rows = [] if table is None else table.rows
+    for path in sorted(a.out.glob("*-[0-9]/result.json")):
         result = json.loads(path.read_text())
-        if result["asked"] == shared(a):
-            found[path.parent.name] = result
+        rows += [result["row"]] * (result["settings"] == shared(a))
     return {
-        k: v
-        for k, v in found.items()
-        if of is None or (k.rsplit("-", 1)[0] == of.key and v["recipe"] == settled(of, a))
+        (r["key"], r["seed"]): r for r in rows if of is None or (r["key"] == of.key and r["recipe"] == settled(of, a))
     }
 
 
-def measure(
-    model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str, run: Path, a: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Rows of these draws; the teacher's own pictures are measured once for all variants."""
-    best = Row(
-        "teacher",
-        50,
-        Guidance(scale=a.guidance),
-        100,
-        lambda p, s: sample(teacher, list(p), list(s), steps=50, guidance=a.guidance),
-    )
+def measure(model: Any, teacher: Backbone, draws: Sequence[Draw], protocol: str, a: argparse.Namespace) -> list[Facts]:
+    """Return the rows of these draws; the teacher's own images are measured once for all variants."""
+    best = teacher_row(teacher, 50, a.guidance)
     rows = [best, *(Row("student", d.steps, Guidance(), d.steps, _sampler(model, d)) for d in draws)]
     found = evaluate(rows, protocol_named(protocol), None, shipped=a.out / "teacher")["rows"]
     return [{**row, "draw": d.title} for row, d in zip(found[1:], draws, strict=True)]
@@ -174,156 +194,193 @@ def measure(
 
 def _sampler(model: Any, d: Draw, guidance: float = 1.0) -> Any:
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return sample(
-            model, list(prompts), list(seeds), steps=d.steps, guidance=guidance, solver=d.solver, condition=d.told
-        )
+        asked, own = list(prompts), list(seeds)
+        return sample(model, asked, own, guidance=guidance, steps=d.steps, solver=d.solver, condition=d.condition)
 
     return draw
 
 
-def teacher_rows(teacher: Backbone, a: argparse.Namespace) -> list[dict[str, Any]]:
-    """The teacher at its best and at the students' costs, under both protocols."""
+def teacher_row(teacher: Backbone, steps: int, guidance: float) -> Row:
+    """Return a row of the teacher to evaluate."""
+    nfe = steps * (2 if guidance != 1 else 1)
+    return Row("teacher", steps, Guidance(scale=guidance), nfe, _sampler(teacher, Draw(steps), guidance))
+
+
+def teacher_rows(teacher: Backbone, a: argparse.Namespace) -> list[Facts]:
+    """Measure the teacher at its best and at the students' costs, under both protocols."""
     found = []
     for protocol in (a.curve, a.protocol):
-        rows = [
-            Row("teacher", k, Guidance(scale=w), k * (2 if w != 1 else 1), _sampler(teacher, Draw(k), w))
-            for k, w in ((50, a.guidance), (4, a.guidance), (4, 1.0), (2, 1.0), (1, 1.0))
-        ]
+        counts = ((50, a.guidance), (4, a.guidance), (4, 1.0), (2, 1.0), (1, 1.0))
+        rows = [teacher_row(teacher, steps, guidance) for steps, guidance in counts]
         found = evaluate(rows, protocol_named(protocol), a.out / "teacher")["rows"]
     return found
 
 
-def verdict(relation: Relation, own: Mapping[str, float], other: Mapping[str, float]) -> str:
-    """Whether one FD stands to another as claimed, and by how much: the mean difference over the seeds that both have, which begin with the same noise and batches."""
+def verdict(relation: Relation, own: Mapping[int, float], other: Mapping[int, float]) -> str:
+    """Say whether one FD stands to another as claimed, and by how much.
+
+    The difference is a mean over the seeds that both have, which start with the same noise and batches. A
+    difference up to `NOISE` counts as none, and so does one up to two standard errors.
+    """
     gaps = [own[seed] - other[seed] for seed in own if seed in other]
     gap, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
     seen = "level" if abs(gap) <= max(NOISE, 2 * error) else "worse" if gap > 0 else "better"
     return f"{'yes' if seen == relation else 'no'}: {seen}, {gap:+.2f}"
 
 
-def write(teachers: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
-    """The table, the rows and the plot of whatever is finished."""
-    found = finished(a)
-    results = {v.key: [r for k, r in sorted(found.items()) if k.rsplit("-", 1)[0] == v.key] for v in VARIANTS}
-    measured = [
-        (
-            v,
-            d,
-            {
-                k.rsplit("-", 1)[1]: r["rows"][i]["fd_real"]
-                for k, r in sorted(found.items())
-                if k.rsplit("-", 1)[0] == v.key
-            },
-        )
+def by_variant(rows: Sequence[Facts]) -> dict[str, list[Facts]]:
+    """Return the rows of each variant, seed by seed."""
+    return {v.key: sorted((r for r in rows if r["key"] == v.key), key=lambda r: int(r["seed"])) for v in VARIANTS}
+
+
+def lines_of(rows: Sequence[Facts]) -> list[list[object]]:
+    """Return a line for each variant and each of its draws."""
+    results = by_variant(rows)
+    timed = of_one_machine(results)
+    measured = {
+        (v.key, d): {r["seed"]: r["rows"][i]["fd_real"] for r in results[v.key]}
         for v in VARIANTS
-        if results[v.key]
         for i, d in enumerate(v.draws)
-    ]
-    fd = {(v.key, v.called(d)): values for v, d, values in measured} | {(v.key, d): values for v, d, values in measured}
-    lines, timed = [], of_one_machine(results)
-    for variant in (v for v in VARIANTS if results[v.key]):
-        for i, d in enumerate(variant.draws):
-            own = [r["rows"][i] for r in results[variant.key]]
+        if results[v.key]
+    }
+    own_way = {(v.key, v.sampled(d)): measured[v.key, d] for v in VARIANTS for d in v.draws if results[v.key]}
+    lines: list[list[object]] = []
+    for v in (v for v in VARIANTS if results[v.key]):
+        for i, d in enumerate(v.draws):
             here = "-"
-            # a student that is called its own way stands beside the other's own way; where a solver is named, beside the same solver
-            other = fd.get((variant.against, d)) or fd.get((variant.against, variant.called(d)))
-            if variant.expect and other and other.keys() & fd[variant.key, d].keys():
-                here = f"{verdict(variant.expect[min(i, len(variant.expect) - 1)], fd[variant.key, d], other)} beside {variant.against}"
-            cells = [str(d.steps), *(spread([row[k] for row in own]) for k in ("fd_real", "fd_teacher")), spread([100 * row["retrieval_top1"] for row in own]), spread([row["diversity_ratio"] for row in own]), spread([r["seconds"] / 60 for r in timed[variant.key] or results[variant.key]]), f"{results[variant.key][0]['calls']:.1f}"]  # fmt: skip
-            lines.append(
-                f"| {variant.label} | `{variant.key}` | {d.title} | {' | '.join(cells)} | {len(own)} | {variant.table} | {variant.claim} | {here} |"
-            )
-    command = command_of(a, [k for k, own in results.items() if own], sorted({k.rsplit("-", 1)[1] for k in found}))
-    write_json(a.to / "tdm.json", {"results": found, "teacher": list(teachers), "command": command})
-    shown = [
-        f"| teacher, {Draw(t['steps']).title}, guidance {t['guidance']:g} | | | {t['nfe']} | {t['fd_real']:.2f} | {t['fd_teacher'] or 0:.2f} | {100 * t['retrieval_top1']:.2f} | {t['diversity_ratio'] or 1:.2f} | | | | | | |"
-        for t in teachers
+            # A named solver stands next to the same solver, a student's own one next to the other student's own.
+            other = measured.get((v.against, d)) or own_way.get((v.against, v.sampled(d)))
+            if v.expect and other and other.keys() & measured[v.key, d].keys():
+                claim = v.expect[min(i, len(v.expect) - 1)]
+                here = f"{verdict(claim, measured[v.key, d], other)} next to {v.against}"
+            own = [r["rows"][i] for r in results[v.key]]
+            cells = [
+                *(spread([row[k] for row in own]) for k in ("fd_real", "fd_teacher")),
+                spread([100 * row["retrieval_top1"] for row in own]),
+                spread([row["diversity_ratio"] for row in own]),
+                spread([r["seconds"] / 60 for r in timed[v.key] or results[v.key]]),
+                f"{results[v.key][0]['calls']:.1f}",
+                len(own),
+            ]
+            lines.append([v.label, f"`{v.key}`", d.title, d.steps, *cells, v.table, v.claim, here])
+    return lines
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    settings = record.common["settings"]
+    teachers: list[list[object]] = [
+        [
+            f"teacher, {Draw(t['steps']).title}, guidance {t['guidance']:g}",
+            *("", "", t["nfe"], f"{t['fd_real']:.2f}", f"{t['fd_teacher'] or 0:.2f}"),
+            *(f"{100 * t['retrieval_top1']:.2f}", f"{t['diversity_ratio'] or 1:.2f}"),
+            *[""] * 6,
+        ]
+        for t in record.common["teacher"]
     ]
-    commits, machines = (sorted({r[k] for r in found.values()}) for k in ("commit", "hardware"))
-    if len(machines) > 1:  # minutes of one are not those of another
-        machines = [f"{m} ({', '.join(k for k, r in sorted(found.items()) if r['hardware'] == m)})" for m in machines]
-    # Over fewer names than the rows have, the noise is wider than what lies between TDM and DMD2.
-    said = chr(10).join(f"- {line}" for line in race(found)) if a.curve == a.protocol else RACE
-    text = f"""# TDM, its variants and its rivals on the bundled teacher
+    head = ["model", "key", "sampled in", "NFE", "FD to real", "FD to teacher", "retrieval", "diversity", "minutes"]
+    head += ["training NFE", "seeds", "table", "claim", "here"]
+    images = "real images" if settings["images"] else "the teacher's own images, whose minutes are not counted"
+    # Over fewer names than the rows have, the noise is wider than the difference between TDM and DMD2.
+    same = settings["curve"] == settings["protocol"]
+    said = "\n".join(f"- {line}" for line in race(record.rows)) if same else RACE
+    what = f"""Differences up to {NOISE:g} count as none, and up to two standard errors of the difference seed by seed.
+        {rates(record)} LCM, progressive distillation and the adversarial term start from {images}.
+        {other_machines(record)}"""
+    return f"""# TDM, its variants and its rivals on the bundled teacher
 
-`{command}`, {"; ".join(machines)}, commit {", ".join(commits)}, {time.strftime("%Y-%m-%d")}. Protocol `{a.protocol}`; FD is FD-efflite0, lower is better; retrieval top-1 in
-percent; diversity relative to the teacher's. `calls` are the network's for one picture, `training calls` those of one iteration for each picture of its batch, forward, of whatever role. Minutes are of training, on a CPU those of the processor, of the machine that trained TDM's last seed where it trained others. Mean ± deviation over seeds. Students take no guidance. {rates(results)} `claim` is the paper's, on SD-v1.5 (HPS, higher is better); `here` says whether its ordering holds in FD, where differences up to
-{NOISE:g} count as none (and up to two standard errors of the difference seed by seed, with several). LCM, progressive distillation and the adversarial term start from {"real pictures" if a.pictures else "the teacher's own pictures, which take minutes that are not among theirs"}.
+{wrapped(f"{provenance(record)}. Protocol `{settings['protocol']}`.")}
 
-| model | key | called with | calls | FD to real | FD to teacher | retrieval | diversity | minutes | training calls | seeds | table | claim | here |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
-{chr(10).join([*shown, *lines])}
+{about(__doc__)}
+
+{wrapped(what)}
+
+{markdown(head, [*teachers, *lines_of(record.rows)])}
 
 {said}
 
 ![FD to real over training time](tdm.png)
 """
-    (a.to / "tdm.md").write_text(text)
-    plot(results, a.to / "tdm.png", a.curve)
 
 
-def command_of(a: argparse.Namespace, variants: Sequence[str], seeds: Sequence[str]) -> str:
-    """The command that makes a table of these: how long, which seeds, and every option that has another value than its default."""
-    said = ["python", "benchmarks/tdm.py"]
-    default = vars(options().parse_args([]))
-    for option, value in (vars(a) | {"seeds": [int(seed) for seed in seeds], "only": list(variants)}).items():
+def other_machines(record: Record) -> str:
+    """Say which students another machine trained than TDM's last one, if any."""
+    kept = {id(r) for own in of_one_machine(by_variant(record.rows)).values() for r in own}
+    found: dict[str, list[str]] = {}
+    for r in record.rows:
+        if id(r) not in kept:
+            found.setdefault(machine(r["hardware"]), []).append(f"{r['key']}-{r['seed']}")
+    return " ".join(f"Trained on {name}: {', '.join(sorted(students))}." for name, students in found.items())
+
+
+def command_of(a: argparse.Namespace, rows: Sequence[Facts]) -> str:
+    """Return the command that makes a table of these rows.
+
+    It names the iterations, the seeds, and every option that is not at its default.
+    """
+    said, default = ["python", "benchmarks/tdm.py"], vars(options().parse_args([]))
+    variants, seeds = [key for key, own in by_variant(rows).items() if own], sorted({r["seed"] for r in rows})
+    for option, value in (vars(a) | {"seeds": seeds, "only": variants}).items():
         if option in ("iterations", "seeds") or value != default[option]:
             said += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(said)
 
 
-def rates(results: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Whose learning rates are other than the base's, and how it was found."""
-    default, tuned = (
-        "Learning rates are the defaults of `tdm_variants.py`",
-        [v for v in VARIANTS if results[v.key] and v.rate != 1],
-    )
+def rates(record: Record) -> str:
+    """Say whose learning rates are not the base's."""
+    present = {r["key"] for r in record.rows}
+    tuned = [v for v in VARIANTS if v.key in present and v.rate != 1]
+    default = "Learning rates are the defaults of `tdm_variants.py`"
     if not tuned:
         return f"{default}."
     times = (
         f"times {rate:g} for {', '.join(f'`{v.key}`' for v in tuned if v.rate == rate)}"
         for rate in sorted({v.rate for v in tuned})
     )
-    return f"{default}, {', '.join(times)}: what brought more than noise with one seed (docs/log.md)."
+    return f"{default}, {', '.join(times)}: what gained more than noise with one seed (docs/log.md)."
 
 
-def of_one_machine(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Those whose minutes stand beside TDM's: of the machine of its last result."""
-    on = {r["hardware"] for r in results["tdm-4"][-1:]}
-    return {k: [r for r in of if not on or r["hardware"] in on] for k, of in results.items()}
+def of_one_machine(results: dict[str, list[Facts]]) -> dict[str, list[Facts]]:
+    """Return the rows whose minutes compare with TDM's: those of the machine of its last row."""
+    on = [r["hardware"] for r in results["tdm-4"][-1:]]
+    return {k: [r for r in own if not on or r["hardware"] in on] for k, own in results.items()}
 
 
-def race(found: dict[str, dict[str, Any]]) -> list[str]:
-    """The paper's fig. 9 in numbers: when TDM is as good as each rival's best, as a share of the rival's time to it, and how much lower it ends.
+def race(rows: Sequence[Facts]) -> list[str]:
+    """Say when TDM is as good as each rival at its best, as a share of the rival's time, and how it ends.
 
-    Once to the letter, and once where no further above the best than the noise is as good, for both: whoever improves slowly is there sooner.
+    This is the paper's fig. 9 in numbers: once to the letter, and once where FD within the noise of the best is as
+    good, for both. The latter is earlier for a method that improves slowly.
     """
+    found = {(r["key"], r["seed"]): r for r in rows}
     said = []
     for variant in (v for v in VARIANTS if v.key in RIVALS):
         both = [
             (own, rival)
-            for seed in "0123456789"
-            if (own := found.get(f"tdm-4-{seed}"))
-            and (rival := found.get(f"{variant.key}-{seed}"))
-            and own["hardware"] == rival["hardware"]  # a race is run on one track
+            for seed in range(10)
+            if (own := found.get(("tdm-4", seed)))
+            and (rival := found.get((variant.key, seed)))
+            and own["hardware"] == rival["hardware"]
         ]
         if both:
-            to_the_letter, about = (
-                [_share(own["curve"], rival["curve"], slack) for own, rival in both] for slack in (0.0, NOISE)
+            exact, about_it = (
+                _when([_share(own["curve"], rival["curve"], slack) for own, rival in both]) for slack in (0.0, NOISE)
             )
-            ends = [
-                [next(row["fd_real"] for row in r["rows"] if row["draw"] == Draw(4).title) for r in pair]
-                for pair in both
-            ]
+            ends = [[_end(r) for r in pair] for pair in both]
             lower = spread([100 * (1 - own / rival) for own, rival in ends])
             said.append(
-                f"{variant.label}: TDM has its best FD {_when(to_the_letter)}, to within {NOISE:g} of it (both) {_when(about)}, and ends {lower} % lower (the paper, of DMD2: 4 % of the time, 20 % lower)."
+                f"{variant.label}: TDM has its best FD {exact}, to within {NOISE:g} of it (both) {about_it}, and ends "
+                f"{lower} % lower (the paper, of DMD2: 4 % of the time, 20 % lower)."
             )
     return said
 
 
+def _end(row: Facts) -> float:
+    return next(float(r["fd_real"]) for r in row["rows"] if r["draw"] == Draw(4).title)
+
+
 def _share(own: Sequence[Mapping[str, float]], rival: Sequence[Mapping[str, float]], slack: float) -> float:
-    """Percent of the rival's time to its best FD that the other takes to it; `slack` above it is as good."""
+    """Return the percent of the rival's time to its best FD that the other takes; `slack` above it is as good."""
     level = min(p["fd_real"] for p in rival) + slack
     reached, needed = (
         next((p["seconds"] for p in curve if p["fd_real"] <= level), float("inf")) for curve in (own, rival)
@@ -335,9 +392,12 @@ def _when(shares: Sequence[float]) -> str:
     return f"in {spread(shares)} % of the time" if max(shares) < float("inf") else "never"
 
 
-def plot(results: dict[str, list[dict[str, Any]]], path: Path, curve: str) -> None:
-    """FD to real over minutes of training, a line a seed: rivals (the paper's fig. 9), then TDM's variants and ablations. Of one machine, TDM's last one."""
-    results = of_one_machine(results)
+def plot(record: Record, path: Path) -> None:
+    """Draw FD to real over minutes of training, a line for each seed.
+
+    Rivals are on the left (the paper's fig. 9), variants and ablations of TDM on the right; all of one machine.
+    """
+    results = of_one_machine(by_variant(record.rows))
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     for axes, rivals in zip(panels, (True, False), strict=True):
         shown = [
@@ -346,23 +406,35 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path, curve: str) -> No
             if results[v.key] and v.draws != (Draw(1),) and (v.key == "tdm-4" or (v.key in RIVALS) == rivals)
         ]
         for i, variant in enumerate(shown):
+            tdm = variant.key == "tdm-4"
             for j, result in enumerate(results[variant.key]):
                 axes.plot(
                     [p["seconds"] / 60 for p in result["curve"]],
                     [p["fd_real"] for p in result["curve"]],
-                    color="black" if variant.key == "tdm-4" else plt.get_cmap("tab20")(i % 20),
-                    lw=2 if variant.key == "tdm-4" else 1.2,
+                    color="black" if tdm else plt.get_cmap("tab20")(i % 20),
+                    lw=2 if tdm else 1.2,
                     label=variant.label if j == 0 else None,
                 )
         axes.set(xlabel="minutes of training", title="rivals" if rivals else "variants and ablations")
         if shown:
             axes.legend(fontsize=7, frameon=False)
-    panels[0].set_ylabel(f"FD-efflite0 to real, {protocol_named(curve).names} names")
+    names = protocol_named(record.common["settings"]["curve"]).names
+    panels[0].set_ylabel(f"FD-efflite0 to real, {names} names")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def write(teachers: Sequence[Facts], a: argparse.Namespace) -> None:
+    """Write the table and the plot of what is finished."""
+    rows = [r for own in by_variant(list(finished(a).values())).values() for r in own]
+    common = {"settings": shared(a), "teacher": list(teachers)}
+    record = new_record("tdm", command_of(a, rows), rows, sorted({r["seed"] for r in rows}), common)
+    write_record(record, page(record), a.to)
+    plot(record, a.to / "tdm.png")
+
+
 def options() -> argparse.ArgumentParser:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", nargs="*", choices=[v.key for v in VARIANTS], default=[v.key for v in VARIANTS], metavar="VARIANT"
@@ -370,42 +442,32 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=BASE["train"]["iterations"])
     parser.add_argument(
-        "--rate",
-        type=float,
-        default=1.0,
-        help="times every learning rate that the variants have: the table of another goes to another folder (--out and --to)",
+        "--rate", type=float, default=1.0, help="times every learning rate; needs other folders for --out and --to"
     )
     parser.add_argument(
-        "--every",
-        type=int,
-        default=52,
-        help="iterations between two points of the curve, which has one at half of the first as well",
+        "--every", type=int, default=52, help="iterations between points of the curve; one more at half of the first"
     )
     parser.add_argument("--protocol", default="emoji-medium")
     parser.add_argument("--curve", default="emoji-quick", help="protocol of the curve")
     parser.add_argument("--guidance", type=float, default=4.5)
-    parser.add_argument(
-        "--pictures", help="folder of real pictures for the adversarial term; the teacher's own if not given"
-    )
+    parser.add_argument("--images", help="folder of real images for the adversarial term; by default the teacher's own")
     parser.add_argument("--prompts", type=Path, default=Path("src/fewstep/zoo/emoji/prompts.txt"))
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench-tdm"), help="where students and measurements are kept"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-tdm"), help="where runs are kept")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
     return parser
 
 
 def main() -> None:
+    """Train, measure and write the table."""
     a = options().parse_args()
     quiet()
-    a.to.mkdir(parents=True, exist_ok=True)
     teacher = load_teacher("emoji")
     teachers = teacher_rows(teacher, a)
     for seed in a.seeds:
         for variant in VARIANTS:
             if variant.key in a.only:
                 began = time.monotonic()
-                train(variant, seed, teacher, a.out, a)
+                train(variant, seed, teacher, a)
                 write(teachers, a)
                 print(f"{variant.key}-{seed} done in {time.monotonic() - began:.0f} s", flush=True)
 

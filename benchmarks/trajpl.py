@@ -1,23 +1,30 @@
-"""TrajP-L, its ablations and its rivals where the truth is known: a mixture of Gaussians in 128 dimensions.
+"""Compare TrajP-L with its ablations and rivals on teachers of several kinds.
 
     python benchmarks/trajpl.py                    # trains what is missing, then writes benchmarks/trajpl.md and .json
-    python benchmarks/trajpl.py --only exact       # one part; --seeds 0 for one seed; --iterations N for another budget
+    python benchmarks/trajpl.py --only exact       # one part; --seeds 0: one seed; --iterations N: another budget
 
-`exact`: the teacher is the closed form, so there is nothing for a LoRA to train and heads stand alone. `network`: a small network that
-was trained on draws of the mixture is the teacher, of more trajectories, for LoRA learn 3,000 by heart. `data`: the same with fewer, one seed. One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||`
-at the end of the trajectory, from the same noise, averaged over trajectories that no student has seen; the Frechet distance there is that of 1,000 ends to 100,000 draws, in the data's own 128 dimensions.
-`pixel`: the bundled Fashion-MNIST teacher, whose way has 50 steps of DDIM (students learn from 24 of DPM-Solver++), and beside the error Frechet distances of 1,000 pictures
-to as many of the test set from Debian's dataset-fashion-mnist: in the features of a small network that tells the set's classes apart, trained here in a minute, and in those of EfficientNet-lite0
-(32 components of each); `two` and `two-matched` are students of two steps alone. `emoji`: the bundled text-to-image
-teacher with guidance 4.5, which students have distilled in and solvers alone go without; FD-efflite0 of 256 names to all real emoji.
+One student serves all step counts. The error is `||x - x_teacher|| / ||x_teacher||` at the end of the trajectory, from
+the same noise, averaged over trajectories that no student has seen. Seconds are of training, on a CPU those of the
+processor.
 
-Seconds are of training, on a CPU those of the processor. Runs that `benchmarks/trajpl.json` holds, made with the same settings, are not run again.
+- `exact`: a mixture of Gaussians in 128 dimensions, whose closed form is the teacher. A LoRA has nothing to train, so
+  heads stand alone. The Fréchet distance is that of 1,000 ends to 100,000 draws, in the data's own 128 dimensions.
+- `network`: the teacher is a small network, trained on draws of that mixture. It has more trajectories, because a LoRA
+  learns 3,000 by heart. `data`: the same with fewer trajectories and one seed.
+- `pixel`: the bundled Fashion-MNIST teacher in 50 steps of DDIM; students learn from 24 steps of DPM-Solver++. Fréchet
+  distances are of 1,000 images to as many of the test set (Debian's dataset-fashion-mnist), in 32 components of two
+  sets of features: of a small network that classifies the set, trained here in a minute, and of EfficientNet-lite0.
+  Students "for 2 steps alone" serve no other count.
+- `emoji`: the bundled text-to-image teacher with guidance 4.5. Students have the guidance distilled in, solvers alone
+  do without. FD-efflite0 is of 256 names to all real emoji.
+
+What `benchmarks/trajpl.json` holds with the same settings is not run again.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,41 +35,54 @@ from torch import Tensor
 
 from fewstep import TrajectoryConfig, TrajectoryImitation
 from fewstep.api import trajectory_times
-from fewstep.atomic import write_json
 from fewstep.backbones.base import denoiser
 from fewstep.backbones.generate import device_of
 from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import Embeddings, embed
 from fewstep.data.trajectories import Trajectories, generate_trajectories, guided_teacher, run_to_completion
-from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method, student_of
+from fewstep.methods.presets import preset
 from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 from fewstep.training.loop import TrainConfig, distill
-from origin import CLOCK, commit, hardware
-from tables import spread
+from records import (
+    CLOCK,
+    Facts,
+    Record,
+    commits,
+    machines,
+    markdown,
+    new_record,
+    origin,
+    spread,
+    stored_rows,
+    write_record,
+)
 from trajpl_teachers import Part, make_part
 
 COUNTS = (1, 2, 3, 4, 5, 6)
-CHUNK = {"pixel": 125, "emoji": 32}  # trajectories that are walked together, where not 500
+CHUNK = {"pixel": 125, "emoji": 32}  # trajectories at once, where not 500
 
 
 @dataclass(frozen=True)
 class Student:
-    """A way to few steps: settings of the method and of the roles; without training a solver alone."""
+    """A few-step student: changed settings of the method and the roles; untrained it is a solver alone."""
 
     label: str
     method: dict[str, Any] = field(default_factory=dict)
     roles: dict[str, Any] = field(default_factory=dict)
     trained: bool = True
     trajectories: int = 0  # 0: as many as its part has
-    iterations: int = 0  # 0: as its part has
+    iterations: int = 0  # 0: as many as its part has
     rate: float = 1.0  # times its part's learning rate
-    matching: dict[str, Any] = field(default_factory=dict)  # settings of TDM after it, from its student
+    matching: dict[str, Any] = field(default_factory=dict)  # settings of TDM, which continues the student
 
 
-ALONE = {"rank": 0}
-SOLVERS = {name: Student(label, {"solver": name, "head": "none"}, trained=False) for name, label in (("ddim", "DDIM"), ("ipndm", "iPNDM"), ("dpmpp", "DPM-Solver++(2M)"))}  # fmt: skip
+ALONE: dict[str, Any] = {"rank": 0}
+SOLVERS = {
+    name: Student(label, {"solver": name, "head": "none"}, trained=False)
+    for name, label in (("ddim", "DDIM"), ("ipndm", "iPNDM"), ("dpmpp", "DPM-Solver++(2M)"))
+}
 HEADS = {
     "pas": Student("shared weights (PAS)", {"head": "shared"}, ALONE),
     "head": Student("span head alone", {"head": "span"}, ALONE),
@@ -71,13 +91,13 @@ LORAS = {
     "lora": Student("LoRA alone", {"head": "none"}, {"rank": 8}),
     "trajp-l": Student("LoRA and span head (TrajP-L)", {"head": "span"}, {"rank": 8}),
 }
-ANCHORED = {"steps": 2, "anchor": 32.0, "warmup": 40, "fake_weight": "v"}
+REGRESSED: dict[str, Any] = {"steps": 2, "regression_weight": 32.0, "warmup": 40, "fake": {"weight": "v"}}
 MATCHING = TrainConfig(iterations=160, batch=32, lr=1e-4, fake_lr=1e-3, decay=80, ema=0.95)
-SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"share": False})
+SFD = Student("all weights, no head (SFD)", {"head": "none"}, {"lora": False})
 
 
 def of_rank(rank: int) -> dict[str, Student]:
-    """Students of a teacher of pictures, whose LoRA have so many components: 4 % of its weights."""
+    """Return the students of an image teacher; a LoRA of this rank has 4 % of the teacher's weights."""
     return {
         **SOLVERS,
         **HEADS,
@@ -107,101 +127,174 @@ PARTS: dict[str, dict[str, Student]] = {
     },
     "pixel": of_rank(2)
     | {
-        "film": Student("LoRA and FiLM convolution head", {"head": "film"}, {"rank": 2}),
         "two": Student("TrajP-L for 2 steps alone", {"head": "span", "steps": 2}, {"rank": 2}, iterations=600),
         "two-matched": Student(
-            "LoRA for 2 steps alone, then anchored TDM",
+            "LoRA for 2 steps alone, then TDM with a regression term",
             {"head": "none", "steps": 2},
             {"rank": 2},
             iterations=420,
-            matching=ANCHORED,
+            matching=REGRESSED,
         ),
     },
     "emoji": of_rank(6),
 }
 
 
-def walked(
+def generated(
     part: Part, data: Embeddings, config: TrajectoryConfig, times: Tensor, folder: Path, name: str
 ) -> Trajectories:
-    """The teacher's trajectories, kept in the folder."""
+    """Return the teacher's trajectories, which the folder keeps."""
     null = data.unconditional(device_of(part.teacher.module))
     source = guided_teacher(part.teacher, null, config, times, Guidance(scale=part.guidance))
+    chunk = CHUNK.get(name, 500)
     return run_to_completion(
-        generate_trajectories(part.teacher, data, config, times, source, folder, name, chunk=CHUNK.get(name, 500))
+        generate_trajectories(part.teacher, data, config, times, source, folder, name, chunk=chunk)
     )
 
 
-def asked_of(student: Student, part: Part) -> dict[str, Any]:
-    """Settings that a run must share with one that is kept."""
-    train = {k: v for k, v in asdict(training_of(student, part)).items() if k != "seed"}
-    trajectories = asdict(replace(part.paths, count=student.trajectories or part.paths.count))
-    own: dict[str, Any] = (
-        {
-            "train": train,
+def settings_of(student: Student, part: Part) -> Facts:
+    """Return the settings that a run must share with a stored row, as JSON keeps them."""
+    own: Facts = {"samples": len(part.noise), "method": student.method}
+    if student.trained:
+        trajectories = asdict(replace(part.trajectories, count=student.trajectories or part.trajectories.count))
+        own |= {
+            "train": {k: v for k, v in asdict(train_config(student, part)).items() if k != "seed"},
             "trajectories": {k: v for k, v in trajectories.items() if k not in ("student", "folder")},
             "roles": student.roles,
-            "samples": len(part.noise),
         }
-        if student.trained
-        else {"samples": len(part.noise)}
-    )
-    own |= {"matching": student.matching, "matching_train": asdict(MATCHING)} if student.matching else {}
-    value: dict[str, Any] = json.loads(json.dumps(own | {"method": student.method}))
+    if student.matching:
+        own |= {"matching": student.matching, "matching_train": asdict(MATCHING)}
+    value: Facts = json.loads(json.dumps(own))
     return value
 
 
-def training_of(student: Student, part: Part) -> TrainConfig:
-    """Of its imitation."""
+def completed(settings: Mapping[str, Any]) -> Facts:
+    """Return stored settings; training settings that they do not name are at their defaults."""
+    default = json.loads(json.dumps(asdict(TrainConfig(iterations=1))))
+    missing = {k: v for k, v in default.items() if k not in ("iterations", "seed")}
+    return {k: missing | v if k in ("train", "matching_train") else v for k, v in settings.items()}
+
+
+def train_config(student: Student, part: Part) -> TrainConfig:
+    """Return the settings of a student's imitation."""
     its, lr = student.iterations or part.train.iterations, student.rate * part.train.rates(True)[0]
     return replace(part.train, iterations=its, decay=its // 2, lr=lr, fake_lr=lr)
 
 
 def run(
-    name: str, key: str, student: Student, part: Part, walks: Callable[[], Trajectories], data: Embeddings, seed: int
-) -> dict[str, Any]:
-    """Train one student on what `walks` gives, and measure it at every count that it serves."""
-    teacher, method = (
-        part.teacher,
-        TrajectoryImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method}),
-    )
-    about: dict[str, Any] = {"commit": commit(), "hardware": hardware()}
-    about |= {
+    name: str, key: str, part: Part, trajectories: Callable[[], Trajectories], data: Embeddings, seed: int
+) -> Facts:
+    """Train one student, and measure it in every step count that it serves."""
+    student, teacher = PARTS[name][key], part.teacher
+    method = TrajectoryImitation(**{"steps": COUNTS, "guidance": part.guidance, **student.method})
+    row: Facts = {
         "part": name,
         "key": key,
         "label": student.label,
         "seed": seed,
         "teacher": part.floors,
-        "asked": asked_of(student, part),
+        "settings": settings_of(student, part),
+        **origin(),
     }
     if not student.trained:
         with torch.no_grad():
             measured = part.measure(lambda _, cond: denoiser(teacher, teacher.module, cond), method, None)
-        return about | {"measured": measured, "seconds": 0.0, "trained": 0, "share": 0.0}
-    paths = walks()
-    roles = roles_for(teacher, method, RolesConfig(**student.roles), seed, paths)
+        return row | {"measured": measured, "seconds": 0.0, "trained": 0, "share": 0.0}
+    paths, config = trajectories(), RolesConfig(**student.roles)
+    roles = roles_for(teacher, method, config, seed, paths)
     began = CLOCK()
-    stages: list[tuple[Method, TrainConfig]] = [(method, training_of(student, part))]
+    stages: list[tuple[Method, TrainConfig]] = [(method, train_config(student, part))]
     if student.matching:
-        stages.append((DistributionMatching(**{"guidance": part.guidance, **student.matching}), MATCHING))
-    for i, (stage, config) in enumerate(stages):
+        stages.append((preset("tdm", guidance=part.guidance, **student.matching), MATCHING))
+    for i, (stage, lengths) in enumerate(stages):
         if i:
             with roles.averaged():
                 state = roles.student_state()
-            roles = roles_for(teacher, stage, RolesConfig(**student.roles), seed, paths)
+            roles = roles_for(teacher, stage, config, seed, paths)
             roles.start_from(state)
-        for step in distill(roles, stage, data, replace(config, seed=seed), paths=paths):
+        for step in distill(roles, stage, data, replace(lengths, seed=seed), paths=paths):
             if step.iteration % 100 == 0:
-                print(f"{name} {key}-{seed} {step.iteration}/{config.iterations} {CLOCK() - began:.0f} s", flush=True)
+                print(f"{name} {key}-{seed} {step.iteration}/{lengths.iterations} {CLOCK() - began:.0f} s", flush=True)
     seconds = CLOCK() - began
     with roles.averaged(), torch.no_grad():
         measured = part.measure(lambda count, cond: student_of(method, roles, cond, count), method, roles.head)
     trained = sum(p.numel() for p in roles.trained["student"].values())
     share = trained / sum(p.numel() for n, p in teacher.module.named_parameters() if "lora_" not in n)
-    return about | {"measured": measured, "seconds": seconds, "trained": trained, "share": share}
+    return row | {"measured": measured, "seconds": seconds, "trained": trained, "share": share}
+
+
+def kept(a: argparse.Namespace) -> dict[tuple[str, str, int], Facts]:
+    """Return the table's rows by part, key and seed; another process may have written some."""
+    return {(r["part"], r["key"], r["seed"]): r for r in stored_rows(a.to / "trajpl.json")}
+
+
+def measured_as(row: Facts, student: Student, part: Part) -> bool:
+    """Return whether a stored row has a student's settings of today and all measures of its part."""
+    same = completed(row["settings"]) == settings_of(student, part)
+    return same and row["measured"].keys() == {"error", *part.distances}
+
+
+def page(record: Record) -> str:
+    """Return the page of a record: means and deviations over seeds."""
+    what = "\n\n".join((__doc__ or "").split("\n\n")[2:4])
+    lines = ["# TrajP-L", "", what, ""]
+    for name in dict.fromkeys(r["part"] for r in record.rows):
+        rows = [r for r in record.rows if r["part"] == name]
+        lines += [f"## Teacher: {name}", ""]
+        for measure in dict.fromkeys(m for r in rows for m in r["measured"]):
+            has_it = [r for r in rows if measure in r["measured"]]  # later measures are not in all rows
+            lines += [*_table(has_it, PARTS[name], measure, trained=name != "exact"), ""]
+        own, seeds = replace(record, rows=rows), sorted({r["seed"] for r in rows if r["trained"]})
+        where = "; ".join([*machines(own), commits(own)])
+        lines += [f"Seeds {', '.join(map(str, seeds))}; {where}: `{record.command} --only {name}`.", ""]
+    return "\n".join(lines)
+
+
+TITLES = {
+    "error": "relative error of the end",
+    "fd": "FD-efflite0 to real images",
+    "fd_data": "Fréchet distance to draws of the mixture",
+    "fd_classes": "FD to real images, features of a classifier",
+}
+
+
+def _table(rows: Sequence[Facts], students: Mapping[str, Student], measure: str, trained: bool) -> list[str]:
+    """Return one measure of one part: its students' means over seeds.
+
+    A distance is shown for the teacher, too, and at two steps as a share of DDIM's excess over the teacher's.
+    """
+    counts = list(rows[0]["measured"][measure])
+    head = [TITLES[measure], "trained weights", "seconds", *(f"NFE {k}" for k in counts)]
+    floor: float | None = rows[0]["teacher"].get(measure)
+    ddim = next((r["measured"][measure]["2"] for r in rows if r["key"] == "ddim"), None)
+    lines = []
+    for key, student in students.items():
+        if own := [r for r in rows if r["key"] == key]:
+            weights = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and trained else "")
+            found = [r["measured"][measure] for r in own]
+            cells = [spread([m[k] for m in found], 3) if k in found[0] else "" for k in counts]
+            if ddim is not None and floor is not None:
+                left = statistics.mean((m["2"] - floor) / (ddim - floor) for m in found)
+                cells[counts.index("2")] += f" ({left:.1%})"
+            lines.append([student.label, weights, f"{statistics.mean(r['seconds'] for r in own):.0f}", *cells])
+    table = [markdown(head, lines)]
+    if floor is not None:
+        table += ["", f"The teacher has {floor:.3f}. In brackets: what is left of DDIM's excess over it at two steps."]
+    return table
+
+
+def write(rows: Sequence[Facts], a: argparse.Namespace) -> None:
+    """Write the table, in the order of `PARTS`."""
+    order = [(part, key) for part, students in PARTS.items() for key in students]
+    known = [r for r in rows if (r["part"], r["key"]) in order]
+    known.sort(key=lambda r: (order.index((r["part"], r["key"])), r["seed"]))
+    seeds = sorted({r["seed"] for r in known})
+    record = new_record("trajpl", "python benchmarks/trajpl.py", known, seeds, {})
+    write_record(record, page(record), a.to)
 
 
 def main() -> None:
+    """Train, measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS), help="parts to run")
     parser.add_argument("--keys", nargs="*", default=None, help="students to run")
@@ -216,9 +309,9 @@ def main() -> None:
     parser.add_argument("--pixel-iterations", type=int, default=350)
     parser.add_argument("--emoji-iterations", type=int, default=300)
     parser.add_argument("--emoji-count", type=int, default=2048, help="trajectories of the text-to-image teacher")
-    parser.add_argument("--names", type=int, default=256, help="names of emoji whose pictures are measured")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench-trajpl"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--names", type=int, default=256, help="names of emoji whose images are measured")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-trajpl"), help="where trajectories are kept")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="where the table goes")
     a = parser.parse_args()
     for name in a.only:
         part = make_part(name, a)
@@ -227,94 +320,19 @@ def main() -> None:
         for key, student in PARTS[name].items():
             if a.keys and key not in a.keys:
                 continue
-            config, folder = part.paths, a.folder / name
+            config, folder = part.trajectories, a.out / name
             if student.trajectories:
-                config, folder = (
-                    replace(config, count=student.trajectories),
-                    a.folder / f"{name}-{student.trajectories}",
-                )
-            walks = partial(walked, part, data, config, times, folder, name)
+                config, folder = replace(config, count=student.trajectories), a.out / f"{name}-{student.trajectories}"
+            trajectories = partial(generated, part, data, config, times, folder, name)
             for seed in a.seeds if student.trained and not student.trajectories else a.seeds[:1]:
                 row = kept(a).get((name, key, seed))
-                if (
-                    row is None
-                    or row["asked"] != asked_of(student, part)
-                    or row["measured"].keys() != {"error", *part.distances}
-                ):
-                    row = run(name, key, student, part, walks, data, seed)
+                if row is None or not measured_as(row, student, part):
+                    row = run(name, key, part, trajectories, data, seed)
                     write(list((kept(a) | {(name, key, seed): row}).values()), a)
                 for measure, numbers in row["measured"].items():
-                    print(
-                        name,
-                        key,
-                        seed,
-                        measure,
-                        {k: round(v, 4) for k, v in numbers.items()},
-                        f"{row['seconds']:.0f} s",
-                        flush=True,
-                    )
+                    seen = {k: round(v, 4) for k, v in numbers.items()}
+                    print(name, key, seed, measure, seen, f"{row['seconds']:.0f} s", flush=True)
     write(list(kept(a).values()), a)
-
-
-def kept(a: argparse.Namespace) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """(part, key, seed) -> the run that the table holds, which another process may have put there."""
-    table = a.out / "trajpl.json"
-    return {
-        (r["part"], r["key"], r["seed"]): r for r in (json.loads(table.read_text())["rows"] if table.exists() else [])
-    }
-
-
-def write(results: list[dict[str, Any]], a: argparse.Namespace) -> None:
-    """`trajpl.json` with every run, and `trajpl.md` with means and deviations over seeds."""
-    results = json.loads(json.dumps(results))  # step counts are names in json
-    order = [(part, key) for part, students in PARTS.items() for key in students]
-    results = sorted(
-        (r for r in results if (r["part"], r["key"]) in order),
-        key=lambda r: (order.index((r["part"], r["key"])), r["seed"]),
-    )
-    write_json(a.out / "trajpl.json", {"rows": results, "command": "python benchmarks/trajpl.py"})
-    lines = ["# TrajP-L", "", (__doc__ or "").split("\n\n")[2].strip(), ""]
-    for name in dict.fromkeys(r["part"] for r in results):
-        rows = [r for r in results if r["part"] == name]
-        lines += [f"## Teacher: {name}", ""]
-        for measure in dict.fromkeys(m for r in rows for m in r["measured"]):
-            has_it = [r for r in rows if measure in r["measured"]]  # all but those of before it was measured
-            lines += [*_table(has_it, PARTS[name], measure, trained=name != "exact"), ""]
-        lines += [f"Seeds {', '.join(sorted({str(r['seed']) for r in rows if r['trained']}))}; {', '.join(sorted({r['hardware'] for r in rows}))}; commit {', '.join(sorted({r['commit'] for r in rows}))}: `python benchmarks/trajpl.py --only {name}`.", ""]  # fmt: skip
-    (a.out / "trajpl.md").write_text("\n".join(lines))
-
-
-def _table(rows: list[dict[str, Any]], students: dict[str, Student], measure: str, trained: bool) -> list[str]:
-    """One measure of one part: its students' means over seeds. Of distances also the teacher's, and at two steps the share of DDIM's excess over it."""
-    counts = list(rows[0]["measured"][measure])
-    titles = {
-        "error": "relative error of the end",
-        "fd": "FD-efflite0 to real pictures",
-        "fd_data": "Frechet distance to draws of the mixture",
-        "fd_classes": "FD to real pictures, features of a classifier",
-    }
-    head = [titles[measure], "trained weights", "seconds", *(f"{k} NFE" for k in counts)]
-    lines, floor = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], rows[0]["teacher"].get(measure)
-    ddim = next((r["measured"][measure]["2"] for r in rows if r["key"] == "ddim"), None) if floor is not None else None
-    for key, student in students.items():
-        if own := [r for r in rows if r["key"] == key]:
-            weights = f"{own[0]['trained']}" + (f" ({own[0]['share']:.1%})" if own[0]["trained"] and trained else "")
-            cells = [
-                spread([r["measured"][measure][k] for r in own], 3) if k in own[0]["measured"][measure] else ""
-                for k in counts
-            ]
-            if ddim is not None and floor is not None:
-                cells[counts.index("2")] += (
-                    f" ({statistics.mean((r['measured'][measure]['2'] - floor) / (ddim - floor) for r in own):.1%})"
-                )
-            seconds = f"{statistics.mean(r['seconds'] for r in own):.0f}"
-            lines.append(f"| {' | '.join([student.label, weights, seconds, *cells])} |")
-    if floor is not None:
-        lines += [
-            "",
-            f"The teacher's own way: {floor:.3f}. In brackets: what is left of DDIM's excess over it at two steps.",
-        ]
-    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What `benchmarks/trajpl.py` measures on: teachers, the noise and the conditions they are asked for, where they end from there, and the distances to real pictures."""
+"""Make the teachers that `benchmarks/trajpl.py` measures on.
+
+A part has a teacher, noise and conditions, the teacher's ends from there, and distances to real data.
+"""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -36,23 +39,30 @@ PROCESS = EDM()
 
 
 def mixture() -> Mixture:
-    """Six modes of standard deviation 0.25 around means drawn from N(0, 0.5^2): two steps of DDIM miss by a good half."""
+    """Return six modes of standard deviation 0.25, with means from N(0, 0.5^2).
+
+    Two steps of DDIM miss the end by more than half.
+    """
     return Mixture(0.5 * torch.randn((6, D), generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.25)
 
 
 class Exact(nn.Module):
-    """The mixture's own denoiser."""
+    """The mixture's closed-form denoiser."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mixture, self.scale = mixture(), nn.Parameter(torch.ones(()), requires_grad=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the clean estimate."""
         return (self.scale * self.mixture.denoise(PROCESS, x.double(), t.double()).x0).to(x)
 
 
 class Small(nn.Module):
-    """A residual perceptron with EDM's preconditioning; its output is the raw F of `D = c_skip x + c_out F`."""
+    """A residual perceptron with EDM's preconditioning.
+
+    Its output is the raw F of `D = c_skip x + c_out F`.
+    """
 
     def __init__(self, width: int = 256, blocks: int = 4, sigma_data: float = 0.5) -> None:
         super().__init__()
@@ -60,9 +70,13 @@ class Small(nn.Module):
         self.register_buffer("frequencies", torch.logspace(-1, 1, 16))
         self.time = nn.Linear(32, width)
         self.into, self.out = nn.Linear(D, width), nn.Linear(width, D)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(blocks))  # fmt: skip
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(blocks)
+        )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return F for x [N, D] at times t [N]."""
         phase = (t.clamp(min=1e-3).log() / 4)[:, None] * self.get_buffer("frequencies")
         at = self.time(torch.cat([phase.sin(), phase.cos()], 1))
         h = self.into(x / (t.square() + self.sigma_data**2).sqrt()[:, None])
@@ -72,18 +86,15 @@ class Small(nn.Module):
 
 
 def small_teacher(file: Path, steps: int) -> Backbone:
-    """Trained once on draws of the mixture, with EDM's weighting and draws of log sigma."""
+    """Train the small network once on draws of the mixture, with EDM's weighting and draws of log sigma."""
     torch.manual_seed(0)
     net = Small()
     teacher = Denoiser(net, PROCESS, (D,), "edm", name="small", time_layer="time")
     if file.exists():
         net.load_state_dict(load_file(file))
         return teacher
-    data, rng, average = (
-        mixture(),
-        torch.Generator().manual_seed(0),
-        {k: v.clone() for k, v in net.state_dict().items()},
-    )
+    data, rng = mixture(), torch.Generator().manual_seed(0)
+    average = {k: v.clone() for k, v in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - step / steps))
@@ -104,13 +115,19 @@ def small_teacher(file: Path, steps: int) -> Backbone:
     return teacher
 
 
-Call = Callable[[int, Cond], Denoise]  # a step count and conditions -> the student that takes it
+Call = Callable[[int, Cond], Denoise]  # a step count and conditions -> the student for that count
 
 
 def in_parts(
-    made: Callable[[Cond], Denoise], teacher: Backbone, cond: Cond, noise: Tensor, times: Tensor, solver: Solver, head: Correction | None = None
-) -> Tensor:  # fmt: skip
-    """The ends of the way from all of `noise`, as many at once as caches like."""
+    made: Callable[[Cond], Denoise],
+    teacher: Backbone,
+    cond: Cond,
+    noise: Tensor,
+    times: Tensor,
+    solver: Solver,
+    head: Correction | None = None,
+) -> Tensor:
+    """Return the ends of the trajectories from `noise`, solved in batches that fit the caches."""
     ends = []
     for start in range(0, len(noise), AT_ONCE):
         own = slice(start, start + AT_ONCE)
@@ -121,11 +138,11 @@ def in_parts(
 
 @dataclass(frozen=True)
 class Part:
-    """A teacher, its trajectories, and what students are compared with: where it ends from `noise`, and real pictures, where there are any."""
+    """A teacher and what its students are compared with: its ends from `noise`, and distances to real data."""
 
     teacher: Backbone
     prompts: tuple[str, ...]
-    paths: TrajectoryConfig
+    trajectories: TrajectoryConfig
     train: TrainConfig
     noise: Tensor
     goal: Tensor
@@ -135,7 +152,7 @@ class Part:
     guidance: float = 1.0
 
     def measure(self, call: Call, method: TrajectoryImitation, head: Correction | None) -> dict[str, dict[int, float]]:
-        """Name of the measure -> step count -> number, lower is better."""
+        """Return each measure by step count, lower is better."""
         found: dict[str, dict[int, float]] = {}
         for count in sorted(method.counts):
             times, solver = method.times(self.teacher.schedule, count), solver_named(method.solver)
@@ -148,62 +165,78 @@ class Part:
 
 
 def mixture_part(teacher: Backbone, count: int, a: argparse.Namespace) -> Part:
-    """Fresh noise, 64 steps of Heun's method from it, and the distance to draws of the mixture as they are."""
+    """Return a part with 64 steps of Heun's method from fresh noise.
+
+    Its distance is to draws of the mixture, in the data's own dimensions.
+    """
     noise = PROCESS.t_max * torch.randn((FRESH, D), generator=torch.Generator().manual_seed(10**6))
     goal = solve(teacher, denoiser(teacher, teacher.module, {}), noise, timegrid.uniform(PROCESS, 64), "heun")[-1].x
-    train = TrainConfig(
-        iterations=a.iterations, batch=a.batch, lr=a.lr, fake_lr=a.lr, decay=a.iterations // 2, ema=0.99
-    )
+    train, trajectories = train_config(a.iterations, a.batch, a.lr), TrajectoryConfig(count=count, steps=64)
     truth = moments(mixture().draw(100_000, torch.Generator().manual_seed(0)))
-    part = Part(
-        teacher, ("",), TrajectoryConfig(count=count, steps=64), train, noise, goal, teacher.encode([""] * FRESH)
-    )
+    part = Part(teacher, ("",), trajectories, train, noise, goal, teacher.encode([""] * FRESH))
     return against(part, fd_data=lambda x: frechet_distance(truth, moments(x)))
 
 
-def picture_part(
-    name: str, teacher: Backbone, guidance: float, train: TrainConfig, paths: TrajectoryConfig, prompts: Sequence[str], asked: Sequence[str], a: argparse.Namespace
-) -> Part:  # fmt: skip
-    """A teacher of pictures, trained on `prompts`: 50 steps of DDIM for those that are `asked`, which take a while and are kept."""
-    noise = torch.randn((len(asked), *teacher.shape), generator=torch.Generator().manual_seed(10**6))
-    cond, null, kept = teacher.encode(asked), teacher.encode([""]), a.folder / f"{name}-goal.safetensors"
-    if not kept.exists():
+def train_config(iterations: int, batch: int, lr: float) -> TrainConfig:
+    """Return the settings of a part's trainings."""
+    return TrainConfig(iterations=iterations, batch=batch, lr=lr, fake_lr=lr, decay=iterations // 2, ema=0.99)
+
+
+def image_part(
+    teacher: Backbone,
+    guidance: float,
+    train: TrainConfig,
+    trajectories: TrajectoryConfig,
+    prompts: Sequence[str],
+    measured: Sequence[str],
+    file: Path,
+) -> Part:
+    """Return the part of an image teacher whose students train on `prompts`.
+
+    The ends for the `measured` prompts are of 50 steps of DDIM, and are kept in the file.
+    """
+    noise = torch.randn((len(measured), *teacher.shape), generator=torch.Generator().manual_seed(10**6))
+    cond, null = teacher.encode(measured), teacher.encode([""])
+
+    def denoise(own: Cond) -> Denoise:
+        return guided(teacher, teacher.module, own, null, Guidance(scale=guidance))
+
+    if not file.exists():
         times = timegrid.uniform(teacher.schedule, 50)
         with torch.no_grad():
-            ends = in_parts(
-                lambda own: guided(teacher, teacher.module, own, null, Guidance(scale=guidance)),
-                teacher,
-                cond,
-                noise,
-                times,
-                solver_named("ddim"),
-            )
-        write_tensors(kept, {"goal": ends})
-    return Part(teacher, tuple(prompts), paths, train, noise, load_file(kept)["goal"], cond, guidance=guidance)
+            ends = in_parts(denoise, teacher, cond, noise, times, solver_named("ddim"))
+        write_tensors(file, {"goal": ends})
+    goal = load_file(file)["goal"]
+    return Part(teacher, tuple(prompts), trajectories, train, noise, goal, cond, guidance=guidance)
 
 
 def against(part: Part, **distances: Callable[[Tensor], float]) -> Part:
-    """The part with pictures to compare with."""
+    """Return the part with distances, and the teacher's own."""
     return replace(part, distances=distances, floors={k: distance(part.goal) for k, distance in distances.items()})
 
 
 class Classes(nn.Module):
-    """Tells the classes of small grey pictures apart, from 64 features."""
+    """A classifier of small grey images, with 64 features."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
+        sizes = ((1, 24, 2), (24, 48, 1), (48, 64, 2), (64, 64, 1))
         self.layers = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU()) for a, b, stride in ((1, 24, 2), (24, 48, 1), (48, 64, 2), (64, 64, 1))),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64), nn.SiLU(),
-        )  # fmt: skip
+            *(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU()) for a, b, stride in sizes),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 64),
+            nn.SiLU(),
+        )
         self.out = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images [N, 1, H, W] in [-1, 1]."""
         return self.out(self.layers(x))
 
 
 def class_features(data: Pictures, file: Path) -> Classes:
-    """Trained once, 1,200 steps of batch 128."""
+    """Train the classifier once, 1,200 steps of batch 128."""
     torch.manual_seed(0)
     net = Classes(len(data.classes))
     if file.exists():
@@ -223,18 +256,19 @@ def class_features(data: Pictures, file: Path) -> Classes:
 
 
 def pixel_part(a: argparse.Namespace) -> Part:
-    """Distances to the first pictures of the test set, in principal components of their features."""
+    """Return the part of the pixel teacher.
+
+    Its distances are to the first images of the test set, in principal components of their features.
+    """
     teacher, data = load_teacher("fashion"), read_pixel_data(str(a.pixels))
-    classes = data.classes
-    train = TrainConfig(
-        iterations=a.pixel_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.pixel_iterations // 2, ema=0.99
-    )
-    asked = [classes[i % len(classes)] for i in range(FRESH)]
-    part = picture_part("pixel", teacher, 1.0, train, TrajectoryConfig(count=5000, steps=24), classes, asked, a)
-    network, told = feature_network(), class_features(data, a.folder / "classes.safetensors")
+    classes, train = data.classes, train_config(a.pixel_iterations, 32, 1e-3)
+    measured = [classes[i % len(classes)] for i in range(FRESH)]
+    trajectories, goal = TrajectoryConfig(count=5000, steps=24), a.out / "pixel-goal.safetensors"
+    part = image_part(teacher, 1.0, train, trajectories, classes, measured, goal)
+    network, classifier = feature_network(), class_features(data, a.out / "classes.safetensors")
     real = load_idx(a.pixels / "t10k-images-idx3-ubyte.gz")[:FRESH, None].float() / 255
-    right = told(2 * real - 1).argmax(1) == load_idx(a.pixels / "t10k-labels-idx1-ubyte.gz")[:FRESH]
-    print(f"the network of class features is right about {right.float().mean():.1%} of the test set", flush=True)
+    right = classifier(2 * real - 1).argmax(1) == load_idx(a.pixels / "t10k-labels-idx1-ubyte.gz")[:FRESH]
+    print(f"the classifier is right about {right.float().mean():.1%} of the test set", flush=True)
 
     def distance(look: Callable[[Tensor], Tensor]) -> Callable[[Tensor], float]:
         with torch.no_grad():
@@ -245,43 +279,33 @@ def pixel_part(a: argparse.Namespace) -> Part:
 
     return against(
         part,
-        fd_classes=distance(lambda p: told.layers(2 * p[:, :1] - 1).double()),
+        fd_classes=distance(lambda p: classifier.layers(2 * p[:, :1] - 1).double()),
         fd=distance(partial(features, network)),
     )
 
 
 def emoji_part(a: argparse.Namespace) -> Part:
-    """Distances to all real emoji, of the names that `emoji-medium` asks for."""
+    """Return the part of the emoji teacher, with distances to all real emoji of names of `emoji-medium`."""
     teacher, known, protocol = load_teacher("emoji"), load_reference(), protocol_named("emoji-medium")
-    train = TrainConfig(
-        iterations=a.emoji_iterations, batch=32, lr=1e-3, fake_lr=1e-3, decay=a.emoji_iterations // 2, ema=0.99
-    )
-    asked = plan(protocol, known)
-    names = asked.prompts[asked.plain][: a.names]
-    part = picture_part(
-        "emoji",
-        teacher,
-        4.5,
-        train,
-        TrajectoryConfig(count=a.emoji_count, steps=12),
-        read_prompts(str(BUNDLED / "emoji" / "prompts.txt")),
-        names,
-        a,
-    )
+    drawn, train = plan(protocol, known), train_config(a.emoji_iterations, 32, 1e-3)
+    names, prompts = drawn.prompts[drawn.plain][: a.names], read_prompts(str(BUNDLED / "emoji" / "prompts.txt"))
+    trajectories, goal = TrajectoryConfig(count=a.emoji_count, steps=12), a.out / "emoji-goal.safetensors"
+    part = image_part(teacher, 4.5, train, trajectories, prompts, names, goal)
     network, leading = feature_network(), protocol.components
     truth = moments(known.gallery[:, :leading])
-    return against(
-        part,
-        fd=lambda x: frechet_distance(truth, moments(known.embed(features(network, teacher.decode(x)))[:, :leading])),
-    )
+
+    def distance(x: Tensor) -> float:
+        return frechet_distance(truth, moments(known.embed(features(network, teacher.decode(x)))[:, :leading]))
+
+    return against(part, fd=distance)
 
 
 def make_part(name: str, a: argparse.Namespace) -> Part:
-    """By name."""
+    """Return the part of a name."""
     if name == "pixel":
         return pixel_part(a)
     if name == "emoji":
         return emoji_part(a)
     if name == "exact":
         return mixture_part(Denoiser(Exact(), PROCESS, (D,), "x0", name="exact"), a.count, a)
-    return mixture_part(small_teacher(a.folder / "small.safetensors", a.teacher_steps), a.network_count, a)
+    return mixture_part(small_teacher(a.out / "small.safetensors", a.teacher_steps), a.network_count, a)

@@ -1,7 +1,8 @@
-"""Write the generated parts of README and docs again: `python docs/generate.py`, or `--check` whether they are up to date.
+"""Write the generated parts of README.md and docs again.
 
-A part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Tables of results come from benchmarks/*.json, the recipe reference
-from the docstrings below the settings' fields, the tree from the docstrings of the packages.
+`python docs/generate.py` writes them, and `--check` says whether they are up to date. A part stands between `<!--
+begin NAME -->` and `<!-- end NAME -->`. Tables of results come from benchmarks/*.json, the recipe reference from the
+docstrings below the settings' fields, the tree from the docstrings of the packages.
 """
 
 import argparse
@@ -30,10 +31,16 @@ PART = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- end (?
 Rows = Iterable[Sequence[object]]
 
 
-def stored(name: str) -> dict[str, Any]:
-    """Return the results of one benchmark."""
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+def stored(name: str) -> list[dict[str, Any]]:
+    """Return the rows of one benchmark's record."""
+    record = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = record["rows"]
+    return rows
+
+
+def runs(name: str, key: str) -> list[dict[str, Any]]:
+    """Return the rows of one variant of a benchmark, seed by seed."""
+    return sorted((r for r in stored(name) if r["key"] == key), key=lambda r: int(r["seed"]))
 
 
 def table(head: Sequence[str], rows: Rows) -> str:
@@ -52,7 +59,7 @@ def percent(share: float) -> str:
 
 def headline() -> str:
     """Six rows of the demo: the teacher at its best, the best it does in as many calls, and the student."""
-    rows = stored("demo")["rows"]
+    rows = stored("demo")
     teachers = [r for r in rows if r["model"] == "teacher"]
 
     def line(name: str, row: dict[str, Any], bold: bool = False) -> list[str]:
@@ -96,7 +103,7 @@ def demo() -> str:
                 percent(r["retrieval_top5"]),
                 f"{r['diversity_ratio']:.2f}",
             )
-            for r in stored("demo")["rows"]
+            for r in stored("demo")
         ],
     )
 
@@ -119,7 +126,7 @@ WAYS = {
 
 def stages() -> str:
     """Ways to a student in 4 steps at equal cost."""
-    rows = stored("stages")["rows"]
+    rows = stored("stages")
     teacher = rows[0]["teacher"]
     lines: list[Sequence[object]] = [
         (
@@ -142,24 +149,28 @@ def stages() -> str:
     return table(("method", "minutes", "NFE", "FD to real", "prompt match", "seeds", "command"), lines)
 
 
-def _fd(results: dict[str, Any], key: str, draw: str) -> list[float]:
+def _fd(key: str, draw: str) -> list[float]:
     """Return the FD of one variant sampled in one way, seed by seed."""
-    return [r["fd_real"] for seed in range(3) for r in results[f"{key}-{seed}"]["rows"] if r["draw"] == draw]
+    return [r["fd_real"] for run in runs("tdm", key) for r in run["rows"] if r["draw"] == draw]
 
 
 def ablations() -> str:
     """What each part of TDM is worth: one setting changed, differences seed by seed."""
-    results, four, clean = stored("tdm")["results"], "4 steps", "4 steps, tested with ddim"
+    four, clean = "4 steps", "4 steps, tested with ddim"
 
     def change(key: str, other: str, *draws: str) -> str:
-        own, theirs = _fd(results, key, draws[0]), _fd(results, other, draws[-1])
+        own, theirs = _fd(key, draws[0]), _fd(other, draws[-1])
         return f"{mean(a - b for a, b in zip(own, theirs, strict=True)):+.2f}"
 
     counts = ("1 step", "2 steps", four)
     return table(
         ("change", "next to", "change in FD"),
         [
-            ("tau beyond its segment: one fake score for all segments", "TDM, 4 steps", change("no-segments", "tdm-4", four)),
+            (
+                "tau beyond its segment: one fake score for all segments",
+                "TDM, 4 steps",
+                change("no-segments", "tdm-4", four),
+            ),
             ("no importance sampling for the fake score", "TDM, 4 steps", change("no-importance", "tdm-4", four)),
             ("clean samples matched", "TDM, 4 steps", change("clean-segment", "tdm-4", four)),
             ("clean samples matched, tau over all times", "TDM, 4 steps", change("clean", "tdm-4", clean, four)),
@@ -169,12 +180,11 @@ def ablations() -> str:
                 for count in counts
             ),
         ],
-    )  # fmt: skip
+    )
 
 
 def rivals() -> str:
     """Students of every method after as many iterations."""
-    results = stored("tdm")["results"]
     known = {
         "tdm-4": "TDM",
         "fisher": "TDM, Fisher divergence",
@@ -186,7 +196,7 @@ def rivals() -> str:
     }
     lines = []
     for key, name in known.items():
-        own = [results[f"{key}-{s}"] for s in range(3) if f"{key}-{s}" in results]
+        own = runs("tdm", key)
         far = [float(r["fd_real"]) for result in own for r in result["rows"] if r["draw"] == "4 steps"]
         lines.append((name, f"{mean(r['seconds'] for r in own) / 60:.1f}", f"{mean(far):.2f}", len(own)))
     return table(("method", "minutes", "FD in 4 steps", "seeds"), lines)
@@ -194,8 +204,8 @@ def rivals() -> str:
 
 def race() -> str:
     """How soon TDM is where DMD2 is at its best."""
-    results = stored("race/tdm")["results"]
-    pairs = [(results[f"tdm-4-{s}"]["curve"], results[f"dmd2-{s}"]["curve"]) for s in range(3)]
+    tdm, dmd2 = runs("race/tdm", "tdm-4"), runs("race/tdm", "dmd2")
+    pairs = [(own["curve"], rival["curve"]) for own, rival in zip(tdm, dmd2, strict=True)]
     best = [min(rival, key=lambda p: float(p["fd_real"])) for _, rival in pairs]
 
     def when(curve: list[dict[str, float]], level: float) -> float:
@@ -217,7 +227,7 @@ def race() -> str:
 
 def transfer() -> str:
     """LoRA of the bundled teacher in fine-tunes that they have never seen."""
-    rows = stored("finetunes")["rows"]
+    rows = stored("finetunes")
 
     def far(model: str, **how: float) -> list[str]:
         own = [
@@ -245,7 +255,7 @@ def transfer() -> str:
 
 
 def _measured(part: str, key: str, what: str, calls: int) -> list[float]:
-    return [r["measured"][what][str(calls)] for r in stored("trajpl")["rows"] if (r["part"], r["key"]) == (part, key)]
+    return [r["measured"][what][str(calls)] for r in stored("trajpl") if (r["part"], r["key"]) == (part, key)]
 
 
 def trajpl_network() -> str:
@@ -288,7 +298,7 @@ def trajpl_emoji() -> str:
 
 def trajpl_pixel() -> str:
     """How much of what DDIM adds in two steps a student takes away, in percent."""
-    floors = next(r["teacher"] for r in stored("trajpl")["rows"] if r["part"] == "pixel")
+    floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
 
     def taken(key: str, what: str) -> str:
         start = mean(_measured("pixel", "ddim", what, 2))
@@ -310,7 +320,7 @@ def trajpl_pixel() -> str:
 def video() -> str:
     """A video student next to its teacher."""
     names = {"teacher": "teacher, at its best", "student": "student, 4 steps", "teacher-4": "teacher, 4 unguided steps"}
-    rows = {r["model"]: r for r in stored("video")["rows"]}
+    rows = {r["model"]: r for r in stored("video")}
     return table(
         ("model", "share of the teacher's motion", "FD to real clips"),
         [(name, percent(rows[key]["of_teacher"]), f"{rows[key]['fd_looks']:.1f}") for key, name in names.items()],
@@ -319,9 +329,7 @@ def video() -> str:
 
 def cost() -> str:
     """An iteration of the loop next to its bare network calls."""
-    return table(
-        ("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")["rows"]]
-    )
+    return table(("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")])
 
 
 # Settings.
@@ -418,7 +426,8 @@ def _changed(own: Any, plain: Any, prefix: str = "") -> list[str]:
 def tree() -> str:
     """Every package and what it holds, in the order of its imports."""
     order = (
-        "core", "objectives", "backbones", "roles", "heads", "methods", "student", "data", "training", "evaluation", "report", "runs", "cli", "zoo",
+        "core", "objectives", "backbones", "roles", "heads", "methods", "student", "data", "training", "evaluation",
+        "report", "runs", "cli", "zoo",
     )  # fmt: skip
     package = ROOT / "src" / "fewstep"
     found = {p.parent.name for p in package.glob("*/__init__.py")}

@@ -1,9 +1,10 @@
-"""TDM (Luo et al. 2025, algorithm 1) in torch alone: a flow model of eight modes on a ring, distilled to two steps.
+"""TDM (Luo et al. 2025, algorithm 1) in torch alone.
 
     python examples/tdm_in_100_lines.py
 
-A state is x_t = (1 - t) x0 + t eps, and a network predicts the velocity eps - x0. Nothing is imported from fewstep; a test compares
-the gradients with those of fewstep's TDM.
+A flow model of eight modes on a ring is distilled to two steps. A state is x_t = (1 - t) x0 + t eps, and a network
+predicts the velocity eps - x0. Nothing is imported from fewstep; a test compares the gradients with those of
+fewstep's TDM.
 """
 
 import copy
@@ -73,7 +74,10 @@ def tdm_losses(
     tau: Tensor,
     e: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the losses of fake score and student for noise x [B, 2], segments [B], tau [B] in them, and transition noise e [B, 2]."""
+    """Return the losses of fake score and student.
+
+    Noise x is [B, 2], segments are [B], tau [B] lies in them, and the transition noise e is [B, 2].
+    """
     start, end = times[segment], times[segment + 1]
     landed, x0 = step(student, rollout(student, x, times, segment), start, end)
     r = (1 - tau) / (1 - end)  # x_tau = r x_t + beta e

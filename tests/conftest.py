@@ -27,7 +27,10 @@ signal.signal(
 
 
 def _check_local(host: object) -> None:
-    """Fail the test unless `host` is this machine. `pytest.fail` is no `Exception`: no library swallows it and goes on."""
+    """Fail the test unless `host` is this machine.
+
+    `pytest.fail` raises no `Exception`: no library swallows it and goes on.
+    """
     name = host.decode() if isinstance(host, bytes) else host
     if name in (None, "", "localhost", socket.gethostname()):
         return

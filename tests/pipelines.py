@@ -1,4 +1,7 @@
-"""The smallest pipelines of every family that fewstep distils: real diffusers classes, random weights, no file, no network."""
+"""The smallest pipelines of every family that fewstep distils.
+
+They are real diffusers classes with random weights, and they need no file and no network.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,30 +45,56 @@ def sd() -> DiffusionPipeline:
 
 
 def sdxl() -> StableDiffusionXLPipeline:
-    """32x32 pictures from 16x16 latents."""
+    """32x32 images from 16x16 latents."""
     first, second = clip_tokenizer(), clip_tokenizer()
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), use_linear_projection=True, cross_attention_dim=64, attention_head_dim=(4, 8), norm_num_groups=8,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=64,
+        attention_head_dim=(4, 8),
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     return StableDiffusionXLPipeline(
-        vae=autoencoder(0.13025), text_encoder=clip(first, width=24), text_encoder_2=clip(second, projected=True, width=40), tokenizer=first, tokenizer_2=second,
-        unet=unet, scheduler=scheduler, add_watermarker=False,
-    )  # fmt: skip
+        vae=autoencoder(0.13025),
+        text_encoder=clip(first, width=24),
+        text_encoder_2=clip(second, projected=True, width=40),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
 
 
 def pixart(sizes: bool = False) -> PixArtAlphaPipeline:
-    """16x16 pictures; with `sizes` as the 1024 model, which is told the resolution, at 256x256."""
+    """16x16 images; with `sizes` as the 1024 model, which is told the resolution, at 256x256."""
     tokenizer = t5_tokenizer()
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32, caption_channels=32,
-        sample_size=128 if sizes else 8, patch_size=2, norm_num_groups=8, use_additional_conditions=sizes,
-    )  # fmt: skip
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=128 if sizes else 8,
+        patch_size=2,
+        norm_num_groups=8,
+        use_additional_conditions=sizes,
+    )
     scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
     return PixArtAlphaPipeline(tokenizer, t5(tokenizer), autoencoder(0.18215), transformer, scheduler)
 
@@ -83,17 +112,31 @@ def cogvideox(rotary: bool = False) -> CogVideoXPipeline:
 
 
 def sd3() -> StableDiffusion3Pipeline:
-    """16x16 pictures from 8x8 latents."""
+    """16x16 images from 8x8 latents."""
     first, second, third = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+    )
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(1.5305, shift=0.06),
-        text_encoder=clip(first, projected=True), tokenizer=first, text_encoder_2=clip(second, projected=True), tokenizer_2=second,
-        text_encoder_3=t5(third, 64), tokenizer_3=third,
-    )  # fmt: skip
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(1.5305, shift=0.06),
+        text_encoder=clip(first, projected=True),
+        tokenizer=first,
+        text_encoder_2=clip(second, projected=True),
+        tokenizer_2=second,
+        text_encoder_3=t5(third, 64),
+        tokenizer_3=third,
+    )
 
 
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
@@ -145,13 +188,25 @@ def t5(tokenizer: T5Tokenizer, width: int = 32) -> T5EncoderModel:
 
 def autoencoder(scale: float, shift: float | None = None) -> AutoencoderKL:
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=32, scaling_factor=scale, shift_factor=shift,
-    ).eval()  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=32,
+        scaling_factor=scale,
+        shift_factor=shift,
+    ).eval()
 
 
 def spoil(folder: Path) -> None:
-    """Let no weight of a folder be a number: its files keep their headers, and whoever reads more of them is refused."""
+    """Replace every weight of a folder by NaN.
+
+    Its files keep their headers, and whoever reads more of them is refused.
+    """
     for file in folder.rglob("*.safetensors"):
         data = file.read_bytes()
         header = 8 + int.from_bytes(data[:8], "little")

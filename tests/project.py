@@ -10,6 +10,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "fewstep"
 
 
 def pyproject() -> dict[str, Any]:

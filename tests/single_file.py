@@ -1,4 +1,7 @@
-"""Tiny Stable Diffusion pipelines as artists have them: weights in one file under the names of the original programs."""
+"""Tiny Stable Diffusion pipelines as artists have them.
+
+The weights are in one file, under the names of the original programs.
+"""
 
 import re
 import shutil
@@ -13,38 +16,66 @@ from torch import Tensor
 from . import pipelines
 
 RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
-}  # fmt: skip
+}
 ENDS = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2", "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-}  # fmt: skip
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
 OPEN_CLIP = {"layer_norm": "ln_", "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 
 
 def sd() -> StableDiffusionPipeline:
-    """Stable Diffusion 1 in miniature, part for part: 32x32 pictures from 16x16 latents, its scheduler, noise predicted."""
+    """Stable Diffusion 1 in miniature, part for part.
+
+    It predicts noise, has Stable Diffusion's scheduler, and makes 32x32 images from 16x16 latents.
+    """
     tokenizer = pipelines.clip_tokenizer()
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32,
-        attention_head_dim=4, norm_num_groups=8,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
     return StableDiffusionPipeline(
-        vae=pipelines.autoencoder(0.18215), text_encoder=pipelines.clip(tokenizer), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=pipelines.autoencoder(0.18215),
+        text_encoder=pipelines.clip(tokenizer),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 PIPELINES = {"sd": sd, "sd2": sd, "sdxl": pipelines.sdxl}
 
 
 def save(family: str, folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """A tiny pipeline as a folder and as one file beside it, whose configuration is in a third place, the folder `configs`."""
+    """Save a tiny pipeline as a folder and as one file.
+
+    The file is beside the folder. The file's configuration is in a third place, the folder `configs`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = PIPELINES[family]()
@@ -79,7 +110,10 @@ def unet_name(name: str, unet: UNet2DConditionModel) -> str:
     kind, *rest = name.split(".")
     if kind == "mid_block":
         layer, i, tail = rest[0], int(rest[1]), ".".join(rest[2:])
-        return f"middle_block.{1 if layer == 'attentions' else 2 * i}.{renamed(tail, RESNET) if layer == 'resnets' else tail}"
+        return (
+            f"middle_block.{1 if layer == 'attentions' else 2 * i}."
+            f"{renamed(tail, RESNET) if layer == 'resnets' else tail}"
+        )
     level, layer, i, tail = int(rest[0]), rest[1], int(rest[2]), ".".join(rest[3:])
     if layer == "downsamplers":
         return f"input_blocks.{(level + 1) * per}.0.op.{tail.removeprefix('conv.')}"

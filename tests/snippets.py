@@ -1,4 +1,7 @@
-"""The Python in a model card, ready to run: the card says a base on this machine by its name alone, here it has its path."""
+"""The Python in a model card, ready to run.
+
+The card says a base on this machine by its name alone; here it has its path.
+"""
 
 import re
 from pathlib import Path

@@ -16,7 +16,15 @@ from . import tiny
 
 def test_distill_trains_as_it_is_told() -> None:
     method = fewstep.TDM(steps=2, warmup=1, guidance=2.0)
-    *_, ours = fewstep.distill(tiny.stable_diffusion(), method, tiny.WORDS, train=fewstep.TrainConfig(iterations=3,batch=2,lr=1e-3,fake_lr=1e-2,ema=0.9,decay=2,accumulate=2,precision="bf16",seed=5), roles=fewstep.RolesConfig(rank=2,checkpointing=True))  # fmt: skip
+    *_, ours = fewstep.distill(
+        tiny.stable_diffusion(),
+        method,
+        tiny.WORDS,
+        train=fewstep.TrainConfig(
+            iterations=3, batch=2, lr=1e-3, fake_lr=1e-2, ema=0.9, decay=2, accumulate=2, precision="bf16", seed=5
+        ),
+        roles=fewstep.RolesConfig(rank=2, checkpointing=True),
+    )
     backbone = tiny.stable_diffusion()
     config = TrainConfig(
         iterations=3, batch=2, lr=1e-3, fake_lr=1e-2, decay=2, accumulate=2, ema=0.9, seed=5, precision="bf16"

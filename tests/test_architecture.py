@@ -12,9 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.project import ROOT, pyproject
-
-PACKAGE = ROOT / "src" / "fewstep"
+from tests.project import PACKAGE, ROOT, pyproject
 
 FILES = frozenset(
     {"atomic", "config_fields", "findings", "hashes", "names", "reading", "recipes_path", "tensors", "typed", "words"}
@@ -23,7 +21,8 @@ BELOW_METHODS = FILES | {"core", "objectives", "backbones", "roles", "heads"}
 BELOW_DATA = BELOW_METHODS | {"methods", "processes"}
 BELOW_RUNS = BELOW_DATA | {"student", "data", "training", "evaluation", "report", "zoo"}
 
-# What each folder or module directly under src/fewstep may import, besides itself. `fewstep` is the package's own __init__.
+# What each folder or module directly under src/fewstep may import, besides itself.
+# `fewstep` is the package's own __init__.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     **dict.fromkeys(FILES, frozenset()),
     "atomic": frozenset({"hashes", "names", "reading"}),
@@ -90,7 +89,10 @@ def imports(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
 
 
 def folder_of(name: str) -> str:
-    """The folder or module directly under src/fewstep that `fewstep.…` names; a name that is neither is in its `__init__`."""
+    """The folder or module directly under src/fewstep that `fewstep.…` names.
+
+    A name that is neither is in the package's `__init__`.
+    """
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and (parts[1] in MAY_IMPORT or (PACKAGE / parts[1]).is_dir()) else "fewstep"
 

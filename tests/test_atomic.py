@@ -73,7 +73,10 @@ def test_a_full_disk_is_said_with_the_file_and_what_to_do(tmp_path: Path) -> Non
             temporary.write_bytes(b"half")
             full.write(b"x")
 
-    said = r"^cannot write [^ ]*out\.png: \[Errno 28\] No space left on device; free some space, then run the same command again$"
+    said = (
+        r"^cannot write [^ ]*out\.png: \[Errno 28\] No space left on device; "
+        r"free some space, then run the same command again$"
+    )
     with pytest.raises(OSError, match=said) as found:
         fill(tmp_path / "out.png")
     assert names(tmp_path) == []
@@ -105,7 +108,10 @@ def test_a_disk_that_may_not_be_written_to_keeps_the_first_cause(
 def test_a_drive_that_says_late_that_it_is_full_is_heard(
     number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Network drives take what they have no room for, and say so when it is to be brought to the disk; some cannot be asked for that."""
+    """An error of `fsync` is raised, and the old file stays.
+
+    Network drives take what they have no room for, and say so only then. A drive that cannot be asked is no error.
+    """
     write_json(tmp_path / "state.json", {"step": 1})
 
     def failing(handle: int) -> None:

@@ -154,7 +154,7 @@ class Changed(Denoiser):
         ("shape", r"predict gives \[2, 1, 4, 4\] for states \[2, 2, 4, 4\]"),
         ("dtype", r"predict gives torch\.float16; give float32"),
         ("flat", "conditions are not batch first"),
-        ("cropped", r"decode gives \[2, 2, 4, 2\], pictures are"),
+        ("cropped", r"decode gives \[2, 2, 4, 2\], images are"),
     ],
 )
 def test_a_faulty_backbone_is_told_what_is_wrong(fault: str, expected: str) -> None:

@@ -71,7 +71,10 @@ def test_a_task_done_to_the_letter_works(name: str, tmp_path: Path) -> None:
 
 
 def with_row(text: str, table: str, row: str) -> str:
-    """Insert a row at the end of a table: before the line that closes the braces, or the tuple that the table is made from."""
+    """Insert a row at the end of a table.
+
+    The end is the line that closes the braces, or the tuple that the table is made from.
+    """
     begin = re.search(rf"^{table}: .*= {{$", text, re.MULTILINE)
     assert begin is not None, f"there is no table {table}"
     end = re.compile(r"^    \)$|^\}$", re.MULTILINE).search(text, begin.end())

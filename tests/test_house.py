@@ -44,7 +44,10 @@ def test_constraints_are_inside_the_ranges() -> None:
 
 
 def test_constraints_name_no_build_of_one_machine() -> None:
-    """`torch==X+cpu` exists only where its wheel lies; `torch==X` is the CPU build there and the ordinary one elsewhere."""
+    """No constraint names a build, an index or a file.
+
+    `torch==X+cpu` exists only where its wheel lies; `torch==X` is the CPU build there and the ordinary one elsewhere.
+    """
     assert not re.search(r"^[^#\n]*(\+|@|file:|https?:)", read("constraints.txt"), re.MULTILINE)
 
 
@@ -73,7 +76,10 @@ def test_the_wheel_says_its_licence_and_its_command(wheel: Path) -> None:
 
 def test_recipes_are_found_in_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from fewstep import recipes_path as r; print(r.recipes_folder(), *r.recipe_names())"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "from fewstep import recipes_path as r; print(r.recipes_folder(), *r.recipe_names())"
+    )
     done = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     folder, *names = done.stdout.split()
     assert Path(folder) == tmp_path / "fewstep" / "recipes"

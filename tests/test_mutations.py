@@ -24,16 +24,25 @@ class Mutation(NamedTuple):
 MATCHING, LOOP = "src/fewstep/methods/distribution_matching.py", "src/fewstep/training/loop.py"
 MUTATIONS = {
     "the same prompts every iteration": Mutation(
-        LOOP, 'seeded(config.seed, i, "prompts", stream)', 'seeded(config.seed, 0, "prompts", stream)', "tests/training/test_loop.py"
+        LOOP,
+        'seeded(config.seed, i, "prompts", stream)',
+        'seeded(config.seed, 0, "prompts", stream)',
+        "tests/training/test_loop.py",
     ),
     "the same noise every iteration": Mutation(
-        LOOP, 'seeded(config.seed, i, "draw", stream, device)', 'seeded(config.seed, 0, "draw", stream, device)', "tests/training/test_loop.py"
+        LOOP,
+        'seeded(config.seed, i, "draw", stream, device)',
+        'seeded(config.seed, 0, "draw", stream, device)',
+        "tests/training/test_loop.py",
     ),
     "all ranks draw the same": Mutation(
         LOOP, "stream = rank * config.accumulate + part", "stream = part", "tests/training/test_loop.py"
     ),
     "the discriminator told another step count": Mutation(
-        MATCHING, "discriminator.logits(fake_tokens, d.tau, d.steps)", "discriminator.logits(fake_tokens, d.tau, method.counts[0])", "tests/methods/test_adversary.py"
+        MATCHING,
+        "discriminator.logits(fake_tokens, d.tau, d.steps)",
+        "discriminator.logits(fake_tokens, d.tau, method.counts[0])",
+        "tests/methods/test_adversary.py",
     ),
     "the student's side told another step count": Mutation(
         MATCHING,
@@ -48,12 +57,16 @@ MUTATIONS = {
 """,
         """        for name, p in self.trained["student"].items():
             self.average[name].copy_(p.detach())
-        adapters.assign(self.trained["fake"], dict(zip(self.trained["fake"], self.trained["student"].values(), strict=True)))
+        adapters.assign(self.trained["fake"], dict(zip("""
+        """self.trained["fake"], self.trained["student"].values(), strict=True)))
 """,
         "tests/cli/test_student.py",
     ),
     "SiD's alpha halved": Mutation(
-        "src/fewstep/methods/presets.py", "fisher_correction=1.0", "fisher_correction=0.5", "tests/methods/test_presets.py"
+        "src/fewstep/methods/presets.py",
+        "fisher_correction=1.0",
+        "fisher_correction=0.5",
+        "tests/methods/test_presets.py",
     ),
     "the student's betas": Mutation(
         LOOP,
@@ -61,13 +74,19 @@ MUTATIONS = {
         "            (0.9, 0.999) if role == 'student' else config.betas,\n",
         "tests/training/test_loop.py",
     ),
-    "all betas": Mutation(
-        LOOP, " = (0.0, 0.999)\n", " = (0.9, 0.999)\n", "tests/training/test_loop.py"
+    "all betas": Mutation(LOOP, " = (0.0, 0.999)\n", " = (0.9, 0.999)\n", "tests/training/test_loop.py"),
+    "SDXL's guidance": Mutation(
+        "recipes/sdxl-tdm4.yaml", "guidance: 8,", "guidance: 1.5,", "tests/cli/test_recipes.py"
     ),
-    "SDXL's guidance": Mutation("recipes/sdxl-tdm4.yaml", "guidance: 8,", "guidance: 1.5,", "tests/cli/test_recipes.py"),
-    "SDXL's fake rate": Mutation("recipes/sdxl-tdm4.yaml", "fake_lr: 5.0e-6", "fake_lr: 5.0e-4", "tests/cli/test_recipes.py"),
-    "the LoRA recipe's guidance": Mutation("recipes/sdxl-tdm4-lora.yaml", "guidance: 8,", "guidance: 1.5,", "tests/cli/test_recipes.py"),
-    "the LoRA recipe's fake rate": Mutation("recipes/sdxl-tdm4-lora.yaml", "fake_lr: 2.0e-4", "fake_lr: 2.0e-2", "tests/cli/test_recipes.py"),
+    "SDXL's fake rate": Mutation(
+        "recipes/sdxl-tdm4.yaml", "fake_lr: 5.0e-6", "fake_lr: 5.0e-4", "tests/cli/test_recipes.py"
+    ),
+    "the LoRA recipe's guidance": Mutation(
+        "recipes/sdxl-tdm4-lora.yaml", "guidance: 8,", "guidance: 1.5,", "tests/cli/test_recipes.py"
+    ),
+    "the LoRA recipe's fake rate": Mutation(
+        "recipes/sdxl-tdm4-lora.yaml", "fake_lr: 2.0e-4", "fake_lr: 2.0e-2", "tests/cli/test_recipes.py"
+    ),
     "TrajP's coordinates zero": Mutation(
         "src/fewstep/heads/head.py",
         "return (curve.at(1 - self.schedule.fraction(t)) / curve.size.to(t.device)).float()",
@@ -75,15 +94,21 @@ MUTATIONS = {
         "tests/heads/test_head.py",
     ),
     "sharded ranks one call short": Mutation(
-        MATCHING, "calls = steps - 1 if roles.sharded else 0", "calls = steps - 2 if roles.sharded else 0", "tests/methods/test_draw.py"
+        MATCHING,
+        "calls = steps - 1 if roles.sharded else 0",
+        "calls = steps - 2 if roles.sharded else 0",
+        "tests/methods/test_draw.py",
     ),
     "LCM's average at cached casts": Mutation(
         "src/fewstep/roles/adapters.py", "    torch.clear_autocast_cache()\n", "", "tests/training/test_bf16.py"
     ),
     "the v-loss for every network": Mutation(
-        MATCHING, 'weight: Annotated[str, OneOf(WEIGHTINGS)] = "own"', 'weight: Annotated[str, OneOf(WEIGHTINGS)] = "v"', "tests/methods/test_distribution_matching.py"
+        MATCHING,
+        'weight: Annotated[str, OneOf(WEIGHTINGS)] = "own"',
+        'weight: Annotated[str, OneOf(WEIGHTINGS)] = "v"',
+        "tests/methods/test_distribution_matching.py",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

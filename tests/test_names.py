@@ -10,8 +10,9 @@ import pytest
 from fewstep.names import LONGEST, expanded, fault_of, made_name, quoted, read_name, require_name, visible
 
 ODD = [
-    "", ".", "..", "...", " . ", "../../x", "/etc/x", "a/b", "a\\b", "C:\\x", "c:x", "a\0b", "a\nb", "a\x1b[31mb", "a\x7fb", "a\x9bb", "a\u2028b",
-    "a\u202egnp.exe", "con", "NUL", "nul.txt", "Com1", "lpt9.tar.gz", "x" * 300, "é" * 60, " x", "x ", "x.", "a:b", "a*b", "a?b", 'a"b', "a<b>", "a|b", "\udcff",
+    "", ".", "..", "...", " . ", "../../x", "/etc/x", "a/b", "a\\b", "C:\\x", "c:x", "a\0b", "a\nb", "a\x1b[31mb",
+    "a\x7fb", "a\x9bb", "a\u2028b", "a\u202egnp.exe", "con", "NUL", "nul.txt", "Com1", "lpt9.tar.gz", "x" * 300,
+    "é" * 60, " x", "x ", "x.", "a:b", "a*b", "a?b", 'a"b', "a<b>", "a|b", "\udcff",
 ]  # fmt: skip
 FINE = [
     "tiny",

@@ -16,7 +16,9 @@ fewstep.load_teacher
 from fewstep.backbones.meta import meta_teacher
 import torch
 meta_teacher(sys.argv[1], torch.float32)
-logging.getLogger("transformers.utils.import_utils").warning("`CLIPImageProcessor` requires torchvision (not installed); falling back")
+logging.getLogger("transformers.utils.import_utils").warning(\
+"`CLIPImageProcessor` requires torchvision (not installed); falling back")
+logging.getLogger("diffusers.loaders.lora_base").warning("No LoRA keys associated to CLIPTextModel found")
 print("---", file=sys.stderr)
 warnings.warn("ours", stacklevel=1)
 logging.getLogger("transformers.utils.import_utils").warning("theirs")

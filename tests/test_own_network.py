@@ -1,15 +1,19 @@
 """`docs/own-network.md`, followed to the letter: from a wrapped network to its student in a fresh process."""
 
+import copy
 import json
+import os
 import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fewstep
 from fewstep.backbones.base import Denoiser
@@ -24,7 +28,7 @@ def blocks() -> list[str]:
     found = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "own-network.md").read_text(encoding="utf-8"), re.DOTALL
     )
-    assert len(found) == 4
+    assert len(found) == 5
     return [
         b.replace("iterations=600", "iterations=40")
         .replace("== 300", "== 30")
@@ -59,7 +63,10 @@ def test_the_student_is_the_same_in_a_fresh_process(page: Page) -> None:
             ]
         )
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "fresh.py"], cwd=folder, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "fresh.py"], cwd=folder, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no other library has a word
     rows, drawn = done.stdout.splitlines()[:-1], torch.tensor(json.loads(done.stdout.splitlines()[-1]))
@@ -70,8 +77,6 @@ def test_the_student_is_the_same_in_a_fresh_process(page: Page) -> None:
         ["student", "2", "2"],
     ]
     merged = names["RingNet"]()
-    from safetensors.torch import load_file
-
     merged.load_state_dict(load_file(folder / "runs/ring-merged/network.safetensors"))
     plain = fewstep.sample(Denoiser(merged, Flow(), (2,), "flow"), [""] * 8, steps=2)
     torch.testing.assert_close(plain, names["samples"], rtol=1e-4, atol=1e-5)
@@ -102,6 +107,36 @@ def test_a_run_leaves_a_report_and_the_command_line_says_what_it_cannot(
         run_sample(str(folder / "runs/ring"), [], None, None, None, 0, 1, False, None, None, folder / "x.png")
 
 
+def test_a_network_with_conditions_is_measured_under_its_prompts(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = dict(page[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fewstep.DistillationWarning)
+        exec(blocks()[4], names)
+    assert [(row["model"], row["steps"], row["guidance"], row["nfe"]) for row in names["rows"]] == [
+        ("teacher", 50, 2.0, 100),
+        ("teacher", 2, 2.0, 4),
+        ("teacher", 2, 1.0, 2),
+        ("student", 2, 1.0, 2),
+    ]
+    with pytest.raises(ValueError, match=r"^prompts: got none, two-classes has conditions"):
+        fewstep.evaluate(names["last"])
+
+
+def test_a_step_count_that_was_not_trained_warns(page: Page) -> None:
+    with pytest.warns(UserWarning, match="steps: got 3, this student was trained for 2"):
+        fewstep.sample(page[1]["step"], [""], steps=3)
+
+
+def test_other_settings_are_refused_with_both_values(page: Page) -> None:
+    folder, names = page
+    train = replace(names["train"], lr=1e-3)
+    with pytest.raises(ValueError, match=r"was made with other settings: lr 0\.0003 -> 0\.001"):
+        next(fewstep.distill(names["teacher"], names["method"], train=train, out=folder / "runs/ring"))
+
+
 def test_a_snapshot_stays_what_it_was(page: Page) -> None:
     folder, names = page
     saved = fewstep.load_student(folder / "runs/ring-30", base=names["wrapped"]())
@@ -120,8 +155,6 @@ def test_a_snapshot_stays_what_it_was(page: Page) -> None:
     ],
 )
 def test_another_base_is_refused_with_both_values(page: Page, changed: dict[str, Any], said: str) -> None:
-    from dataclasses import replace
-
     folder, names = page
     with pytest.raises(ValueError, match=rf"^base: .*was made with another base: .*({said})"):
         fewstep.load_student(folder / "runs/ring/final", base=replace(names["teacher"], **changed))
@@ -156,16 +189,16 @@ def test_formats_that_make_no_sense_and_folders_of_others_are_refused(page: Page
     assert (folder / "project" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("share", "steps"), [(False, 2), (True, (2, 1)), (False, (2, 1))])
+@pytest.mark.parametrize(("lora", "steps"), [(False, 2), (True, (2, 1)), (False, (2, 1))])
 def test_full_networks_and_students_of_several_counts_come_back(
-    page: Page, tmp_path: Path, share: bool, steps: int | tuple[int, ...]
+    page: Page, tmp_path: Path, lora: bool, steps: int | tuple[int, ...]
 ) -> None:
     teacher, method = page[1]["teacher"], fewstep.TDM(steps=steps, warmup=2, guidance=1.0)
     *_, step = fewstep.distill(
         teacher,
         method,
         train=fewstep.TrainConfig(iterations=6, batch=16, lr=1e-2),
-        roles=fewstep.RolesConfig(rank=2, lora=share),
+        roles=fewstep.RolesConfig(rank=2, lora=lora),
         out=tmp_path,
         watch=None,
     )
@@ -179,7 +212,7 @@ def test_full_networks_and_students_of_several_counts_come_back(
             teacher,
             method,
             train=fewstep.TrainConfig(iterations=3, batch=16, lr=1e-2),
-            roles=fewstep.RolesConfig(rank=2, lora=share),
+            roles=fewstep.RolesConfig(rank=2, lora=lora),
             init_from=tmp_path,
             watch=None,
         )
@@ -187,5 +220,11 @@ def test_full_networks_and_students_of_several_counts_come_back(
     assert torch.allclose(
         fewstep.sample(begun, [""] * 4), fewstep.sample(step, [""] * 4), atol=1e-6
     )  # the warm-up moves the fake score alone
-    merged = fewstep.load_student(fewstep.export_student(student, tmp_path / "merged", "merged"), base=teacher)
-    assert torch.allclose(fewstep.sample(merged, [""] * 4, steps=1), fewstep.sample(step, [""] * 4, steps=1), atol=1e-5)
+    for count in method.counts:
+        folder = fewstep.export_student(student, tmp_path / f"merged-{count}", "merged", steps=count)
+        network = copy.deepcopy(teacher.module)
+        network.load_state_dict(load_file(folder / "network.safetensors"))  # the file alone is the student
+        alone = fewstep.sample(replace(teacher, module=network), [""] * 4, steps=count)
+        assert torch.allclose(alone, fewstep.sample(step, [""] * 4, steps=count), atol=1e-5)
+    default = fewstep.load_student(fewstep.export_student(student, tmp_path / "merged", "merged"), base=teacher)
+    assert default.card.steps == method.counts[:1]

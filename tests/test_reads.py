@@ -1,21 +1,26 @@
-"""Every place where a file is read says in one line what is wrong with it: the reads are found in the source, so that no new one escapes."""
+"""Every read of a file says in one line what is wrong.
+
+The reads are found in the source, so that no new one escapes.
+"""
 
 import ast
 from collections.abc import Iterator
 
 import pytest
 
-from .test_architecture import PACKAGE
+from .project import PACKAGE
 
-# Calls that read a file or parse what was in one, by the last part of their name: functions, and methods or functions of a module.
+# Calls that read a file or parse what was in one, by the last part of their name:
+# functions, and methods or functions of a module.
 FUNCTIONS = frozenset({"open", "load_file", "safe_open", "text_in", "json_in", "object_in", "load_dataset", "_Loader"})
 METHODS = frozenset({
-    "open", "read_text", "read_bytes", "iterdir", "listdir", "scandir", "load_file", "safe_open", "from_pretrained", "from_single_file", "load_config",
-    "fromfile", "ZipFile", "TarFile", "GzipFile", "loadtxt", "genfromtxt", "memmap", "read_csv",
+    "open", "read_text", "read_bytes", "iterdir", "listdir", "scandir", "load_file", "safe_open", "from_pretrained",
+    "from_single_file", "load_config", "fromfile", "ZipFile", "TarFile", "GzipFile", "loadtxt", "genfromtxt", "memmap",
+    "read_csv",
 })  # fmt: skip
 OF_MODULES = frozenset({
-    "json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.compose", "csv.reader", "csv.DictReader", "np.load", "numpy.load", "torch.load",
-    "pickle.load", "pickle.loads", "tomllib.load", "tomllib.loads",
+    "json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.compose", "csv.reader", "csv.DictReader", "np.load",
+    "numpy.load", "torch.load", "pickle.load", "pickle.loads", "tomllib.load", "tomllib.loads",
 })  # fmt: skip
 GUARD = "reading"
 
@@ -26,7 +31,10 @@ BY_CALLERS = (
 )
 BYTES = "raises OSError alone, which names the file; it ends a command in one line, or is turned into one right there"
 OURS = "reads what ships with fewstep, what it wrote a moment ago, or what came by a hash that has been compared"
-SKIPS = "passes over what is no JSON, as is said, and so does what it is for: a lock, a log that a kill cut off, a header of others"
+SKIPS = (
+    "passes over what is no JSON, as is said, and so does what it is for: "
+    "a lock, a log that a kill cut off, a header of others"
+)
 ALLOWED = {
     "atomic._sort_header": OURS,
     "reading.text_in": PARSERS,
@@ -200,13 +208,15 @@ def test_what_is_allowed_is_still_there() -> None:
 def test_a_read_without_a_guard_is_found(read: str) -> None:
     assert unguarded(f"def f(path):\n    return {read}", "new.module")[0][0] == "new.module.f"
     assert unguarded(
-        f"def f(path):\n    try:\n        return {read}\n    except (OSError, ValueError) as error:\n        raise E from error",
+        f"def f(path):\n    try:\n        return {read}\n"
+        "    except (OSError, ValueError) as error:\n        raise E from error",
         "m",
     )
     assert unguarded(f"def f(path):\n    try:\n        return {read}\n    except Exception:\n        return None", "m")
     assert unguarded(f"def f(path):\n    with reading(path, 'x'):\n        def g():\n            return {read}\n", "m")
     assert unguarded(
-        f"def f(path):\n    try:\n        pass\n    except Exception as error:\n        x = {read}\n        raise E from error",
+        "def f(path):\n    try:\n        pass\n"
+        f"    except Exception as error:\n        x = {read}\n        raise E from error",
         "m",
     )
 

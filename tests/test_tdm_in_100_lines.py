@@ -1,4 +1,7 @@
-"""`examples/tdm_in_100_lines.py`: torch alone, short, with the library's gradients, and a student that is better than its teacher's few steps."""
+"""`examples/tdm_in_100_lines.py` is short, needs torch alone, and is right.
+
+Its gradients are the library's, and its student is better than its teacher's few steps.
+"""
 
 import ast
 import copy

@@ -112,7 +112,8 @@ from fewstep.names import expanded, made_name
 show_all_letters()
 where = Path(sys.argv[1])
 write_json(where / "a.json", {"name": "M\\u00fcller \\u6771\\u4eac", "given": sys.argv[2], "path": str(where)})
-assert expanded(read_json(where / "a.json", "")["given"]) == sys.argv[2] and read_json(where / "a.json", "")["name"] == "M\\u00fcller \\u6771\\u4eac"
+assert expanded(read_json(where / "a.json", "")["given"]) == sys.argv[2] \
+and read_json(where / "a.json", "")["name"] == "M\\u00fcller \\u6771\\u4eac"
 write_text(where / (made_name(sys.argv[2]) + ".txt"), sys.argv[2])
 console.print("R\\u00b2 " + sys.argv[2])
 """

@@ -18,7 +18,10 @@ TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float
 
 
 class Net(nn.Module):
-    """A convolutional denoiser of [B, 2, 4, 4] with one attention-like layer and, if it wants one, a condition `label [B, 3]`."""
+    """A convolutional denoiser of [B, 2, 4, 4] with one attention-like layer.
+
+    If it wants one, it has a condition `label [B, 3]`.
+    """
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ def flow_denoiser(seed: int = 0) -> Denoiser:
 
 
 def pipeline(seed: int = 0, channels: Sequence[int] = (16, 32)) -> StableDiffusionPipeline:
-    """A `StableDiffusionPipeline` of 16x16 pictures."""
+    """A `StableDiffusionPipeline` of 16x16 images."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = miniature.word_tokenizer(WORDS, 600, 8)
@@ -81,7 +84,7 @@ def stable_diffusion(seed: int = 0, channels: Sequence[int] = (16, 32)) -> Stabl
 
 
 def pixels(labels: Sequence[str] = ("cat", "dog"), seed: int = 0) -> PixelModel:
-    """A pixel model of 8x8 pictures in colour, of these classes."""
+    """A pixel model of 8x8 images in colour, of these classes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = pixel_unet([8, 16], [False, True], 3, 8, len(labels)).requires_grad_(False).eval()

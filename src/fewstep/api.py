@@ -5,6 +5,7 @@ The command line uses the modules behind these functions, with errors in its own
 
 import warnings
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from .backbones.base import Backbone, Denoiser
 from .backbones.conformance import conformance
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
-from .backbones.parts import DiffusersBackbone
+from .backbones.own_network import require_network
+from .config_fields import shortened, whole_number
 from .core.guidance import Guidance
 from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
@@ -27,12 +29,15 @@ from .methods.method import Method
 from .methods.presets import ROLES, preset, require_roles
 from .methods.progressive import ProgressiveDistillation
 from .methods.trajectory_imitation import TrajectoryImitation
+from .names import require_path
+from .processes import is_first
 from .report.run import render_run
 from .roles.adapters import fitting_rank, targets
 from .roles.roles import RolesConfig, large_rank
 from .runs import sampling
-from .runs.init import inherited_head, require_network
-from .runs.measure import evaluate
+from .runs.adaptation import require_adaptable
+from .runs.init import inherited_head
+from .runs.measure import evaluate, real_states
 from .runs.place import place_checks, writing_check
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
 from .runs.rehearsal import disk_check, student_check, trial_of
@@ -45,6 +50,7 @@ from .student import formats
 from .student.folder import require_folder
 from .student.pipeline import load
 from .student.student import Origin, Student, base_of, size_of
+from .training.lock import held_in_python
 from .training.loop import TrainConfig, require_updates
 from .training.state import checkpoints
 from .words import in_python, python_words, told_in_python
@@ -67,7 +73,7 @@ def TDM(  # noqa: N802 - the method's name
     `fake={"updates": 5}`. Several `steps` make one student for all of these step counts (TDM-unify). Raises
     ValueError.
     """
-    name = "tdm" if isinstance(steps, int) else "tdm-unify"
+    name = "tdm-unify" if isinstance(steps, tuple | list) else "tdm"
     made = preset(name, steps=steps, guidance=guidance, **settings)
     assert isinstance(made, DistributionMatching)
     return made
@@ -119,6 +125,8 @@ def distill(
 
     Raises ValueError before anything is trained.
     """
+    _require_kinds(teacher, method, train, roles, trajectories, watch)
+    folder = None if out is None else require_path(out, "out")
     networks = RolesConfig(lora=ROLES.get(method.name, {}).get("lora", True) is not False) if roles is None else roles
     if roles is None and networks.lora:
         names = targets(teacher.module, networks.targets, networks.exclude)
@@ -138,31 +146,57 @@ def distill(
             )
         )
     asked = require_prompts(prompts)
-    source = images if images is None or isinstance(images, ImageSource) else ImageSource(str(images))
+    source = (
+        images
+        if images is None or isinstance(images, ImageSource)
+        else ImageSource(str(require_path(images, "images")))
+    )
     initial = None if init_from is None else require_folder(init_from, "init_from")
     inherited_head(method, teacher, initial)  # raises before anything is generated
     require_network(teacher, asked)
-    if out is not None:
+    require_adaptable(teacher, networks)
+    if folder is not None:
         require_exportable(teacher, method)
-        require(place_checks(Path(out)), "out")
-    if method.guidance.active and not any(asked) and teacher.encode([""]):
+        require(place_checks(folder), "out")
+    if method.guidance.active and images is None and not any(asked) and teacher.encode([""]):
         warnings.warn(EMPTY, DistillationWarning, stacklevel=3)
     spec = RunSpec(method, train, networks, asked, source, trajectories, initial)
-    return _distilled(teacher, spec, None if out is None else Path(out), watch)
+    return _distilled(teacher, spec, folder, watch)
+
+
+def _require_kinds(
+    teacher: object, method: object, train: object, roles: object, trajectories: object, watch: object
+) -> None:
+    """Check the classes of the arguments of `distill`.
+
+    Raises ValueError that names an argument of another class.
+    """
+    for option, value, kinds, cure in (
+        ("teacher", teacher, Backbone, "fewstep.load_teacher(...) or fewstep.Denoiser(...)"),
+        ("method", method, Method, "fewstep.TDM(...) or fewstep.method(name, ...)"),
+        ("train", train, TrainConfig, "fewstep.TrainConfig(iterations=...)"),
+        ("roles", roles, RolesConfig | None, "fewstep.RolesConfig(...)"),
+        ("trajectories", trajectories, TrajectoryConfig | None, "fewstep.TrajectoryConfig(...)"),
+        ("watch", watch, Watch | None, "fewstep.Watch(...), or None to watch losses alone"),
+    ):
+        if isinstance(value, type) or not isinstance(value, kinds):
+            raise ValueError(f"{option}: got {shortened(value)}, allowed is {cure}")
 
 
 def _distilled(
     teacher: Backbone, spec: RunSpec, folder: Path | None, watch: Watch | None
 ) -> Generator[Step, None, None]:
     """Run `distill`, whose arguments have been checked."""
-    with in_python():
+    with in_python(), ExitStack() as stack:
+        if folder is not None and is_first():
+            stack.enter_context(held_in_python(folder))
         own, base_hash = apart(teacher), fingerprint(teacher.module)
         origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.data, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([writing_check(folder), disk_check(trial.disk, folder)], "out")
             require(
-                [*conformance(teacher, spec.prompts[0]), student_check(trial, folder / "trial")],
+                [*conformance(own, spec.prompts[0]), student_check(trial, folder / "trial")],
                 f"teacher: {teacher.name}",
             )
         ready = prepare(own, spec, folder, folder, Lines())
@@ -187,11 +221,18 @@ def export_student(model: Student | Step, folder: str | Path, form: str = "stude
 
     The files go to a new `folder` and are loaded again. `form` is `student`, or `merged` for one network
     without LoRA, which `module.load_state_dict` takes; students of diffusers pipelines also have `kohya` and
-    `pipeline`. Returns `folder`. Raises ValueError with nothing kept.
+    `pipeline`. Files of a student of several step counts serve `steps`, by default the first count; `student`
+    keeps all counts. Returns `folder`. Raises ValueError with nothing kept.
     """
-    student = model.snapshot() if isinstance(model, Step) else model
-    formats.export(student if steps is None else student.single(steps), Path(folder), form)
-    return Path(folder)
+    if not isinstance(model, Student | Step):
+        raise ValueError(f"model: got {shortened(model)}, allowed is a student, or a step of fewstep.distill")
+    place, student = require_path(folder, "folder"), model.snapshot() if isinstance(model, Step) else model
+    steps = None if steps is None else whole_number(steps, "steps")
+    one = steps if steps is not None or form == "student" else student.card.steps[0]
+    if one is not None and one not in student.card.steps:
+        raise ValueError(f"steps: got {one}, this student serves {', '.join(map(str, student.card.steps))}")
+    formats.export(student if one is None else student.single(one), place, form)
+    return place
 
 
 @told_in_python
@@ -209,16 +250,7 @@ def check(teacher: Backbone, real: Any, prompts: Sequence[str] | None = None, se
     these are images `[N, 3, H, W]` in [0, 1]. `prompts` has one prompt for each sample; by default all
     prompts are empty. Raises ValueError.
     """
-    states = torch.as_tensor(real).float()
-    if isinstance(teacher, DiffusersBackbone) and states.shape[1:] != teacher.shape:
-        states = teacher.encode_images(states)
-    if states.shape[1:] != tuple(teacher.shape) or len(states) < LEAST_REAL:
-        raise ValueError(
-            f"real: got {list(states.shape)}, allowed are at least {LEAST_REAL} states [N, "
-            f"{', '.join(map(str, teacher.shape))}]"
-        )
-    if not bool(states.isfinite().all()) or not bool(states.var(0).any()):
-        raise ValueError("real: its numbers are not finite, or all samples are the same; pass clean data")
+    states = real_states(real, teacher, LEAST_REAL)
     asked = [""] * len(states) if prompts is None else require_prompts(prompts)
     if len(asked) != len(states):
         raise ValueError(f"prompts: got {len(asked)} for {len(states)} real samples; pass one each, or none")
@@ -238,7 +270,7 @@ def write_report(run: str | Path) -> Path:
 
     The report shows what the folder holds by now, as with `fewstep report RUN`. Returns the report's path.
     """
-    return render_run(Path(run))
+    return render_run(require_path(run, "run"))
 
 
 __all__ = [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Cond, denoiser, guided, rows
+from .backbones.modules import dtype_of
 from .core.guidance import Guidance
 from .core.schedule import expand
 from .roles.adapters import remove_adapters
@@ -149,7 +150,7 @@ def _check_predictions(backbone: Backbone, case: _Case, require: Require) -> Non
     require(m.shape == x.shape, f"predict gives {list(m.shape)} for states {list(x.shape)}")
     require(m.dtype == torch.float32, f"predict gives {m.dtype}; give float32, in which solvers and losses calculate")
     require(bool(m.isfinite().all()), "predict is not finite on ordinary states")
-    close = 1e-4 if next(module.parameters()).dtype == torch.float32 else 2e-2
+    close = 1e-4 if dtype_of(module) == torch.float32 else 2e-2
 
     def same(a: Tensor, b: Tensor) -> bool:
         return float((a - b).abs().max()) <= close * max(1.0, float(b.abs().max()))
@@ -175,14 +176,14 @@ def _check_pictures(backbone: Backbone, case: _Case, require: Require) -> None:
     require(len(shown) == 2, "decode does not keep the batch")
     if side:
         require(
-            shown.shape[-2:] == (side, side), f"decode gives {list(shown.shape)}, pictures are [2, 3, {side}, {side}]"
+            shown.shape[-2:] == (side, side), f"decode gives {list(shown.shape)}, images are [2, 3, {side}, {side}]"
         )
         states = backbone.encode_images(
             torch.rand((2, shown.shape[1], side, side), generator=torch.Generator().manual_seed(1)).to(case.x)
         )
         require(
             states.shape == case.x.shape,
-            f"encode_images gives {list(states.shape)} for two pictures, states are {list(case.x.shape)}",
+            f"encode_images gives {list(states.shape)} for two images, states are {list(case.x.shape)}",
         )
 
 
@@ -223,9 +224,9 @@ def _check_roles(backbone: Backbone, case: _Case, require: Require) -> None:
             roles.trained["student"][CONDITION][0].fill_(0.1)
             require(
                 torch.equal(roles.denoise("student", cond, 2)(x, t).x0, teacher),
-                "being told one step count changes another",
+                "conditioning on one step count changes another",
             )
             require(
                 not torch.equal(roles.denoise("student", cond, 4)(x, t).x0, teacher),
-                f"the network does not hear what {layer} is told",
+                f"the network ignores the step count of {layer} is told",
             )

@@ -38,6 +38,19 @@ def fault_of(name: object) -> str:
     return f"has {size} bytes, more than {LONGEST}" if size > LONGEST else ""
 
 
+def require_path(value: object, option: str) -> Path:
+    """Return a path that somebody passed.
+
+    Raises ValueError for an empty one, which would be the current folder, for bytes, and for what is no path.
+    """
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        raise ValueError(
+            f"{option}: got {str(value) if isinstance(value, Path) else value!r}, "
+            "allowed is the path of a folder as text"
+        )
+    return Path(value)
+
+
 def require_name(name: object, option: str, cure: str = "choose another") -> str:
     """Return `name` if a file may have it.
 

@@ -7,6 +7,7 @@ import logging
 import warnings
 
 ABSENT = "requires torchvision (not installed)"  # of image processors that no teacher uses for sampling
+NO_KEYS = "No LoRA keys associated to"  # of text encoders, which no student changes
 
 
 def mute_others() -> None:
@@ -17,6 +18,7 @@ def mute_others() -> None:
     # diffusers imports bitsandbytes wherever it is installed, used or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("transformers.utils.import_utils").addFilter(_for_users)
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(_for_users)
     # diffusers' old spellings, and its remarks on schedulers' configurations.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers\.")
     # The hub's remark on an argument that diffusers passes.
@@ -24,4 +26,4 @@ def mute_others() -> None:
 
 
 def _for_users(record: logging.LogRecord) -> bool:
-    return ABSENT not in record.getMessage()
+    return not any(text in record.getMessage() for text in (ABSENT, NO_KEYS))

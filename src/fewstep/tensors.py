@@ -3,6 +3,7 @@
 Files must be regular and whole, and every number finite.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .reading import reason
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, infinite: Collection[str] = ()) -> dict[str, Tensor]:
     """Read all tensors of a file.
 
     Raises ValueError with one line, without a cure, where the file is missing, no regular file, damaged, or
@@ -24,7 +25,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except Exception as error:  # each kind of damage raises another type
         raise ValueError(f"{path.name} is damaged: {reason(error)}") from error
-    odd = [n for n, t in tensors.items() if not finite(t)]
+    odd = [n for n, t in tensors.items() if n not in infinite and not finite(t)]
     if odd:
         raise ValueError(
             f"{path.name} has numbers in {odd[0]!r} that are not finite ({len(odd)} of {len(tensors)} tensors)"

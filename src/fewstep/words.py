@@ -21,6 +21,10 @@ PHRASES = (
     ("leave data out", "leave images out"),
     ("train.iterations", "iterations"),
     ("choose another --out", "choose another out"),
+    ("--out:", "out:"),
+    ("--format: ", "form: "),
+    ("--dtype: ", "dtype: "),
+    ("DIR: ", "folder: "),
     ("the same command", "the same call"),
     ("--set ", ""),
 )

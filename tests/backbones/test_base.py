@@ -159,7 +159,10 @@ def test_noise_is_not_predicted_where_there_is_nothing_else(schedule: Schedule, 
 
 @pytest.mark.parametrize("done", [True, False], ids=["preconditioned", "by itself"])
 def test_edm_s_preconditioning_of_an_own_network(done: bool) -> None:
-    """`D = c_skip x + c_out F(c_in x, log(sigma) / 4)`, whether fewstep scales what the network is asked or the network does."""
+    """`D = c_skip x + c_out F(c_in x, log(sigma) / 4)`.
+
+    It holds whether fewstep scales the network's input or the network does.
+    """
     net, data = tiny.Net(), 0.7
 
     class ByItself(nn.Module):

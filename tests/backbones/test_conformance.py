@@ -1,4 +1,7 @@
-"""What is said of a teacher, and that a wrong one does not pass: settings that are not read, numbers that are not finite, pictures that are black."""
+"""`conformance` describes a teacher and refuses a wrong one.
+
+A wrong one has settings that are not read, numbers that are not finite, or images that are black.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -26,8 +29,8 @@ def named(checks: list[Check]) -> dict[str, Check]:
 def test_every_family_conforms(family: str) -> None:
     checks = named(conformance(around(frozen(pipelines.FAMILIES[family](), torch.float32), "tiny")))
     assert all(c.holds and c.said for c in checks.values()), [c for c in checks.values() if not c.holds]
-    assert checks["diffusers"].said.startswith("pictures of 2 steps at guidance 3 differ by ")
-    assert "of the pictures' spread" in checks["diffusers"].said
+    assert checks["diffusers"].said.startswith("images of 2 steps at guidance 3 differ by ")
+    assert "of the images' spread" in checks["diffusers"].said
     require(list(checks.values()), "teacher: tiny")
 
 
@@ -36,7 +39,7 @@ def test_what_is_said() -> None:
     assert checks["model"].said.startswith("StableDiffusionPipeline, UNet2DConditionModel of 0.3 M weights in float32")
     assert checks["predicts"].said.startswith("v; an error of its output is 1 times as large")
     assert checks["schedule"].said == "a table of 1000 times, zero terminal SNR"
-    assert checks["states"].said == "[4, 8, 8], pictures 16 x 16"
+    assert checks["states"].said == "[4, 8, 8], images 16 x 16"
     assert checks["not read"].said == "nothing"
     sdxl = pipelines.sdxl()
     assert "terminal SNR 0.0047" in named(conformance(around(sdxl, "tiny")))["schedule"].said
@@ -62,7 +65,7 @@ def test_a_setting_that_is_not_read_is_seen_in_the_pictures() -> None:
     assert [c.name for c in failed] == ["diffusers"]
     with pytest.raises(
         ValueError,
-        match=r"^teacher: tiny: pictures of 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting",
+        match=r"^teacher: tiny: images of 2 steps at guidance 3 differ by .* \(allowed in float32: 0.001\); a setting",
     ):
         require(failed, "teacher: tiny")
 
@@ -108,7 +111,11 @@ def test_half_precision_is_held_to_what_it_can_do() -> None:
 
 
 def test_the_last_layer_is_calculated_in_single_precision() -> None:
-    """Under autocast, and of weights in half precision: what is left of the error is that of the layers before it. For others nothing changes."""
+    """The last layer is calculated in single precision.
+
+    This holds under autocast and of weights in half precision. The error that is left comes from the layers before
+    it. Other layers do not change.
+    """
     torch.manual_seed(0)
     net, wide = nn.Sequential(), nn.Conv2d(64, 4, 3, padding=1)
     net.add_module("conv_out", wide)

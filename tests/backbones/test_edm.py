@@ -1,4 +1,4 @@
-"""Pixel models with EDM's preconditioning: what diffusers' schedulers say of them, and the same pictures as diffusers draws."""
+"""Pixel models with EDM's preconditioning draw the same images as diffusers."""
 
 import math
 from pathlib import Path
@@ -91,8 +91,11 @@ def theirs(model: PixelModel, scheduler: Any, noise: Tensor, steps: int) -> list
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("kind", "solver"), [(EDMEulerScheduler, "ddim"), (EDMDPMSolverMultistepScheduler, "dpmpp")])
 def test_steps_are_those_of_diffusers(tmp_path: Path, kind: Any, solver: str, prediction: str, steps: int) -> None:
-    """From the same noise down the scheduler's own levels, every state, to roundings of its largest numbers: Euler's step there subtracts
-    numbers of the size of the noise in single precision."""
+    """Every state equals that of diffusers, from the same noise.
+
+    The times are the scheduler's own. The tolerance is the rounding of the largest numbers: Euler's step in diffusers
+    subtracts numbers of the size of the noise in single precision.
+    """
     model = loaded(tmp_path / "digits", kind(**LEVELS, prediction_type=prediction))
     noise = torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(1))
     wanted = theirs(model, model.pipe.scheduler, noise, steps)
@@ -117,7 +120,10 @@ def test_steps_are_those_of_diffusers(tmp_path: Path, kind: Any, solver: str, pr
 def test_a_student_s_scheduler_draws_its_steps_in_diffusers(
     model: PixelModel, tmp_path: Path, solver: str, steps: int
 ) -> None:
-    """fewstep's own grid of K steps, by a stock scheduler that went through a file, in a stock pipeline, noise included."""
+    """A stock pipeline with a stock scheduler samples fewstep's own grid.
+
+    The grid has K steps, the scheduler goes through a file, and the noise is included.
+    """
     student_scheduler(model.scheduler_config, [steps], solver).save_pretrained(tmp_path / "scheduler")
     scheduler = load_scheduler(tmp_path / "scheduler")
     scheduler.set_timesteps(steps)
@@ -151,7 +157,10 @@ def test_a_folder_is_an_ordinary_pipeline(model: PixelModel, tmp_path: Path) -> 
 
 
 def test_a_pipeline_that_ignores_its_scheduler_is_put_right(tmp_path: Path) -> None:
-    """`DDPMPipeline` takes any scheduler and scales nothing for it: its network is loaded, and drawn with as EDM says."""
+    """A `DDPMPipeline` with EDM's scheduler is sampled as EDM says.
+
+    `DDPMPipeline` takes any scheduler and scales nothing for it.
+    """
     torch.manual_seed(0)
     pipe = DDPMPipeline(pixel_unet([16, 32], [False, True], 1, 8, 3), EDMEulerScheduler(**LEVELS))
     pipe.save_pretrained(tmp_path / "old")
@@ -197,7 +206,7 @@ def test_other_schedulers_are_refused_in_a_line(tmp_path: Path, scheduler: Any, 
 
 
 def test_it_keeps_what_a_backbone_promises(model: PixelModel, tmp_path: Path) -> None:
-    """Students of LoRA that do nothing are the teacher bit for bit, several step counts are told apart, guidance is right."""
+    """An EDM model passes `check_backbone`, and its plan reads the same schedule."""
     check_backbone(model, ["one", "two"])
     hollow = meta_teacher(tmp_path / "digits")
     assert hollow.schedule == model.schedule

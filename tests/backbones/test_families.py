@@ -45,7 +45,7 @@ def test_a_family_keeps_the_protocol(folder: Path) -> None:
 
 
 def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path) -> None:
-    """Guided pictures of the pipeline's own call, with its own negative prompt, sizes and masks."""
+    """Guided images of the pipeline's own call, with its own negative prompt, sizes and masks."""
     backbone = load_teacher(folder)
     cond, null = backbone.encode(PROMPTS), backbone.encode([""])
     for scale in (1.0, 3.5):
@@ -61,7 +61,10 @@ def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path
 
 @pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_path: Path) -> None:
-    """Two updates of TDM for two step counts, written, loaded by fewstep, as a pipeline, and in every format: one picture each."""
+    """A student of two step counts draws one image everywhere.
+
+    It is loaded by fewstep, as a pipeline, and exported in every format.
+    """
     teacher = load_teacher(folder)
     method = fewstep.TDM(steps=(2, 1), warmup=0, guidance=3.0)
     *_, step = fewstep.distill(
@@ -96,12 +99,17 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
     assert not (final / "comfyui-workflow.json").exists()  # a folder is no checkpoint that it loads
     name = f"{folder.name}-tdm-unify-1-2step"
     kinds = {p.name.removeprefix(f"{name}-") for p in final.glob(f"{name}-*")}
-    assert kinds == ({"kohya.safetensors" if kohya else "lora.safetensors"} if share else set())
+    read = share and not folder.name.startswith("pixart")  # no program reads a LoRA of PixArt by itself
+    assert kinds == ({"kohya.safetensors" if kohya else "lora.safetensors"} if read else set())
     assert (final / "peft").exists() == (share and folder.name.startswith("pixart"))
 
 
 def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grid that no step count says: fewstep knows it from the folder, stock pipelines are told it, and what cannot be told is refused."""
+    """A grid that no step count says goes with the student.
+
+    fewstep knows the grid from the folder, a stock pipeline is told it, and a format that cannot be told it is
+    refused.
+    """
     teacher, method = load_teacher(folder), fewstep.TDM(steps=2, warmup=0, shift=2, guidance=3.0)
     times = method.times(teacher.schedule)
     assert not timegrid.even(teacher.schedule, times)

@@ -1,4 +1,7 @@
-"""LoRAs in every program's names: weights are those computed by hand, and what cannot be used is refused by name with nothing changed."""
+"""A LoRA in any program's names gives the weights computed by hand.
+
+A file that cannot be used is refused by name, and nothing is changed.
+"""
 
 import json
 import math
@@ -163,9 +166,15 @@ def test_original_names_with_two_text_encoders(start: str, tmp_path: Path) -> No
     """SDXL as kohya's scripts write it: the original blocks, `te1` and `te2`; and with dots, as ComfyUI does."""
     pipe = pipelines.sdxl()
     parts = {
-        "unet": ("down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k", "up_blocks.0.upsamplers.0.conv", "add_embedding.linear_1", "mid_block.resnets.1.conv2"),
-        "text_encoder": ("encoder.layers.1.self_attn.q_proj",), "text_encoder_2": ("encoder.layers.1.self_attn.q_proj",),
-    }  # fmt: skip
+        "unet": (
+            "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k",
+            "up_blocks.0.upsamplers.0.conv",
+            "add_embedding.linear_1",
+            "mid_block.resnets.1.conv2",
+        ),
+        "text_encoder": ("encoder.layers.1.self_attn.q_proj",),
+        "text_encoder_2": ("encoder.layers.1.self_attn.q_proj",),
+    }
     made, original, tensors = of(pipe, parts), dict(original_names(pipe.unet)), dict[str, Tensor]()
     for (part, name), (a, b) in made.items():
         if part == "unet":
@@ -221,22 +230,48 @@ PAIR = {f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B}
         (PAIR | {f"{FLAT}.oft_blocks": A}, "holds OFT"),
         (PAIR | {"bundle_emb.word.string_to_param.*": A}, "holds embeddings of new words"),
         (PAIR | {"text_encoders_0": A}, "'text_encoders_0' is no tensor of a LoRA"),
-        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": A, "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": B}, "1 of its 1 layers are not there in this StableDiffusionPipeline (text_encoder, unet), the first is 'lora_unet_double_blocks_0_img_attn_qkv'"),
-        (PAIR | {"unet.down_blocks.7.proj.lora_A.weight": A, "unet.down_blocks.7.proj.lora_B.weight": B}, "1 of its 2 layers are not there"),
-        (PAIR | {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": A, "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": B}, "1 of its 2 layers are not there"),
+        (
+            {
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": A,
+                "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": B,
+            },
+            "1 of its 1 layers are not there in this StableDiffusionPipeline (text_encoder, unet), "
+            "the first is 'lora_unet_double_blocks_0_img_attn_qkv'",
+        ),
+        (
+            PAIR | {"unet.down_blocks.7.proj.lora_A.weight": A, "unet.down_blocks.7.proj.lora_B.weight": B},
+            "1 of its 2 layers are not there",
+        ),
+        (
+            PAIR
+            | {
+                "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": A,
+                "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": B,
+            },
+            "1 of its 2 layers are not there",
+        ),
         (PAIR | {f"{FLAT}.lora_down.weight": A, f"{FLAT}.lora_up.weight": B}, "are the same layer"),
         ({f"{LAYER}.lora_A.weight": A}, "has half of a LoRA alone"),
         ({f"{LAYER}.alpha": torch.tensor(1.0)}, "has half of a LoRA alone"),
-        ({f"{LAYER}.lora_A.weight": torch.ones(RANK, 24), f"{LAYER}.lora_B.weight": B}, "has factors of [2, 24] and [16, 2], the layer here is [16, 16]"),
-        ({f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": torch.ones(16, 4)}, "has factors of [2, 16] and [16, 4]"),
+        (
+            {f"{LAYER}.lora_A.weight": torch.ones(RANK, 24), f"{LAYER}.lora_B.weight": B},
+            "has factors of [2, 24] and [16, 2], the layer here is [16, 16]",
+        ),
+        (
+            {f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": torch.ones(16, 4)},
+            "has factors of [2, 16] and [16, 4]",
+        ),
         ({f"{LAYER}.lora_A.weight": torch.ones(16), f"{LAYER}.lora_B.weight": B}, "has factors of"),
         ({f"{LAYER}.lora_A.weight": A * float("nan"), f"{LAYER}.lora_B.weight": B}, "are not finite"),
         (PAIR | {f"{LAYER}.alpha": torch.tensor(float("inf"))}, "are not finite"),
         ({f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": 0 * B}, "changes no weight: all of it is zero"),
         ({}, "it is empty"),
-        ({f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B.long()}, "is int64 (1 of 2 tensors), not real numbers"),
+        (
+            {f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B.long()},
+            "is int64 (1 of 2 tensors), not real numbers",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(tensors: dict[str, Tensor], said: str, pipe: DiffusionPipeline, tmp_path: Path) -> None:
     save_file({n: t.clone() for n, t in tensors.items()}, tmp_path / "x.safetensors")
     before = {n: p.clone() for n, p in pipe.unet.named_parameters()}

@@ -41,6 +41,16 @@ def test_the_scheduler_is_that_of_cogvideox_2b() -> None:
     """The settings of THUDM/CogVideoX-2b's scheduler_config.json."""
     own = mini.scheduler()
     assert isinstance(own, CogVideoXDDIMScheduler)
-    expected = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "snr_shift_scale": 3.0, "rescale_betas_zero_snr": True, "set_alpha_to_one": True, "timestep_spacing": "trailing", "num_train_timesteps": 1000}  # fmt: skip
+    expected = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+        "snr_shift_scale": 3.0,
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "trailing",
+        "num_train_timesteps": 1000,
+    }
     assert {k: own.config[k] for k in expected} == expected
     assert float(own.alphas_cumprod[-1]) == 0

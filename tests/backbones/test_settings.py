@@ -1,4 +1,7 @@
-"""Settings that ask for something are done, or refused in one line when the teacher is loaded; wrong ones are never a traceback."""
+"""A setting of a teacher is followed, or refused in one line.
+
+The refusal comes when the teacher is loaded, and a wrong setting is never a traceback.
+"""
 
 import json
 from collections.abc import Iterator
@@ -32,21 +35,33 @@ def pipes() -> dict[str, DiffusionPipeline]:
     ("family", "part", "setting", "value", "said"),
     [
         ("sd", "unet", "flip_sin_to_cos", 3, "unet says flip_sin_to_cos 3, allowed are true and false"),
-        ("sd", "scheduler", "rescale_betas_zero_snr", "no", 'scheduler says rescale_betas_zero_snr "no", allowed are true and false'),
+        (
+            "sd",
+            "scheduler",
+            "rescale_betas_zero_snr",
+            "no",
+            'scheduler says rescale_betas_zero_snr "no", allowed are true and false',
+        ),
         ("sdxl", "vae", "use_quant_conv", [False], "vae says use_quant_conv [false], allowed are true and false"),
-        ("pixels", "scheduler", "prediction_type", ["epsilon"], 'prediction_type ["epsilon"], allowed are epsilon, v_prediction, sample'),
+        (
+            "pixels",
+            "scheduler",
+            "prediction_type",
+            ["epsilon"],
+            'prediction_type ["epsilon"], allowed are epsilon, v_prediction, sample',
+        ),
         ("sd", "unet", "in_channels", 9, "unet says in_channels 9, text-to-image with this autoencoder takes 4"),
         ("sd", "unet", "out_channels", 8, "unet says out_channels 8"),
         ("sd", "unet", "time_cond_proj_dim", 256, "takes guidance as an input"),
-        ("sd", "unet", "class_embed_type", "timestep", "has no classes to tell it"),
-        ("sd", "unet", "num_class_embeds", 10, "has no classes to tell it"),
-        ("sd", "unet", "encoder_hid_dim_type", "image_proj", "takes pictures beside the text"),
-        ("sd", "unet", "addition_embed_type", "text_time", "a StableDiffusionPipeline tells it nothing or text"),
-        ("sd", "unet", "addition_embed_type", "image", "addition_embed_type \"image\""),
+        ("sd", "unet", "class_embed_type", "timestep", "has no classes"),
+        ("sd", "unet", "num_class_embeds", 10, "has no classes"),
+        ("sd", "unet", "encoder_hid_dim_type", "image_proj", "takes images next to the text"),
+        ("sd", "unet", "addition_embed_type", "text_time", "a StableDiffusionPipeline gives it nothing or text"),
+        ("sd", "unet", "addition_embed_type", "image", 'addition_embed_type "image"'),
         ("sd", "unet", "cross_attention_dim", 768, "its text encoders give 32"),
         ("sd", "unet", "cross_attention_dim", [32, 16], "its text encoders give 32"),
         ("sd", "unet", "sample_size", None, "unet says no sample_size; pass size=PIXELS"),
-        ("sd", "unet", "sample_size", [8, 16], "unet says sample_size [8, 16], fewstep draws squares"),
+        ("sd", "unet", "sample_size", [8, 16], "unet says sample_size [8, 16], fewstep samples squares"),
         ("sd", "unet", "sample_size", "8", "allowed are whole numbers"),
         ("sd", "unet", "sample_size", 10**9, "allowed are whole numbers from 1 to 4096"),
         ("sd", "unet", "sample_size", -8, "allowed are whole numbers"),
@@ -54,13 +69,25 @@ def pipes() -> dict[str, DiffusionPipeline]:
         ("sd", "vae", "scaling_factor", 0, "allowed are positive numbers"),
         ("sd", "vae", "scaling_factor", float("nan"), "allowed are positive numbers"),
         ("sd", "vae", "shift_factor", 0.1, "which a StableDiffusionPipeline does not read; set it to null"),
-        ("sd", "vae", "latents_mean", [0.0] * 4, "latents_mean and latents_std, which a StableDiffusionPipeline does not read"),
-        ("sd", "vae", "in_channels", 4, "pictures have 3"),
+        (
+            "sd",
+            "vae",
+            "latents_mean",
+            [0.0] * 4,
+            "latents_mean and latents_std, which a StableDiffusionPipeline does not read",
+        ),
+        ("sd", "vae", "in_channels", 4, "images have 3"),
         ("sd", "scheduler", "prediction_type", "flow_prediction", "allowed are epsilon, v_prediction, sample"),
         ("sd", "scheduler", "prediction_type", None, "allowed are epsilon, v_prediction, sample"),
-        ("sd", "scheduler", "prediction_type", "epsilon", "predicts noise, and at its noisiest time (999) the schedule leaves"),
+        (
+            "sd",
+            "scheduler",
+            "prediction_type",
+            "epsilon",
+            "predicts noise, and at its noisiest time (999) the schedule leaves",
+        ),
         ("sdxl", "vae", "latents_std", [1.0] * 4, "vae says latents_mean null, allowed are 4 numbers"),
-        ("sdxl", "unet", "addition_embed_type", None, "a StableDiffusionXLPipeline tells it text_time"),
+        ("sdxl", "unet", "addition_embed_type", None, "a StableDiffusionXLPipeline gives it text_time"),
         ("sdxl", "unet", "addition_time_embed_dim", None, "addition_time_embed_dim null"),
         ("sdxl", "unet", "projection_class_embeddings_input_dim", 2560, "the pooled text and six sizes are 80"),
         ("sdxl", "unet", "cross_attention_dim", 2048, "its text encoders give 64"),
@@ -74,11 +101,17 @@ def pipes() -> dict[str, DiffusionPipeline]:
         ("sd3", "transformer", "joint_attention_dim", 4096, "its text encoders give 64"),
         ("sd3", "transformer", "in_channels", 16, "its autoencoder's latents have 4"),
         ("sd3", "vae", "shift_factor", None, "allowed are finite numbers"),
-        ("sd3", "scheduler", "use_dynamic_shifting", True, "scheduler says use_dynamic_shifting, which fewstep does not read"),
+        (
+            "sd3",
+            "scheduler",
+            "use_dynamic_shifting",
+            True,
+            "scheduler says use_dynamic_shifting, which fewstep does not read",
+        ),
         ("sd3", "scheduler", "shift", 0, "allowed are positive numbers"),
         ("sd3", "scheduler", "shift", "3", "allowed are positive numbers"),
         ("cogvideox", "transformer", "patch_size_t", 2, "it is CogVideoX 1.5"),
-        ("cogvideox", "transformer", "in_channels", 8, "twice as many are for video from pictures"),
+        ("cogvideox", "transformer", "in_channels", 8, "twice as many are for video from images"),
         ("cogvideox", "transformer", "sample_frames", 10, "allowed are 4 n + 1"),
         ("cogvideox", "transformer", "sample_frames", None, "sample_frames null"),
         ("cogvideox", "transformer", "sample_height", [2], "sample_height [2]"),
@@ -86,14 +119,20 @@ def pipes() -> dict[str, DiffusionPipeline]:
         ("cogvideox", "transformer", "text_embed_dim", 4096, "its text encoders give 32"),
         ("cogvideox", "transformer", "temporal_compression_ratio", 8, "its autoencoder says 4"),
         ("cogvideox", "vae", "latents_mean", [0.1], "which a CogVideoXPipeline does not read"),
-        ("pixels", "unet", "in_channels", 4, "pictures have 1 or 3"),
+        ("pixels", "unet", "in_channels", 4, "images have 1 or 3"),
         ("pixels", "unet", "out_channels", 6, "a learned variance is not read"),
         ("pixels", "unet", "sample_size", None, "sample_size null"),
         ("pixels", "unet", "sample_size", [8, 8, 8], "allowed are a number, or height and width"),
-        ("pixels", "unet", "class_embed_type", "identity", "classes are told by their number"),
-        ("pixels", "unet", "num_class_embeds", 1000, "num_class_embeds 1000, labels.json names 0 classes; write 999 names"),
+        ("pixels", "unet", "class_embed_type", "identity", "classes are given by their number"),
+        (
+            "pixels",
+            "unet",
+            "num_class_embeds",
+            1000,
+            "num_class_embeds 1000, labels.json names 0 classes; write 999 names",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_asked_for_and_not_done(
     family: str, part: str, setting: str, value: Any, said: str, pipes: dict[str, DiffusionPipeline]
 ) -> None:
@@ -134,8 +173,18 @@ def edit(sd: Path) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("file", "setting", "value", "said"),
     [
-        ("model_index.json", "_class_name", ["my_pipeline", "MyPipeline"], "is a ['my_pipeline', 'MyPipeline'], supported are"),
-        ("model_index.json", "unet", None, "model_index.json says 'unet' null, which is no part of a StableDiffusionPipeline"),
+        (
+            "model_index.json",
+            "_class_name",
+            ["my_pipeline", "MyPipeline"],
+            "is a ['my_pipeline', 'MyPipeline'], supported are",
+        ),
+        (
+            "model_index.json",
+            "unet",
+            None,
+            "model_index.json says 'unet' null, which is no part of a StableDiffusionPipeline",
+        ),
         ("model_index.json", "vae", ["diffusers"], "model_index.json says 'vae'"),
         ("model_index.json", "extra", ["my_code", "Network"], "model_index.json says 'extra'"),
         ("model_index.json", "scheduler", ["my_code", "Scheduler"], "cannot be loaded"),
@@ -143,17 +192,32 @@ def edit(sd: Path) -> Iterator[Any]:
         ("unet/config.json", "block_out_channels", "wide", "cannot be loaded"),
         ("unet/config.json", "attention_head_dim", 3, "cannot be loaded"),
         ("unet/config.json", "norm_eps", "small", "its parts do not go together"),
-        ("unet/config.json", "quantization_config", {"load_in_4bit": True}, "asks for weights in fewer bits (quantization_config)"),
+        (
+            "unet/config.json",
+            "quantization_config",
+            {"load_in_4bit": True},
+            "asks for weights in fewer bits (quantization_config)",
+        ),
         ("text_encoder/config.json", "num_hidden_layers", 10**8, "says num_hidden_layers 1e+08, allowed are 0 to 1000"),
         ("text_encoder/config.json", "vocab_size", 10, "cannot be loaded"),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**10, "allowed are 2 to 100000"),
-        ("scheduler/scheduler_config.json", "trained_betas", [-0.5] * 1000, "no noise schedule: signal does not fall from 1 towards 0"),
-        ("scheduler/scheduler_config.json", "trained_betas", [0.5, -0.5, 0.1], "has 3 betas and says num_train_timesteps 1000"),
+        (
+            "scheduler/scheduler_config.json",
+            "trained_betas",
+            [-0.5] * 1000,
+            "no noise schedule: signal does not fall from 1 towards 0",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            "trained_betas",
+            [0.5, -0.5, 0.1],
+            "has 3 betas and says num_train_timesteps 1000",
+        ),
         ("scheduler/scheduler_config.json", "beta_schedule", "wild", "cannot be loaded"),
         ("tokenizer/tokenizer_config.json", "model_max_length", 1, "model_max_length 1, allowed are 3 to 8"),
         ("vae/config.json", "down_block_types", [], "(20 tensors are left over, which this network does not have)"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_trusted_too_far(file: str, setting: str, value: Any, said: str, edit: Any) -> None:
     folder = edit(file, **{setting: value})
     with pytest.raises(ValueError, match=r"^teacher: ") as error:

@@ -76,7 +76,7 @@ def test_a_plan_reads_no_weights(saved: tuple[Path, Path], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
 def test_what_the_file_says_it_predicts_goes_before_the_configuration(saved: tuple[Path, Path], tmp_path: Path) -> None:
-    """`v_pred` and `ztsnr`: v-prediction down to pure noise, for a plan as for a training, and in the student's scheduler."""
+    """`v_pred` and `ztsnr` mean v-prediction down to pure noise. Both hold for a plan as for a training."""
     whole, file = saved
     marked = tmp_path / "marked.safetensors"
     save_file(load_file(file) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, marked)
@@ -173,7 +173,7 @@ def test_without_a_folder_the_configuration_comes_from_the_hubs_cache(
         (9, [TEXT], "takes 9 channels"),
         (4, [POOLED, SECOND, "edm_mean"], "was trained on EDM's noise levels"),
         (4, [POOLED, "conditioner.embedders.0.model.x"], "is SDXL's refiner"),
-        (4, [POOLED, TEXT], "draws variations of pictures"),
+        (4, [POOLED, TEXT], "makes variations of images"),
     ],
 )
 def test_checkpoints_of_another_kind(channels: int, names: list[str], said: str, tmp_path: Path) -> None:
@@ -187,10 +187,12 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"not a file")
     (tmp_path / "old.ckpt").write_bytes(b"")
     for name, said in {
-        "lora.safetensors": "is no checkpoint of Stable Diffusion 1, 2 or XL in its original layout; pass a LoRA by --fuse-lora",
+        "lora.safetensors": "is no checkpoint of Stable Diffusion 1, 2 or XL in its original layout; "
+        "pass a LoRA by --fuse-lora",
         "broken.safetensors": "is missing or damaged",
         "nowhere.safetensors": "is missing or damaged",
-        "old.ckpt": "is a pickle, which may run any code when it is read; pass the model's .safetensors, or convert it as docs/checkpoints.md says",
+        "old.ckpt": "is a pickle, which may run any code when it is read; "
+        "pass the model's .safetensors, or convert it as docs/checkpoints.md says",
     }.items():
         with pytest.raises(ValueError, match=rf"^teacher: \S+{name} {said}") as error:
             load_teacher(tmp_path / name)
@@ -226,7 +228,10 @@ def test_a_file_with_what_does_not_belong_to_it(saved: tuple[Path, Path], tmp_pa
 
 @pytest.mark.parametrize("family", ["sd", "sd2", "sdxl"], indirect=True)
 def test_what_is_left_over_or_not_finite(saved: tuple[Path, Path], tmp_path: Path) -> None:
-    """By name and by value: a tensor of no network, a second copy of one, one that is not finite; marks, tables and averages are left alone."""
+    """A tensor of no network or with a NaN is refused.
+
+    So is a second copy of a tensor. Marks, tables and averages are left alone.
+    """
     _, file = saved
     state, changed = load_file(file), tmp_path / "changed.safetensors"
     some = "model.diffusion_model.middle_block.0.in_layers.2.weight"
@@ -268,7 +273,10 @@ def test_what_is_left_over_or_not_finite(saved: tuple[Path, Path], tmp_path: Pat
 
 @pytest.mark.parametrize("family", ["sd"], indirect=True)
 def test_eight_bits(saved: tuple[Path, Path], tmp_path: Path) -> None:
-    """Plain ones are read as numbers; those with scales beside them are refused, for plans too, however they are called."""
+    """Plain 8-bit weights are read as numbers; weights with scales are refused.
+
+    The refusal holds for plans too, whatever the scales are called.
+    """
     _, file = saved
     state, changed, configs = load_file(file), tmp_path / "small.safetensors", file.parent / "configs"
     name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
@@ -285,7 +293,7 @@ def test_eight_bits(saved: tuple[Path, Path], tmp_path: Path) -> None:
     ):
         save_file(state | {mark: torch.ones(1)}, changed)
         for load in (load_teacher, meta_teacher):
-            with pytest.raises(ValueError, match="keeps its weights in 8 bits or fewer, with scales beside them"):
+            with pytest.raises(ValueError, match="keeps its weights in 8 bits or fewer, with scales next to them"):
                 load(f"{changed}@{configs}")
 
 

@@ -1,4 +1,4 @@
-"""The student's own steps in diffusers' pipelines, also in those that begin with a picture."""
+"""The student's own steps in diffusers' pipelines, also in those that begin with an image."""
 
 import copy
 from itertools import pairwise
@@ -53,7 +53,10 @@ def asked_at(pipe: DiffusionPipeline) -> list[float]:
 @pytest.mark.parametrize("solver", ["ddim", "ipndm", "dpmpp"])
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solver: str) -> None:
-    """At every strength it is the student's own walk from the picture's state at the time that the network is asked first."""
+    """Image-to-image is the student's own trajectory from the image's noised state.
+
+    At every strength it starts at the first time that the network is asked for.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = pipelines.FAMILIES[family]()
@@ -72,8 +75,15 @@ def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solv
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             found = pipe(
-                PROMPT, image=x0, strength=strength, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="latent", **size
-            ).images  # fmt: skip
+                PROMPT,
+                image=x0,
+                strength=strength,
+                num_inference_steps=4,
+                guidance_scale=1.0,
+                generator=generator,
+                output_type="latent",
+                **size,
+            ).images
             assert seen == pytest.approx(told[first:-1].tolist(), abs=1e-2)
             start = diffuse(
                 backbone.schedule,
@@ -95,8 +105,14 @@ def test_two_pictures_in_a_row_do_not_remember_one_another() -> None:
     def drawn(strength: float) -> Tensor:
         generator = torch.Generator().manual_seed(7)
         return pipe(
-            PROMPT, image=image, strength=strength, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="pt"
-        ).images  # fmt: skip
+            PROMPT,
+            image=image,
+            strength=strength,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            generator=generator,
+            output_type="pt",
+        ).images
 
     first = drawn(0.75)
     drawn(0.5)
@@ -129,7 +145,9 @@ def test_inpainting_is_found_too() -> None:
 def test_a_student_that_begins_with_pure_noise_takes_no_picture(how: dict[str, Any], by: str) -> None:
     base = pipelines.sd()
     pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ddim", **how))
-    with pytest.raises(ValueError, match=f"^image: this student has {by}.*draws from prompts alone"):
+    with pytest.raises(
+        ValueError, match=f"^image: this student has {by}.*; it samples from prompts alone, without an initial image$"
+    ):
         pipe(PROMPT, image=torch.rand(1, 3, 16, 16), strength=0.5, num_inference_steps=4, guidance_scale=1.0)
 
 

@@ -1,4 +1,4 @@
-"""The closed forms are what they say: their scores are gradients of their log densities, their flow is the probability flow."""
+"""The closed forms hold. Their scores are gradients of their log densities, and their flow is the probability flow."""
 
 import math
 

@@ -1,4 +1,7 @@
-"""Every weight comes from its file: what is missing, left over, not finite, pickled or elsewhere is one line that names file and tensor."""
+"""Every weight comes from its file.
+
+A weight that is missing, left over, not finite, pickled or elsewhere is one line that names file and tensor.
+"""
 
 import json
 import os
@@ -78,12 +81,15 @@ def put(state: dict[str, Tensor], value: float) -> None:
     ("change", "said"),
     [
         (lambda s: s.pop(last(s)), "{file} lacks '{name}' (1 tensor is missing)"),
-        (lambda s: s.update(extra=s[last(s)].clone()), "{file} has 'extra' (1 tensor is left over, which this network does not have)"),
+        (
+            lambda s: s.update(extra=s[last(s)].clone()),
+            "{file} has 'extra' (1 tensor is left over, which this network does not have)",
+        ),
         (lambda s: put(s, float("nan")), "{file} has numbers in '{name}' that are not finite"),
         (lambda s: put(s, float("-inf")), "{file} has numbers in '{name}' that are not finite"),
     ],
     ids=["missing", "left over", "nan", "infinity"],
-)  # fmt: skip
+)
 def test_every_network_of_every_family(
     parts: list[Part], change: Callable[[dict[str, Tensor]], None], said: str, tmp_path: Path
 ) -> None:
@@ -106,14 +112,18 @@ def sd(tmp_path: Path) -> Path:
 
 
 def test_one_line_for_the_user_and_for_a_plan(sd: Path) -> None:
-    """Both say which model, file and tensor it is; a plan reads headers alone, in which files are seen, but no values."""
+    """A training and a plan name model, file and tensor.
+
+    A plan reads headers alone: it sees which files are there, but no values.
+    """
     file = sd / "text_encoder" / "model.safetensors"
     state = load_file(file)
     name = last(state)
     save_file({k: v for k, v in state.items() if k != name}, file, {"format": "pt"})
     with pytest.raises(
         ValueError,
-        match=rf"^teacher: {sd}: text_encoder/model.safetensors lacks '\S+' \(1 tensor is missing\); download it again$",
+        match=rf"^teacher: {sd}: text_encoder/model.safetensors lacks '\S+' \(1 tensor is missing\); "
+        r"download it again$",
     ):
         load_teacher(sd)
     file.unlink()
@@ -173,9 +183,9 @@ def test_shards(kind: type[Any], sd: Path, tmp_path: Path) -> None:
     value = json.loads(index.read_text())
     first = next(iter(value["weight_map"]))
     for name, said in (
-        ("../../sd/unet/diffusion_pytorch_model.safetensors", "allowed are .safetensors files beside it"),
-        ("/etc/passwd", "allowed are .safetensors files beside it"),
-        ("shard.bin", "allowed are .safetensors files beside it"),
+        ("../../sd/unet/diffusion_pytorch_model.safetensors", "allowed are .safetensors files next to it"),
+        ("/etc/passwd", "allowed are .safetensors files next to it"),
+        ("shard.bin", "allowed are .safetensors files next to it"),
         ("nowhere.safetensors", f"{folder.name}/nowhere.safetensors is missing"),
     ):
         index.write_text(json.dumps(value | {"weight_map": value["weight_map"] | {first: name}}))
@@ -205,7 +215,8 @@ def test_only_regular_files_inside_the_folder(sd: Path, tmp_path: Path) -> None:
     for load in (load_teacher, meta_teacher):
         with pytest.raises(
             ValueError,
-            match=r"vae/diffusion_pytorch_model.bin is a pickle, .*; pass a model in safetensors, or convert it as docs/checkpoints.md says$",
+            match=r"vae/diffusion_pytorch_model.bin is a pickle, .*; pass a model in safetensors, "
+            r"or convert it as docs/checkpoints.md says$",
         ):
             load(sd)
     shutil.move(elsewhere, sd / "vae" / "real.safetensors")
@@ -237,13 +248,16 @@ def test_scales_of_eight_bits_are_not_passed_over(sd: Path) -> None:
     file = sd / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"conv_in.weight_scale": torch.ones(())}, file, {"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"keeps its weights in 8 bits or fewer, with scales beside them \(conv_in.weight_scale\)"
+        ValueError, match=r"keeps its weights in 8 bits or fewer, with scales next to them \(conv_in.weight_scale\)"
     ):
         load_teacher(sd)
 
 
 def test_values_are_compared_whatever_the_library_says(sd: Path) -> None:
-    """A network whose library has filled it at random and says nothing is known by its values; names and types may be others."""
+    """Values of a network that are not the file's are found.
+
+    A library may fill a network at random and say nothing of it. Names and types may differ.
+    """
     file = sd / "text_encoder" / "model.safetensors"
     right = load_network(CLIPTextModel, sd / "text_encoder", torch.bfloat16)
     assert strangers(right.state_dict(), [file]) == []

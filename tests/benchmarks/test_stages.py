@@ -1,7 +1,7 @@
 """`benchmarks/stages.py`: what each way trains can be run, and the table keeps what is there."""
 
-import runpy
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ Bench = dict[str, Any]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return runpy.run_path(str(ROOT / "benchmarks" / "stages.py"))
+def bench(load: Callable[[str], Bench]) -> Bench:
+    return load("stages")
 
 
 def recipe(bench: Bench, key: str, batch: int = 32, seed: int = 3) -> DistillRecipe:
@@ -39,27 +38,32 @@ def test_every_way_is_a_recipe_of_the_same_batch_seed_and_trajectories(bench: Be
     assert [recipe(bench, f"{key}-equal").method.head for key in ("imitation", "trajpl")] == ["none", "span"]
 
 
-def test_a_head_is_kept_or_folded(bench: Bench) -> None:
-    plain, head, folded = (recipe(bench, key) for key in ("stages", "head", "fold"))
-    assert plain.warm_start and head.warm_start and folded.warm_start
-    assert [r.warm_start.method.head for r in (plain, head, folded) if r.warm_start] == ["none", "span", "span"]
-    assert (head.method.head, folded.method.head) == ("keep", "fold")
-    assert (
-        folded.train.iterations - folded.method.warmup == head.train.iterations - head.method.warmup
-    )  # as much matching after it
+def test_a_head_is_kept_or_absorbed(bench: Bench) -> None:
+    plain, head, absorbed = (recipe(bench, key) for key in ("stages", "head", "absorb"))
+    assert plain.warm_start and head.warm_start and absorbed.warm_start
+    assert [r.warm_start.method.head for r in (plain, head, absorbed) if r.warm_start] == ["none", "span", "span"]
+    assert (head.method.init_head, absorbed.method.init_head) == ("keep", "absorb")
+    # As much matching after it.
+    assert absorbed.train.iterations - absorbed.method.warmup == head.train.iterations - head.method.warmup
 
 
-def row(key: str, fd: float, seed: int = 0, asked: Any = None) -> dict[str, Any]:
+def test_guidance_of_a_way_takes_the_place_of_a_plain_scale(bench: Bench) -> None:
+    same, plain = recipe(bench, "tdm-same").method, recipe(bench, "tdm-520").method
+    assert (same.guidance.scale, same.guidance.apg_eta, same.shift) == (4.5, 0, 0.5)
+    assert (plain.guidance.scale, plain.guidance.apg_eta) == (4.5, 1)
+
+
+def row(key: str, fd: float, seed: int = 0, settings: Any = None) -> dict[str, Any]:
     of = {"fd_real": fd, "retrieval_top1": 0.5, "retrieval_top5": 0.75}
     return {
         "key": key,
         "seed": seed,
         "seconds": 90.0,
-        "asked": asked,
-        "commit": "c",
-        "hardware": "h",
+        "settings": settings,
         "teacher": of,
         "row": of,
+        "hardware": {"device": "h", "instructions": None, "threads": None},
+        "versions": {"commit": "c", "torch": None},
     }
 
 
@@ -86,11 +90,21 @@ def test_what_a_quality_costs_either_way_is_told_by_the_cheapest_that_has_it(ben
         "stages-half": [row("stages-half", 9.1) | {"seconds": 300.0}],
     }
     assert bench["costs"](of) == [
-        "What `tdm-200` has in 1.5 minutes, FD 8.00, has no staged way.",
-        "What `tdm` has in 20.0 minutes, FD 9.10, has `stages-half`, 9.10, 25% of the minutes.",
+        "`tdm-200` has FD 8.00 in 1.5 minutes; no staged way is as good.",
+        "`tdm` has FD 9.10 in 20.0 minutes; `stages-half` has 9.10 in 25% of the minutes.",
     ]
 
 
 def test_a_row_of_other_settings_is_another(bench: Bench) -> None:
     way = next(w for w in bench["WAYS"] if w.key == "stages")
-    assert bench["asked"](way, Namespace(batch=32)) != bench["asked"](way, Namespace(batch=16))
+    kept = row("stages", 9.0, settings=bench["settings_of"](way, Namespace(batch=32)))
+    assert bench["measured_as"](kept, way, Namespace(batch=32))
+    assert not bench["measured_as"](kept, way, Namespace(batch=16))
+    other = kept | {"settings": kept["settings"] | {"processes": 2}}
+    assert not bench["measured_as"](other, way, Namespace(batch=32))
+
+
+def test_the_stored_rows_are_not_run_again(bench: Bench) -> None:
+    a = Namespace(to=ROOT / "benchmarks", batch=32)
+    ways = {w.key: w for w in bench["WAYS"]}
+    assert all(bench["measured_as"](kept, ways[key], a) for (key, _), kept in bench["kept"](a).items())

@@ -1,8 +1,10 @@
-"""`benchmarks/trajpl.py`: what makes a run another one, its errors and its table; and its closed form from end to end in a handful of iterations."""
+"""`benchmarks/trajpl.py`: what makes a run another one, its errors and its table.
+
+Its closed form runs from end to end in a handful of iterations.
+"""
 
 import json
 import math
-import runpy
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,20 +23,18 @@ from fewstep.core.solvers import sample
 from fewstep.training.loop import TrainConfig
 
 from .. import tiny
-from ..project import ROOT
 
 Bench = dict[str, Any]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return runpy.run_path(str(ROOT / "benchmarks" / "trajpl.py"))
+def bench(load: Callable[[str], Bench]) -> Bench:
+    return load("trajpl")
 
 
 @pytest.fixture
 def part(bench: Bench) -> Any:
-    """Of a tiny teacher, whose students are asked for its own two steps."""
+    """Return a part of a tiny teacher, which has two steps itself."""
     teacher = tiny.denoiser(conditional=False)
     noise = noise_of([torch.Generator().manual_seed(i) for i in range(5)], teacher.shape)
     with torch.no_grad():
@@ -70,37 +70,40 @@ def test_the_error_is_the_distance_to_the_teacher_s_end_over_its_size(part: Any)
 
 
 def test_a_row_is_kept_for_its_settings_alone(bench: Bench, part: Any) -> None:
-    """All that changes a number makes another run; a seed does not, being in the row's name, nor what a solver alone does not see."""
-    asked, students = bench["asked_of"], bench["PARTS"]["exact"]
+    """Every setting that changes a number makes another run. A seed has its own row, a solver alone no training."""
+    settings, students = bench["settings_of"], bench["PARTS"]["exact"]
     head = students["head"]
-    assert asked(head, part) == asked(head, replace(part, train=replace(part.train, seed=7)))
+    assert settings(head, part) == settings(head, replace(part, train=replace(part.train, seed=7)))
     others = [
-        asked(head, replace(part, train=replace(part.train, iterations=41))),
-        asked(head, replace(part, paths=replace(part.paths, count=11))),
-        asked(head, replace(part, noise=part.noise[:4])),
-        asked(replace(head, trajectories=11), part),
-        asked(replace(head, iterations=10), part),
-        asked(replace(head, matching={"steps": 2}), part),
-        asked(students["pas"], part),
-        asked(students["head-ipndm"], part),
+        settings(head, replace(part, train=replace(part.train, iterations=41))),
+        settings(head, replace(part, trajectories=replace(part.trajectories, count=11))),
+        settings(head, replace(part, noise=part.noise[:4])),
+        settings(replace(head, trajectories=11), part),
+        settings(replace(head, iterations=10), part),
+        settings(replace(head, matching={"steps": 2}), part),
+        settings(students["pas"], part),
+        settings(students["head-ipndm"], part),
     ]
-    assert all(other != asked(head, part) for other in others)
-    assert asked(students["ddim"], part) == asked(
+    assert all(other != settings(head, part) for other in others)
+    assert settings(students["ddim"], part) == settings(
         students["ddim"], replace(part, train=replace(part.train, iterations=41))
     )
-    assert json.loads(json.dumps(asked(head, part))) == asked(head, part)
-    assert bench["training_of"](replace(head, iterations=10), part) == replace(part.train, iterations=10, decay=5)
-    assert bench["training_of"](head, part) == part.train
-    assert bench["training_of"](replace(head, rate=0.2), part) == replace(part.train, lr=2e-4, fake_lr=2e-4)
+    assert json.loads(json.dumps(settings(head, part))) == settings(head, part)
+    assert (
+        bench["completed"]({"train": {"iterations": 40}})["train"]["lr_warmup"] == 0
+    )  # a row from before that setting
+    assert bench["train_config"](replace(head, iterations=10), part) == replace(part.train, iterations=10, decay=5)
+    assert bench["train_config"](head, part) == part.train
+    assert bench["train_config"](replace(head, rate=0.2), part) == replace(part.train, lr=2e-4, fake_lr=2e-4)
 
 
 def row(part: str, key: str, seed: int, measured: dict[str, dict[str, float]], trained: int = 0) -> dict[str, Any]:
     about = {
-        "commit": "abc",
-        "hardware": "CPU",
+        "hardware": {"device": "CPU", "instructions": None, "threads": None},
+        "versions": {"commit": "abc", "torch": None},
         "label": key,
         "teacher": {"fd": 10.0},
-        "asked": {},
+        "settings": {},
         "share": 0.04,
         "seconds": 3.0,
     }
@@ -108,7 +111,7 @@ def row(part: str, key: str, seed: int, measured: dict[str, dict[str, float]], t
 
 
 def test_the_table_has_means_deviations_and_what_is_left_of_ddims_excess(bench: Bench, tmp_path: Path) -> None:
-    a = Namespace(out=tmp_path)
+    a = Namespace(to=tmp_path)
     results = [
         row("pixel", "lora", 1, {"fd": {"2": 24.0, "4": 12.0}}, 50),
         row("pixel", "ddim", 0, {"fd": {"2": 30.0, "4": 20.0}}),
@@ -129,7 +132,7 @@ def test_the_table_has_means_deviations_and_what_is_left_of_ddims_excess(bench: 
 
 
 def test_nothing_is_kept_where_nothing_was_run(bench: Bench, tmp_path: Path) -> None:
-    assert bench["kept"](Namespace(out=tmp_path)) == {}
+    assert bench["kept"](Namespace(to=tmp_path)) == {}
 
 
 def test_the_closed_form_is_a_network_of_the_mixture_s_own_estimate(bench: Bench) -> None:
@@ -152,29 +155,29 @@ def test_the_closed_form_part_runs_and_is_not_run_again(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["--iterations", "4", "--count", "64", "--batch", "16", "--seeds", "0", "--keys", "ddim", "head"]
-    places = ["--folder", str(tmp_path / "kept"), "--out", str(tmp_path)]
+    places = ["--out", str(tmp_path / "kept"), "--to", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["trajpl.py", "--only", "exact", *settings, *places])
     main: Callable[[], None] = bench["main"]
     main()
     table = json.loads((tmp_path / "trajpl.json").read_text())
     assert [(r["part"], r["key"], r["seed"]) for r in table["rows"]] == [("exact", "ddim", 0), ("exact", "head", 0)]
     assert finite(table)
-    assert {"hardware", "commit", "label", "asked", "seconds"} <= table["rows"][0].keys()
+    assert {"hardware", "versions", "label", "settings", "seconds"} <= table["rows"][0].keys()
     errors = table["rows"][0]["measured"]["error"]
     assert list(errors) == list("123456")
     assert errors["2"] > errors["6"] > 0
     assert table["rows"][1]["trained"] > 0
-    assert (tmp_path / "trajpl.md").read_text().count("\n| ") == 2 * (1 + 2)  # of errors and of distances
+    assert (tmp_path / "trajpl.md").read_text().count("\n| ") == 2 * (2 + 2)  # of errors and of distances
 
     def again(*_: object) -> None:
         pytest.fail("a kept run was run again")
 
-    walked = sorted((f, f.stat().st_mtime_ns) for f in (tmp_path / "kept").rglob("*") if f.is_file())
-    assert walked
+    generated = sorted((f, f.stat().st_mtime_ns) for f in (tmp_path / "kept").rglob("*") if f.is_file())
+    assert generated
     monkeypatch.setitem(bench["main"].__globals__, "run", again)
     main()
     assert json.loads((tmp_path / "trajpl.json").read_text())["rows"] == table["rows"]
-    assert sorted((f, f.stat().st_mtime_ns) for f in (tmp_path / "kept").rglob("*") if f.is_file()) == walked
+    assert sorted((f, f.stat().st_mtime_ns) for f in (tmp_path / "kept").rglob("*") if f.is_file()) == generated
     monkeypatch.setattr("sys.argv", ["trajpl.py", "--only", "exact", *settings, *places, "--iterations", "5"])
     with pytest.raises(pytest.fail.Exception, match="run again"):  # it is another run
         main()

@@ -1,4 +1,7 @@
-"""Before a training: what could fail at its end is tried, shown as a list, and refused before hours have gone into it."""
+"""What could fail at a training's end is tried before it.
+
+The parts are shown as a list, and a failure is refused before hours have gone into the training.
+"""
 
 import copy
 import os
@@ -13,16 +16,14 @@ from safetensors.torch import load_file, save_file
 from fewstep import atomic
 from fewstep.backbones import files
 
-from . import test_distill
-from .test_distill import error_of, recipe, teacher, uncounted
-
-assert all((recipe, teacher, uncounted))  # fixtures
+from . import common
+from .common import error_of
 
 FEW = ("--set", "train.iterations=2", "--set", "preview.teacher_steps=1")
 
 
 def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    return test_distill.fewstep(monkeypatch, *arguments, look=True)
+    return common.fewstep(monkeypatch, *arguments, look=True)
 
 
 def everything(folder: Path) -> list[str]:
@@ -43,7 +44,7 @@ def test_a_dry_run_and_a_run_show_the_same_list(
             line.split()[1] for line in out.partition("before the training:")[2].splitlines() if line.startswith("  ok")
         ]
         assert {"folder", "writing", "disk", "model", "diffusers", "pictures", "student"} <= set(names)
-        assert "its files are written, read and drawn with in 4 steps: largest difference 0" in out
+        assert "its files are written, read and sampled in 4 steps: largest difference 0" in out
         assert "\n  NO" not in out
     assert not list(Path("runs/tiny").rglob("*.tmp"))
     assert fewstep(monkeypatch, "distill", recipe, *FEW) == 0
@@ -63,14 +64,23 @@ def spoiled(teacher: Path, folder: Path, part: str, begins: str, factor: float) 
 @pytest.mark.parametrize(
     ("part", "begins", "factor", "said"),
     [
-        ("vae", "decoder.conv_out", 0.0, "its pictures are one colour"),
+        ("vae", "decoder.conv_out", 0.0, "its images are one colour"),
         ("unet", "conv_in", 1e38, "what the network says at 999: not finite"),
     ],
 )
 def test_a_teacher_that_draws_nothing_is_refused(
-    dry: bool, part: str, begins: str, factor: float, said: str, recipe: Path, teacher: Path, tmp_path: Path, uncounted: None,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    dry: bool,
+    part: str,
+    begins: str,
+    factor: float,
+    said: str,
+    recipe: Path,
+    teacher: Path,
+    tmp_path: Path,
+    uncounted: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     odd = spoiled(teacher, tmp_path / "odd", part, begins, factor)
     assert fewstep(monkeypatch, "distill", recipe, "--teacher", odd, *(["--dry-run"] if dry else FEW)) == 2
     error = error_of(capsys)

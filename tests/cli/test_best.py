@@ -9,16 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.cli.best import PATIENCE, Best, keep_best, read_best
-from tests.cli.test_distill import fewstep as command
-from tests.cli.test_distill import recipe, teacher
 
-__all__ = ["recipe", "teacher"]  # fixtures
+from .common import fewstep as command
 
 KEY = "preview.distance"
 
 
 def run_of(folder: Path, values: list[float | None]) -> list[list[str]]:
-    """A run whose previews have these values, one an iteration, logged before they are judged; what was said of each."""
+    """Judge a run whose previews have these values; return what was said.
+
+    There is one preview an iteration, and it is logged before it is judged.
+    """
     said = []
     for i, value in enumerate(values):
         with (folder / "metrics.jsonl").open("a") as file:
@@ -78,7 +79,10 @@ def test_previews_of_the_warm_up_are_no_student_s(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_what_a_later_preview_than_its_checkpoint_had(tmp_path: Path) -> None:
-    """Killed after the preview of iteration 3, resumed from iteration 2: the log goes back, the student that was written does not."""
+    """The best student outlives a log that goes back.
+
+    The run is killed after the preview of iteration 3 and resumed from iteration 2.
+    """
     run_of(tmp_path, [0.9, 0.5, 0.4, 0.3])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()[:3]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -100,7 +104,7 @@ def test_a_kill_between_the_student_and_its_note_loses_nothing(tmp_path: Path) -
 def test_a_run_that_gets_worse_leaves_its_best_student(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As its user sees it: a student to draw with, which is not the last one, and a line on the screen and in the report."""
+    """The best student can be sampled; it is not the last. A line on the screen and in the report names it."""
     distances = iter([0.9, 0.5, 0.3, 0.4, 0.5, 0.6])
     monkeypatch.setattr("fewstep.runs.preview.paired_distance", lambda *_: next(distances))
     assert command(monkeypatch, "distill", recipe, "--set", "preview.every=1") == 0

@@ -8,75 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from fewstep.atomic import stream_tensors, write_json
-from fewstep.backbones import miniature
 from fewstep.cli import main
 from fewstep.training import loop, state
-from fewstep.training.memory import Training
 
-RECIPE: dict[str, Any] = {
-    "kind": "distill",
-    "name": "tiny",
-    "teacher": "",
-    "prompts": {"source": ""},
-    "method": {"steps": 4, "guidance": 2.0, "warmup": 1},
-    "roles": {"rank": 2},
-    "train": {"iterations": 5, "batch": 4, "lr": 1.0e-3, "fake_lr": 1.0e-2, "checkpoint_every": 2},
-    "preview": {"every": 5, "prompts": ["red cat", "blue dog"], "teacher_steps": 3},
-}
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion pipeline of random weights, saved to a folder."""
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
-    torch.manual_seed(0)
-    tokenizer = miniature.word_tokenizer(["red cat", "blue dog"], 600, 8)
-    vae, text = miniature.autoencoder([8, 16], 4, 16), miniature.text_encoder(tokenizer, 32, 1, 4)
-    miniature.pipeline(vae, text, tokenizer, miniature.unet([32, 32], [False, True], 4, 8, 32)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def recipe(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe file of a five-iteration run; the working folder is a new one."""
-    return written(teacher, tmp_path, monkeypatch)
-
-
-def written(teacher: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The recipe and its prompts in this folder, which is worked in from here on."""
-    monkeypatch.chdir(folder)
-    (folder / "prompts.txt").write_text("red cat\nblue dog\n\nred cat\n")
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "teacher": str(teacher), "prompts": {"source": "prompts.txt"}}))
-    return path
-
-
-@pytest.fixture
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dry runs without the seconds that counting memory takes; tests of `fewstep plan` and of the count have them."""
-    monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_: Training(6, 5, 4, 3, 2, 1))
-
-
-def fewstep(monkeypatch: pytest.MonkeyPatch, *arguments: object, look: bool = False) -> int:
-    """Run the command line in this process; returns its exit code. What is looked at before a training takes seconds, and `look` does it."""
-    if not look:
-        for name in ("look_before", "look_in_dry_run"):
-            monkeypatch.setattr(f"fewstep.cli.distill.{name}", lambda *_: None)
-    monkeypatch.setattr("sys.argv", ["fewstep", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main.run()
-    return int(left.value.code or 0)
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a user's mistake prints."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+from .common import error_of, fewstep
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +32,7 @@ def test_a_run_leaves_everything_it_promises(
     assert f"student: {share}" in said and f"fake: {share}" in said
     assert "calls    4 in 4 steps; the teacher takes 6 in 3" in said
     assert "try      fewstep sample runs/tiny -p 'red cat' --compare" in said
-    assert "| network calls a picture | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
+    assert "| NFE of an image | 4 in 4 steps |" in (run / "final" / "README.md").read_text()
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {
         "run.json",

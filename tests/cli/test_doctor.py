@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from .. import pipelines
-from .test_distill import error_of, fewstep
+from .common import error_of, fewstep
 
 
 @pytest.fixture
@@ -19,14 +19,14 @@ def test_a_sound_teacher(sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     out = capsys.readouterr().out
     assert (
         "ok  model          StableDiffusionPipeline" in out
-        and "ok  diffusers      pictures of 2 steps at guidance 3 differ by" in out
+        and "ok  diffusers      images of 2 steps at guidance 3 differ by" in out
     )
     assert "NO" not in out
 
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [("unet", "unet/diffusion_pytorch_model.safetensors has numbers"), ("vae", ": its pictures are one colour")],
+    [("unet", "unet/diffusion_pytorch_model.safetensors has numbers"), ("vae", ": its images are one colour")],
 )
 def test_one_that_is_not(
     part: str, said: str, sd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

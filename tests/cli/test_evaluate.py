@@ -18,11 +18,10 @@ from fewstep.evaluation import protocols
 from fewstep.evaluation.pictures import PictureProtocol
 from fewstep.evaluation.plan import EmojiProtocol
 from tests import tiny
-from tests.cli.test_distill import error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
 from tests.student.card import CARD
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 SMALL = EmojiProtocol("small", names=6, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
 
@@ -53,7 +52,8 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
     run = Path("runs/tiny")
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [(r["model"], r["steps"], r["nfe"]) for r in rows] == [
-        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("teacher", 1, 2), ("student", 2, 2), ("teacher", 1, 1), ("student", 1, 1)
+        ("teacher", 3, 6), ("teacher", 2, 4), ("teacher", 2, 2), ("teacher", 1, 2), ("student", 2, 2),
+        ("teacher", 1, 1), ("student", 1, 1)
     ]  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
@@ -65,7 +65,7 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
     page = (run / "report.html").read_text()
     assert "Told and taken" in page
     printed = capsys.readouterr().out
-    assert f"{rows[4]['fd_real']:.1f} in 2 network calls" in printed
+    assert f"{rows[4]['fd_real']:.1f} in 2 NFE" in printed
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,11 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
 def test_a_row_costs_what_the_network_is_asked(
     guidance: float, conditional: bool, costs: list[int], free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guided and unguided are two rows where they are two things; a free first step is none; the teacher is measured at the student's cost."""
+    """Each row's NFE is the number of calls that its network got.
+
+    Guided and unguided are two rows where they differ, a free first step costs nothing, and the teacher is measured
+    at the student's cost.
+    """
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
     backbone, asked = tiny.denoiser(conditional=conditional), []
     backbone.module.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
@@ -107,12 +111,10 @@ def test_what_a_run_says_of_quality_names_the_best_teacher_at_its_cost() -> None
     guided = {"model": "teacher", "steps": 2, "guidance": 4.5, "nfe": 4, "fd_real": 24.1, "fd_teacher": 8.0}
     student = {"model": "student", "steps": 4, "guidance": 1.0, "nfe": 4, "fd_real": 13.1, "fd_teacher": 2.0, "n": 128}
     said = quality_of(student, teacher, [teacher, guided, unguided, student])
-    assert (
-        said == "FD to real 13.1 in 4 network calls, teacher 12.8 in 100, 17.1 at the student's cost (4 unguided steps)"
-    )
+    assert said == "FD to real 13.1 in 4 NFE, teacher 12.8 in 100, 17.1 at the student's cost (4 unguided steps)"
     imitated = [row | {"fd_real": None} for row in (student, teacher, guided, unguided)]
     said = quality_of(imitated[0], imitated[1], imitated)
-    assert said.endswith("2.0 in 4 network calls, the teacher 8.0 at the student's cost (2 guided steps), 128 pictures")
+    assert said.endswith("2.0 in 4 NFE, the teacher 8.0 at the student's cost (2 guided steps), 128 images")
 
 
 @pytest.mark.parametrize("option", ["evaluate", "preview.protocol"])
@@ -141,7 +143,7 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
     assert measuring(other, "pictures-12", None)[0].total(1) == 12
     with pytest.raises(
-        ValueError, match=r"^--protocol: got pictures-12, emoji draws emoji; choose one of emoji-quick, [^N]+$"
+        ValueError, match=r"^--protocol: got pictures-12, emoji samples emoji; choose one of emoji-quick, [^N]+$"
     ):
         measuring(emoji, "pictures-12", None)
     with pytest.raises(
@@ -149,14 +151,16 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict",
     ):
         measuring(other, "emoji-full", None)
-    with pytest.raises(ValueError, match=r"^--protocol: got pictures, emoji draws emoji; choose one of emoji-quick, "):
+    with pytest.raises(
+        ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "
+    ):
         measuring(emoji, "pictures", None)
     with pytest.raises(
-        ValueError, match=r"^data\.real: got x, protocol emoji-quick has real pictures of its own; leave it out$"
+        ValueError, match=r"^data\.real: got x, protocol emoji-quick has real images of its own; leave it out$"
     ):
         measuring(emoji, "emoji-quick", "x", "evaluate")
     with pytest.raises(
-        ValueError, match=r"^evaluate: own-network draws no single pictures, and nothing else is measured yet"
+        ValueError, match=r"^evaluate: own-network samples no single images, and nothing else is measured yet"
     ):
         measuring(Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,)), "medium", None, "evaluate")
 
@@ -164,14 +168,18 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
 def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the end, later from its run, and anywhere with prompts that are passed; along the way there is nothing to compare with, which is said."""
+    """A student is measured with its run's prompts or with passed ones.
+
+    It is measured at the run's end, later from its run, and anywhere with prompts. Along the way there are no real
+    images to compare with, and a line says so.
+    """
     monkeypatch.setattr(
         "fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),)
     )
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
     sizes = ("--set", "evaluate=quick", "--set", "preview.protocol=quick")
     assert command(monkeypatch, "distill", recipe, *sizes) == 0
-    assert "preview.protocol: tiny is not measured along the way, which takes real pictures" in capsys.readouterr().out
+    assert "preview.protocol: tiny is not measured along the way, which takes real images" in capsys.readouterr().out
     assert '"quality"' not in Path("runs/tiny/metrics.jsonl").read_text()
     result = json.loads(Path("runs/tiny/final/eval.json").read_text())
     assert result["protocol"] == "pictures-quick" and "retrieval_top1" not in result["rows"][0]

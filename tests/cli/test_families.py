@@ -1,34 +1,19 @@
-"""Other families than Stable Diffusion from the command line: a run, its pictures and videos, its files."""
+"""Other families than Stable Diffusion from the command line: a run, its images and videos, its files."""
 
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from fewstep.api import load_student
 from fewstep.student.folder import read_card
 
 from .. import pipelines
-from .test_distill import error_of, fewstep
+from .common import error_of, fewstep
+from .families import recipe
 
-
-def recipe(folder: Path, **changes: object) -> Path:
-    """Two iterations on a tiny teacher."""
-    train = {"iterations": 2, "batch": 2, "lr": 1e-3, "fake_lr": 1e-3, "checkpoint_every": 1}
-    value = {
-        "kind": "distill", "name": "tiny", "teacher": str(folder), "prompts": {"source": "prompts.txt"}, "method": {"steps": [2, 1], "name": "tdm-unify", "warmup": 0},
-        "roles": {"rank": 2}, "train": train, "preview": {"every": 2, "teacher_steps": 2, "prompts": ["red cat", "blue dog"]},
-    } | changes  # fmt: skip
-    Path("prompts.txt").write_text("red cat\nblue dog\n")
-    Path("tiny.yaml").write_text(yaml.safe_dump(value))
-    return Path("tiny.yaml")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_videos_are_shown_as_strips_and_written_as_mp4(
@@ -47,7 +32,7 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(
     assert "evaluating" not in capsys.readouterr().out  # no video of the teacher's was drawn for it
     assert fewstep(monkeypatch, "distill", "tiny.yaml", "--set", "evaluate=quick", "--out", "runs/other") == 2
     assert error_of(capsys).startswith(
-        "error: evaluate: video draws no single pictures, and nothing else is measured yet; leave it out"
+        "error: evaluate: video samples no single images, and nothing else is measured yet; leave it out"
     )
     assert not Path("runs/other").exists()
 
@@ -76,7 +61,7 @@ def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("pixart", {"size": 32}, "size: got 32, video makes pictures of one size"),
+        ("pixart", {"size": 32}, "size: got 32, video makes images of one size"),
         ("sdxl", {"size": 33}, "size: got 33, allowed for video are multiples of 4"),
         (
             "sd3",

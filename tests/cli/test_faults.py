@@ -1,4 +1,7 @@
-"""Whatever escapes a command ends in one line: with exit code 2 for its user's mistakes, 1 and a log for those of fewstep."""
+"""Whatever escapes a command ends in one line.
+
+A user's mistake exits with code 2, a fault of fewstep with code 1 and a log.
+"""
 
 import errno
 import tempfile
@@ -16,9 +19,7 @@ from fewstep.cli.evaluate import real_of
 from fewstep.cli.faults import FaultError, fault_of, said_by_us
 from fewstep.reading import PACKAGE, ReadError, reading
 
-from .test_distill import fewstep, recipe, teacher
-
-__all__ = ["recipe", "teacher"]  # fixtures
+from .common import fewstep
 
 
 def raiser(error: BaseException) -> Callable[..., None]:
@@ -129,7 +130,8 @@ def test_what_went_wrong_while_a_file_was_read_is_its_fault(tmp_path: Path, monk
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         MemoryError(),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 4 bytes."
         ),
     ],
     ids=["device", "python", "torch"],

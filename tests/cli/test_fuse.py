@@ -13,8 +13,10 @@ from fewstep.student.folder import read_card
 
 from .. import pipelines
 from ..snippets import snippet_of
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TDM = {"steps": 2, "warmup": 0}
 
@@ -69,7 +71,7 @@ def test_a_student_of_base_and_style_in_every_file(
     exec(code.replace("a prompt", "red cat"), names)
     theirs = torch.tensor(list(names["image"].tobytes())).reshape(names["image"].height, -1, 3).permute(2, 0, 1) / 255
     assert (theirs - drawn).abs().max() < 0.02
-    assert "ComfyUI, A1111 and Forge cannot draw with it: their noise levels" in readme
+    assert "ComfyUI, A1111 and Forge cannot sample it: their noise levels" in readme
     assert fewstep(monkeypatch, "export", "final", "merged", "--format", "merged") == 0
 
 

@@ -9,10 +9,9 @@ import yaml
 import fewstep
 from fewstep.student.folder import read_card
 
-from .test_distill import RECIPE, error_of, recipe, teacher
-from .test_distill import fewstep as command
+from .common import RECIPE, error_of
+from .common import fewstep as command
 
-__all__ = ["recipe", "teacher"]  # fixtures
 SCALES = [2.0, 4.0, 6.5]
 
 

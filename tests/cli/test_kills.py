@@ -1,4 +1,7 @@
-"""A kill at any moment: the same command again leaves what the straight run leaves, lines, previews and points of the curves."""
+"""A killed run that is resumed leaves what the straight run leaves.
+
+The kill may come at any moment. Lines, previews and points of the curves are compared.
+"""
 
 import json
 import os
@@ -32,14 +35,14 @@ from fewstep.training.state import latest_checkpoint, save_checkpoint
 
 from .. import tiny
 from ..student.card import CARD
-from .test_distill import RECIPE
+from .common import RECIPE
 
 METHOD = DistributionMatching(steps=2, warmup=1, guidance=Guidance(scale=1.0))
 TRAIN = {"iterations": 3, "batch": 2, "lr": 1e-3, "fake_lr": 1e-2, "checkpoint_every": 2}
 
 
 class Shown(Preview):
-    """A preview whose picture is a number of the student's weights, and which warns of every one."""
+    """A preview whose image is a number of the student's weights, and which warns of every one."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -55,7 +58,15 @@ class Shown(Preview):
 
 def run_once(run: Path) -> None:
     """What the command does between its teacher and its student."""
-    recipe = DistillRecipe.model_validate({**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN, "preview": {"every": 2}})  # fmt: skip
+    recipe = DistillRecipe.model_validate(
+        {
+            **RECIPE,
+            "teacher": "x",
+            "method": {"steps": 2, "guidance": 1.0, "warmup": 1},
+            "train": TRAIN,
+            "preview": {"every": 2},
+        }
+    )
     backbone = tiny.denoiser()
     with held(run):
         found = latest_checkpoint(run)
@@ -145,7 +156,10 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("lost", ["final", "report.html", "report of before", "student of before", ""])
 def test_a_first_stage_is_finished_when_nothing_of_it_is_missing(lost: str, tmp_path: Path) -> None:
-    """A kill after its last checkpoint leaves no student, no report, or those of a shorter training before; the second stage begins from none of these."""
+    """A second stage begins from a complete first stage alone.
+
+    A kill after the last checkpoint leaves no student, no report, or those of a shorter training before.
+    """
     recipe = DistillRecipe.model_validate(
         {**RECIPE, "teacher": "x", "method": {"steps": 2, "guidance": 1.0, "warmup": 1}, "train": TRAIN}
     )

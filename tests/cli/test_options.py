@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from fewstep.runs.recipe import DistillRecipe, read_recipe
-from tests.cli.test_distill import error_of
-from tests.cli.test_distill import fewstep as command
+
+from .common import error_of
+from .common import fewstep as command
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Files of pixel models' students: their teacher by class or without, on a table or with EDM's preconditioning, and in diffusers."""
+"""Exported students of pixel models are themselves in diffusers.
+
+Their teachers have classes or none, and a table of betas or EDM's preconditioning.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,19 @@ from torch import Tensor
 import fewstep
 from fewstep.backbones import miniature
 from fewstep.backbones.unconditional import edm_scheduler, pixel_unet, save_pixel_model
-from tests.cli.test_distill import RECIPE, error_of
-from tests.cli.test_distill import fewstep as command
+
+from .common import RECIPE, error_of
+from .common import fewstep as command
 
 LABELS = ("zero", "one", "two")
 SCHEDULERS = {"vp": miniature.scheduler, "edm": lambda: edm_scheduler(0.6)}
 
 
 def written(process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
-    """The recipe of a five-iteration run from a teacher of random weights, in the folder that is worked in from here on."""
+    """Write the recipe of a five-iteration run, and its teacher.
+
+    The teacher has random weights. The given folder becomes the working folder.
+    """
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
     save_pixel_model(
@@ -48,7 +55,15 @@ def by_diffusers(folder: str, steps: int, options: dict[str, Any]) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(("process", "labels"), [("edm", LABELS), pytest.param("edm", (), marks=pytest.mark.slow), pytest.param("vp", LABELS, marks=pytest.mark.slow), pytest.param("vp", (), marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("process", "labels"),
+    [
+        ("edm", LABELS),
+        pytest.param("edm", (), marks=pytest.mark.slow),
+        pytest.param("vp", LABELS, marks=pytest.mark.slow),
+        pytest.param("vp", (), marks=pytest.mark.slow),
+    ],
+)
 def test_an_exported_student_is_itself_in_diffusers(
     process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,8 +19,8 @@ from fewstep.evaluation.pictures import PictureProtocol
 
 from .. import tiny
 from ..snippets import snippet_of
-from .test_distill import error_of
-from .test_distill import fewstep as command
+from .common import error_of
+from .common import fewstep as command
 
 CLASSES = ("cat", "sea lion")
 
@@ -31,10 +31,16 @@ def recipe(folder: Path, labels: tuple[str, ...], **changes: object) -> Path:
     save_pixel_model(teacher, tiny.pixels(labels).pipe.unet, miniature.scheduler(), labels)
     (teacher / "prompts.txt").write_text("\n".join(labels) + "\n")
     value = {
-        "kind": "distill", "name": "pix", "teacher": str(teacher), "prompts": {"source": str(teacher / "prompts.txt")},
-        "method": {"name": "trajp-l", "steps": 2, "guidance": 2.0}, "roles": {"rank": 2}, "data": {"source": "trajectories", "count": 6, "steps": 4},
-        "train": {"iterations": 2, "batch": 4, "lr": 0.02, "fake_lr": 0.02, "checkpoint_every": 2}, "preview": {"every": 2, "teacher_steps": 3},
-    } | changes  # fmt: skip
+        "kind": "distill",
+        "name": "pix",
+        "teacher": str(teacher),
+        "prompts": {"source": str(teacher / "prompts.txt")},
+        "method": {"name": "trajp-l", "steps": 2, "guidance": 2.0},
+        "roles": {"rank": 2},
+        "data": {"source": "trajectories", "count": 6, "steps": 4},
+        "train": {"iterations": 2, "batch": 4, "lr": 0.02, "fake_lr": 0.02, "checkpoint_every": 2},
+        "preview": {"every": 2, "teacher_steps": 3},
+    } | changes
     (folder / "pix.yaml").write_text(yaml.safe_dump(value))
     return folder / "pix.yaml"
 
@@ -76,7 +82,10 @@ def test_what_may_be_asked_of_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The student and its teacher take a class's name, or nothing where there are no classes; the empty prompt is that of no class."""
+    """A student of classes takes the name of a class.
+
+    Without classes it takes nothing. Its teacher does the same. The empty prompt is that of no class.
+    """
     (run, labels), out = headless, tmp_path / "x.png"
     for source in (run, run.parent / "pixels"):
         assert command(monkeypatch, "sample", source, "-p", "", "--steps", 2, "-o", out) == 0
@@ -101,12 +110,12 @@ def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], m
     monkeypatch.chdir(run)
     names: dict[str, torch.Tensor] = {}
     exec(code, names)
-    assert torch.equal(names["pictures"], fewstep.sample(fewstep.load_student("final"), [""]))
+    assert torch.equal(names["images"], fewstep.sample(fewstep.load_student("final"), [""]))
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations of six pictures, a teacher of three steps."""
+    """Evaluations of six images, a teacher of three steps."""
     monkeypatch.setattr(
         "fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures", 6, components=3, batch=4),)
     )
@@ -124,7 +133,7 @@ def real(folder: Path, count: int, size: int = 8) -> Path:
 def test_from_a_teacher_of_classes_to_its_students_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every command on a student with a head, measured against real pictures along the way, at its end and later."""
+    """Every command on a student with a head, measured against real images along the way, at its end and later."""
     monkeypatch.chdir(tmp_path)
     data = {"source": "trajectories", "count": 6, "steps": 4, "real": str(real(tmp_path, 14))}
     path = recipe(
@@ -139,7 +148,8 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     result = json.loads((run / "final" / "eval.json").read_text())
     rows = result["rows"]
     assert [(r["model"], r["steps"], r["guidance"], r["nfe"], r["n"]) for r in rows] == [
-        ("teacher", 3, 2.0, 6, 6), ("teacher", 2, 2.0, 4, 6), ("teacher", 2, 1.0, 2, 6), ("teacher", 1, 2.0, 2, 6), ("student", 2, 1.0, 2, 6)
+        ("teacher", 3, 2.0, 6, 6), ("teacher", 2, 2.0, 4, 6), ("teacher", 2, 1.0, 2, 6), ("teacher", 1, 2.0, 2, 6),
+        ("student", 2, 1.0, 2, 6)
     ]  # fmt: skip
     assert all(r["fd_real"] > 0 for r in rows) and rows[0]["fd_teacher"] is None and rows[4]["fd_teacher"] > 0
     points = [
@@ -149,7 +159,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     ]
     assert len(points) == 2 and points[-1] == pytest.approx(rows[4]["fd_real"], rel=1e-3)
     assert (
-        f"quality  FD to real {rows[4]['fd_real']:.1f} in 2 network calls, teacher {rows[0]['fd_real']:.1f} in 6"
+        f"quality  FD to real {rows[4]['fd_real']:.1f} in 2 NFE, teacher {rows[0]['fd_real']:.1f} in 6"
         in capsys.readouterr().out
     )
     assert command(monkeypatch, "sample", run, "-p", "sea lion", "--compare") == 0
@@ -161,7 +171,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     assert "--format: this student is sampled with a head" in error_of(capsys)
     assert command(monkeypatch, "evaluate", run) == 0  # under the protocol of its kind, against what its recipe names
     assert (
-        "pictures: FD-efflite0, 3 components of the real pictures' features, 6 pictures against 6"
+        "pictures: FD-efflite0, 3 components of the real images' features, 6 images against 6"
         in capsys.readouterr().out
     )
     assert json.loads((run / "final" / "eval.json").read_text())["rows"][4]["fd_real"] == rows[4]["fd_real"]
@@ -181,19 +191,17 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     run, labels = headless
     assert command(monkeypatch, "evaluate", run) == 0
     said = capsys.readouterr().out
-    assert (
-        "pictures: FD-efflite0, 3 components of the teacher's features, 6 pictures against 6; 6 pictures a row" in said
-    )
+    assert "pictures: FD-efflite0, 3 components of the teacher's features, 6 images against 6; 6 images a row" in said
     assert "fd_teacher" in said and "fd_real" not in said and "retrieval" not in said
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [r["nfe"] for r in rows] == ([6, 4, 2, 2, 2] if labels else [3, 2, 2])
     calls = 6 * sum(
         r["nfe"] for r in rows
     )  # of six pictures a row: by pictures alone the time left would be a few steps' or fifty's
-    assert f"evaluating, network calls {calls}/{calls}" in said
+    assert f"evaluating, NFE {calls}/{calls}" in said
     assert rows[-1]["fd_teacher"] > 0
     assert quality_of(rows[-1], rows[0]).startswith(
-        f"FD to the teacher in {rows[0]['nfe']} network calls {rows[-1]['fd_teacher']:.1f} in 2 "
+        f"FD to the teacher in {rows[0]['nfe']} NFE {rows[-1]['fd_teacher']:.1f} in 2 "
     )
     assert command(monkeypatch, "report", run) == 0
     assert f"Fréchet distance to the teacher's images of {rows[0]['nfe']} network evaluations" in html.unescape(
@@ -203,8 +211,8 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     assert all(r["fd_real"] > 0 for r in json.loads((tmp_path / "e.json").read_text())["rows"])
     for how, expected in (
         (("--real", "nowhere"), "--real: there is no nowhere; pass a folder"),
-        (("--real", tmp_path), f"--real: {tmp_path} has no pictures"),
-        (("--real", real(tmp_path, 5)), "has 5 pictures, protocol pictures compares 6 with 6"),
+        (("--real", tmp_path), f"--real: {tmp_path} has no images"),
+        (("--real", real(tmp_path, 5)), "has 5 images, protocol pictures compares 6 with 6"),
         (("--real", real(tmp_path, 6, 9)), "are 9x9, pixels draws 8x8"),
         (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of pictures"),
         (
@@ -228,7 +236,7 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
         ),
         (
             {"preview": {"protocol": "pictures"}},
-            "preview.protocol: got pictures, which needs real pictures here; set data.real",
+            "preview.protocol: got pictures, which needs real images here; set data.real",
         ),
         (
             {"evaluate": "pictures", "data": {"source": "trajectories", "real": "nowhere"}},

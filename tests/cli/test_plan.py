@@ -12,18 +12,19 @@ from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.memory import Training
 
 from .. import pipelines, tiny
-from .test_distill import error_of, fewstep
-from .test_distill import teacher as tiny_teacher  # noqa: F401 - a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="session")
-def planned(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:  # noqa: F811
+def planned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Backbone]:
     train = {"iterations": 2, "batch": 32, "lr": 1e-3, "fake_lr": 1e-3}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("planned"))
-        settings = read_recipe(str(recipe(tiny_teacher, train=train)), [], DistillRecipe)
-    hollow = meta_teacher(tiny_teacher)
+        settings = read_recipe(str(recipe(teacher, train=train)), [], DistillRecipe)
+    hollow = meta_teacher(teacher)
     return plan_of(settings, hollow, phases_of(settings, hollow)), hollow
 
 
@@ -67,7 +68,10 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
 
 
 def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
-    """Round numbers: a base of 100, moments of 40, 20 each for adapters and gradients, 4 a sample, 1 with checkpointing."""
+    """Return a plan of round numbers.
+
+    A base takes 100, moments 40, adapters and gradients 20 each, a sample 4, with checkpointing 1.
+    """
     base, moments = (
         {None: 100, "int8": 50, "nf4": 25}[recipe.roles.quantize],
         {"adamw": 40, "adamw8bit": 10}[recipe.train.optimizer],

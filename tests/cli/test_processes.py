@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .. import pipelines
 from ..project import ROOT
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TRAIN = {"iterations": 4, "batch": 2, "lr": 1e-4, "fake_lr": 1e-4, "checkpoint_every": 2}
 ENGINES = [(), ("--set", "train.shard=true")]
@@ -31,7 +33,15 @@ def start(path: Path, count: int, *options: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT / "src")}  # fmt: skip
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
     command = [sys.executable, "-m", "fewstep.cli.main", "distill", str(path), *options]
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "OMP_NUM_THREADS": "1"
@@ -103,7 +113,8 @@ def test_two_processes_are_one_run_and_one_that_takes_both_batches(
     assert alone[0] == 0, alone[2]
     one, two = weights("runs/alone"), weights("runs/tiny")
     apart = torch.cat([(one[n] - two[n]).abs().flatten() for n in one])
-    # AdamW makes whole steps of the rounding where a full network has no gradient; tests/training/test_sharding.py is in double precision.
+    # AdamW makes whole steps of the rounding where a full network has no gradient;
+    # tests/training/test_sharding.py is in double precision.
     assert one.keys() == two.keys() and float(apart.quantile(0.99) if "lora" in roles else apart.max()) < 1e-5
     left: list[set[str]] = [
         {str(f.relative_to(run)) for f in run.rglob("*") if f.is_file()}
@@ -166,7 +177,8 @@ def test_one_that_dies_ends_the_run_with_one_line_and_the_same_command_resumes(
     status, _, err = ended(processes)[0]
     assert status == 2
     assert [line for line in err.splitlines() if "error" in line.lower()] == [
-        "error: another process of this run has ended or stands still, see what it said; the last checkpoint is intact, the same command resumes"
+        "error: another process of this run has ended or stands still, see what it said; "
+        "the last checkpoint is intact, the same command resumes"
     ]
     assert "Traceback" not in err
     again = start(path, 2, *engine)

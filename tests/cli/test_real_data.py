@@ -1,4 +1,4 @@
-"""Real pictures on the command line: a teacher fine-tuned on them is a teacher, and the adversarial term takes them."""
+"""Real images on the command line: a teacher fine-tuned on them is a teacher, and the adversarial term takes them."""
 
 import json
 import re
@@ -10,10 +10,9 @@ import yaml
 from PIL import Image
 
 import fewstep
-from tests.cli.test_distill import error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 
 @pytest.fixture
@@ -30,9 +29,13 @@ def test_a_fine_tuned_teacher_is_a_teacher(
     recipe: Path, teacher: Path, pictures: Path, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = {
-        "kind": "finetune", "name": "tuned", "teacher": str(teacher), "data": {"source": str(pictures)},
-        "roles": {"lora": share, "rank": 2}, "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
-    }  # fmt: skip
+        "kind": "finetune",
+        "name": "tuned",
+        "teacher": str(teacher),
+        "data": {"source": str(pictures)},
+        "roles": {"lora": share, "rank": 2},
+        "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
+    }
     Path("tuned.yaml").write_text(yaml.safe_dump(value))
     assert command(monkeypatch, "train-teacher", "tuned.yaml") == 0
     tuned = Path("runs/tuned/teacher")
@@ -93,7 +96,7 @@ def test_the_term_and_the_pictures_go_together(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1") == 2
-    assert "data.source: method tdm needs pictures; pass a folder of captioned ones" in error_of(capsys)
+    assert "data.source: method tdm needs images; pass a folder of captioned ones" in error_of(capsys)
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1", "--set", "data.source=nowhere") == 2
     assert "data.source: there is no nowhere" in error_of(capsys)
 
@@ -102,14 +105,17 @@ def test_the_term_and_the_pictures_go_together(
 def test_what_is_found_and_what_it_takes_is_said_first(
     recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Prompts, pictures and captions, and the bytes of what is going to be written, before it is; a full disk is found then."""
+    """A run first says what it found and will write.
+
+    It counts prompts, images, captions and bytes. A full disk is found before anything is written.
+    """
     Path("prompts.csv").write_text('id,prompt\n1,"red cat, wet"\n2,\n3,blue dog\n4,blue dog\n')
     assert command(monkeypatch, "distill", recipe, "--prompts", "prompts.csv", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "2 prompts in prompts.csv: 1 empty, 1 repeated" in said
     assert re.search(r"embeddings of 2 prompts: 0\.0 MiB, of [\d.]+ [GM]iB that are free", said)
     (pictures / "blue_dog.caption").write_text("a dog")
-    monkeypatch.setattr("fewstep.cli.prompts.WORTH_SAYING", 1)
+    monkeypatch.setattr("fewstep.cli.progress.WORTH_SAYING", 1)
     gan = (
         "--set",
         "method.gan=0.1",
@@ -122,7 +128,7 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     )
     assert command(monkeypatch, "distill", recipe, *gan) == 0
     said = capsys.readouterr().out
-    assert f"2 pictures in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said
+    assert f"2 images in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said
     assert len(re.findall(r"writing runs/tiny/embeddings/\S+: 0\.0 MiB, of", said)) == 3
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     assert command(monkeypatch, "distill", recipe, "--out", "runs/full") == 2

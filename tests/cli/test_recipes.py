@@ -24,7 +24,7 @@ from fewstep.zoo.teacher import TeacherConfig
 
 from .. import pipelines
 from ..project import ROOT
-from .test_distill import fewstep, uncounted  # noqa: F401 - the latter is a fixture
+from .common import COMMANDS, fewstep
 
 MODELS: dict[str, type[BaseModel]] = {
     "distill": DistillRecipe,
@@ -32,7 +32,6 @@ MODELS: dict[str, type[BaseModel]] = {
     "pixel-teacher": PixelTeacherConfig,
 }
 HUB = {"stable-diffusion-v1": "sd", "stable-diffusion-xl": "sdxl", "PixArt": "pixart", "CogVideoX": "cogvideox"}
-COMMANDS = ("distill", "plan", "sample", "evaluate", "export", "inspect", "report", "doctor", "train-teacher")
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -41,7 +40,8 @@ def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
     read_recipe(name, [], MODELS[kind_of(name)])
 
 
-# TDM, appendix D: batch, iterations of each stage, the student's and the fake score's rates, guidance. Gradients are clipped at 1 in all.
+# TDM, appendix D: batch, iterations of each stage, the student's and the fake score's rates, guidance.
+# Gradients are clipped at 1 in all.
 PAPER = {
     "sd15-tdm4": (256, [3000], 2e-6, 2e-5, 3.5),
     "sd15-unify": (256, [20000], 2e-6, 2e-5, 3.5),

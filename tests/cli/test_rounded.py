@@ -11,8 +11,10 @@ from fewstep.backbones.load import fingerprint, load_teacher
 from fewstep.roles.quantized import kind_of
 
 from .. import tiny
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Signals and closed pipes end a command with one line and nothing lost; what a shell has told to be ignored is ignored."""
+"""Signals and closed pipes end a command with one line.
+
+Nothing is lost. A signal that the shell told the command to ignore is ignored.
+"""
 
 import os
 import signal
@@ -13,7 +16,7 @@ from fewstep.cli.progress import CLOSED
 from fewstep.cli.signals import Interrupted, interruptible, stop_request
 
 from ..project import ROOT
-from .test_distill import fewstep
+from .common import fewstep
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
 

@@ -20,8 +20,10 @@ from fewstep.training import loop
 
 from .. import single_file
 from ..snippets import snippet_of
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import elsewhere, recipe  # noqa: F401 - a fixture
+from .common import error_of, fewstep
+from .families import recipe
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 TDM = {"steps": 2, "warmup": 0}
 PROMPTS = ["red cat", "blue dog"]
@@ -61,7 +63,10 @@ def seen(run: Path) -> torch.Tensor:
 def test_a_file_gives_the_student_that_its_folder_gives(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Begun, stopped, resumed, drawn, exported, loaded: what the diffusers folder gives, to rounding (tensors lie otherwise in memory)."""
+    """One file gives the student that its diffusers folder gives, to rounding.
+
+    The student is begun, stopped, resumed, sampled, exported and loaded. Its tensors lie otherwise in memory.
+    """
     path = recipe(Path("whole"), method=TDM)
     run = ("distill", path, "--teacher", base, "--set", "train.iterations=3", "--out", "one")
     assert fewstep(monkeypatch, *run, "--dry-run") == 0

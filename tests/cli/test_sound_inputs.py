@@ -1,4 +1,4 @@
-"""What is said before a training of prompts, types and teachers, and that pictures which are no numbers are an error everywhere."""
+"""Prompts, types and teachers are checked before a training. Images that are not finite are an error everywhere."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from fewstep.roles.roles import RolesConfig
 from fewstep.runs.init import roles_for
 
 from .. import pipelines, tiny
-from .test_distill import error_of, fewstep, uncounted  # noqa: F401 - the latter is a fixture
-from .test_families import recipe
+from .common import error_of, fewstep
+from .families import recipe
 
 
 @pytest.mark.usefixtures("uncounted")
@@ -81,7 +81,7 @@ def test_pictures_that_are_not_finite(tmp_path: Path) -> None:
     with torch.no_grad():
         next(backbone.pipe.vae.decoder.parameters()).fill_(float("nan"))
     with pytest.raises(
-        FloatingPointError, match="sample: the pictures of tiny are not finite; load it in float32 or bfloat16"
+        FloatingPointError, match="sample: the images of tiny are not finite; load it in float32 or bfloat16"
     ):
         api.sample(backbone, ["red cat"], steps=1)
 
@@ -95,4 +95,4 @@ def test_black_pictures_are_said(
     save_file({n: t * ("decoder.conv_out" not in n) for n, t in load_file(file).items()}, file, {"format": "pt"})
     load_teacher(folder)
     assert fewstep(monkeypatch, "sample", str(folder), "-p", "red cat", "--steps", "1") == 0
-    assert "warning: 1 of 1 pictures are one colour; run fewstep doctor TEACHER" in capsys.readouterr().out
+    assert "warning: 1 of 1 images are one colour; run fewstep doctor TEACHER" in capsys.readouterr().out

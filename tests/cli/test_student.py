@@ -19,33 +19,10 @@ from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.runs.init import roles_for
 from fewstep.student.formats import FORMATS
 from fewstep.student.student import Origin, Student
-from tests.cli.test_distill import error_of, recipe, teacher, written
-from tests.cli.test_distill import fewstep as command
 from tests.snippets import snippet_of
 
-__all__ = ["recipe", "teacher"]  # fixtures
-
-
-@pytest.fixture(scope="session")
-def trained(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a student that differs from its teacher."""
-    folder = tmp_path_factory.mktemp("student")
-    with pytest.MonkeyPatch.context() as patch:
-        path = written(teacher, folder, patch)
-        assert command(patch, "distill", path, "--set", "train.lr=0.02") == 0
-    return folder / "runs" / "tiny"
-
-
-@pytest.fixture
-def final(recipe: Path, trained: Path) -> Path:
-    """That student on disk, in the working folder."""
-    return Path(shutil.copytree(trained, recipe.parent / "runs" / "tiny")).relative_to(recipe.parent) / "final"
-
-
-def as_tensor(images: list[Image.Image]) -> Tensor:
-    import numpy as np
-
-    return torch.stack([torch.from_numpy(np.asarray(i)).permute(2, 0, 1) / 255 for i in images])
+from .common import as_tensor, error_of
+from .common import fewstep as command
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -105,7 +82,10 @@ def plain_diffusers(teacher: Path, folder: Path, share: bool, steps: int) -> Ten
 def test_a_student_of_several_step_counts(
     recipe: Path, teacher: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever count it takes and however it is loaded, the pictures are those of the student that was told this count."""
+    """Every step count and every way of loading gives the same images.
+
+    They are those of the student that was told this count.
+    """
     assert command(monkeypatch, "distill", recipe, *UNIFIED, "--set", f"roles.lora={str(share).lower()}") == 0
     final = Path("runs/tiny/final")
     student = fewstep.load_student(final)
@@ -172,7 +152,7 @@ def test_a_run_may_begin_as_a_finished_student(
     capsys.readouterr()
     from_teacher = still[:2] + still[4:]
     assert command(monkeypatch, "distill", recipe, *how, *from_teacher, "--set", "train.iterations=20") == 2
-    assert "was made with other settings: init_from, the student to begin as (weights " in error_of(
+    assert "was made with other settings: init_from, the student to initialize from (weights " in error_of(
         capsys
     )  # it does not go on as a student of another beginning
     for options, expected in (
@@ -212,7 +192,7 @@ def test_a_stochastic_student_is_the_same_in_diffusers(
 
 
 def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> None:
-    """In-memory pictures of the averaged student equal those of the student read back."""
+    """In-memory images of the averaged student equal those of the student read back."""
     backbone = fewstep.load_teacher(teacher)
     roles = make_roles(backbone, RolesConfig(rank=4, alpha=2.0))
     for p in roles.trained["student"].values():
@@ -238,10 +218,10 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
     )
     assert Image.open("out.png").size[0] > 2 * 96
     said = capsys.readouterr().out
-    assert "student: 4 steps, 4 network calls and " in said
-    assert "teacher: 50 steps, 100 network calls and " in said
+    assert "student: 4 steps, 4 NFE and " in said
+    assert "teacher: 50 steps, 100 NFE and " in said
     assert command(monkeypatch, "sample", teacher, "-p", "red cat", "--steps", "1", "-o", "out.png") == 0
-    assert "teacher: 1 step, 1 network call and " in capsys.readouterr().out
+    assert "teacher: 1 step, 1 NFE and " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -249,7 +229,7 @@ def test_sample_writes_a_picture_and_says_what_it_costs(
     [
         (["sample", "runs/tiny", "-p", "x", "--steps", "0"], "--steps: got 0"),
         (["sample", "runs/tiny", "-p", " "], "--prompt: got an empty prompt"),
-        (["sample", "runs/tiny"], "--prompt: got none; say what to draw"),
+        (["sample", "runs/tiny"], "--prompt: got none; name one"),
         (["sample", "runs/tiny", "-p", "x", "--guidance", "7"], "guidance baked in"),
         (["sample", "runs/tiny", "-p", "x", "--guidance-rescale", "0.5"], "needs no guidance"),
         (["sample", "emoji", "-p", "x", "--guidance-rescale", "2"], "--guidance-rescale: got 2"),
@@ -311,7 +291,7 @@ def test_inspect_and_doctor(
     text = capsys.readouterr().out
     assert "tdm" in text
     assert "999.0, 749.0" in text
-    assert re.search(r"network calls +4 in 4 steps", text)
+    assert re.search(r"NFE +4 in 4 steps", text)
     assert command(monkeypatch, "inspect", final / "pytorch_lora_weights.safetensors") == 0
     assert re.search(r"rank +2", capsys.readouterr().out)
     assert command(monkeypatch, "inspect", teacher) == 0
@@ -319,13 +299,16 @@ def test_inspect_and_doctor(
     assert command(monkeypatch, "inspect", "runs/tiny") == 0
     text = capsys.readouterr().out
     assert "checkpoint-000005" in text
-    assert re.search(r"network calls +4 in 4 steps", text)
+    assert re.search(r"NFE +4 in 4 steps", text)
     assert command(monkeypatch, "doctor") == 0
     assert "torch" in capsys.readouterr().out
 
 
 def test_a_base_that_predicts_something_else_is_refused(final: Path, teacher: Path, tmp_path: Path) -> None:
-    """In fewstep and in a pipeline; and a pipeline with a student in it is no folder that anything loads, so it is not written."""
+    """fewstep and a pipeline refuse a base that predicts something else.
+
+    A pipeline with a student in it is not saved, because nothing could load the folder.
+    """
     other = shutil.copytree(teacher, tmp_path / "other")
     scheduler = other / "scheduler" / "scheduler_config.json"
     told = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "beta_schedule": "scaled_linear"}

@@ -20,11 +20,9 @@ from fewstep.data.trajectories import (
 )
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.student.folder import read_card
-from tests.cli.test_distill import error_of, recipe, teacher
-from tests.cli.test_distill import fewstep as command
-from tests.cli.test_student import final, trained
 
-__all__ = ["final", "recipe", "teacher", "trained"]  # fixtures
+from .common import error_of
+from .common import fewstep as command
 
 PROMPTS = ["red cat", "blue dog"]
 FURTHER = TrajectoryImitation(steps=(2, 1), head="none")
@@ -139,7 +137,8 @@ def test_mistakes_are_one_line_before_anything_is_trained(
         ((bare, "warm_start.data.from_student=warm_start"), "data.from_student: warm_start is no student folder"),
         (
             ("roles.exclude=[add_embedding]",),
-            "init_from: this student is conditioned on 4, 2, 1 through time_embedding.linear_2, but the warm start's student has a LoRA on",
+            "init_from: this student is conditioned on 4, 2, 1 through time_embedding.linear_2, "
+            "but the warm start's student has a LoRA on",
         ),
         (
             (bare, "warm_start.method.steps=[4, 3]"),

@@ -18,12 +18,10 @@ from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.student.card import card_nfe
 from fewstep.student.folder import read_card
 from fewstep.training import loop
-from tests.cli.test_distill import RECIPE, error_of, recipe, teacher, uncounted
-from tests.cli.test_distill import fewstep as command
-from tests.cli.test_student import as_tensor
 from tests.snippets import snippet_of
 
-__all__ = ["recipe", "teacher", "uncounted"]  # fixtures
+from .common import RECIPE, as_tensor, error_of
+from .common import fewstep as command
 
 
 @pytest.fixture
@@ -46,7 +44,11 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     teacher: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Sampled, loaded as a pipeline, by its card's snippet, exported for one step count: one picture; more steps than it can are refused."""
+    """A student with a head draws one image everywhere.
+
+    It is sampled, loaded as a pipeline, run from its card's snippet, and exported for one step count. More steps than
+    its head serves are refused.
+    """
     options = [part for k, v in how.items() for part in ("--set", f"roles.{k}={str(v).lower()}")]
     if how.get("rank") == 0:
         options += ["--set", "method.analytic_first_step=true", "--set", "method.solver=ipndm"]
@@ -58,7 +60,8 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     said = capsys.readouterr().out
     assert f"calls    {costs}; the teacher takes 6 in 3" in said
     assert re.search(
-        r"generating 40 trajectories of the teacher \(16 NFE each, 640 in total\); [\d.]+ [MGi]+B; existing ones in runs/tiny/trajectories are reused",
+        r"generating 40 trajectories of the teacher \(16 NFE each, 640 in total\); [\d.]+ [MGi]+B; "
+        r"existing ones in runs/tiny/trajectories are reused",
         said,
     )
     page = Path("runs/tiny/report.html").read_text()
@@ -143,7 +146,10 @@ def test_a_run_that_was_stopped_shows_what_it_learns_from(trajpl: Path, monkeypa
 
 @pytest.mark.slow
 def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Distribution matching begins as the student of trajectories, its head kept and trained on, folded away or left out, its first direction as free as it was."""
+    """Distribution matching begins as the student of trajectories.
+
+    Its head is kept and trained, absorbed, or dropped. Its first direction stays as free as it was.
+    """
     assert (
         command(
             monkeypatch,
@@ -197,8 +203,8 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
         == 2
     )
     assert (
-        "method.init_head: got absorb, the student in runs/dropped/final has no head; set method.init_head=drop, or initialize"
-        in error_of(capsys)
+        "method.init_head: got absorb, the student in runs/dropped/final has no head; "
+        "set method.init_head=drop, or initialize" in error_of(capsys)
     )
     assert (
         command(
@@ -232,15 +238,24 @@ def test_imitate_then_match(trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert read_card(Path("runs/kept/final")).analytic_first_step
 
 
-@pytest.mark.parametrize(("options", "expected"), [
-    (("--set", "data.source=teacher", "--set", "data.count=2"), "data.source: method trajp-l needs trajectories of the teacher; set it to trajectories"),
-    (("--set", "method={name: tdm, steps: 4}"), "data.source: method tdm takes no trajectories of the teacher; leave data out"),
-    (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared"),
-    (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
-    (("--set", "data.solver=rk4"), "data.solver"),
-    (("--set", "method.name=pas"), "roles.rank: got 2, method pas stands for 0; set roles.rank=0"),
-    (("--set", "method.name=sfd"), "roles.lora: got true, method sfd stands for false; set roles.lora=false"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--set", "data.source=teacher", "--set", "data.count=2"),
+            "data.source: method trajp-l needs trajectories of the teacher; set it to trajectories",
+        ),
+        (
+            ("--set", "method={name: tdm, steps: 4, warmup: 1}"),
+            "data.source: method tdm takes no trajectories of the teacher; leave data out",
+        ),
+        (("--set", "method.head=mlp"), "method.head: got 'mlp', allowed are none, span, shared"),
+        (("--set", "roles.rank=0", "--set", "method.head=none"), "roles.rank: got 0, which trains a head alone"),
+        (("--set", "data.solver=rk4"), "data.solver"),
+        (("--set", "method.name=pas"), "roles.rank: got 2, method pas stands for 0; set roles.rank=0"),
+        (("--set", "method.name=sfd"), "roles.lora: got true, method sfd stands for false; set roles.lora=false"),
+    ],
+)
 def test_mistakes_are_one_line(
     trajpl: Path,
     options: tuple[str, ...],
@@ -315,7 +330,10 @@ def test_a_recipe_of_two_stages(
 def test_stages_share_trajectories_and_matching_is_anchored_to_them(
     trajpl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Walked once, beside both stages; what they cost is counted once; the student starts as the first stage's and stays near what it imitates."""
+    """Two stages share one set of trajectories, generated and counted once.
+
+    The second stage's student starts as the first stage's and stays near the trajectories.
+    """
     value = yaml.safe_load(trajpl.read_text())
     data = value["data"] | {"guidance": {"scale": 2.0, "apg_eta": 0.5, "stop": 0.3}}
     imitate = {

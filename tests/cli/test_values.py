@@ -1,4 +1,4 @@
-"""What people call their files comes through the command line and recipes to the letter; what no file may be called is one line."""
+"""Names that people give come through command line and recipes unchanged. A name that no file may have is one line."""
 
 import json
 import math
@@ -17,12 +17,13 @@ from fewstep.cli.preflight import note_shadowed
 from fewstep.runs.recipe import DistillRecipe, FinetuneRecipe, override, read_recipe
 
 from .. import tiny
-from .test_distill import RECIPE, error_of, fewstep
+from .common import RECIPE, error_of, fewstep
 
 NAMES = [
-    "mymix #2", "[SD] mix", "a: b", "{x}", "null", "~", "true", "no", "3", "1e5", "2026-01-01", "0x10", "!!int 3", "&a", "*a", "- x", "'", '"', '"q"', "a, b",
-    "[a, b]", "%x", "@x", "`x", "x: ", " x", "x ", "Müller", "東京", "...", "---", "?", "|", ">", "=", "x=y", "\\x", "a\tb", "a\nb",
-    *(f"a{c}b" for c in string.printable), *(f"{c}b" for c in string.printable), *string.printable,
+    "mymix #2", "[SD] mix", "a: b", "{x}", "null", "~", "true", "no", "3", "1e5", "2026-01-01", "0x10", "!!int 3", "&a",
+    "*a", "- x", "'", '"', '"q"', "a, b", "[a, b]", "%x", "@x", "`x", "x: ", " x", "x ", "Müller", "東京", "...", "---",
+    "?", "|", ">", "=", "x=y", "\\x", "a\tb", "a\nb", *(f"a{c}b" for c in string.printable),
+    *(f"{c}b" for c in string.printable), *string.printable,
 ]  # fmt: skip
 
 
@@ -70,12 +71,21 @@ def test_all_else_is_yaml() -> None:
     def put(*sets: str) -> dict[str, Any]:
         return override({"method": {}}, sets, DistillRecipe)
 
-    assert put("train.lr=1e-5", "train.iterations=7", "roles.exclude=[a, b]", "method.condition=false", "data={source: x}") == {
-        "method": {"condition": False}, "train": {"lr": 1e-5, "iterations": 7}, "roles": {"exclude": ["a", "b"]}, "data": {"source": "x"},
-    }  # fmt: skip
+    assert put(
+        "train.lr=1e-5", "train.iterations=7", "roles.exclude=[a, b]", "method.condition=false", "data={source: x}"
+    ) == {
+        "method": {"condition": False},
+        "train": {"lr": 1e-5, "iterations": 7},
+        "roles": {"exclude": ["a", "b"]},
+        "data": {"source": "x"},
+    }
     assert put("warm_start.method.loss=3", "data.folder=007", "method.steps=2", "preview.prompts=[a]", "nowhere=3") == {
-        "warm_start": {"method": {"loss": "3"}}, "data": {"folder": "007"}, "method": {"steps": 2}, "preview": {"prompts": ["a"]}, "nowhere": 3,
-    }  # fmt: skip
+        "warm_start": {"method": {"loss": "3"}},
+        "data": {"folder": "007"},
+        "method": {"steps": 2},
+        "preview": {"prompts": ["a"]},
+        "nowhere": 3,
+    }
     assert override({}, ["teacher=007", "data.source=1"], FinetuneRecipe) == {"teacher": "007", "data": {"source": "1"}}
 
 
@@ -114,8 +124,8 @@ def test_a_key_that_is_there_twice_is_named_with_its_lines(
 def test_what_is_merged_may_be_said_anew(path: Path) -> None:
     text = yaml.safe_dump({**RECIPE, "teacher": "x"}).replace("train:", "train: &base", 1)
     path.write_text(
-        text
-        + "data: {source: trajectories}\nwarm_start:\n  method: {name: trajp-l}\n  train:\n    <<: *base\n    batch: 9\n",
+        text + "data: {source: trajectories}\nwarm_start:\n  method: {name: trajp-l}\n"
+        "  train:\n    <<: *base\n    batch: 9\n",
         encoding="utf-8",
     )
     assert read_recipe(str(path), ["init_from=null", "method.init_head=drop"], DistillRecipe).warm_start is not None
@@ -210,7 +220,8 @@ def test_sources_are_what_is_there(path: Path, tmp_path: Path, monkeypatch: pyte
         "gone@v2.safetensors",
     ]
     wanted = (
-        ("lo@ra", 1.0), ("style@2.safetensors", 0.5), ("style@2.safetensors", 1.0), ("deep/x + y@0.5.safetensors", 1.0), ("owner/name", 0.25), ("gone@v2.safetensors", 1.0),
+        ("lo@ra", 1.0), ("style@2.safetensors", 0.5), ("style@2.safetensors", 1.0), ("deep/x + y@0.5.safetensors", 1.0),
+        ("owner/name", 0.25), ("gone@v2.safetensors", 1.0),
     )  # fmt: skip
     text = fused("me/base", styles)
     assert source_of(text) == ("me/base", wanted, "") and source_of(fused("my + mix", styles)) == (

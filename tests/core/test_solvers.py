@@ -159,7 +159,11 @@ def test_dpmpp_is_diffusers_dpmpp_on_its_own_table(order: int, steps: int) -> No
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("order", [1, 2])
 def test_dpmpp_from_pure_noise_is_diffusers(order: int, steps: int) -> None:
-    """On the true table only the first clean estimate differs, by alpha = 2^-12; the log-SNR of pure noise is diffusers' stand-in."""
+    """DPM-Solver++ from pure noise is that of diffusers.
+
+    On the true table only the first clean estimate differs, by alpha = 2^-12; the log-SNR of pure noise is diffusers'
+    stand-in.
+    """
     mine = ours(VP(zero_snr_scheduler().alphas_cumprod.double()), "v", steps, DDIM if order == 1 else SOLVERS["dpmpp"])
     assert largest_gap(mine, theirs(zero_snr_dpmpp(order), steps)) < 5e-4
 
@@ -222,7 +226,10 @@ def test_ipndm_integrates_cubic_noise_exactly_once_it_has_three_visits() -> None
 
 
 def test_ipndm_keeps_the_state_that_it_steps_from() -> None:
-    """Where pure noise holds no signal its first estimate is the network's own; afterwards the way splits the state itself."""
+    """iPNDM's direction splits the state that it steps from.
+
+    Where pure noise holds no signal, its first estimate is the network's own.
+    """
     schedule, seen = Flow(), []
 
     def watch(way: Split, t: Tensor, t_next: Tensor, past: SolverHistory) -> Split:

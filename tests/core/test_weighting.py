@@ -48,7 +48,10 @@ def test_own_output_by_closed_form() -> None:
 
 @pytest.mark.parametrize("row", ["eps", "v"])
 def test_no_segment_of_four_drowns_the_others(row: str) -> None:
-    """Shares of the fake score's gradient, by the error of its own output, of the four segments of a student of 4 steps."""
+    """No segment of four takes most of the fake score's gradient.
+
+    The shares are by the error of its own output, for a student of 4 steps.
+    """
     t = torch.arange(20, 1000, dtype=torch.float64)
     alpha, sigma = TABLE.alpha(t), TABLE.sigma(t)
     a, b = row_named(row)(alpha, sigma)

@@ -1,4 +1,7 @@
-"""Captions of folders and of shards as other programs pack them: none is lost without a word, and nothing outside is read."""
+"""Captions of folders and shards are read as other programs pack them.
+
+None is lost without a word, and nothing outside is read.
+"""
 
 import io
 import os
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from fewstep.data.captioned import read_pictures
 
-from .test_images import captions, png
+from .common import captions, png
 
 PNG = png()
 Entry = tuple[str, bytes | str] | tarfile.TarInfo
@@ -52,27 +55,37 @@ def line_of(source: Path) -> str:
 
 
 def test_members_of_a_shard_need_not_lie_beside_each_other(tmp_path: Path) -> None:
-    """Sorted by kind, with macOS's shadows between them, captions of every kind, names with dots, suffixes in capitals, links within."""
+    """A shard's images find their captions wherever these lie in it.
+
+    The shard is sorted by kind. It has macOS's shadows, captions of every kind, names with dots, suffixes in
+    capitals, and links within.
+    """
     path = shard(
         tmp_path / "a.tar",
-        ("._1.png", "shadow"), ("1.png", PNG), ("x/2.JPG", PNG), ("3 v1.5.png", PNG), ("4.webp.png", PNG), ("5.png", PNG), ("6.png", PNG),
-        special("7.png", tarfile.LNKTYPE, "1.png"), ("8.png", PNG), ("9.png", PNG),
-        ("._1.txt", b"\0\5\x16"), ("__MACOSX/1.png", "shadow"), ("1.txt", "\ufeffone\n"), ("x/2.TXT", "two"), ("3 v1.5.txt", "three"), ("4.txt", "four"),
-        ("5.caption", "five"), ("6.json", '{"caption": null, "key": "6"}'), ("7.txt", "seven"), ("8.json", '["a list"]'), ("9.json", '{"text": "nine"}'),
+        ("._1.png", "shadow"), ("1.png", PNG), ("x/2.JPG", PNG), ("3 v1.5.png", PNG), ("4.webp.png", PNG),
+        ("5.png", PNG), ("6.png", PNG), special("7.png", tarfile.LNKTYPE, "1.png"), ("8.png", PNG), ("9.png", PNG),
+        ("._1.txt", b"\0\5\x16"), ("__MACOSX/1.png", "shadow"), ("1.txt", "\ufeffone\n"), ("x/2.TXT", "two"),
+        ("3 v1.5.txt", "three"), ("4.txt", "four"), ("5.caption", "five"),
+        ("6.json", '{"caption": null, "key": "6"}'), ("7.txt", "seven"), ("8.json", '["a list"]'),
+        ("9.json", '{"text": "nine"}'),
     )  # fmt: skip
     found = {name.removeprefix("a.tar:"): text for name, text in captions(path).items()}
     assert found == {
-        "1.png": "one", "x/2.JPG": "two", "3 v1.5.png": "three", "4.webp.png": "four", "5.png": "five", "6.png": "", "7.png": "seven", "8.png": "", "9.png": "nine"
+        "1.png": "one", "x/2.JPG": "two", "3 v1.5.png": "three", "4.webp.png": "four", "5.png": "five", "6.png": "",
+        "7.png": "seven", "8.png": "", "9.png": "nine"
     }  # fmt: skip
     assert all(p.read() == PNG for p in read_pictures(str(path))[0])
     assert (
         line_of(path)
-        == f"9 pictures in {path}: 1 captions of .caption, 1 captions of .json, 5 captions of .txt, 0 by name, 2 empty"
+        == f"9 images in {path}: 1 captions of .caption, 1 captions of .json, 5 captions of .txt, 0 by name, 2 empty"
     )
 
 
 def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
-    """Lists in folders, with byte order marks, other slashes and accents that are taken apart; files beside; names; shadows left out."""
+    """A folder's captions come from lists, from files beside, or from names.
+
+    The lists have byte order marks, other slashes and accents that are taken apart. Shadows are left out.
+    """
     root = folder(
         tmp_path / "set",
         {
@@ -80,16 +93,18 @@ def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
             "a.png": PNG, "a.txt": "not this", "b.png": PNG, "x/c.png": PNG,
             "y/metadata.jsonl": '\ufeff{"file_name": "\u00e9.png", "text": "four"}\n', "y/e\u0301.png": PNG,
             "d.PNG": PNG, "d.TXT": "five", "e.png": PNG, "e.png.txt": "six", "f.png": PNG, "f.caption": "seven",
-            "g_h.png": PNG, "g_h.json": '{"shapes": []}', "i.heic": "x", ".cache/a.png": PNG, "._a.png": "shadow", "__MACOSX/a.png": "shadow",
+            "g_h.png": PNG, "g_h.json": '{"shapes": []}', "i.heic": "x", ".cache/a.png": PNG, "._a.png": "shadow",
+            "__MACOSX/a.png": "shadow",
         },
     )  # fmt: skip
     assert {Path(n).name: text for n, text in captions(root).items()} == {
-        "a.png": "red, wet", "b.png": "", "c.png": "three", "e\u0301.png": "four", "d.PNG": "five", "e.png": "six", "f.png": "seven", "g_h.png": "g h"
+        "a.png": "red, wet", "b.png": "", "c.png": "three", "e\u0301.png": "four", "d.PNG": "five", "e.png": "six",
+        "f.png": "seven", "g_h.png": "g h"
     }  # fmt: skip
     kept = "1 captions of .caption, 2 captions of .txt, 2 captions of metadata.csv, 1 captions of metadata.jsonl"
     assert (
         line_of(root)
-        == f"8 pictures in {root}: {kept}, 1 by name, 1 empty, 1 .heic left out, 1 rows of lists without a picture"
+        == f"8 images in {root}: {kept}, 1 by name, 1 empty, 1 .heic left out, 1 rows of lists without an image"
     )
 
 
@@ -121,7 +136,7 @@ def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
         ({"a.json": '{"caption": ["b"]}'}, r"a\.json has a list where"),
         ({"a.json": "{"}, r"a\.json is not JSON"),
         ({"b.tar": ""}, r"b\.tar is no tar file"),
-        ({"b\x1b[31m\n.png": "x"}, r"b\\x1b\[31m\\n\.png is no picture"),
+        ({"b\x1b[31m\n.png": "x"}, r"b\\x1b\[31m\\n\.png is no image"),
     ],
 )
 def test_a_folder_that_cannot_be_read_as_it_was_meant(tmp_path: Path, files: dict[str, str | bytes], said: str) -> None:
@@ -130,7 +145,7 @@ def test_a_folder_that_cannot_be_read_as_it_was_meant(tmp_path: Path, files: dic
 
 
 def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no pictures \(it has 1 \.heic left out\); allowed are \.png"):
+    with pytest.raises(ValueError, match=r"has no images \(it has 1 \.heic left out\); allowed are \.png"):
         read_pictures(str(folder(tmp_path / "set", {"a.heic": "x"})))
 
 
@@ -173,9 +188,9 @@ def test_pipes_do_not_hang_it(tmp_path: Path, name: str) -> None:
         ([special("2.png", tarfile.LNKTYPE, "3.png")], r"2\.png is no file of this archive"),
         ([special("2.png", tarfile.CHRTYPE)], r"2\.png is no file of this archive"),
         ([special("1.txt", tarfile.FIFOTYPE)], r"1\.txt is no file of this archive"),
-        ([("1.img.png", PNG), ("1.seg.png", PNG)], r"several pictures of one key, .* and .*; keep one"),
+        ([("1.img.png", PNG), ("1.seg.png", PNG)], r"several images of one key, .* and .*; keep one"),
         ([("1.json", '{"text": 3}')], r"a\.tar:1\.json has 3 where a text belongs"),
-        ([("2.png", "x")], r"a\.tar:2\.png is no picture of PNG"),
+        ([("2.png", "x")], r"a\.tar:2\.png is no image of PNG"),
     ],
 )
 def test_members_that_are_not_what_they_should_be(tmp_path: Path, entries: list[Entry], said: str) -> None:

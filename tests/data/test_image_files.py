@@ -112,8 +112,8 @@ def test_a_damaged_file_is_a_picture_or_one_line_with_its_name(at: int, byte: in
 
 
 def test_programs_that_pillow_would_start_are_not() -> None:
-    """Only formats of pictures are tried: PostScript with a picture's suffix would go to Ghostscript."""
-    with pytest.raises(ValueError, match="is no picture of PNG, JPEG"):
+    """Only formats of images are tried: PostScript with an image's suffix would go to Ghostscript."""
+    with pytest.raises(ValueError, match="is no image of PNG, JPEG"):
         colours(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 

@@ -1,4 +1,4 @@
-"""Real pictures from folders and shards: which caption, which pixels, encoded once, and one line for every mistake."""
+"""Real images from folders and shards: which caption, which pixels, encoded once, and one line for every mistake."""
 
 import io
 import json
@@ -16,22 +16,13 @@ from fewstep.data.captioned import Captioned, read_pictures
 from fewstep.data.images import encode_images_of, to_tensor
 
 from .. import tiny
-
-
-def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
+from .common import png
 
 
 def captioned(file: Path, data: bytes) -> Captioned:
-    """A picture without a caption, in this file."""
+    """An image without a caption, in this file."""
     file.write_bytes(data)
     return Captioned(file.name, "", "", file, 0, len(data))
-
-
-def captions(source: Path) -> dict[str, str]:
-    return {p.name: p.caption for p in read_pictures(str(source))[0]}
 
 
 @pytest.fixture
@@ -45,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     (path / "metadata.jsonl").write_text(
         json.dumps({"file_name": "more/c.PNG", "text": "a photo of a green house"}) + "\n"
     )
-    (path / "notes.md").write_text("not a picture")
+    (path / "notes.md").write_text("not an image")
     return path
 
 
@@ -93,7 +84,7 @@ def test_they_are_checked_before_any_and_go_through_in_parts(
 
     monkeypatch.setattr(StableDiffusion, "encode_images", counted)
     (folder / "z.png").write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"^data\.source: z\.png is no picture"):
+    with pytest.raises(ValueError, match=r"^data\.source: z\.png is no image"):
         encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny")
     assert not sizes and not (tmp_path / "cache").exists()
     (folder / "z.png").write_bytes(png()[:-30])  # its header is whole
@@ -134,14 +125,14 @@ def test_captions_that_are_all_empty_teach_nothing(folder: Path) -> None:
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(
         ValueError,
-        match=r"^data\.source: none of the 3 pictures in .*: 0 by name, 3 empty has a caption; write metadata",
+        match=r"^data\.source: none of the 3 images in .*: 0 by name, 3 empty has a caption; write metadata",
     ):
         encode_images_of(tiny.stable_diffusion(), str(folder), None, "tiny")
     assert len(encode_images_of(tiny.pixels(()), str(folder), None, "x")) == 3  # which is told nothing
 
 
 def test_latents_are_those_that_decode_back() -> None:
-    """`encode_images` inverts `decode`'s scaling: on the bundled teacher a picture comes back as itself."""
+    """`encode_images` inverts `decode`'s scaling: on the bundled teacher an image comes back as itself."""
     from fewstep.backbones.load import load_teacher
 
     backbone = load_teacher("emoji")
@@ -154,7 +145,7 @@ def test_latents_are_those_that_decode_back() -> None:
     assert (back[0] - disc).abs().mean() < 0.08
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "not a tar", "bad listing", "no picture"])
+@pytest.mark.parametrize("case", ["missing", "empty", "not a tar", "bad listing", "no image"])
 def test_mistakes_are_one_line(tmp_path: Path, case: str) -> None:
     source, expected = tmp_path / "set", "data.source: "
     if case != "missing":
@@ -163,12 +154,12 @@ def test_mistakes_are_one_line(tmp_path: Path, case: str) -> None:
         (source / "a.tar").write_bytes(b"hello")
     if case == "bad listing":
         (source / "metadata.jsonl").write_text("{}\n")
-    if case == "no picture":
+    if case == "no image":
         (source / "a.png").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         read_pictures(str(source))
     assert str(error.value).startswith(expected)
-    with pytest.raises(ValueError, match="are no pictures; leave it out"):
+    with pytest.raises(ValueError, match="are no images; leave it out"):
         encode_images_of(tiny_points(), str(source), None, "x")
 
 

@@ -37,11 +37,19 @@ def test_every_encoder_has_its_own_length(family: str, lengths: list[int]) -> No
 @pytest.mark.parametrize(
     ("prompt", "sign"),
     [
-        ("a cat <lora:style:0.8>", "<lora:NAME:1>"), ("a (red:1.2) cat", "(words:1.2)"), ("a (red cat: -1)", "(words:1.2)"), ("a [red] cat", "[words]"),
-        ("a ((red)) cat", "((words))"), ("a cat BREAK a dog", "BREAK"), ("embedding:bad", "embedding:NAME"), ("a {red|blue} cat", "{one|other}"),
-        ("a __colour__ cat", "__wildcard__"), ("a (red) cat, BREAKFAST at 12:30, so-called", ""), ("breaking, (a: b)", ""),
+        ("a cat <lora:style:0.8>", "<lora:NAME:1>"),
+        ("a (red:1.2) cat", "(words:1.2)"),
+        ("a (red cat: -1)", "(words:1.2)"),
+        ("a [red] cat", "[words]"),
+        ("a ((red)) cat", "((words))"),
+        ("a cat BREAK a dog", "BREAK"),
+        ("embedding:bad", "embedding:NAME"),
+        ("a {red|blue} cat", "{one|other}"),
+        ("a __colour__ cat", "__wildcard__"),
+        ("a (red) cat, BREAKFAST at 12:30, so-called", ""),
+        ("breaking, (a: b)", ""),
     ],
-)  # fmt: skip
+)
 def test_signs_of_other_programs(prompt: str, sign: str) -> None:
     said = [line for line in said_of_prompts(tiny.stable_diffusion(), ["a", prompt]) if "sign" in line]
     assert said == (

@@ -68,7 +68,8 @@ def test_a_wrong_column_lists_the_columns(tmp_path: Path, name: str, column: str
     text = {"p.csv": "url,alt\na,b\n", "p.tsv": "url\talt\na\tb\n", "p.jsonl": '{"url": "a", "alt": "b"}\n'}[name]
     with pytest.raises(
         ValueError,
-        match=rf"p\..*has no column {column or 'prompt or caption or text'}; it has url, alt; pass --set prompts\.column=NAME$",
+        match=rf"p\..*has no column {column or 'prompt or caption or text'}; it has url, alt; "
+        r"pass --set prompts\.column=NAME$",
     ):
         read_prompts(file(tmp_path, name, text), column)
 
@@ -238,7 +239,7 @@ def test_what_was_found_is_said(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_the_hub_by_any_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dots are part of names; lists of captions are captions; columns that hold pictures are left alone."""
+    """Dots are part of names; lists of captions are captions; columns that hold images are left alone."""
 
     class Data:
         column_names = ("image", "caption")

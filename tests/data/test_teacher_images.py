@@ -1,4 +1,4 @@
-"""The teacher's own pictures: of which prompts, drawn how, and once."""
+"""The teacher's own images: of which prompts, drawn how, and once."""
 
 from dataclasses import dataclass
 from pathlib import Path

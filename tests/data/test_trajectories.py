@@ -167,7 +167,11 @@ def test_a_folder_grows_and_fewer_are_its_first(tmp_path: Path) -> None:
 
 
 def test_processes_walk_a_share_each_and_read_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen by the second of two: it has walked the second of three shards when it waits for the first, and all of them after that."""
+    """Each process generates a share of the trajectories and reads the others.
+
+    The second of two has generated the second of three shards when it waits for the first, and has all of them after
+    that.
+    """
     backbone, walked = tiny.denoiser(), list[str]()
 
     def as_process(index: int, wait: Callable[[], None]) -> tuple[list[int], Trajectories]:
@@ -210,7 +214,10 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
 
 
 def test_shards_say_themselves_whose_they_are(tmp_path: Path) -> None:
-    """Without the record, or carried into another folder, they are still refused to all others, and read by their own teacher."""
+    """A shard says by itself whose it is.
+
+    It does so without a record, and in another folder. Every other teacher is refused, and its own teacher reads it.
+    """
     backbone = tiny.denoiser()
     _, walked = finish(make(tmp_path / "a", backbone))
     record = tmp_path / "a" / "trajectories.json"

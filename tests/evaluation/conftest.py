@@ -48,7 +48,7 @@ class World:
     protocol: EmojiProtocol
 
     def draw(self, noise: float = 0.0, names: Callable[[str], str] = str, one_seed: bool = False) -> Draw:
-        """The prompt's picture under a veil of the seed's colours; `names` may send a prompt to another one."""
+        """The prompt's image under a veil of the seed's colours; `names` may send a prompt to another one."""
         rows = {b.caption: i for i, b in enumerate(self.blobs)}
 
         def sampler(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -49,7 +49,10 @@ def test_any_size_of_picture_is_taken() -> None:
     ("size", "kernel", "stride", "out"), [(8, 3, 2, 4), (7, 3, 2, 4), (8, 5, 2, 4), (9, 5, 1, 9), (8, 3, 1, 8)]
 )
 def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int, out: int) -> None:
-    """ceil(size / stride) outputs, the odd zero on the right: the first output sees floor(total / 2) zeros on its left."""
+    """The odd zero of the padding is on the right.
+
+    There are ceil(size / stride) outputs. The first output sees floor(total / 2) zeros on its left.
+    """
     convolution = SameConv(1, 1, kernel, stride, bias=False)
     torch.nn.init.ones_(convolution.weight)
     with torch.no_grad():
@@ -63,5 +66,5 @@ def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int, out: i
 def test_pictures_that_are_not_finite_are_not_measured() -> None:
     images = torch.rand(2, 3, 8, 8)
     images[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="the pictures to be measured are not finite"):
+    with pytest.raises(ValueError, match="the images to be measured are not finite"):
         features(feature_network(), images)

@@ -1,4 +1,4 @@
-"""Pixel models against their teacher and against real pictures: as many as they draw themselves."""
+"""Pixel models against their teacher and against real images: as many as they draw themselves."""
 
 import json
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ FROZEN = {"pictures-quick": "345052cea0b2953b", "pictures": "869c37881dff0259", 
 
 
 def draw(noise: float, calls: list[int] | None = None) -> Draw:
-    """One of thirty pictures, chosen by class and seed, under a veil of the seed's colours."""
+    """One of thirty images, chosen by class and seed, under a veil of the seed's colours."""
 
     def sampler(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         if calls is not None:
@@ -67,7 +67,7 @@ def test_classes_come_in_turn_and_seeds_are_frozen(protocol: PictureProtocol) ->
 
 
 def test_a_protocol_may_be_of_any_number_of_pictures() -> None:
-    """As many components for each as `pictures-quick` has, which the pictures of a row can fill."""
+    """As many components for each as `pictures-quick` has, which the images of a row can fill."""
     assert [pictures_named(f"pictures-{n}") for n in (8, 128, 1000)] == [
         PictureProtocol("pictures-8", 8, 3),
         PictureProtocol("pictures-128", 128, 48),
@@ -92,7 +92,7 @@ def test_a_student_is_as_far_from_its_teacher_as_it_draws_otherwise() -> None:
     assert weak["fd_teacher"] == pytest.approx(far["fd_teacher"])
     assert [r["n"] for r in result["rows"]] == [18] * 5
     assert [r["fd_real"] for r in result["rows"]] == [None] * 5
-    assert result["distance"] == "FD-efflite0, 5 components of the teacher's features, 18 pictures against 18"
+    assert result["distance"] == "FD-efflite0, 5 components of the teacher's features, 18 images against 18"
     assert result["fd_floor"] is None
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -109,7 +109,7 @@ def test_distances_are_between_as_many_real_pictures_as_are_drawn() -> None:
     assert result["fd_floor"] == pytest.approx(to_real[1], rel=1e-4)
     assert result["rows"][1]["fd_real"] < result["rows"][2]["fd_real"] < result["rows"][0]["fd_real"]
     assert result["rows"][2]["fd_teacher"] > 0
-    assert result["distance"] == "FD-efflite0, 5 components of the real pictures' features, 18 pictures against 18"
+    assert result["distance"] == "FD-efflite0, 5 components of the real images' features, 18 images against 18"
     assert evaluate_pictures(rows()[1:], FEW, CLASSES, REAL[:35])["fd_floor"] is None
 
 
@@ -132,11 +132,9 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(
-        ValueError, match="real: got 17 pictures, protocol few compares 18 with 18; choose a smaller one"
-    ):
+    with pytest.raises(ValueError, match="real: got 17 images, protocol few compares 18 with 18; choose a smaller one"):
         evaluate_pictures(rows(0.2), FEW, CLASSES, REAL[:17])
-    with pytest.raises(ValueError, match="protocol few: there is no teacher to compare with, nor real pictures"):
+    with pytest.raises(ValueError, match="protocol few: there is no teacher to compare with, nor real images"):
         evaluate_pictures(rows(0.2)[2:], FEW, CLASSES)
 
 

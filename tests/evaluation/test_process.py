@@ -5,38 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.backbones.base import Denoiser
 from fewstep.backbones.toy import Gaussian, Mixture
-from fewstep.core.prediction import row_named, target
-from fewstep.core.schedule import EDM, VP, Flow, Schedule, expand
+from fewstep.core.schedule import EDM, VP, Flow, Schedule
 from fewstep.evaluation.process import check_process
+
+from .exact import Exact
 
 RING, THIN = Mixture.ring(radius=0.8, std=0.02), Mixture.ring(radius=0.8, std=0.005)
 TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
 LINEAR = VP((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
-
-
-class Exact(nn.Module):
-    """The best network there is for these data: what it says of x at its own time t, which is `time(t)` of the schedule it was trained on."""
-
-    def __init__(
-        self,
-        data: Mixture | Gaussian,
-        schedule: Schedule,
-        prediction: str,
-        time: Callable[[Tensor], Tensor] = lambda t: t,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.data, self.schedule, self.prediction, self.time = data, schedule, prediction, time
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        t = self.time(t)
-        own = self.data.denoise(self.schedule, x, t)
-        alpha, sigma = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
-        return target(own.x0, own.eps, alpha, sigma, row_named(self.prediction))
 
 
 def stated(schedule: Schedule = TABLE, prediction: str = "eps", data: Mixture | Gaussian = RING) -> Denoiser:

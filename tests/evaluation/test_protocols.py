@@ -21,8 +21,18 @@ from fewstep.evaluation.reference import load_reference, without_tone
 from .conftest import Draw, World
 
 CONTRACT = {
-    "model", "steps", "guidance", "nfe", "n", "fd_real", "fd_teacher", "retrieval_top1", "retrieval_top5", "diversity", "seconds_per_image",
-}  # fmt: skip
+    "model",
+    "steps",
+    "guidance",
+    "nfe",
+    "n",
+    "fd_real",
+    "fd_teacher",
+    "retrieval_top1",
+    "retrieval_top5",
+    "diversity",
+    "seconds_per_image",
+}
 
 
 def run(world: World, rows: Sequence[Row], cache: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -43,7 +53,10 @@ def without_times(result: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def result(world: World) -> dict[str, Any]:
-    """A good teacher with few and with many steps, and students: as good, worse, at the wrong prompt and tone, collapsed."""
+    """A good teacher with few and with many steps, and five students.
+
+    The students are as good, worse, at the wrong prompt and tone, and collapsed.
+    """
     captions = [b.caption for b in world.blobs if not b.tone]
 
     def elsewhere(prompt: str) -> str:
@@ -285,7 +298,7 @@ def test_another_reference_is_refused(world: World) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda x: x[:1], r"returned \[1, 3, 64, 64\]; return pictures \[8, 3, H, W\]"),
+        (lambda x: x[:1], r"returned \[1, 3, 64, 64\]; return images \[8, 3, H, W\]"),
         (lambda x: x[:, :1], r"returned \[8, 1, 64, 64\]"),
         (lambda x: x * 2 - 1, r"go from -0\.\d+ to 0\.\d+; return finite values in \[0, 1\]"),
         (lambda x: x / 0, "return finite values"),

@@ -1,4 +1,4 @@
-"""Seconds per picture, on a clock that the test winds."""
+"""Seconds per image, on a clock that the test winds."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -23,7 +23,10 @@ def gaussian(dimensions: int = 64) -> Gaussian:
 
 
 def test_coordinates_are_those_of_a_made_up_curve() -> None:
-    """Trajectories along known directions of each sample: the coordinates come back, with their sign turned to the larger side."""
+    """Trajectories along known directions of each sample give their coordinates back.
+
+    A coordinate's sign is turned to its larger side.
+    """
     rng = torch.Generator().manual_seed(0)
     frames = torch.linalg.qr(torch.randn((5, 20, 3), generator=rng, dtype=torch.float64))[0]
     true = torch.stack([1 - S, torch.sin(torch.pi * S) * 0.3, torch.sin(2 * torch.pi * S) * torch.exp(-S) * 0.1], 1)

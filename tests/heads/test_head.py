@@ -86,7 +86,10 @@ def test_a_visit_of_somebody_else_is_not_seen(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["span", "shared"])
 def test_the_span_moves_and_turns_with_the_data(kind: str) -> None:
-    """Rotated around its centre, a trajectory is corrected to the rotated one; at another size with the same weights."""
+    """A rotated trajectory is corrected to the rotated correction.
+
+    It is rotated around its centre, and it may have another size with the same weights.
+    """
     schedule, shape = EDM(), (32,)
     head = head_of(kind, schedule, shape=shape)
     turn = torch.linalg.qr(torch.randn((32, 32), generator=torch.Generator().manual_seed(0)))[0]

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone, Cond
+from fewstep.data.prompts import embed
+from fewstep.data.trajectories import (
+    Trajectories,
+    TrajectoryConfig,
+    generate_trajectories,
+    guided_teacher,
+    run_to_completion,
+    union,
+)
 from fewstep.methods.distribution_matching import DistributionMatching, matching_losses
 from fewstep.methods.method import Loss, RealBatch, TrainBatch
+from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
 
 from .. import tiny
@@ -19,6 +29,14 @@ def conditions(backbone: Backbone, batch: int = BATCH) -> tuple[Cond, Cond]:
     return backbone.encode(
         [["red cat", "blue dog", "a photo of a green house"][i % 3] for i in range(batch)]
     ), backbone.encode([""])
+
+
+def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Trajectories:
+    backbone = backbone or tiny.denoiser()
+    config, data = TrajectoryConfig(count=6, steps=12), embed(backbone, tiny.WORDS, None, "")
+    times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
+    source = guided_teacher(backbone, backbone.encode([""]), config, times, method.guidance)
+    return run_to_completion(generate_trajectories(backbone, data, config, times, source, None, ""))
 
 
 def trained(share: bool = True, backbone: Backbone | None = None, size: float = 0.1) -> Roles:

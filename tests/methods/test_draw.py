@@ -27,7 +27,10 @@ from .common import BATCH, conditions, seed, train_batch, trained
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_landing_state_is_the_samplers_own(steps: int, solver: str) -> None:
-    """Rollout and step with gradient, whatever the solver, are `sample` of the student under each sample's own condition."""
+    """Rollout and step give the state that `sample` of the student gives.
+
+    This holds for every solver and under each sample's own condition.
+    """
     roles, method = trained(), DistributionMatching(steps=steps, solver=solver)
     cond, _ = conditions(roles.backbone)
     got = draw(method, roles, cond, BATCH, seed(), with_gradient=True)
@@ -195,7 +198,10 @@ def test_sharded_processes_make_the_same_calls_whatever_they_draw(
 
 
 def test_stochastic_rollouts_add_fresh_noise_after_every_step() -> None:
-    """With a student that always says 1, a state at time t is alpha + sigma e: its spread is sigma_t's and nothing is left of the start."""
+    """A stochastic rollout's state at time t is alpha + sigma e.
+
+    The student always says 1, so the spread is sigma_t's and nothing is left of the start.
+    """
     backbone = tiny.denoiser(prediction="x0")
     roles = make_roles(backbone, RolesConfig(lora=False))
     with torch.no_grad():

@@ -18,8 +18,7 @@ from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig, distill
 
 from .. import tiny
-from .common import BATCH, conditions, seed
-from .test_trajectory_imitation import walked
+from .common import BATCH, conditions, seed, walked
 
 METHOD = DistributionMatching(steps=3, init_head="absorb", warmup=2, guidance=Guidance(scale=1.0))
 
@@ -72,7 +71,11 @@ def test_folded_away_a_head_is_hardly_missed() -> None:
 
 
 def test_it_is_folded_while_the_fake_score_warms_up_and_never_after() -> None:
-    """From the average, which is the student as it began; where both are the same, without the head's part nothing is left to learn."""
+    """The head is absorbed during the warm-up and never after.
+
+    The goal comes from the average, which is the student as it began. Where both are the same and the head adds
+    nothing, nothing is left to learn.
+    """
     roles = begun()
     for iteration, expected in (
         (0, ["fake", *["student"] * 3]),
@@ -99,7 +102,10 @@ def test_it_is_folded_while_the_fake_score_warms_up_and_never_after() -> None:
 
 
 def test_the_methods_own_updates_begin_as_if_nothing_had_been_folded() -> None:
-    """Adam's first update is its rate in every weight; with moments of other gradients it would be anything. The absorbing ends at rest."""
+    """The first update after absorbing moves every weight by Adam's rate.
+
+    With moments of other gradients it would be anything. The absorbing ends at rest.
+    """
     roles, lr = begun(), 1e-3
     data = embed(roles.backbone, tiny.WORDS, None, "tiny")
     config = TrainConfig(iterations=4, batch=4, lr=lr, fake_lr=1e-3, clip=1e9)

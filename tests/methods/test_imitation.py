@@ -40,7 +40,7 @@ def test_only_the_student_is_trained(name: str, share: bool) -> None:
 
 @pytest.mark.parametrize("metric", REGRESSION_LOSSES)
 def test_consistency_is_its_formula(metric: str) -> None:
-    """The goal comes from the average, one guided step of the teacher further; the student's own weights are as they were."""
+    """The goal is the average's, one guided teacher step further. The student's own weights do not change."""
     roles, method = trained(), ConsistencyDistillation(steps=5, loss=metric, solver_steps=10)
     here = train_batch(roles)
     assert here.images is not None

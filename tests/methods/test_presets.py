@@ -38,7 +38,8 @@ def test_every_preset_trains_its_own_roles(name: str, share: bool) -> None:
     assert method.name == name
 
 
-# What each paper says, where it is not TDM's: matched state, divergence, the weight of Fisher's second term, noise levels, fake updates, solver.
+# What each paper says, where it is not TDM's: matched state, divergence, the weight of Fisher's second term,
+# noise levels, fake updates, solver.
 PAPERS = {
     "tdm": ("noisy", "reverse-kl", None, "segment", 1, "ddim"),
     "tdm-unify": ("noisy", "reverse-kl", None, "segment", 1, "ddim"),
@@ -77,11 +78,24 @@ def test_settings_beside_a_preset_win() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "roles", "expected"), [
-    ("pas", RolesConfig(), "roles.rank: got 32, method pas stands for 0; set roles.rank=0, or method.name=trajp-l with method.head=shared to train a LoRA"),
-    ("pas", RolesConfig(lora=False), "roles.lora: got false, method pas stands for true"),
-    ("sfd", RolesConfig(), "roles.lora: got true, method sfd stands for false; set roles.lora=false, or method.name=trajp-l with method.head=none to train a LoRA"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "roles", "expected"),
+    [
+        (
+            "pas",
+            RolesConfig(),
+            "roles.rank: got 32, method pas stands for 0; "
+            "set roles.rank=0, or method.name=trajp-l with method.head=shared to train a LoRA",
+        ),
+        ("pas", RolesConfig(lora=False), "roles.lora: got false, method pas stands for true"),
+        (
+            "sfd",
+            RolesConfig(),
+            "roles.lora: got true, method sfd stands for false; "
+            "set roles.lora=false, or method.name=trajp-l with method.head=none to train a LoRA",
+        ),
+    ],
+)
 def test_a_name_is_not_trained_in_roles_that_make_it_another_method(
     name: str, roles: RolesConfig, expected: str
 ) -> None:

@@ -7,18 +7,13 @@ import pytest
 import torch
 
 from fewstep.api import sample_trajectory
-from fewstep.backbones.base import Backbone, denoiser
+from fewstep.backbones.base import denoiser
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import SOLVERS, Correction, Denoise, SolverHistory, sample, step
 from fewstep.data.prompts import embed
 from fewstep.data.trajectories import (
     Trajectories,
-    TrajectoryConfig,
-    generate_trajectories,
-    guided_teacher,
-    run_to_completion,
-    union,
 )
 from fewstep.heads.head import KINDS
 from fewstep.methods.distribution_matching import DistributionMatching, GanConfig, draw
@@ -31,16 +26,8 @@ from fewstep.runs.init import roles_for
 from fewstep.training.loop import Step, TrainConfig, distill
 
 from .. import tiny
-from ..training.test_loop import digest
-from .common import BATCH, conditions, seed
-
-
-def walked(method: TrajectoryImitation, backbone: Backbone | None = None) -> Trajectories:
-    backbone = backbone or tiny.denoiser()
-    config, data = TrajectoryConfig(count=6, steps=12), embed(backbone, tiny.WORDS, None, "")
-    times = union(backbone.schedule, [method.times(backbone.schedule, k) for k in method.counts])
-    source = guided_teacher(backbone, backbone.encode([""]), config, times, method.guidance)
-    return run_to_completion(generate_trajectories(backbone, data, config, times, source, None, ""))
+from ..training.common import digest
+from .common import BATCH, conditions, seed, walked
 
 
 def student(method: TrajectoryImitation, paths: Trajectories, config: RolesConfig, move: float = 0.1) -> Roles:
@@ -59,7 +46,10 @@ def train_batch(paths: Trajectories) -> TrainBatch:
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp", "ipndm"])
 @pytest.mark.parametrize("head", ["none", *KINDS])
 def test_every_step_starts_where_the_student_is_and_meets_the_teachers_state(head: str, solver: str) -> None:
-    """Nothing is stepped here, so the student's positions are its sampler's own, and each loss is their distance to the teacher's."""
+    """Each loss is a distance between the student's and the teacher's state.
+
+    The optimizer takes no step here, so the student's states are its sampler's own.
+    """
     method = TrajectoryImitation(steps=3, head=head, solver=solver)
     paths = walked(method)
     roles = student(method, paths, RolesConfig(rank=2))
@@ -213,7 +203,10 @@ def test_head_without_lora_leaves_the_network_out_of_the_graph() -> None:
 
 @pytest.mark.parametrize("free", [False, True])
 def test_a_head_goes_along_into_distribution_matching(free: bool) -> None:
-    """The rollout of a matched student with a head is its sampler's, and its landing state carries the head's gradient, from a free first step too."""
+    """A matched student's rollout with a head is its sampler's.
+
+    Its landing state carries the head's gradient, from a free first step too.
+    """
     paths = walked(TrajectoryImitation(steps=4))
     roles = student(TrajectoryImitation(steps=4), paths, RolesConfig(rank=2))
     cond, _ = conditions(roles.backbone)

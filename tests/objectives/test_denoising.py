@@ -66,9 +66,13 @@ def landed(schedule: Schedule, high: float, landing: float, rng: torch.Generator
 def test_transition_target_finds_the_score_where_the_clean_one_does_not(
     schedule: Schedule, high: float, landing: float, tau: float
 ) -> None:
-    """The law of x_tau is Gaussian, so `f = (x_tau + sigma^2 score)/alpha` is a line. Its slope by least squares on either target:
+    """The transition target has the true slope; the clean target has another.
 
-    (999, 499, 750): true 0.404, transition 0.405, clean 0.259; (749, 499, 600): 0.467, 0.464, 0.413; flow: 0.531, 0.531, 0.324.
+    The law of x_tau is Gaussian, so `f = (x_tau + sigma^2 score)/alpha` is a line. Its slope by least squares on
+    either target:
+
+    (999, 499, 750): true 0.404, transition 0.405, clean 0.259; (749, 499, 600): 0.467, 0.464, 0.413;
+    flow: 0.531, 0.531, 0.324.
     """
     rng = torch.Generator().manual_seed(0)
     x_m, x0 = landed(schedule, high, landing, rng)
@@ -112,7 +116,11 @@ def test_transition_target_at_pure_noise_is_the_landing_state_made_clean() -> No
 
 
 def test_the_density_ratio_of_eq_7_is_a_weight_of_zero() -> None:
-    """Its logarithm, drawn, is `-d log(sigma/beta)`; for SD 1.5's latents no time of four steps leaves anything of it, so it is dropped."""
+    """The density ratio of eq. 7 is zero in single precision.
+
+    Its logarithm, drawn, is `-d log(sigma/beta)`. No time of four steps leaves anything of it for SD 1.5's latents,
+    so it is dropped.
+    """
     rng = torch.Generator().manual_seed(0)
     for low, high in ((249.0, 499.0), (499.0, 749.0), (749.0, 999.0)):
         t, tau = torch.tensor([low]), torch.tensor([high])

@@ -1,4 +1,4 @@
-"""On Gaussians the score-identity loss has the value of the Fisher divergence and, with c = 1/2, half of its exact gradient."""
+"""On Gaussians the score-identity loss is the Fisher divergence. With c = 1/2 its gradient is half of the exact one."""
 
 import pytest
 import torch
@@ -24,7 +24,10 @@ def f_gaussian(schedule: Schedule, x: Tensor, tau: Tensor, mean: Tensor, var: Te
 
 
 def terms(name: str, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f_teacher, f_fake (exact for the student as it is, held fixed), f_cond, and the closed form of `E ||f_phi - f_psi||^2`."""
+    """f_teacher, f_fake, f_cond, and `E ||f_phi - f_psi||^2` in closed form.
+
+    f_fake is exact for the student as it is, and held fixed.
+    """
     schedule, at, later = SCHEDULES[name]
     t, tau = (torch.full((N,), s, dtype=torch.float64) for s in (at, later))
     rng = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Targets of imitation: the step they describe really lands there, and the consistency function is the identity on data."""
+"""Targets of imitation: the step that they describe lands there. The consistency function is the identity on data."""
 
 import pytest
 import torch

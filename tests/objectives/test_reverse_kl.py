@@ -125,10 +125,12 @@ TABLE = VP((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float
     ],
 )
 def test_on_gaussians_the_gradient_is_that_of_the_divergence(schedule: Schedule, landing: float, tau: float) -> None:
-    """A Gaussian student lands on `x_m = mean + scale z`; both scores at x_tau are known, and so is KL between the two laws of x_tau.
+    """On Gaussians eq. 6 is the derivative of the KL divergence.
 
-    Eq. 6 with the true scores, `(alpha/sigma^2) r E[delta dx_m]`, is then the derivative of KL with respect to the student's
-    mean and scale. Monte Carlo over n draws, compared to 5 standard errors, which are below 2 % of the largest derivative.
+    A Gaussian student lands on `x_m = mean + scale z`; both scores at x_tau are known, and so is KL between the two
+    laws of x_tau. Eq. 6 with the true scores, `(alpha/sigma^2) r E[delta dx_m]`, is then the derivative of KL with
+    respect to the student's mean and scale. Monte Carlo over n draws, compared to 5 standard errors, which are below
+    2 % of the largest derivative.
     """
     n, rng = 200_000, torch.Generator().manual_seed(0)
     mean = torch.tensor([0.5, -0.3], dtype=torch.float64, requires_grad=True)

@@ -97,11 +97,18 @@ GIANT = {
 
 
 @pytest.mark.parametrize(
-    "words", [None, "{", "[]", "{}", *[json.dumps(GIANT | {"width": w, "height": 4, "factor": f}) for w, f in ((10**9, 1), (4, 0), (-4, 1), (4, 9))]]
-)  # fmt: skip
+    "words",
+    [
+        None,
+        "{",
+        "[]",
+        "{}",
+        *[json.dumps(GIANT | {"width": w, "height": 4, "factor": f}) for w, f in ((10**9, 1), (4, 0), (-4, 1), (4, 9))],
+    ],
+)
 def test_other_pictures_are_no_grids(words: str | None) -> None:
     picture = Image.new("RGB", (8, 8))
     if words is not None:
         picture.info["fewstep"] = words
     assert read_grid(png(picture)) is None
-    assert read_grid(b"no picture") is None
+    assert read_grid(b"no image") is None

@@ -38,9 +38,14 @@ ROWS = [
 WAY = np.linspace(0, 1, 9)
 MEAN = np.stack([1 - WAY, 0.2 * np.sin(np.pi * WAY), 0.1 * np.sin(2 * np.pi * WAY)], 1)
 SHAPE = {
-    "s": WAY.tolist(), "mean": MEAN.tolist(), "fit": (MEAN * 1.01).tolist(), "samples": [(MEAN * (1, 1 + i / 40, 1 - i / 40)).tolist() for i in range(20)],
-    "r2": [1.0, 0.9991, 0.75], "unexplained": [0.16, 0.067, 0.033], "errors": {"DDIM, 2": {"s": [0, 0.5, 1], "error": [0, 0.4, 0.3]}},
-}  # fmt: skip
+    "s": WAY.tolist(),
+    "mean": MEAN.tolist(),
+    "fit": (MEAN * 1.01).tolist(),
+    "samples": [(MEAN * (1, 1 + i / 40, 1 - i / 40)).tolist() for i in range(20)],
+    "r2": [1.0, 0.9991, 0.75],
+    "unexplained": [0.16, 0.067, 0.033],
+    "errors": {"DDIM, 2": {"s": [0, 0.5, 1], "error": [0, 0.4, 0.3]}},
+}
 
 
 def tree(svg: str) -> ET.Element:
@@ -99,7 +104,11 @@ def test_the_student_and_the_teachers_stand_at_their_values() -> None:
 
 
 def test_the_curves_teacher_is_the_best_one_at_the_student_s_cost() -> None:
-    """Neither the one with the fewest calls, which a student of several step counts has too, nor the worse one of two that cost the same."""
+    """The curve shows the best teacher at the student's cost.
+
+    It is not the teacher with the fewest calls, which a student of several step counts has too, nor the worse one of
+    two that cost the same.
+    """
     more = [
         {"model": "teacher", "steps": 2, "guidance": 3.5, "nfe": 4, "fd_real": 200.0, "retrieval_top1": 0.6},
         {"model": "teacher", "steps": 1, "guidance": 1.0, "nfe": 1, "fd_real": 300.0, "retrieval_top1": 0.1},

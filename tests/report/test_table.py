@@ -87,7 +87,10 @@ def guided(steps: int, scale: float, fd: float, **more: object) -> dict[str, obj
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_the_best_teacher_at_the_student_s_cost_is_the_baseline_and_is_named(flipped: bool) -> None:
-    """Two guided steps cost what four unguided ones do: the better of them, wherever it stands, is what a student has to beat."""
+    """The baseline is the best teacher at the student's cost.
+
+    Two guided steps cost what four unguided ones do; the better of them counts, wherever it stands.
+    """
     student = row("student", 4, 4, 13.0, 0.5)
     rows = [guided(50, 4.5, 12.8), *[guided(4, 1.0, 17.1), guided(2, 4.5, 24.1)][:: -1 if flipped else 1], student]
     quality = headlines(rows, None)[0]

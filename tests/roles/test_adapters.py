@@ -216,7 +216,10 @@ def test_uncast_is_the_same_under_autocast_and_keeps_no_second_copy_of_an_input(
 
 
 def test_a_rank_fits_its_network() -> None:
-    """The weights of a LoRA are counted as they are made; large networks get 32, small ones what trains at most a quarter, 4 at least."""
+    """The weights of a LoRA are counted as they are made.
+
+    A large network gets rank 32, a small one a rank that trains at most a quarter of it, 4 at least.
+    """
     teacher = tiny.stable_diffusion()
     names = adapters.targets(teacher.module, "all")
     counted = adapters.lora_weights(teacher.module, names, 3)

@@ -1,4 +1,7 @@
-"""Checkpointed blocks give the gradients of the role that they were computed as, whoever the network is by the time of the backward pass."""
+"""Checkpointed blocks give the gradients of their own role.
+
+Their role is that of the forward pass, whoever the network is by the time of the backward pass.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +19,7 @@ from fewstep.methods.method import TrainBatch
 from fewstep.roles.roles import Role, Roles, RolesConfig, make_roles
 
 from .. import pipelines, tiny
-from .test_roles import given, perturb
+from .common import given, perturb
 
 
 @pytest.fixture(scope="module", params=["sd", "pixart", "cogvideox"])

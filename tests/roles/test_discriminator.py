@@ -12,7 +12,7 @@ from fewstep.roles.discriminator import features, make_discriminator
 from fewstep.roles.roles import RolesConfig, make_roles
 
 from .. import tiny
-from .test_roles import given
+from .common import given
 
 
 def own() -> Denoiser:

@@ -1,4 +1,8 @@
-"""A base in fewer bits: nearest codes, the layers that the decoded weights would make, a teacher near what it was, and training beside it."""
+"""A base in fewer bits is near the base.
+
+Its codes are the nearest ones. Its layers are those that the decoded weights would make, its teacher is near what it
+was, and a LoRA trains beside it.
+"""
 
 import copy
 from collections.abc import Callable
@@ -33,8 +37,8 @@ from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.memory import MemoryTracker, module_bytes
 
 from .. import tiny
-from ..training.test_loop import digest
-from .test_roles import attached, given, perturb
+from ..training.common import digest
+from .common import attached, given, perturb
 
 LEVELS: dict[Kind, Tensor] = {"int8": torch.arange(-127, 128) / 127, "nf4": torch.tensor(NF4)}
 FAR: dict[Kind, float] = {
@@ -202,7 +206,16 @@ def test_what_was_trained_goes_with_the_weights_as_they_were() -> None:
     assert {n: v.shape for n, v in roles.student_state().items()} == {
         n: v.shape for n, v in plain.student_state().items()
     }
-    assert type(next(m for m in adapters.adapter_layers(roles.backbone.module) if isinstance(m.get_base_layer(), QuantisedConv2d)).lora_A["student"]) is nn.Conv2d  # fmt: skip
+    assert (
+        type(
+            next(
+                m
+                for m in adapters.adapter_layers(roles.backbone.module)
+                if isinstance(m.get_base_layer(), QuantisedConv2d)
+            ).lora_A["student"]
+        )
+        is nn.Conv2d
+    )
     original = wide()
     student = attached(original, roles.student_state())
     x, t, cond, _ = given(original)

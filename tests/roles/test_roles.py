@@ -1,53 +1,30 @@
-"""Three roles: one copy of the weights, bit for bit the teacher at the start, and exact gradients in any order of calls."""
+"""Three roles share one copy of the weights.
 
-from collections.abc import Callable, Mapping
+At the start each is the teacher bit for bit, and gradients are exact in any order of calls.
+"""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone, Cond
+from fewstep.backbones.base import Backbone
 from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
-from fewstep.student.student import Origin, Student, student_card
+from fewstep.student.student import Student
 from fewstep.training.memory import MemoryTracker
 
 from .. import tiny
+from .common import ORIGIN, attached, given, perturb
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "own": tiny.denoiser,
     "flow": tiny.flow_denoiser,
     "sd": tiny.stable_diffusion,
 }
-ORIGIN = Origin("tiny", "", 0, 0.0, "tdm")
-
-
-def given(backbone: Backbone) -> tuple[Tensor, Tensor, Cond, Cond]:
-    x = torch.randn((2, *backbone.shape), generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([backbone.schedule.t_max, backbone.schedule.t_max / 3], dtype=torch.float64)
-    return (
-        x,
-        t.round() if backbone.schedule.resolution else t,
-        backbone.encode(["red cat", "blue dog"]),
-        backbone.encode([""]),
-    )
-
-
-def perturb(roles: Roles, role: Role, seed: int, size: float = 0.1) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in roles.trained[role].values():
-            p.add_(size * torch.randn(p.shape, generator=rng))
-
-
-def attached(backbone: Backbone, state: Mapping[str, Tensor], rank: int = 2) -> Student:
-    """A student whose LoRA lies in the backbone's own network, beside those that are there."""
-    card = student_card(make_roles(tiny.denoiser(), RolesConfig(rank=rank)), DistributionMatching(), ORIGIN)
-    adapter = adapters.attach_adapter(backbone.module, state, rank, rank)
-    backbone.module.requires_grad_(False).eval()
-    return Student(card, backbone, backbone.module, adapter)
 
 
 def storage_bytes(roles: Roles) -> int:
@@ -78,7 +55,10 @@ def test_all_roles_start_as_the_teacher_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_copies_start_with_the_teachers_weights(name: str) -> None:
-    """Frozen as it is they give its very bits; torch's matmul goes another way, to another last bit, where a weight is to be trained."""
+    """Copies give the teacher's very bits, frozen as the teacher is.
+
+    Where a weight is to be trained, torch's matmul goes another way, to another last bit.
+    """
     backbone = BACKBONES[name]()
     x, t, cond, null = given(backbone)
     roles = make_roles(backbone, RolesConfig(lora=False))
@@ -129,7 +109,10 @@ def merged_copies(shared: Roles, fresh: Backbone) -> Roles:
 
 
 def through_lora(roles: Roles, role: Role, full: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The chain rule `dL/dB = G A', dL/dA = B' G` from the gradient G on the whole weight, by the names of the shared role."""
+    """`dL/dB = G A', dL/dA = B' G`, the chain rule.
+
+    G is the gradient on the whole weight. The names are those of the shared role.
+    """
     found = {}
     for name, p in roles.trained[role].items():
         layer, _, rest = name.partition(".lora_")
@@ -141,7 +124,11 @@ def through_lora(roles: Roles, role: Role, full: dict[str, Tensor]) -> dict[str,
 
 @pytest.mark.parametrize("name", ["own", "sd"])
 def test_gradients_are_exact_whatever_is_called_before_the_backward_pass(name: str) -> None:
-    """Student, teacher, fake forward, then the student's backward, against copies of the same weights; then the fake's."""
+    """Shared weights give the gradients of separate copies.
+
+    The forward passes of student, teacher and fake score come before the student's backward pass, and the fake
+    score's backward pass comes last.
+    """
     shared = make_roles(BACKBONES[name](), RolesConfig(rank=2))
     for seed, role in enumerate(TRAINED):
         perturb(shared, role, seed)
@@ -189,7 +176,10 @@ def test_one_role_has_no_gradient_from_another() -> None:
 
 @pytest.mark.parametrize("share", [True, False])
 def test_the_backbone_is_the_teacher_between_calls(share: bool) -> None:
-    """Whoever holds the backbone (to sample the teacher, to hash it) finds the teacher, not the role that was called last."""
+    """The backbone is the teacher, not the role that was called last.
+
+    This holds for whoever holds the backbone, to sample the teacher or to hash it.
+    """
     backbone = tiny.denoiser()
     x, t, cond, _ = given(backbone)
     roles = make_roles(backbone, RolesConfig(lora=share, rank=2))
@@ -231,9 +221,12 @@ def test_average_of_the_student(share: bool) -> None:
 
 def test_the_average_in_use_takes_no_memory() -> None:
     roles = make_roles(tiny.denoiser(), RolesConfig(lora=False))
-    with MemoryTracker() as ledger, roles.averaged():
-        pass
-    assert ledger.peak == 0
+    with MemoryTracker() as ledger:
+        ledger.add(*roles.average.values(), *roles.trained["student"].values())
+        before = ledger.now
+        with roles.averaged():
+            pass
+    assert ledger.peak == before
 
 
 def test_student_state_is_a_copy_of_the_lora_or_of_the_network() -> None:
@@ -252,7 +245,10 @@ def test_student_state_is_a_copy_of_the_lora_or_of_the_network() -> None:
 
 
 def test_a_lora_is_right_at_strength_one_whatever_its_alpha() -> None:
-    """Its scale is in its weights: read with alpha = rank it is the student, and a run of any alpha can begin with it."""
+    """A LoRA's scale is in its weights.
+
+    Read with alpha = rank it is the student, and a run of any alpha can begin with it.
+    """
     backbone = tiny.denoiser()
     x, t, cond, _ = given(backbone)
     roles = make_roles(backbone, RolesConfig(rank=2, alpha=8))
@@ -272,7 +268,7 @@ def test_a_lora_is_right_at_strength_one_whatever_its_alpha() -> None:
 
 
 def test_a_second_run_on_the_same_teacher_starts_anew() -> None:
-    """Stop, look, start again in one session: the same teacher serves, and the first run's student does not pretend to be alive."""
+    """The same teacher serves a second run in one session. The first run's student says that its network has gone."""
     backbone = tiny.denoiser()
     x, t, cond, null = given(backbone)
     first = make_roles(backbone, RolesConfig(rank=2))

@@ -19,7 +19,7 @@ from fewstep.student.folder import Parts, read_lora
 from fewstep.student.student import Student
 
 from .. import tiny
-from .test_roles import ORIGIN, given, perturb
+from .common import ORIGIN, given, perturb
 
 COUNTS = (2, 1)
 BACKBONES: dict[str, Callable[[], Backbone]] = {"own": tiny.denoiser, "sd": tiny.stable_diffusion}
@@ -39,7 +39,10 @@ def at_grid(roles: Roles, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_it_is_nothing_at_first(name: str, share: bool) -> None:
-    """Bit for bit, of copies too: frozen as the teacher is, since torch's matmul goes another way where a weight is to be trained."""
+    """At first the condition changes no bit, in copies too.
+
+    The networks are frozen as the teacher is, since torch's matmul goes another way where a weight is to be trained.
+    """
     roles = make(name, share)
     for network in roles.networks.values():
         network.requires_grad_(False)
@@ -154,7 +157,8 @@ def test_a_network_that_names_no_layer_is_told_what_to_do() -> None:
     nameless = Denoiser(backbone.module, backbone.schedule, backbone.shape, "v")
     with pytest.raises(
         ValueError,
-        match=r"^method.steps: several step counts need .*Denoiser\(time_layer=\.\.\.\), or set method.condition=false$",
+        match=r"^method.steps: several step counts need .*Denoiser\(time_layer=\.\.\.\), "
+        r"or set method.condition=false$",
     ):
         make_roles(nameless, RolesConfig(), condition_values=COUNTS)
     with pytest.raises(ValueError, match="several step counts need"):

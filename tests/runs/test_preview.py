@@ -22,7 +22,7 @@ from fewstep.runs.recipe import DistillRecipe
 from fewstep.training.monitor import drift
 
 from .. import tiny
-from ..cli.test_distill import RECIPE
+from ..cli.common import RECIPE
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_training_from_python_looks_before_it_begins(tmp_path: Path) -> None:
     with torch.no_grad():
         for p in teacher.pipe.vae.decoder.conv_out.parameters():
             p.zero_()
-    with pytest.raises(ValueError, match=r"^teacher: tiny: its pictures are one colour"):
+    with pytest.raises(ValueError, match=r"^teacher: tiny: its images are one colour"):
         next(
             fewstep.distill(teacher, METHOD, tiny.WORDS, train=fewstep.TrainConfig(iterations=2), out=tmp_path / "run")
         )

@@ -108,7 +108,8 @@ def test_other_settings_are_refused_in_pythons_words_and_nothing_is_lost(tmp_pat
     record = (tmp_path / "run.json").read_text()
     with pytest.raises(
         ValueError,
-        match=r"was made with other settings: lr 0\.01 -> 0\.02, ema 0\.98 -> 0\.5; set them back, or choose another out$",
+        match=r"was made with other settings: lr 0\.01 -> 0\.02, ema 0\.98 -> 0\.5; "
+        r"set them back, or choose another out$",
     ):
         last(tiny.denoiser(), out=tmp_path, lr=0.02, ema=0.5)
     for other, said in (
@@ -134,8 +135,14 @@ def test_metrics_have_the_same_keys_in_every_iteration() -> None:
     steps = list(run(tiny.denoiser(), method))
     assert len({tuple(s.metrics) for s in steps}) == 1
     assert list(steps[0].metrics) == [
-        "student_loss", "fake_loss", *(f"gap_4_{k}" for k in range(4)), "gap_2_0", "gap_2_1", "student_grad", "fake_grad",
-    ]  # fmt: skip
+        "student_loss",
+        "fake_loss",
+        *(f"gap_4_{k}" for k in range(4)),
+        "gap_2_0",
+        "gap_2_1",
+        "student_grad",
+        "fake_grad",
+    ]
     assert math.isnan(steps[0].metrics["student_loss"]) and not math.isnan(steps[-1].metrics["student_loss"])
     assert steps[0].seconds_left > 0 and steps[-1].seconds_left == 0
 
@@ -213,20 +220,43 @@ def test_settings_without_a_name_have_that_of_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda t: fewstep.distill(t, METHOD, "red cat", train=THREE), r"^prompts: got the string 'red cat', allowed is a list"),
+        (
+            lambda t: fewstep.distill(t, METHOD, "red cat", train=THREE),
+            r"^prompts: got the string 'red cat', allowed is a list",
+        ),
         (lambda t: fewstep.sample(t, "abc"), r"^prompts: got the string 'abc'"),
         (lambda t: fewstep.distill(t, METHOD, [], train=THREE), r"^prompts: got none"),
         (lambda t: fewstep.distill(t, METHOD, ["a", ODD], train=THREE), r"^prompts: got 3 among them"),
         (lambda t: fewstep.distill(t, METHOD, train=fewstep.TrainConfig(iterations=0)), r"^iterations: got 0"),
-        (lambda t: fewstep.distill(t, METHOD, train=THREE, roles=fewstep.RolesConfig(lora=False, quantize="int8")), r"^quantize: got int8, .* set lora=True, or quantize=None"),
-        (lambda t: fewstep.distill(t, fewstep.ConsistencyDistillation(steps=2), train=THREE), r"^images: method lcm needs some"),
-        (lambda t: fewstep.distill(t, METHOD, train=THREE, images="teacher"), r"^images: method tdm is trained from prompts alone"),
+        (
+            lambda t: fewstep.distill(t, METHOD, train=THREE, roles=fewstep.RolesConfig(lora=False, quantize="int8")),
+            r"^quantize: got int8, .* set lora=True, or quantize=None",
+        ),
+        (
+            lambda t: fewstep.distill(t, fewstep.ConsistencyDistillation(steps=2), train=THREE),
+            r"^images: method lcm needs some",
+        ),
+        (
+            lambda t: fewstep.distill(t, METHOD, train=THREE, images="teacher"),
+            r"^images: method tdm is trained from prompts alone",
+        ),
         (lambda t: fewstep.sample(t, ["a"], seeds=ODD), r"^seeds: got 3"),
         (lambda t: fewstep.DistributionMatching(steps=0), r"^steps: got 0"),
         (lambda t: fewstep.TrajectoryConfig(count=0), r"^count: got 0"),
-        (lambda t: fewstep.distill(replace(t, shape=(2, 5)), METHOD, train=THREE), r"^teacher: the network of own-network gives \[2, 2, 2, 5\] for states \[2, 2, 5\]"),
-        (lambda t: fewstep.distill(replace(t, shape=(3, 4, 4)), METHOD, train=THREE), r"^teacher: the network of own-network does not take states \[2, 3, 4, 4\]"),
-        (lambda t: fewstep.distill(replace(t, conditions=lambda p: {"label": torch.zeros(1, 3)}), METHOD, train=THREE), r"^conditions: "),
+        (
+            lambda t: fewstep.distill(replace(t, shape=(2, 5)), METHOD, train=THREE),
+            r"^teacher: the network of own-network gives \[2, 2, 2, 5\] for states \[2, 2, 5\]",
+        ),
+        (
+            lambda t: fewstep.distill(replace(t, shape=(3, 4, 4)), METHOD, train=THREE),
+            r"^teacher: the network of own-network does not take states \[2, 3, 4, 4\]",
+        ),
+        (
+            lambda t: fewstep.distill(
+                replace(t, conditions=lambda p: {"label": torch.zeros(1, 3)}), METHOD, train=THREE
+            ),
+            r"^conditions: ",
+        ),
         (lambda t: replace(t, time_layer="tiem"), r"^time_layer: the network has no layer 'tiem'; did you mean 'time'"),
         (lambda t: replace(t, time_layer="inp"), r"^time_layer: 'inp' is a Conv2d"),
         (lambda t: replace(t, feature_layers=("oot",)), r"^feature_layers: the network has no layer 'oot'"),
@@ -235,12 +265,15 @@ def test_settings_without_a_name_have_that_of_what_they_are() -> None:
         (lambda t: replace(t, shape=4), r"^shape: got 4"),
         (lambda t: replace(t, conditions={}), r"^conditions: got a dict"),
         (lambda t: replace(t, module=nn.Identity()), r"^module: got a Identity"),
-        (lambda t: VP(torch.linspace(0.9999, 0.98, 1000)), r"^schedule: alpha_bar goes from 0\.9999 to 0\.98.* not its alphas"),
+        (
+            lambda t: VP(torch.linspace(0.9999, 0.98, 1000)),
+            r"^schedule: alpha_bar goes from 0\.9999 to 0\.98.* not its alphas",
+        ),
         (lambda t: VP(WORD), r"^schedule: alpha_bar is a str"),
         (lambda t: fewstep.check(t, torch.zeros(64, 2, 4, 4)), r"^real: "),
         (lambda t: fewstep.check(t, torch.randn(64, 3)), r"^real: got \[64, 3\]"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_said_at_once_in_pythons_words(wrong: Callable[[Denoiser], Any], said: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
         wrong(tiny.denoiser())

@@ -15,7 +15,7 @@ from fewstep.runs.watch import Trend, Watch, affordable
 from fewstep.training.loop import TrainConfig
 from fewstep.words import python_words
 
-from ..evaluation.test_process import Exact
+from ..evaluation.exact import Exact
 
 RING = Mixture.ring()
 
@@ -55,7 +55,11 @@ def test_a_gap_is_told_earlier_than_a_loss() -> None:
 
 
 def test_a_collapsed_student_is_told() -> None:
-    """A full-weight training at a rate that throws it away: every kind of line is there, in Python's words, once each as Python's warning."""
+    """A collapsed student is told.
+
+    A full-weight training at a rate that throws it away gives every kind of line, in Python's words, each once as
+    Python's warning.
+    """
     method = fewstep.TDM(steps=2, warmup=2, loss="l2", guidance=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -132,8 +136,8 @@ def test_watching_costs_no_more_than_its_share() -> None:
         ("data.folder: the trajectories", "trajectories.folder: the trajectories"),
         ("data.from_student: x leads", "trajectories.student: x leads"),
         (
-            "data.source: method lcm needs pictures; leave data out",
-            "images: method lcm needs pictures; leave images out",
+            "data.source: method lcm needs images; leave data out",
+            "images: method lcm needs images; leave images out",
         ),
         ("x: choose another --out", "x: choose another out"),
         (

@@ -1,7 +1,8 @@
-"""Writes that fail: a disk that is full, or that may not be written to, from one place of writing on.
+"""Writes that fail from one place of writing on.
 
-Every place is tried in one run: at each the process makes a child, whose writes fail from there on, and goes on by itself when the child
-has ended. The child works on a copy of the run's folder.
+The disk is full, or may not be written to. Every place is tried in one run: at each the process makes a child, whose
+writes fail from there on, and goes on by itself when the child has ended. The child works on a copy of the run's
+folder.
 """
 
 import builtins
@@ -29,7 +30,10 @@ PATIENCE = 120  # seconds after which a child hangs
 
 
 class Places:
-    """The places of writing of this process, below its folder. `failing` says how writes fail from now on; empty where they do not."""
+    """The places of writing of this process, below its folder.
+
+    `failing` says how writes fail from now on; it is empty where they do not.
+    """
 
     def __init__(self, fault: Mapping[str, Any], mark: str) -> None:
         self.fault, self.mark, self.folder = fault, Path(mark), os.getcwd()
@@ -121,7 +125,10 @@ def waited(pid: int) -> int:
 
 
 def fail_writes(fault: Mapping[str, Any], mark: str) -> None:
-    """Let this process's writes fail from the place `at` on, as `kind`; without these at every place in its turn, in children, told in `out`."""
+    """Let this process's writes fail from the place `at` on, as `kind`.
+
+    Without these two, children fail at every place in its turn, and `out` holds what became of them.
+    """
     places = Places(fault, mark)
     real_open, real_os_open, real_write, real_mkdir = io.open, os.open, os.write, os.mkdir
     serialize = vars(safetensors.torch)["serialize_file"]

@@ -90,7 +90,10 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended: its exit code, negative where a signal ended it, its seconds, what it printed, and the phase that it was in."""
+    """A command that has ended.
+
+    It has its exit code, negative where a signal ended it, its seconds, what it printed, and its last phase.
+    """
 
     code: int
     seconds: float
@@ -112,7 +115,10 @@ class Server:
         )
 
     def run(self, folder: Path, kill: Mapping[str, Any] | None = None, fault: Mapping[str, Any] | None = None) -> Ended:
-        """The storm's command in a folder; killed `after` so many seconds of the `nth` time that it is in a `phase`, or with writes that fail."""
+        """Run the storm's command in a folder.
+
+        It is killed `after` so many seconds of the `nth` time that it is in a `phase`, or its writes fail.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         log, mark = folder.parent / f"{folder.name}-said.txt", folder.parent / f"{folder.name}-mark.txt"
         job = {
@@ -216,7 +222,8 @@ def fresh(folder: Path) -> Path:
 
 TIMES = re.compile(r"seconds|started|state_sha256")  # keys of what depends on how long something took, or when it was
 SPANS = re.compile(
-    r"""\d+(?:\.\d+)?(?:\ss\b|\sminutes|×)|(?<=<data value=")[\d.e-]+|\sclass="best"|<span class="hidden">\s\(best\)</span>"""
+    r"""\d+(?:\.\d+)?(?:\ss\b|\sminutes|×)|(?<=<data value=")[\d.e-]+"""
+    r"""|\sclass="best"|<span class="hidden">\s\(best\)</span>"""
 )
 
 
@@ -265,7 +272,11 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def half_written(runs: Path, before: Path | None = None) -> list[str]:
-    """Files of runs that are not whole: temporary ones, and those that cannot be read; what lay in the folder `before` as it does now is left out."""
+    """List the files of runs that are not whole.
+
+    They are temporary files, and files that cannot be read. A file that lies unchanged in the folder `before` is left
+    out.
+    """
     odd = []
     for path in sorted(runs.rglob("*")):
         name = path.relative_to(runs)

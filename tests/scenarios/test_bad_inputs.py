@@ -1,4 +1,7 @@
-"""Generated bad files and settings: each ends in one line and exit code 2, none in a traceback, none is taken in silence."""
+"""Generated bad files and settings each end in one line.
+
+The exit code is 2. None ends in a traceback, and none is taken in silence.
+"""
 
 import contextlib
 import io
@@ -257,7 +260,8 @@ def places_of(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
 def other_type(value: Any) -> st.SearchStrategy[Any]:
     """JSON values of another type than this one."""
     kinds: list[tuple[Any, st.SearchStrategy[Any]]] = [
-        (str, WORD), ((int, float), st.integers(2, 9)), (list, st.just([[]])), (dict, st.just({"a": {}})), (NoneType, st.none()),
+        (str, WORD), ((int, float), st.integers(2, 9)), (list, st.just([[]])), (dict, st.just({"a": {}})),
+        (NoneType, st.none()),
     ]  # fmt: skip
     return st.one_of([strategy for kind, strategy in kinds if not isinstance(value, kind)])
 
@@ -289,7 +293,10 @@ def test_a_student_whose_card_is_spoilt(made: Path, room: Path, data: st.DataObj
 
 
 def spoil_tensors(path: Path, data: st.DataObject, kinds: Sequence[str] = ("cut", "bit", "bytes", "gone")) -> object:
-    """Cut a file of tensors off, change a byte of its tensors, put other bytes in its place, or remove it; returns what was done."""
+    """Spoil a file of tensors, and return what was done.
+
+    The file is cut off, a byte of its tensors changed, its content replaced, or the file removed.
+    """
     content, kind = path.read_bytes(), data.draw(st.sampled_from(kinds))
     if kind == "cut":
         path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])

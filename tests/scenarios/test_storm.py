@@ -1,4 +1,7 @@
-"""A storm on a run of two stages: killed at random moments, writes that fail, and the same command again ends as if nothing had been."""
+"""A stormy run of two stages ends as if nothing had been.
+
+It is killed at random moments, its writes fail, and the same command is given again.
+"""
 
 import json
 import random
@@ -51,7 +54,11 @@ def assert_ends_well(world: World) -> None:
 
 @pytest.mark.slow
 def test_kills_at_random_moments_leave_no_trace(world: World) -> None:
-    """Each is followed by the same command, which is killed in its turn, the last one of a life by one that ends. All phases have their share."""
+    """Kills at random moments leave no trace.
+
+    Each is followed by the same command, which is killed in its turn; the last one of a life ends. Every phase is
+    killed.
+    """
     rng, fell = random.Random(0), Counter[str]()
     for life in range(MOST):
         fresh(world.folder)
@@ -72,9 +79,10 @@ def test_kills_at_random_moments_leave_no_trace(world: World) -> None:
 
 @pytest.mark.slow
 def test_every_write_may_fail_and_the_same_command_goes_on(world: World, tmp_path: Path) -> None:
-    """On a disk that is full, or may not be written to, from each place of writing in its turn: one line, exit code 2, nothing half-written.
+    """Every failing write ends in one line and leaves nothing half-written.
 
-    After one place of each phase, chosen at random, the same command is run again.
+    The disk is full, or may not be written to, from each place of writing in its turn; the exit code is 2. After one
+    place of each phase, chosen at random, the same command is run again.
     """
     ended = world.server.run(fresh(world.folder), fault={"out": str(tmp_path)})
     assert ended.code == 0, ended.said

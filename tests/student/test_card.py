@@ -23,7 +23,7 @@ from .card import CARD
 
 PROMPTS = ["red cat", "blue dog"]
 GUIDANCE = Guidance(scale=3.0, apg_eta=0.4, rescale=0.7)
-# Written by fewstep 0.1.0, but for the name of the base: `fewstep.TDM(steps=(4, 2), guidance=3.0, guidance_parallel=0.4,
+# Written by fewstep 0.1.0, but for the name of its base: `TDM(steps=(4, 2), guidance=3.0, guidance_parallel=0.4,
 # free_first=True)` on a teacher with `guidance_rescale=0.7`.
 WRITTEN = """{
   "name": "base-tdm-unify-2-4step",

@@ -12,8 +12,7 @@ from fewstep.student.card import StudentCard
 from fewstep.student.clients import other_programs
 
 from .card import CARD
-from .test_comfy import BETAS, EPS, ZERO, V, on, process
-from .test_kohya import UNREAD
+from .programs import BETAS, EPS, UNREAD, ZERO, V, on, process
 
 SD = PipelineInfo(FAMILIES["StableDiffusionPipeline"], "unet", loads_lora=True, takes_times=True)
 SD3 = PipelineInfo(FAMILIES["StableDiffusion3Pipeline"], "transformer", loads_lora=True, takes_times=False)
@@ -33,16 +32,17 @@ def said(
 @pytest.mark.parametrize(
     ("config", "solver", "expected"),
     [
-        (EPS, "ddim", "sampler Euler, schedule type Simple, 4 steps, CFG scale 1; which visits exactly its times"),
+        (EPS, "ddim", "sampler Euler, schedule type Simple, 4 steps, CFG scale 1; which has exactly its times"),
         (
             V,
             "dpmpp",
-            "sampler DPM++ 2M, schedule type Simple, 4 steps, CFG scale 1, the base set to v-prediction; which visits exactly",
+            "sampler DPM++ 2M, schedule type Simple, 4 steps, CFG scale 1, the base set to v-prediction; "
+            "which has exactly",
         ),
         (
             ZERO,
             "ddim",
-            "CFG scale 1, the base set to v-prediction and zero terminal SNR; which visits exactly its times",
+            "CFG scale 1, the base set to v-prediction and zero terminal SNR; which has exactly its times",
         ),
     ],
 )
@@ -58,7 +58,7 @@ def test_a1111_is_told_its_sampler_and_its_schedule(config: dict[str, Any], solv
     [
         (on(process(EPS), 3), "which is off by one of 1000 times at most"),
         (on(process(EPS), 7), "which is off by one of 1000 times at most"),
-        (on(process(EPS), 4, 2.0), "A1111, Forge: no schedule of theirs visits this student's times."),
+        (on(process(EPS), 4, 2.0), "A1111, Forge: none of their schedules has this student's times."),
         (on(process(EPS), 4, solver="renoise"), "A1111, Forge: they have no sampler that steps as this student does."),
         (
             replace(CARD, head="span"),
@@ -66,7 +66,8 @@ def test_a1111_is_told_its_sampler_and_its_schedule(config: dict[str, Any], solv
         ),
         (
             replace(CARD, base="somebody/their-model"),
-            "no file of the base is known that it could load. `fewstep export final OUT --base FILE.safetensors` writes one",
+            "no file of the base is known that it could load. "
+            "`fewstep export final OUT --base FILE.safetensors` writes one",
         ),
     ],
 )
@@ -76,7 +77,7 @@ def test_what_is_not_to_be_had_is_said(card: StudentCard, expected: str) -> None
 
 def test_a_base_of_other_noise_levels_is_for_none_of_them() -> None:
     page = said(replace(CARD, base="emoji"), config=BETAS)
-    assert "ComfyUI, A1111 and Forge cannot draw with it: their noise levels are Stable Diffusion's" in page
+    assert "ComfyUI, A1111 and Forge cannot sample it: their noise levels are Stable Diffusion's" in page
     assert "Simple" not in page and "--base" not in page
 
 

@@ -1,4 +1,7 @@
-"""The workflow that calls a student in ComfyUI as it was trained. Its noise levels are those that ComfyUI 0.7 itself computed."""
+"""The workflow calls a student in ComfyUI as it was trained.
+
+Its noise levels are those that ComfyUI 0.7 itself computed.
+"""
 
 import json
 import re
@@ -7,20 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from fewstep.backbones.families import FAMILIES
-from fewstep.core.schedule import VP, Flow, Schedule
+from fewstep.core.schedule import Flow, Schedule
 from fewstep.core.timegrid import uniform
 from fewstep.student.card import StudentCard
 from fewstep.student.comfyui import checkpoint_name, gap, levels, obstacle, simple, table, workflow
 
 from .card import CARD
+from .programs import BETAS, EPS, ZERO, V, on, process
 
-TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-EPS: dict[str, Any] = TABLE | {"prediction_type": "epsilon"}
-V: dict[str, Any] = TABLE | {"prediction_type": "v_prediction"}
-ZERO = V | {"rescale_betas_zero_snr": True}
 # ComfyUI's `simple` on its own tables: at 4 steps the student's times 999, 749, 499, 249, at 3 one of them is another.
 COMFYS = {
     (False, 4): [14.614641, 4.081729, 1.612886, 0.693205],
@@ -64,16 +63,6 @@ INPUTS = {  # of ComfyUI's nodes, all of which it requires
     "VAEDecode": {"samples", "vae"},
     "SaveImage": {"filename_prefix", "images"},
 }
-
-
-def process(config: dict[str, Any]) -> VP:
-    return VP(DDIMScheduler(**config).alphas_cumprod.double())
-
-
-def on(schedule: Schedule, steps: int = 4, shift: float = 1.0, **own: Any) -> StudentCard:
-    solver = own.pop("solver", "ddim")
-    times = uniform(schedule, steps, shift).tolist()
-    return replace(CARD, steps=(steps,), timesteps={str(steps): times}, solver={str(steps): solver}, **own)
 
 
 def nodes(card: StudentCard, pipeline: str, schedule: Schedule, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -186,9 +175,6 @@ def test_the_gap_to_simple_is_in_times_of_the_table() -> None:
     assert [gap(schedule, uniform(schedule, k)[:-1].tolist()) for k in (1, 2, 4, 5, 8)] == [0.0] * 5
     assert all(0 < gap(schedule, uniform(schedule, k)[:-1].tolist()) <= 1 + 1e-9 for k in (3, 6, 7))
     assert gap(schedule, uniform(schedule, 4, 2.0)[:-1].tolist()) > 50
-
-
-BETAS = EPS | {"beta_schedule": "linear", "beta_end": 0.02}
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,24 @@ from .. import tiny
 
 LORA = "pytorch_lora_weights.safetensors"
 CARD = StudentCard(
-    name="x-tdm-2step", method="tdm", base="x", base_hash="", steps=(2,), timesteps={"2": [999, 499, -1]}, solver={"2": "ddim"}, prediction="v_prediction",
-    weights="lora", rank=2, alpha=2.0, guidance=Guidance(scale=2.0), licence="other", iterations=1, train_seconds=1.0, hardware="none", version="0",
-)  # fmt: skip
+    name="x-tdm-2step",
+    method="tdm",
+    base="x",
+    base_hash="",
+    steps=(2,),
+    timesteps={"2": [999, 499, -1]},
+    solver={"2": "ddim"},
+    prediction="v_prediction",
+    weights="lora",
+    rank=2,
+    alpha=2.0,
+    guidance=Guidance(scale=2.0),
+    licence="other",
+    iterations=1,
+    train_seconds=1.0,
+    hardware="none",
+    version="0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +246,11 @@ def test_any_teachers_name_makes_a_card_that_is_read(name: str, tmp_path: Path, 
     readme = model_card(card, "final", "DDIMScheduler", pipeline_info(backbone.pipe), True)
     header = yaml.safe_load(readme.split("---\n")[1])
     assert header == {
-        "license": "other", "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["text-to-image", "lora", "few-step", "tdm"]
-    }  # fmt: skip
+        "license": "other",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "lora", "few-step", "tdm"],
+    }
     assert "secret" not in readme and str(tmp_path) not in readme
     title = next(line for line in readme.splitlines() if line.startswith("# "))
     assert re.sub(r"\\(.)", r"\1", title) == f"# {card.name}"

@@ -1,4 +1,7 @@
-"""Every layer of Stable Diffusion 1.5 and XL under a name that other programs find, by their own rules, on networks of true shape."""
+"""Other programs find every layer of Stable Diffusion 1.5 and XL.
+
+The names follow these programs' own rules, on networks of true shape.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,21 +14,27 @@ from fewstep.roles.adapters import targets
 from fewstep.roles.roles import RolesConfig
 from fewstep.student.kohya import kohya, layers_of, original_names
 
-UNREAD = (
-    "conv_in",
-    "conv_out",
-    "time_embedding.linear_1",
-    "time_embedding.linear_2",
-)  # by sd-scripts and stable-diffusion.cpp
+from .programs import UNREAD
+
 SD15: dict[str, Any] = {
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8,
-}  # fmt: skip
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
 SDXL: dict[str, Any] = {
-    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-    "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 def network(shape: dict[str, Any]) -> UNet2DConditionModel:
@@ -40,9 +49,10 @@ def state_of(net: UNet2DConditionModel, layers: list[str]) -> dict[str, torch.Te
 
 
 def original_layers(depth: list[int], middle: int, outer: list[int]) -> Iterator[tuple[str, str]]:
-    """(name, name in diffusers) of the original code's layers inside blocks: two residual blocks a level down, three up, counted through.
+    """Yield (name, name in diffusers) of the original code's layers inside blocks.
 
-    `depth` are the transformer blocks of each level down, `outer` of each level up, 0 for none.
+    There are two residual blocks a level down, three up, counted through. `depth` are the transformer blocks of each
+    level down, `outer` of each level up, 0 for none.
     """
     inside = {
         "in_layers.2": "conv1",

@@ -1,4 +1,4 @@
-"""A student's files in a diffusers pipeline: the pictures it had in memory, on a base that stays what it was."""
+"""A student's files in a diffusers pipeline: the images it had in memory, on a base that stays what it was."""
 
 from pathlib import Path
 

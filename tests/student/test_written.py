@@ -1,4 +1,7 @@
-"""The files of a student as other programs find them: the same change of the weights in every format, headers read or not."""
+"""The files of a student change the weights alike in every format.
+
+Other programs find them whether they read headers or not.
+"""
 
 import hashlib
 import json
@@ -138,9 +141,12 @@ def test_a_student_of_several_step_counts_says_one_without_headers(
     assert isinstance(width, int)
     grids = {k: timegrid.uniform(teacher.schedule, k).tolist() for k in (4, 2)}
     card = replace(
-        loaded.card, steps=(4, 2), timesteps={str(k): times for k, times in grids.items()}, solver={"4": "ddim", "2": "ddim"},
+        loaded.card,
+        steps=(4, 2),
+        timesteps={str(k): times for k, times in grids.items()},
+        solver={"4": "ddim", "2": "ddim"},
         time_layer=teacher.time_layer,
-    )  # fmt: skip
+    )
     vectors = {4.0: torch.full((width,), 0.5), 2.0: torch.zeros(width)}
     assert loaded.base is not None
     told = Student.from_parts(Parts(card, read_lora(tmp_path / "final"), vectors=vectors), loaded.base)
@@ -241,7 +247,7 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
     wanted = fewstep.sample(load_student(tmp_path / "final", dtype=torch.float32), PROMPTS[:1], [0])
     run_export(str(tmp_path / "final"), tmp_path / "half", "pipeline", None, None)
     assert re.search(
-        r"compared: largest difference of a pixel \S+; rounded to bfloat16, as the base was, \S+",
+        r"compared: largest difference of a pixel \S+; rounded to bfloat16, \S+",
         capsys.readouterr().out,
     )
     run_export(str(tmp_path / "final"), tmp_path / "whole", "pipeline", None, None, dtype="float32")
@@ -268,12 +274,19 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
     names: dict[str, StableDiffusionPipeline] = {}
     exec(snippet[1].replace("a prompt", PROMPTS[0]), names)
     drawn = names["pipe"](
-        PROMPTS[0], num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="pt"
-    ).images  # fmt: skip
+        PROMPTS[0],
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
     torch.testing.assert_close(drawn, wanted, rtol=0, atol=1e-4)
     torch.testing.assert_close(
-        fewstep.load("whole", "whole")(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="pt").images, wanted, rtol=0, atol=1e-4
-    )  # fmt: skip
+        fewstep.load("whole", "whole")(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="pt").images,
+        wanted,
+        rtol=0,
+        atol=1e-4,
+    )
     vocabulary = json.loads(Path("whole/tokenizer/vocab.json").read_text())
     assert vocabulary == loaded.backbone.pipe.tokenizer.get_vocab()  # type: ignore[attr-defined]
     assert Path("whole/tokenizer/merges.txt").is_file()
@@ -289,7 +302,8 @@ def test_a_whole_pipeline_needs_no_base_and_its_card_says_how_it_is_called(
         (
             "student",
             "float16",
-            "--dtype: got float16 with --format student, whose LoRA stays as it was trained; it is for merged and pipeline",
+            "--dtype: got float16 with --format student, whose LoRA stays as it was trained; "
+            "it is for merged and pipeline",
         ),
     ],
 )

@@ -1,4 +1,7 @@
-"""Training in bf16: what autocast keeps of the weights is never what they were, and every trained tensor has a gradient."""
+"""Training in bf16 gives every trained tensor a gradient.
+
+What autocast keeps of the weights is never what they were.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -12,7 +12,7 @@ from torch import nn
 from fewstep.training.compiling import Compiled
 from fewstep.training.loop import TrainConfig
 
-from .test_loop import CONFIG, METHOD, metrics, parts, run
+from .common import CONFIG, METHOD, metrics, parts, run
 
 COMPILED = replace(CONFIG, compile=True)
 
@@ -24,7 +24,10 @@ def fresh() -> None:
 
 @pytest.mark.parametrize("share", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_it_is_the_same_training(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Roles, guidance and adapters go through torch's tracing and its derivatives; compiled to what runs without a compiler."""
+    """Roles, guidance and adapters go through torch's tracing and its derivatives.
+
+    The backend runs without a compiler.
+    """
     plain, expected = run(share)
     made: list[object] = []
     traced = partial(torch.compile, backend="aot_eager")

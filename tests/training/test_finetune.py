@@ -1,4 +1,4 @@
-"""Fine-tuning a teacher: it learns the pictures it is shown, by LoRA or whole, and can be stopped and resumed."""
+"""Fine-tuning a teacher: it learns the images it is shown, by LoRA or whole, and can be stopped and resumed."""
 
 import copy
 from pathlib import Path

@@ -50,7 +50,10 @@ def test_resumed_is_straight_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_average_and_steps_are_their_formulas(tmp_path: Path) -> None:
-    """One loss step by hand: AdamW at the warm-up's rate, gradients clipped; the average forgets faster while it is young."""
+    """A step equals one that is made by hand.
+
+    It is AdamW at the warm-up's rate, with clipped gradients. The average forgets faster while it is young.
+    """
     net, average, loss_at = parts()
     hand, _, loss_hand = parts()
     expected = {n: p.detach().clone() for n, p in hand.named_parameters()}
@@ -76,7 +79,7 @@ def test_average_and_steps_are_their_formulas(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     net, average, loss_at = parts()
     steps = fit(net, average, lambda i: loss_at(i) * (float("nan") if i == 4 else 1), CONFIG, tmp_path)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; lower train\.lr"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; lower this fit's lr"):
         list(steps)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003"]
     assert all(bool(torch.isfinite(p).all()) for p in net.parameters())

@@ -16,7 +16,10 @@ from fewstep.training.lock import LOCK, Holder, lives, locked, this_holder
 
 from ..project import ROOT
 
-HOLD = "import sys, time; from pathlib import Path; from fewstep.training.lock import locked\nwith locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from fewstep.training.lock import locked\n"
+    "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+)
 
 
 @pytest.fixture
@@ -39,7 +42,10 @@ def take(folder: Path) -> None:
 def test_two_do_not_hold_one_folder_and_a_killed_one_holds_nothing(
     other: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = rf"^--out: .* is in use by process {other.pid} on .* since 20.*; wait for it or choose another --out; if it is dead for sure, delete .*{LOCK}$"
+    said = (
+        rf"^--out: .* is in use by process {other.pid} on .* since 20.*; wait for it or choose another --out; "
+        rf"if it is dead for sure, delete .*{LOCK}$"
+    )
     with pytest.raises(ValueError, match=said):
         take(tmp_path)
     with monkeypatch.context() as patch:  # a file system without locks of the kernel's

@@ -1,6 +1,5 @@
 """The training loop: what it changes and what not, bit-exact resuming, and every way to stop."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone, Denoiser
+from fewstep.backbones.base import Denoiser
 from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import VP, Flow
-from fewstep.data.prompts import Embeddings, embed
+from fewstep.data.prompts import embed
 from fewstep.methods.consistency import ConsistencyDistillation
 from fewstep.methods.distribution_matching import DistributionMatching, FakeScoreConfig
 from fewstep.methods.method import Loss, TrainBatch
@@ -28,50 +26,7 @@ from fewstep.training.settings import require_unchanged
 from fewstep.training.state import checkpoints
 
 from .. import tiny
-
-METHOD = DistributionMatching(steps=2, warmup=2, guidance=Guidance(scale=2.0))
-CONFIG = TrainConfig(iterations=6, batch=4, lr=1e-3, fake_lr=1e-2, checkpoint_every=3)
-
-
-def parts(share: bool = True, backbone: Backbone | None = None) -> tuple[Roles, Embeddings]:
-    backbone = backbone or tiny.denoiser()
-    return make_roles(backbone, RolesConfig(lora=share, rank=2)), embed(backbone, tiny.WORDS, None, "tiny")
-
-
-def run(
-    share: bool = True,
-    method: DistributionMatching = METHOD,
-    config: TrainConfig = CONFIG,
-    out: Path | None = None,
-    stop: int | None = None,
-) -> tuple[Roles, list[Step]]:
-    roles, data = parts(share)
-    steps = []
-    for step in distill(roles, method, data, config, out):
-        steps.append(step)
-        if step.iteration == stop:
-            break
-    return roles, steps
-
-
-def metrics(steps: list[Step]) -> list[tuple[int, dict[str, float]]]:
-    return [(s.iteration, dict(s.metrics)) for s in steps]
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {f"{p.stem}/{n}": t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
-
-
-def digest(module: nn.Module) -> str:
-    """SHA-256 of the base weights, adapters left out."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(
-        (n.replace(".base_layer", ""), t) for n, t in module.state_dict().items() if "lora_" not in n
-    ):
-        sha.update(name.encode())
-        sha.update(tensor.numpy().tobytes())
-    return sha.hexdigest()
-
+from .common import CONFIG, METHOD, digest, metrics, parts, run, tensors
 
 # What changes and what does not
 
@@ -469,7 +424,7 @@ class Breaking(nn.Module):
         return self.inner(x, t, label) * (float("nan") if self.calls > self.last else 1.0)
 
 
-@pytest.mark.parametrize(("role", "option"), [("fake", "train.fake_lr"), ("student", "train.lr")])
+@pytest.mark.parametrize(("role", "option"), [("fake", "train.lr or train.fake_lr"), ("student", "train.lr")])
 def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role: str, option: str) -> None:
     backbone = tiny.denoiser()
     roles, data = parts(False, replace(backbone, module=Breaking(backbone.module), time_layer="inner.time"))
@@ -479,7 +434,8 @@ def test_a_loss_that_is_no_number_names_role_and_iteration(tmp_path: Path, role:
     broken = roles.networks["teacher" if role == "student" else "fake"]
     assert isinstance(broken, Breaking)
     broken.last = 0
-    message = rf"^the {role} loss is nan at iteration 5; the last checkpoint is intact: lower {option}, then run again$"
+    kept = rf"\(checkpoint-000003 of {re.escape(str(tmp_path))} is intact\)"
+    message = rf"^the {role} loss is nan at iteration 5; lower {option}, and choose another --out {kept}$"
     with pytest.raises(FloatingPointError, match=message):
         next(steps)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003"]

@@ -148,7 +148,7 @@ def test_nothing_is_read_or_allocated(tmp_path: Path) -> None:
 
 
 def test_decoding_goes_by_parts(tmp_path: Path) -> None:
-    """Many pictures need little more than as many as fit together."""
+    """Many images need little more than as many as fit together."""
     teacher = meta_teacher("emoji")
     vae = teacher.pipe.vae  # type: ignore[attr-defined]
     one, many = (peak_bytes(partial(teacher.decode, torch.zeros(n, *teacher.shape)), vae) for n in (64, 640))

@@ -36,7 +36,7 @@ def test_each_way_of_going_wrong_is_named_with_a_cure(name: str, broken: object)
 
 
 def test_what_the_teacher_s_pictures_lack_is_not_missed() -> None:
-    """One prompt has no variety, grey pictures have no saturation."""
+    """One prompt has no variety, grey images have no saturation."""
     one, grey = pictures()[:1], pictures().mean(1, keepdim=True).expand(8, 3, 16, 16)
     assert drift(look(one), look(one)) == []
     assert drift(look(grey), look(grey)) == []
@@ -44,7 +44,7 @@ def test_what_the_teacher_s_pictures_lack_is_not_missed() -> None:
 
 
 def test_states_of_too_much_spread_are_seen_where_the_pictures_are_as_they_were() -> None:
-    """What guidance that is too high does: an autoencoder decodes such states to pictures of ordinary colours."""
+    """What guidance that is too high does: an autoencoder decodes such states to images of ordinary colours."""
     states = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(2))
     teacher, blown = look(pictures(), states), look(pictures(), 2 * states)
     assert [line.split(";")[0] for line in drift(blown, teacher)] == ["DRIFT spread is 2.00 of the teacher's"]
@@ -58,7 +58,11 @@ def test_states_of_too_much_spread_are_seen_where_the_pictures_are_as_they_were(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_is_off(value: float) -> None:
-    """No comparison with it is true: neither in the student's previews, nor in the teacher's, nor in what the student began as."""
+    """A value that is not finite is a drift.
+
+    No comparison with it is true: neither in the student's previews, nor in the teacher's, nor in what the student
+    began as.
+    """
     healthy, broken = look(pictures()), look(torch.full((8, 3, 16, 16), value))
     for found in (
         drift(broken, healthy),

@@ -18,7 +18,7 @@ from fewstep.training.optimizer import make_optimizer, require, state_bytes
 from fewstep.training.state import checkpoints
 
 from .. import tiny
-from .test_loop import CONFIG, METHOD, tensors
+from .common import CONFIG, METHOD, tensors
 
 EIGHT = replace(CONFIG, optimizer="adamw8bit")
 
@@ -35,7 +35,10 @@ def parts() -> tuple[Roles, Embeddings]:
 
 
 def test_what_is_held_for_a_parameter() -> None:
-    """Two moments: in single precision 8 bytes a number, in 8 bits 2 and two scales for 256; small tensors stay as they were."""
+    """AdamW's two moments take 8 bytes or 2 a number.
+
+    In single precision they take 8, in 8 bits 2 and two scales for 256 numbers; small tensors stay as they were.
+    """
     large, odd, small = (nn.Parameter(torch.zeros(n)) for n in (8192, 5000, 100))
     assert state_bytes([large, odd, small], "adamw") == 8 * (8192 + 5000 + 100)
     assert state_bytes([large], "adamw8bit") == 2 * 8192 + 2 * 4 * 32
@@ -65,7 +68,10 @@ def test_its_plan_needs_no_package_and_a_quarter(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     require("adamw")
-    line = r"^train\.optimizer: adamw8bit needs the package bitsandbytes; run: pip install 'fewstep\[train8bit\]', or set it to adamw$"
+    line = (
+        r"^train\.optimizer: adamw8bit needs the package bitsandbytes; "
+        r"run: pip install 'fewstep\[train8bit\]', or set it to adamw$"
+    )
     with pytest.raises(ValueError, match=line):
         next(distill(*parts()[:1], METHOD, parts()[1], EIGHT))
     with pytest.raises(ValueError, match=r"^optimizer: got 'sgd', allowed are adamw, adamw8bit$"):
@@ -105,8 +111,14 @@ def test_it_resumes_bit_for_bit_from_tensors_alone(tmp_path: Path) -> None:
         if "optimizer_student" in name and "to_q" in name
     }
     assert types | {"step": types["step"]} == {
-        "step": torch.int64, "state1": torch.uint8, "state2": torch.uint8, "qmap1": torch.float32, "qmap2": torch.float32, "absmax1": torch.float32, "absmax2": torch.float32,
-    }  # fmt: skip
+        "step": torch.int64,
+        "state1": torch.uint8,
+        "state2": torch.uint8,
+        "qmap1": torch.float32,
+        "qmap2": torch.float32,
+        "absmax1": torch.float32,
+        "absmax2": torch.float32,
+    }
     assert any(
         bool((t != t.flatten()[0]).any()) for n, t in kept.items() if n.endswith("state2") and t.dtype == torch.uint8
     )

@@ -1,4 +1,7 @@
-"""Sharded weights train as whole ones do. One process that shards with itself is enough to see most of it; two are in the slow tests."""
+"""Sharded weights train as whole ones do.
+
+One process that shards with itself is enough to see most of it; two are in the slow tests.
+"""
 
 import shutil
 import subprocess
@@ -58,7 +61,12 @@ class Deep(nn.Module):
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """This process alone, as if it were several."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    distributed.init_process_group(
+        "gloo",
+        store=distributed.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
+    )
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 

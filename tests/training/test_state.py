@@ -110,7 +110,8 @@ def test_damage_is_one_clear_error_and_the_older_one_is_whole(
     damage(save_checkpoint(tmp_path, 2, GROUPS, {}) / file)
     with pytest.raises(
         ValueError,
-        match=r"^checkpoint .*checkpoint-000002 is damaged or incomplete .*; delete that folder to go on from checkpoint-000001$",
+        match=r"^checkpoint .*checkpoint-000002 is damaged or incomplete .*; "
+        r"delete that folder to go on from checkpoint-000001$",
     ):
         latest_checkpoint(tmp_path)
     assert load_checkpoint(older)[1]["step"] == 1
@@ -136,7 +137,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(module, "stream_tensors", full)
     with pytest.raises(
         OSError,
-        match=r"cannot write checkpoint .*checkpoint-000002: .*No space left on device.*; free some space or choose another --out",
+        match=r"cannot write checkpoint .*checkpoint-000002: .*No space left on device.*; "
+        r"free some space or choose another --out",
     ):
         save_checkpoint(tmp_path, 2, GROUPS, {})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000001"]
@@ -276,7 +278,17 @@ def test_a_checkpoint_without_hashes_is_read(tmp_path: Path) -> None:
     assert load_checkpoint(folder)[1] == {"step": 2, "groups": ["optimizer", "student"]}
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"step": "2", "groups": []}', '{"step": true, "groups": []}', '{"step": 2, "groups": 3}', '{"step": 2, "groups": [], "sha256": []}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"step": "2", "groups": []}',
+        '{"step": true, "groups": []}',
+        '{"step": 2, "groups": 3}',
+        '{"step": 2, "groups": [], "sha256": []}',
+    ],
+)
 def test_a_state_of_another_kind_is_damage(text: str, tmp_path: Path) -> None:
     (save_checkpoint(tmp_path, 2, {}, {}) / "state.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged or incomplete"):

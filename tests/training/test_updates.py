@@ -17,7 +17,7 @@ from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.state import seeded
 
 from .. import tiny
-from .test_loop import CONFIG, METHOD, parts, run, tensors
+from .common import CONFIG, METHOD, parts, run, tensors
 
 Gradients = dict[int, Tensor]
 
@@ -63,7 +63,11 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(
 
 
 def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
-    """Those of wide convolutions come channels last, which torch's fused AdamW reads in the wrong order without a word."""
+    """A gradient has the strides of its parameter.
+
+    The gradients of wide convolutions come channels last, which torch's fused AdamW reads in the wrong order without
+    a word.
+    """
     seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -83,7 +87,10 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
 
 
 def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path, gradients: Gradients) -> None:
-    """betas (0, 0.999): the first moment is the last gradient, the first step moves every weight by lr against its sign."""
+    """Updates are AdamW with betas (0, 0.999).
+
+    The first moment is the last gradient, and the first step moves every weight by lr against the gradient's sign.
+    """
     roles, data = parts()
     start, lr = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}, CONFIG.fake_lr
     assert lr is not None

@@ -20,7 +20,7 @@ def test_it_ships_whole_and_small() -> None:
 
 @pytest.mark.parametrize("rescale", [0.0, 0.5])
 def test_plain_diffusers_draws_what_fewstep_draws(rescale: float) -> None:
-    """Guided DDIM in stock diffusers equals ours, picture by picture: schedule, guidance, noise and codec agree."""
+    """Guided DDIM in stock diffusers equals ours, image by image: schedule, guidance, noise and codec agree."""
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     prompts, seeds = ["red apple", "waving hand sign, dark skin tone"], [3, 4]

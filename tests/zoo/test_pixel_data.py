@@ -1,4 +1,7 @@
-"""Arrays and files of small pictures as people save them: read as what they are, or refused in one line; nothing trains on black."""
+"""Small images are read as what they are, or refused.
+
+They come in arrays and files. A refusal is one line, and nothing trains on black.
+"""
 
 import gzip
 import os
@@ -15,7 +18,7 @@ from PIL import Image
 from fewstep.zoo.arrays import labels_of, pixels
 from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, Pictures, read_pixel_data
 
-from .test_pixel_teacher import PICTURES
+from .common import PICTURES
 
 LABELS = np.array([0, 0, 1, 1, 2, 2])
 NAMES = np.array(["dog", "cat", "ship"])
@@ -92,13 +95,13 @@ def test_labels_of_every_make(
     ("arrays", "said"),
     [
         ({"images": PICTURES[:0]}, r"images is of shape \[0, 8, 8, 3\]"),
-        ({"images": PICTURES[0]}, r"one picture rather than"),
+        ({"images": PICTURES[0]}, r"one image rather than"),
         ({"images": PICTURES.reshape(6, -1)}, r"is of shape \[6, 192\]"),
         ({"images": PICTURES[..., :2]}, r"allowed are 1, 3 or 4 channels"),
         ({"images": PICTURES[:, :4]}, r"are 8x4, allowed are square ones"),
         ({"images": (PICTURES - 128.0) / 64}, r"goes from -2 to 1\.98438 in float64"),
         ({"images": PICTURES / 16}, r"goes from 0 to 15\.9375 in float64"),
-        ({"images": PICTURES > 100, "labels": [0] * 5}, r"labels is of shape \[5\] for 6 pictures"),
+        ({"images": PICTURES > 100, "labels": [0] * 5}, r"labels is of shape \[5\] for 6 images"),
         ({"images": (PICTURES > 100).astype(np.uint8)}, r"goes from 0 to 1 in uint8"),
         ({"images": (PICTURES > 100).astype(np.int64)}, r"goes from 0 to 1 in int64"),
         ({"images": PICTURES.astype(np.uint16) * 257}, r"goes from 0 to 65535 in uint16"),
@@ -131,7 +134,7 @@ def test_labels_of_every_make(
         ({"jpeg": np.zeros(9, np.uint8), "offset": [0, 20]}, r"jpeg is not bytes"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [5, 2]}, r"jpeg is not bytes"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [0.0, 9.0]}, r"jpeg is not bytes"),
-        ({"jpeg": np.zeros(9, np.uint8), "offset": [0, 4, 9]}, r"picture 0 is no picture"),
+        ({"jpeg": np.zeros(9, np.uint8), "offset": [0, 4, 9]}, r"image 0 is no image"),
         ({"x": PICTURES}, r"holds x; it needs images"),
     ],
 )
@@ -186,8 +189,8 @@ def test_digits_are_not_called_clothes(tmp_path: Path) -> None:
         (idx(PICTURES[..., 0])[:100], "ended before the end-of-stream"),
         (idx(PICTURES[..., 0])[:-8] + bytes(8), "CRC check failed"),
         (idx(PICTURES[..., 0], 13), "no IDX file of bytes"),
-        (idx(PICTURES[:, 0, :, 0]), r"has pictures \[6, 8\] and labels \[6\]"),
-        (idx(PICTURES[:5, ..., 0]), r"has pictures \[5, 8, 8\] and labels \[6\]"),
+        (idx(PICTURES[:, 0, :, 0]), r"has images \[6, 8\] and labels \[6\]"),
+        (idx(PICTURES[:5, ..., 0]), r"has images \[5, 8, 8\] and labels \[6\]"),
         (gzip.compress(b"\0\0\x08"), "no IDX file of bytes"),
         (gzip.compress(b"\0\0\x08\x09" + b"\0\0\0\1" * 9), "no IDX file of bytes"),
         (gzip.compress(gzip.decompress(idx(PICTURES[..., 0])) + b"x"), r"holds more than its header says, \[6, 8, 8\]"),
@@ -236,9 +239,9 @@ def test_folders_in_folders_and_shadows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"2.png": PICTURES[1]}, r"has pictures beside the classes' folders, e\.g\. 2\.png"),
-        ({"dog__readme.txt": b"x"}, "dog is among the classes' folders and has no pictures"),
-        ({"cat__2.png": b"x"}, r"cat/2\.png is no picture"),
+        ({"2.png": PICTURES[1]}, r"has images beside the classes' folders, e\.g\. 2\.png"),
+        ({"dog__readme.txt": b"x"}, "dog is among the classes' folders and has no images"),
+        ({"cat__2.png": b"x"}, r"cat/2\.png is no image"),
         ({"cat__2.png": PICTURES[1][:4]}, r"of several sizes, \(8, 8\) and \(4, 8\) \(cat/2\.png\)"),
     ],
 )

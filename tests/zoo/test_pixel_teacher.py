@@ -1,4 +1,4 @@
-"""Pixel-space teachers: pictures from the files that people have, and a model of them that samples."""
+"""Pixel-space teachers: images from the files that people have, and a model of them that samples."""
 
 import gzip
 import io
@@ -18,6 +18,8 @@ from fewstep.training.fit import FitConfig
 from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, load_idx, read_pixel_data
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig, draw_times, train_pixel_teacher
 
+from .common import PICTURES
+
 
 def write_idx(path: Path, data: torch.Tensor) -> None:
     head = bytes([0, 0, 8, data.ndim]) + b"".join(n.to_bytes(4, "big") for n in data.shape)
@@ -36,9 +38,6 @@ def bytes_of(picture: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, kind)
     return buffer.getvalue()
-
-
-PICTURES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
 def settings(data: Path, **other: object) -> PixelTeacherConfig:
@@ -99,7 +98,7 @@ def test_a_folder_with_one_folder_per_class(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are of several sizes"):
         read_pixel_data(str(tmp_path / "set"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no pictures"):
+    with pytest.raises(ValueError, match="has no images"):
         read_pixel_data(str(tmp_path / "empty"))
 
 
@@ -163,7 +162,10 @@ def test_it_trains_with_edm_s_preconditioning(fashion: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("process", "left"), [("vp", 0.15), ("edm", 0.03)])
 def test_training_learns_the_clean_picture(process: str, left: float, tmp_path: Path) -> None:
-    """One picture only: a network that has learnt gives it at any noise. With another sign, or told other times, more is left."""
+    """A network that has learnt one image gives it at any noise.
+
+    With another sign, or told other times, more error is left.
+    """
     np.savez(tmp_path / "one.npz", images=PICTURES[:1])
     fit = FitConfig(steps=60, batch=32, lr=1e-2, warmup=1, decay=30, ema=0.9, weight_decay=0.0)
     config = settings(tmp_path / "one.npz", process=process, channels=[16, 16], fit=fit)

@@ -1,4 +1,7 @@
-"""The bundled teachers' own training, on data of a few pictures: data, checksum, stages, resuming, the folder that results."""
+"""The bundled teachers' own training runs on data of a few images.
+
+It covers data, checksum, stages, resuming, and the folder that results.
+"""
 
 import hashlib
 import io
@@ -57,7 +60,10 @@ def test_captions_and_pictures(archive: Path) -> None:
 
 
 def test_a_placed_picture_is_the_picture_at_another_place() -> None:
-    """A black square left of the middle: its area shrinks with the square of the scale, and it changes sides only where it may."""
+    """A placed image is the image, smaller and at another place.
+
+    A black square's area shrinks with the square of the scale, and it changes sides only where it may.
+    """
     square = torch.full((200, 3, 64, 64), 255, dtype=torch.uint8)
     square[:, :, 20:40, 8:28] = 0
     mirrors = torch.arange(200) < 100

@@ -10,6 +10,7 @@ from torch import nn
 
 from .base import Backbone
 from .few_step import with_network
+from .modules import without_fast_path
 from .parts import DiffusersBackbone
 
 Model = TypeVar("Model", bound=Backbone)
@@ -24,7 +25,7 @@ def apart(backbone: Model) -> Model:
     Raises ValueError for a network that Python cannot copy, and for a model whose network cannot be
     replaced.
     """
-    network = around_same_weights(backbone.module, backbone.name)
+    network = around_same_weights(backbone.module, backbone.name, isinstance(backbone, DiffusersBackbone))
     again = copy.copy(backbone)
     if isinstance(backbone, DiffusersBackbone):
         pipe = backbone.pipe
@@ -40,16 +41,26 @@ def apart(backbone: Model) -> Model:
     return again
 
 
-def around_same_weights(network: nn.Module, name: str) -> nn.Module:
-    """Return a frozen copy of a network around the same storage.
+def rested(backbone: Model) -> Model:
+    """Return a model whose calls do not change the backbone's network.
 
-    Tied tensors stay tied. The copy is in eval mode. Raises ValueError where Python cannot copy the
-    network.
+    A copy for a custom network, and for a network in training mode; otherwise the same model.
+    """
+    still = isinstance(backbone, DiffusersBackbone) and not any(m.training for m in backbone.module.modules())
+    return backbone if still else apart(backbone)
+
+
+def around_same_weights(network: nn.Module, name: str, share_buffers: bool = False) -> nn.Module:
+    """Return a frozen copy of a network around the same weights.
+
+    Tied tensors stay tied. The copy is in eval mode. Buffers are copied unless they are to be shared: a
+    custom network may write into its buffers when it is called. Raises ValueError where Python cannot copy
+    the network.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
-    memo |= {id(b): b for b in network.buffers()}
+    memo |= {id(b): b if share_buffers else b.detach().clone() for b in network.buffers()}
     try:
-        return copy.deepcopy(network, memo).eval()
+        return without_fast_path(copy.deepcopy(network, memo).eval())
     except Exception as error:  # a custom module may raise anything
         raise ValueError(
             f"teacher: the network of {name} cannot be copied "

@@ -4,10 +4,11 @@ A new backbone satisfies this protocol and no other.
 """
 
 import difflib
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,17 @@ from ..core.guidance import Guidance, guide
 from ..core.prediction import Row, Split, edm_inputs, row_named, share, split
 from ..core.schedule import Schedule, expand
 from ..core.solvers import Denoise
+from .conditions import made_conditions, require_same_shape
+from .modules import dtype_of, require_module, time_dtype
 
 # Least share of the data in a network's output at the noisiest time. At this share the error of the clean
 # estimate is 1000 times the network's error.
 LEAST_SHARE = 1e-3
+LARGEST_STATE = 2**28  # numbers
 Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A pretrained denoiser with its process, conditions and decoder.
 
@@ -148,6 +153,16 @@ def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, guidan
     return denoise
 
 
+def encoded(backbone: Backbone, prompts: Sequence[str]) -> tuple[Cond, Cond]:
+    """Return conditions of prompts, and of the empty prompt.
+
+    Raises ValueError where the conditions are not of one shape, which batches need.
+    """
+    cond, null = backbone.encode(prompts), backbone.encode([""])
+    require_same_shape(cond, null)
+    return cond, null
+
+
 def speechless(schedule: Schedule, row: Row) -> str:
     """Say why the clean estimate at the noisiest time is lost.
 
@@ -160,7 +175,7 @@ def speechless(schedule: Schedule, row: Row) -> str:
         ""
         if left >= LEAST_SHARE
         else f"predicts noise, and at its noisiest time ({schedule.t_max:g}) the schedule leaves {left:.1g} "
-        "of the picture, so that nothing is said of it"
+        "of the image, so that nothing is said of it"
     )
 
 
@@ -178,7 +193,9 @@ def rows(cond: Cond, index: slice | Tensor) -> Cond:
 class Denoiser:
     """Any torch network as a backbone.
 
-    The network is called as `module(x, t)` or, with conditions, as `module(x, t, **cond)`.
+    The network is called as `module(x, t)` or, with conditions, as `module(x, t, **cond)`. States x have the
+    dtype of most of the network's weights. Times t are float32, or float64 if the network is: half precision
+    does not have the number 999.
 
     `prediction` names the row: `x0`, `eps`, `v`, `flow` or `edm`. `shape` is the shape of one state.
     `conditions` maps prompts to the network's keyword arguments; without `conditions` the model is
@@ -207,33 +224,43 @@ class Denoiser:
     precondition: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.module, nn.Module) or next(self.module.parameters(), None) is None:
+        require_module(self.module)
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"name: got {self.name!r}, allowed is a text, by which students know their base")
+        if not isinstance(self.schedule, Schedule) or isinstance(self.schedule, type):
+            kind = self.schedule if isinstance(self.schedule, type) else type(self.schedule)
             raise ValueError(
-                f"module: got a {type(self.module).__name__}, allowed is a torch.nn.Module with parameters"
+                f"schedule: got {'the class' if isinstance(self.schedule, type) else 'a'} {kind.__name__}, allowed are "
+                "VP(alphas_cumprod), Flow() and EDM() of fewstep.core.schedule, or one's own of that protocol"
             )
-        if not isinstance(self.schedule, Schedule):
-            raise ValueError(
-                f"schedule: got a {type(self.schedule).__name__}, allowed are VP(alphas_cumprod), Flow() "
-                "and EDM() of fewstep.core.schedule, or one's own of that protocol"
+        object.__setattr__(self, "shape", _sizes(self.shape))
+        if self.conditions is not None and (not callable(self.conditions) or isinstance(self.conditions, type)):
+            got = (
+                f"the class {self.conditions.__name__}"
+                if isinstance(self.conditions, type)
+                else f"a {type(self.conditions).__name__}"
             )
-        try:
-            object.__setattr__(self, "shape", tuple(operator.index(n) for n in self.shape))
-        except TypeError as error:
             raise ValueError(
-                f"shape: got {self.shape!r}, allowed are the sizes of one state, e.g. (2,) or (3, 32, 32)"
-            ) from error
-        if not self.shape or min(self.shape) < 1:
-            raise ValueError(
-                f"shape: got {self.shape}, allowed are the sizes of one state without the batch, e.g. (2,) "
-                "or (3, 32, 32)"
+                f"conditions: got {got}, allowed is a function from a list of prompts to a dictionary of tensors"
             )
-        if self.conditions is not None and not callable(self.conditions):
+        if not isinstance(self.time_layer, str):
             raise ValueError(
-                f"conditions: got a {type(self.conditions).__name__}, allowed is a function from a list of "
-                "prompts to a dictionary of tensors"
+                f"time_layer: got {self.time_layer!r}, allowed is the name of a layer; leave it out for none"
             )
+        if not isinstance(self.feature_layers, list | tuple):
+            raise ValueError(
+                f"feature_layers: got {self.feature_layers!r}, allowed is a tuple of names of layers; "
+                "leave it out for none"
+            )
+        object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
         self._require_layers("time_layer", [self.time_layer] if self.time_layer else [])
         self._require_layers("feature_layers", self.feature_layers)
+        number = isinstance(self.sigma_data, int | float) and not isinstance(self.sigma_data, bool)
+        if not number or not 0 < self.sigma_data < math.inf:
+            raise ValueError(
+                f"sigma_data: got {f'{self.sigma_data:g}' if number else repr(self.sigma_data)}, allowed are "
+                "positive numbers; take that of the network's training, often 0.5"
+            )
         row_named(self.prediction)
         if self.prediction != "edm" and (self.precondition or self.sigma_data != 0.5):
             option = "precondition" if self.precondition else "sigma_data"
@@ -244,11 +271,6 @@ class Denoiser:
             raise ValueError(
                 "prediction: 'edm' is for data that noise is added to, "
                 f"{type(self.schedule).__name__} scales them; pass schedule=EDM()"
-            )
-        if self.sigma_data <= 0:
-            raise ValueError(
-                f"sigma_data: got {self.sigma_data:g}, allowed are positive numbers; "
-                "take that of the network's training, often 0.5"
             )
         if why := speechless(self.schedule, self.row):
             raise ValueError(
@@ -286,19 +308,35 @@ class Denoiser:
         return [self.conditions] if isinstance(self.conditions, nn.Module) else []
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        dtype = next(module.parameters()).dtype
         if self.precondition:
             x, t = edm_inputs(x, t, self.sigma_data)
-        return module(x.to(dtype), t.to(dtype), **cond).float() if cond else module(x.to(dtype), t.to(dtype)).float()
+        x, t = x.to(dtype_of(module)), t.to(time_dtype(module))
+        return module(x, t, **cond).float() if cond else module(x, t).float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        return {} if self.conditions is None else self.conditions(prompts)
+        return {} if self.conditions is None else made_conditions(self.conditions, prompts)
 
     def encode_images(self, pictures: Tensor) -> Tensor:
         return pictures
 
     def decode(self, x: Tensor) -> Tensor:
         return x
+
+
+def _sizes(shape: object) -> tuple[int, ...]:
+    """Return the sizes of one state. Raises ValueError where they are none."""
+    cure = (
+        "allowed are the sizes of one state without the batch, e.g. (2,) or (3, 32, 32), "
+        f"of {LARGEST_STATE:,} numbers at most"
+    )
+    try:
+        sizes = tuple(operator.index(n) for n in shape if not isinstance(n, bool))  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise ValueError(f"shape: got {shape!r}, {cure}") from error
+    odd = not sizes or min(sizes) < 1 or math.prod(sizes) > LARGEST_STATE
+    if odd or len(sizes) != len(shape):  # type: ignore[arg-type]
+        raise ValueError(f"shape: got {shape!r}, {cure}")
+    return sizes
 
 
 class Conditions(Protocol):

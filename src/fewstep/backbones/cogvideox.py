@@ -71,7 +71,7 @@ class CogVideoX(DiffusersBackbone):
 
     def encode_images(self, pictures: Tensor) -> Tensor:
         raise ValueError(
-            f"data: {self.name} makes videos, which are not learned from pictures; leave data and method.gan out"
+            f"data: {self.name} makes videos, which are not learned from images; leave data and method.gan out"
         )
 
     def decode(self, x: Tensor) -> Tensor:

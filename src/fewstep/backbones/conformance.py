@@ -64,7 +64,7 @@ def facts(backbone: Backbone) -> list[Check]:
     alpha, sigma = float(schedule.alpha(end)), float(schedule.sigma(end))
     left = float(share(schedule.alpha(end), schedule.sigma(end), backbone.row))
     terminal = "zero terminal SNR" if alpha / sigma < LEAST_SHARE else f"terminal SNR {(alpha / sigma) ** 2:.2g}"
-    shown = f", pictures {backbone.image_size} x {backbone.image_size}" if backbone.image_size else ""
+    shown = f", images {backbone.image_size} x {backbone.image_size}" if backbone.image_size else ""
     found = [
         Check("model", f"{family}, {type(module).__name__} of {weights / 1e6:.1f} M weights in {' and '.join(types)}"),
         Check(
@@ -151,7 +151,7 @@ def calls_are_finite(backbone: Backbone, prompt: str = PROMPT) -> list[Check]:
             states = backbone.encode_images(
                 torch.rand(1, drawn_there.shape[-3], side, side, generator=torch.Generator().manual_seed(1)).to(device)
             )
-            found.append(_finite("encoder", finite(states), "what it makes of a picture", small))
+            found.append(_finite("encoder", finite(states), "what it makes of an image", small))
     return found
 
 
@@ -194,16 +194,16 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
     kind = str(_type(plain)).removeprefix("torch.")
     same = apart <= limit  # False for NaN
     said = (
-        f"pictures of {steps} steps at guidance {scale:g} differ by {apart:.1e} of the pictures' spread "
+        f"images of {steps} steps at guidance {scale:g} differ by {apart:.1e} of the images' spread "
         f"from diffusers' own (allowed in {kind}: {limit:g})"
     )
     cure = "a setting of this model is not read: please report it with its configuration files"
     found = [Check("diffusers", said, same, "" if same else cure)]
     flat = not spread >= FLAT
     colour = (
-        f"its pictures are one colour, {float(theirs.mean()):.2f} of white"
+        f"its images are one colour, {float(theirs.mean()):.2f} of white"
         if flat
-        else f"pixels of its pictures spread by {spread:.2f} around {float(theirs.mean()):.2f}"
+        else f"pixels of its images spread by {spread:.2f} around {float(theirs.mean()):.2f}"
     )
     return [
         *found,

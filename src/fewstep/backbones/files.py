@@ -16,8 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..atomic import write_json, write_tensors
 from ..reading import reading
-from ..tensors import read_tensors
+from ..tensors import finite, read_tensors
 from . import weights
+from .modules import without_fast_path
 from .parts import able_to_single
 
 NETWORK_FILE = "network.safetensors"  # a custom network's state_dict
@@ -124,11 +125,11 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
     network = copy.deepcopy(like)
     try:
         with reading(f"student: {path}", "export the run again", "is missing or damaged"):
-            tensors = read_tensors(path)
+            tensors = read_tensors(path, {n for n, b in like.named_buffers() if not finite(b)})  # e.g. masks
         network.load_state_dict(tensors)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(
             f"student: {path} does not fit this network ({said}); pass the base that it was made from"
         ) from error
-    return network.to(weight.device, weight.dtype).requires_grad_(False).eval()
+    return without_fast_path(network).to(weight.device).requires_grad_(False).eval()  # in the dtypes of `like`

@@ -4,6 +4,7 @@ The initial noise is that of diffusers. Any network and any solver can be used.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,9 @@ def require_seed(seed: int, option: str) -> int:
 
     Raises ValueError otherwise, with the name of the `option`.
     """
-    if not -SEEDS <= seed < SEEDS:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -SEEDS <= int(seed) < SEEDS:
         raise ValueError(f"{option}: got {seed}, allowed are whole numbers from -2^62 up to, not including, 2^62")
-    return seed
+    return int(seed)
 
 
 def noise_of(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:

@@ -310,7 +310,7 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.image_size):
         return backbone
     if not isinstance(backbone, LatentUNet):
-        raise ValueError(f"size: got {size}, {backbone.name} makes pictures of one size; leave it out")
+        raise ValueError(f"size: got {size}, {backbone.name} makes images of one size; leave it out")
     unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
     most = LARGEST * backbone.pipe.vae_scale_factor
     if not isinstance(size, int) or not unit <= size <= most or size % unit:

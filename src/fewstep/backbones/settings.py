@@ -155,7 +155,7 @@ def side(where: str, value: object, size: int = 0) -> int:
     pair = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(pair) != 2 or pair[0] != pair[1]:
         raise UnfitError(
-            f"{where} says sample_size {_shown(value)}, fewstep draws squares",
+            f"{where} says sample_size {_shown(value)}, fewstep samples squares",
             "pass size=PIXELS, or set it in its config.json",
         )
     if pair[0] is None:
@@ -198,7 +198,7 @@ def _autoencoder(pipe: DiffusionPipeline) -> None:
     """
     config, called = pipe.vae.config, type(pipe).__name__
     for key in ("in_channels", "out_channels"):
-        same("vae", key, config[key], 3, "pictures have 3")
+        same("vae", key, config[key], 3, "images have 3")
     number("vae", "scaling_factor", config.scaling_factor)
     if isinstance(pipe, StableDiffusion3Pipeline):
         number("vae", "shift_factor", config.shift_factor, positive=False)
@@ -249,12 +249,12 @@ def _unet(pipe: DiffusionPipeline) -> None:
             key,
             config.get(key),
             None,
-            f"a {called} has no classes to tell it",
+            f"a {called} has no classes",
             "wrap your own network in fewstep.Denoiser",
         )
     if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
         raise UnfitError(
-            f"unet says encoder_hid_dim_type {_shown(config.encoder_hid_dim_type)}: it takes pictures beside the text",
+            f"unet says encoder_hid_dim_type {_shown(config.encoder_hid_dim_type)}: it takes images next to the text",
             "pass a text-to-image model",
         )
     both = isinstance(pipe, StableDiffusionXLPipeline)
@@ -262,12 +262,12 @@ def _unet(pipe: DiffusionPipeline) -> None:
     if config.get("addition_embed_type") not in added:
         raise UnfitError(
             f"unet says addition_embed_type {_shown(config.addition_embed_type)}, "
-            f"a {called} tells it {' or '.join(str(a or 'nothing') for a in added)}",
+            f"a {called} gives it {' or '.join(str(a or 'nothing') for a in added)}",
             SIZES,
         )
     if pipe.config.get("requires_aesthetics_score"):
         raise UnfitError(
-            "it asks for aesthetic scores: it is a refiner, which begins with pictures", "pass the base model"
+            "it asks for aesthetic scores: it is a refiner, which begins with images", "pass the base model"
         )
     width = pipe.text_encoder.config.hidden_size + (pipe.text_encoder_2.config.hidden_size if both else 0)
     _texts(
@@ -362,7 +362,7 @@ def _cogvideox(pipe: DiffusionPipeline) -> None:
         "in_channels",
         config.in_channels,
         latent,
-        f"text-to-video with this autoencoder takes {latent} (twice as many are for video from pictures)",
+        f"text-to-video with this autoencoder takes {latent} (twice as many are for video from images)",
         "pass a text-to-video model",
     )
     same("transformer", "out_channels", config.out_channels, latent, f"its latents have {latent}")
@@ -403,7 +403,7 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
     config = unet.config
     if config.in_channels not in (1, 3):
         raise UnfitError(
-            f"unet says in_channels {_shown(config.in_channels)}, pictures have 1 or 3",
+            f"unet says in_channels {_shown(config.in_channels)}, images have 1 or 3",
             "wrap your own network in fewstep.Denoiser",
         )
     same(
@@ -425,7 +425,7 @@ def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:
         "class_embed_type",
         config.class_embed_type,
         None,
-        "classes are told by their number",
+        "classes are given by their number",
         "wrap your own network in fewstep.Denoiser",
     )
     classes = config.num_class_embeds

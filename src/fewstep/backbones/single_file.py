@@ -165,7 +165,7 @@ def _refused(names: Collection[str], channels: int) -> str:
         )
     if scaled := sorted(n for n in names if EIGHT_BITS.search(n)):
         return (
-            f"keeps its weights in 8 bits or fewer, with scales beside them ({scaled[0]}), "
+            f"keeps its weights in 8 bits or fewer, with scales next to them ({scaled[0]}), "
             "which fewstep does not read; pass the model in float16, bfloat16 or float32"
         )
     if channels != 4:
@@ -179,9 +179,9 @@ def _refused(names: Collection[str], channels: int) -> str:
             "which a Stable Diffusion pipeline does not have; pass another SDXL"
         )
     if any(n.startswith("conditioner.embedders.0.model.") for n in names):
-        return "is SDXL's refiner, which begins with pictures; pass the base model"
+        return "is SDXL's refiner, which begins with images; pass the base model"
     if POOLED in names and any(n.startswith("cond_stage_model.") for n in names):
-        return "draws variations of pictures (unCLIP); pass a text-to-image model"
+        return "makes variations of images (unCLIP); pass a text-to-image model"
     return ""
 
 

@@ -112,9 +112,7 @@ class StudentScheduler(DDIMScheduler):
                 if self.student.correct is not None
                 else "a first direction that is taken from pure noise"
             )
-            raise ValueError(
-                f"image: this student has {by}; it draws from prompts alone, without a picture to begin with"
-            )
+            raise ValueError(f"image: this student has {by}; it samples from prompts alone, without an initial image")
         t = self.grid[self.skipped :][self.places(timesteps).cpu()].to(original_samples.device)
         return diffuse(self.student.schedule, original_samples, t, noise)
 

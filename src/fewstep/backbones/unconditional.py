@@ -25,6 +25,7 @@ from ..core.prediction import edm_inputs
 from ..core.schedule import EDM
 from .base import Cond
 from .family import Family
+from .modules import dtype_of
 from .parts import PREDICTIONS, WithUNet, single_output
 from .schedulers import EDM_SCHEDULERS, EDM_SIGNS, process_of
 from .settings import read_labels, require_pixels, require_prediction
@@ -68,7 +69,7 @@ class PixelModel(WithUNet):
         return []
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        dtype = next(module.parameters()).dtype
+        dtype = dtype_of(module)
         if isinstance(self.schedule, EDM):
             x, t = edm_inputs(x, t, self.pipe.scheduler.config.sigma_data)
         with single_output(module):

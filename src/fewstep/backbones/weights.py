@@ -102,7 +102,7 @@ def weights_in(kind: type[nn.Module], folder: Path, root: Path | None = None) ->
         if pickles:
             raise UnfitError(
                 f"{folder.name}/{pickles[0]} is a pickle, which may run any code when it is read, "
-                f"and no {stem}.safetensors is beside it",
+                f"and no {stem}.safetensors is next to it",
                 "pass a model in safetensors, or convert it as docs/checkpoints.md says",
             )
         raise UnfitError(f"{folder.name}/ has no weights (no {stem}.safetensors)")
@@ -136,7 +136,7 @@ def _shards(index: Path, root: Path) -> tuple[Path, ...]:
         raise UnfitError(f"{said} names no files")
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UnfitError(f"{said} names {name!r}, allowed are .safetensors files beside it")
+            raise UnfitError(f"{said} names {name!r}, allowed are .safetensors files next to it")
         inside(index.parent / name, root)
     return tuple(index.parent / name for name in names)
 
@@ -192,7 +192,7 @@ def require_all(
     if scaled := [n for n in left if EIGHT_BITS.search(n)]:
         raise UnfitError(
             f"{_file_of(weights, scaled[0])} keeps its weights in 8 bits or fewer, "
-            f"with scales beside them ({scaled[0]}), which fewstep does not read",
+            f"with scales next to them ({scaled[0]}), which fewstep does not read",
             "pass the model in float16, bfloat16 or float32",
         )
     other = f"; it has {left[0]!r} instead, as another version of the library names it" if missing and left else ""

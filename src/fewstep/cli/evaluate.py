@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 TEACHER_STEPS = 50
 SIZES = ("quick", "medium", "full")  # of the protocols for the teacher's kind
-ANY = "pictures-N (of N pictures)"
+ANY = "pictures-N (of N images)"
 
 
 def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: str | None, out: Path | None) -> None:
@@ -69,7 +69,7 @@ class Stage(TypedDict, total=False):
     data: Data | None
 
 
-class SamplePlan(TypedDict, total=False):
+class PromptsRecord(TypedDict, total=False):
     """The part of a recipe's `prompts` that an evaluation reads."""
 
     source: str
@@ -83,7 +83,8 @@ class Recipe(Stage, total=False):
     """
 
     warm_start: Stage | None
-    prompts: SamplePlan
+    first: Stage | None  # the warm start of runs of fewstep 0.1.0
+    prompts: PromptsRecord
     teacher: str | dict[str, Any]
 
 
@@ -112,7 +113,7 @@ def real_of(run: Path) -> str | None:
     None where the folder is no run, or where the recipe names none.
     """
     recipe = recipe_of(run)
-    stages: list[Stage] = [recipe, recipe.get("warm_start") or {}]
+    stages: list[Stage] = [recipe, recipe.get("warm_start") or recipe.get("first") or {}]
     named = [(stage.get("data") or {}).get("real") for stage in stages]
     return next((real for real in named if real), None)
 
@@ -135,7 +136,7 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
         raise ValueError(
             f"--prompts: there is no run around {run} that says what {teacher.name} was asked for; pass a prompt file"
         )
-    told: SamplePlan = recipe.get("prompts", {})
+    told: PromptsRecord = recipe.get("prompts", {})
     try:
         return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), named))
     except ValueError as error:
@@ -161,7 +162,7 @@ def evaluate_student(
     asked = asked_of(teacher, folder.parent, prompts, rules) if isinstance(rules, PictureProtocol) else ()
     rows = rows_of(student)
     each, calls = rules.total(1), [row.nfe for row in rows]
-    with meter("evaluating, network calls", each * sum(calls)) as bar:
+    with meter("evaluating, NFE", each * sum(calls)) as bar:
 
         def tell(done: int) -> None:  # a teacher's image takes as long as dozens of a student's
             row, drawn = divmod(done, each)
@@ -191,7 +192,7 @@ def measuring(
 
     if not teacher.image_size:
         raise ValueError(
-            f"{option}: {teacher.name} draws no single pictures, and nothing else is measured yet; "
+            f"{option}: {teacher.name} samples no single images, and nothing else is measured yet; "
             "leave it out, and look at the run's samples/ and report"
         )
     emoji = draws_emoji(teacher)
@@ -201,7 +202,7 @@ def measuring(
     rules = protocol_named(by_size.get(name or usual, name or list(own)[-1]))
     if isinstance(rules, PictureProtocol) == emoji:
         kind = (
-            "draws emoji"
+            "samples emoji"
             if emoji
             else "is a pixel model"
             if isinstance(teacher, PixelModel)
@@ -215,7 +216,7 @@ def measuring(
         return rules, None
     try:
         if not isinstance(rules, PictureProtocol):
-            raise ValueError(f"got {real}, protocol {rules.name} has real pictures of its own; leave it out")
+            raise ValueError(f"got {real}, protocol {rules.name} has real images of its own; leave it out")
         return rules, real_pictures(real, teacher, rules)
     except ValueError as error:
         raise ValueError(f"{'--real' if option == '--protocol' else 'data.real'}: {error}") from error
@@ -248,21 +249,21 @@ def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Ten
     images have another size than the teacher's.
     """
     if not Path(real).exists():
-        raise ValueError(f"there is no {real}; pass a folder of pictures or an npz")
+        raise ValueError(f"there is no {real}; pass a folder of images or an npz")
     try:
         images = read_pixel_data(real).images
     except ValueError as error:
         raise ValueError(str(error).removeprefix("data: ")) from error
     if len(images) < rules.count:
         raise ValueError(
-            f"{real} has {len(images)} pictures, protocol {rules.name} compares "
+            f"{real} has {len(images)} images, protocol {rules.name} compares "
             f"{rules.count} with {rules.count}; pass more, or choose a smaller protocol"
         )
     size = teacher.image_size
     if images.shape[2:] != (size, size):
         got = "x".join(map(str, images.shape[2:]))
         raise ValueError(
-            f"the pictures of {real} are {got}, {teacher.name} draws {size}x{size}; scale them as it has seen them"
+            f"the images of {real} are {got}, {teacher.name} draws {size}x{size}; scale them as it has seen them"
         )
     return images
 
@@ -338,12 +339,12 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
         if option == "preview.protocol" and seen is None and isinstance(rules, PictureProtocol):
             if name not in SIZES:
                 raise ValueError(
-                    f"preview.protocol: got {name}, which needs real pictures here; set data.real, or leave it out"
+                    f"preview.protocol: got {name}, which needs real images here; set data.real, or leave it out"
                 )
             console.print(
                 (
                     f"preview.protocol: {teacher.name} is not measured along the way, "
-                    "which takes real pictures (data.real)"
+                    "which takes real images (data.real)"
                 ),
                 markup=False,
             )
@@ -390,9 +391,9 @@ def print_table(result: dict[str, Any]) -> None:
 
     columns = ("model", "steps", "guidance", "nfe", *(m.key for m in METRICS.values() if m.printed))
     names = [n for n in columns if any(row.get(n) is not None for row in result["rows"])]
-    console.print("  ".join(f"{n[:10]:>10}" for n in names))
+    wide = {n: max(len(n), 8) for n in names}
+    console.print("  ".join(f"{n:>{wide[n]}}" for n in names))
     for row in result["rows"]:
-        console.print(
-            "  ".join(f"{row[n]:>10.3f}" if isinstance(row.get(n), float) else f"{row.get(n)!s:>10}" for n in names)
-        )
-    console.print(f"{result['protocol']}: {result['distance']}; {result['rows'][0]['n']} pictures a row")
+        cells = {n: f"{row[n]:.3f}" if isinstance(row.get(n), float) else str(row.get(n)) for n in names}
+        console.print("  ".join(f"{cells[n]:>{wide[n]}}" for n in names))
+    console.print(f"{result['protocol']}: {result['distance']}; {result['rows'][0]['n']} images a row")

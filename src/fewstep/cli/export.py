@@ -61,7 +61,7 @@ def run_export(
     called = pipeline_nfe(student.backbone.schedule, card.analytic_first_step, count)
     if called > (least := card_nfe(card, count)):
         console.print(
-            f"note: in a pipeline of this family its {count} steps take {called} network calls; "
+            f"note: in a pipeline of this family its {count} steps take {called} NFE; "
             f"fewstep.sample makes {least}, its first step is analytic"
         )
     rounded = "" if found.rounded is None else f"; rounded to {name_of(kept)}, {found.rounded:.1e}"

@@ -27,8 +27,8 @@ LESS = {
         "lower train.batch and raise train.accumulate as much, or set roles.checkpointing=true; "
         "`fewstep plan RECIPE --memory 24GiB` finds what fits"
     ),
-    "train-teacher": "lower the batch of its fit, or its pictures' size",
-    "sample": "draw fewer pictures at once (-n), or at a smaller size",
+    "train-teacher": "lower the batch of its fit, or its images' size",
+    "sample": "sample fewer images at once (-n), or at a smaller size",
 }
 WORD = re.compile(r"\S{400,}")  # longer than any path
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")

@@ -17,7 +17,6 @@ from ..report.pictures import save_pictures
 from ..report.run import PICTURES, next_commands, render_run
 from ..report.summary import at_equal_cost, called
 from ..report.trajectories import shape_of, trajectory_errors
-from ..report.words import plural
 from ..roles.roles import Roles
 from ..runs.prepare import data_words
 from ..runs.preview import Preview
@@ -98,8 +97,7 @@ def shape_seen(roles: Roles, paths: Trajectories) -> dict[str, Any]:
         ", ".join(f"{100 * (1 - x):.1f}" for x in shape["unexplained"]),
     )
     console.print(
-        f"curve of the trajectories: R² {fits}; "
-        f"1, 2, 3 directions explain {bends} % of what is beside the straight line"
+        f"curve of the trajectories: R² {fits}; 1, 2, 3 directions explain {bends} % of what is off the straight line"
     )
     return shape
 
@@ -143,7 +141,7 @@ def print_ending(
         console.print(f"quality  {quality_of(student, best, rows)}")
         console.print(
             f"speed    {best['seconds_per_image'] / student['seconds_per_image']:.1f}x "
-            "faster per picture than the teacher"
+            "faster per image than the teacher"
         )
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
@@ -156,13 +154,13 @@ def quality_of(student: Mapping[str, Any], teacher: Mapping[str, Any], rows: Seq
     and `rows` are rows of eval.json. The teacher's distance stands next to the student's; of the teacher's
     `rows` at the student's cost the best is named, too.
     """
-    cost, real = plural(student["nfe"], "network call"), student["fd_real"] is not None
+    cost, real = f"{student['nfe']} NFE", student["fd_real"] is not None
     key = "fd_real" if real else "fd_teacher"
     same = at_equal_cost(rows, student, key)
     beside = "" if same is None else f", {same[key]:.1f} at the student's cost ({called(same)})"
     if not real:
-        far = f"FD to the teacher in {teacher['nfe']} network calls {student['fd_teacher']:.1f} in {cost}"
-        return f"{far}{beside and f', the teacher{beside[1:]}'}, {student['n']} pictures"
+        far = f"FD to the teacher in {teacher['nfe']} NFE {student['fd_teacher']:.1f} in {cost}"
+        return f"{far}{beside and f', the teacher{beside[1:]}'}, {student['n']} images"
     return (
         f"FD to real {student['fd_real']:.1f} in {cost}, teacher {teacher['fd_real']:.1f} in {teacher['nfe']}{beside}"
     )

@@ -40,7 +40,7 @@ def run_inspect(source: str) -> None:
         values = run_summary(path)
     elif (folder := find_folder(source)) is not None:
         card = read_card(folder)
-        values = {"student": str(folder), "network calls": counted(card), **asdict(card)}
+        values = {"student": str(folder), "NFE": counted(card), **asdict(card)}
     elif source in bundled() or (path / "model_index.json").is_file() or source_of(source).reading:
         teacher = load_teacher(source)
         count = sum(p.numel() for p in teacher.module.parameters())
@@ -154,5 +154,5 @@ def run_summary(path: Path) -> dict[str, Any]:
         "started": record.get("started"),
         "newest checkpoint": saved[-1].name if saved else "none yet",
         "student": str(final) if final.is_dir() else "not finished",
-        **({"network calls": counted(read_card(final))} if final.is_dir() else {}),
+        **({"NFE": counted(read_card(final))} if final.is_dir() else {}),
     }

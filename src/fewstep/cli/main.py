@@ -118,7 +118,7 @@ def sample(
         typer.Option(
             "-p",
             "--prompt",
-            help="What to draw, for a model of classes one of them. May be repeated; not for models that take none.",
+            help="Prompt, or class name for class-conditional models. May be repeated; not for unconditional models.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; the student's own by default, 50 for a teacher.")] = None,
@@ -126,10 +126,10 @@ def sample(
         float | None, typer.Option(help="Guidance scale of a teacher; students have it baked in.")
     ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Guidance rescale of a teacher, 0 to 1.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", help="Pictures per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Images per prompt.")] = 1,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Put the teacher's pictures beside, same prompts and seeds.")
+        bool, typer.Option("--compare", help="Also sample the teacher, with the same prompts and seeds.")
     ] = False,
     base: Annotated[
         str | None, typer.Option(help="Base model to load the student on, if not the one it names.")
@@ -139,7 +139,7 @@ def sample(
         "sample.png"
     ),
 ) -> None:
-    """Draw pictures with a student or a teacher."""
+    """Draw images with a student or a teacher."""
     from .sample import run_sample
 
     run_sample(
@@ -165,7 +165,7 @@ def evaluate(
         typer.Option(
             help=(
                 "Which protocol: how many prompts and seeds, which reference; "
-                "or its size (quick, medium, full), or pictures-N of N pictures. By default "
+                "or its size (quick, medium, full), or pictures-N of N images. By default "
                 "emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
             )
         ),
@@ -175,7 +175,7 @@ def evaluate(
         typer.Option(
             metavar="PATH",
             help=(
-                "Real pictures of the model's size that it is measured against too: "
+                "Real images of the model's size that it is measured against too: "
                 "a folder or an npz; the recipe's data.real by default."
             ),
         ),
@@ -183,7 +183,7 @@ def evaluate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Prompts that a text-to-image model is measured by, beside its teacher; the run's own by default."
+            help="Prompts that a text-to-image model and its teacher are measured by; the run's own by default."
         ),
     ] = None,
     out: Annotated[
@@ -262,7 +262,7 @@ def doctor(
     dtype: Annotated[
         str, typer.Option(help="The type of the teacher's weights: float32, bfloat16 or float16.")
     ] = "float32",
-    size: Annotated[int | None, typer.Option(help="Height and width of its pictures, if not its own.")] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of its images, if not its own.")] = None,
 ) -> None:
     """Print versions, devices, and what is missing with the command that installs it; or check a TEACHER."""
     from .doctor import run_doctor

@@ -37,7 +37,7 @@ ROUNDINGS: tuple[tuple[Kind | None, OptimizerName], ...] = (
 )  # fmt: skip
 ROUNDED = {
     "train.optimizer": "Adam's moments are kept in 8 bits",
-    "roles.quantize": "the base's weights are rounded, the teacher's too",
+    "roles.quantize": "the base's weights are quantized, the teacher's too",
 }
 LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batches
 

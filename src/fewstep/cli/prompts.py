@@ -1,9 +1,10 @@
 """The prompts of a run, and what is printed about them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..backbones.base import Backbone
-from ..backbones.load import BUNDLED, source_of
+from ..backbones.load import BUNDLED, bundled, source_of
 from ..data.prompt_lengths import said_of_prompts
 from ..data.prompts import find_prompts, ignore
 from ..data.texts import Found
@@ -32,7 +33,8 @@ def prompts_from(source: str, column: str | None, teacher: str, say: Callable[[F
         prompts, found = find_prompts(source, column)
         say(found)
         return prompts
-    shipped = BUNDLED / source_of(teacher).place / "prompts.txt"
+    place = source_of(teacher).place
+    shipped = (BUNDLED / place if place in bundled() else Path(place)) / "prompts.txt"
     if not shipped.is_file():
         raise ValueError(
             f"prompts: teacher {teacher} brings no prompts of its own; "

@@ -73,7 +73,7 @@ def prompts_of(backbone: Backbone, given: Sequence[str]) -> list[str]:
         backbone.encode(given)
         return list(given)
     if not all(p.strip() for p in given or [""]):
-        raise ValueError(f"--prompt: got {'an empty prompt' if given else 'none'}; say what to draw, e.g. -p rocket")
+        raise ValueError(f"--prompt: got {'an empty prompt' if given else 'none'}; name one, e.g. -p rocket")
     return list(given)
 
 
@@ -159,10 +159,10 @@ def _timed(
         result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
     if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
-        console.print(f"warning: {flat} of {len(result)} pictures are one colour; run fewstep doctor TEACHER")
+        console.print(f"warning: {flat} of {len(result)} images are one colour; run fewstep doctor TEACHER")
     if isinstance(model, Student):
         who, cost = "student", card_nfe(model.card, steps)
     else:
         who, cost = "teacher", total_nfe(steps, nfe_per_step(model.encode([""]), guidance))
-    console.print(f"{who}: {plural(steps, 'step')}, {plural(cost, 'network call')} and {seconds:.3f} s a picture")
+    console.print(f"{who}: {plural(steps, 'step')}, {cost} NFE and {seconds:.3f} s per image")
     return result

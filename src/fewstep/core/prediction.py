@@ -63,7 +63,7 @@ def row_named(name: str, sigma_data: float = 0.5) -> Row:
 
     `sigma_data` is used by `edm` alone. Raises ValueError that lists the known types for an unknown name.
     """
-    if name not in ROWS:
+    if not isinstance(name, str) or name not in ROWS:
         raise ValueError(
             f"prediction: got {name!r}, allowed are {', '.join(ROWS)}; take the one that the network was trained with"
         )

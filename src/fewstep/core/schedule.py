@@ -4,10 +4,12 @@ All times and coefficients are float64.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from ..config_fields import POSITIVE, Range, check_fields
 
 
 @runtime_checkable
@@ -48,12 +50,17 @@ class EDM:
     Source: Karras et al. 2022, arXiv 2206.00364.
     """
 
-    t_max: float = 80.0
-    t_clean: float = 0.0
-    resolution: float = 0.0
-    t_min: float = 0.002
-    rho: float = 7.0
-    data_std: float = 0.0
+    t_max: Annotated[float, POSITIVE] = 80.0
+    t_clean: Annotated[float, Range()] = 0.0
+    resolution: Annotated[float, Range(0)] = 0.0
+    t_min: Annotated[float, POSITIVE] = 0.002
+    rho: Annotated[float, POSITIVE] = 7.0
+    data_std: Annotated[float, Range(0)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "schedule")
+        if not self.t_min < self.t_max:
+            raise ValueError(f"schedule.t_min: got {self.t_min:g}, allowed are numbers below t_max ({self.t_max:g})")
 
     @property
     def start_std(self) -> float:
@@ -86,10 +93,13 @@ class Flow:
     Source: arXiv 2209.03003.
     """
 
-    t_max: float = 1.0
-    t_clean: float = 0.0
-    resolution: float = 0.0
-    shift: float = 1.0
+    t_max: Annotated[float, Range(0, 1, above=True)] = 1.0
+    t_clean: Annotated[float, Range()] = 0.0
+    resolution: Annotated[float, Range(0)] = 0.0
+    shift: Annotated[float, POSITIVE] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "schedule")
 
     @property
     def start_std(self) -> float:
@@ -128,11 +138,11 @@ class VP:
                 f"schedule: alpha_bar is a {type(self.alpha_bar).__name__}; pass the scheduler's alphas_cumprod"
             ) from error
         object.__setattr__(self, "alpha_bar", table)
-        if table.ndim != 1 or len(table) < 2 or not bool((table.diff() <= 0).all()):
+        if table.is_complex() or table.ndim != 1 or len(table) < 2 or not bool((table.diff() <= 0).all()):
             raise ValueError(
                 "schedule: alpha_bar must be a decreasing list of numbers; pass the scheduler's alphas_cumprod"
             )
-        if not (0 <= float(table[-1]) <= 0.5 and float(table[0]) <= 1):
+        if not (0 <= float(table[-1]) <= 0.5 < float(table[0]) <= 1):
             raise ValueError(
                 f"schedule: alpha_bar goes from {float(table[0]):.4g} to {float(table[-1]):.4g}, allowed are "
                 "cumulative products from at most 1 to below 0.5; "

@@ -89,10 +89,10 @@ def read_pictures(source: str) -> tuple[list[Captioned], Found]:
     path = Path(source)
     if not path.exists():
         raise ValueError(
-            f"{OPTION}: there is no {printable(source)}; pass a folder of pictures or of webdataset .tar files"
+            f"{OPTION}: there is no {printable(source)}; pass a folder of images or of webdataset .tar files"
         )
     if not path.is_dir():
-        require_regular(path, OPTION, "pass a folder of pictures or of webdataset .tar files")
+        require_regular(path, OPTION, "pass a folder of images or of webdataset .tar files")
     every = (
         {"": path}
         if path.is_file()
@@ -107,13 +107,13 @@ def read_pictures(source: str) -> tuple[list[Captioned], Found]:
     )
     if shards and (stray := [name for name in every if Path(name).suffix.lower() in KINDS]):
         raise ValueError(
-            f"{OPTION}: {printable(source)} has .tar files and pictures, e.g. {printable(stray[0])}; "
+            f"{OPTION}: {printable(source)} has .tar files and images, e.g. {printable(stray[0])}; "
             "pass a folder of one of the two"
         )
     if not found:
         other = f" (it has {', '.join(f'{n} {kind}' for kind, n in cases.items())})" if cases else ""
         raise ValueError(
-            f"{OPTION}: {printable(source)} has no pictures{other}; "
+            f"{OPTION}: {printable(source)} has no images{other}; "
             f"allowed are {', '.join(KINDS)}, or .tar files that hold them"
         )
     for picture in found:
@@ -128,7 +128,7 @@ def _found(source: str, pictures: Sequence[Captioned], cases: Mapping[str, int])
     return Found(
         source,
         len(pictures),
-        "pictures",
+        "images",
         {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases},
     )
 
@@ -157,10 +157,10 @@ def _folder(root: Path, every: Mapping[str, Path], cases: Counter[str]) -> Itera
     if nowhere := len(listed.keys() - {_same(name) for name, _ in pictures}):
         if nowhere == len(listed) and pictures:
             raise ValueError(
-                f"{OPTION}: no file_name of the lists in {printable(root)} is that of a picture, e.g. "
+                f"{OPTION}: no file_name of the lists in {printable(root)} is that of an image, e.g. "
                 f"{printable(next(iter(listed)))}; write them as seen from where the list lies"
             )
-        cases["rows of lists without a picture"] = nowhere
+        cases["rows of lists without an image"] = nowhere
     for name, path in pictures:
         stem = name[: -len(path.suffix)]
         files = [(s, beside[key]) for s in BESIDE for key in (_same(stem) + s, _same(name) + s) if key in beside]
@@ -198,9 +198,7 @@ def require_small(size: int, where: str) -> None:
     Raises ReadError for a file that is too large to be a caption.
     """
     if size > LARGEST_CAPTION:
-        raise ReadError(
-            f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the picture"
-        )
+        raise ReadError(f"{where} is no caption, it has {size:,} bytes; remove it, or name it otherwise than the image")
 
 
 def _first(texts: Iterable[tuple[str, str, str]]) -> Caption | None:
@@ -242,7 +240,7 @@ def _listed(lists: Mapping[str, Path]) -> dict[str, Caption]:
             caption = text_of(next((row[k] for k in TEXTS if row.get(k) is not None), None), here)
             key = _same(f"{folder}/{row['file_name']}" if folder else row["file_name"])
             if captions.setdefault(key, Caption(caption, own)).text != caption:
-                raise ValueError(f"{here} gives {printable(key)} a second caption; keep one for each picture")
+                raise ValueError(f"{here} gives {printable(key)} a second caption; keep one for each image")
         if rows and not told:
             has = ", ".join(printable(k) for k in rows[0][1]) if isinstance(rows[0][1], dict) else "none"
             raise ValueError(f"{where} has no column {', '.join(TEXTS)}; it has {has}; name the captions' column text")
@@ -354,7 +352,7 @@ def _by_key(pictures: Mapping[str, object], texts: Mapping[str, str], path: Path
         if not files:
             if len(several := stems[_key(name)]) > 1:
                 raise ValueError(
-                    f"{OPTION}: {printable(path)} has several pictures of one key, "
+                    f"{OPTION}: {printable(path)} has several images of one key, "
                     f"{' and '.join(map(printable, sorted(several)[:2]))}; keep one of each"
                 )
             files = [(s, keyed[_key(name), s]) for s in BESIDE if (_key(name), s) in keyed]

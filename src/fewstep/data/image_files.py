@@ -59,7 +59,7 @@ def opened(source: bytes | BinaryIO, name: str, option: str = "data.source") -> 
                 yield image
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{option}: {printable(name)} is no picture of {', '.join(FORMATS)}, or damaged; remove it"
+            f"{option}: {printable(name)} is no image of {', '.join(FORMATS)}, or damaged; remove it"
         ) from error
     except Exception as error:  # Pillow raises as many types as there are kinds of damage
         reason = printable(error).strip() or type(error).__name__

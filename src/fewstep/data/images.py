@@ -68,13 +68,13 @@ def encode_images_of(
     conditioned on captions.
     """
     if not (size := backbone.image_size):
-        raise ValueError(f"{OPTION}: the states of {backbone.name} are no pictures; leave it out")
+        raise ValueError(f"{OPTION}: the states of {backbone.name} are no images; leave it out")
     pictures, seen = read_pictures(source)
     found(seen)
     if backbone.encode([""]) and not any(p.caption for p in pictures):
         raise ValueError(
             f"{OPTION}: none of the {seen.line} has a caption; "
-            "write metadata.jsonl with file_name and text, or a .txt beside each picture"
+            "write metadata.jsonl with file_name and text, or a .txt beside each image"
         )
     digest = hashlib.sha256(json.dumps([identity, size, DECODED]).encode())
     for p in pictures:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..atomic import SHA256, read_hashed, write_rows
 from ..backbones.base import Backbone, Cond, rows
+from ..backbones.modules import dtype_of
 from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -165,7 +166,7 @@ def embed(
     the identity invalidates the cache, as a change of size or dtype does. `keep` is called with the file
     before the file is written. Raises OSError if there is no room for the file.
     """
-    dtype = str(next(backbone.module.parameters()).dtype)
+    dtype = str(dtype_of(backbone.module))
     about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is conditioned on the image size
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     path = None if cache is None else cache / f"{key}.safetensors"

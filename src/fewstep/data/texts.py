@@ -48,7 +48,7 @@ class Found:
     def line(self) -> str:
         """The counts as one line for a person to check.
 
-        For example `1,024 pictures in SOURCE: captions 812 of metadata.jsonl, 3 of .txt, 0 by name, 12
+        For example `1,024 images in SOURCE: captions 812 of metadata.jsonl, 3 of .txt, 0 by name, 12
         empty`.
         """
         said = ", ".join(f"{n:,} {printable(kind)}" for kind, n in self.cases.items())

@@ -26,6 +26,7 @@ from ..core.guidance import Guidance
 from ..core.schedule import Schedule
 from ..core.solvers import Denoise, State, heun, sample, solver_named
 from ..methods.method import TrajectoryBatch
+from ..names import require_path
 from ..processes import barrier, this_process
 from ..reading import read_json, reading, reason, require_regular
 from ..typed import typed
@@ -64,7 +65,7 @@ class TrajectoryConfig:
     """Seed of the first trajectory's noise."""
 
     student: str | None = None
-    """Folder of a finished student that is followed instead of the teacher, in its own steps, for a few network calls
+    """Folder of a finished student that is followed instead of the teacher, in its own steps, for a few NFE
     each."""
 
     folder: str | None = None
@@ -73,6 +74,9 @@ class TrajectoryConfig:
     def __post_init__(self) -> None:
         check_fields(self, "data")
         require_seed(self.seed, "data.seed")
+        for option, folder in (("data.student", self.student), ("data.folder", self.folder)):
+            if folder is not None:
+                require_path(folder, option)
 
 
 def union(schedule: Schedule, grids: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ def moments(x: Tensor) -> Moments:
     float64. Raises ValueError where N < 2.
     """
     if len(x) < 2:
-        raise ValueError(f"features: got {len(x)}; a covariance takes at least 2, so draw more pictures")
+        raise ValueError(f"features: got {len(x)}; a covariance takes at least 2, so sample more images")
     x = x.double()
     mean = x.mean(0)
     return Moments(mean, (x - mean).T @ (x - mean) / (len(x) - 1))

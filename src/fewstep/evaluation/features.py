@@ -102,7 +102,7 @@ def features(network: nn.Module, images: Tensor) -> Tensor:
     """
     if not finite(images):
         raise ValueError(
-            "evaluate: the pictures to be measured are not finite; draw them in float32, or look at what drew them"
+            "evaluate: the images to be measured are not finite; sample them in float32, or check what sampled them"
         )
     with torch.inference_mode():
         return torch.cat([network(batch) for batch in images.split(BATCH)])

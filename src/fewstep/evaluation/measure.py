@@ -86,11 +86,11 @@ class FeatureExtractor:
         images, seconds = timed(lambda: sampler(prompts, seeds))
         if images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
             raise ValueError(
-                f"row {row}: its sampler returned {list(images.shape)}; return pictures [{len(prompts)}, 3, H, W]"
+                f"row {row}: its sampler returned {list(images.shape)}; return images [{len(prompts)}, 3, H, W]"
             )
         if not images.isfinite().all() or images.min() < -1e-3 or images.max() > 1 + 1e-3:
             raise ValueError(
-                f"row {row}: its pictures go from {images.min():.3g} to {images.max():.3g}; "
+                f"row {row}: its images go from {images.min():.3g} to {images.max():.3g}; "
                 "return finite values in [0, 1]"
             )
         images = (images.float().clamp(0, 1) * 255).round() / 255
@@ -150,7 +150,7 @@ def _read(file: Path, like: Measured) -> Measured:
         if shapes != [like.embeddings.shape[1:], like.colours.shape[1:], like.seconds.shape[1:]]:
             raise ValueError("its tensors are of other shapes")
         if not len(found.embeddings) or len(found.embeddings) != len(found.colours) or not len(found.seconds):
-            raise ValueError("its tensors are not of as many pictures")
+            raise ValueError("its tensors are not of as many images")
         if any(t.dtype != torch.float32 or not finite(t) for t in (found.embeddings, found.colours, found.seconds)):
             raise ValueError("its numbers are not finite ones in float32")
         return found

@@ -171,11 +171,11 @@ def evaluate_pictures(
     count, best = protocol.count, best_teacher(rows)
     if real is not None and len(real) < count:
         raise ValueError(
-            f"real: got {len(real)} pictures, protocol {protocol.name} compares {count} with {count}; "
+            f"real: got {len(real)} images, protocol {protocol.name} compares {count} with {count}; "
             "choose a smaller one"
         )
     if real is None and best is None:
-        raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real pictures; pass some")
+        raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real images; pass some")
     drawn, gauge = asked(protocol, classes), FeatureExtractor(Roots())
     stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds)}
     measured = measured_rows(rows, drawn, gauge, [*stamp.values(), "roots"], protocol.batch, cache, progress)
@@ -205,11 +205,11 @@ def evaluate_pictures(
             others_own, compared, seen(own[i]), own[i], relative, ratio_of, measured[i].fastest(protocol.batch)
         )
 
-    whose = "the teacher's" if others is None else "the real pictures'"
+    whose = "the teacher's" if others is None else "the real images'"
     return {
         "protocol": protocol.name,
         "distance": (
-            f"FD-efflite0, {protocol.components} components of {whose} features, {count} pictures against {count}"
+            f"FD-efflite0, {protocol.components} components of {whose} features, {count} images against {count}"
         ),
         "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
         **stamp,

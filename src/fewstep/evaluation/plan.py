@@ -59,7 +59,7 @@ def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
     for counts that the reference cannot fill.
     """
     if protocol.seeds < 2:
-        raise ValueError(f"protocol.seeds: got {protocol.seeds}; diversity takes at least 2 pictures of a prompt")
+        raise ValueError(f"protocol.seeds: got {protocol.seeds}; diversity takes at least 2 images of a prompt")
     names = _choose("names", reference.names, protocol.names)
     repeated = _choose("repeated", names, protocol.repeated)
     trained = {caption(n, t) for n in reference.toned for t in reference.tones if t} - set(reference.held_out)

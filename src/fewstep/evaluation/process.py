@@ -184,7 +184,7 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     network fits. Evaluated for noise s' at a state of noise s, the network is off by about s / s'.
 
     Few networks fit well where there is little noise, and times one index off show only there. So a schedule is
-    suspected if another one leaves little of the excess, or if the amount is wrong at several ordinary times.
+    suspected if the amount is right everywhere under another one, or wrong at several ordinary times.
     """
     schedule = backbone.schedule
     lowest = torch.tensor(LOWEST if schedule.resolution else (), dtype=torch.float64)
@@ -208,12 +208,15 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     def total(share: Tensor, error: Tensor) -> float:
         return float((share.abs() - 2 * error).clamp(min=0).mean())
 
+    def odd(share: Tensor, error: Tensor) -> Tensor:
+        return (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
+
     share, error = excess(Reading("", schedule, backbone.row))
-    wrong = (share.abs() > OFF) & (share.abs() > (SURE + 1) * error)
-    if not bool(wrong.any()):
+    if not bool((wrong := odd(share, error)).any()):
         return ""
-    left, name = min((total(*excess(other)), other.name) for other in _schedules(backbone))
-    if left < CLEARLY * total(share, error):
+    found = [(other.name, excess(other)) for other in _schedules(backbone)]
+    name, best = min(found, key=lambda reading: (total(*reading[1]), reading[0]))
+    if total(*best) < CLEARLY * total(share, error) and not bool(odd(*best).any()):
         return name
     wrong[: len(lowest)] = False
     if int(wrong.sum()) < OFTEN:
@@ -221,8 +224,9 @@ def _miscalibrated(backbone: Backbone, times: Tensor, real: Tensor, cond: Cond, 
     worst = int((share.abs() * wrong).argmax())
     return (
         f"the schedule: at t {float(times[worst]):.6g} the network finds too "
-        f"{'little' if share[worst] > 0 else 'much'} "
-        "noise, and on no schedule that was tried the right amount; pass the one that it was trained with"
+        f"{'little' if share[worst] > 0 else 'much'} noise, and on no schedule that was tried the right "
+        "amount; the network was trained on another schedule, "
+        "or for too short a time"
     )
 
 
@@ -275,9 +279,7 @@ def _schedules(backbone: Backbone) -> list[Reading]:
         found.append(Reading(name, schedule, row, _stepped(schedule, step)))
     for shift in SHIFTS:
         way = "noisier" if shift > 0 else "cleaner"
-        name = (
-            f"the schedule: the network finds the right noise where it is told times {abs(shift):.0%} of the way {way}"
-        )
+        name = f"the schedule: the network finds the right noise at times {abs(shift):.0%} of the way {way}"
         found.append(Reading(name, schedule, row, _moved(schedule, shift)))
     return found + [
         Reading(f"the schedule: the network was trained on {n}", s, row, same=False) for n, s in _usual(schedule)

@@ -48,7 +48,7 @@ class ConsistencyDistillation(Method):
     """Regression loss."""
 
     solver_steps: Annotated[int, Range(1, MOST_STEPS)] = 48  # a multiple of 1, 2, 3, 4, 6 and 8
-    """Steps of the teacher's path; a multiple of `steps`, so that the student is trained at the times it visits."""
+    """Steps of the teacher's path; a multiple of `steps`, so that the student is trained at its own times."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class ConsistencyDistillation(Method):
         if self.solver_steps % self.counts[0]:
             raise ValueError(
                 f"method.solver_steps: got {self.solver_steps}, allowed are multiples of method.steps "
-                f"({self.counts[0]}), so that the student is trained at the times it visits"
+                f"({self.counts[0]}), so that the student is trained at its own times"
             )
         served = (self.guidance.scale, *self.guidance_scales)
         if self.guidance_scales and (min(served) <= 1 or len(set(served)) < len(served)):

@@ -178,7 +178,7 @@ class DistributionMatching(Method):
     warm-up, or drop it."""
 
     analytic_first_step: bool = False
-    """Take the first direction analytically, without a network call (AFS, arXiv 2210.05475)."""
+    """Take the first direction analytically, without a network evaluation (AFS, arXiv 2210.05475)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ MEANING = {
     "regression_loss": (
         "how far the student lands from the teacher's trajectories, before its weight (regression_weight)"
     ),
-    "absorb_loss": "how far the student lands from where its head took it, while that is folded away",
+    "absorb_loss": "how far the student lands from where its head took it, while the head is absorbed",
     "gap_K": (
         "rms difference of the teacher's and the fake score's clean estimates in segment K, 0 at pure noise; "
         "grows first when a run goes wrong"

@@ -70,7 +70,7 @@ def preset(name: str, **settings: Any) -> Method:
 
     A mapping changes some settings of a block. Raises ValueError for an unknown name or setting.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
     known = PRESETS[name]
     settings = _blocks(known, settings, "method", name)

@@ -57,7 +57,7 @@ class TrajectoryImitation(Method):
     """Kind of head that corrects the direction; `none` trains none, `roles.rank: 0` trains the head alone."""
 
     analytic_first_step: bool = False
-    """Take the first direction analytically, without a network call (AFS, arXiv 2210.05475)."""
+    """Take the first direction analytically, without a network evaluation (AFS, arXiv 2210.05475)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

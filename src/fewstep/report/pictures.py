@@ -67,19 +67,19 @@ class Pictures:
         for label, images in self.rows.items():
             if images.ndim != 4 or images.shape[:2] != (len(self.prompts), 3):
                 allowed = f"[{len(self.prompts)}, 3, H, W]: one image for each prompt"
-                raise ValueError(f"pictures: row {label!r} is {list(images.shape)}, allowed is {allowed}")
+                raise ValueError(f"images: row {label!r} is {list(images.shape)}, allowed is {allowed}")
         for label, t in self.trajectories.items():
             shape = t.estimates.shape
             if t.estimates.ndim != 5 or shape[1:3] != (len(t.times), 3) or shape[0] > len(self.prompts):
                 allowed = f"[P, {len(t.times)}, 3, H, W] with at most {len(self.prompts)} prompts"
                 raise ValueError(
-                    f"pictures: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time"
+                    f"images: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time"
                 )
         if (g := self.grid) is not None and (
             g.images.ndim != 6 or g.images.shape[1:4] != (len(g.told), len(g.taken), 3)
         ):
             allowed = f"[P, {len(g.told)}, {len(g.taken)}, 3, H, W]: one image for each count told and taken"
-            raise ValueError(f"pictures: the grid is {list(g.images.shape)}, allowed is {allowed}")
+            raise ValueError(f"images: the grid is {list(g.images.shape)}, allowed is {allowed}")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def load_pictures(path: Path) -> Pictures:
     The 8-bit values come back exactly. Raises ValueError where the file was not written by `save_pictures`.
     """
     with reading(
-        f"pictures {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"
+        f"images {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"
     ):
         with safe_open(require_regular(path), framework="pt") as file:
             about = typed(PicturesHeader, json.loads((file.metadata() or {})["pictures"]))
@@ -158,5 +158,5 @@ def _pixels(values: Tensor) -> Tensor:
     Raises ValueError for anything else.
     """
     if values.dtype != torch.uint8:
-        raise ValueError(f"its pictures are {str(values.dtype).removeprefix('torch.')}, not uint8")
+        raise ValueError(f"its images are {str(values.dtype).removeprefix('torch.')}, not uint8")
     return values.float() / 255

@@ -68,7 +68,7 @@ WORDS = {
     ),
     "Distance to real images while training": (
         "Fréchet distance of the student, lower is better. Dashed: the teacher, with its network evaluations per "
-        "image, at its fullest and the best it draws at the student's cost."
+        "image, in most steps and at the student's cost."
     ),
     "Prompt match while training": (
         "Share of the student's images whose nearest real image is the one of their own prompt, higher is "
@@ -101,12 +101,12 @@ WORDS = {
         "first one, two and three principal directions; averaged over samples."
     ),
     "The shape that trajectories share": (
-        "Coordinates of the teacher's trajectories along the way from noise (0) to data (1): along the straight "
+        "Coordinates of the teacher's trajectories along the path from noise (0) to data (1): along the straight "
         "line, then along the two principal directions of what is left. "
         "Faint: samples. Strong: their mean. Dashed: the fitted curve."
     ),
     "The bend, seen along the straight line": (
-        "The two coordinates beside the straight line, in its length. Faint: samples. Strong: their mean."
+        "The two coordinates off the straight line, in its length. Faint: samples. Strong: their mean."
     ),
 }
 OF_TRAJECTORIES = 5  # the last charts, of the teacher's trajectories or of those of the student `sampled_from`
@@ -188,7 +188,7 @@ def trajectory_errors(shape: Mapping[str, Any]) -> Figure | None:
     """
     if not shape.get("errors"):
         return None
-    axes = _axes("", "way from noise to data")
+    axes = _axes("", "path from noise to data")
     ends = []
     for (name, walk), colour in zip(shape["errors"].items(), cycle((TEACHER, FAKE, STUDENT, *SEGMENTS))):
         axes.plot(walk["s"], walk["error"], color=colour, lw=1.6, marker="o", ms=4, mec="none")
@@ -209,7 +209,7 @@ def coordinates(shape: Mapping[str, Any]) -> Figure | None:
     figure = _figure()
     s, mean, fit, samples = (np.asarray(shape[k]) for k in ("s", "mean", "fit", "samples"))
     for i, axes in enumerate(figure.subplots(3, 1, sharex=True)):
-        _style(axes, "", "way from noise to data" if i == 2 else "")
+        _style(axes, "", "path from noise to data" if i == 2 else "")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(3))
         for sample in samples[:FEW]:

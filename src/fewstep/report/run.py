@@ -143,7 +143,7 @@ def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     asked = next((f" -p {quoted(p)}" for p in prompts if p), "" if prompts else " -p 'a prompt of your own'")
     out = quoted(str(run / "export"))
     return [
-        ("Draw a prompt of your own, the teacher beside the student", f"fewstep sample {student}{asked} --compare"),
+        ("Sample a prompt of your own, next to the teacher", f"fewstep sample {student}{asked} --compare"),
         ("Measure it under the full protocol", f"fewstep evaluate {student}"),
         (
             "Write it for diffusers and ComfyUI; each file is loaded again and compared",

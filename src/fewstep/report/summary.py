@@ -86,9 +86,7 @@ def _quality(rows: Sequence[Row], student: Row | None, teacher: Row | None) -> H
     compared = f"student {ours:.1f}, teacher {goal:.1f} with {_evaluations(teacher)}"
     if start is None:
         return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
-    compared += (
-        f" and {start['fd_real']:.1f} at the student's cost, in {called(start)}, the best of what it draws with so many"
-    )
+    compared += f" and {start['fd_real']:.1f} at the student's cost, in {called(start)}, its best at that NFE"
     if start["fd_real"] <= goal:
         return Headline(f"{ours:.1f}", f"Fréchet distance to real images, lower is better: {compared}.")
     lost = f"of the quality that the teacher loses at {_evaluations(student)} is won back."

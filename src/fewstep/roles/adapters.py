@@ -8,6 +8,7 @@ which adapter the layers add.
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
+from ..backbones.modules import without_fast_path
 from .sharding import shard_like
 
 TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -65,15 +69,17 @@ def plain_layers(module: nn.Module) -> dict[str, nn.Module]:
 def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]:
     """Return the names of the layers that can carry LoRA.
 
-    `kind` is all, linear, conv or attention. Names containing a `skip` are left out. Raises ValueError for an
-    unknown kind, or a network without such layers.
+    `kind` is all, linear, conv or attention. Names containing a `skip` are left out, and so are layers whose
+    LoRA could not be merged: convolutions with groups, dilation or another padding than zeros, and weights that
+    are tied, computed from others, or read by nn.MultiheadAttention. Raises ValueError for an unknown kind, or a
+    network without such layers.
     """
     if kind not in TARGETS:
         raise ValueError(f"roles.targets: got {kind!r}, allowed are {', '.join(TARGETS)}")
+    plain = plain_layers(module)
+    able = _able(plain)
     layers = [
-        (n, m)
-        for n, m in plain_layers(module).items()
-        if isinstance(m, TARGETS[kind]) and not any(s in n for s in skip)
+        (n, m) for n, m in plain.items() if isinstance(m, TARGETS[kind]) and n in able and not any(s in n for s in skip)
     ]
     if kind == "attention":
         layers = [
@@ -87,6 +93,28 @@ def targets(module: nn.Module, kind: str, skip: Sequence[str] = ()) -> list[str]
             "choose another kind or roles.lora=false for full weights"
         )
     return [n for n, _ in layers]
+
+
+def _able(plain: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the layers whose LoRA can be merged.
+
+    Such a LoRA changes a weight that belongs to the layer alone.
+    """
+    holders = Counter(id(p) for m in plain.values() for p in m.parameters(recurse=False))
+    return {
+        n
+        for n, m in plain.items()
+        if not is_parametrized(m)
+        and "weight" not in vars(m)  # computed before each call
+        and holders[id(dict(m.named_parameters(recurse=False)).get("weight"))] <= 1
+        and not (isinstance(m, nn.Conv2d) and not _plain(m))
+        and not isinstance(m, NonDynamicallyQuantizableLinear)  # attention reads its weight
+    }
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    """Return whether PEFT's LoRA of a convolution is a convolution alike."""
+    return conv.groups == 1 and conv.padding_mode == "zeros" and set(conv.dilation) == {1}
 
 
 def lora_weights(module: nn.Module, names: Sequence[str], rank: int) -> int:
@@ -118,8 +146,10 @@ def fitting_rank(module: nn.Module, names: Sequence[str]) -> int:
 def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Sequence[str], seed: int) -> None:
     """Inject a LoRA adapter without effect (B = 0).
 
-    The adapter is in single precision, in the named layers. The base weights do not change.
+    The adapter is in single precision, in the named layers. The base weights do not change. The network calls its
+    layers from then on: a layer's weight alone lacks the adapter.
     """
+    without_fast_path(module)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters on one network are intended
         torch.manual_seed(seed)

@@ -236,7 +236,7 @@ class Roles:
                 k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape
             ):
                 raise ValueError(
-                    f"start: its weights do not fit this network (first in doubt: {odd[0]}); "
+                    f"init_from: its weights do not fit this network (first in doubt: {odd[0]}); "
                     "start from a student of the same base"
                 )
             network.load_state_dict(state)
@@ -300,12 +300,16 @@ def _require_single(network: nn.Module) -> None:
 
     Raises ValueError for coarser weights, which would lose small updates.
     """
-    if coarse := {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}:
-        raise ValueError(
-            f"roles.lora: got false, which trains weights that are {str(coarse.pop()).removeprefix('torch.')} here "
-            "and would lose updates smaller than their rounding; set dtype to float32 (train.precision bf16 "
-            "computes in half of it all the same)"
-        )
+    for name, p in network.named_parameters():
+        kind = str(p.dtype).removeprefix("torch.")
+        if p.is_complex():
+            raise ValueError(f"roles.lora: got false, but {name} is {kind}, which is not trained; set roles.lora=true")
+        if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"roles.lora: got false, which trains weights that are {kind} here ({name}) "
+                "and would lose updates smaller than their rounding; set dtype to float32 (train.precision bf16 "
+                "computes in half of it all the same)"
+            )
 
 
 def make_roles(
@@ -346,8 +350,10 @@ def make_roles(
         _require_single(base)
         networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {
-            r: dict(networks[r].requires_grad_(True).named_parameters()) for r in made
+            r: {n: p for n, p in networks[r].named_parameters() if p.is_floating_point()} for r in made
         }
+        for p in (p for own in trained.values() for p in own.values()):
+            p.requires_grad_(True)
         layers: tuple[LoraLayer, ...] = ()
     else:
         if config.rank:

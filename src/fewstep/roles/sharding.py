@@ -15,21 +15,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbones.parts import blocks_of
 
-OLDEST = (2, 7)  # older torch cannot leave parameters out of `fully_shard`
-
 
 def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """Shard a network over the processes of `mesh`.
 
     Each process keeps one part on the process's own `device`. The network may be on the CPU before: a GPU
     then never holds more than one part and one block. The parameters of blocks are replaced, under the same
-    names. Raises ValueError with one line for a network without blocks, and for a torch that is too old.
+    names. Raises ValueError with one line for a network without blocks.
     """
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < OLDEST:
-        raise ValueError(
-            f"train.shard: needs torch {'.'.join(map(str, OLDEST))} or newer, this is {torch.__version__}; "
-            "update it, or set it to false"
-        )
     for block in blocks_of(network):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     outside = {p for p in network.parameters() if not isinstance(p, DTensor)}

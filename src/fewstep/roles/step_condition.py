@@ -54,7 +54,7 @@ def time_layer(network: nn.Module, layer: str) -> nn.Module:
     """
     if not layer:
         raise ValueError(
-            "method.steps: several step counts need a network that can be told them; "
+            "method.steps: several step counts need a network that can be conditioned on them; "
             "name its last time-embedding layer in Denoiser(time_layer=...), or set method.condition=false"
         )
     return network.get_submodule(layer)

@@ -3,14 +3,12 @@
 A run starts from the teacher, or continues a finished student.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ..backbones.base import Backbone
-from ..backbones.parts import DiffusersBackbone
-from ..core import timegrid
+from ..backbones.modules import dtype_of
 from ..data.trajectories import Trajectories
 from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
 from ..methods.method import Method, require_initial_student
@@ -35,7 +33,7 @@ def roles_for(
 
     Raises ValueError for a teacher in float16, and where `init_from` does not fit.
     """
-    if next(teacher.module.parameters()).dtype == torch.float16:
+    if dtype_of(teacher.module) == torch.float16:
         raise ValueError(
             "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
         )
@@ -132,47 +130,3 @@ def check_conditioning(student: str, values: tuple[float, ...], wanted: tuple[fl
 
 def _counted(values: tuple[float, ...]) -> str:
     return ", ".join(f"{v:g}" for v in values) if values else "nothing"
-
-
-def require_network(backbone: Backbone, prompts: list[str]) -> None:
-    """Check that a network of one's own fits its Denoiser.
-
-    The network is called once, before anything is generated or trained. Raises ValueError where conditions,
-    input or output are not what the Denoiser says, and where the output is not finite.
-    """
-    if isinstance(backbone, DiffusersBackbone):
-        return
-    asked = [*prompts[:1], ""]
-    with torch.no_grad():
-        cond = backbone.encode(asked)
-        if not isinstance(cond, Mapping) or not all(
-            isinstance(v, torch.Tensor) and len(v) == len(asked) for v in cond.values()
-        ):
-            raise ValueError(
-                f"conditions: what they give for {len(asked)} prompts is no dictionary of tensors [{len(asked)}, ...]"
-            )
-        device = next(backbone.module.parameters()).device
-        x = torch.randn((len(asked), *backbone.shape), generator=torch.Generator().manual_seed(0)).to(device)
-        u = torch.full((len(asked),), 0.5, dtype=torch.float64)
-        t = timegrid.time_at(backbone.schedule, u).to(device)
-        try:
-            m = backbone.predict(backbone.module, x, t, {k: v.to(device) for k, v in cond.items()})
-        except Exception as error:  # a network of one's own may raise anything
-            heard = "".join(f", {k} {list(v.shape)}" for k, v in cond.items())
-            raise ValueError(
-                f"teacher: the network of {backbone.name} does not take "
-                f"states {list(x.shape)} with times [{len(asked)}]{heard} "
-                f"({' '.join(str(error).split())[:160] or type(error).__name__}); "
-                "check shape and conditions of the Denoiser"
-            ) from error
-    if not isinstance(m, torch.Tensor) or m.shape != x.shape:
-        got = list(m.shape) if isinstance(m, torch.Tensor) else type(m).__name__
-        raise ValueError(
-            f"teacher: the network of {backbone.name} gives {got} for states {list(x.shape)}; "
-            "check the Denoiser's shape"
-        )
-    if not bool(m.isfinite().all()):
-        raise ValueError(
-            f"teacher: the network of {backbone.name} gives numbers that are not "
-            "finite in the middle of its way; check its weights and its schedule"
-        )

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..atomic import write_json
 from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.parts import DiffusersBackbone
+from ..config_fields import shortened, whole_number
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
 from ..evaluation.states import energy_distance, energy_noise, spread
+from ..names import require_path
 from ..student.card import card_nfe
 from ..student.student import Student
-from ..training.loop import Step as Iteration
 from ..words import told_in_python
 from .sampling import backbone_of, require_prompts, sample
 from .step import Step
@@ -59,24 +60,21 @@ def evaluate(
     Students of diffusers pipelines are measured by their images, with `fewstep evaluate FOLDER`. Raises
     ValueError.
     """
-    if isinstance(model, Iteration) and not isinstance(model, Step):
-        raise ValueError("model: got a step of the inner loop; pass one of fewstep.distill, or a student")
+    if not isinstance(model, Student | Step):
+        raise ValueError(f"model: got {shortened(model)}; pass a student, or a step of fewstep.distill")
     student = model.snapshot() if isinstance(model, Step) else model
     teacher, card = backbone_of(student), student.card
     if isinstance(teacher, DiffusersBackbone):
         raise ValueError(
-            f"model: {card.name} is a student of a diffusers pipeline, whose pictures are measured; "
+            f"model: {card.name} is a student of a diffusers pipeline, whose images are measured; "
             "save it and run: fewstep evaluate FOLDER"
         )
-    if count < 32:
-        raise ValueError(f"count: got {count}, allowed are whole numbers from 32")
+    count, out = whole_number(count, "count", 32), None if out is None else require_path(out, "out")
     null = teacher.encode([""])
     if prompts is None and null:
         raise ValueError(f"prompts: got none, {teacher.name} has conditions; pass those that the student is for")
     asked = require_prompts([""] if prompts is None else prompts)
-    truth = None if real is None else torch.as_tensor(real).float()
-    if truth is not None and (truth.shape[1:] != tuple(teacher.shape) or len(truth) < 2):
-        raise ValueError(f"real: got {list(truth.shape)}, allowed are states [N, {', '.join(map(str, teacher.shape))}]")
+    truth = None if real is None else real_states(real, teacher, 2)
     best = card.guidance if null else Guidance()
     goal = _drawn(teacher, asked, count, count, TEACHER_STEPS, best)[0]
 
@@ -110,8 +108,35 @@ def evaluate(
         "noise": energy_noise(goal[:half], goal[half : 2 * half]),
     }
     if out is not None:
-        write_json(Path(out), result)
+        write_json(out, result)
     return result
+
+
+def real_states(real: Any, backbone: Backbone, least: int) -> Tensor:
+    """Return real data as states [N, ...] of a backbone.
+
+    Images of a pipeline are encoded. Raises ValueError for what holds no numbers, complex or infinite numbers, for
+    another shape, and for samples that are all the same.
+    """
+    try:
+        found = torch.as_tensor(real).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"real: got {shortened(real)}, allowed is a tensor or an array of clean data [N, ...]"
+        ) from error
+    if found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"real: got {str(found.dtype).removeprefix('torch.')}, allowed are real numbers")
+    states = found.float()
+    if isinstance(backbone, DiffusersBackbone) and states.shape[1:] != backbone.shape:
+        states = backbone.encode_images(states)
+    if not states.ndim or states.shape[1:] != tuple(backbone.shape) or len(states) < least:
+        raise ValueError(
+            f"real: got {list(states.shape)}, allowed are at least {least} states [N, "
+            f"{', '.join(map(str, backbone.shape))}]"
+        )
+    if not bool(states.isfinite().all()) or not bool(states.var(0).any()):
+        raise ValueError("real: its numbers are not finite, or all samples are the same; pass clean data")
+    return states
 
 
 def _drawn(

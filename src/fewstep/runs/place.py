@@ -19,6 +19,14 @@ def place_checks(run: Path) -> list[Check]:
 
     Nothing is written.
     """
+    try:
+        return _place_checks(run)
+    except OSError as error:  # a name too long, a folder of somebody else
+        return [unwritable(run, error)]
+
+
+def _place_checks(run: Path) -> list[Check]:
+    """Check whether a run may have a folder that can be read."""
     shown, real = visible(str(run), lines=False), Path(os.path.realpath(run))
     own = real in (Path(real.anchor), Path(os.path.realpath(Path.home())))
     pipeline = "a model_index.json" if (run / "model_index.json").exists() else ""

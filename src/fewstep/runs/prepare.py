@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from ..backbones.load import fingerprint, place_encoders
 from ..backbones.parts import DiffusersBackbone
 from ..backbones.process import mapping_of
 from ..backbones.schedulers import student_scheduler
+from ..config_fields import COUNT, check_fields
 from ..core import timegrid
 from ..data.images import ImageData, encode_images_of
 from ..data.prompts import Embeddings, embed
@@ -38,12 +39,14 @@ from ..processes import distributed_errors, this_process
 from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
 from ..training.loop import TrainConfig
+from ..words import speaks_python
 from .init import roles_for
 from .trajectory_sources import student_source, trajectory_times
 
 EMBEDDINGS = "embeddings"  # the folder of a run for what was encoded
 
 
+@speaks_python("images")
 @dataclass(frozen=True)
 class ImageSource:
     """Images that a method starts from.
@@ -53,9 +56,12 @@ class ImageSource:
     """
 
     source: str
-    count: int = TEACHER_PICTURES
-    steps: int = TEACHER_STEPS
+    count: Annotated[int, COUNT] = TEACHER_PICTURES
+    steps: Annotated[int, COUNT] = TEACHER_STEPS
     seed: int | None = None  # the training's by default
+
+    def __post_init__(self) -> None:
+        check_fields(self, "images")
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ RENAMED = {
     "roles.skip": "roles.exclude",
     "roles.base": "roles.quantize",
 }
+INIT_HEAD = {"keep": "keep", "fold": "absorb"}  # values of 0.1.0's method.head, which is another option now
 
 
 def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,14 +353,14 @@ def read_recipe(
     value = _yaml(path)
     before = {place: _settings(value, place).get("name", DEFAULT_METHOD) for place in ("method", "warm_start.method")}
     value = override(value, overrides, model)
-    _require_new_keys(value, str(path))
+    _require_new_keys(value, _where(str(path), overrides))
     for place, name in before.items():
         _require_settings(_settings(value, place), place, name, str(path))
     for key, text in given.items():
         if not text:
             raise ValueError(f"--{key.partition('.')[0]}: got an empty text; pass a value, or leave the option out")
         _put(value, key, text)
-    return validate(value, model, str(path), [item.partition("=")[0] for item in overrides])
+    return validate(value, model, str(path), overrides)
 
 
 def _settings(value: Mapping[str, Any], place: str) -> Mapping[str, Any]:
@@ -388,7 +389,16 @@ def _require_settings(settings: Mapping[str, Any], place: str, before: Any, sour
         )
 
 
-def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", within: str = "") -> None:
+def _where(source: str, overrides: Sequence[str]) -> Callable[[str], str]:
+    """Return a function that says where an option was written.
+
+    An option is written in `source`, or with --set.
+    """
+    given = [item.partition("=")[0] for item in overrides]
+    return lambda option: "--set" if any(option == key or option.startswith(f"{key}.") for key in given) else source
+
+
+def _require_new_keys(value: Mapping[str, Any], where: Callable[[str], str], above: str = "", within: str = "") -> None:
     """Check that a recipe has no key of an earlier version.
 
     Raises ValueError with the key's present name.
@@ -397,15 +407,21 @@ def _require_new_keys(value: Mapping[str, Any], source: str, above: str = "", wi
         name, shown_name = f"{above}{key}", f"{within}{above}{key}"
         old = name == "method.match" and isinstance(inner, str)
         new = "method.match.state" if old else RENAMED.get(name)
+        if name == "method.head" and inner in INIT_HEAD:
+            raise ValueError(
+                f"{shown_name}: this option is called {within}method.init_head now, and {inner} is "
+                f"{INIT_HEAD[inner]}; rename it in {where(shown_name)}, see docs/recipes.md"
+            )
         if new is not None and not (name == "method.gan" and isinstance(inner, dict)):
             raise ValueError(
-                f"{shown_name}: this option is called {within}{new} now; rename it in {source}, see docs/recipes.md"
+                f"{shown_name}: this option is called {within}{new} now; "
+                f"rename it in {where(shown_name)}, see docs/recipes.md"
             )
         if isinstance(inner, dict):
             if key == "warm_start":
-                _require_new_keys(inner, source, "", "warm_start.")
+                _require_new_keys(inner, where, "", "warm_start.")
             else:
-                _require_new_keys(inner, source, f"{name}.", within)
+                _require_new_keys(inner, where, f"{name}.", within)
 
 
 def recorded(recipe: BaseModel) -> dict[str, Any]:
@@ -614,10 +630,10 @@ def _text(annotation: Any) -> Literal["text", "optional", ""]:
     return "text" if len(own) == len(kinds) else "optional"
 
 
-def validate(value: dict[str, Any], model: type[Model], source: str, given: Sequence[str] = ()) -> Model:
+def validate(value: dict[str, Any], model: type[Model], source: str, overrides: Sequence[str] = ()) -> Model:
     """Check that `value` is a recipe of this kind.
 
-    Returns the recipe. `given` are the options that were not written in `source` but with --set.
+    Returns the recipe. `overrides` were not written in `source` but with --set.
 
     Raises ValueError with the first mistake, on one line.
     """
@@ -631,9 +647,7 @@ def validate(value: dict[str, Any], model: type[Model], source: str, given: Sequ
     if isinstance(kind, str) and kind in kinds and kind not in str(expected):
         raise ValueError(f"recipe: {source} is of kind {kind}; run: {kinds[kind]} {source}")
 
-    def where(option: str) -> str:
-        return "--set" if any(option == key or option.startswith(f"{key}.") for key in given) else source
-
+    where = _where(source, overrides)
     _require_no_boolean(value, model, where)
     try:
         return model.model_validate(value)

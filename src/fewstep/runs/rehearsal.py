@@ -15,6 +15,7 @@ from ..backbones.apart import apart
 from ..backbones.base import Backbone
 from ..backbones.conformance import operations_of, small
 from ..backbones.generate import device_of
+from ..backbones.modules import dtype_of
 from ..findings import Check
 from ..methods.method import Method
 from ..reading import reason
@@ -87,7 +88,7 @@ def student_check(trial: Trial, folder: Path) -> Check:
     """
     student, place, steps = trial.student, temporary_beside(folder), trial.student.card.steps[0]
     teacher = student.backbone
-    half = next(teacher.module.parameters()).dtype != torch.float32
+    half = dtype_of(teacher.module).itemsize < 4
     try:
         student.write(place)
         again = Student.read(place, student.base)
@@ -101,7 +102,7 @@ def student_check(trial: Trial, folder: Path) -> Check:
     except (ValueError, FloatingPointError) as error:
         return Check(
             "student",
-            f"its files cannot be written, read and drawn with ({reason(error)})",
+            f"its files cannot be written, read and sampled ({reason(error)})",
             False,
             "please report it with the recipe",
         )
@@ -109,7 +110,7 @@ def student_check(trial: Trial, folder: Path) -> Check:
         shutil.rmtree(place, ignore_errors=True)
     apart_by = float((found - wanted).abs().max())
     same = apart_by <= (ROUNDED if half else SAME)  # False for NaN
-    said = f"its files are written, read and drawn with in {steps} steps: largest difference {apart_by:.1e}"
+    said = f"its files are written, read and sampled in {steps} steps: largest difference {apart_by:.1e}"
     return Check("student", said, same, "" if same else "they do not hold all of it: please report it with the recipe")
 
 

@@ -156,13 +156,11 @@ def next_lines(run: Run, folder: Path) -> list[list[str]]:
     """Return Python lines that use the student, each with a title."""
     final = str(folder / FINAL)
     base = "" if isinstance(run.teacher, DiffusersBackbone) else ", base=teacher"
+    measured = "student, prompts, real=..." if run.data.null else "student, real=..."
     return [
         ["Load the student", f"student = fewstep.load_student({final!r}{base})"],
-        ["Draw with it", "samples = fewstep.sample(student, prompts)"],
-        [
-            "Measure it beside its teacher",
-            f"fewstep.evaluate(student{'' if base else ', real=...'})" if base else f"fewstep evaluate {folder}",
-        ],
+        ["Sample from it", "samples = fewstep.sample(student, prompts)"],
+        ["Measure it next to its teacher", f"fewstep.evaluate({measured})" if base else f"fewstep evaluate {folder}"],
         [
             "Initialize another training from it",
             (

@@ -1,16 +1,18 @@
 """Sampling from a teacher, a step of a training, or a student."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, guided
+from ..backbones.apart import rested
+from ..backbones.base import Backbone, encoded, guided
 from ..backbones.generate import require_seed, trajectory
+from ..config_fields import shortened, whole_number
 from ..core import timegrid
 from ..core.guidance import Guidance, guidance_of
-from ..core.solvers import State
+from ..core.solvers import SOLVERS, State
 from ..methods.method import student_of
 from ..student.student import Student, require_steps_of
 from ..tensors import finite
@@ -25,7 +27,10 @@ def require_prompts(prompts: Sequence[str]) -> list[str]:
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts: got the string {prompts!r}, allowed is a list of them; pass [{prompts!r}]")
-    found = list(prompts)
+    try:
+        found = [] if isinstance(prompts, bytes | Mapping) else list(prompts)
+    except TypeError as error:
+        raise ValueError(f"prompts: got {shortened(prompts)}, allowed is a list of texts") from error
     if not found:
         raise ValueError('prompts: got none; pass at least one, [""] for a network without conditions')
     if odd := [p for p in found if not isinstance(p, str)]:
@@ -83,19 +88,26 @@ def sample_trajectory(
     The trajectory has K + 1 states, each with the clean estimate that led to the state.
     """
     prompts = require_prompts(prompts)
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps: got {steps}, allowed are whole numbers from 1")
+    if isinstance(model, type) or not isinstance(model, Backbone | Student | Step):
+        raise ValueError(
+            f"model: got {shortened(model)}, allowed is a teacher, a student, or a step of fewstep.distill"
+        )
+    steps = None if steps is None else whole_number(steps, "steps")
+    condition = None if condition is None else whole_number(condition, "condition")
+    if solver is not None and (not isinstance(solver, str) or solver not in SOLVERS):
+        raise ValueError(f"solver: got {shortened(solver)}, allowed are {', '.join(SOLVERS)}")
     if isinstance(seeds, int):
         raise ValueError(f"seeds: got {seeds}, allowed is a list of them; pass range({seeds}, {seeds + len(prompts)})")
-    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    try:
+        seeds = list(range(len(prompts)) if seeds is None else seeds)
+    except TypeError as error:
+        raise ValueError(f"seeds: got {shortened(seeds)}, allowed is a list of whole numbers, one a prompt") from error
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds: got {len(seeds)} for {len(prompts)} prompts; pass one seed a prompt")
-    for seed in seeds:
-        require_seed(seed, "seeds")
+    seeds = [require_seed(seed, "seeds") for seed in seeds]
     backbone, guidance = backbone_of(model), guidance_of(guidance)
     with torch.no_grad():
-        cond = backbone.encode(prompts)
-        null = backbone.encode([""])
+        cond, null = encoded(backbone, prompts)
     scale = guidance.scale if guidance.active else None
     if isinstance(model, Step):
         count = steps or model.method.counts[0]
@@ -108,6 +120,7 @@ def sample_trajectory(
     if isinstance(model, Student):
         _note_untrained(count := steps or model.card.steps[0], model.card.steps)
         return model.sample_trajectory(cond, seeds, count, scale, solver, condition)
+    backbone = rested(backbone)
     denoise = guided(backbone, backbone.module, cond, null, guidance)
     return trajectory(backbone, denoise, seeds, timegrid.uniform(backbone.schedule, steps or 50), solver or "ddim")
 

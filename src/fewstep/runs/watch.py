@@ -7,13 +7,15 @@ initial student.
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..backbones.base import nfe_per_step, rows
-from ..backbones.generate import in_parts, trajectory
+from ..backbones.generate import in_parts, require_seed, trajectory
 from ..backbones.parts import DiffusersBackbone
+from ..config_fields import COUNT, Range, check_fields
 from ..core import timegrid
 from ..core.guidance import Guidance
 from ..core.solvers import Denoise
@@ -22,6 +24,7 @@ from ..evaluation.states import cells, energy_distance, energy_noise, shares, sh
 from ..methods.method import Method, student_of
 from ..roles.roles import Roles
 from ..training.loop import TrainConfig
+from ..words import speaks_python
 from .preview import Preview
 
 SHARE = 0.25  # of the training's NFE that watching may cost
@@ -40,6 +43,7 @@ class DistillationWarning(UserWarning):
     """
 
 
+@speaks_python("watch")
 @dataclass(frozen=True)
 class Watch:
     """How a run is watched.
@@ -52,19 +56,14 @@ class Watch:
     gaps are watched in every run.
     """
 
-    every: int = 100
-    count: int | None = None
-    teacher_steps: int = 50
+    every: Annotated[int, COUNT] = 100
+    count: Annotated[int, Range(2, hint="; watch=None watches nothing but losses")] | None = None
+    teacher_steps: Annotated[int, COUNT] = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option in ("every", "teacher_steps"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"{option}: got {getattr(self, option)}, allowed are whole numbers from 1")
-        if self.count is not None and self.count < 2:
-            raise ValueError(
-                f"count: got {self.count}, allowed are whole numbers from 2; watch=None watches nothing but losses"
-            )
+        check_fields(self, "watch")
+        require_seed(self.seed, "watch.seed")
 
 
 @dataclass

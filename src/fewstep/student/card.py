@@ -13,6 +13,7 @@ from ..heads.head import KINDS
 
 FORMAT = 2
 DTYPES = ("float32", "bfloat16", "float16")
+BASE_DTYPES = (*DTYPES, "float64")  # the last of networks of one's own
 WEIGHTS = ("lora", "full", "none")
 
 
@@ -133,7 +134,7 @@ def require_sound(card: StudentCard) -> None:
         ),
         ("size", card.size >= 0, "whole numbers from 0"),
         ("shape", all(n > 0 for n in card.shape), "whole numbers from 1"),
-        ("dtype", card.dtype in DTYPES, ", ".join(DTYPES)),
+        ("dtype", card.dtype in BASE_DTYPES, ", ".join(BASE_DTYPES)),
         ("sigma_data", 0 <= card.sigma_data < math.inf, "numbers from 0"),
         ("base", card.base.strip() != "", "the name of a teacher"),
         ("guidance_scales", not card.guidance_scales or card.time_layer != "", "none where there is no time_layer"),

@@ -32,9 +32,11 @@ def write_client_file(
     """Write a LoRA for programs that only know files.
 
     `state` is the LoRA, with alpha equal to its rank. The file of a U-Net has kohya's names, which all these
-    programs read. The file of a transformer is what diffusers reads, and ComfyUI too. Returns the file's
-    name.
+    programs read. The file of a transformer is what diffusers reads, and ComfyUI for some families. Returns
+    the file's name, or an empty one where no program reads LoRA of the family.
     """
+    if not info.loads_lora:
+        return ""
     if not info.family.kohya:
         name = f"{card.name}-lora.safetensors"
         shutil.copyfile(lora, folder / name)
@@ -70,13 +72,15 @@ def other_programs(
         "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp"
         if unet
         else "ComfyUI and diffusers"
+        if info.family.comfyui_latent
+        else "diffusers"
     )
     rows = [
         f"`{file}` is this LoRA under the names that {readers} read. "
         f"Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
     ]
     if unet and (why := foreign(schedule, config)):
-        rows.append(f"ComfyUI, A1111 and Forge cannot draw with it: {why}.")
+        rows.append(f"ComfyUI, A1111 and Forge cannot sample it: {why}.")
     else:
         rows.append(_comfyui(card, info, schedule, config, folder))
         rows += [_automatic(card, schedule, config)] * unet
@@ -114,8 +118,8 @@ def _automatic(card: StudentCard, schedule: Schedule, config: Mapping[str, Any])
     if card.head or card.analytic_first_step or sampler is None:
         return "A1111, Forge: they have no sampler that steps as this student does."
     if (off := gap(schedule, times)) > 1.001:
-        return "A1111, Forge: no schedule of theirs visits this student's times."
-    there = "which visits exactly its times" if off == 0 else f"which is off by one of {TABLE} times at most"
+        return "A1111, Forge: none of their schedules has this student's times."
+    there = "which has exactly its times" if off == 0 else f"which is off by one of {TABLE} times at most"
     own = ["v-prediction"] * (config.get("prediction_type") == "v_prediction")
     own += ["zero terminal SNR"] * bool(config.get("rescale_betas_zero_snr"))
     base = f", the base set to {' and '.join(own)}" if own else ""

@@ -26,7 +26,7 @@ from ..core.schedule import Schedule
 from ..hashes import LISTING, require_listed, weight_hashes
 from ..heads.curve import Curve
 from ..heads.head import Facts, Head, kind_of, make_head
-from ..names import read_name
+from ..names import read_name, require_path
 from ..reading import object_in, reading
 from ..roles.step_condition import unfold, width, without_fold
 from ..tensors import read_tensors, require_floating
@@ -77,7 +77,7 @@ def require_folder(source: str | Path, option: str) -> Path:
 
     Raises ValueError if there is none.
     """
-    if (folder := find_folder(source)) is None:
+    if (folder := find_folder(require_path(source, option))) is None:
         raise ValueError(f"{option}: {source} is no student folder; pass a run or its final/ folder")
     return folder
 

@@ -90,14 +90,15 @@ pipe = fewstep.load({home}, {at})
             False,
             f"""import fewstep
 
-pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes""",
+images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes""",
         )
     head = (
-        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, without a network call |"
+        f"\n| head | {card.head}, in trajp.safetensors: corrects the direction of every step, "
+        "without a network evaluation |"
         if card.head
         else ""
     )
-    beyond = "Its way of stepping is fewstep's own: the files alone, in another program, are another model."
+    beyond = "fewstep alone has its solver: in another program its files are another model."
     if stock:
         beyond = (
             "With fewstep the settings come from the folder: "
@@ -108,7 +109,7 @@ pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of class
             "Steps and guidance have to be said: "
             f"by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
         )
-    free = "; the first step is analytic, without a network call" if card.analytic_first_step else ""
+    free = "; the first step is analytic, without a network evaluation" if card.analytic_first_step else ""
     guidance = f"baked in: call it with `guidance_scale=1.0` (the teacher's guidance: {guidance_text(card)})"
     if card.guidance_scales:
         served = ", ".join(f"{w:g}" for w in card.guidance_scales)
@@ -131,7 +132,7 @@ pictures = fewstep.sample(fewstep.load_student({at}), [""])  # or names of class
     own_base = (
         ""
         if hub_id(card.base) or card.base in bundled()
-        else f" Put your own path in the place of {home}, the base that it was made on."
+        else f" Put your own path in place of {home}, the base that it was made on."
     )
     return f"""---
 {yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False, allow_unicode=True).strip()}
@@ -144,7 +145,7 @@ with {_plain(card.method.upper())}, from {_plain(card.data)}.
 | | |
 |---|---|
 | steps | {counts} |
-| network calls a picture | {counted(card)} |
+| NFE of an image | {counted(card)} |
 | timesteps | {times} |
 | solver | {card.solver[str(steps)]}{free} |
 | guidance | {guidance}; a negative prompt has no effect |

@@ -30,7 +30,7 @@ with {card.method.upper()}, from {card.data}.
 | | |
 |---|---|
 | steps | {" or ".join(map(str, card.steps))} |
-| network calls a sample | {counted(card)} |
+| NFE of a sample | {counted(card)} |
 | times | {times} |
 | solver | {card.solver[str(steps)]} |
 | guidance | baked in; the teacher's guidance: {guidance_text(card)} |

@@ -17,13 +17,14 @@ from ..backbones.apart import apart
 from ..backbones.base import Backbone, Cond, denoiser
 from ..backbones.generate import device_of, trajectory
 from ..backbones.load import at_size, bundled, fingerprint, load_teacher, seen_from, source_of
+from ..backbones.modules import dtype_of
 from ..backbones.parts import DiffusersBackbone, LatentUNet
 from ..core import timegrid
 from ..core.prediction import Split
 from ..core.solvers import Denoise, State, with_analytic_first_step
 from ..heads.head import Head, kind_of, require_steps
 from ..methods.method import Method
-from ..names import LONGEST, made_name
+from ..names import LONGEST, made_name, require_path
 from ..roles import step_condition
 from ..roles.adapters import Adapter, attach_adapter, merge, plain_state
 from ..roles.roles import Roles, copied
@@ -91,7 +92,7 @@ def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
         train_seconds=origin.seconds,
         hardware=origin.hardware,
         version=__version__,
-        dtype=origin.dtype or str(next(backbone.module.parameters()).dtype).removeprefix("torch."),
+        dtype=origin.dtype or str(dtype_of(backbone.module)).removeprefix("torch."),
         size=origin.size,
         data=origin.data,
         time_layer=backbone.time_layer if conditioned else "",
@@ -332,7 +333,7 @@ class Student:
 
         Raises ValueError if the folder holds anything but a student.
         """
-        folder = Path(folder)
+        folder = require_path(folder, "folder")
         if folder.exists() and not holds_student(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
                 f"folder: {folder} is there already and holds no student, which would replace it; choose another"

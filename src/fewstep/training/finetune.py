@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone
+from ..backbones.modules import dtype_of
 from ..core import timegrid
 from ..core.prediction import target
 from ..core.schedule import diffuse, expand
@@ -43,7 +44,7 @@ def finetune(
             f"roles.quantize: got {how.quantize}, a fine-tune changes the weights themselves; leave it out"
         )
     module, schedule = backbone.module, backbone.schedule
-    if next(module.parameters()).dtype == torch.float16:
+    if dtype_of(module) == torch.float16:
         raise ValueError(
             "dtype: got float16, whose range loses the gradients of a training; load the teacher in bfloat16 or float32"
         )

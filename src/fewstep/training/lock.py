@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..atomic import cure_of
 from ..names import visible
 
 LOCK = "run.lock"
@@ -79,11 +80,27 @@ def lives(holder: Holder) -> bool | None:
 
 
 @contextmanager
+def held_in_python(folder: Path) -> Iterator[None]:
+    """Hold a folder as `locked` does, for a program in Python.
+
+    Raises ValueError also where the folder cannot be made.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            shown = visible(str(folder), lines=False)
+            raise ValueError(f"out: cannot write to {shown[:200]} ({error.strerror}); {cure_of(error)}") from error
+        yield
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder within the block.
 
-    Raises ValueError that names the holder if another process holds the lock. A dead holder loses the lock:
-    on this machine at once, on another machine after ten minutes without a sign of life.
+    Raises ValueError that names the holder if another process, or another run of this one, holds the lock. A
+    dead holder loses the lock: on this machine at once, on another machine after ten minutes without a sign
+    of life.
     """
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +133,9 @@ def _taken(path: Path, folder: Path) -> int:
                 os.close(handle)  # the last holder has just removed the file
                 continue
             holder = _read(handle)
-            if kernel is False or (holder is not None and holder != me and not _dead(holder, handle, kernel)):
+            if kernel is False or (
+                holder is not None and (holder != me or kernel is None) and not _dead(holder, handle, kernel)
+            ):
                 raise ValueError(_refusal(folder, path, holder))
             os.ftruncate(handle, 0)
             os.lseek(handle, 0, os.SEEK_SET)
@@ -204,6 +223,8 @@ def _refusal(folder: Path, path: Path, holder: Holder | None) -> str:
     who = (
         "another process"
         if holder is None
+        else "another run of this process"
+        if (holder.pid, holder.host) == (os.getpid(), socket.gethostname())
         else visible(f"process {holder.pid} on {holder.host} since {holder.since}", lines=False)
     )
     return (

@@ -225,7 +225,7 @@ def distill(
             (
                 f"data.source: method {method.name} "
                 f"""{
-                    "needs pictures"
+                    "needs images"
                     if method.needs.images
                     else "is trained from prompts alone, which pictures need method.gan above 0 to change"
                 }; """

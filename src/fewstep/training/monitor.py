@@ -116,7 +116,7 @@ def unfit(teacher: ImageStats, moderate: ImageStats | None, guidance: float) -> 
     if blank := sum(teacher.blank):
         found.append(
             f"DRIFT {blank} of the teacher's own {len(teacher.blank)} previews are of one colour or not finite; "
-            "see whether it draws at all: fewstep sample TEACHER"
+            "check that the teacher samples well: fewstep sample TEACHER"
         )
     if moderate is not None:
         own = f", in the teacher's own previews at method.guidance={guidance:g}"

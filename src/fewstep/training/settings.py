@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..backbones.modules import dtype_of
 from ..backbones.process import LEVELS, differences, probe, process_data
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
@@ -60,7 +61,7 @@ def settings_of(
         "roles": asdict(roles.config),
         "teacher": {
             "weights": data.identity.partition("-")[0], "shape": backbone.shape,
-            "dtype": str(next(backbone.module.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(backbone.module)).removeprefix("torch."),
             "time_layer": backbone.time_layer, **process_data(backbone, LEVELS),
         },
         "begin": _digest(roles.average),
@@ -97,7 +98,7 @@ def _spoken(difference: str) -> str:
     A hash of the student's initial weights is `init_from`.
     """
     name, _, values = difference.partition(" ")
-    return f"init_from, the student to begin as (weights {values})" if name == "begin" else difference
+    return f"init_from, the student to initialize from (weights {values})" if name == "begin" else difference
 
 
 def begun(run: Path, now: Mapping[str, Any]) -> int:

@@ -28,12 +28,12 @@ def pixels(array: np.ndarray, where: str) -> Tensor:
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(
             f"{where} is of shape {list(array.shape)}, "
-            "allowed are pictures [n, H, W, C], [n, C, H, W] or [n, H, W]; reshape it"
+            "allowed are images [n, H, W, C], [n, C, H, W] or [n, H, W]; reshape it"
         )
     if array.ndim == 3:
         if array.shape[2] in CHANNELS:
             raise ValueError(
-                f"{where} is of shape {list(array.shape)}, one picture rather than [n, H, W, C]; stack several"
+                f"{where} is of shape {list(array.shape)}, one image rather than [n, H, W, C]; stack several"
             )
         array = array[..., None]
     elif array.shape[3] not in CHANNELS:
@@ -62,7 +62,7 @@ def _range(array: np.ndarray, where: str) -> tuple[float, float]:
     Raises ValueError where the range of the numbers is not clear.
     """
     if array.dtype.kind not in "buif":
-        raise ValueError(f"{where} holds {array.dtype}, allowed are numbers; save pictures as bytes (uint8)")
+        raise ValueError(f"{where} holds {array.dtype}, allowed are numbers; save images as bytes (uint8)")
     low, high = float(array.min()), float(array.max())
     if array.dtype == np.bool_:
         return 255.0, 0.0
@@ -110,12 +110,12 @@ def labels_of(
 def _numbers(array: np.ndarray, count: int, where: str) -> Tensor:
     if array.ndim not in (1, 2) or len(array) != count:
         raise ValueError(
-            f"{where} is of shape {list(array.shape)} for {count} pictures; pass one label for each, [{count}]"
+            f"{where} is of shape {list(array.shape)} for {count} images; pass one label for each, [{count}]"
         )
     if array.ndim == 2:
         if array.dtype.kind not in "buif" or not np.isin(array, (0, 1)).all() or not (array.sum(1) == 1).all():
             raise ValueError(
-                f"{where} is of shape {list(array.shape)} and not one-hot; pass one label for each picture, [{count}]"
+                f"{where} is of shape {list(array.shape)} and not one-hot; pass one label for each image, [{count}]"
             )
         return from_numpy(array.argmax(1))
     if array.dtype.kind not in "buif" or not np.isfinite(array).all() or not (array == np.floor(array)).all():

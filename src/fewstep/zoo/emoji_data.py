@@ -143,7 +143,7 @@ def load_style(archive: Path, emoji: list[Emoji], style: str) -> tuple[list[Emoj
 
 
 def _read(png: bytes) -> np.ndarray:
-    with opened(png, "a picture of the package", "data.package") as picture:
+    with opened(png, "a image of the package", "data.package") as picture:
         return on_white(picture, 64)
 
 

@@ -25,7 +25,7 @@ IDX, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FASHION_BEGINS = (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)  # first labels: MNIST's digits are in files of the same names
 SMALL, DENSE = 2**28, 200  # bytes that are always unpacked; above, the largest ratio of unpacked to packed bytes
-CURE = "install Debian's dataset-fashion-mnist, or set data=PATH to a folder of pictures or an npz"
+CURE = "install Debian's dataset-fashion-mnist, or set data=PATH to a folder of images or an npz"
 
 
 class Pictures(NamedTuple):
@@ -57,7 +57,7 @@ def read_pixel_data(source: str) -> Pictures:
     height, width = found.images.shape[2:]
     if height != width:
         raise ValueError(
-            f"data: the pictures of {printable(source)} are {width}x{height}, allowed are square ones; cut them"
+            f"data: the images of {printable(source)} are {width}x{height}, allowed are square ones; cut them"
         )
     if (brightest := int(found.images.max())) < DARK:
         raise ValueError(
@@ -70,7 +70,7 @@ def _idx(folder: Path) -> Pictures:
     images, labels = load_idx(folder / IDX), load_idx(folder / IDX_LABELS)
     if images.ndim != 3 or 0 in images.shape or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"data: {printable(folder)} has pictures {list(images.shape)} and labels {list(labels.shape)}, "
+            f"data: {printable(folder)} has images {list(images.shape)} and labels {list(labels.shape)}, "
             "which are not [n, H, W] and [n]; download them again"
         )
     numbers, names = labels_of(labels.numpy(), len(images), f"data: {printable(folder / IDX_LABELS)}")
@@ -107,7 +107,7 @@ def _require_dense(size: int, packed: int, where: str) -> None:
     """
     if size > SMALL and size > DENSE * packed:
         raise ReadError(
-            f"{where} claims {size:,} bytes in {packed:,} packed ones, more than pictures have; check where it is from"
+            f"{where} claims {size:,} bytes in {packed:,} packed ones, more than images have; check where it is from"
         )
 
 
@@ -159,20 +159,20 @@ def _files(data: np.ndarray, offset: np.ndarray, where: str) -> Iterable[tuple[s
         or bounds != sorted(bounds)
     ):
         raise ValueError(f"{where}: jpeg is not bytes [N] with rising offset [n + 1] from 0 to N; save them so")
-    return ((f"picture {i}", data[a:b].tobytes()) for i, (a, b) in enumerate(pairwise(bounds)))
+    return ((f"image {i}", data[a:b].tobytes()) for i, (a, b) in enumerate(pairwise(bounds)))
 
 
 def _folder(path: Path) -> Pictures:
     files = list(files_in(path, KINDS, "data"))
     if not files:
         raise ValueError(
-            f"data: {printable(path)} has no pictures; allowed are {', '.join(KINDS)}, in one folder per class"
+            f"data: {printable(path)} has no images; allowed are {', '.join(KINDS)}, in one folder per class"
         )
     of = [name.partition("/")[0] if "/" in name else "" for name, _ in files]
     classes = sorted(set(of))
     if "" in classes and len(classes) > 1:
         raise ValueError(
-            f"data: {printable(path)} has pictures beside the classes' folders, "
+            f"data: {printable(path)} has images beside the classes' folders, "
             f"e.g. {printable(files[of.index('')][0])}; move them into one"
         )
     if bare := sorted(
@@ -181,7 +181,7 @@ def _folder(path: Path) -> Pictures:
         if p.is_dir() and not hidden(p.name) and classes != [""] and p.name not in classes
     ):
         raise ValueError(
-            f"data: {printable(path / bare[0])} is among the classes' folders and has no pictures; remove it"
+            f"data: {printable(path / bare[0])} is among the classes' folders and has no images; remove it"
         )
     names = class_names(classes, len(classes), f"data: {printable(path)}") if classes != [""] else ()
     images = _stack(((name, file.read_bytes()) for name, file in files), f"data: {printable(path)}")
@@ -199,7 +199,7 @@ def _stack(files: Iterable[tuple[str, bytes]], where: str) -> Tensor:
             arrays.append(np.asarray(in_colour(image)))
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(
-                f"{where}: the pictures are of several sizes, {arrays[0].shape[:2]} and {arrays[-1].shape[:2]} "
+                f"{where}: the images are of several sizes, {arrays[0].shape[:2]} and {arrays[-1].shape[:2]} "
                 f"({printable(name)}); bring them to one"
             )
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
