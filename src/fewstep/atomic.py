@@ -411,3 +411,41 @@ def write_rows(
     require_room(path, size)
     with replacing(path) as temporary, temporary.open("wb") as file:
         stream_tensors(file, shapes, (item for part in chain([first], rest, [whole]) for item in part.items()), {})
+
+
+ENTRY = 200  # bytes of a tensor's row in a header at most, its name included
+ALIGNED = 8  # every tensor begins at a multiple of it, in bytes
+
+
+def write_growing(path: Path, tensors: Iterable[tuple[str, Tensor]], count: int) -> None:
+    """Write at most `count` tensors to one safetensors file as they come.
+
+    One tensor is held at a time; sizes need not be known before. The header has the tensors' hash. Raises
+    OSError that says what to do, with nothing changed.
+    """
+    room = ENTRY * (2 * count + 2)  # a filler for each tensor, too
+    header, digests, end = dict[str, Any](), list[tuple[str, str, Iterable[int], str]](), 0
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.seek(8 + room)
+        for name, tensor in _aligned(tensors):
+            content = bytes_of(tensor)
+            digests.append((name, str(tensor.dtype), tensor.shape, hashlib.sha256(content).hexdigest()))
+            header[name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + file.write(content)],
+            }
+            end += len(content)
+        header["__metadata__"] = {SHA256: combined(digests)}
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
+
+
+def _aligned(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors with fillers between them: the format has no gaps."""
+    end = 0
+    for name, tensor in tensors:
+        if gap := -end % ALIGNED:
+            yield f"filler.{end}", torch.zeros(gap, dtype=torch.uint8)
+        end += gap + tensor.nbytes
+        yield name, tensor

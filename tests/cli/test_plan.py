@@ -7,7 +7,17 @@ import pytest
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
-from fewstep.cli.plan import LEAST_BATCH, Phases, Plan, fit, parse_bytes, phases_of, plan_of, roundings, savings
+from fewstep.cli.plan import (
+    LEAST_BATCH,
+    Plan,
+    Surroundings,
+    around_training,
+    fit,
+    parse_bytes,
+    plan_of,
+    roundings,
+    savings,
+)
 from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.memory import Training
 
@@ -25,7 +35,7 @@ def planned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pl
         patch.chdir(tmp_path_factory.mktemp("planned"))
         settings = read_recipe(str(recipe(teacher, train=train)), [], DistillRecipe)
     hollow = meta_teacher(teacher)
-    return plan_of(settings, hollow, phases_of(settings, hollow)), hollow
+    return plan_of(settings, hollow, around_training(settings, hollow)), hollow
 
 
 def test_the_table_adds_up_and_no_weights_are_read(
@@ -67,7 +77,7 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
 
 
-def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
+def counted(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
     """Return a plan of round numbers.
 
     A base takes 100, moments 40, adapters and gradients 20 each, a sample 4, with checkpointing 1.
@@ -78,7 +88,7 @@ def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
     )
     return Plan(
         recipe,
-        phases,
+        around,
         Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)),
     )
 
@@ -121,8 +131,8 @@ def test_what_changes_the_result_comes_last_the_least_first(
     none = tiny.stable_diffusion(channels=(96, 96))
     monkeypatch.setattr(plan, "plan_of", counted)
     monkeypatch.setattr(plan, "meta_of", lambda _: none)
-    monkeypatch.setattr(plan, "phases_of", lambda *_: Phases(0, 0, 0))
-    made = counted(settings, none, Phases(0, 0, 0))
+    monkeypatch.setattr(plan, "around_training", lambda *_: Surroundings((), 0, 0))
+    made = counted(settings, none, Surroundings((), 0, 0))
     assert fit(made, none, usable, "")[0] == expected
     if usable == 80:
         with pytest.raises(ValueError, match=r"with the smallest batch, checkpointing and all that rounds"):

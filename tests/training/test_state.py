@@ -15,10 +15,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fewstep.backbones.base import Denoiser
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.training import saving
 from fewstep.training import state as module
 from fewstep.training.loop import save_run
 from fewstep.training.memory import MemoryTracker
 from fewstep.training.optimizer import make_optimizer
+from fewstep.training.saving import CheckpointWriter
 from fewstep.training.state import (
     checkpoints,
     latest_checkpoint,
@@ -196,7 +198,7 @@ def counted_saving(roles: Roles, run: Path) -> tuple[int, int]:
     with MemoryTracker() as ledger:
         ledger.add(*held)
         before = ledger.now
-        save_run(roles, optimizers, run, 1, {})
+        save_run(roles, optimizers, CheckpointWriter(run, 2), 1, {})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (run / "checkpoint-000001" / "optimizer_student.safetensors").is_file()
@@ -220,8 +222,9 @@ LARGEST = 512 * 512 * 4
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_saving_holds_nothing_beside_what_is_there(lora: bool, tmp_path: Path) -> None:
+def test_saving_holds_nothing_beside_what_is_there(lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of weights or of optimiser states would be made on the card: gigabytes at the first checkpoint."""
+    monkeypatch.setattr(saving, "free_memory", lambda: 0)
     roles = make_roles(Denoiser(Wide(), tiny.TABLE, (512,), "v"), RolesConfig(lora=lora, rank=2))
     tensors, other = counted_saving(roles, tmp_path)
     assert tensors == 0 and other < LARGEST
@@ -235,8 +238,11 @@ def two() -> Iterator[DeviceMesh]:
     distributed.destroy_process_group()
 
 
-def test_saving_sharded_weights_holds_one_whole_tensor(two: DeviceMesh, tmp_path: Path) -> None:
+def test_saving_sharded_weights_holds_one_whole_tensor(
+    two: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tensor is gathered, with what gathering takes, and gone before the next one comes: 28 are saved."""
+    monkeypatch.setattr(saving, "free_memory", lambda: 0)
     roles = make_roles(Denoiser(Wide(), tiny.TABLE, (512,), "v"), RolesConfig(lora=False))
     roles.shard(two, torch.device("cpu"))
     tensors, other = counted_saving(roles, tmp_path)

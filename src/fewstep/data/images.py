@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..atomic import SHA256, read_hashed, write_rows
-from ..backbones.base import Backbone
+from ..backbones.base import Backbone, takes_prompts
+from ..backbones.encoders import encoding_on
+from ..backbones.generate import device_of
 from ..methods.method import RealBatch
 from .captioned import OPTION, Captioned, read_pictures
 from .image_files import in_colour, opened, squared
@@ -46,7 +48,7 @@ class ImageData:
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> RealBatch:
         """Draw a random batch, each image with the image's own caption."""
         rows = torch.randint(len(self), (batch,), generator=rng)
-        return RealBatch(self.x0[rows].to(device), {k: v[rows].to(device) for k, v in self.embeddings.cond.items()})
+        return RealBatch(self.x0[rows].to(device), self.embeddings.at(rows, device))
 
 
 def encode_images_of(
@@ -71,7 +73,7 @@ def encode_images_of(
         raise ValueError(f"{OPTION}: the states of {backbone.name} are no images; leave it out")
     pictures, seen = read_pictures(source)
     found(seen)
-    if backbone.encode([""]) and not any(p.caption for p in pictures):
+    if takes_prompts(backbone) and not any(p.caption for p in pictures):
         raise ValueError(
             f"{OPTION}: none of the {seen.line} has a caption; "
             "write metadata.jsonl with file_name and text, or a .txt beside each image"
@@ -80,7 +82,8 @@ def encode_images_of(
     for p in pictures:
         digest.update(json.dumps([p.name, p.caption]).encode() + hashlib.sha256(p.read()).digest())
     key = digest.hexdigest()[:24]
-    embeddings = embed(backbone, [p.caption for p in pictures], cache, identity, keep=keep)
+    with encoding_on(backbone, device_of(backbone.module)):
+        embeddings = embed(backbone, [p.caption for p in pictures], cache, identity, keep=keep)
 
     def encode() -> Iterator[Tensor]:
         for i in range(0, len(pictures), chunk):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic import read_hashed, require_room, write_json, write_tensors
-from ..backbones.base import Backbone, Cond, guided, nfe_per_step, rows
+from ..backbones.base import Backbone, Cond, guided, nfe_per_step
 from ..backbones.generate import device_of, noise_of, require_seed
 from ..config_fields import Range, check_fields
 from ..core import timegrid
@@ -199,7 +199,7 @@ class Trajectories:
         return TrajectoryBatch(
             self.states[picked].to(device),
             self.times,
-            {k: v[picked].to(device) for k, v in self.embeddings.cond.items()},
+            self.embeddings.at(picked, device),
         )
 
 
@@ -248,7 +248,7 @@ def generate_trajectories(
         path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
         shard = _read(path, part, known)
         if shard is None:
-            cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
+            cond = own.at(part, device)
             shard = _walked(backbone, source, cond, range(part.start, part.stop), config)
             shard["seconds"] /= processes
             if path is not None:

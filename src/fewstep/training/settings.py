@@ -10,10 +10,11 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..backbones.modules import dtype_of
-from ..backbones.process import LEVELS, differences, probe, process_data
+from ..backbones.process import LEVELS, PROBED, differences, probe, process_data
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .loop import TrainConfig
 
 DERIVED = ("begin ", "trajectories ")  # hashes that follow from other settings: named only if nothing else differs
-FREE = ("shard", "checkpoint_every")  # settings that do not change the result
+FREE = ("shard", "checkpoint_every", "keep")  # settings that do not change the result
 
 
 def settings_of(
@@ -66,7 +67,7 @@ def settings_of(
         },
         "begin": _digest(roles.average),
         "prompts": {"count": data.count, "hash": _hash("\0".join(data.prompts).encode())},
-        "conditions": {} if backbone.encoders else probe(data.cond),
+        "conditions": {} if backbone.encoders else probe(data.at(slice(PROBED), torch.device("cpu")), PROBED),
         "pictures": None if real is None else real.key,
         "trajectories": None if paths is None else paths.key,
     }, default=str))  # fmt: skip
