@@ -417,13 +417,18 @@ ENTRY = 200  # bytes of a tensor's row in a header at most, its name included
 ALIGNED = 8  # every tensor begins at a multiple of it, in bytes
 
 
+def growing_header(count: int) -> int:
+    """Return the bytes before the tensors in a file of `write_growing`."""
+    return 8 + ENTRY * (2 * count + 2)  # a filler for each tensor, too
+
+
 def write_growing(path: Path, tensors: Iterable[tuple[str, Tensor]], count: int) -> None:
     """Write at most `count` tensors to one safetensors file as they come.
 
     One tensor is held at a time; sizes need not be known before. The header has the tensors' hash. Raises
     OSError that says what to do, with nothing changed.
     """
-    room = ENTRY * (2 * count + 2)  # a filler for each tensor, too
+    room = growing_header(count) - 8
     header, digests, end = dict[str, Any](), list[tuple[str, str, Iterable[int], str]](), 0
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.seek(8 + room)

@@ -1,5 +1,6 @@
 """`fewstep plan`: a table, and settings that fit a card and give the same training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
 from fewstep.cli.plan import (
     LEAST_BATCH,
+    Phase,
     Plan,
     Surroundings,
     around_training,
@@ -19,7 +21,7 @@ from fewstep.cli.plan import (
     savings,
 )
 from fewstep.runs.recipe import DistillRecipe, read_recipe
-from fewstep.training.memory import Training
+from fewstep.training.memory import Training, module_bytes, peak_bytes
 
 from .. import pipelines, tiny
 from .common import error_of, fewstep
@@ -189,3 +191,56 @@ def test_sizes() -> None:
         2**29,
         7,
     ]
+
+
+def test_phases_are_counted_apart_and_the_peak_is_named() -> None:
+    train = {"iterations": 2, "batch": 8, "lr": 1e-3, "fake_lr": 1e-3}
+    settings = read_recipe(str(recipe(Path("none"), train=train)), [], DistillRecipe)
+    around = Surroundings((Phase("encoding prompts: text_encoder alone", 300),), 7, 90)
+    t = Training(100, 20, 20, 40, 5, 60, sampling=32)
+    made = Plan(settings, around, t)
+    held, shown = 100 + 20 + 40 + 5, len(settings.preview.prompts or [None] * 8)
+    assert [p.bytes for p in made.phases] == [
+        300,
+        held + 20 + 60 + 7,
+        held + 7 + 32 * min(shown, 8) // 8,
+        held + 90,
+        held + 7,
+        held + 7,
+    ]
+    assert made.peak.name == "encoding prompts: text_encoder alone" and made.total == 300
+    assert replace(made, around=Surroundings((), 7, 90)).peak.name == "previews: the autoencoder decodes"
+    assert replace(made, around=Surroundings((), 7, 0)).peak.name == "training"
+    two = replace(made, training=replace(t, exchange=200), cards=2)
+    assert two.peak.name == "cards exchange gradients" and two.total == held + 20 + 200 + 7
+
+
+def test_every_encoder_is_counted_alone(tmp_path: Path) -> None:
+    folder = pipelines.save("sdxl", tmp_path / "sdxl")
+    settings = read_recipe(str(recipe(folder)), [], DistillRecipe)
+    teacher = meta_teacher(folder)
+    around = around_training(settings, teacher)
+    assert [p.name for p in around.encoders] == [
+        f"encoding prompts: {n} alone" for n in ("text_encoder", "text_encoder_2")
+    ]
+    for phase, encoder in zip(around.encoders, teacher.encoders, strict=True):
+        assert module_bytes(encoder) < phase.bytes < module_bytes(encoder) + peak_of(teacher)
+        assert "forward" not in vars(encoder)
+
+
+def peak_of(teacher: Backbone) -> int:
+    """What all encoders take at work."""
+    return peak_bytes(lambda: teacher.encode([""] * 64), *teacher.encoders)
+
+
+@pytest.mark.slow
+def test_cards_share_weights_or_exchange_gradients(planned: tuple[Plan, Backbone]) -> None:
+    made, teacher = planned
+
+    def on(cards: int, **train: object) -> Training:
+        own = made.recipe.model_copy(update={"train": replace(made.recipe.train, **train)})  # type: ignore[arg-type]
+        return plan_of(own, teacher, made.around, cards).training
+
+    one, eight, shared = on(1), on(8), on(8, shard=True)
+    assert replace(eight, exchange=0) == one and eight.exchange == 3 * one.trained // 2
+    assert shared.held < one.held and shared.gathered > 0 and shared.exchange == 0

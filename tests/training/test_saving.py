@@ -1,5 +1,6 @@
 """Checkpoints that are written beside the training."""
 
+import gc
 import os
 import shutil
 import signal
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from fewstep.atomic import stream_tensors
 from fewstep.training import saving, state
+from fewstep.training.loop import distill
 from fewstep.training.saving import CheckpointWriter, checkpoint_writer, free_memory
 from fewstep.training.state import checkpoints, latest_checkpoint, load_checkpoint
 
-from .common import CONFIG, run
+from .common import CONFIG, METHOD, parts, run
 
 SECONDS = 20.0  # that a thread may take before a test fails
 
@@ -107,6 +109,18 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     run(config=replace(CONFIG, checkpoint_every=1, keep=1), out=tmp_path / "one")
     run(config=replace(CONFIG, checkpoint_every=1, keep=3), out=tmp_path / "three")
     assert [len(checkpoints(tmp_path / name)) for name in ("one", "three")] == [1, 3]
+
+
+def test_a_run_that_nobody_holds_any_more_is_saved(tmp_path: Path) -> None:
+    """The collector closes it with all that refers to itself, in whichever thread."""
+    roles, data = parts()
+    held: list[Any] = [distill(roles, METHOD, data, CONFIG, tmp_path)]
+    for _ in range(4):
+        next(held[0])
+    held.append(held)
+    del held
+    gc.collect()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003", "checkpoint-000004"]
 
 
 def dying_at(event: int, calls: list[tuple[Any, str]]) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..atomic import SHA256, read_hashed, require_room, write_growing
+from ..atomic import SHA256, growing_header, read_hashed, require_room, write_growing
 from ..backbones.base import Backbone, Cond
 from ..backbones.modules import dtype_of
 from ..backbones.parts import SizeConditioned
@@ -215,10 +215,10 @@ class Encoding:
 
     def embeddings(self, tensors: Mapping[str, Tensor], null: Cond, encoded: int) -> Embeddings:
         """Return the conditions that parts hold. Raises KeyError where a part is missing."""
+        starts = sorted({name.rpartition(".")[2] for name in tensors if name.startswith("cond.")})
         cond: dict[str, Tensor | Packed] = {}
         for k, v in null.items():
-            names = [f"{k}.{start:09d}" for start in self.starts(0, 1)]
-            found = [(tensors[f"cond.{n}"], tensors[f"lengths.{n}"]) for n in names]
+            found = [(tensors[f"cond.{k}.{start}"], tensors[f"lengths.{k}.{start}"]) for start in starts]
             cond[k] = packed(found, tuple(v.shape[1:]))
         sizes = self.sizes(len(self.prompts))
         null = {**null, **{k: v[:1] for k, v in sizes.items()}}
@@ -246,32 +246,36 @@ class Encoding:
                     return None
                 tensors |= own
             null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
-            kept = self.embeddings(tensors, null, 0)
+            shapes = {k: tensors[f"shape.{k}"].tolist() for k in null}
+            kept = self.embeddings(tensors, null, 0) if null and any(n.startswith("cond.") for n in tensors) else None
         except (SafetensorError, KeyError):
             return None
-        sound = all(
+        sound = kept is not None and all(
             len(v) == len(self.prompts)
-            and len(null[k]) == 1
+            and list(null[k].shape) == [1, *shapes[k]]
             and {p.shape[1:] for p in v.parts} == {null[k].shape[2:]}
             and {p.dtype for p in v.parts} == {null[k].dtype}
             and int((v.begins + v.lengths).amax()) <= max(len(p) for p in v.parts)
             for k, v in kept.cond.items()
             if isinstance(v, Packed)
         )
-        return kept if null and sound else None
+        return kept if sound else None
 
     def write(self, file: Path, null: Cond, rank: int, processes: int, keep: Kept) -> None:
         """Encode the parts of a process into a file, of which one part is in memory at a time."""
-        parts, count = self.parts(rank, processes), len(self.starts(rank, processes))
+        parts = self.parts(rank, processes)
         first = next(parts, {})
+        kept = {f"null.{k}": v.contiguous() for k, v in null.items()}
+        kept |= {f"shape.{k}": torch.tensor(v.shape[1:], dtype=torch.int64) for k, v in null.items()}
+        count = len(kept) + 2 * len(null) * len(self.starts(rank, processes))
         if rank == 0:
             each = sum(t.nbytes for t in first.values()) / max(1, min(self.chunk, len(self.prompts)))
-            expected = int(each * len(self.prompts))
+            around = growing_header(count) + sum(t.nbytes for t in kept.values())
+            expected = int(each * len(self.prompts)) + processes * around
             keep(file, expected)
             require_room(file, expected)
         rest = (item for part in chain([first], parts) for item in part.items())
-        kept = {f"null.{k}": v.contiguous() for k, v in null.items()}
-        write_growing(file, chain(kept.items(), rest), 2 * count * len(null) + len(kept))
+        write_growing(file, chain(kept.items(), rest), count)
 
 
 def embed(

@@ -181,8 +181,9 @@ def identity_of(teacher: Backbone, prompts: list[str], cache: Path | None = None
         load_deferred(teacher)
     hashes, mapping = fingerprints(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
     identity = f"{hashes[-1]}-{mapping}" if mapping else hashes[-1]
-    if cache is not None and is_first() and isinstance(teacher, DiffusersBackbone):
-        EncoderRecord(encoder_files(Path(teacher.pipe.name_or_path)), hashes[0], identity).write(cache)
+    folder = teacher.pipe.name_or_path if isinstance(teacher, DiffusersBackbone) else None
+    if cache is not None and folder and is_first():
+        EncoderRecord(encoder_files(Path(folder)), hashes[0], identity).write(cache)
     return identity
 
 

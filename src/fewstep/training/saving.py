@@ -5,10 +5,10 @@ second time is written while the training waits.
 """
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +32,9 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
-        self._thread = ThreadPoolExecutor(1, "checkpoints")
-        self._pending: Future[Path] | None = None
+        # A thread of its own each: an executor's threads end while a run that nobody holds any more is collected.
+        self._thread: Thread | None = None
+        self._failed: list[BaseException] = []
 
     def save(self, step: int, groups: Groups, state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint, once the one before is on the disk.
@@ -45,25 +46,29 @@ class CheckpointWriter:
             save_checkpoint(self.run, step, groups, state, self.keep)
             return
         kept = {name: {n: _apart(t) for n, t in whole(own)} for name, own in groups.items()}
-        self._pending = self._thread.submit(save_checkpoint, self.run, step, kept, state, self.keep)
+        self._thread = Thread(target=self._write, args=(step, kept, state), name=f"checkpoint {step}")
+        self._thread.start()
 
-    def close(self) -> None:
-        """End the thread, once nothing is being written."""
-        self._thread.shutdown()
+    def _write(self, step: int, groups: Groups, state: Mapping[str, Any]) -> None:
+        try:
+            save_checkpoint(self.run, step, groups, state, self.keep)
+        except BaseException as error:  # noqa: BLE001 - for the training's thread to raise
+            self._failed.append(error)
 
     def check(self) -> None:
         """Raise the OSError of a checkpoint that could not be written."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+        if self._failed:
+            raise self._failed.pop()
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written.
 
         Raises OSError where it could not be written.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -89,8 +94,6 @@ def checkpoint_writer(run: Path, keep: int) -> Iterator[CheckpointWriter]:
         raise
     else:
         writer.wait()
-    finally:
-        writer.close()
 
 
 def free_memory() -> int:
