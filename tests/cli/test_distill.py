@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.atomic import stream_tensors, write_json
+from fewstep.backbones import encoders
+from fewstep.backbones import parts as backbone_parts
 from fewstep.cli import main
 from fewstep.training import loop, state
 
@@ -107,6 +109,28 @@ def test_stopped_and_resumed_is_the_straight_run(
 
 class Killed(BaseException):
     """What nothing catches, as nothing catches a kill."""
+
+
+def test_a_second_run_loads_no_encoder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the encoders say is in the cache, and their files are still the same."""
+    loaded: list[str] = []
+    for owner in (encoders, backbone_parts):
+        original = owner.load_part
+
+        def load_part(kind: Any, folder: Path, name: str, dtype: Any, own: Any = original) -> Any:
+            loaded.append(name)
+            return own(kind, folder, name, dtype)
+
+        monkeypatch.setattr(owner, "load_part", load_part)
+    assert fewstep(monkeypatch, "distill", recipe, "--set", "train.iterations=3") == 0
+    assert sorted(loaded) == ["text_encoder", "unet", "vae"]
+    del loaded[:]
+    assert fewstep(monkeypatch, "distill", recipe) == 0
+    assert sorted(loaded) == ["unet", "vae"]
+    del loaded[:]
+    (recipe.parent / "prompts.txt").write_text("green bird\n")
+    assert fewstep(monkeypatch, "distill", recipe, "--out", "runs/other") == 0
+    assert sorted(loaded) == ["text_encoder", "unet", "vae"]
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

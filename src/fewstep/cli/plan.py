@@ -99,10 +99,14 @@ class Plan:
         return self.peak.bytes
 
     @property
+    def least(self) -> int:
+        """Bytes of the largest part that a card has to hold: encoders work on the CPU where they do not fit."""
+        return max(phase.bytes for phase in self.phases if phase not in self.around.encoders)
+
+    @property
     def fixed(self) -> int:
         """Bytes that no other batch and no checkpointing saves."""
-        rest = [p.bytes for p in (*self.around.encoders, Phase("", self.training.held + self.around.drawing))]
-        return max(rest)
+        return self.training.held + self.around.drawing
 
 
 def shown_images(recipe: DistillRecipe) -> int:
@@ -139,6 +143,9 @@ def run_plan(
         own, needed = fit(made, teacher, usable, prefix)
         sets += [s for s in own if s not in sets]
         console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")
+        for phase in made.around.encoders:
+            if phase.bytes > usable:
+                console.print(f"{phase.name}: {size(phase.bytes)} do not fit, it works on the CPU, slowly")
     changes = [what for option, what in ROUNDED.items() if any(s.partition("=")[0].endswith(option) for s in sets)]
     if changes:
         console.print(f"nothing that gives the same result fits; with these it changes a little: {'; '.join(changes)}")
@@ -183,13 +190,13 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     The settings are the fastest of those with the same result; where there are none, those that round the
     least. Raises ValueError with one line where no settings fit.
     """
-    if made.total <= usable:
-        return [], made.total
+    if made.least <= usable:
+        return [], made.least
     found, needed = fastest(made, teacher, usable, prefix)
     for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
         hollow = meta_of(recipe)
         rounded = plan_of(recipe, hollow, around_training(recipe, hollow), made.cards)
-        ways, needed = ([], rounded.total) if rounded.total <= usable else fastest(rounded, hollow, usable, prefix)
+        ways, needed = ([], rounded.least) if rounded.least <= usable else fastest(rounded, hollow, usable, prefix)
         if ways is not None:
             return [*sets, *ways], needed
     if found is not None:
@@ -214,7 +221,7 @@ def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[li
         while ways and first <= last:
             middle = last if fitting is None else (first + last) // 2
             sets, recipe = ways[middle]
-            needed = plan_of(recipe, teacher, made.around, made.cards).total
+            needed = plan_of(recipe, teacher, made.around, made.cards).least
             if needed <= usable:
                 fitting, last = (sets, needed), middle - 1
             elif fitting is None:
