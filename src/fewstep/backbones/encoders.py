@@ -22,7 +22,10 @@ def is_deferred(network: nn.Module) -> bool:
 
 
 def deferred(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """Return an encoder of a pipeline's folder whose weights are loaded at its first call."""
+    """Return an encoder of a pipeline's folder whose weights are loaded at its first call.
+
+    Until then it is a `kind` that says it is on the CPU, where its inputs have to be.
+    """
     config = kind.config_class.from_pretrained(str(folder), subfolder=name, dtype=dtype)
     with torch.device("meta"), default_dtype(dtype):
         network: nn.Module = kind(config)
@@ -32,9 +35,12 @@ def deferred(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> nn.Modul
         loaded = load_part(kind, folder, name, dtype)
         network._parameters, network._buffers = loaded._parameters, loaded._buffers
         network._modules = loaded._modules
+        network.__class__ = kind
         network.requires_grad_(False).eval()
 
     handle = network.register_forward_pre_hook(fill)
+    about = {"device": torch.device("cpu"), "__module__": kind.__module__}
+    network.__class__ = type(kind.__name__, (kind,), about)
     return network
 
 
