@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from backbones import FAMILIES, embeddings
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around
-from fewstep.backbones.meta import default_dtype
+from fewstep.backbones.parts import default_dtype
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig

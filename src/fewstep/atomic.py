@@ -13,14 +13,14 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .hashes import bytes_of, combined, tensors_hash
@@ -29,13 +29,21 @@ from .reading import reason, require_regular
 
 # safetensors' names
 DTYPES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 SHA256 = "sha256"  # key in a header, for the hash of all tensors of the file
+NO_HASH = "0" * 64  # holds the hash's place until all is written
 ENDING = ".fewstep.tmp"
 # Names of files that a killed process leaves.
 LEFT = re.compile(rf"\..*{re.escape(ENDING)}|\..+\.\d+\.tmp|\.checkpoint-\d{{6,}}\.tmp", re.DOTALL)
@@ -283,29 +291,67 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
-    """Write tensors to one safetensors file.
+    """Write tensors to one safetensors file, one after the other.
 
     The header has `about` and the tensors' hash. Raises OSError that says what to do, with nothing changed.
     """
-    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(plain, temporary, {**(about or {}), SHA256: tensors_hash(plain)})
-        _sort_header(temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        stream_tensors(file, shapes_of(tensors), tensors.items(), about or {})
 
 
-def _sort_header(path: Path) -> None:
-    """Sort the metadata in a safetensors header by key.
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by name
 
-    safetensors writes another order each time, which would change the file's hash.
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the dtypes and shapes of tensors."""
+    return {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
+def header_of(shapes: Shapes, about: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
+    """Return a safetensors file's header, where each tensor begins, and the file's size.
+
+    With `about`, the header has `about` and room for the hash of all tensors. Wide types come first, so that
+    every tensor begins at a multiple of its own width.
     """
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:
-            file.seek(8)
-            file.write(text.ljust(size))
+    header: dict[str, Any] = {} if about is None else {"__metadata__": {**dict(sorted(about.items())), SHA256: NO_HASH}}
+    begins, end = dict[str, int](), 0
+    for name in sorted(shapes, key=lambda n: (-shapes[n][0].itemsize, n)):
+        (dtype, shape), begins[name] = shapes[name], end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begins[name], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return text, {name: 8 + len(text) + begin for name, begin in begins.items()}, 8 + len(text) + end
+
+
+def stream_tensors(
+    file: BinaryIO, shapes: Shapes, rows: Iterable[tuple[str, Tensor]], about: Mapping[str, str] | None = None
+) -> str:
+    """Write a safetensors file, and return the hash of its tensors.
+
+    `rows` are (name, tensor), the rows of each tensor in their order; tensors may take turns. One of them is
+    held at a time: it moves to the CPU, where it is hashed while it is written. The header has `about` and
+    the hash; with None it has neither. Raises ValueError where the rows do not make up the `shapes`.
+    """
+    text, at, _ = header_of(shapes, about)
+    hashes, wanted = {name: hashlib.sha256() for name in shapes}, dict(at)
+    file.write(len(text).to_bytes(8, "little") + text)
+    with ThreadPoolExecutor(1) as beside:
+        for name, tensor in rows:
+            content = bytes_of(tensor)
+            hashed = beside.submit(hashes[name].update, content)
+            file.seek(at[name])
+            at[name] += file.write(content)
+            hashed.result()
+            del tensor, content, hashed  # before the next one comes
+    for name, (dtype, shape) in shapes.items():
+        if at[name] != wanted[name] + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{file.name}: the rows of {name} are not {shape[0]}")
+    digest = combined((n, str(dtype), shape, hashes[n].hexdigest()) for n, (dtype, shape) in shapes.items())
+    if about is not None:
+        file.seek(8)
+        file.write(text.replace(NO_HASH.encode(), digest.encode(), 1))
+    return digest
 
 
 def read_hashed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -356,30 +402,55 @@ def write_rows(
     """
     rest = iter(parts)
     first = next(rest)
-    shapes = {k: (v.dtype, (count, *v.shape[1:])) for k, v in first.items()} | {
-        k: (v.dtype, tuple(v.shape)) for k, v in whole.items()
+    shapes = {
+        **{name: (dtype, (count, *shape[1:])) for name, (dtype, shape) in shapes_of(first).items()},
+        **shapes_of(whole),
     }
-    header: dict[str, Any] = {"__metadata__": {SHA256: "0" * 64}}  # room for the hash, known when all is written
-    hashes = {name: hashlib.sha256() for name in shapes}
-    end = 0
-    for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    at = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
-    planned(path, 8 + len(text) + end)
-    require_room(path, 8 + len(text) + end)
+    size = header_of(shapes, {})[2]
+    planned(path, size)
+    require_room(path, size)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for part in chain([first], rest, [whole]):
-            for name, rows in part.items():
-                file.seek(at[name])
-                content = bytes_of(rows)
-                hashes[name].update(content)
-                at[name] += file.write(content)
-        if ends := [n for n in shapes if at[n] != 8 + len(text) + header[n]["data_offsets"][1]]:
-            raise ValueError(f"{path}: the rows of {ends[0]} are not {count}")
-        whole_hash = combined((n, str(dtype), shape, hashes[n].hexdigest()) for n, (dtype, shape) in shapes.items())
-        file.seek(8)
-        file.write(text.replace(b"0" * 64, whole_hash.encode(), 1))
+        stream_tensors(file, shapes, (item for part in chain([first], rest, [whole]) for item in part.items()), {})
+
+
+ENTRY = 200  # bytes of a tensor's row in a header at most, its name included
+ALIGNED = 8  # every tensor begins at a multiple of it, in bytes
+
+
+def growing_header(count: int) -> int:
+    """Return the bytes before the tensors in a file of `write_growing`."""
+    return 8 + ENTRY * (2 * count + 2)  # a filler for each tensor, too
+
+
+def write_growing(path: Path, tensors: Iterable[tuple[str, Tensor]], count: int) -> None:
+    """Write at most `count` tensors to one safetensors file as they come.
+
+    One tensor is held at a time; sizes need not be known before. The header has the tensors' hash. Raises
+    OSError that says what to do, with nothing changed.
+    """
+    room = growing_header(count) - 8
+    header, digests, end = dict[str, Any](), list[tuple[str, str, Iterable[int], str]](), 0
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.seek(8 + room)
+        for name, tensor in _aligned(tensors):
+            content = bytes_of(tensor)
+            digests.append((name, str(tensor.dtype), tensor.shape, hashlib.sha256(content).hexdigest()))
+            header[name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + file.write(content)],
+            }
+            end += len(content)
+        header["__metadata__"] = {SHA256: combined(digests)}
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + json.dumps(header, separators=(",", ":")).encode().ljust(room))
+
+
+def _aligned(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors with fillers between them: the format has no gaps."""
+    end = 0
+    for name, tensor in tensors:
+        if gap := -end % ALIGNED:
+            yield f"filler.{end}", torch.zeros(gap, dtype=torch.uint8)
+        end += gap + tensor.nbytes
+        yield name, tensor

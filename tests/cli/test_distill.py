@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fewstep.atomic import write_json
+from fewstep.atomic import stream_tensors, write_json
+from fewstep.backbones import encoders
+from fewstep.backbones import parts as backbone_parts
 from fewstep.cli import main
 from fewstep.training import loop, state
 
@@ -109,6 +111,28 @@ class Killed(BaseException):
     """What nothing catches, as nothing catches a kill."""
 
 
+def test_a_second_run_loads_no_encoder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the encoders say is in the cache, and their files are still the same."""
+    loaded: list[str] = []
+    for owner in (encoders, backbone_parts):
+        original = owner.load_part
+
+        def load_part(kind: Any, folder: Path, name: str, dtype: Any, own: Any = original) -> Any:
+            loaded.append(name)
+            return own(kind, folder, name, dtype)
+
+        monkeypatch.setattr(owner, "load_part", load_part)
+    assert fewstep(monkeypatch, "distill", recipe, "--set", "train.iterations=3") == 0
+    assert sorted(loaded) == ["text_encoder", "unet", "vae"]
+    del loaded[:]
+    assert fewstep(monkeypatch, "distill", recipe) == 0
+    assert sorted(loaded) == ["unet", "vae"]
+    del loaded[:]
+    (recipe.parent / "prompts.txt").write_text("green bird\n")
+    assert fewstep(monkeypatch, "distill", recipe, "--out", "runs/other") == 0
+    assert sorted(loaded) == ["text_encoder", "unet", "vae"]
+
+
 def test_a_killed_run_goes_on_from_its_checkpoint_bit_for_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fewstep(monkeypatch, "distill", recipe, "--out", "straight") == 0
     update = loop._update
@@ -198,20 +222,17 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     calls = 0
 
-    def fill_up(*arguments: Any) -> None:
+    def fill_up(*arguments: Any) -> str:
         nonlocal calls
         calls += 1
         if calls > 6:  # the second checkpoint
-            full()
-        save_file(*arguments)
+            raise OSError(28, "No space left on device")
+        return stream_tensors(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save_file", fill_up)
+        patch.setattr(state, "stream_tensors", fill_up)
         assert fewstep(monkeypatch, "distill", recipe) == 2
     assert "No space left on device" in error_of(capsys)
     assert [p.name for p in Path("runs/tiny").glob("*checkpoint*")] == ["checkpoint-000002"]

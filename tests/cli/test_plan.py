@@ -1,5 +1,6 @@
 """`fewstep plan`: a table, and settings that fit a card and give the same training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,20 @@ import pytest
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.meta import meta_teacher
 from fewstep.cli import plan
-from fewstep.cli.plan import LEAST_BATCH, Phases, Plan, fit, parse_bytes, phases_of, plan_of, roundings, savings
+from fewstep.cli.plan import (
+    LEAST_BATCH,
+    Phase,
+    Plan,
+    Surroundings,
+    around_training,
+    fit,
+    parse_bytes,
+    plan_of,
+    roundings,
+    savings,
+)
 from fewstep.runs.recipe import DistillRecipe, read_recipe
-from fewstep.training.memory import Training
+from fewstep.training.memory import Training, module_bytes, peak_bytes
 
 from .. import pipelines, tiny
 from .common import error_of, fewstep
@@ -25,7 +37,7 @@ def planned(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pl
         patch.chdir(tmp_path_factory.mktemp("planned"))
         settings = read_recipe(str(recipe(teacher, train=train)), [], DistillRecipe)
     hollow = meta_teacher(teacher)
-    return plan_of(settings, hollow, phases_of(settings, hollow)), hollow
+    return plan_of(settings, hollow, around_training(settings, hollow)), hollow
 
 
 def test_the_table_adds_up_and_no_weights_are_read(
@@ -67,7 +79,7 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
 
 
-def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
+def counted(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
     """Return a plan of round numbers.
 
     A base takes 100, moments 40, adapters and gradients 20 each, a sample 4, with checkpointing 1.
@@ -78,7 +90,7 @@ def counted(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
     )
     return Plan(
         recipe,
-        phases,
+        around,
         Training(base, 20, 20, moments, 0, recipe.train.batch * (1 if recipe.roles.checkpointing else 4)),
     )
 
@@ -121,8 +133,8 @@ def test_what_changes_the_result_comes_last_the_least_first(
     none = tiny.stable_diffusion(channels=(96, 96))
     monkeypatch.setattr(plan, "plan_of", counted)
     monkeypatch.setattr(plan, "meta_of", lambda _: none)
-    monkeypatch.setattr(plan, "phases_of", lambda *_: Phases(0, 0, 0))
-    made = counted(settings, none, Phases(0, 0, 0))
+    monkeypatch.setattr(plan, "around_training", lambda *_: Surroundings((), 0, 0))
+    made = counted(settings, none, Surroundings((), 0, 0))
     assert fit(made, none, usable, "")[0] == expected
     if usable == 80:
         with pytest.raises(ValueError, match=r"with the smallest batch, checkpointing and all that rounds"):
@@ -179,3 +191,56 @@ def test_sizes() -> None:
         2**29,
         7,
     ]
+
+
+def test_phases_are_counted_apart_and_the_peak_is_named() -> None:
+    train = {"iterations": 2, "batch": 8, "lr": 1e-3, "fake_lr": 1e-3}
+    settings = read_recipe(str(recipe(Path("none"), train=train)), [], DistillRecipe)
+    around = Surroundings((Phase("encoding prompts: text_encoder alone", 300),), 7, 90)
+    t = Training(100, 20, 20, 40, 5, 60, sampling=32)
+    made = Plan(settings, around, t)
+    held, shown = 100 + 20 + 40 + 5, len(settings.preview.prompts or [None] * 8)
+    assert [p.bytes for p in made.phases] == [
+        300,
+        held + 20 + 60 + 7,
+        held + 7 + 32 * min(shown, 8) // 8,
+        held + 90,
+        held + 7,
+        held + 7,
+    ]
+    assert made.peak.name == "encoding prompts: text_encoder alone" and made.total == 300
+    assert replace(made, around=Surroundings((), 7, 90)).peak.name == "previews: the autoencoder decodes"
+    assert replace(made, around=Surroundings((), 7, 0)).peak.name == "training"
+    two = replace(made, training=replace(t, exchange=200), cards=2)
+    assert two.peak.name == "cards exchange gradients" and two.total == held + 20 + 200 + 7
+
+
+def test_every_encoder_is_counted_alone(tmp_path: Path) -> None:
+    folder = pipelines.save("sdxl", tmp_path / "sdxl")
+    settings = read_recipe(str(recipe(folder)), [], DistillRecipe)
+    teacher = meta_teacher(folder)
+    around = around_training(settings, teacher)
+    assert [p.name for p in around.encoders] == [
+        f"encoding prompts: {n} alone" for n in ("text_encoder", "text_encoder_2")
+    ]
+    for phase, encoder in zip(around.encoders, teacher.encoders, strict=True):
+        assert module_bytes(encoder) < phase.bytes < module_bytes(encoder) + peak_of(teacher)
+        assert "forward" not in vars(encoder)
+
+
+def peak_of(teacher: Backbone) -> int:
+    """What all encoders take at work."""
+    return peak_bytes(lambda: teacher.encode([""] * 64), *teacher.encoders)
+
+
+@pytest.mark.slow
+def test_cards_share_weights_or_exchange_gradients(planned: tuple[Plan, Backbone]) -> None:
+    made, teacher = planned
+
+    def on(cards: int, **train: object) -> Training:
+        own = made.recipe.model_copy(update={"train": replace(made.recipe.train, **train)})  # type: ignore[arg-type]
+        return plan_of(own, teacher, made.around, cards).training
+
+    one, eight, shared = on(1), on(8), on(8, shard=True)
+    assert replace(eight, exchange=0) == one and eight.exchange == 3 * one.trained // 2
+    assert shared.held < one.held and shared.gathered > 0 and shared.exchange == 0

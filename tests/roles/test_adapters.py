@@ -145,20 +145,22 @@ def test_files_that_do_not_fit(damage: str) -> None:
         adapters.load_adapter(module, "student", state)
 
 
-def test_values_come_back_even_after_an_error() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_come_back_even_after_an_error(dtype: torch.dtype) -> None:
     module = adapted("student")
     parameters = adapters.adapter_parameters(module, "student")
     kept = {n: p.detach().clone() for n, p in parameters.items()}
-    ones = {n: torch.ones_like(p) for n, p in kept.items()}
+    ones = {n: torch.ones_like(p, dtype=dtype) for n, p in kept.items()}
 
     def within() -> None:
         with adapters.swapped_parameters(parameters, ones):
-            assert all(torch.equal(p, ones[n]) for n, p in parameters.items())
+            assert all(torch.equal(p, torch.ones_like(p)) for p in parameters.values())
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         within()
     assert all(torch.equal(p, kept[n]) for n, p in parameters.items())
+    assert all(torch.equal(t, torch.ones_like(t)) for t in ones.values())
 
 
 def test_removing_adapters_gives_the_plain_network_back() -> None:

@@ -15,6 +15,7 @@ from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import TRAINED, Role, Roles, RolesConfig, make_roles
 from fewstep.student.student import Student
+from fewstep.training.memory import MemoryTracker
 
 from .. import tiny
 from .common import ORIGIN, attached, given, perturb
@@ -205,12 +206,27 @@ def test_average_of_the_student(share: bool) -> None:
     roles.update_average(0.5)
     for n, value in roles.average.items():
         torch.testing.assert_close(value, 0.5 * (0.75 * start[n] + 0.25 * one[n]) + 0.5 * two[n])
+    average = {n: v.clone() for n, v in roles.average.items()}
     with torch.no_grad():
         live = roles.denoise("student", cond)(x, t).x0
         with roles.averaged():
             assert not torch.equal(roles.denoise("student", cond)(x, t).x0, live)
-            assert all(torch.equal(p, roles.average[n]) for n, p in roles.trained["student"].items())
+            assert all(torch.equal(p, average[n]) for n, p in roles.trained["student"].items())
+            with roles.averaged():  # a block in a block changes nothing
+                pass
+            assert all(torch.equal(p, average[n]) for n, p in roles.trained["student"].items())
         assert torch.equal(roles.denoise("student", cond)(x, t).x0, live)
+    assert all(torch.equal(v, average[n]) for n, v in roles.average.items())
+
+
+def test_the_average_in_use_takes_no_memory() -> None:
+    roles = make_roles(tiny.denoiser(), RolesConfig(lora=False))
+    with MemoryTracker() as ledger:
+        ledger.add(*roles.average.values(), *roles.trained["student"].values())
+        before = ledger.now
+        with roles.averaged():
+            pass
+    assert ledger.peak == before
 
 
 def test_student_state_is_a_copy_of_the_lora_or_of_the_network() -> None:

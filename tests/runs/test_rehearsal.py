@@ -15,7 +15,7 @@ from fewstep.core.guidance import Guidance
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import RolesConfig
-from fewstep.runs.rehearsal import CHECKPOINTS, STUDENTS, Trial, student_check, trial_of
+from fewstep.runs.rehearsal import STUDENTS, Trial, student_check, trial_of
 from fewstep.student.student import Origin
 from fewstep.training.loop import TrainConfig
 
@@ -94,7 +94,7 @@ def test_the_bytes_are_those_that_a_run_leaves(share: bool, tmp_path: Path) -> N
         return sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
 
     checkpoint = size(max((tmp_path / "run").glob("checkpoint-*")))
-    left = CHECKPOINTS * checkpoint + STUDENTS * size(tmp_path / "run" / "final")
+    left = (config.keep + 1) * checkpoint + STUDENTS * size(tmp_path / "run" / "final")
     assert 0.85 * left < disk < 1.15 * left
 
 

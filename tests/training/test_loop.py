@@ -396,10 +396,10 @@ def test_a_truncated_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_full_disk_stops_with_the_older_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(out=tmp_path, stop=3)
 
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
+    def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(state, "stream_tensors", full)
     with pytest.raises(
         OSError, match=r"cannot write checkpoint .*checkpoint-000006: .*No space left on device.*; free some space"
     ):

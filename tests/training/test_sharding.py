@@ -97,7 +97,7 @@ def trained(
 def weights(roles: Roles) -> dict[str, Tensor]:
     """All that is trained, and the average, whole."""
     own = {f"{role}/{n}": p.detach() for role, parameters in roles.trained.items() for n, p in parameters.items()}
-    return whole(own | {f"average/{n}": t for n, t in roles.average.items()})
+    return dict(whole(own | {f"average/{n}": t for n, t in roles.average.items()}))
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -2,20 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.backbones.base import Denoiser
+from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.training import saving
 from fewstep.training import state as module
 from fewstep.training.loop import save_run
 from fewstep.training.memory import MemoryTracker
 from fewstep.training.optimizer import make_optimizer
+from fewstep.training.saving import CheckpointWriter
 from fewstep.training.state import (
     checkpoints,
     latest_checkpoint,
@@ -120,20 +125,18 @@ def test_damage_of_the_only_checkpoint(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
-def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, 1, GROUPS, {})
-    written: list[Path] = []
+    written: list[str] = []
 
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
-        written.append(path)
-        path.write_bytes(b"half")
+    def full(file: BinaryIO, *_: object) -> str:
+        written.append(file.name)
+        file.write(b"half")
         if len(written) == 2:
-            raise error
+            raise OSError(28, "No space left on device")
+        return ""
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "stream_tensors", full)
     with pytest.raises(
         OSError,
         match=r"cannot write checkpoint .*checkpoint-000002: .*No space left on device.*; "
@@ -184,20 +187,66 @@ def test_an_optimiser_goes_on_bit_for_bit() -> None:
     assert optimizer_tensors(make()[1], names) == {}
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_saving_holds_nothing_beside_what_is_there(share: bool, tmp_path: Path) -> None:
-    """Copies of weights or of optimiser states would be made on the card: gigabytes at the first checkpoint."""
-    roles = make_roles(tiny.denoiser(), RolesConfig(lora=share, rank=2))
+def counted_saving(roles: Roles, run: Path) -> tuple[int, int]:
+    """The bytes that tensors and Python take while a checkpoint is saved, beyond those that are there anyway."""
     optimizers = {
         r: make_optimizer(list(p.values()), "adamw", 1e-3, (0.0, 0.999), 0.0) for r, p in roles.trained.items()
     }
     states = [v for o in optimizers.values() for state in o.state.values() for v in state.values()]
+    held = [*roles.average.values(), *states, *(p for own in roles.trained.values() for p in own.values())]
+    tracemalloc.start()
     with MemoryTracker() as ledger:
-        ledger.add(*roles.average.values(), *states, *(p for own in roles.trained.values() for p in own.values()))
-        held = ledger.now
-        save_run(roles, optimizers, tmp_path, 1, {})
-    assert ledger.peak == held
-    assert (tmp_path / "checkpoint-000001" / "optimizer_student.safetensors").is_file()
+        ledger.add(*held)
+        before = ledger.now
+        save_run(roles, optimizers, CheckpointWriter(run, 2), 1, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (run / "checkpoint-000001" / "optimizer_student.safetensors").is_file()
+    return ledger.peak - before, peak
+
+
+class Wide(nn.Module):
+    """Blocks whose weights are large beside everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+LARGEST = 512 * 512 * 4
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_saving_holds_nothing_beside_what_is_there(lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of weights or of optimiser states would be made on the card: gigabytes at the first checkpoint."""
+    monkeypatch.setattr(saving, "free_memory", lambda: 0)
+    roles = make_roles(Denoiser(Wide(), tiny.TABLE, (512,), "v"), RolesConfig(lora=lora, rank=2))
+    tensors, other = counted_saving(roles, tmp_path)
+    assert tensors == 0 and other < LARGEST
+
+
+@pytest.fixture
+def two() -> Iterator[DeviceMesh]:
+    """This process as the first of two, whose messages go nowhere."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # type: ignore[no-untyped-call]
+    yield init_device_mesh("cpu", (2,))
+    distributed.destroy_process_group()
+
+
+def test_saving_sharded_weights_holds_one_whole_tensor(
+    two: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor is gathered, with what gathering takes, and gone before the next one comes: 28 are saved."""
+    monkeypatch.setattr(saving, "free_memory", lambda: 0)
+    roles = make_roles(Denoiser(Wide(), tiny.TABLE, (512,), "v"), RolesConfig(lora=False))
+    roles.shard(two, torch.device("cpu"))
+    tensors, other = counted_saving(roles, tmp_path)
+    assert LARGEST <= tensors <= 3 * LARGEST and other < LARGEST
 
 
 def read(folder: Path) -> dict[str, Any] | str:

@@ -163,6 +163,11 @@ def encoded(backbone: Backbone, prompts: Sequence[str]) -> tuple[Cond, Cond]:
     return cond, null
 
 
+def takes_prompts(backbone: Backbone) -> bool:
+    """Return whether prompts make a difference to a backbone; encoders are not called for it."""
+    return bool(backbone.encoders) or bool(backbone.encode([""]))
+
+
 def speechless(schedule: Schedule, row: Row) -> str:
     """Say why the clean estimate at the noisiest time is lost.
 

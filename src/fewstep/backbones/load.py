@@ -28,7 +28,7 @@ from .base import Backbone, speechless
 from .families import FAMILIES, family_of_pipeline
 from .family import Family
 from .lora import fuse
-from .parts import DiffusersBackbone, LatentUNet, able_to_single, load_pipeline
+from .parts import Defer, DiffusersBackbone, LatentUNet, able_to_single, load_pipeline, networks
 from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .trial import require_runs
@@ -203,13 +203,15 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     size: int | None = None,
+    defer: Defer = lambda *_: None,
 ) -> Backbone:
     """Load a teacher with all its networks on `device`.
 
     `source` is a bundled name, a folder, a hub id (`owner/name`), or a checkpoint (`FILE.safetensors` or
     `FILE@CONFIG`), with LoRAs to fuse behind ` + ` (see `source_of`). `single_file.read_checkpoint` says what
     a checkpoint predicts and where its configuration is. `size` is the height and width of the images in
-    pixels, if other than the size that the teacher was made for.
+    pixels, if other than the size that the teacher was made for. `defer` says which networks of a pipeline
+    without fused LoRAs are loaded later, see `load_pipeline`; then no trial call is made.
 
     Raises ValueError with one line where the source is none of these, is damaged, or belongs to a family that
     is not supported.
@@ -220,7 +222,8 @@ def load_teacher(
         if given.place in bundled():
             require_shipped(Path(place))
         if checkpoint is None:
-            pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
+            later = (lambda *_: None) if given.loras else defer
+            pipe = load_pipeline(family.pipeline, place, dtype, family.parts, later)
         else:
             pipe = load_checkpoint(family.pipeline, checkpoint, Path(place), dtype, family.parts)
         backbone = backbone_of(family, pipe, FUSED.join(given.names))
@@ -228,8 +231,10 @@ def load_teacher(
         raise damaged(checkpoint or place, error) from error
     for lora, strength in given.loras:
         fuse(pipe, lora, strength)
-    backbone.pipe.to(device)
     backbone = at_size(replace(backbone, source=str(source)), size)
+    if any(p.is_meta for n in networks(backbone.pipe) for p in n.parameters()):
+        return backbone
+    backbone.pipe.to(device)
     try:
         require_runs(backbone)
     except UnfitError as error:
@@ -316,16 +321,6 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     if not isinstance(size, int) or not unit <= size <= most or size % unit:
         raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
     return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
-
-
-def place_encoders(backbone: Backbone, device: str | torch.device) -> None:
-    """Move the encoders to a device.
-
-    A training that has all embeddings moves the encoders to the CPU to make room. Encoders still work on the
-    CPU, slowly.
-    """
-    for encoder in backbone.encoders:
-        encoder.to(device)
 
 
 def require_reached(name: str) -> None:
@@ -432,20 +427,27 @@ def fingerprint(*modules: nn.Module, through: torch.dtype = torch.float32) -> st
     SHA-256, independent of dtype down to half precision. Adapters are left out. `through` is the dtype that
     the weights had when an earlier fingerprint was taken, where they have a finer dtype now.
     """
-    digest = hashlib.sha256()
-    for name, tensor in (item for module in modules for item in sorted(module.state_dict().items())):
-        if "lora_" not in name:
-            digest.update(name.replace(".base_layer", "").encode())
-            digest.update(
-                tensor.detach()
-                .cpu()
-                .to(through if tensor.is_floating_point() else tensor.dtype)
-                .half()
-                .contiguous()
-                .numpy()
-                .tobytes()
-            )
-    return digest.hexdigest()[:16]
+    return fingerprints(*modules, through=through)[-1]
+
+
+def fingerprints(*modules: nn.Module, through: torch.dtype = torch.float32) -> list[str]:
+    """Return the fingerprint of the first network, of the first two, and so on."""
+    digest, found = hashlib.sha256(), []
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            if "lora_" not in name:
+                digest.update(name.replace(".base_layer", "").encode())
+                digest.update(
+                    tensor.detach()
+                    .cpu()
+                    .to(through if tensor.is_floating_point() else tensor.dtype)
+                    .half()
+                    .contiguous()
+                    .numpy()
+                    .tobytes()
+                )
+        found.append(digest.hexdigest()[:16])
+    return found
 
 
 def pipeline_of(base: str | Path | Backbone | DiffusionPipeline) -> DiffusionPipeline:

@@ -5,8 +5,7 @@ Built from a pipeline's configurations alone, with the true shapes and no weight
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from .base import Backbone
 from .load import at_size, backbone_of, damaged, locate, require_lora_files, source_of
 from .lora import changes_of
-from .parts import frozen, network_kind, own_dtype, part_kind, part_names
+from .parts import default_dtype, frozen, network_kind, own_dtype, part_kind, part_names
 from .schedulers import EDM_SCHEDULERS
 from .settings import read_settings
 from .single_file import SUFFIX, with_settings
@@ -128,17 +127,3 @@ def require_loadable(source: str | Path) -> None:
             )
         except Exception as error:  # as in `meta_teacher`
             raise damaged(place, error) from error
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Create networks of this dtype inside the block.
-
-    Fake (meta) tensors cannot be converted in place.
-    """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

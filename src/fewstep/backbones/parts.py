@@ -128,6 +128,14 @@ class Latent(DiffusersBackbone):
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
+class SizeConditioned(ABC):
+    """A backbone some of whose conditions say the size of the images, and nothing of the prompts."""
+
+    @abstractmethod
+    def size_conditions(self, count: int) -> dict[str, Tensor]:
+        """Return these conditions for `count` prompts, each tensor [count, ...] on the denoiser's device."""
+
+
 @dataclass(frozen=True)
 class WithUNet(DiffusersBackbone):
     """A backbone with a U-Net of diffusers."""
@@ -171,19 +179,31 @@ class LatentTransformer(Latent):
         return (config.in_channels, size, size)
 
 
+Defer = Callable[[type[nn.Module], Path, str, torch.dtype], nn.Module | None]
+
+
 def load_pipeline(
-    kind: type[Pipeline], source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})
+    kind: type[Pipeline],
+    source: str | Path,
+    dtype: torch.dtype,
+    parts: Mapping[str, Any] = MappingProxyType({}),
+    defer: Defer = lambda *_: None,
 ) -> Pipeline:
     """Load a frozen pipeline from a folder or a hub id.
 
-    `parts` replace those of the folder. Every weight of the networks is accounted for. Raises UnfitError (see
+    `parts` replace those of the folder. `defer(kind, folder, name, dtype)` may return a network that is loaded
+    later. Every weight of the networks is accounted for. Raises UnfitError (see
     `weights.load_network`), and whatever diffusers raises for what is no network.
     """
     folder = Path(source) if Path(source).is_dir() else fetched(kind, str(source), parts)
     named = part_names(kind, kind.load_config(folder))
     read_settings(folder, named)
     kinds = {n: network_kind(kind, n, called) for n, called in named.items() if n not in parts}
-    loaded = {n: load_part(k, folder, n, dtype) for n, k in kinds.items() if k is not None}
+    loaded = {
+        n: later if (later := defer(k, folder, n, dtype)) is not None else load_part(k, folder, n, dtype)
+        for n, k in kinds.items()
+        if k is not None
+    }
     return frozen(kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **parts), dtype)
 
 
@@ -355,6 +375,20 @@ def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.d
         if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True)
         else dtype
     )
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Create networks of this dtype inside the block.
+
+    Fake (meta) tensors cannot be converted in place.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:

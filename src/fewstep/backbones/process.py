@@ -21,6 +21,7 @@ from .base import Backbone
 PROBES = 17  # times at which a custom schedule is sampled
 SHOWN = 6  # longest list that is printed in full
 
+PROBED = 16  # prompts whose conditions are compared
 LEVELS = 33  # levels of a schedule's table that are kept
 
 
@@ -86,7 +87,7 @@ def _numbers(values: Tensor) -> list[float]:
     return [round(v, 8) for v in values.tolist()]
 
 
-def probe(cond: Mapping[str, Tensor], rows: int = 16) -> dict[str, Any]:
+def probe(cond: Mapping[str, Tensor], rows: int = PROBED) -> dict[str, Any]:
     """Summarise conditions in a few numbers.
 
     The shape of each tensor, and four projections of its first rows, of unit variance. For mappings from
@@ -102,7 +103,7 @@ def probe(cond: Mapping[str, Tensor], rows: int = 16) -> dict[str, Any]:
     return found
 
 
-def mapping_of(backbone: Backbone, prompts: Sequence[str], count: int = 16) -> str:
+def mapping_of(backbone: Backbone, prompts: Sequence[str], count: int = PROBED) -> str:
     """Hash what a mapping without weights gives for some prompts.
 
     The hash distinguishes custom conditions. Empty for a backbone with encoders, whose weights are compared,

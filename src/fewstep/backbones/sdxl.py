@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .base import Cond
 from .family import Family
-from .parts import LatentUNet, on, single_output
+from .parts import LatentUNet, SizeConditioned, on, single_output
 from .settings import table
 
 
 @dataclass(frozen=True)
-class StableDiffusionXL(LatentUNet):
+class StableDiffusionXL(LatentUNet, SizeConditioned):
     """A `StableDiffusionXLPipeline` as a backbone.
 
     States are scaled latents [C, h, w]. The condition is `text [B, L, D]`, `pooled [B, P]` and
@@ -43,9 +43,13 @@ class StableDiffusionXL(LatentUNet):
             )
         if self.pipe.config.force_zeros_for_empty_prompt:
             said = torch.tensor([bool(p) for p in prompts], device=text.device)
-            text, pooled = text * said[:, None, None], pooled * said[:, None]
-        sizes = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size])
-        return on(self.module, {"text": text, "pooled": pooled, "sizes": sizes.to(text).expand(len(prompts), -1)})
+            text, pooled = text * said[:, None, None], pooled.to(said.device) * said[:, None]
+        return {**on(self.module, {"text": text, "pooled": pooled}), **self.size_conditions(len(prompts))}
+
+    def size_conditions(self, count: int) -> dict[str, Tensor]:
+        side, kind = self.image_size, self.pipe.text_encoder.dtype
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=kind, device=next(self.module.parameters()).device)
+        return {"sizes": sizes.expand(count, -1)}
 
 
 FAMILY = Family(

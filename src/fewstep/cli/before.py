@@ -3,7 +3,6 @@
 The checks cover the run's folder, the disk, the teacher and each student's files.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +19,15 @@ from ..findings import Check, require
 from ..report.words import size
 from ..runs.place import place_checks, unwritable, writing_check
 from ..runs.recipe import DistillRecipe, FinetuneRecipe
-from ..runs.rehearsal import CHECKPOINTS, Trial, disk_check, student_check, trial_of
+from ..runs.rehearsal import Trial, disk_check, student_check, trial_of
 from ..runs.trajectory_sources import trajectory_times
 from ..training.memory import module_bytes
+from ..training.saving import free_memory
 from .finish import origin_of
 from .preflight import in_first
 from .progress import console, show_checks
 
+KEPT = 3  # checkpoints at once: two are kept while the next is written
 LOADED = 1.2  # memory that loading takes, relative to the weights
 
 
@@ -64,7 +65,7 @@ def look_before_finetune(recipe: FinetuneRecipe, teacher: Backbone, run: Path) -
     checkpoint counts as nothing. Raises ValueError.
     """
     checkpoint = 0 if recipe.roles.lora else 4 * module_bytes(teacher.module)
-    disk = disk_check(CHECKPOINTS * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
+    disk = disk_check(KEPT * checkpoint + module_bytes(*networks(pipeline_of(teacher))), run)
     found = conformance(teacher)
     console.print("before the training:")
     show_checks([disk, *found])
@@ -79,7 +80,7 @@ def _data_bytes(stages: Sequence[DistillRecipe], teacher: Backbone, prompts: Seq
         for stage in stages
         if (data := stage.data) is not None and data.source == "trajectories" and data.folder is None
     }
-    return embedding_bytes(teacher, len(prompts)) + sum(walks)
+    return embedding_bytes(teacher, prompts) + sum(walks)
 
 
 def _trial(recipe: DistillRecipe, teacher: Backbone, base_hash: str) -> Trial:
@@ -122,6 +123,6 @@ def room_to_load(hollow: Backbone) -> Check:
     `hollow` is the teacher with fake (meta) tensors. Loading takes `LOADED` times the bytes of the weights.
     """
     needed = int(LOADED * module_bytes(*networks(pipeline_of(hollow))))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory()
     said = f"loading the teacher takes {size(needed)}, {size(free)} are free"
     return Check("memory", said, needed <= free, "run it where the training will run")

@@ -14,7 +14,8 @@ import yaml
 
 from ..atomic import write_json
 from ..backbones.base import Backbone
-from ..backbones.load import at_size, fingerprint, fused, load_teacher, pipeline_of, quiet
+from ..backbones.encoders import others, put
+from ..backbones.load import at_size, fingerprint, fused, load_teacher, quiet
 from ..backbones.meta import require_loadable
 from ..backbones.unconditional import PixelModel
 from ..core import timegrid
@@ -27,10 +28,11 @@ from ..report.run import BEST, BEST_FILE, REPORT, SHAPE
 from ..report.words import finite, plural
 from ..roles.quantized import quantize, weight_count
 from ..roles.roles import Roles, large_rank
+from ..runs.encoder_record import known_encoders
 from ..runs.init import check_conditioning, inherited_head, roles_for
 from ..runs.metrics_log import MetricsLog
 from ..runs.place import place_checks
-from ..runs.prepare import EMBEDDINGS, ImageSource, RunSpec, identity_of, prepare, require_exportable
+from ..runs.prepare import EMBEDDINGS, ImageSource, RunSpec, prepare, require_exportable
 from ..runs.preview import Drawing, Preview
 from ..runs.recipe import DataConfig, DistillRecipe, first_stage, read_recipe, recorded
 from ..runs.record import versions
@@ -96,7 +98,7 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), second_stage(recipe, run / WARM_START)]
     for stage in stages:
         require_optimizer(stage.train.optimizer)
-    teacher, base_hash = teacher_of(recipe)
+    teacher, base_hash = teacher_of(recipe, run)
     check_measures(recipe, teacher)
     check_initial(recipe, teacher)
     console.quiet = not is_first()
@@ -113,21 +115,22 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
         if not done:
             run_stage(stage, teacher, base_hash, prompts, run / WARM_START, source, overrides, run)
             barrier()
-            teacher = teacher_of(recipe)[0] if sharded(stage) else teacher
+            teacher = teacher_of(recipe, run)[0] if sharded(stage) else teacher
     run_stage(stages[-1], teacher, base_hash, prompts, run, source, overrides, run)
 
 
-def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
+def teacher_of(recipe: DistillRecipe, run: Path) -> tuple[Backbone, str]:
     """Load the recipe's teacher and hash the weights.
 
-    The hash is that of the weights before quantization. A quantized teacher is loaded on the CPU, so that
-    the device never holds more than the quantized weights.
+    The hash is that of the weights before quantization. The encoders stay on the CPU; those that made the
+    embeddings of `run` are loaded when they are called. The device never holds more than the quantized weights.
     """
-    device, rounded = default_device(), recipe.roles.quantize
-    teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size)
+    teacher = load_teacher(
+        recipe.teacher, getattr(torch, recipe.dtype), "cpu", recipe.size, known_encoders(run / EMBEDDINGS)
+    )
     base_hash = fingerprint(teacher.module)
-    quantize(teacher, rounded)
-    pipeline_of(teacher).to(device)
+    quantize(teacher, recipe.roles.quantize)
+    put(others(teacher), default_device())
     return teacher, base_hash
 
 
@@ -201,9 +204,9 @@ def run_stage(
         write_json(run / "run.json", run_record(recipe, base_hash, source, overrides))
     shown: list[Embeddings] = []
 
-    def embed_previews() -> None:
+    def embed_previews(identity: str) -> None:
         wanted = recipe.preview.prompts or (prompts * 8)[:8]
-        shown.append(embed(teacher, wanted, place / EMBEDDINGS, identity_of(teacher, prompts)))
+        shown.append(embed(teacher, wanted, place / EMBEDDINGS, identity))
 
     ready = prepare(teacher, spec, run, place, OnScreen(), embed_previews)
     roles, paths, data = ready.roles, ready.trajectories, ready.data
@@ -246,7 +249,7 @@ def run_stage(
     if not first:
         return
     if sharded(recipe):
-        teacher = at_size(teacher_of(recipe)[0], recipe.size)
+        teacher = at_size(teacher_of(recipe, run)[0], recipe.size)
         roles = roles_for(teacher, recipe.method, recipe.roles, recipe.train.seed, paths, initial_folder(recipe))
         restore(roles, run)
         preview = Preview(drawing_of(recipe), teacher, shown[0], run)
@@ -470,8 +473,8 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     check_measures(recipe, teacher)
     prompts = training_prompts(recipe, teacher)
     say_of_prompts(teacher, prompts)
-    needed = embedding_bytes(at_size(teacher, recipe.size), len(prompts))
-    console.print(f"embeddings of {len(prompts):,} prompts: {count_in(needed, run)}", markup=False)
+    needed = embedding_bytes(at_size(teacher, recipe.size), prompts)
+    console.print(f"embeddings of {len(prompts):,} prompts, at most: {count_in(needed, run)}", markup=False)
     for made in plans:
         stage = made.recipe
         console.print(yaml.safe_dump(recorded(stage), sort_keys=False), markup=False)
@@ -481,7 +484,7 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
         console.print(f"prompts: {len(prompts)}; a batch: {first}", markup=False)
         for count in stage.method.counts:
             console.print(f"times, {plural(count, 'step')}: {stage.method.times(teacher.schedule, count).tolist()}")
-    look_in_dry_run([made.recipe for made in plans], lambda: teacher_of(recipe), teacher, prompts, run)
+    look_in_dry_run([made.recipe for made in plans], lambda: teacher_of(recipe, run), teacher, prompts, run)
 
 
 def print_roles(roles: Roles, optimizer: OptimizerName) -> None:

@@ -110,7 +110,7 @@ def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int =
     """
     teacher, goals, walks = roles.backbone, paths.states[:count], {}
     device = device_of(teacher.module)
-    cond = {k: v[:count].to(device) for k, v in paths.embeddings.cond.items()}
+    cond = paths.embeddings.at(slice(count), device)
     null = {k: v.to(device) for k, v in paths.embeddings.null.items()}
     with roles.averaged(), torch.no_grad():
         for steps in method.counts:

@@ -95,11 +95,12 @@ def plan(
     set_: Set = None,
     teacher: Teacher = None,
     memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,
+    cards: Annotated[int, typer.Option(min=1, help="Cards that train together, e.g. 8; the plan is of each.")] = 1,
 ) -> None:
     """Print what a recipe needs in memory, part by part, without loading or downloading any weights."""
     from .plan import run_plan
 
-    run_plan(recipe, set_ or [], memory, _given({"teacher": teacher}))
+    run_plan(recipe, set_ or [], memory, _given({"teacher": teacher}), cards)
 
 
 @app.command()

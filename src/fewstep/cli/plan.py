@@ -18,12 +18,12 @@ from ..backbones.parts import DiffusersBackbone, networks
 from ..data.prompts import CHUNK, Embeddings
 from ..names import quoted
 from ..reading import reason
-from ..report.words import size
+from ..report.words import plural, size
 from ..roles.quantized import KINDS, Kind, layers_of, quantize
 from ..runs.init import roles_for
 from ..runs.recipe import DistillRecipe, first_stage, read_recipe
 from ..runs.trajectory_sources import trajectory_times
-from ..training.memory import Training, module_bytes, peak_bytes, training_bytes
+from ..training.memory import Training, calls_alone, module_bytes, peak_bytes, training_bytes
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from .preflight import note_shadowed
 from .progress import console
@@ -43,36 +43,83 @@ LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batche
 
 
 @dataclass(frozen=True)
-class Phases:
+class Phase:
+    """A part of a run, and the bytes that it needs on a card."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Surroundings:
     """Bytes of a recipe that do not depend on the batch.
 
-    `idle` is in memory all the time: the autoencoder. `drawing` is the autoencoder at work.
+    `encoders` are alone on the card while they encode. `idle` is there all the time: the autoencoder.
+    `drawing` is the autoencoder at work, its own bytes included.
     """
 
-    encoding: int
+    encoders: tuple[Phase, ...]
     idle: int
     drawing: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe needs in memory."""
+    """What a recipe needs in memory, on each of some cards."""
 
     recipe: DistillRecipe
-    phases: Phases
+    around: Surroundings
     training: Training
+    cards: int = 1
 
     @property
-    def drawing(self) -> int:
-        return self.training.total - self.training.work + self.phases.drawing
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of a run, in their order."""
+        t, around, shown = self.training, self.around, shown_images(self.recipe)
+        rest = t.held + around.idle
+        sampling = t.sampling * min(shown, self.recipe.train.batch) // self.recipe.train.batch
+        exchange = Phase("cards exchange gradients", rest + t.gradients + t.exchange)
+        return (
+            *around.encoders,
+            Phase("training", t.total + around.idle),
+            *([exchange] if t.exchange else []),
+            Phase("previews: the student or the teacher samples", rest + sampling),
+            Phase("previews: the autoencoder decodes", t.held + around.drawing),
+            Phase("the average takes the student's place", rest + t.gathered),
+            Phase("a checkpoint is saved", rest + t.gathered),
+        )
+
+    @property
+    def peak(self) -> Phase:
+        """The part that needs the most."""
+        return max(self.phases, key=lambda phase: phase.bytes)
 
     @property
     def total(self) -> int:
-        return max(self.phases.encoding, self.training.total + self.phases.idle, self.drawing)
+        return self.peak.bytes
+
+    @property
+    def least(self) -> int:
+        """Bytes of the largest part that a card has to hold: encoders work on the CPU where they do not fit."""
+        return max(phase.bytes for phase in self.phases if phase not in self.around.encoders)
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that no other batch and no checkpointing saves."""
+        return self.training.held + self.around.drawing
+
+
+def shown_images(recipe: DistillRecipe) -> int:
+    """Return the number of images in a preview."""
+    return len(recipe.preview.prompts or [None] * 8)
 
 
 def run_plan(
-    source: str, overrides: list[str], memory: str | None, given: Mapping[str, str] = MappingProxyType({})
+    source: str,
+    overrides: list[str],
+    memory: str | None,
+    given: Mapping[str, str] = MappingProxyType({}),
+    cards: int = 1,
 ) -> None:
     """Print the plan, and with `memory` the settings that fit.
 
@@ -82,7 +129,7 @@ def run_plan(
     recipe = read_recipe(source, overrides, DistillRecipe, given)
     note_shadowed(recipe.teacher)
     usable = None if memory is None else usable_bytes(memory)
-    teacher, plans = plans_of(recipe)
+    teacher, plans = plans_of(recipe, cards)
     for made in plans:
         show(made)
     if memory is None or usable is None:
@@ -96,6 +143,9 @@ def run_plan(
         own, needed = fit(made, teacher, usable, prefix)
         sets += [s for s in own if s not in sets]
         console.print(f"{made.recipe.name}: {size(needed)}, {'with the settings below' if own else 'as it is'}")
+        for phase in made.around.encoders:
+            if phase.bytes > usable:
+                console.print(f"{phase.name}: {size(phase.bytes)} do not fit, it works on the CPU, slowly")
     changes = [what for option, what in ROUNDED.items() if any(s.partition("=")[0].endswith(option) for s in sets)]
     if changes:
         console.print(f"nothing that gives the same result fits; with these it changes a little: {'; '.join(changes)}")
@@ -106,8 +156,8 @@ def run_plan(
         console.print(f"  {quoted('fewstep', 'distill', source, *options)}")
 
 
-def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
-    """Return the recipe's teacher and the plan of each stage.
+def plans_of(recipe: DistillRecipe, cards: int = 1) -> tuple[Backbone, list[Plan]]:
+    """Return the recipe's teacher and the plan of each stage, for each of some cards.
 
     The teacher has fake (meta) tensors. Raises ValueError for networks that cannot be called as their
     configuration says.
@@ -115,7 +165,7 @@ def plans_of(recipe: DistillRecipe) -> tuple[Backbone, list[Plan]]:
     teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
     try:
-        return teacher, [plan_of(stage, teacher, phases_of(stage, teacher)) for stage in stages]
+        return teacher, [plan_of(stage, teacher, around_training(stage, teacher), cards) for stage in stages]
     # These come from networks that do not fit their configuration.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -140,13 +190,13 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     The settings are the fastest of those with the same result; where there are none, those that round the
     least. Raises ValueError with one line where no settings fit.
     """
-    if made.total <= usable:
-        return [], made.total
+    if made.least <= usable:
+        return [], made.least
     found, needed = fastest(made, teacher, usable, prefix)
     for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
         hollow = meta_of(recipe)
-        rounded = plan_of(recipe, hollow, phases_of(recipe, hollow))
-        ways, needed = ([], rounded.total) if rounded.total <= usable else fastest(rounded, hollow, usable, prefix)
+        rounded = plan_of(recipe, hollow, around_training(recipe, hollow), made.cards)
+        ways, needed = ([], rounded.least) if rounded.least <= usable else fastest(rounded, hollow, usable, prefix)
         if ways is not None:
             return [*sets, *ways], needed
     if found is not None:
@@ -164,14 +214,14 @@ def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[li
     The settings are None where none fit. The second value is the bytes of these settings, or the least that
     was found to be needed.
     """
-    needed = max(made.phases.encoding, made.drawing)
+    needed = made.fixed
     for ways in savings(made.recipe, prefix) if needed <= usable else ():
         # Within a list each entry needs less than the entry before: bisect for the first that fits.
         fitting, first, last = None, 0, len(ways) - 1
         while ways and first <= last:
             middle = last if fitting is None else (first + last) // 2
             sets, recipe = ways[middle]
-            needed = plan_of(recipe, teacher, made.phases).total
+            needed = plan_of(recipe, teacher, made.around, made.cards).least
             if needed <= usable:
                 fitting, last = (sets, needed), middle - 1
             elif fitting is None:
@@ -230,55 +280,49 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
     return [[way(k, False) for k in few], [way(k, True) for k in parts]]
 
 
-def phases_of(recipe: DistillRecipe, teacher: Backbone) -> Phases:
+def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
     """Measure the memory before and next to the training."""
     sized = at_size(teacher, recipe.size)
     assert isinstance(sized, DiffusersBackbone)
+    encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
-    shown = len(recipe.preview.prompts or [None] * 8)
-    return Phases(
-        peak_bytes(lambda: sized.encode([""] * CHUNK), *networks(sized.pipe)),
+    alone = calls_alone(lambda: sized.encode([""] * CHUNK), list(encoders.values())) if encoders else []
+    return Surroundings(
+        tuple(Phase(f"encoding prompts: {n} alone", b) for n, b in zip(encoders, alone, strict=True)),
         sum(module_bytes(n) for n in idle),
-        peak_bytes(lambda: sized.decode(torch.zeros(shown, *sized.shape)), *idle),
+        peak_bytes(lambda: sized.decode(torch.zeros(shown_images(recipe), *sized.shape)), *idle),
     )
 
 
-def plan_of(recipe: DistillRecipe, teacher: Backbone, phases: Phases) -> Plan:
+def plan_of(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
     """Return the plan of one training."""
     sized, method = at_size(teacher, recipe.size), recipe.method
     data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
     times = trajectory_times(method, sized)
-    return Plan(
-        recipe,
-        phases,
-        training_bytes(sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data),
+    counted = training_bytes(
+        sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards
     )
+    return Plan(recipe, around, counted, cards)
 
 
 def show(made: Plan) -> None:
     """Print a plan as a table."""
     recipe, t = made.recipe, made.training
     how = f"batch {recipe.train.batch}" + (f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else "")
+    where = f", on each of {made.cards} cards" + ", weights shared" * recipe.train.shard if made.cards > 1 else ""
     table = Table(
         title=(
             f"{recipe.name}: {recipe.teacher}, {recipe.roles.quantize or recipe.dtype}, "
-            f"{how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}"
+            f"{how}, checkpointing {'on' if recipe.roles.checkpointing else 'off'}{where}"
         ),
         title_justify="left",
     )
     table.add_column("what")
     table.add_column("bytes", justify="right")
+    one = "one for all roles"
     rows = {
-        (
-            "denoiser ("
-            f"""{
-                "one for all roles"
-                if recipe.roles.lora
-                else "three copies, those of student and fake score among the trained"
-            }"""
-            ")"
-        ): t.base,
-        "autoencoder": made.phases.idle,
+        f"denoiser ({one if recipe.roles.lora else 'the teacher, whose copies are trained'})": t.base,
+        "autoencoder": made.around.idle,
         "trained parameters": t.trained,
         "their gradients": t.gradients,
         f"optimiser ({recipe.train.optimizer})": t.optimiser,
@@ -288,10 +332,14 @@ def show(made: Plan) -> None:
     for name, count in rows.items():
         table.add_row(name, size(count))
     table.add_section()
-    table.add_row("training", size(t.total + made.phases.idle))
-    table.add_row("before it, encoding prompts (all networks)", size(made.phases.encoding))
-    table.add_row("in between, decoding previews", size(made.drawing))
-    table.add_row("needed", size(made.total), style="bold")
+    for phase in made.phases:
+        table.add_row(phase.name, size(phase.bytes), style="bold" if phase == made.peak else None)
+    table.add_section()
+    table.add_row(f"needed ({made.peak.name})", size(made.total), style="bold")
+    table.add_section()
+    count = -(-recipe.train.iterations // recipe.train.checkpoint_every)
+    table.add_row(f"on the disk, each of {plural(count, 'checkpoint')} ({recipe.train.keep} stay)", size(t.host))
+    table.add_row("in the machine's memory while a checkpoint is written", size(t.host))
     console.print(table)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..backbones.base import Backbone
+from ..backbones.base import Backbone, takes_prompts
 from ..backbones.load import BUNDLED, bundled, source_of
 from ..data.prompt_lengths import said_of_prompts
 from ..data.prompts import find_prompts, ignore
@@ -18,7 +18,7 @@ def training_prompts(recipe: DistillRecipe, teacher: Backbone) -> list[str]:
     `bundled` stands for the prompts of a bundled teacher. A model without conditions has the empty prompt
     alone.
     """
-    if not teacher.encode([""]):
+    if not takes_prompts(teacher):
         return [""]
     return prompts_from(recipe.prompts.source, recipe.prompts.column, recipe.teacher, say_found)
 

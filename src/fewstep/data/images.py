@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..atomic import SHA256, read_hashed, write_rows
-from ..backbones.base import Backbone, rows
+from ..backbones.base import Backbone, takes_prompts
+from ..backbones.encoders import encoding_on
+from ..backbones.generate import device_of
 from ..methods.method import RealBatch
-from ..transfer import all_sent, sent
+from ..transfer import sent
 from .captioned import OPTION, Captioned, read_images
 from .image_files import in_colour, opened, squared
 from .prompts import Embeddings, Kept, embed, ignore
@@ -47,7 +49,7 @@ class ImageData:
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> RealBatch:
         """Draw a random batch, each image with the image's own caption."""
         drawn = torch.randint(len(self), (batch,), generator=rng)
-        return RealBatch(sent(self.x0[drawn], device), all_sent(rows(self.embeddings.cond, drawn), device))
+        return RealBatch(sent(self.x0[drawn], device), self.embeddings.at(drawn, device))
 
 
 def encode_images_of(
@@ -72,7 +74,7 @@ def encode_images_of(
         raise ValueError(f"{OPTION}: the states of {backbone.name} are no images; leave it out")
     captioned, seen = read_images(source)
     found(seen)
-    if backbone.encode([""]) and not any(p.caption for p in captioned):
+    if takes_prompts(backbone) and not any(p.caption for p in captioned):
         raise ValueError(
             f"{OPTION}: none of the {seen.line} has a caption; "
             "write metadata.jsonl with file_name and text, or a .txt beside each image"
@@ -81,7 +83,8 @@ def encode_images_of(
     for p in captioned:
         digest.update(json.dumps([p.name, p.caption]).encode() + hashlib.sha256(p.read()).digest())
     key = digest.hexdigest()[:24]
-    embeddings = embed(backbone, [p.caption for p in captioned], cache, identity, keep=keep)
+    with encoding_on(backbone, device_of(backbone.module)):
+        embeddings = embed(backbone, [p.caption for p in captioned], cache, identity, keep=keep)
 
     def encode() -> Iterator[Tensor]:
         for i in range(0, len(captioned), chunk):

@@ -6,17 +6,23 @@ Prompts come from a text file, JSONL, CSV or a hub data set.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..atomic import SHA256, read_hashed, write_rows
-from ..backbones.base import Backbone, Cond, rows
+from ..atomic import SHA256, growing_header, read_hashed, require_room, write_growing
+from ..backbones.base import Backbone, Cond
 from ..backbones.modules import dtype_of
+from ..backbones.parts import SizeConditioned
+from ..processes import any_rank, barrier, this_process
 from ..transfer import all_sent
+from .packed import Packed, pack, packed, packed_bytes
 from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -110,6 +116,8 @@ def _hub(source: str, column: str | None) -> Iterable[tuple[str, object]]:
 
 
 CHUNK = 64  # prompts that are encoded at once
+FEW = 8  # prompts by which a cache is judged
+LAYOUT = "packed"  # of a cache; another layout has other keys
 Kept = Callable[[Path, int], None]  # called with the file that is going to be written, and the size in bytes
 
 
@@ -121,11 +129,17 @@ class Embeddings:
     """Conditions of a list of prompts and of the empty prompt.
 
     Prompts are encoded once. The conditions are on the CPU, or in a file from which only the drawn conditions
-    are read.
+    are read; an index gives those of some prompts as tensors.
     """
 
     def __init__(
-        self, cond: Cond, null: Cond, prompts: Sequence[str], encoded: int, key: str, identity: str = ""
+        self,
+        cond: Mapping[str, Tensor | Packed],
+        null: Cond,
+        prompts: Sequence[str],
+        encoded: int,
+        key: str,
+        identity: str = "",
     ) -> None:
         self.cond, self.null, self.prompts, self.count = cond, null, list(prompts), len(prompts)
         self.identity = identity  # of the network and the encoder
@@ -134,23 +148,135 @@ class Embeddings:
 
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Cond:
         """Draw the conditions of `batch` random prompts."""
-        drawn = torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu()
-        return all_sent(rows(self.cond, drawn), device)
+        return self.at(torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu(), device)
+
+    def at(self, index: slice | Tensor, device: torch.device) -> Cond:
+        """Return the conditions of some prompts."""
+        return all_sent({k: v[index] for k, v in self.cond.items()}, device)
 
     def take(self, of: Tensor, key: str) -> "Embeddings":
         """Return the conditions of the prompts with indices `of [N]`.
 
         The order is that of `of`; an index may repeat.
         """
-        return Embeddings(rows(self.cond, of), self.null, [self.prompts[i] for i in of.tolist()], 0, key, self.identity)
+        cond = {k: v.take(of) if isinstance(v, Packed) else v[of] for k, v in self.cond.items()}
+        return Embeddings(cond, self.null, [self.prompts[i] for i in of.tolist()], 0, key, self.identity)
 
     def all(self, device: torch.device) -> Cond:
         """Return the conditions of all prompts, in order."""
-        return {k: v.to(device) for k, v in self.cond.items()}
+        return self.at(slice(None), device)
 
     def unconditional(self, device: torch.device) -> Cond:
         """Return the condition of the empty prompt, [1, ...]."""
         return {k: v.to(device) for k, v in self.null.items()}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What prompts are encoded with: the key of a cache, and its files.
+
+    Conditions that say the size of the images belong to no prompt and are not kept: a text is stored once
+    however many sizes.
+    """
+
+    backbone: Backbone
+    prompts: Sequence[str]
+    identity: str
+    chunk: int
+
+    @property
+    def key(self) -> str:
+        """A hash of the encoder's identity, the type and the prompts."""
+        about = [LAYOUT, self.identity, str(dtype_of(self.backbone.module)), list(self.prompts)]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts on the CPU, without what says the size."""
+        return {k: v.cpu() for k, v in self.backbone.encode(list(prompts)).items() if k not in self.sizes(1)}
+
+    def sizes(self, count: int) -> dict[str, Tensor]:
+        """Return the conditions that say the size, of `count` prompts."""
+        if not isinstance(self.backbone, SizeConditioned):
+            return {}
+        return {k: v.cpu() for k, v in self.backbone.size_conditions(count).items()}
+
+    def starts(self, rank: int, processes: int) -> range:
+        """Return where the parts begin that a process encodes."""
+        return range(rank * self.chunk, len(self.prompts), processes * self.chunk)
+
+    def parts(self, rank: int, processes: int) -> Iterator[dict[str, Tensor]]:
+        """Encode the parts of a process one after the other: rows and lengths by name."""
+        for start in self.starts(rank, processes):
+            encoded = self.encode(self.prompts[start : start + self.chunk])
+            yield {
+                f"{what}.{k}.{start:09d}": tensor
+                for k, v in encoded.items()
+                for what, tensor in zip(("cond", "lengths"), pack(v), strict=True)
+            }
+
+    def embeddings(self, tensors: Mapping[str, Tensor], null: Cond, encoded: int) -> Embeddings:
+        """Return the conditions that parts hold. Raises KeyError where a part is missing."""
+        starts = sorted({name.rpartition(".")[2] for name in tensors if name.startswith("cond.")})
+        cond: dict[str, Tensor | Packed] = {}
+        for k, v in null.items():
+            found = [(tensors[f"cond.{k}.{start}"], tensors[f"lengths.{k}.{start}"]) for start in starts]
+            cond[k] = packed(found, tuple(v.shape[1:]))
+        sizes = self.sizes(len(self.prompts))
+        null = {**null, **{k: v[:1] for k, v in sizes.items()}}
+        return Embeddings(cond | sizes, null, self.prompts, encoded, self.key, self.identity)
+
+    def files(self, cache: Path, processes: int) -> list[Path]:
+        """Return the files of a cache, one of each process."""
+        if processes == 1:
+            return [cache / f"{self.key}.safetensors"]
+        return [cache / f"{self.key}-{i:03d}-of-{processes:03d}.safetensors" for i in range(processes)]
+
+    def found(self, cache: Path) -> list[Path]:
+        """Return the files of a cache that lacks none, written by however many processes."""
+        ends = {p.stem.rpartition("-of-")[2] for p in cache.glob(f"{self.key}-*-of-*.safetensors")}
+        sets = [self.files(cache, n) for n in (1, *sorted(int(end) for end in ends if end.isdecimal()))]
+        return next((files for files in sets if all(f.exists() for f in files)), [])
+
+    def read(self, files: Sequence[Path]) -> Embeddings | None:
+        """Read a cache; None where it is damaged, cannot be verified, or is of other prompts."""
+        tensors = dict[str, Tensor]()
+        try:
+            for file in files:
+                own, about = read_hashed(file)
+                if SHA256 not in about:
+                    return None
+                tensors |= own
+            null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
+            shapes = {k: tensors[f"shape.{k}"].tolist() for k in null}
+            kept = self.embeddings(tensors, null, 0) if null and any(n.startswith("cond.") for n in tensors) else None
+        except (SafetensorError, KeyError):
+            return None
+        sound = kept is not None and all(
+            len(v) == len(self.prompts)
+            and list(null[k].shape) == [1, *shapes[k]]
+            and {p.shape[1:] for p in v.parts} == {null[k].shape[2:]}
+            and {p.dtype for p in v.parts} == {null[k].dtype}
+            and int((v.begins + v.lengths).amax()) <= max(len(p) for p in v.parts)
+            for k, v in kept.cond.items()
+            if isinstance(v, Packed)
+        )
+        return kept if sound else None
+
+    def write(self, file: Path, null: Cond, rank: int, processes: int, keep: Kept) -> None:
+        """Encode the parts of a process into a file, of which one part is in memory at a time."""
+        parts = self.parts(rank, processes)
+        first = next(parts, {})
+        kept = {f"null.{k}": v.contiguous() for k, v in null.items()}
+        kept |= {f"shape.{k}": torch.tensor(v.shape[1:], dtype=torch.int64) for k, v in null.items()}
+        count = len(kept) + 2 * len(null) * len(self.starts(rank, processes))
+        if rank == 0:
+            each = sum(t.nbytes for t in first.values()) / max(1, min(self.chunk, len(self.prompts)))
+            around = growing_header(count) + sum(t.nbytes for t in kept.values())
+            expected = int(each * len(self.prompts)) + processes * around
+            keep(file, expected)
+            require_room(file, expected)
+        rest = (item for part in chain([first], parts) for item in part.items())
+        write_growing(file, chain(kept.items(), rest), count)
 
 
 def embed(
@@ -160,57 +286,54 @@ def embed(
     identity: str,
     chunk: int = CHUNK,
     keep: Kept = ignore,
+    together: bool = False,
 ) -> Embeddings:
     """Encode prompts once, or read the conditions from the cache.
 
-    `cache` is a folder; with a cache, only one chunk is in memory. `identity` names the encoder: a change of
-    the identity invalidates the cache, as a change of size or dtype does. `keep` is called with the file
-    before the file is written. Raises OSError if there is no room for the file.
+    `cache` is a folder; with a cache, only one chunk is in memory. Padding is not stored. `identity` names the
+    encoder: a change of the identity invalidates the cache, as a change of dtype does. `keep` is called with
+    the file before the file is written, and with about the size of the cache. With `together`, all processes
+    call, and each encodes a share into a file of its own. Raises OSError if there is no room for the file.
     """
-    dtype = str(dtype_of(backbone.module))
-    about = [identity, backbone.shape, dtype, list(prompts)]  # SDXL is conditioned on the image size
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
-    path = None if cache is None else cache / f"{key}.safetensors"
-    if path is not None and path.exists():
-        if (kept := _kept(path, prompts, key, identity)) is not None:
-            return kept
-        # A damaged or different cache is rebuilt: everything in a cache can be made again.
-        path.unlink()
-    parts = (
-        {f"cond.{k}": v.cpu() for k, v in backbone.encode(list(prompts[i : i + chunk])).items()}
-        for i in range(0, len(prompts), chunk)
-    )
-    null = {f"null.{k}": v.cpu().contiguous() for k, v in backbone.encode([""]).items()}
-    if path is not None and null:
-        write_rows(path, len(prompts), parts, null, keep)  # every process of a run may write the file
-        return _embeddings(read_hashed(path)[0], prompts, len(prompts), key, identity)
-    encoded = list(parts)
-    tensors = null | {k: torch.cat([p[k] for p in encoded]).contiguous() for k in encoded[0]}
-    return _embeddings(tensors, prompts, len(prompts), key, identity)
+    encoding = Encoding(backbone, prompts, identity, chunk)
+    state = this_process() if together and cache is not None else None
+    rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    if cache is not None and (files := encoding.found(cache)):
+        kept = encoding.read(files)
+    else:
+        files, kept = [], None
+    if processes > 1:
+        kept = None if any_rank(kept is None) else kept
+    if kept is not None:
+        return kept
+    for file in files if rank == 0 else ():
+        file.unlink(missing_ok=True)  # a damaged cache is rebuilt: everything in a cache can be made again
+    null = encoding.encode([""])
+    if cache is None or not null:
+        tensors = {n: t for part in encoding.parts(0, 1) for n, t in part.items()}
+        return encoding.embeddings(tensors, null, len(prompts))
+    if processes > 1:
+        barrier()  # nothing is written before the damaged files are gone
+    own = encoding.files(cache, processes)
+    encoding.write(own[rank], null, rank, processes, keep)
+    if processes > 1:
+        barrier()
+    made = encoding.read(own)
+    if made is None:
+        raise OSError(
+            f"cannot read {own[0].parent}, where all processes have written; choose a folder that all of them share"
+        )
+    made.encoded = len(prompts)
+    return made
 
 
-def _kept(path: Path, prompts: Sequence[str], key: str, identity: str) -> Embeddings | None:
-    """Return a cache file's content if the content fits these prompts."""
-    try:
-        tensors, about = read_hashed(path)
-    except SafetensorError:
-        return None
-    if SHA256 not in about:  # the file cannot be verified
-        return None
-    found = _embeddings(tensors, prompts, 0, key, identity)
-    of_cond, of_null = ({k: (v.dtype, v.shape[1:]) for k, v in part.items()} for part in (found.cond, found.null))
-    counts = all(len(v) == len(prompts) for v in found.cond.values()) and all(len(v) == 1 for v in found.null.values())
-    return found if of_cond and of_cond == of_null and counts else None
+def embedding_bytes(backbone: Backbone, prompts: Sequence[str]) -> int:
+    """Return about the bytes of the prompts' conditions in a cache, from those of some prompts.
 
-
-def embedding_bytes(backbone: Backbone, count: int) -> int:
-    """Return the bytes of `count` conditions in a cache."""
-    return count * sum(v[0].numel() * v.dtype.itemsize for v in backbone.encode([""]).values())
-
-
-def _embeddings(
-    tensors: Mapping[str, Tensor], prompts: Sequence[str], encoded: int, key: str, identity: str
-) -> Embeddings:
-    cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
-    null = {k.removeprefix("null."): v for k, v in tensors.items() if k.startswith("null.")}
-    return Embeddings(cond, null, prompts, encoded, key, identity)
+    With fake (meta) tensors, which have no padding to be told, the bytes at most.
+    """
+    few = [prompts[i] for i in torch.linspace(0, len(prompts) - 1, min(FEW, len(prompts))).long().tolist()]
+    encoded = Encoding(backbone, few, "", CHUNK).encode(few)
+    hollow = any(isinstance(v, FakeTensor) for v in encoded.values())
+    taken = sum(v.nbytes for v in encoded.values()) if hollow else packed_bytes(encoded)
+    return taken * len(prompts) // len(few)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, guided, rows
+from ..backbones.base import Backbone, guided
 from ..backbones.generate import device_of, trajectory
 from ..backbones.process import LEVELS, process_data
 from ..core import timegrid
@@ -40,7 +40,7 @@ def teacher_images(
     number of finished samples.
     """
     process = process_data(backbone, LEVELS)
-    made = [data.key, count, steps, asdict(guidance), seed, process]
+    made = [data.key, backbone.shape, count, steps, asdict(guidance), seed, process]
     key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
     order = torch.randperm(data.count, generator=torch.Generator().manual_seed(seed))
     of = order.repeat(-(-count // data.count))[:count]
@@ -51,7 +51,7 @@ def teacher_images(
         null, times = data.unconditional(device), timegrid.uniform(backbone.schedule, steps)
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
-            cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
+            cond = own.at(part, device)
             seeds = [seed + i for i in range(part.start, part.stop)]
             teacher = guided(backbone, backbone.module, cond, null, guidance)
             yield trajectory(backbone, teacher, seeds, times)[-1].x.cpu()

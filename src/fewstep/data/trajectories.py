@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic import read_hashed, require_room, write_json, write_tensors
-from ..backbones.base import Backbone, Cond, guided, nfe_per_step, rows
+from ..backbones.base import Backbone, Cond, guided, nfe_per_step
 from ..backbones.generate import device_of, noise_of, require_seed
 from ..config_fields import Range, check_fields, shortened
 from ..core import timegrid
@@ -29,7 +29,7 @@ from ..methods.method import TrajectoryBatch
 from ..names import require_path
 from ..processes import barrier, this_process
 from ..reading import read_json, reading, reason, require_regular
-from ..transfer import all_sent, sent
+from ..transfer import sent
 from ..typed import typed
 from ..words import speaks_python
 from .prompts import Embeddings
@@ -197,9 +197,7 @@ class Trajectories:
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> TrajectoryBatch:
         """Draw a random batch, each trajectory with its own condition."""
         picked = torch.randint(len(self.states), (batch,), generator=rng)
-        return TrajectoryBatch(
-            sent(self.states[picked], device), self.times, all_sent(rows(self.embeddings.cond, picked), device)
-        )
+        return TrajectoryBatch(sent(self.states[picked], device), self.times, self.embeddings.at(picked, device))
 
 
 def generate_trajectories(
@@ -247,7 +245,7 @@ def generate_trajectories(
         path = None if folder is None else folder / f"trajectories-{start // chunk:05d}.safetensors"
         shard = _read(path, part, known)
         if shard is None:
-            cond = {k: v.to(device) for k, v in rows(own.cond, part).items()}
+            cond = own.at(part, device)
             shard = _walked(backbone, source, cond, range(part.start, part.stop), config)
             shard["seconds"] /= processes
             if path is not None:

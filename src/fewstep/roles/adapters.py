@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -287,17 +288,33 @@ def load_adapter(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> N
 
 
 @contextmanager
-def swapped_parameters(parameters: Mapping[str, nn.Parameter], replacement: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace the values of parameters within the block.
+def swapped_parameters(parameters: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Exchange the values of parameters with those of `others` within the block.
 
-    The old values are put back afterwards.
+    Memory changes hands and nothing is copied, except for sharded parameters, which go one by one, and for
+    others of another dtype.
     """
-    kept = {n: p.detach().clone() for n, p in parameters.items()}
+    kept = {n: p.detach().clone() for n, p in parameters.items() if p.dtype != others[n].dtype}
+    same = [(p, others[n]) for n, p in parameters.items() if n not in kept]
     try:
-        assign(parameters, replacement)
+        assign({n: parameters[n] for n in kept}, others)
+        _exchange(same)
         yield
     finally:
-        assign(parameters, kept)
+        assign({n: parameters[n] for n in kept}, kept)
+        _exchange(same)
+
+
+def _exchange(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    with torch.no_grad():
+        for p, other in pairs:
+            if isinstance(p, DTensor):  # FSDP knows its parts by their memory
+                before = p.detach().clone()
+                p.copy_(other)
+                other.copy_(before)
+            else:
+                p.data, other.data = other.data, p.data
+    torch.clear_autocast_cache()
 
 
 def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:

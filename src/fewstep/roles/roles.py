@@ -4,8 +4,8 @@ The roles are adapters of one frozen network, or three networks.
 """
 
 import copy
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -126,6 +126,7 @@ class Roles:
     head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
     # The role that the shared network serves, and the condition's vector.
     active: list[tuple[Role, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
+    averaging: list[bool] = field(default_factory=list)  # holds something while the student has its averaged weights
 
     def denoise(self, role: Role, cond: Cond, condition: float | None = None) -> Denoise:
         """Return the denoiser of a role, without guidance.
@@ -265,12 +266,22 @@ class Roles:
         fake = self.trained["fake"]
         adapters.assign(fake, dict(zip(fake, self.average.values(), strict=True)))
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Use the student's averaged weights within the block.
 
-        For previews, evaluation and export.
+        For previews, evaluation and export. Within the block `average` holds the weights in training. Blocks
+        within the block change nothing.
         """
-        return adapters.swapped_parameters(self.trained["student"], self.average)
+        if self.averaging:
+            yield
+            return
+        self.averaging.append(True)
+        try:
+            with adapters.swapped_parameters(self.trained["student"], self.average):
+                yield
+        finally:
+            self.averaging.clear()
 
     def student_state(self) -> dict[str, Tensor]:
         """Return the student's current weights, without the step condition.

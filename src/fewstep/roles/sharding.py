@@ -5,7 +5,7 @@ the blocks (the first and last layers, the time embedding) stays whole in every 
 conditions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +64,19 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Gather sharded tensors from all processes onto the CPU.
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, or the tensor."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
 
-    All processes have to call. Processes without `keep` get nothing.
+
+def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors on the CPU by name, gathered from all processes.
+
+    A device never holds more than one whole tensor. All processes have to take all tensors, in the same
+    order.
     """
-    gathered = ((n, t.full_tensor().cpu() if isinstance(t, DTensor) else t) for n, t in tensors.items())
-    return {n: t for n, t in gathered if keep}
+    for name, tensor in tensors.items():
+        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Annotated, Protocol
 from torch import Tensor
 
 from ..backbones.base import Backbone
+from ..backbones.encoders import encoding_on, is_deferred, load_deferred
 from ..backbones.generate import device_of
-from ..backbones.load import fingerprint, place_encoders
+from ..backbones.load import fingerprint, fingerprints
 from ..backbones.parts import DiffusersBackbone
 from ..backbones.process import mapping_of
 from ..backbones.schedulers import student_scheduler
@@ -35,11 +36,13 @@ from ..data.trajectories import (
     trajectory_bytes,
 )
 from ..methods.method import Method
-from ..processes import distributed_errors, this_process
-from ..report.words import size
+from ..processes import distributed_errors, is_first, this_process
+from ..report.words import plural, size
 from ..roles.roles import Roles, RolesConfig
 from ..training.loop import TrainConfig
+from ..training.saving import CheckpointSize, checkpoint_size
 from ..words import speaks_python
+from .encoder_record import EncoderRecord, encoder_files
 from .init import roles_for
 from .trajectory_sources import student_source, trajectory_times
 
@@ -165,13 +168,23 @@ def require_exportable(teacher: Backbone, method: Method) -> None:
         )
 
 
-def identity_of(teacher: Backbone, prompts: list[str]) -> str:
+def identity_of(teacher: Backbone, prompts: list[str], cache: Path | None = None) -> str:
     """Name a network together with its encoders.
 
     Weights are named by their hash. Conditions without weights are named by their values for some prompts.
+    Encoders that are not loaded have the name that a cache keeps for their files, or are loaded.
     """
-    weights, mapping = fingerprint(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
-    return f"{weights}-{mapping}" if mapping else weights
+    own = None if cache is None else EncoderRecord.read(cache)
+    if any(map(is_deferred, teacher.encoders)):
+        if own is not None and own.denoiser == fingerprint(teacher.module):
+            return own.identity
+        load_deferred(teacher)
+    hashes, mapping = fingerprints(teacher.module, *teacher.encoders), mapping_of(teacher, prompts)
+    identity = f"{hashes[-1]}-{mapping}" if mapping else hashes[-1]
+    folder = teacher.pipe.name_or_path if isinstance(teacher, DiffusersBackbone) else None
+    if cache is not None and folder and is_first():
+        EncoderRecord(encoder_files(Path(folder)), hashes[0], identity).write(cache)
+    return identity
 
 
 def prepare(
@@ -180,25 +193,27 @@ def prepare(
     run: Path | None,
     place: Path | None,
     progress: Progress,
-    more: Callable[[], None] = lambda: None,
+    more: Callable[[str], None] = lambda identity: None,
 ) -> Prepared:
     """Prepare a training in the folder `run`.
 
-    What is encoded and generated lies in `place`, which several stages share. `more` is called while the
-    encoders are on the device. Afterwards the encoders are on the CPU, where they still serve, slowly. All
-    processes call this function together.
+    What is encoded and generated lies in `place`, which several stages share. `more` is called with the
+    teacher's identity while encoders may work on the device. Afterwards the encoders are on the CPU, where they
+    still serve, slowly. All processes call this function together.
 
     Raises ValueError for a training that cannot end well.
     """
     method = spec.method
     require_exportable(teacher, method)
-    place_encoders(teacher, device_of(teacher.module))
-    identity, cache = identity_of(teacher, spec.prompts), None if place is None else place / EMBEDDINGS
-    with this_process().main_process_first():  # the other processes find what the first one makes
-        data = embed(teacher, spec.prompts, cache, identity, keep=progress.writing)
+    cache = None if place is None else place / EMBEDDINGS
+    identity = identity_of(teacher, spec.prompts, cache)
+    with encoding_on(teacher, device_of(teacher.module)):
+        with distributed_errors():
+            data = embed(teacher, spec.prompts, cache, identity, keep=progress.writing, together=True)
+        with this_process().main_process_first():  # the other processes find what the first one makes
+            more(identity)
+    with this_process().main_process_first():
         images = None if spec.images is None else _images(teacher, spec, spec.images, data, cache, identity, progress)
-        more()
-    place_encoders(teacher, "cpu")
     trajectories = None
     if method.needs.trajectories:
         with distributed_errors():
@@ -208,7 +223,17 @@ def prepare(
     if spec.train.shard and this_process().num_processes > 1:
         teacher.module.cpu()  # the network and its copies come back to the device in parts
     roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from)
+    if run is not None:
+        progress.say(checkpoint_words(checkpoint_size(roles, spec.train)))
     return Prepared(roles, data, images, trajectories)
+
+
+def checkpoint_words(checkpoint: CheckpointSize) -> str:
+    """Return the size and the count of a run's checkpoints in words."""
+    return (
+        f"{plural(checkpoint.count, 'checkpoint')} of {size(checkpoint.each)}, of which the newest "
+        f"{min(checkpoint.keep, checkpoint.count)} stay (train.keep); {size(checkpoint.most)} on the disk at most"
+    )
 
 
 def _images(

@@ -25,11 +25,10 @@ from ..student.folder import Parts
 from ..student.student import Origin, Student, student_card
 from ..training.loop import TrainConfig
 from ..training.memory import module_bytes, storage_bytes
-from ..training.optimizer import state_bytes
+from ..training.saving import checkpoint_bytes
 from .init import roles_for
 from .sampling import sample
 
-CHECKPOINTS = 3  # at once: two are kept while the next is written
 STUDENTS = 3  # at once: the last, the best, and a new one that replaces either
 # Standard deviation of a trial's weights. Small, so that the trial student samples like the teacher; not zero,
 # so that the files differ from the teacher.
@@ -63,7 +62,7 @@ def trial_of(teacher: Backbone, method: Method, networks: RolesConfig, config: T
     card = replace(card, weights="full", rank=None, alpha=None) if full else card
     # A LoRA is written under two names.
     weights = module_bytes(teacher.module) if full else 2 * storage_bytes(*lora.values())
-    disk = CHECKPOINTS * _checkpoint(roles, config, weights if full else 0) + STUDENTS * weights
+    disk = (config.keep + 1) * _checkpoint(roles, config, weights if full else 0) + STUDENTS * weights
     return Trial(Student.from_parts(Parts(card, lora, {}, None, vectors, roles.head), teacher), disk)
 
 
@@ -76,8 +75,7 @@ def _checkpoint(roles: Roles, config: TrainConfig, copy: int) -> int:
     if copy:
         moments = 0.5 if config.optimizer == "adamw8bit" else 2
         return int(copy * (1 + sum(role in roles.trained for role in ("student", "fake")) * (1 + moments)))
-    parameters = [p for role in roles.trained.values() for p in role.values()]
-    return storage_bytes(*parameters, *roles.average.values()) + state_bytes(parameters, config.optimizer)
+    return checkpoint_bytes(roles, config.optimizer)
 
 
 def student_check(trial: Trial, folder: Path) -> Check:

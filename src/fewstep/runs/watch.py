@@ -126,7 +126,7 @@ class StateWatch:
         device = next(backbone.module.parameters()).device
         order = torch.randperm(data.count, generator=torch.Generator().manual_seed(watch.seed))
         of = order.repeat(-(-count // data.count))[:count]
-        self.cond = {k: v[of].to(device) for k, v in data.cond.items()}
+        self.cond = data.at(of, device)
         self.null = data.unconditional(device)
         self.seeds = [watch.seed + i for i in range(count)]
         self.teacher = self._of_teacher(roles, watch.teacher_steps, method.guidance, [s + count for s in self.seeds])

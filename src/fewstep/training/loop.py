@@ -31,6 +31,7 @@ from ..words import speaks_python
 from .compiling import Compiled
 from .optimizer import OptimizerName, make_optimizer, step_unless
 from .precision import Precision, computing, lay_out, require_workspace
+from .saving import CheckpointWriter, checkpoint_writer
 from .settings import require_unchanged, settings_of
 from .state import (
     checkpoints,
@@ -38,7 +39,6 @@ from .state import (
     load_optimizer_tensors,
     optimizer_tensors,
     require_optimizer_tensors,
-    save_checkpoint,
     seeded,
 )
 
@@ -94,6 +94,9 @@ class TrainConfig:
 
     checkpoint_every: Annotated[int, Range(1)] = 100
     """Iterations between two checkpoints."""
+
+    keep: Annotated[int, Range(1)] = 2
+    """Checkpoints that stay, the newest; an older one goes when a newer one is whole."""
 
     seed: int = 0
     """Seed of every draw."""
@@ -213,7 +216,8 @@ def distill(
     The caller may inspect, log or stop at any step. `resumed` is called with the checkpoint's own step after
     the roles are restored, so that the caller can redo what a kill interrupted in that iteration.
 
-    With `run`, checkpoints are written to this folder, and another call with the same settings resumes from
+    With `run`, checkpoints are written to this folder while the training goes on, the last one before the last
+    step is yielded, and another call with the same settings resumes from
     the newest checkpoint. Every draw is seeded by (seed, iteration, rank), so the resumed run equals the
     uninterrupted run: bit for bit on a CPU of the same machine, and on a GPU with `config.deterministic`; without
     it a GPU's rounding differs. A finished run yields the last step again, without `seconds`.
@@ -222,6 +226,22 @@ def distill(
     the checkpoint belongs to other settings, which the message names, and FloatingPointError at a non-finite
     loss or gradient (the last checkpoint stays).
     """
+    with nullcontext() if run is None else checkpoint_writer(run, config.keep) as writer:
+        yield from _iterations(roles, method, data, config, run, real, paths, resumed, writer)
+
+
+def _iterations(
+    roles: Roles,
+    method: Method,
+    data: Embeddings,
+    config: TrainConfig,
+    run: Path | None,
+    real: ImageData | None,
+    paths: Trajectories | None,
+    resumed: Callable[[Step], None],
+    writer: CheckpointWriter | None,
+) -> Generator[Step, None, None]:
+    """Train as `distill` does, with a writer of checkpoints."""
     accelerator = Accelerator()
     device, rank = device_of(roles.backbone.module), accelerator.process_index
     require_trajectories(method, paths is not None)
@@ -291,6 +311,8 @@ def distill(
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
+        if writer is not None:
+            writer.check()
         if i == method.warmup and roles.head_to_absorb is not None:
             # Reset the optimizer: the moments are from absorbing the head, not from the method.
             optimizers["student"] = optimizer_of("student")
@@ -318,15 +340,17 @@ def distill(
         # All processes contribute sharded weights, and the first process writes.
         writes = accelerator.is_main_process or roles.sharded
         state = {"settings": settings, "batches": batches, "metrics": numbers, "seconds": time.perf_counter() - began}
-        if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
-            save_run(roles, optimizers, run, i + 1, state)
         saved = run is None or (i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations
+        if writer is not None and saved and writes:
+            save_run(roles, optimizers, writer, i + 1, state)
+        if writer is not None and i + 1 == config.iterations:
+            writer.wait()
         try:
             yield Step(i + 1, numbers, time.perf_counter() - began, roles, method)
         except GeneratorExit:
             # The caller stops: save the last iteration.
-            if run is not None and not saved and writes:
-                save_run(roles, optimizers, run, i + 1, state)
+            if writer is not None and not saved and writes:
+                save_run(roles, optimizers, writer, i + 1, state)
             raise
         if several:
             meet()  # the first process may have sampled and measured
@@ -528,20 +552,27 @@ def _and_then(run: Path | None) -> str:
 
 
 def save_run(
-    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], run: Path, iteration: int, state: Mapping[str, Any]
+    roles: Roles,
+    optimizers: Mapping[Role, torch.optim.Optimizer],
+    writer: CheckpointWriter,
+    iteration: int,
+    state: Mapping[str, Any],
 ) -> None:
     """Save every trained role, optimizer and average as a checkpoint.
 
-    The checkpoint is atomic. The first process writes; for sharded roles all processes have to call.
+    The checkpoint is atomic, and tensors go to the CPU one by one. The first process writes; for sharded roles
+    all processes have to call.
     """
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
         groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]))
-    first = is_first()
-    gathered = {name: whole(tensors, keep=first) for name, tensors in groups.items()}
-    if first:
-        save_checkpoint(run, iteration, gathered, state)
+    if is_first():
+        writer.save(iteration, groups, state)
+        return
+    for tensors in groups.values():
+        for _ in whole(tensors):  # this process's part of what the first one writes
+            pass
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:

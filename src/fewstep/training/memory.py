@@ -5,24 +5,30 @@ lives.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backbones.base import Backbone
+from ..backbones.parts import blocks_of
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..roles.roles import Roles
+from ..roles.sharding import local_part
 from .loop import TrainConfig, distill
 from .optimizer import state_bytes
+
+Result = TypeVar("Result")
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -35,22 +41,35 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now, self.peak = 0, 0
-        self._seen: set[int] = set()
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def add(self, *tensors: Tensor) -> None:
-        """Count existing tensors; each storage counts once."""
+        """Count existing tensors; each storage counts once, of a sharded tensor this process's part."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
+            storage = local_part(tensor).untyped_storage()
+            key = storage._cdata
             if key not in self._seen:
-                self._seen.add(key)
+                size = storage.nbytes()
+                self._seen[key] = weakref.ref(storage, partial(self._gone, key, size))
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+    def _gone(self, key: int, size: int, _: object) -> None:
+        del self._seen[key]
         self.now -= size
+
+    def above(self, run: Callable[[], Result]) -> tuple[Result, int, int]:
+        """Return what `run` returns, the bytes that it needs at its peak, and those that it leaves.
+
+        Both are beyond what is there before.
+        """
+        before, peak = self.now, self.peak
+        self.peak = before
+        try:
+            found = run()
+            return found, self.peak - before, self.now - before
+        finally:
+            self.peak = max(self.peak, peak)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -58,13 +77,17 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0
         out = func(*args, **(kwargs or {}))
-        self.add(*(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
+        if isinstance(out, Tensor):
+            self.add(out)
+        elif out is not None:
+            self.add(*(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
         return out
 
 
 def storage_bytes(*tensors: Tensor) -> int:
-    """Return the bytes of these tensors, shared storages counted once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """Return the bytes of these tensors in this process, shared storages counted once."""
+    storages = [local_part(t).untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 def module_bytes(*modules: nn.Module) -> int:
@@ -74,9 +97,9 @@ def module_bytes(*modules: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """Bytes at the peak of a training, by purpose.
+    """Bytes of a training on one card, by purpose.
 
-    `work` is temporary: activations, inputs kept for gradients, estimates.
+    `work` is temporary: activations, inputs kept for gradients, estimates, and whole blocks of sharded weights.
     """
 
     base: int  # of the frozen denoiser; trained copies count as `trained`
@@ -85,16 +108,32 @@ class Training:
     optimiser: int
     average: int
     work: int
+    sampling: int = 0  # temporary, of the largest call without gradient at the batch of the training
+    exchange: int = 0  # temporary, where cards exchange gradients
+    gathered: int = 0  # temporary, of the largest tensor that all cards put together
+    host: int = 0  # of a checkpoint, which the machine's memory holds while it is written
+
+    @property
+    def held(self) -> int:
+        """Bytes between two iterations."""
+        return self.base + self.trained + self.optimiser + self.average
 
     @property
     def total(self) -> int:
-        return self.base + self.trained + self.gradients + self.optimiser + self.average + self.work
+        """Bytes at the peak of an iteration."""
+        return self.held + self.gradients + self.work
 
 
 def training_bytes(
-    backbone: Backbone, make: Callable[[], Roles], method: Method, times: Tensor, config: TrainConfig, data: Embeddings
+    backbone: Backbone,
+    make: Callable[[], Roles],
+    method: Method,
+    times: Tensor,
+    config: TrainConfig,
+    data: Embeddings,
+    cards: int = 1,
 ) -> Training:
-    """Return the bytes of an iteration after the warm-up.
+    """Return the bytes of an iteration after the warm-up, on one of some cards.
 
     The base may have fake (meta) tensors. `make` makes the roles on this backbone; `times` are the times of
     the trajectories that the method may need; a few prompts are enough as `data`. The state of an optimizer
@@ -108,18 +147,142 @@ def training_bytes(
     # One step needs as much memory as four: the steps without gradient hold less.
     begun = method.one_step()
     roles = make()  # outside of the tracker: unquantized base weights exist only before
-    parameters = [p for role in roles.trained.values() for p in role.values()]
+    hollow(roles)
+    trained = {role: list(own.values()) for role, own in roles.trained.items()}
+    parameters = [p for own in trained.values() for p in own]
     held = [t for n in roles.networks.values() for t in (*n.parameters(), *n.buffers())]
+    calls = Calls(roles)
     with MemoryTracker() as ledger:
         ledger.add(*held, *parameters, *roles.average.values())
-        for _ in distill(roles, begun, data, one, real=real, paths=paths):
-            pass
-    trained, average = storage_bytes(*parameters), storage_bytes(*roles.average.values())
+        if one.accumulate > 1 and roles.discriminator is None:
+            # A second batch finds the gradients of the first one. Without another pass: they are there at once.
+            one = replace(one, accumulate=1)
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+        with calls.counted(ledger):
+            for _ in distill(roles, begun, data, one, real=real, paths=paths):
+                pass
+    whole, average = storage_bytes(*parameters), storage_bytes(*roles.average.values())
     base = storage_bytes(*held) - storage_bytes(
         *(p for n in roles.networks.values() for p in n.parameters() if p.requires_grad)
     )
-    work = ledger.peak - base - 2 * trained - state_bytes(parameters, one.optimizer) - average
-    return Training(base, trained, trained, state_bytes(parameters, config.optimizer), average, work)
+    work = ledger.peak - base - 2 * whole - state_bytes(parameters, one.optimizer) - average
+    moments = state_bytes(parameters, config.optimizer)
+    found = Training(base, whole, whole, moments, average, work, calls.most, host=whole + moments + average)
+    if cards == 1:
+        return found
+    if not config.shard:  # a flat copy of a role's gradients, their sum and their mean
+        return replace(found, exchange=3 * max(storage_bytes(*own) for own in trained.values()))
+    return sharded_bytes(found, roles, cards)
+
+
+def hollow(roles: Roles) -> None:
+    """Replace what was added to networks of fake (meta) tensors by fake tensors: mixed ones take thrice the time."""
+    network = roles.networks["teacher"]
+    mode = next((p.fake_mode for p in network.parameters() if isinstance(p, FakeTensor)), None)
+    if mode is None:
+        return
+    made: dict[int, nn.Parameter] = {}
+    for module in {id(m): m for n in roles.networks.values() for m in n.modules()}.values():
+        for name, p in module._parameters.items():
+            if p is not None and not isinstance(p, FakeTensor):
+                made[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad)
+                module._parameters[name] = made[id(p)]
+    for role, own in roles.trained.items():
+        roles.trained[role] = {n: made.get(id(p), p) for n, p in own.items()}
+    for name, p in roles.trained["student"].items():
+        if isinstance(p, FakeTensor) and not isinstance(roles.average[name], FakeTensor):
+            roles.average[name] = mode.from_tensor(roles.average[name])
+
+
+def sharded_bytes(whole: Training, roles: Roles, cards: int) -> Training:
+    """Return the bytes of a training whose blocks' weights are shared between cards.
+
+    A card holds its part of all blocks, and has whole: what is outside of blocks, one block that computes, the
+    next one with the buffer that it arrives in, and the gradients of a block with theirs.
+    """
+    networks = list({id(n): n for n in roles.networks.values()}.values())
+    blocks = [block for n in networks for block in blocks_of(n)]
+    inside = {id(p): p for block in blocks for p in block.parameters()}
+    saved = dict.fromkeys(("base", "trained", "average"), 0)
+    for p in inside.values():
+        rest = p.numel() // p.shape[0] if p.ndim else 1
+        saved["trained" if p.requires_grad else "base"] += (
+            p.numel() - rest * -(-(p.shape[0] if p.ndim else 1) // cards)
+        ) * p.element_size()
+    for name, p in roles.trained["student"].items():
+        if id(p) in inside:
+            saved["average"] += (p.numel() - p.numel() // p.shape[0] * -(-p.shape[0] // cards)) * roles.average[
+                name
+            ].element_size()
+    share = 1 - saved["trained"] / max(1, whole.trained)
+    largest = max(blocks, key=module_bytes)
+    moved = 3 * module_bytes(largest) + 2 * storage_bytes(*(p for p in largest.parameters() if p.requires_grad))
+    return replace(
+        whole,
+        base=whole.base - saved["base"],
+        trained=whole.trained - saved["trained"],
+        gradients=whole.gradients - saved["trained"],
+        optimiser=int(whole.optimiser * share),
+        average=whole.average - saved["average"],
+        work=whole.work + moved,
+        sampling=whole.sampling + moved,
+        gathered=2 * max(p.numel() * p.element_size() for own in roles.trained.values() for p in own.values()),
+    )
+
+
+class Calls:
+    """The networks' calls without gradient, of which each kind is made once.
+
+    A call of the same network with the same role and inputs of the same shapes needs as much memory again: with
+    fake (meta) tensors its outputs are made without it. `most` is the largest need, in bytes.
+    """
+
+    def __init__(self, roles: Roles) -> None:
+        self.roles, self.most = roles, 0
+        self._known: dict[object, tuple[Any, int]] = {}
+
+    @contextmanager
+    def counted(self, ledger: MemoryTracker) -> Iterator[None]:
+        """Count the calls inside the block."""
+        networks = list({id(n): n for n in self.roles.networks.values()}.values())
+        for network in networks:
+            network.forward = partial(self._call, ledger, network, network.forward)
+        try:
+            yield
+        finally:
+            for network in networks:
+                del network.forward
+
+    def _call(
+        self, ledger: MemoryTracker, network: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        hollow = isinstance(next(network.parameters()), FakeTensor) and self.roles.discriminator is None
+        key = (id(network), *self.roles.active, *map(_kind, tree_leaves((args, kwargs))))
+        if hollow and key in self._known:
+            output, needed = self._known[key]
+            ledger.peak = max(ledger.peak, ledger.now + needed)
+            return tree_map(lambda kind: next(network.parameters()).new_empty(kind.shape, dtype=kind.dtype), output)
+        found, needed, left = ledger.above(lambda: forward(*args, **kwargs))
+        self.most = max(self.most, needed)
+        outputs = tree_leaves(found)
+        if hollow and all(isinstance(t, Tensor) for t in outputs) and left <= storage_bytes(*outputs):
+            self._known[key] = tree_map(_kind, found), needed
+        return found
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a tensor is, but for its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _kind(value: object) -> object:
+    return Kind(value.shape, value.dtype) if isinstance(value, Tensor) else value
 
 
 def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
@@ -128,3 +291,24 @@ def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
         ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
         run()
     return ledger.peak
+
+
+def calls_alone(run: Callable[[], object], networks: Sequence[nn.Module]) -> list[int]:
+    """Return the bytes of each network alone while `run` calls it, its weights included."""
+    needed = [0] * len(networks)
+
+    def counted(i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found, above, _ = ledger.above(lambda: forward(*args, **kwargs))
+        needed[i] = max(needed[i], above)
+        return found
+
+    for i, network in enumerate(networks):
+        network.forward = partial(counted, i, network.forward)
+    try:
+        with MemoryTracker() as ledger:
+            ledger.add(*(t for n in networks for t in (*n.parameters(), *n.buffers())))
+            run()
+    finally:
+        for network in networks:
+            del network.forward
+    return [module_bytes(n) + above for n, above in zip(networks, needed, strict=True)]

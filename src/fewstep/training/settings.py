@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..backbones.modules import dtype_of
-from ..backbones.process import LEVELS, differences, probe, process_data
+from ..backbones.process import LEVELS, PROBED, differences, probe, process_data
 from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
+from ..hashes import bytes_of
 from ..methods.method import Method
 from ..reading import read_json
 from ..roles.roles import Roles
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .loop import TrainConfig
 
 DERIVED = ("begin ", "trajectories ")  # hashes that follow from other settings: named only if nothing else differs
-FREE = ("shard", "checkpoint_every")  # settings that do not change the result
+FREE = ("shard", "checkpoint_every", "keep")  # settings that do not change the result
 
 
 def settings_of(
@@ -66,7 +67,7 @@ def settings_of(
         },
         "begin": _digest(roles.average),
         "prompts": {"count": data.count, "hash": _hash("\0".join(data.prompts).encode())},
-        "conditions": {} if backbone.encoders else probe(data.cond),
+        "conditions": {} if backbone.encoders else probe(data.at(slice(PROBED), torch.device("cpu")), PROBED),
         "images": None if real is None else real.key,
         "trajectories": None if paths is None else paths.key,
     }, default=str))  # fmt: skip
@@ -121,9 +122,9 @@ def begun(run: Path, now: Mapping[str, Any]) -> int:
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = whole({name: tensors[name]})[name]
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in whole({name: tensors[name] for name in sorted(tensors)}):
+        digest.update(name.encode())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 

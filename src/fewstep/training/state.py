@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..atomic import cause_of, cure_of, open_to_others, sync, sync_all, write_json
+from ..atomic import cause_of, cure_of, open_to_others, shapes_of, stream_tensors, sync, sync_all, write_json
 from ..hashes import tensors_hash, values_hash
 from ..reading import object_in, reason, require_regular
-from ..roles.sharding import shard_like
+from ..roles.sharding import shard_like, whole
 
 PREFIX = "checkpoint-"
 OWN = re.compile(rf"{PREFIX}(\d{{6,}})", re.ASCII)  # our names; copies under other names belong to their owner
@@ -102,7 +101,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `run/checkpoint-STEP` atomically, and delete old checkpoints.
 
-    The newest `keep` checkpoints stay. The checkpoint is on the disk before the folder has the final name.
+    Tensors, sharded ones too, are gathered and written one by one. The newest `keep` checkpoints stay. The
+    checkpoint is on the disk before the folder has the final name.
     Raises OSError (disk full, no permission) with the half-written folder removed; older checkpoints are
     untouched.
     """
@@ -112,9 +112,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         hashes = {}
         for name, tensors in groups.items():
-            plain = _apart(tensors)
-            hashes[name] = tensors_hash(plain)
-            save_file(plain, temporary / f"{name}.safetensors")
+            with (temporary / f"{name}.safetensors").open("xb") as file:
+                hashes[name] = stream_tensors(file, shapes_of(tensors), whole(tensors))
         written = {"step": step, "groups": sorted(groups), **state, SHA256: hashes}
         write_json(temporary / "state.json", {**written, STATE_SHA256: values_hash(written)})
         open_to_others(temporary)
@@ -122,27 +121,12 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         sync(run)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write checkpoint {final}: {cause_of(error)}; {_cure(cause_of(error))}") from error
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, without shared memory.
-
-    Tensors that share memory, as the tables of 8-bit optimizers do, are copied, because safetensors requires
-    separate memory.
-    """
-    plain, held = dict[str, Tensor](), set[int]()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        place = own.untyped_storage().data_ptr()
-        plain[name] = own.clone() if place in held else own
-        held.add(place)
-    return plain
 
 
 def _cure(error: Exception) -> str:
