@@ -308,7 +308,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def header_of(shapes: Shapes, about: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
-    """Return a safetensors file's header, where each tensor begins, and the file's size.
+    """Return a safetensors header, each tensor's place, and the file's size.
 
     With `about`, the header has `about` and room for the hash of all tensors. Wide types come first, so that
     every tensor begins at a multiple of its own width.

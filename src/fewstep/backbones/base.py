@@ -164,7 +164,7 @@ def encoded(backbone: Backbone, prompts: Sequence[str]) -> tuple[Cond, Cond]:
 
 
 def takes_prompts(backbone: Backbone) -> bool:
-    """Return whether prompts make a difference to a backbone; encoders are not called for it."""
+    """Return whether prompts make a difference, without calling encoders."""
     return bool(backbone.encoders) or bool(backbone.encode([""]))
 
 

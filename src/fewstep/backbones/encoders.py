@@ -1,4 +1,4 @@
-"""Encoders: loaded when they are called, and on the device one at a time where they do not fit together."""
+"""Encoders that are loaded when called, and take turns on a device."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def is_deferred(network: nn.Module) -> bool:
 
 
 def deferred(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """Return an encoder of a pipeline's folder whose weights are loaded at its first call.
+    """Return an encoder whose weights are loaded at its first call.
 
     Until then it is a `kind` that says it is on the CPU, where its inputs have to be.
     """
@@ -51,7 +51,7 @@ def load_deferred(backbone: Backbone) -> None:
 
 
 def put(modules: Sequence[nn.Module], device: str | torch.device) -> None:
-    """Move networks to a device, except for those that are not loaded yet."""
+    """Move networks to a device, except for those not loaded."""
     for module in modules:
         if not is_deferred(module):
             module.to(device)

@@ -431,7 +431,7 @@ def fingerprint(*modules: nn.Module, through: torch.dtype = torch.float32) -> st
 
 
 def fingerprints(*modules: nn.Module, through: torch.dtype = torch.float32) -> list[str]:
-    """Return the fingerprint of the first network, of the first two, and so on."""
+    """Return fingerprints of the first network, of two, and so on."""
     digest, found = hashlib.sha256(), []
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):

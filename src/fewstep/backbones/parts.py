@@ -129,11 +129,14 @@ class Latent(DiffusersBackbone):
 
 
 class SizeConditioned(ABC):
-    """A backbone some of whose conditions say the size of the images, and nothing of the prompts."""
+    """A backbone that is told the size of the images."""
 
     @abstractmethod
     def size_conditions(self, count: int) -> dict[str, Tensor]:
-        """Return these conditions for `count` prompts, each tensor [count, ...] on the denoiser's device."""
+        """Return the conditions that say the size.
+
+        They are the same for all `count` prompts: tensors [count, ...] on the denoiser's device.
+        """
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batche
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run, and the bytes that it needs on a card."""
+    """A part of a run, and its bytes on a card."""
 
     name: str
     bytes: int
@@ -100,7 +100,10 @@ class Plan:
 
     @property
     def least(self) -> int:
-        """Bytes of the largest part that a card has to hold: encoders work on the CPU where they do not fit."""
+        """Bytes that a card has to hold.
+
+        Encoders work on the CPU where they do not fit.
+        """
         return max(phase.bytes for phase in self.phases if phase not in self.around.encoders)
 
     @property
@@ -157,10 +160,10 @@ def run_plan(
 
 
 def plans_of(recipe: DistillRecipe, cards: int = 1) -> tuple[Backbone, list[Plan]]:
-    """Return the recipe's teacher and the plan of each stage, for each of some cards.
+    """Return the recipe's teacher and the plan of each stage.
 
-    The teacher has fake (meta) tensors. Raises ValueError for networks that cannot be called as their
-    configuration says.
+    The plan is of each of `cards`. The teacher has fake (meta) tensors. Raises ValueError for networks that
+    cannot be called as their configuration says.
     """
     teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """A condition [N, ...] of N prompts, without the zeros at their ends.
+    """A condition of N prompts, without the zeros at their ends.
 
-    The rows of prompt i are the `lengths[i]` rows of `parts[at[i]]` from `begins[i]`; `shape` is that of one
-    prompt's condition, rows first. An index gives the condition as a tensor.
+    The condition is [N, ...]. The rows of prompt i are the `lengths[i]` rows of `parts[at[i]]` from
+    `begins[i]`; `shape` is that of one prompt's condition, rows first. An index gives the condition as a
+    tensor.
     """
 
     parts: tuple[Tensor, ...]  # [rows, ...] each
@@ -43,12 +44,12 @@ class Packed:
         return self.parts[0].dtype
 
     def take(self, index: Tensor) -> "Packed":
-        """Return the conditions of the prompts with indices `index [M]`, which share the rows."""
+        """Return the conditions of prompts `index [M]`, which share rows."""
         return replace(self, at=self.at[index], begins=self.begins[index], lengths=self.lengths[index])
 
 
 def pack(condition: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a condition's rows without the zeros at each prompt's end, and how many are left.
+    """Return a condition's rows without each prompt's last zeros, and their counts.
 
     `condition` is [n, rows, ...]; the rows left are [sum of lengths, ...], and the lengths are [n]. Zeros are
     told by their bits: minus zero stays.
@@ -62,7 +63,7 @@ def pack(condition: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed(parts: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Packed:
-    """Return what `pack` made of the parts of a list of prompts, in their order."""
+    """Join what `pack` made of the parts of a list."""
     lengths = torch.cat([counts for _, counts in parts])
     begins = torch.cat([counts.cumsum(0) - counts for _, counts in parts])
     at = torch.cat([torch.full_like(counts, i) for i, (_, counts) in enumerate(parts)])

@@ -173,7 +173,9 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What prompts are encoded with: the key of a cache, and its files.
+    """Prompts and what they are encoded with.
+
+    It knows the key of a cache, and its files.
 
     Conditions that say the size of the images belong to no prompt and are not kept: a text is stored once
     however many sizes.
@@ -205,7 +207,7 @@ class Encoding:
         return range(rank * self.chunk, len(self.prompts), processes * self.chunk)
 
     def parts(self, rank: int, processes: int) -> Iterator[dict[str, Tensor]]:
-        """Encode the parts of a process one after the other: rows and lengths by name."""
+        """Yield the encoded parts of a process: rows and lengths."""
         for start in self.starts(rank, processes):
             encoded = self.encode(self.prompts[start : start + self.chunk])
             yield {
@@ -215,7 +217,10 @@ class Encoding:
             }
 
     def embeddings(self, tensors: Mapping[str, Tensor], null: Cond, encoded: int) -> Embeddings:
-        """Return the conditions that parts hold. Raises KeyError where a part is missing."""
+        """Return the conditions that parts hold.
+
+        Raises KeyError where a part is missing.
+        """
         starts = sorted({name.rpartition(".")[2] for name in tensors if name.startswith("cond.")})
         cond: dict[str, Tensor | Packed] = {}
         for k, v in null.items():
@@ -232,13 +237,16 @@ class Encoding:
         return [cache / f"{self.key}-{i:03d}-of-{processes:03d}.safetensors" for i in range(processes)]
 
     def found(self, cache: Path) -> list[Path]:
-        """Return the files of a cache that lacks none, written by however many processes."""
+        """Return the files of a complete cache, of any number of processes."""
         ends = {p.stem.rpartition("-of-")[2] for p in cache.glob(f"{self.key}-*-of-*.safetensors")}
         sets = [self.files(cache, n) for n in (1, *sorted(int(end) for end in ends if end.isdecimal()))]
         return next((files for files in sets if all(f.exists() for f in files)), [])
 
     def read(self, files: Sequence[Path]) -> Embeddings | None:
-        """Read a cache; None where it is damaged, cannot be verified, or is of other prompts."""
+        """Read a cache.
+
+        None where it is damaged, cannot be verified, or is of other prompts.
+        """
         tensors = dict[str, Tensor]()
         try:
             for file in files:
@@ -263,7 +271,10 @@ class Encoding:
         return kept if sound else None
 
     def write(self, file: Path, null: Cond, rank: int, processes: int, keep: Kept) -> None:
-        """Encode the parts of a process into a file, of which one part is in memory at a time."""
+        """Encode the parts of a process into a file.
+
+        One part is in memory at a time.
+        """
         parts = self.parts(rank, processes)
         first = next(parts, {})
         kept = {f"null.{k}": v.contiguous() for k, v in null.items()}
@@ -328,7 +339,9 @@ def embed(
 
 
 def embedding_bytes(backbone: Backbone, prompts: Sequence[str]) -> int:
-    """Return about the bytes of the prompts' conditions in a cache, from those of some prompts.
+    """Return about the bytes of the prompts' conditions in a cache.
+
+    They are judged by some prompts.
 
     With fake (meta) tensors, which have no padding to be told, the bytes at most.
     """

@@ -20,7 +20,10 @@ FILE = "encoders.json"
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """The encoders of a cache: their files, and the hashes of the denoiser and of all together."""
+    """The encoders of a cache.
+
+    Their files, and the hashes of the denoiser and of all together.
+    """
 
     files: dict[str, list[int]]
     denoiser: str
@@ -28,7 +31,7 @@ class EncoderRecord:
 
     @staticmethod
     def read(cache: Path) -> "EncoderRecord | None":
-        """Return a cache's record; None where it has none that can be read."""
+        """Return a cache's record, None where there is none."""
         try:
             return EncoderRecord(**object_in(cache / FILE))
         except (OSError, ValueError, TypeError):
@@ -41,7 +44,7 @@ class EncoderRecord:
 
 
 def encoder_files(folder: Path) -> dict[str, list[int]]:
-    """Return size and time of change of the files of a pipeline's encoders, by their paths."""
+    """Return size and time of change of encoders' files, by path."""
     files = sorted(f for f in folder.glob(f"{PREFIX}*/*") if f.is_file())
     return {str(f.resolve()): [(told := f.stat()).st_size, told.st_mtime_ns] for f in files}
 

@@ -44,7 +44,10 @@ class MemoryTracker(TorchDispatchMode):
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def add(self, *tensors: Tensor) -> None:
-        """Count existing tensors; each storage counts once, of a sharded tensor this process's part."""
+        """Count existing tensors, each storage once.
+
+        Of a sharded tensor this process's part counts.
+        """
         for tensor in tensors:
             storage = local_part(tensor).untyped_storage()
             key = storage._cdata
@@ -59,7 +62,7 @@ class MemoryTracker(TorchDispatchMode):
         self.now -= size
 
     def above(self, run: Callable[[], Result]) -> tuple[Result, int, int]:
-        """Return what `run` returns, the bytes that it needs at its peak, and those that it leaves.
+        """Return `run()`, the bytes at its peak, and those it leaves.
 
         Both are beyond what is there before.
         """
@@ -85,7 +88,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def storage_bytes(*tensors: Tensor) -> int:
-    """Return the bytes of these tensors in this process, shared storages counted once."""
+    """Return the bytes of tensors in this process, shared storages once."""
     storages = [local_part(t).untyped_storage() for t in tensors]
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
@@ -133,11 +136,12 @@ def training_bytes(
     data: Embeddings,
     cards: int = 1,
 ) -> Training:
-    """Return the bytes of an iteration after the warm-up, on one of some cards.
+    """Return the bytes of an iteration after the warm-up.
 
-    The base may have fake (meta) tensors. `make` makes the roles on this backbone; `times` are the times of
-    the trajectories that the method may need; a few prompts are enough as `data`. The state of an optimizer
-    is counted by a formula, which needs no package. Raises ValueError as the training would.
+    They are those on each of `cards`. The base may have fake (meta) tensors. `make` makes the roles on this
+    backbone; `times` are the times of the trajectories that the method may need; a few prompts are enough as
+    `data`. The state of an optimizer is counted by a formula, which needs no package. Raises ValueError as the
+    training would.
     """
     states = torch.zeros(data.count, *backbone.shape)
     real = ImageData(states, data, "") if method.needs.images else None
@@ -177,7 +181,10 @@ def training_bytes(
 
 
 def hollow(roles: Roles) -> None:
-    """Replace what was added to networks of fake (meta) tensors by fake tensors: mixed ones take thrice the time."""
+    """Replace real tensors in networks of fake (meta) tensors by fake ones.
+
+    Calls that mix both take much longer.
+    """
     network = roles.networks["teacher"]
     mode = next((p.fake_mode for p in network.parameters() if isinstance(p, FakeTensor)), None)
     if mode is None:
@@ -196,7 +203,7 @@ def hollow(roles: Roles) -> None:
 
 
 def sharded_bytes(whole: Training, roles: Roles, cards: int) -> Training:
-    """Return the bytes of a training whose blocks' weights are shared between cards.
+    """Return the bytes of a training whose weights cards share.
 
     A card holds its part of all blocks, and has whole: what is outside of blocks, one block that computes, the
     next one with the buffer that it arrives in, and the gradients of a block with theirs.
@@ -294,7 +301,10 @@ def peak_bytes(run: Callable[[], object], *networks: nn.Module) -> int:
 
 
 def calls_alone(run: Callable[[], object], networks: Sequence[nn.Module]) -> list[int]:
-    """Return the bytes of each network alone while `run` calls it, its weights included."""
+    """Return the bytes of each network alone while `run` calls it.
+
+    Its weights are included.
+    """
     needed = [0] * len(networks)
 
     def counted(i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -37,7 +37,7 @@ class CheckpointWriter:
         self._failed: list[BaseException] = []
 
     def save(self, step: int, groups: Groups, state: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint, once the one before is on the disk.
+        """Begin to write a checkpoint, once the last one is written.
 
         The caller may change the tensors afterwards. Raises OSError where the one before could not be written.
         """
@@ -97,7 +97,7 @@ def checkpoint_writer(run: Path, keep: int) -> Iterator[CheckpointWriter]:
 
 
 def free_memory() -> int:
-    """Return the bytes of this machine's memory that are free for this process.
+    """Return the bytes of memory that this process may take.
 
     What files keep in memory counts as free. Returns 0 where the machine does not say it.
     """
@@ -110,7 +110,7 @@ def free_memory() -> int:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """Return the number behind each name in a file of Linux's, none where there is no such file."""
+    """Return the number behind each name in a file of Linux's."""
     try:
         lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
     except OSError:
@@ -131,7 +131,7 @@ class CheckpointSize:
 
     @property
     def most(self) -> int:
-        """Bytes on the disk at most: an old one goes when a new one is whole."""
+        """Bytes at most: an old one goes after a new one."""
         return self.each * min(self.keep + 1, self.count)
 
 
@@ -142,7 +142,10 @@ def checkpoint_size(roles: Roles, config: "TrainConfig") -> CheckpointSize:
 
 
 def checkpoint_bytes(roles: Roles, optimizer: OptimizerName) -> int:
-    """Return the bytes of a checkpoint: all that is trained, its optimizer's state, and the average."""
+    """Return the bytes of a checkpoint.
+
+    It holds all that is trained, its optimizer's state, and the average.
+    """
     trained = [p for own in roles.trained.values() for p in own.values()]
     tensors = sum(t.numel() * t.element_size() for t in (*trained, *roles.average.values()))
     return tensors + state_bytes(trained, optimizer)
