@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -206,7 +206,8 @@ def test_another_teachers_trajectories_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="were made with another guidance; choose another folder, or delete it"):
             next(make(tmp_path, backbone, guidance=other))
     record = json.loads((tmp_path / "trajectories.json").read_text())
-    for count in ([[]], True, 0, "6", None):
+    odd: list[Any] = [[[]], True, 0, "6", None]
+    for count in odd:
         (tmp_path / "trajectories.json").write_text(json.dumps({**record, "count": count}))
         with pytest.raises(ValueError, match=r"trajectories\.json is damaged: count is .*, allowed are whole numbers"):
             next(make(tmp_path, backbone))
