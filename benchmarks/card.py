@@ -37,7 +37,7 @@ HERE = ("/src/fewstep/", "/diffusers/", "/peft/")
 class OnCard(Tensor):
     """A tensor on the card. `inner` holds the values, on the CPU."""
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]  # torch has a function of this name
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnCard":
@@ -56,7 +56,7 @@ class OnCard(Tensor):
         return f"OnCard({self.inner!r})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has no types
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return computed(func, args, dict(kwargs or {}))
@@ -66,7 +66,7 @@ class CardGenerator(torch.Generator):
     """A generator on the card, with the numbers of one on the CPU."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return CARD
 
 
@@ -111,7 +111,8 @@ class Stalls(TorchDispatchMode):
         return self.reads.total() + self.copies.total()
 
     def clear(self) -> None:
-        self.reads.clear(), self.copies.clear(), self.sent.clear()
+        for count in (self.reads, self.copies, self.sent):
+            count.clear()
         self.kernels = 0
 
     def __torch_dispatch__(
@@ -193,9 +194,9 @@ def counted() -> Iterator[Stalls]:
     Torch refuses generators and autocast on the device whose name the card takes; within the block
     they are there.
     """
-    from fewstep.training import loop
+    from fewstep.training import loop, state
 
-    seeded, tensor = loop.seeded, torch.tensor
+    seeded, tensor = state.seeded, torch.tensor
 
     def on_card(seed: int, step: int, stream: str, rank: int = 0, device: Any = "cpu") -> torch.Generator:
         made = seeded(seed, step, stream, rank)

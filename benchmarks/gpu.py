@@ -54,7 +54,7 @@ import backbones
 from fewstep.backbones import miniature
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around
-from fewstep.backbones.meta import default_dtype
+from fewstep.backbones.parts import default_dtype
 from fewstep.core import timegrid
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
@@ -154,7 +154,7 @@ def trained(
         return segments[-1]
 
     def same_calls() -> None:
-        with computing(config.precision, device, roles.layers, deterministic=config.deterministic):
+        with computing(config.precision, device, roles, config.deterministic):
             bare(roles, METHOD, cond, null, config.batch, segments[-1].cpu())
 
     found: dict[str, list[float]] = {"seconds": [], "bare": []}
@@ -175,7 +175,7 @@ def trained(
         with waits(device) as waited:
             next(steps)
         steps.close()
-    with computing(config.precision, device, roles.layers, deterministic=config.deterministic):
+    with computing(config.precision, device, roles, config.deterministic):
         split = backbones.by_role(roles, data, config.batch, device, 1 if place.tiny else 2)
     seconds, calls = (sum(own) / len(own) for own in (found["seconds"], found["bare"][1:]))
     return {

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fewstep.backbones import encoders as module
+from fewstep.backbones import parts
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.encoders import deferred, encoding_on, is_deferred, weight_bytes
 from fewstep.backbones.load import fingerprint, load_teacher
@@ -92,8 +93,13 @@ def test_an_encoder_is_loaded_at_its_first_call(tmp_path: Path, monkeypatch: pyt
     folder = pipelines.save("sdxl", tmp_path / "sdxl")
     plain = load_teacher(folder)
     calls: list[str] = []
-    load_part = module.load_part
-    monkeypatch.setattr(module, "load_part", lambda *a: (calls.append(a[2]), load_part(*a))[1])
+    load_part = parts.load_part
+
+    def counted_part(*arguments: Any) -> Any:
+        calls.append(arguments[2])
+        return load_part(*arguments)
+
+    monkeypatch.setattr(module, "load_part", counted_part)
     later = load_teacher(
         folder, defer=lambda k, f, n, d: deferred(k, f, n, d) if n.startswith("text_encoder") else None
     )

@@ -1,6 +1,7 @@
 """A short training, and what its tests read of it."""
 
 import hashlib
+import time
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -46,6 +47,13 @@ def metrics(steps: list[Step]) -> list[tuple[int, dict[str, float]]]:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     return {f"{p.stem}/{n}": t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
+
+
+def wait_for(checkpoint: Path) -> None:
+    """Wait until a checkpoint is written, which happens beside the training."""
+    until = time.monotonic() + 60
+    while not checkpoint.is_dir() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def digest(module: nn.Module) -> str:

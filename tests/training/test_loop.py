@@ -26,7 +26,7 @@ from fewstep.training.settings import require_unchanged
 from fewstep.training.state import checkpoints
 
 from .. import tiny
-from .common import CONFIG, METHOD, digest, metrics, parts, run, tensors
+from .common import CONFIG, METHOD, digest, metrics, parts, run, tensors, wait_for
 
 # What changes and what does not
 
@@ -257,6 +257,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint_bit_for_bit(tmp_path:
     killed = distill(roles, METHOD, data, CONFIG, tmp_path)
     for _ in range(4):
         next(killed)
+    wait_for(tmp_path / "checkpoint-000003")
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000003"]
     _, second = run(out=tmp_path)
     assert metrics(second) == metrics(straight)[3:]

@@ -127,7 +127,7 @@ def test_the_guided_teacher_samples_what_it_samples_on_a_cpu(device: torch.devic
     for where in (CPU, device):
         roles = parts(where)
         data, schedule = embed(roles.backbone, tiny.WORDS, None, "tiny"), roles.backbone.schedule
-        cond = {k: v.to(where) for k, v in data.cond.items()}
+        cond = data.at(slice(None), where)
         denoise = roles.teacher(cond, data.unconditional(where), Guidance(scale=3.0))
         noise = torch.randn(len(tiny.WORDS), *roles.backbone.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():

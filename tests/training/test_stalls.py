@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep import transfer
 from fewstep.backbones.base import Cond
 from fewstep.data.images import ImageData
 from fewstep.data.prompts import Embeddings, embed
@@ -108,7 +109,7 @@ def test_a_card_leaves_its_updates_out_from_the_first_number_that_is_not_finite(
             FloatingPointError, match=rf"^the fake {what} is (nan|inf) at iteration 2; lower train.lr or"
         ):
             next(steps)
-        assert all(torch.equal(p.inner, before[r][n]) for r in TRAINED for n, p in roles.trained[r].items())  # type: ignore[attr-defined]
+        assert all(torch.equal(p.inner, before[r][n]) for r in TRAINED for n, p in roles.trained[r].items())  # type: ignore[arg-type]
 
 
 def test_an_update_before_the_number_that_is_not_finite_is_made(card: ModuleType) -> None:
@@ -121,7 +122,7 @@ def test_an_update_before_the_number_that_is_not_finite_is_made(card: ModuleType
         with pytest.raises(FloatingPointError, match=r"^the student gradient is "):
             next(steps)
         moved = {
-            r: any(not torch.equal(p.inner, before[r][n]) for n, p in roles.trained[r].items())  # type: ignore[attr-defined]
+            r: any(not torch.equal(p.inner, before[r][n]) for n, p in roles.trained[r].items())  # type: ignore[arg-type]
             for r in TRAINED
         }
         assert moved == {"student": False, "fake": True}
@@ -129,7 +130,7 @@ def test_an_update_before_the_number_that_is_not_finite_is_made(card: ModuleType
 
 def test_the_next_batches_are_drawn_while_the_card_still_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn and sent before the host asks for this iteration's numbers, which it then waits for."""
-    events, draw, fetch = list[str](), Embeddings.draw, loop.fetched
+    events, draw, fetch = list[str](), Embeddings.draw, transfer.fetched
 
     def drawn(self: Embeddings, *arguments: Any) -> Cond:
         events.append("draw")

@@ -17,7 +17,7 @@ from fewstep.training.loop import TrainConfig, distill
 from fewstep.training.state import seeded
 
 from .. import tiny
-from .common import CONFIG, METHOD, parts, run, tensors
+from .common import CONFIG, METHOD, parts, run, tensors, wait_for
 
 Gradients = dict[int, Tensor]
 
@@ -95,6 +95,7 @@ def test_updates_are_adamw_with_the_papers_betas(tmp_path: Path, gradients: Grad
     start, lr = {n: p.detach().clone() for n, p in roles.trained["fake"].items()}, CONFIG.fake_lr
     assert lr is not None
     for step in distill(roles, METHOD, data, replace(CONFIG, checkpoint_every=1), tmp_path):
+        wait_for(tmp_path / f"checkpoint-{step.iteration:06d}")
         saved = tensors(tmp_path / f"checkpoint-{step.iteration:06d}")
         for n, p in roles.trained["fake"].items():
             assert p.grad is None  # let go

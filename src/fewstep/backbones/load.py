@@ -232,9 +232,9 @@ def load_teacher(
     for lora, strength in given.loras:
         fuse(pipe, lora, strength)
     backbone = at_size(replace(backbone, source=str(source)), size)
-    if any(p.is_meta for n in networks(backbone.pipe) for p in n.parameters()):
+    if any(p.is_meta for n in networks(pipe) for p in n.parameters()):
         return backbone
-    backbone.pipe.to(device)
+    pipe.to(device)
     try:
         require_runs(backbone)
     except UnfitError as error:

@@ -66,7 +66,11 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor, or the tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part.detach()
 
 
 def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

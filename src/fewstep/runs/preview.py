@@ -140,10 +140,7 @@ class Preview:
         return denoise
 
     def _computing(self, roles: Roles | None) -> AbstractContextManager[None]:
-        device = device_of(self.teacher.module)
-        if roles is None:
-            return computing(self.drawing.precision, device)
-        return computing(self.drawing.precision, device, roles.layers, keep_casts=not roles.sharded)
+        return computing(self.drawing.precision, device_of(self.teacher.module), roles)
 
     def show(self, roles: Roles, iteration: int, method: Method) -> Shown:
         """Write `samples/step_N.png` and check the images.

@@ -76,7 +76,7 @@ def kohya_header(
     )
     if architecture == VERSIONS[1024][1] and card.prediction == "v_prediction":
         architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"
-    data = save(dict(state))
+    data = save({name: tensor.contiguous() for name, tensor in state.items()})
     digest = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     rank, alpha, count = str(card.rank), f"{card.alpha:g}", card.steps[0]
     call = f"strength 1.0, {count} step{'s' if count > 1 else ''}, CFG 1"

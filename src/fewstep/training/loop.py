@@ -7,7 +7,7 @@ bit.
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -320,9 +320,7 @@ def _iterations(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(role, i, method.warmup, roles.config.lora)
         turns = following
-        # No kept casts of sharded weights: they would be whole, and might belong to an earlier block in the same
-        # memory.
-        numerics = computing(config.precision, device, roles.layers, not roles.sharded, config.deterministic)
+        numerics = computing(config.precision, device, roles, config.deterministic)
         with numerics, compiled():
             measured = _updates(
                 accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
@@ -332,6 +330,9 @@ def _iterations(
         try:
             numbers = measured.read()
         except FloatingPointError as error:
+            if writer is not None:
+                with suppress(OSError):
+                    writer.wait()  # the message names the last checkpoint
             raise FloatingPointError(f"{error}{_and_then(run)}") from error
         if i >= method.warmup:
             # A young average decays faster, so that the average never holds the start.

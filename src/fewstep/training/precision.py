@@ -1,12 +1,11 @@
 """The precision in which a run's networks compute, and what a GPU does faster in it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 
 from ..backbones.parts import WithUNet
 from ..roles.adapters import keep_input_dtype
@@ -20,20 +19,19 @@ WORKSPACE, FIXED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # read by cu
 def computing(
     precision: Precision,
     device: torch.device,
-    layers: Sequence[LoraLayer] = (),
-    keep_casts: bool = True,
+    roles: Roles | None = None,
     deterministic: bool = False,
 ) -> Iterator[None]:
     """Compute networks in a run's precision within the block.
 
-    `layers` are those that carry adapters. In bf16, weights in single precision are cast at their use; casts of
-    trained weights are kept until the block ends, unless `keep_casts` is false. `deterministic` computes with
-    deterministic algorithms alone.
+    In bf16, weights in single precision are cast at their use, and casts of trained weights are kept until the
+    block ends. Casts of sharded `roles` are not kept: they would be whole, and might belong to an earlier block in
+    the same memory. `deterministic` computes with deterministic algorithms alone.
     """
     mixed = precision == "bf16"
     with (
-        torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=keep_casts),
-        keep_input_dtype(layers if mixed else ()),
+        torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=roles is None or not roles.sharded),
+        keep_input_dtype(roles.layers if mixed and roles is not None else ()),
         _fast_kernels(device, mixed, deterministic),
         _same_kernels(deterministic),
     ):
@@ -53,7 +51,7 @@ def lay_out(roles: Roles, precision: Precision, device: torch.device) -> None:
 def channels_last(roles: Roles) -> None:
     """Lay the weights of all convolutions, and the average, out channels last."""
     for network in {id(n): n for n in roles.networks.values()}.values():
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch leaves it out of its types
     for name, p in roles.trained["student"].items():
         roles.average[name] = torch.empty_like(p, dtype=roles.average[name].dtype).copy_(roles.average[name])
 
