@@ -1,4 +1,4 @@
-"""Transfers between the CPU and another device, for which nobody waits in vain.
+"""Transfers between the CPU and another device.
 
 A device computes behind the CPU, which goes on at once. Two things end that: a number of the device that the CPU asks
 for, and a copy from ordinary memory; the CPU then waits for all that the device has to do before. So numbers are asked
@@ -33,9 +33,9 @@ def fetched(values: Sequence[Tensor]) -> list[float]:
 
 
 def together(values: Sequence[Tensor]) -> Tensor:
-    """Return numbers of one device as one tensor, in the widest of their types.
+    """Return numbers of one device as one tensor.
 
-    Each tensor holds one number.
+    The tensor has the widest of their types. Each tensor holds one number.
     """
     kind = reduce(torch.promote_types, (v.dtype for v in values))
     return torch.stack([v.detach().to(kind).reshape(()) for v in values])

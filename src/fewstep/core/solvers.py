@@ -158,9 +158,10 @@ def ipndm(
 
 
 def _adams_bashforth(seen: Tensor, i: int) -> Tensor:
-    """Return the coefficient of the i-th newest eps for every sample's number of past steps.
+    """Return every sample's coefficient of the i-th newest eps.
 
-    `seen` [B]; returns [B], float64. A table would have to be copied to the device at every step.
+    `seen` [B] is the number of past steps; returns [B], float64. A table would have to be copied to the device at
+    every step.
     """
     found = torch.full(seen.shape, ADAMS_BASHFORTH[0][i], dtype=torch.float64, device=seen.device)
     for n, row in enumerate(ADAMS_BASHFORTH[1:], 1):

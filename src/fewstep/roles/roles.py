@@ -164,7 +164,10 @@ class Roles:
         self._serve((role, vector))
 
     def _serve(self, who: tuple[Role, Tensor | None]) -> None:
-        """Make the shared network serve a role again, in the same time for any network."""
+        """Make the shared network serve a role again.
+
+        The time is the same for any network.
+        """
         self.active[0] = who
         role, vector = who
         adapters.switch(self.layers, None if role == "teacher" else role)

@@ -394,10 +394,11 @@ class Reach:
 
 
 class Measured:
-    """The numbers of an iteration (from 0), which the CPU reads from the device once, at the end.
+    """The numbers of an iteration, counted from 0.
 
-    Losses and norms of gradients have to be finite. From the first that is not, the optimizers' steps are left out,
-    so weights that were good stay good although the CPU learns of it at the end.
+    The CPU reads the numbers from the device once, at the end of the iteration. Losses and norms of gradients have
+    to be finite. From the first that is not, the optimizers' steps are left out, so weights that were good stay
+    good although the CPU learns of it at the end.
     """
 
     def __init__(self, iteration: int) -> None:
@@ -519,7 +520,9 @@ def _update(
     config: TrainConfig,
     measured: Measured,
 ) -> Tensor:
-    """Take one optimizer step of one role, if all numbers so far are finite.
+    """Take one optimizer step of one role.
+
+    The step is left out where a number so far is not finite.
 
     Returns the gradient norm. Gradients that are not yet means over processes are averaged in one flat call.
     """

@@ -32,9 +32,10 @@ def require(name: OptimizerName) -> None:
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW whose step the device itself can leave out, as torch's gradient scaler asks for it.
+    """AdamW whose step the device itself can leave out.
 
-    Where `found_inf` (float32, one number, on the parameters' device) is 1, a fused step changes nothing.
+    Torch's gradient scaler asks for it in the same way: where `found_inf` (float32, one number, on the parameters'
+    device) is 1, a fused step changes nothing.
     """
 
     found_inf: Tensor | None = None

@@ -1,4 +1,7 @@
-"""The precision in which a run's networks compute, and what a GPU does faster in it."""
+"""The precision in which a run's networks compute.
+
+A GPU is told here what it may do faster in this precision.
+"""
 
 import os
 from collections.abc import Iterator
@@ -39,9 +42,10 @@ def computing(
 
 
 def lay_out(roles: Roles, precision: Precision, device: torch.device) -> None:
-    """Lay the weights of U-Nets out channels last, as a GPU's convolutions in bf16 read them.
+    """Lay the weights of U-Nets out channels last.
 
-    Before optimizers are made, whose state has the weights' order in memory. Sharded weights stay as they are, and
+    A GPU's convolutions in bf16 read them in this order. Call it before optimizers are made: their state has the
+    weights' order in memory. Sharded weights stay as they are, and
     so do all weights in single precision or on a CPU.
     """
     if device.type == "cuda" and precision == "bf16" and not roles.sharded and isinstance(roles.backbone, WithUNet):
@@ -58,8 +62,9 @@ def channels_last(roles: Roles) -> None:
 
 @contextmanager
 def _fast_kernels(device: torch.device, mixed: bool, deterministic: bool) -> Iterator[None]:
-    """Let a GPU try which convolutions are fastest, and in bf16 multiply the rest of single precision as TF32.
+    """Let a GPU use its fastest kernels within the block.
 
+    The GPU tries which convolutions are fastest. In bf16, what is left in single precision is multiplied as TF32:
     TF32 holds every number of bf16. Trials end differently from process to process, so deterministic training has
     none. On a CPU nothing changes.
     """
@@ -115,7 +120,7 @@ def fix_workspace(deterministic: bool) -> None:
 
 
 def require_workspace(deterministic: bool, device: torch.device) -> None:
-    """Check that cuBLAS has the workspace that deterministic training on a GPU needs.
+    """Check that cuBLAS has the workspace of deterministic training.
 
     Raises ValueError.
     """

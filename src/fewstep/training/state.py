@@ -70,9 +70,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
 
 
 def _ordered_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """Return a tensor in another one's order in memory, which fused AdamW takes for granted.
+    """Return a tensor in another one's order in memory.
 
-    A tensor of another shape is returned unchanged.
+    Fused AdamW takes this order for granted. A tensor of another shape is returned unchanged.
     """
     if tensor.shape != like.shape or tensor.stride() == like.stride():
         return tensor
