@@ -5,29 +5,50 @@ They are real diffusers classes with random weights, and they need no file and n
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     CogVideoXPipeline,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -139,6 +160,176 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Printable bytes, a few words, and the marks of Qwen's conversations."""
+    words = miniature.word_tokenizer(tiny.WORDS, 600, LENGTH)
+    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    pieces = [p for p in words.get_vocab() if not p.endswith("</w>") and not p.startswith("<|")]
+    vocab = {p: i for i, p in enumerate([*sorted(pieces), *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=4096, pad_token=marks[2], eos_token=marks[1])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen3(tokenizer: Qwen2Tokenizer, layers: int, width: int = 16) -> dict[str, Any]:
+    """Settings of a Qwen 3 of this width."""
+    return dict(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=width // 2, max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def flux2() -> Flux2KleinPipeline:
+    """Images of 4 pixels a token; at size 16, 4x4 tokens."""
+    tokenizer = qwen_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+    ).eval()
+    torch.nn.init.uniform_(vae.bn.running_mean, -0.5, 0.5)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return Flux2KleinPipeline(
+        dynamic_scheduler(), vae, Qwen3ForCausalLM(Qwen3Config(**qwen3(tokenizer, 27))).eval(), tokenizer, transformer
+    )
+
+
+def qwen_autoencoder() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.3, -0.2, 0.1, 0.5],
+        latents_std=[1.5, 0.5, 2.0, 0.7],
+    ).eval()
+
+
+def qwenimage() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer()
+    text = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=4096, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]},
+            bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        ),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16),
+        image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6, vision_token_id=7,
+    )  # fmt: skip
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 2, 2),
+    )
+    scheduler = dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    encoder = Qwen2_5_VLForConditionalGeneration(text).eval()
+    return QwenImagePipeline(scheduler, qwen_autoencoder(), encoder, tokenizer, transformer)
+
+
+def zimage() -> ZImagePipeline:
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[1024, 64, 64],
+    )
+    # What the library leaves uninitialised.
+    for name in ("x_pad_token", "cap_pad_token"):
+        torch.nn.init.normal_(getattr(transformer, name))
+    encoder = Qwen3Model(Qwen3Config(**qwen3(tokenizer, 2))).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return ZImagePipeline(scheduler, autoencoder(0.3611, shift=0.1159), encoder, tokenizer, transformer)
+
+
+def flux() -> FluxPipeline:
+    first, second = clip_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 2, 2),
+    )
+    return FluxPipeline(
+        dynamic_scheduler(), autoencoder(0.3611, shift=0.1159), clip(first), first, t5(second), second, transformer
+    )
+
+
+def krea2() -> Krea2Pipeline:
+    tokenizer = qwen_tokenizer()
+    text = Qwen3VLConfig(
+        text_config=qwen3(tokenizer, 3) | dict(rope_scaling={"rope_type": "default", "mrope_section": [1, 1, 2]}),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, deepstack_visual_indexes=[]
+        ),
+        image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6,
+    )  # fmt: skip
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    # Zero when the library makes them: the network would look at no time.
+    for name, weight in transformer.named_parameters():
+        if "scale_shift_table" in name or "norm" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    scheduler = dynamic_scheduler(max_image_seq_len=6400)
+    encoder = Qwen3VLModel(text).eval()
+    return Krea2Pipeline(
+        scheduler, qwen_autoencoder(), encoder, tokenizer, transformer, text_encoder_select_layers=(1, 3)
+    )
+
+
+def dynamic_scheduler(**settings: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **settings)
+
+
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": sd,
     "sdxl": sdxl,
@@ -147,7 +338,14 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "cogvideox": cogvideox,
     "cogvideox-rotary": lambda: cogvideox(rotary=True),
     "sd3": sd3,
+    "flux2": flux2,
+    "qwenimage": qwenimage,
+    "zimage": zimage,
+    "flux": flux,
+    "krea2": krea2,
 }
+# Families whose pipelines make images of 1024 pixels by default, with the size that tests take.
+SIZES = dict.fromkeys(["flux2", "qwenimage", "zimage", "flux", "krea2"], 16)
 
 
 PIXELS: dict[str, Callable[[], DiffusionPipeline]] = {  # take no prompts

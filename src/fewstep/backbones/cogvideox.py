@@ -85,7 +85,7 @@ class CogVideoX(DiffusersBackbone):
 FAMILY = Family(
     CogVideoXPipeline,
     lambda pipe, name: CogVideoX(pipe, name, table(pipe), pipe.transformer.config.sample_frames),
-    takes_times=False,
+    told_by="",
     video=True,
     call_options=lambda pipe: {"max_sequence_length": pipe.transformer.config.max_text_seq_length},
 )

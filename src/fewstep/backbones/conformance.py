@@ -23,7 +23,7 @@ from ..tensors import finite
 from .base import LEAST_SHARE, Backbone, Denoiser, guided
 from .few_step import drawn, with_network
 from .generate import device_of, pictures
-from .parts import PREDICTIONS, DiffusersBackbone, LatentUNet
+from .parts import PREDICTIONS, DiffusersBackbone, Sized
 from .schedulers import student_scheduler
 from .trial import small_shape
 from .unconditional import PixelModel, drawn_pixels, pixel_pipeline
@@ -218,18 +218,17 @@ def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -
         pipe.set_progress_bar_config(disable=True)
         return drawn_pixels(replace(backbone, pipe=pipe), prompts, steps).to(device_of(backbone.module))
     pipe = with_network(backbone.pipe, backbone.module, scheduler, type(backbone.pipe))
-    size = backbone.image_size if isinstance(backbone, LatentUNet) else 0
+    size = backbone.image_size if isinstance(backbone, Sized) else 0
     return drawn(pipe, prompts, steps, scale, size=size, shape=backbone.shape).to(device_of(backbone.module))
 
 
 def small(backbone: Any) -> Any:
-    """Shrink the images of a U-Net on a CPU.
+    """Shrink the images of a backbone of any size on a CPU.
 
-    Latents are then at most `2^(levels + 1)` wide. Other backbones come back unchanged.
+    States are then at most as wide as `small` says. Other backbones come back unchanged.
     """
-    if isinstance(backbone, LatentUNet) and device_of(backbone.module).type == "cpu":
-        unit = 2 ** len(backbone.pipe.unet.config.block_out_channels)
-        return replace(backbone, size=min(backbone.shape[-1], 2 * unit))
+    if isinstance(backbone, Sized) and device_of(backbone.module).type == "cpu":
+        return backbone.at(min(backbone.shape[-1], backbone.small))
     return backbone
 
 

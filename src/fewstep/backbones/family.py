@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,17 @@ class Family:
     # Parts that are loaded otherwise than the pipeline's folder says.
     parts: Mapping[str, Any] = field(default_factory=dict)
     takes_prompts: bool = True
-    takes_times: bool = True  # `timesteps=...`, with a scheduler that its students have
+    # How its pipeline is told a student's own times, with a scheduler that its students have; empty: in no way.
+    told_by: Literal["timesteps", "sigmas", ""] = "timesteps"
     video: bool = False
+    # How `pipe(prompt, ...)` is told a guidance scale, 1 being none, for so many prompts.
+    guidance: Callable[[float, int], Mapping[str, Any]] = lambda scale, count: {"guidance_scale": scale}
+    # States [B, ...] as `pipe(latents=...)` takes them.
+    latents: Callable[[Tensor], Tensor] = lambda states: states
+    # Classes of parts whose annotation in the pipeline names a base class alone.
+    kinds: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    # Raises UnfitError for settings that the backbone does not follow.
+    check: Callable[[Any], None] = lambda pipe: None
     # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.
     call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
     # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself.

@@ -28,7 +28,7 @@ from .base import Backbone, speechless
 from .families import FAMILIES, family_of_pipeline
 from .family import Family
 from .lora import fuse
-from .parts import DiffusersBackbone, LatentUNet, able_to_single, load_pipeline
+from .parts import DiffusersBackbone, Sized, able_to_single, load_pipeline
 from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
 from .trial import require_runs
@@ -220,7 +220,7 @@ def load_teacher(
         if given.place in bundled():
             require_shipped(Path(place))
         if checkpoint is None:
-            pipe = load_pipeline(family.pipeline, place, dtype, family.parts)
+            pipe = load_pipeline(family.pipeline, place, dtype, family.parts, family.kinds)
         else:
             pipe = load_checkpoint(family.pipeline, checkpoint, Path(place), dtype, family.parts)
         backbone = backbone_of(family, pipe, FUSED.join(given.names))
@@ -242,7 +242,8 @@ def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
 
     Raises UnfitError for other settings, and where the clean estimate at the noisiest time is lost.
     """
-    backbone = family.from_pipeline(require_settings(pipe), name)
+    family.check(require_settings(pipe))
+    backbone = family.from_pipeline(pipe, name)
     able_to_single(backbone.module)
     if why := speechless(backbone.schedule, backbone.row):
         raise UnfitError(
@@ -305,17 +306,16 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     """Return the same model for images of `size` x `size` pixels.
 
     None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
-    where the U-Net's levels do not divide the size.
+    for a size that the network's levels or patches do not divide.
     """
-    if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.image_size):
+    if size is None or (not isinstance(backbone, Sized) and size == backbone.image_size):
         return backbone
-    if not isinstance(backbone, LatentUNet):
+    if not isinstance(backbone, Sized):
         raise ValueError(f"size: got {size}, {backbone.name} makes images of one size; leave it out")
-    unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
-    most = LARGEST * backbone.pipe.vae_scale_factor
+    unit, most = backbone.pixels * backbone.multiple, LARGEST * backbone.pixels
     if not isinstance(size, int) or not unit <= size <= most or size % unit:
         raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
-    return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
+    return backbone.at(size // backbone.pixels)
 
 
 def place_encoders(backbone: Backbone, device: str | torch.device) -> None:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .base import Backbone
+from .family import Family
 from .load import at_size, backbone_of, damaged, locate, require_lora_files, source_of
 from .lora import changes_of
 from .parts import frozen, network_kind, own_dtype, part_kind, part_names
@@ -42,8 +43,8 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
         named = {n: called for n, called in part_names(family.pipeline, index).items() if n not in family.parts}
         if checkpoint is None and Path(place).is_dir():
             read_settings(Path(place), named)
-            require_weights(family.pipeline, Path(place), named)
-        parts = components(family.pipeline, place, named, dtype)
+            require_weights(family, Path(place), named)
+        parts = components(family, place, named, dtype)
         absent = {
             n: None
             for n in inspect.signature(family.pipeline).parameters
@@ -67,18 +68,16 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
     return backbone
 
 
-def components(
-    pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype
-) -> dict[str, Any]:
+def components(family: Family, place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
     """Return a pipeline's parts by name, networks with fake (meta) tensors.
 
-    The parts have the classes that the pipeline asks for. `named` has the class names from the pipeline's
+    The parts have the classes that the family's pipeline asks for. `named` has the class names from the pipeline's
     folder.
     """
     made = dict[str, Any]()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all parts: tensors of several modes do not mix
     for name, called in named.items():
-        kind: Any = network_kind(pipeline, name, called) or part_kind(pipeline, name)[0]
+        kind: Any = network_kind(family.pipeline, name, called, family.kinds) or part_kind(family.pipeline, name)[0]
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
             with mode, default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():
@@ -95,15 +94,14 @@ def components(
     return made
 
 
-def require_weights(
-    pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True
-) -> None:
+def require_weights(family: Family, folder: Path, named: Mapping[str, str], bare: bool = True) -> None:
     """Check that the weight files of a pipeline's networks can be loaded.
 
     Only headers are read. With `bare`, a folder of configurations alone passes: a plan needs no more. Raises
     UnfitError where files are missing, damaged or pickled.
     """
-    kinds = {name: kind for name, called in named.items() if (kind := network_kind(pipeline, name, called)) is not None}
+    found = {name: network_kind(family.pipeline, name, called, family.kinds) for name, called in named.items()}
+    kinds = {name: kind for name, kind in found.items() if kind is not None}
     files = [
         f
         for name in kinds
@@ -123,9 +121,7 @@ def require_loadable(source: str | Path) -> None:
     if checkpoint is None and Path(place).is_dir():
         try:
             named = part_names(family.pipeline, DiffusionPipeline.load_config(str(place)))
-            require_weights(
-                family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False
-            )
+            require_weights(family, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False)
         except Exception as error:  # as in `meta_teacher`
             raise damaged(place, error) from error
 

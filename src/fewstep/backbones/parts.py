@@ -8,10 +8,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
+from .autoencoders import latents_of, pictures_of, scale_of
 from .schedulers import EDM_SIGNS
 from .settings import read_settings, side
 from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
-OUTPUTS = ("conv_out", "proj_out")  # names of the last layer in U-Nets and transformers
+# Names of the last layer in U-Nets and transformers.
+OUTPUTS = ("conv_out", "proj_out", "final_layer.linear", "all_final_layer.2-1.linear")
 # Pixels that go through an autoencoder at once, 64 images of 64x64 or one of 512x512: the autoencoder then
 # needs less memory than the denoiser.
 PIXELS = 2**18
@@ -68,6 +70,10 @@ class DiffusersBackbone(ABC):
         """Settings of the pipeline's scheduler."""
         return dict(self.pipe.scheduler.config)
 
+    @property
+    def guidance_patch(self) -> int:
+        return 0
+
 
 @dataclass(frozen=True)
 class Latent(DiffusersBackbone):
@@ -77,8 +83,13 @@ class Latent(DiffusersBackbone):
     """
 
     @property
+    def pixels(self) -> int:
+        """Height and width of a state's position, in pixels."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
     def image_size(self) -> int:
-        return self.shape[-1] * self.pipe.vae_scale_factor
+        return self.shape[-1] * self.pixels
 
     @property
     @abstractmethod
@@ -92,15 +103,9 @@ class Latent(DiffusersBackbone):
     def latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return `(shift, scale)` of states `(z - shift) scale` for latents z.
 
-        Two numbers, or two tensors [1, C, 1, 1] where channels are normalised one by one.
+        See `autoencoders.scale_of`.
         """
-        config = self.pipe.vae.config
-        if config.get("latents_mean") is None or config.get("latents_std") is None:
-            return config.get("shift_factor") or 0.0, config.scaling_factor
-        mean, std = (
-            torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
-        return mean, config.scaling_factor / std
+        return scale_of(self.pipe.vae, like)
 
     def encode_images(self, pictures: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as scaled latents.
@@ -109,9 +114,7 @@ class Latent(DiffusersBackbone):
         """
         vae = self.pipe.vae
         with torch.no_grad():
-            means = [
-                vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(self.chunk)
-            ]
+            means = [latents_of(vae, 2 * x - 1) for x in pictures.to(vae.device, vae.dtype).split(self.chunk)]
         z = torch.cat(means).float()
         shift, scale = self.latent_scale(z)
         return (z - shift) * scale
@@ -125,8 +128,29 @@ class Latent(DiffusersBackbone):
         shift, scale = self.latent_scale(x)
         z = x.float() / scale + shift
         with torch.no_grad():
-            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(self.chunk)])
+            images = torch.cat([pictures_of(vae, part) for part in z.to(vae.dtype).split(self.chunk)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Sized(Latent):
+    """A latent backbone that samples at other sizes than the one it was made for, too."""
+
+    size: int = 0  # height and width of the states; 0: the size that the network was made for
+
+    def at(self, size: int) -> Self:
+        """Return the same model for states of `size` x `size`."""
+        return replace(self, size=size)
+
+    @property
+    @abstractmethod
+    def multiple(self) -> int:
+        """Number of which the height and width of states are multiples."""
+
+    @property
+    @abstractmethod
+    def small(self) -> int:
+        """Height and width of small states, which the network takes without loss."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +167,22 @@ class WithUNet(DiffusersBackbone):
 
 
 @dataclass(frozen=True)
-class LatentUNet(WithUNet, Latent):
-    """A latent backbone with a U-Net.
-
-    A U-Net samples at other sizes than the one it was made for, too.
-    """
-
-    size: int = 0  # height and width of the latents; 0: the size that the network was made for
+class LatentUNet(WithUNet, Sized):
+    """A latent backbone with a U-Net."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         config = self.pipe.unet.config
         size = side("unet", config.sample_size, self.size)
         return (config.in_channels, size, size)
+
+    @property
+    def multiple(self) -> int:
+        return int(2 ** (len(self.pipe.unet.config.block_out_channels) - 1))
+
+    @property
+    def small(self) -> int:
+        return int(2 ** (len(self.pipe.unet.config.block_out_channels) + 1))
 
 
 @dataclass(frozen=True)
@@ -173,18 +200,22 @@ class LatentTransformer(Latent):
 
 
 def load_pipeline(
-    kind: type[Pipeline], source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})
+    kind: type[Pipeline],
+    source: str | Path,
+    dtype: torch.dtype,
+    parts: Mapping[str, Any] = MappingProxyType({}),
+    kinds: Mapping[str, type[nn.Module]] = MappingProxyType({}),
 ) -> Pipeline:
     """Load a frozen pipeline from a folder or a hub id.
 
-    `parts` replace those of the folder. Every weight of the networks is accounted for. Raises UnfitError (see
+    `parts` replace those of the folder, and `kinds` are classes of parts that the pipeline does not say. Every weight of the networks is accounted for. Raises UnfitError (see
     `weights.load_network`), and whatever diffusers raises for what is no network.
     """
     folder = Path(source) if Path(source).is_dir() else fetched(kind, str(source), parts)
     named = part_names(kind, kind.load_config(folder))
     read_settings(folder, named)
-    kinds = {n: network_kind(kind, n, called) for n, called in named.items() if n not in parts}
-    loaded = {n: load_part(k, folder, n, dtype) for n, k in kinds.items() if k is not None}
+    networks = {n: network_kind(kind, n, called, kinds) for n, called in named.items() if n not in parts}
+    loaded = {n: load_part(k, folder, n, dtype) for n, k in networks.items() if k is not None}
     return frozen(kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **parts), dtype)
 
 
@@ -226,11 +257,16 @@ def part_names(pipeline: type[DiffusionPipeline], index: Mapping[str, Any]) -> d
     return named
 
 
-def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
+def part_kind(
+    pipeline: type[DiffusionPipeline], name: str, kinds: Mapping[str, type[nn.Module]] = MappingProxyType({})
+) -> tuple[type, ...]:
     """Return the classes that a pipeline allows for a part.
 
-    Raises UnfitError where the pipeline has no such part.
+    `kinds` come before what the pipeline's annotation says. Raises UnfitError where the pipeline has no such
+    part.
     """
+    if name in kinds:
+        return (kinds[name],)
     hints = get_type_hints(pipeline.__init__)
     if name not in hints:
         raise UnfitError(
@@ -240,12 +276,17 @@ def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
     return tuple(k for k in (*get_args(hints[name]), hints[name]) if isinstance(k, type) and k is not type(None))
 
 
-def network_kind(pipeline: type[DiffusionPipeline], name: str, called: str) -> type[nn.Module] | None:
+def network_kind(
+    pipeline: type[DiffusionPipeline],
+    name: str,
+    called: str,
+    of: Mapping[str, type[nn.Module]] = MappingProxyType({}),
+) -> type[nn.Module] | None:
     """Return the class of a pipeline's network; None for other parts.
 
     Raises UnfitError where the folder names another class than the pipeline allows.
     """
-    kinds = [k for k in part_kind(pipeline, name) if issubclass(k, ModelMixin | PreTrainedModel)]
+    kinds = [k for k in part_kind(pipeline, name, of) if issubclass(k, ModelMixin | PreTrainedModel)]
     if not kinds:
         return None
     if (found := next((k for k in kinds if k.__name__ == called), None)) is None:
@@ -319,7 +360,7 @@ def able_to_single(network: nn.Module) -> nn.Module:
 
     For `single_output`. Weights, hooks and names stay. Returns the same network.
     """
-    for name, layer in network.named_children():
+    for name, layer in network.named_modules():
         if name in OUTPUTS and type(layer) in (nn.Conv2d, nn.Linear):
             layer.__class__ = SingleConv2d if isinstance(layer, nn.Conv2d) else SingleLinear
     return network
@@ -334,7 +375,7 @@ def single_output(network: nn.Module) -> Iterator[None]:
     the output, is 0.015 of x0's unit at Stable Diffusion's last time and 0.16 at PixArt's, and guidance
     multiplies the error.
     """
-    outputs = [child for name, child in network.named_children() if name in OUTPUTS]
+    outputs = [child for name, child in network.named_modules() if name in OUTPUTS]
     # `modules`, since the layer may be inside an adapter.
     layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]
     for layer in layers:
@@ -426,12 +467,14 @@ def unet_features(unet: nn.Module) -> tuple[str, ...]:
     return (*last, "mid_block")
 
 
-def transformer_features(blocks: Sequence[nn.Module], part: str = "") -> tuple[str, ...]:
+def transformer_features(
+    blocks: Sequence[nn.Module], part: str = "", named: str = "transformer_blocks"
+) -> tuple[str, ...]:
     """Name up to four blocks of a transformer.
 
-    `part` is a layer's name inside each block, if not the block itself. The blocks are spread evenly through
-    the first three quarters.
+    `part` is a layer's name inside each block, if not the block itself, and `named` the name of the list of
+    blocks. The blocks are spread evenly through the first three quarters.
     """
     count = len(blocks)
     places = sorted({round(count * share / 4) for share in (0.75, 1.5, 2.25, 3)} & set(range(count)))
-    return tuple(f"transformer_blocks.{i}{part}" for i in places or [0])
+    return tuple(f"{named}.{i}{part}" for i in places or [0])

@@ -54,6 +54,6 @@ class StableDiffusion3(LatentTransformer):
 FAMILY = Family(
     StableDiffusion3Pipeline,
     lambda pipe, name: StableDiffusion3(pipe, name, Flow(shift=pipe.scheduler.config.shift)),
-    takes_times=False,
+    told_by="sigmas",
     comfyui_latent="EmptySD3LatentImage",
 )

@@ -15,6 +15,7 @@ from typing import Any
 from diffusers import (
     CogVideoXPipeline,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
@@ -348,6 +349,40 @@ def _sd3(pipe: DiffusionPipeline) -> None:
                 f"scheduler says {key}, which fewstep does not read",
                 "set it to false in scheduler_config.json where the model was made for a fixed shift",
             )
+
+
+def require_flow(pipe: DiffusionPipeline) -> None:
+    """Check that a pipeline's scheduler is one of flow matching whose times are shifted.
+
+    Raises UnfitError otherwise.
+    """
+    config = pipe.scheduler.config
+    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        raise UnfitError(
+            f"its {type(pipe.scheduler).__name__} is no scheduler of flow matching",
+            "pass a pipeline with FlowMatchEulerDiscreteScheduler",
+        )
+    number("scheduler", "shift", config.shift)
+    if config.invert_sigmas:
+        raise UnfitError("scheduler says invert_sigmas, which fewstep does not read", "set it to false")
+    for key in ("base_shift", "max_shift") if config.use_dynamic_shifting else ():
+        number("scheduler", key, config[key], positive=False)
+    few, many = (whole("scheduler", k, config[k], most=2**31) for k in ("base_image_seq_len", "max_image_seq_len"))
+    if not few < many:
+        raise UnfitError(
+            f"scheduler says base_image_seq_len {few} and max_image_seq_len {many}, allowed are rising ones"
+        )
+
+
+def require_channels(pipe: DiffusionPipeline, latent: int, patch: int = 2) -> None:
+    """Check that a transformer takes its autoencoder's latents in patches of `patch` x `patch`.
+
+    Raises UnfitError otherwise.
+    """
+    wanted = latent * patch**2
+    what = f"its autoencoder's latents have {latent} channels" + f", patches of them {wanted}" * (patch > 1)
+    found = pipe.transformer.config.in_channels
+    same("transformer", "in_channels", found, wanted, what, "pass a text-to-image model")
 
 
 def _cogvideox(pipe: DiffusionPipeline) -> None:

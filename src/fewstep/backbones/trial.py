@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..reading import reason
 from .base import Backbone
-from .parts import Latent, WithUNet
+from .parts import Latent, Sized, WithUNet
 from .weights import UnfitError
 
 SMALL = 2**12  # largest state, in numbers, for which a call on a CPU takes no time
@@ -43,10 +43,13 @@ def require_runs(backbone: Backbone) -> None:
 def small_shape(backbone: Backbone) -> tuple[int, ...]:
     """Return the smallest state shape that a network takes without loss.
 
-    A U-Net halves states at every level. Other networks have one size.
+    A U-Net halves states at every level. Networks that are neither U-Nets nor of any size have one size.
     """
-    if not isinstance(backbone, WithUNet):
+    if isinstance(backbone, Sized):
+        most = backbone.small
+    elif isinstance(backbone, WithUNet):
+        most = 2 ** (len(backbone.pipe.unet.config.block_out_channels) + 1)
+    else:
         return backbone.shape
-    unit = 2 ** len(backbone.pipe.unet.config.block_out_channels)
     channels, *sides = backbone.shape
-    return (channels, *(s if s <= 2 * unit else 2 * unit for s in sides))
+    return (channels, *(min(s, most) for s in sides))

@@ -3,11 +3,12 @@
 A run starts from the teacher, or continues a finished student.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..backbones.base import Backbone
+from ..backbones.base import EMBEDDED, Backbone
 from ..backbones.modules import dtype_of
 from ..data.trajectories import Trajectories
 from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
@@ -42,7 +43,13 @@ def roles_for(
     # A head alone sees the times themselves and needs no condition.
     values = method.condition_values if config.rank or not config.lora else ()
     kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
+    if method.condition_on == "guidance" and len(values) > 1 and EMBEDDED in teacher.encode([""]):
+        raise ValueError(
+            f"method.guidance_scales: got {list(values)}, but {teacher.name} is told its guidance scale; "
+            "leave it out, and train for one scale"
+        )
     roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
+    roles = replace(roles, told=method.guidance.scale)
     if init_from is not None:
         initialize(roles, init_from)
     return roles

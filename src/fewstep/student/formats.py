@@ -195,7 +195,7 @@ def _require_times(student: Student) -> None:
 
     Raises ValueError where no pipeline of the student's family takes the times.
     """
-    if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).takes_times:
+    if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).told_by:
         raise ValueError(
             "--format: this student's times are its own, which no scheduler of its family takes; "
             "choose student or merged"

@@ -69,7 +69,7 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
     result = "frame" if info.family.video else "image"
     # A head corrects every step. No stock scheduler has an analytic first step, or the steps of some solvers.
     # Such students need fewstep at hand.
-    stock = (even or info.takes_times) and not (
+    stock = (even or bool(info.told_by)) and not (
         card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock
     )
     how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"

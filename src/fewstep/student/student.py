@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..backbones.apart import apart
-from ..backbones.base import Backbone, Cond, denoiser
+from ..backbones.base import Backbone, Cond, denoiser, tell
 from ..backbones.generate import device_of, trajectory
 from ..backbones.load import at_size, bundled, fingerprint, load_teacher, seen_from, source_of
 from ..backbones.modules import dtype_of
-from ..backbones.parts import DiffusersBackbone, LatentUNet
+from ..backbones.parts import DiffusersBackbone, Sized
 from ..core import timegrid
 from ..core.prediction import Split
 from ..core.solvers import Denoise, State, with_analytic_first_step
@@ -59,7 +59,7 @@ def size_of(backbone: Backbone) -> int:
 
     0 where the size is the network's own.
     """
-    return backbone.image_size if isinstance(backbone, LatentUNet) and backbone.size else 0
+    return backbone.image_size if isinstance(backbone, Sized) and backbone.size else 0
 
 
 def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
@@ -210,7 +210,7 @@ class Student:
 
         By default the value is the first. Guidance is baked in: none is applied.
         """
-        inner = denoiser(self.backbone, self.network, cond)
+        inner = denoiser(self.backbone, self.network, tell(cond, self.card.guidance.scale))
 
         def network(x: Tensor, t: Tensor) -> Split:
             if self.adapter is not None:

@@ -1,0 +1,112 @@
+"""FLUX.2: a transformer on patches of normalised latents, with text of three layers of a language model.
+
+klein is guided by two halves. dev is told its guidance scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from torch import Tensor, nn
+
+from .base import EMBEDDED, Cond
+from .family import Family
+from .flow_transformer import FlowTransformer, places
+from .parts import on, single_output, transformer_features
+from .settings import require_channels, require_flow, same
+
+STEPS = 50  # steps of the teacher, on which the pipeline's shift depends
+SCALE = 4.0  # guidance scale that dev's pipeline tells by default
+
+
+@dataclass(frozen=True)
+class Flux2(FlowTransformer):
+    """A `Flux2KleinPipeline` or `Flux2Pipeline` as a backbone.
+
+    States are patches of normalised latents, [4 C, h, w]. The condition is `text [B, L, D]`, and for dev the
+    guidance scale.
+    """
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return [self.pipe.text_encoder]
+
+    @property
+    def patch(self) -> int:
+        return 1  # a position of a state is a token
+
+    @property
+    def pixels(self) -> int:
+        return 2 * int(self.pipe.vae_scale_factor)
+
+    @property
+    def time_layer(self) -> str:
+        return "time_guidance_embed.timestep_embedder.linear_2"
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        # A block returns a pair, text and image. Its feed-forward layer returns one tensor.
+        return transformer_features(self.pipe.transformer.transformer_blocks, ".ff")
+
+    def mu(self, tokens: int) -> float:
+        return empirical_mu(tokens, STEPS)
+
+    def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        text, (height, width) = cond["text"], x.shape[-2:]
+        words = torch.zeros(text.shape[1], 4, device=x.device)
+        words[:, 3] = torch.arange(text.shape[1], device=x.device)
+        with single_output(module):
+            tokens = module(
+                x.flatten(2).transpose(1, 2).to(text.dtype),
+                text,
+                t.to(torch.float32),
+                places(height, width, 4, x.device),
+                words,
+                cond.get(EMBEDDED),
+                return_dict=False,
+            )[0]
+        return tokens.transpose(1, 2).unflatten(2, (height, width)).float()
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        with torch.no_grad():
+            text, _ = self.pipe.encode_prompt(list(prompts), device=self.pipe.text_encoder.device)
+        told = {EMBEDDED: torch.full((len(prompts),), SCALE)} if self.module.config.guidance_embeds else {}
+        return on(self.module, {"text": text, **told})
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """Return the logarithm of FLUX.2's shift.
+
+    Linear in the tokens for 10 and for 200 steps, and between these in the steps; above 4300 tokens the line
+    of 200 steps. Source: `compute_empirical_mu` in diffusers, from black-forest-labs/flux2.
+    """
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333
+    return many + (few - many) * (200 - steps) / 190
+
+
+def check(pipe: Flux2KleinPipeline | Flux2Pipeline) -> None:
+    """Check the settings of a FLUX.2 pipeline. Raises UnfitError."""
+    require_flow(pipe)
+    require_channels(pipe, pipe.vae.config.latent_channels)
+    config = pipe.transformer.config
+    same(
+        "transformer",
+        "out_channels",
+        config.out_channels or config.in_channels,
+        config.in_channels,
+        "states have as many",
+    )
+    same("transformer", "patch_size", config.patch_size, 1, "its pipeline packs patches by itself")
+    same(
+        "pipeline", "is_distilled", bool(pipe.config.get("is_distilled")), False,
+        "it is a few-step model already", "pass the base model, FLUX.2-klein-base",
+    )  # fmt: skip
+
+
+KLEIN, DEV = (
+    Family(pipeline, Flux2.of, told_by="sigmas", check=check) for pipeline in (Flux2KleinPipeline, Flux2Pipeline)
+)
