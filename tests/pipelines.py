@@ -36,24 +36,28 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 from fewstep.backbones import miniature, miniature_video
+from fewstep.backbones.base import Backbone
+from fewstep.backbones.load import around, at_size, load_teacher
+from fewstep.backbones.parts import frozen
 from fewstep.backbones.unconditional import pixel_pipeline, pixel_unet
 
 from . import tiny
@@ -197,6 +201,7 @@ def flux2() -> Flux2KleinPipeline:
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=False,
     )
+    lively(transformer)
     vae = AutoencoderKLFlux2(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -211,6 +216,14 @@ def flux2() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(
         dynamic_scheduler(), vae, Qwen3ForCausalLM(Qwen3Config(**qwen3(tokenizer, 27))).eval(), tokenizer, transformer
     )
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Double the weights of linear layers: the prompt then shows in the images."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.mul_(2)
+    return network
 
 
 def qwen_autoencoder() -> AutoencoderKLQwenImage:
@@ -245,6 +258,7 @@ def qwenimage() -> QwenImagePipeline:
         joint_attention_dim=16,
         axes_dims_rope=(4, 2, 2),
     )
+    lively(transformer)
     scheduler = dynamic_scheduler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
     encoder = Qwen2_5_VLForConditionalGeneration(text).eval()
     return QwenImagePipeline(scheduler, qwen_autoencoder(), encoder, tokenizer, transformer)
@@ -263,6 +277,7 @@ def zimage() -> ZImagePipeline:
         axes_dims=[4, 2, 2],
         axes_lens=[1024, 64, 64],
     )
+    lively(transformer)
     # What the library leaves uninitialised.
     for name in ("x_pad_token", "cap_pad_token"):
         torch.nn.init.normal_(getattr(transformer, name))
@@ -284,6 +299,7 @@ def flux() -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 2, 2),
     )
+    lively(transformer)
     return FluxPipeline(
         dynamic_scheduler(), autoencoder(0.3611, shift=0.1159), clip(first), first, t5(second), second, transformer
     )
@@ -315,6 +331,7 @@ def krea2() -> Krea2Pipeline:
         num_refiner_text_blocks=1,
         axes_dims_rope=(4, 2, 2),
     )
+    lively(transformer)
     # Zero when the library makes them: the network would look at no time.
     for name, weight in transformer.named_parameters():
         if "scale_shift_table" in name or "norm" in name:
@@ -352,6 +369,16 @@ PIXELS: dict[str, Callable[[], DiffusionPipeline]] = {  # take no prompts
     "ddpm": lambda: tiny.pixels(labels=()).pipe,
     "consistency": lambda: pixel_pipeline(pixel_unet([8, 16], [False, True], 3, 8, 0), EDMEulerScheduler()),
 }
+
+
+def load(folder: Path, size: int | None = None) -> Backbone:
+    """The teacher that `save` wrote, at the size that tests take."""
+    return load_teacher(folder, size=size or SIZES.get(folder.name))
+
+
+def backbone(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
+    """A family's tiny pipeline as a backbone, at the size that tests take."""
+    return at_size(around(frozen(FAMILIES[family](), dtype), "tiny"), SIZES.get(family))
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:

@@ -28,6 +28,8 @@ class Family:
     video: bool = False
     # How `pipe(prompt, ...)` is told a guidance scale, 1 being none, for so many prompts.
     guidance: Callable[[float, int], Mapping[str, Any]] = lambda scale, count: {"guidance_scale": scale}
+    # Side of the patches that the pipeline hands its scheduler as tokens [B, N, C]; 0: states as they are.
+    patch: int = 0
     # States [B, ...] as `pipe(latents=...)` takes them.
     latents: Callable[[Tensor], Tensor] = lambda states: states
     # Classes of parts whose annotation in the pipeline names a base class alone.

@@ -125,14 +125,16 @@ FEW_STEP: dict[str, type[FewStepPipeline]] = {
 class PipelineInfo:
     """How a pipeline is called.
 
-    `part` is the name of the denoiser. `loads_lora` says whether the pipeline loads LoRA, and `told_by` the
-    argument with a student's own times; empty where the pipeline takes none.
+    `part` is the name of the denoiser. `loads_lora` says whether the pipeline loads LoRA, `told_by` the
+    argument with a student's own times (empty where the pipeline takes none), and `embeds_guidance` whether
+    the network is told its guidance scale.
     """
 
     family: Family
     part: str
     loads_lora: bool
     told_by: str
+    embeds_guidance: bool = False
 
 
 def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
@@ -140,7 +142,8 @@ def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
     family, network = family_of_pipeline(pipe), denoiser_of(pipe)
     # DPM-Solver++ replaces a signal of 0 by 2^-12, which shows in the images.
     told_by = "" if pipe.scheduler.config.get("rescale_betas_zero_snr") else family.told_by
-    return PipelineInfo(family, part_name(network), loads_lora(network), told_by)
+    embeds = bool(network.config.get("guidance_embeds"))
+    return PipelineInfo(family, part_name(network), loads_lora(network), told_by, embeds)
 
 
 def told_times(family: Family, shift: float, times: Sequence[float]) -> dict[str, list[float]]:

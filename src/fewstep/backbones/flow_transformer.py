@@ -5,7 +5,7 @@ The pipelines of these families tell their scheduler K sigmas and, by the pictur
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -24,17 +24,17 @@ PIXELS = 1024  # height and width of the images that these pipelines make by def
 TEXT = 512  # tokens of a prompt, as the pipelines cut it
 
 
-def pack(x: Tensor) -> Tensor:
-    """Return states [B, C, h, w] as tokens [B, h w / 4, 4 C].
+def pack(x: Tensor, patch: int = 2) -> Tensor:
+    """Return states [B, C, h, w] as tokens [B, h w / patch^2, patch^2 C].
 
-    A token is a patch of 2 x 2 positions.
+    A token is a patch of `patch` x `patch` positions.
     """
-    return pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+    return pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+def unpack(tokens: Tensor, height: int, width: int, patch: int = 2) -> Tensor:
     """Return tokens as states [B, C, height, width], the inverse of `pack`."""
-    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // patch, width // patch)), patch)
 
 
 def places(height: int, width: int, axes: int, device: torch.device) -> Tensor:
@@ -57,16 +57,6 @@ def lengths(mask: Tensor) -> list[int]:
         return [mask.shape[1]] * len(mask)
     counts: list[int] = mask.sum(1).tolist()
     return counts
-
-
-def padded(texts: Sequence[Tensor], length: int = TEXT) -> tuple[Tensor, Tensor]:
-    """Return texts [l, ...] as one tensor [B, L, ...] and a mask [B, L].
-
-    Padding is zero.
-    """
-    whole = torch.stack([torch.cat([t, t.new_zeros(length - len(t), *t.shape[1:])]) for t in texts])
-    counts = torch.tensor([len(t) for t in texts], device=whole.device)
-    return whole, torch.arange(length, device=whole.device)[None] < counts[:, None]
 
 
 def linear_mu(config: Mapping[str, Any], tokens: int) -> float:

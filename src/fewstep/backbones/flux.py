@@ -55,7 +55,7 @@ class Flux(FlowTransformer):
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
             text, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.pipe.text_encoder.device)
-        told = {EMBEDDED: torch.full((len(prompts),), SCALE)} if self.module.config.guidance_embeds else {}
+        told = {EMBEDDED: torch.full((len(prompts),), SCALE)} if self.embeds_guidance else {}
         return on(self.module, {"text": text, "pooled": pooled, **told})
 
 
@@ -74,4 +74,4 @@ def check(pipe: FluxPipeline) -> None:
     )
 
 
-FAMILY = Family(FluxPipeline, Flux.of, told_by="sigmas", latents=pack, check=check)
+FAMILY = Family(FluxPipeline, Flux.of, told_by="sigmas", latents=pack, patch=2, check=check)

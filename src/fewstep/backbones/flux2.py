@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .base import EMBEDDED, Cond
 from .family import Family
-from .flow_transformer import FlowTransformer, places
+from .flow_transformer import FlowTransformer, pack, places, unpack
 from .parts import on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
 
@@ -58,7 +58,7 @@ class Flux2(FlowTransformer):
         words[:, 3] = torch.arange(text.shape[1], device=x.device)
         with single_output(module):
             tokens = module(
-                x.flatten(2).transpose(1, 2).to(text.dtype),
+                pack(x, 1).to(text.dtype),
                 text,
                 t.to(torch.float32),
                 places(height, width, 4, x.device),
@@ -66,12 +66,12 @@ class Flux2(FlowTransformer):
                 cond.get(EMBEDDED),
                 return_dict=False,
             )[0]
-        return tokens.transpose(1, 2).unflatten(2, (height, width)).float()
+        return unpack(tokens, height, width, 1).float()
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         with torch.no_grad():
             text, _ = self.pipe.encode_prompt(list(prompts), device=self.pipe.text_encoder.device)
-        told = {EMBEDDED: torch.full((len(prompts),), SCALE)} if self.module.config.guidance_embeds else {}
+        told = {EMBEDDED: torch.full((len(prompts),), SCALE)} if self.embeds_guidance else {}
         return on(self.module, {"text": text, **told})
 
 
@@ -108,5 +108,6 @@ def check(pipe: Flux2KleinPipeline | Flux2Pipeline) -> None:
 
 
 KLEIN, DEV = (
-    Family(pipeline, Flux2.of, told_by="sigmas", check=check) for pipeline in (Flux2KleinPipeline, Flux2Pipeline)
+    Family(pipeline, Flux2.of, told_by="sigmas", patch=1, check=check)
+    for pipeline in (Flux2KleinPipeline, Flux2Pipeline)
 )

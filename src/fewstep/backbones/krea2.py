@@ -66,5 +66,6 @@ FAMILY = Family(
     told_by="sigmas",
     guidance=lambda scale, count: {"guidance_scale": scale - 1},  # cond + g (cond - null)
     latents=pack,
+    patch=2,
     check=check,
 )

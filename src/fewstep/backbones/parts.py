@@ -74,6 +74,11 @@ class DiffusersBackbone(ABC):
     def guidance_patch(self) -> int:
         return 0
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told the guidance scale."""
+        return bool(self.module.config.get("guidance_embeds"))
+
 
 @dataclass(frozen=True)
 class Latent(DiffusersBackbone):

@@ -88,5 +88,6 @@ FAMILY = Family(
     told_by="sigmas",
     guidance=lambda scale, count: {"true_cfg_scale": scale, "negative_prompt": [BLANK] * count if scale > 1 else None},
     latents=pack,
+    patch=2,
     check=check,
 )

@@ -277,7 +277,8 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         scheduler = student_scheduler(config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(scheduler_path(folder))
         elsewhere = other_programs(card, info, schedule, config, file, layers_of(parts.lora or {}), name)
-        about = model_card(card, name, type(scheduler).__name__, info, even, elsewhere)
+        shift = float(scheduler.config.get("shift", 1.0))
+        about = model_card(card, name, type(scheduler).__name__, info, even, elsewhere, shift=shift)
     write_json(folder / FILE, asdict(replace(card, files=weight_hashes(folder))))
     write_text(folder / "README.md", about)
 

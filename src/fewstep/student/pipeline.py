@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from ..backbones.families import family_of_pipeline
 from ..backbones.few_step import FewStepPipeline, SamplingDefaults, few_step_pipeline
 from ..backbones.files import loads_lora
 from ..backbones.generate import device_of
-from ..backbones.load import around, pipeline_of
-from ..backbones.parts import denoiser_of
+from ..backbones.load import around, at_size, pipeline_of
+from ..backbones.parts import DiffusersBackbone, denoiser_of
 from ..backbones.schedulers import load_scheduler
 from ..backbones.student_scheduler import SamplingSpec, StudentScheduler
 from ..core import timegrid
@@ -34,20 +35,22 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     folder = require_folder(student, "student")
     card = read_card(folder)
     pipeline = pipeline_of(base)
-    backbone = around(pipeline, card.base)
+    backbone = at_size(around(pipeline, card.base), card.size or None)
     require_own(card, backbone, folder)
     parts = read_parts(folder, backbone)
     plain = denoiser_of(pipeline)
     # New modules around the same weights: the LoRA goes on this pipeline, and `base` stays the teacher.
     shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
     network = copy.deepcopy(plain, shared) if parts.network is None else parts.network
-    spec = sampling_spec(parts, backbone.schedule, backbone.row, device_of(plain))
+    patch = family_of_pipeline(pipeline).patch
+    spec = sampling_spec(parts, backbone.schedule, backbone.row, device_of(plain), patch)
     scheduler = (
         load_scheduler(scheduler_path(folder)) if spec is None else StudentScheduler.of(pipeline.scheduler.config, spec)
     )
-    pipe = few_step_pipeline(
-        pipeline, network, scheduler, SamplingDefaults(card.steps, card.size, card.guidance_scales)
-    )
+    assert isinstance(backbone, DiffusersBackbone)
+    told = card.guidance.scale if backbone.embeds_guidance else 1.0
+    defaults = SamplingDefaults(card.steps, card.size, card.guidance_scales, told)
+    pipe = few_step_pipeline(pipeline, network, scheduler, defaults)
     if card.weights == "lora" and loads_lora(network):
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
         pipe.enable_lora()  # the adapters of a base are off after a training
@@ -68,7 +71,9 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     return pipe
 
 
-def sampling_spec(parts: Parts, schedule: Schedule, row: Any, device: torch.device) -> SamplingSpec | None:
+def sampling_spec(
+    parts: Parts, schedule: Schedule, row: Any, device: torch.device, patch: int = 0
+) -> SamplingSpec | None:
     """Return how to sample a student that needs more than stock schedulers.
 
     None for a student that a stock scheduler samples.
@@ -80,4 +85,4 @@ def sampling_spec(parts: Parts, schedule: Schedule, row: Any, device: torch.devi
     if even and solver.stock and not (card.head or card.analytic_first_step):
         return None
     head = None if parts.head is None else parts.head.to(device)
-    return SamplingSpec(schedule, row, solver, grids, head, card.analytic_first_step)
+    return SamplingSpec(schedule, row, solver, grids, head, card.analytic_first_step, patch)
