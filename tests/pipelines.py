@@ -180,11 +180,11 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 def qwen3(tokenizer: Qwen2Tokenizer, layers: int, width: int = 16) -> dict[str, Any]:
     """Settings of a Qwen 3 of this width."""
-    return dict(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=width // 2, max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )  # fmt: skip
+    return {
+        "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": width // 2, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
 
 
 def flux2() -> Flux2KleinPipeline:
@@ -241,12 +241,12 @@ def qwen_autoencoder() -> AutoencoderKLQwenImage:
 def qwenimage() -> QwenImagePipeline:
     tokenizer = qwen_tokenizer()
     text = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=4096, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]},
-            bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        ),
-        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16),
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 4096, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
         image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6, vision_token_id=7,
     )  # fmt: skip
     transformer = QwenImageTransformer2DModel(
@@ -308,10 +308,10 @@ def flux() -> FluxPipeline:
 def krea2() -> Krea2Pipeline:
     tokenizer = qwen_tokenizer()
     text = Qwen3VLConfig(
-        text_config=qwen3(tokenizer, 3) | dict(rope_scaling={"rope_type": "default", "mrope_section": [1, 1, 2]}),
-        vision_config=dict(
-            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, deepstack_visual_indexes=[]
-        ),
+        text_config=qwen3(tokenizer, 3) | {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16, "deepstack_visual_indexes": []
+        },
         image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6,
     )  # fmt: skip
     transformer = Krea2Transformer2DModel(
