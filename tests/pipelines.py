@@ -242,8 +242,9 @@ def qwenimage() -> QwenImagePipeline:
     tokenizer = qwen_tokenizer()
     text = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 4096, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+            "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
             "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
         },
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
@@ -310,7 +311,8 @@ def krea2() -> Krea2Pipeline:
     text = Qwen3VLConfig(
         text_config=qwen3(tokenizer, 3) | {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
         vision_config={
-            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16, "deepstack_visual_indexes": []
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+            "deepstack_visual_indexes": [],
         },
         image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6,
     )  # fmt: skip

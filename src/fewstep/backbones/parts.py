@@ -213,8 +213,9 @@ def load_pipeline(
 ) -> Pipeline:
     """Load a frozen pipeline from a folder or a hub id.
 
-    `parts` replace those of the folder, and `kinds` are classes of parts that the pipeline does not say. Every weight of the networks is accounted for. Raises UnfitError (see
-    `weights.load_network`), and whatever diffusers raises for what is no network.
+    `parts` replace those of the folder, and `kinds` are classes of parts that the pipeline does not say.
+    Every weight of the networks is accounted for. Raises UnfitError (see `weights.load_network`), and
+    whatever diffusers raises for what is no network.
     """
     folder = Path(source) if Path(source).is_dir() else fetched(kind, str(source), parts)
     named = part_names(kind, kind.load_config(folder))

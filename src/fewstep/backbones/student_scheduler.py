@@ -74,7 +74,8 @@ class StudentScheduler(DDIMScheduler):
     ) -> None:
         """Set the student's times for a step count.
 
-        Of `sigmas`, which flow's pipelines pass, the number alone counts, and `mu` does not. Raises ValueError for a step count that the student does not serve.
+        Of `sigmas`, which flow's pipelines pass, the number alone counts, and `mu` does not. Raises ValueError
+        for a step count that the student does not serve.
         """
         num_inference_steps = len(sigmas or ()) if num_inference_steps is None else num_inference_steps
         if num_inference_steps not in self.student.grids:

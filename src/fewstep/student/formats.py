@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     return drawn_from(fresh, student)
 
 
-def drawn_from(pipe: DiffusionPipeline, student: Student) -> Tensor:
+def drawn_from(pipe: Any, student: Student) -> Tensor:
     """Sample from a pipeline as a student is sampled."""
     card, backbone = student.card, student.backbone
     told = card.guidance.scale if isinstance(backbone, DiffusersBackbone) and backbone.embeds_guidance else 1.0

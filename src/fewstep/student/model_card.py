@@ -30,10 +30,10 @@ def model_card(
 ) -> str:
     """Return the model card: Markdown with a hub header.
 
-    `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's
-    scheduler and `shift` its shift of times. `info` is that of the base's pipeline; times that are not `even` are passed where the family's
-    schedulers take times. `elsewhere` is a section on other programs. `whole` says that the folder is a
-    pipeline, which needs no base.
+    `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's scheduler
+    and `shift` its shift of times. `info` is that of the base's pipeline; times that are not `even` are passed
+    where the family's schedulers take times. `elsewhere` is a section on other programs. `whole` says that the
+    folder is a pipeline, which needs no base.
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
