@@ -7,6 +7,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..core.guidance import Guidance
 from ..core.solvers import SOLVERS, total_nfe
 from ..heads.head import KINDS
@@ -77,6 +80,14 @@ def card_nfe(card: StudentCard, steps: int) -> int:
     A head costs none, and neither does an analytic first step.
     """
     return total_nfe(steps, analytic=card.analytic_first_step)
+
+
+def first_times(card: StudentCard) -> Tensor:
+    """Return the times at which the default student calls its network.
+
+    [K] in float64, without clean data.
+    """
+    return torch.tensor(card.timesteps[str(card.steps[0])][:-1], dtype=torch.float64)
 
 
 def counted(card: StudentCard) -> str:

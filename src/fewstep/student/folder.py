@@ -31,7 +31,7 @@ from ..reading import object_in, reading
 from ..roles.step_condition import unfold, width, without_fold
 from ..tensors import read_tensors, require_floating
 from ..typed import shown, typed
-from .card import FORMAT, StudentCard, from_format_1, require_sound
+from .card import FORMAT, StudentCard, first_times, from_format_1, require_sound
 from .clients import other_programs, write_client_file
 from .comfyui import workflow
 from .headers import own_header
@@ -144,7 +144,7 @@ def read_parts(folder: Path, backbone: Backbone) -> Parts:
     require_listed(folder, network_place(folder, module).name)
     network = load_network(folder, module)
     if vectors:
-        unfold(network, card.time_layer, vectors[card.condition_values[0]])
+        unfold(backbone, network, vectors[card.condition_values[0]], first_times(card))
     return Parts(card, network=network, vectors=vectors, head=head)
 
 

@@ -20,7 +20,7 @@ from ..core.solvers import solver_named
 from ..roles.adapters import attach_adapter
 from ..roles.step_condition import attach, nearest, unfold
 from .base import require_own
-from .card import StudentCard
+from .card import StudentCard, first_times
 from .folder import Parts, read_card, read_parts, require_folder, scheduler_path
 
 ADAPTER = "fewstep"
@@ -55,7 +55,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
         pipe.enable_lora()  # the adapters of a base are off after a training
         if parts.vectors:
-            unfold(network, card.time_layer, parts.vectors[card.condition_values[0]], ADAPTER)
+            unfold(backbone, network, parts.vectors[card.condition_values[0]], first_times(card), ADAPTER)
     elif card.weights == "lora":
         assert card.rank is not None and card.alpha is not None and parts.lora is not None
         attach_adapter(network, parts.lora, card.rank, card.alpha).switch(True)

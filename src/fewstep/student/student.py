@@ -30,7 +30,7 @@ from ..roles.adapters import Adapter, attach_adapter, merge, plain_state
 from ..roles.roles import Roles, copied
 from ..roles.step_condition import StepCondition
 from .base import process_of, require_own
-from .card import StudentCard
+from .card import StudentCard, first_times
 from .folder import Parts, holds_student, read_card, read_parts, require_folder, write_parts
 
 
@@ -298,7 +298,7 @@ class Student:
         if self.adapter is not None:
             merge(network, self.adapter.name)
         if self.vectors and self.only is not None:
-            step_condition.fold(network, self.backbone.time_layer, self.vectors[self.only])
+            step_condition.fold(self.backbone, network, self.vectors[self.only], first_times(self.card))
             return replace(
                 self, card=whole(self.card), network=network, adapter=None, vectors={}, condition=None, only=None
             )
@@ -322,9 +322,10 @@ class Student:
             return write_parts(folder, self.backbone, Parts(card, state, settings, None, saved, self.head))
         if card.weights == "none":
             return write_parts(folder, self.backbone, Parts(card, head=self.head))
-        layer = self.backbone.time_layer
         with (
-            step_condition.folded_bias(self.network, layer, self.vectors[self.value]) if self.vectors else nullcontext()
+            step_condition.folded(self.backbone, self.network, self.vectors[self.value], first_times(self.card))
+            if self.vectors
+            else nullcontext()
         ):
             return write_parts(folder, self.backbone, Parts(card, None, {}, self.network, saved, self.head))
 
@@ -346,10 +347,10 @@ class Student:
         The value is the one that the files are written for.
         """
         assert self.adapter is not None
-        times = torch.tensor(self.card.timesteps[str(self.card.steps[0])][:-1], dtype=torch.float64)
+        vector, times = self.vectors[self.value], first_times(self.card)
         self.adapter.switch(True)
         try:
-            return step_condition.folded_lora(self.backbone, self.network, self.vectors[self.value], times, rank, rank)
+            return step_condition.folded_lora(self.backbone, self.network, vector, times, rank, rank)
         finally:
             self.adapter.switch(False)
 
