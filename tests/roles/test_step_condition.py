@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
+from fewstep.core.schedule import Flow
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import CONDITION, TRAINED, Roles, RolesConfig, make_roles
@@ -150,7 +151,7 @@ def test_taking_out_a_folded_lora_leaves_other_adapters() -> None:
     for name in ("mine", "theirs"):
         adapters.add_adapter(net, name, 2, 2, ["0"], seed=0)
         adapters.load_adapter(net, name, {"0.lora_A.weight": torch.ones(2, 3), "0.lora_B.weight": torch.ones(5, 2)})
-    backbone = Denoiser(net, Flow(), (3,), "flow", time_layer="0")
+    backbone = Denoiser(net, Flow(), (3,), "flow")
     object.__setattr__(backbone, "time_layer", "0")
     unfold(backbone, net, torch.zeros(5), torch.ones(1), "mine")
     assert not adapters.adapter_state(net, "mine")["0.lora_B.weight"].any()
