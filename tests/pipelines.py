@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     CogVideoXPipeline,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -22,6 +23,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -30,6 +34,8 @@ from transformers import (
     CLIPTokenizer,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from fewstep.backbones import miniature, miniature_video
@@ -111,6 +117,36 @@ def cogvideox(rotary: bool = False) -> CogVideoXPipeline:
     return miniature_video.pipeline(tokenizer, t5(tokenizer), vae, transformer)
 
 
+def wan(spatial: int = 8) -> WanPipeline:
+    """Five frames of 32x32 from two frames of 4x4 latents, as Wan 2.1."""
+    tokenizer = t5_tokenizer()
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 2.0, 1.1],
+        scale_factor_spatial=spatial,
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=48,
+        num_layers=2,
+        rope_max_seq_len=2,  # as many patches along each side at most: pipelines draw no larger videos
+    )
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+    )  # fmt: skip
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(tokenizer, UMT5EncoderModel(config).eval(), vae.eval(), scheduler, transformer)
+
+
 def sd3() -> StableDiffusion3Pipeline:
     """16x16 images from 8x8 latents."""
     first, second, third = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
@@ -147,6 +183,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "cogvideox": cogvideox,
     "cogvideox-rotary": lambda: cogvideox(rotary=True),
     "sd3": sd3,
+    "wan": wan,
 }
 
 

@@ -218,8 +218,7 @@ def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -
         pipe.set_progress_bar_config(disable=True)
         return drawn_pixels(replace(backbone, pipe=pipe), prompts, steps).to(device_of(backbone.module))
     pipe = with_network(backbone.pipe, backbone.module, scheduler, type(backbone.pipe))
-    size = backbone.image_size if isinstance(backbone, LatentUNet) else 0
-    return drawn(pipe, prompts, steps, scale, size=size, shape=backbone.shape).to(device_of(backbone.module))
+    return drawn(pipe, prompts, steps, scale, size=backbone.own_size, shape=backbone.shape).to(device_of(backbone.module))
 
 
 def small(backbone: Any) -> Any:
@@ -238,8 +237,9 @@ def operations_of(backbone: Backbone, shape: Sequence[int]) -> float:
 
     Two for every weight and position. A position is a patch of 2 x 2.
     """
-    *frames, _, height, width = shape if len(shape) > 2 else (1, 1, *shape)
-    return 2.0 * sum(p.numel() for p in backbone.module.parameters()) * math.prod(frames) * height * width / 4
+    config = getattr(backbone.module, "config", {})
+    channels = config.get("in_channels", shape[-3] if len(shape) > 2 else 1)
+    return 2.0 * sum(p.numel() for p in backbone.module.parameters()) * math.prod(shape) / channels / 4
 
 
 def _type(backbone: Backbone) -> torch.dtype:

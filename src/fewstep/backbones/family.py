@@ -3,7 +3,7 @@
 Each family has one row, at the end of its own file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ class Family:
     video: bool = False
     # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.
     call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
+    # Layers of the family's networks in the original programs: pairs of diffusers' name and the original one.
+    original_names: Callable[[Any], Iterable[tuple[str, str]]] = lambda network: ()
     # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself.
     comfyui_latent: str = ""
     # Whose layer names kohya's scripts use for the family's U-Net; empty without a U-Net.

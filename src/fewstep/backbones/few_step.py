@@ -18,6 +18,7 @@ from .family import Family
 from .files import loads_lora, part_name
 from .generate import noise_of
 from .parts import denoiser_of
+from .sizes import Size, call_options
 
 Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
@@ -30,7 +31,7 @@ class SamplingDefaults:
     """
 
     steps: tuple[int, ...]
-    size: int = 0  # height and width of the images, in pixels; 0: the base's
+    size: Size = 0  # of the images or videos; 0: the base's
     scales: tuple[float, ...] = ()  # guidance scales that the student is conditioned on; empty: one is baked in
 
 
@@ -74,8 +75,7 @@ class FewStepPipeline(DiffusionPipeline):
                 stacklevel=2,
             )
         self.set_condition(steps, guidance)
-        if self.defaults.size:
-            options = {"height": self.defaults.size, "width": self.defaults.size} | options
+        options = call_options(self.defaults.size) | options
         return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
 
     def save_pretrained(
@@ -170,7 +170,7 @@ def drawn(
     steps: int,
     guidance: float = 1.0,
     times: Sequence[float] | None = None,
-    size: int = 0,
+    size: Size = 0,
     shape: Sequence[int] = (),
 ) -> Tensor:
     """Sample one image per prompt from seeds 0, 1, and so on.
@@ -182,7 +182,7 @@ def drawn(
     family = family_of_pipeline(pipe)
     options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
     options |= family.call_options(pipe)
-    options |= {"height": size, "width": size} if size else {}
+    options |= call_options(size)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     if not family.takes_prompts:
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images

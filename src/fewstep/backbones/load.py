@@ -28,9 +28,10 @@ from .base import Backbone, speechless
 from .families import FAMILIES, family_of_pipeline
 from .family import Family
 from .lora import fuse
-from .parts import DiffusersBackbone, LatentUNet, able_to_single, load_pipeline
+from .parts import DiffusersBackbone, LatentUNet, SizedVideo, able_to_single, load_pipeline
 from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
+from .sizes import Size, video_size
 from .trial import require_runs
 from .weights import UnfitError, inside
 
@@ -202,14 +203,14 @@ def load_teacher(
     source: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    size: int | None = None,
+    size: Size | None = None,
 ) -> Backbone:
     """Load a teacher with all its networks on `device`.
 
     `source` is a bundled name, a folder, a hub id (`owner/name`), or a checkpoint (`FILE.safetensors` or
     `FILE@CONFIG`), with LoRAs to fuse behind ` + ` (see `source_of`). `single_file.read_checkpoint` says what
     a checkpoint predicts and where its configuration is. `size` is the height and width of the images in
-    pixels, if other than the size that the teacher was made for.
+    pixels, or `WIDTHxHEIGHTxFRAMES` of videos, if other than the size that the teacher was made for.
 
     Raises ValueError with one line where the source is none of these, is damaged, or belongs to a family that
     is not supported.
@@ -301,12 +302,14 @@ def find(source: str | Path) -> str | Path:
     return folder
 
 
-def at_size(backbone: Backbone, size: int | None) -> Backbone:
-    """Return the same model for images of `size` x `size` pixels.
+def at_size(backbone: Backbone, size: Size | None) -> Backbone:
+    """Return the same model for images of `size` x `size` pixels, or for videos of this size.
 
     None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
-    where the U-Net's levels do not divide the size.
+    where the U-Net's levels or the transformer's patches do not divide the size.
     """
+    if isinstance(backbone, SizedVideo):
+        return backbone if size is None else replace(backbone, size=_fitting(backbone, size))
     if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.image_size):
         return backbone
     if not isinstance(backbone, LatentUNet):
@@ -316,6 +319,18 @@ def at_size(backbone: Backbone, size: int | None) -> Backbone:
     if not isinstance(size, int) or not unit <= size <= most or size % unit:
         raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
     return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
+
+
+def _fitting(backbone: SizedVideo, size: Size) -> str:
+    """Return a size that a video backbone can have. Raises ValueError otherwise."""
+    own, (wide, high, every), most = video_size(size), backbone.unit, backbone.largest
+    fits = not (own.width % wide or own.height % high or (own.frames - 1) % every)
+    if not fits or not all(0 < side <= limit for side, limit in zip(own, most, strict=True)):
+        raise ValueError(
+            f"size: got {size}, allowed for {backbone.name} are widths in multiples of {wide}, heights of {high}, "
+            f"and {every} n + 1 frames, up to {most}"
+        )
+    return str(own)
 
 
 def place_encoders(backbone: Backbone, device: str | torch.device) -> None:

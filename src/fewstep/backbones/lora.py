@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..reading import json_in, json_of, reason, require_regular
 from ..tensors import finite, read_tensors, require_floating
 from ..typed import typed
-from .original_names import original_names
+from .families import family_of_pipeline
 from .weights import PICKLES
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # libraries' names for a LoRA in its folder
@@ -34,6 +34,7 @@ KEY = re.compile(  # a tensor's layer and role, in the files of all programs
     r"(?:\.(?!weight$)\w+)?(?P<weight>\.weight)?$"
 )
 DOWN = ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down", "down")
+DENOISERS = ("unet", "transformer")  # what pipelines call the network that is distilled
 OTHERS = {  # patterns of tensor names, and what files with such tensors hold
     r"hada_w|hada_t": "LoHa, products of two LoRAs",
     r"lokr_": "LoKr, Kronecker products",
@@ -231,6 +232,7 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
     The keys are (part, layer name with `_` for dots), in diffusers' names and in the original ones.
     """
     places: dict[tuple[str, str], Target] = {}
+    family = family_of_pipeline(pipe)
     for part, network in pipe.components.items():
         if not isinstance(network, nn.Module) or part in ("vae", "safety_checker", "image_encoder"):
             continue
@@ -240,8 +242,8 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
             bare = name.removeprefix("text_model.")
             for known in {name, bare, f"text_model.{bare}"} if part.startswith("text_encoder") else {name}:
                 places[part, flat(known)] = target
-        if isinstance(network, UNet2DConditionModel):
-            for name, original in original_names(network):
+        if part in DENOISERS:
+            for name, original in family.original_names(network):
                 if name in layers:
                     places.setdefault((part, flat(original)), Target(part, name, layers[name]))
     return places
@@ -255,7 +257,7 @@ def flat(name: str) -> str:
 def _place(layer: str, places: Mapping[tuple[str, str], Target]) -> Target | None:
     """Return the layer that a file's name means, or None."""
     layer = layer.removeprefix("base_model.model.")
-    denoiser = next(part for part, _ in places if part in ("unet", "transformer"))
+    denoiser = next(part for part, _ in places if part in DENOISERS)
     starts = {
         "lora_unet_": denoiser, "lora_transformer_": denoiser, "lora_te_": "text_encoder",
         "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3",

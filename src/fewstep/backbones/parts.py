@@ -14,14 +14,16 @@ from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
-from .schedulers import EDM_SIGNS
+from .modules import dtype_of
+from .schedulers import EDM_SIGNS, plain_config
 from .settings import read_settings, side
+from .sizes import Size, VideoSize
 from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
@@ -58,15 +60,20 @@ class DiffusersBackbone(ABC):
         EDM's row for a scheduler with `sigma_data`. The flow row for a scheduler that names no prediction
         type.
         """
-        config = self.pipe.scheduler.config
+        config = self.scheduler_config
         if "sigma_data" in config:
-            return edm_row(config.sigma_data, EDM_SIGNS[config.prediction_type])
-        return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config.prediction_type])
+            return edm_row(config["sigma_data"], EDM_SIGNS[config["prediction_type"]])
+        return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config["prediction_type"]])
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """Settings of the pipeline's scheduler."""
-        return dict(self.pipe.scheduler.config)
+        """Settings of the pipeline's scheduler, see `schedulers.plain_config`."""
+        return plain_config(self.pipe.scheduler.config)
+
+    @property
+    def own_size(self) -> Size:
+        """The size that was set for this backbone; 0 where it is the model's own."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,47 @@ class Latent(DiffusersBackbone):
 
 
 @dataclass(frozen=True)
+class LatentVideo(DiffusersBackbone):
+    """A backbone whose states are scaled latents of a video autoencoder."""
+
+    @property
+    def image_size(self) -> int:
+        return 0  # a state is a video
+
+    def encode_images(self, pictures: Tensor) -> Tensor:
+        """Refuse images. Raises ValueError."""
+        raise ValueError(
+            f"data: {self.name} makes videos, which are not learned from images; leave data and method.gan out"
+        )
+
+
+@dataclass(frozen=True)
+class SizedVideo(LatentVideo, ABC):
+    """A video backbone of any size.
+
+    `size` is `WIDTHxHEIGHTxFRAMES`; empty for the pipeline's own.
+    """
+
+    size: str = ""
+
+    @property
+    def own_size(self) -> Size:
+        return self.size or 0
+
+    @property
+    @abstractmethod
+    def unit(self) -> tuple[int, int, int]:
+        """What width, height and (frames - 1) are multiples of."""
+        ...
+
+    @property
+    @abstractmethod
+    def largest(self) -> VideoSize:
+        """The largest width, height and frames that the network has positions for."""
+        ...
+
+
+@dataclass(frozen=True)
 class WithUNet(DiffusersBackbone):
     """A backbone with a U-Net of diffusers."""
 
@@ -150,6 +198,10 @@ class LatentUNet(WithUNet, Latent):
     """
 
     size: int = 0  # height and width of the latents; 0: the size that the network was made for
+
+    @property
+    def own_size(self) -> Size:
+        return self.image_size if self.size else 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -277,7 +329,7 @@ def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
     for part in networks(pipe):
         part.requires_grad_(False).eval()
         wanted = own_dtype(type(part), part.config, dtype)
-        if next(part.parameters()).dtype != wanted:
+        if dtype_of(part) != wanted:  # libraries keep a few weights in single precision
             part.to(dtype=wanted)
     return pipe
 
@@ -353,7 +405,9 @@ def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.d
     """
     return (
         torch.float32
-        if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True)
+        if dtype == torch.float16
+        and issubclass(kind, AutoencoderKL | AutoencoderKLWan)
+        and config.get("force_upcast", True)
         else dtype
     )
 
@@ -426,12 +480,14 @@ def unet_features(unet: nn.Module) -> tuple[str, ...]:
     return (*last, "mid_block")
 
 
-def transformer_features(blocks: Sequence[nn.Module], part: str = "") -> tuple[str, ...]:
+def transformer_features(
+    blocks: Sequence[nn.Module], part: str = "", called: str = "transformer_blocks"
+) -> tuple[str, ...]:
     """Name up to four blocks of a transformer.
 
-    `part` is a layer's name inside each block, if not the block itself. The blocks are spread evenly through
-    the first three quarters.
+    `part` is a layer's name inside each block, if not the block itself; `called` is the name of the list of
+    blocks. The blocks are spread evenly through the first three quarters.
     """
     count = len(blocks)
     places = sorted({round(count * share / 4) for share in (0.75, 1.5, 2.25, 3)} & set(range(count)))
-    return tuple(f"transformer_blocks.{i}{part}" for i in places or [0])
+    return tuple(f"{called}.{i}{part}" for i in places or [0])

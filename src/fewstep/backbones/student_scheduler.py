@@ -79,7 +79,11 @@ class StudentScheduler(DDIMScheduler):
         self.timesteps = told[self.skipped : -1].to(
             device, torch.long if self.student.schedule.resolution else torch.float32
         )
+        self.sigmas = (told / self.config.num_train_timesteps)[self.skipped :]
         self.history = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Do nothing: the pipeline says where a step starts."""
 
     def places(self, timestep: int | float | Tensor) -> Tensor:
         """Return the indices [N] of times in `timesteps`.

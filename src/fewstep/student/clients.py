@@ -13,8 +13,8 @@ from ..core.schedule import Schedule
 from ..core.solvers import SOLVERS
 from .card import StudentCard
 from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
-from .headers import kohya_header
-from .kohya import kohya, layers_of, original_names
+from .headers import kohya_header, own_header
+from .kohya import kohya, layers_of, native, original_names
 
 # Of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA outside of these blocks.
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
@@ -32,14 +32,17 @@ def write_client_file(
     """Write a LoRA for programs that only know files.
 
     `state` is the LoRA, with alpha equal to its rank. The file of a U-Net has kohya's names, which all these
-    programs read. The file of a transformer is what diffusers reads, and ComfyUI for some families. Returns
-    the file's name, or an empty one where no program reads LoRA of the family.
+    programs read. The file of a transformer has the original program's names, which ComfyUI and diffusers read,
+    or else diffusers' own. Returns the file's name, or an empty one where no program reads LoRA of the family.
     """
     if not info.loads_lora:
         return ""
     if not info.family.kohya:
         name = f"{card.name}-lora.safetensors"
-        shutil.copyfile(lora, folder / name)
+        if original := dict(info.family.original_names(network)):
+            write_tensors(folder / name, native(state, original), own_header(card))
+        else:
+            shutil.copyfile(lora, folder / name)
         return name
     assert card.alpha is not None
     layers = layers_of(state)

@@ -157,7 +157,8 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     remove_adapters(bare, TRAINED)
     fresh = with_network(pipe, bare, load_scheduler(scheduler_path(out)), type(pipe))
     fresh.load_lora_weights(str(out), weight_name=file.name)
-    return drawn(fresh, PROMPTS, student.card.steps[0], times=own_times(student), shape=student.backbone.shape)
+    shape, size = student.backbone.shape, student.card.size
+    return drawn(fresh, PROMPTS, student.card.steps[0], times=own_times(student), size=size, shape=shape)
 
 
 def own_times(student: Student) -> list[float] | None:
@@ -243,10 +244,12 @@ def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     seal(out)
     if dtype != torch.float32:
         return found
-    again = load_teacher(out, device=device_of(student.network))
+    size = student.card.size
+    again = load_teacher(out, device=device_of(student.network), size=size or None)
     if isinstance(again, PixelModel):
         return drawn_pixels(again, prompts_for(student), steps)
-    return drawn(pipeline_of(again), prompts_for(student), steps, times=own_times(student), shape=again.shape)
+    prompts, times = prompts_for(student), own_times(student)
+    return drawn(pipeline_of(again), prompts, steps, times=times, size=size, shape=again.shape)
 
 
 def name_of(dtype: torch.dtype) -> str:

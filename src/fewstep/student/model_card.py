@@ -13,6 +13,7 @@ from ..backbones.few_step import PipelineInfo
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, called, hub_id, source_of
 from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
+from ..backbones.sizes import call_options
 from ..core.solvers import SOLVERS
 from .card import StudentCard, counted, guidance_text
 
@@ -65,7 +66,7 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
 `fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
-    sized = f", height={card.size}, width={card.size}" if card.size else ""
+    sized = "".join(f", {k}={v}" for k, v in call_options(card.size).items())
     result = "frame" if info.family.video else "image"
     # A head corrects every step. No stock scheduler has an analytic first step, or the steps of some solvers.
     # Such students need fewstep at hand.

@@ -18,7 +18,8 @@ from ..backbones.base import Backbone, Cond, denoiser
 from ..backbones.generate import device_of, trajectory
 from ..backbones.load import at_size, bundled, fingerprint, load_teacher, seen_from, source_of
 from ..backbones.modules import dtype_of
-from ..backbones.parts import DiffusersBackbone, LatentUNet
+from ..backbones.parts import DiffusersBackbone
+from ..backbones.sizes import Size
 from ..core import timegrid
 from ..core.prediction import Split
 from ..core.solvers import Denoise, State, with_analytic_first_step
@@ -45,7 +46,7 @@ class Origin:
     called: str  # the method, or the methods of several stages
     hardware: str = ""
     data: str = "prompts alone"
-    size: int = 0  # of the images, where not the base's
+    size: Size = 0  # of the images or videos, where not the base's
     dtype: str = ""  # of the base's weights, the network's by default
 
 
@@ -54,12 +55,12 @@ def base_of(backbone: Backbone) -> str:
     return backbone.source or backbone.name if isinstance(backbone, DiffusersBackbone) else backbone.name
 
 
-def size_of(backbone: Backbone) -> int:
-    """Return the size of a base's images, where it was set.
+def size_of(backbone: Backbone) -> Size:
+    """Return the size of a base's images or videos, where it was set.
 
     0 where the size is the network's own.
     """
-    return backbone.image_size if isinstance(backbone, LatentUNet) and backbone.size else 0
+    return backbone.own_size if isinstance(backbone, DiffusersBackbone) else 0
 
 
 def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
