@@ -11,6 +11,21 @@ from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
+class ComfyParts:
+    """How ComfyUI loads a model whose parts are files of their own.
+
+    The files have the names under which they are published for it.
+    """
+
+    latent: str  # node for empty latents
+    encoder: str  # file of the text encoder
+    kind: str  # what the node CLIPLoader calls the encoder
+    vae: str  # file of the autoencoder
+    latent_takes_vae: bool = False
+    fps: int = 0  # of videos; 0 for images
+
+
+@dataclass(frozen=True)
 class Family:
     """A diffusers pipeline and the backbone around it.
 
@@ -30,6 +45,8 @@ class Family:
     original_names: Callable[[Any], Iterable[tuple[str, str]]] = lambda network: ()
     # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself.
     comfyui_latent: str = ""
+    # The same for models whose parts are files of their own, by the pipeline.
+    comfyui_parts: Callable[[Any], ComfyParts | None] = lambda pipe: None
     # Whose layer names kohya's scripts use for the family's U-Net; empty without a U-Net.
     kohya: Literal["", "diffusers", "original"] = ""
 

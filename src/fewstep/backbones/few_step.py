@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from .families import FAMILIES, family_of_pipeline
-from .family import Family
+from .family import ComfyParts, Family
 from .files import loads_lora, part_name
 from .generate import noise_of
 from .parts import denoiser_of
@@ -127,6 +127,7 @@ class PipelineInfo:
     part: str
     loads_lora: bool
     takes_times: bool
+    comfyui: ComfyParts | None = None
 
 
 def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
@@ -134,7 +135,7 @@ def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
     family, network = family_of_pipeline(pipe), denoiser_of(pipe)
     # DPM-Solver++ replaces a signal of 0 by 2^-12, which shows in the images.
     takes_times = family.takes_times and not pipe.scheduler.config.get("rescale_betas_zero_snr")
-    return PipelineInfo(family, part_name(network), loads_lora(network), takes_times)
+    return PipelineInfo(family, part_name(network), loads_lora(network), takes_times, family.comfyui_parts(pipe))
 
 
 def few_step_pipeline(

@@ -23,7 +23,7 @@ from ..core.schedule import Schedule
 from .modules import dtype_of
 from .schedulers import EDM_SIGNS, plain_config
 from .settings import read_settings, side
-from .sizes import Size, VideoSize
+from .sizes import Size, VideoSize, video_size
 from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
@@ -75,6 +75,11 @@ class DiffusersBackbone(ABC):
         """The size that was set for this backbone; 0 where it is the model's own."""
         return 0
 
+    @property
+    def drawn_size(self) -> Size:
+        """The size of the images or videos that `decode` gives; 0 where other programs need none."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Latent(DiffusersBackbone):
@@ -90,6 +95,10 @@ class Latent(DiffusersBackbone):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def drawn_size(self) -> Size:
+        return self.image_size
 
     @property
     def chunk(self) -> int:
@@ -138,7 +147,15 @@ class Latent(DiffusersBackbone):
 
 @dataclass(frozen=True)
 class LatentVideo(DiffusersBackbone):
-    """A backbone whose states are scaled latents of a video autoencoder."""
+    """A backbone whose states are scaled latents of a video autoencoder.
+
+    A family whose frames are not 8 a second says so.
+    """
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of the videos that the model was made for."""
+        return 8
 
     @property
     def image_size(self) -> int:
@@ -163,6 +180,21 @@ class SizedVideo(LatentVideo, ABC):
     @property
     def own_size(self) -> Size:
         return self.size or 0
+
+    @property
+    def drawn_size(self) -> Size:
+        return str(self.video)
+
+    @property
+    def video(self) -> VideoSize:
+        """Width, height and frames of a video."""
+        return video_size(self.size) if self.size else self.usual
+
+    @property
+    @abstractmethod
+    def usual(self) -> VideoSize:
+        """The size that the pipeline draws by itself."""
+        ...
 
     @property
     @abstractmethod

@@ -10,10 +10,10 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 
 from .base import Cond
-from .family import Family
+from .family import ComfyParts, Family
 from .parts import SizedVideo, on, single_output, transformer_features
 from .settings import flow
-from .sizes import VideoSize, call_options, video_size
+from .sizes import VideoSize, call_options
 
 TOKENS = 512  # of a text; what is behind its end are zeros, which the network sees
 ORIGINAL = {  # diffusers' names of layers, or the ends of those in blocks, and those of the original program
@@ -44,10 +44,18 @@ class Wan(SizedVideo):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        size = video_size(self.size or usual_size(self.pipe))
+        size = self.video
         scale, every = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
         channels = self.pipe.transformer.config.in_channels
         return (channels, (size.frames - 1) // every + 1, size.height // scale, size.width // scale)
+
+    @property
+    def usual(self) -> VideoSize:
+        return usual_size(self.pipe)
+
+    @property
+    def fps(self) -> int:
+        return _fps(self.pipe)
 
     @property
     def unit(self) -> tuple[int, int, int]:
@@ -126,6 +134,17 @@ def _call_options(pipe: Any) -> Mapping[str, int]:
     return call_options(str(usual_size(pipe)))
 
 
+def _fps(pipe: Any) -> int:
+    return 24 if pipe.config.expand_timesteps else 16
+
+
+def _comfyui_parts(pipe: Any) -> ComfyParts:
+    encoder = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    if pipe.config.expand_timesteps:  # Wan 2.2-5B
+        return ComfyParts("Wan22ImageToVideoLatent", encoder, "wan", "wan2.2_vae.safetensors", True, _fps(pipe))
+    return ComfyParts("EmptyHunyuanLatentVideo", encoder, "wan", "wan_2.1_vae.safetensors", fps=_fps(pipe))
+
+
 FAMILY = Family(
     WanPipeline,
     lambda pipe, name: Wan(pipe, name, flow(pipe)),
@@ -133,4 +152,5 @@ FAMILY = Family(
     video=True,
     call_options=_call_options,
     original_names=original_names,
+    comfyui_parts=_comfyui_parts,
 )

@@ -75,7 +75,7 @@ def other_programs(
         "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp"
         if unet
         else "ComfyUI and diffusers"
-        if info.family.comfyui_latent
+        if info.family.comfyui_latent or info.comfyui is not None
         else "diffusers"
     )
     rows = [
@@ -100,7 +100,7 @@ def other_programs(
 def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], folder: str) -> str:
     """Return what to do in ComfyUI, or why nothing can be done."""
     name = checkpoint_name(card.base)
-    if why := obstacle(card, info.family, schedule, config):
+    if why := obstacle(card, info.family, schedule, config, info.comfyui):
         cured = bool(info.family.kohya) and not name
         cure = (
             f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have."

@@ -20,6 +20,7 @@ from ..backbones.base import Backbone
 from ..backbones.few_step import pipeline_info
 from ..backbones.files import load_network, network_place, save_lora, save_network
 from ..backbones.load import pipeline_of
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
 from ..core.schedule import Schedule
@@ -264,7 +265,8 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         if not card.own_network:
             info = pipeline_info(pipeline_of(backbone))
             file = write_client_file(folder, lora_path(folder), backbone.module, card, info, lora, backbone.image_size)
-            if graph := workflow(card, info.family, file, backbone.image_size, schedule, config):
+            drawn_size = backbone.drawn_size if isinstance(backbone, DiffusersBackbone) else 0
+            if graph := workflow(card, info.family, file, drawn_size, schedule, config, info.comfyui):
                 write_json(folder / WORKFLOW, graph)
     if parts.head is not None:
         write_head(folder, parts.head)
