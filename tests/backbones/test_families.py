@@ -125,7 +125,10 @@ def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkey
         step.student().write(final)
     torch.testing.assert_close(fewstep.sample(fewstep.load_student(final), PROMPTS, [0, 1]), own, rtol=0, atol=1e-4)
     torch.testing.assert_close(drawn(fewstep.load(folder, final), PROMPTS, 2), own, rtol=0, atol=1e-4)
-    told, said = folder.name not in ("sd", "cogvideox", "cogvideox-rotary", "sd3", "wan"), (final / "README.md").read_text()
+    told, said = (
+        folder.name not in ("sd", "cogvideox", "cogvideox-rotary", "sd3", "wan"),
+        (final / "README.md").read_text(),
+    )
     assert (f"timesteps=[{', '.join(f'{t:g}' for t in times[:-1])}]" in said) == told
     assert ('pipe = fewstep.load("' in said) != told
     assert not (final / "comfyui-workflow.json").exists()

@@ -3,6 +3,7 @@
 Its noise levels are those that ComfyUI 0.7 itself computed.
 """
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -128,6 +129,45 @@ def test_a_video_model_of_parts(own: bool) -> None:
     assert told["CLIPLoader"] == {"clip_name": "t5", "type": "wan"} and told["CreateVideo"]["fps"] == 24
     assert told["LoraLoaderModelOnly"]["model"] == ["1", 0] and told["ModelSamplingSD3"]["shift"] == 5.0
     assert (told["KSampler"]["steps"], told["KSampler"]["cfg"], told["KSampler"]["scheduler"]) == (4, 1.0, "simple")
+
+
+def test_a_pair_of_networks() -> None:
+    """Wan 2.2-A14B: each network takes the steps on its side of the boundary."""
+    schedule, config = Flow(shift=3.0), {"num_train_timesteps": 1000, "shift": 3.0}
+    times = uniform(schedule, 4).tolist()  # 1, 0.9, 0.75, 0.5
+    base = "Wan-AI/Wan2.2-T2V-A14B-Diffusers + low_style.safetensors@0.5 + style-high.safetensors"
+    card = replace(CARD, base=base, prediction="", timesteps={"4": times})
+    parts = ComfyParts("EmptyHunyuanLatentVideo", "t5", "wan", "vae", fps=16)
+    family, of = FAMILIES["WanPipeline"], ("832x480x81", schedule, config, parts)
+    for boundary, counts in ((0.875, [2, 2]), (0.4, [4]), (1.1, [4])):
+        graph = workflow(card, family, "high.safetensors", *of, boundary, "low.safetensors")
+        assert graph is not None
+        graph = json.loads(json.dumps(graph))
+        links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
+        assert all(source in graph for source, _ in links)
+        assert all(set(node["inputs"]) == INPUTS[node["class_type"]] for node in graph.values())
+        stages = [n["inputs"] for n in graph.values() if n["class_type"] == "SamplerCustom"]
+        stages.sort(key=lambda s: not s["add_noise"])
+        walked = [read(graph[s["sigmas"][0]]["inputs"]["sigmas"]) for s in stages]
+        assert [len(w) - 1 for w in walked] == counts and [s["add_noise"] for s in stages] == [True, False][
+            : len(counts)
+        ]
+        assert [v for w in walked for v in w[:-1]] == pytest.approx(times[:-1]) and walked[-1][-1] == 0
+        assert all(a[-1] == b[0] for a, b in itertools.pairwise(walked))
+
+        def chain(node: dict[str, Any]) -> list[str]:
+            """The files from a sampler's model down to the network."""
+            name = next((node["inputs"][k] for k in ("lora_name", "unet_name") if k in node["inputs"]), "")
+            below = chain(graph[node["inputs"]["model"][0]]) if "model" in node["inputs"] else []
+            return [name] * bool(name) + below
+
+        high, low = (
+            ["high.safetensors", "style-high.safetensors", "wan2.2_t2v_high_noise_14B_fp16.safetensors"],
+            ["low.safetensors", "low_style.safetensors", "wan2.2_t2v_low_noise_14B_fp16.safetensors"],
+        )
+        wanted = [high, low] if len(counts) == 2 else [low if boundary > 1 else high]
+        assert [chain(graph[s["model"][0]]) for s in stages] == wanted
+        assert graph["7"]["inputs"]["samples"] == ["6", 0] and stages[-1] == graph["6"]["inputs"]
 
 
 def test_styles_that_were_fused_into_the_base_come_before_the_student() -> None:

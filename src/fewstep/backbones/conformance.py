@@ -218,7 +218,8 @@ def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -
         pipe.set_progress_bar_config(disable=True)
         return drawn_pixels(replace(backbone, pipe=pipe), prompts, steps).to(device_of(backbone.module))
     pipe = with_network(backbone.pipe, backbone.module, scheduler, type(backbone.pipe))
-    return drawn(pipe, prompts, steps, scale, size=backbone.own_size, shape=backbone.shape).to(device_of(backbone.module))
+    theirs = drawn(pipe, prompts, steps, scale, size=backbone.own_size, shape=backbone.shape)
+    return theirs.to(device_of(backbone.module))
 
 
 def small(backbone: Any) -> Any:

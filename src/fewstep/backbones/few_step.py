@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from .experts import Experts
 from .families import FAMILIES, family_of_pipeline
 from .family import ComfyParts, Family
 from .files import loads_lora, part_name
@@ -128,6 +129,7 @@ class PipelineInfo:
     loads_lora: bool
     takes_times: bool
     comfyui: ComfyParts | None = None
+    boundary: float = 0.0  # between two networks, a share of the times; 0 for one network
 
 
 def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
@@ -135,7 +137,9 @@ def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
     family, network = family_of_pipeline(pipe), denoiser_of(pipe)
     # DPM-Solver++ replaces a signal of 0 by 2^-12, which shows in the images.
     takes_times = family.takes_times and not pipe.scheduler.config.get("rescale_betas_zero_snr")
-    return PipelineInfo(family, part_name(network), loads_lora(network), takes_times, family.comfyui_parts(pipe))
+    boundary = network.boundary / pipe.scheduler.config.num_train_timesteps if isinstance(network, Experts) else 0.0
+    comfyui = family.comfyui_parts(pipe)
+    return PipelineInfo(family, part_name(network), loads_lora(network), takes_times, comfyui, boundary)
 
 
 def few_step_pipeline(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..reading import json_in, json_of, reason, require_regular
 from ..tensors import finite, read_tensors, require_floating
 from ..typed import typed
+from .experts import PARTS
 from .families import family_of_pipeline
 from .weights import PICKLES
 
@@ -34,7 +35,7 @@ KEY = re.compile(  # a tensor's layer and role, in the files of all programs
     r"(?:\.(?!weight$)\w+)?(?P<weight>\.weight)?$"
 )
 DOWN = ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down", "down")
-DENOISERS = ("unet", "transformer")  # what pipelines call the network that is distilled
+DENOISERS = ("unet", "transformer", PARTS[1])  # what pipelines call the network that is distilled
 OTHERS = {  # patterns of tensor names, and what files with such tensors hold
     r"hada_w|hada_t": "LoHa, products of two LoRAs",
     r"lokr_": "LoKr, Kronecker products",
@@ -106,7 +107,7 @@ def changes_of(pipe: DiffusionPipeline, lora: str, strength: float) -> list[tupl
     if not isinstance(pipe, LoraBaseMixin):
         raise ValueError(f"--fuse-lora: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out")
     try:
-        return list(differences(pipe, read_lora(lora), strength))
+        return list(differences(pipe, read_lora(lora), strength, denoiser_for(pipe, lora)))
     except LoraError as error:
         raise ValueError(
             f"--fuse-lora: {lora} cannot be fused into this teacher ({error}); "
@@ -125,14 +126,44 @@ class LoraError(ValueError):
         self.cure = cure
 
 
-def differences(pipe: DiffusionPipeline, facts: Facts, strength: float) -> Iterator[tuple[Target, Tensor]]:
+def denoiser_for(pipe: DiffusionPipeline, lora: str) -> str:
+    """Return the name of the network that a LoRA's layers without a prefix belong to.
+
+    Of two networks, a file says the one by `high` or `low` in its name. Raises LoraError where it says neither.
+    """
+    own = [part for part in DENOISERS if pipe.components.get(part) is not None]
+    if PARTS[1] not in own:
+        return own[0]
+    second = second_of_pair(lora)
+    if second is None:
+        raise LoraError(
+            "this model has two networks, and its name does not say for which it is",
+            "rename it so that it has high_noise or low_noise in its name",
+        )
+    return PARTS[second]
+
+
+def second_of_pair(lora: str) -> bool | None:
+    """Return whether a file's name says that it is for low noise.
+
+    None where it says neither high nor low, or both.
+    """
+    said = set(re.findall(r"(?<![a-z])(high|low)(?![a-z])", Path(lora).name.lower()))
+    return said == {"low"} if len(said) == 1 else None
+
+
+def differences(
+    pipe: DiffusionPipeline, facts: Facts, strength: float, denoiser: str
+) -> Iterator[tuple[Target, Tensor]]:
     """Yield the layers that a LoRA changes, with their differences in float32.
+
+    `denoiser` is the network that layers without a prefix belong to.
 
     Raises LoraError where a tensor has no place in the pipeline, where two names mean one layer, where a
     difference is not finite, and where all are zero.
     """
     places, layers = places_in(pipe), factors_of(facts)
-    if unknown := [layer for layer in layers if _place(layer, places) is None]:
+    if unknown := [layer for layer in layers if _place(layer, places, denoiser) is None]:
         own = ", ".join(sorted({t.part for t in places.values()}))
         raise LoraError(
             f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), "
@@ -142,7 +173,7 @@ def differences(pipe: DiffusionPipeline, facts: Facts, strength: float) -> Itera
     moved = 0
     seen: dict[Target, str] = {}
     for layer, factors in layers.items():
-        target = _place(layer, places)
+        target = _place(layer, places, denoiser)
         assert target is not None
         if target in seen:
             raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
@@ -189,7 +220,8 @@ def _alpha(target: Target, facts: Facts, rank: int) -> float:
     for pattern, alpha in facts.alphas.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return alpha
-    return facts.alpha.get(target.part, facts.alpha.get("", float(rank)))
+    own = (target.part, *PARTS[:1] * (target.part == PARTS[1]), "")  # files of a second network call it as the first
+    return next((facts.alpha[part] for part in own if part in facts.alpha), float(rank))
 
 
 def factors_of(facts: Facts) -> dict[str, Factors]:
@@ -254,15 +286,15 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _place(layer: str, places: Mapping[tuple[str, str], Target]) -> Target | None:
+def _place(layer: str, places: Mapping[tuple[str, str], Target], denoiser: str) -> Target | None:
     """Return the layer that a file's name means, or None."""
     layer = layer.removeprefix("base_model.model.")
-    denoiser = next(part for part, _ in places if part in DENOISERS)
     starts = {
         "lora_unet_": denoiser, "lora_transformer_": denoiser, "lora_te_": "text_encoder",
         "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3",
         "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
-        f"{denoiser}.": denoiser, "diffusion_model.": denoiser, "": denoiser,
+        "unet.": denoiser, "transformer.": denoiser, f"{PARTS[1]}.": PARTS[1], "diffusion_model.": denoiser,
+        "": denoiser,
     }  # fmt: skip
     found = ((part, flat(layer.removeprefix(start))) for start, part in starts.items() if layer.startswith(start))
     return next((places[key] for key in found if key in places), None)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
+from .experts import experts_of
 from .modules import dtype_of
 from .schedulers import EDM_SIGNS, plain_config
 from .settings import read_settings, side
@@ -403,10 +404,14 @@ def able_to_single(network: nn.Module) -> nn.Module:
 
     For `single_output`. Weights, hooks and names stay. Returns the same network.
     """
-    for name, layer in network.named_children():
-        if name in OUTPUTS and type(layer) in (nn.Conv2d, nn.Linear):
+    for layer in _last_layers(network):
+        if type(layer) in (nn.Conv2d, nn.Linear):
             layer.__class__ = SingleConv2d if isinstance(layer, nn.Conv2d) else SingleLinear
     return network
+
+
+def _last_layers(network: nn.Module) -> list[nn.Module]:
+    return [layer for part in experts_of(network) for name, layer in part.named_children() if name in OUTPUTS]
 
 
 @contextmanager
@@ -418,9 +423,9 @@ def single_output(network: nn.Module) -> Iterator[None]:
     the output, is 0.015 of x0's unit at Stable Diffusion's last time and 0.16 at PixArt's, and guidance
     multiplies the error.
     """
-    outputs = [child for name, child in network.named_children() if name in OUTPUTS]
     # `modules`, since the layer may be inside an adapter.
-    layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]
+    parts = [m for layer in _last_layers(network) for m in layer.modules()]
+    layers = [m for m in parts if isinstance(m, SingleConv2d | SingleLinear)]
     for layer in layers:
         layer.single = True
     try:

@@ -439,7 +439,24 @@ def _wan(pipe: DiffusionPipeline) -> None:
             number("vae", key, value, positive=key == "latents_std")
     whole("vae", "scale_factor_temporal", vae.scale_factor_temporal, most=64)
     whole("vae", "scale_factor_spatial", vae.scale_factor_spatial, most=64)
+    _boundary(pipe)
     flow(pipe)
+
+
+def _boundary(pipe: DiffusionPipeline) -> None:
+    """Check that a pair of networks has a boundary, and that one network has none."""
+    ratio = pipe.config.boundary_ratio
+    if pipe.transformer is None:
+        raise UnfitError("it has no transformer", "pass the whole pipeline")
+    if pipe.transformer_2 is None:
+        same("model_index.json", "boundary_ratio", ratio, None, "it has no transformer_2")
+        return
+    if number("model_index.json", "boundary_ratio", ratio) >= 1:
+        raise UnfitError(f"model_index.json says boundary_ratio {ratio:g}, allowed are numbers between 0 and 1", SIZES)
+    own = {k: v for k, v in pipe.transformer_2.config.items() if not k.startswith("_")}
+    odd = next((k for k, v in own.items() if v != pipe.transformer.config.get(k)), None)
+    if odd is not None:
+        raise UnfitError(f"its transformer_2 has another {odd} than its transformer", SIZES)
 
 
 def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 
 from .base import Cond
+from .experts import Experts, joined
 from .family import ComfyParts, Family
 from .parts import SizedVideo, on, single_output, transformer_features
 from .settings import flow
@@ -39,7 +40,7 @@ class Wan(SizedVideo):
 
     States are scaled latents [C, T, h, w]. The condition is `text [B, L, D]`. `decode` gives videos
     [B, F, 3, H, W]. Wan 2.2-5B is told a time for every patch by its pipeline, all the same for text-to-video: one
-    time a video gives the same numbers.
+    time a video gives the same numbers. Wan 2.2-A14B has two networks, which are one here (see `experts`).
     """
 
     @property
@@ -73,11 +74,13 @@ class Wan(SizedVideo):
 
     @property
     def time_layer(self) -> str:
-        return "condition_embedder.time_embedder.linear_2"
+        # Of two networks none has the layer for both.
+        return "" if isinstance(self.module, Experts) else "condition_embedder.time_embedder.linear_2"
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return transformer_features(self.pipe.transformer.blocks, called="blocks")
+        blocks = () if isinstance(self.module, Experts) else self.pipe.transformer.blocks
+        return transformer_features(blocks, called="blocks") if blocks else ()
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         times = t.to(torch.float32) * self.pipe.scheduler.config.num_train_timesteps
@@ -122,7 +125,10 @@ def usual_size(pipe: WanPipeline) -> VideoSize:
 
 
 def original_names(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (diffusers' name, original name) of every layer that has both."""
+    """Yield (diffusers' name, original name) of every layer that has both.
+
+    For one network, not for a pair.
+    """
     for name, _ in network.named_modules():
         kind, *rest = name.split(".", 2)
         block = kind == "blocks" and len(rest) == 2
@@ -147,7 +153,7 @@ def _comfyui_parts(pipe: Any) -> ComfyParts:
 
 FAMILY = Family(
     WanPipeline,
-    lambda pipe, name: Wan(pipe, name, flow(pipe)),
+    lambda pipe, name: Wan(joined(pipe), name, flow(pipe)),
     takes_times=False,
     video=True,
     call_options=_call_options,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..atomic import write_tensors
+from ..backbones.experts import Experts, experts_of, split_state
 from ..backbones.few_step import PipelineInfo
 from ..core.schedule import Schedule
 from ..core.solvers import SOLVERS
@@ -38,6 +39,11 @@ def write_client_file(
     if not info.loads_lora:
         return ""
     if not info.family.kohya:
+        if isinstance(network, Experts):
+            for own, (_, tensors), part in zip(pair_files(card), split_state(state), experts_of(network), strict=True):
+                names = dict(info.family.original_names(part))
+                write_tensors(folder / own, native(tensors, names), own_header(card))
+            return pair_files(card)[0]
         name = f"{card.name}-lora.safetensors"
         if original := dict(info.family.original_names(network)):
             write_tensors(folder / name, native(state, original), own_header(card))
@@ -52,6 +58,12 @@ def write_client_file(
     config: Mapping[str, Any] = network.config  # type: ignore[assignment]
     write_tensors(folder / name, named, kohya_header(card, info, config, named, size))
     return name
+
+
+def pair_files(card: StudentCard) -> tuple[str, str]:
+    """Return the files of a pair of networks: the LoRA for high noise, and that for low noise."""
+    high, low = (f"{card.name}-{noise}-noise-lora.safetensors" for noise in ("high", "low"))
+    return high, low
 
 
 def other_programs(
@@ -78,8 +90,9 @@ def other_programs(
         if info.family.comfyui_latent or info.comfyui is not None
         else "diffusers"
     )
+    named = f"`{file}`, with `{pair_files(card)[1]}` for the second network," if info.boundary else f"`{file}`"
     rows = [
-        f"`{file}` is this LoRA under the names that {readers} read. "
+        f"{named} is this LoRA under the names that {readers} read. "
         f"Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
     ]
     if unet and (why := foreign(schedule, config)):

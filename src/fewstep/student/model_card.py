@@ -26,13 +26,14 @@ def model_card(
     even: bool,
     elsewhere: str = "",
     whole: bool = False,
+    second: str = "",
 ) -> str:
     """Return the model card: Markdown with a hub header.
 
     `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's
     scheduler. `info` is that of the base's pipeline; times that are not `even` are passed where the family's
     schedulers take times. `elsewhere` is a section on other programs. `whole` says that the folder is a
-    pipeline, which needs no base.
+    pipeline, which needs no base. `second` is the file with the LoRA of a pair's second network.
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
@@ -43,7 +44,12 @@ def model_card(
         if peft
         else f"pipe.load_lora_weights({at})"
     )
-    full = f'{part} = type({part}).from_pretrained({at}, subfolder="{info.part}")'
+    full = "\n".join(
+        f'{own} = type({own}).from_pretrained({at}, subfolder="{own.removeprefix("pipe.")}")'
+        for own in ([part, f"{part}_2"] if info.boundary else [part])
+    )
+    if second:
+        lora += f'\npipe.load_lora_weights({at}, weight_name="{second}", load_into_transformer_2=True)'
     load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",

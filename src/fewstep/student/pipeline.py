@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..backbones.experts import Experts
 from ..backbones.few_step import FewStepPipeline, SamplingDefaults, few_step_pipeline
 from ..backbones.files import loads_lora
 from ..backbones.generate import device_of
@@ -33,8 +34,8 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     """
     folder = require_folder(student, "student")
     card = read_card(folder)
-    pipeline = pipeline_of(base)
-    backbone = around(pipeline, card.base)
+    backbone = around(pipeline_of(base), card.base)
+    pipeline = pipeline_of(backbone)
     require_own(card, backbone, folder)
     parts = read_parts(folder, backbone)
     plain = denoiser_of(pipeline)
@@ -48,7 +49,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     pipe = few_step_pipeline(
         pipeline, network, scheduler, SamplingDefaults(card.steps, card.size, card.guidance_scales)
     )
-    if card.weights == "lora" and loads_lora(network):
+    if card.weights == "lora" and loads_lora(network) and not isinstance(network, Experts):
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
         pipe.enable_lora()  # the adapters of a base are off after a training
         if parts.vectors:
