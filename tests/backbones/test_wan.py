@@ -192,7 +192,7 @@ def test_a_lora_of_one_of_two_networks(students: dict[str, Made], tmp_path: Path
     assert {t.part for t, _ in changes_of(pipe, str(low), 1)} == {"transformer_2"}
     (tmp_path / "style.safetensors").write_bytes(low.read_bytes())
     with pytest.raises(
-        ValueError, match="its name does not say for which it is.*; rename it so that it has high_noise"
+        ValueError, match=r"its name does not say for which it is\); rename it so that it has high_noise"
     ):
         changes_of(pipe, str(tmp_path / "style.safetensors"), 1)
     fused = load_teacher(f"{base} + {high} + {low}", size=smaller(base))

@@ -131,6 +131,13 @@ def test_a_video_model_of_parts(own: bool) -> None:
     assert (told["KSampler"]["steps"], told["KSampler"]["cfg"], told["KSampler"]["scheduler"]) == (4, 1.0, "simple")
 
 
+def chain(graph: dict[str, Any], node: str) -> list[str]:
+    """The files from a sampler's model down to the network."""
+    told = graph[node]["inputs"]
+    name = next((told[k] for k in ("lora_name", "unet_name") if k in told), "")
+    return [name] * bool(name) + (chain(graph, told["model"][0]) if "model" in told else [])
+
+
 def test_a_pair_of_networks() -> None:
     """Wan 2.2-A14B: each network takes the steps on its side of the boundary."""
     schedule, config = Flow(shift=3.0), {"num_train_timesteps": 1000, "shift": 3.0}
@@ -155,18 +162,12 @@ def test_a_pair_of_networks() -> None:
         assert [v for w in walked for v in w[:-1]] == pytest.approx(times[:-1]) and walked[-1][-1] == 0
         assert all(a[-1] == b[0] for a, b in itertools.pairwise(walked))
 
-        def chain(node: dict[str, Any]) -> list[str]:
-            """The files from a sampler's model down to the network."""
-            name = next((node["inputs"][k] for k in ("lora_name", "unet_name") if k in node["inputs"]), "")
-            below = chain(graph[node["inputs"]["model"][0]]) if "model" in node["inputs"] else []
-            return [name] * bool(name) + below
-
         high, low = (
             ["high.safetensors", "style-high.safetensors", "wan2.2_t2v_high_noise_14B_fp16.safetensors"],
             ["low.safetensors", "low_style.safetensors", "wan2.2_t2v_low_noise_14B_fp16.safetensors"],
         )
         wanted = [high, low] if len(counts) == 2 else [low if boundary > 1 else high]
-        assert [chain(graph[s["model"][0]]) for s in stages] == wanted
+        assert [chain(graph, s["model"][0]) for s in stages] == wanted
         assert graph["7"]["inputs"]["samples"] == ["6", 0] and stages[-1] == graph["6"]["inputs"]
 
 
