@@ -162,22 +162,8 @@ def differences(
     Raises LoraError where a tensor has no place in the pipeline, where two names mean one layer, where a
     difference is not finite, and where all are zero.
     """
-    places, layers = places_in(pipe), factors_of(facts)
-    if unknown := [layer for layer in layers if _place(layer, places, denoiser) is None]:
-        own = ", ".join(sorted({t.part for t in places.values()}))
-        raise LoraError(
-            f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), "
-            f"the first is {unknown[0]!r}",
-            "pass a LoRA that was made for this kind of model",
-        )
     moved = 0
-    seen: dict[Target, str] = {}
-    for layer, factors in layers.items():
-        target = _place(layer, places, denoiser)
-        assert target is not None
-        if target in seen:
-            raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
-        seen[target] = layer
+    for layer, factors, target in targets_of(pipe, facts, denoiser):
         change = strength * difference(layer, factors, target, facts)
         if not finite(change):
             raise LoraError(f"what it adds to {layer!r} is not finite")
@@ -187,11 +173,40 @@ def differences(
         raise LoraError("it changes no weight: all of it is zero", "train it, or leave it out")
 
 
-def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Tensor:
-    """Return `alpha / r B A`, shaped as a layer's weight.
+def targets_of(pipe: DiffusionPipeline, facts: Facts, denoiser: str) -> Iterator[tuple[str, Factors, Target]]:
+    """Yield what a LoRA has for each layer, with the layer's name in the file and its place in the pipeline.
 
-    A rank-stabilised LoRA has `alpha / sqrt(r)` in place of `alpha / r`. Raises LoraError where the factors
-    do not fit the layer.
+    Raises LoraError where a tensor has no place in the pipeline, and where two names mean one layer.
+    """
+    places, layers = places_in(pipe), factors_of(facts)
+    if unknown := [layer for layer in layers if _place(layer, places, denoiser) is None]:
+        own = ", ".join(sorted({t.part for t in places.values()}))
+        raise LoraError(
+            f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), "
+            f"the first is {unknown[0]!r}",
+            "pass a LoRA that was made for this kind of model",
+        )
+    seen: dict[Target, str] = {}
+    for layer, factors in layers.items():
+        target = _place(layer, places, denoiser)
+        assert target is not None
+        if target in seen:
+            raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
+        seen[target] = layer
+        yield layer, factors, target
+
+
+def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Tensor:
+    """Return `alpha / r B A`, shaped as a layer's weight. Raises LoraError as `low_rank` does."""
+    scale, up, down = low_rank(layer, factors, target, facts)
+    return scale * (up @ down).reshape(target.layer.weight.shape)
+
+
+def low_rank(layer: str, factors: Factors, target: Target, facts: Facts) -> tuple[float, Tensor, Tensor]:
+    """Return `(alpha / r, B [out, r], A [r, in])` of a layer, in float32.
+
+    The `in` of a convolution is the number of inputs of its kernel. A rank-stabilised LoRA has `alpha / sqrt(r)` in
+    place of `alpha / r`. Raises LoraError where the factors do not fit the layer.
     """
     down, up, weight = factors.down, factors.up, target.layer.weight
     if down is None or up is None:
@@ -207,7 +222,7 @@ def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Te
         )
     alpha = factors.alpha if factors.alpha is not None else _alpha(target, facts, rank)
     scale = alpha / (math.sqrt(rank) if facts.root else rank)
-    return scale * (up.float().reshape(-1, rank) @ down.float().reshape(rank, -1)).reshape(weight.shape)
+    return scale, up.float().reshape(-1, rank), down.float().reshape(rank, -1)
 
 
 def _alpha(target: Target, facts: Facts, rank: int) -> float:
@@ -268,7 +283,11 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
     for part, network in pipe.components.items():
         if not isinstance(network, nn.Module) or part in ("vae", "safety_checker", "image_encoder"):
             continue
-        layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        layers = {
+            n.removesuffix(".base_layer"): m  # of a layer that carries adapters
+            for n, m in network.named_modules()
+            if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in n
+        }
         for name, layer in layers.items():
             target = Target(part, name, layer)
             bare = name.removeprefix("text_model.")

@@ -30,7 +30,7 @@ from .lora import changes_of
 from .parts import frozen, network_kind, own_dtype, part_kind, part_names
 from .schedulers import EDM_SCHEDULERS
 from .settings import read_settings
-from .single_file import SUFFIX, with_settings
+from .single_file import SUFFIX, Checkpoint, with_settings
 from .sizes import Size
 from .trial import small_shape
 from .weights import PICKLES, UnfitError, weights_in
@@ -62,7 +62,7 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: S
         }
         pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
-        if checkpoint is not None:
+        if isinstance(checkpoint, Checkpoint):
             pipe = with_settings(pipe, checkpoint)
         backbone = backbone_of(family, pipe, given.names[0])
     except Exception as error:  # diffusers raises a different type for each kind of damage

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
-from .experts import experts_of
+from .experts import Experts, experts_of
 from .modules import dtype_of
 from .schedulers import EDM_SIGNS, plain_config
 from .settings import read_settings, side
@@ -490,8 +490,13 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     """Return the blocks in which a network's weights are sharded.
 
     Inner blocks first. Blocks are the modules that diffusers keeps together, or else the elements of the
-    outermost module lists. Raises ValueError where there are none.
+    outermost module lists. Raises ValueError where there are none, and for a pair of networks.
     """
+    if isinstance(network, Experts):
+        raise ValueError(
+            "train.shard: of two networks a process calls the one of its samples' times, and sharded blocks need all "
+            "processes at once; set it to false (roles.quantize=int8 makes room)"
+        )
     kinds = (network._no_split_modules or ()) if isinstance(network, ModelMixin) else ()
     found = [m for m in network.modules() if type(m).__name__ in kinds and m is not network]
     if not found:

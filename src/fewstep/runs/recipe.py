@@ -298,7 +298,7 @@ class DistillRecipe(Strict):
     """A stage that comes first, whose student is continued (imitate, then match)."""
 
     init_from: Place | None = None
-    """A run whose student is continued, instead of the teacher."""
+    """A run whose student is continued, instead of the teacher, or a `.safetensors` of somebody else's student."""
 
     preview: PreviewConfig = PreviewConfig()
     """The previews along the run."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from ..backbones.denoiser_file import denoiser_file
 from ..backbones.few_step import PipelineInfo
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, called, hub_id, source_of
@@ -182,6 +183,8 @@ def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
     loaded, config = f"{pipeline}.from_pretrained({place})", source.reading
     if is_file(source.place):
         if Path(source.place).is_file():  # the base may be elsewhere
+            if denoiser_file(Path(source.place), source.reading) is not None:
+                return f"fewstep.load_teacher({whole}).pipe  # its network is in a file of its own", True
             checkpoint = read_checkpoint(Path(source.place), source.reading)
             if checkpoint.absent:
                 return (
