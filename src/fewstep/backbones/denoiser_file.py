@@ -55,7 +55,12 @@ def denoiser_file(file: Path, base: str) -> DenoiserFile | None:
     if not file.is_file() or not base:
         return None
     files = _files(file)
-    names = [n for f in files for n in header(f)]
+    try:
+        names = [n for f in files for n in header(f)]
+    except UnfitError:
+        if len(files) > 1:
+            raise
+        return None  # what reads whole checkpoints says what is wrong with it
     if any("lora" in n for n in names) or any(n.startswith(("first_stage_model.", "cond_stage_model.")) for n in names):
         return None
     if any("input_blocks." in n for n in names):
