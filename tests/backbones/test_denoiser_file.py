@@ -109,7 +109,7 @@ def test_two_networks_are_two_files(tmp_path: Path) -> None:
     pipe = WanPipeline.from_pretrained(folder)
     high, low = tmp_path / "x_high_noise.safetensors", tmp_path / "x_low_noise.safetensors"
     save_file({k: v.clone() for k, v in pipe.transformer.state_dict().items()}, high)
-    with pytest.raises(ValueError, match="has two networks, and x_high_noise.safetensors is one; put the file"):
+    with pytest.raises(ValueError, match=r"has two networks, and x_high_noise\.safetensors is one; put the file"):
         load_teacher(f"{high}@{folder}")
     save_file({k: v.clone() for k, v in pipe.transformer_2.state_dict().items()}, low)
     found, own = load_teacher(f"{high}@{folder}").module.state_dict(), load_teacher(folder).module.state_dict()
@@ -142,15 +142,13 @@ def test_a_network_alone_needs_its_pipeline(folder: Path, tmp_path: Path) -> Non
 
 def test_scales_for_rows_and_other_bits() -> None:
     codes = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
-    for scale, wanted in (
-        (torch.tensor(2.0), 2 * codes),
-        (torch.tensor([[1.0], [0.5]]), codes * torch.tensor([[1], [0.5]])),
-    ):
+    rows = torch.tensor([[1.0], [0.5]])
+    for scale, wanted in ((torch.tensor(2.0), 2 * codes), (rows, codes * rows)):
         stored = {"a.weight": codes.to(torch.float8_e4m3fn), "a.weight_scale": scale, "b": codes}
         found = decoded(stored, torch.float32)
         assert found.keys() == {"a.weight", "b"} and torch.equal(found["a.weight"], wanted)
     assert torch.equal(decoded({"a.weight": codes.to(torch.float8_e5m2)}, torch.bfloat16)["a.weight"].float(), codes)
-    with pytest.raises(ValueError, match="it keeps a.weight in int8, with scales next to it"):
+    with pytest.raises(ValueError, match=r"it keeps a\.weight in int8, with scales next to it"):
         decoded({"a.weight": codes.to(torch.int8), "a.weight_scale": torch.ones(1)}, torch.float32)
 
 

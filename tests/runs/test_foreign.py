@@ -13,6 +13,7 @@ import fewstep
 from fewstep.backbones.base import denoiser
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.lora import fuse
+from fewstep.core.guidance import Guidance
 from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles
 from fewstep.runs.foreign import require_initial
@@ -140,7 +141,7 @@ def test_wan_and_its_pair_of_networks(kind: str, tmp_path: Path) -> None:
         cond = teacher.encode(PROMPTS)
         theirs = denoiser(teacher, teacher.module, cond)(x, t).x0
         ours = roles.denoise("student", cond)(x, t).x0
-        base = roles.teacher(cond, cond, fewstep.Guidance())(x, t).x0
+        base = roles.teacher(cond, cond, Guidance())(x, t).x0
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert (ours - base).flatten(1).abs().amax(1).gt(1e-4).all()
 
@@ -168,12 +169,13 @@ def test_files_that_are_no_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^init_from: there is no .*x.safetensors; pass a run, its final/ folder or"):
         require_initial(tmp_path / "x.safetensors")
     file = tmp_path / "x.safetensors"
+    text, middle = "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_mid_block_attentions_0_proj_in"
+    both = {f"{text}.lora_down.weight": torch.ones(2, 32), f"{text}.lora_up.weight": torch.ones(64, 2)}
     for tensors, said in (
         ({"lora_unet_nowhere.lora_down.weight": torch.ones(2, 2)}, "1 of its 1 layers are not there"),
-        ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 32),
-          "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(64, 2)}, "it changes the text_encoder too"),
-        ({"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(2)}, "it holds DoRA, a LoRA with magnitudes"),
-    ):  # fmt: skip
+        (both, "it changes the text_encoder too"),
+        ({f"{middle}.dora_scale": torch.ones(2)}, "it holds DoRA, a LoRA with magnitudes"),
+    ):
         save_file(tensors, file)
         with pytest.raises(ValueError, match=rf"^init_from: \S+ cannot be used \({said}"):
             begun(folder, file, rank=2)
