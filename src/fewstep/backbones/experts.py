@@ -80,10 +80,10 @@ def experts_of(network: nn.Module) -> list[nn.Module]:
     return [network.transformer, network.transformer_2] if isinstance(network, Experts) else [network]
 
 
-def split_state(state: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield each part's name and its own tensors, under their names inside the part."""
+def split_state(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield each network's own tensors, under their names inside the network."""
     for part in PARTS:
-        yield part, {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+        yield {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
 
 
 def joined(pipe: Kind) -> Kind:

@@ -54,8 +54,8 @@ def save_lora(
     file of its own (`second_file`), under the names of the first, as pipelines load it.
     """
     if isinstance(network, Experts):
-        for file, (part, own) in zip((path, second_file(path)), split_state(state), strict=True):
-            layers = [n.removeprefix(f"{part}.") for n in metadata["target_modules"] if n.startswith(f"{part}.")]
+        for file, own in zip((path, second_file(path)), split_state(state), strict=True):
+            layers = sorted({name.rsplit(".lora_", 1)[0] for name in own})
             save_lora(file, network.transformer, own, {**metadata, "target_modules": layers}, about)
         return
     known = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items() if k in SETTINGS}

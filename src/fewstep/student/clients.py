@@ -40,7 +40,7 @@ def write_client_file(
         return ""
     if not info.family.kohya:
         if isinstance(network, Experts):
-            for own, (_, tensors), part in zip(pair_files(card), split_state(state), experts_of(network), strict=True):
+            for own, tensors, part in zip(pair_files(card), split_state(state), experts_of(network), strict=True):
                 names = dict(info.family.original_names(part))
                 write_tensors(folder / own, native(tensors, names), own_header(card))
             return pair_files(card)[0]
