@@ -14,10 +14,11 @@ import torch
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Denoiser
-from .backbones.conformance import conformance
+from .backbones.conformance import conformance, distilled_already
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
 from .backbones.own_network import require_network
+from .backbones.parts import DiffusersBackbone
 from .config_fields import shortened, whole_number
 from .core.guidance import Guidance
 from .data.trajectories import TrajectoryConfig
@@ -191,6 +192,9 @@ def _distilled(
     with in_python(), ExitStack() as stack:
         if folder is not None and is_first():
             stack.enter_context(held_in_python(folder))
+        note = distilled_already(teacher.pipe, teacher.source) if isinstance(teacher, DiffusersBackbone) else ""
+        if note and is_first():
+            Lines().say(f"teacher: {teacher.name} {note}")
         own, base_hash = apart(teacher), fingerprint(teacher.module)
         origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.data, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):
