@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep.backbones.base import guided
 from fewstep.backbones.few_step import drawn
-from fewstep.backbones.generate import pictures
+from fewstep.backbones.generate import sample_images
 from fewstep.backbones.load import load_teacher, pipeline_of
 from fewstep.backbones.lora import changes_of, fuse, places_in
 from fewstep.backbones.meta import meta_teacher
@@ -69,7 +69,7 @@ def test_guided_videos_are_those_of_the_pipeline(any_folder: Path, whole: bool) 
     pipe.scheduler = student_scheduler(backbone.scheduler_config, [4], "ddim")
     for scale in (1.0, 5.0):
         denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=scale))
-        ours = pictures(backbone, denoise, [0, 1], timegrid.uniform(backbone.schedule, 4))
+        ours = sample_images(backbone, denoise, [0, 1], timegrid.uniform(backbone.schedule, 4))
         theirs = drawn(pipe, PROMPTS, 4, scale, size=size or 0)
         assert ours.shape == theirs.shape and ours.std() > 0.01
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
