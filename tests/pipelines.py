@@ -5,13 +5,14 @@ They are real diffusers classes with random weights, and they need no file and n
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     CogVideoXPipeline,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -33,6 +34,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -52,6 +56,8 @@ from transformers import (
     Qwen3VLModel,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from fewstep.backbones import miniature, miniature_video
@@ -134,6 +140,49 @@ def cogvideox(rotary: bool = False) -> CogVideoXPipeline:
     vae = miniature_video.autoencoder((8, 8, 8, 8), 4, 16, groups=2)
     transformer = miniature_video.transformer(64, 4, 2, 4, 2, 9, 32, LENGTH, rotary)
     return miniature_video.pipeline(tokenizer, t5(tokenizer), vae, transformer)
+
+
+def wan(kind: Literal["2.1", "2.2-5B", "2.2-A14B"] = "2.1") -> WanPipeline:
+    """Five frames of 32x32 from two frames of 4x4 latents, and twice as wide for 2.2-5B."""
+    tokenizer = t5_tokenizer()
+    own = kind == "2.2-5B"
+    patched = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 2.0, 1.1],
+        **(patched if own else {}),
+    )
+    networks = [
+        WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=48,
+            num_layers=2,
+            rope_max_seq_len=2,  # as many patches along each side at most: pipelines draw no larger videos
+        )
+        for _ in range(2 if kind == "2.2-A14B" else 1)
+    ]
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+    )  # fmt: skip
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(
+        tokenizer,
+        UMT5EncoderModel(config).eval(),
+        vae.eval(),
+        scheduler,
+        *networks,
+        boundary_ratio=0.8 if len(networks) > 1 else None,
+        expand_timesteps=own,
+    )
 
 
 def sd3() -> StableDiffusion3Pipeline:
@@ -362,11 +411,17 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "zimage": zimage,
     "flux": flux,
     "krea2": krea2,
+    "wan": wan,
 }
 # Families whose pipelines make images of 1024 pixels by default, with the size that tests take.
 SIZES = dict.fromkeys(["flux2", "qwenimage", "zimage", "flux", "krea2"], 16)
 
 
+# Models of a family that are not tested by all that runs over the families.
+VARIANTS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "wan-5b": lambda: wan("2.2-5B"),
+    "wan-a14b": lambda: wan("2.2-A14B"),
+}
 PIXELS: dict[str, Callable[[], DiffusionPipeline]] = {  # take no prompts
     "ddpm": lambda: tiny.pixels(labels=()).pipe,
     "consistency": lambda: pixel_pipeline(pixel_unet([8, 16], [False, True], 3, 8, 0), EDMEulerScheduler()),
@@ -387,7 +442,7 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
     """A family's tiny pipeline as a folder; its weights depend on nothing but the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        FAMILIES[family]().save_pretrained(folder)
+        (FAMILIES | VARIANTS)[family]().save_pretrained(folder)
     return folder
 
 

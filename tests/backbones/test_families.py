@@ -17,7 +17,7 @@ from fewstep.backbones.base import guided
 from fewstep.backbones.families import FAMILIES, family_of_pipeline
 from fewstep.backbones.family import Family
 from fewstep.backbones.few_step import drawn
-from fewstep.backbones.generate import pictures
+from fewstep.backbones.generate import sample_images
 from fewstep.backbones.load import at_size, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.checks import check_backbone
@@ -69,7 +69,7 @@ def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(family: str,
             if isinstance(schedule, Flow):
                 times = torch.cat([pipe.scheduler.timesteps.double() / 1000, torch.zeros(1).double()])
             denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=scale))
-            ours = pictures(backbone, denoise, [0, 1], times)
+            ours = sample_images(backbone, denoise, [0, 1], times)
             assert ours.shape == theirs.shape and ours.shape[-1] == (size or ours.shape[-1])
             assert ours.std() > 0.01
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -143,9 +143,12 @@ def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkey
         step.student().write(final)
     torch.testing.assert_close(fewstep.sample(fewstep.load_student(final), PROMPTS, [0, 1]), own, rtol=0, atol=1e-4)
     torch.testing.assert_close(drawn(fewstep.load(folder, final), PROMPTS, 2), own, rtol=0, atol=1e-4)
-    told, said = folder.name not in ("sd", "cogvideox", "cogvideox-rotary"), (final / "README.md").read_text()
+    told, said = (
+        folder.name not in ("sd", "cogvideox", "cogvideox-rotary", "wan"),
+        (final / "README.md").read_text(),
+    )
     flow = isinstance(teacher.schedule, Flow)
-    given = [0.6666666667, 1][::-1] if flow else times[:-1].tolist()
+    given = [1, 0.6666666667] if flow else times[:-1].tolist()
     how = f"{'sigmas' if flow else 'timesteps'}=[{', '.join(f'{t:.8g}' for t in given)}]"
     assert (how in said) == told
     assert ('pipe = fewstep.load("' in said) != told

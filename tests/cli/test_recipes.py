@@ -31,7 +31,15 @@ MODELS: dict[str, type[BaseModel]] = {
     "teacher": TeacherConfig,
     "pixel-teacher": PixelTeacherConfig,
 }
-HUB = {"stable-diffusion-v1": "sd", "stable-diffusion-xl": "sdxl", "PixArt": "pixart", "CogVideoX": "cogvideox"}
+HUB = {
+    "stable-diffusion-v1": "sd",
+    "stable-diffusion-xl": "sdxl",
+    "PixArt": "pixart",
+    "CogVideoX": "cogvideox",
+    "Wan2.1": "wan",
+    "Wan2.2-TI2V": "wan-5b",
+    "Wan2.2-T2V": "wan-a14b",
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -53,6 +61,8 @@ TEACHERS = {
     "sdxl": "stable-diffusion-xl-base-1.0",
     "pixart": "PixArt-XL-2-1024-MS",
     "cogvideox": "CogVideoX-2b",
+    "wan21": "Wan2.1-T2V",
+    "wan22": "Wan2.2-T",
 }
 HUB_RECIPES = [n for n in recipe_names() if n.partition("-")[0] in TEACHERS]
 
@@ -92,7 +102,7 @@ def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> 
         assert TEACHERS[family] in stage.teacher
         assert isinstance(stage.method, DistributionMatching)
         assert stage.method.guidance == Guidance(
-            scale={"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0}[family]
+            scale={"sd15": 3.5, "sdxl": 8.0, "pixart": 3.5, "cogvideox": 6.0, "wan21": 3.5, "wan22": 3.5}[family]
         )
         assert stage.train.batch * stage.train.accumulate >= 8
         if name.endswith("-lora"):  # one set of rates for all: those of runs with LoRA on the bundled teacher
@@ -126,12 +136,15 @@ def test_a_distillation_recipe_passes_its_dry_run(
         (f for word, f in HUB.items() if word in str(teacher)), None
     ):  # from the hub: a stand-in of its family
         instead = ["--teacher", str(pipelines.save(family, tmp_path / family))]
+        instead += ["--set", "size=null"] * family.startswith("wan")  # larger than the stand-in has positions for
         Path("prompts.txt").write_text("a red fox\nthe sea\n")
     before = sorted(tmp_path.rglob("*"))
     assert fewstep(monkeypatch, "distill", name, "--dry-run", *instead) == 0
     times = (
         "[999.0, 599.0, 332.0, 142.0, -1.0]"
         if name in ("emoji-tdm4", "emoji-unify", "stages")
+        else "[1.0, 0.9, 0.75, 0.5, 0.0]"  # shifted
+        if name.startswith("wan")
         else "[999.0, 749.0, 499.0, 249.0, -1.0]"
     )  # theirs are uneven
     assert f"times, 4 steps: {times}" in capsys.readouterr().out

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .base import Cond
 from .family import Family
-from .parts import DiffusersBackbone, on, single_output, transformer_features
+from .parts import LatentVideo, on, single_output, transformer_features
 from .settings import table
 
 
 @dataclass(frozen=True)
-class CogVideoX(DiffusersBackbone):
+class CogVideoX(LatentVideo):
     """A `CogVideoXPipeline` as a backbone.
 
     States are scaled latents [T, C, h, w]. The condition is `text [B, L, D]`. `decode` gives videos
@@ -28,10 +28,6 @@ class CogVideoX(DiffusersBackbone):
         config = self.pipe.transformer.config
         steps = (self.frames - 1) // self.pipe.vae_scale_factor_temporal + 1
         return (steps, config.in_channels, config.sample_height, config.sample_width)
-
-    @property
-    def image_size(self) -> int:
-        return 0  # a state is a video
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -68,11 +64,6 @@ class CogVideoX(DiffusersBackbone):
                 device=self.pipe.text_encoder.device,
             )
         return on(self.module, {"text": text})
-
-    def encode_images(self, pictures: Tensor) -> Tensor:
-        raise ValueError(
-            f"data: {self.name} makes videos, which are not learned from images; leave data and method.gan out"
-        )
 
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -5,7 +5,7 @@ A new family is a file and a row in this table.
 
 from diffusers import DiffusionPipeline
 
-from . import cogvideox, flux, flux2, krea2, pixart, qwenimage, sd, sd3, sdxl, unconditional, zimage
+from . import cogvideox, flux, flux2, krea2, pixart, qwenimage, sd, sd3, sdxl, unconditional, wan, zimage
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -23,6 +23,7 @@ FAMILIES: dict[str, Family] = {
         zimage.FAMILY,
         flux.FAMILY,
         krea2.FAMILY,
+        wan.FAMILY,
         unconditional.DDPM,
         unconditional.CONSISTENCY,
     )

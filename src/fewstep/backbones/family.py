@@ -3,12 +3,27 @@
 Each family has one row, at the end of its own file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ComfyParts:
+    """How ComfyUI loads a model whose parts are files of their own.
+
+    The files have the names under which they are published for it.
+    """
+
+    latent: str  # node for empty latents
+    encoder: str  # file of the text encoder
+    kind: str  # what the node CLIPLoader calls the encoder
+    vae: str  # file of the autoencoder
+    latent_takes_vae: bool = False
+    fps: int = 0  # of videos; 0 for images
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,12 @@ class Family:
     check: Callable[[Any], None] = lambda pipe: None
     # Options of `pipe(prompt, ...)` with which the pipeline takes the prompt unchanged.
     call_options: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
+    # Layers of the family's networks in the original programs: pairs of diffusers' name and the original one.
+    original_names: Callable[[Any], Iterable[tuple[str, str]]] = lambda network: ()
     # ComfyUI's node for empty latents; empty if ComfyUI loads no checkpoint of the family by itself.
     comfyui_latent: str = ""
+    # The same for models whose parts are files of their own, by the pipeline.
+    comfyui_parts: Callable[[Any], ComfyParts | None] = lambda pipe: None
     # Whose layer names kohya's scripts use for the family's U-Net; empty without a U-Net.
     kohya: Literal["", "diffusers", "original"] = ""
 

@@ -14,11 +14,13 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from ..core.schedule import Flow
+from .experts import Experts
 from .families import FAMILIES, family_of_pipeline
-from .family import Family
+from .family import ComfyParts, Family
 from .files import loads_lora, part_name
 from .generate import noise_of
-from .parts import denoiser_of
+from .parts import denoiser_of, embeds_guidance
+from .sizes import Size, call_options
 
 Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
@@ -31,7 +33,7 @@ class SamplingDefaults:
     """
 
     steps: tuple[int, ...]
-    size: int = 0  # height and width of the images, in pixels; 0: the base's
+    size: Size = 0  # of the images or videos; 0: the base's
     scales: tuple[float, ...] = ()  # guidance scales that the student is conditioned on; empty: one is baked in
     told: float = 1.0  # guidance scale that the network is told, 1 for a network that is told none
 
@@ -52,9 +54,12 @@ class FewStepPipeline(DiffusionPipeline):
         """Call the family's pipeline with the student's defaults.
 
         `options` go to the family's own `__call__`. Warns for step counts and guidance scales that the
-        student was not trained for.
+        student was not trained for. Raises ValueError for a step count below 1.
         """
-        steps, guidance = num_inference_steps or self.defaults.steps[0], guidance_scale
+        steps = self.defaults.steps[0] if num_inference_steps is None else num_inference_steps
+        guidance = guidance_scale
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: got {steps}, allowed are whole numbers from 1")
         if steps not in self.defaults.steps:
             warnings.warn(
                 f"num_inference_steps: got {steps}, this student was trained for "
@@ -79,9 +84,11 @@ class FewStepPipeline(DiffusionPipeline):
         count = len(prompt) if isinstance(prompt, list) else 1
         if self.defaults.told != 1:
             guidance_scale = self.defaults.told
-        options = dict(family_of_pipeline(self).guidance(guidance_scale, count)) | options
-        if self.defaults.size:
-            options = {"height": self.defaults.size, "width": self.defaults.size} | options
+        options = {
+            **family_of_pipeline(self).guidance(guidance_scale, count),
+            **call_options(self.defaults.size),
+            **options,
+        }
         return super().__call__(prompt=prompt, num_inference_steps=steps, **options)
 
     def save_pretrained(
@@ -135,6 +142,8 @@ class PipelineInfo:
     loads_lora: bool
     told_by: str
     embeds_guidance: bool = False
+    comfyui: ComfyParts | None = None
+    boundary: float = 0.0  # between two networks, a share of the times; 0 for one network
 
 
 def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
@@ -142,8 +151,9 @@ def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
     family, network = family_of_pipeline(pipe), denoiser_of(pipe)
     # DPM-Solver++ replaces a signal of 0 by 2^-12, which shows in the images.
     told_by = "" if pipe.scheduler.config.get("rescale_betas_zero_snr") else family.told_by
-    embeds = bool(network.config.get("guidance_embeds"))
-    return PipelineInfo(family, part_name(network), loads_lora(network), told_by, embeds)
+    boundary = network.boundary / pipe.scheduler.config.num_train_timesteps if isinstance(network, Experts) else 0.0
+    comfyui, embeds = family.comfyui_parts(pipe), embeds_guidance(network)
+    return PipelineInfo(family, part_name(network), loads_lora(network), told_by, embeds, comfyui, boundary)
 
 
 def told_times(family: Family, shift: float, times: Sequence[float]) -> dict[str, list[float]]:
@@ -191,7 +201,7 @@ def drawn(
     steps: int,
     guidance: float = 1.0,
     times: Sequence[float] | None = None,
-    size: int = 0,
+    size: Size = 0,
     shape: Sequence[int] = (),
 ) -> Tensor:
     """Sample one image per prompt from seeds 0, 1, and so on.
@@ -209,7 +219,7 @@ def drawn(
     elif guidance != 1:
         options |= {"guidance_scale": guidance}
     options |= family.call_options(pipe)
-    options |= {"height": size, "width": size} if size else {}
+    options |= call_options(size)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     if not family.takes_prompts:
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images

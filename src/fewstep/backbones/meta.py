@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
@@ -23,14 +31,17 @@ from .lora import changes_of
 from .parts import frozen, network_kind, own_dtype, part_kind, part_names
 from .schedulers import EDM_SCHEDULERS
 from .settings import read_settings
-from .single_file import SUFFIX, with_settings
+from .single_file import SUFFIX, Checkpoint, with_settings
+from .sizes import Size
 from .trial import small_shape
 from .weights import PICKLES, UnfitError, weights_in
 
+# Multistep solvers that also step through flow, whose shift they call otherwise.
+MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
 
-def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None) -> Backbone:
+def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: Size | None = None) -> Backbone:
     """Return the teacher that `load_teacher` loads, with fake (meta) tensors.
 
     No weights are read, downloaded or allocated; tokenizers are loaded. Raises ValueError as `load_teacher`
@@ -50,9 +61,11 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
             for n in inspect.signature(family.pipeline).parameters
             if isinstance(index.get(n), list | tuple) and n not in parts
         }
-        pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
+        told = inspect.signature(family.pipeline).parameters
+        settings = {n: v for n, v in index.items() if n in told and n not in {*named, *absent, *family.parts}}
+        pipe = frozen(family.pipeline(**settings | absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
-        if checkpoint is not None:
+        if isinstance(checkpoint, Checkpoint):
             pipe = with_settings(pipe, checkpoint)
         backbone = backbone_of(family, pipe, given.names[0])
     except Exception as error:  # diffusers raises a different type for each kind of damage
@@ -88,7 +101,8 @@ def components(family: Family, place: str | Path, named: Mapping[str, str], dtyp
             with mode, default_dtype(dtype):
                 made[name] = kind(config)
         else:  # all schedulers with a table of betas have the same process: DDIM's will do
-            told = next((s for s in WITHOUT_TABLE if s.__name__ == called), None)
+            known = (*WITHOUT_TABLE, *(MULTISTEP if kind is FlowMatchEulerDiscreteScheduler else ()))
+            told = next((s for s in known if s.__name__ == called), None)
             kind = told or (DDIMScheduler if issubclass(kind, (Enum, *WITHOUT_TABLE)) else kind)
             made[name] = kind.from_pretrained(str(place), subfolder=name)
     return made

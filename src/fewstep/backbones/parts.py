@@ -14,15 +14,18 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
 from .autoencoders import latents_of, pictures_of, scale_of
-from .schedulers import EDM_SIGNS
+from .experts import Experts, experts_of
+from .modules import dtype_of
+from .schedulers import EDM_SIGNS, plain_config
 from .settings import read_settings, side
+from .sizes import Size, VideoSize, video_size
 from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
@@ -60,15 +63,25 @@ class DiffusersBackbone(ABC):
         EDM's row for a scheduler with `sigma_data`. The flow row for a scheduler that names no prediction
         type.
         """
-        config = self.pipe.scheduler.config
+        config = self.scheduler_config
         if "sigma_data" in config:
-            return edm_row(config.sigma_data, EDM_SIGNS[config.prediction_type])
-        return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config.prediction_type])
+            return edm_row(config["sigma_data"], EDM_SIGNS[config["prediction_type"]])
+        return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config["prediction_type"]])
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """Settings of the pipeline's scheduler."""
-        return dict(self.pipe.scheduler.config)
+        """Settings of the pipeline's scheduler, see `schedulers.plain_config`."""
+        return plain_config(self.pipe.scheduler.config)
+
+    @property
+    def own_size(self) -> Size:
+        """The size that was set for this backbone; 0 where it is the model's own."""
+        return 0
+
+    @property
+    def drawn_size(self) -> Size:
+        """The size of the images or videos that `decode` gives; 0 where other programs need none."""
+        return 0
 
     @property
     def guidance_patch(self) -> int:
@@ -77,7 +90,7 @@ class DiffusersBackbone(ABC):
     @property
     def embeds_guidance(self) -> bool:
         """Whether the network is told the guidance scale."""
-        return bool(self.module.config.get("guidance_embeds"))
+        return embeds_guidance(self.module)
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,10 @@ class Latent(DiffusersBackbone):
     def shape(self) -> tuple[int, ...]: ...
 
     @property
+    def drawn_size(self) -> Size:
+        return self.image_size
+
+    @property
     def chunk(self) -> int:
         """Number of images that go through the autoencoder at once."""
         return max(1, PIXELS // self.image_size**2)
@@ -112,14 +129,14 @@ class Latent(DiffusersBackbone):
         """
         return scale_of(self.pipe.vae, like)
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as scaled latents.
 
         Means of the autoencoder's posterior, in float32.
         """
         vae = self.pipe.vae
         with torch.no_grad():
-            means = [latents_of(vae, 2 * x - 1) for x in pictures.to(vae.device, vae.dtype).split(self.chunk)]
+            means = [latents_of(vae, 2 * x - 1) for x in images.to(vae.device, vae.dtype).split(self.chunk)]
         z = torch.cat(means).float()
         shift, scale = self.latent_scale(z)
         return (z - shift) * scale
@@ -148,6 +165,10 @@ class Sized(Latent):
         return replace(self, size=size)
 
     @property
+    def own_size(self) -> Size:
+        return self.image_size if self.size else 0
+
+    @property
     @abstractmethod
     def multiple(self) -> int:
         """Number of which the height and width of states are multiples."""
@@ -156,6 +177,70 @@ class Sized(Latent):
     @abstractmethod
     def small(self) -> int:
         """Height and width of small states, which the network takes without loss."""
+
+
+@dataclass(frozen=True)
+class LatentVideo(DiffusersBackbone):
+    """A backbone whose states are scaled latents of a video autoencoder.
+
+    A family whose frames are not 8 a second says so.
+    """
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of the videos that the model was made for."""
+        return 8
+
+    @property
+    def image_size(self) -> int:
+        return 0  # a state is a video
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Refuse images. Raises ValueError."""
+        raise ValueError(
+            f"data: {self.name} makes videos, which are not learned from images; leave data and method.gan out"
+        )
+
+
+@dataclass(frozen=True)
+class SizedVideo(LatentVideo, ABC):
+    """A video backbone of any size.
+
+    `size` is `WIDTHxHEIGHTxFRAMES`; empty for the pipeline's own.
+    """
+
+    size: str = ""
+
+    @property
+    def own_size(self) -> Size:
+        return self.size or 0
+
+    @property
+    def drawn_size(self) -> Size:
+        return str(self.video)
+
+    @property
+    def video(self) -> VideoSize:
+        """Width, height and frames of a video."""
+        return video_size(self.size) if self.size else self.usual
+
+    @property
+    @abstractmethod
+    def usual(self) -> VideoSize:
+        """The size that the pipeline draws by itself."""
+        ...
+
+    @property
+    @abstractmethod
+    def unit(self) -> tuple[int, int, int]:
+        """What width, height and (frames - 1) are multiples of."""
+        ...
+
+    @property
+    @abstractmethod
+    def largest(self) -> VideoSize:
+        """The largest width, height and frames that the network has positions for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -324,7 +409,7 @@ def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
     for part in networks(pipe):
         part.requires_grad_(False).eval()
         wanted = own_dtype(type(part), part.config, dtype)
-        if next(part.parameters()).dtype != wanted:
+        if dtype_of(part) != wanted:  # libraries keep a few weights in single precision
             part.to(dtype=wanted)
     return pipe
 
@@ -366,10 +451,14 @@ def able_to_single(network: nn.Module) -> nn.Module:
 
     For `single_output`. Weights, hooks and names stay. Returns the same network.
     """
-    for name, layer in network.named_modules():
-        if name in OUTPUTS and type(layer) in (nn.Conv2d, nn.Linear):
+    for layer in _last_layers(network):
+        if type(layer) in (nn.Conv2d, nn.Linear):
             layer.__class__ = SingleConv2d if isinstance(layer, nn.Conv2d) else SingleLinear
     return network
+
+
+def _last_layers(network: nn.Module) -> list[nn.Module]:
+    return [layer for part in experts_of(network) for name, layer in part.named_modules() if name in OUTPUTS]
 
 
 @contextmanager
@@ -381,9 +470,9 @@ def single_output(network: nn.Module) -> Iterator[None]:
     the output, is 0.015 of x0's unit at Stable Diffusion's last time and 0.16 at PixArt's, and guidance
     multiplies the error.
     """
-    outputs = [child for name, child in network.named_modules() if name in OUTPUTS]
     # `modules`, since the layer may be inside an adapter.
-    layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]
+    parts = [m for layer in _last_layers(network) for m in layer.modules()]
+    layers = [m for m in parts if isinstance(m, SingleConv2d | SingleLinear)]
     for layer in layers:
         layer.single = True
     try:
@@ -400,7 +489,9 @@ def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.d
     """
     return (
         torch.float32
-        if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True)
+        if dtype == torch.float16
+        and issubclass(kind, AutoencoderKL | AutoencoderKLWan)
+        and config.get("force_upcast", True)
         else dtype
     )
 
@@ -413,6 +504,11 @@ def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
     """Return the network that is distilled: the U-Net or the transformer."""
     return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+def embeds_guidance(network: nn.Module) -> bool:
+    """Return whether a network is told the guidance scale."""
+    return any(bool(part.config.get("guidance_embeds")) for part in experts_of(network) if isinstance(part, ModelMixin))
 
 
 def on(network: nn.Module, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -446,8 +542,13 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     """Return the blocks in which a network's weights are sharded.
 
     Inner blocks first. Blocks are the modules that diffusers keeps together, or else the elements of the
-    outermost module lists. Raises ValueError where there are none.
+    outermost module lists. Raises ValueError where there are none, and for a pair of networks.
     """
+    if isinstance(network, Experts):
+        raise ValueError(
+            "train.shard: of two networks a process calls the one of its samples' times, and sharded blocks need all "
+            "processes at once; set it to false (roles.quantize=int8 makes room)"
+        )
     kinds = (network._no_split_modules or ()) if isinstance(network, ModelMixin) else ()
     found = [m for m in network.modules() if type(m).__name__ in kinds and m is not network]
     if not found:
@@ -474,13 +575,13 @@ def unet_features(unet: nn.Module) -> tuple[str, ...]:
 
 
 def transformer_features(
-    blocks: Sequence[nn.Module], part: str = "", named: str = "transformer_blocks"
+    blocks: Sequence[nn.Module], part: str = "", called: str = "transformer_blocks"
 ) -> tuple[str, ...]:
     """Name up to four blocks of a transformer.
 
-    `part` is a layer's name inside each block, if not the block itself, and `named` the name of the list of
+    `part` is a layer's name inside each block, if not the block itself; `called` is the name of the list of
     blocks. The blocks are spread evenly through the first three quarters.
     """
     count = len(blocks)
     places = sorted({round(count * share / 4) for share in (0.75, 1.5, 2.25, 3)} & set(range(count)))
-    return tuple(f"{named}.{i}{part}" for i in places or [0])
+    return tuple(f"{called}.{i}{part}" for i in places or [0])

@@ -46,6 +46,16 @@ _WHOLE = {"set_alpha_to_one": True, "clip_sample": False}
 _LEVELS = ("sigma_max", "sigma_data", "rho", "prediction_type", "num_train_timesteps")
 
 
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's settings, those of flow under the names of flow's own scheduler.
+
+    Multistep solvers call flow's shift `flow_shift`, next to settings of a table of betas that they do not read.
+    """
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        return {"num_train_timesteps": config["num_train_timesteps"], "shift": config.get("flow_shift", 1.0)}
+    return dict(config)
+
+
 def process_of(scheduler: SchedulerMixin) -> Schedule:
     """Return the forward process that a scheduler undoes.
 

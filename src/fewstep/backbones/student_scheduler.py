@@ -62,9 +62,6 @@ class StudentScheduler(DDIMScheduler):
         scheduler.student = student
         return scheduler
 
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Take no notice: the scheduler does not count steps."""
-
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -93,7 +90,11 @@ class StudentScheduler(DDIMScheduler):
         self.timesteps = told[self.skipped : -1].to(
             device, torch.long if self.student.schedule.resolution else torch.float32
         )
+        self.sigmas = (told / self.config.num_train_timesteps)[self.skipped :]
         self.history = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Do nothing: the pipeline says where a step starts."""
 
     def places(self, timestep: int | float | Tensor) -> Tensor:
         """Return the indices [N] of times in `timesteps`.

@@ -39,7 +39,7 @@ class ZImage(FlowTransformer):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        return transformer_features(self.pipe.transformer.layers, named="layers")
+        return transformer_features(self.pipe.transformer.layers, called="layers")
 
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         text = cond["text"]

@@ -165,8 +165,8 @@ def evaluate(
         typer.Option(
             help=(
                 "Which protocol: how many prompts and seeds, which reference; "
-                "or its size (quick, medium, full), or pictures-N of N images. By default "
-                "emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
+                "or its size (quick, medium, full), or images-N of N images. By default "
+                "emoji-full for models of emoji, images for pixel models, images-quick for others."
             )
         ),
     ] = None,
@@ -262,7 +262,10 @@ def doctor(
     dtype: Annotated[
         str, typer.Option(help="The type of the teacher's weights: float32, bfloat16 or float16.")
     ] = "float32",
-    size: Annotated[int | None, typer.Option(help="Height and width of its images, if not its own.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Height and width of its images, or WIDTHxHEIGHTxFRAMES of its videos, if not its own."),
+    ] = None,
 ) -> None:
     """Print versions, devices, and what is missing with the command that installs it; or check a TEACHER."""
     from .doctor import run_doctor

@@ -12,12 +12,13 @@ import torch
 from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.generate import require_seed
 from ..backbones.load import load_teacher, quiet, seen_from
+from ..backbones.parts import LatentVideo
 from ..backbones.unconditional import PixelModel
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
 from ..names import quoted
 from ..report.grids import write_grid
-from ..report.video import strip, write_mp4
+from ..report.video import FPS, strip, write_mp4
 from ..report.words import plural
 from ..runs.sampling import backbone_of, check_steps, sample
 from ..student.card import card_nfe
@@ -116,7 +117,7 @@ def run_sample(
     prompts = prompts_of(backbone_of(model), prompts)
     wanted = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
-    pictures, labels = [], []
+    rows, labels = [], []
     if isinstance(model, Student):
         card = model.card
         if guidance not in (None, 1.0) and not card.guidance_scales:
@@ -136,19 +137,21 @@ def run_sample(
                 f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}"
             )
         if compare:
-            pictures.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
+            rows.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
             labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")
-        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
+        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
         labels.append(f"student, {plural(taken, 'step')}")
     else:
         taken = steps or 50
-        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
+        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
         labels.append(f"teacher, {plural(taken, 'step')}, guidance {wished.scale:g}")
-    write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
+    write_grid(out, torch.stack([strip(p) for p in rows]), labels, wanted)
     console.print(str(out.resolve()))
-    if pictures[-1].ndim == 5:
-        for i, video in enumerate(pictures[-1]):
-            console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video).resolve()))
+    if rows[-1].ndim == 5:
+        drawn_by = model.backbone if isinstance(model, Student) else model
+        fps = drawn_by.fps if isinstance(drawn_by, LatentVideo) else FPS
+        for i, video in enumerate(rows[-1]):
+            console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video, fps).resolve()))
 
 
 def _timed(
@@ -158,7 +161,7 @@ def _timed(
     with in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}):
         result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
-    if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
+    if flat := sum(float(image.amax() - image.amin()) < FLAT for image in result):
         console.print(f"warning: {flat} of {len(result)} images are one colour; run fewstep doctor TEACHER")
     if isinstance(model, Student):
         who, cost = "student", card_nfe(model.card, steps)

@@ -14,8 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from .grids import read_grid
+from .images import Images, png, to_pil
 from .live import Metrics
-from .pictures import Pictures, png, to_pil
 from .plots import charts
 from .summary import Cost, Headline
 from .table import Row, table
@@ -41,7 +41,7 @@ class Report:
     summary: Sequence[Headline] = ()
     rows: Sequence[Row] = ()
     protocol: str = ""
-    pictures: Pictures = field(default_factory=Pictures)
+    images: Images = field(default_factory=Images)
     samples: Sequence[tuple[int, bytes]] = ()
     metrics: Sequence[Metrics] = ()
     cost: Cost | None = None
@@ -59,7 +59,7 @@ def render(report: Report) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
-    prompts = list(enumerate(report.pictures.prompts))
+    prompts = list(enumerate(report.images.prompts))
     return template.render(
         report=report,
         table=table(report.rows),
@@ -75,12 +75,12 @@ def render(report: Report) -> str:
     )
 
 
-def source(picture: Tensor) -> str:
+def source(image: Tensor) -> str:
     """Return an image as a `data:` address with its exact pixels.
 
     The image is `[3, H, W]` in [0, 1].
     """
-    return data_url(png(to_pil(picture)))
+    return data_url(png(to_pil(image)))
 
 
 def data_url(data: bytes) -> str:

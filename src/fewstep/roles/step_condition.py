@@ -4,8 +4,8 @@ The condition is one vector per step count, zero at first, added to the time emb
 guidance scale is conditioned on in the same manner (LCM, arXiv 2310.04378).
 
 For one step count the vector is a constant and can be folded into the network: into the bias of the time
-embedding's last layer, or into its weight or a LoRA of rank one, which gives the same vector at every time that this step
-count uses, and loads wherever a LoRA loads.
+embedding's last layer, or into its weight or a LoRA of rank one, which gives the same vector at every time that
+this step count uses, and loads wherever a LoRA loads.
 """
 
 import math

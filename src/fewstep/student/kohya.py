@@ -45,6 +45,18 @@ def kohya(state: Mapping[str, Tensor], alpha: float, original: Mapping[str, str]
     return named
 
 
+def native(state: Mapping[str, Tensor], original: Mapping[str, str]) -> dict[str, Tensor]:
+    """Rename a LoRA's layers from diffusers' names to the original program's.
+
+    `layer.lora_A.weight` becomes `diffusion_model.ORIGINAL.lora_A.weight`. Alpha is the rank.
+    """
+    named: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        ending = next(e for e in ENDINGS if key.endswith(e))
+        named[f"diffusion_model.{original[key.removesuffix(ending)]}{ending}"] = tensor
+    return named
+
+
 def layers_of(state: Mapping[str, Tensor]) -> list[str]:
     """Return the layers that a LoRA changes, sorted.
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import yaml
 
+from ..backbones.denoiser_file import denoiser_file
 from ..backbones.few_step import PipelineInfo, told_times
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, called, hub_id, source_of
 from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
+from ..backbones.sizes import call_options
 from ..core.solvers import SOLVERS
 from .card import StudentCard, counted, guidance_text
 
@@ -27,13 +29,14 @@ def model_card(
     elsewhere: str = "",
     whole: bool = False,
     shift: float = 1.0,
+    second: str = "",
 ) -> str:
     """Return the model card: Markdown with a hub header.
 
     `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's scheduler
     and `shift` its shift of times. `info` is that of the base's pipeline; times that are not `even` are passed
     where the family's schedulers take times. `elsewhere` is a section on other programs. `whole` says that the
-    folder is a pipeline, which needs no base.
+    folder is a pipeline, which needs no base. `second` is the file with the LoRA of a pair's second network.
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
@@ -47,7 +50,12 @@ def model_card(
         if peft
         else f"pipe.load_lora_weights({at})"
     )
-    full = f'{part} = type({part}).from_pretrained({at}, subfolder="{info.part}")'
+    full = "\n".join(
+        f'{own} = type({own}).from_pretrained({at}, subfolder="{own.removeprefix("pipe.")}")'
+        for own in ([part, f"{part}_2"] if info.boundary else [part])
+    )
+    if second:
+        lora += f'\npipe.load_lora_weights({at}, weight_name="{second}", load_into_transformer_2=True)'
     load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
@@ -70,7 +78,7 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
 `fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
-    sized = f", height={card.size}, width={card.size}" if card.size else ""
+    sized = "".join(f", {k}={v}" for k, v in call_options(card.size).items())
     result = "frame" if info.family.video else "image"
     # A head corrects every step. No stock scheduler has an analytic first step, or the steps of some solvers.
     # Such students need fewstep at hand.
@@ -182,6 +190,8 @@ def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
     loaded, config = f"{pipeline}.from_pretrained({place})", source.reading
     if is_file(source.place):
         if Path(source.place).is_file():  # the base may be elsewhere
+            if denoiser_file(Path(source.place), source.reading) is not None:
+                return f"fewstep.load_teacher({whole}).pipe  # its network is in a file of its own", True
             checkpoint = read_checkpoint(Path(source.place), source.reading)
             if checkpoint.absent:
                 return (

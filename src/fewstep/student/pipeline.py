@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..backbones.experts import Experts
 from ..backbones.families import family_of_pipeline
 from ..backbones.few_step import FewStepPipeline, SamplingDefaults, few_step_pipeline
 from ..backbones.files import loads_lora
@@ -34,8 +35,8 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     """
     folder = require_folder(student, "student")
     card = read_card(folder)
-    pipeline = pipeline_of(base)
-    backbone = at_size(around(pipeline, card.base), card.size or None)
+    backbone = at_size(around(pipeline_of(base), card.base), card.size or None)
+    pipeline = pipeline_of(backbone)
     require_own(card, backbone, folder)
     parts = read_parts(folder, backbone)
     plain = denoiser_of(pipeline)
@@ -51,7 +52,7 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     told = card.guidance.scale if backbone.embeds_guidance else 1.0
     defaults = SamplingDefaults(card.steps, card.size, card.guidance_scales, told)
     pipe = few_step_pipeline(pipeline, network, scheduler, defaults)
-    if card.weights == "lora" and loads_lora(network):
+    if card.weights == "lora" and loads_lora(network) and not isinstance(network, Experts):
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
         pipe.enable_lora()  # the adapters of a base are off after a training
         if parts.vectors:

@@ -18,7 +18,8 @@ from ..backbones.base import Backbone, Cond, denoiser, tell
 from ..backbones.generate import device_of, trajectory
 from ..backbones.load import at_size, bundled, fingerprint, load_teacher, seen_from, source_of
 from ..backbones.modules import dtype_of
-from ..backbones.parts import DiffusersBackbone, Sized
+from ..backbones.parts import DiffusersBackbone
+from ..backbones.sizes import Size
 from ..core import timegrid
 from ..core.prediction import Split
 from ..core.solvers import Denoise, State, with_analytic_first_step
@@ -45,7 +46,7 @@ class Origin:
     called: str  # the method, or the methods of several stages
     hardware: str = ""
     data: str = "prompts alone"
-    size: int = 0  # of the images, where not the base's
+    size: Size = 0  # of the images or videos, where not the base's
     dtype: str = ""  # of the base's weights, the network's by default
 
 
@@ -54,12 +55,12 @@ def base_of(backbone: Backbone) -> str:
     return backbone.source or backbone.name if isinstance(backbone, DiffusersBackbone) else backbone.name
 
 
-def size_of(backbone: Backbone) -> int:
-    """Return the size of a base's images, where it was set.
+def size_of(backbone: Backbone) -> Size:
+    """Return the size of a base's images or videos, where it was set.
 
     0 where the size is the network's own.
     """
-    return backbone.image_size if isinstance(backbone, Sized) and backbone.size else 0
+    return backbone.own_size if isinstance(backbone, DiffusersBackbone) else 0
 
 
 def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
@@ -217,7 +218,7 @@ class Student:
                 self.adapter.switch(True)
             if self.condition is not None:
                 self.condition.active = step_condition.nearest(
-                    self.vectors, self.value if self.only or not condition else condition
+                    self.vectors, self.value if self.only is not None or condition is None else condition
                 )
             try:
                 return inner(x, t)
@@ -261,7 +262,7 @@ class Student:
     ) -> list[State]:
         """Return all states from these seeds, without gradient."""
         require_steps_of(self.head, steps)
-        value = guidance if self.card.guidance_scales else condition or steps
+        value = guidance if self.card.guidance_scales else steps if condition is None else condition
         return trajectory(
             self.backbone, self.denoise(cond, value), seeds, self.times(steps), solver or self.solver(steps), self.head
         )
@@ -273,7 +274,7 @@ class Student:
         """
         card, conditioned = self.card, bool(self.vectors)
         scales = card.guidance_scales
-        baked = replace(card.guidance, scale=guidance or scales[0]) if scales else card.guidance
+        baked = replace(card.guidance, scale=scales[0] if guidance is None else guidance) if scales else card.guidance
         name = card.name.replace("-".join(map(str, sorted(card.steps))) + "step", f"{steps}step")
         name += f"-guidance{baked.scale:g}" if scales else ""
         key = str(steps)
