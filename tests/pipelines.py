@@ -62,6 +62,7 @@ from transformers import (
 
 from fewstep.backbones import miniature, miniature_video
 from fewstep.backbones.base import Backbone
+from fewstep.backbones.families import family_of_pipeline
 from fewstep.backbones.load import around, at_size, load_teacher
 from fewstep.backbones.parts import frozen
 from fewstep.backbones.unconditional import pixel_pipeline, pixel_unet
@@ -436,6 +437,12 @@ def load(folder: Path, size: int | None = None) -> Backbone:
 def backbone(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
     """A family's tiny pipeline as a backbone, at the size that tests take."""
     return at_size(around(frozen(FAMILIES[family](), dtype), "tiny"), SIZES.get(family))
+
+
+def options(family: str, scale: float, count: int) -> dict[str, Any]:
+    """What a family's pipeline is told of a guidance scale, for so many prompts."""
+    found = family_of_pipeline(FAMILIES[family]()).guidance(scale, count)
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:

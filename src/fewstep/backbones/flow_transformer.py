@@ -5,7 +5,7 @@ The pipelines of these families tell their scheduler K sigmas and, by the pictur
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -127,6 +127,19 @@ class FlowTransformer(Sized):
             return float(config.shift)
         mu = self.mu(self.tokens)
         return mu if config.time_shift_type == "linear" else math.exp(mu)
+
+    def stock_shift(self, steps: int) -> float:
+        """Return the shift that the pipeline tells its own scheduler for so many steps at this size."""
+        return self.shift
+
+    def stock_sigmas(self, times: Sequence[float]) -> list[float]:
+        """Return what the pipeline with its own scheduler has to be told to visit the `times`.
+
+        `times` are without clean data. The scheduler must not stretch them: where it has a `shift_terminal`,
+        that has to be null.
+        """
+        grid = torch.tensor(list(times), dtype=torch.float64)
+        return [round(u, 8) for u in Flow(shift=self.stock_shift(len(times))).fraction(grid).tolist()]
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:

@@ -8,9 +8,9 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from .base import EMBEDDED, Cond
-from .family import Family
+from .family import ComfyParts, Family
 from .flow_transformer import FlowTransformer, pack, places, unpack
-from .parts import on, single_output, transformer_features
+from .parts import embeds_guidance, on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
 
 SCALE = 3.5  # guidance scale that the pipeline tells by default
@@ -74,4 +74,20 @@ def check(pipe: FluxPipeline) -> None:
     )
 
 
-FAMILY = Family(FluxPipeline, Flux.of, told_by="sigmas", latents=pack, patch=2, check=check)
+FAMILY = Family(
+    FluxPipeline,
+    Flux.of,
+    told_by="sigmas",
+    latents=pack,
+    patch=2,
+    check=check,
+    comfyui_parts=lambda pipe: ComfyParts(
+        "EmptySD3LatentImage",
+        "clip_l.safetensors",
+        "flux",
+        "ae.safetensors",
+        second_encoder="t5xxl_fp16.safetensors",
+        shift="",
+        told=embeds_guidance(pipe.transformer),
+    ),
+)

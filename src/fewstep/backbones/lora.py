@@ -7,6 +7,7 @@ the model, is refused by name: libraries drop such tensors with a line in a log.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,7 +295,11 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
             for known in {name, bare, f"text_model.{bare}"} if part.startswith("text_encoder") else {name}:
                 places[part, flat(known)] = target
         if part in DENOISERS:
+            counts = Counter(original for _, original in family.original_names(network))
+            several = {original for original, count in counts.items() if count > 1}
             for name, original in family.original_names(network):
+                if original in several or original.endswith("final_layer.adaLN_modulation.1"):
+                    continue  # rows of one layer, and rows in another order, have no layer of their own
                 if name in layers:
                     places.setdefault((part, flat(original)), Target(part, name, layers[name]))
     return places

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .base import Cond
-from .family import Family
+from .family import ComfyParts, Family
 from .flow_transformer import TEXT, FlowTransformer, pack, unpack
 from .parts import on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
@@ -90,4 +90,11 @@ FAMILY = Family(
     latents=pack,
     patch=2,
     check=check,
+    comfyui_parts=lambda pipe: ComfyParts(
+        "EmptySD3LatentImage",
+        "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        "qwen_image",
+        "qwen_image_vae.safetensors",
+        shift="",
+    ),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Model
 
 from .base import Cond
-from .family import Family
+from .family import ComfyParts, Family
 from .flow_transformer import TEXT, FlowTransformer, lengths
 from .parts import on, single_output, transformer_features
 from .settings import require_channels, require_flow, same
@@ -85,4 +85,7 @@ FAMILY = Family(
     guidance=lambda scale, count: {"guidance_scale": scale - 1},  # cond + g (cond - null)
     kinds={"text_encoder": Qwen3Model},
     check=check,
+    comfyui_parts=lambda pipe: ComfyParts(
+        "EmptySD3LatentImage", "qwen_3_4b.safetensors", "lumina2", "ae.safetensors", shift=""
+    ),
 )

@@ -15,7 +15,7 @@ from ..core.solvers import SOLVERS
 from .card import StudentCard
 from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
 from .headers import kohya_header, own_header
-from .kohya import kohya, layers_of, native, original_names
+from .kohya import kohya, layers_of, native, original_names, renamed
 
 # Of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA outside of these blocks.
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
@@ -45,7 +45,8 @@ def write_client_file(
                 write_tensors(folder / own, native(tensors, names), own_header(card))
             return pair_files(card)[0]
         name = f"{card.name}-lora.safetensors"
-        if original := dict(info.family.original_names(network)):
+        original = dict(info.family.original_names(network))
+        if renamed(state, original):
             write_tensors(folder / name, native(state, original), own_header(card))
         else:
             shutil.copyfile(lora, folder / name)

@@ -27,6 +27,12 @@ CHECKPOINTS = {  # file names under which these models are published
     "stabilityai/stable-diffusion-xl-base-1.0": "sd_xl_base_1.0.safetensors",
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium_incl_clips_t5xxlfp8.safetensors",
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors",
+    "black-forest-labs/FLUX.1-dev": "flux1-dev.safetensors",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux-2-klein-base-4b.safetensors",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux-2-klein-base-9b.safetensors",
+    "black-forest-labs/FLUX.2-dev": "flux2_dev_fp8mixed.safetensors",
+    "Qwen/Qwen-Image": "qwen_image_bf16.safetensors",
+    "Tongyi-MAI/Z-Image": "z_image_bf16.safetensors",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1_t2v_1.3B_fp16.safetensors",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1_t2v_14B_fp16.safetensors",
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan2.2_ti2v_5B_fp16.safetensors",
@@ -177,7 +183,12 @@ def workflow(
     else:
         graph = {
             "1": node("UNETLoader", {"unet_name": weights, "weight_dtype": "default"}),
-            "30": node("CLIPLoader", {"clip_name": parts.encoder, "type": parts.kind}),
+            "30": node("CLIPLoader", {"clip_name": parts.encoder, "type": parts.kind})
+            if not parts.second_encoder
+            else node(
+                "DualCLIPLoader",
+                {"clip_name1": parts.encoder, "clip_name2": parts.second_encoder, "type": parts.kind},
+            ),
             "31": node("VAELoader", {"vae_name": parts.vae}),
         }
     last, low = "1", [second_of_pair(path) for path, _ in base.loras]
@@ -193,7 +204,7 @@ def workflow(
     if isinstance(schedule, VP):
         told = {"sampling": PREDICTIONS[config["prediction_type"]], "zsnr": zero}
         graph["20"] = node("ModelSamplingDiscrete", {"model": ["2", 0], **told})
-    else:
+    elif parts is None or parts.shift:
         graph["20"] = node("ModelSamplingSD3", {"model": ["2", 0], "shift": config["shift"]})
     text, vae = (["2", 1], ["1", 2]) if parts is None else (["30", 0], ["31", 0])
     sides = call_options(size)
@@ -207,7 +218,13 @@ def workflow(
         "4": node("CLIPTextEncode", {"text": "", "clip": text}),
         "5": node(family.comfyui_latent if parts is None else parts.latent, empty),
     }
-    shared = {"model": ["20", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "cfg": 1.0}
+    positive = "3"
+    if parts is not None and parts.told:
+        graph["33"] = node("FluxGuidance", {"conditioning": ["3", 0], "guidance": card.guidance.scale})
+        positive = "33"
+    own = parts is None or bool(parts.shift)
+    shared = {"model": ["20" if own else "2", 0], "positive": [positive, 0], "negative": ["4", 0]}
+    shared |= {"latent_image": ["5", 0], "cfg": 1.0}
     # A multistep solver extrapolates from the first noise level, which is another one in ComfyUI for zero SNR.
     if second:
         of_second = [(Path(path).name, s) for (path, s), other in zip(base.loras, low, strict=True) if other]
@@ -227,9 +244,9 @@ def workflow(
             # The last stage is the node "6", from which videos are decoded.
             place = "6" if i == len(stages) - 1 else "44"
             graph[place] = node("SamplerCustom", shared | told | {"model": [model, 0], "latent_image": state})
-    elif gap(schedule, times) == 0 and not (zero and solver.memory):
-        own = {"seed": 0, "steps": steps, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}
-        graph["6"] = node("KSampler", shared | own)
+    elif own and gap(schedule, times) == 0 and not (zero and solver.memory):
+        told = {"seed": 0, "steps": steps, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}
+        graph["6"] = node("KSampler", shared | told)
     else:
         graph["21"] = node("KSamplerSelect", {"sampler_name": sampler})
         graph["22"] = node("ManualSigmas", {"sigmas": _listed([*levels(schedule, times), 0.0])})

@@ -1,0 +1,109 @@
+"""Methods on the families of flow, from training to files.
+
+One family of each kind: guided by two halves (FLUX.2), guided with norms kept (Qwen-Image), told its guidance
+(FLUX.1), and with time the other way round (Z-Image).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.backbones.few_step import drawn
+from fewstep.backbones.flow_transformer import FlowTransformer
+from fewstep.backbones.load import pipeline_of
+from fewstep.cli.export import run_export
+from fewstep.data.trajectories import TrajectoryConfig
+from fewstep.student.card import StudentCard
+from fewstep.student.formats import FORMATS
+
+from .. import pipelines
+
+PROMPTS = ["red cat", "a photo of a green house"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tdm": {"warmup": 1},
+    "tdm-unify": {"steps": (2, 1), "warmup": 1},
+    "trajp-l": {},
+    "dmd2": {"warmup": 1, "fake": {"updates": 1}},
+    "sid": {"warmup": 1},
+    "lcm": {},
+}
+FAST = [("flux", "tdm"), ("flux", "trajp-l"), ("zimage", "lcm")]
+KINDS = ["flux2", "qwenimage", "flux", "zimage", "krea2"]
+CASES = [pytest.param(f, m, marks=[] if (f, m) in FAST else pytest.mark.slow) for f in KINDS for m in SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    place = tmp_path_factory.mktemp("flow")
+    return lambda family: place / family if (place / family).exists() else pipelines.save(family, place / family)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_method_trains_resumes_and_writes(family: str, name: str, folders: Any, tmp_path: Path) -> None:
+    """A run that is stopped and resumed is the run that was not, and its files are the student in every format."""
+    settings = {"steps": 2, "guidance": 3.0, **SETTINGS[name]}
+    method = fewstep.method(name, **settings)
+    roles = fewstep.RolesConfig(rank=2)
+    more: dict[str, Any] = {"images": "teacher"} if method.needs.images else {}
+    if method.needs.trajectories:
+        more |= {"trajectories": TrajectoryConfig(count=4, steps=2, solver="ddim")}
+
+    def run(out: Path, iterations: int) -> Any:
+        train = fewstep.TrainConfig(iterations=iterations, batch=2, lr=0.01, checkpoint_every=1)
+        teacher = pipelines.load(folders(family))
+        *_, step = fewstep.distill(teacher, method, PROMPTS, train=train, roles=roles, out=out, watch=None, **more)
+        return fewstep.sample(step, PROMPTS, [0, 1], steps=2)
+
+    torch.manual_seed(0)
+    run(tmp_path / "run", 2)
+    own = run(tmp_path / "run", 3)
+    if (family, name) == FAST[0]:
+        assert torch.equal(own, run(tmp_path / "whole", 3))
+    assert (own - fewstep.sample(pipelines.load(folders(family)), PROMPTS, [0, 1], steps=2)).abs().max() > 1e-3
+    final = tmp_path / "run" / "final"
+    torch.testing.assert_close(
+        fewstep.sample(fewstep.load_student(final), PROMPTS, [0, 1], steps=2), own, rtol=0, atol=1e-4
+    )
+    pipe = fewstep.load(folders(family), final)
+    torch.testing.assert_close(drawn(pipe, PROMPTS, 2), own, rtol=0, atol=1e-4)
+    for form in FORMATS:
+        if form == "kohya":  # for U-Nets
+            continue
+        if form == "pipeline" and method.head != "none":  # no stock pipeline has a head
+            continue
+        run_export(str(final), tmp_path / form, form, None, None)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("flux2", "krea2") else pytest.mark.slow) for f in KINDS]
+)
+def test_a_lora_in_the_stock_pipeline_with_its_own_scheduler(family: str, folders: Any, tmp_path: Path) -> None:
+    """The stock pipeline is told sigmas for the student's times, and draws the student's images.
+
+    So does the file for ComfyUI, which diffusers reads under the original names.
+    """
+    folder = folders(family)
+    teacher = pipelines.load(folder)
+    assert isinstance(teacher, FlowTransformer)
+    method = fewstep.TDM(steps=2, warmup=0, guidance=3.0)
+    train = fewstep.TrainConfig(iterations=1, batch=2, lr=0.02)
+    *_, step = fewstep.distill(teacher, method, PROMPTS, train=train, roles=fewstep.RolesConfig(rank=2), watch=None)
+    own = fewstep.sample(step, PROMPTS, [0, 1])
+    with step.roles.averaged():
+        final = step.student().write(tmp_path / "final")
+    card: StudentCard = fewstep.load_student(final).card
+    told = {"sigmas": teacher.stock_sigmas(card.timesteps["2"][:-1])}
+    scale = 3.0 if teacher.embeds_guidance else 1.0
+    (file,) = final.glob("*-lora.safetensors")
+    for name in ("pytorch_lora_weights.safetensors", file.name):
+        pipe: Any = pipeline_of(pipelines.load(folder))
+        pipe.scheduler.register_to_config(shift_terminal=None)
+        pipe.load_lora_weights(str(final), weight_name=name)
+        size = {"height": teacher.image_size, "width": teacher.image_size}
+        options = {**pipelines.options(family, scale, len(PROMPTS)), **told, **size}
+        seeds = [torch.Generator().manual_seed(i) for i in (0, 1)]
+        theirs = pipe(PROMPTS, num_inference_steps=2, generator=seeds, output_type="pt", **options).images
+        torch.testing.assert_close(theirs, own, rtol=0, atol=1e-4)
