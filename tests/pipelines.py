@@ -20,6 +20,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -46,6 +47,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -252,6 +255,50 @@ def flux2() -> Flux2KleinPipeline:
         guidance_embeds=False,
     )
     lively(transformer)
+    return Flux2KleinPipeline(
+        dynamic_scheduler(),
+        flux2_autoencoder(),
+        Qwen3ForCausalLM(Qwen3Config(**qwen3(tokenizer, 27))).eval(),
+        tokenizer,
+        transformer,
+    )
+
+
+def flux2_dev() -> Flux2Pipeline:
+    """The same with an embedded guidance scale and another text encoder."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}\n{% endfor %}"
+    )
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(2, 2, 2, 2),
+    )
+    lively(transformer)
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 30,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+        "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **text},
+        vision_config={"model_type": "pixtral", **vision},
+        image_token_index=3,
+    )
+    encoder = Mistral3ForConditionalGeneration(config).eval()
+    return Flux2Pipeline(dynamic_scheduler(), flux2_autoencoder(), encoder, tokenizer, transformer)
+
+
+def flux2_autoencoder() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -263,9 +310,7 @@ def flux2() -> Flux2KleinPipeline:
     ).eval()
     torch.nn.init.uniform_(vae.bn.running_mean, -0.5, 0.5)
     torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
-    return Flux2KleinPipeline(
-        dynamic_scheduler(), vae, Qwen3ForCausalLM(Qwen3Config(**qwen3(tokenizer, 27))).eval(), tokenizer, transformer
-    )
+    return vae
 
 
 def lively(network: nn.Module) -> nn.Module:
@@ -408,6 +453,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "cogvideox-rotary": lambda: cogvideox(rotary=True),
     "sd3": sd3,
     "flux2": flux2,
+    "flux2-dev": flux2_dev,
     "qwenimage": qwenimage,
     "zimage": zimage,
     "flux": flux,
@@ -415,7 +461,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "wan": wan,
 }
 # Families whose pipelines make images of 1024 pixels by default, with the size that tests take.
-SIZES = dict.fromkeys(["flux2", "qwenimage", "zimage", "flux", "krea2"], 16)
+SIZES = dict.fromkeys(["flux2", "flux2-dev", "qwenimage", "zimage", "flux", "krea2"], 16)
 
 
 # Models of a family that are not tested by all that runs over the families.
