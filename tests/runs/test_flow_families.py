@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from torch import nn
 
 import fewstep
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.flow_transformer import FlowTransformer
+from fewstep.backbones.flux2 import original_names
 from fewstep.backbones.load import pipeline_of
 from fewstep.cli.export import run_export
 from fewstep.data.trajectories import TrajectoryConfig
 from fewstep.student.card import StudentCard
 from fewstep.student.formats import FORMATS
+from fewstep.student.kohya import native, renamed
 
 from .. import pipelines
 
@@ -81,10 +85,7 @@ def test_a_method_trains_resumes_and_writes(family: str, name: str, folders: Any
     "family", [pytest.param(f, marks=[] if f in ("flux2", "krea2") else pytest.mark.slow) for f in KINDS]
 )
 def test_a_lora_in_the_stock_pipeline_with_its_own_scheduler(family: str, folders: Any, tmp_path: Path) -> None:
-    """The stock pipeline is told sigmas for the student's times, and draws the student's images.
-
-    So does the file for ComfyUI, which diffusers reads under the original names.
-    """
+    """The stock pipeline is told sigmas for the student's times, and draws the student's images."""
     folder = folders(family)
     teacher = pipelines.load(folder)
     assert isinstance(teacher, FlowTransformer)
@@ -97,13 +98,34 @@ def test_a_lora_in_the_stock_pipeline_with_its_own_scheduler(family: str, folder
     card: StudentCard = fewstep.load_student(final).card
     told = {"sigmas": teacher.stock_sigmas(card.timesteps["2"][:-1])}
     scale = 3.0 if teacher.embeds_guidance else 1.0
-    (file,) = final.glob("*-lora.safetensors")
-    for name in ("pytorch_lora_weights.safetensors", file.name):
-        pipe: Any = pipeline_of(pipelines.load(folder))
-        pipe.scheduler.register_to_config(shift_terminal=None)
-        pipe.load_lora_weights(str(final), weight_name=name)
-        size = {"height": teacher.image_size, "width": teacher.image_size}
-        options = {**pipelines.options(family, scale, len(PROMPTS)), **told, **size}
-        seeds = [torch.Generator().manual_seed(i) for i in (0, 1)]
-        theirs = pipe(PROMPTS, num_inference_steps=2, generator=seeds, output_type="pt", **options).images
-        torch.testing.assert_close(theirs, own, rtol=0, atol=1e-4)
+    pipe: Any = pipeline_of(pipelines.load(folder))
+    pipe.scheduler.register_to_config(shift_terminal=None)
+    pipe.load_lora_weights(str(final))
+    size = {"height": teacher.image_size, "width": teacher.image_size}
+    options = {**pipelines.options(family, scale, len(PROMPTS)), **told, **size}
+    seeds = [torch.Generator().manual_seed(i) for i in (0, 1)]
+    theirs = pipe(PROMPTS, num_inference_steps=2, generator=seeds, output_type="pt", **options).images
+    torch.testing.assert_close(theirs, own, rtol=0, atol=1e-4)
+
+
+def test_original_names_of_flux2_are_the_same_weights() -> None:
+    """What the file for ComfyUI adds to the original weights is what diffusers' converter calls the student's."""
+    network = pipelines.flux2_dev().transformer
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    state = {
+        f"{n}.lora_{half}.weight": torch.randn((2, m.in_features) if half == "A" else (m.out_features, 2))
+        for n, m in layers.items()
+        for half in "AB"
+    }
+    names = dict(original_names(network))
+    assert renamed(state, names)
+    file = {k.removeprefix("diffusion_model."): v for k, v in native(state, names).items()}
+    stems = {k.partition(".lora_")[0] for k in file}
+    added = {f"{n}.weight": file[f"{n}.lora_B.weight"] @ file[f"{n}.lora_A.weight"] for n in stems}
+    theirs = convert_flux2_transformer_checkpoint_to_diffusers(added)
+    assert theirs.keys() == {f"{n}.weight" for n in layers}
+    for n in layers:
+        own = state[f"{n}.lora_B.weight"] @ state[f"{n}.lora_A.weight"]
+        torch.testing.assert_close(theirs[f"{n}.weight"], own)
+    del state["transformer_blocks.0.attn.to_k.lora_A.weight"], state["transformer_blocks.0.attn.to_k.lora_B.weight"]
+    assert not renamed(state, names)  # a third of a layer has no name of its own
