@@ -3,11 +3,13 @@
 They are real diffusers classes with random weights, and they need no file and no network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -461,6 +463,9 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "wan": wan,
 }
 # Families whose pipelines make images of 1024 pixels by default, with the size that tests take.
+# Families whose tests take long, one of each kind aside: for tests of shapes and images, and for those that train.
+LONG = ("flux2-dev", "krea2")
+LONG_TRAINED = (*LONG, "flux2", "qwenimage", "zimage")
 SIZES = dict.fromkeys(["flux2", "flux2-dev", "qwenimage", "zimage", "flux", "krea2"], 16)
 
 
@@ -483,6 +488,11 @@ def load(folder: Path, size: int | None = None) -> Backbone:
 def backbone(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
     """A family's tiny pipeline as a backbone, at the size that tests take."""
     return at_size(around(frozen(FAMILIES[family](), dtype), "tiny"), SIZES.get(family))
+
+
+def cases(long: Sequence[str] = LONG) -> list[ParameterSet | str]:
+    """All families as parameters of a test, those that take `long` behind a mark."""
+    return [pytest.param(f, marks=pytest.mark.slow) if f in long else f for f in FAMILIES]
 
 
 def options(family: str, scale: float, count: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def named(checks: list[Check]) -> dict[str, Check]:
     return {c.name: c for c in checks}
 
 
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
+@pytest.mark.parametrize("family", pipelines.cases(pipelines.LONG_TRAINED))
 def test_every_family_conforms(family: str) -> None:
     checks = named(conformance(pipelines.backbone(family)))
     assert all(c.holds and c.said for c in checks.values()), [c for c in checks.values() if not c.holds]
@@ -135,7 +135,7 @@ def test_the_last_layer_is_calculated_in_single_precision() -> None:
             assert net(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
+@pytest.mark.parametrize("family", pipelines.cases(pipelines.LONG_TRAINED))
 def test_every_family_says_what_it_says_in_single_precision(family: str) -> None:
     """Half precision's predictions are no multiples of its rounding."""
     teacher = pipelines.backbone(family, torch.bfloat16)

@@ -32,7 +32,7 @@ from .. import pipelines, tiny
 PROMPTS = ["red cat", "a photo of a green house"]
 
 
-@pytest.fixture(scope="module", params=pipelines.FAMILIES)
+@pytest.fixture(scope="module", params=pipelines.cases())
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -40,6 +40,12 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipelines.save(family, tmp_path_factory.mktemp("families") / family)
+
+
+@pytest.fixture(scope="module", params=pipelines.cases(pipelines.LONG_TRAINED))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's folder, for tests that train on it."""
+    return pipelines.save(request.param, tmp_path_factory.mktemp("trained") / request.param)
 
 
 def test_a_family_keeps_the_protocol(folder: Path) -> None:
@@ -78,11 +84,12 @@ def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(family: str,
 
 
 @pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_path: Path) -> None:
+def test_a_student_goes_to_files_and_comes_back(trained: Path, share: bool, tmp_path: Path) -> None:
     """A student of two step counts draws one image everywhere.
 
     It is loaded by fewstep, as a pipeline, and exported in every format.
     """
+    folder = trained
     teacher = pipelines.load(folder)
     method = fewstep.TDM(steps=(2, 1), warmup=0, guidance=3.0)
     *_, step = fewstep.distill(
@@ -122,12 +129,13 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
     assert (final / "peft").exists() == (share and folder.name.startswith("pixart"))
 
 
-def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_its_own_go_with_a_student(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid that no step count says goes with the student.
 
     fewstep knows the grid from the folder, a stock pipeline is told it, and a format that cannot be told it is
     refused.
     """
+    folder = trained
     teacher, method = pipelines.load(folder), fewstep.TDM(steps=2, warmup=0, shift=2, guidance=3.0)
     times = method.times(teacher.schedule)
     assert not timegrid.even(teacher.schedule, times)

@@ -74,7 +74,8 @@ class StudentScheduler(DDIMScheduler):
         Of `sigmas`, which flow's pipelines pass, the number alone counts, and `mu` does not. Raises ValueError
         for a step count that the student does not serve.
         """
-        num_inference_steps = len(sigmas or ()) if num_inference_steps is None else num_inference_steps
+        if num_inference_steps is None:
+            num_inference_steps = 0 if sigmas is None else len(sigmas)
         if num_inference_steps not in self.student.grids:
             raise ValueError(
                 f"num_inference_steps: got {num_inference_steps}, this student serves "
