@@ -458,7 +458,15 @@ def able_to_single(network: nn.Module) -> nn.Module:
 
 
 def _last_layers(network: nn.Module) -> list[nn.Module]:
-    return [layer for part in experts_of(network) for name, layer in part.named_modules() if name in OUTPUTS]
+    found = (_inside(part, name.split(".")) for part in experts_of(network) for name in OUTPUTS)
+    return [layer for layer in found if layer is not None]
+
+
+def _inside(network: nn.Module | None, path: Sequence[str]) -> nn.Module | None:
+    """Return the module at a path inside a network; None where there is none."""
+    for name in path:
+        network = None if network is None else dict(network.named_children()).get(name)
+    return network
 
 
 @contextmanager
