@@ -15,6 +15,7 @@ import torch
 from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.family import ComfyParts
 from fewstep.backbones.sizes import Size
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import Flow, Schedule
 from fewstep.core.timegrid import uniform
 from fewstep.student.card import StudentCard
@@ -52,6 +53,8 @@ INPUTS = {  # of ComfyUI's nodes, all of which it requires
     },
     "KSamplerSelect": {"sampler_name"},
     "ManualSigmas": {"sigmas"},
+    "FluxGuidance": {"conditioning", "guidance"},
+    "DualCLIPLoader": {"clip_name1", "clip_name2", "type"},
     "SamplerCustom": {
         "model",
         "add_noise",
@@ -129,6 +132,23 @@ def test_a_video_model_of_parts(own: bool) -> None:
     assert told["CLIPLoader"] == {"clip_name": "t5", "type": "wan"} and told["CreateVideo"]["fps"] == 24
     assert told["LoraLoaderModelOnly"]["model"] == ["1", 0] and told["ModelSamplingSD3"]["shift"] == 5.0
     assert (told["KSampler"]["steps"], told["KSampler"]["cfg"], told["KSampler"]["scheduler"]) == (4, 1.0, "simple")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_model_whose_own_shift_will_do(told: bool) -> None:
+    """Its noise levels are always given, and a network that is told its guidance is told the student's."""
+    schedule, config = Flow(shift=2.0), {"num_train_timesteps": 1000, "shift": 2.0}
+    times = uniform(schedule, 4).tolist()
+    base = "black-forest-labs/FLUX.1-dev" if told else "Tongyi-MAI/Z-Image"
+    card = replace(CARD, base=base, prediction="", timesteps={"4": times}, guidance=Guidance(scale=3.5))
+    parts = ComfyParts("EmptySD3LatentImage", "a", "flux", "vae", second_encoder="b" * told, shift="", told=told)
+    graph = nodes(card, "FluxPipeline" if told else "ZImagePipeline", schedule, config, 1024, parts)
+    assert read(graph["ManualSigmas"]["sigmas"]) == pytest.approx([*times[:-1], 0.0])
+    assert graph["SamplerCustom"]["model"] == ["2", 0] and "ModelSamplingSD3" not in graph
+    assert graph["SamplerCustom"]["positive"] == (["33", 0] if told else ["3", 0])
+    if told:
+        assert graph["FluxGuidance"] == {"conditioning": ["3", 0], "guidance": 3.5}
+        assert graph["DualCLIPLoader"] == {"clip_name1": "a", "clip_name2": "b", "type": "flux"}
 
 
 def chain(graph: dict[str, Any], node: str) -> list[str]:
