@@ -15,17 +15,19 @@ from .parts import Latent, Sized, WithUNet
 from .weights import UnfitError
 
 SMALL = 2**12  # largest state, in numbers, for which a call on a CPU takes no time
+LARGE = 3 * 10**9  # weights of a network that is not called on a CPU
 
 
 def require_runs(backbone: Backbone) -> None:
     """Check that encoding, predicting and decoding run.
 
-    The states are as small as the network takes them. For large states on a CPU, shapes alone are computed,
-    with fake (meta) tensors. Raises UnfitError where a call fails.
+    The states are as small as the network takes them. For large states or networks on a CPU, shapes alone are
+    computed, with fake (meta) tensors. Raises UnfitError where a call fails.
     """
     shape = small_shape(backbone)
     weight = next(backbone.module.parameters())
-    hollow = math.prod(shape) > SMALL and weight.device.type == "cpu"
+    large = math.prod(shape) > SMALL or sum(p.numel() for p in backbone.module.parameters()) > LARGE
+    hollow = large and weight.device.type == "cpu"
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) if hollow else nullcontext():
             cond = backbone.encode([""])
