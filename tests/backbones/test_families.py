@@ -143,7 +143,7 @@ def test_times_of_its_own_go_with_a_student(trained: Path, tmp_path: Path, monke
         teacher,
         method,
         PROMPTS,
-        train=fewstep.TrainConfig(iterations=1, batch=2, lr=0.02),
+        train=fewstep.TrainConfig(iterations=2, batch=2, lr=0.02),
         roles=fewstep.RolesConfig(rank=2),
     )
     own, final = fewstep.sample(step, PROMPTS, [0, 1]), tmp_path / "final"

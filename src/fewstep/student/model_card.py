@@ -3,6 +3,7 @@
 The page says how to call the student, what the student was made from, and the cost. A test runs the snippet.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ def model_card(
     told = card.guidance.scale if info.embeds_guidance else 1.0
     asked = {k: v for k, v in info.family.guidance(told, 1).items() if v is not None}
     guided = ", ".join(f"{k}={v!r}" for k, v in asked.items())
+    first = list(inspect.signature(info.family.pipeline.__call__).parameters)[1]
+    named = "" if first == "prompt" else "prompt="
     counts = " or ".join(map(str, card.steps))
     part, peft = f"pipe.{info.part}", card.weights == "lora" and not info.loads_lora
     lora = (
@@ -91,7 +94,7 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
     snippet = f"""{imports}
 
 pipe = {base}
-{student}{result} = pipe("a prompt", {how}, {guided}{sized}, \
+{student}{result} = pipe({named}"a prompt", {how}, {guided}{sized}, \
 generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     with_fewstep = f"""import torch
 
