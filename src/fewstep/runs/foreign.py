@@ -79,6 +79,10 @@ def initialize(roles: Roles, file: Path) -> str:
     """
     backbone, network = roles.backbone, roles.networks["student"]
     assert isinstance(backbone, DiffusersBackbone)
+    if roles.config.quantize is not None:
+        with _named(file):
+            if not is_lora(file):
+                raise UnfitError("it is a whole network, to be compared with a base in full", "set roles.quantize=null")
     changes = (change for part in _files(backbone, file) for change in _changes(backbone, part))
     if not roles.config.lora:
         with _named(file):
@@ -181,8 +185,6 @@ def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
     pair, network = isinstance(backbone.module, Experts), backbone.module
     index = int(pair and bool(second_of_pair(file.name)))
     own = experts_of(network)[index]
-    if any(key.endswith("packed.codes") for key in own.state_dict()):
-        raise UnfitError("it is a whole network, to be compared with a base in full", "set roles.quantize=null")
     state = _plain(own)
     config = own.config  # type: ignore[union-attr]
     other = read_denoiser(type(own), [file], config, dtype_of(own)).state_dict()  # type: ignore[arg-type]
