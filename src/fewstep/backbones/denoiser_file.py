@@ -33,7 +33,7 @@ BITS_CURE = "pass the model in float16, bfloat16, float32, or in float8 with a s
 
 @dataclass(frozen=True)
 class DenoiserFile:
-    """One or two networks in files, and the pipeline that they belong to.
+    """One or two networks in files, and their pipeline.
 
     `networks` has the files of each network: several where the weights are sharded. Of a pair the first is for high
     noise. `base` is a folder or a hub id.
@@ -86,7 +86,7 @@ def _files(file: Path) -> tuple[Path, ...]:
 def read_denoiser(
     kind: type[ModelMixin], files: Sequence[Path], config: Mapping[str, Any], dtype: torch.dtype
 ) -> nn.Module:
-    """Read a network of the class `kind` from its files, in eval mode and frozen.
+    """Read a frozen network of the class `kind` from its files.
 
     `config` is that of the network. Weights that the class keeps in single precision are float32, all others `dtype`.
     Raises UnfitError where tensors are missing, left over, of another shape or not finite.
@@ -158,7 +158,10 @@ def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _renamed(
     kind: type[ModelMixin], tensors: Mapping[str, Tensor], config: Mapping[str, Any], weights: Weights
 ) -> dict[str, Tensor]:
-    """Return tensors of the original layout under diffusers' names. Raises UnfitError where the layout is not known."""
+    """Rename tensors of the original layout to diffusers' names.
+
+    Raises UnfitError where the layout is not known.
+    """
     known = SINGLE_FILE_LOADABLE_CLASSES.get(kind.__name__)
     if known is None:
         raise UnfitError(

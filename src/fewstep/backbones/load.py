@@ -348,9 +348,9 @@ def find(source: str | Path) -> str | Path:
 
 
 def at_size(backbone: Backbone, size: Size | None) -> Backbone:
-    """Return the same model for images of `size` x `size` pixels, or for videos of this size.
+    """Return the same model for images or videos of another size.
 
-    None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
+    A number is the height and width of images. None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
     where the U-Net's levels or the transformer's patches do not divide the size.
     """
     if isinstance(backbone, SizedVideo):

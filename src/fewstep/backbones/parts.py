@@ -73,12 +73,12 @@ class DiffusersBackbone(ABC):
 
     @property
     def own_size(self) -> Size:
-        """The size that was set for this backbone; 0 where it is the model's own."""
+        """The size that was set; 0 for the model's own."""
         return 0
 
     @property
     def drawn_size(self) -> Size:
-        """The size of the images or videos that `decode` gives; 0 where other programs need none."""
+        """The size of what `decode` gives, for other programs."""
         return 0
 
 

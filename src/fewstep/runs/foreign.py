@@ -1,6 +1,6 @@
-"""Students of others as a start: the LoRA or the whole network in a file.
+"""Students of others as a start of one's own.
 
-What a file changes in the base is fitted to the student's adapters. Layers that carry no adapter here, and directions
+A file has a LoRA or a whole network. What a file changes in the base is fitted to the student's adapters. Layers that carry no adapter here, and directions
 beyond the rank, are left out, and how much that is, is said.
 """
 
@@ -31,7 +31,10 @@ CURE = "pass a LoRA or the weights of this very kind of model, or leave it out"
 
 
 class Change(NamedTuple):
-    """What a file adds to one layer of the network: a product with B [out, r] and A [r, in], or a whole tensor."""
+    """What a file adds to one layer of the network.
+
+    A product with `up` [out, r] and `down` [r, in], or a whole tensor.
+    """
 
     layer: str
     up: Tensor | None
@@ -40,12 +43,15 @@ class Change(NamedTuple):
 
 
 def is_foreign(place: Path) -> bool:
-    """Return whether `init_from` is a file of weights, and no folder of a student."""
+    """Return whether `init_from` is a file of weights."""
     return place.suffix == SUFFIX and not place.is_dir()
 
 
 def require_initial(source: str | Path) -> Path:
-    """Return the folder of a student, or a file of weights. Raises ValueError if there is neither."""
+    """Return the folder of a student, or a file of weights.
+
+    Raises ValueError if there is neither.
+    """
     place = Path(source).expanduser()
     if not is_foreign(place):
         return require_folder(source, "init_from")
@@ -55,7 +61,7 @@ def require_initial(source: str | Path) -> Path:
 
 
 def require_fitting(teacher: Backbone, file: Path) -> None:
-    """Check that a file's layers are those of a teacher, before anything is generated.
+    """Check that a file's layers are those of a teacher.
 
     Of a whole network, the header alone is read. Raises ValueError.
     """
@@ -157,12 +163,18 @@ def _changes(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
 
 
 def is_lora(file: Path) -> bool:
-    """Return whether a file holds a LoRA, by the names of its tensors. Raises UnfitError for a damaged file."""
+    """Return whether a file holds a LoRA, by its tensors' names.
+
+    Raises UnfitError for a damaged file.
+    """
     return any(re.search(r"lora|hada_|lokr_|\.alpha$", name) for name in header(file))
 
 
 def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
-    """Yield what a LoRA changes in the network. Raises LoraError for what is none, or none of this network."""
+    """Yield what a LoRA changes in the network.
+
+    Raises LoraError for what is none, or none of this network.
+    """
     pipe = parted(backbone.pipe)
     pair, second = isinstance(backbone.module, Experts), bool(second_of_pair(file.name))
     facts = read_lora(str(file))
@@ -181,7 +193,10 @@ def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
 
 
 def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
-    """Yield what a whole network has otherwise than the base. Raises UnfitError where it is another network."""
+    """Yield what a whole network has otherwise than the base.
+
+    Raises UnfitError where it is another network.
+    """
     pair, network = isinstance(backbone.module, Experts), backbone.module
     index = int(pair and bool(second_of_pair(file.name)))
     own = experts_of(network)[index]
@@ -198,12 +213,15 @@ def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
 
 
 def _plain(network: nn.Module) -> Mapping[str, Tensor]:
-    """Return a network's own tensors under the names that they have without adapters."""
+    """Return a network's own tensors under their plain names."""
     return {n.replace(".base_layer", ""): t for n, t in network.state_dict().items() if "lora_" not in n}
 
 
 def _files(backbone: DiffusersBackbone, file: Path) -> list[Path]:
-    """Return the files of a student: of a pair, that of the other network is next to it under the same name."""
+    """Return the files of a student.
+
+    Of a pair, the other network's is next to it under the same name.
+    """
     second = second_of_pair(file.name)
     if not isinstance(backbone.module, Experts) or second is None:
         return [file]
@@ -214,7 +232,7 @@ def _files(backbone: DiffusersBackbone, file: Path) -> list[Path]:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Raise what is wrong with a file as a ValueError that names `init_from`."""
+    """Raise what is wrong with a file, as an error of `init_from`."""
     try:
         yield
     except (LoraError, UnfitError) as error:
