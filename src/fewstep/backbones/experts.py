@@ -1,7 +1,8 @@
 """Two networks that share the path from noise to data.
 
-Each sample goes to the network of its time. In fewstep such a pair is one network. Its layers are `transformer.X` and `transformer_2.X`, and a LoRA of it is one
-LoRA for each. Files have the two apart, as diffusers' pipelines do.
+Each sample goes to the network of its time. In fewstep such a pair is one network. Its layers are
+`transformer.X` and `transformer_2.X`, and a LoRA of it is one LoRA for each. Files have the two apart, as
+diffusers' pipelines do.
 """
 
 from collections.abc import Iterator, Mapping

@@ -350,8 +350,9 @@ def find(source: str | Path) -> str | Path:
 def at_size(backbone: Backbone, size: Size | None) -> Backbone:
     """Return the same model for images or videos of another size.
 
-    A number is the height and width of images. None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
-    where the U-Net's levels or the transformer's patches do not divide the size.
+    A number is the height and width of images. None leaves the model unchanged. Raises ValueError where
+    the model has another size and no choice, and where the U-Net's levels or the transformer's patches do
+    not divide the size.
     """
     if isinstance(backbone, SizedVideo):
         return backbone if size is None else replace(backbone, size=_fitting(backbone, size))

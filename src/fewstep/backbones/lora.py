@@ -209,8 +209,9 @@ def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Te
 def low_rank(layer: str, factors: Factors, target: Target, facts: Facts) -> tuple[float, Tensor, Tensor]:
     """Return scale and factors of a layer, in float32.
 
-    These are `(alpha / r, B [out, r], A [r, in])`. The `in` of a convolution is the number of inputs of its kernel. A rank-stabilised LoRA has `alpha / sqrt(r)` in
-    place of `alpha / r`. Raises LoraError where the factors do not fit the layer.
+    These are `(alpha / r, B [out, r], A [r, in])`. The `in` of a convolution is the number of inputs of
+    its kernel. A rank-stabilised LoRA has `alpha / sqrt(r)` in place of `alpha / r`. Raises LoraError
+    where the factors do not fit the layer.
     """
     down, up, weight = factors.down, factors.up, target.layer.weight
     if down is None or up is None:

@@ -1,7 +1,8 @@
 """Students of others as a start of one's own.
 
-A file has a LoRA or a whole network. What a file changes in the base is fitted to the student's adapters. Layers that carry no adapter here, and directions
-beyond the rank, are left out, and how much that is, is said.
+A file has a LoRA or a whole network. What a file changes in the base is fitted to the student's adapters.
+Layers that carry no adapter here, and directions beyond the rank, are left out, and how much that is, is
+said.
 """
 
 import re
