@@ -102,8 +102,8 @@ def read_denoiser(
     refuse(weights, sorted(tensors.keys() - own.keys()), "has", "left over, which this network does not have")
     odd = sorted(n for n, t in tensors.items() if t.shape != own[n].shape)
     refuse(weights, odd, "has another shape of", "of another shape")
-    single = kind._keep_in_fp32_modules or ()
-    kept = {n: t.float() if any(part in n.split(".") for part in single) else t.to(dtype) for n, t in tensors.items()}
+    single = set(kind._keep_in_fp32_modules or ())
+    kept = {n: t.to(dtype) if single.isdisjoint(n.split(".")) else t.float() for n, t in tensors.items()}
     require_finite(kept, weights)
     network.load_state_dict(kept, assign=True)
     return network.eval().requires_grad_(False)  # type: ignore[no-any-return]

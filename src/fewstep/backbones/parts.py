@@ -447,6 +447,14 @@ def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.d
     )
 
 
+def kept_single(network: nn.Module) -> frozenset[str]:
+    """Return parts of names of layers that stay in single precision.
+
+    diffusers keeps these layers so, whatever the dtype of the others.
+    """
+    return frozenset((network._keep_in_fp32_modules or ()) if isinstance(network, ModelMixin) else ())
+
+
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
     """Return all networks of a pipeline."""
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
