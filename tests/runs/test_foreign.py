@@ -106,6 +106,17 @@ def test_layers_without_lora_here_are_said(folder: Path, tmp_path: Path) -> None
         begun(folder, tmp_path / "x.safetensors", rank=2, exclude=("attentions", "resnets"))
 
 
+def test_whole_differences_next_to_a_lora_are_said(folder: Path, tmp_path: Path) -> None:
+    """As in Wan's public students: the LoRA is taken, and what it lacks of norms and biases is said."""
+    tensors = lora(load_teacher(folder), 2, 2.0)
+    key = next(iter(tensors)).partition(".")[0]
+    save_file(tensors | {f"{key}.diff_b": torch.full((16,), 0.5)}, tmp_path / "x.safetensors")
+    said = begun(folder, tmp_path / "x.safetensors", rank=2)[1]
+    assert re.search(rf"; \d+\.\d% of it is in layers without LoRA here \({key}\.diff_b\)$", said)
+    with pytest.raises(ValueError, match="it holds whole differences of weights"):
+        begun(folder, tmp_path / "x.safetensors", lora=False)
+
+
 def test_a_whole_network(folder: Path, tmp_path: Path) -> None:
     other: Any = load_teacher(folder)
     save_file(lora(other, 2, 2.0), tmp_path / "lora.safetensors")

@@ -28,6 +28,8 @@ from ..student.folder import require_folder
 
 SUFFIX = ".safetensors"
 SHOWN = 3  # layers that are named
+# Ends of names of what a LoRA's file changes in whole weights and biases, next to its LoRA.
+WHOLE = (".diff", ".diff_b")
 CURE = "pass a LoRA or the weights of this very kind of model, or leave it out"
 
 
@@ -152,7 +154,10 @@ def _added(network: nn.Module, changes: Iterator[Change]) -> int:
     count, own = 0, network.state_dict()
     with torch.no_grad():
         for count, change in enumerate(changes, 1):  # noqa: B007 - the last one counts
-            weight = own[f"{change.layer}.weight"] if f"{change.layer}.weight" in own else own[change.layer]
+            name = f"{change.layer}.weight" if f"{change.layer}.weight" in own else change.layer
+            if name not in own:
+                raise UnfitError(f"it holds whole differences of weights, {name!r}", "train a LoRA (roles.lora=true)")
+            weight = own[name]
             moved = change.whole if change.up is None or change.down is None else change.up @ change.down
             assert moved is not None
             weight += moved.reshape(weight.shape).to(weight)
@@ -179,6 +184,8 @@ def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
     pipe = parted(backbone.pipe)
     pair, second = isinstance(backbone.module, Experts), bool(second_of_pair(file.name))
     facts = read_lora(str(file))
+    whole = {n: t for n, t in facts.tensors.items() if n.endswith(WHOLE)}
+    facts = facts._replace(tensors={n: t for n, t in facts.tensors.items() if n not in whole})
     own = next(p for p in DENOISERS if pipe.components.get(p) is not None)
     for layer, factors, target in targets_of(pipe, facts, PARTS[1] if pair and second else own):
         if target.part not in DENOISERS:
@@ -187,10 +194,10 @@ def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
                 "pass a LoRA of the network alone",
             )
         scale, up, down = low_rank(layer, factors, target, facts)
-        device = target.layer.weight.device
-        yield Change(
-            f"{target.part}.{target.name}" if pair else target.name, scale * up.to(device), down.to(device), None
-        )
+        device, name = target.layer.weight.device, f"{target.part}.{target.name}" if pair else target.name
+        yield Change(name, scale * up.to(device), down.to(device), None)
+    for name, tensor in whole.items():  # of norms and biases, which carry no LoRA
+        yield Change(name, None, None, tensor.float())
 
 
 def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
@@ -208,9 +215,7 @@ def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
         change = other.pop(name).to(weight.device).float() - weight.float()
         layer = name.removesuffix(".weight") if weight.ndim > 1 else name
         if bool(change.any()):
-            yield Change(
-                f"{PARTS[index]}.{layer}" if pair else layer, None, None, change if change.ndim else change[None]
-            )
+            yield Change(f"{PARTS[index]}.{layer}" if pair else layer, None, None, change)
 
 
 def _plain(network: nn.Module) -> Mapping[str, Tensor]:
