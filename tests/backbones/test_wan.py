@@ -8,22 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMapEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMapEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import fewstep
+from fewstep.backbones.apart import apart
 from fewstep.backbones.base import guided
+from fewstep.backbones.experts import PARTS
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.generate import sample_images
-from fewstep.backbones.load import load_teacher, pipeline_of
+from fewstep.backbones.load import around, load_teacher, pipeline_of
 from fewstep.backbones.lora import changes_of, fuse, places_in
 from fewstep.backbones.meta import meta_teacher
+from fewstep.backbones.parts import blocks_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.backbones.wan import original_names
 from fewstep.checks import check_backbone
 from fewstep.cli.export import run_export
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
+from fewstep.roles.quantized import layers_of
+from fewstep.roles.roles import RolesConfig, make_roles
 
 from .. import pipelines
 
@@ -186,6 +191,38 @@ def test_each_sample_goes_to_the_network_of_its_time(folders: dict[str, Path]) -
         for network, rows in ((pair.transformer, [0, 2]), (pair.transformer_2, [1, 3])):
             alone = backbone.predict(network, x[rows], t[rows], {k: v[rows] for k, v in cond.items()})
             torch.testing.assert_close(both[rows], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan-a14b"])
+def test_blocks_that_are_computed_again_have_the_same_gradients(folders: dict[str, Path], kind: str) -> None:
+    """Of a batch on both sides of the boundary."""
+    teacher = load_teacher(folders[kind])
+    cond, x = teacher.encode(PROMPTS), torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    t, found = torch.tensor([0.9, 0.5], dtype=torch.float64), []
+    for again in (False, True):
+        roles = make_roles(apart(teacher), RolesConfig(rank=2, checkpointing=again))
+        value = roles.denoise("student", cond)(x, t).x0.square().mean()
+        found.append(torch.autograd.grad(value, list(roles.trained["student"].values()), materialize_grads=True))
+        assert {n.partition(".")[0] for n in roles.trained["student"]} >= ({"blocks"} if kind == "wan" else set(PARTS))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*found, strict=True))
+    assert sum(bool(g.any()) for g in found[0]) >= len(found[0]) // 2
+
+
+def test_two_networks_are_not_sharded(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"train\.shard: of two networks a process calls the one of its samples' times"
+    ):
+        blocks_of(load_teacher(folders["wan-a14b"]).module)
+
+
+def test_the_time_embeddings_of_two_networks_are_not_rounded() -> None:
+    """As the library keeps them in single precision, so does a base of fewer bits."""
+    pipe = pipelines.wan("2.2-A14B")
+    config = {**pipe.transformer.config, "num_attention_heads": 8, "ffn_dim": 128}
+    pipe.register_modules(**{part: WanTransformer3DModel.from_config(config) for part in PARTS})
+    backbone = around(pipe, "wide")
+    names = {n for n, m in backbone.module.named_modules() if any(m is layer for layer in layers_of(backbone))}
+    assert "transformer_2.blocks.0.attn1.to_q" in names and not any("time_embedder" in n for n in names)
 
 
 def test_a_lora_of_one_of_two_networks(student: Callable[[str], Made], tmp_path: Path) -> None:

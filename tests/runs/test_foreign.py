@@ -1,6 +1,7 @@
 """A run starts from the student of others: a LoRA of any rank, or a whole network."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fewstep.backbones.lora import fuse
 from fewstep.core.guidance import Guidance
 from fewstep.methods.method import Method
 from fewstep.roles.roles import Roles
-from fewstep.runs.foreign import require_initial
+from fewstep.runs.foreign import initialize, require_initial
 from fewstep.runs.init import roles_for
 
 from .. import pipelines, tiny
@@ -105,6 +106,17 @@ def test_layers_without_lora_here_are_said(folder: Path, tmp_path: Path) -> None
         begun(folder, tmp_path / "x.safetensors", rank=2, exclude=("attentions", "resnets"))
 
 
+def test_whole_differences_next_to_a_lora_are_said(folder: Path, tmp_path: Path) -> None:
+    """As in Wan's public students: the LoRA is taken, and what it lacks of norms and biases is said."""
+    tensors = lora(load_teacher(folder), 2, 2.0)
+    key = next(iter(tensors)).partition(".")[0]
+    save_file(tensors | {f"{key}.diff_b": torch.full((16,), 0.5)}, tmp_path / "x.safetensors")
+    said = begun(folder, tmp_path / "x.safetensors", rank=2)[1]
+    assert re.search(rf"; \d+\.\d% of it is in layers without LoRA here \({key}\.diff_b\)$", said)
+    with pytest.raises(ValueError, match="it holds whole differences of weights"):
+        begun(folder, tmp_path / "x.safetensors", lora=False)
+
+
 def test_a_whole_network(folder: Path, tmp_path: Path) -> None:
     other: Any = load_teacher(folder)
     save_file(lora(other, 2, 2.0), tmp_path / "lora.safetensors")
@@ -118,8 +130,9 @@ def test_a_whole_network(folder: Path, tmp_path: Path) -> None:
         roles, said = begun(folder, tmp_path / f"{file}.safetensors", lora=False)
         assert said.startswith(f"init_from: the student starts with what {file}.safetensors changes in ")
         torch.testing.assert_close(drawn(roles), wanted, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match=r"to be compared with a base in full\); set roles.quantize=null"):
-        begun(folder, tmp_path / "turbo.safetensors", rank=4, quantize="int8")
+    rounded = replace(roles, config=fewstep.RolesConfig(rank=4, quantize="int8"))
+    with pytest.raises(ValueError, match=r"to be compared with a base in full\); set roles\.quantize=null"):
+        initialize(rounded, tmp_path / "turbo.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["wan", "wan-a14b"])

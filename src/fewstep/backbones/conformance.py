@@ -112,8 +112,9 @@ def _schedule(schedule: object) -> str:
 
 
 def distilled_already(pipe: DiffusionPipeline, name: str) -> str:
-    """Say by which signs a teacher is itself a student, of few steps or of guidance; empty without a sign.
+    """Say by which signs a teacher is itself a student.
 
+    A student of few steps or of guidance; empty without a sign.
     `name` is what the user calls the teacher. A base that takes guidance as an input is a student of guidance.
     """
     called = type(pipe.scheduler).__name__

@@ -33,7 +33,7 @@ BITS_CURE = "pass the model in float16, bfloat16, float32, or in float8 with a s
 
 @dataclass(frozen=True)
 class DenoiserFile:
-    """One or two networks in files, and the pipeline that they belong to.
+    """One or two networks in files, and their pipeline.
 
     `networks` has the files of each network: several where the weights are sharded. Of a pair the first is for high
     noise. `base` is a folder or a hub id.
@@ -86,7 +86,7 @@ def _files(file: Path) -> tuple[Path, ...]:
 def read_denoiser(
     kind: type[ModelMixin], files: Sequence[Path], config: Mapping[str, Any], dtype: torch.dtype
 ) -> nn.Module:
-    """Read a network of the class `kind` from its files, in eval mode and frozen.
+    """Read a frozen network of the class `kind` from its files.
 
     `config` is that of the network. Weights that the class keeps in single precision are float32, all others `dtype`.
     Raises UnfitError where tensors are missing, left over, of another shape or not finite.
@@ -102,8 +102,8 @@ def read_denoiser(
     refuse(weights, sorted(tensors.keys() - own.keys()), "has", "left over, which this network does not have")
     odd = sorted(n for n, t in tensors.items() if t.shape != own[n].shape)
     refuse(weights, odd, "has another shape of", "of another shape")
-    single = kind._keep_in_fp32_modules or ()
-    kept = {n: t.float() if any(part in n.split(".") for part in single) else t.to(dtype) for n, t in tensors.items()}
+    single = set(kind._keep_in_fp32_modules or ())
+    kept = {n: t.to(dtype) if single.isdisjoint(n.split(".")) else t.float() for n, t in tensors.items()}
     require_finite(kept, weights)
     network.load_state_dict(kept, assign=True)
     return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
@@ -158,7 +158,10 @@ def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _renamed(
     kind: type[ModelMixin], tensors: Mapping[str, Tensor], config: Mapping[str, Any], weights: Weights
 ) -> dict[str, Tensor]:
-    """Return tensors of the original layout under diffusers' names. Raises UnfitError where the layout is not known."""
+    """Rename tensors of the original layout to diffusers' names.
+
+    Raises UnfitError where the layout is not known.
+    """
     known = SINGLE_FILE_LOADABLE_CLASSES.get(kind.__name__)
     if known is None:
         raise UnfitError(

@@ -1,7 +1,8 @@
-"""Two networks that share the path from noise to data: each sample goes to the one of its time.
+"""Two networks that share the path from noise to data.
 
-In fewstep such a pair is one network. Its layers are `transformer.X` and `transformer_2.X`, and a LoRA of it is one
-LoRA for each. Files have the two apart, as diffusers' pipelines do.
+Each sample goes to the network of its time. In fewstep such a pair is one network. Its layers are
+`transformer.X` and `transformer_2.X`, and a LoRA of it is one LoRA for each. Files have the two apart, as
+diffusers' pipelines do.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,9 +45,10 @@ class Experts(ModelMixin, ConfigMixin, CacheMixin):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """Return what the networks say, as a tuple of one tensor [B, ...].
+        """Call the networks, each on its own rows of the batch.
 
-        hidden_states [B, ...], timestep [B], encoder_hidden_states [B, L, D]. `return_dict` is not read.
+        Returns a tuple of one tensor [B, ...].
+            hidden_states [B, ...], timestep [B], encoder_hidden_states [B, L, D]. `return_dict` is not read.
         """
         high = timestep >= self.boundary - NEAR
         if isinstance(high, FakeTensor):  # a memory plan, in which both sides take the same
@@ -87,8 +89,9 @@ def split_state(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def joined(pipe: Kind) -> Kind:
-    """Return the pipeline with its two networks as one; a pipeline of one network unchanged.
+    """Return the pipeline with its two networks as one.
 
+    A pipeline of one network comes back unchanged.
     The pipeline's `boundary_ratio` is the boundary of the pair.
     """
     if getattr(pipe, PARTS[1], None) is None:
@@ -99,7 +102,7 @@ def joined(pipe: Kind) -> Kind:
 
 
 def parted(pipe: Kind) -> Kind:
-    """Return the pipeline with a pair as two networks, the inverse of `joined`."""
+    """Undo `joined`: return the pipeline with two networks."""
     pair = pipe.components.get(PARTS[0])
     if not isinstance(pair, Experts):
         return pipe

@@ -71,7 +71,7 @@ def save_lora(
 
 
 def second_file(path: Path) -> Path:
-    """Return where the LoRA of a pair's second network is, next to that of the first."""
+    """Return where the LoRA of a pair's second network is."""
     return path.with_name(f"{path.stem}_2{path.suffix}")
 
 
@@ -116,7 +116,10 @@ def save_network(folder: Path, network: nn.Module) -> None:
 
 
 def network_places(folder: Path, like: nn.Module) -> list[Path]:
-    """Return where `save_network` puts a network of this class, and each network of a pair."""
+    """Return where `save_network` puts a network of this class.
+
+    Of a pair, where it puts each network.
+    """
     if isinstance(like, Experts):
         return [folder / part for part in PARTS]
     return [folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)]

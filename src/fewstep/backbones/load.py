@@ -349,10 +349,11 @@ def find(source: str | Path) -> str | Path:
 
 
 def at_size(backbone: Backbone, size: Size | None) -> Backbone:
-    """Return the same model for images of `size` x `size` pixels, or for videos of this size.
+    """Return the same model for images or videos of another size.
 
-    None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
-    for a size that the network's levels or patches do not divide.
+    A number is the height and width of images. None leaves the model unchanged. Raises ValueError where
+    the model has another size and no choice, and for a size that the network's levels or patches do not
+    divide.
     """
     if isinstance(backbone, SizedVideo):
         return backbone if size is None else replace(backbone, size=_fitting(backbone, size))

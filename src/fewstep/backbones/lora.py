@@ -128,7 +128,7 @@ class LoraError(ValueError):
 
 
 def denoiser_for(pipe: DiffusionPipeline, lora: str) -> str:
-    """Return the name of the network that a LoRA's layers without a prefix belong to.
+    """Return the network that layers without a prefix belong to.
 
     Of two networks, a file says the one by `high` or `low` in its name. Raises LoraError where it says neither.
     """
@@ -175,8 +175,9 @@ def differences(
 
 
 def targets_of(pipe: DiffusionPipeline, facts: Facts, denoiser: str) -> Iterator[tuple[str, Factors, Target]]:
-    """Yield what a LoRA has for each layer, with the layer's name in the file and its place in the pipeline.
+    """Yield what a LoRA has for each layer.
 
+    With the layer's name in the file, and its place in the pipeline.
     Raises LoraError where a tensor has no place in the pipeline, and where two names mean one layer.
     """
     places, layers = places_in(pipe), factors_of(facts)
@@ -198,16 +199,20 @@ def targets_of(pipe: DiffusionPipeline, facts: Facts, denoiser: str) -> Iterator
 
 
 def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Tensor:
-    """Return `alpha / r B A`, shaped as a layer's weight. Raises LoraError as `low_rank` does."""
+    """Return `alpha / r B A`, shaped as a layer's weight.
+
+    Raises LoraError as `low_rank` does.
+    """
     scale, up, down = low_rank(layer, factors, target, facts)
     return scale * (up @ down).reshape(target.layer.weight.shape)
 
 
 def low_rank(layer: str, factors: Factors, target: Target, facts: Facts) -> tuple[float, Tensor, Tensor]:
-    """Return `(alpha / r, B [out, r], A [r, in])` of a layer, in float32.
+    """Return scale and factors of a layer, in float32.
 
-    The `in` of a convolution is the number of inputs of its kernel. A rank-stabilised LoRA has `alpha / sqrt(r)` in
-    place of `alpha / r`. Raises LoraError where the factors do not fit the layer.
+    These are `(alpha / r, B [out, r], A [r, in])`. The `in` of a convolution is the number of inputs of
+    its kernel. A rank-stabilised LoRA has `alpha / sqrt(r)` in place of `alpha / r`. Raises LoraError
+    where the factors do not fit the layer.
     """
     down, up, weight = factors.down, factors.up, target.layer.weight
     if down is None or up is None:

@@ -14,7 +14,10 @@ MORE, ROUNDS = 16, 4  # more directions than wanted, and power iterations, of th
 
 
 class Part(NamedTuple):
-    """A low-rank part `B A` with B [out, r], A [r, in], and the energies of part and whole."""
+    """A low-rank part `B A`, and the energies of part and whole.
+
+    B [out, r], A [r, in].
+    """
 
     up: Tensor
     down: Tensor
@@ -23,8 +26,9 @@ class Part(NamedTuple):
 
 
 def of_product(up: Tensor, down: Tensor, rank: int) -> Part:
-    """Return the part of rank `rank` of `up [out, r] down [r, in]`.
+    """Return the low-rank part of a product.
 
+    up [out, r], down [r, in].
     The factors themselves where their rank is no larger.
     """
     whole = float(((up.T @ up).double() * (down @ down.T).double()).sum())
@@ -38,7 +42,7 @@ def of_product(up: Tensor, down: Tensor, rank: int) -> Part:
 
 
 def of_matrix(change: Tensor, rank: int) -> Part:
-    """Return the part of rank `rank` of a matrix [out, in] in float32.
+    """Return the low-rank part of a matrix [out, in] in float32.
 
     Randomised for large matrices (arXiv 0909.4061), with the same draws each time.
     """

@@ -75,12 +75,12 @@ class DiffusersBackbone(ABC):
 
     @property
     def own_size(self) -> Size:
-        """The size that was set for this backbone; 0 where it is the model's own."""
+        """The size that was set; 0 for the model's own."""
         return 0
 
     @property
     def drawn_size(self) -> Size:
-        """The size of the images or videos that `decode` gives; 0 where other programs need none."""
+        """The size of what `decode` gives, for other programs."""
         return 0
 
     @property
@@ -502,6 +502,14 @@ def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.d
         and config.get("force_upcast", True)
         else dtype
     )
+
+
+def kept_single(network: nn.Module) -> frozenset[str]:
+    """Return parts of names of layers that stay in single precision.
+
+    diffusers keeps these layers so, whatever the dtype of the others.
+    """
+    return frozenset((network._keep_in_fp32_modules or ()) if isinstance(network, ModelMixin) else ())
 
 
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:

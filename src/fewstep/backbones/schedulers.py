@@ -47,7 +47,7 @@ _LEVELS = ("sigma_max", "sigma_data", "rho", "prediction_type", "num_train_times
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's settings, those of flow under the names of flow's own scheduler.
+    """Return a scheduler's settings, with flow's under their usual names.
 
     Multistep solvers call flow's shift `flow_shift`, next to settings of a table of betas that they do not read.
     """

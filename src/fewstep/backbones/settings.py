@@ -479,7 +479,7 @@ def _wan(pipe: DiffusionPipeline) -> None:
 
 
 def _boundary(pipe: DiffusionPipeline) -> None:
-    """Check that a pair of networks has a boundary, and that one network has none."""
+    """Check that two networks have a boundary, and one network none."""
     ratio = pipe.config.boundary_ratio
     if pipe.transformer is None:
         raise UnfitError("it has no transformer", "pass the whole pipeline")

@@ -22,7 +22,10 @@ class VideoSize(NamedTuple):
 
 
 def video_size(size: Size) -> VideoSize:
-    """Read `WIDTHxHEIGHTxFRAMES`. Raises ValueError for another text."""
+    """Read `WIDTHxHEIGHTxFRAMES`.
+
+    Raises ValueError for another text.
+    """
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5})", str(size))
     if found is None:
         raise ValueError(f"size: got {size}, allowed for videos are width, height and frames, e.g. 832x480x81")
@@ -43,7 +46,7 @@ def call_options(size: Size) -> dict[str, int]:
 
 
 def from_text(size: str | None) -> Size | None:
-    """Return a size from the command line: a number where it is one."""
+    """Return a size that was written on the command line."""
     return int(size) if size is not None and size.isascii() and size.isdigit() else size
 
 

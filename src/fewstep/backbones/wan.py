@@ -1,4 +1,7 @@
-"""Wan 2.1 and 2.2: video latents, rectified flow with shifted times, one text of 512 tokens."""
+"""Wan 2.1 and 2.2: rectified flow of video latents.
+
+Times are shifted, and the text has 512 tokens.
+"""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,7 +121,10 @@ def largest(pipe: WanPipeline) -> VideoSize:
 
 
 def usual_size(pipe: WanPipeline) -> VideoSize:
-    """Return the size that `pipe(prompt)` draws, or the largest that the network has positions for."""
+    """Return the size that `pipe(prompt)` draws.
+
+    Or the largest that the network has positions for.
+    """
     told = inspect.signature(WanPipeline.__call__).parameters
     usual = VideoSize(*(told[name].default for name in ("width", "height", "num_frames")))
     return VideoSize(*map(min, usual, largest(pipe)))

@@ -1,7 +1,8 @@
-"""Students of others as a start: the LoRA or the whole network in a file.
+"""Students of others as a start of one's own.
 
-What a file changes in the base is fitted to the student's adapters. Layers that carry no adapter here, and directions
-beyond the rank, are left out, and how much that is, is said.
+A file has a LoRA or a whole network. What a file changes in the base is fitted to the student's adapters.
+Layers that carry no adapter here, and directions beyond the rank, are left out, and how much that is, is
+said.
 """
 
 import re
@@ -27,11 +28,16 @@ from ..student.folder import require_folder
 
 SUFFIX = ".safetensors"
 SHOWN = 3  # layers that are named
+# Ends of names of what a LoRA's file changes in whole weights and biases, next to its LoRA.
+WHOLE = (".diff", ".diff_b")
 CURE = "pass a LoRA or the weights of this very kind of model, or leave it out"
 
 
 class Change(NamedTuple):
-    """What a file adds to one layer of the network: a product with B [out, r] and A [r, in], or a whole tensor."""
+    """What a file adds to one layer of the network.
+
+    A product with `up` [out, r] and `down` [r, in], or a whole tensor.
+    """
 
     layer: str
     up: Tensor | None
@@ -40,12 +46,15 @@ class Change(NamedTuple):
 
 
 def is_foreign(place: Path) -> bool:
-    """Return whether `init_from` is a file of weights, and no folder of a student."""
+    """Return whether `init_from` is a file of weights."""
     return place.suffix == SUFFIX and not place.is_dir()
 
 
 def require_initial(source: str | Path) -> Path:
-    """Return the folder of a student, or a file of weights. Raises ValueError if there is neither."""
+    """Return the folder of a student, or a file of weights.
+
+    Raises ValueError if there is neither.
+    """
     place = Path(source).expanduser()
     if not is_foreign(place):
         return require_folder(source, "init_from")
@@ -55,7 +64,7 @@ def require_initial(source: str | Path) -> Path:
 
 
 def require_fitting(teacher: Backbone, file: Path) -> None:
-    """Check that a file's layers are those of a teacher, before anything is generated.
+    """Check that a file's layers are those of a teacher.
 
     Of a whole network, the header alone is read. Raises ValueError.
     """
@@ -79,6 +88,10 @@ def initialize(roles: Roles, file: Path) -> str:
     """
     backbone, network = roles.backbone, roles.networks["student"]
     assert isinstance(backbone, DiffusersBackbone)
+    if roles.config.quantize is not None:
+        with _named(file):
+            if not is_lora(file):
+                raise UnfitError("it is a whole network, to be compared with a base in full", "set roles.quantize=null")
     changes = (change for part in _files(backbone, file) for change in _changes(backbone, part))
     if not roles.config.lora:
         with _named(file):
@@ -141,7 +154,10 @@ def _added(network: nn.Module, changes: Iterator[Change]) -> int:
     count, own = 0, network.state_dict()
     with torch.no_grad():
         for count, change in enumerate(changes, 1):  # noqa: B007 - the last one counts
-            weight = own[f"{change.layer}.weight"] if f"{change.layer}.weight" in own else own[change.layer]
+            name = f"{change.layer}.weight" if f"{change.layer}.weight" in own else change.layer
+            if name not in own:
+                raise UnfitError(f"it holds whole differences of weights, {name!r}", "train a LoRA (roles.lora=true)")
+            weight = own[name]
             moved = change.whole if change.up is None or change.down is None else change.up @ change.down
             assert moved is not None
             weight += moved.reshape(weight.shape).to(weight)
@@ -153,15 +169,23 @@ def _changes(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
 
 
 def is_lora(file: Path) -> bool:
-    """Return whether a file holds a LoRA, by the names of its tensors. Raises UnfitError for a damaged file."""
+    """Return whether a file holds a LoRA, by its tensors' names.
+
+    Raises UnfitError for a damaged file.
+    """
     return any(re.search(r"lora|hada_|lokr_|\.alpha$", name) for name in header(file))
 
 
 def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
-    """Yield what a LoRA changes in the network. Raises LoraError for what is none, or none of this network."""
+    """Yield what a LoRA changes in the network.
+
+    Raises LoraError for what is none, or none of this network.
+    """
     pipe = parted(backbone.pipe)
     pair, second = isinstance(backbone.module, Experts), bool(second_of_pair(file.name))
     facts = read_lora(str(file))
+    whole = {n: t for n, t in facts.tensors.items() if n.endswith(WHOLE)}
+    facts = facts._replace(tensors={n: t for n, t in facts.tensors.items() if n not in whole})
     own = next(p for p in DENOISERS if pipe.components.get(p) is not None)
     for layer, factors, target in targets_of(pipe, facts, PARTS[1] if pair and second else own):
         if target.part not in DENOISERS:
@@ -170,19 +194,20 @@ def _of_lora(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
                 "pass a LoRA of the network alone",
             )
         scale, up, down = low_rank(layer, factors, target, facts)
-        device = target.layer.weight.device
-        yield Change(
-            f"{target.part}.{target.name}" if pair else target.name, scale * up.to(device), down.to(device), None
-        )
+        device, name = target.layer.weight.device, f"{target.part}.{target.name}" if pair else target.name
+        yield Change(name, scale * up.to(device), down.to(device), None)
+    for name, tensor in whole.items():  # of norms and biases, which carry no LoRA
+        yield Change(name, None, None, tensor.float())
 
 
 def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
-    """Yield what a whole network has otherwise than the base. Raises UnfitError where it is another network."""
+    """Yield what a whole network has otherwise than the base.
+
+    Raises UnfitError where it is another network.
+    """
     pair, network = isinstance(backbone.module, Experts), backbone.module
     index = int(pair and bool(second_of_pair(file.name)))
     own = experts_of(network)[index]
-    if any(key.endswith("packed.codes") for key in own.state_dict()):
-        raise UnfitError("it is a whole network, to be compared with a base in full", "set roles.quantize=null")
     state = _plain(own)
     config = own.config  # type: ignore[union-attr]
     other = read_denoiser(type(own), [file], config, dtype_of(own)).state_dict()  # type: ignore[arg-type]
@@ -190,18 +215,19 @@ def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
         change = other.pop(name).to(weight.device).float() - weight.float()
         layer = name.removesuffix(".weight") if weight.ndim > 1 else name
         if bool(change.any()):
-            yield Change(
-                f"{PARTS[index]}.{layer}" if pair else layer, None, None, change if change.ndim else change[None]
-            )
+            yield Change(f"{PARTS[index]}.{layer}" if pair else layer, None, None, change)
 
 
 def _plain(network: nn.Module) -> Mapping[str, Tensor]:
-    """Return a network's own tensors under the names that they have without adapters."""
+    """Return a network's own tensors under their plain names."""
     return {n.replace(".base_layer", ""): t for n, t in network.state_dict().items() if "lora_" not in n}
 
 
 def _files(backbone: DiffusersBackbone, file: Path) -> list[Path]:
-    """Return the files of a student: of a pair, that of the other network is next to it under the same name."""
+    """Return the files of a student.
+
+    Of a pair, the other network's is next to it under the same name.
+    """
     second = second_of_pair(file.name)
     if not isinstance(backbone.module, Experts) or second is None:
         return [file]
@@ -212,7 +238,7 @@ def _files(backbone: DiffusersBackbone, file: Path) -> list[Path]:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Raise what is wrong with a file as a ValueError that names `init_from`."""
+    """Raise what is wrong with a file, as an error of `init_from`."""
     try:
         yield
     except (LoraError, UnfitError) as error:

@@ -62,7 +62,7 @@ def write_client_file(
 
 
 def pair_files(card: StudentCard) -> tuple[str, str]:
-    """Return the files of a pair of networks: the LoRA for high noise, and that for low noise."""
+    """Return the files of a pair: for high and for low noise."""
     high, low = (f"{card.name}-{noise}-noise-lora.safetensors" for noise in ("high", "low"))
     return high, low
 

@@ -56,7 +56,7 @@ def base_of(backbone: Backbone) -> str:
 
 
 def size_of(backbone: Backbone) -> Size:
-    """Return the size of a base's images or videos, where it was set.
+    """Return the size of a base's images, where it was set.
 
     0 where the size is the network's own.
     """
