@@ -59,7 +59,9 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: S
         absent = {
             n: None
             for n in inspect.signature(family.pipeline).parameters
-            if isinstance(index.get(n), list | tuple) and n not in parts
+            if isinstance(index.get(n), list | tuple)
+            and n not in parts
+            and all(e is None or isinstance(e, str) for e in index[n])  # [library, class]; others are settings
         }
         told = inspect.signature(family.pipeline).parameters
         settings = {n: v for n, v in index.items() if n in told and n not in {*named, *absent, *family.parts}}
