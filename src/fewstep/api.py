@@ -14,10 +14,11 @@ import torch
 
 from .backbones.apart import apart
 from .backbones.base import Backbone, Denoiser
-from .backbones.conformance import conformance
+from .backbones.conformance import conformance, distilled_already
 from .backbones.generate import device_of
 from .backbones.load import fingerprint, load_teacher
 from .backbones.own_network import require_network
+from .backbones.parts import DiffusersBackbone
 from .config_fields import shortened, whole_number
 from .core.guidance import Guidance
 from .data.trajectories import TrajectoryConfig
@@ -36,6 +37,7 @@ from .roles.adapters import fitting_rank, targets
 from .roles.roles import RolesConfig, large_rank
 from .runs import sampling
 from .runs.adaptation import require_adaptable
+from .runs.foreign import require_initial
 from .runs.init import inherited_head
 from .runs.measure import evaluate, real_states
 from .runs.place import place_checks, writing_check
@@ -47,7 +49,6 @@ from .runs.step import Step
 from .runs.trajectory_sources import student_source, trajectory_times
 from .runs.watch import DistillationWarning, Watch
 from .student import formats
-from .student.folder import require_folder
 from .student.pipeline import load
 from .student.student import Origin, Student, base_of, size_of
 from .training.lock import held_in_python
@@ -112,7 +113,8 @@ def distill(
     (LCM, progressive distillation) and for an adversarial term: a folder of captioned images, webdataset
     shards, or `teacher` for images that the guided teacher samples first. `trajectories` are the teacher's,
     for trajectory imitation and a regression term; the NFE is shown before the trajectories are generated.
-    `init_from` is a finished student to continue: a run, or its `final/`.
+    `init_from` is a finished student to continue: a run, its `final/`, or the `.safetensors` of somebody else's
+    student, a LoRA or a whole network, which is fitted to the rank.
 
     With `out`, checkpoints go to `out` and the same call resumes. A finished run yields its last step again,
     and more `iterations` continue the run. At the end `out/final` holds the student, which `load_student`,
@@ -153,7 +155,7 @@ def distill(
         if images is None or isinstance(images, ImageSource)
         else ImageSource(str(require_path(images, "images")))
     )
-    initial = None if init_from is None else require_folder(init_from, "init_from")
+    initial = None if init_from is None else require_initial(init_from)
     inherited_head(method, teacher, initial)  # raises before anything is generated
     require_network(teacher, asked)
     require_adaptable(teacher, networks)
@@ -192,6 +194,9 @@ def _distilled(
     with in_python(), ExitStack() as stack:
         if folder is not None and is_first():
             stack.enter_context(held_in_python(folder))
+        note = distilled_already(teacher.pipe, teacher.source) if isinstance(teacher, DiffusersBackbone) else ""
+        if note and is_first():
+            Lines().say(f"teacher: {teacher.name} {note}")
         own, base_hash = apart(teacher), fingerprint(teacher.module)
         origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.data, size=size_of(teacher))
         if folder is not None and not checkpoints(folder):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .backbones.apart import apart
-from .backbones.base import Backbone, Cond, denoiser, guided, rows
+from .backbones.base import EMBEDDED, Backbone, Cond, denoiser, guided, rows, tell
 from .backbones.modules import dtype_of
-from .core.guidance import Guidance
+from .core.guidance import Guidance, keep_norm
+from .core.prediction import split
 from .core.schedule import expand
 from .roles.adapters import remove_adapters
 from .roles.discriminator import features
@@ -165,7 +166,19 @@ def _check_predictions(backbone: Backbone, case: _Case, require: Require) -> Non
         away = denoiser(backbone, module, {k: v.expand_as(cond[k]) for k, v in null.items()})(x, t)
         require(not torch.equal(away.x0, own.x0), "predict does not look at the conditions")
         mixed = guided(backbone, module, cond, null, Guidance(scale=3.0))(x, t)
-        require(same(mixed.x0, away.x0 + 3 * (own.x0 - away.x0)), "guidance in one batched call is not guidance in two")
+        if EMBEDDED in cond:
+            told = [denoiser(backbone, module, tell(cond, scale))(x, t).x0 for scale in (3.0, 1.0)]
+            require(same(mixed.x0, told[0]), "guidance is not the scale that the network is told")
+            require(not torch.equal(told[0], told[1]), "predict does not look at the guidance scale")
+        elif backbone.guidance_patch:
+            far = backbone.predict(module, x, t, {k: v.expand_as(cond[k]) for k, v in null.items()})
+            kept = keep_norm(far + 3 * (m - far), m, backbone.guidance_patch)
+            alpha, sigma = expand(backbone.schedule.alpha(t), x), expand(backbone.schedule.sigma(t), x)
+            wanted = split(kept, x, alpha, sigma, backbone.row).x0
+            require(same(mixed.x0, wanted), "guidance does not keep the norm of patches")
+        else:
+            wanted = away.x0 + 3 * (own.x0 - away.x0)
+            require(same(mixed.x0, wanted), "guidance in one batched call is not guidance in two")
     again = expand(backbone.schedule.alpha(t), x) * own.x0 + expand(backbone.schedule.sigma(t), x) * own.eps
     require(same(again, x), "x0 and eps do not make up the state: wrong row or schedule")
 

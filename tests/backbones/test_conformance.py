@@ -25,9 +25,9 @@ def named(checks: list[Check]) -> dict[str, Check]:
     return {c.name: c for c in checks}
 
 
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
+@pytest.mark.parametrize("family", pipelines.cases(pipelines.LONG_TRAINED))
 def test_every_family_conforms(family: str) -> None:
-    checks = named(conformance(around(frozen(pipelines.FAMILIES[family](), torch.float32), "tiny")))
+    checks = named(conformance(pipelines.backbone(family)))
     assert all(c.holds and c.said for c in checks.values()), [c for c in checks.values() if not c.holds]
     assert checks["diffusers"].said.startswith("images of 2 steps at guidance 3 differ by ")
     assert "of the images' spread" in checks["diffusers"].said
@@ -135,10 +135,10 @@ def test_the_last_layer_is_calculated_in_single_precision() -> None:
             assert net(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
+@pytest.mark.parametrize("family", pipelines.cases(pipelines.LONG_TRAINED))
 def test_every_family_says_what_it_says_in_single_precision(family: str) -> None:
     """Half precision's predictions are no multiples of its rounding."""
-    teacher = around(frozen(pipelines.FAMILIES[family](), torch.bfloat16), "tiny")
+    teacher = pipelines.backbone(family, torch.bfloat16)
     x, t = torch.randn(1, *teacher.shape), torch.full((1,), teacher.schedule.t_max, dtype=torch.float64)
     with torch.no_grad():
         m = teacher.predict(teacher.module, x, t, teacher.encode(["red cat"]))

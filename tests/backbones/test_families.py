@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionUpscalePipeline
+from torch import Tensor
 
 import fewstep
 from fewstep.backbones.base import guided
@@ -17,12 +18,13 @@ from fewstep.backbones.families import FAMILIES, family_of_pipeline
 from fewstep.backbones.family import Family
 from fewstep.backbones.few_step import drawn
 from fewstep.backbones.generate import sample_images
-from fewstep.backbones.load import load_teacher, pipeline_of
+from fewstep.backbones.load import at_size, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.checks import check_backbone
 from fewstep.cli.export import run_export
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
+from fewstep.core.schedule import Flow
 from fewstep.student.formats import FORMATS
 
 from .. import pipelines, tiny
@@ -30,7 +32,7 @@ from .. import pipelines, tiny
 PROMPTS = ["red cat", "a photo of a green house"]
 
 
-@pytest.fixture(scope="module", params=pipelines.FAMILIES)
+@pytest.fixture(scope="module", params=pipelines.cases())
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -40,32 +42,55 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipelines.save(family, tmp_path_factory.mktemp("families") / family)
 
 
+@pytest.fixture(scope="module", params=pipelines.cases(pipelines.LONG_TRAINED))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family's folder, for tests that train on it."""
+    return pipelines.save(request.param, tmp_path_factory.mktemp("trained") / request.param)
+
+
 def test_a_family_keeps_the_protocol(folder: Path) -> None:
-    check_backbone(load_teacher(folder), PROMPTS)
+    check_backbone(pipelines.load(folder), PROMPTS)
 
 
-def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path) -> None:
-    """Guided images of the pipeline's own call, with its own negative prompt, sizes and masks."""
-    backbone = load_teacher(folder)
-    cond, null = backbone.encode(PROMPTS), backbone.encode([""])
-    for scale in (1.0, 3.5):
-        denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=scale))
-        ours = sample_images(backbone, denoise, [0, 1], timegrid.uniform(backbone.schedule, 4))
-        pipe = pipeline_of(backbone)
-        pipe.scheduler = student_scheduler(backbone.scheduler_config, [4], "ddim")
-        theirs = drawn(pipe, PROMPTS, 4, scale)
-        assert ours.shape == theirs.shape
-        assert ours.std() > 0.01
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+def sizes(family: str) -> tuple[int | None, ...]:
+    """Two sizes of images, or None for a family that has one."""
+    return {"sd": (None, 32), "sdxl": (None, 64)}.get(family, (16, 24) if family in pipelines.SIZES else (None,))
+
+
+def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(family: str, folder: Path) -> None:
+    """Guided images of the pipeline's own call, with its own negative prompt, sizes and masks.
+
+    Pipelines of flow take their own steps, others those of a student.
+    """
+    backbone, seen = pipelines.load(folder), list[Tensor]()
+    for size in sizes(family):
+        backbone = at_size(backbone, size)
+        pipe, schedule = pipeline_of(backbone), backbone.schedule
+        cond, null = backbone.encode(PROMPTS), backbone.encode([""])
+        if not isinstance(schedule, Flow):
+            pipe.scheduler = student_scheduler(backbone.scheduler_config, [4], "ddim")
+        for scale in (1.0, 3.5):
+            theirs = drawn(pipe, PROMPTS, 4, scale, size=size or 0)
+            times = timegrid.uniform(schedule, 4)
+            if isinstance(schedule, Flow):
+                times = torch.cat([pipe.scheduler.timesteps.double() / 1000, torch.zeros(1).double()])
+            denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=scale))
+            ours = sample_images(backbone, denoise, [0, 1], times)
+            assert ours.shape == theirs.shape and ours.shape[-1] == (size or ours.shape[-1])
+            assert ours.std() > 0.01
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+            seen.append(ours)
+        assert (seen[-1] - seen[-2]).abs().max() > 1e-3  # guidance shows
 
 
 @pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_path: Path) -> None:
+def test_a_student_goes_to_files_and_comes_back(trained: Path, share: bool, tmp_path: Path) -> None:
     """A student of two step counts draws one image everywhere.
 
     It is loaded by fewstep, as a pipeline, and exported in every format.
     """
-    teacher = load_teacher(folder)
+    folder = trained
+    teacher = pipelines.load(folder)
     method = fewstep.TDM(steps=(2, 1), warmup=0, guidance=3.0)
     *_, step = fewstep.distill(
         teacher,
@@ -104,20 +129,21 @@ def test_a_student_goes_to_files_and_comes_back(folder: Path, share: bool, tmp_p
     assert (final / "peft").exists() == (share and folder.name.startswith("pixart"))
 
 
-def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_its_own_go_with_a_student(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid that no step count says goes with the student.
 
     fewstep knows the grid from the folder, a stock pipeline is told it, and a format that cannot be told it is
     refused.
     """
-    teacher, method = load_teacher(folder), fewstep.TDM(steps=2, warmup=0, shift=2, guidance=3.0)
+    folder = trained
+    teacher, method = pipelines.load(folder), fewstep.TDM(steps=2, warmup=0, shift=2, guidance=3.0)
     times = method.times(teacher.schedule)
     assert not timegrid.even(teacher.schedule, times)
     *_, step = fewstep.distill(
         teacher,
         method,
         PROMPTS,
-        train=fewstep.TrainConfig(iterations=1, batch=2, lr=0.02),
+        train=fewstep.TrainConfig(iterations=2, batch=2, lr=0.02),
         roles=fewstep.RolesConfig(rank=2),
     )
     own, final = fewstep.sample(step, PROMPTS, [0, 1]), tmp_path / "final"
@@ -125,11 +151,17 @@ def test_times_of_its_own_go_with_a_student(folder: Path, tmp_path: Path, monkey
         step.student().write(final)
     torch.testing.assert_close(fewstep.sample(fewstep.load_student(final), PROMPTS, [0, 1]), own, rtol=0, atol=1e-4)
     torch.testing.assert_close(drawn(fewstep.load(folder, final), PROMPTS, 2), own, rtol=0, atol=1e-4)
-    told, said = folder.name not in ("sd", "cogvideox", "cogvideox-rotary", "sd3"), (final / "README.md").read_text()
-    assert (f"timesteps=[{', '.join(f'{t:g}' for t in times[:-1])}]" in said) == told
+    told, said = (
+        folder.name not in ("sd", "cogvideox", "cogvideox-rotary", "wan"),
+        (final / "README.md").read_text(),
+    )
+    flow = isinstance(teacher.schedule, Flow)
+    given = [1, 0.6666666667] if flow else times[:-1].tolist()
+    how = f"{'sigmas' if flow else 'timesteps'}=[{', '.join(f'{t:.8g}' for t in given)}]"
+    assert (how in said) == told
     assert ('pipe = fewstep.load("' in said) != told
     assert not (final / "comfyui-workflow.json").exists()
-    if folder.name == "sdxl":
+    if told and not folder.name.startswith("pixart"):
         snippet, names = re.search(r"```python\n(.*?)```", said, re.DOTALL), dict[str, Any]()
         assert snippet is not None
         monkeypatch.chdir(folder.parent)  # cards name a base on this machine without the folders above it

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.backbones.files import load_network, network_place, save_network
+from fewstep.backbones.files import load_network, network_places, save_network
 
 from .. import tiny
 
@@ -25,7 +25,7 @@ def changed() -> nn.Module:
 def test_missing_or_damaged_files_are_one_clear_error(tmp_path: Path, keep: int | None) -> None:
     if keep is not None:
         save_network(tmp_path, changed())
-        (path,) = network_place(tmp_path, tiny.stable_diffusion().module).glob("*.safetensors")
+        (path,) = network_places(tmp_path, tiny.stable_diffusion().module)[0].glob("*.safetensors")
         path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"^student: .*unet is missing or damaged \(.*\); export the run again$"):
         load_network(tmp_path, tiny.stable_diffusion().module)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +36,23 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(
         "error: evaluate: video samples no single images, and nothing else is measured yet; leave it out"
     )
     assert not Path("runs/other").exists()
+
+
+@pytest.mark.slow
+def test_videos_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wan: trained, sampled at its own rate of frames, and exported."""
+    folder = pipelines.save("wan", tmp_path / "video")
+    assert fewstep(monkeypatch, "distill", recipe(folder, size="32x16x5")) == 0
+    card = read_card(Path("runs/tiny/final"))
+    assert card.size == "32x16x5" and load_student("runs/tiny/final").backbone.shape == (4, 2, 2, 4)
+    assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "seen/x.png") == 0
+    with av.open("seen/x-0.mp4") as video:
+        stream = video.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (32, 16, 16)
+    assert fewstep(monkeypatch, "export", "runs/tiny", "whole", "--format", "pipeline") == 0
+    capsys.readouterr()
+    assert fewstep(monkeypatch, "distill", recipe(folder, size=32), "--out", "runs/other") == 2
+    assert "size: got 32, allowed for videos are width, height and frames" in error_of(capsys)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
+from fewstep.core.schedule import Flow
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles import adapters
 from fewstep.roles.roles import CONDITION, TRAINED, Roles, RolesConfig, make_roles
-from fewstep.roles.step_condition import GAIN, attach, folded_bias, nearest, unfold, without_fold
+from fewstep.roles.step_condition import GAIN, attach, folded, nearest, unfold, without_fold
 from fewstep.student.folder import Parts, read_lora
 from fewstep.student.student import Student
 
@@ -121,20 +122,28 @@ def test_folded_into_a_lora_it_is_the_student_of_that_count(
             torch.testing.assert_close(again[key], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_folded_into_the_bias_it_is_the_student_of_that_count() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_into_the_time_layer_it_is_the_student_of_that_count(bias: bool) -> None:
+    """Into the bias, or into the weight of a layer without one."""
     roles = make("sd", share=False)
+    layer = roles.backbone.time_layer
+    if not bias:
+        for net in roles.networks.values():
+            net.get_submodule(layer).register_parameter("bias", None)
     perturb(roles, "student", 0, size=0.02)
-    network, layer = roles.networks["student"], roles.backbone.time_layer
+    network = roles.networks["student"]
     x, t, cond = at_grid(roles, 2)
     with torch.no_grad():
         wanted = roles.denoise("student", cond, 2)(x, t).x0
-        with folded_bias(network, layer, roles.vectors()[2]):
-            folded = copy.deepcopy(network)
+        times = DistributionMatching(steps=2).times(roles.backbone.schedule)[:-1]
+        with folded(roles.backbone, network, roles.vectors()[2], times):
+            alone = copy.deepcopy(network)
         torch.testing.assert_close(roles.denoise("student", cond, 2)(x, t).x0, wanted, rtol=0, atol=0)
-        own = Roles(roles.backbone, {**roles.networks, "student": folded}, roles.trained, (), roles.config)
+        own = Roles(roles.backbone, {**roles.networks, "student": alone}, roles.trained, (), roles.config)
         torch.testing.assert_close(own.denoise("student", cond)(x, t).x0, wanted, rtol=1e-5, atol=1e-5)
-        unfold(folded, layer, roles.vectors()[2])
-        torch.testing.assert_close(folded.get_submodule(layer).bias, network.get_submodule(layer).bias)
+        unfold(roles.backbone, alone, roles.vectors()[2], times)
+        for name, weight in network.get_submodule(layer).named_parameters():
+            torch.testing.assert_close(alone.get_submodule(layer).get_parameter(name), weight)
 
 
 def test_taking_out_a_folded_lora_leaves_other_adapters() -> None:
@@ -142,7 +151,9 @@ def test_taking_out_a_folded_lora_leaves_other_adapters() -> None:
     for name in ("mine", "theirs"):
         adapters.add_adapter(net, name, 2, 2, ["0"], seed=0)
         adapters.load_adapter(net, name, {"0.lora_A.weight": torch.ones(2, 3), "0.lora_B.weight": torch.ones(5, 2)})
-    unfold(net, "0", torch.zeros(5), "mine")
+    backbone = Denoiser(net, Flow(), (3,), "flow")
+    object.__setattr__(backbone, "time_layer", "0")
+    unfold(backbone, net, torch.zeros(5), torch.ones(1), "mine")
     assert not adapters.adapter_state(net, "mine")["0.lora_B.weight"].any()
     assert adapters.adapter_state(net, "theirs")["0.lora_B.weight"].all()
 

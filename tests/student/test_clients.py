@@ -14,8 +14,8 @@ from fewstep.student.clients import other_programs
 from .card import CARD
 from .programs import BETAS, EPS, UNREAD, ZERO, V, on, process
 
-SD = PipelineInfo(FAMILIES["StableDiffusionPipeline"], "unet", loads_lora=True, takes_times=True)
-SD3 = PipelineInfo(FAMILIES["StableDiffusion3Pipeline"], "transformer", loads_lora=True, takes_times=False)
+SD = PipelineInfo(FAMILIES["StableDiffusionPipeline"], "unet", loads_lora=True, told_by="timesteps")
+SD3 = PipelineInfo(FAMILIES["StableDiffusion3Pipeline"], "transformer", loads_lora=True, told_by="sigmas")
 LAYER = "down_blocks.0.resnets.0.conv1"
 
 

@@ -3,6 +3,7 @@
 Its noise levels are those that ComfyUI 0.7 itself computed.
 """
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.family import ComfyParts
+from fewstep.backbones.sizes import Size
+from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import Flow, Schedule
 from fewstep.core.timegrid import uniform
 from fewstep.student.card import StudentCard
@@ -49,6 +53,8 @@ INPUTS = {  # of ComfyUI's nodes, all of which it requires
     },
     "KSamplerSelect": {"sampler_name"},
     "ManualSigmas": {"sigmas"},
+    "FluxGuidance": {"conditioning", "guidance"},
+    "DualCLIPLoader": {"clip_name1", "clip_name2", "type"},
     "SamplerCustom": {
         "model",
         "add_noise",
@@ -62,12 +68,27 @@ INPUTS = {  # of ComfyUI's nodes, all of which it requires
     },
     "VAEDecode": {"samples", "vae"},
     "SaveImage": {"filename_prefix", "images"},
+    "UNETLoader": {"unet_name", "weight_dtype"},
+    "CLIPLoader": {"clip_name", "type"},
+    "VAELoader": {"vae_name"},
+    "LoraLoaderModelOnly": {"model", "lora_name", "strength_model"},
+    "EmptyHunyuanLatentVideo": {"width", "height", "length", "batch_size"},
+    "Wan22ImageToVideoLatent": {"vae", "width", "height", "length", "batch_size"},
+    "CreateVideo": {"images", "fps"},
+    "SaveVideo": {"video", "filename_prefix", "format", "codec"},
 }
 
 
-def nodes(card: StudentCard, pipeline: str, schedule: Schedule, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def nodes(
+    card: StudentCard,
+    pipeline: str,
+    schedule: Schedule,
+    config: dict[str, Any],
+    size: Size = 512,
+    parts: ComfyParts | None = None,
+) -> dict[str, dict[str, Any]]:
     """What each kind of node is told; checks that all it needs is there, and that links lead somewhere."""
-    graph = workflow(card, FAMILIES[pipeline], "x-kohya.safetensors", 512, schedule, config)
+    graph = workflow(card, FAMILIES[pipeline], "x-kohya.safetensors", size, schedule, config, parts)
     assert graph is not None
     graph = json.loads(json.dumps(graph))
     links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
@@ -93,6 +114,81 @@ def test_a_workflow_takes_the_students_steps_without_guidance_at_strength_one() 
     )
     assert told["CheckpointLoaderSimple"]["ckpt_name"] == "model.safetensors"
     assert (told["EmptyLatentImage"]["width"], told["EmptyLatentImage"]["height"]) == (512, 512)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_video_model_of_parts(own: bool) -> None:
+    """Wan 2.1 and 2.2-5B: network, text encoder and autoencoder have files of their own."""
+    base = f"Wan-AI/Wan2.{'2-TI2V-5B' if own else '1-T2V-1.3B'}-Diffusers"
+    schedule, config = Flow(shift=5.0), {"num_train_timesteps": 1000, "shift": 5.0}
+    times = {"4": uniform(schedule, 4).tolist()}
+    card = replace(CARD, base=base, prediction="", timesteps=times)
+    parts = ComfyParts("Wan22ImageToVideoLatent" if own else "EmptyHunyuanLatentVideo", "t5", "wan", "vae", own, 24)
+    told = nodes(card, "WanPipeline", schedule, config, "832x480x81", parts)
+    latent = told[parts.latent]
+    assert (latent["width"], latent["height"], latent["length"]) == (832, 480, 81)
+    assert latent.get("vae") == (["31", 0] if own else None) and told["VAEDecode"]["vae"] == ["31", 0]
+    assert told["UNETLoader"]["unet_name"] == f"wan2.{'2_ti2v_5B' if own else '1_t2v_1.3B'}_fp16.safetensors"
+    assert told["CLIPLoader"] == {"clip_name": "t5", "type": "wan"} and told["CreateVideo"]["fps"] == 24
+    assert told["LoraLoaderModelOnly"]["model"] == ["1", 0] and told["ModelSamplingSD3"]["shift"] == 5.0
+    assert (told["KSampler"]["steps"], told["KSampler"]["cfg"], told["KSampler"]["scheduler"]) == (4, 1.0, "simple")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_model_whose_own_shift_will_do(told: bool) -> None:
+    """Its noise levels are always given, and a network that is told its guidance is told the student's."""
+    schedule, config = Flow(shift=2.0), {"num_train_timesteps": 1000, "shift": 2.0}
+    times = uniform(schedule, 4).tolist()
+    base = "black-forest-labs/FLUX.1-dev" if told else "Tongyi-MAI/Z-Image"
+    card = replace(CARD, base=base, prediction="", timesteps={"4": times}, guidance=Guidance(scale=3.5))
+    parts = ComfyParts("EmptySD3LatentImage", "a", "flux", "vae", second_encoder="b" * told, shift="", told=told)
+    graph = nodes(card, "FluxPipeline" if told else "ZImagePipeline", schedule, config, 1024, parts)
+    assert read(graph["ManualSigmas"]["sigmas"]) == pytest.approx([*times[:-1], 0.0])
+    assert graph["SamplerCustom"]["model"] == ["2", 0] and "ModelSamplingSD3" not in graph
+    assert graph["SamplerCustom"]["positive"] == (["33", 0] if told else ["3", 0])
+    if told:
+        assert graph["FluxGuidance"] == {"conditioning": ["3", 0], "guidance": 3.5}
+        assert graph["DualCLIPLoader"] == {"clip_name1": "a", "clip_name2": "b", "type": "flux"}
+
+
+def chain(graph: dict[str, Any], node: str) -> list[str]:
+    """The files from a sampler's model down to the network."""
+    told = graph[node]["inputs"]
+    name = next((told[k] for k in ("lora_name", "unet_name") if k in told), "")
+    return [name] * bool(name) + (chain(graph, told["model"][0]) if "model" in told else [])
+
+
+def test_a_pair_of_networks() -> None:
+    """Wan 2.2-A14B: each network takes the steps on its side of the boundary."""
+    schedule, config = Flow(shift=3.0), {"num_train_timesteps": 1000, "shift": 3.0}
+    times = uniform(schedule, 4).tolist()  # 1, 0.9, 0.75, 0.5
+    base = "Wan-AI/Wan2.2-T2V-A14B-Diffusers + low_style.safetensors@0.5 + style-high.safetensors"
+    card = replace(CARD, base=base, prediction="", timesteps={"4": times})
+    parts = ComfyParts("EmptyHunyuanLatentVideo", "t5", "wan", "vae", fps=16)
+    family, of = FAMILIES["WanPipeline"], ("832x480x81", schedule, config, parts)
+    for boundary, counts in ((0.875, [2, 2]), (0.4, [4]), (1.1, [4])):
+        graph = workflow(card, family, "high.safetensors", *of, boundary, "low.safetensors")
+        assert graph is not None
+        graph = json.loads(json.dumps(graph))
+        links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
+        assert all(source in graph for source, _ in links)
+        assert all(set(node["inputs"]) == INPUTS[node["class_type"]] for node in graph.values())
+        stages = [n["inputs"] for n in graph.values() if n["class_type"] == "SamplerCustom"]
+        stages.sort(key=lambda s: not s["add_noise"])
+        walked = [read(graph[s["sigmas"][0]]["inputs"]["sigmas"]) for s in stages]
+        assert [len(w) - 1 for w in walked] == counts and [s["add_noise"] for s in stages] == [True, False][
+            : len(counts)
+        ]
+        assert [v for w in walked for v in w[:-1]] == pytest.approx(times[:-1]) and walked[-1][-1] == 0
+        assert all(a[-1] == b[0] for a, b in itertools.pairwise(walked))
+
+        high, low = (
+            ["high.safetensors", "style-high.safetensors", "wan2.2_t2v_high_noise_14B_fp16.safetensors"],
+            ["low.safetensors", "low_style.safetensors", "wan2.2_t2v_low_noise_14B_fp16.safetensors"],
+        )
+        wanted = [high, low] if len(counts) == 2 else [low if boundary > 1 else high]
+        assert [chain(graph, s["model"][0]) for s in stages] == wanted
+        assert graph["7"]["inputs"]["samples"] == ["6", 0] and stages[-1] == graph["6"]["inputs"]
 
 
 def test_styles_that_were_fused_into_the_base_come_before_the_student() -> None:

@@ -47,15 +47,15 @@ def embeddings(backbone: Backbone) -> Embeddings:
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(f, marks=pytest.mark.slow) if f in ("sd", "sdxl", "pixart", "cogvideox") else f
-        for f in pipelines.FAMILIES
-    ],
+    [*pipelines.cases(("sd", "sdxl", "pixart", "cogvideox", "flux", *pipelines.LONG_TRAINED))],
 )
 def test_a_teacher_without_content_needs_what_the_real_one_needs(family: str, tmp_path: Path) -> None:
     folder = pipelines.save(family, tmp_path / family)
+    size = pipelines.SIZES.get(family)
     roles, config = RolesConfig(rank=4), TrainConfig(iterations=1, batch=4, lr=1e-4, fake_lr=1e-4)
-    planned, real = (bytes_of(b, TDM, roles, config) for b in (meta_teacher(folder), load_teacher(folder)))
+    planned, real = (
+        bytes_of(b, TDM, roles, config) for b in (meta_teacher(folder, size=size), load_teacher(folder, size=size))
+    )
     assert planned.total == pytest.approx(real.total, rel=0.01)
     assert (planned.base, planned.trained) == (real.base, real.trained)
 

@@ -24,6 +24,8 @@ from .modules import dtype_of, require_module, time_dtype
 # estimate is 1000 times the network's error.
 LEAST_SHARE = 1e-3
 LARGEST_STATE = 2**28  # numbers
+# Name of the condition [B] that tells a guidance scale to a network that was trained with one.
+EMBEDDED = "embedded_guidance"
 Cond = Mapping[str, Tensor]  # every tensor is batch first: [B, ...]
 
 
@@ -84,6 +86,14 @@ class Backbone(Protocol):
         """
         ...
 
+    @property
+    def guidance_patch(self) -> int:
+        """Side of the patches whose norm guidance keeps.
+
+        0 where guidance may change norms (see `core.guidance.keep_norm`).
+        """
+        ...
+
     def predict(self, module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the raw network output m = a x0 + b eps.
 
@@ -128,9 +138,14 @@ def denoiser(backbone: Backbone, module: nn.Module, cond: Cond) -> Denoise:
 def nfe_per_step(cond: Cond, guidance: Guidance) -> int:
     """Return the network evaluations of one step under guidance.
 
-    2, or 1 without conditions or without guidance.
+    2, or 1 without conditions, without guidance, and where the network is told the guidance scale.
     """
-    return 2 if cond and guidance.active else 1
+    return 2 if cond and guidance.active and EMBEDDED not in cond else 1
+
+
+def tell(cond: Cond, scale: float) -> Cond:
+    """Return conditions with this guidance scale, where they have one."""
+    return {**cond, EMBEDDED: torch.full_like(cond[EMBEDDED], scale)} if EMBEDDED in cond else cond
 
 
 def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
@@ -138,8 +153,16 @@ def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, guidan
 
     One batched call evaluates the conditional and the unconditional half. The conditional half alone is
     evaluated for a batch in which guidance has stopped for all samples, and without conditions or guidance.
+    A network with embedded guidance is told the scale, and called once.
+
+    Raises ValueError for settings other than the scale where guidance is embedded.
     """
-    plain = denoiser(backbone, module, cond)
+    if EMBEDDED in cond and guidance != Guidance(guidance.scale):
+        raise ValueError(
+            f"method.guidance: got {guidance}, but {backbone.name} is told its guidance scale and has no "
+            "unconditional half; allowed is a scale alone"
+        )
+    plain = denoiser(backbone, module, tell(cond, guidance.scale))
     if nfe_per_step(cond, guidance) == 1:
         return plain
 
@@ -148,7 +171,8 @@ def guided(backbone: Backbone, module: nn.Module, cond: Cond, null: Cond, guidan
             return plain(x, t)
         both = {k: torch.cat([null[k].expand_as(v), v]) for k, v in cond.items()}
         m_null, m_cond = backbone.predict(module, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return _split(backbone, guide(guidance, backbone.schedule, backbone.row, m_cond, m_null, x, t), x, t)
+        guided_m = guide(guidance, backbone.schedule, backbone.row, m_cond, m_null, x, t, backbone.guidance_patch)
+        return _split(backbone, guided_m, x, t)
 
     return denoise
 
@@ -307,6 +331,10 @@ class Denoiser:
     @property
     def image_size(self) -> int:
         return self.shape[-1] if len(self.shape) == 3 else 0
+
+    @property
+    def guidance_patch(self) -> int:
+        return 0
 
     @property
     def encoders(self) -> Sequence[nn.Module]:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .base import Cond
 from .family import Family
-from .parts import DiffusersBackbone, on, single_output, transformer_features
+from .parts import LatentVideo, on, single_output, transformer_features
 from .settings import table
 
 
 @dataclass(frozen=True)
-class CogVideoX(DiffusersBackbone):
+class CogVideoX(LatentVideo):
     """A `CogVideoXPipeline` as a backbone.
 
     States are scaled latents [T, C, h, w]. The condition is `text [B, L, D]`. `decode` gives videos
@@ -28,10 +28,6 @@ class CogVideoX(DiffusersBackbone):
         config = self.pipe.transformer.config
         steps = (self.frames - 1) // self.pipe.vae_scale_factor_temporal + 1
         return (steps, config.in_channels, config.sample_height, config.sample_width)
-
-    @property
-    def image_size(self) -> int:
-        return 0  # a state is a video
 
     @property
     def encoders(self) -> Sequence[nn.Module]:
@@ -69,11 +65,6 @@ class CogVideoX(DiffusersBackbone):
             )
         return on(self.module, {"text": text})
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        raise ValueError(
-            f"data: {self.name} makes videos, which are not learned from images; leave data and method.gan out"
-        )
-
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae
         # One video at a time: an autoencoder for video needs more memory than the transformer.
@@ -85,7 +76,7 @@ class CogVideoX(DiffusersBackbone):
 FAMILY = Family(
     CogVideoXPipeline,
     lambda pipe, name: CogVideoX(pipe, name, table(pipe), pipe.transformer.config.sample_frames),
-    takes_times=False,
+    told_by="",
     video=True,
     call_options=lambda pipe: {"max_sequence_length": pipe.transformer.config.max_text_seq_length},
 )

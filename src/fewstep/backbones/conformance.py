@@ -6,8 +6,10 @@ not read. Tests hold or fail: network outputs are finite, and fewstep's images a
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from ..tensors import finite
 from .base import LEAST_SHARE, Backbone, Denoiser, guided
 from .few_step import drawn, with_network
 from .generate import device_of, sample_images
-from .parts import PREDICTIONS, DiffusersBackbone, LatentUNet
+from .parts import PREDICTIONS, DiffusersBackbone, Sized, denoiser_of
 from .schedulers import student_scheduler
 from .trial import small_shape
 from .unconditional import PixelModel, drawn_pixels, pixel_pipeline
@@ -34,6 +36,11 @@ FLAT = 1 / 255  # an image whose pixels have a smaller standard deviation is one
 MOST = 2e13  # operations on a CPU in about a minute
 # Schedulers of models that are often distilled already.
 BY_STEP = ("LCMScheduler", "TCDScheduler", "EulerAncestralDiscreteScheduler")
+# Words in the names of models that few steps or no guidance were trained into.
+TURBO = re.compile(
+    r"(?<![a-z0-9])(turbo|lightning|hyper|lcm|tcd|pcm|schnell|flash|dmd2?|tdm|twinflow|causvid|accvideo|fastwan|"
+    r"(?:step|cfg|guidance)?distill(?:ed)?|few[-_ ]?steps?|[1-8][-_ ]?steps?)(?![a-z0-9])"
+)
 PROMPT = "a photo of a red cat"
 # Schedulers' settings that change how somebody samples and not the model, with the values that do nothing.
 SAMPLING = {
@@ -76,7 +83,7 @@ def facts(backbone: Backbone) -> list[Check]:
         Check("states", f"{list(backbone.shape)}{shown}"),
     ]
     if isinstance(backbone, DiffusersBackbone):
-        found += _of_pipeline(backbone.pipe)
+        found += _of_pipeline(backbone.pipe, backbone.source or backbone.name)
     return found
 
 
@@ -104,16 +111,35 @@ def _schedule(schedule: object) -> str:
     return type(schedule).__name__
 
 
-def _of_pipeline(pipe: DiffusionPipeline) -> list[Check]:
-    called, config = type(pipe.scheduler).__name__, pipe.scheduler.config
-    distilled = (
-        "may be distilled already: its scheduler is of the kind that few-step models have"
-        if called in BY_STEP
-        else "no sign that it is distilled already"
+def distilled_already(pipe: DiffusionPipeline, name: str) -> str:
+    """Say by which signs a teacher is itself a student.
+
+    A student of few steps or of guidance; empty without a sign.
+    `name` is what the user calls the teacher. A base that takes guidance as an input is a student of guidance.
+    """
+    called = type(pipe.scheduler).__name__
+    signs = [f"its scheduler is of the kind that few-step models have, {called}"] * (called in BY_STEP)
+    config = denoiser_of(pipe).config
+    if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):
+        signs.append("its network takes the guidance scale as an input")
+    if pipe.config.get("is_distilled"):
+        signs.append("its model_index.json says is_distilled")
+    told = {word for text in (name, str(pipe.name_or_path)) for word in TURBO.findall(Path(text).name.lower())}
+    signs += [f"its name says {word}" for word in sorted(told)]
+    return (
+        f"may be distilled already: {' and '.join(signs)}; a student learns what it draws, at its guidance and in its "
+        "steps: the base that it was made from is the better teacher"
+        if signs
+        else ""
     )
+
+
+def _of_pipeline(pipe: DiffusionPipeline, name: str) -> list[Check]:
+    called, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    distilled = distilled_already(pipe, name) or "no sign that it is distilled already"
     ignored = [k for k, off in SAMPLING.items() if k in config and config[k] != off and bool(config[k])]
     said = f"how its {called} samples ({', '.join(ignored)})" if ignored else "nothing"
-    return [Check("distilled", f"{distilled} ({called})"), Check("not read", said)]
+    return [Check("distilled", distilled), Check("not read", said)]
 
 
 def calls_are_finite(backbone: Backbone, prompt: str = PROMPT) -> list[Check]:
@@ -218,18 +244,17 @@ def _of_diffusers(backbone: Any, prompts: list[str], steps: int, scale: float) -
         pipe.set_progress_bar_config(disable=True)
         return drawn_pixels(replace(backbone, pipe=pipe), prompts, steps).to(device_of(backbone.module))
     pipe = with_network(backbone.pipe, backbone.module, scheduler, type(backbone.pipe))
-    size = backbone.image_size if isinstance(backbone, LatentUNet) else 0
-    return drawn(pipe, prompts, steps, scale, size=size, shape=backbone.shape).to(device_of(backbone.module))
+    theirs = drawn(pipe, prompts, steps, scale, size=backbone.own_size, shape=backbone.shape)
+    return theirs.to(device_of(backbone.module))
 
 
 def small(backbone: Any) -> Any:
-    """Shrink the images of a U-Net on a CPU.
+    """Shrink the images of a backbone of any size on a CPU.
 
-    Latents are then at most `2^(levels + 1)` wide. Other backbones come back unchanged.
+    States are then at most as wide as `small` says. Other backbones come back unchanged.
     """
-    if isinstance(backbone, LatentUNet) and device_of(backbone.module).type == "cpu":
-        unit = 2 ** len(backbone.pipe.unet.config.block_out_channels)
-        return replace(backbone, size=min(backbone.shape[-1], 2 * unit))
+    if isinstance(backbone, Sized) and device_of(backbone.module).type == "cpu":
+        return backbone.at(min(backbone.shape[-1], backbone.small))
     return backbone
 
 
@@ -238,8 +263,9 @@ def operations_of(backbone: Backbone, shape: Sequence[int]) -> float:
 
     Two for every weight and position. A position is a patch of 2 x 2.
     """
-    *frames, _, height, width = shape if len(shape) > 2 else (1, 1, *shape)
-    return 2.0 * sum(p.numel() for p in backbone.module.parameters()) * math.prod(frames) * height * width / 4
+    config = getattr(backbone.module, "config", {})
+    channels = config.get("in_channels", shape[-3] if len(shape) > 2 else 1)
+    return 2.0 * sum(p.numel() for p in backbone.module.parameters()) * math.prod(shape) / channels / 4
 
 
 def _type(backbone: Backbone) -> torch.dtype:

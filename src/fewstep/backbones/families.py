@@ -5,7 +5,7 @@ A new family is a file and a row in this table.
 
 from diffusers import DiffusionPipeline
 
-from . import cogvideox, pixart, sd, sd3, sdxl, unconditional
+from . import cogvideox, flux, flux2, krea2, pixart, qwenimage, sd, sd3, sdxl, unconditional, wan, zimage
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,6 +17,13 @@ FAMILIES: dict[str, Family] = {
         pixart.SIGMA,
         cogvideox.FAMILY,
         sd3.FAMILY,
+        flux2.KLEIN,
+        flux2.DEV,
+        qwenimage.FAMILY,
+        zimage.FAMILY,
+        flux.FAMILY,
+        krea2.FAMILY,
+        wan.FAMILY,
         unconditional.DDPM,
         unconditional.CONSISTENCY,
     )

@@ -13,11 +13,14 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from ..core.schedule import Flow
+from .experts import Experts
 from .families import FAMILIES, family_of_pipeline
-from .family import Family
+from .family import ComfyParts, Family
 from .files import loads_lora, part_name
 from .generate import noise_of
-from .parts import denoiser_of
+from .parts import denoiser_of, embeds_guidance
+from .sizes import Size, call_options
 
 Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
@@ -30,8 +33,9 @@ class SamplingDefaults:
     """
 
     steps: tuple[int, ...]
-    size: int = 0  # height and width of the images, in pixels; 0: the base's
+    size: Size = 0  # of the images or videos; 0: the base's
     scales: tuple[float, ...] = ()  # guidance scales that the student is conditioned on; empty: one is baked in
+    told: float = 1.0  # guidance scale that the network is told, 1 for a network that is told none
 
 
 class FewStepPipeline(DiffusionPipeline):
@@ -77,9 +81,15 @@ class FewStepPipeline(DiffusionPipeline):
                 stacklevel=2,
             )
         self.set_condition(steps, guidance)
-        if self.defaults.size:
-            options = {"height": self.defaults.size, "width": self.defaults.size} | options
-        return super().__call__(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **options)
+        count = len(prompt) if isinstance(prompt, list) else 1
+        if self.defaults.told != 1:
+            guidance_scale = self.defaults.told
+        options = {
+            **family_of_pipeline(self).guidance(guidance_scale, count),
+            **call_options(self.defaults.size),
+            **options,
+        }
+        return super().__call__(prompt=prompt, num_inference_steps=steps, **options)
 
     def save_pretrained(
         self,
@@ -122,22 +132,40 @@ FEW_STEP: dict[str, type[FewStepPipeline]] = {
 class PipelineInfo:
     """How a pipeline is called.
 
-    `part` is the name of the denoiser. `loads_lora` and `takes_times` say whether the pipeline loads LoRA
-    and takes a list of times.
+    `part` is the name of the denoiser. `loads_lora` says whether the pipeline loads LoRA, `told_by` the
+    argument with a student's own times (empty where the pipeline takes none), and `embeds_guidance` whether
+    the network is told its guidance scale.
     """
 
     family: Family
     part: str
     loads_lora: bool
-    takes_times: bool
+    told_by: str
+    embeds_guidance: bool = False
+    comfyui: ComfyParts | None = None
+    boundary: float = 0.0  # between two networks, a share of the times; 0 for one network
 
 
 def pipeline_info(pipe: DiffusionPipeline) -> PipelineInfo:
     """Return what a model card says of the base."""
     family, network = family_of_pipeline(pipe), denoiser_of(pipe)
     # DPM-Solver++ replaces a signal of 0 by 2^-12, which shows in the images.
-    takes_times = family.takes_times and not pipe.scheduler.config.get("rescale_betas_zero_snr")
-    return PipelineInfo(family, part_name(network), loads_lora(network), takes_times)
+    told_by = "" if pipe.scheduler.config.get("rescale_betas_zero_snr") else family.told_by
+    boundary = network.boundary / pipe.scheduler.config.num_train_timesteps if isinstance(network, Experts) else 0.0
+    comfyui, embeds = family.comfyui_parts(pipe), embeds_guidance(network)
+    return PipelineInfo(family, part_name(network), loads_lora(network), told_by, embeds, comfyui, boundary)
+
+
+def told_times(family: Family, shift: float, times: Sequence[float]) -> dict[str, list[float]]:
+    """Return the option that tells a pipeline a student's own times.
+
+    `times` are without clean data. Sigmas are fractions of the path, to which the student's scheduler
+    applies its `shift`.
+    """
+    if family.told_by == "sigmas":
+        fractions = Flow(shift=shift).fraction(torch.tensor(times, dtype=torch.float64))
+        return {"sigmas": [round(u, 8) for u in fractions.tolist()]}
+    return {"timesteps": [round(t) for t in times]}
 
 
 def few_step_pipeline(
@@ -173,7 +201,7 @@ def drawn(
     steps: int,
     guidance: float = 1.0,
     times: Sequence[float] | None = None,
-    size: int = 0,
+    size: Size = 0,
     shape: Sequence[int] = (),
 ) -> Tensor:
     """Sample one image per prompt from seeds 0, 1, and so on.
@@ -183,18 +211,23 @@ def drawn(
     initial noise is fewstep's: older torch samples other noise in half precision.
     """
     family = family_of_pipeline(pipe)
-    options: dict[str, Any] = {} if times is None else {"timesteps": [round(t) for t in times]}
+    options: dict[str, Any] = {}
+    if times is not None:
+        options |= told_times(family, pipe.scheduler.config.get("shift", 1.0), times)
+    if not isinstance(pipe, FewStepPipeline):
+        options |= family.guidance(guidance, len(prompts))
+    elif guidance != 1:
+        options |= {"guidance_scale": guidance}
     options |= family.call_options(pipe)
-    options |= {"height": size, "width": size} if size else {}
+    options |= call_options(size)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     if not family.takes_prompts:
         return pipe(batch_size=len(prompts), num_inference_steps=steps, generator=generators, output_type="pt").images
     if shape:
-        options |= {"latents": noise_of(generators, shape).to(pipe.dtype)}
+        options |= {"latents": family.latents(noise_of(generators, shape)).to(pipe.dtype)}
     result = pipe(
         prompt=list(prompts),
         num_inference_steps=steps,
-        guidance_scale=guidance,
         generator=generators,
         output_type="pt",
         **options,

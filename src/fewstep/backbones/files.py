@@ -18,7 +18,8 @@ from ..atomic import write_json, write_tensors
 from ..reading import reading
 from ..tensors import finite, read_tensors
 from . import weights
-from .modules import without_fast_path
+from .experts import PARTS, Experts, experts_of, parted, split_state
+from .modules import dtype_of, without_fast_path
 from .parts import able_to_single
 
 NETWORK_FILE = "network.safetensors"  # a custom network's state_dict
@@ -36,7 +37,7 @@ def part_name(network: nn.Module) -> str:
 
 def loads_lora(network: nn.Module) -> bool:
     """Return whether pipelines with this denoiser have `load_lora_weights`."""
-    return isinstance(network, PeftAdapterMixin)
+    return all(isinstance(part, PeftAdapterMixin) for part in experts_of(network))
 
 
 def save_lora(
@@ -49,8 +50,14 @@ def save_lora(
     """Write a LoRA in diffusers' format.
 
     The header holds `about` and the LoRA settings of the adapter's `metadata`. For a network whose pipeline
-    has no loader, PEFT's own folder is written next to the file.
+    has no loader, PEFT's own folder is written next to the file. Of a pair, the LoRA of the second network is in a
+    file of its own (`second_file`), under the names of the first, as pipelines load it.
     """
+    if isinstance(network, Experts):
+        for file, own in zip((path, second_file(path)), split_state(state), strict=True):
+            layers = sorted({name.rsplit(".lora_", 1)[0] for name in own})
+            save_lora(file, network.transformer, own, {**metadata, "target_modules": layers}, about)
+        return
     known = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items() if k in SETTINGS}
     plain = known and {"rank_pattern": {}, "alpha_pattern": {}, **known}
     part = part_name(network)
@@ -63,6 +70,11 @@ def save_lora(
         write_json(folder / "adapter_config.json", {**plain, "peft_type": "LORA"})
 
 
+def second_file(path: Path) -> Path:
+    """Return where the LoRA of a pair's second network is."""
+    return path.with_name(f"{path.stem}_2{path.suffix}")
+
+
 def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
     """Write a whole pipeline as diffusers saves it.
 
@@ -70,6 +82,7 @@ def save_pipeline(folder: Path, pipe: DiffusionPipeline) -> None:
     `merges.txt`, and CLIP's tensors under their published names. Tensors of other names would be filled at
     random.
     """
+    pipe = parted(pipe)
     pipe.save_pretrained(folder)
     for name, part in pipe.components.items():
         if isinstance(part, CLIPTextModel):
@@ -89,7 +102,8 @@ def save_network(folder: Path, network: nn.Module) -> None:
     file. Raises ValueError where a custom network's state_dict holds anything but tensors.
     """
     if isinstance(network, ModelMixin):
-        network.save_pretrained(network_place(folder, network))
+        for place, part in zip(network_places(folder, network), experts_of(network), strict=True):
+            part.save_pretrained(place)  # type: ignore[operator]
         return
     state = network.state_dict()
     if odd := next((k for k, v in state.items() if not isinstance(v, Tensor)), None):
@@ -98,12 +112,17 @@ def save_network(folder: Path, network: nn.Module) -> None:
             "make it a buffer"
         )
     # Clones: safetensors refuses tied tensors, which share memory.
-    write_tensors(network_place(folder, network), {k: v.detach().cpu().clone() for k, v in state.items()})
+    write_tensors(network_places(folder, network)[0], {k: v.detach().cpu().clone() for k, v in state.items()})
 
 
-def network_place(folder: Path, like: nn.Module) -> Path:
-    """Return where `save_network` puts a network of this class."""
-    return folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)
+def network_places(folder: Path, like: nn.Module) -> list[Path]:
+    """Return where `save_network` puts a network of this class.
+
+    Of a pair, where it puts each network.
+    """
+    if isinstance(like, Experts):
+        return [folder / part for part in PARTS]
+    return [folder / (part_name(like) if isinstance(like, ModelMixin) else NETWORK_FILE)]
 
 
 def load_network(folder: Path, like: nn.Module) -> nn.Module:
@@ -112,11 +131,21 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
     The network is frozen, with the dtype and device of `like`. Raises ValueError where the file is missing,
     damaged or of another network.
     """
-    path = network_place(folder, like)
+    if isinstance(like, Experts):
+        parts = [
+            _loaded(place, folder, part)
+            for place, part in zip(network_places(folder, like), experts_of(like), strict=True)
+        ]
+        return Experts(parts[0], parts[1], like.boundary).requires_grad_(False).eval()  # type: ignore[arg-type]
+    return _loaded(network_places(folder, like)[0], folder, like)
+
+
+def _loaded(path: Path, folder: Path, like: nn.Module) -> nn.Module:
+    """Load one network from `path`. Raises ValueError as `load_network` does."""
     weight = next(like.parameters())
     if isinstance(like, ModelMixin):
         try:
-            network: nn.Module = weights.load_network(type(like), path, weight.dtype, folder)
+            network: nn.Module = weights.load_network(type(like), path, dtype_of(like), folder)
         except weights.UnfitError as error:
             raise ValueError(
                 f"student: {path} is missing or damaged ({error}); {error.cure or 'export the run again'}"

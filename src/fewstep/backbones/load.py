@@ -4,6 +4,7 @@ A teacher is bundled, a diffusers folder, a pipeline on the hub, or a checkpoint
 """
 
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -25,12 +26,26 @@ from ..hashes import sha256_of
 from ..names import expanded
 from ..reading import ReadError, json_in, out_of_memory, reading, reason, unreadable
 from .base import Backbone, speechless
+from .denoiser_file import INDEX as INDEX_OF_SHARDS
+from .denoiser_file import DenoiserFile, denoiser_file, read_denoiser
 from .families import FAMILIES, family_of_pipeline
 from .family import Family
-from .lora import fuse
-from .parts import Defer, DiffusersBackbone, LatentUNet, able_to_single, load_pipeline, networks
+from .lora import DENOISERS, fuse
+from .parts import (
+    Defer,
+    DiffusersBackbone,
+    Sized,
+    SizedVideo,
+    able_to_single,
+    fetched,
+    load_pipeline,
+    network_kind,
+    networks,
+    part_names,
+)
 from .settings import LARGEST, require_settings
 from .single_file import SUFFIX, Checkpoint, configuration, is_file, load_checkpoint, read_checkpoint
+from .sizes import Size, video_size
 from .trial import require_runs
 from .weights import UnfitError, inside
 
@@ -68,8 +83,9 @@ def source_of(text: str | Path) -> Source:
     whole = str(text)
     parts = [whole] if os.path.exists(expanded(whole)) else [part.replace(WITHIN, FUSED) for part in whole.split(FUSED)]
     place, *styles = (own if os.path.exists(own := expanded(part)) else expanded(part.strip()) for part in parts)
-    file, told, reading = ("", "", "") if os.path.exists(place) else place.partition(f"{SUFFIX}@")
-    return Source(file + SUFFIX if told else place, tuple(_style(style) for style in styles), expanded(reading))
+    end = next((e for e in (INDEX_OF_SHARDS, SUFFIX) if f"{e}@" in place), SUFFIX)
+    file, told, reading = ("", "", "") if os.path.exists(place) else place.partition(f"{end}@")
+    return Source(file + end if told else place, tuple(_style(style) for style in styles), expanded(reading))
 
 
 def _style(text: str) -> tuple[str, float]:
@@ -202,16 +218,17 @@ def load_teacher(
     source: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    size: int | None = None,
+    size: Size | None = None,
     defer: Defer = lambda *_: None,
 ) -> Backbone:
     """Load a teacher with all its networks on `device`.
 
-    `source` is a bundled name, a folder, a hub id (`owner/name`), or a checkpoint (`FILE.safetensors` or
-    `FILE@CONFIG`), with LoRAs to fuse behind ` + ` (see `source_of`). `single_file.read_checkpoint` says what
-    a checkpoint predicts and where its configuration is. `size` is the height and width of the images in
-    pixels, if other than the size that the teacher was made for. `defer` says which networks of a pipeline
-    without fused LoRAs are loaded later, see `load_pipeline`; then no trial call is made.
+    `source` is a bundled name, a folder, a hub id (`owner/name`), a checkpoint (`FILE.safetensors` or
+    `FILE@CONFIG`), or a denoiser alone beside its pipeline (`FILE@PIPELINE`), with LoRAs to fuse behind ` + ` (see
+    `source_of`). `single_file.read_checkpoint` says what a checkpoint predicts and where its configuration is,
+    `denoiser_file` what a denoiser's file may be. `size` is the height and width of the images in pixels, or
+    `WIDTHxHEIGHTxFRAMES` of videos, if other than the size that the teacher was made for. `defer` says which
+    networks of a pipeline without fused LoRAs are loaded later, see `load_pipeline`; then no trial call is made.
 
     Raises ValueError with one line where the source is none of these, is damaged, or belongs to a family that
     is not supported.
@@ -223,7 +240,9 @@ def load_teacher(
             require_shipped(Path(place))
         if checkpoint is None:
             later = (lambda *_: None) if given.loras else defer
-            pipe = load_pipeline(family.pipeline, place, dtype, family.parts, later)
+            pipe = load_pipeline(family.pipeline, place, dtype, family.parts, family.kinds, later)
+        elif isinstance(checkpoint, DenoiserFile):
+            pipe = load_beside(family, checkpoint, place, dtype)
         else:
             pipe = load_checkpoint(family.pipeline, checkpoint, Path(place), dtype, family.parts)
         backbone = backbone_of(family, pipe, FUSED.join(given.names))
@@ -247,7 +266,8 @@ def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
 
     Raises UnfitError for other settings, and where the clean estimate at the noisiest time is lost.
     """
-    backbone = family.from_pipeline(require_settings(pipe), name)
+    family.check(require_settings(pipe))
+    backbone = family.from_pipeline(pipe, name)
     able_to_single(backbone.module)
     if why := speechless(backbone.schedule, backbone.row):
         raise UnfitError(
@@ -258,12 +278,41 @@ def backbone_of(family: Family, pipe: DiffusionPipeline, name: str) -> Any:
     return backbone
 
 
-def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | None]:
+def load_beside(family: Family, file: DenoiserFile, place: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a pipeline whose denoiser is in files of its own.
+
+    Of a pair, both networks are. Raises UnfitError.
+    """
+    parts = [p for p in DENOISERS if p in inspect.signature(family.pipeline).parameters]
+    own = dict.fromkeys(parts[: len(file.networks)])
+    folder = Path(place) if Path(place).is_dir() else fetched(family.pipeline, str(place), {**family.parts, **own})
+    named = part_names(family.pipeline, family.pipeline.load_config(folder))
+    if len(file.networks) < len([p for p in parts if p in named]):
+        raise UnfitError(
+            f"{file.base} has two networks, and {file.networks[0][0].name} is one",
+            "put the file for low noise next to it, under the same name with low in place of high",
+        )
+    networks: dict[str, Any] = {}
+    for part, files in zip(own, file.networks, strict=True):
+        kind: Any = network_kind(family.pipeline, part, named.get(part, ""), family.kinds)
+        networks[part] = read_denoiser(kind, files, kind.load_config(str(place), subfolder=part), dtype)
+    return load_pipeline(family.pipeline, folder, dtype, {**family.parts, **networks}, family.kinds)
+
+
+def locate(source: Source) -> tuple[str | Path, Family, Checkpoint | DenoiserFile | None]:
     """Return where a teacher is configured, with its family and checkpoint.
 
     The configuration is a folder or a hub id. The checkpoint is None where the weights are not in one file.
     Raises ValueError with one line.
     """
+    if is_file(source.place):
+        try:
+            alone = denoiser_file(Path(source.place), source.reading)
+        except UnfitError as error:
+            raise damaged(source.place, error) from error
+        if alone is not None:
+            place = find(alone.base)
+            return place, family_of(place), alone
     checkpoint = read_checkpoint(Path(source.place), source.reading) if is_file(source.place) else None
     place = find(source.place) if checkpoint is None else configuration(checkpoint)
     family = family_of(place)
@@ -306,21 +355,35 @@ def find(source: str | Path) -> str | Path:
     return folder
 
 
-def at_size(backbone: Backbone, size: int | None) -> Backbone:
-    """Return the same model for images of `size` x `size` pixels.
+def at_size(backbone: Backbone, size: Size | None) -> Backbone:
+    """Return the same model for images or videos of another size.
 
-    None leaves the model unchanged. Raises ValueError where the model has another size and no choice, and
-    where the U-Net's levels do not divide the size.
+    A number is the height and width of images. None leaves the model unchanged. Raises ValueError where
+    the model has another size and no choice, and for a size that the network's levels or patches do not
+    divide.
     """
-    if size is None or (not isinstance(backbone, LatentUNet) and size == backbone.image_size):
+    if isinstance(backbone, SizedVideo):
+        return backbone if size is None else replace(backbone, size=_fitting(backbone, size))
+    if size is None or (not isinstance(backbone, Sized) and size == backbone.image_size):
         return backbone
-    if not isinstance(backbone, LatentUNet):
+    if not isinstance(backbone, Sized):
         raise ValueError(f"size: got {size}, {backbone.name} makes images of one size; leave it out")
-    unit = backbone.pipe.vae_scale_factor * 2 ** (len(backbone.pipe.unet.config.block_out_channels) - 1)
-    most = LARGEST * backbone.pipe.vae_scale_factor
+    unit, most = backbone.pixels * backbone.multiple, LARGEST * backbone.pixels
     if not isinstance(size, int) or not unit <= size <= most or size % unit:
         raise ValueError(f"size: got {size}, allowed for {backbone.name} are multiples of {unit} up to {most}")
-    return replace(backbone, size=size // backbone.pipe.vae_scale_factor)
+    return backbone.at(size // backbone.pixels)
+
+
+def _fitting(backbone: SizedVideo, size: Size) -> str:
+    """Return a size that a video backbone can have. Raises ValueError otherwise."""
+    own, (wide, high, every), most = video_size(size), backbone.unit, backbone.largest
+    fits = not (own.width % wide or own.height % high or (own.frames - 1) % every)
+    if not fits or not all(0 < side <= limit for side, limit in zip(own, most, strict=True)):
+        raise ValueError(
+            f"size: got {size}, allowed for {backbone.name} are widths in multiples of {wide}, heights of {high}, "
+            f"and {every} n + 1 frames, up to {most}"
+        )
+    return str(own)
 
 
 def require_reached(name: str) -> None:
@@ -398,7 +461,7 @@ def _trouble(error: Exception) -> str:
     return reason(error) if lost is None else f"no network: {reason(lost)}"
 
 
-def damaged(source: str | Path | Checkpoint, error: Exception) -> ValueError:
+def damaged(source: str | Path | Checkpoint | DenoiserFile, error: Exception) -> ValueError:
     """Return the error to raise for a pipeline that cannot be loaded."""
     if isinstance(error, UnfitError):
         return ValueError(f"teacher: {source}: {error}; {error.cure or 'download it again'}")

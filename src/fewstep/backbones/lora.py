@@ -7,13 +7,14 @@ the model, is refused by name: libraries drop such tensors with a line in a log.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from ..reading import json_in, json_of, reason, require_regular
 from ..tensors import finite, read_tensors, require_floating
 from ..typed import typed
-from .original_names import original_names
+from .experts import PARTS
+from .families import family_of_pipeline
 from .weights import PICKLES
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # libraries' names for a LoRA in its folder
@@ -34,6 +36,7 @@ KEY = re.compile(  # a tensor's layer and role, in the files of all programs
     r"(?:\.(?!weight$)\w+)?(?P<weight>\.weight)?$"
 )
 DOWN = ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down", "down")
+DENOISERS = ("unet", "transformer", PARTS[1])  # what pipelines call the network that is distilled
 OTHERS = {  # patterns of tensor names, and what files with such tensors hold
     r"hada_w|hada_t": "LoHa, products of two LoRAs",
     r"lokr_": "LoKr, Kronecker products",
@@ -105,7 +108,7 @@ def changes_of(pipe: DiffusionPipeline, lora: str, strength: float) -> list[tupl
     if not isinstance(pipe, LoraBaseMixin):
         raise ValueError(f"--fuse-lora: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out")
     try:
-        return list(differences(pipe, read_lora(lora), strength))
+        return list(differences(pipe, read_lora(lora), strength, denoiser_for(pipe, lora)))
     except LoraError as error:
         raise ValueError(
             f"--fuse-lora: {lora} cannot be fused into this teacher ({error}); "
@@ -124,28 +127,44 @@ class LoraError(ValueError):
         self.cure = cure
 
 
-def differences(pipe: DiffusionPipeline, facts: Facts, strength: float) -> Iterator[tuple[Target, Tensor]]:
+def denoiser_for(pipe: DiffusionPipeline, lora: str) -> str:
+    """Return the network that layers without a prefix belong to.
+
+    Of two networks, a file says the one by `high` or `low` in its name. Raises LoraError where it says neither.
+    """
+    own = [part for part in DENOISERS if pipe.components.get(part) is not None]
+    if PARTS[1] not in own:
+        return own[0]
+    second = second_of_pair(lora)
+    if second is None:
+        raise LoraError(
+            "this model has two networks, and its name does not say for which it is",
+            "rename it so that it has high_noise or low_noise in its name",
+        )
+    return PARTS[second]
+
+
+def second_of_pair(lora: str) -> bool | None:
+    """Return whether a file's name says that it is for low noise.
+
+    None where it says neither high nor low, or both.
+    """
+    said = set(re.findall(r"(?<![a-z])(high|low)(?![a-z])", Path(lora).name.lower()))
+    return said == {"low"} if len(said) == 1 else None
+
+
+def differences(
+    pipe: DiffusionPipeline, facts: Facts, strength: float, denoiser: str
+) -> Iterator[tuple[Target, Tensor]]:
     """Yield the layers that a LoRA changes, with their differences in float32.
+
+    `denoiser` is the network that layers without a prefix belong to.
 
     Raises LoraError where a tensor has no place in the pipeline, where two names mean one layer, where a
     difference is not finite, and where all are zero.
     """
-    places, layers = places_in(pipe), factors_of(facts)
-    if unknown := [layer for layer in layers if _place(layer, places) is None]:
-        own = ", ".join(sorted({t.part for t in places.values()}))
-        raise LoraError(
-            f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), "
-            f"the first is {unknown[0]!r}",
-            "pass a LoRA that was made for this kind of model",
-        )
     moved = 0
-    seen: dict[Target, str] = {}
-    for layer, factors in layers.items():
-        target = _place(layer, places)
-        assert target is not None
-        if target in seen:
-            raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
-        seen[target] = layer
+    for layer, factors, target in targets_of(pipe, facts, denoiser):
         change = strength * difference(layer, factors, target, facts)
         if not finite(change):
             raise LoraError(f"what it adds to {layer!r} is not finite")
@@ -155,11 +174,45 @@ def differences(pipe: DiffusionPipeline, facts: Facts, strength: float) -> Itera
         raise LoraError("it changes no weight: all of it is zero", "train it, or leave it out")
 
 
+def targets_of(pipe: DiffusionPipeline, facts: Facts, denoiser: str) -> Iterator[tuple[str, Factors, Target]]:
+    """Yield what a LoRA has for each layer.
+
+    With the layer's name in the file, and its place in the pipeline.
+    Raises LoraError where a tensor has no place in the pipeline, and where two names mean one layer.
+    """
+    places, layers = places_in(pipe), factors_of(facts)
+    if unknown := [layer for layer in layers if _place(layer, places, denoiser) is None]:
+        own = ", ".join(sorted({t.part for t in places.values()}))
+        raise LoraError(
+            f"{len(unknown)} of its {len(layers)} layers are not there in this {type(pipe).__name__} ({own}), "
+            f"the first is {unknown[0]!r}",
+            "pass a LoRA that was made for this kind of model",
+        )
+    seen: dict[Target, str] = {}
+    for layer, factors in layers.items():
+        target = _place(layer, places, denoiser)
+        assert target is not None
+        if target in seen:
+            raise LoraError(f"{layer!r} and {seen[target]!r} are the same layer")
+        seen[target] = layer
+        yield layer, factors, target
+
+
 def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Tensor:
     """Return `alpha / r B A`, shaped as a layer's weight.
 
-    A rank-stabilised LoRA has `alpha / sqrt(r)` in place of `alpha / r`. Raises LoraError where the factors
-    do not fit the layer.
+    Raises LoraError as `low_rank` does.
+    """
+    scale, up, down = low_rank(layer, factors, target, facts)
+    return scale * (up @ down).reshape(target.layer.weight.shape)
+
+
+def low_rank(layer: str, factors: Factors, target: Target, facts: Facts) -> tuple[float, Tensor, Tensor]:
+    """Return scale and factors of a layer, in float32.
+
+    These are `(alpha / r, B [out, r], A [r, in])`. The `in` of a convolution is the number of inputs of
+    its kernel. A rank-stabilised LoRA has `alpha / sqrt(r)` in place of `alpha / r`. Raises LoraError
+    where the factors do not fit the layer.
     """
     down, up, weight = factors.down, factors.up, target.layer.weight
     if down is None or up is None:
@@ -175,7 +228,7 @@ def difference(layer: str, factors: Factors, target: Target, facts: Facts) -> Te
         )
     alpha = factors.alpha if factors.alpha is not None else _alpha(target, facts, rank)
     scale = alpha / (math.sqrt(rank) if facts.root else rank)
-    return scale * (up.float().reshape(-1, rank) @ down.float().reshape(rank, -1)).reshape(weight.shape)
+    return scale, up.float().reshape(-1, rank), down.float().reshape(rank, -1)
 
 
 def _alpha(target: Target, facts: Facts, rank: int) -> float:
@@ -188,7 +241,8 @@ def _alpha(target: Target, facts: Facts, rank: int) -> float:
     for pattern, alpha in facts.alphas.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return alpha
-    return facts.alpha.get(target.part, facts.alpha.get("", float(rank)))
+    own = (target.part, *PARTS[:1] * (target.part == PARTS[1]), "")  # files of a second network call it as the first
+    return next((facts.alpha[part] for part in own if part in facts.alpha), float(rank))
 
 
 def factors_of(facts: Facts) -> dict[str, Factors]:
@@ -231,17 +285,26 @@ def places_in(pipe: DiffusionPipeline) -> dict[tuple[str, str], Target]:
     The keys are (part, layer name with `_` for dots), in diffusers' names and in the original ones.
     """
     places: dict[tuple[str, str], Target] = {}
+    family = family_of_pipeline(pipe)
     for part, network in pipe.components.items():
         if not isinstance(network, nn.Module) or part in ("vae", "safety_checker", "image_encoder"):
             continue
-        layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        layers = {
+            n.removesuffix(".base_layer"): m  # of a layer that carries adapters
+            for n, m in network.named_modules()
+            if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in n
+        }
         for name, layer in layers.items():
             target = Target(part, name, layer)
             bare = name.removeprefix("text_model.")
             for known in {name, bare, f"text_model.{bare}"} if part.startswith("text_encoder") else {name}:
                 places[part, flat(known)] = target
-        if isinstance(network, UNet2DConditionModel):
-            for name, original in original_names(network):
+        if part in DENOISERS:
+            counts = Counter(original for _, original in family.original_names(network))
+            several = {original for original, count in counts.items() if count > 1}
+            for name, original in family.original_names(network):
+                if original in several or original.endswith("final_layer.adaLN_modulation.1"):
+                    continue  # rows of one layer, and rows in another order, have no layer of their own
                 if name in layers:
                     places.setdefault((part, flat(original)), Target(part, name, layers[name]))
     return places
@@ -252,15 +315,15 @@ def flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _place(layer: str, places: Mapping[tuple[str, str], Target]) -> Target | None:
+def _place(layer: str, places: Mapping[tuple[str, str], Target], denoiser: str) -> Target | None:
     """Return the layer that a file's name means, or None."""
     layer = layer.removeprefix("base_model.model.")
-    denoiser = next(part for part, _ in places if part in ("unet", "transformer"))
     starts = {
         "lora_unet_": denoiser, "lora_transformer_": denoiser, "lora_te_": "text_encoder",
         "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3",
         "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
-        f"{denoiser}.": denoiser, "diffusion_model.": denoiser, "": denoiser,
+        "unet.": denoiser, "transformer.": denoiser, f"{PARTS[1]}.": PARTS[1], "diffusion_model.": denoiser,
+        "": denoiser,
     }  # fmt: skip
     found = ((part, flat(layer.removeprefix(start))) for start, part in starts.items() if layer.startswith(start))
     return next((places[key] for key in found if key in places), None)

@@ -11,24 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .base import Backbone
+from .family import Family
 from .load import at_size, backbone_of, damaged, locate, require_lora_files, source_of
 from .lora import changes_of
 from .parts import default_dtype, frozen, network_kind, own_dtype, part_kind, part_names
 from .schedulers import EDM_SCHEDULERS
 from .settings import read_settings
-from .single_file import SUFFIX, with_settings
+from .single_file import SUFFIX, Checkpoint, with_settings
+from .sizes import Size
 from .trial import small_shape
 from .weights import PICKLES, UnfitError, weights_in
 
+# Multistep solvers that also step through flow, whose shift they call otherwise.
+MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 WITHOUT_TABLE = (*EDM_SCHEDULERS, CMStochasticIterativeScheduler)
 
 
-def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: int | None = None) -> Backbone:
+def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: Size | None = None) -> Backbone:
     """Return the teacher that `load_teacher` loads, with fake (meta) tensors.
 
     No weights are read, downloaded or allocated; tokenizers are loaded. Raises ValueError as `load_teacher`
@@ -41,16 +53,20 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
         named = {n: called for n, called in part_names(family.pipeline, index).items() if n not in family.parts}
         if checkpoint is None and Path(place).is_dir():
             read_settings(Path(place), named)
-            require_weights(family.pipeline, Path(place), named)
-        parts = components(family.pipeline, place, named, dtype)
+            require_weights(family, Path(place), named)
+        parts = components(family, place, named, dtype)
         absent = {
             n: None
             for n in inspect.signature(family.pipeline).parameters
-            if isinstance(index.get(n), list | tuple) and n not in parts
+            if isinstance(index.get(n), list | tuple)
+            and n not in parts
+            and all(e is None or isinstance(e, str) for e in index[n])  # [library, class]; others are settings
         }
-        pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
+        told = inspect.signature(family.pipeline).parameters
+        settings = {n: v for n, v in index.items() if n in told and n not in {*named, *absent, *family.parts}}
+        pipe = frozen(family.pipeline(**settings | absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
-        if checkpoint is not None:
+        if isinstance(checkpoint, Checkpoint):
             pipe = with_settings(pipe, checkpoint)
         backbone = backbone_of(family, pipe, given.names[0])
     except Exception as error:  # diffusers raises a different type for each kind of damage
@@ -66,18 +82,16 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: i
     return backbone
 
 
-def components(
-    pipeline: type[DiffusionPipeline], place: str | Path, named: Mapping[str, str], dtype: torch.dtype
-) -> dict[str, Any]:
+def components(family: Family, place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
     """Return a pipeline's parts by name, networks with fake (meta) tensors.
 
-    The parts have the classes that the pipeline asks for. `named` has the class names from the pipeline's
+    The parts have the classes that the family's pipeline asks for. `named` has the class names from the pipeline's
     folder.
     """
     made = dict[str, Any]()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all parts: tensors of several modes do not mix
     for name, called in named.items():
-        kind: Any = network_kind(pipeline, name, called) or part_kind(pipeline, name)[0]
+        kind: Any = network_kind(family.pipeline, name, called, family.kinds) or part_kind(family.pipeline, name)[0]
         if issubclass(kind, ModelMixin):
             config = kind.load_config(str(place), subfolder=name)
             with mode, default_dtype(own_dtype(kind, config, dtype)), warnings.catch_warnings():
@@ -88,21 +102,21 @@ def components(
             with mode, default_dtype(dtype):
                 made[name] = kind(config)
         else:  # all schedulers with a table of betas have the same process: DDIM's will do
-            told = next((s for s in WITHOUT_TABLE if s.__name__ == called), None)
+            known = (*WITHOUT_TABLE, *(MULTISTEP if kind is FlowMatchEulerDiscreteScheduler else ()))
+            told = next((s for s in known if s.__name__ == called), None)
             kind = told or (DDIMScheduler if issubclass(kind, (Enum, *WITHOUT_TABLE)) else kind)
             made[name] = kind.from_pretrained(str(place), subfolder=name)
     return made
 
 
-def require_weights(
-    pipeline: type[DiffusionPipeline], folder: Path, named: Mapping[str, str], bare: bool = True
-) -> None:
+def require_weights(family: Family, folder: Path, named: Mapping[str, str], bare: bool = True) -> None:
     """Check that the weight files of a pipeline's networks can be loaded.
 
     Only headers are read. With `bare`, a folder of configurations alone passes: a plan needs no more. Raises
     UnfitError where files are missing, damaged or pickled.
     """
-    kinds = {name: kind for name, called in named.items() if (kind := network_kind(pipeline, name, called)) is not None}
+    found = {name: network_kind(family.pipeline, name, called, family.kinds) for name, called in named.items()}
+    kinds = {name: kind for name, kind in found.items() if kind is not None}
     files = [
         f
         for name in kinds
@@ -122,8 +136,6 @@ def require_loadable(source: str | Path) -> None:
     if checkpoint is None and Path(place).is_dir():
         try:
             named = part_names(family.pipeline, DiffusionPipeline.load_config(str(place)))
-            require_weights(
-                family.pipeline, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False
-            )
+            require_weights(family, Path(place), {n: c for n, c in named.items() if n not in family.parts}, bare=False)
         except Exception as error:  # as in `meta_teacher`
             raise damaged(place, error) from error

@@ -9,24 +9,29 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_type_hints
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.prediction import Row, edm_row, row_named
 from ..core.schedule import Schedule
-from .schedulers import EDM_SIGNS
+from .autoencoders import latents_of, pictures_of, scale_of
+from .experts import Experts, experts_of
+from .modules import dtype_of
+from .schedulers import EDM_SIGNS, plain_config
 from .settings import read_settings, side
+from .sizes import Size, VideoSize, video_size
 from .weights import UnfitError, load_network
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names -> rows
-OUTPUTS = ("conv_out", "proj_out")  # names of the last layer in U-Nets and transformers
+# Names of the last layer in U-Nets and transformers.
+OUTPUTS = ("conv_out", "proj_out", "final_layer.linear", "all_final_layer.2-1.linear")
 # Pixels that go through an autoencoder at once, 64 images of 64x64 or one of 512x512: the autoencoder then
 # needs less memory than the denoiser.
 PIXELS = 2**18
@@ -59,15 +64,34 @@ class DiffusersBackbone(ABC):
         EDM's row for a scheduler with `sigma_data`. The flow row for a scheduler that names no prediction
         type.
         """
-        config = self.pipe.scheduler.config
+        config = self.scheduler_config
         if "sigma_data" in config:
-            return edm_row(config.sigma_data, EDM_SIGNS[config.prediction_type])
-        return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config.prediction_type])
+            return edm_row(config["sigma_data"], EDM_SIGNS[config["prediction_type"]])
+        return row_named("flow" if "prediction_type" not in config else PREDICTIONS[config["prediction_type"]])
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """Settings of the pipeline's scheduler."""
-        return dict(self.pipe.scheduler.config)
+        """Settings of the pipeline's scheduler, see `schedulers.plain_config`."""
+        return plain_config(self.pipe.scheduler.config)
+
+    @property
+    def own_size(self) -> Size:
+        """The size that was set; 0 for the model's own."""
+        return 0
+
+    @property
+    def drawn_size(self) -> Size:
+        """The size of what `decode` gives, for other programs."""
+        return 0
+
+    @property
+    def guidance_patch(self) -> int:
+        return 0
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told the guidance scale."""
+        return embeds_guidance(self.module)
 
 
 @dataclass(frozen=True)
@@ -78,12 +102,21 @@ class Latent(DiffusersBackbone):
     """
 
     @property
+    def pixels(self) -> int:
+        """Height and width of a state's position, in pixels."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
     def image_size(self) -> int:
-        return self.shape[-1] * self.pipe.vae_scale_factor
+        return self.shape[-1] * self.pixels
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def drawn_size(self) -> Size:
+        return self.image_size
 
     @property
     def chunk(self) -> int:
@@ -93,15 +126,9 @@ class Latent(DiffusersBackbone):
     def latent_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return `(shift, scale)` of states `(z - shift) scale` for latents z.
 
-        Two numbers, or two tensors [1, C, 1, 1] where channels are normalised one by one.
+        See `autoencoders.scale_of`.
         """
-        config = self.pipe.vae.config
-        if config.get("latents_mean") is None or config.get("latents_std") is None:
-            return config.get("shift_factor") or 0.0, config.scaling_factor
-        mean, std = (
-            torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
-        return mean, config.scaling_factor / std
+        return scale_of(self.pipe.vae, like)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as scaled latents.
@@ -110,7 +137,7 @@ class Latent(DiffusersBackbone):
         """
         vae = self.pipe.vae
         with torch.no_grad():
-            means = [vae.encode(2 * x - 1).latent_dist.mean for x in images.to(vae.device, vae.dtype).split(self.chunk)]
+            means = [latents_of(vae, 2 * x - 1) for x in images.to(vae.device, vae.dtype).split(self.chunk)]
         z = torch.cat(means).float()
         shift, scale = self.latent_scale(z)
         return (z - shift) * scale
@@ -124,7 +151,7 @@ class Latent(DiffusersBackbone):
         shift, scale = self.latent_scale(x)
         z = x.float() / scale + shift
         with torch.no_grad():
-            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in z.to(vae.dtype).split(self.chunk)])
+            images = torch.cat([pictures_of(vae, part) for part in z.to(vae.dtype).split(self.chunk)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -137,6 +164,95 @@ class SizeConditioned(ABC):
 
         They are the same for all `count` prompts: tensors [count, ...] on the denoiser's device.
         """
+
+
+@dataclass(frozen=True)
+class Sized(Latent):
+    """A latent backbone that samples at other sizes than the one it was made for, too."""
+
+    size: int = 0  # height and width of the states; 0: the size that the network was made for
+
+    def at(self, size: int) -> Self:
+        """Return the same model for states of `size` x `size`."""
+        return replace(self, size=size)
+
+    @property
+    def own_size(self) -> Size:
+        return self.image_size if self.size else 0
+
+    @property
+    @abstractmethod
+    def multiple(self) -> int:
+        """Number of which the height and width of states are multiples."""
+
+    @property
+    @abstractmethod
+    def small(self) -> int:
+        """Height and width of small states, which the network takes without loss."""
+
+
+@dataclass(frozen=True)
+class LatentVideo(DiffusersBackbone):
+    """A backbone whose states are scaled latents of a video autoencoder.
+
+    A family whose frames are not 8 a second says so.
+    """
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of the videos that the model was made for."""
+        return 8
+
+    @property
+    def image_size(self) -> int:
+        return 0  # a state is a video
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Refuse images. Raises ValueError."""
+        raise ValueError(
+            f"data: {self.name} makes videos, which are not learned from images; leave data and method.gan out"
+        )
+
+
+@dataclass(frozen=True)
+class SizedVideo(LatentVideo, ABC):
+    """A video backbone of any size.
+
+    `size` is `WIDTHxHEIGHTxFRAMES`; empty for the pipeline's own.
+    """
+
+    size: str = ""
+
+    @property
+    def own_size(self) -> Size:
+        return self.size or 0
+
+    @property
+    def drawn_size(self) -> Size:
+        return str(self.video)
+
+    @property
+    def video(self) -> VideoSize:
+        """Width, height and frames of a video."""
+        return video_size(self.size) if self.size else self.usual
+
+    @property
+    @abstractmethod
+    def usual(self) -> VideoSize:
+        """The size that the pipeline draws by itself."""
+        ...
+
+    @property
+    @abstractmethod
+    def unit(self) -> tuple[int, int, int]:
+        """What width, height and (frames - 1) are multiples of."""
+        ...
+
+    @property
+    @abstractmethod
+    def largest(self) -> VideoSize:
+        """The largest width, height and frames that the network has positions for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -153,19 +269,22 @@ class WithUNet(DiffusersBackbone):
 
 
 @dataclass(frozen=True)
-class LatentUNet(WithUNet, Latent):
-    """A latent backbone with a U-Net.
-
-    A U-Net samples at other sizes than the one it was made for, too.
-    """
-
-    size: int = 0  # height and width of the latents; 0: the size that the network was made for
+class LatentUNet(WithUNet, Sized):
+    """A latent backbone with a U-Net."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         config = self.pipe.unet.config
         size = side("unet", config.sample_size, self.size)
         return (config.in_channels, size, size)
+
+    @property
+    def multiple(self) -> int:
+        return int(2 ** (len(self.pipe.unet.config.block_out_channels) - 1))
+
+    @property
+    def small(self) -> int:
+        return int(2 ** (len(self.pipe.unet.config.block_out_channels) + 1))
 
 
 @dataclass(frozen=True)
@@ -190,21 +309,23 @@ def load_pipeline(
     source: str | Path,
     dtype: torch.dtype,
     parts: Mapping[str, Any] = MappingProxyType({}),
+    kinds: Mapping[str, type[nn.Module]] = MappingProxyType({}),
     defer: Defer = lambda *_: None,
 ) -> Pipeline:
     """Load a frozen pipeline from a folder or a hub id.
 
-    `parts` replace those of the folder. `defer(kind, folder, name, dtype)` may return a network that is loaded
-    later. Every weight of the networks is accounted for. Raises UnfitError (see
-    `weights.load_network`), and whatever diffusers raises for what is no network.
+    `parts` replace those of the folder, and `kinds` are classes of parts that the pipeline does not say.
+    `defer(kind, folder, name, dtype)` may return a network that is loaded later. Every weight of the networks is
+    accounted for. Raises UnfitError (see `weights.load_network`), and whatever diffusers raises for what is no
+    network.
     """
     folder = Path(source) if Path(source).is_dir() else fetched(kind, str(source), parts)
     named = part_names(kind, kind.load_config(folder))
     read_settings(folder, named)
-    kinds = {n: network_kind(kind, n, called) for n, called in named.items() if n not in parts}
+    networks = {n: network_kind(kind, n, called, kinds) for n, called in named.items() if n not in parts}
     loaded = {
         n: later if (later := defer(k, folder, n, dtype)) is not None else load_part(k, folder, n, dtype)
-        for n, k in kinds.items()
+        for n, k in networks.items()
         if k is not None
     }
     return frozen(kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **parts), dtype)
@@ -248,11 +369,16 @@ def part_names(pipeline: type[DiffusionPipeline], index: Mapping[str, Any]) -> d
     return named
 
 
-def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
+def part_kind(
+    pipeline: type[DiffusionPipeline], name: str, kinds: Mapping[str, type[nn.Module]] = MappingProxyType({})
+) -> tuple[type, ...]:
     """Return the classes that a pipeline allows for a part.
 
-    Raises UnfitError where the pipeline has no such part.
+    `kinds` come before what the pipeline's annotation says. Raises UnfitError where the pipeline has no such
+    part.
     """
+    if name in kinds:
+        return (kinds[name],)
     hints = get_type_hints(pipeline.__init__)
     if name not in hints:
         raise UnfitError(
@@ -262,12 +388,17 @@ def part_kind(pipeline: type[DiffusionPipeline], name: str) -> tuple[type, ...]:
     return tuple(k for k in (*get_args(hints[name]), hints[name]) if isinstance(k, type) and k is not type(None))
 
 
-def network_kind(pipeline: type[DiffusionPipeline], name: str, called: str) -> type[nn.Module] | None:
+def network_kind(
+    pipeline: type[DiffusionPipeline],
+    name: str,
+    called: str,
+    of: Mapping[str, type[nn.Module]] = MappingProxyType({}),
+) -> type[nn.Module] | None:
     """Return the class of a pipeline's network; None for other parts.
 
     Raises UnfitError where the folder names another class than the pipeline allows.
     """
-    kinds = [k for k in part_kind(pipeline, name) if issubclass(k, ModelMixin | PreTrainedModel)]
+    kinds = [k for k in part_kind(pipeline, name, of) if issubclass(k, ModelMixin | PreTrainedModel)]
     if not kinds:
         return None
     if (found := next((k for k in kinds if k.__name__ == called), None)) is None:
@@ -299,7 +430,7 @@ def frozen(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
     for part in networks(pipe):
         part.requires_grad_(False).eval()
         wanted = own_dtype(type(part), part.config, dtype)
-        if next(part.parameters()).dtype != wanted:
+        if dtype_of(part) != wanted:  # libraries keep a few weights in single precision
             part.to(dtype=wanted)
     return pipe
 
@@ -341,9 +472,21 @@ def able_to_single(network: nn.Module) -> nn.Module:
 
     For `single_output`. Weights, hooks and names stay. Returns the same network.
     """
-    for name, layer in network.named_children():
-        if name in OUTPUTS and type(layer) in (nn.Conv2d, nn.Linear):
+    for layer in _last_layers(network):
+        if type(layer) in (nn.Conv2d, nn.Linear):
             layer.__class__ = SingleConv2d if isinstance(layer, nn.Conv2d) else SingleLinear
+    return network
+
+
+def _last_layers(network: nn.Module) -> list[nn.Module]:
+    found = (_inside(part, name.split(".")) for part in experts_of(network) for name in OUTPUTS)
+    return [layer for layer in found if layer is not None]
+
+
+def _inside(network: nn.Module | None, path: Sequence[str]) -> nn.Module | None:
+    """Return the module at a path inside a network; None where there is none."""
+    for name in path:
+        network = None if network is None else dict(network.named_children()).get(name)
     return network
 
 
@@ -356,9 +499,9 @@ def single_output(network: nn.Module) -> Iterator[None]:
     the output, is 0.015 of x0's unit at Stable Diffusion's last time and 0.16 at PixArt's, and guidance
     multiplies the error.
     """
-    outputs = [child for name, child in network.named_children() if name in OUTPUTS]
     # `modules`, since the layer may be inside an adapter.
-    layers = [m for child in outputs for m in child.modules() if isinstance(m, SingleConv2d | SingleLinear)]
+    parts = [m for layer in _last_layers(network) for m in layer.modules()]
+    layers = [m for m in parts if isinstance(m, SingleConv2d | SingleLinear)]
     for layer in layers:
         layer.single = True
     try:
@@ -375,7 +518,9 @@ def own_dtype(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> torch.d
     """
     return (
         torch.float32
-        if dtype == torch.float16 and issubclass(kind, AutoencoderKL) and config.get("force_upcast", True)
+        if dtype == torch.float16
+        and issubclass(kind, AutoencoderKL | AutoencoderKLWan)
+        and config.get("force_upcast", True)
         else dtype
     )
 
@@ -394,6 +539,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def kept_single(network: nn.Module) -> frozenset[str]:
+    """Return parts of names of layers that stay in single precision.
+
+    diffusers keeps these layers so, whatever the dtype of the others.
+    """
+    return frozenset((network._keep_in_fp32_modules or ()) if isinstance(network, ModelMixin) else ())
+
+
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
     """Return all networks of a pipeline."""
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
@@ -402,6 +555,11 @@ def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
     """Return the network that is distilled: the U-Net or the transformer."""
     return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+def embeds_guidance(network: nn.Module) -> bool:
+    """Return whether a network is told the guidance scale."""
+    return any(bool(part.config.get("guidance_embeds")) for part in experts_of(network) if isinstance(part, ModelMixin))
 
 
 def on(network: nn.Module, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -434,8 +592,13 @@ def set_checkpointing(network: nn.Module, run: Callable[..., Any] | None) -> Non
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """Return the blocks in which a network's weights are sharded.
 
-    Inner blocks first; see `_blocks`. Raises ValueError where there are none.
+    Inner blocks first; see `_blocks`. Raises ValueError where there are none, and for a pair of networks.
     """
+    if isinstance(network, Experts):
+        raise ValueError(
+            "train.shard: of two networks a process calls the one of its samples' times, and sharded blocks need all "
+            "processes at once; set it to false (roles.quantize=int8 makes room)"
+        )
     if not (found := _blocks(network)):
         raise ValueError(
             f"train.shard: a {type(network).__name__} has no blocks (the elements of an nn.ModuleList) "
@@ -481,12 +644,14 @@ def unet_features(unet: nn.Module) -> tuple[str, ...]:
     return (*last, "mid_block")
 
 
-def transformer_features(blocks: Sequence[nn.Module], part: str = "") -> tuple[str, ...]:
+def transformer_features(
+    blocks: Sequence[nn.Module], part: str = "", called: str = "transformer_blocks"
+) -> tuple[str, ...]:
     """Name up to four blocks of a transformer.
 
-    `part` is a layer's name inside each block, if not the block itself. The blocks are spread evenly through
-    the first three quarters.
+    `part` is a layer's name inside each block, if not the block itself; `called` is the name of the list of
+    blocks. The blocks are spread evenly through the first three quarters.
     """
     count = len(blocks)
     places = sorted({round(count * share / 4) for share in (0.75, 1.5, 2.25, 3)} & set(range(count)))
-    return tuple(f"transformer_blocks.{i}{part}" for i in places or [0])
+    return tuple(f"{called}.{i}{part}" for i in places or [0])

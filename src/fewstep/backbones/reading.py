@@ -12,6 +12,7 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
+    WanPipeline,
 )
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from .parts import DiffusersBackbone
 T5_TOKENS = 256  # token limit of SD3's third encoder
 PIXART_TOKENS = 120  # token limit of PixArt-alpha
 SIGMA_TOKENS = 300  # token limit of PixArt-Sigma
+WAN_TOKENS = 512  # token limit of Wan
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def _tokenizers(pipe: DiffusionPipeline) -> Iterator[tuple[str, PreTrainedTokeni
             yield name, words, SIGMA_TOKENS
         elif isinstance(pipe, PixArtAlphaPipeline):
             yield name, words, PIXART_TOKENS
+        elif isinstance(pipe, WanPipeline):
+            yield name, words, WAN_TOKENS
         elif isinstance(pipe, StableDiffusion3Pipeline) and name == "tokenizer_3":
             yield name, words, T5_TOKENS
         else:

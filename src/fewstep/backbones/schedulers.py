@@ -15,6 +15,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
 )
@@ -28,6 +29,9 @@ EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
 # Sign of EDM's F in the output. In these schedulers, the names mean neither noise nor velocity.
 EDM_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}
 CONFIG = "scheduler_config.json"
+# Among a backbone's scheduler settings: its pipeline tells the scheduler K even sigmas, and a shift that a student's
+# scheduler does not read.
+TOLD_SIGMAS = "_told_sigmas"
 _TABLE = (
     "num_train_timesteps",
     "beta_start",
@@ -40,6 +44,16 @@ _TABLE = (
 _TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 _WHOLE = {"set_alpha_to_one": True, "clip_sample": False}
 _LEVELS = ("sigma_max", "sigma_data", "rho", "prediction_type", "num_train_timesteps")
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's settings, with flow's under their usual names.
+
+    Multistep solvers call flow's shift `flow_shift`, next to settings of a table of betas that they do not read.
+    """
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        return {"num_train_timesteps": config["num_train_timesteps"], "shift": config.get("flow_shift", 1.0)}
+    return dict(config)
 
 
 def process_of(scheduler: SchedulerMixin) -> Schedule:
@@ -124,6 +138,8 @@ def student_scheduler(
         return CogVideoXDDIMScheduler(**shared, **_WHOLE, timestep_spacing="trailing")
     if "beta_schedule" not in config:  # no table of betas: flow
         _only_ddim(rule)
+        if config.get(TOLD_SIGMAS):
+            return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=config["shift"])
         return _flow()(num_train_timesteps=config["num_train_timesteps"], shift=config.get("shift", 1.0))
     shared = {k: config[k] for k in _TABLE if k in config}
     if rule.stock == "lcm":
@@ -164,7 +180,14 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
         name = read_json(path, "export the run again").get("_class_name")
     except FileNotFoundError as error:
         raise ValueError(f"student: {path} is missing; export the run again") from error
-    kinds = (DDIMScheduler, LCMScheduler, DPMSolverMultistepScheduler, CogVideoXDDIMScheduler, *EDM_SCHEDULERS)
+    kinds = (
+        DDIMScheduler,
+        LCMScheduler,
+        DPMSolverMultistepScheduler,
+        CogVideoXDDIMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        *EDM_SCHEDULERS,
+    )
     known: dict[str, Any] = {s.__name__: s for s in kinds}
     if not isinstance(name, str) or (name not in known and name != "FlowMapEulerDiscreteScheduler"):
         raise ValueError(f"student: {path} names {name!r}, which fewstep does not write; export the run again")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import Cond
 from .family import Family
+from .original_names import original_names
 from .parts import LatentUNet, on, single_output
 from .settings import table
 
@@ -47,6 +48,7 @@ FAMILY = Family(
     StableDiffusionPipeline,
     lambda pipe, name: StableDiffusion(pipe, name, table(pipe)),
     parts={"safety_checker": None, "requires_safety_checker": False},
+    original_names=original_names,
     comfyui_latent="EmptyLatentImage",
     kohya="diffusers",
 )

@@ -10,10 +10,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from ..core.schedule import Flow
 from .base import Cond
 from .family import Family
 from .parts import LatentTransformer, on, single_output, transformer_features
+from .settings import flow
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StableDiffusion3(LatentTransformer):
 
 FAMILY = Family(
     StableDiffusion3Pipeline,
-    lambda pipe, name: StableDiffusion3(pipe, name, Flow(shift=pipe.scheduler.config.shift)),
-    takes_times=False,
+    lambda pipe, name: StableDiffusion3(pipe, name, flow(pipe)),
+    told_by="sigmas",
     comfyui_latent="EmptySD3LatentImage",
 )

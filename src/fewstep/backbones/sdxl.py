@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import Cond
 from .family import Family
+from .original_names import original_names
 from .parts import LatentUNet, SizeConditioned, on, single_output
 from .settings import table
 
@@ -55,6 +56,7 @@ class StableDiffusionXL(LatentUNet, SizeConditioned):
 FAMILY = Family(
     StableDiffusionXLPipeline,
     lambda pipe, name: StableDiffusionXL(pipe, name, table(pipe)),
+    original_names=original_names,
     comfyui_latent="EmptyLatentImage",
     kohya="original",
 )

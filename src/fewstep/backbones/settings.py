@@ -15,19 +15,21 @@ from typing import Any
 from diffusers import (
     CogVideoXPipeline,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DModel,
+    WanPipeline,
 )
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..core.schedule import VP
+from ..core.schedule import VP, Flow
 from ..reading import json_in, reason
-from .schedulers import table_of
+from .schedulers import plain_config, table_of
 from .switches import require_switches
 from .weights import UnfitError, inside
 
@@ -99,6 +101,8 @@ def require_settings(pipe: DiffusionPipeline) -> DiffusionPipeline:
         _sd3(pipe)
     elif isinstance(pipe, CogVideoXPipeline):
         _cogvideox(pipe)
+    elif isinstance(pipe, WanPipeline):
+        _wan(pipe)
     _tokenizers(pipe)
     return pipe
 
@@ -175,6 +179,26 @@ def table(pipe: DiffusionPipeline) -> VP:
             "wrap your own network in fewstep.Denoiser",
         )
     return table_of(scheduler)
+
+
+def flow(pipe: DiffusionPipeline) -> Flow:
+    """Return the process of a scheduler of flow matching.
+
+    Raises UnfitError for another scheduler, and for settings that fewstep does not read.
+    """
+    scheduler = plain_config(pipe.scheduler.config)
+    if "shift" not in scheduler or "beta_schedule" in scheduler:
+        raise UnfitError(
+            f"its {type(pipe.scheduler).__name__} is no scheduler of flow matching",
+            "pass a pipeline with FlowMatchEulerDiscreteScheduler",
+        )
+    for key in ("use_dynamic_shifting", "invert_sigmas"):
+        if scheduler.get(key):
+            raise UnfitError(
+                f"scheduler says {key}, which fewstep does not read",
+                "set it to false in scheduler_config.json where the model was made for a fixed shift",
+            )
+    return Flow(shift=number("scheduler", "shift", scheduler["shift"]))
 
 
 def require_prediction(pipe: DiffusionPipeline, allowed: Sequence[str]) -> None:
@@ -335,19 +359,41 @@ def _sd3(pipe: DiffusionPipeline) -> None:
     )
     if pipe.text_encoder_3 is not None:
         _texts("transformer", "joint_attention_dim", config.joint_attention_dim, pipe.text_encoder_3.config.d_model)
-    scheduler = pipe.scheduler.config
-    if "shift" not in scheduler or "beta_schedule" in scheduler:
+    flow(pipe)
+
+
+def require_flow(pipe: DiffusionPipeline) -> None:
+    """Check that a pipeline's scheduler is one of flow matching whose times are shifted.
+
+    Raises UnfitError otherwise.
+    """
+    config = pipe.scheduler.config
+    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         raise UnfitError(
             f"its {type(pipe.scheduler).__name__} is no scheduler of flow matching",
             "pass a pipeline with FlowMatchEulerDiscreteScheduler",
         )
-    number("scheduler", "shift", scheduler.shift)
-    for key in ("use_dynamic_shifting", "invert_sigmas"):
-        if scheduler.get(key):
-            raise UnfitError(
-                f"scheduler says {key}, which fewstep does not read",
-                "set it to false in scheduler_config.json where the model was made for a fixed shift",
-            )
+    number("scheduler", "shift", config.shift)
+    if config.invert_sigmas:
+        raise UnfitError("scheduler says invert_sigmas, which fewstep does not read", "set it to false")
+    for key in ("base_shift", "max_shift") if config.use_dynamic_shifting else ():
+        number("scheduler", key, config[key], positive=False)
+    few, many = (whole("scheduler", k, config[k], most=2**31) for k in ("base_image_seq_len", "max_image_seq_len"))
+    if not few < many:
+        raise UnfitError(
+            f"scheduler says base_image_seq_len {few} and max_image_seq_len {many}, allowed are rising ones"
+        )
+
+
+def require_channels(pipe: DiffusionPipeline, latent: int, patch: int = 2) -> None:
+    """Check that a transformer takes its autoencoder's latents in patches of `patch` x `patch`.
+
+    Raises UnfitError otherwise.
+    """
+    wanted = latent * patch**2
+    what = f"its autoencoder's latents have {latent} channels" + f", patches of them {wanted}" * (patch > 1)
+    found = pipe.transformer.config.in_channels
+    same("transformer", "in_channels", found, wanted, what, "pass a text-to-image model")
 
 
 def _cogvideox(pipe: DiffusionPipeline) -> None:
@@ -393,6 +439,59 @@ def _cogvideox(pipe: DiffusionPipeline) -> None:
     number("scheduler", "snr_shift_scale", pipe.scheduler.config.get("snr_shift_scale", 1.0))
     table(pipe)
     require_prediction(pipe, ("epsilon", "v_prediction", "sample"))
+
+
+def _wan(pipe: DiffusionPipeline) -> None:
+    vae = pipe.vae.config
+    for name in ("transformer", "transformer_2"):
+        if (network := getattr(pipe, name)) is None:
+            continue
+        config = network.config
+        for key in ("in_channels", "out_channels"):
+            same(
+                name,
+                key,
+                config[key],
+                vae.z_dim,
+                f"text-to-video with this autoencoder takes {vae.z_dim} (more are for video from images)",
+                "pass a text-to-video model",
+            )
+        for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            same(name, key, config.get(key), None, "text-to-video takes no images", "pass a text-to-video model")
+        patch = config.patch_size
+        if not isinstance(patch, list | tuple) or len(patch) != 3:
+            raise UnfitError(f"{name} says patch_size {_shown(patch)}, allowed are frames, height and width", SIZES)
+        same(name, "patch_size", patch[0], 1, "allowed is a patch of one frame")
+        for value in patch[1:]:
+            whole(name, "patch_size", value, most=64)
+        whole(name, "rope_max_seq_len", config.rope_max_seq_len)
+        _texts(name, "text_dim", config.text_dim, pipe.text_encoder.config.d_model)
+    for key in ("latents_mean", "latents_std"):
+        values = vae[key]
+        if not isinstance(values, list | tuple) or len(values) != vae.z_dim:
+            raise UnfitError(f"vae says {key} {_shown(values)}, allowed are {vae.z_dim} numbers, one a channel", SIZES)
+        for value in values:
+            number("vae", key, value, positive=key == "latents_std")
+    whole("vae", "scale_factor_temporal", vae.scale_factor_temporal, most=64)
+    whole("vae", "scale_factor_spatial", vae.scale_factor_spatial, most=64)
+    _boundary(pipe)
+    flow(pipe)
+
+
+def _boundary(pipe: DiffusionPipeline) -> None:
+    """Check that two networks have a boundary, and one network none."""
+    ratio = pipe.config.boundary_ratio
+    if pipe.transformer is None:
+        raise UnfitError("it has no transformer", "pass the whole pipeline")
+    if pipe.transformer_2 is None:
+        same("model_index.json", "boundary_ratio", ratio, None, "it has no transformer_2")
+        return
+    if number("model_index.json", "boundary_ratio", ratio) >= 1:
+        raise UnfitError(f"model_index.json says boundary_ratio {ratio:g}, allowed are numbers between 0 and 1", SIZES)
+    own = {k: v for k, v in pipe.transformer_2.config.items() if not k.startswith("_")}
+    odd = next((k for k, v in own.items() if v != pipe.transformer.config.get(k)), None)
+    if odd is not None:
+        raise UnfitError(f"its transformer_2 has another {odd} than its transformer", SIZES)
 
 
 def require_pixels(unet: UNet2DModel, labels: Sequence[str]) -> None:

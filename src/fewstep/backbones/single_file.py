@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from ..reading import reason
+from .denoiser_file import INDEX
 from .parts import Pipeline, frozen, load_part
 from .weights import EIGHT_BITS, PICKLES, POSITIONS, Mark, UnfitError, Weights, mark, refuse, require_finite
 
@@ -80,7 +81,8 @@ def is_file(place: str) -> bool:
 
     The file need not exist.
     """
-    return Path(place).suffix in (SUFFIX, *PICKLES) and not Path(place).is_dir()
+    ends = Path(place).suffix in (SUFFIX, *PICKLES) or place.endswith(INDEX)
+    return ends and not Path(place).is_dir()
 
 
 def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
@@ -97,6 +99,10 @@ def read_checkpoint(file: Path, reading: str = "") -> Checkpoint:
         raise ValueError(
             f"teacher: {file} is a pickle, which may run any code when it is read; "
             f"pass the model's {SUFFIX}, or convert it as docs/checkpoints.md says"
+        )
+    if file.name.endswith(INDEX):
+        raise ValueError(
+            f"teacher: {file} lists the shards of a network alone; pass {file}@PIPELINE, the rest's folder or hub id"
         )
     if not file.is_file():
         raise ValueError(
@@ -161,7 +167,8 @@ def _refused(names: Collection[str], channels: int) -> str:
     if FIRST not in names:
         return (
             "is no checkpoint of Stable Diffusion 1, 2 or XL in its original layout; "
-            "pass a LoRA by --fuse-lora, other families as a diffusers folder"
+            "pass a LoRA by --fuse-lora, other families as a diffusers folder, "
+            "or their network alone as FILE@PIPELINE with the folder or hub id of the rest"
         )
     if scaled := sorted(n for n in names if EIGHT_BITS.search(n)):
         return (

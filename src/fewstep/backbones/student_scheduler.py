@@ -3,7 +3,8 @@
 For students that no stock scheduler can sample: heads, iPNDM, analytic first steps (AFS).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..core.prediction import Row, Split, split
 from ..core.schedule import Schedule, diffuse, expand
 from ..core.solvers import Correction, Solver, SolverHistory, analytic_direction, step, with_analytic_first_step
+from .flow_transformer import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class SamplingSpec:
     grids: Mapping[int, Tensor]
     correct: Correction | None
     analytic_first_step: bool
+    patch: int = 0  # side of the patches that the pipeline hands over as tokens; 0: states as they are
 
 
 def pipeline_nfe(schedule: Schedule, analytic: bool, steps: int) -> int:
@@ -59,11 +62,20 @@ class StudentScheduler(DDIMScheduler):
         scheduler.student = student
         return scheduler
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
         """Set the student's times for a step count.
 
-        Raises ValueError for a step count that the student does not serve.
+        Of `sigmas`, which flow's pipelines pass, the number alone counts, and `mu` does not. Raises ValueError
+        for a step count that the student does not serve.
         """
+        if num_inference_steps is None:
+            num_inference_steps = 0 if sigmas is None else len(sigmas)
         if num_inference_steps not in self.student.grids:
             raise ValueError(
                 f"num_inference_steps: got {num_inference_steps}, this student serves "
@@ -79,7 +91,11 @@ class StudentScheduler(DDIMScheduler):
         self.timesteps = told[self.skipped : -1].to(
             device, torch.long if self.student.schedule.resolution else torch.float32
         )
+        self.sigmas = (told / self.config.num_train_timesteps)[self.skipped :]
         self.history = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Do nothing: the pipeline says where a step starts."""
 
     def places(self, timestep: int | float | Tensor) -> Tensor:
         """Return the indices [N] of times in `timesteps`.
@@ -128,6 +144,13 @@ class StudentScheduler(DDIMScheduler):
         first = self.skipped and timestep is not None and int(self.places(timestep)[0]) == 0
         return self._skip(sample.float())[0].to(sample.dtype) if first else sample
 
+    def _state(self, x: Tensor) -> Tensor:
+        """Return tokens as a square state, where a head looks at states."""
+        if not self.student.patch or self.student.correct is None:
+            return x
+        side = math.isqrt(x.shape[1]) * self.student.patch
+        return unpack(x, side, side, self.student.patch)
+
     def _skip(self, x: Tensor) -> tuple[Tensor, SolverHistory]:
         """Take the analytic first step from pure noise.
 
@@ -153,17 +176,18 @@ class StudentScheduler(DDIMScheduler):
 
         Only the first three arguments and `return_dict` count.
         """
-        s, x, place = self.student, sample.float(), int(self.places(timestep)[0]) + self.skipped
+        s, x, place = self.student, self._state(sample.float()), int(self.places(timestep)[0]) + self.skipped
+        m = self._state(model_output.float())
         if self.skipped and place == self.skipped:
             x, self.history = self._skip(x)
         t, t_next = (v.to(x.device).expand(len(x)) for v in self.grid[place : place + 2])
 
         def network(x: Tensor, t: Tensor) -> Split:
-            return split(model_output.float(), x, expand(s.schedule.alpha(t), x), expand(s.schedule.sigma(t), x), s.row)
+            return split(m, x, expand(s.schedule.alpha(t), x), expand(s.schedule.sigma(t), x), s.row)
 
         pred = (with_analytic_first_step(network, s.schedule) if s.analytic_first_step else network)(x, t)
         history = SolverHistory(x / s.schedule.start_std) if self.history is None else self.history
         landed, done = step(s.solver, s.schedule, pred, t, t_next, history, s.correct)
         self.history = SolverHistory(history.noise, (done, *history.steps))
-        landed = landed.to(sample.dtype)
+        landed = (pack(landed, s.patch) if landed.ndim > sample.ndim else landed).to(sample.dtype)
         return DDIMSchedulerOutput(landed, done.used.x0) if return_dict else (landed,)

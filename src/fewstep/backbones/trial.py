@@ -11,21 +11,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..reading import reason
 from .base import Backbone
-from .parts import Latent, WithUNet
+from .parts import Latent, Sized, WithUNet
 from .weights import UnfitError
 
 SMALL = 2**12  # largest state, in numbers, for which a call on a CPU takes no time
+LARGE = 3 * 10**9  # weights of a network that is not called on a CPU
 
 
 def require_runs(backbone: Backbone) -> None:
     """Check that encoding, predicting and decoding run.
 
-    The states are as small as the network takes them. For large states on a CPU, shapes alone are computed,
-    with fake (meta) tensors. Raises UnfitError where a call fails.
+    The states are as small as the network takes them. For large states or networks on a CPU, shapes alone are
+    computed, with fake (meta) tensors. Raises UnfitError where a call fails.
     """
     shape = small_shape(backbone)
     weight = next(backbone.module.parameters())
-    hollow = math.prod(shape) > SMALL and weight.device.type == "cpu"
+    large = math.prod(shape) > SMALL or sum(p.numel() for p in backbone.module.parameters()) > LARGE
+    hollow = large and weight.device.type == "cpu"
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) if hollow else nullcontext():
             cond = backbone.encode([""])
@@ -43,10 +45,13 @@ def require_runs(backbone: Backbone) -> None:
 def small_shape(backbone: Backbone) -> tuple[int, ...]:
     """Return the smallest state shape that a network takes without loss.
 
-    A U-Net halves states at every level. Other networks have one size.
+    A U-Net halves states at every level. Networks that are neither U-Nets nor of any size have one size.
     """
-    if not isinstance(backbone, WithUNet):
+    if isinstance(backbone, Sized):
+        most = backbone.small
+    elif isinstance(backbone, WithUNet):
+        most = 2 ** (len(backbone.pipe.unet.config.block_out_channels) + 1)
+    else:
         return backbone.shape
-    unit = 2 ** len(backbone.pipe.unet.config.block_out_channels)
     channels, *sides = backbone.shape
-    return (channels, *(s if s <= 2 * unit else 2 * unit for s in sides))
+    return (channels, *(min(s, most) for s in sides))

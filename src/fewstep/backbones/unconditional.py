@@ -180,6 +180,6 @@ def drawn_pixels(model: PixelModel, prompts: Sequence[str], steps: int) -> Tenso
 
 
 DDPM, CONSISTENCY = (
-    Family(pipeline, around_pixels, takes_prompts=False, takes_times=False)
+    Family(pipeline, around_pixels, takes_prompts=False, told_by="")
     for pipeline in (DDPMPipeline, ConsistencyModelPipeline)
 )

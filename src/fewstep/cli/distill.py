@@ -29,6 +29,7 @@ from ..report.words import finite, plural
 from ..roles.quantized import quantize, weight_count
 from ..roles.roles import Roles, large_rank
 from ..runs.encoder_record import known_encoders
+from ..runs.foreign import require_initial
 from ..runs.init import check_conditioning, inherited_head, roles_for
 from ..runs.metrics_log import MetricsLog
 from ..runs.place import place_checks
@@ -404,7 +405,7 @@ def initial_folder(recipe: DistillRecipe) -> Path | None:
 
     Raises ValueError if there is none.
     """
-    return None if recipe.init_from is None else require_folder(recipe.init_from, "init_from")
+    return None if recipe.init_from is None else require_initial(recipe.init_from)
 
 
 def check_initial(recipe: DistillRecipe, teacher: Backbone) -> None:

@@ -29,7 +29,7 @@ OPTIONAL = {
 }
 
 
-def run_doctor(teacher: str | None = None, dtype: str = "float32", size: int | None = None) -> None:
+def run_doctor(teacher: str | None = None, dtype: str = "float32", size: str | None = None) -> None:
     """Print packages and devices, or check a teacher.
 
     Raises ValueError where a core package is missing, or where a check of the teacher does not hold.
@@ -64,7 +64,7 @@ def run_doctor(teacher: str | None = None, dtype: str = "float32", size: int | N
         raise ValueError(f"missing: {', '.join(missing)}; run: pip install fewstep")
 
 
-def check_teacher(teacher: str, dtype: str, size: int | None) -> None:
+def check_teacher(teacher: str, dtype: str, size: str | None) -> None:
     """Check a teacher as before a training, and print the result.
 
     Raises ValueError with one line where a check does not hold.
@@ -73,13 +73,14 @@ def check_teacher(teacher: str, dtype: str, size: int | None) -> None:
 
     from ..backbones.conformance import conformance
     from ..backbones.load import load_teacher, quiet
+    from ..backbones.sizes import from_text
     from ..training.loop import default_device
 
     quiet()
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in types:
         raise ValueError(f"--dtype: got {dtype!r}, allowed are {', '.join(types)}")
-    checks = conformance(load_teacher(teacher, types[dtype], default_device(), size))
+    checks = conformance(load_teacher(teacher, types[dtype], default_device(), from_text(size)))
     show_checks(checks)
     require(checks, f"teacher: {teacher}")
 

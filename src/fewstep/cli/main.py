@@ -263,7 +263,10 @@ def doctor(
     dtype: Annotated[
         str, typer.Option(help="The type of the teacher's weights: float32, bfloat16 or float16.")
     ] = "float32",
-    size: Annotated[int | None, typer.Option(help="Height and width of its images, if not its own.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Height and width of its images, or WIDTHxHEIGHTxFRAMES of its videos, if not its own."),
+    ] = None,
 ) -> None:
     """Print versions, devices, and what is missing with the command that installs it; or check a TEACHER."""
     from .doctor import run_doctor

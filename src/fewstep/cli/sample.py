@@ -12,12 +12,13 @@ import torch
 from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.generate import require_seed
 from ..backbones.load import load_teacher, quiet, seen_from
+from ..backbones.parts import LatentVideo
 from ..backbones.unconditional import PixelModel
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
 from ..names import quoted
 from ..report.grids import write_grid
-from ..report.video import strip, write_mp4
+from ..report.video import FPS, strip, write_mp4
 from ..report.words import plural
 from ..runs.sampling import backbone_of, check_steps, sample
 from ..student.card import card_nfe
@@ -147,8 +148,10 @@ def run_sample(
     write_grid(out, torch.stack([strip(p) for p in rows]), labels, wanted)
     console.print(str(out.resolve()))
     if rows[-1].ndim == 5:
+        drawn_by = model.backbone if isinstance(model, Student) else model
+        fps = drawn_by.fps if isinstance(drawn_by, LatentVideo) else FPS
         for i, video in enumerate(rows[-1]):
-            console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video).resolve()))
+            console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video, fps).resolve()))
 
 
 def _timed(

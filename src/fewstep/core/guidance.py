@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ..config_fields import Range, check_fields
 from .prediction import Row, split
@@ -73,18 +74,27 @@ def guidance_of(value: "Guidance | float") -> Guidance:
 
 
 def guide(
-    guidance: Guidance, schedule: Schedule, row: Row, m_cond: Tensor, m_null: Tensor, x: Tensor, t: Tensor
+    guidance: Guidance,
+    schedule: Schedule,
+    row: Row,
+    m_cond: Tensor,
+    m_null: Tensor,
+    x: Tensor,
+    t: Tensor,
+    patch: int = 0,
 ) -> Tensor:
     """Combine conditional and unconditional raw outputs into the guided output.
 
     `m_cond` and `m_null` [B, ...] are raw network outputs at `x` [B, ...] and t `[B]`. Guidance is affine, so
-    mixing raw outputs equals mixing x0 or eps.
+    mixing raw outputs equals mixing x0 or eps. With a `patch` other than 0, `keep_norm` follows.
     """
     scale = guidance.scale_at(schedule, t)
     if guidance.apg_eta != 1:
         x0 = split(m_cond, x, expand(schedule.alpha(t), x), expand(schedule.sigma(t), x), row).x0
         m_null = m_cond - project_guidance(m_cond - m_null, x0, guidance.apg_eta)
     m = m_null + (expand(scale, m_cond) if isinstance(scale, Tensor) else scale) * (m_cond - m_null)
+    if patch:
+        m = keep_norm(m, m_cond, patch)
     if guidance.rescale:
         m = rescale_guidance(m, m_cond, guidance.rescale)
     if guidance.stop:
@@ -119,3 +129,16 @@ def rescale_guidance(m: Tensor, m_cond: Tensor, share: float) -> Tensor:
     """
     ratio = m_cond.flatten(1).std(1) / m.flatten(1).std(1)
     return m * expand(share * ratio + (1 - share), m)
+
+
+def keep_norm(m: Tensor, m_cond: Tensor, patch: int) -> Tensor:
+    """Scale each patch of a guided output to the conditional one's norm.
+
+    Returns `m |m_cond| / |m|`, with norms over all numbers of a patch of `patch` x `patch` positions.
+    m and m_cond [B, C, H, W] are raw outputs with and without guidance.
+
+    Source: `QwenImagePipeline` in diffusers, whose tokens are such patches.
+    """
+    own, cond = (pixel_unshuffle(y, patch) for y in (m, m_cond))
+    norm = own.norm(dim=1, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
+    return pixel_shuffle(own * (cond.norm(dim=1, keepdim=True) / norm), patch)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..atomic import replacing
 
-FPS = 8  # CogVideoX's own
+FPS = 8  # where the model has no rate of its own
 
 
 def strip(images: Tensor, frames: int = 5) -> Tensor:

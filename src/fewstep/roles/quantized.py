@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from ..backbones.base import Backbone
+from ..backbones.parts import kept_single
 
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -170,9 +171,17 @@ def quantize(backbone: Backbone, kind: Kind | None) -> None:
 
 
 def layers_of(backbone: Backbone) -> list[nn.Linear | nn.Conv2d]:
-    """Return the layers of a backbone that can be quantized."""
+    """Return the layers of a backbone that can be quantized.
+
+    Without the time embedding, and without what diffusers keeps in single precision.
+    """
     time = backbone.time_layer.rpartition(".")[0] or backbone.time_layer
-    return [m for n, m in backbone.module.named_modules() if _fits(m) and not (time and f"{n}.".startswith(f"{time}."))]
+    single = kept_single(backbone.module)
+    return [
+        m
+        for n, m in backbone.module.named_modules()
+        if _fits(m) and not (time and f"{n}.".startswith(f"{time}.")) and single.isdisjoint(n.split("."))
+    ]
 
 
 def kind_of(module: nn.Module) -> Kind | None:

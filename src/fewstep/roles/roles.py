@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..backbones.base import Backbone, Cond, denoiser, guided
+from ..backbones.base import Backbone, Cond, denoiser, guided, tell
 from ..backbones.parts import set_checkpointing
 from ..config_fields import OneOf, Range, check_fields
 from ..core.guidance import Guidance
@@ -124,6 +124,7 @@ class Roles:
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
+    told: float | None = None  # guidance scale that networks with embedded guidance are told; None: their conditions'
     # The role that the shared network serves, and the condition's vector.
     active: list[tuple[Role, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
     averaging: list[bool] = field(default_factory=list)  # holds something while the student has its averaged weights
@@ -134,7 +135,8 @@ class Roles:
         A role with `condition_values` is conditioned on the step count or guidance scale `condition`
         (default: the first value).
         """
-        return self._as(role, denoiser(self.backbone, self.networks[role], cond), condition)
+        own = cond if self.told is None else tell(cond, self.told)
+        return self._as(role, denoiser(self.backbone, self.networks[role], own), condition)
 
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
         """Return the frozen teacher under guidance."""

@@ -4,8 +4,8 @@ The condition is one vector per step count, zero at first, added to the time emb
 guidance scale is conditioned on in the same manner (LCM, arXiv 2310.04378).
 
 For one step count the vector is a constant and can be folded into the network: into the bias of the time
-embedding's last layer, or into a LoRA of rank one, which gives the same vector at every time that this step
-count uses, and loads wherever a LoRA loads.
+embedding's last layer, or into its weight or a LoRA of rank one, which gives the same vector at every time that
+this step count uses, and loads wherever a LoRA loads.
 """
 
 import math
@@ -103,60 +103,81 @@ def folded_lora(
 
     The network has to serve as the student during the call. The effect of other layers on h is included.
     """
-    layer, seen = backbone.time_layer, []
-    handle = time_layer(network, layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    cond = {k: v.expand(len(times), *v.shape[1:]) for k, v in backbone.encode([""]).items()}
-    device = next(network.parameters()).device
-    with torch.no_grad():
-        backbone.predict(network, torch.zeros(len(times), *backbone.shape, device=device), times.to(device), cond)
-    handle.remove()
-    u = torch.linalg.lstsq(
-        seen[0].double().cpu(), torch.ones(len(times), 1, dtype=torch.float64), driver="gelsd"
-    ).solution[:, 0]
+    layer, u = backbone.time_layer, direction(backbone, network, times)
     a, b = torch.zeros(rank, len(u)), torch.zeros(len(vector), rank)
     a[0], b[:, 0] = u.float(), vector.detach().float().cpu() * rank / alpha
     return {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
 
 
+def direction(backbone: Backbone, network: nn.Module, times: Tensor) -> Tensor:
+    """Return the smallest u with `u . h(t) = 1` at each of the `times [N]`.
+
+    h(t) is the input of the time layer. Float64, on the CPU.
+    """
+    seen: list[Tensor] = []
+    handle = time_layer(network, backbone.time_layer).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach())
+    )
+    cond = {k: v.expand(len(times), *v.shape[1:]) for k, v in backbone.encode([""]).items()}
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        backbone.predict(network, torch.zeros(len(times), *backbone.shape, device=device), times.to(device), cond)
+    handle.remove()
+    inputs = seen[0].double().cpu().reshape(len(times), -1)
+    ones = torch.ones(len(times), 1, dtype=torch.float64)
+    return torch.linalg.lstsq(inputs, ones, driver="gelsd").solution[:, 0]
+
+
 @contextmanager
-def folded_bias(network: nn.Module, layer: str, vector: Tensor) -> Iterator[None]:
-    """Fold the vector into the time layer's bias within the block.
+def folded(backbone: Backbone, network: nn.Module, vector: Tensor, times: Tensor) -> Iterator[None]:
+    """Fold the vector into the time layer within the block.
 
     Within the block the network is the student of that step count by itself.
     """
-    bias = _bias(network, layer)
-    kept = bias.detach().clone()
+    weight, change = _fold_of(backbone, network, vector, times)
+    kept = weight.detach().clone()
     with torch.no_grad():
-        bias.add_(vector.to(bias))
+        weight.add_(change)
     try:
         yield
     finally:
         with torch.no_grad():
-            bias.copy_(kept)
+            weight.copy_(kept)
 
 
-def fold(network: nn.Module, layer: str, vector: Tensor) -> None:
-    """Fold the vector into the time layer's bias permanently."""
+def fold(backbone: Backbone, network: nn.Module, vector: Tensor, times: Tensor) -> None:
+    """Fold the vector into the time layer permanently."""
+    weight, change = _fold_of(backbone, network, vector, times)
     with torch.no_grad():
-        _bias(network, layer).add_(vector.to(_bias(network, layer)))
+        weight.add_(change)
 
 
-def unfold(network: nn.Module, layer: str, vector: Tensor, adapter: str = "") -> None:
+def unfold(backbone: Backbone, network: nn.Module, vector: Tensor, times: Tensor, adapter: str = "") -> None:
     """Remove the folded vector from a loaded student.
 
-    The vector is the time layer's part of this adapter, or part of the time layer's bias.
+    The vector is the time layer's part of this adapter, or part of the time layer's bias or weight.
     """
+    found = time_layer(network, backbone.time_layer)
     with torch.no_grad():
-        if isinstance(found := time_layer(network, layer), LoraLayer):
+        if isinstance(found, LoraLayer):
             found.lora_B[adapter].weight.zero_()
         else:
-            _bias(network, layer).sub_(vector.to(_bias(network, layer)))
+            weight, change = _fold_of(backbone, network, vector, times)
+            weight.sub_(change)
 
 
-def _bias(network: nn.Module, layer: str) -> Tensor:
-    bias = time_layer(network, layer).bias
-    assert isinstance(bias, Tensor)
-    return bias
+def _fold_of(backbone: Backbone, network: nn.Module, vector: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the parameter that takes a folded vector, and its change.
+
+    The bias of the time layer, or its weight where it has none: the weight gives the vector at the `times`
+    alone.
+    """
+    layer = time_layer(network, backbone.time_layer)
+    if isinstance(layer.bias, Tensor):
+        return layer.bias, vector.to(layer.bias)
+    assert isinstance(layer.weight, Tensor)
+    u = direction(backbone, network, times)
+    return layer.weight, torch.outer(vector.detach().double().cpu(), u).to(layer.weight)
 
 
 def without_fold(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:

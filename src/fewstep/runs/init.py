@@ -3,11 +3,13 @@
 A run starts from the teacher, or continues a finished student.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..backbones.base import Backbone
+from ..backbones.base import EMBEDDED, Backbone
 from ..backbones.modules import dtype_of
 from ..data.trajectories import Trajectories
 from ..heads.head import Head, facts_of, kind_of, make_head, require_steps, unknown
@@ -15,6 +17,8 @@ from ..methods.method import Method, require_initial_student
 from ..roles.roles import Roles, RolesConfig, make_roles
 from ..student.base import require_own
 from ..student.folder import read_card, read_head, read_parts
+from . import foreign
+from .foreign import is_foreign, require_fitting
 
 
 def roles_for(
@@ -24,10 +28,12 @@ def roles_for(
     seed: int = 0,
     paths: Trajectories | None = None,
     init_from: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Roles:
     """Return the networks that a method needs.
 
-    The student is initialized from the finished student in `init_from`, by default from the teacher. A new
+    The student is initialized from the finished student in `init_from`, or from a file of other people, of which `say`
+    is told what is kept; by default from the teacher. A new
     head is fitted to the trajectories `paths`; without trajectories the head knows nothing of the data,
     which is enough for a memory plan.
 
@@ -42,8 +48,16 @@ def roles_for(
     # A head alone sees the times themselves and needs no condition.
     values = method.condition_values if config.rank or not config.lora else ()
     kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
+    if method.condition_on == "guidance" and len(values) > 1 and EMBEDDED in teacher.encode([""]):
+        raise ValueError(
+            f"method.guidance_scales: got {list(values)}, but {teacher.name} is told its guidance scale; "
+            "leave it out, and train for one scale"
+        )
     roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
-    if init_from is not None:
+    roles = replace(roles, told=method.guidance.scale)
+    if init_from is not None and is_foreign(init_from):
+        say(foreign.initialize(roles, init_from))
+    elif init_from is not None:
         initialize(roles, init_from)
     return roles
 
@@ -72,8 +86,10 @@ def inherited_head(method: Method, teacher: Backbone, init_from: Path | None) ->
     None where there is no head to inherit. Raises ValueError if method, teacher and finished student do not
     go together.
     """
-    if init_from is None:
-        require_initial_student(method, "", False, "the teacher")
+    if init_from is None or is_foreign(init_from):
+        require_initial_student(method, "", False, "the teacher" if init_from is None else str(init_from))
+        if init_from is not None:
+            require_fitting(teacher, init_from)
         return None
     card = read_card(init_from)
     require_own(card, teacher, init_from)

@@ -222,7 +222,7 @@ def prepare(
             )
     if spec.train.shard and this_process().num_processes > 1:
         teacher.module.cpu()  # the network and its copies come back to the device in parts
-    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from)
+    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, progress.say)
     if run is not None:
         progress.say(checkpoint_words(checkpoint_size(roles, spec.train)))
     return Prepared(roles, data, images, trajectories)

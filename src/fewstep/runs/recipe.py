@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from ..backbones.generate import require_seed
+from ..backbones.sizes import Size
 from ..core.guidance import Guidance
 from ..data.teacher_images import TEACHER_IMAGES, TEACHER_STEPS
 from ..heads.head import KINDS, require_steps
@@ -256,8 +257,8 @@ class StageConfig(Strict):
     data: DataConfig | None = None
     """Data of the stage."""
 
-    size: int | None = None
-    """Height and width of the stage's images, if not those of the recipe."""
+    size: Size | None = None
+    """Height and width of the stage's images, or `WIDTHxHEIGHTxFRAMES` of its videos, if not those of the recipe."""
 
 
 class DistillRecipe(Strict):
@@ -275,8 +276,8 @@ class DistillRecipe(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the base's weights. LoRA stays in single precision. The range of float16 loses gradients."""
 
-    size: int | None = None
-    """Height and width of the images, if not the teacher's own."""
+    size: Size | None = None
+    """Height and width of the images, or `WIDTHxHEIGHTxFRAMES` of videos, if not the teacher's own."""
 
     prompts: PromptsConfig = PromptsConfig()
     """The prompts to train on."""
@@ -297,7 +298,7 @@ class DistillRecipe(Strict):
     """A stage that comes first, whose student is continued (imitate, then match)."""
 
     init_from: Place | None = None
-    """A run whose student is continued, instead of the teacher."""
+    """A run whose student is continued, instead of the teacher, or a `.safetensors` of somebody else's student."""
 
     preview: PreviewConfig = PreviewConfig()
     """The previews along the run."""

@@ -7,6 +7,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..backbones.sizes import sound_size
 from ..core.guidance import Guidance
 from ..core.solvers import SOLVERS, total_nfe
 from ..heads.head import KINDS
@@ -47,7 +51,7 @@ class StudentCard:
     # Guidance scales that the student is conditioned on, the default first; empty where guidance is baked in.
     guidance_scales: tuple[float, ...] = ()
     dtype: str = "float32"  # of the base that the student was trained on and is read onto
-    size: int = 0  # of the images, where not the base's
+    size: int | str = 0  # of the images or videos, where not the base's (see `backbones.sizes`)
     data: str = "prompts alone"  # what the student was trained from
     # SHA-256 of the weight files next to the card, compared when the files are read.
     files: dict[str, str] = field(default_factory=dict)
@@ -77,6 +81,14 @@ def card_nfe(card: StudentCard, steps: int) -> int:
     A head costs none, and neither does an analytic first step.
     """
     return total_nfe(steps, analytic=card.analytic_first_step)
+
+
+def first_times(card: StudentCard) -> Tensor:
+    """Return the times at which the default student calls its network.
+
+    [K] in float64, without clean data.
+    """
+    return torch.tensor(card.timesteps[str(card.steps[0])][:-1], dtype=torch.float64)
 
 
 def counted(card: StudentCard) -> str:
@@ -132,7 +144,7 @@ def require_sound(card: StudentCard) -> None:
             and len(set(card.guidance_scales)) == len(card.guidance_scales),
             "different finite numbers",
         ),
-        ("size", card.size >= 0, "whole numbers from 0"),
+        ("size", sound_size(card.size), "whole numbers from 0, or width, height and frames such as 832x480x81"),
         ("shape", all(n > 0 for n in card.shape), "whole numbers from 1"),
         ("dtype", card.dtype in BASE_DTYPES, ", ".join(BASE_DTYPES)),
         ("sigma_data", 0 <= card.sigma_data < math.inf, "numbers from 0"),

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..atomic import write_tensors
+from ..backbones.experts import Experts, experts_of, split_state
 from ..backbones.few_step import PipelineInfo
 from ..core.schedule import Schedule
 from ..core.solvers import SOLVERS
 from .card import StudentCard
 from .comfyui import TABLE, checkpoint_name, foreign, gap, obstacle
-from .headers import kohya_header
-from .kohya import kohya, layers_of, original_names
+from .headers import kohya_header, own_header
+from .kohya import kohya, layers_of, native, original_names, renamed
 
 # Of a U-Net; sd-scripts and stable-diffusion.cpp read no LoRA outside of these blocks.
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
@@ -32,14 +33,23 @@ def write_client_file(
     """Write a LoRA for programs that only know files.
 
     `state` is the LoRA, with alpha equal to its rank. The file of a U-Net has kohya's names, which all these
-    programs read. The file of a transformer is what diffusers reads, and ComfyUI for some families. Returns
-    the file's name, or an empty one where no program reads LoRA of the family.
+    programs read. The file of a transformer has the original program's names, which ComfyUI and diffusers read,
+    or else diffusers' own. Returns the file's name, or an empty one where no program reads LoRA of the family.
     """
     if not info.loads_lora:
         return ""
     if not info.family.kohya:
+        if isinstance(network, Experts):
+            for own, tensors, part in zip(pair_files(card), split_state(state), experts_of(network), strict=True):
+                names = dict(info.family.original_names(part))
+                write_tensors(folder / own, native(tensors, names), own_header(card))
+            return pair_files(card)[0]
         name = f"{card.name}-lora.safetensors"
-        shutil.copyfile(lora, folder / name)
+        original = dict(info.family.original_names(network))
+        if renamed(state, original):
+            write_tensors(folder / name, native(state, original), own_header(card))
+        else:
+            shutil.copyfile(lora, folder / name)
         return name
     assert card.alpha is not None
     layers = layers_of(state)
@@ -49,6 +59,12 @@ def write_client_file(
     config: Mapping[str, Any] = network.config  # type: ignore[assignment]
     write_tensors(folder / name, named, kohya_header(card, info, config, named, size))
     return name
+
+
+def pair_files(card: StudentCard) -> tuple[str, str]:
+    """Return the files of a pair: for high and for low noise."""
+    high, low = (f"{card.name}-{noise}-noise-lora.safetensors" for noise in ("high", "low"))
+    return high, low
 
 
 def other_programs(
@@ -72,11 +88,12 @@ def other_programs(
         "ComfyUI, A1111, Forge, SD.Next, InvokeAI, sd-scripts and stable-diffusion.cpp"
         if unet
         else "ComfyUI and diffusers"
-        if info.family.comfyui_latent
+        if info.family.comfyui_latent or info.comfyui is not None
         else "diffusers"
     )
+    named = f"`{file}`, with `{pair_files(card)[1]}` for the second network," if info.boundary else f"`{file}`"
     rows = [
-        f"`{file}` is this LoRA under the names that {readers} read. "
+        f"{named} is this LoRA under the names that {readers} read. "
         f"Strength 1.0, {plural_of(card.steps[0])}, CFG 1, no negative prompt."
     ]
     if unet and (why := foreign(schedule, config)):
@@ -97,7 +114,7 @@ def other_programs(
 def _comfyui(card: StudentCard, info: PipelineInfo, schedule: Schedule, config: Mapping[str, Any], folder: str) -> str:
     """Return what to do in ComfyUI, or why nothing can be done."""
     name = checkpoint_name(card.base)
-    if why := obstacle(card, info.family, schedule, config):
+    if why := obstacle(card, info.family, schedule, config, info.comfyui):
         cured = bool(info.family.kohya) and not name
         cure = (
             f" `fewstep export {folder} OUT --base FILE.safetensors` writes one for the checkpoint that you have."

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..atomic import open_to_others, sync, sync_all, temporary_beside, unwritten, write_json, write_tensors, write_text
 from ..backbones.base import Backbone
+from ..backbones.experts import PARTS, Experts
 from ..backbones.few_step import pipeline_info
-from ..backbones.files import load_network, network_place, save_lora, save_network
+from ..backbones.files import load_network, network_places, save_lora, save_network, second_file
 from ..backbones.load import pipeline_of
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.schedulers import student_scheduler
 from ..core import timegrid
 from ..core.schedule import Schedule
@@ -31,8 +33,8 @@ from ..reading import object_in, reading
 from ..roles.step_condition import unfold, width, without_fold
 from ..tensors import read_tensors, require_floating
 from ..typed import shown, typed
-from .card import FORMAT, StudentCard, from_format_1, require_sound
-from .clients import other_programs, write_client_file
+from .card import FORMAT, StudentCard, first_times, from_format_1, require_sound
+from .clients import other_programs, pair_files, write_client_file
 from .comfyui import workflow
 from .headers import own_header
 from .kohya import layers_of
@@ -137,28 +139,32 @@ def read_parts(folder: Path, backbone: Backbone) -> Parts:
     vectors = read_vectors(folder, card, module) if card.time_layer else {}
     head = read_head(folder, backbone.schedule) if card.head else None
     if card.weights == "lora":
-        state = read_lora(folder)
+        state = read_lora(folder, isinstance(module, Experts))
         return Parts(card, without_fold(state, card.time_layer) if vectors else state, vectors=vectors, head=head)
     if card.weights == "none":
         return Parts(card, vectors=vectors, head=head)
-    require_listed(folder, network_place(folder, module).name)
+    require_listed(folder, *(place.name for place in network_places(folder, module)))
     network = load_network(folder, module)
     if vectors:
-        unfold(network, card.time_layer, vectors[card.condition_values[0]])
+        unfold(backbone, network, vectors[card.condition_values[0]], first_times(card))
     return Parts(card, network=network, vectors=vectors, head=head)
 
 
-def read_lora(folder: Path) -> dict[str, Tensor]:
+def read_lora(folder: Path, pair: bool = False) -> dict[str, Tensor]:
     """Read a student's LoRA in PEFT's file format.
 
-    The layer names have no prefix `unet.` or `transformer.`. Raises ValueError for a file that is missing,
-    damaged or changed.
+    The layer names have no prefix `unet.` or `transformer.`. Those of a `pair` of networks, which has two files, begin
+    with the networks' names. Raises ValueError for a file that is missing, damaged or changed.
     """
-    path = lora_path(folder)
-    require_listed(folder, LORA_FILE)
-    with reading(f"student: {path}", AGAIN, "is missing or damaged"):
-        state = require_floating(read_tensors(path))
-    return {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
+    found: dict[str, Tensor] = {}
+    first = lora_path(folder)
+    for path, part in zip((first, second_file(first)), PARTS, strict=True) if pair else [(first, "")]:
+        require_listed(folder, path.name)
+        with reading(f"student: {path}", AGAIN, "is missing or damaged"):
+            state = require_floating(read_tensors(path))
+        start = f"{part}." if part else ""
+        found |= {start + k.removeprefix("unet.").removeprefix("transformer."): v for k, v in state.items()}
+    return found
 
 
 def read_vectors(folder: Path, card: StudentCard, network: nn.Module) -> dict[float, Tensor]:
@@ -264,7 +270,10 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         if not card.own_network:
             info = pipeline_info(pipeline_of(backbone))
             file = write_client_file(folder, lora_path(folder), backbone.module, card, info, lora, backbone.image_size)
-            if graph := workflow(card, info.family, file, backbone.image_size, schedule, config):
+            drawn_size = backbone.drawn_size if isinstance(backbone, DiffusersBackbone) else 0
+            other = pair_files(card)[1] if info.boundary else ""
+            graph = workflow(card, info.family, file, drawn_size, schedule, config, info.comfyui, info.boundary, other)
+            if graph is not None:
                 write_json(folder / WORKFLOW, graph)
     if parts.head is not None:
         write_head(folder, parts.head)
@@ -277,7 +286,9 @@ def _write_files(folder: Path, name: str, backbone: Backbone, parts: Parts) -> N
         scheduler = student_scheduler(config, card.steps, card.solver[str(card.steps[0])], even)
         scheduler.save_pretrained(scheduler_path(folder))
         elsewhere = other_programs(card, info, schedule, config, file, layers_of(parts.lora or {}), name)
-        about = model_card(card, name, type(scheduler).__name__, info, even, elsewhere)
+        shift = float(scheduler.config.get("shift", 1.0))
+        second = second_file(lora_path(folder)).name if info.boundary else ""
+        about = model_card(card, name, type(scheduler).__name__, info, even, elsewhere, shift=shift, second=second)
     write_json(folder / FILE, asdict(replace(card, files=weight_hashes(folder))))
     write_text(folder / "README.md", about)
 

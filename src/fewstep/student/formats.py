@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,7 +158,15 @@ def write_kohya(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
     remove_adapters(bare, TRAINED)
     fresh = with_network(pipe, bare, load_scheduler(scheduler_path(out)), type(pipe))
     fresh.load_lora_weights(str(out), weight_name=file.name)
-    return drawn(fresh, PROMPTS, student.card.steps[0], times=own_times(student), shape=student.backbone.shape)
+    return drawn_from(fresh, student)
+
+
+def drawn_from(pipe: Any, student: Student) -> Tensor:
+    """Sample from a pipeline as a student is sampled."""
+    card, backbone = student.card, student.backbone
+    told = card.guidance.scale if isinstance(backbone, DiffusersBackbone) and backbone.embeds_guidance else 1.0
+    prompts, steps = prompts_for(student), card.steps[0]
+    return drawn(pipe, prompts, steps, told, own_times(student), card.size, backbone.shape)
 
 
 def own_times(student: Student) -> list[float] | None:
@@ -195,7 +204,7 @@ def _require_times(student: Student) -> None:
 
     Raises ValueError where no pipeline of the student's family takes the times.
     """
-    if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).takes_times:
+    if own_times(student) is not None and not pipeline_info(pipeline_of(student.backbone)).told_by:
         raise ValueError(
             "--format: this student's times are its own, which no scheduler of its family takes; "
             "choose student or merged"
@@ -237,16 +246,19 @@ def write_pipeline(student: Student, out: Path, dtype: torch.dtype) -> Tensor:
         parts = with_network(pipe, network, scheduler, type(pipe))
         save_pipeline(out, parts if dtype == torch.float32 else copy.deepcopy(parts).to(dtype))
         even = own_times(student) is None
-        page = model_card(whole.card, out.name, type(scheduler).__name__, pipeline_info(pipe), even, whole=True)
+        shift = float(scheduler.config.get("shift", 1.0))
+        page = model_card(
+            whole.card, out.name, type(scheduler).__name__, pipeline_info(pipe), even, whole=True, shift=shift
+        )
         write_text(out / "README.md", page)
     open_to_others(out)
     seal(out)
     if dtype != torch.float32:
         return found
-    again = load_teacher(out, device=device_of(student.network))
+    again = load_teacher(out, device=device_of(student.network), size=student.card.size or None)
     if isinstance(again, PixelModel):
         return drawn_pixels(again, prompts_for(student), steps)
-    return drawn(pipeline_of(again), prompts_for(student), steps, times=own_times(student), shape=again.shape)
+    return drawn_from(pipeline_of(again), student)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -3,12 +3,15 @@
 Every program for Stable Diffusion reads these names.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 ENDINGS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+# A layer of the original programs with shift and scale the other way round than diffusers has them.
+SHIFT_FIRST = "final_layer.adaLN_modulation.1"
 OUTSIDE = {  # layers outside of blocks: diffusers' names and the original code's
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -43,6 +46,38 @@ def kohya(state: Mapping[str, Tensor], alpha: float, original: Mapping[str, str]
         named[stem + ENDINGS[ending]] = tensor
         named[f"{stem}.alpha"] = torch.tensor(float(alpha))
     return named
+
+
+def native(state: Mapping[str, Tensor], original: Mapping[str, str]) -> dict[str, Tensor]:
+    """Rename a LoRA's layers from diffusers' names to the original program's.
+
+    `layer.lora_A.weight` becomes `diffusion_model.ORIGINAL.lora_A.weight`. Alpha is the rank. Layers that are
+    one in the original, such as queries, keys and values, are its rows in turn: A are stacked, and B are the
+    blocks of a diagonal. Where the original has shift before scale, the halves of B change places.
+    """
+    together: dict[str, list[str]] = {}
+    for layer in original:
+        if f"{layer}.lora_A.weight" in state:
+            together.setdefault(original[layer], []).append(layer)
+    named: dict[str, Tensor] = {}
+    for name, layers in together.items():
+        down, up = ([state[f"{n}.{half}.weight"] for n in layers] for half in ("lora_A", "lora_B"))
+        whole = up[0] if len(up) == 1 else torch.block_diag(*up)
+        if name.endswith(SHIFT_FIRST):
+            whole = torch.cat(whole.chunk(2)[::-1])
+        named[f"diffusion_model.{name}.lora_A.weight"] = torch.cat(down)
+        named[f"diffusion_model.{name}.lora_B.weight"] = whole.contiguous()
+    return named
+
+
+def renamed(state: Mapping[str, Tensor], original: Mapping[str, str]) -> bool:
+    """Return whether `native` can name a LoRA.
+
+    Every layer has an original name, and of layers that are one in the original the LoRA has all or none.
+    """
+    layers, parts = layers_of(state), Counter(original.values())
+    here = Counter(original.get(n, "") for n in layers)
+    return bool(original) and "" not in here and all(count == parts[name] for name, count in here.items())
 
 
 def layers_of(state: Mapping[str, Tensor]) -> list[str]:

@@ -3,16 +3,20 @@
 The page says how to call the student, what the student was made from, and the cost. A test runs the snippet.
 """
 
+import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from ..backbones.few_step import PipelineInfo
+from ..backbones.denoiser_file import denoiser_file
+from ..backbones.few_step import PipelineInfo, told_times
 from ..backbones.files import PEFT_FOLDER
 from ..backbones.load import bundled, called, hub_id, source_of
 from ..backbones.single_file import PREDICTIONS, is_file, read_checkpoint
+from ..backbones.sizes import call_options
 from ..core.solvers import SOLVERS
 from .card import StudentCard, counted, guidance_text
 
@@ -25,16 +29,23 @@ def model_card(
     even: bool,
     elsewhere: str = "",
     whole: bool = False,
+    shift: float = 1.0,
+    second: str = "",
 ) -> str:
     """Return the model card: Markdown with a hub header.
 
-    `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's
-    scheduler. `info` is that of the base's pipeline; times that are not `even` are passed where the family's
-    schedulers take times. `elsewhere` is a section on other programs. `whole` says that the folder is a
-    pipeline, which needs no base.
+    `folder` is the reader's name for the folder of the card, `scheduler` the class of the student's scheduler
+    and `shift` its shift of times. `info` is that of the base's pipeline; times that are not `even` are passed
+    where the family's schedulers take times. `elsewhere` is a section on other programs. `whole` says that the
+    folder is a pipeline, which needs no base. `second` is the file with the LoRA of a pair's second network.
     """
     steps, home, at = card.steps[0], _text(called(card.base)), _text(folder)
     times = ", ".join(f"{t:g}" for t in card.timesteps[str(steps)][:-1])
+    told = card.guidance.scale if info.embeds_guidance else 1.0
+    asked = {k: v for k, v in info.family.guidance(told, 1).items() if v is not None}
+    guided = ", ".join(f"{k}={v!r}" for k, v in asked.items())
+    first = list(inspect.signature(info.family.pipeline.__call__).parameters)[1]
+    named = "" if first == "prompt" else "prompt="
     counts = " or ".join(map(str, card.steps))
     part, peft = f"pipe.{info.part}", card.weights == "lora" and not info.loads_lora
     lora = (
@@ -42,7 +53,12 @@ def model_card(
         if peft
         else f"pipe.load_lora_weights({at})"
     )
-    full = f'{part} = type({part}).from_pretrained({at}, subfolder="{info.part}")'
+    full = "\n".join(
+        f'{own} = type({own}).from_pretrained({at}, subfolder="{own.removeprefix("pipe.")}")'
+        for own in ([part, f"{part}_2"] if info.boundary else [part])
+    )
+    if second:
+        lora += f'\npipe.load_lora_weights({at}, weight_name="{second}", load_into_transformer_2=True)'
     load = {"lora": lora, "full": full}.get(card.weights, "")
     kind = {
         "lora": f"LoRA of rank {card.rank}, alpha {card.alpha or 0:g}; load it at strength 1.0",
@@ -65,28 +81,29 @@ The files alone are the student of {steps} step{"s" if steps > 1 else ""}. fewst
 `fewstep.load({home}, {at})("a prompt", num_inference_steps={card.steps[-1]})`;
 `fewstep export {folder} OUT --steps {card.steps[-1]}` writes files that are right for another count by themselves."""
     )
-    sized = f", height={card.size}, width={card.size}" if card.size else ""
+    sized = "".join(f", {k}={v}" for k, v in call_options(card.size).items())
     result = "frame" if info.family.video else "image"
     # A head corrects every step. No stock scheduler has an analytic first step, or the steps of some solvers.
     # Such students need fewstep at hand.
-    stock = (even or info.takes_times) and not (
+    stock = (even or bool(info.told_by)) and not (
         card.head or card.analytic_first_step or not SOLVERS[card.solver[str(steps)]].stock
     )
-    how = f"num_inference_steps={steps}" if even else f"timesteps=[{times}]"
+    own = told_times(info.family, shift, card.timesteps[str(steps)][:-1])
+    how = f"num_inference_steps={steps}" if even else "".join(f"{k}={list_of(v)}" for k, v in own.items())
     student = "" if whole else f'{load}\npipe.scheduler = {scheduler}.from_pretrained({at}, subfolder="scheduler")\n'
     snippet = f"""{imports}
 
 pipe = {base}
-{student}{result} = pipe("a prompt", {how}, guidance_scale=1.0{sized}, \
+{student}{result} = pipe({named}"a prompt", {how}, {guided}{sized}, \
 generator=torch.Generator().manual_seed(0)).{result}s[0]"""
-    own = f"""import torch
+    with_fewstep = f"""import torch
 
 import fewstep
 
 pipe = fewstep.load({home}, {at})
 {result} = pipe("a prompt", generator=torch.Generator().manual_seed(0)).{result}s[0]"""
     if not info.family.takes_prompts:
-        stock, own = (
+        stock, with_fewstep = (
             False,
             f"""import fewstep
 
@@ -110,7 +127,8 @@ images = fewstep.sample(fewstep.load_student({at}), [""])  # or names of classes
             f"by itself diffusers takes 50 guided steps, which it was not made for. {beyond}"
         )
     free = "; the first step is analytic, without a network evaluation" if card.analytic_first_step else ""
-    guidance = f"baked in: call it with `guidance_scale=1.0` (the teacher's guidance: {guidance_text(card)})"
+    baked = "told to the network" if info.embeds_guidance else "baked in"
+    guidance = f"{baked}: call it with `{guided}` (the teacher's guidance: {guidance_text(card)})"
     if card.guidance_scales:
         served = ", ".join(f"{w:g}" for w in card.guidance_scales)
         guidance = (
@@ -154,7 +172,7 @@ with {_plain(card.method.upper())}, from {_plain(card.data)}.
 | cost | {card.iterations} iterations, {card.train_seconds / 60:.1f} minutes on {card.hardware} |
 
 ```python
-{snippet if stock else own}
+{snippet if stock else with_fewstep}
 ```
 
 {beyond}{own_base}{others}
@@ -175,6 +193,8 @@ def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
     loaded, config = f"{pipeline}.from_pretrained({place})", source.reading
     if is_file(source.place):
         if Path(source.place).is_file():  # the base may be elsewhere
+            if denoiser_file(Path(source.place), source.reading) is not None:
+                return f"fewstep.load_teacher({whole}).pipe  # its network is in a file of its own", True
             checkpoint = read_checkpoint(Path(source.place), source.reading)
             if checkpoint.absent:
                 return (
@@ -189,6 +209,11 @@ def base_loading(base: str, pipeline: str) -> tuple[str, bool]:
         for s, w in source.loras
     )
     return loaded + "".join(styles), False
+
+
+def list_of(values: Sequence[float]) -> str:
+    """Write numbers as a Python list."""
+    return f"[{', '.join(f'{v:.8g}' for v in values)}]"
 
 
 def _text(value: str) -> str:

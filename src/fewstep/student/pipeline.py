@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from ..backbones.experts import Experts
+from ..backbones.families import family_of_pipeline
 from ..backbones.few_step import FewStepPipeline, SamplingDefaults, few_step_pipeline
 from ..backbones.files import loads_lora
 from ..backbones.generate import device_of
-from ..backbones.load import around, pipeline_of
-from ..backbones.parts import denoiser_of
+from ..backbones.load import around, at_size, pipeline_of
+from ..backbones.parts import DiffusersBackbone, denoiser_of
 from ..backbones.schedulers import load_scheduler
 from ..backbones.student_scheduler import SamplingSpec, StudentScheduler
 from ..core import timegrid
@@ -19,7 +21,7 @@ from ..core.solvers import solver_named
 from ..roles.adapters import attach_adapter
 from ..roles.step_condition import attach, nearest, unfold
 from .base import require_own
-from .card import StudentCard
+from .card import StudentCard, first_times
 from .folder import Parts, read_card, read_parts, require_folder, scheduler_path
 
 ADAPTER = "fewstep"
@@ -33,26 +35,28 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     """
     folder = require_folder(student, "student")
     card = read_card(folder)
-    pipeline = pipeline_of(base)
-    backbone = around(pipeline, card.base)
+    backbone = at_size(around(pipeline_of(base), card.base), card.size or None)
+    pipeline = pipeline_of(backbone)
     require_own(card, backbone, folder)
     parts = read_parts(folder, backbone)
     plain = denoiser_of(pipeline)
     # New modules around the same weights: the LoRA goes on this pipeline, and `base` stays the teacher.
     shared: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
     network = copy.deepcopy(plain, shared) if parts.network is None else parts.network
-    spec = sampling_spec(parts, backbone.schedule, backbone.row, device_of(plain))
+    patch = family_of_pipeline(pipeline).patch
+    spec = sampling_spec(parts, backbone.schedule, backbone.row, device_of(plain), patch)
     scheduler = (
         load_scheduler(scheduler_path(folder)) if spec is None else StudentScheduler.of(pipeline.scheduler.config, spec)
     )
-    pipe = few_step_pipeline(
-        pipeline, network, scheduler, SamplingDefaults(card.steps, card.size, card.guidance_scales)
-    )
-    if card.weights == "lora" and loads_lora(network):
+    assert isinstance(backbone, DiffusersBackbone)
+    told = card.guidance.scale if backbone.embeds_guidance else 1.0
+    defaults = SamplingDefaults(card.steps, card.size, card.guidance_scales, told)
+    pipe = few_step_pipeline(pipeline, network, scheduler, defaults)
+    if card.weights == "lora" and loads_lora(network) and not isinstance(network, Experts):
         pipe.load_lora_weights(str(folder), adapter_name=ADAPTER)
         pipe.enable_lora()  # the adapters of a base are off after a training
         if parts.vectors:
-            unfold(network, card.time_layer, parts.vectors[card.condition_values[0]], ADAPTER)
+            unfold(backbone, network, parts.vectors[card.condition_values[0]], first_times(card), ADAPTER)
     elif card.weights == "lora":
         assert card.rank is not None and card.alpha is not None and parts.lora is not None
         attach_adapter(network, parts.lora, card.rank, card.alpha).switch(True)
@@ -68,7 +72,9 @@ def load(base: Any, student: str | Path) -> FewStepPipeline:
     return pipe
 
 
-def sampling_spec(parts: Parts, schedule: Schedule, row: Any, device: torch.device) -> SamplingSpec | None:
+def sampling_spec(
+    parts: Parts, schedule: Schedule, row: Any, device: torch.device, patch: int = 0
+) -> SamplingSpec | None:
     """Return how to sample a student that needs more than stock schedulers.
 
     None for a student that a stock scheduler samples.
@@ -80,4 +86,4 @@ def sampling_spec(parts: Parts, schedule: Schedule, row: Any, device: torch.devi
     if even and solver.stock and not (card.head or card.analytic_first_step):
         return None
     head = None if parts.head is None else parts.head.to(device)
-    return SamplingSpec(schedule, row, solver, grids, head, card.analytic_first_step)
+    return SamplingSpec(schedule, row, solver, grids, head, card.analytic_first_step, patch)

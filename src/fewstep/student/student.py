@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..backbones.apart import apart
-from ..backbones.base import Backbone, Cond, denoiser
+from ..backbones.base import Backbone, Cond, denoiser, tell
 from ..backbones.generate import device_of, trajectory
 from ..backbones.load import at_size, bundled, fingerprint, load_teacher, seen_from, source_of
 from ..backbones.modules import dtype_of
-from ..backbones.parts import DiffusersBackbone, LatentUNet
+from ..backbones.parts import DiffusersBackbone
+from ..backbones.sizes import Size
 from ..core import timegrid
 from ..core.prediction import Split
 from ..core.solvers import Denoise, State, with_analytic_first_step
@@ -30,7 +31,7 @@ from ..roles.adapters import Adapter, attach_adapter, merge, plain_state
 from ..roles.roles import Roles, copied
 from ..roles.step_condition import StepCondition
 from .base import process_of, require_own
-from .card import StudentCard
+from .card import StudentCard, first_times
 from .folder import Parts, holds_student, read_card, read_parts, require_folder, write_parts
 
 
@@ -45,7 +46,7 @@ class Origin:
     called: str  # the method, or the methods of several stages
     hardware: str = ""
     data: str = "prompts alone"
-    size: int = 0  # of the images, where not the base's
+    size: Size = 0  # of the images or videos, where not the base's
     dtype: str = ""  # of the base's weights, the network's by default
 
 
@@ -54,12 +55,12 @@ def base_of(backbone: Backbone) -> str:
     return backbone.source or backbone.name if isinstance(backbone, DiffusersBackbone) else backbone.name
 
 
-def size_of(backbone: Backbone) -> int:
+def size_of(backbone: Backbone) -> Size:
     """Return the size of a base's images, where it was set.
 
     0 where the size is the network's own.
     """
-    return backbone.image_size if isinstance(backbone, LatentUNet) and backbone.size else 0
+    return backbone.own_size if isinstance(backbone, DiffusersBackbone) else 0
 
 
 def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
@@ -210,7 +211,7 @@ class Student:
 
         By default the value is the first. Guidance is baked in: none is applied.
         """
-        inner = denoiser(self.backbone, self.network, cond)
+        inner = denoiser(self.backbone, self.network, tell(cond, self.card.guidance.scale))
 
         def network(x: Tensor, t: Tensor) -> Split:
             if self.adapter is not None:
@@ -298,7 +299,7 @@ class Student:
         if self.adapter is not None:
             merge(network, self.adapter.name)
         if self.vectors and self.only is not None:
-            step_condition.fold(network, self.backbone.time_layer, self.vectors[self.only])
+            step_condition.fold(self.backbone, network, self.vectors[self.only], first_times(self.card))
             return replace(
                 self, card=whole(self.card), network=network, adapter=None, vectors={}, condition=None, only=None
             )
@@ -322,9 +323,10 @@ class Student:
             return write_parts(folder, self.backbone, Parts(card, state, settings, None, saved, self.head))
         if card.weights == "none":
             return write_parts(folder, self.backbone, Parts(card, head=self.head))
-        layer = self.backbone.time_layer
         with (
-            step_condition.folded_bias(self.network, layer, self.vectors[self.value]) if self.vectors else nullcontext()
+            step_condition.folded(self.backbone, self.network, self.vectors[self.value], first_times(self.card))
+            if self.vectors
+            else nullcontext()
         ):
             return write_parts(folder, self.backbone, Parts(card, None, {}, self.network, saved, self.head))
 
@@ -346,10 +348,10 @@ class Student:
         The value is the one that the files are written for.
         """
         assert self.adapter is not None
-        times = torch.tensor(self.card.timesteps[str(self.card.steps[0])][:-1], dtype=torch.float64)
+        vector, times = self.vectors[self.value], first_times(self.card)
         self.adapter.switch(True)
         try:
-            return step_condition.folded_lora(self.backbone, self.network, self.vectors[self.value], times, rank, rank)
+            return step_condition.folded_lora(self.backbone, self.network, vector, times, rank, rank)
         finally:
             self.adapter.switch(False)
 

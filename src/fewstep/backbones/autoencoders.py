@@ -1,0 +1,56 @@
+"""Image autoencoders of all families: latents of images, images of latents, and the latents' scale."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+PATCH = 2  # side of the patches that FLUX.2's autoencoder folds into channels
+
+
+def latents_of(vae: Any, pictures: Tensor) -> Tensor:
+    """Return the means of an autoencoder's posterior, unscaled.
+
+    `pictures` [B, 3, H, W] are in [-1, 1]. Latents are [B, C, h, w]: FLUX.2's with patches of 2 x 2 folded
+    into channels. A video autoencoder gets one frame.
+    """
+    if isinstance(vae, AutoencoderKLQwenImage):
+        frame: Tensor = vae.encode(pictures.unsqueeze(2)).latent_dist.mean.squeeze(2)
+        return frame
+    means: Tensor = vae.encode(pictures).latent_dist.mean
+    return pixel_unshuffle(means, PATCH) if isinstance(vae, AutoencoderKLFlux2) else means
+
+
+def pictures_of(vae: Any, latents: Tensor) -> Tensor:
+    """Return images [B, 3, H, W] in [-1, 1] of unscaled latents.
+
+    The inverse of `latents_of`.
+    """
+    if isinstance(vae, AutoencoderKLQwenImage):
+        frame: Tensor = vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
+        return frame
+    if isinstance(vae, AutoencoderKLFlux2):
+        latents = pixel_shuffle(latents, PATCH)
+    drawn: Tensor = vae.decode(latents, return_dict=False)[0]
+    return drawn
+
+
+def scale_of(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Return `(shift, scale)` of states `(z - shift) scale` for latents z.
+
+    Two numbers, or two tensors [1, C, 1, 1] where channels are normalised one by one.
+    """
+    config = vae.config
+    if isinstance(vae, AutoencoderKLFlux2):
+        mean, variance = (
+            v.detach().float().to(like.device).view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var)
+        )
+        return mean, (variance + config.batch_norm_eps).rsqrt()
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return config.get("shift_factor") or 0.0, config.scaling_factor
+    mean, std = (
+        torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+    )
+    return mean, config.get("scaling_factor", 1.0) / std
