@@ -123,7 +123,7 @@ def test_a_video_model_of_parts(own: bool) -> None:
     schedule, config = Flow(shift=5.0), {"num_train_timesteps": 1000, "shift": 5.0}
     times = {"4": uniform(schedule, 4).tolist()}
     card = replace(CARD, base=base, prediction="", timesteps=times)
-    parts = ComfyParts("Wan22ImageToVideoLatent" if own else "EmptyHunyuanLatentVideo", "t5", "wan", "vae", own, 24)
+    parts = ComfyParts("Wan22ImageToVideoLatent" if own else "EmptyHunyuanLatentVideo", "t5", "wan", "vae", own, fps=24)
     told = nodes(card, "WanPipeline", schedule, config, "832x480x81", parts)
     latent = told[parts.latent]
     assert (latent["width"], latent["height"], latent["length"]) == (832, 480, 81)

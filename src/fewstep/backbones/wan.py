@@ -153,7 +153,7 @@ def _fps(pipe: Any) -> int:
 def _comfyui_parts(pipe: Any) -> ComfyParts:
     encoder = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
     if pipe.config.expand_timesteps:  # Wan 2.2-5B
-        return ComfyParts("Wan22ImageToVideoLatent", encoder, "wan", "wan2.2_vae.safetensors", True, _fps(pipe))
+        return ComfyParts("Wan22ImageToVideoLatent", encoder, "wan", "wan2.2_vae.safetensors", True, fps=_fps(pipe))
     return ComfyParts("EmptyHunyuanLatentVideo", encoder, "wan", "wan_2.1_vae.safetensors", fps=_fps(pipe))
 
 

@@ -54,8 +54,8 @@ def write_client_file(
     assert card.alpha is not None
     layers = layers_of(state)
     modules = [n.replace(".base_layer", "") for n, _ in network.named_modules()]
-    original = original_names(layers, modules) if info.family.kohya == "original" else None
-    named, name = kohya(state, card.alpha, original), f"{card.name}-kohya.safetensors"
+    kohya_names = original_names(layers, modules) if info.family.kohya == "original" else None
+    named, name = kohya(state, card.alpha, kohya_names), f"{card.name}-kohya.safetensors"
     config: Mapping[str, Any] = network.config  # type: ignore[assignment]
     write_tensors(folder / name, named, kohya_header(card, info, config, named, size))
     return name
