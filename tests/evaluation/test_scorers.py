@@ -3,8 +3,8 @@
 Each reference is compared where its package is installed, and skipped elsewhere.
 """
 
-import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +72,9 @@ def clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return model
 
 
-def need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+def need(module: str) -> Any:
+    """Return a module of a package that defines a score; skip the test where it is not installed."""
+    return pytest.importorskip(module, exc_type=ImportError)
 
 
 def test_inputs_are_those_of_clips_own_processor() -> None:
@@ -88,15 +88,14 @@ def test_inputs_are_those_of_clips_own_processor() -> None:
 
 
 def test_clip_score_is_torchmetrics(clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
-    need("torchmetrics")
-    from torchmetrics.multimodal.clip_score import CLIPScore
+    torchmetrics = need("torchmetrics.multimodal.clip_score")
     from transformers import CLIPImageProcessor, CLIPProcessor
 
     processor = CLIPProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
         tokenizer=tokenizer,
     )
-    reference = CLIPScore(model_name_or_path=lambda: (clip, processor))
+    reference = torchmetrics.CLIPScore(model_name_or_path=lambda: (clip, processor))
     ours = ClipScorer("clip_score", clip, tokenizer, scorers._clip_score).score(images(), PROMPTS)
     for image, prompt, score in zip(images(), PROMPTS, ours, strict=True):
         reference.reset()
@@ -117,10 +116,8 @@ def test_scores_of_a_prompt_do_not_depend_on_the_batch(clip: CLIPModel, tokenize
 
 
 def test_pickscore_is_imscores(clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
-    need("imscore")
-    from imscore.pickscore.model import PickScorer
-
-    theirs = PickScorer.__new__(PickScorer)
+    scorer = need("imscore.pickscore.model").PickScorer
+    theirs = scorer.__new__(scorer)
     nn.Module.__init__(theirs)
     theirs.model, theirs.processor = clip, lambda text, **options: tokenizer(text, padding=True, return_tensors="pt")
     theirs._process = lambda pixels: clip_pixels(pixels, SIZE)
@@ -144,9 +141,7 @@ def test_pickscore_is_imscores(clip: CLIPModel, tokenizer: CLIPTokenizer) -> Non
 
 
 def test_hpsv2_is_open_clips_network(tokenizer: CLIPTokenizer) -> None:
-    need("open_clip")
-    import open_clip
-
+    open_clip = need("open_clip")
     torch.manual_seed(0)
     vision = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8}
     text = {"context_length": 12, "vocab_size": len(tokenizer), "width": 16, "heads": 2, "layers": 2}
@@ -196,13 +191,10 @@ def test_hpsv2_is_open_clips_network(tokenizer: CLIPTokenizer) -> None:
 
 
 def test_padding_is_hpsv2s() -> None:
-    need("imscore")
-    from imscore.hps.model import ResizeMaxSize
-
+    resize = need("imscore.hps.model").ResizeMaxSize(SIZE)
+    to_tensor = need("torchvision.transforms.functional").to_tensor
     seen = images(40, 48)
-    import torchvision.transforms.functional as TF
-
-    theirs = torch.stack([TF.to_tensor(ResizeMaxSize(SIZE)(image)) for image in pil_images(seen)])
+    theirs = torch.stack([to_tensor(resize(image)) for image in pil_images(seen)])
     mean, std = (torch.tensor(v)[:, None, None] for v in (scorers.MEAN, scorers.STD))
     assert (clip_pixels(seen, SIZE, "pad") - (theirs - mean) / std).abs().max() <= 1e-5
 
@@ -213,12 +205,10 @@ def test_the_aesthetic_head_is_imscores(clip: CLIPModel) -> None:
     model, head = CLIPVisionModelWithProjection(config).eval(), AestheticHead().eval()
     own = AestheticScorer("aesthetic", model, head).score(images(), PROMPTS)
     assert own.shape == (3,)
-    need("imscore")
-    from imscore.aesthetic.model import MLP, LAIONAestheticScorer
-
-    theirs = LAIONAestheticScorer.__new__(LAIONAestheticScorer)
+    imscore = need("imscore.aesthetic.model")
+    theirs = imscore.LAIONAestheticScorer.__new__(imscore.LAIONAestheticScorer)
     nn.Module.__init__(theirs)
-    theirs.clip, theirs.mlp = model, MLP().eval()
+    theirs.clip, theirs.mlp = model, imscore.MLP().eval()
     theirs.mlp.load_state_dict(head.state_dict())
     theirs.resize = theirs.crop = nn.Identity()
     theirs.normalize = lambda pixels: clip_pixels(pixels, SIZE)
@@ -227,12 +217,10 @@ def test_the_aesthetic_head_is_imscores(clip: CLIPModel) -> None:
 
 
 def test_the_resize_is_clean_fids() -> None:
-    need("cleanfid")
-    from cleanfid.resize import build_resizer
-
+    cleanfid = need("cleanfid.resize")
     ours = clean_resize(images(40, 48))
     assert ours.shape == (3, 3, 299, 299)
-    resize = build_resizer("clean")
+    resize = cleanfid.build_resizer("clean")
     for image, own in zip(pil_images(images(40, 48)), ours, strict=True):
         theirs = torch.from_numpy(resize(np.asarray(image))).permute(2, 0, 1)
         assert (theirs - own).abs().max() <= 1e-5 * 255
@@ -252,17 +240,12 @@ def test_fid_and_kid_are_those_of_the_reference_packages() -> None:
     x, y = network.features(a), network.features(b)
     assert x.shape == (60, 24)
     fid = frechet_distance(moments(x), moments(y))
-    need("scipy")
-    from scipy.linalg import sqrtm
-
+    sqrtm = need("scipy.linalg").sqrtm
     m, n = moments(x), moments(y)
     root = sqrtm(m.covariance.numpy() @ n.covariance.numpy()).real
     plain = float((m.mean - n.mean).square().sum() + np.trace(m.covariance.numpy() + n.covariance.numpy() - 2 * root))
     assert fid == pytest.approx(plain, rel=1e-5, abs=1e-5)
-    need("torchmetrics")
-    from torchmetrics.image.kid import poly_mmd
-
-    theirs = float(poly_mmd(x.double(), y.double()))
+    theirs = float(need("torchmetrics.image.kid").poly_mmd(x.double(), y.double()))
     assert kernel_distance(x, y) == pytest.approx(theirs, rel=1e-5, abs=1e-8)
 
 

@@ -304,6 +304,7 @@ def training(
         judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, split)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
         if start and log.path is not None and stalled(log.path.parent, recipe):
+            restore(roles, log.path.parent)  # it has ended early, and is not trained on
             return False
         for step in steps:
             if step.iteration <= start:  # a finished run yields the last step again
@@ -365,7 +366,7 @@ def judge(
     if any_rank(not quality and is_first()) if sharded(recipe) else not quality and is_first():
         quality = measure(recipe, step, log, split)
     measured = measured_by(recipe, quality)
-    value = quality.get(measured.removeprefix("quality."), seen.distance)
+    value = seen.distance if recipe.preview.protocol is None else quality.get(measured.removeprefix("quality."))
     kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured), log.seconds) if keep else []
     # After the last iteration `missed` says what the best student was.
     said = [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]

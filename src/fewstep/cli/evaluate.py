@@ -170,12 +170,18 @@ class Asked:
     source: str
 
 
-def asked_of(teacher: Backbone, run: Path, given: Sequence[str] | None, rules: "PictureProtocol") -> Asked:
+def asked_of(
+    teacher: Backbone,
+    run: Path,
+    given: Sequence[str] | None,
+    rules: "PictureProtocol",
+    split: Split | None = None,
+) -> Asked:
     """Return the prompts that a teacher is evaluated with.
 
     A pixel model has classes for prompts, and some protocols have a list of their own. Any other teacher takes some
-    of `given`, by default of the run's prompts: of those that were kept out of the training, where there are some.
-    Raises ValueError where there are none.
+    of `given`, by default of the run's prompts, which are those of `split` where it is known: of those that were kept
+    out of the training, where there are some. Raises ValueError where there are none.
     """
     from ..evaluation.pictures import chosen
 
@@ -188,6 +194,8 @@ def asked_of(teacher: Backbone, run: Path, given: Sequence[str] | None, rules: "
         )
     if given is not None:
         return Asked(chosen(rules, given), "passed")
+    if split is not None:
+        return _asked_of_run(split, rules)
     recipe = recipe_of(run)
     named = recipe.get("teacher")
     if not isinstance(named, str):
@@ -199,10 +207,10 @@ def asked_of(teacher: Backbone, run: Path, given: Sequence[str] | None, rules: "
         found = prompts_from(str(told.get("source", "bundled")), told.get("column"), named)
     except ValueError as error:
         raise ValueError(f"{error}; or pass --prompts FILE to evaluate") from error
-    return asked_of_run(split_prompts(teacher, found, told.get("held_out", 0.0)), rules)
+    return _asked_of_run(split_prompts(teacher, found, told.get("held_out", 0.0)), rules)
 
 
-def asked_of_run(split: Split, rules: "PictureProtocol") -> Asked:
+def _asked_of_run(split: Split, rules: "PictureProtocol") -> Asked:
     """Return some of a run's prompts: held-out ones, where there are some."""
     from ..evaluation.pictures import chosen
 
@@ -256,7 +264,7 @@ def evaluate_student(
     rules, seen = measuring(teacher, protocol, real)
     asked = Asked((), "the emoji's names")
     if isinstance(rules, PictureProtocol):
-        asked = asked_of(teacher, folder.parent, prompts, rules) if split is None else asked_of_run(split, rules)
+        asked = asked_of(teacher, folder.parent, prompts, rules, split)
     extra = extra_of(more.metrics, more.reference) if more.metrics or more.reference else NO_EXTRA
     rows = [*rows_of(student), *rival_rows(teacher, more.against)]
     each, calls = rules.total(1), [row.nfe for row in rows]
@@ -475,10 +483,7 @@ def measure_step(
     if not isinstance(rules, PictureProtocol):
         found = evaluate(rows, rules)
     else:
-        if isinstance(teacher, PixelModel) or rules.prompts is not None:
-            asked = asked_of(teacher, Path(), None, rules)
-        else:
-            asked = asked_of_run(split, rules)
+        asked = asked_of(teacher, Path(), None, rules, split)
         if seen is None:
             null = teacher.encode([""])
             best = step.method.guidance if null else Guidance()

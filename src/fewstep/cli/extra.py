@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..hashes import sha256_of
+
 if TYPE_CHECKING:
     from ..evaluation.scorer import Extra
 
@@ -33,6 +35,7 @@ def extra_of(names: Sequence[str], reference: Path | None) -> "Extra":
         ),
         None if deep is None else load_inception(deep),
         None if reference is None else read_statistics(reference),
+        "" if reference is None else sha256_of(reference),
         "fid" in names,
         "kid" in names,
     )

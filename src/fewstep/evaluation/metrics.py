@@ -28,6 +28,10 @@ def _kid_real(m: Measurement) -> float | None:
     return None if m.gallery is None else kernel_distance(m.gallery, m.embeddings)
 
 
+def _apart(m: Measurement) -> Tensor | None:
+    return m.apart
+
+
 def _teacher_distance(m: Measurement) -> float | None:
     return None if m.apart is None else float(m.apart.mean())
 
@@ -181,7 +185,7 @@ METRICS: dict[str, Metric] = {
             "low",
             curve=True,
             needs="a teacher",
-            each=lambda m: m.apart,
+            each=_apart,
         ),
         Metric("fid", "FID", _fid, 2, "low", needs="Inception, and real images or a reference"),
         Metric("kid", "KID, Inception", _kid, 4, "low", needs="Inception and real images"),
@@ -214,6 +218,8 @@ def values(measurement: Measurement, metrics: Sequence[Metric] = ()) -> dict[str
     return {metric.key: metric.compute(measurement) for metric in metrics or tuple(METRICS.values())}
 
 
+# Metrics that are in eval.json only where they were asked for.
+OTHERS = tuple(m for m in METRICS.values() if m.key in ("fid", "kid") or m.each not in (None, _apart))
 # What drawn prompts change: time and memory are not numbers of prompts. The slow ones take seconds for each draw.
 SLOW = tuple(METRICS[key] for key in ("kid_real", "fid", "kid"))
 DRAWN = tuple(m for m in METRICS.values() if m.kind != "cost" and m not in SLOW and m.key != "collapsed")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..hashes import hash_of
 from .alignment import diversity
 from .bootstrap import BLOCK, Groups, groups_of
 from .distances import Moments, frechet_distance, moments, principal_components
@@ -145,13 +146,14 @@ class Spread:
     """How images differ: `seeds` within prompts, `prompts` between them.
 
     `seeds` is the mean distance of two images of a prompt, and `within` [G] the same of each group; None where
-    a prompt has a single image. `between` [G, G] are distances of the groups' first images, 0 where both are of
-    one prompt.
+    a prompt has a single image. `between` [G, G] are distances of the groups' first images, and `apart` [G, G] says
+    where these are of different prompts.
     """
 
     seeds: float | None
     within: Tensor | None
     between: Tensor
+    apart: Tensor
 
     def drawn_seeds(self, drawn: Tensor | None) -> float | None:
         """Return `seeds` of drawn groups: scaled by what the draw changes."""
@@ -164,8 +166,9 @@ class Spread:
 
         None where there is one prompt alone.
         """
-        table = self.between if drawn is None else self.between[drawn][:, drawn]
-        return float(table.sum() / (table > 0).sum()) if bool((table > 0).any()) else None
+        chosen = torch.arange(len(self.apart)) if drawn is None else drawn
+        apart = self.apart[chosen][:, chosen]
+        return float(self.between[chosen][:, chosen][apart].mean()) if bool(apart.any()) else None
 
 
 # Keys that every row has, possibly with null.
@@ -306,6 +309,7 @@ def evaluate_pictures(
         "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
         **stamp,
         "weights_sha256": extra.weights(),
+        "real_sha256": None if real is None else hash_of(real),
         "batch": protocol.batch,
         "fd_floor": frechet_distance(others_own, moments(space(others[count:].double()) * unit))
         if others_own and others is not None and len(others) == 2 * count
@@ -318,11 +322,11 @@ def spread_of(points: Tensor, prompts: Sequence[str], groups: Groups) -> Spread:
     """Return how the images [N, K] of these prompts differ."""
     firsts = torch.stack([rows[0] for rows in groups.rows])
     names = [prompts[int(i)] for i in firsts]
-    between = torch.cdist(points[firsts], points[firsts])
-    between *= torch.tensor([[a != b for b in names] for a in names])
+    between = torch.cdist(points[firsts], points[firsts], compute_mode="donot_use_mm_for_euclid_dist")
+    apart = torch.tensor([[a != b for b in names] for a in names])
     several = [rows for rows in groups.rows if len(rows) > 1]
     within = torch.stack([diversity(points[rows][None])[0] for rows in several]) if several else None
-    return Spread(spread(points, prompts), within if len(several) == len(groups) else None, between)
+    return Spread(spread(points, prompts), within if len(several) == len(groups) else None, between, apart)
 
 
 def shuffled(pictures: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .bootstrap import FEW_DRAWS, Groups, Interval, groups_of, intervals, paired
 from .faults import findings
 from .measure import FeatureExtractor, Measured, SamplePlan, Sampler, measure
 from .metric import Measurement
-from .metrics import DRAWN, METRICS, SLOW, values
+from .metrics import DRAWN, METRICS, OTHERS, SLOW, values
 from .plan import EmojiProtocol, digest, plan
 from .quality import MetricSuite
 from .reference import FOLDER, load_reference
@@ -84,6 +84,10 @@ def evaluate(
     the most steps. Raises ValueError for another reference than the protocol's, and for a sampler that does
     not return images in [0, 1].
     """
+    if extra.deep is not None:
+        raise ValueError(
+            f"--metrics: got fid or kid, protocol {protocol.name} has its own distance to real emoji; leave it out"
+        )
     known = load_reference(reference)
     if known.sha256 != protocol.reference:
         found = f"the reference {reference} has hash {known.sha256[:12]}, expected {protocol.reference[:12]}"
@@ -139,10 +143,13 @@ def compared(
     found = []
     for row, at in zip(rows, measured, strict=True):
         numbers = values(at(whole))
+        for metric in OTHERS:
+            if numbers[metric.key] is None:
+                del numbers[metric.key]
         ends: dict[str, Interval] = {}
         if len(groups) > 1:
             ends = intervals(numbers, (values(at(drawn), DRAWN) for drawn in draws()))
-            slow = [metric for metric in SLOW if numbers[metric.key] is not None]
+            slow = [metric for metric in SLOW if numbers.get(metric.key) is not None]
             few = islice(draws(), FEW_DRAWS if slow else 0)
             ends |= intervals(numbers, (values(at(drawn), slow) for drawn in few), spread)
         about = {

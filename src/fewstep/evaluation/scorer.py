@@ -50,12 +50,14 @@ class Extra:
     scorers: tuple[Scorer, ...] = ()
     deep: DeepFeatures | None = None
     reference: Moments | None = None
+    reference_sha256: str = ""
     fid: bool = False
     kid: bool = False
 
     def weights(self) -> dict[str, str]:
-        """Return the hashes of all weight files."""
-        found = {} if self.deep is None else dict(self.deep.weights)
+        """Return the hashes of all weight files, and of reference statistics."""
+        found = {"reference": self.reference_sha256} if self.reference_sha256 else {}
+        found |= {} if self.deep is None else dict(self.deep.weights)
         for scorer in self.scorers:
             found |= scorer.weights
         return found
