@@ -178,10 +178,11 @@ def rival_pipeline(base: DiffusionPipeline, rival: Rival, folder: Path) -> Diffu
 def draw_rival(
     pipe: DiffusionPipeline, rival: Rival, prompts: Sequence[str], seeds: Sequence[int], shape: Sequence[int], size: int
 ) -> Tensor:
-    """Sample one image [B, 3, H, W] per prompt and seed, from the noise that fewstep's students start from.
+    """Sample one image per prompt and seed.
 
-    `shape` is the shape of a state, and `size` the height and width of images. A pipeline with latents of another
-    shape makes its own noise from the seeds.
+    Returns images [B, 3, H, W], from the noise that fewstep's students start from. `shape` is the shape of a state,
+    and `size` the height and width of images. A pipeline with latents of another shape makes its own noise from the
+    seeds.
     """
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     options: dict[str, Any] = dict(rival.call) | family_of_pipeline(pipe).call_options(pipe)

@@ -52,10 +52,10 @@ def read_best(run: Path, measured: str) -> Best | None:
 
 
 def missed(run: Path, last: int) -> str:
-    """Say that a run's last preview, after `last` iterations, was not the best.
+    """Say that a run's last preview was not the best.
 
-    Called at the end of a run. Returns an empty text where the last preview was the best, or where no
-    student was kept.
+    The run has `last` iterations. Called at the end of a run. Returns an empty text where the last preview was the
+    best, or where no student was kept.
     """
     measured = best_preview(run).get("measured", "")
     best, values = (
@@ -71,9 +71,10 @@ def missed(run: Path, last: int) -> str:
 
 
 def stalled(run: Path, recipe: DistillRecipe) -> bool:
-    """Return whether the previews have not improved for longer than the recipe's patience.
+    """Return whether the previews have stopped improving.
 
-    Read from metrics.jsonl, so that a run that ended early stays so when its command is run again.
+    They have where the best is `preview.patience` previews ago. Read from metrics.jsonl, so that a run that ended
+    early stays so when its command is run again.
     """
     patience, metrics = recipe.preview.patience, read_metrics(run / "metrics.jsonl")
     if patience is None:

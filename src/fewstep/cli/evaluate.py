@@ -47,7 +47,7 @@ ANY = "pictures-N (of N images)"
 
 @dataclass(frozen=True)
 class More:
-    """What an evaluation measures beyond the student and the core: other packages' metrics, and rivals."""
+    """Metrics of other packages, and rivals, that an evaluation adds."""
 
     metrics: tuple[str, ...] = ()
     reference: Path | None = None
@@ -541,7 +541,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def called(row: Mapping[str, Any]) -> str:
-    """Return what a row is called in a sentence, as `student@4 (4 NFE)`."""
+    """Return a row's name in a sentence, `student@4 (4 NFE)`."""
     return f"{row['model']}@{row['steps']} ({row['nfe']} NFE)"
 
 

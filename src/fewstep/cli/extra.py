@@ -1,4 +1,4 @@
-"""Metrics of other packages on the command line: which are asked for, and with what weights."""
+"""Metrics of other packages, by their names on the command line."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -19,7 +19,10 @@ Interval = tuple[float, float]
 
 
 def draws(sizes: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Draw indices of several sets with replacement, `DRAWS` times; the same every time."""
+    """Draw indices of several sets with replacement, `DRAWS` times.
+
+    The draws are the same every time.
+    """
     rng = torch.Generator().manual_seed(0)
     for _ in range(DRAWS):
         yield [torch.randint(size, (size,), generator=rng) for size in sizes]
@@ -64,10 +67,10 @@ def groups_of(prompts: Sequence[str], largest: int = 0) -> Groups:
 
 
 def interval(value: float, drawn: Tensor) -> Interval:
-    """Return the interval of a value, from its values [draws] on drawn prompts.
+    """Return the interval of a value from its values [draws].
 
-    Percentiles around the value: a distance of drawn prompts, some of which are drawn twice, is larger on average
-    than that of the prompts themselves, and this difference is taken off.
+    The draws are on drawn prompts. Percentiles around the value: a distance of drawn prompts, some of which are
+    drawn twice, is larger on average than that of the prompts themselves, and this difference is taken off.
     """
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(drawn.double() - drawn.double().mean(), torch.tensor([tail, 1 - tail]).double()).tolist()
@@ -75,7 +78,10 @@ def interval(value: float, drawn: Tensor) -> Interval:
 
 
 def spread(value: float, drawn: Tensor) -> Interval:
-    """Return the interval of a value, from its values on a few draws: 1.96 standard deviations to both sides."""
+    """Return the interval of a value from a few draws.
+
+    1.96 standard deviations to both sides.
+    """
     wide = 1.96 * float(drawn.double().std())
     return value - wide, value + wide
 
@@ -104,10 +110,10 @@ def intervals(
 
 @dataclass(frozen=True)
 class Paired:
-    """How two rows compare, image by image, at the same prompts and noise.
+    """How two rows compare, image by image.
 
-    `wins` is the share of images at which the row is better; a tie counts half. `difference` is the mean of the
-    row's value minus the other's. Both have an interval.
+    Both have the same prompts and noise. `wins` is the share of images at which the row is better; a tie counts
+    half. `difference` is the mean of the row's value minus the other's. Both have an interval.
     """
 
     wins: float

@@ -1,4 +1,7 @@
-"""Scores whose packages pin old versions: each in a virtual environment of its own, spoken to by files."""
+"""Scores in virtual environments of their own, spoken to by files.
+
+Their packages pin old versions of others.
+"""
 
 import contextlib
 import hashlib
@@ -126,9 +129,9 @@ class EnvironmentScorer:
     process: "subprocess.Popen[str] | None" = None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [B] of images [B, 3, H, W] in [0, 1].
+        """Score images.
 
-        Raises ValueError where the process ends without an answer.
+        Returns [B] of images [B, 3, H, W] in [0, 1]. Raises ValueError where the process ends without an answer.
         """
         with tempfile.TemporaryDirectory(prefix="fewstep-scores-") as name:
             folder = Path(name)

@@ -1,4 +1,4 @@
-"""What is wrong with a student, in words, from its numbers next to the teacher's."""
+"""What is wrong with a student, from its numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ UNCONDITIONAL = "collapsed: it makes nearly the same image every time"
 
 
 def faults(row: Mapping[str, Any]) -> list[Fault]:
-    """Return the faults that a row's ratios show, in the order of `FAULTS`."""
+    """Return the faults that a row's ratios show."""
     found: dict[str, Fault] = {}
     for fault in FAULTS:
         value, (low, high) = row.get(fault.metric), row.get("intervals", {}).get(fault.metric, (None, None))

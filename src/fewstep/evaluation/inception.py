@@ -45,7 +45,10 @@ class Inception:
 
 
 def clean_resize(images: Tensor, size: int = SIZE) -> Tensor:
-    """Resize images [N, 3, H, W] in [0, 1] to [N, 3, size, size] in [0, 255]."""
+    """Resize images for Inception, without rounding.
+
+    images [N, 3, H, W] in [0, 1] become [N, 3, size, size] in [0, 255].
+    """
     values = (images.detach().cpu().float().clamp(0, 1) * 255).round().numpy()
     channels = [
         np.asarray(Image.fromarray(channel, "F").resize((size, size), Image.Resampling.BICUBIC)).clip(0, 255)

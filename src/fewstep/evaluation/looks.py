@@ -1,4 +1,4 @@
-"""What is kept of an image's appearance, to be compared with the teacher's."""
+"""Appearance of images, which is compared with the teacher's."""
 
 import torch
 from torch import Tensor

@@ -131,7 +131,7 @@ class FeatureExtractor:
             self._scores(images, prompts),
             torch.empty(len(images), 0) if self.extra.deep is None else self.deep_of(images),
             torch.tensor([sampled.seconds]),
-            torch.tensor([sampled.memory]),
+            torch.tensor([0.0 if self.extra.stamp() else sampled.memory]),  # other networks lie beside the sampled one
         )
 
     def _embedded(self, images: Tensor) -> Tensor:
@@ -144,7 +144,10 @@ class FeatureExtractor:
         return found if stills.shape[1] == 1 else found.unflatten(0, stills.shape[:2]).mean(1)
 
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [B, S], of a clip the mean over a few of its frames."""
+        """Return the scores [B, S].
+
+        That of a clip is the mean over a few of its frames.
+        """
         stills = _stills(images)
         asked = [prompt for prompt in prompts for _ in range(stills.shape[1])]
         each = [scorer.score(stills.flatten(0, 1), asked) for scorer in self.extra.scorers]
@@ -152,13 +155,19 @@ class FeatureExtractor:
         return torch.stack(found, 1) if found else torch.empty(len(images), 0)
 
     def deep_of(self, images: Tensor) -> Tensor:
-        """Return the other features [B, D] of images, of clips those of the middle frame."""
+        """Return the other features [B, D] of images.
+
+        Those of a clip are of its middle frame.
+        """
         assert self.extra.deep is not None
         return self.extra.deep.features(images if images.ndim == 4 else images[:, images.shape[1] // 2])
 
 
 def _stills(images: Tensor) -> Tensor:
-    """Return images [B, 1, 3, H, W], or a few evenly spaced frames [B, F, 3, H, W] of clips."""
+    """Return images as clips of one frame, clips as fewer frames.
+
+    [B, 1, 3, H, W], or [B, F, 3, H, W] of evenly spaced frames.
+    """
     if images.ndim == 4:
         return images[:, None]
     return images[:, torch.linspace(0, images.shape[1] - 1, min(FRAMES, images.shape[1])).round().long()]

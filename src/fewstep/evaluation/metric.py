@@ -92,11 +92,11 @@ class Measurement(Protocol):
 
     @property
     def scores(self) -> Mapping[str, Tensor]:
-        """Scores [n] of the images by networks of others, by the metric's key."""
+        """Scores [n] by networks of others, under their keys."""
 
     @property
     def deep(self) -> Tensor | None:
-        """Features [n, D] of the images in which FID and KID are distances."""
+        """Features [n, D] in which FID and KID are distances."""
 
     @property
     def deep_real(self) -> Tensor | None:

@@ -50,7 +50,10 @@ def _collapsed(m: Measurement) -> bool | None:
 
 
 def _ratio(name: str) -> Callable[[Measurement], float | None]:
-    """Return the metric of one column of appearance, as a multiple of the teacher's."""
+    """Return the ratio of one column of appearance.
+
+    It is a multiple of the teacher's.
+    """
 
     def ratio(m: Measurement) -> float | None:
         if m.teacher_looks is None:

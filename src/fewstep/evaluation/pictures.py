@@ -34,7 +34,7 @@ from .scorer import NO_EXTRA, Extra, require_extra
 
 @dataclass(frozen=True)
 class PictureProtocol:
-    """A protocol with `count` images per row, of all classes or prompts in turn.
+    """A protocol of `count` images, all classes or prompts in turn.
 
     The images are compared with as many images of the teacher and as many real images, in `components`
     dimensions. A text-to-image model samples `seeds` images of each prompt: of the user's prompts, or of the

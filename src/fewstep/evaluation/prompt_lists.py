@@ -118,9 +118,9 @@ def shipped_prompts(known: PromptList) -> tuple[str, ...]:
 
 
 def checked(known: PromptList, prompts: Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts in the order of their hashes, if they are those of the list.
+    """Return the prompts of a list in the order of their hashes.
 
-    Raises ValueError where they are not: numbers under a protocol's name are of one list alone.
+    Raises ValueError where they are of another list: numbers under a protocol's name are of one list alone.
     """
     found = sorted(set(prompts), key=digest)
     if not known.sha256 and not known.shipped and len(found) >= known.count:

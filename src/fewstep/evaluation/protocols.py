@@ -168,7 +168,7 @@ def compared(
 
 
 def _paired(rows: Sequence[Row], whole: Sequence[Measurement], groups: Groups) -> Iterator[dict[str, Any]]:
-    """Compare each student, image by image, with the teacher and with other students.
+    """Compare each student with the other rows, image by image.
 
     The teacher is taken at its best and at the student's cost. A metric that either row lacks is left out: the
     teacher at its best is not compared with itself.

@@ -46,7 +46,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Indices of prompts of each part of a plan: all of them, or drawn with replacement."""
+    """Indices of prompts of each part of a plan.
+
+    All of them, or drawn with replacement.
+    """
 
     plain: Tensor
     repeated: Tensor
@@ -92,7 +95,7 @@ class MetricSuite:
         )
 
     def measured(self, row: Measured, teacher: Measured | None) -> Callable[[Drawn], Row]:
-        """Return the inputs of metrics for one row, as a function of the prompts.
+        """Return the inputs of metrics as a function of the prompts.
 
         `teacher` is the row to compare with; a teacher is not compared with itself.
         """
@@ -157,5 +160,5 @@ class MetricSuite:
 
 
 def _others(x: Tensor) -> Tensor:
-    """Return the mean distance of each embedding [N, K] to all others, [N]."""
+    """Return the mean distance [N] of each embedding to all others."""
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").sum(1) / max(len(x) - 1, 1)

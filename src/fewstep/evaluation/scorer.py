@@ -23,7 +23,7 @@ class Scorer(Protocol):
     def weights(self) -> Mapping[str, str]: ...
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [B] of images [B, 3, H, W] in [0, 1]."""
+        """Return the scores [B] of images [B, 3, H, W]."""
 
     def close(self) -> None:
         """Give back what the scorer holds beyond memory."""
@@ -36,7 +36,7 @@ class DeepFeatures(Protocol):
     def weights(self) -> Mapping[str, str]: ...
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the features [B, D] of images [B, 3, H, W] in [0, 1]."""
+        """Return features [B, D] of images [B, 3, H, W]."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Scores of images by networks of others: CLIP score, PickScore, HPSv2.1, LAION aesthetic.
+"""Scores of images by published CLIP models.
 
-Every scorer is a CLIP model of transformers with one formula on top.
+CLIP score, PickScore, HPSv2.1 and LAION's aesthetic score. Every scorer is a CLIP model of transformers with one
+formula on top.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ Fit = Literal["crop", "pad"]
 
 
 def pil_images(images: Tensor) -> list[Image.Image]:
-    """Return images [B, 3, H, W] in [0, 1] as 8-bit files hold them."""
+    """Return images [B, 3, H, W] in 8 bits."""
     values = (images.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     return [Image.fromarray(value, "RGB") for value in values]
 
@@ -61,7 +62,7 @@ def clip_pixels(images: Tensor, size: int, fit: Fit = "crop") -> Tensor:
 
 
 def cosine(images: Tensor, texts: Tensor) -> Tensor:
-    """Return the cosine [B] of each image's embedding [B, D] with its text's."""
+    """Return the cosine [B] of embeddings [B, D]."""
     return (F.normalize(images, dim=1) * F.normalize(texts, dim=1)).sum(1)
 
 
@@ -86,12 +87,12 @@ class ClipScorer:
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
         with torch.inference_mode():
-            pixels = clip_pixels(images, self.model.config.vision_config.image_size, self.fit)
+            device = self.model.device
+            pixels = clip_pixels(images, self.model.config.vision_config.image_size, self.fit).to(device)
             seen = self.model.visual_projection(vision(pixel_values=pixels).pooler_output)
-            read = self.model.text_projection(
-                text(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
-            )
-            return self.formula(cosine(seen, read), float(self.model.logit_scale.exp())).float()
+            ids, mask = (tokens[name].to(device) for name in ("input_ids", "attention_mask"))
+            read = self.model.text_projection(text(input_ids=ids, attention_mask=mask).pooler_output)
+            return self.formula(cosine(seen, read), float(self.model.logit_scale.exp())).float().cpu()
 
     def close(self) -> None:
         """Do nothing: memory is all it holds."""
@@ -99,7 +100,7 @@ class ClipScorer:
 
 @dataclass(frozen=True)
 class AestheticScorer:
-    """A score of the image alone: a small network on its normalised CLIP embedding."""
+    """A score of the image alone, from its normalised CLIP embedding."""
 
     key: str
     model: CLIPVisionModelWithProjection
@@ -108,9 +109,9 @@ class AestheticScorer:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with torch.inference_mode():
-            pixels = clip_pixels(images, self.model.config.image_size)
+            pixels = clip_pixels(images, self.model.config.image_size).to(self.model.device)
             seen = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
-            return self.head(F.normalize(seen, dim=1)).squeeze(1).float()
+            return self.head(F.normalize(seen, dim=1)).squeeze(1).float().cpu()
 
     def close(self) -> None:
         """Do nothing: memory is all it holds."""
@@ -222,6 +223,14 @@ def vit_l_vision() -> CLIPVisionConfig:
     )
 
 
+def device() -> torch.device:
+    """Return the device of published scorers.
+
+    A transformer of half a billion weights is too slow on a CPU.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _clip_score(cos: Tensor, scale: float) -> Tensor:
     return 100 * cos.clamp(min=0)
 
@@ -235,7 +244,10 @@ def _percent(cos: Tensor, scale: float) -> Tensor:
 
 
 def clip_score(key: str = "clip_score") -> Scorer:
-    """Load CLIP ViT-L/14: 100 times the cosine, or 0 where it is negative."""
+    """Load CLIP ViT-L/14.
+
+    The score is 100 times the cosine, or 0 where it is negative.
+    """
     found = find_weights(CLIP_L, f"--metrics {key}")
     return ClipScorer(key, _clip_of(found), _tokenizer(found), _clip_score, weights=found.record())
 
@@ -247,12 +259,15 @@ def pickscore(key: str = "pickscore") -> Scorer:
 
 
 def hpsv21(key: str = "hpsv21") -> Scorer:
-    """Load HPSv2.1: 100 times the cosine, of images whose longer side is scaled to 224."""
+    """Load HPSv2.1.
+
+    The score is 100 times the cosine, of images whose longer side is scaled to 224.
+    """
     found, tokens = find_weights(HPS, f"--metrics {key}"), find_weights(CLIP_H_TOKENS, f"--metrics {key}")
     model = CLIPModel(vit_h())
     _fill(model, from_open_clip(_state(found.folder / "model.safetensors", "model.")), found)
     weights = found.record() | tokens.record()
-    return ClipScorer(key, model.eval(), _tokenizer(tokens), _percent, "pad", weights)
+    return ClipScorer(key, model.eval().to(device()), _tokenizer(tokens), _percent, "pad", weights)
 
 
 def aesthetic(key: str = "aesthetic") -> Scorer:
@@ -262,7 +277,7 @@ def aesthetic(key: str = "aesthetic") -> Scorer:
     file = found.folder / "model.safetensors"
     _fill(model, _state(file, "clip."), found)
     _fill(head, _state(file, "mlp."), found)
-    return AestheticScorer(key, model.eval(), head.eval(), found.record())
+    return AestheticScorer(key, model.eval().to(device()), head.eval().to(device()), found.record())
 
 
 SCORERS: dict[str, Callable[[], Scorer]] = {
@@ -275,7 +290,7 @@ SCORERS: dict[str, Callable[[], Scorer]] = {
 
 def _clip_of(found: Found) -> CLIPModel:
     with reading(f"weights {found.folder}:", "fetch them again", "cannot be used"):
-        return CLIPModel.from_pretrained(found.folder, local_files_only=True).eval()
+        return CLIPModel.from_pretrained(found.folder, local_files_only=True).eval().to(device())
 
 
 def _tokenizer(found: Found) -> CLIPTokenizer:

@@ -1,4 +1,4 @@
-"""Weights of metrics: found on this machine or fetched from the hub, and named by hash."""
+"""Weights of metrics, found here or fetched from the hub."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ PLACE = "FEWSTEP_WEIGHTS"  # environment variable: a folder of weights
 
 @dataclass(frozen=True)
 class Weights:
-    """Files of a repository on the hub, `owner/name`, and what they are for."""
+    """Files of a repository `owner/name` on the hub."""
 
     repo: str
     files: tuple[str, ...]
@@ -38,10 +38,11 @@ def place() -> Path:
 
 
 def find_weights(weights: Weights, option: str) -> Found:
-    """Find the files of a network that an option, such as `--metrics clip_score`, needs.
+    """Find the files of a network.
 
-    Without `files` all of the repository are needed. They are looked for in `place()/owner--name`, then in the hub's
-    cache, then on the hub. Raises ValueError in one line that names the files and where to put them.
+    `option`, such as `--metrics clip_score`, needs it. Without `files` all of the repository are needed. They are
+    looked for in `place()/owner--name`, then in the hub's cache, then on the hub. Raises ValueError in one line
+    that names the files and where to put them.
     """
     own = place() / weights.repo.replace("/", "--")
     if own.is_dir() and all((own / name).is_file() for name in weights.files):

@@ -10,10 +10,11 @@ FEWEST = 3  # prompts; of fewer all are seen at a glance
 
 
 def furthest(pictures: Pictures) -> list[tuple[int, str, str]]:
-    """Return the prompts whose images are furthest from the teacher's, the furthest first.
+    """Return the prompts whose images are furthest from the teacher's.
 
-    As (index of the prompt, label of the teacher, label of the student): the first rows of each. Both sampled from the
-    same noise, and the distance is that of EfficientNet-lite0 features. Empty where there is nothing to compare.
+    The furthest is the first. As (index of the prompt, label of the teacher, label of the student): the first rows
+    of each. Both sampled from the same noise, and the distance is that of EfficientNet-lite0 features. Empty where
+    there is nothing to compare.
     """
     labels = [next((label for label in pictures.rows if label.startswith(who)), "") for who in ("teacher", "student")]
     if not all(labels) or len(pictures.prompts) < FEWEST:

@@ -337,7 +337,7 @@ def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: 
 
 
 def drifting(metrics: Sequence[Metrics]) -> Figure | None:
-    """Plot how the student's images look next to the teacher's, at every evaluation."""
+    """Plot the drift of the student's images at every evaluation."""
     wanted = (
         ("saturation", "saturation"),
         ("contrast", "contrast"),
