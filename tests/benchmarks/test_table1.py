@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.evaluation.pictures import PictureProtocol
+from fewstep.evaluation.images import ImageProtocol
 
 from .. import pipelines
 
@@ -36,7 +36,7 @@ def test_a_table_is_one_command(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fewstep.cli.distill.look_before", lambda *_: None)
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
-    monkeypatch.setattr("fewstep.evaluation.pictures.OWN", (PictureProtocol("own-quick", 6, 2, seeds=3),))
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, 2, seeds=3),))
     monkeypatch.setattr("fewstep.evaluation.bootstrap.DRAWS", 20)
     Path("prompts.txt").write_text("red cat\nblue dog\n")
     which = ["--video" if base == "cogvideox" else "--base", base]

@@ -19,7 +19,7 @@ from fewstep.cli.finish import quality_of
 from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import split_prompts_of
 from fewstep.evaluation import protocols
-from fewstep.evaluation.pictures import LISTED, PictureProtocol
+from fewstep.evaluation.images import LISTED, ImageProtocol
 from fewstep.evaluation.plan import EmojiProtocol, digest
 from fewstep.evaluation.prompt_lists import LISTS, checked, shipped_prompts
 from tests import tiny
@@ -70,7 +70,7 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
         rows[4]["fd_real"], rel=1e-3
     )  # the student of two steps, as it was exported
     page = (run / "report.html").read_text()
-    assert "Told and taken" in page
+    assert "Condition and steps" in page
     printed = capsys.readouterr().out
     assert f"{rows[4]['fd_real']:.1f} in 2 NFE" in printed
 
@@ -145,23 +145,21 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     for size, names in (
         ("quick", ["emoji-quick", "own-quick"]),
         ("medium", ["emoji-medium", "own"]),
-        ("full", ["emoji-full", "pictures-full"]),
+        ("full", ["emoji-full", "images-full"]),
     ):
         assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
-    assert measuring(other, "pictures-12", None)[0].total(1) == 12
+    assert measuring(other, "images-12", None)[0].total(1) == 12
     with pytest.raises(
-        ValueError, match=r"^--protocol: got pictures-12, emoji samples emoji; choose one of emoji-quick, [^N]+$"
+        ValueError, match=r"^--protocol: got images-12, emoji samples emoji; choose one of emoji-quick, [^N]+$"
     ):
-        measuring(emoji, "pictures-12", None)
+        measuring(emoji, "images-12", None)
     with pytest.raises(
         ValueError,
-        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of own-quick, own, pictures-",
+        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of own-quick, own, images-",
     ):
         measuring(other, "emoji-full", None)
-    with pytest.raises(
-        ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "
-    ):
-        measuring(emoji, "pictures", None)
+    with pytest.raises(ValueError, match=r"^--protocol: got images, emoji samples emoji; choose one of emoji-quick, "):
+        measuring(emoji, "images", None)
     with pytest.raises(
         ValueError, match=r"^data\.real: got x, protocol emoji-quick has real images of its own; leave it out$"
     ):
@@ -180,7 +178,7 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     It is measured along the way beside its teacher, at the run's end, later from its run, and anywhere with prompts.
     """
     monkeypatch.setattr(
-        "fewstep.evaluation.pictures.OWN", (PictureProtocol("own-quick", 6, components=3, batch=4, seeds=3),)
+        "fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, components=3, batch=4, seeds=3),)
     )
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
     sizes = ("--set", "evaluate=quick", "--set", "preview.protocol=quick")
@@ -228,7 +226,7 @@ def test_a_share_of_the_prompts_is_kept_out_and_measured_with(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What a student was not trained on is what it is measured by, at the end and later; the report says so."""
-    monkeypatch.setattr("fewstep.evaluation.pictures.OWN", (PictureProtocol("own-quick", 8, 3, batch=8, seeds=2),))
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 8, 3, batch=8, seeds=2),))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
     Path("prompts.txt").write_text("".join(f"red cat {i}\n" for i in range(100)))
     asked = set[str]()
@@ -260,7 +258,7 @@ def test_a_published_list_is_asked_by_name(
 ) -> None:
     """Shipped lists come with the package, others as a file, which is compared with their hash."""
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
-    monkeypatch.setattr("fewstep.evaluation.pictures.LISTED", tuple(replace(p, count=6, components=2) for p in LISTED))
+    monkeypatch.setattr("fewstep.evaluation.images.LISTED", tuple(replace(p, count=6, components=2) for p in LISTED))
     assert command(monkeypatch, "evaluate", final, "--protocol", "parti-quick") == 0
     result = json.loads((final / "eval.json").read_text())
     assert result["protocol"] == "parti-quick"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fewstep.api import load_student
-from fewstep.evaluation.pictures import PictureProtocol
+from fewstep.evaluation.images import ImageProtocol
 from fewstep.report.run import render_run
 from fewstep.student.folder import read_card
 
@@ -31,7 +31,7 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(
     assert sorted(p.name for p in Path("seen").iterdir()) == ["x-0.mp4", "x.png"]
     assert "text-to-video" in Path("runs/tiny/final/README.md").read_text()
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
-    monkeypatch.setattr("fewstep.evaluation.pictures.OWN", (PictureProtocol("own-quick", 6, 2, seeds=3),))
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, 2, seeds=3),))
     assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 0
     measured(Path("runs/tiny"), "motion_ratio")
     capsys.readouterr()
@@ -62,7 +62,7 @@ def test_a_student_of_any_family_is_measured_by_the_default_command(
 ) -> None:
     folder = pipelines.save(family, tmp_path / "xl")
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
-    monkeypatch.setattr("fewstep.evaluation.pictures.OWN", (PictureProtocol("own-quick", 8, 2, seeds=4),))
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 8, 2, seeds=4),))
     method = {"name": "tdm", "steps": 2, "warmup": 0}
     assert fewstep(monkeypatch, "distill", recipe(folder, method=method)) == 0
     assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 0

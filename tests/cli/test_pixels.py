@@ -15,7 +15,7 @@ from fewstep.backbones import miniature
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.unconditional import PixelModel, save_pixel_model
 from fewstep.cli.finish import quality_of
-from fewstep.evaluation.pictures import PictureProtocol
+from fewstep.evaluation.images import ImageProtocol
 
 from .. import tiny
 from ..snippets import snippet_of
@@ -116,7 +116,7 @@ def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], m
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations of six images, a teacher of three steps."""
-    monkeypatch.setattr("fewstep.evaluation.pictures.OWN", (PictureProtocol("own-quick", 6, components=3, batch=4),))
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, components=3, batch=4),))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
 
 
@@ -180,7 +180,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
 
 
 @pytest.mark.usefixtures("few")
-def test_without_real_pictures_a_student_is_measured_against_its_teacher(
+def test_without_real_images_a_student_is_measured_against_its_teacher(
     headless: tuple[Path, tuple[str, ...]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -195,7 +195,7 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     assert [r["nfe"] for r in rows] == ([6, 4, 2, 2, 2] if labels else [3, 2, 2])
     calls = 6 * sum(
         r["nfe"] for r in rows
-    )  # of six pictures a row: by pictures alone the time left would be a few steps' or fifty's
+    )  # of six images a row: by images alone the time left would be a few steps' or fifty's
     assert f"evaluating, NFE {calls}/{calls}" in said
     assert rows[-1]["fd_teacher"] > 0
     assert quality_of(rows[-1], rows[0]).startswith(
@@ -240,7 +240,7 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
             "preview.protocol: got parti, pixels is a pixel model; choose one of own-quick, own",
         ),
         (
-            {"evaluate": "pictures", "data": {"source": "trajectories", "real": "nowhere"}},
+            {"evaluate": "images", "data": {"source": "trajectories", "real": "nowhere"}},
             "data.real: there is no nowhere",
         ),
     ],

@@ -10,7 +10,7 @@ from fewstep.api import load_student
 from fewstep.backbones.load import pipeline_of
 from fewstep.backbones.rivals import RIVALS, draw_rival, rival_named, rival_pipeline
 from fewstep.core.solvers import SOLVERS
-from fewstep.evaluation.pictures import PictureProtocol
+from fewstep.evaluation.images import ImageProtocol
 from fewstep.evaluation.weights import PLACE
 from fewstep.runs.sampling import sample
 
@@ -46,7 +46,7 @@ def test_students_stand_beside_rivals_and_are_compared_by_image(
 ) -> None:
     monkeypatch.setenv(PLACE, str(tmp_path / "weights"))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
-    monkeypatch.setattr("fewstep.evaluation.pictures.OWN", (PictureProtocol("own-quick", 6, 2, seeds=3),))
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, 2, seeds=3),))
     for name in ("lcm-lora", "tcd"):
         rival = next(r for r in RIVALS if r.name == name and r.base == "StableDiffusionPipeline")
         placed(final, rival.repo, rival.files[0], tmp_path / "weights")

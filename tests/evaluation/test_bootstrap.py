@@ -5,7 +5,7 @@ import torch
 
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation.bootstrap import BLOCK, groups_of, interval, intervals, paired
-from fewstep.evaluation.pictures import evaluate_pictures
+from fewstep.evaluation.images import evaluate_images
 from fewstep.evaluation.protocols import Row
 
 from .test_faults import FEW, PROMPTS, drawn
@@ -56,7 +56,7 @@ def test_a_student_beats_a_teacher_that_strays_further() -> None:
     """Image by image, at the same prompts and noise, against the teacher at the student's cost."""
     far = Row("teacher", 4, Guidance(), 4, drawn(lambda x: x.roll(11, -2).flip(1)))
     near = Row("student", 4, Guidance(), 4, drawn(lambda x: 0.97 * x))
-    result = evaluate_pictures([Row("teacher", 50, Guidance(), 100, drawn()), far, near], FEW, PROMPTS)
+    result = evaluate_images([Row("teacher", 50, Guidance(), 100, drawn()), far, near], FEW, PROMPTS)
     (one,) = result["paired"]
     assert (one["row"], one["against"], one["metric"]) == (2, 1, "teacher_distance")
     assert one["wins"] == 1.0 and one["wins_interval"] == [1.0, 1.0] and one["difference"] < 0

@@ -13,13 +13,13 @@ from torch import Tensor
 from fewstep.atomic import write_json
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation.faults import faults
-from fewstep.evaluation.pictures import PictureProtocol, evaluate_pictures
+from fewstep.evaluation.images import ImageProtocol, evaluate_images
 from fewstep.evaluation.protocols import Row
 from fewstep.report.run import render_run
 
 from .conftest import Draw, blob
 
-FEW = PictureProtocol("few", count=32, components=8, batch=16, seeds=4)
+FEW = ImageProtocol("few", count=32, components=8, batch=16, seeds=4)
 PROMPTS = tuple(f"thing {i}" for i in range(8))
 BLOBS = torch.stack([blob(i, "") for i in range(8)]).float() / 255
 
@@ -70,7 +70,7 @@ def result() -> dict[str, Any]:
     """One student of each kind, in as many steps as its place in the table says."""
     teachers = [Row("teacher", 50, Guidance(scale=2.0), 100, drawn())]
     students = [Row("student", i, Guidance(), i, draw) for i, draw in enumerate(GENERATORS.values(), 1)]
-    return evaluate_pictures([*teachers, *students], FEW, PROMPTS)
+    return evaluate_images([*teachers, *students], FEW, PROMPTS)
 
 
 def test_each_is_named_as_what_it_is(result: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ def test_a_model_without_prompts_collapses_to_one_image() -> None:
         return drawn()([PROMPTS[s % 8] for s in seeds], seeds)
 
     rows = [Row("teacher", 50, Guidance(), 50, several), Row("student", 1, Guidance(), 1, one)]
-    found = evaluate_pictures(rows, protocol, ())["findings"]
+    found = evaluate_images(rows, protocol, ())["findings"]
     assert "collapsed" in [f["fault"] for f in found] and "seeds alike" not in [f["fault"] for f in found]
 
 
@@ -128,6 +128,6 @@ def test_a_clip_that_does_not_move_is_named() -> None:
         return sampler
 
     rows = [Row("teacher", 50, Guidance(), 50, moving(3)), Row("student", 1, Guidance(), 1, moving(0))]
-    result = evaluate_pictures([*rows, Row("student", 2, Guidance(), 2, moving(3))], replace(FEW, count=16), PROMPTS)
+    result = evaluate_images([*rows, Row("student", 2, Guidance(), 2, moving(3))], replace(FEW, count=16), PROMPTS)
     assert [(f["row"], f["fault"]) for f in result["findings"]] == [(1, "still")]
     assert result["rows"][1]["motion_ratio"] == pytest.approx(0) and result["rows"][2]["motion_ratio"] == 1.0

@@ -25,7 +25,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[float]], Call
     return drawing_for
 
 
-def test_time_is_per_picture(drawing: Callable[[Iterator[float]], Callable[[], Tensor]]) -> None:
+def test_time_is_per_image(drawing: Callable[[Iterator[float]], Callable[[], Tensor]]) -> None:
     found = speed.timed(drawing(iter([2.0])))
     assert found.images.shape == (4, 3, 2, 2) and found.states is None
     assert found.seconds == 0.5

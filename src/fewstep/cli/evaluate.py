@@ -34,15 +34,15 @@ from .rivals import rival_rows
 from .sample import open_student
 
 if TYPE_CHECKING:
+    from ..evaluation.images import ImageProtocol
     from ..evaluation.measure import Sampler
-    from ..evaluation.pictures import PictureProtocol
     from ..evaluation.plan import EmojiProtocol
     from ..evaluation.prompt_lists import PromptList
     from ..evaluation.protocols import Row
 
 TEACHER_STEPS = 50
 SIZES = ("quick", "medium", "full")  # of the protocols for the teacher's kind
-ANY = "pictures-N (of N images)"
+ANY = "images-N (of N images)"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def asked_of(
     teacher: Backbone,
     run: Path,
     given: Sequence[str] | None,
-    rules: "PictureProtocol",
+    rules: "ImageProtocol",
     split: Split | None = None,
 ) -> Asked:
     """Return the prompts that a teacher is evaluated with.
@@ -183,7 +183,7 @@ def asked_of(
     of `given`, by default of the run's prompts, which are those of `split` where it is known: of those that were kept
     out of the training, where there are some. Raises ValueError where there are none.
     """
-    from ..evaluation.pictures import chosen
+    from ..evaluation.images import chosen
 
     if isinstance(teacher, PixelModel):
         return Asked(teacher.labels, "the model's classes" if teacher.labels else "the model takes none")
@@ -210,9 +210,9 @@ def asked_of(
     return _asked_of_run(split_prompts(teacher, found, told.get("held_out", 0.0)), rules)
 
 
-def _asked_of_run(split: Split, rules: "PictureProtocol") -> Asked:
+def _asked_of_run(split: Split, rules: "ImageProtocol") -> Asked:
     """Return some of a run's prompts: held-out ones, where there are some."""
-    from ..evaluation.pictures import chosen
+    from ..evaluation.images import chosen
 
     if split.held_out:
         return Asked(chosen(rules, split.held_out), "kept out of the training")
@@ -255,7 +255,7 @@ def evaluate_student(
     `folder`, or those of `split`.
     """
     # These imports take seconds, and not every run evaluates.
-    from ..evaluation.pictures import PictureProtocol, evaluate_pictures
+    from ..evaluation.images import ImageProtocol, evaluate_images
     from ..evaluation.protocols import evaluate
     from ..evaluation.scorer import NO_EXTRA
 
@@ -263,7 +263,7 @@ def evaluate_student(
     teacher = backbone_of(student)
     rules, seen = measuring(teacher, protocol, real)
     asked = Asked((), "the emoji's names")
-    if isinstance(rules, PictureProtocol):
+    if isinstance(rules, ImageProtocol):
         asked = asked_of(teacher, folder.parent, prompts, rules, split)
     extra = extra_of(more.metrics, more.reference) if more.metrics or more.reference else NO_EXTRA
     rows = [*rows_of(student), *rival_rows(teacher, more.against)]
@@ -274,8 +274,8 @@ def evaluate_student(
             row, drawn = divmod(done, each)
             bar.advance(each * sum(calls[:row]) + drawn * sum(calls[row : row + 1]), {})
 
-        if isinstance(rules, PictureProtocol):
-            measured = evaluate_pictures(rows, rules, asked.prompts, seen, cache, tell, extra)
+        if isinstance(rules, ImageProtocol):
+            measured = evaluate_images(rows, rules, asked.prompts, seen, cache, tell, extra)
         else:
             measured = evaluate(rows, rules, cache, tell, extra=extra)
     result = {
@@ -290,7 +290,7 @@ def evaluate_student(
 
 def measuring(
     teacher: Backbone, name: str | None, real: str | None, option: str = "--protocol"
-) -> "tuple[EmojiProtocol | PictureProtocol, Tensor | None]":
+) -> "tuple[EmojiProtocol | ImageProtocol, Tensor | None]":
     """Return the protocol for a teacher, and the real images.
 
     `name` is the name or the size of a protocol; None stands for the protocol of the teacher's kind. The
@@ -299,19 +299,19 @@ def measuring(
     Raises ValueError where protocol, teacher and real images do not go together, and for a teacher that
     samples neither images nor videos.
     """
-    from ..evaluation.pictures import PictureProtocol
+    from ..evaluation.images import ImageProtocol
 
     if not teacher.image_size and not isinstance(teacher, DiffusersBackbone):
         raise ValueError(
             f"{option}: {teacher.name} samples no images; leave it out, and call fewstep.evaluate in Python"
         )
     emoji = draws_emoji(teacher)
-    own: dict[str, EmojiProtocol | PictureProtocol] = {p.name: p for p in protocols_of(emoji)}
+    own: dict[str, EmojiProtocol | ImageProtocol] = {p.name: p for p in protocols_of(emoji)}
     by_size = dict(zip(SIZES, own, strict=False))
     usual = "full" if emoji else "quick"  # others may be large
     rules = protocol_named(by_size.get(name or usual, name or list(own)[-1]))
-    wrong = isinstance(rules, PictureProtocol) == emoji
-    if not wrong and isinstance(rules, PictureProtocol) and rules.prompts is not None:
+    wrong = isinstance(rules, ImageProtocol) == emoji
+    if not wrong and isinstance(rules, ImageProtocol) and rules.prompts is not None:
         wrong = isinstance(teacher, PixelModel)
     if wrong:
         kind = (
@@ -325,15 +325,15 @@ def measuring(
             f"{option}: got {rules.name}, {teacher.name} {kind}; "
             f"choose one of {', '.join(own)}{'' if emoji else f', {ANY}'}"
         )
-    if isinstance(rules, PictureProtocol) and not teacher.image_size:
+    if isinstance(rules, ImageProtocol) and not teacher.image_size:
         rules = replace(rules, batch=1)  # one video at a time
     if real is None:
         return rules, None
     try:
-        if not isinstance(rules, PictureProtocol) or not teacher.image_size:
+        if not isinstance(rules, ImageProtocol) or not teacher.image_size:
             why = f"protocol {rules.name} has real images of its own" if emoji else f"{teacher.name} makes videos"
             raise ValueError(f"got {real}, {why}; leave it out")
-        return rules, real_pictures(real, teacher, rules)
+        return rules, real_images(real, teacher, rules)
     except ValueError as error:
         raise ValueError(f"{'--real' if option == '--protocol' else 'data.real'}: {error}") from error
 
@@ -360,15 +360,15 @@ def draws_emoji(teacher: Backbone) -> bool:
     )
 
 
-def protocols_of(emoji: bool) -> "Sequence[EmojiProtocol | PictureProtocol]":
+def protocols_of(emoji: bool) -> "Sequence[EmojiProtocol | ImageProtocol]":
     """Return the protocols for one kind of teacher, smallest first."""
-    from ..evaluation.pictures import LISTED, OWN, PICTURES
+    from ..evaluation.images import IMAGES, LISTED, OWN
     from ..evaluation.protocols import PROTOCOLS
 
-    return PROTOCOLS if emoji else (*OWN, PICTURES[-1], *PICTURES[:-1], *LISTED)
+    return PROTOCOLS if emoji else (*OWN, IMAGES[-1], *IMAGES[:-1], *LISTED)
 
 
-def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Tensor:
+def real_images(real: str, teacher: Backbone, rules: "ImageProtocol") -> Tensor:
     """Read real images as bytes `[N, C, H, W]`.
 
     `real` is a folder, an npz or IDX files. Raises ValueError where there are too few images, or where the
@@ -431,15 +431,15 @@ def rows_of(student: Student) -> "list[Row]":
     return list(rows.values())
 
 
-def protocol_named(name: str) -> "EmojiProtocol | PictureProtocol":
+def protocol_named(name: str) -> "EmojiProtocol | ImageProtocol":
     """Return the protocol of this name.
 
     Raises ValueError with all names for an unknown name.
     """
-    from ..evaluation.pictures import pictures_named
+    from ..evaluation.images import images_named
 
     known = {p.name: p for emoji in (True, False) for p in protocols_of(emoji)}
-    if (found := known.get(name) or pictures_named(name)) is None:
+    if (found := known.get(name) or images_named(name)) is None:
         raise ValueError(
             f"protocol: got {name!r}; choose one of {', '.join(known)}, {ANY}, or a size: {', '.join(SIZES)}"
         )
@@ -472,15 +472,15 @@ def measure_step(
     The numbers are those of a quality curve, each with the ends of its interval. Without a reference the student is
     compared with the teacher's images, which are measured once and kept in `cache`.
     """
+    from ..evaluation.images import ImageProtocol, evaluate_images
     from ..evaluation.metrics import METRICS
-    from ..evaluation.pictures import PictureProtocol, evaluate_pictures
     from ..evaluation.protocols import Row, evaluate
 
     count, teacher = step.method.counts[0], backbone_of(step)
     nfe = total_nfe(count, analytic=step.method.analytic_first_step)
     rows = [Row("student", count, Guidance(), nfe, _sampler(step, count, Guidance()), lasting=False)]
     rules, seen = measuring(teacher, protocol, real)
-    if not isinstance(rules, PictureProtocol):
+    if not isinstance(rules, ImageProtocol):
         found = evaluate(rows, rules)
     else:
         asked = asked_of(teacher, Path(), None, rules, split)
@@ -489,7 +489,7 @@ def measure_step(
             best = step.method.guidance if null else Guidance()
             cost = total_nfe(TEACHER_STEPS, nfe_per_step(null, best))
             rows = [Row("teacher", TEACHER_STEPS, best, cost, _sampler(teacher, TEACHER_STEPS, best)), *rows]
-        found = evaluate_pictures(rows, rules, asked.prompts, seen, cache)
+        found = evaluate_images(rows, rules, asked.prompts, seen, cache)
     row = found["rows"][-1]
     values = {k: row[k] for k, metric in METRICS.items() if metric.curve and row.get(k) is not None}
     ends = {f"{k}_{end}": row["intervals"][k][i] for k in values if k in row["intervals"] for i, end in enumerate(ENDS)}

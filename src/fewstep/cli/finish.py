@@ -15,8 +15,8 @@ from ..data.prompts import Split
 from ..data.trajectories import Trajectories
 from ..heads.head import Head
 from ..methods.method import Method, student_of
-from ..report.pictures import save_pictures
-from ..report.run import BEST, BEST_FILE, PICTURES, best_preview, next_commands, render_run
+from ..report.images import save_images
+from ..report.run import BEST, BEST_FILE, IMAGES, best_preview, next_commands, render_run
 from ..report.summary import at_equal_cost, called
 from ..report.trajectories import shape_of, trajectory_errors
 from ..roles.roles import Roles
@@ -52,11 +52,11 @@ def finish(
     with roles.averaged():
         student = Student.of(roles, method, origin_of(recipe, base_hash, iterations, seconds))
         if chosen:
-            copy_student(run / BEST, run / "final", (BEST_FILE, PICTURES))
-            shutil.copyfile(run / BEST / PICTURES, run / PICTURES)
+            copy_student(run / BEST, run / "final", (BEST_FILE, IMAGES))
+            shutil.copyfile(run / BEST / IMAGES, run / IMAGES)
         else:
             student.write(run / "final")
-            save_pictures(run / PICTURES, preview.compare(roles, method))
+            save_images(run / IMAGES, preview.compare(roles, method))
     result = (
         evaluate_student(run / "final", recipe.evaluate, run / EVALUATION, recipe.real, split=split)
         if recipe.evaluate
@@ -87,7 +87,7 @@ def write_best(
         with roles.averaged():
             Student.of(roles, recipe.method, origin_of(recipe, base_hash, now.iteration, seconds)).write(folder)
             if recipe.preview.final == "best" and preview is not None:
-                save_pictures(folder / PICTURES, preview.compare(roles, recipe.method))
+                save_images(folder / IMAGES, preview.compare(roles, recipe.method))
 
     return keep_best(run, now, write, recipe.method.warmup)
 

@@ -165,7 +165,7 @@ def evaluate(
         typer.Option(
             help=(
                 "Which protocol: how many prompts and seeds, which reference; "
-                "or its size (quick, medium, full), or pictures-N of N images. By default "
+                "or its size (quick, medium, full), or images-N of N images. By default "
                 "emoji-full for models of emoji, own-quick (the run's held-out prompts) for others."
             )
         ),

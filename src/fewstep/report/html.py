@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .furthest import furthest
 from .grids import read_grid
+from .images import Images, png, to_pil
 from .live import Metrics
-from .pictures import Pictures, png, to_pil
 from .plots import charts
 from .summary import Cost, Headline
 from .table import Row, drift, table
@@ -47,7 +47,7 @@ class Report:
     findings: Sequence[str] | None = None
     paired: Sequence[str] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
-    pictures: Pictures = field(default_factory=Pictures)
+    images: Images = field(default_factory=Images)
     samples: Sequence[tuple[int, bytes]] = ()
     metrics: Sequence[Metrics] = ()
     cost: Cost | None = None
@@ -65,12 +65,12 @@ def render(report: Report) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
-    prompts = list(enumerate(report.pictures.prompts))
+    prompts = list(enumerate(report.images.prompts))
     return template.render(
         report=report,
         table=table(report.rows),
         drift=drift(report.rows),
-        furthest=furthest(report.pictures),
+        furthest=furthest(report.images),
         charts=charts(report.metrics, report.rows, report.trajectories),
         samples=[(iteration, read_grid(data), data) for iteration, data in report.samples],
         blocks=[prompts[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS)],
@@ -83,12 +83,12 @@ def render(report: Report) -> str:
     )
 
 
-def source(picture: Tensor) -> str:
+def source(image: Tensor) -> str:
     """Return an image as a `data:` address with its exact pixels.
 
     The image is `[3, H, W]` in [0, 1].
     """
-    return data_url(png(to_pil(picture)))
+    return data_url(png(to_pil(image)))
 
 
 def data_url(data: bytes) -> str:
