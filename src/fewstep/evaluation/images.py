@@ -162,11 +162,13 @@ class Spread:
     def drawn_prompts(self, drawn: Tensor | None) -> float | None:
         """Return the mean distance of images of different prompts.
 
-        None where there is one prompt alone.
+        None where there is one prompt alone. A draw of one prompt again and again says nothing: the value of all.
         """
+        if not bool(self.apart.any()):
+            return None
         chosen = torch.arange(len(self.apart)) if drawn is None else drawn
         apart = self.apart[chosen][:, chosen]
-        return float(self.between[chosen][:, chosen][apart].mean()) if bool(apart.any()) else None
+        return float(self.between[chosen][:, chosen][apart].mean()) if bool(apart.any()) else self.drawn_prompts(None)
 
 
 # Keys that every row has, possibly with null.
