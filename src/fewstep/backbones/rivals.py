@@ -25,12 +25,13 @@ from torch import Tensor
 from .families import family_of_pipeline
 from .few_step import with_network
 from .generate import device_of, noise_of
+from .lora import USUAL
 from .parts import denoiser_of
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 QWEN = "QwenImagePipeline"
 TRAILING = {"timestep_spacing": "trailing"}
-LORA = "pytorch_lora_weights.safetensors"
+LORA = USUAL[0]
 
 
 @dataclass(frozen=True)
