@@ -76,7 +76,7 @@ def read_statistics(file: Path) -> Moments:
 
     Raises ReadError where it is another file.
     """
-    with reading(f"reference {file}:", "pass an npz with mu and sigma, as clean-fid and others write"):
+    with reading(f"reference {file}", "pass an npz with mu and sigma, as clean-fid and others write"):
         with np.load(file, allow_pickle=False) as held:
             mean, covariance = (torch.from_numpy(np.asarray(held[name], dtype=np.float64)) for name in ("mu", "sigma"))
         if covariance.shape != (len(mean), len(mean)):
