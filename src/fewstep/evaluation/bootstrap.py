@@ -74,7 +74,7 @@ def interval(value: float, drawn: Tensor) -> Interval:
     """
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(drawn.double() - drawn.double().mean(), torch.tensor([tail, 1 - tail]).double()).tolist()
-    return value + low, value + high
+    return value + min(low, 0.0), value + max(high, 0.0)  # equal draws differ from their mean by rounding
 
 
 def spread(value: float, drawn: Tensor) -> Interval:
