@@ -18,8 +18,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fewstep.backbones.rivals import RIVALS, Rival
 from fewstep.config_fields import allowed_text, field_texts
 from fewstep.core.guidance import Guidance
+from fewstep.evaluation.metrics import METRICS
 from fewstep.methods.distribution_matching import FakeScoreConfig, GanConfig, MatchConfig
 from fewstep.methods.presets import METHODS, PRESETS
 from fewstep.roles.roles import RolesConfig
@@ -424,6 +426,44 @@ def _changed(own: Any, plain: Any, prefix: str = "") -> list[str]:
     return found
 
 
+# Evaluation.
+
+
+def metrics() -> str:
+    """Every metric that an evaluation may have."""
+    better = {"low": "lower", "high": "higher", None: "neither"}
+    return table(
+        ("key", "number", "better", "unit", "needs"),
+        [(f"`{m.key}`", m.heading, better[m.better], m.unit or "1", m.needs) for m in METRICS.values()],
+    )
+
+
+def public_students() -> str:
+    """The public students that an evaluation can run, with their settings."""
+
+    def settings(rival: Rival) -> str:
+        made = [] if rival.scheduler is None else [rival.scheduler.__name__]
+        made += [f"{k}={v}" for k, v in {**rival.options, **rival.call}.items()]
+        return ", ".join(made) or "its own"
+
+    return table(
+        ("name", "base", "repository", "steps", "times", "guidance", "strength", "scheduler and options"),
+        [
+            (
+                f"`{r.name}`",
+                r.base.removesuffix("Pipeline"),
+                r.repo,
+                r.steps,
+                ", ".join(map(str, r.times)) or "the scheduler's",
+                f"{r.guidance:g}",
+                f"{r.strength:g}" if r.kind == "lora" else "a whole pipeline",
+                f"not run: {r.missing}" if r.missing else settings(r),
+            )
+            for r in RIVALS
+        ],
+    )
+
+
 # The tree.
 
 
@@ -458,6 +498,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "cost": cost,
     "recipe-settings": recipe_settings,
     "presets": presets,
+    "metrics": metrics,
+    "public-students": public_students,
     "tree": tree,
 }
 

@@ -56,9 +56,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 ANYWHERE = frozenset({"torch", "numpy", "PIL", "safetensors", "pydantic", "yaml"})
 HOME = {  # of third-party packages, the only folders that import them
     "diffusers": "backbones",
-    "transformers": "backbones",
+    "transformers": "backbones evaluation",
     "tokenizers": "backbones",
-    "huggingface_hub": "backbones",
+    "huggingface_hub": "backbones evaluation",
     "peft": "roles",
     "accelerate": "training processes",
     "bitsandbytes": "training",

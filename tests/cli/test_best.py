@@ -117,6 +117,28 @@ def test_a_run_that_gets_worse_leaves_its_best_student(
     assert "iteration 2, kept in runs/tiny/best (preview.distance 0.3)" in (run / "report.html").read_text()
 
 
+def test_a_run_that_gets_no_better_ends_early_and_its_best_student_is_the_runs(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After `patience` previews without improvement; the same command does not train on."""
+    distances = iter([0.9, 0.5, 0.3, 0.4, 0.5])
+    monkeypatch.setattr("fewstep.runs.preview.paired_distance", lambda *_: next(distances))
+    how = ("preview.every=1", "preview.patience=2", "preview.final=best", "train.iterations=9")
+    settings = [word for setting in how for word in ("--set", setting)]
+    assert command(monkeypatch, "distill", recipe, *settings) == 0
+    run, said = Path("runs/tiny"), capsys.readouterr().out
+    assert "iteration 4: 2 previews in a row are no better than one before; the training ends here" in said
+    assert "final    the student of iteration 2 of 4, preview.distance 0.3" in said
+    best, last = (load_file(run / name / "pytorch_lora_weights.safetensors") for name in ("best", "final"))
+    assert best.keys() == last.keys() and all(torch.equal(best[k], last[k]) for k in best)
+    assert json.loads((run / "final" / "fewstep.json").read_text())["iterations"] == 2
+    assert not (run / "final" / "preview.json").exists()
+    assert "iteration 2 of 4, the best preview" in (run / "report.html").read_text()
+    before = (run / "metrics.jsonl").read_text()
+    assert command(monkeypatch, "distill", recipe, *settings) == 0  # `distances` has no more
+    assert (run / "metrics.jsonl").read_text() == before
+
+
 def test_a_new_training_in_the_folder_is_not_held_against_an_old_best(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ import torch
 from fewstep.api import Student
 from fewstep.backbones.base import Denoiser
 from fewstep.backbones.load import load_teacher
+from fewstep.backbones.sd import StableDiffusion
 from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
 from fewstep.cli.finish import quality_of
 from fewstep.core.guidance import Guidance
+from fewstep.data.prompts import split_prompts_of
 from fewstep.evaluation import protocols
-from fewstep.evaluation.images import ImageProtocol
-from fewstep.evaluation.plan import EmojiProtocol
+from fewstep.evaluation.images import LISTED, ImageProtocol
+from fewstep.evaluation.plan import EmojiProtocol, digest
+from fewstep.evaluation.prompt_lists import LISTS, checked, shipped_prompts
 from tests import tiny
 from tests.student.card import CARD
 
@@ -58,7 +63,9 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
     assert list(points) == [0, 5]
-    assert set(points[5]) == {"fd_real", "retrieval_top1", "retrieval_top5", "diversity"}
+    numbers = {"fd_real", "retrieval_top1", "retrieval_top5", "diversity"}
+    assert set(points[5]) == {f"{key}{end}" for key in numbers for end in ("", "_low", "_high")}
+    assert points[5]["fd_real_low"] < points[5]["fd_real"] < points[5]["fd_real_high"]
     assert points[5]["fd_real"] == pytest.approx(
         rows[4]["fd_real"], rel=1e-3
     )  # the student of two steps, as it was exported
@@ -132,12 +139,12 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     assert draws_emoji(emoji) and not draws_emoji(other)
     assert [measuring(t, None, None)[0].name for t in (emoji, tiny.pixels(), other)] == [
         "emoji-full",
-        "images",
-        "images-quick",
+        "own-quick",
+        "own-quick",
     ]
     for size, names in (
-        ("quick", ["emoji-quick", "images-quick"]),
-        ("medium", ["emoji-medium", "images"]),
+        ("quick", ["emoji-quick", "own-quick"]),
+        ("medium", ["emoji-medium", "own"]),
         ("full", ["emoji-full", "images-full"]),
     ):
         assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
@@ -148,7 +155,7 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
         measuring(emoji, "images-12", None)
     with pytest.raises(
         ValueError,
-        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of images-quick, images, ",
+        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of own-quick, own, images-",
     ):
         measuring(other, "emoji-full", None)
     with pytest.raises(ValueError, match=r"^--protocol: got images, emoji samples emoji; choose one of emoji-quick, "):
@@ -158,7 +165,7 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     ):
         measuring(emoji, "emoji-quick", "x", "evaluate")
     with pytest.raises(
-        ValueError, match=r"^evaluate: own-network samples no single images, and nothing else is measured yet"
+        ValueError, match=r"^evaluate: own-network samples no images; leave it out, and call fewstep.evaluate in Python"
     ):
         measuring(Denoiser(torch.nn.Linear(2, 2), tiny.TABLE, (2,)), "medium", None, "evaluate")
 
@@ -168,18 +175,22 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
 ) -> None:
     """A student is measured with its run's prompts or with passed ones.
 
-    It is measured at the run's end, later from its run, and anywhere with prompts. Along the way there are no real
-    images to compare with, and a line says so.
+    It is measured along the way beside its teacher, at the run's end, later from its run, and anywhere with prompts.
     """
-    monkeypatch.setattr("fewstep.evaluation.images.IMAGES", (ImageProtocol("images-quick", 6, components=3, batch=4),))
+    monkeypatch.setattr(
+        "fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, components=3, batch=4, seeds=3),)
+    )
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
     sizes = ("--set", "evaluate=quick", "--set", "preview.protocol=quick")
     assert command(monkeypatch, "distill", recipe, *sizes) == 0
-    assert "preview.protocol: tiny is not measured along the way, which takes real images" in capsys.readouterr().out
-    assert '"quality"' not in Path("runs/tiny/metrics.jsonl").read_text()
     result = json.loads(Path("runs/tiny/final/eval.json").read_text())
-    assert result["protocol"] == "images-quick" and "retrieval_top1" not in result["rows"][0]
+    assert result["protocol"] == "own-quick" and "retrieval_top1" not in result["rows"][0]
     student, best = result["rows"][-1], result["rows"][0]
+    lines = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    points = {line["iteration"]: line["quality"] for line in lines if "quality" in line}
+    assert list(points) == [0, 5] and points[5]["fd_teacher"] == pytest.approx(student["fd_teacher"], rel=1e-3)
+    assert points[0]["saturation_ratio_low"] < points[0]["saturation_ratio_high"]
+    assert result["prompts"] == {"count": 2, "source": "trained on: there were too few to keep some out"}
     assert student["fd_teacher"] > 0 and best["fd_teacher"] is None and best["diversity_ratio"] == 1
     assert student["diversity_ratio"] == pytest.approx(student["diversity"] / best["diversity"])
     assert command(monkeypatch, "evaluate", "runs/tiny") == 0
@@ -207,5 +218,65 @@ def test_emoji_are_not_asked_of_another_teacher(
     for how in ((), ("--dry-run",)):
         capsys.readouterr()
         assert command(monkeypatch, "distill", recipe, "--set", "evaluate=emoji-medium", *how) == 2
-        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of images-quick" in error_of(capsys)
+        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of own-quick" in error_of(capsys)
         assert not Path("runs").exists()
+
+
+def test_a_share_of_the_prompts_is_kept_out_and_measured_with(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a student was not trained on is what it is measured by, at the end and later; the report says so."""
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 8, 3, batch=8, seeds=2),))
+    monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
+    Path("prompts.txt").write_text("".join(f"red cat {i}\n" for i in range(100)))
+    asked = set[str]()
+    whole = StableDiffusion.encode
+
+    def encode(self: StableDiffusion, prompts: Sequence[str]) -> Any:
+        asked.update(prompts)
+        return whole(self, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "encode", encode)
+        how = ("--set", "prompts.held_out=0.2", "--set", "train.iterations=2")
+        assert command(patch, "distill", recipe, *how) == 0
+    assert len(asked - {""}) == 80 + 2  # and two of the previews
+    assert "prompts: 80 to train on, 20 kept out to evaluate with (prompts.held_out)" in capsys.readouterr().out
+    assert command(monkeypatch, "evaluate", "runs/tiny") == 0
+    result = json.loads(Path("runs/tiny/final/eval.json").read_text())
+    assert result["prompts"] == {"count": 4, "source": "kept out of the training"}
+    split = split_prompts_of([f"red cat {i}" for i in range(100)], 0.2)
+    assert not asked & set(split.held_out) and len(split.held_out) == 20
+    kept = tuple(sorted(split.held_out, key=digest)[:4])
+    assert result["prompts_sha256"] == digest(kept * 2)
+    assert command(monkeypatch, "report", "runs/tiny") == 0
+    assert "Prompts: 4, kept out of the training." in Path("runs/tiny/report.html").read_text()
+
+
+def test_a_published_list_is_asked_by_name(
+    final: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shipped lists come with the package, others as a file, which is compared with their hash."""
+    monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
+    monkeypatch.setattr("fewstep.evaluation.images.LISTED", tuple(replace(p, count=6, components=2) for p in LISTED))
+    assert command(monkeypatch, "evaluate", final, "--protocol", "parti-quick") == 0
+    result = json.loads((final / "eval.json").read_text())
+    assert result["protocol"] == "parti-quick"
+    assert result["prompts"] == {"count": 3, "source": "the list parti"}
+    capsys.readouterr()
+    Path("wrong.txt").write_text("a cat\n")
+    assert command(monkeypatch, "evaluate", final, "--protocol", "drawbench", "--prompts", "wrong.txt") == 2
+    assert (
+        "got 1 with SHA-256" in (said := error_of(capsys)) and "protocol drawbench is of 200 with f72659132fd6" in said
+    )
+    assert command(monkeypatch, "evaluate", final, "--protocol", "coco2014-10k") == 2
+    assert "the list coco2014-10k does not ship; pass --prompts FILE with its 10,000 prompts" in error_of(capsys)
+
+
+@pytest.mark.parametrize("name", [known.name for known in LISTS if known.shipped])
+def test_shipped_lists_are_those_of_their_hash(name: str) -> None:
+    known = next(known for known in LISTS if known.name == name)
+    prompts = shipped_prompts(known)
+    assert len(set(prompts)) == known.count
+    with pytest.raises(ValueError, match=rf"^prompts: got {known.count - 1} with SHA-256 .*, protocol {name} is of"):
+        checked(known, prompts[1:])

@@ -1,5 +1,6 @@
 """Other families than Stable Diffusion from the command line: a run, its images and videos, its files."""
 
+import json
 from pathlib import Path
 
 import av
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 
 from fewstep.api import load_student
+from fewstep.evaluation.images import ImageProtocol
+from fewstep.report.run import render_run
 from fewstep.student.folder import read_card
 
 from .. import pipelines
@@ -28,14 +31,43 @@ def test_videos_are_shown_as_strips_and_written_as_mp4(
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--compare", "--out", "seen/x.png") == 0
     assert sorted(p.name for p in Path("seen").iterdir()) == ["x-0.mp4", "x.png"]
     assert "text-to-video" in Path("runs/tiny/final/README.md").read_text()
+    monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, 2, seeds=3),))
+    assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 0
+    measured(Path("runs/tiny"), "motion_ratio")
     capsys.readouterr()
-    assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 2
-    assert "evaluating" not in capsys.readouterr().out  # no video of the teacher's was drawn for it
-    assert fewstep(monkeypatch, "distill", "tiny.yaml", "--set", "evaluate=quick", "--out", "runs/other") == 2
-    assert error_of(capsys).startswith(
-        "error: evaluate: video samples no single images, and nothing else is measured yet; leave it out"
-    )
-    assert not Path("runs/other").exists()
+    assert fewstep(monkeypatch, "evaluate", "runs/tiny", "--real", "seen") == 2
+    assert error_of(capsys).startswith("error: --real: got seen, video makes videos; leave it out")
+
+
+def measured(run: Path, *more: str) -> None:
+    """Check that a run's student was measured, by the default command, in every number of the core."""
+    result = json.loads((run / "final" / "eval.json").read_text())
+    teacher, student = result["rows"][0], result["rows"][-1]
+    assert result["protocol"] == "own-quick" and (teacher["model"], student["model"]) == ("teacher", "student")
+    numbers = ("fd_teacher", "teacher_distance", "diversity_ratio", "saturation_ratio", "contrast_ratio", *more)
+    for key in (*numbers, "sharpness_ratio", "state_std_ratio", "state_shift", "variety_ratio"):
+        low, high = student["intervals"][key]
+        assert low <= student[key] <= high, key
+    assert student["nfe"] > 0 and student["seconds_per_image"] > 0
+    assert any(one["metric"] == "teacher_distance" for one in result["paired"])
+    for one in result["paired"]:
+        assert 0 <= one["wins_interval"][0] <= one["wins"] <= one["wins_interval"][1] <= 1
+    page = render_run(run).read_text()
+    assert "<h2>Drift</h2>" in page and "Distance to the teacher" in page and "% of the images" in page
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "pixart"])
+def test_a_student_of_any_family_is_measured_by_the_default_command(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pipelines.save(family, tmp_path / "xl")
+    monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 2)
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 8, 2, seeds=4),))
+    method = {"name": "tdm", "steps": 2, "warmup": 0}
+    assert fewstep(monkeypatch, "distill", recipe(folder, method=method)) == 0
+    assert fewstep(monkeypatch, "evaluate", "runs/tiny") == 0
+    measured(Path("runs/tiny"))
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], m
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations of six images, a teacher of three steps."""
-    monkeypatch.setattr("fewstep.evaluation.images.IMAGES", (ImageProtocol("images", 6, components=3, batch=4),))
+    monkeypatch.setattr("fewstep.evaluation.images.OWN", (ImageProtocol("own-quick", 6, components=3, batch=4),))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
 
 
@@ -138,8 +138,8 @@ def test_from_a_teacher_of_classes_to_its_students_report(
         tmp_path,
         CLASSES,
         data=data,
-        evaluate="images",
-        preview={"every": 2, "teacher_steps": 3, "protocol": "images"},
+        evaluate="own-quick",
+        preview={"every": 2, "teacher_steps": 3, "protocol": "quick"},
     )
     assert command(monkeypatch, "distill", path) == 0
     run = Path("runs/pix")
@@ -169,7 +169,8 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     assert "--format: this student is sampled with a head" in error_of(capsys)
     assert command(monkeypatch, "evaluate", run) == 0  # under the protocol of its kind, against what its recipe names
     assert (
-        "images: FD-efflite0, 3 components of the real images' features, 6 images against 6" in capsys.readouterr().out
+        "own-quick: FD-efflite0, 3 components of the real images' features, 6 images against 6"
+        in capsys.readouterr().out
     )
     assert json.loads((run / "final" / "eval.json").read_text())["rows"][4]["fd_real"] == rows[4]["fd_real"]
     (run / "report.html").unlink()
@@ -188,7 +189,7 @@ def test_without_real_images_a_student_is_measured_against_its_teacher(
     run, labels = headless
     assert command(monkeypatch, "evaluate", run) == 0
     said = capsys.readouterr().out
-    assert "images: FD-efflite0, 3 components of the teacher's features, 6 images against 6; 6 images a row" in said
+    assert "own-quick: FD-efflite0, 3 components of the teacher's features, 6 images against 6; 6 images a row" in said
     assert "fd_teacher" in said and "fd_real" not in said and "retrieval" not in said
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [r["nfe"] for r in rows] == ([6, 4, 2, 2, 2] if labels else [3, 2, 2])
@@ -209,12 +210,15 @@ def test_without_real_images_a_student_is_measured_against_its_teacher(
     for how, expected in (
         (("--real", "nowhere"), "--real: there is no nowhere; pass a folder"),
         (("--real", tmp_path), f"--real: {tmp_path} has no images"),
-        (("--real", real(tmp_path, 5)), "has 5 images, protocol images compares 6 with 6"),
+        (("--real", real(tmp_path, 5)), "has 5 images, protocol own-quick compares 6 with 6"),
         (("--real", real(tmp_path, 6, 9)), "are 9x9, pixels draws 8x8"),
-        (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of images"),
+        (
+            ("--protocol", "emoji-quick"),
+            "--protocol: got emoji-quick, pixels is a pixel model; choose one of own-quick",
+        ),
         (
             ("--protocol", "other"),
-            "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, images",
+            "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, own-quick",
         ),
     ):
         capsys.readouterr()
@@ -229,11 +233,11 @@ def test_without_real_images_a_student_is_measured_against_its_teacher(
     [
         (
             {"evaluate": "emoji-quick"},
-            "evaluate: got emoji-quick, pixels is a pixel model; choose one of images-quick, images",
+            "evaluate: got emoji-quick, pixels is a pixel model; choose one of own-quick, own",
         ),
         (
-            {"preview": {"protocol": "images"}},
-            "preview.protocol: got images, which needs real images here; set data.real",
+            {"preview": {"protocol": "parti"}},
+            "preview.protocol: got parti, pixels is a pixel model; choose one of own-quick, own",
         ),
         (
             {"evaluate": "images", "data": {"source": "trajectories", "real": "nowhere"}},

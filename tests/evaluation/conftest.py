@@ -18,6 +18,12 @@ PLAIN = (251, 192, 40)
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals from few draws, for tests that are not about them."""
+    monkeypatch.setattr("fewstep.evaluation.bootstrap.DRAWS", 20)
+
+
 @dataclass(frozen=True)
 class Blob:
     name: str

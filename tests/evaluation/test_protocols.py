@@ -48,7 +48,8 @@ def student(draw: Draw, steps: int = 4) -> Row:
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
-    return {**result, "rows": [{k: v for k, v in row.items() if k != "seconds_per_image"} for row in result["rows"]]}
+    cost = ("seconds_per_image", "peak_memory")
+    return {**result, "rows": [{k: v for k, v in row.items() if k not in cost} for row in result["rows"]]}
 
 
 @pytest.fixture(scope="module")

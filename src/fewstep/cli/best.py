@@ -3,9 +3,10 @@
 Distribution matching can make a student worse after having made the student better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..atomic import write_json
 from ..report.live import read_metrics, series
@@ -28,13 +29,17 @@ class Best:
     measured: str
 
 
-def measured_by(recipe: DistillRecipe) -> str:
+def measured_by(recipe: DistillRecipe, quality: Mapping[str, Any]) -> str:
     """Return the key of a preview's quality in metrics.jsonl.
 
-    Where the recipe names a protocol, the quality is the distance to real images (`quality.fd_real`).
-    Otherwise the quality is the distance of the previews to the teacher's previews (`preview.distance`).
+    `quality` are the numbers of the recipe's protocol. The key is that of `preview.best_by`, by default the distance
+    to real images, or else to the teacher's. Without a protocol, the quality is the distance of the previews to the
+    teacher's previews (`preview.distance`).
     """
-    return "preview.distance" if recipe.preview.protocol is None else "quality.fd_real"
+    if recipe.preview.protocol is None:
+        return "preview.distance"
+    usual = "fd_teacher" if quality.get("fd_real") is None else "fd_real"
+    return f"quality.{recipe.preview.best_by or usual}"
 
 
 def read_best(run: Path, measured: str) -> Best | None:
@@ -46,13 +51,13 @@ def read_best(run: Path, measured: str) -> Best | None:
     return Best(int(found["iteration"]), float(found["value"]), measured) if found.get("measured") == measured else None
 
 
-def missed(run: Path, recipe: DistillRecipe) -> str:
+def missed(run: Path, last: int) -> str:
     """Say that a run's last preview was not the best.
 
-    Called at the end of a run. Returns an empty text where the last preview was the best, or where no
-    student was kept.
+    The run has `last` iterations. Called at the end of a run. Returns an empty text where the last preview was the
+    best, or where no student was kept.
     """
-    measured, last = measured_by(recipe), recipe.train.iterations
+    measured = best_preview(run).get("measured", "")
     best, values = (
         read_best(run, measured),
         dict(zip(*series(read_metrics(run / "metrics.jsonl"), measured), strict=True)),
@@ -63,6 +68,21 @@ def missed(run: Path, recipe: DistillRecipe) -> str:
         f"{run / BEST}: the student of iteration {best.iteration}, "
         f"{measured} {best.value:.4g} where the last has {values[last]:.4g}"
     )
+
+
+def stalled(run: Path, recipe: DistillRecipe) -> bool:
+    """Return whether the previews have stopped improving.
+
+    They have where the best is `preview.patience` previews ago. Read from metrics.jsonl, so that a run that ended
+    early stays so when its command is run again.
+    """
+    patience, metrics = recipe.preview.patience, read_metrics(run / "metrics.jsonl")
+    if patience is None:
+        return False
+    quality = next((m["quality"] for m in reversed(metrics) if m.get("quality")), {})
+    iterations, values = series(metrics, measured_by(recipe, quality))
+    past = [(v, i) for i, v in zip(iterations, values, strict=True) if i == 0 or i > recipe.method.warmup]
+    return bool(past) and sum(i > min(past)[1] for _, i in past) >= patience
 
 
 def keep_best(run: Path, now: Best, write: Callable[[Path], object], warmup: int = 0) -> list[str]:

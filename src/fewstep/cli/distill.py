@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..backbones.load import at_size, fingerprint, fused, load_teacher, quiet
 from ..backbones.meta import require_loadable
 from ..backbones.unconditional import PixelModel
 from ..core import timegrid
-from ..data.prompts import Embeddings, embed, embedding_bytes
+from ..data.prompts import Embeddings, Split, embed, embedding_bytes
 from ..data.trajectories import Trajectories, TrajectoryConfig
 from ..findings import require
 from ..processes import any_rank, barrier, distributed_errors, is_first, mesh_of_all, require_same, this_process
@@ -46,8 +46,8 @@ from ..training.optimizer import require as require_optimizer
 from ..training.precision import fix_workspace
 from ..training.state import checkpoints, latest_checkpoint
 from .before import look_before, look_in_dry_run
-from .best import Best, measured_by
-from .evaluate import check_measures, measure_step
+from .best import Best, measured_by, stalled
+from .evaluate import EVALUATION, check_measures, measure_step, split_prompts
 from .finish import errors_along, finish, shape_seen, write_best
 from .options import in_options
 from .plan import plans_of, show
@@ -103,8 +103,8 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     check_measures(recipe, teacher)
     check_initial(recipe, teacher)
     console.quiet = not is_first()
-    prompts = training_prompts(recipe, teacher)
-    say_of_prompts(teacher, prompts)
+    split = training_split(recipe, teacher)
+    prompts = list(split.trained)
     begun = checkpoints(run) or checkpoints(run / WARM_START)
     barrier()  # no process writes before all have looked
     if not begun:
@@ -114,10 +114,10 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
         done = finished(run / WARM_START, stage)
         barrier()
         if not done:
-            run_stage(stage, teacher, base_hash, prompts, run / WARM_START, source, overrides, run)
+            run_stage(stage, teacher, base_hash, split, run / WARM_START, source, overrides, run)
             barrier()
             teacher = teacher_of(recipe, run)[0] if sharded(stage) else teacher
-    run_stage(stages[-1], teacher, base_hash, prompts, run, source, overrides, run)
+    run_stage(stages[-1], teacher, base_hash, split, run, source, overrides, run)
 
 
 def teacher_of(recipe: DistillRecipe, run: Path) -> tuple[Backbone, str]:
@@ -178,7 +178,9 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     same = read_json(record, "put its copy back, or choose another --out to begin again").get("recipe") == recorded(
         recipe
     )
-    trained = min(int(found[1]["step"]), read_card(final).iterations) >= recipe.train.iterations
+    step, card = int(found[1]["step"]), read_card(final)
+    reached = step if recipe.preview.final == "best" else min(step, card.iterations)
+    trained = reached >= recipe.train.iterations or stalled(run, recipe)
     return same and trained and report.stat().st_mtime_ns >= card_time(final)
 
 
@@ -186,7 +188,7 @@ def run_stage(
     recipe: DistillRecipe,
     teacher: Backbone,
     base_hash: str,
-    prompts: list[str],
+    split: Split,
     run: Path,
     source: str,
     overrides: list[str],
@@ -199,6 +201,7 @@ def run_stage(
     teacher = at_size(teacher, recipe.size)
     require_exportable(teacher, recipe.method)
     check_initial(recipe, teacher)
+    prompts = list(split.trained)
     spec, first = spec_of(recipe, prompts), is_first()
     if first:
         run.mkdir(parents=True, exist_ok=True)
@@ -234,16 +237,16 @@ def run_stage(
             Preview(drawing_of(recipe), teacher, shown[0], run if first else None) if first or sharded(recipe) else None
         )
         keep = (
-            partial(write_best, run, recipe, roles, base_hash)
+            partial(write_best, run, recipe, roles, base_hash, preview)
             if first and recipe.preview.keep_best and not sharded(recipe)
             else None
         )
 
         def resumed(step: Step) -> None:
-            complete(recipe, step, preview, log, prompts, keep)
+            complete(recipe, step, preview, log, split, keep)
 
         steps = distill(roles, recipe.method, data, recipe.train, run, ready.images, paths, resumed)
-        stopped = training(recipe, roles, steps, preview, log, prompts, keep)
+        stopped = training(recipe, roles, steps, preview, log, split, keep)
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
@@ -257,7 +260,7 @@ def run_stage(
     if paths is not None:
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
-    finish(recipe, roles, preview, run, base_hash, log.seconds, prompts)
+    finish(recipe, roles, preview, run, base_hash, log.iteration, log.seconds, split)
 
 
 def spec_of(recipe: DistillRecipe, prompts: list[str]) -> RunSpec:
@@ -301,7 +304,7 @@ def training(
     steps: Generator[Step, None, None],
     preview: Preview | None,
     log: MetricsLog,
-    prompts: Sequence[str],
+    split: Split,
     keep: Keep | None = None,
 ) -> bool:
     """Run the training, with previews, log and measurements.
@@ -310,8 +313,11 @@ def training(
     """
     start, last, trend = log.iteration, recipe.train.iterations, Trend()
     if not start and preview is not None:
-        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, prompts)
+        judge(recipe, Step(0, {}, 0.0, roles, recipe.method), preview, log, split)
     with stop_request() as request, meter(recipe.name, last, start) as bar, closing(steps):
+        if start and log.path is not None and stalled(log.path.parent, recipe):
+            restore(roles, log.path.parent)  # it has ended early, and is not trained on
+            return False
         for step in steps:
             if step.iteration <= start:  # a finished run yields the last step again
                 break
@@ -320,10 +326,22 @@ def training(
             if grown := trend.add(step.metrics):
                 console.print("\n".join(f"iteration {step.iteration}: {w}" for w in grown))
                 log.note(step.iteration, {"warnings": grown})
-            look_at(recipe, step, preview, log, prompts, keep)
+            look_at(recipe, step, preview, log, split, keep)
+            waited = recipe.preview.patience is not None and due(recipe, step.iteration)
+            if waited and any_rank(log.path is not None and stalled(log.path.parent, recipe)):
+                console.print(
+                    f"iteration {step.iteration}: {recipe.preview.patience} previews in a row are no better than one "
+                    "before; the training ends here (preview.patience)"
+                )
+                break
             if any_rank(request.asked) and step.iteration < last:
                 return True
     return False
+
+
+def due(recipe: DistillRecipe, iteration: int) -> bool:
+    """Return whether there is a preview after this iteration."""
+    return iteration % recipe.preview.every == 0 or iteration == recipe.train.iterations
 
 
 def look_at(
@@ -331,14 +349,12 @@ def look_at(
     step: Step,
     preview: Preview | None,
     log: MetricsLog,
-    prompts: Sequence[str],
+    split: Split,
     keep: Keep | None = None,
 ) -> None:
     """Show and measure the student where a preview is due."""
-    if preview is not None and (
-        step.iteration % recipe.preview.every == 0 or step.iteration == recipe.train.iterations
-    ):
-        judge(recipe, step, preview, log, prompts, keep)
+    if preview is not None and due(recipe, step.iteration):
+        judge(recipe, step, preview, log, split, keep)
 
 
 def judge(
@@ -346,7 +362,7 @@ def judge(
     step: Step,
     preview: Preview,
     log: MetricsLog,
-    prompts: Sequence[str],
+    split: Split,
     keep: Keep | None = None,
 ) -> None:
     """Make one preview, measure the student and keep the best.
@@ -360,13 +376,10 @@ def judge(
         log.note(step.iteration, {"preview": {k: v if finite(v) else None for k, v in values.items()}})
     quality = log.known.get("quality", {}) if is_first() else {}
     if any_rank(not quality and is_first()) if sharded(recipe) else not quality and is_first():
-        quality = measure(recipe, step, log, prompts)
-    value = seen.distance if recipe.preview.protocol is None else quality.get("fd_real")
-    kept = (
-        keep(Best(step.iteration, value if finite(value) else math.nan, measured_by(recipe)), log.seconds)
-        if keep
-        else []
-    )
+        quality = measure(recipe, step, log, split)
+    measured = measured_by(recipe, quality)
+    value = seen.distance if recipe.preview.protocol is None else quality.get(measured.removeprefix("quality."))
+    kept = keep(Best(step.iteration, value if finite(value) else math.nan, measured), log.seconds) if keep else []
     # After the last iteration `missed` says what the best student was.
     said = [*seen.warnings, *(kept if step.iteration < recipe.train.iterations else [])]
     if said and "warnings" not in log.known:
@@ -379,7 +392,7 @@ def complete(
     step: Step,
     preview: Preview | None,
     log: MetricsLog,
-    prompts: Sequence[str],
+    split: Split,
     keep: Keep | None = None,
 ) -> None:
     """Redo what a kill after this step's checkpoint took.
@@ -388,7 +401,7 @@ def complete(
     """
     if "seconds" not in log.known and step.metrics:
         log.add(step)
-    look_at(recipe, step, preview, log, prompts, keep)
+    look_at(recipe, step, preview, log, split, keep)
     log.known = {}
 
 
@@ -450,14 +463,31 @@ def require_preview_steps(recipe: DistillRecipe, teacher: Backbone) -> None:
 WARM_START = "warm_start"  # the folder of the first stage inside a run
 
 
-def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, prompts: Sequence[str]) -> Mapping[str, Any]:
+def training_split(recipe: DistillRecipe, teacher: Backbone) -> Split:
+    """Return the recipe's prompts: those of the training, and those kept out.
+
+    Prints what encoders cut, and how many are kept out.
+    """
+    split = split_prompts(teacher, training_prompts(recipe, teacher), recipe.prompts.held_out)
+    say_of_prompts(teacher, split.trained)
+    if split.held_out:
+        console.print(
+            f"prompts: {len(split.trained):,} to train on, {len(split.held_out)} kept out to evaluate with "
+            "(prompts.held_out)",
+            markup=False,
+        )
+    return split
+
+
+def measure(recipe: DistillRecipe, step: Step, log: MetricsLog, split: Split) -> Mapping[str, Any]:
     """Measure a point of the quality curves.
 
     Returns an empty mapping where the recipe asks for no curves.
     """
     if recipe.preview.protocol is None:
         return {}
-    if quality := measure_step(step, recipe.preview.protocol, recipe.real, prompts):
+    cache = None if log.path is None or sharded(recipe) else log.path.parent / EVALUATION
+    if quality := measure_step(step, recipe.preview.protocol, recipe.real, split, cache):
         log.note(step.iteration, {"quality": quality})
     return quality
 
@@ -472,7 +502,7 @@ def print_dry_run(recipe: DistillRecipe, run: Path) -> None:
     teacher, plans = plans_of(recipe)
     check_initial(recipe, teacher)
     check_measures(recipe, teacher)
-    prompts = training_prompts(recipe, teacher)
+    prompts = list(training_split(recipe, teacher).trained)
     say_of_prompts(teacher, prompts)
     needed = embedding_bytes(at_size(teacher, recipe.size), prompts)
     console.print(f"embeddings of {len(prompts):,} prompts, at most: {count_in(needed, run)}", markup=False)

@@ -1,7 +1,7 @@
 """`fewstep evaluate`: a student next to its teacher under a protocol."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -11,28 +11,33 @@ from ..atomic import write_json
 from ..backbones.base import Backbone, nfe_per_step
 from ..backbones.load import BUNDLED, quiet
 from ..backbones.miniature import load_tokenizer
+from ..backbones.parts import DiffusersBackbone
 from ..backbones.sd import StableDiffusion
 from ..backbones.unconditional import PixelModel
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
-from ..data.prompts import find_prompts
+from ..data.prompts import Split, find_prompts, split_prompts_of
 from ..reading import object_in, reading
 from ..runs.recipe import DistillRecipe
-from ..runs.sampling import backbone_of, sample
+from ..runs.sampling import backbone_of, decoded, sample_trajectory
 from ..student.card import card_nfe
 from ..student.folder import require_folder
 from ..student.student import Student
 from ..training.loop import Step
 from ..typed import typed
 from ..zoo.pixel_data import read_pixel_data
+from .extra import ending, extra_of
 from .preflight import require_output
 from .progress import console, meter
 from .prompts import prompts_from
+from .rivals import rival_rows
 from .sample import open_student
 
 if TYPE_CHECKING:
     from ..evaluation.images import ImageProtocol
+    from ..evaluation.measure import Sampler
     from ..evaluation.plan import EmojiProtocol
+    from ..evaluation.prompt_lists import PromptList
     from ..evaluation.protocols import Row
 
 TEACHER_STEPS = 50
@@ -40,7 +45,26 @@ SIZES = ("quick", "medium", "full")  # of the protocols for the teacher's kind
 ANY = "images-N (of N images)"
 
 
-def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: str | None, out: Path | None) -> None:
+@dataclass(frozen=True)
+class More:
+    """Metrics of other packages, and rivals, that an evaluation adds."""
+
+    metrics: tuple[str, ...] = ()
+    reference: Path | None = None
+    against: tuple[str, ...] = ()
+
+
+NO_MORE = More()
+
+
+def run_evaluate(
+    source: str,
+    protocol: str | None,
+    real: str | None,
+    prompts: str | None,
+    out: Path | None,
+    more: More = NO_MORE,
+) -> None:
     """Evaluate a student, write JSON and print the table.
 
     By default `real` and `prompts` are those of the run's recipe.
@@ -49,12 +73,31 @@ def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: s
     if out is not None:
         require_output(out, "-o")
     folder = require_folder(source, "student")
-    asked = None if prompts is None else find_prompts(prompts)[0]
-    result = evaluate_student(folder, protocol, folder / "evaluation", real or real_of(folder.parent), asked)
+    asked = None if prompts is None else prompts_in(prompts, protocol)
+    cache = folder / EVALUATION
+    result = evaluate_student(folder, protocol, cache, real or real_of(folder.parent), asked, more=more)
     path = out or folder / "eval.json"
     write_json(path, result)
     print_table(result)
     console.print(str(path.resolve()))
+
+
+EVALUATION = "evaluation"  # the folder of measurements, in a run or beside a student
+
+
+def prompts_in(source: str, protocol: str | None) -> list[str]:
+    """Read the prompts of a file.
+
+    COCO's own file of captions is read for the protocols of COCO. Raises ValueError.
+    """
+    if not (protocol or "").startswith("coco") or Path(source).suffix != ".json":
+        return find_prompts(source)[0]
+    with reading(f"--prompts {source}:", "pass captions_val2014.json of COCO"):
+        captions = sorted(object_in(Path(source))["annotations"], key=lambda a: int(a["id"]))
+        first: dict[int, str] = {}
+        for one in captions:
+            first.setdefault(int(one["image_id"]), str(one["caption"]).strip())
+    return list(dict.fromkeys(first.values()))
 
 
 class Data(TypedDict, total=False):
@@ -74,6 +117,7 @@ class PromptsRecord(TypedDict, total=False):
 
     source: str
     column: str | None
+    held_out: float
 
 
 class Recipe(Stage, total=False):
@@ -118,18 +162,40 @@ def real_of(run: Path) -> str | None:
     return next((real for real in named if real), None)
 
 
-def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules: "ImageProtocol") -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of an evaluation, and where they come from, in words."""
+
+    prompts: tuple[str, ...]
+    source: str
+
+
+def asked_of(
+    teacher: Backbone,
+    run: Path,
+    given: Sequence[str] | None,
+    rules: "ImageProtocol",
+    split: Split | None = None,
+) -> Asked:
     """Return the prompts that a teacher is evaluated with.
 
-    A pixel model has classes for prompts. Any other teacher takes some of `prompts`, by default of the run's
-    prompts. Raises ValueError where there are none.
+    A pixel model has classes for prompts, and some protocols have a list of their own. Any other teacher takes some
+    of `given`, by default of the run's prompts, which are those of `split` where it is known: of those that were kept
+    out of the training, where there are some. Raises ValueError where there are none.
     """
     from ..evaluation.images import chosen
 
     if isinstance(teacher, PixelModel):
-        return teacher.labels
-    if prompts is not None:
-        return chosen(rules, prompts)
+        return Asked(teacher.labels, "the model's classes" if teacher.labels else "the model takes none")
+    if rules.prompts is not None:
+        prompts = listed_prompts(rules.prompts, given)
+        return Asked(
+            prompts if rules.count >= len(prompts) else chosen(rules, prompts), f"the list {rules.prompts.name}"
+        )
+    if given is not None:
+        return Asked(chosen(rules, given), "passed")
+    if split is not None:
+        return _asked_of_run(split, rules)
     recipe = recipe_of(run)
     named = recipe.get("teacher")
     if not isinstance(named, str):
@@ -138,41 +204,86 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
         )
     told: PromptsRecord = recipe.get("prompts", {})
     try:
-        return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), named))
+        found = prompts_from(str(told.get("source", "bundled")), told.get("column"), named)
     except ValueError as error:
         raise ValueError(f"{error}; or pass --prompts FILE to evaluate") from error
+    return _asked_of_run(split_prompts(teacher, found, told.get("held_out", 0.0)), rules)
+
+
+def _asked_of_run(split: Split, rules: "ImageProtocol") -> Asked:
+    """Return some of a run's prompts: held-out ones, where there are some."""
+    from ..evaluation.images import chosen
+
+    if split.held_out:
+        return Asked(chosen(rules, split.held_out), "kept out of the training")
+    return Asked(chosen(rules, split.trained), "trained on: there were too few to keep some out")
+
+
+def listed_prompts(known: "PromptList", given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the prompts of a published list.
+
+    A list that does not ship is `given`, or a data set of the hub. Raises ValueError.
+    """
+    from ..evaluation.prompt_lists import checked, shipped_prompts
+
+    if given is not None:
+        return checked(known, given)
+    if known.shipped:
+        return shipped_prompts(known)
+    cure = f"pass --prompts FILE with its {known.count:,} prompts: {known.source}"
+    if not known.hub:
+        raise ValueError(f"prompts: the list {known.name} does not ship; {cure}")
+    try:
+        return checked(known, find_prompts(known.hub)[0])
+    except ValueError as error:
+        raise ValueError(f"prompts: the list {known.name} ships with no package ({error}); {cure}") from error
 
 
 def evaluate_student(
-    folder: Path, protocol: str | None, cache: Path, real: str | None = None, prompts: Sequence[str] | None = None
+    folder: Path,
+    protocol: str | None,
+    cache: Path,
+    real: str | None = None,
+    prompts: Sequence[str] | None = None,
+    split: Split | None = None,
+    more: More = NO_MORE,
 ) -> dict[str, Any]:
     """Evaluate a student under a protocol and write `folder/eval.json`.
 
     The rows are those of `rows_of`. Without a name, the protocol is that of the teacher's kind. `prompts`
     are for text-to-image models other than emoji models; by default the prompts are those of the run around
-    `folder`.
+    `folder`, or those of `split`.
     """
     # These imports take seconds, and not every run evaluates.
     from ..evaluation.images import ImageProtocol, evaluate_images
     from ..evaluation.protocols import evaluate
+    from ..evaluation.scorer import NO_EXTRA
 
     student = open_student(folder)
     teacher = backbone_of(student)
     rules, seen = measuring(teacher, protocol, real)
-    asked = asked_of(teacher, folder.parent, prompts, rules) if isinstance(rules, ImageProtocol) else ()
-    rows = rows_of(student)
+    asked = Asked((), "the emoji's names")
+    if isinstance(rules, ImageProtocol):
+        asked = asked_of(teacher, folder.parent, prompts, rules, split)
+    extra = extra_of(more.metrics, more.reference) if more.metrics or more.reference else NO_EXTRA
+    rows = [*rows_of(student), *rival_rows(teacher, more.against)]
     each, calls = rules.total(1), [row.nfe for row in rows]
-    with meter("evaluating, NFE", each * sum(calls)) as bar:
+    with meter("evaluating, NFE", each * sum(calls)) as bar, ending(extra):
 
         def tell(done: int) -> None:  # a teacher's image takes as long as dozens of a student's
             row, drawn = divmod(done, each)
             bar.advance(each * sum(calls[:row]) + drawn * sum(calls[row : row + 1]), {})
 
         if isinstance(rules, ImageProtocol):
-            measured = evaluate_images(rows, rules, asked, seen, cache, tell)
+            measured = evaluate_images(rows, rules, asked.prompts, seen, cache, tell, extra)
         else:
-            measured = evaluate(rows, rules, cache, tell)
-    result = {**measured, "guidance": asdict(student.card.guidance)}
+            measured = evaluate(rows, rules, cache, tell, extra=extra)
+    result = {
+        **measured,
+        "guidance": asdict(student.card.guidance),
+        "prompts": {"count": len(asked.prompts), "source": asked.source},
+        "image": {"size": teacher.image_size, "format": "8 bits a channel, as in a PNG file"},
+    }
     write_json(folder / "eval.json", result)
     return result
 
@@ -186,21 +297,23 @@ def measuring(
     real images are bytes `[N, C, H, W]`, None where `real` is None.
 
     Raises ValueError where protocol, teacher and real images do not go together, and for a teacher that
-    samples no images.
+    samples neither images nor videos.
     """
     from ..evaluation.images import ImageProtocol
 
-    if not teacher.image_size:
+    if not teacher.image_size and not isinstance(teacher, DiffusersBackbone):
         raise ValueError(
-            f"{option}: {teacher.name} samples no single images, and nothing else is measured yet; "
-            "leave it out, and look at the run's samples/ and report"
+            f"{option}: {teacher.name} samples no images; leave it out, and call fewstep.evaluate in Python"
         )
     emoji = draws_emoji(teacher)
     own: dict[str, EmojiProtocol | ImageProtocol] = {p.name: p for p in protocols_of(emoji)}
     by_size = dict(zip(SIZES, own, strict=False))
-    usual = "full" if emoji else "medium" if isinstance(teacher, PixelModel) else "quick"  # others may be large
+    usual = "full" if emoji else "quick"  # others may be large
     rules = protocol_named(by_size.get(name or usual, name or list(own)[-1]))
-    if isinstance(rules, ImageProtocol) == emoji:
+    wrong = isinstance(rules, ImageProtocol) == emoji
+    if not wrong and isinstance(rules, ImageProtocol) and rules.prompts is not None:
+        wrong = isinstance(teacher, PixelModel)
+    if wrong:
         kind = (
             "samples emoji"
             if emoji
@@ -212,14 +325,27 @@ def measuring(
             f"{option}: got {rules.name}, {teacher.name} {kind}; "
             f"choose one of {', '.join(own)}{'' if emoji else f', {ANY}'}"
         )
+    if isinstance(rules, ImageProtocol) and not teacher.image_size:
+        rules = replace(rules, batch=1)  # one video at a time
     if real is None:
         return rules, None
     try:
-        if not isinstance(rules, ImageProtocol):
-            raise ValueError(f"got {real}, protocol {rules.name} has real images of its own; leave it out")
+        if not isinstance(rules, ImageProtocol) or not teacher.image_size:
+            why = f"protocol {rules.name} has real images of its own" if emoji else f"{teacher.name} makes videos"
+            raise ValueError(f"got {real}, {why}; leave it out")
         return rules, real_images(real, teacher, rules)
     except ValueError as error:
         raise ValueError(f"{'--real' if option == '--protocol' else 'data.real'}: {error}") from error
+
+
+def split_prompts(teacher: Backbone, prompts: Sequence[str], share: float) -> Split:
+    """Keep a share of prompts out of the training, for evaluation.
+
+    A model of classes is asked for all of them, and the models of emoji have held-out prompts of their own.
+    """
+    if isinstance(teacher, PixelModel) or draws_emoji(teacher):
+        return Split(tuple(prompts), ())
+    return split_prompts_of(prompts, share)
 
 
 def draws_emoji(teacher: Backbone) -> bool:
@@ -236,10 +362,10 @@ def draws_emoji(teacher: Backbone) -> bool:
 
 def protocols_of(emoji: bool) -> "Sequence[EmojiProtocol | ImageProtocol]":
     """Return the protocols for one kind of teacher, smallest first."""
-    from ..evaluation.images import IMAGES
+    from ..evaluation.images import IMAGES, LISTED, OWN
     from ..evaluation.protocols import PROTOCOLS
 
-    return PROTOCOLS if emoji else IMAGES
+    return PROTOCOLS if emoji else (*OWN, IMAGES[-1], *IMAGES[:-1], *LISTED)
 
 
 def real_images(real: str, teacher: Backbone, rules: "ImageProtocol") -> Tensor:
@@ -323,11 +449,8 @@ def protocol_named(name: str) -> "EmojiProtocol | ImageProtocol":
 def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> None:
     """Check before the training that the recipe's protocols can be measured.
 
-    Without `teacher`, the names alone are checked. A recipe that says only a size is for teachers of every
-    kind: where such a teacher cannot be measured during the training, a line says so. Raises ValueError.
+    Without `teacher`, the names alone are checked. Raises ValueError.
     """
-    from ..evaluation.images import ImageProtocol
-
     for option, name in (("evaluate", recipe.evaluate), ("preview.protocol", recipe.preview.protocol)):
         if name is None:
             continue
@@ -335,65 +458,96 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
             if name not in SIZES:
                 protocol_named(name)
             continue
-        rules, seen = measuring(teacher, name, recipe.real, option)
-        if option == "preview.protocol" and seen is None and isinstance(rules, ImageProtocol):
-            if name not in SIZES:
-                raise ValueError(
-                    f"preview.protocol: got {name}, which needs real images here; set data.real, or leave it out"
-                )
-            console.print(
-                (
-                    f"preview.protocol: {teacher.name} is not measured along the way, "
-                    "which takes real images (data.real)"
-                ),
-                markup=False,
-            )
+        measuring(teacher, name, recipe.real, option)
 
 
-def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Sequence[str] = ("",)) -> dict[str, Any]:
+NO_PROMPTS = Split((), ())
+
+
+def measure_step(
+    step: Step, protocol: str, real: str | None = None, split: Split = NO_PROMPTS, cache: Path | None = None
+) -> dict[str, Any]:
     """Measure the averaged student of a running distillation.
 
-    The numbers are those of a quality curve, without the teacher's rows. Empty where the student could only
-    be compared with the teacher.
+    The numbers are those of a quality curve, each with the ends of its interval. Without a reference the student is
+    compared with the teacher's images, which are measured once and kept in `cache`.
     """
     from ..evaluation.images import ImageProtocol, evaluate_images
     from ..evaluation.metrics import METRICS
     from ..evaluation.protocols import Row, evaluate
 
-    count = step.method.counts[0]
+    count, teacher = step.method.counts[0], backbone_of(step)
     nfe = total_nfe(count, analytic=step.method.analytic_first_step)
-    rows, teacher = [Row("student", count, Guidance(), nfe, _sampler(step, count, Guidance()))], backbone_of(step)
+    rows = [Row("student", count, Guidance(), nfe, _sampler(step, count, Guidance()), lasting=False)]
     rules, seen = measuring(teacher, protocol, real)
     if not isinstance(rules, ImageProtocol):
         found = evaluate(rows, rules)
-    elif seen is None:
-        return {}
     else:
-        found = evaluate_images(rows, rules, asked_of(teacher, Path(), prompts, rules), seen)
-    return {k: v for k, v in found["rows"][0].items() if k in METRICS and METRICS[k].curve}
+        asked = asked_of(teacher, Path(), None, rules, split)
+        if seen is None:
+            null = teacher.encode([""])
+            best = step.method.guidance if null else Guidance()
+            cost = total_nfe(TEACHER_STEPS, nfe_per_step(null, best))
+            rows = [Row("teacher", TEACHER_STEPS, best, cost, _sampler(teacher, TEACHER_STEPS, best)), *rows]
+        found = evaluate_images(rows, rules, asked.prompts, seen, cache)
+    row = found["rows"][-1]
+    values = {k: row[k] for k, metric in METRICS.items() if metric.curve and row.get(k) is not None}
+    ends = {f"{k}_{end}": row["intervals"][k][i] for k in values if k in row["intervals"] for i, end in enumerate(ENDS)}
+    return values | ends
 
 
-def _sampler(
-    model: Backbone | Student | Step, steps: int, guidance: Guidance
-) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return sample(model, list(prompts), list(seeds), steps=steps, guidance=guidance)
+ENDS = ("low", "high")  # of an interval
+
+
+def _sampler(model: Backbone | Student | Step, steps: int, guidance: Guidance) -> "Sampler":
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        states = sample_trajectory(model, list(prompts), list(seeds), steps=steps, guidance=guidance)
+        return decoded(model, states[-1].x), states[-1].x
 
     return draw
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Print the rows, the distance and the number of images.
+    """Print the numbers with their intervals, a line for each metric.
 
-    Columns that no row fills are left out.
+    Metrics that no row has are left out. Below stand paired comparisons, what was found, the distance and the
+    number of images.
     """
     from ..evaluation.metrics import METRICS
 
-    columns = ("model", "steps", "guidance", "nfe", *(m.key for m in METRICS.values() if m.printed))
-    names = [n for n in columns if any(row.get(n) is not None for row in result["rows"])]
-    wide = {n: max(len(n), 8) for n in names}
-    console.print("  ".join(f"{n:>{wide[n]}}" for n in names))
-    for row in result["rows"]:
-        cells = {n: f"{row[n]:.3f}" if isinstance(row.get(n), float) else str(row.get(n)) for n in names}
-        console.print("  ".join(f"{cells[n]:>{wide[n]}}" for n in names))
-    console.print(f"{result['protocol']}: {result['distance']}; {result['rows'][0]['n']} images a row")
+    rows, paired = result["rows"], result.get("paired", ())
+    heads = ["", *(f"{row['model']}@{row['steps']}" for row in rows)]
+    lines = [heads] + [[key, *(_cell(row, key) for row in rows)] for key in ("guidance", "nfe")]
+    for metric in METRICS.values():
+        if metric.printed and any(row.get(metric.key) is not None for row in rows):
+            lines.append([metric.key, *(_cell(row, metric.key) for row in rows)])
+    wide = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    for line in lines:
+        cells = [f"{line[0]:<{wide[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line[1:], wide[1:], strict=True))]
+        console.print("  ".join(cells), markup=False)
+    for one in paired:
+        own, other = (rows[one[k]] for k in ("row", "against"))
+        low, high = one["wins_interval"]
+        console.print(
+            f"{called(own)} beats {called(other)} in {one['metric']} at {100 * one['wins']:.0f} % of the images "
+            f"({100 * low:.0f} to {100 * high:.0f} %)",
+            markup=False,
+        )
+    for found in result.get("findings", ()):
+        console.print(f"found: {found['said']}", markup=False)
+    console.print(f"{result['protocol']}: {result['distance']}; {rows[0]['n']} images a row")
+    if "prompts" in result:
+        console.print(f"prompts: {result['prompts']['count']}, {result['prompts']['source']}", markup=False)
+
+
+def called(row: Mapping[str, Any]) -> str:
+    """Return a row's name in a sentence, `student@4 (4 NFE)`."""
+    return f"{row['model']}@{row['steps']} ({row['nfe']} NFE)"
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value, ends = row.get(key), row.get("intervals", {}).get(key)
+    if value is None:
+        return "-"
+    text = f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}"
+    return text if ends is None else f"{text} [{ends[0]:.3g}, {ends[1]:.3g}]"

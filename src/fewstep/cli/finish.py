@@ -1,5 +1,6 @@
 """What follows a training: student files, evaluation, report."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from ..backbones.base import guided, nfe_per_step
 from ..backbones.generate import device_of
 from ..backbones.load import absolute
 from ..core.solvers import DDIM, sample, solver_named, total_nfe
+from ..data.prompts import Split
 from ..data.trajectories import Trajectories
 from ..heads.head import Head
 from ..methods.method import Method, student_of
 from ..report.images import save_images
-from ..report.run import IMAGES, next_commands, render_run
+from ..report.run import BEST, BEST_FILE, IMAGES, best_preview, next_commands, render_run
 from ..report.summary import at_equal_cost, called
 from ..report.trajectories import shape_of, trajectory_errors
 from ..roles.roles import Roles
@@ -23,9 +25,10 @@ from ..runs.preview import Preview
 from ..runs.recipe import DistillRecipe
 from ..runs.record import hardware
 from ..student.card import counted
+from ..student.folder import copy_student
 from ..student.student import Origin, Student
 from .best import Best, keep_best, missed
-from .evaluate import evaluate_student
+from .evaluate import EVALUATION, evaluate_student
 from .progress import console
 
 
@@ -35,20 +38,27 @@ def finish(
     preview: Preview,
     run: Path,
     base_hash: str,
+    iterations: int,
     seconds: float,
-    prompts: Sequence[str],
+    split: Split,
 ) -> None:
-    """Export the averaged student, evaluate, and write the report.
+    """Export the student, evaluate, and write the report.
 
-    Prints where the results are and what to do next.
+    The student is the averaged one of the last of `iterations`, or that of the best preview. Prints where the results
+    are and what to do next.
     """
-    method = recipe.method
+    method, best = recipe.method, best_preview(run)
+    chosen = recipe.preview.final == "best" and best and int(best["iteration"]) < iterations
     with roles.averaged():
-        student = Student.of(roles, method, origin_of(recipe, base_hash, recipe.train.iterations, seconds))
-        student.write(run / "final")
-        save_images(run / IMAGES, preview.compare(roles, method))
+        student = Student.of(roles, method, origin_of(recipe, base_hash, iterations, seconds))
+        if chosen:
+            copy_student(run / BEST, run / "final", (BEST_FILE, IMAGES))
+            shutil.copyfile(run / BEST / IMAGES, run / IMAGES)
+        else:
+            student.write(run / "final")
+            save_images(run / IMAGES, preview.compare(roles, method))
     result = (
-        evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts)
+        evaluate_student(run / "final", recipe.evaluate, run / EVALUATION, recipe.real, split=split)
         if recipe.evaluate
         else None
     )
@@ -57,19 +67,27 @@ def finish(
     teacher = total_nfe(most, nfe_per_step(preview.null, method.guidance))
     cost = f"{counted(student.card)}; the teacher takes {teacher} in {most}"
     print_ending(run, report, result, seconds, cost, next_commands(run, preview.prompts))
-    if best := missed(run, recipe):
-        console.print(f"best     {best}", markup=False)
+    if chosen:
+        said = f"iteration {best['iteration']} of {iterations}, {best['measured']} {best['value']:.4g}"
+        console.print(f"final    the student of {said}", markup=False)
+    elif said := missed(run, iterations):
+        console.print(f"best     {said}", markup=False)
 
 
-def write_best(run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, now: Best, seconds: float) -> list[str]:
+def write_best(
+    run: Path, recipe: DistillRecipe, roles: Roles, base_hash: str, preview: Preview | None, now: Best, seconds: float
+) -> list[str]:
     """Keep the averaged student in `run/best` if better than before.
 
-    Returns the warnings of `keep_best`.
+    Where it may become the run's student, its images for the report are kept, too. Returns the warnings of
+    `keep_best`.
     """
 
     def write(folder: Path) -> None:
         with roles.averaged():
             Student.of(roles, recipe.method, origin_of(recipe, base_hash, now.iteration, seconds)).write(folder)
+            if recipe.preview.final == "best" and preview is not None:
+                save_images(folder / IMAGES, preview.compare(roles, recipe.method))
 
     return keep_best(run, now, write, recipe.method.warmup)
 

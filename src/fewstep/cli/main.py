@@ -160,14 +160,14 @@ def sample(
 
 @app.command()
 def evaluate(
-    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],
+    student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")] = "",
     protocol: Annotated[
         str | None,
         typer.Option(
             help=(
                 "Which protocol: how many prompts and seeds, which reference; "
                 "or its size (quick, medium, full), or images-N of N images. By default "
-                "emoji-full for models of emoji, images for pixel models, images-quick for others."
+                "emoji-full for models of emoji, own-quick (the run's held-out prompts) for others."
             )
         ),
     ] = None,
@@ -197,11 +197,45 @@ def evaluate(
             help="JSON file to write; eval.json in the student's folder by default.",
         ),
     ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "More metrics, with commas between: clip_score, pickscore, hpsv21, aesthetic, imagereward, hpsv3, "
+                "vqascore, fid, kid. A line says what each needs."
+            )
+        ),
+    ] = "",
+    reference: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="PATH", help="Reference statistics of FID: an npz with mu and sigma."),
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(help="Other students to run beside it, with commas between: names of public ones, or folders."),
+    ] = "",
+    install: Annotated[
+        str | None, typer.Option(help="Make the environment of one metric: imagereward, hpsv3 or vqascore.")
+    ] = None,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""
-    from .evaluate import run_evaluate
+    if install is not None:
+        from .extra import run_install
 
-    run_evaluate(expanded(student), protocol, real and expanded(real), prompts and expanded(prompts), out)
+        run_install(install)
+        if not student:
+            return
+    if not student:
+        raise typer.BadParameter("got no student; pass a run, or its final/", param_hint="STUDENT")
+    from .evaluate import More, run_evaluate
+
+    more = More(_listed(metrics), reference, _listed(against))
+    run_evaluate(expanded(student), protocol, real and expanded(real), prompts and expanded(prompts), out, more)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """Split a list with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 @app.command()

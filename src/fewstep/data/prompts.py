@@ -71,6 +71,29 @@ def find_prompts(source: str, column: str | None = None) -> tuple[list[str], Fou
     )
 
 
+LEAST_HELD_OUT, MOST_HELD_OUT = 16, 128  # prompts; with fewer nothing could be told
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts to train on, and prompts kept out of the training."""
+
+    trained: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def split_prompts_of(prompts: Sequence[str], share: float) -> Split:
+    """Keep a share of prompts out of the training, chosen by hash.
+
+    At most `MOST_HELD_OUT`, and none where the share is of fewer than `LEAST_HELD_OUT`. The others keep their order.
+    """
+    count = min(MOST_HELD_OUT, int(share * len(prompts)))
+    if count < LEAST_HELD_OUT:
+        return Split(tuple(prompts), ())
+    kept = set(sorted(set(prompts), key=lambda p: hashlib.sha256(p.encode()).hexdigest())[:count])
+    return Split(tuple(p for p in prompts if p not in kept), tuple(p for p in prompts if p in kept))
+
+
 def _objects(records: Iterable[tuple[str, object]], column: str | None) -> Iterable[tuple[str, object]]:
     for here, value in records:
         yield here, value[_column(value, column, here)] if isinstance(value, dict) else value

@@ -10,7 +10,7 @@ the same number of images and depends on that number, so compare only rows of on
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,34 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..hashes import hash_of
 from .alignment import diversity
+from .bootstrap import BLOCK, Groups, groups_of
 from .distances import Moments, frechet_distance, moments, principal_components
 from .features import WIDTH, features
 from .measure import FeatureExtractor
-from .metrics import values
 from .plan import digest, seed_of
-from .protocols import Row, best_teacher, measured_rows
+from .prompt_lists import LISTS, PromptList
+from .protocols import Row, best_teacher, compared, measured_rows
 from .reference import VARIANCE
+from .scorer import NO_EXTRA, Extra, require_extra
 
 
 @dataclass(frozen=True)
 class ImageProtocol:
-    """A protocol with `count` images per row, of all classes in turn.
+    """A protocol of `count` images, all classes or prompts in turn.
 
     The images are compared with as many images of the teacher and as many real images, in `components`
-    dimensions.
+    dimensions. A text-to-image model samples `seeds` images of each prompt: of the user's prompts, or of the
+    `prompts` that the protocol names.
     """
 
     name: str
     count: int
     components: int = 48
     batch: int = 16
+    seeds: int = 2
+    prompts: PromptList | None = None
 
     def total(self, rows: int) -> int:
         """Return the number of sampled images for that many rows."""
@@ -48,11 +54,25 @@ class ImageProtocol:
 
 
 SEEDS = 32  # images of a prompt whose pairwise distances are computed
+OWN = (  # of the run's held-out prompts; few images at once, as the model may be large
+    ImageProtocol("own-quick", 64, components=24, batch=4, seeds=4),
+    ImageProtocol("own", 512, batch=4, seeds=4),
+)
 IMAGES = (
     ImageProtocol("images-quick", 128),
     ImageProtocol("images", 512),
     ImageProtocol("images-full", 5000),
 )
+QUICK_PROMPTS = 32  # of a list's small protocol
+
+
+def _of_list(known: PromptList) -> Iterator[ImageProtocol]:
+    """Return the small and the whole protocol of a list of prompts."""
+    few = ImageProtocol(f"{known.name}-quick", 2 * QUICK_PROMPTS, components=24, batch=4, seeds=2, prompts=known)
+    return iter((few, ImageProtocol(known.name, known.seeds * known.count, batch=4, seeds=known.seeds, prompts=known)))
+
+
+LISTED = tuple(protocol for known in LISTS for protocol in _of_list(known))
 FEWEST, MOST = 8, 50_000  # images of a row
 
 
@@ -102,11 +122,53 @@ class Drawn:
     embeddings: Tensor
     diversity: float | None
     teacher_diversity: float | None
+    variety: float | None
+    teacher_variety: float | None
+    looks: Tensor
+    teacher_looks: Tensor | None
+    apart: Tensor | None
     seconds: float
+    memory: float | None
+    scores: Mapping[str, Tensor]
+    deep: Tensor | None = None
+    deep_real: Tensor | None = None
+    deep_moments: Moments | None = None
     gallery: Tensor | None = None
     ranks: Tensor | None = None
     held_out_ranks: Tensor | None = None
-    tones: tuple[float, float] | None = None
+    tones: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How images differ: `seeds` within prompts, `prompts` between them.
+
+    `seeds` is the mean distance of two images of a prompt, and `within` [G] the same of each group; None where
+    a prompt has a single image. `between` [G, G] are distances of the groups' first images, and `apart` [G, G] says
+    where these are of different prompts.
+    """
+
+    seeds: float | None
+    within: Tensor | None
+    between: Tensor
+    apart: Tensor
+
+    def drawn_seeds(self, drawn: Tensor | None) -> float | None:
+        """Return `seeds` of drawn groups: scaled by what the draw changes."""
+        if drawn is None or self.seeds is None or self.within is None:
+            return self.seeds
+        return self.seeds * float(self.within[drawn].mean() / self.within.mean().clamp(min=1e-12))
+
+    def drawn_prompts(self, drawn: Tensor | None) -> float | None:
+        """Return the mean distance of images of different prompts.
+
+        None where there is one prompt alone. A draw of one prompt again and again says nothing: the value of all.
+        """
+        if not bool(self.apart.any()):
+            return None
+        chosen = torch.arange(len(self.apart)) if drawn is None else drawn
+        apart = self.apart[chosen][:, chosen]
+        return float(self.between[chosen][:, chosen][apart].mean()) if bool(apart.any()) else self.drawn_prompts(None)
 
 
 # Keys that every row has, possibly with null.
@@ -130,11 +192,11 @@ def asked(protocol: ImageProtocol, names: Sequence[str]) -> SamplePlan:
 
 
 def chosen(protocol: ImageProtocol, prompts: Sequence[str]) -> tuple[str, ...]:
-    """Choose half as many prompts as images, by hash.
+    """Choose prompts by hash, of which each is sampled `protocol.seeds` times.
 
-    Each prompt is then sampled at least twice, which shows whether seeds still matter.
+    Several seeds of a prompt show whether seeds still matter.
     """
-    return tuple(sorted(set(prompts), key=digest)[: max(1, protocol.count // 2)])
+    return tuple(sorted(set(prompts), key=digest)[: max(1, protocol.count // protocol.seeds)])
 
 
 def spread(own: Tensor, prompts: Sequence[str]) -> float | None:
@@ -157,6 +219,7 @@ def evaluate_images(
     real: Tensor | None = None,
     cache: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    extra: Extra = NO_EXTRA,
 ) -> dict[str, Any]:
     """Return the content of eval.json, as `protocols.evaluate` does.
 
@@ -176,7 +239,8 @@ def evaluate_images(
         )
     if real is None and best is None:
         raise ValueError(f"protocol {protocol.name}: there is no teacher to compare with, nor real images; pass some")
-    drawn, gauge = asked(protocol, classes), FeatureExtractor(Roots())
+    require_extra(extra, protocol.name, count, real is not None)
+    drawn, gauge = asked(protocol, classes), FeatureExtractor(Roots(), colours=False, extra=extra)
     stamp = {"prompts_sha256": digest(drawn.prompts), "seeds_sha256": digest(drawn.seeds)}
     measured = measured_rows(rows, drawn, gauge, [*stamp.values(), "roots"], protocol.batch, cache, progress)
     own = [m.embeddings for m in measured]
@@ -186,26 +250,57 @@ def evaluate_images(
     assert reference is not None
     space = principal_components(reference, protocol.components)
     unit = (VARIANCE / space.variance.sum().clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-
-    def seen(roots: Tensor) -> Moments:
-        return moments(space(roots.double()) * unit)
-
-    spreads = [spread(space(m.double()) * unit, drawn.prompts) for m in own]
-    theirs = None if best is None else spreads[best]
+    groups = groups_of(drawn.prompts, 2 * BLOCK)
+    points = [space(m.double()) * unit for m in own]
     whole = float(torch.pdist(space(reference.double()) * unit).mean())
+    others_own = None if others is None else moments(space(others[:count].double()) * unit)
+    deep_real = None if real is None or extra.deep is None else gauge.deep_of(shuffled(real)[:count])
+    goal_moments = extra.reference
+    if goal_moments is None and extra.fid and deep_real is not None:
+        goal_moments = moments(deep_real)
+    keys = [scorer.key for scorer in extra.scorers]
+    spreads = [spread_of(x, drawn.prompts, groups) for x in points]
+    theirs = None if best is None else spreads[best]
 
-    others_own = None if others is None else seen(others[:count])
+    def at(i: int) -> Callable[[Tensor | None], Drawn]:
+        """Return the measurement of a row, as a function of drawn groups."""
+        same = best is None or i == best
+        apart = None
+        if best is not None and not same and theirs is not None:
+            between_seeds = theirs.seeds or float(torch.pdist(points[best]).mean()) or 1.0
+            apart = (points[i] - points[best]).norm(dim=1) / between_seeds
 
-    def measurement(i: int) -> Drawn:
-        compared = None if goal is None or i == best else seen(goal)
-        ours = spreads[i]
-        ratio_of = None if theirs is None or not whole else theirs / whole
-        relative = ours / whole if ours is not None and whole else None
-        return Drawn(
-            others_own, compared, seen(own[i]), own[i], relative, ratio_of, measured[i].fastest(protocol.batch)
-        )
+        def drawn_at(chosen: Tensor | None) -> Drawn:
+            index = slice(None) if chosen is None else groups.images(chosen)
+            ours = spreads[i].drawn_seeds(chosen)
+            compared_with = None if theirs is None else theirs.drawn_seeds(chosen)
+            return Drawn(
+                real=others_own,
+                teacher=None if best is None or same else moments(points[best][index]),
+                own=moments(points[i][index]),
+                embeddings=own[i][index],
+                diversity=ours / whole if ours is not None and whole else None,
+                teacher_diversity=None if compared_with is None or not whole else compared_with / whole,
+                variety=spreads[i].drawn_prompts(chosen),
+                teacher_variety=None if theirs is None else theirs.drawn_prompts(chosen),
+                looks=measured[i].looks[index],
+                teacher_looks=None if best is None else measured[best].looks[index],
+                apart=None if apart is None else apart[index],
+                seconds=measured[i].fastest(protocol.batch),
+                memory=measured[i].peak(),
+                scores={key: scores[index] for key, scores in measured[i].named(keys).items()},
+                deep=None if extra.deep is None else measured[i].deep[index],
+                deep_real=deep_real if extra.kid else None,
+                deep_moments=goal_moments if extra.fid else None,
+            )
+
+        return drawn_at
 
     whose = "the teacher's" if others is None else "the real images'"
+    result = compared(rows, [at(i) for i in range(len(rows))], None, lambda: iter(groups.draws()), groups, count)
+    for row in result["rows"]:
+        for key in [k for k, v in row.items() if v is None and k not in ALWAYS]:
+            del row[key]
     return {
         "protocol": protocol.name,
         "distance": (
@@ -213,22 +308,25 @@ def evaluate_images(
         ),
         "versions": {"fewstep": __version__, "torch": str(torch.__version__)},
         **stamp,
+        "weights_sha256": extra.weights(),
+        "real_sha256": None if real is None else hash_of(real),
         "batch": protocol.batch,
-        "fd_floor": frechet_distance(others_own, seen(others[count:]))
+        "fd_floor": frechet_distance(others_own, moments(space(others[count:].double()) * unit))
         if others_own and others is not None and len(others) == 2 * count
         else None,
-        "rows": [
-            {
-                "model": r.model,
-                "steps": r.steps,
-                "guidance": r.guidance.scale,
-                "nfe": r.nfe,
-                "n": count,
-                **{k: v for k, v in values(measurement(i)).items() if v is not None or k in ALWAYS},
-            }
-            for i, r in enumerate(rows)
-        ],
+        **result,
     }
+
+
+def spread_of(points: Tensor, prompts: Sequence[str], groups: Groups) -> Spread:
+    """Return how the images [N, K] of these prompts differ."""
+    firsts = torch.stack([rows[0] for rows in groups.rows])
+    names = [prompts[int(i)] for i in firsts]
+    between = torch.cdist(points[firsts], points[firsts], compute_mode="donot_use_mm_for_euclid_dist")
+    apart = torch.tensor([[a != b for b in names] for a in names])
+    several = [rows for rows in groups.rows if len(rows) > 1]
+    within = torch.stack([diversity(points[rows][None])[0] for rows in several]) if several else None
+    return Spread(spread(points, prompts), within if len(several) == len(groups) else None, between, apart)
 
 
 def shuffled(images: Tensor) -> Tensor:

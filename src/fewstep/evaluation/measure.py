@@ -4,7 +4,7 @@ Measurements are kept, so an interrupted measurement continues where it stopped.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -17,9 +17,13 @@ from ..reading import reading, require_regular
 from ..tensors import finite
 from .alignment import BINS, colour_histogram
 from .features import feature_network, features
-from .speed import timed
+from .looks import LOOKS, looks
+from .scorer import NO_EXTRA, Extra
+from .speed import Sampled, timed
 
-Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
+Sampler = Callable[[Sequence[str], Sequence[int]], Sampled]
+PER_BATCH = ("seconds", "memory")  # what is measured of a batch
+FRAMES = 4  # frames of a clip whose features are averaged
 # Largest difference between two samples of one image, as a share of the embedding's length (float32: 2e-6).
 SAME = 0.002
 
@@ -28,12 +32,18 @@ SAME = 0.002
 class Measured:
     """Measurements of the first n images.
 
-    `embeddings` [n, K], colour histograms `colours` [n, 125], and `seconds` per image of each batch.
+    `embeddings` [n, K], colour histograms `colours` [n, 125] (or [n, 0]) and appearance `looks` [n, 7]; of each
+    batch the `seconds` per image and the largest `memory` in MiB. `scores` [n, S] are those of S scorers, and `deep`
+    [n, D] other features; both may have no columns.
     """
 
     embeddings: Tensor
     colours: Tensor
+    looks: Tensor
+    scores: Tensor
+    deep: Tensor
     seconds: Tensor
+    memory: Tensor
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -42,9 +52,25 @@ class Measured:
         """Return the seconds per image of the fastest whole batch."""
         return float(self.seconds[: len(self) // batch or None].min())
 
+    def peak(self) -> float | None:
+        """Return the largest memory of all batches in MiB.
+
+        None where it could not be measured.
+        """
+        return float(self.memory.max()) or None
+
+    def named(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Return the scores [n] by the scorers' keys."""
+        return dict(zip(keys, self.scores.unbind(1), strict=True))
+
     def then(self, more: "Measured") -> "Measured":
-        pairs = ((self.embeddings, more.embeddings), (self.colours, more.colours), (self.seconds, more.seconds))
-        return Measured(*(torch.cat(pair) for pair in pairs))
+        return Measured(
+            *(torch.cat(pair) for pair in zip(self.tensors().values(), more.tensors().values(), strict=True))
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 class SamplePlan(Protocol):
@@ -70,21 +96,25 @@ class Space(Protocol):
 class FeatureExtractor:
     """Samples images and measures them.
 
-    The feature network stays on the CPU, so the numbers do not depend on the device of sampling.
+    The feature network stays on the CPU, so the numbers do not depend on the device of sampling. Colour
+    histograms are made on request.
     """
 
-    def __init__(self, space: Space) -> None:
-        self.network, self.space = feature_network(), space
-        self.nothing = Measured(torch.empty(0, space.width), torch.empty(0, BINS**3), torch.empty(0))
+    def __init__(self, space: Space, colours: bool = True, extra: Extra = NO_EXTRA) -> None:
+        self.network, self.space, self.colours, self.extra = feature_network(), space, colours, extra
+        deep = 0 if extra.deep is None else extra.deep.features(torch.zeros(1, 3, 8, 8)).shape[1]
+        widths = (space.width, BINS**3 if colours else 0, len(LOOKS), len(extra.scorers), deep)
+        self.nothing = Measured(*(torch.empty(0, width) for width in widths), torch.empty(0), torch.empty(0))
 
     def draw(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str) -> Measured:
         """Sample and measure one batch.
 
         Images are rounded to 8 bits, as a saved PNG is. Raises ValueError that names the row if the sampler
-        does not return images.
+        does not return images or clips.
         """
-        images, seconds = timed(lambda: sampler(prompts, seeds))
-        if images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
+        sampled = timed(lambda: sampler(prompts, seeds))
+        images = sampled.images
+        if images.ndim not in (4, 5) or len(images) != len(prompts) or images.shape[-3] != 3:
             raise ValueError(
                 f"row {row}: its sampler returned {list(images.shape)}; return images [{len(prompts)}, 3, H, W]"
             )
@@ -95,8 +125,52 @@ class FeatureExtractor:
             )
         images = (images.float().clamp(0, 1) * 255).round() / 255
         return Measured(
-            self.space.embed(features(self.network, images)), colour_histogram(images), torch.tensor([seconds])
+            self._embedded(images),
+            colour_histogram(images) if self.colours else torch.empty(len(images), 0),
+            looks(images, sampled.states),
+            self._scores(images, prompts),
+            torch.empty(len(images), 0) if self.extra.deep is None else self.deep_of(images),
+            torch.tensor([sampled.seconds]),
+            torch.tensor([0.0 if self.extra.stamp() else sampled.memory]),  # other networks lie beside the sampled one
         )
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        """Return embeddings [B, K] of images, or of clips.
+
+        That of a clip is the mean over a few of its frames.
+        """
+        stills = _stills(images)
+        found = self.space.embed(features(self.network, stills.flatten(0, 1)))
+        return found if stills.shape[1] == 1 else found.unflatten(0, stills.shape[:2]).mean(1)
+
+    def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores [B, S].
+
+        That of a clip is the mean over a few of its frames.
+        """
+        stills = _stills(images)
+        asked = [prompt for prompt in prompts for _ in range(stills.shape[1])]
+        each = [scorer.score(stills.flatten(0, 1), asked) for scorer in self.extra.scorers]
+        found = [scores.float().cpu().unflatten(0, stills.shape[:2]).mean(1) for scores in each]
+        return torch.stack(found, 1) if found else torch.empty(len(images), 0)
+
+    def deep_of(self, images: Tensor) -> Tensor:
+        """Return the other features [B, D] of images.
+
+        Those of a clip are of its middle frame.
+        """
+        assert self.extra.deep is not None
+        return self.extra.deep.features(images if images.ndim == 4 else images[:, images.shape[1] // 2])
+
+
+def _stills(images: Tensor) -> Tensor:
+    """Return images as clips of one frame, clips as fewer frames.
+
+    [B, 1, 3, H, W], or [B, F, 3, H, W] of evenly spaced frames.
+    """
+    if images.ndim == 4:
+        return images[:, None]
+    return images[:, torch.linspace(0, images.shape[1] - 1, min(FRAMES, images.shape[1])).round().long()]
 
 
 def measure(
@@ -144,17 +218,20 @@ def _read(file: Path, like: Measured) -> Measured:
     The rows have to be as wide as the rows of `like`. Raises ReadError otherwise.
     """
     with reading(f"evaluation {file}", "delete it and run the same command again"):
-        tensors = load_file(require_regular(file))
-        found = Measured(tensors["embeddings"], tensors["colours"], tensors["seconds"])
-        shapes = [t.shape[1:] if t.ndim else None for t in (found.embeddings, found.colours, found.seconds)]
-        if shapes != [like.embeddings.shape[1:], like.colours.shape[1:], like.seconds.shape[1:]]:
+        tensors, wanted = load_file(require_regular(file)), like.tensors()
+        found = Measured(*(tensors[name] for name in wanted))
+        named = found.tensors()
+        if any(not t.ndim or t.shape[1:] != wanted[name].shape[1:] for name, t in named.items()):
             raise ValueError("its tensors are of other shapes")
-        if not len(found.embeddings) or len(found.embeddings) != len(found.colours) or not len(found.seconds):
+        images, batches = (
+            {len(named[n]) for n in names} for names in (tuple(wanted.keys() - set(PER_BATCH)), PER_BATCH)
+        )
+        if len(images) != 1 or len(batches) != 1 or 0 in images | batches:
             raise ValueError("its tensors are not of as many images")
-        if any(t.dtype != torch.float32 or not finite(t) for t in (found.embeddings, found.colours, found.seconds)):
+        if any(t.dtype != torch.float32 or not finite(t) for t in named.values()):
             raise ValueError("its numbers are not finite ones in float32")
         return found
 
 
 def _write(file: Path, measured: Measured) -> None:
-    write_tensors(file, {"embeddings": measured.embeddings, "colours": measured.colours, "seconds": measured.seconds})
+    write_tensors(file, measured.tensors())

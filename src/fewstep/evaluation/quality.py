@@ -1,11 +1,13 @@
 """Rows of emoji, measured against the real emoji."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .alignment import diversity, name_ranks, nearest_colours
+from .bootstrap import draws
 from .distances import Moments, frechet_distance, moments
 from .measure import Measured
 from .plan import EmojiProtocol, Plan
@@ -26,16 +28,40 @@ class Row:
     embeddings: Tensor
     ranks: Tensor
     held_out_ranks: Tensor
-    tones: tuple[float, float]
+    tones: tuple[Tensor, Tensor]
     diversity: float
     teacher_diversity: float | None
+    variety: float
+    teacher_variety: float | None
+    looks: Tensor
+    teacher_looks: Tensor | None
+    apart: Tensor | None
     seconds: float
+    memory: float | None
+    scores: Mapping[str, Tensor]
+    deep: Tensor | None = None
+    deep_real: Tensor | None = None
+    deep_moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Indices of prompts of each part of a plan.
+
+    All of them, or drawn with replacement.
+    """
+
+    plain: Tensor
+    repeated: Tensor
+    toned: Tensor
+    held_out: Tensor
 
 
 class MetricSuite:
     """Measures rows of one plan against one reference."""
 
-    def __init__(self, protocol: EmojiProtocol, plan: Plan, reference: Reference) -> None:
+    def __init__(self, protocol: EmojiProtocol, plan: Plan, reference: Reference, scorers: Sequence[str] = ()) -> None:
+        self.scorers = scorers
         self.protocol, self.plan, self.reference = protocol, plan, reference
         self.gallery = reference.halfway_white(reference.gallery)
         self.real = self._moments(reference.gallery)
@@ -51,27 +77,68 @@ class MetricSuite:
         rows = [first[name] for name in self.plan.prompts[self.plan.plain]]
         return frechet_distance(self.real, self._moments(self.reference.gallery[rows]))
 
-    def measurement(self, row: Measured, teacher: Measured | None) -> Row:
-        """Return the inputs of metrics for one row.
+    def all(self) -> Drawn:
+        """Return every prompt once."""
+        return Drawn(*(torch.arange(count) for count in self._counts()))
+
+    def draws(self) -> Iterator[Drawn]:
+        """Draw prompts of every part with replacement, for intervals."""
+        return (Drawn(*indices) for indices in draws(self._counts()))
+
+    def _counts(self) -> tuple[int, ...]:
+        held_out = self.plan.held_out
+        return (
+            self.protocol.names,
+            self.protocol.repeated,
+            self.plan.toned.stop - self.plan.toned.start,
+            held_out.stop - held_out.start,
+        )
+
+    def measured(self, row: Measured, teacher: Measured | None) -> Callable[[Drawn], Row]:
+        """Return the inputs of metrics as a function of the prompts.
 
         `teacher` is the row to compare with; a teacher is not compared with itself.
         """
-        plain, prompts = row.embeddings[self.plan.plain], self.plan.prompts
-        compared = None if teacher is None or teacher is row else self._moments(teacher.embeddings[self.plan.plain])
-        held_out = [without_tone(p)[0] for p in prompts[self.plan.held_out]]
-        return Row(
-            real=self.real,
-            teacher=compared,
-            own=self._moments(plain),
-            gallery=self.reference.gallery,
-            embeddings=plain,
-            ranks=self._ranks(plain, prompts[self.plan.plain]),
-            held_out_ranks=self._ranks(row.embeddings[self.plan.held_out], held_out),
-            tones=(self._tone(row, self.plan.toned), self._tone(row, self.plan.held_out)),
-            diversity=self._diversity(row),
-            teacher_diversity=None if teacher is None else self._diversity(teacher),
-            seconds=row.fastest(self.protocol.batch),
-        )
+        plan, prompts = self.plan, self.plan.prompts
+        plain, looks = row.embeddings[plan.plain], row.looks[plan.plain]
+        ranks = self._ranks(plain, prompts[plan.plain])
+        held_out = self._ranks(row.embeddings[plan.held_out], [without_tone(p)[0] for p in prompts[plan.held_out]])
+        tones = self._tone(row, plan.toned), self._tone(row, plan.held_out)
+        within, compared = self._diversities(row), None if teacher is None or teacher is row else teacher
+        theirs = None if teacher is None else teacher.embeddings[plan.plain]
+        their_looks = None if teacher is None else teacher.looks[plan.plain]
+        their_within = None if teacher is None else self._diversities(teacher)
+        apart = None
+        if compared is not None and theirs is not None and their_within is not None:
+            unit = float(their_within.mean()) or 1.0
+            apart = (plain - theirs).norm(dim=1) / unit
+        others, their_others = _others(plain), None if theirs is None else _others(theirs)
+
+        def at(drawn: Drawn) -> Row:
+            return Row(
+                real=self.real,
+                teacher=None if compared is None or theirs is None else self._moments(theirs[drawn.plain]),
+                own=self._moments(plain[drawn.plain]),
+                gallery=self.reference.gallery,
+                embeddings=plain[drawn.plain],
+                ranks=ranks[drawn.plain],
+                held_out_ranks=held_out[drawn.held_out],
+                tones=(tones[0][drawn.toned], tones[1][drawn.held_out]),
+                diversity=float(within[drawn.repeated].mean()) / self.spread,
+                teacher_diversity=None
+                if their_within is None
+                else float(their_within[drawn.repeated].mean()) / self.spread,
+                variety=float(others[drawn.plain].mean()),
+                teacher_variety=None if their_others is None else float(their_others[drawn.plain].mean()),
+                looks=looks[drawn.plain],
+                teacher_looks=None if their_looks is None else their_looks[drawn.plain],
+                apart=None if apart is None else apart[drawn.plain],
+                seconds=row.fastest(self.protocol.batch),
+                memory=row.peak(),
+                scores={key: scores[plan.plain][drawn.plain] for key, scores in row.named(self.scorers).items()},
+            )
+
+        return at
 
     def _moments(self, x: Tensor) -> Moments:
         return moments(x[:, : self.protocol.components])
@@ -80,13 +147,18 @@ class MetricSuite:
         queries = self.reference.halfway_white(embeddings)
         return name_ranks(queries, self.gallery, self.reference.labels, self.reference.label_of(names))
 
-    def _tone(self, row: Measured, part: slice) -> float:
+    def _tone(self, row: Measured, part: slice) -> Tensor:
         pairs = [without_tone(p) for p in self.plan.prompts[part]]
         candidates = self.reference.colours[[self.reference.toned.index(name) for name, _ in pairs]]
         asked = torch.tensor([self.reference.tones.index(tone) for _, tone in pairs])
-        return float((nearest_colours(row.colours[part], candidates) == asked).double().mean())
+        return nearest_colours(row.colours[part], candidates) == asked
 
-    def _diversity(self, row: Measured) -> float:
+    def _diversities(self, row: Measured) -> Tensor:
         firsts, again = row.embeddings[self.plan.plain][: self.protocol.repeated], row.embeddings[self.plan.again]
         together = torch.cat([firsts[:, None], again.unflatten(0, (self.protocol.repeated, -1))], 1)
-        return float(diversity(together).mean()) / self.spread
+        return diversity(together)
+
+
+def _others(x: Tensor) -> Tensor:
+    """Return the mean distance [N] of each embedding to all others."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").sum(1) / max(len(x) - 1, 1)

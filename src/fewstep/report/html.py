@@ -13,12 +13,13 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
+from .furthest import furthest
 from .grids import read_grid
 from .images import Images, png, to_pil
 from .live import Metrics
 from .plots import charts
 from .summary import Cost, Headline
-from .table import Row, table
+from .table import Row, drift, table
 from .words import duration
 
 COLUMNS = 8  # prompts next to each other on a wide page
@@ -31,7 +32,9 @@ class Report:
     """Everything that a report shows.
 
     What is empty is left out of the page. `made` are facts on what was made, as (name, value). `rows` and
-    `protocol` are those of eval.json, `metrics` the records of metrics.jsonl. `samples` are the grids of
+    `protocol` are those of eval.json, as are the sentences of `paired` comparisons, the faults that were found
+    (`findings`, None where none was looked for) and where the prompts come from (`asked`). `metrics` are the
+    records of metrics.jsonl, `samples` the grids of
     `samples/` as (iteration, PNG bytes). `trajectories` is what is known of the teacher's trajectories.
     `next_commands` are pairs of (what the command does, command).
     """
@@ -41,6 +44,9 @@ class Report:
     summary: Sequence[Headline] = ()
     rows: Sequence[Row] = ()
     protocol: str = ""
+    findings: Sequence[str] | None = None
+    paired: Sequence[str] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
     images: Images = field(default_factory=Images)
     samples: Sequence[tuple[int, bytes]] = ()
     metrics: Sequence[Metrics] = ()
@@ -63,6 +69,8 @@ def render(report: Report) -> str:
     return template.render(
         report=report,
         table=table(report.rows),
+        drift=drift(report.rows),
+        furthest=furthest(report.images),
         charts=charts(report.metrics, report.rows, report.trajectories),
         samples=[(iteration, read_grid(data), data) for iteration, data in report.samples],
         blocks=[prompts[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS)],

@@ -39,6 +39,30 @@ class Row(TypedDict, total=False):
     """
 
     model: str
+    intervals: dict[str, list[float]]
+
+
+class Comparison(TypedDict):
+    """A student compared with another row, image by image."""
+
+    row: int
+    against: int
+    metric: str
+    wins: float
+    wins_interval: list[float]
+
+
+class Finding(TypedDict):
+    """A fault that an evaluation found."""
+
+    said: str
+
+
+class Prompts(TypedDict, total=False):
+    """The prompts of an evaluation."""
+
+    count: int
+    source: str
 
 
 class Evaluation(TypedDict, total=False):
@@ -47,6 +71,9 @@ class Evaluation(TypedDict, total=False):
     rows: list[Row]
     protocol: str
     versions: dict[str, str]
+    paired: list[Comparison]
+    findings: list[Finding]
+    prompts: Prompts
 
 
 class ErrorCurve(TypedDict):

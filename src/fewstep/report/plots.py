@@ -75,6 +75,14 @@ WORDS = {
         "better. Dashed: the teacher, with its network evaluations per image, at its fullest and the best it "
         "draws at the student's cost."
     ),
+    "Distance to the teacher while training": (
+        "Fréchet distance of the student's images to the teacher's, lower is better. The band is the 95 % interval "
+        "over prompts."
+    ),
+    "Drift while training": (
+        "Saturation, contrast, sharpness and the deviation of latents, as multiples of the teacher's. A student that "
+        "keeps its teacher's look stays near 1."
+    ),
     "Matching gap by step": (
         "Root mean square difference between what the fake score and the teacher expect, for each step of the "
         "student. Falling means that the student's images look more and more like the teacher's; step 1 starts "
@@ -121,6 +129,8 @@ def charts(metrics: Sequence[Metrics], rows: Sequence[Row], shape: Mapping[str, 
         quality_cost(rows),
         quality(metrics, rows, "fd_real"),
         quality(metrics, rows, "retrieval_top1", percent=True),
+        quality(metrics, rows, "fd_teacher"),
+        drifting(metrics),
         gaps(metrics),
         losses(metrics),
         gradients(metrics),
@@ -310,6 +320,9 @@ def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: 
     axes = _axes("%" if percent else "", "iteration")
     values = [factor * v for v in y]
     axes.plot(x, values, color=STUDENT, lw=1.8, marker="o", ms=4, mec="none")
+    ends = [series(metrics, f"quality.{key}_{end}") for end in ("low", "high")]
+    if all(at == x for at, _ in ends):
+        axes.fill_between(x, *([factor * v for v in end] for _, end in ends), color=STUDENT, alpha=0.15, lw=0)
     known = [r for r in rows if r.get("model") == "teacher" and finite(r.get(key)) and finite(r.get("nfe"))]
     student = next((r for r in rows if r.get("model") == "student"), {})
     same = at_equal_cost(known, student, key, highest=percent)
@@ -320,6 +333,27 @@ def quality(metrics: Sequence[Metrics], rows: Sequence[Row], key: str, percent: 
         axes.axhline(level, color=TEACHER, lw=1, dashes=(4, 3))
     axes.margins(y=0.12)
     _label_ends(axes, [("student", STUDENT, values[-1]), *((name, TEACHER, level) for name, level in levels)])
+    return axes.figure
+
+
+def drifting(metrics: Sequence[Metrics]) -> Figure | None:
+    """Plot the drift of the student's images at every evaluation."""
+    wanted = (
+        ("saturation", "saturation"),
+        ("contrast", "contrast"),
+        ("sharpness", "sharpness"),
+        ("latents", "state_std"),
+    )
+    lines = [(name, *series(metrics, f"quality.{key}_ratio")) for name, key in wanted]
+    found = [line for line in lines if len(line[1]) > 1]
+    if not found:
+        return None
+    axes, colours = _axes("", "iteration"), (STUDENT, FAKE, *SEGMENTS[:1], SEGMENTS[3])
+    axes.axhline(1, color=TEACHER, lw=1, dashes=(4, 3))
+    for (_, x, y), colour in zip(found, colours, strict=False):
+        axes.plot(x, y, color=colour, lw=1.6, marker="o", ms=3.5, mec="none")
+    axes.margins(y=0.12)
+    _label_ends(axes, [(name, colour, y[-1]) for (name, _, y), colour in zip(found, colours, strict=False)])
     return axes.figure
 
 

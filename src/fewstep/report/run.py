@@ -13,9 +13,10 @@ from ..typed import typed
 from .grids import require_png
 from .html import Report, render
 from .images import Images, load_images
-from .kinds import About, BestPreview, Evaluation, Shape
+from .kinds import About, BestPreview, Evaluation, Row, Shape
 from .live import read_metrics
 from .summary import Cost, headlines
+from .table import sentences
 
 IMAGES = "images.safetensors"
 REPORT = "report.html"
@@ -63,6 +64,9 @@ def read_run(run: Path) -> Report:
         summary=headlines(rows, cost),
         rows=rows,
         protocol=evaluation.get("protocol", ""),
+        findings=[found["said"] for found in evaluation.get("findings", [])] if "findings" in evaluation else None,
+        paired=sentences(rows, evaluation.get("paired", [])),
+        asked=evaluation.get("prompts", {}),
         images=images,
         samples=[(int(p.stem.rpartition("_")[2]), _grid(p)) for p in _spread(_grids(run / "samples"))],
         metrics=metrics,
@@ -114,6 +118,8 @@ def made(run: Path, recipe: Mapping[str, Any], iteration: int) -> list[tuple[str
             )
         )
         files = sorted(p.name for p in (run / "final").glob("*-lora.safetensors"))
+        if card.iterations < iteration:
+            facts.append(("Student of", f"iteration {card.iterations:,} of {iteration:,}, the best preview"))
         facts.append(("File to use", f"{run / 'final'}{f', for other programs {files[0]} in it' if files else ''}"))
     elif train.get("iterations"):
         facts.append(("State", f"iteration {iteration:,} of {train['iterations']:,}; there is no student yet"))
@@ -189,7 +195,14 @@ def _evaluation(path: Path) -> Mapping[str, Any]:
     with reading(path, CURE):
         for row in found.get("rows", []):
             for key, value in row.items():
-                typed(str if key == "model" else bool | float | None, value, key)
+                if key not in Row.__annotations__:
+                    typed(bool | float | None, value, key)
+        rows, paired = found.get("rows", []), found.get("paired", [])
+        ends = [one["wins_interval"] for one in paired] + [e for row in rows for e in row.get("intervals", {}).values()]
+        if any(len(end) != 2 for end in ends):
+            raise ValueError("an interval in it has not two ends")
+        if any(not 0 <= one[key] < len(rows) for one in paired for key in ("row", "against")):
+            raise ValueError("its paired comparisons are of other rows")
     return found
 
 

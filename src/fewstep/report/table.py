@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..evaluation.metrics import METRICS
-from .words import finite
+from .words import finite, plural
 
 Row = Mapping[str, Any]
 
@@ -33,22 +33,23 @@ class Column:
 class Cell:
     """A cell of the table.
 
-    `value` is what eval.json holds, `text` what is shown.
+    `value` is what eval.json holds, `text` what is shown, `between` its interval.
     """
 
     text: str
     value: float | None = None
     best: bool = False
+    between: str = ""
 
 
+NAMED = (Column("model", "Model"), Column("steps", "Steps"), Column("guidance", "Guidance", 1))
 COLUMNS = (
-    Column("model", "Model"),
-    Column("steps", "Steps"),
-    Column("guidance", "Guidance", 1),
+    *NAMED,
     Column("nfe", "Network evaluations"),
     Column("n", "Images measured"),
     *(Column(m.key, m.heading, m.digits, m.better, m.unit, m.factor) for m in METRICS.values() if m.shown),
 )
+DRIFT = tuple(Column(m.key, m.heading, m.digits) for m in METRICS.values() if m.kind == "drift")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,20 @@ def table(rows: Sequence[Row]) -> Table:
 
     A value that is missing or not finite is shown as a dash and is never the best.
     """
-    columns = tuple(c for c in COLUMNS if any(row.get(c.key) is not None for row in rows))
+    return _table(rows, COLUMNS)
+
+
+def drift(rows: Sequence[Row]) -> Table:
+    """Return how the rows' images look, next to the teacher's.
+
+    Without cells where nothing was compared.
+    """
+    measured = any(finite(row.get(c.key)) for row in rows for c in DRIFT)
+    return _table(rows, (*NAMED, *DRIFT)) if measured else Table((), ())
+
+
+def _table(rows: Sequence[Row], known: Sequence[Column]) -> Table:
+    columns = tuple(c for c in known if any(row.get(c.key) is not None for row in rows))
     return Table(columns, tuple(tuple(_cell(c, row, rows) for c in columns) for row in rows))
 
 
@@ -81,4 +95,25 @@ def _cell(column: Column, row: Row, rows: Sequence[Row]) -> Cell:
     best = len(others) > 1 and (
         (column.better == "low" and value == min(others)) or (column.better == "high" and value == max(others))
     )
-    return Cell(f"{value * column.factor:,.{column.digits}f}{column.unit and chr(0xA0) + column.unit}", value, best)
+    low, high = (row.get("intervals") or {}).get(column.key, (None, None))
+    between = f"{_number(column, low)} to {_number(column, high)}" if finite(low) and finite(high) else ""
+    unit = column.unit and chr(0xA0) + column.unit
+    return Cell(_number(column, value) + unit, value, best, between)
+
+
+def _number(column: Column, value: float) -> str:
+    return f"{value * column.factor:,.{column.digits}f}"
+
+
+def sentences(rows: Sequence[Row], paired: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return each paired comparison as a sentence."""
+    found = []
+    for one in paired:
+        own, other = (f"{r['model']}, {plural(r['steps'], 'step')}" for r in (rows[one["row"]], rows[one["against"]]))
+        low, high = one["wins_interval"]
+        heading = METRICS[one["metric"]].heading if one["metric"] in METRICS else one["metric"]
+        found.append(
+            f"{own} against {other}: better at {100 * one['wins']:.0f} % of the images "
+            f"({100 * low:.0f} to {100 * high:.0f} %) in: {heading}."
+        )
+    return found

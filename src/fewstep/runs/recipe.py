@@ -68,6 +68,10 @@ class PromptsConfig(Strict):
     column: str | None = None
     """Column of the prompts; by default the column is found."""
 
+    held_out: float = Field(default=0.05, ge=0, le=0.5)
+    """Share of the prompts that is kept out of the training, to evaluate with: at most 128, and none where the share
+    is of fewer than 16. Models of classes and of emoji train on all."""
+
 
 class PreviewConfig(Strict):
     """The previews of a run: fixed prompts and seeds, and measurements."""
@@ -87,8 +91,24 @@ class PreviewConfig(Strict):
     protocol: str | None = None
     """Protocol under which the student is measured at every preview, for the report's quality curves."""
 
+    best_by: Literal["fd_real", "fd_teacher", "teacher_distance"] | None = None
+    """Number of the protocol that says which preview is the best, the lowest; by default `fd_real`, or `fd_teacher`
+    without real images."""
+
     keep_best: bool = True
     """Whether the student of the best preview stays in the run's `best` folder."""
+
+    final: Literal["last", "best"] = "last"
+    """Which student becomes `final/`: that of the last iteration, or that of the best preview."""
+
+    patience: int | None = Field(default=None, ge=1)
+    """Previews in a row without improvement after which the training ends early."""
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> "PreviewConfig":
+        if self.final == "best" and not self.keep_best:
+            raise ValueError("preview.final: got best with preview.keep_best=false; set one of the two otherwise")
+        return self
 
 
 # Keys of fewstep 0.1.0 and what they are called now.

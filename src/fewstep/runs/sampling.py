@@ -64,7 +64,15 @@ def sample(
     states = sample_trajectory(
         model, prompts, seeds, steps=steps, guidance=guidance, solver=solver, condition=condition
     )
-    shown = backbone_of(model).decode(states[-1].x)
+    return decoded(model, states[-1].x)
+
+
+def decoded(model: Backbone | Student | Step, state: Tensor) -> Tensor:
+    """Decode clean states [B, ...] to images.
+
+    Raises FloatingPointError for images that are not finite.
+    """
+    shown = backbone_of(model).decode(state)
     if not finite(shown):
         raise FloatingPointError(
             f"sample: the images of {backbone_of(model).name} are not finite; "

@@ -6,7 +6,7 @@ The folder holds card, weights, condition vectors, head and scheduler, and what 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -234,10 +234,23 @@ def write_parts(folder: Path, backbone: Backbone, parts: Parts) -> Path:
             f"cannot write {folder}: what is there is no student; "
             "move it away, then run the same command again: training is not repeated"
         )
+    return _replaced(folder, lambda new: _write_files(new, folder.name, backbone, parts))
+
+
+def copy_student(source: Path, folder: Path, leave_out: Sequence[str] = ()) -> Path:
+    """Copy a student's folder, without some files, and return `folder`.
+
+    An older student there is replaced once the copy is whole. Raises OSError.
+    """
+    return _replaced(folder, lambda new: shutil.copytree(source, new, ignore=lambda *_: leave_out, dirs_exist_ok=True))
+
+
+def _replaced(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """Fill a new folder, and put it in the place of `folder`."""
     new, old = temporary_beside(folder), temporary_beside(folder)
     try:
         new.mkdir(parents=True)
-        _write_files(new, folder.name, backbone, parts)
+        fill(new)
         open_to_others(new)
         sync_all(new)
         if folder.is_dir():

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.appearance import brightness, contrast, saturation
+
 # Share of an image's range, about one grey level of 8 bits: grey images have no saturation, and one prompt
 # has no variety.
 UNSEEN = 0.005
@@ -65,9 +67,9 @@ def look(images: Tensor, states: Tensor | None = None, motions: Tensor | None = 
     one_colour = (x.movedim(-3, 1).flatten(2).std(2, correction=0) <= UNSEEN).all(1)
     moved = torch.zeros(0) if motions is None else motions.detach().float().cpu()
     return ImageStats(
-        brightness=float(x.mean()),
-        saturation=float((x.amax(-3) - x.amin(-3)).mean()),
-        contrast=float(x.mean(-3).flatten(1).std(1).mean()),
+        brightness=float(brightness(x).mean()),
+        saturation=float(saturation(x).mean()),
+        contrast=float(contrast(x).mean()),
         variety=float(variety),
         spread=0.0 if states is None else float(states.detach().float().std()),
         motion=float(moved.mean()) if len(moved) else 0.0,

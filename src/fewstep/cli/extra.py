@@ -1,0 +1,60 @@
+"""Metrics of other packages, by their names on the command line."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..hashes import sha256_of
+
+if TYPE_CHECKING:
+    from ..evaluation.scorer import Extra
+
+
+def extra_of(names: Sequence[str], reference: Path | None) -> "Extra":
+    """Load the networks of these metrics.
+
+    Raises ValueError in one line for an unknown metric, and where weights or an environment are missing.
+    """
+    from ..evaluation.environments import ENVIRONMENTS, environment_scorer
+    from ..evaluation.inception import load_inception, read_statistics
+    from ..evaluation.scorer import Extra
+    from ..evaluation.scorers import SCORERS
+
+    known = (*SCORERS, *ENVIRONMENTS, "fid", "kid")
+    if odd := [name for name in names if name not in known]:
+        raise ValueError(f"--metrics: got {odd[0]}; choose from {', '.join(known)}")
+    if reference is not None and "fid" not in names:
+        raise ValueError("--reference: is for FID alone; pass --metrics fid, or leave it out")
+    deep = next((name for name in ("fid", "kid") if name in names), None)
+    return Extra(
+        tuple(
+            SCORERS[name]() if name in SCORERS else environment_scorer(name)
+            for name in dict.fromkeys(names)
+            if name not in ("fid", "kid")
+        ),
+        None if deep is None else load_inception(deep),
+        None if reference is None else read_statistics(reference),
+        "" if reference is None else sha256_of(reference),
+        "fid" in names,
+        "kid" in names,
+    )
+
+
+def run_install(name: str) -> None:
+    """Make the environment of a metric and print where it is."""
+    from ..evaluation.environments import install
+    from .progress import console
+
+    console.print(f"making the environment of {name}; its packages are large")
+    console.print(str(install(name)), markup=False)
+
+
+@contextmanager
+def ending(extra: "Extra") -> Iterator[None]:
+    """End the processes of all scorers at the end of the block."""
+    try:
+        yield
+    finally:
+        for scorer in extra.scorers:
+            scorer.close()

@@ -1,0 +1,87 @@
+"""Metrics that networks of others compute, as this package sees them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .distances import Moments
+
+LEAST = 2000  # images, below which FID is bias more than distance
+
+
+class Scorer(Protocol):
+    """Anything that gives each image a number.
+
+    `key` is that of the metric. `weights` are the hashes of its files, which eval.json records.
+    """
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def weights(self) -> Mapping[str, str]: ...
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores [B] of images [B, 3, H, W]."""
+
+    def close(self) -> None:
+        """Give back what the scorer holds beyond memory."""
+
+
+class DeepFeatures(Protocol):
+    """Features of images in which FID and KID are distances."""
+
+    @property
+    def weights(self) -> Mapping[str, str]: ...
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return features [B, D] of images [B, 3, H, W]."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What is measured beyond the core.
+
+    FID and KID are distances in the features of `deep`: to the real images, or to a published `reference`, which
+    has moments alone and serves FID alone.
+    """
+
+    scorers: tuple[Scorer, ...] = ()
+    deep: DeepFeatures | None = None
+    reference: Moments | None = None
+    reference_sha256: str = ""
+    fid: bool = False
+    kid: bool = False
+
+    def weights(self) -> dict[str, str]:
+        """Return the hashes of all weight files, and of reference statistics."""
+        found = {"reference": self.reference_sha256} if self.reference_sha256 else {}
+        found |= {} if self.deep is None else dict(self.deep.weights)
+        for scorer in self.scorers:
+            found |= scorer.weights
+        return found
+
+    def stamp(self) -> list[str]:
+        """Return what tells measurements with these networks from others."""
+        keys = [scorer.key for scorer in self.scorers] + (["deep"] if self.deep is not None else [])
+        return [*keys, *sorted(self.weights().values())] if keys else []
+
+
+NO_EXTRA = Extra()
+
+
+def require_extra(extra: Extra, protocol: str, count: int, real: bool) -> None:
+    """Check that what is asked can be measured.
+
+    Raises ValueError for FID of too few images, and for FID or KID without anything to compare with.
+    """
+    if extra.fid and count < LEAST:
+        raise ValueError(
+            f"--metrics fid: protocol {protocol} has {count} images, FID takes at least {LEAST:,}, as fewer measure "
+            "their number; choose a larger protocol, or --metrics kid"
+        )
+    if extra.fid and extra.reference is None and not real:
+        raise ValueError("--metrics fid: there is nothing to compare with; pass --real FOLDER or --reference FILE.npz")
+    if extra.kid and not real:
+        raise ValueError("--metrics kid: there is nothing to compare with; pass --real FOLDER")
