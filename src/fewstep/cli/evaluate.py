@@ -130,6 +130,14 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
         return teacher.labels
     if prompts is not None:
         return chosen(rules, prompts)
+    return chosen(rules, own_prompts(teacher, run))
+
+
+def own_prompts(teacher: Backbone, run: Path) -> list[str]:
+    """Return the prompts that a run was trained with.
+
+    Raises ValueError where there is no run, and where its prompts are not there any more.
+    """
     recipe = recipe_of(run)
     named = recipe.get("teacher")
     if not isinstance(named, str):
@@ -138,9 +146,9 @@ def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules:
         )
     told: PromptsRecord = recipe.get("prompts", {})
     try:
-        return chosen(rules, prompts_from(str(told.get("source", "bundled")), told.get("column"), named))
+        return prompts_from(str(told.get("source", "bundled")), told.get("column"), named)
     except ValueError as error:
-        raise ValueError(f"{error}; or pass --prompts FILE to evaluate") from error
+        raise ValueError(f"{error}; or pass --prompts FILE") from error
 
 
 def evaluate_student(

@@ -203,6 +203,65 @@ def evaluate(
     run_evaluate(expanded(student), protocol, real and expanded(real), prompts and expanded(prompts), out)
 
 
+Students = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RUN...", help="Student folders (a run or its final/); RUN@STEPS for another step count."),
+]
+WithTeacher = Annotated[
+    bool, typer.Option("--teacher/--no-teacher", help="Also sample the teacher, in 50 guided steps.")
+]
+Base = Annotated[str | None, typer.Option(help="Base model to load all students on, if not the one they name.")]
+
+
+@app.command()
+def compare(
+    students: Students = None,
+    prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="Prompt. May be repeated.")] = None,
+    prompts: Annotated[
+        str, typer.Option(metavar="N|FILE", help="How many of the first run's own prompts, or a prompt file.")
+    ] = "6",
+    teacher: WithTeacher = True,
+    base: Base = None,
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="DIR", help="Folder to write to.")] = Path(
+        "comparison"
+    ),
+) -> None:
+    """Sample students side by side on the same prompts and noise: a sheet, a table and a page. Resumes."""
+    from .compare import run_compare
+
+    run_compare(students or [], prompt or [], prompts, teacher, base and expanded(base), out)
+
+
+@app.command()
+def study(
+    students: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN...",
+            help="Student folders (a run or its final/); RUN@STEPS for another step count. With --count, answers.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(metavar="N|FILE", help="How many of the first run's own prompts, or a prompt file.")
+    ] = "20",
+    teacher: WithTeacher = True,
+    base: Base = None,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count the ANSWERS that the page saved, with the key in --out.")
+    ] = False,
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="DIR", help="Folder of the study.")] = Path(
+        "study"
+    ),
+) -> None:
+    """Write a page of blind pairs for people to vote on, or count their answers. Resumes."""
+    from .study import run_count, run_study
+
+    if count:
+        run_count(students or [], out)
+    else:
+        run_study(students or [], prompts, teacher, base and expanded(base), out)
+
+
 @app.command()
 def export(
     student: Annotated[str, typer.Argument(help="A student folder (a run or its final/).")],

@@ -62,13 +62,13 @@ class Table:
     cells: tuple[tuple[Cell, ...], ...]
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> Table:
     """Return the rows as a table, in their own order.
 
     A value that is missing or not finite is shown as a dash and is never the best.
     """
-    columns = tuple(c for c in COLUMNS if any(row.get(c.key) is not None for row in rows))
-    return Table(columns, tuple(tuple(_cell(c, row, rows) for c in columns) for row in rows))
+    filled = tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
+    return Table(filled, tuple(tuple(_cell(c, row, rows) for c in filled) for row in rows))
 
 
 def _cell(column: Column, row: Row, rows: Sequence[Row]) -> Cell:

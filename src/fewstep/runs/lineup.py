@@ -108,7 +108,9 @@ def _batches(entry: Entry, draw: Draw, shots: Shots, cache: Path) -> Iterator[tu
         if not path.exists():
             found, each = timed(lambda rows=rows: draw(shots.prompts[rows], shots.seeds[rows]))  # type: ignore[misc]
             if found.ndim not in (4, 5) or found.shape[-3] != 3:
-                raise ValueError(f"{entry.name}: it samples states {list(found.shape[1:])}, allowed are images and clips")
+                raise ValueError(
+                    f"{entry.name}: it samples states {list(found.shape[1:])}, allowed are images and clips"
+                )
             write_tensors(path, {"images": to_uint8(found), "seconds": torch.tensor([each], dtype=torch.float64)})
         with reading(path, "delete it and run the same command again"):
             tensors, _ = read_hashed(path)

@@ -6,7 +6,8 @@ from itertools import combinations
 from typing import Any
 
 from .. import __version__
-from ..names import visible
+from ..report.markdown import markdown_table
+from ..report.words import plural
 from .answers import Ballots, Vote
 from .key import QUESTIONS, Key
 from .statistics import effective_votes, krippendorff_alpha, wilson
@@ -153,64 +154,61 @@ def summary(result: Count) -> list[str]:
     """Return the win rates, the raters and their agreement as lines of Markdown."""
     key, lines = result.key, list[str]()
     for question in result.questions.values():
-        answered = sum(m.tally.votes for m in question.matches)
+        answered, asked = sum(m.tally.votes for m in question.matches), len(key.pairs) * len(result.raters)
+        rates = [
+            (m.a, m.b, str(m.tally.wins), str(m.tally.ties), str(m.tally.losses), percent(m.tally.rate), _interval(m))
+            for m in question.matches
+        ]
+        raters = [
+            (
+                rater,
+                *(f"{m.raters[rater].text} ({percent(m.raters[rater].rate)})" for m in question.matches),
+                percent(question.left.get(rater)),
+            )
+            for rater in result.raters
+        ]
         lines += [
             f"## {question.asked}",
             "",
-            f"{answered} of {len(key.pairs) * len(result.raters)} votes, {len(result.raters)} raters, "
-            f"{len(key.prompts)} prompts. A tie is half a win.",
+            f"{answered} of {asked} votes, {plural(len(result.raters), 'rater')}, "
+            f"{plural(len(key.prompts), 'prompt')}. A tie is half a win.",
             "",
-            "| A | B | A wins | ties | B wins | win rate of A | 95 % interval |",
-            "|---|---|---|---|---|---|---|",
-            *(
-                f"| {cell(m.a)} | {cell(m.b)} | {m.tally.wins} | {m.tally.ties} | {m.tally.losses} "
-                f"| {percent(m.tally.rate)} | {percent(m.low)} to {percent(m.high)} |"
-                for m in question.matches
-            ),
+            *markdown_table(("A", "B", "A wins", "ties", "B wins", "win rate of A", "95 % interval"), rates),
             "",
             _agreement(question.alpha),
             "",
-            "| rater | " + " | ".join(f"{cell(m.a)} : {cell(m.b)}" for m in question.matches) + " | for the left |",
-            "|---" * (len(question.matches) + 2) + "|",
-            *(
-                f"| {cell(rater)} | "
-                + " | ".join(f"{m.raters[rater].text} ({percent(m.raters[rater].rate)})" for m in question.matches)
-                + f" | {percent(question.left.get(rater))} |"
-                for rater in result.raters
-            ),
+            *markdown_table(("rater", *map(_versus, question.matches), "for the left image"), raters),
             "",
         ]
     return lines
-
-
-def _agreement(alpha: float | None) -> str:
-    if alpha is None:
-        return "Agreement between raters: none can be said, which takes two answers to one pair that are not all alike."
-    return f"Agreement between raters: Krippendorff's alpha {alpha:.2f} (1: all agree, 0: no more than by chance)."
 
 
 def per_prompt(result: Count) -> list[str]:
     """Return the votes on every prompt as lines of Markdown."""
     lines = list[str]()
     for question in result.questions.values():
+        rows = [(prompt, *(m.prompts[i].text for m in question.matches)) for i, prompt in enumerate(result.key.prompts)]
         lines += [
             f"## {question.asked} By prompt: wins, ties and losses of the first",
             "",
-            "| prompt | " + " | ".join(f"{cell(m.a)} : {cell(m.b)}" for m in question.matches) + " |",
-            "|---" * (len(question.matches) + 1) + "|",
-            *(
-                f"| {cell(prompt)} | " + " | ".join(m.prompts[i].text for m in question.matches) + " |"
-                for i, prompt in enumerate(result.key.prompts)
-            ),
+            *markdown_table(("prompt", *map(_versus, question.matches)), rows),
             "",
         ]
     return lines
 
 
-def cell(text: str) -> str:
-    """Return a text for a cell of a Markdown table, in which nothing is read as markup."""
-    plain = visible(text, lines=False)
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|" else c for c in plain)
+def _versus(match: Match) -> str:
+    return f"{match.a} : {match.b}"
+
+
+def _interval(match: Match) -> str:
+    return f"{percent(match.low)} to {percent(match.high)}" if match.tally.votes else "–"
+
+
+def _agreement(alpha: float | None) -> str:
+    if alpha is None:
+        return "Agreement between raters: not known; it takes two answers to one pair, and answers that differ."
+    return f"Agreement between raters: Krippendorff's alpha {alpha:.2f} (1: all agree, 0: no more than by chance)."
 
 
 def percent(share: float | None) -> str:

@@ -54,9 +54,7 @@ class Key:
     format: int = FORMAT
 
 
-def make_key(
-    models: Sequence[str], prompts: Sequence[str], questions: Sequence[str], made_from: str, salt: str
-) -> Key:
+def make_key(models: Sequence[str], prompts: Sequence[str], questions: Sequence[str], made_from: str, salt: str) -> Key:
     """Make a study of every pair of models for every prompt.
 
     Order and sides are random, drawn from `salt`.
@@ -65,9 +63,7 @@ def make_key(
     pairs = [Pair(i, *rng.sample(two, 2)) for i in range(len(prompts)) for two in combinations(range(len(models)), 2)]
     rng.shuffle(pairs)
     study = hashlib.sha256(f"{salt} {made_from}".encode()).hexdigest()[:16]
-    return Key(
-        study, salt, made_from, tuple(models), tuple(prompts), tuple(questions), tuple(pairs), __version__
-    )
+    return Key(study, salt, made_from, tuple(models), tuple(prompts), tuple(questions), tuple(pairs), __version__)
 
 
 def image_order(key: Key) -> list[tuple[int, int]]:

@@ -28,9 +28,7 @@ def study_page(key: Key, image: Callable[[int, int], Tensor]) -> str:
             "study": {
                 "study": key.study,
                 "questions": [[name, QUESTIONS[name]] for name in key.questions],
-                "pairs": [
-                    [key.prompts[p.item], place[p.item, p.first], place[p.item, p.second]] for p in key.pairs
-                ],
+                "pairs": [[key.prompts[p.item], place[p.item, p.first], place[p.item, p.second]] for p in key.pairs],
             },
         },
     )
