@@ -45,8 +45,8 @@ def ask(method: str, address: str, value: dict[str, Any] | None = None) -> Any:
 class Browser:
     """One window of the browser."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, downloads: Path) -> None:
+        self.address, self.downloads = address, downloads
 
     def _send(self, method: str, path: str, value: dict[str, Any] | None = None) -> Any:
         return ask(method, f"{self.address}/{path}".rstrip("/"), value)
@@ -119,7 +119,13 @@ class Browser:
             assert time.monotonic() < end, "waited in vain"
             time.sleep(0.02)
 
-    def saved(self, path: Path, whole: bool = True) -> Path:
+    def download(self, selector: str, path: Path) -> Path:
+        """Click, and move the file that the page saves to `path`."""
+        self.click(selector)
+        self.until(lambda: bool(list(self.downloads.glob("*.json"))))
+        return next(self.downloads.glob("*.json")).rename(path)
+
+    def screenshot(self, path: Path, whole: bool = True) -> Path:
         """A screenshot, of the whole page or of what is in sight."""
         size = self.devtools("Page.getLayoutMetrics")["cssContentSize"] if whole else None
         clip = (
@@ -157,7 +163,7 @@ def browsing(downloads: Path) -> Iterator[Browser]:
         }  # fmt: skip
         asked = {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}}
         session = ask("POST", address, asked)["sessionId"]
-        browser = Browser(f"{address}/{session}")
+        browser = Browser(f"{address}/{session}", downloads)
         browser.devtools("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
         try:
             yield browser

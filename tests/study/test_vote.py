@@ -26,14 +26,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield found
 
 
-@pytest.fixture
-def downloads(browser: Browser, tmp_path: Path) -> Path:
-    folder = tmp_path / "downloads"
-    folder.mkdir()
-    browser.devtools("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
-    return folder
-
-
 class Voter:
     """A person who votes at random, by keys or by clicks, and notes what was seen and said."""
 
@@ -79,18 +71,6 @@ def start(browser: Browser, page: Path, name: str = "") -> None:
     browser.click("button", "Start")
 
 
-def saved(browser: Browser, downloads: Path) -> Path:
-    """The file that a click on the button saves."""
-    before = set(downloads.iterdir())
-    browser.click(".save")
-    browser.until(lambda: bool(new(downloads, before)))
-    return new(downloads, before)[0]
-
-
-def new(folder: Path, before: set[Path]) -> list[Path]:
-    return [p for p in folder.iterdir() if p not in before and p.suffix == ".json"]
-
-
 def counted(folder: Path, answers: list[Path]) -> dict[tuple[str, str, str], list[tuple[int, int, int]]]:
     """Wins, ties and losses of two models for every prompt, by the command line."""
     run_count([str(p) for p in answers], folder)
@@ -116,7 +96,7 @@ def wanted(key: Key, voters: list[Voter]) -> dict[tuple[str, str, str], list[tup
 
 
 def test_a_study_is_voted_through_by_keys_and_counted_to_the_digit(
-    browser: Browser, downloads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of it before the page is loaded again, which then goes on where it was."""
     key = key_of()
@@ -130,10 +110,10 @@ def test_a_study_is_voted_through_by_keys_and_counted_to_the_digit(
     assert browser.text("#count") == "Pair 4 of 6"
     voter.answer("follows")
     voter.vote(1)
-    early = saved(browser, downloads)
+    early = browser.download(".save", tmp_path / "early.json")
     voter.vote(1)
     browser.until(lambda: browser.text("#all") == "All 6 pairs are answered.")
-    late = saved(browser, downloads)
+    late = browser.download(".save", tmp_path / "late.json")
     assert json.loads(early.read_text())["rater"] == json.loads(late.read_text())["rater"]
     assert len(json.loads(early.read_text())["answers"]) == 5
     assert counted(tmp_path / "study", [late, early]) == wanted(key, [voter])
@@ -144,7 +124,7 @@ def test_a_study_is_voted_through_by_keys_and_counted_to_the_digit(
     assert browser.run("return document.title") != "broken" and browser.overflow == 0
 
 
-def test_answers_can_be_changed_and_a_second_tap_is_none(browser: Browser, downloads: Path, tmp_path: Path) -> None:
+def test_answers_can_be_changed_and_a_second_tap_is_none(browser: Browser, tmp_path: Path) -> None:
     """On a phone's screen: nothing is wider than it, and images are enlarged by a tap."""
     key = key_of()
     page = write_study(tmp_path / "study", key)
@@ -167,20 +147,18 @@ def test_answers_can_be_changed_and_a_second_tap_is_none(browser: Browser, downl
     assert browser.run("return Object.keys(state.answers).length") == 1
     voter.see()
     browser.click("button", "Back")
-    (item, left), (_, right_model) = voter.see()
+    (item, left), (_, other) = voter.see()
     browser.click(".choices:first-child button", LABELS["right"])
     assert browser.text("#count") == "Pair 1 of 6"
-    result = counted(tmp_path / "study", [saved(browser, downloads)])
-    names = (key.models[left], key.models[right_model])
-    if left < right_model:
-        assert result["better", *names][item] == (0, 0, 1) and result["follows", *names][item] == (1, 0, 0)
-    else:
-        assert result["better", *names[::-1]][item] == (1, 0, 0) and result["follows", *names[::-1]][item] == (0, 0, 1)
+    result = counted(tmp_path / "study", [browser.download(".save", tmp_path / "answers.json")])
+    a, b = (key.models[i] for i in sorted((left, other)))
+    win, loss = ((1, 0, 0), (0, 0, 1)) if left < other else ((0, 0, 1), (1, 0, 0))
+    assert result["better", a, b][item] == loss and result["follows", a, b][item] == win
     assert sum(sum(sum(t) for t in tallies) for tallies in result.values()) == 2
 
 
 @pytest.mark.slow
-def test_several_people_vote_and_are_counted_together(browser: Browser, downloads: Path, tmp_path: Path) -> None:
+def test_several_people_vote_and_are_counted_together(browser: Browser, tmp_path: Path) -> None:
     """Twenty prompts, three models, three raters of one browser: order and sides differ from one to the other."""
     prompts = (*PROMPTS, *(f"prompt {i}" for i in range(18)))
     key = key_of(prompts)
@@ -197,7 +175,7 @@ def test_several_people_vote_and_are_counted_together(browser: Browser, download
         voters.append(Voter(browser, key, 10 + i, keyboard))
         voters[-1].vote(len(key.pairs))
         browser.until(lambda: browser.text("#all") == f"All {len(key.pairs)} pairs are answered.")
-        files.append(saved(browser, downloads))
+        files.append(browser.download(".save", tmp_path / f"{i}.json"))
     assert len({tuple(order) for order in orders}) == 3 and {len(set(order)) for order in orders} == {60}
     assert counted(tmp_path / "study", files) == wanted(key, voters)
     sheets = [json.loads(f.read_text()) for f in files]
