@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli.study import RESULT, run_count
+from fewstep.cli.count import RESULT, run_count
 from fewstep.study.key import Key
 from tests.browser import DESK, PHONE, Browser, browsing
 

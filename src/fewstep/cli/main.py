@@ -205,7 +205,7 @@ def evaluate(
 
 Students = Annotated[
     list[str] | None,
-    typer.Argument(metavar="RUN...", help="Student folders (a run or its final/); RUN@STEPS for another step count."),
+    typer.Argument(metavar="RUN", help="Student folders (a run or its final/); RUN@STEPS for another step count."),
 ]
 WithTeacher = Annotated[
     bool, typer.Option("--teacher/--no-teacher", help="Also sample the teacher, in 50 guided steps.")
@@ -226,7 +226,10 @@ def compare(
         "comparison"
     ),
 ) -> None:
-    """Sample students side by side on the same prompts and noise: a sheet, a table and a page. Resumes."""
+    """Show students side by side, from the same prompts and noise.
+
+    Writes a page with a slider, a contact sheet and a table. The same command again resumes.
+    """
     from .compare import run_compare
 
     run_compare(students or [], prompt or [], prompts, teacher, base and expanded(base), out)
@@ -237,7 +240,7 @@ def study(
     students: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Student folders (a run or its final/); RUN@STEPS for another step count. With --count, answers.",
         ),
     ] = None,
@@ -253,12 +256,17 @@ def study(
         "study"
     ),
 ) -> None:
-    """Write a page of blind pairs for people to vote on, or count their answers. Resumes."""
-    from .study import run_count, run_study
+    """Let people vote on images without knowing whose they are.
 
+    Writes a page of blind pairs, and its key; with --count, counts the answers. The same command again resumes.
+    """
     if count:
+        from .count import run_count
+
         run_count(students or [], out)
     else:
+        from .study import run_study
+
         run_study(students or [], prompts, teacher, base and expanded(base), out)
 
 

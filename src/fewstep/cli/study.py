@@ -1,4 +1,4 @@
-"""`fewstep study`: a page of blind pairs for people to vote on, and the count of their answers."""
+"""`fewstep study`: a page of blind pairs for people to vote on."""
 
 import secrets
 from collections.abc import Sequence
@@ -6,18 +6,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..atomic import write_json, write_text
+from ..atomic import write_text
 from ..backbones.load import quiet
-from ..names import expanded, quoted, visible
-from ..study.answers import read_ballots
-from ..study.count import as_json, count, per_prompt, summary
+from ..names import quoted, visible
 from ..study.key import KEY, Key, make_key, read_key, write_key
 from ..study.page import study_page
 from .lineup import KEPT, Lineup, bases_of, draw_lineup, names_of, sources_of, stacked
 from .preflight import require_output
 from .progress import console
 
-PAGE, RESULT, TABLES = "study.html", "result.json", "result.md"
+PAGE = "study.html"
 
 
 def run_study(given: Sequence[str], prompts: str, teacher: bool, base: str | None, out: Path) -> None:
@@ -95,23 +93,3 @@ def _of_one_size(lineup: Lineup) -> list[Tensor]:
             "known; choose students of one size"
         )
     return stacked(lineup)
-
-
-def run_count(given: Sequence[str], out: Path) -> None:
-    """Count answers with the key of their study, and write the result beside the key.
-
-    Raises ValueError for files that hold no answers, or those of another study.
-    """
-    if not given:
-        raise ValueError("--count: got no answers; name the files that the page saved, e.g. answers-*.json")
-    for name in (RESULT, TABLES):
-        require_output(out / name, "--out")
-    key = read_key(out)
-    ballots = read_ballots([Path(expanded(text)) for text in given], key)
-    result = count(key, ballots)
-    lines = summary(result)
-    write_json(out / RESULT, as_json(result))
-    path = write_text(out / TABLES, "\n".join([f"# Study {key.study}", "", *lines, *per_prompt(result)]))
-    for line in (*ballots.notes, *lines):
-        console.print(line)
-    console.print(f"by prompt: {path.resolve()}")
