@@ -31,7 +31,7 @@ from fewstep.evaluation.plan import plan
 from fewstep.evaluation.protocols import protocol_named
 from fewstep.evaluation.reference import load_reference
 from fewstep.training.loop import TrainConfig
-from fewstep.zoo.pixel_data import Pictures, load_idx, read_pixel_data
+from fewstep.zoo.pixel_data import LabelledImages, load_idx, read_pixel_data
 
 D, FRESH = 128, 1000
 AT_ONCE = 125  # samples
@@ -235,7 +235,7 @@ class Classes(nn.Module):
         return self.out(self.layers(x))
 
 
-def class_features(data: Pictures, file: Path) -> Classes:
+def class_features(data: LabelledImages, file: Path) -> Classes:
     """Train the classifier once, 1,200 steps of batch 128."""
     torch.manual_seed(0)
     net = Classes(len(data.classes))

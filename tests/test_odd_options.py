@@ -13,7 +13,7 @@ from fewstep.core.guidance import Guidance
 from fewstep.core.schedule import EDM, VP, Flow
 from fewstep.training.lock import LOCK
 
-from .test_odd_networks import METHOD, Net, started, trained, wrapped
+from .odd import METHOD, Net, started, trained, wrapped
 
 # Any, for the types are wrong on purpose
 Train: Any = fewstep.TrainConfig

@@ -63,7 +63,7 @@ ALLOWED = {
     "cli.progress.Plain.on_broken_pipe": BYTES,
     "backbones.weights.weights_in": BYTES,
     "data.captioned.Captioned.read": BYTES,
-    "data.captioned.require_picture": BYTES,
+    "data.captioned.require_image": BYTES,
     "data.captioned._shard": BYTES,
     "data.captioned._require_end": BYTES,
     "data.folders._below": BYTES,

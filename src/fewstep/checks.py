@@ -92,7 +92,7 @@ def check_backbone(backbone: Backbone, prompts: Sequence[str] = ("a red cat", "t
     _check_schedule(backbone, require)
     case = _case(backbone, prompts, require)
     _check_predictions(backbone, case, require)
-    _check_pictures(backbone, case, require)
+    _check_images(backbone, case, require)
     _check_gradients(backbone, case, require)
     _check_roles(backbone, case, require)
     remove_adapters(module, TRAINED)
@@ -171,7 +171,7 @@ def _check_predictions(backbone: Backbone, case: _Case, require: Require) -> Non
 
 
 @torch.no_grad()
-def _check_pictures(backbone: Backbone, case: _Case, require: Require) -> None:
+def _check_images(backbone: Backbone, case: _Case, require: Require) -> None:
     shown, side = backbone.decode(case.x), backbone.image_size
     require(len(shown) == 2, "decode does not keep the batch")
     if side:

@@ -76,7 +76,7 @@ def test_rescaled_guidance_has_the_spread_it_would_have_without(share: float) ->
     torch.testing.assert_close(got.flatten(1).std(1), share * right + (1 - share) * wide)
     torch.testing.assert_close(
         got / m, (got / m)[:, :1, :1, :1].expand_as(m), rtol=1e-4, atol=1e-4
-    )  # one factor for a picture
+    )  # one factor for an image
     alpha, sigma = (expand(f(t), x) for f in (backbone.schedule.alpha, backbone.schedule.sigma))
     torch.testing.assert_close(drawn.x0, split(got, x, alpha, sigma, backbone.row).x0)
 

@@ -58,7 +58,7 @@ class Wrong(StableDiffusion):
         return {k: 0.9 * v for k, v in super().encode(prompts).items()}
 
 
-def test_a_setting_that_is_not_read_is_seen_in_the_pictures() -> None:
+def test_a_setting_that_is_not_read_is_seen_in_the_images() -> None:
     right = tiny.stable_diffusion()
     wrong = Wrong(right.pipe, right.name, right.schedule)
     failed = [c for c in conformance(wrong) if not c.holds]
@@ -70,7 +70,7 @@ def test_a_setting_that_is_not_read_is_seen_in_the_pictures() -> None:
         require(failed, "teacher: tiny")
 
 
-def test_another_schedule_is_seen_in_the_pictures() -> None:
+def test_another_schedule_is_seen_in_the_images() -> None:
     right = tiny.stable_diffusion()
     wrong = replace(right, schedule=VP(right.schedule.alpha_bar.sqrt()))  # type: ignore[attr-defined]
     assert [c.name for c in conformance(wrong) if not c.holds] == ["diffusers"]
@@ -90,12 +90,12 @@ def test_numbers_that_are_not_finite() -> None:
     assert broken("vae", float("nan")) == ["decoder"]
 
 
-def test_pictures_of_one_colour() -> None:
+def test_images_of_one_colour() -> None:
     teacher = tiny.stable_diffusion()
     with torch.no_grad():
         for p in teacher.pipe.vae.decoder.conv_out.parameters():
             p.zero_()
-    assert [c.name for c in conformance(teacher) if not c.holds] == ["pictures"]
+    assert [c.name for c in conformance(teacher) if not c.holds] == ["images"]
 
 
 def test_half_precision_is_held_to_what_it_can_do() -> None:

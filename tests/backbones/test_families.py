@@ -16,7 +16,7 @@ from fewstep.backbones.base import guided
 from fewstep.backbones.families import FAMILIES, family_of_pipeline
 from fewstep.backbones.family import Family
 from fewstep.backbones.few_step import drawn
-from fewstep.backbones.generate import pictures
+from fewstep.backbones.generate import sample_images
 from fewstep.backbones.load import load_teacher, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.checks import check_backbone
@@ -50,7 +50,7 @@ def test_what_the_networks_are_told_is_what_the_pipeline_tells_them(folder: Path
     cond, null = backbone.encode(PROMPTS), backbone.encode([""])
     for scale in (1.0, 3.5):
         denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=scale))
-        ours = pictures(backbone, denoise, [0, 1], timegrid.uniform(backbone.schedule, 4))
+        ours = sample_images(backbone, denoise, [0, 1], timegrid.uniform(backbone.schedule, 4))
         pipe = pipeline_of(backbone)
         pipe.scheduler = student_scheduler(backbone.scheduler_config, [4], "ddim")
         theirs = drawn(pipe, PROMPTS, 4, scale)

@@ -27,14 +27,14 @@ def test_pipeline_round_trips_through_a_folder(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     pipe.save_pretrained(tmp_path)
     again = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
-    pictures = []
+    images = []
     for p in (pipe, again):
         p.set_progress_bar_config(disable=True)
-        pictures.append(
+        images.append(
             p("red cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
         )
-    torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=1e-5)
-    assert pictures[0].shape == (1, 3, 16, 16)
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
+    assert images[0].shape == (1, 3, 16, 16)
 
 
 def test_scheduler_starts_at_pure_noise_and_ends_clean() -> None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from fewstep.backbones.base import denoiser, guided
-from fewstep.backbones.generate import noise_of, pictures, trajectory
+from fewstep.backbones.generate import noise_of, sample_images, trajectory
 from fewstep.backbones.load import bundled, fingerprint, load_teacher, pipeline_of
 from fewstep.backbones.schedulers import student_scheduler
 from fewstep.backbones.sd import StableDiffusion
@@ -53,9 +53,7 @@ def test_output_is_that_of_the_network(backbone: StableDiffusion) -> None:
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (2, 1.0), (4, 1.0), (4, 3.5)])
 @pytest.mark.parametrize("process", ["pure noise, v", "some signal, eps"])
-def test_pictures_are_those_of_the_pipeline(
-    backbone: StableDiffusion, process: str, steps: int, guidance: float
-) -> None:
+def test_images_are_those_of_the_pipeline(backbone: StableDiffusion, process: str, steps: int, guidance: float) -> None:
     """Same prompts, same seeds, the trained times: what fewstep samples is what `pipe(prompt)` shows.
 
     On the bundled teacher's schedule, and on that of SD 1.x, whose last time keeps a little signal.
@@ -68,7 +66,7 @@ def test_pictures_are_those_of_the_pipeline(
         backbone = StableDiffusion(pipe, "sd", VP(scheduler.alphas_cumprod.double()))
     cond, null = backbone.encode(PROMPTS), backbone.encode([""])
     denoise = guided(backbone, backbone.module, cond, null, Guidance(scale=guidance))
-    ours = pictures(backbone, denoise, [3, 4], timegrid.uniform(backbone.schedule, steps))
+    ours = sample_images(backbone, denoise, [3, 4], timegrid.uniform(backbone.schedule, steps))
     pipe = StableDiffusionPipeline(**backbone.pipe.components, requires_safety_checker=False)
     pipe.scheduler = student_scheduler(backbone.scheduler_config, [steps], "ddim")
     pipe.set_progress_bar_config(disable=True)

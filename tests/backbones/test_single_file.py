@@ -50,8 +50,8 @@ def test_a_file_is_the_pipeline_it_was_made_from(saved: tuple[Path, Path]) -> No
     assert theirs_said.keys() == ours_said.keys()
     assert all(torch.equal(theirs_said[k], ours_said[k]) for k in theirs_said)
     assert torch.equal(theirs_seen, ours_seen)
-    pictures = torch.rand(2, 3, 32, 32)
-    assert torch.equal(ours.encode_images(pictures), theirs.encode_images(pictures))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(ours.encode_images(images), theirs.encode_images(images))
     assert torch.equal(sample(ours, PROMPTS, steps=2, guidance=3.0), sample(theirs, PROMPTS, steps=2, guidance=3.0))
     assert not [p for network in networks(pipeline_of(ours)) for p in network.parameters() if p.requires_grad]
 

@@ -96,7 +96,7 @@ def test_image_to_image_steps_from_where_the_network_was_asked(family: str, solv
         torch.testing.assert_close(found, last.x, rtol=0, atol=2e-4)
 
 
-def test_two_pictures_in_a_row_do_not_remember_one_another() -> None:
+def test_two_images_in_a_row_do_not_remember_one_another() -> None:
     base = pipelines.sd()
     pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ipndm"))
     pipe.set_progress_bar_config(disable=True)
@@ -142,7 +142,7 @@ def test_inpainting_is_found_too() -> None:
     ("how", "by"),
     [({"head": unchanged}, "a head that knows where it began"), ({"analytic": True}, "a first direction")],
 )
-def test_a_student_that_begins_with_pure_noise_takes_no_picture(how: dict[str, Any], by: str) -> None:
+def test_a_student_that_begins_with_pure_noise_takes_no_image(how: dict[str, Any], by: str) -> None:
     base = pipelines.sd()
     pipe = AutoPipelineForImage2Image.from_pipe(student(around(base, "tiny"), base, "ddim", **how))
     with pytest.raises(

@@ -82,7 +82,7 @@ def test_guidance_leaves_the_class_out(model: PixelModel) -> None:
     assert torch.equal(yes, no) == (not model.labels)
 
 
-def test_states_are_shown_as_pictures_of_three_channels(model: PixelModel) -> None:
+def test_states_are_shown_as_images_of_three_channels(model: PixelModel) -> None:
     shown = model.decode(torch.tensor([-3.0, -1, 0, 1, 3]).reshape(5, 1, 1, 1).expand(5, 1, 8, 8))
     assert shown.shape == (5, 3, 8, 8)
     assert shown[:, 0, 0, 0].tolist() == [0, 0, 0.5, 1, 1]

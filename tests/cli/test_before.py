@@ -43,7 +43,7 @@ def test_a_dry_run_and_a_run_show_the_same_list(
         names = [
             line.split()[1] for line in out.partition("before the training:")[2].splitlines() if line.startswith("  ok")
         ]
-        assert {"folder", "writing", "disk", "model", "diffusers", "pictures", "student"} <= set(names)
+        assert {"folder", "writing", "disk", "model", "diffusers", "images", "student"} <= set(names)
         assert "its files are written, read and sampled in 4 steps: largest difference 0" in out
         assert "\n  NO" not in out
     assert not list(Path("runs/tiny").rglob("*.tmp"))

@@ -39,7 +39,7 @@ def test_a_run_leaves_everything_it_promises(
         "report.html",
         "samples/step_000000.png",
         "samples/step_000005.png",
-        "pictures.safetensors",
+        "images.safetensors",
         "best/fewstep.json",
         "best/preview.json",
     } <= names

@@ -15,7 +15,7 @@ from fewstep.cli.evaluate import draws_emoji, measuring, rows_of
 from fewstep.cli.finish import quality_of
 from fewstep.core.guidance import Guidance
 from fewstep.evaluation import protocols
-from fewstep.evaluation.pictures import PictureProtocol
+from fewstep.evaluation.images import ImageProtocol
 from fewstep.evaluation.plan import EmojiProtocol
 from tests import tiny
 from tests.student.card import CARD
@@ -63,7 +63,7 @@ def test_a_run_is_measured_along_the_way_and_at_its_end(
         rows[4]["fd_real"], rel=1e-3
     )  # the student of two steps, as it was exported
     page = (run / "report.html").read_text()
-    assert "Told and taken" in page
+    assert "Condition and steps" in page
     printed = capsys.readouterr().out
     assert f"{rows[4]['fd_real']:.1f} in 2 NFE" in printed
 
@@ -132,29 +132,27 @@ def test_a_teacher_is_measured_by_the_protocols_of_its_kind(monkeypatch: pytest.
     assert draws_emoji(emoji) and not draws_emoji(other)
     assert [measuring(t, None, None)[0].name for t in (emoji, tiny.pixels(), other)] == [
         "emoji-full",
-        "pictures",
-        "pictures-quick",
+        "images",
+        "images-quick",
     ]
     for size, names in (
-        ("quick", ["emoji-quick", "pictures-quick"]),
-        ("medium", ["emoji-medium", "pictures"]),
-        ("full", ["emoji-full", "pictures-full"]),
+        ("quick", ["emoji-quick", "images-quick"]),
+        ("medium", ["emoji-medium", "images"]),
+        ("full", ["emoji-full", "images-full"]),
     ):
         assert [measuring(t, size, None)[0].name for t in (emoji, other)] == names
-    assert measuring(other, "pictures-12", None)[0].total(1) == 12
+    assert measuring(other, "images-12", None)[0].total(1) == 12
     with pytest.raises(
-        ValueError, match=r"^--protocol: got pictures-12, emoji samples emoji; choose one of emoji-quick, [^N]+$"
+        ValueError, match=r"^--protocol: got images-12, emoji samples emoji; choose one of emoji-quick, [^N]+$"
     ):
-        measuring(emoji, "pictures-12", None)
+        measuring(emoji, "images-12", None)
     with pytest.raises(
         ValueError,
-        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of pictures-quick, pictures, pict",
+        match=r"^--protocol: got emoji-full, tiny knows no emoji by name; choose one of images-quick, images, ",
     ):
         measuring(other, "emoji-full", None)
-    with pytest.raises(
-        ValueError, match=r"^--protocol: got pictures, emoji samples emoji; choose one of emoji-quick, "
-    ):
-        measuring(emoji, "pictures", None)
+    with pytest.raises(ValueError, match=r"^--protocol: got images, emoji samples emoji; choose one of emoji-quick, "):
+        measuring(emoji, "images", None)
     with pytest.raises(
         ValueError, match=r"^data\.real: got x, protocol emoji-quick has real images of its own; leave it out$"
     ):
@@ -173,16 +171,14 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     It is measured at the run's end, later from its run, and anywhere with prompts. Along the way there are no real
     images to compare with, and a line says so.
     """
-    monkeypatch.setattr(
-        "fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures-quick", 6, components=3, batch=4),)
-    )
+    monkeypatch.setattr("fewstep.evaluation.images.IMAGES", (ImageProtocol("images-quick", 6, components=3, batch=4),))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 5)
     sizes = ("--set", "evaluate=quick", "--set", "preview.protocol=quick")
     assert command(monkeypatch, "distill", recipe, *sizes) == 0
     assert "preview.protocol: tiny is not measured along the way, which takes real images" in capsys.readouterr().out
     assert '"quality"' not in Path("runs/tiny/metrics.jsonl").read_text()
     result = json.loads(Path("runs/tiny/final/eval.json").read_text())
-    assert result["protocol"] == "pictures-quick" and "retrieval_top1" not in result["rows"][0]
+    assert result["protocol"] == "images-quick" and "retrieval_top1" not in result["rows"][0]
     student, best = result["rows"][-1], result["rows"][0]
     assert student["fd_teacher"] > 0 and best["fd_teacher"] is None and best["diversity_ratio"] == 1
     assert student["diversity_ratio"] == pytest.approx(student["diversity"] / best["diversity"])
@@ -211,7 +207,5 @@ def test_emoji_are_not_asked_of_another_teacher(
     for how in ((), ("--dry-run",)):
         capsys.readouterr()
         assert command(monkeypatch, "distill", recipe, "--set", "evaluate=emoji-medium", *how) == 2
-        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of pictures-quick" in error_of(
-            capsys
-        )
+        assert "evaluate: got emoji-medium, tiny knows no emoji by name; choose one of images-quick" in error_of(capsys)
         assert not Path("runs").exists()

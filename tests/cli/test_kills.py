@@ -114,8 +114,8 @@ def left(run: Path) -> tuple[list[tuple[int, list[str]]], dict[str, str], set[st
     """The log without times, the previews, and the names of all files."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = sorted((r["iteration"], sorted(f"{k}={v}" for k, v in r.items() if k != "seconds")) for r in records)
-    pictures = {p.name: p.read_text(encoding="utf-8") for p in (run / "samples").iterdir()}
-    return lines, pictures, {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    images = {p.name: p.read_text(encoding="utf-8") for p in (run / "samples").iterdir()}
+    return lines, images, {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="fork")
@@ -128,8 +128,8 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "measure", measured)
     monkeypatch.setattr(console, "quiet", True)
     run_once(tmp_path / "straight")
-    lines, pictures, files = left(tmp_path / "straight")
-    assert [i for i, _ in lines] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3] and sorted(pictures) == [
+    lines, images, files = left(tmp_path / "straight")
+    assert [i for i, _ in lines] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3] and sorted(images) == [
         f"step_{i:06d}.png" for i in (0, 2, 3)
     ]
     event, died = 0, -signal.SIGKILL
@@ -145,7 +145,7 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(tmp_path: Path, monkeypatch
         died = in_a_child(work)
         assert died in (0, -signal.SIGKILL)
         run_once(run)
-        assert left(run) == (lines, pictures, files), event
+        assert left(run) == (lines, images, files), event
         for name in ("student", "average", "optimizer_student"):
             one, other = (
                 load_file(r / "checkpoint-000003" / f"{name}.safetensors") for r in (tmp_path / "straight", run)

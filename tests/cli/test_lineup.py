@@ -15,7 +15,7 @@ from fewstep.evaluation.distances import paired_distance
 from fewstep.evaluation.features import feature_network, features
 from fewstep.evaluation.plan import seed_of
 from fewstep.report.grids import read_grid
-from fewstep.report.pictures import to_uint8
+from fewstep.report.images import to_uint8
 from fewstep.runs import lineup
 from fewstep.study.key import read_key
 

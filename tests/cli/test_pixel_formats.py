@@ -33,7 +33,7 @@ def written(process: str, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPat
     save_pixel_model(
         Path("digits"), pixel_unet([16, 32], [False, True], 1, 8, len(labels)), SCHEDULERS[process](), labels
     )
-    Path("names.txt").write_text("".join(f"{name}\n" for name in labels or ("picture",)))
+    Path("names.txt").write_text("".join(f"{name}\n" for name in labels or ("image",)))
     value: dict[str, Any] = {
         **RECIPE,
         "teacher": "digits",

@@ -15,7 +15,7 @@ from fewstep.backbones import miniature
 from fewstep.backbones.load import load_teacher
 from fewstep.backbones.unconditional import PixelModel, save_pixel_model
 from fewstep.cli.finish import quality_of
-from fewstep.evaluation.pictures import PictureProtocol
+from fewstep.evaluation.images import ImageProtocol
 
 from .. import tiny
 from ..snippets import snippet_of
@@ -116,9 +116,7 @@ def test_the_model_cards_snippet_draws(headless: tuple[Path, tuple[str, ...]], m
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations of six images, a teacher of three steps."""
-    monkeypatch.setattr(
-        "fewstep.evaluation.pictures.PICTURES", (PictureProtocol("pictures", 6, components=3, batch=4),)
-    )
+    monkeypatch.setattr("fewstep.evaluation.images.IMAGES", (ImageProtocol("images", 6, components=3, batch=4),))
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
 
 
@@ -140,8 +138,8 @@ def test_from_a_teacher_of_classes_to_its_students_report(
         tmp_path,
         CLASSES,
         data=data,
-        evaluate="pictures",
-        preview={"every": 2, "teacher_steps": 3, "protocol": "pictures"},
+        evaluate="images",
+        preview={"every": 2, "teacher_steps": 3, "protocol": "images"},
     )
     assert command(monkeypatch, "distill", path) == 0
     run = Path("runs/pix")
@@ -171,8 +169,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
     assert "--format: this student is sampled with a head" in error_of(capsys)
     assert command(monkeypatch, "evaluate", run) == 0  # under the protocol of its kind, against what its recipe names
     assert (
-        "pictures: FD-efflite0, 3 components of the real images' features, 6 images against 6"
-        in capsys.readouterr().out
+        "images: FD-efflite0, 3 components of the real images' features, 6 images against 6" in capsys.readouterr().out
     )
     assert json.loads((run / "final" / "eval.json").read_text())["rows"][4]["fd_real"] == rows[4]["fd_real"]
     (run / "report.html").unlink()
@@ -182,7 +179,7 @@ def test_from_a_teacher_of_classes_to_its_students_report(
 
 
 @pytest.mark.usefixtures("few")
-def test_without_real_pictures_a_student_is_measured_against_its_teacher(
+def test_without_real_images_a_student_is_measured_against_its_teacher(
     headless: tuple[Path, tuple[str, ...]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -191,13 +188,13 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     run, labels = headless
     assert command(monkeypatch, "evaluate", run) == 0
     said = capsys.readouterr().out
-    assert "pictures: FD-efflite0, 3 components of the teacher's features, 6 images against 6; 6 images a row" in said
+    assert "images: FD-efflite0, 3 components of the teacher's features, 6 images against 6; 6 images a row" in said
     assert "fd_teacher" in said and "fd_real" not in said and "retrieval" not in said
     rows = json.loads((run / "final" / "eval.json").read_text())["rows"]
     assert [r["nfe"] for r in rows] == ([6, 4, 2, 2, 2] if labels else [3, 2, 2])
     calls = 6 * sum(
         r["nfe"] for r in rows
-    )  # of six pictures a row: by pictures alone the time left would be a few steps' or fifty's
+    )  # of six images a row: by images alone the time left would be a few steps' or fifty's
     assert f"evaluating, NFE {calls}/{calls}" in said
     assert rows[-1]["fd_teacher"] > 0
     assert quality_of(rows[-1], rows[0]).startswith(
@@ -212,12 +209,12 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     for how, expected in (
         (("--real", "nowhere"), "--real: there is no nowhere; pass a folder"),
         (("--real", tmp_path), f"--real: {tmp_path} has no images"),
-        (("--real", real(tmp_path, 5)), "has 5 images, protocol pictures compares 6 with 6"),
+        (("--real", real(tmp_path, 5)), "has 5 images, protocol images compares 6 with 6"),
         (("--real", real(tmp_path, 6, 9)), "are 9x9, pixels draws 8x8"),
-        (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of pictures"),
+        (("--protocol", "emoji-quick"), "--protocol: got emoji-quick, pixels is a pixel model; choose one of images"),
         (
             ("--protocol", "other"),
-            "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, pictures",
+            "protocol: got 'other'; choose one of emoji-quick, emoji-medium, emoji-full, images",
         ),
     ):
         capsys.readouterr()
@@ -232,14 +229,14 @@ def test_without_real_pictures_a_student_is_measured_against_its_teacher(
     [
         (
             {"evaluate": "emoji-quick"},
-            "evaluate: got emoji-quick, pixels is a pixel model; choose one of pictures-quick, pictures",
+            "evaluate: got emoji-quick, pixels is a pixel model; choose one of images-quick, images",
         ),
         (
-            {"preview": {"protocol": "pictures"}},
-            "preview.protocol: got pictures, which needs real images here; set data.real",
+            {"preview": {"protocol": "images"}},
+            "preview.protocol: got images, which needs real images here; set data.real",
         ),
         (
-            {"evaluate": "pictures", "data": {"source": "trajectories", "real": "nowhere"}},
+            {"evaluate": "images", "data": {"source": "trajectories", "real": "nowhere"}},
             "data.real: there is no nowhere",
         ),
     ],

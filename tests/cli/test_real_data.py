@@ -16,8 +16,8 @@ from .common import fewstep as command
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, colour in (("red cat", (255, 0, 0)), ("blue dog", (0, 0, 255))):
         Image.new("RGB", (20, 16), colour).save(folder / f"{name.replace(' ', '_')}.png")
@@ -26,13 +26,13 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_fine_tuned_teacher_is_a_teacher(
-    recipe: Path, teacher: Path, pictures: Path, share: bool, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, teacher: Path, images: Path, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = {
         "kind": "finetune",
         "name": "tuned",
         "teacher": str(teacher),
-        "data": {"source": str(pictures)},
+        "data": {"source": str(images)},
         "roles": {"lora": share, "rank": 2},
         "fit": {"steps": 4, "batch": 4, "lr": 0.01, "warmup": 1, "decay": 1, "ema": 0.0, "checkpoint_every": 2},
     }
@@ -59,8 +59,8 @@ def test_a_fine_tuned_teacher_is_a_teacher(
 
 
 @pytest.mark.slow
-def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gan = ("--set", "method.gan=0.1", "--set", f"data.source={pictures}", "--set", "train.checkpoint_every=2")
+def test_an_adversarial_run_stops_and_resumes(recipe: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gan = ("--set", "method.gan=0.1", "--set", f"data.source={images}", "--set", "train.checkpoint_every=2")
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/straight") == 0
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts", "--set", "train.iterations=3") == 0
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts") == 0
@@ -75,7 +75,7 @@ def test_an_adversarial_run_stops_and_resumes(recipe: Path, pictures: Path, monk
 
 
 @pytest.mark.parametrize("name", ["lcm", "progressive"])
-def test_imitation_starts_from_the_teachers_own_pictures(
+def test_imitation_starts_from_the_teachers_own_images(
     recipe: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = (
@@ -92,7 +92,7 @@ def test_imitation_starts_from_the_teachers_own_pictures(
     assert fewstep.sample(student, ["red cat"], [0]).shape == (1, 3, 16, 16)
 
 
-def test_the_term_and_the_pictures_go_together(
+def test_the_term_and_the_images_go_together(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "distill", recipe, "--set", "method.gan=0.1") == 2
@@ -103,7 +103,7 @@ def test_the_term_and_the_pictures_go_together(
 
 @pytest.mark.usefixtures("uncounted")
 def test_what_is_found_and_what_it_takes_is_said_first(
-    recipe: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run first says what it found and will write.
 
@@ -114,13 +114,13 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     said = capsys.readouterr().out
     assert "2 prompts in prompts.csv: 1 empty, 1 repeated" in said
     assert re.search(r"embeddings of 2 prompts: 0\.0 MiB, of [\d.]+ [GM]iB that are free", said)
-    (pictures / "blue_dog.caption").write_text("a dog")
+    (images / "blue_dog.caption").write_text("a dog")
     monkeypatch.setattr("fewstep.cli.progress.WORTH_SAYING", 1)
     gan = (
         "--set",
         "method.gan=0.1",
         "--set",
-        f"data.source={pictures}",
+        f"data.source={images}",
         "--set",
         "train.iterations=1",
         "--set",
@@ -128,7 +128,7 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     )
     assert command(monkeypatch, "distill", recipe, *gan) == 0
     said = capsys.readouterr().out
-    assert f"2 images in {pictures}: 1 captions of .caption, 1 by name, 0 empty" in said
+    assert f"2 images in {images}: 1 captions of .caption, 1 by name, 0 empty" in said
     assert len(re.findall(r"writing runs/tiny/embeddings/\S+: 0\.0 MiB, of", said)) == 3
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     assert command(monkeypatch, "distill", recipe, "--out", "runs/full") == 2

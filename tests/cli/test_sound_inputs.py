@@ -76,7 +76,7 @@ def test_half_precision_is_not_trained_in() -> None:
         roles_for(backbone, api.TDM(steps=2), RolesConfig(rank=2))
 
 
-def test_pictures_that_are_not_finite(tmp_path: Path) -> None:
+def test_images_that_are_not_finite(tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     with torch.no_grad():
         next(backbone.pipe.vae.decoder.parameters()).fill_(float("nan"))
@@ -86,7 +86,7 @@ def test_pictures_that_are_not_finite(tmp_path: Path) -> None:
         api.sample(backbone, ["red cat"], steps=1)
 
 
-def test_black_pictures_are_said(
+def test_black_images_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

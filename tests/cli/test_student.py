@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import fewstep
-from fewstep.backbones.generate import pictures
+from fewstep.backbones.generate import sample_images
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.runs.init import roles_for
@@ -198,7 +198,7 @@ def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> 
     for p in roles.trained["student"].values():
         p.data.normal_(0, 0.05)
     method = DistributionMatching(steps=2)
-    memory = pictures(
+    memory = sample_images(
         backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], method.times(backbone.schedule)
     )
     Student.of(roles, method, Origin(str(teacher), "", 0, 0.0, "tdm")).write(tmp_path / "final")
@@ -208,7 +208,7 @@ def test_the_saved_student_is_the_trained_one(teacher: Path, tmp_path: Path) -> 
     assert (image - memory).abs().max() <= 1e-4  # trained with another alpha: the scale is in the weights
 
 
-def test_sample_writes_a_picture_and_says_what_it_costs(
+def test_sample_writes_a_image_and_says_what_it_costs(
     final: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()

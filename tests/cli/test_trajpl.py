@@ -36,7 +36,9 @@ def trajpl(recipe: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"lora": False}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", [{}, *(pytest.param(other, marks=pytest.mark.slow) for other in ({"rank": 0}, {"lora": False}))]
+)
 def test_a_student_with_a_head_is_the_same_everywhere(
     trajpl: Path,
     how: dict[str, object],
@@ -82,11 +84,11 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     assert (wanted[4] - base).abs().max() > 0.02
     pipe, calls = fewstep.load(teacher, final), list[int]()
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    for k, pictures in wanted.items():
+    for k, images in wanted.items():
         seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
         calls.clear()
         shown = pipe(["red cat", "blue dog"], num_inference_steps=k, generator=seeds, output_type="pt").images
-        assert (shown - pictures).abs().max() <= 1e-4
+        assert (shown - images).abs().max() <= 1e-4
         assert len(calls) == card_nfe(read_card(final), k) == k - card["analytic_first_step"]
     assert card["analytic_first_step"] == (how.get("rank") == 0)
     with (
@@ -107,7 +109,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     assert command(monkeypatch, "sample", final, "-p", "red cat", "--steps", "8", "--compare") == 2
     printed = capsys.readouterr()
     assert "--steps: got 8, the student's span head serves up to 4 steps; take as many or fewer" in printed.err
-    assert printed.out == ""  # neither a warning nor the teacher's pictures before it
+    assert printed.out == ""  # neither a warning nor the teacher's images before it
     code = snippet_of(final)
     monkeypatch.chdir(final.parent)
     names: dict[str, Image.Image] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fewstep.data.captioned import read_pictures
+from fewstep.data.captioned import read_images
 
 
 def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16)) -> bytes:
@@ -15,4 +15,4 @@ def png(colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (16, 16))
 
 
 def captions(source: Path) -> dict[str, str]:
-    return {p.name: p.caption for p in read_pictures(str(source))[0]}
+    return {p.name: p.caption for p in read_images(str(source))[0]}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.data.captioned import read_pictures
+from fewstep.data.captioned import read_images
 
 from .common import captions, png
 
@@ -51,7 +51,7 @@ def folder(root: Path, files: Mapping[str, bytes | str]) -> Path:
 
 
 def line_of(source: Path) -> str:
-    return read_pictures(str(source))[1].line
+    return read_images(str(source))[1].line
 
 
 def test_members_of_a_shard_need_not_lie_beside_each_other(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_members_of_a_shard_need_not_lie_beside_each_other(tmp_path: Path) -> No
         "1.png": "one", "x/2.JPG": "two", "3 v1.5.png": "three", "4.webp.png": "four", "5.png": "five", "6.png": "",
         "7.png": "seven", "8.png": "", "9.png": "nine"
     }  # fmt: skip
-    assert all(p.read() == PNG for p in read_pictures(str(path))[0])
+    assert all(p.read() == PNG for p in read_images(str(path))[0])
     assert (
         line_of(path)
         == f"9 images in {path}: 1 captions of .caption, 1 captions of .json, 5 captions of .txt, 0 by name, 2 empty"
@@ -141,15 +141,15 @@ def test_captions_of_a_folder_by_where_they_are_from(tmp_path: Path) -> None:
 )
 def test_a_folder_that_cannot_be_read_as_it_was_meant(tmp_path: Path, files: dict[str, str | bytes], said: str) -> None:
     with pytest.raises(ValueError, match=rf"^data\.source: [^\n\x1b]*{said}[^\n\x1b]*$"):
-        read_pictures(str(folder(tmp_path / "set", {"a.png": PNG, **files})))
+        read_images(str(folder(tmp_path / "set", {"a.png": PNG, **files})))
 
 
-def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
+def test_images_of_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no images \(it has 1 \.heic left out\); allowed are \.png"):
-        read_pictures(str(folder(tmp_path / "set", {"a.heic": "x"})))
+        read_images(str(folder(tmp_path / "set", {"a.heic": "x"})))
 
 
-@pytest.mark.parametrize("kind", ["picture", "caption", "folder"])
+@pytest.mark.parametrize("kind", ["image", "caption", "folder"])
 def test_links_that_lead_out_are_not_followed(tmp_path: Path, kind: str) -> None:
     """Those within the folder are, and those of the hub's cache, whose files are all links to its blobs."""
     outside, root = (
@@ -159,10 +159,10 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path, kind: str) -> None
     (root / "c.png").symlink_to("b.png")
     (root / "round").symlink_to(".")
     assert set(captions(root)) == {"b.png", "c.png"}
-    name, to = {"picture": ("a.png", "a.png"), "caption": ("b.txt", "a.txt"), "folder": ("more", "")}[kind]
+    name, to = {"image": ("a.png", "a.png"), "caption": ("b.txt", "a.txt"), "folder": ("more", "")}[kind]
     (root / name).symlink_to(outside / to)
     with pytest.raises(ValueError, match=rf"^data\.source: [^\n]*{name} is a link that leads out of the folder, to "):
-        read_pictures(str(root))
+        read_images(str(root))
     hub = (
         folder(tmp_path / "hub", {"blobs/1": PNG, "blobs/2": "a caption", "snapshots/rev/readme": ""})
         / "snapshots"
@@ -178,7 +178,7 @@ def test_pipes_do_not_hang_it(tmp_path: Path, name: str) -> None:
     root = folder(tmp_path / "set", {"a.png": PNG})
     os.mkfifo(root / name)
     with pytest.raises(ValueError, match=rf"{name} is a pipe or a device, not a file; remove it"):
-        read_pictures(str(root))
+        read_images(str(root))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_pipes_do_not_hang_it(tmp_path: Path, name: str) -> None:
 )
 def test_members_that_are_not_what_they_should_be(tmp_path: Path, entries: list[Entry], said: str) -> None:
     with pytest.raises(ValueError, match=rf"^data\.source: [^\n]*{said}[^\n]*$"):
-        read_pictures(str(shard(tmp_path / "a.tar", ("1.png", PNG), *entries)))
+        read_images(str(shard(tmp_path / "a.tar", ("1.png", PNG), *entries)))
 
 
 def test_a_damaged_shard_is_not_its_beginning(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_damaged_shard_is_not_its_beginning(tmp_path: Path) -> None:
         with pytest.raises(
             ValueError, match=r"^data\.source: .*a\.tar is no tar file, or damaged \([^\n]+\); pack it again$"
         ):
-            read_pictures(str(path))
+            read_images(str(path))
 
 
 ORDERED = [(f"{i}.{kind}", f"caption {i}" if kind == "txt" else PNG) for i in range(4) for kind in ("png", "txt")]

@@ -1,4 +1,4 @@
-"""Picture files of every mode that programs write: their colours are right, or they are refused by name."""
+"""Image files of every mode that programs write: their colours are right, or they are refused by name."""
 
 import ast
 import io
@@ -60,7 +60,7 @@ def test_sixteen_bits_of_grey_are_scaled() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_pictures_are_turned_as_they_were_taken(kind: str) -> None:
+def test_images_are_turned_as_they_were_taken(kind: str) -> None:
     left_white = np.zeros((16, 32, 3), np.uint8)
     left_white[:, :8] = 255
     upright = colours(stored(left_white, kind, exif=SIDEWAYS))
@@ -89,7 +89,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("limit", [None, 89_478_485])
-def test_huge_pictures_are_refused_whatever_pillow_allows(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_images_are_refused_whatever_pillow_allows(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     assert LARGEST < 20_000 * 20_000
     with pytest.raises(ValueError, match=r"^data\.source: x\.png cannot be read \([^\n]*pixels[^\n]*\); remove it"):
@@ -102,7 +102,7 @@ WHOLE = stored(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uin
 
 
 @given(at=st.integers(0, len(WHOLE) - 1), byte=st.integers(0, 255), cut=st.booleans())
-def test_a_damaged_file_is_a_picture_or_one_line_with_its_name(at: int, byte: int, cut: bool) -> None:
+def test_a_damaged_file_is_a_image_or_one_line_with_its_name(at: int, byte: int, cut: bool) -> None:
     said = ""
     try:
         assert colours(WHOLE[:at] if cut else WHOLE[:at] + bytes([byte]) + WHOLE[at + 1 :]).shape[2] == 3
@@ -117,7 +117,7 @@ def test_programs_that_pillow_would_start_are_not() -> None:
         colours(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
 
 
-def test_pictures_are_opened_in_one_place() -> None:
+def test_images_are_opened_in_one_place() -> None:
     """Those of others; a report reads the grids that it wrote itself."""
 
     def opens(tree: ast.AST) -> Sequence[ast.AST]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.atomic import write_tensors
 from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.data.captioned import Captioned, read_pictures
+from fewstep.data.captioned import Captioned, read_images
 from fewstep.data.images import encode_images_of, to_tensor
 
 from .. import tiny
@@ -55,14 +55,14 @@ def test_they_are_encoded_once_and_stay_with_their_captions(folder: Path, tmp_pa
     backbone = tiny.stable_diffusion()
     first = encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny")
     assert first.x0.shape == (3, 4, 8, 8)
-    pictures = torch.stack([to_tensor(p, 16) for p in read_pictures(str(folder))[0]])
-    torch.testing.assert_close(first.x0, backbone.encode_images(pictures))
+    images = torch.stack([to_tensor(p, 16) for p in read_images(str(folder))[0]])
+    torch.testing.assert_close(first.x0, backbone.encode_images(images))
     again = encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny")
     assert again.embeddings.encoded == 0
     assert torch.equal(again.x0, first.x0)
     assert again.key == first.key
     real = first.draw(20, torch.Generator().manual_seed(0), torch.device("cpu"))
-    told = backbone.encode([p.caption for p in read_pictures(str(folder))[0]])["text"]
+    told = backbone.encode([p.caption for p in read_images(str(folder))[0]])["text"]
     for x0, text in zip(real.x0, real.cond["text"], strict=True):
         (row,) = {i for i in range(3) if torch.equal(first.x0[i], x0)}
         torch.testing.assert_close(text, told[row])
@@ -78,9 +78,9 @@ def test_they_are_checked_before_any_and_go_through_in_parts(
     backbone, sizes, told = tiny.stable_diffusion(), [], []
     states = StableDiffusion.encode_images
 
-    def counted(self: StableDiffusion, pictures: Tensor) -> Tensor:
-        sizes.append(len(pictures))
-        return states(self, pictures)
+    def counted(self: StableDiffusion, images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return states(self, images)
 
     monkeypatch.setattr(StableDiffusion, "encode_images", counted)
     (folder / "z.png").write_bytes(b"hello")
@@ -90,7 +90,7 @@ def test_they_are_checked_before_any_and_go_through_in_parts(
     (folder / "z.png").write_bytes(png()[:-30])  # its header is whole
     with pytest.raises(ValueError, match=r"^data\.source: z\.png cannot be read"):
         encode_images_of(backbone, str(folder), tmp_path / "cache", "tiny", chunk=2)
-    assert not list((tmp_path / "cache").glob("pictures-*"))
+    assert not list((tmp_path / "cache").glob("images-*"))
     (folder / "z.png").unlink()
     sizes.clear()
     again = tmp_path / "again"
@@ -106,14 +106,14 @@ def test_they_are_checked_before_any_and_go_through_in_parts(
     assert sizes == [2, 1] and len(data) == 3
     assert told == [
         3,
-        *(p.stat().st_size for p in sorted(again.iterdir(), key=lambda p: p.name.startswith("pictures"))),
+        *(p.stat().st_size for p in sorted(again.iterdir(), key=lambda p: p.name.startswith("images"))),
     ]
 
 
 def test_a_cache_of_other_states_is_made_again(folder: Path, tmp_path: Path) -> None:
     backbone = tiny.stable_diffusion()
     first = encode_images_of(backbone, str(folder), tmp_path, "tiny").x0.clone()
-    (path,) = tmp_path.glob("pictures-*")
+    (path,) = tmp_path.glob("images-*")
     for tensors in ({"x": first}, {"x0": first[:2]}, {"x0": first[..., :4]}, {"x0": first.long()}):
         write_tensors(path, tensors)
         assert torch.equal(encode_images_of(backbone, str(folder), tmp_path, "tiny").x0, first)
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(tmp_path: Path, case: str) -> None:
     if case == "no image":
         (source / "a.png").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        read_pictures(str(source))
+        read_images(str(source))
     assert str(error.value).startswith(expected)
     with pytest.raises(ValueError, match="are no images; leave it out"):
         encode_images_of(tiny_points(), str(source), None, "x")

@@ -33,9 +33,9 @@ def blob(name: int, tone: str) -> Tensor:
     light, dark = torch.rand((2, 3, 1, 1), generator=generator)
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     wave = torch.sin((x * math.cos(3 * angle) + y * math.sin(3 * angle)) / (2 + 8 * width)) > 0
-    picture = torch.where(wave, light, dark)
-    picture[:, 20:44, 8:40] = torch.tensor(TONES.get(tone, PLAIN))[:, None, None] / 255
-    return (picture * 255).round().to(torch.uint8)
+    image = torch.where(wave, light, dark)
+    image[:, 20:44, 8:40] = torch.tensor(TONES.get(tone, PLAIN))[:, None, None] / 255
+    return (image * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class World:
 
     folder: Path
     blobs: tuple[Blob, ...]
-    pictures: Tensor
+    images: Tensor
     protocol: EmojiProtocol
 
     def draw(self, noise: float = 0.0, names: Callable[[str], str] = str, one_seed: bool = False) -> Draw:
@@ -52,7 +52,7 @@ class World:
         rows = {b.caption: i for i, b in enumerate(self.blobs)}
 
         def sampler(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-            images = self.pictures[[rows[names(p)] for p in prompts]].float() / 255
+            images = self.images[[rows[names(p)] for p in prompts]].float() / 255
             veils = [
                 torch.rand((3, 3, 3), generator=torch.Generator().manual_seed(0 if one_seed else s)) for s in seeds
             ]
@@ -63,13 +63,13 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    blobs, pictures = [], []
+    blobs, images = [], []
     for i in range(30):
         for tone in ["", *(TONES if i < 8 else [])]:
             name = f"thing {i}: round, soft"
             blobs.append(Blob(name, f"{name}, {tone}" if tone else name, tone, i < 4 and tone == "dark skin tone"))
-            pictures.append(blob(i, tone))
-    folder = build_reference(blobs, torch.stack(pictures), tmp_path_factory.mktemp("reference"), components=16)
+            images.append(blob(i, tone))
+    folder = build_reference(blobs, torch.stack(images), tmp_path_factory.mktemp("reference"), components=16)
     protocol = EmojiProtocol(
         "blobs",
         names=20,
@@ -81,4 +81,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         components=6,
         batch=8,
     )
-    return World(folder, tuple(blobs), torch.stack(pictures), protocol)
+    return World(folder, tuple(blobs), torch.stack(images), protocol)

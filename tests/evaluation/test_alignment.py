@@ -6,7 +6,7 @@ import torch
 from fewstep.evaluation.alignment import colour_histogram, diversity, name_ranks, nearest_colours, top
 
 
-def test_ranks_count_labels_and_not_pictures() -> None:
+def test_ranks_count_labels_and_not_images() -> None:
     angle = torch.tensor([0.0, 0.1, 0.2, 0.5, 1.0])
     gallery = (
         torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([1.0, 2.0, 3.0, 0.1, 5.0])[:, None]
@@ -44,6 +44,6 @@ def test_nearest_colours() -> None:
     assert nearest_colours(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), candidates).tolist() == [0, 0]
 
 
-def test_diversity_is_the_mean_distance_of_different_pictures() -> None:
+def test_diversity_is_the_mean_distance_of_different_images() -> None:
     x = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
     assert diversity(x).tolist() == pytest.approx([10 / 3, 0])

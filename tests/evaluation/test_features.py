@@ -5,7 +5,7 @@ import torch
 
 from fewstep.evaluation.features import BATCH, SIZE, WIDTH, SameConv, feature_network, features
 
-# The six largest features of two pictures, computed by `efficientnet-lite-pytorch` 0.1.0 in float32 at 128 x 128.
+# The six largest features of two images, computed by `efficientnet-lite-pytorch` 0.1.0 in float32 at 128 x 128.
 PUBLISHED = (
     {113: 5.8776, 1157: 5.352, 897: 5.3209, 835: 4.7551, 285: 4.5737, 814: 4.5439},
     {707: 5.4564, 400: 3.9899, 1243: 3.9731, 1240: 3.7789, 701: 3.645, 829: 3.089},
@@ -14,7 +14,7 @@ NORMS = (24.5707, 16.6594)
 ZEROS = (1016, 1059)
 
 
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     """A ramp with a disc in blue, and a disc of two colours, [2, 3, 64, 64]."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     disc = ((x**2 + y**2).sqrt() < 0.7).float()
@@ -23,7 +23,7 @@ def pictures() -> torch.Tensor:
 
 
 def test_features_are_those_of_the_published_implementation() -> None:
-    found = features(feature_network(), pictures())
+    found = features(feature_network(), images())
     assert found.shape == (2, WIDTH)
     for row, published, norm, zeros in zip(found, PUBLISHED, NORMS, ZEROS, strict=True):
         assert row[list(published)].tolist() == pytest.approx(list(published.values()), rel=5e-3)  # weights are float16
@@ -37,8 +37,8 @@ def test_batches_do_not_change_features() -> None:
     torch.testing.assert_close(features(network, images)[-3:], features(network, images[-3:]), rtol=1e-3, atol=1e-4)
 
 
-def test_any_size_of_picture_is_taken() -> None:
-    large = torch.nn.functional.interpolate(pictures(), (96, 160), mode="bicubic").clamp(0, 1)
+def test_any_size_of_image_is_taken() -> None:
+    large = torch.nn.functional.interpolate(images(), (96, 160), mode="bicubic").clamp(0, 1)
     network = feature_network()
     assert features(network, large).shape == (2, WIDTH)
     assert not any(p.requires_grad for p in network.parameters())
@@ -63,7 +63,7 @@ def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int, out: i
     assert y[0, 0, -1, -1].item() == (kernel - (total - total // 2)) ** 2
 
 
-def test_pictures_that_are_not_finite_are_not_measured() -> None:
+def test_images_that_are_not_finite_are_not_measured() -> None:
     images = torch.rand(2, 3, 8, 8)
     images[1, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="the images to be measured are not finite"):

@@ -93,7 +93,7 @@ def test_the_contract(result: dict[str, Any], world: World) -> None:
     assert "fid" not in json.dumps(result).lower()
 
 
-def test_the_floor_is_the_distance_of_the_named_pictures_in_the_leading_components(
+def test_the_floor_is_the_distance_of_the_named_images_in_the_leading_components(
     world: World, result: dict[str, Any]
 ) -> None:
     reference = load_reference(world.folder)
@@ -102,7 +102,7 @@ def test_the_floor_is_the_distance_of_the_named_pictures_in_the_leading_componen
     assert result["fd_floor"] == pytest.approx(frechet_distance(moments(reference.gallery[:, :6]), moments(some)))
 
 
-def test_a_generator_of_real_pictures_is_as_good_as_real_pictures(result: dict[str, Any]) -> None:
+def test_a_generator_of_real_images_is_as_good_as_real_images(result: dict[str, Any]) -> None:
     good, worse = result["rows"][3], result["rows"][4]
     for key in ("retrieval_top1", "retrieval_top5", "tone", "held_out_top1", "held_out_tone"):
         assert good[key] == 1.0, key
@@ -112,7 +112,7 @@ def test_a_generator_of_real_pictures_is_as_good_as_real_pictures(result: dict[s
     assert not good["collapsed"]
 
 
-def test_pictures_of_other_prompts_are_near_the_real_ones_and_found_out(result: dict[str, Any]) -> None:
+def test_images_of_other_prompts_are_near_the_real_ones_and_found_out(result: dict[str, Any]) -> None:
     wrong = result["rows"][5]
     assert wrong["fd_real"] < 3 * result["fd_floor"]
     assert wrong["retrieval_top1"] <= 0.1
@@ -137,7 +137,7 @@ def test_a_generator_without_diversity_is_flagged(result: dict[str, Any]) -> Non
 def test_the_teacher_with_most_steps_is_compared_with(result: dict[str, Any]) -> None:
     rows = result["rows"]
     assert [row["fd_teacher"] is None for row in rows] == [False, True, False, False, False, False, False]
-    assert rows[3]["fd_teacher"] == pytest.approx(0, abs=1e-5)  # the very pictures of the first teacher at 50 steps
+    assert rows[3]["fd_teacher"] == pytest.approx(0, abs=1e-5)  # the very images of the first teacher at 50 steps
     assert rows[0]["fd_teacher"] > 1
     assert rows[1]["diversity_ratio"] == rows[3]["diversity_ratio"] == 1.0
     assert rows[4]["diversity_ratio"] == pytest.approx(rows[4]["diversity"] / rows[1]["diversity"])
@@ -171,7 +171,7 @@ def test_every_row_gets_the_same_prompts_and_seeds_in_batches(world: World) -> N
     assert len(asked[0]) == world.protocol.total(1)
 
 
-def test_pictures_are_rounded_as_in_a_file(world: World) -> None:
+def test_images_are_rounded_as_in_a_file(world: World) -> None:
     def rounded(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return (world.draw(0.1)(prompts, seeds) * 255).round().to(torch.uint8).float() / 255
 
@@ -205,7 +205,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(world: World, tmp
     resumed = run(world, rows, tmp_path, progress=heard.append)
     assert without_times(resumed) == without_times(straight)
     total = world.protocol.total(1)
-    assert calls[0] == [1]  # only the picture that is compared
+    assert calls[0] == [1]  # only the image that is compared
     assert calls[1] == [1, *[8] * ((total - 16) // 8), *([total % 8] if total % 8 else [])]
     assert heard == sorted(heard)
     assert heard[0] == total

@@ -37,7 +37,7 @@ def test_the_shipped_reference_tells_its_emoji_apart() -> None:
     assert (nearest_colours(shipped.colours.flatten(0, 1), candidates.flatten(0, 1)) == tones.flatten()).all()
 
 
-def test_same_pictures_share_a_label() -> None:
+def test_same_images_share_a_label() -> None:
     shipped = load_reference()
     france, clipperton, norway, tuxedo = shipped.label_of(
         ["france flag", "clipperton island flag", "norway flag", "man in tuxedo"]
@@ -62,7 +62,7 @@ def test_held_out_captions_are_of_known_names_and_tones() -> None:
 def test_round_trip(world: World) -> None:
     reference = load_reference(world.folder)
     plain = [i for i, b in enumerate(world.blobs) if not b.tone]
-    images = world.pictures.float() / 255
+    images = world.images.float() / 255
     assert reference.names == tuple(world.blobs[i].name for i in plain)
     embedded = reference.embed(features(feature_network(), images[plain]))
     torch.testing.assert_close(embedded, reference.gallery, rtol=0, atol=0.02)  # kept as float16
@@ -75,7 +75,7 @@ def test_round_trip(world: World) -> None:
 
 
 def test_building_again_gives_the_same_hash(world: World, tmp_path: Path) -> None:
-    again = build_reference(world.blobs, world.pictures, tmp_path, components=16)
+    again = build_reference(world.blobs, world.images, tmp_path, components=16)
     assert load_reference(again).sha256 == world.protocol.reference
     assert sorted(f.name for f in tmp_path.iterdir()) == ["reference.json", "reference.safetensors"]
 

@@ -25,7 +25,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[float]], Call
     return drawing_for
 
 
-def test_time_is_per_picture(drawing: Callable[[Iterator[float]], Callable[[], Tensor]]) -> None:
-    pictures, seconds = speed.timed(drawing(iter([2.0])))
-    assert pictures.shape == (4, 3, 2, 2)
+def test_time_is_per_image(drawing: Callable[[Iterator[float]], Callable[[], Tensor]]) -> None:
+    images, seconds = speed.timed(drawing(iter([2.0])))
+    assert images.shape == (4, 3, 2, 2)
     assert seconds == 0.5

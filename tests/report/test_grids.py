@@ -10,15 +10,15 @@ import torch
 from PIL import Image, ImageFont
 
 from fewstep.report.grids import FONT_SIZE, GAP, draw_grid, enlargement, read_grid, wrap, write_grid
-from fewstep.report.pictures import png, to_uint8
+from fewstep.report.images import png, to_uint8
 
 
 @pytest.mark.parametrize(("size", "factor"), [(16, 6), (32, 3), (64, 2), (95, 2), (96, 1), (97, 1), (512, 1)])
-def test_small_pictures_are_enlarged_to_at_least_96_pixels(size: int, factor: int) -> None:
+def test_small_images_are_enlarged_to_at_least_96_pixels(size: int, factor: int) -> None:
     assert enlargement(size, 2 * size) == factor
 
 
-def test_every_picture_stands_in_the_grid_pixel_for_pixel(tmp_path: Path) -> None:
+def test_every_image_stands_in_the_grid_pixel_for_pixel(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 3, 32, 40, generator=torch.Generator().manual_seed(0))
     path = write_grid(
         tmp_path / "samples" / "step_000100.png", images, ["teacher, 50 guided steps", "student"], ["a", "b", "c"]
@@ -106,9 +106,9 @@ GIANT = {
         *[json.dumps(GIANT | {"width": w, "height": 4, "factor": f}) for w, f in ((10**9, 1), (4, 0), (-4, 1), (4, 9))],
     ],
 )
-def test_other_pictures_are_no_grids(words: str | None) -> None:
-    picture = Image.new("RGB", (8, 8))
+def test_other_images_are_no_grids(words: str | None) -> None:
+    image = Image.new("RGB", (8, 8))
     if words is not None:
-        picture.info["fewstep"] = words
-    assert read_grid(png(picture)) is None
+        image.info["fewstep"] = words
+    assert read_grid(png(image)) is None
     assert read_grid(b"no image") is None

@@ -17,7 +17,7 @@ from PIL import Image
 from fewstep.reading import ReadError
 from fewstep.report.grids import write_grid
 from fewstep.report.html import Report, render
-from fewstep.report.pictures import Pictures, StepGrid, Trajectory, save_pictures, to_uint8
+from fewstep.report.images import Images, StepGrid, Trajectory, save_images, to_uint8
 from fewstep.report.plots import VARIABLES
 from fewstep.report.run import next_commands, read_run, render_run
 from fewstep.report.summary import Cost, Headline
@@ -109,9 +109,7 @@ def full_report() -> Report:
             },
         ],
         protocol=HOSTILE,
-        pictures=Pictures(
-            prompts, rows, paths, StepGrid((1, 4), (1, 2, 4), torch.rand(1, 2, 3, 3, 8, 12, generator=rng))
-        ),
+        images=Images(prompts, rows, paths, StepGrid((1, 4), (1, 2, 4), torch.rand(1, 2, 3, 3, 8, 12, generator=rng))),
         metrics=[{"iteration": i, "fake_loss": 1.0 / i, "gap_0": 0.1} for i in range(1, 20)],
         cost=Cost(452.0, 400, HOSTILE),
         warnings=[HOSTILE],
@@ -139,34 +137,35 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
     assert "default-src 'none'" in html
 
 
-def test_every_picture_decodes_to_its_exact_pixels() -> None:
+def test_every_image_decodes_to_its_exact_pixels() -> None:
     report = full_report()
     images = {i["alt"]: i for i in parsed(render(report)).all("img")}
     expected = {
-        f"{label}: {report.pictures.prompts[p]}": x
-        for label, row in report.pictures.rows.items()
+        f"{label}: {report.images.prompts[p]}": x
+        for label, row in report.images.rows.items()
         for p, x in enumerate(row)
     }
-    for label, path in report.pictures.trajectories.items():
+    for label, path in report.images.trajectories.items():
         for p, row in enumerate(path.estimates):
             expected |= {
-                f"{label}, time {t:g}: {report.pictures.prompts[p]}": x for t, x in zip(path.times, row, strict=True)
+                f"{label}, time {t:g}: {report.images.prompts[p]}": x for t, x in zip(path.times, row, strict=True)
             }
-    grid = report.pictures.grid
+    grid = report.images.grid
     assert grid is not None
-    for told, row in zip(grid.told, grid.images[0], strict=True):
+    for condition, row in zip(grid.conditions, grid.images[0], strict=True):
         expected |= {
-            f"told {told}, takes {n}: {report.pictures.prompts[0]}": x for n, x in zip(grid.taken, row, strict=True)
+            f"condition {condition}, steps {n}: {report.images.prompts[0]}": x
+            for n, x in zip(grid.steps, row, strict=True)
         }
     assert len(expected) == 2 * 10 + 2 * 2 + 3 + 6
     assert images.keys() == expected.keys()
-    for alt, picture in expected.items():
-        assert (decoded(images[alt]["src"]) == to_uint8(picture).permute(1, 2, 0).numpy()).all(), alt
+    for alt, image in expected.items():
+        assert (decoded(images[alt]["src"]) == to_uint8(image).permute(1, 2, 0).numpy()).all(), alt
         assert (images[alt]["width"], images[alt]["height"], images[alt]["class"]) == ("12", "8", "pixels")
 
 
-def test_large_pictures_are_not_drawn_as_pixels() -> None:
-    page = parsed(render(Report("t", pictures=Pictures(["p"], {"a": torch.zeros(1, 3, 512, 512)}))))
+def test_large_images_are_not_drawn_as_pixels() -> None:
+    page = parsed(render(Report("t", images=Images(["p"], {"a": torch.zeros(1, 3, 512, 512)}))))
     assert "class" not in page.all("img")[0]
 
 
@@ -198,8 +197,8 @@ def test_every_given_text_is_escaped_and_shown() -> None:
 @pytest.mark.parametrize(
     ("part", "section"),
     [
-        ("pictures", "images"),
-        ("pictures", "steps"),
+        ("images", "images"),
+        ("images", "steps"),
         ("rows", "quality"),
         ("metrics", "training"),
         ("next_commands", "next"),
@@ -317,17 +316,17 @@ class Scrolling(Page):
 
 def test_grids_of_a_run_are_shown_in_the_page_s_own_colours(run: Path) -> None:
     """A grid is a white sheet with its words painted on it; the page has its images and its words."""
-    pictures = torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    images = torch.rand(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     for path in (run / "samples").iterdir():
         path.unlink()
-    path = write_grid(run / "samples" / "step_000100.png", pictures, ["teacher", HOSTILE], ["p", "日本"])
+    path = write_grid(run / "samples" / "step_000100.png", images, ["teacher", HOSTILE], ["p", "日本"])
     page = parsed(render_run(run).read_text(encoding="utf-8"))
     shown = {i["alt"]: i for i in page.all("img") if i["alt"].startswith("iteration 100")}
     assert len(shown) == 4
     for row, label in enumerate(("teacher", HOSTILE)):
         for column, prompt in enumerate(("p", "日本")):
             tile = shown[f"iteration 100, {label}: {prompt}"]
-            assert (decoded(tile["src"]) == to_uint8(pictures[row, column]).permute(1, 2, 0).numpy()).all()
+            assert (decoded(tile["src"]) == to_uint8(images[row, column]).permute(1, 2, 0).numpy()).all()
     Image.open(path).convert("RGB").save(path)  # the words are lost, as in files from before
     alts = [i["alt"] for i in parsed(render_run(run).read_text(encoding="utf-8")).all("img")]
     assert "Grid of images at iteration 100" in alts
@@ -388,7 +387,7 @@ def run(tmp_path: Path) -> Path:
     (run / "metrics.jsonl").write_text(
         "\n".join([*lines, '{"iteration": 10, "warnings": ["colours drift"]}', '{"iterat'])
     )
-    save_pictures(run / "pictures.safetensors", report.pictures)
+    save_images(run / "images.safetensors", report.images)
     for i in range(0, 600, 100):
         write_grid(run / "samples" / f"step_{i:06d}.png", torch.full((1, 1, 3, 8, 8), i / 600), ["teacher"], ["p"])
     return run
@@ -401,7 +400,7 @@ def test_a_run_folder_becomes_the_same_report_again(run: Path) -> None:
     assert report.versions == {"python": "3.11", "torch": "2.13"}
     assert [i for i, _ in report.samples] == [0, 200, 500]
     assert report.samples[-1][1] == (run / "samples" / "step_000500.png").read_bytes()
-    assert torch.equal(to_uint8(report.pictures.rows[STUDENT]), to_uint8(full_report().pictures.rows[STUDENT]))
+    assert torch.equal(to_uint8(report.images.rows[STUDENT]), to_uint8(full_report().images.rows[STUDENT]))
     assert render_run(run) == run / "report.html"
     page = parsed((run / "report.html").read_text(encoding="utf-8"))
     assert {s["id"] for s in page.all("section")} == {
@@ -462,7 +461,7 @@ def test_a_damaged_file_is_named(run: Path, broken: str) -> None:
         ("metrics.jsonl", '{"iteration": 1, "seconds": "x"}\n'),
         ("metrics.jsonl", "root:x:0:0:root:/root:/bin/bash\n"),
         ("samples/step_000100.png", "no image"),
-        ("pictures.safetensors", "no tensors"),
+        ("images.safetensors", "no tensors"),
     ],
 )
 def test_a_file_that_holds_something_else_is_named(run: Path, name: str, text: str) -> None:

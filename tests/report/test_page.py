@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fewstep.report.images import to_uint8
 from fewstep.report.page import small_url
-from fewstep.report.pictures import to_uint8
 
 
 def opened(address: str) -> tuple[str, Image.Image]:

@@ -17,8 +17,8 @@ def test_a_strip_shows_frames_evenly() -> None:
     assert shown.shape == (1, 3, 2, 12)
     assert shown[0, 0, 0, ::4].tolist() == [0, 4, 8]
     assert strip(video[:, :2]).shape == (1, 3, 2, 8)  # no more than there are
-    pictures = torch.rand(2, 3, 4, 4)
-    assert strip(pictures) is pictures
+    images = torch.rand(2, 3, 4, 4)
+    assert strip(images) is images
 
 
 def test_an_mp4_holds_the_frames(tmp_path: Path) -> None:

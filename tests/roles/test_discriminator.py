@@ -41,7 +41,7 @@ def test_features_are_the_layers_outputs_and_the_rest_does_not_run(name: str) ->
         assert tokens.shape[0] == 2
 
 
-def test_gradients_reach_the_picture_and_never_the_teacher() -> None:
+def test_gradients_reach_the_image_and_never_the_teacher() -> None:
     backbone = tiny.stable_diffusion()
     x, t, cond, _ = given(backbone)
     judge = make_discriminator(backbone, backbone.module, (4, 2), seed=0)

@@ -33,7 +33,7 @@ from ..cli.common import RECIPE
         ((), 2.0, "teacher, 3 steps (3 evaluations)"),
     ],
 )
-def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidance: float, first: str) -> None:
+def test_images_say_their_network_evaluations(labels: tuple[str, ...], guidance: float, first: str) -> None:
     """A guided step is two, one that leaves the network out is none; without classes there is nothing to guide."""
     method = TrajectoryImitation(
         steps=(4, 2), analytic_first_step=True, head="none", condition=False, guidance=Guidance(scale=guidance)
@@ -41,18 +41,18 @@ def test_pictures_say_their_network_evaluations(labels: tuple[str, ...], guidanc
     recipe = DistillRecipe.model_validate({**RECIPE, "method": {"name": "trajp-l", "guidance": guidance}})
     teacher = tiny.pixels(labels)
     shown = embed(teacher, labels or [""], None, "x")
-    pictures = Preview(drawing_of(recipe), teacher, shown, None).compare(
+    images = Preview(drawing_of(recipe), teacher, shown, None).compare(
         make_roles(teacher, RolesConfig(rank=2), fake=False), method
     )
     step = "unguided step" if "guided" in first else "step"
-    assert list(pictures.rows) == [
+    assert list(images.rows) == [
         first,
         f"teacher, 4 {step}s (4 evaluations)",
         "student, 4 steps (3 evaluations)",
         f"teacher, 2 {step}s (2 evaluations)",
         "student, 2 steps (1 evaluation)",
     ]
-    assert list(pictures.trajectories) == [labelled("teacher", "step", 4), labelled("student", "step", 4)]
+    assert list(images.trajectories) == [labelled("teacher", "step", 4), labelled("student", "step", 4)]
 
 
 def drawn(

@@ -147,7 +147,7 @@ def test_metrics_have_the_same_keys_in_every_iteration() -> None:
     assert steps[0].seconds_left > 0 and steps[-1].seconds_left == 0
 
 
-def test_a_student_of_a_pipeline_is_kept_with_its_pictures(tmp_path: Path) -> None:
+def test_a_student_of_a_pipeline_is_kept_with_its_images(tmp_path: Path) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "teacher")
     teacher = fewstep.load_teacher(tmp_path / "teacher")
     watch = fewstep.Watch(every=3, count=2, teacher_steps=2)

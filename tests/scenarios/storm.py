@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
     "roles": {"rank": 2, "targets": "attention"},
     "train": {**TRAIN, "iterations": 5, "seed": 1},
     "preview": {"every": 2, "prompts": ["red cat", "blue dog"], "teacher_steps": 2},
-    "evaluate": "pictures-8",
+    "evaluate": "images-8",
 }
 PHASES = {  # of a command, in the order in which it enters them, and the functions that are them
     "embedding": ["fewstep.cli.distill.embed"],

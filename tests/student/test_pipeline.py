@@ -9,7 +9,7 @@ from torch import Tensor
 import fewstep
 from fewstep.backbones.few_step import FewStepPipeline
 from fewstep.backbones.files import save_lora
-from fewstep.backbones.generate import pictures
+from fewstep.backbones.generate import sample_images
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.core import timegrid
 from fewstep.roles.adapters import plain_state
@@ -48,11 +48,11 @@ def of_teacher(backbone: StableDiffusion) -> Tensor:
 
 @pytest.mark.parametrize("base", ["fresh", "just trained"])
 @pytest.mark.parametrize("share", [True, False])
-def test_pictures_are_those_in_memory_and_the_base_stays_the_teacher(tmp_path: Path, share: bool, base: str) -> None:
+def test_images_are_those_in_memory_and_the_base_stays_the_teacher(tmp_path: Path, share: bool, base: str) -> None:
     roles = trained(share)
     backbone = roles.backbone
     times = timegrid.uniform(backbone.schedule, 2)
-    wanted = pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times)
+    wanted = sample_images(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times)
     folder, teacher = saved(roles, tmp_path), tiny.stable_diffusion() if base == "fresh" else backbone
     assert isinstance(teacher, StableDiffusion)
     before = of_teacher(teacher)
@@ -61,7 +61,7 @@ def test_pictures_are_those_in_memory_and_the_base_stays_the_teacher(tmp_path: P
         assert pipe.scheduler.timesteps.tolist() == [999, 499]  # two steps, the first count served
     assert torch.equal(of_teacher(teacher), before)
     torch.testing.assert_close(
-        pictures(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times),
+        sample_images(backbone, roles.denoise("student", backbone.encode(["red cat"])), [0], times),
         wanted,
         rtol=0,
         atol=1e-6,
@@ -81,6 +81,8 @@ def test_unusual_wishes_are_granted_with_a_warning(tmp_path: Path) -> None:
         pipe("red cat", num_inference_steps=3, output_type="pt")
     with pytest.warns(UserWarning, match=r"guidance_scale: got 5\.0, guidance is baked into this student"):
         pipe("red cat", guidance_scale=5.0, output_type="pt")
+    with pytest.raises(ValueError, match=r"^num_inference_steps: got 0, allowed are whole numbers from 1"):
+        pipe("red cat", num_inference_steps=0)
 
 
 @pytest.mark.parametrize("keep", [None, 0, 50])

@@ -45,7 +45,7 @@ def test_it_is_the_same_training(share: bool, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_pictures_are_drawn_by_the_networks_as_they_are() -> None:
+def test_images_are_drawn_by_the_networks_as_they_are() -> None:
     calls: list[str] = []
 
     class Network(nn.Module):

@@ -9,15 +9,15 @@ import torch
 from fewstep.training.monitor import drift, look, unfit
 
 
-def pictures(seed: int = 0) -> torch.Tensor:
+def images(seed: int = 0) -> torch.Tensor:
     return torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(seed)).expand(
         8, 3, 16, 16
     ).clone() * torch.linspace(0.3, 1, 16)
 
 
 def test_a_healthy_student_raises_nothing() -> None:
-    healthy = (pictures() + 0.03 * torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-    assert drift(look(healthy), look(pictures())) == []
+    healthy = (images() + 0.03 * torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    assert drift(look(healthy), look(images())) == []
 
 
 @pytest.mark.parametrize(
@@ -31,24 +31,24 @@ def test_a_healthy_student_raises_nothing() -> None:
 )
 def test_each_way_of_going_wrong_is_named_with_a_cure(name: str, broken: object) -> None:
     assert callable(broken)
-    found = drift(look(broken(pictures())), look(pictures()))
+    found = drift(look(broken(images())), look(images()))
     assert any(line.startswith(f"DRIFT {name} is ") and ";" in line for line in found)
 
 
-def test_what_the_teacher_s_pictures_lack_is_not_missed() -> None:
+def test_what_the_teacher_s_images_lack_is_not_missed() -> None:
     """One prompt has no variety, grey images have no saturation."""
-    one, grey = pictures()[:1], pictures().mean(1, keepdim=True).expand(8, 3, 16, 16)
+    one, grey = images()[:1], images().mean(1, keepdim=True).expand(8, 3, 16, 16)
     assert drift(look(one), look(one)) == []
     assert drift(look(grey), look(grey)) == []
-    assert any(line.startswith("DRIFT saturation is ") for line in drift(look(pictures()), look(grey)))
+    assert any(line.startswith("DRIFT saturation is ") for line in drift(look(images()), look(grey)))
 
 
-def test_states_of_too_much_spread_are_seen_where_the_pictures_are_as_they_were() -> None:
+def test_states_of_too_much_spread_are_seen_where_the_images_are_as_they_were() -> None:
     """What guidance that is too high does: an autoencoder decodes such states to images of ordinary colours."""
     states = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(2))
-    teacher, blown = look(pictures(), states), look(pictures(), 2 * states)
+    teacher, blown = look(images(), states), look(images(), 2 * states)
     assert [line.split(";")[0] for line in drift(blown, teacher)] == ["DRIFT spread is 2.00 of the teacher's"]
-    assert drift(look(pictures(), 1.2 * states), teacher) == []
+    assert drift(look(images(), 1.2 * states), teacher) == []
     said = unfit(blown, teacher, 50)
     assert (
         len(said) == 1 and "what it is at guidance 4.5, in the teacher's own previews at method.guidance=50" in said[0]
@@ -63,7 +63,7 @@ def test_what_is_no_number_is_off(value: float) -> None:
     No comparison with it is true: neither in the student's previews, nor in the teacher's, nor in what the student
     began as.
     """
-    healthy, broken = look(pictures()), look(torch.full((8, 3, 16, 16), value))
+    healthy, broken = look(images()), look(torch.full((8, 3, 16, 16), value))
     for found in (
         drift(broken, healthy),
         drift(healthy, broken),
@@ -76,12 +76,12 @@ def test_what_is_no_number_is_off(value: float) -> None:
 
 
 @pytest.mark.parametrize("colour", [0.0, 1.0, 0.5, math.nan])
-def test_a_few_pictures_that_show_nothing_are_counted(colour: float) -> None:
+def test_a_few_images_that_show_nothing_are_counted(colour: float) -> None:
     """Two black ones of eight move no average by a third."""
-    some = pictures()
+    some = images()
     some[:2] = colour
     assert any(
-        "DRIFT 2 of 8 previews are of one colour or not finite" in line for line in drift(look(some), look(pictures()))
+        "DRIFT 2 of 8 previews are of one colour or not finite" in line for line in drift(look(some), look(images()))
     )
     assert not any(
         "of one colour" in line for line in drift(look(some), look(some))
@@ -97,7 +97,7 @@ def test_a_coloured_field_is_blank_and_a_fine_pattern_is_not() -> None:
 
 def test_what_a_student_began_as_is_no_drift_and_what_is_worse_is() -> None:
     """One step begins blurred, far outside of what is allowed."""
-    teacher = look(pictures())
+    teacher = look(images())
     start, better, worse = (replace(teacher, contrast=share * teacher.contrast) for share in (0.4, 0.5, 0.3))
     assert drift(start, teacher, start) == [] == drift(better, teacher, start)
     assert [line.split()[1] for line in drift(worse, teacher, start)] == ["contrast"]
@@ -106,7 +106,7 @@ def test_what_a_student_began_as_is_no_drift_and_what_is_worse_is() -> None:
 
 def clips(speed: float) -> torch.Tensor:
     """Eight clips of a bar that moves `speed` pixels a frame, [8, 5, 3, 16, 16]."""
-    return torch.stack([torch.roll(pictures(), round(speed * f), -1) for f in range(5)], 1)
+    return torch.stack([torch.roll(images(), round(speed * f), -1) for f in range(5)], 1)
 
 
 def moved(x: torch.Tensor) -> torch.Tensor:

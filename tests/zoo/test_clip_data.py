@@ -16,12 +16,12 @@ from ..archives import pack
 
 def webp(frames: int) -> bytes:
     """A square that grows darker by ten a frame, see-through around it."""
-    pictures = []
+    images = []
     for i in range(frames):
-        pictures.append(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
-        pictures[-1].paste((200 - 10 * i, 100, 0, 255), (8, 8, 24, 24))
+        images.append(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
+        images[-1].paste((200 - 10 * i, 100, 0, 255), (8, 8, 24, 24))
     file = io.BytesIO()
-    pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], lossless=True, duration=40)
+    images[0].save(file, "WEBP", save_all=True, append_images=images[1:], lossless=True, duration=40)
     return file.getvalue()
 
 

@@ -16,34 +16,34 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fewstep.zoo.arrays import labels_of, pixels
-from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, Pictures, read_pixel_data
+from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, LabelledImages, read_pixel_data
 
-from .common import PICTURES
+from .common import IMAGES
 
 LABELS = np.array([0, 0, 1, 1, 2, 2])
 NAMES = np.array(["dog", "cat", "ship"])
 
 
-def npz(folder: Path, **arrays: Any) -> Pictures:
+def npz(folder: Path, **arrays: Any) -> LabelledImages:
     np.savez(folder / "set.npz", **arrays)
     return read_pixel_data(str(folder / "set.npz"))
 
 
-def channels_last(found: Pictures) -> np.ndarray:
+def channels_last(found: LabelledImages) -> np.ndarray:
     return found.images.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize(
     "images",
     [
-        PICTURES,
-        PICTURES.transpose(0, 3, 1, 2),
-        PICTURES.astype(np.int64),
-        PICTURES.astype(np.float32),
-        PICTURES / 255,
-        (PICTURES / 255).astype(np.float16),
-        PICTURES / 127.5 - 1,
-        (PICTURES / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2),
+        IMAGES,
+        IMAGES.transpose(0, 3, 1, 2),
+        IMAGES.astype(np.int64),
+        IMAGES.astype(np.float32),
+        IMAGES / 255,
+        (IMAGES / 255).astype(np.float16),
+        IMAGES / 127.5 - 1,
+        (IMAGES / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2),
     ],
     ids=[
         "bytes",
@@ -56,15 +56,15 @@ def channels_last(found: Pictures) -> np.ndarray:
         "from -1, channels first",
     ],
 )
-def test_the_same_pictures_however_they_are_counted(tmp_path: Path, images: np.ndarray) -> None:
-    assert np.array_equal(channels_last(npz(tmp_path, images=images)), PICTURES)
+def test_the_same_images_however_they_are_counted(tmp_path: Path, images: np.ndarray) -> None:
+    assert np.array_equal(channels_last(npz(tmp_path, images=images)), IMAGES)
 
 
-def test_grey_and_clear_pictures(tmp_path: Path) -> None:
-    grey = PICTURES[..., 0]
+def test_grey_and_clear_images(tmp_path: Path) -> None:
+    grey = IMAGES[..., 0]
     for images in (grey, grey[..., None], grey[:, None], grey / 255):
         assert np.array_equal(npz(tmp_path, images=images).images.numpy()[:, 0], grey)
-    clear = np.concatenate([PICTURES, np.zeros((6, 8, 8, 1), np.uint8)], 3)
+    clear = np.concatenate([IMAGES, np.zeros((6, 8, 8, 1), np.uint8)], 3)
     assert int(npz(tmp_path, images=clear).images.min()) == 255
     assert npz(tmp_path, images=grey > 100).images.unique().tolist() == [0, 255]
 
@@ -86,7 +86,7 @@ def test_grey_and_clear_pictures(tmp_path: Path) -> None:
 def test_labels_of_every_make(
     tmp_path: Path, labels: np.ndarray, classes: Any, numbers: Any, names: tuple[str, ...]
 ) -> None:
-    found = npz(tmp_path, images=PICTURES, labels=labels, **({} if classes is None else {"classes": classes}))
+    found = npz(tmp_path, images=IMAGES, labels=labels, **({} if classes is None else {"classes": classes}))
     assert found.labels.tolist() == list(numbers)
     assert found.classes == names
 
@@ -94,48 +94,48 @@ def test_labels_of_every_make(
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"images": PICTURES[:0]}, r"images is of shape \[0, 8, 8, 3\]"),
-        ({"images": PICTURES[0]}, r"one image rather than"),
-        ({"images": PICTURES.reshape(6, -1)}, r"is of shape \[6, 192\]"),
-        ({"images": PICTURES[..., :2]}, r"allowed are 1, 3 or 4 channels"),
-        ({"images": PICTURES[:, :4]}, r"are 8x4, allowed are square ones"),
-        ({"images": (PICTURES - 128.0) / 64}, r"goes from -2 to 1\.98438 in float64"),
-        ({"images": PICTURES / 16}, r"goes from 0 to 15\.9375 in float64"),
-        ({"images": PICTURES > 100, "labels": [0] * 5}, r"labels is of shape \[5\] for 6 images"),
-        ({"images": (PICTURES > 100).astype(np.uint8)}, r"goes from 0 to 1 in uint8"),
-        ({"images": (PICTURES > 100).astype(np.int64)}, r"goes from 0 to 1 in int64"),
-        ({"images": PICTURES.astype(np.uint16) * 257}, r"goes from 0 to 65535 in uint16"),
-        ({"images": PICTURES.astype(np.int8)}, r"goes from -128 to 127 in int8"),
-        ({"images": np.where(PICTURES > 3, PICTURES / 255, np.nan)}, r"not finite"),
-        ({"images": np.zeros_like(PICTURES)}, r"goes from 0 to 0 in uint8"),
-        ({"images": PICTURES.astype(complex)}, r"holds complex128"),
+        ({"images": IMAGES[:0]}, r"images is of shape \[0, 8, 8, 3\]"),
+        ({"images": IMAGES[0]}, r"one image rather than"),
+        ({"images": IMAGES.reshape(6, -1)}, r"is of shape \[6, 192\]"),
+        ({"images": IMAGES[..., :2]}, r"allowed are 1, 3 or 4 channels"),
+        ({"images": IMAGES[:, :4]}, r"are 8x4, allowed are square ones"),
+        ({"images": (IMAGES - 128.0) / 64}, r"goes from -2 to 1\.98438 in float64"),
+        ({"images": IMAGES / 16}, r"goes from 0 to 15\.9375 in float64"),
+        ({"images": IMAGES > 100, "labels": [0] * 5}, r"labels is of shape \[5\] for 6 images"),
+        ({"images": (IMAGES > 100).astype(np.uint8)}, r"goes from 0 to 1 in uint8"),
+        ({"images": (IMAGES > 100).astype(np.int64)}, r"goes from 0 to 1 in int64"),
+        ({"images": IMAGES.astype(np.uint16) * 257}, r"goes from 0 to 65535 in uint16"),
+        ({"images": IMAGES.astype(np.int8)}, r"goes from -128 to 127 in int8"),
+        ({"images": np.where(IMAGES > 3, IMAGES / 255, np.nan)}, r"not finite"),
+        ({"images": np.zeros_like(IMAGES)}, r"goes from 0 to 0 in uint8"),
+        ({"images": IMAGES.astype(complex)}, r"holds complex128"),
         (
-            {"images": np.array([PICTURES, None], dtype=object)},
+            {"images": np.array([IMAGES, None], dtype=object)},
             r"cannot be read as npz \(Object arrays cannot be loaded",
         ),
         (
-            {"images": PICTURES, "labels": np.array([None] * 6)},
+            {"images": IMAGES, "labels": np.array([None] * 6)},
             r"cannot be read as npz \(Object arrays cannot be loaded",
         ),
-        ({"images": PICTURES, "labels": [-1, 0, 1, 1, 2, 2]}, r"labels goes from -1 to 2"),
-        ({"images": PICTURES, "labels": [0.5, 0, 1, 1, 2, 2]}, r"no whole numbers"),
-        ({"images": PICTURES, "labels": [10**12, 0, 1, 1, 2, 2]}, r"goes from 0 to 1000000000000"),
-        ({"images": PICTURES, "labels": 3}, r"labels is of shape \[\]"),
-        ({"images": PICTURES, "y": np.full((6, 3), 1 / 3)}, r"y is of shape \[6, 3\] and not one-hot"),
-        ({"images": PICTURES, "labels": LABELS, "classes": ["a"]}, r"the labels need 3 names"),
-        ({"images": PICTURES, "labels": LABELS, "classes": ["a", "b", "a"]}, r"the name 'a', which is there twice"),
-        ({"images": PICTURES, "labels": LABELS, "classes": ["a", "", "b"]}, r"the name '', which"),
-        ({"images": PICTURES, "labels": LABELS, "classes": ["a\nb", "c", "d"]}, r"the name 'a\\\\nb', which"),
+        ({"images": IMAGES, "labels": [-1, 0, 1, 1, 2, 2]}, r"labels goes from -1 to 2"),
+        ({"images": IMAGES, "labels": [0.5, 0, 1, 1, 2, 2]}, r"no whole numbers"),
+        ({"images": IMAGES, "labels": [10**12, 0, 1, 1, 2, 2]}, r"goes from 0 to 1000000000000"),
+        ({"images": IMAGES, "labels": 3}, r"labels is of shape \[\]"),
+        ({"images": IMAGES, "y": np.full((6, 3), 1 / 3)}, r"y is of shape \[6, 3\] and not one-hot"),
+        ({"images": IMAGES, "labels": LABELS, "classes": ["a"]}, r"the labels need 3 names"),
+        ({"images": IMAGES, "labels": LABELS, "classes": ["a", "b", "a"]}, r"the name 'a', which is there twice"),
+        ({"images": IMAGES, "labels": LABELS, "classes": ["a", "", "b"]}, r"the name '', which"),
+        ({"images": IMAGES, "labels": LABELS, "classes": ["a\nb", "c", "d"]}, r"the name 'a\\\\nb', which"),
         (
-            {"images": PICTURES, "labels": NAMES[LABELS], "classes": ["dog", "cat"]},
+            {"images": IMAGES, "labels": NAMES[LABELS], "classes": ["dog", "cat"]},
             r"the label 'ship', which is not among",
         ),
-        ({"images": PICTURES, "classes": NAMES}, r"has classes and no labels"),
+        ({"images": IMAGES, "classes": NAMES}, r"has classes and no labels"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [0, 20]}, r"jpeg is not bytes"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [5, 2]}, r"jpeg is not bytes"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [0.0, 9.0]}, r"jpeg is not bytes"),
         ({"jpeg": np.zeros(9, np.uint8), "offset": [0, 4, 9]}, r"image 0 is no image"),
-        ({"x": PICTURES}, r"holds x; it needs images"),
+        ({"x": IMAGES}, r"holds x; it needs images"),
     ],
 )
 def test_what_would_be_a_guess_is_refused(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
@@ -143,15 +143,15 @@ def test_what_would_be_a_guess_is_refused(tmp_path: Path, arrays: dict[str, Any]
         npz(tmp_path, **arrays)
 
 
-def test_pickles_beside_the_pictures_are_left_alone(tmp_path: Path) -> None:
-    assert npz(tmp_path, images=PICTURES, labels=LABELS, meta=np.array([{"a": 1}], dtype=object)).classes == (
+def test_pickles_beside_the_images_are_left_alone(tmp_path: Path) -> None:
+    assert npz(tmp_path, images=IMAGES, labels=LABELS, meta=np.array([{"a": 1}], dtype=object)).classes == (
         "0",
         "1",
         "2",
     )
 
 
-def test_files_that_unpack_to_more_than_pictures_do(tmp_path: Path) -> None:
+def test_files_that_unpack_to_more_than_images_do(tmp_path: Path) -> None:
     """A megabyte that stands for gigabytes is not unpacked."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (10_000, 200, 200, 3)}
     with (
@@ -176,7 +176,7 @@ def idx(array: np.ndarray, kind: int = 8) -> bytes:
 
 def test_digits_are_not_called_clothes(tmp_path: Path) -> None:
     """MNIST's files have the names of Fashion-MNIST's; their labels begin otherwise."""
-    images, clothes = np.repeat(PICTURES[..., 0], 2, axis=0), [*FASHION_BEGINS, 1, 1]
+    images, clothes = np.repeat(IMAGES[..., 0], 2, axis=0), [*FASHION_BEGINS, 1, 1]
     for labels, names in ((clothes, FASHION), ([5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5], tuple("0123456789"))):
         (tmp_path / IDX).write_bytes(idx(images))
         (tmp_path / IDX_LABELS).write_bytes(idx(np.array(labels)))
@@ -186,15 +186,15 @@ def test_digits_are_not_called_clothes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (idx(PICTURES[..., 0])[:100], "ended before the end-of-stream"),
-        (idx(PICTURES[..., 0])[:-8] + bytes(8), "CRC check failed"),
-        (idx(PICTURES[..., 0], 13), "no IDX file of bytes"),
-        (idx(PICTURES[:, 0, :, 0]), r"has images \[6, 8\] and labels \[6\]"),
-        (idx(PICTURES[:5, ..., 0]), r"has images \[5, 8, 8\] and labels \[6\]"),
+        (idx(IMAGES[..., 0])[:100], "ended before the end-of-stream"),
+        (idx(IMAGES[..., 0])[:-8] + bytes(8), "CRC check failed"),
+        (idx(IMAGES[..., 0], 13), "no IDX file of bytes"),
+        (idx(IMAGES[:, 0, :, 0]), r"has images \[6, 8\] and labels \[6\]"),
+        (idx(IMAGES[:5, ..., 0]), r"has images \[5, 8, 8\] and labels \[6\]"),
         (gzip.compress(b"\0\0\x08"), "no IDX file of bytes"),
         (gzip.compress(b"\0\0\x08\x09" + b"\0\0\0\1" * 9), "no IDX file of bytes"),
-        (gzip.compress(gzip.decompress(idx(PICTURES[..., 0])) + b"x"), r"holds more than its header says, \[6, 8, 8\]"),
-        (gzip.compress(gzip.decompress(idx(PICTURES[..., 0]))[:-3]), r"holds less than its header says"),
+        (gzip.compress(gzip.decompress(idx(IMAGES[..., 0])) + b"x"), r"holds more than its header says, \[6, 8, 8\]"),
+        (gzip.compress(gzip.decompress(idx(IMAGES[..., 0]))[:-3]), r"holds less than its header says"),
         (b"hello", "Not a gzipped file"),
         (b"", "no IDX file of bytes"),
     ],
@@ -222,32 +222,32 @@ def test_folders_in_folders_and_shadows(tmp_path: Path) -> None:
     root = folder(
         tmp_path / "set",
         **{
-            "cat__x__0.png": PICTURES[0],
-            "dog__1.PNG": PICTURES[1],
-            ".cache__2.png": PICTURES[2],
+            "cat__x__0.png": IMAGES[0],
+            "dog__1.PNG": IMAGES[1],
+            ".cache__2.png": IMAGES[2],
             "__MACOSX__dog__1.png": b"x",
         },
     )
     found = read_pixel_data(str(root))
     assert (found.labels.tolist(), found.classes) == ([0, 1], ("cat", "dog"))
-    wide = PICTURES[0, ..., 0].astype(np.uint16) * 257
+    wide = IMAGES[0, ..., 0].astype(np.uint16) * 257
     assert np.array_equal(
-        read_pixel_data(str(folder(tmp_path / "wide", **{"a.png": wide}))).images[0, 0].numpy(), PICTURES[0, ..., 0]
+        read_pixel_data(str(folder(tmp_path / "wide", **{"a.png": wide}))).images[0, 0].numpy(), IMAGES[0, ..., 0]
     )
 
 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"2.png": PICTURES[1]}, r"has images beside the classes' folders, e\.g\. 2\.png"),
+        ({"2.png": IMAGES[1]}, r"has images beside the classes' folders, e\.g\. 2\.png"),
         ({"dog__readme.txt": b"x"}, "dog is among the classes' folders and has no images"),
         ({"cat__2.png": b"x"}, r"cat/2\.png is no image"),
-        ({"cat__2.png": PICTURES[1][:4]}, r"of several sizes, \(8, 8\) and \(4, 8\) \(cat/2\.png\)"),
+        ({"cat__2.png": IMAGES[1][:4]}, r"of several sizes, \(8, 8\) and \(4, 8\) \(cat/2\.png\)"),
     ],
 )
 def test_folders_that_are_no_classes(tmp_path: Path, files: dict[str, np.ndarray | bytes], said: str) -> None:
     with pytest.raises(ValueError, match=rf"^data: [^\n]*{said}"):
-        read_pixel_data(str(folder(tmp_path / "set", **{"cat__1.png": PICTURES[0], **files})))
+        read_pixel_data(str(folder(tmp_path / "set", **{"cat__1.png": IMAGES[0], **files})))
 
 
 @pytest.mark.parametrize("name", ["set.npz", IDX, "a.png"])
@@ -263,7 +263,7 @@ KINDS = st.sampled_from([np.uint8, np.int16, np.int64, np.float16, np.float32, n
 
 
 @given(shape=SHAPES, bounds=RANGES, kind=KINDS)
-def test_arrays_are_pictures_of_some_brightness_or_one_line(
+def test_arrays_are_images_of_some_brightness_or_one_line(
     shape: tuple[int, ...], bounds: tuple[int, int], kind: type
 ) -> None:
     noise = np.random.default_rng(0).random(shape)

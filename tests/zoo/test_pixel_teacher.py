@@ -18,7 +18,7 @@ from fewstep.training.fit import FitConfig
 from fewstep.zoo.pixel_data import FASHION, FASHION_BEGINS, IDX, IDX_LABELS, load_idx, read_pixel_data
 from fewstep.zoo.pixel_teacher import PixelTeacherConfig, draw_times, train_pixel_teacher
 
-from .common import PICTURES
+from .common import IMAGES
 
 
 def write_idx(path: Path, data: torch.Tensor) -> None:
@@ -34,9 +34,9 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def bytes_of(picture: np.ndarray, kind: str = "PNG") -> bytes:
+def bytes_of(image: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind)
+    Image.fromarray(image).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -63,11 +63,11 @@ def test_idx_files(fashion: Path) -> None:
 
 
 def test_npz_of_pixels_and_of_files(tmp_path: Path) -> None:
-    np.savez(tmp_path / "pixels.npz", images=PICTURES, labels=[0, 0, 1, 1, 2, 2], classes=["cat", "dog", "ship"])
+    np.savez(tmp_path / "pixels.npz", images=IMAGES, labels=[0, 0, 1, 1, 2, 2], classes=["cat", "dog", "ship"])
     data = read_pixel_data(str(tmp_path / "pixels.npz"))
-    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), PICTURES)
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), IMAGES)
     assert data.classes == ("cat", "dog", "ship")
-    files = [bytes_of(p) for p in PICTURES]
+    files = [bytes_of(p) for p in IMAGES]
     np.savez(
         tmp_path / "files.npz",
         jpeg=np.frombuffer(b"".join(files), np.uint8),
@@ -77,7 +77,7 @@ def test_npz_of_pixels_and_of_files(tmp_path: Path) -> None:
     again = read_pixel_data(str(tmp_path / "files.npz"))
     assert torch.equal(again.images, data.images)
     assert again.classes == ("0", "1")
-    np.savez(tmp_path / "other.npz", x=PICTURES)
+    np.savez(tmp_path / "other.npz", x=IMAGES)
     with pytest.raises(ValueError, match=r"other.npz holds x; it needs images"):
         read_pixel_data(str(tmp_path / "other.npz"))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "files.npz").read_bytes()[:50])
@@ -86,14 +86,14 @@ def test_npz_of_pixels_and_of_files(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_one_folder_per_class(tmp_path: Path) -> None:
-    for i, picture in enumerate(PICTURES):
+    for i, image in enumerate(IMAGES):
         folder = tmp_path / "set" / ("dog" if i % 2 else "cat")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.png").write_bytes(bytes_of(picture))
+        (folder / f"{i}.png").write_bytes(bytes_of(image))
     data = read_pixel_data(str(tmp_path / "set"))
     assert data.classes == ("cat", "dog")
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), PICTURES[1])
+    assert np.array_equal(data.images[3].permute(1, 2, 0).numpy(), IMAGES[1])
     (tmp_path / "set" / "cat" / "large.png").write_bytes(bytes_of(np.zeros((9, 9, 3), np.uint8)))
     with pytest.raises(ValueError, match="are of several sizes"):
         read_pixel_data(str(tmp_path / "set"))
@@ -112,7 +112,7 @@ def test_it_trains_by_class(fashion: Path, tmp_path: Path) -> None:
 
 
 def test_it_trains_in_colour_without_classes(tmp_path: Path) -> None:
-    np.savez(tmp_path / "pixels.npz", images=PICTURES)
+    np.savez(tmp_path / "pixels.npz", images=IMAGES)
     options = {"layers": 2, "dropout": 0.1, "flip": True}
     assert len(list(train_pixel_teacher(settings(tmp_path / "pixels.npz", **options), tmp_path / "run"))) == 2
     teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
@@ -161,20 +161,20 @@ def test_it_trains_with_edm_s_preconditioning(fashion: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("process", "left"), [("vp", 0.15), ("edm", 0.03)])
-def test_training_learns_the_clean_picture(process: str, left: float, tmp_path: Path) -> None:
+def test_training_learns_the_clean_image(process: str, left: float, tmp_path: Path) -> None:
     """A network that has learnt one image gives it at any noise.
 
     With another sign, or told other times, more error is left.
     """
-    np.savez(tmp_path / "one.npz", images=PICTURES[:1])
+    np.savez(tmp_path / "one.npz", images=IMAGES[:1])
     fit = FitConfig(steps=60, batch=32, lr=1e-2, warmup=1, decay=30, ema=0.9, weight_decay=0.0)
     config = settings(tmp_path / "one.npz", process=process, channels=[16, 16], fit=fit)
     assert len(list(train_pixel_teacher(config, tmp_path / "run"))) == 60
     teacher = fewstep.load_teacher(tmp_path / "run" / "teacher")
-    wanted = torch.from_numpy(PICTURES[0]).permute(2, 0, 1) / 255
+    wanted = torch.from_numpy(IMAGES[0]).permute(2, 0, 1) / 255
 
-    def off(pictures: Tensor) -> float:
-        return float((pictures - wanted).square().mean())
+    def off(images: Tensor) -> float:
+        return float((images - wanted).square().mean())
 
     assert off(fewstep.sample(teacher, [""] * 4, steps=4)) < left * off(torch.full_like(wanted, float(wanted.mean())))
 

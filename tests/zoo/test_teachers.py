@@ -47,7 +47,7 @@ def archive(tmp_path: Path) -> Path:
     return pack(tmp_path / "tiny-emoji-1.0.0.tgz", files)
 
 
-def test_captions_and_pictures(archive: Path) -> None:
+def test_captions_and_images(archive: Path) -> None:
     emoji, images = emoji_data.load(archive, 0.0)
     captions = [e.caption for e in emoji]
     assert captions[:2] == ["red circle", "waving hand"]
@@ -55,11 +55,11 @@ def test_captions_and_pictures(archive: Path) -> None:
     assert captions[-1] == "couple, light skin tone and dark skin tone"
     assert emoji[-1].tone == ""  # two tones are no single one
     assert images.shape == (9, 3, 64, 64)
-    assert (images[0] == 255).all()  # a transparent picture is white
+    assert (images[0] == 255).all()  # a transparent image is white
     assert images[1][:, 0, 0].tolist() == [20, 100, 50]
 
 
-def test_a_placed_picture_is_the_picture_at_another_place() -> None:
+def test_a_placed_image_is_the_image_at_another_place() -> None:
     """A placed image is the image, smaller and at another place.
 
     A black square's area shrinks with the square of the scale, and it changes sides only where it may.

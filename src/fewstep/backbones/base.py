@@ -98,7 +98,7 @@ class Backbone(Protocol):
         """
         ...
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as clean states.
 
         Returns states [B, ...]: the inverse of `decode`, for the real data of SFT and GAN.
@@ -316,8 +316,8 @@ class Denoiser:
     def encode(self, prompts: Sequence[str]) -> Cond:
         return {} if self.conditions is None else made_conditions(self.conditions, prompts)
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
-        return pictures
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
 
     def decode(self, x: Tensor) -> Tensor:
         return x

@@ -69,7 +69,7 @@ class CogVideoX(DiffusersBackbone):
             )
         return on(self.module, {"text": text})
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         raise ValueError(
             f"data: {self.name} makes videos, which are not learned from images; leave data and method.gan out"
         )

@@ -22,7 +22,7 @@ from ..findings import Check
 from ..tensors import finite
 from .base import LEAST_SHARE, Backbone, Denoiser, guided
 from .few_step import drawn, with_network
-from .generate import device_of, pictures
+from .generate import device_of, sample_images
 from .parts import PREDICTIONS, DiffusersBackbone, LatentUNet
 from .schedulers import student_scheduler
 from .trial import small_shape
@@ -51,7 +51,7 @@ def conformance(backbone: Backbone, prompt: str = PROMPT, steps: int = 2, guidan
     pipeline's own call from the same noise. A U-Net on a CPU samples small images.
     """
     checks = [*facts(backbone), *calls_are_finite(backbone, prompt)]
-    return [*checks, *same_pictures(backbone, prompt, steps, guidance)] if all(c.holds for c in checks) else checks
+    return [*checks, *same_images(backbone, prompt, steps, guidance)] if all(c.holds for c in checks) else checks
 
 
 def facts(backbone: Backbone) -> list[Check]:
@@ -159,7 +159,7 @@ def _finite(name: str, holds: bool, what: str, cure: str) -> Check:
     return Check(name, f"{what}: {'finite' if holds else 'not finite'}", holds, "" if holds else cure)
 
 
-def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) -> list[Check]:
+def same_images(backbone: Backbone, prompt: str, steps: int, guidance: float) -> list[Check]:
     """Compare few-step images with those of diffusers' own pipeline.
 
     Both are sampled with guidance from the same noise. The difference is a root mean square, in units of
@@ -182,7 +182,7 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
     with torch.no_grad():
         cond, null = plain.encode(prompts), plain.encode([""])
         scale = guidance if cond and not isinstance(plain, PixelModel) else 1.0
-        ours = pictures(
+        ours = sample_images(
             plain,
             guided(plain, plain.module, cond, null, Guidance(scale=scale)),
             [0],
@@ -207,7 +207,7 @@ def same_pictures(backbone: Backbone, prompt: str, steps: int, guidance: float) 
     )
     return [
         *found,
-        Check("pictures", colour, not flat, "check its weights, its dtype and what it predicts" if flat else ""),
+        Check("images", colour, not flat, "check its weights, its dtype and what it predicts" if flat else ""),
     ]
 
 

@@ -50,9 +50,12 @@ class FewStepPipeline(DiffusionPipeline):
         """Call the family's pipeline with the student's defaults.
 
         `options` go to the family's own `__call__`. Warns for step counts and guidance scales that the
-        student was not trained for.
+        student was not trained for. Raises ValueError for a step count below 1.
         """
-        steps, guidance = num_inference_steps or self.defaults.steps[0], guidance_scale
+        steps = self.defaults.steps[0] if num_inference_steps is None else num_inference_steps
+        guidance = guidance_scale
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: got {steps}, allowed are whole numbers from 1")
         if steps not in self.defaults.steps:
             warnings.warn(
                 f"num_inference_steps: got {steps}, this student was trained for "

@@ -78,7 +78,7 @@ def in_parts(denoise_rows: DenoiseRows, size: int) -> Denoise:
     return denoise
 
 
-def pictures(
+def sample_images(
     backbone: Backbone,
     denoise: Denoise,
     seeds: Sequence[int],

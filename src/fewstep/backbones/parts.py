@@ -102,16 +102,14 @@ class Latent(DiffusersBackbone):
         )
         return mean, config.scaling_factor / std
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as scaled latents.
 
         Means of the autoencoder's posterior, in float32.
         """
         vae = self.pipe.vae
         with torch.no_grad():
-            means = [
-                vae.encode(2 * x - 1).latent_dist.mean for x in pictures.to(vae.device, vae.dtype).split(self.chunk)
-            ]
+            means = [vae.encode(2 * x - 1).latent_dist.mean for x in images.to(vae.device, vae.dtype).split(self.chunk)]
         z = torch.cat(means).float()
         shift, scale = self.latent_scale(z)
         return (z - shift) * scale

@@ -85,13 +85,13 @@ class PixelModel(WithUNet):
             raise ValueError(f"prompts: {self.name} knows no {unknown[0]!r}; its classes are {self.classes}")
         return {"label": torch.tensor([numbers[p] for p in prompts], device=self.pipe.device)}
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         grey = self.pipe.unet.config.in_channels == 1
-        return 2 * (pictures.mean(1, keepdim=True) if grey else pictures) - 1
+        return 2 * (images.mean(1, keepdim=True) if grey else images) - 1
 
     def decode(self, x: Tensor) -> Tensor:
-        pictures = (x.float() / 2 + 0.5).clamp(0, 1)
-        return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
+        images = (x.float() / 2 + 0.5).clamp(0, 1)
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 def around_pixels(pipe: DiffusionPipeline, name: str) -> PixelModel:

@@ -31,13 +31,13 @@ from .prompts import prompts_from
 from .sample import open_student
 
 if TYPE_CHECKING:
-    from ..evaluation.pictures import PictureProtocol
+    from ..evaluation.images import ImageProtocol
     from ..evaluation.plan import EmojiProtocol
     from ..evaluation.protocols import Row
 
 TEACHER_STEPS = 50
 SIZES = ("quick", "medium", "full")  # of the protocols for the teacher's kind
-ANY = "pictures-N (of N images)"
+ANY = "images-N (of N images)"
 
 
 def run_evaluate(source: str, protocol: str | None, real: str | None, prompts: str | None, out: Path | None) -> None:
@@ -118,13 +118,13 @@ def real_of(run: Path) -> str | None:
     return next((real for real in named if real), None)
 
 
-def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules: "PictureProtocol") -> tuple[str, ...]:
+def asked_of(teacher: Backbone, run: Path, prompts: Sequence[str] | None, rules: "ImageProtocol") -> tuple[str, ...]:
     """Return the prompts that a teacher is evaluated with.
 
     A pixel model has classes for prompts. Any other teacher takes some of `prompts`, by default of the run's
     prompts. Raises ValueError where there are none.
     """
-    from ..evaluation.pictures import chosen
+    from ..evaluation.images import chosen
 
     if isinstance(teacher, PixelModel):
         return teacher.labels
@@ -161,13 +161,13 @@ def evaluate_student(
     `folder`.
     """
     # These imports take seconds, and not every run evaluates.
-    from ..evaluation.pictures import PictureProtocol, evaluate_pictures
+    from ..evaluation.images import ImageProtocol, evaluate_images
     from ..evaluation.protocols import evaluate
 
     student = open_student(folder)
     teacher = backbone_of(student)
     rules, seen = measuring(teacher, protocol, real)
-    asked = asked_of(teacher, folder.parent, prompts, rules) if isinstance(rules, PictureProtocol) else ()
+    asked = asked_of(teacher, folder.parent, prompts, rules) if isinstance(rules, ImageProtocol) else ()
     rows = rows_of(student)
     each, calls = rules.total(1), [row.nfe for row in rows]
     with meter("evaluating, NFE", each * sum(calls)) as bar:
@@ -176,8 +176,8 @@ def evaluate_student(
             row, drawn = divmod(done, each)
             bar.advance(each * sum(calls[:row]) + drawn * sum(calls[row : row + 1]), {})
 
-        if isinstance(rules, PictureProtocol):
-            measured = evaluate_pictures(rows, rules, asked, seen, cache, tell)
+        if isinstance(rules, ImageProtocol):
+            measured = evaluate_images(rows, rules, asked, seen, cache, tell)
         else:
             measured = evaluate(rows, rules, cache, tell)
     result = {**measured, "guidance": asdict(student.card.guidance)}
@@ -187,7 +187,7 @@ def evaluate_student(
 
 def measuring(
     teacher: Backbone, name: str | None, real: str | None, option: str = "--protocol"
-) -> "tuple[EmojiProtocol | PictureProtocol, Tensor | None]":
+) -> "tuple[EmojiProtocol | ImageProtocol, Tensor | None]":
     """Return the protocol for a teacher, and the real images.
 
     `name` is the name or the size of a protocol; None stands for the protocol of the teacher's kind. The
@@ -196,7 +196,7 @@ def measuring(
     Raises ValueError where protocol, teacher and real images do not go together, and for a teacher that
     samples no images.
     """
-    from ..evaluation.pictures import PictureProtocol
+    from ..evaluation.images import ImageProtocol
 
     if not teacher.image_size:
         raise ValueError(
@@ -204,11 +204,11 @@ def measuring(
             "leave it out, and look at the run's samples/ and report"
         )
     emoji = draws_emoji(teacher)
-    own: dict[str, EmojiProtocol | PictureProtocol] = {p.name: p for p in protocols_of(emoji)}
+    own: dict[str, EmojiProtocol | ImageProtocol] = {p.name: p for p in protocols_of(emoji)}
     by_size = dict(zip(SIZES, own, strict=False))
     usual = "full" if emoji else "medium" if isinstance(teacher, PixelModel) else "quick"  # others may be large
     rules = protocol_named(by_size.get(name or usual, name or list(own)[-1]))
-    if isinstance(rules, PictureProtocol) == emoji:
+    if isinstance(rules, ImageProtocol) == emoji:
         kind = (
             "samples emoji"
             if emoji
@@ -223,9 +223,9 @@ def measuring(
     if real is None:
         return rules, None
     try:
-        if not isinstance(rules, PictureProtocol):
+        if not isinstance(rules, ImageProtocol):
             raise ValueError(f"got {real}, protocol {rules.name} has real images of its own; leave it out")
-        return rules, real_pictures(real, teacher, rules)
+        return rules, real_images(real, teacher, rules)
     except ValueError as error:
         raise ValueError(f"{'--real' if option == '--protocol' else 'data.real'}: {error}") from error
 
@@ -242,15 +242,15 @@ def draws_emoji(teacher: Backbone) -> bool:
     )
 
 
-def protocols_of(emoji: bool) -> "Sequence[EmojiProtocol | PictureProtocol]":
+def protocols_of(emoji: bool) -> "Sequence[EmojiProtocol | ImageProtocol]":
     """Return the protocols for one kind of teacher, smallest first."""
-    from ..evaluation.pictures import PICTURES
+    from ..evaluation.images import IMAGES
     from ..evaluation.protocols import PROTOCOLS
 
-    return PROTOCOLS if emoji else PICTURES
+    return PROTOCOLS if emoji else IMAGES
 
 
-def real_pictures(real: str, teacher: Backbone, rules: "PictureProtocol") -> Tensor:
+def real_images(real: str, teacher: Backbone, rules: "ImageProtocol") -> Tensor:
     """Read real images as bytes `[N, C, H, W]`.
 
     `real` is a folder, an npz or IDX files. Raises ValueError where there are too few images, or where the
@@ -313,15 +313,15 @@ def rows_of(student: Student) -> "list[Row]":
     return list(rows.values())
 
 
-def protocol_named(name: str) -> "EmojiProtocol | PictureProtocol":
+def protocol_named(name: str) -> "EmojiProtocol | ImageProtocol":
     """Return the protocol of this name.
 
     Raises ValueError with all names for an unknown name.
     """
-    from ..evaluation.pictures import pictures_named
+    from ..evaluation.images import images_named
 
     known = {p.name: p for emoji in (True, False) for p in protocols_of(emoji)}
-    if (found := known.get(name) or pictures_named(name)) is None:
+    if (found := known.get(name) or images_named(name)) is None:
         raise ValueError(
             f"protocol: got {name!r}; choose one of {', '.join(known)}, {ANY}, or a size: {', '.join(SIZES)}"
         )
@@ -334,7 +334,7 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
     Without `teacher`, the names alone are checked. A recipe that says only a size is for teachers of every
     kind: where such a teacher cannot be measured during the training, a line says so. Raises ValueError.
     """
-    from ..evaluation.pictures import PictureProtocol
+    from ..evaluation.images import ImageProtocol
 
     for option, name in (("evaluate", recipe.evaluate), ("preview.protocol", recipe.preview.protocol)):
         if name is None:
@@ -344,7 +344,7 @@ def check_measures(recipe: DistillRecipe, teacher: Backbone | None = None) -> No
                 protocol_named(name)
             continue
         rules, seen = measuring(teacher, name, recipe.real, option)
-        if option == "preview.protocol" and seen is None and isinstance(rules, PictureProtocol):
+        if option == "preview.protocol" and seen is None and isinstance(rules, ImageProtocol):
             if name not in SIZES:
                 raise ValueError(
                     f"preview.protocol: got {name}, which needs real images here; set data.real, or leave it out"
@@ -364,20 +364,20 @@ def measure_step(step: Step, protocol: str, real: str | None = None, prompts: Se
     The numbers are those of a quality curve, without the teacher's rows. Empty where the student could only
     be compared with the teacher.
     """
+    from ..evaluation.images import ImageProtocol, evaluate_images
     from ..evaluation.metrics import METRICS
-    from ..evaluation.pictures import PictureProtocol, evaluate_pictures
     from ..evaluation.protocols import Row, evaluate
 
     count = step.method.counts[0]
     nfe = total_nfe(count, analytic=step.method.analytic_first_step)
     rows, teacher = [Row("student", count, Guidance(), nfe, _sampler(step, count, Guidance()))], backbone_of(step)
     rules, seen = measuring(teacher, protocol, real)
-    if not isinstance(rules, PictureProtocol):
+    if not isinstance(rules, ImageProtocol):
         found = evaluate(rows, rules)
     elif seen is None:
         return {}
     else:
-        found = evaluate_pictures(rows, rules, asked_of(teacher, Path(), prompts, rules), seen)
+        found = evaluate_images(rows, rules, asked_of(teacher, Path(), prompts, rules), seen)
     return {k: v for k, v in found["rows"][0].items() if k in METRICS and METRICS[k].curve}
 
 

@@ -13,8 +13,8 @@ from ..core.solvers import DDIM, sample, solver_named, total_nfe
 from ..data.trajectories import Trajectories
 from ..heads.head import Head
 from ..methods.method import Method, student_of
-from ..report.pictures import save_pictures
-from ..report.run import PICTURES, next_commands, render_run
+from ..report.images import save_images
+from ..report.run import IMAGES, next_commands, render_run
 from ..report.summary import at_equal_cost, called
 from ..report.trajectories import shape_of, trajectory_errors
 from ..roles.roles import Roles
@@ -46,7 +46,7 @@ def finish(
     with roles.averaged():
         student = Student.of(roles, method, origin_of(recipe, base_hash, recipe.train.iterations, seconds))
         student.write(run / "final")
-        save_pictures(run / PICTURES, preview.compare(roles, method))
+        save_images(run / IMAGES, preview.compare(roles, method))
     result = (
         evaluate_student(run / "final", recipe.evaluate, run / "evaluation", recipe.real, prompts)
         if recipe.evaluate

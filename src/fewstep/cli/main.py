@@ -165,8 +165,8 @@ def evaluate(
         typer.Option(
             help=(
                 "Which protocol: how many prompts and seeds, which reference; "
-                "or its size (quick, medium, full), or pictures-N of N images. By default "
-                "emoji-full for models of emoji, pictures for pixel models, pictures-quick for others."
+                "or its size (quick, medium, full), or images-N of N images. By default "
+                "emoji-full for models of emoji, images for pixel models, images-quick for others."
             )
         ),
     ] = None,

@@ -116,7 +116,7 @@ def run_sample(
     prompts = prompts_of(backbone_of(model), prompts)
     wanted = [p for p in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
-    pictures, labels = [], []
+    rows, labels = [], []
     if isinstance(model, Student):
         card = model.card
         if guidance not in (None, 1.0) and not card.guidance_scales:
@@ -136,18 +136,18 @@ def run_sample(
                 f"warning: --steps {taken}: this student was trained for {', '.join(map(str, model.card.steps))}"
             )
         if compare:
-            pictures.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
+            rows.append(_timed(model.backbone, wanted, seeds, 50, card.guidance, "ddim"))
             labels.append(f"teacher, 50 steps, guidance {card.guidance.scale:g}")
-        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
+        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
         labels.append(f"student, {plural(taken, 'step')}")
     else:
         taken = steps or 50
-        pictures.append(_timed(model, wanted, seeds, taken, wished, solver))
+        rows.append(_timed(model, wanted, seeds, taken, wished, solver))
         labels.append(f"teacher, {plural(taken, 'step')}, guidance {wished.scale:g}")
-    write_grid(out, torch.stack([strip(p) for p in pictures]), labels, wanted)
+    write_grid(out, torch.stack([strip(p) for p in rows]), labels, wanted)
     console.print(str(out.resolve()))
-    if pictures[-1].ndim == 5:
-        for i, video in enumerate(pictures[-1]):
+    if rows[-1].ndim == 5:
+        for i, video in enumerate(rows[-1]):
             console.print(str(write_mp4(out.with_name(f"{out.stem}-{i}.mp4"), video).resolve()))
 
 
@@ -158,7 +158,7 @@ def _timed(
     with in_options({"steps": "--steps", "solver": "--solver", "prompts": "--prompt"}):
         result = sample(model, prompts, seeds, steps=steps, guidance=guidance, solver=solver)
     seconds = (time.perf_counter() - began) / len(prompts)
-    if flat := sum(float(picture.amax() - picture.amin()) < FLAT for picture in result):
+    if flat := sum(float(image.amax() - image.amin()) < FLAT for image in result):
         console.print(f"warning: {flat} of {len(result)} images are one colour; run fewstep doctor TEACHER")
     if isinstance(model, Student):
         who, cost = "student", card_nfe(model.card, steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..atomic import write_json, write_text
 from ..backbones.load import fingerprint, load_teacher, pipeline_of, quiet
-from ..data.captioned import read_pictures
+from ..data.captioned import read_images
 from ..data.images import encode_images_of
 from ..findings import require
 from ..runs.place import place_checks
@@ -80,5 +80,5 @@ def finetune_teacher(recipe: FinetuneRecipe, run: Path) -> Generator[tuple[str, 
     training = finetune(teacher, data, recipe.roles, recipe.fit, run, recipe.seed, recipe.drop_caption)
     yield from (("finetune", step) for step in training)
     pipeline_of(teacher).save_pretrained(run / "teacher")
-    captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_pictures(source)[0])  # one per line
+    captions = dict.fromkeys(" ".join(p.caption.split()) for p in read_images(source)[0])  # one per line
     write_text(run / "teacher" / "prompts.txt", "".join(f"{c}\n" for c in captions if c))

@@ -73,7 +73,7 @@ class Caption(NamedTuple):
     origin: str
 
 
-def read_pictures(source: str) -> tuple[list[Captioned], Found]:
+def read_images(source: str) -> tuple[list[Captioned], Found]:
     """Read all captioned images of a source, in a fixed order.
 
     The source is a folder of images, or webdataset `.tar` shards (one file, or a folder of shards). Returns
@@ -101,9 +101,7 @@ def read_pictures(source: str) -> tuple[list[Captioned], Found]:
     shards = [p for name, p in every.items() if not name or p.suffix.lower() == ".tar"]
     cases: Counter[str] = Counter()
     found = (
-        [picture for shard in shards for picture in _shard(shard, cases)]
-        if shards
-        else list(_folder(path, every, cases))
+        [image for shard in shards for image in _shard(shard, cases)] if shards else list(_folder(path, every, cases))
     )
     if shards and (stray := [name for name in every if Path(name).suffix.lower() in KINDS]):
         raise ValueError(
@@ -116,30 +114,30 @@ def read_pictures(source: str) -> tuple[list[Captioned], Found]:
             f"{OPTION}: {printable(source)} has no images{other}; "
             f"allowed are {', '.join(KINDS)}, or .tar files that hold them"
         )
-    for picture in found:
-        require_picture(picture)
+    for image in found:
+        require_image(image)
     return found, _found(source, found, cases)
 
 
-def _found(source: str, pictures: Sequence[Captioned], cases: Mapping[str, int]) -> Found:
+def _found(source: str, images: Sequence[Captioned], cases: Mapping[str, int]) -> Found:
     """Count captions by source, empty captions, and files left out."""
-    kept = Counter(p.origin for p in pictures if p.caption)
+    kept = Counter(p.origin for p in images if p.caption)
     captions = {f"captions of {kind}": n for kind, n in sorted(kept.items()) if kind and kind != BY_NAME}
     return Found(
         source,
-        len(pictures),
+        len(images),
         "images",
-        {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in pictures), **cases},
+        {**captions, BY_NAME: kept[BY_NAME], EMPTY: sum(not p.caption for p in images), **cases},
     )
 
 
-def require_picture(picture: Captioned) -> None:
+def require_image(image: Captioned) -> None:
     """Check the header of an image file.
 
     Raises ValueError for a header of no readable image.
     """
-    whole = picture.start == 0 and picture.size == picture.file.stat().st_size
-    with picture.file.open("rb") as file, opened(file if whole else picture.read(), picture.name, OPTION):
+    whole = image.start == 0 and image.size == image.file.stat().st_size
+    with image.file.open("rb") as file, opened(file if whole else image.read(), image.name, OPTION):
         return
 
 
@@ -152,16 +150,16 @@ def _folder(root: Path, every: Mapping[str, Path], cases: Counter[str]) -> Itera
         for name, path in every.items()
         if path.suffix.lower() in BESIDE
     }
-    pictures = [(name, path) for name, path in every.items() if path.suffix.lower() in KINDS]
+    images = [(name, path) for name, path in every.items() if path.suffix.lower() in KINDS]
     cases.update(_left_out(every))
-    if nowhere := len(listed.keys() - {_same(name) for name, _ in pictures}):
-        if nowhere == len(listed) and pictures:
+    if nowhere := len(listed.keys() - {_same(name) for name, _ in images}):
+        if nowhere == len(listed) and images:
             raise ValueError(
                 f"{OPTION}: no file_name of the lists in {printable(root)} is that of an image, e.g. "
                 f"{printable(next(iter(listed)))}; write them as seen from where the list lies"
             )
         cases["rows of lists without an image"] = nowhere
-    for name, path in pictures:
+    for name, path in images:
         stem = name[: -len(path.suffix)]
         files = [(s, beside[key]) for s in BESIDE for key in (_same(stem) + s, _same(name) + s) if key in beside]
         caption = listed.get(_same(name)) or _first(
@@ -263,7 +261,7 @@ def _shard(path: Path, cases: Counter[str]) -> Iterator[Captioned]:
         tarfile.open(path, "r:") as tar,
     ):
         members = _members(tar, path)
-        pictures = {name: m for name, m in members.items() if Path(name).suffix.lower() in KINDS}
+        images = {name: m for name, m in members.items() if Path(name).suffix.lower() in KINDS}
         cases.update(_left_out(members))
         texts = {
             name: _text(tar, m, _where(path, name))
@@ -271,8 +269,8 @@ def _shard(path: Path, cases: Counter[str]) -> Iterator[Captioned]:
             if Path(name).suffix.lower() in BESIDE
         }
         _require_end(tar, path)
-    for name, caption in _by_key(pictures, texts, path).items():
-        member = pictures[name]
+    for name, caption in _by_key(images, texts, path).items():
+        member = images[name]
         yield Captioned(f"{path.name}:{name}", caption.text, caption.origin, path, member.offset_data, member.size)
 
 
@@ -335,7 +333,7 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> str:
     return decoded(file.read(), where)
 
 
-def _by_key(pictures: Mapping[str, object], texts: Mapping[str, str], path: Path) -> dict[str, Caption]:
+def _by_key(images: Mapping[str, object], texts: Mapping[str, str], path: Path) -> dict[str, Caption]:
     """Return the caption of every image.
 
     A caption has the image's own name, or the image's key, which ends at the first dot. Raises ValueError if
@@ -344,10 +342,10 @@ def _by_key(pictures: Mapping[str, object], texts: Mapping[str, str], path: Path
     own = {_stem(name) + Path(name).suffix.lower(): name for name in texts}
     keyed = {(_key(name), Path(name).suffix.lower()): name for name in [*texts][::-1]}
     stems = defaultdict(set)
-    for name in pictures:
+    for name in images:
         stems[_key(name)].add(_stem(name))
     result = {}
-    for name in pictures:
+    for name in images:
         files = [(s, own[_stem(name) + s]) for s in BESIDE if _stem(name) + s in own]
         if not files:
             if len(several := stems[_key(name)]) > 1:

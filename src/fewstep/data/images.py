@@ -15,7 +15,7 @@ from torch import Tensor
 from ..atomic import SHA256, read_hashed, write_rows
 from ..backbones.base import Backbone
 from ..methods.method import RealBatch
-from .captioned import OPTION, Captioned, read_pictures
+from .captioned import OPTION, Captioned, read_images
 from .image_files import in_colour, opened, squared
 from .prompts import Embeddings, Kept, embed, ignore
 from .texts import Found
@@ -23,13 +23,13 @@ from .texts import Found
 DECODED = 2  # version of the decoding of files to pixels; another version is another cache
 
 
-def to_tensor(picture: Captioned, size: int) -> Tensor:
+def to_tensor(captioned: Captioned, size: int) -> Tensor:
     """Return an image as a tensor [3, size, size] in [0, 1].
 
     The image is upright and on white; the shorter side is scaled to `size`, and the centre is cropped. Raises
     ValueError that names the image.
     """
-    with opened(picture.read(), picture.name, OPTION) as image:
+    with opened(captioned.read(), captioned.name, OPTION) as image:
         return squared(in_colour(image), size)
 
 
@@ -69,25 +69,25 @@ def encode_images_of(
     """
     if not (size := backbone.image_size):
         raise ValueError(f"{OPTION}: the states of {backbone.name} are no images; leave it out")
-    pictures, seen = read_pictures(source)
+    captioned, seen = read_images(source)
     found(seen)
-    if backbone.encode([""]) and not any(p.caption for p in pictures):
+    if backbone.encode([""]) and not any(p.caption for p in captioned):
         raise ValueError(
             f"{OPTION}: none of the {seen.line} has a caption; "
             "write metadata.jsonl with file_name and text, or a .txt beside each image"
         )
     digest = hashlib.sha256(json.dumps([identity, size, DECODED]).encode())
-    for p in pictures:
+    for p in captioned:
         digest.update(json.dumps([p.name, p.caption]).encode() + hashlib.sha256(p.read()).digest())
     key = digest.hexdigest()[:24]
-    embeddings = embed(backbone, [p.caption for p in pictures], cache, identity, keep=keep)
+    embeddings = embed(backbone, [p.caption for p in captioned], cache, identity, keep=keep)
 
     def encode() -> Iterator[Tensor]:
-        for i in range(0, len(pictures), chunk):
-            yield backbone.encode_images(torch.stack([to_tensor(p, size) for p in pictures[i : i + chunk]])).cpu()
+        for i in range(0, len(captioned), chunk):
+            yield backbone.encode_images(torch.stack([to_tensor(p, size) for p in captioned[i : i + chunk]])).cpu()
 
-    path = None if cache is None else cache / f"pictures-{key}.safetensors"
-    return ImageData(made_once(path, len(pictures), backbone.shape, encode, keep), embeddings, key)
+    path = None if cache is None else cache / f"images-{key}.safetensors"
+    return ImageData(made_once(path, len(captioned), backbone.shape, encode, keep), embeddings, key)
 
 
 def made_once(

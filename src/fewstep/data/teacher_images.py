@@ -20,7 +20,7 @@ from ..core.guidance import Guidance
 from .images import ImageData, made_once
 from .prompts import Embeddings
 
-TEACHER_PICTURES, TEACHER_STEPS = 1024, 25  # default number of samples, and of steps
+TEACHER_IMAGES, TEACHER_STEPS = 1024, 25  # default number of samples, and of steps
 
 
 def teacher_images(

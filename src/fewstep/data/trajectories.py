@@ -74,7 +74,7 @@ class TrajectoryConfig:
     def __post_init__(self) -> None:
         check_fields(self, "data")
         require_seed(self.seed, "data.seed")
-        for option, folder in (("data.student", self.student), ("data.folder", self.folder)):
+        for option, folder in (("data.from_student", self.student), ("data.folder", self.folder)):
             if folder is not None:
                 require_path(folder, option)
 

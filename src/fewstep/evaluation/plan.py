@@ -69,11 +69,11 @@ def plan(protocol: EmojiProtocol, reference: Reference) -> Plan:
         [(prompt, 0) for prompt in _choose("toned", trained, protocol.toned)],
         [(prompt, 0) for prompt in _choose("held_out", reference.held_out, protocol.held_out)],
     )
-    pictures = [picture for part in parts for picture in part]
+    images = [image for part in parts for image in part]
     ends = [sum(map(len, parts[: i + 1])) for i in range(4)]
     return Plan(
-        tuple(prompt for prompt, _ in pictures),
-        tuple(seed_of(*picture) for picture in pictures),
+        tuple(prompt for prompt, _ in images),
+        tuple(seed_of(*image) for image in images),
         *(slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)),
     )
 

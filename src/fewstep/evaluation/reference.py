@@ -167,13 +167,13 @@ def load_reference(folder: Path = FOLDER) -> Reference:
         )
 
 
-def _labels(names: Sequence[str], pictures: Sequence[bytes]) -> list[int]:
+def _labels(names: Sequence[str], images: Sequence[bytes]) -> list[int]:
     """Return labels 0, 1, 2, ... in order of appearance.
 
     Rows that share a name or an image share a label, also through a third row.
     """
     groups: dict[str | bytes, list[int]] = defaultdict(list)
-    for i, keys in enumerate(zip(names, pictures, strict=True)):
+    for i, keys in enumerate(zip(names, images, strict=True)):
         for key in keys:
             groups[key].append(i)
     label = list(range(len(names)))

@@ -12,5 +12,5 @@ def timed(draw: Callable[[], Tensor]) -> tuple[Tensor, float]:
     Copying to the CPU waits for the device that samples.
     """
     began = time.perf_counter()
-    pictures = draw().cpu()
-    return pictures, (time.perf_counter() - began) / len(pictures)
+    images = draw().cpu()
+    return images, (time.perf_counter() - began) / len(images)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..atomic import write_bytes
-from .pictures import png, to_pil
+from .images import png, to_pil
 
 SMALLEST = 96  # pixels: smaller images are enlarged by a whole factor
 GAP, MARGIN, FONT_SIZE, LINE = 6, 14, 13, 17
@@ -58,8 +58,8 @@ def require_png(data: bytes) -> bytes:
 
     Raises whatever Pillow does.
     """
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-        picture.load()
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as found:
+        found.load()
     return data
 
 
@@ -126,8 +126,8 @@ def draw_grid(images: Tensor, labels: Sequence[str], prompts: Sequence[str]) -> 
         y = top + row * cell_height
         _text(pen, MARGIN, y + (height - LINE * len(lines)) // 2, lines, font, INK)
         for column in range(len(prompts)):
-            picture = to_pil(images[row, column]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left + column * (width + GAP), y))
+            found = to_pil(images[row, column]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(found, (left + column * (width + GAP), y))
     words = {"labels": list(labels), "prompts": list(prompts)}
     places = {"left": left, "top": top, "width": width, "height": height, "down": cell_height, "factor": factor}
     sheet.info[WORDS] = json.dumps(words | places)

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from .grids import read_grid
+from .images import Images
 from .live import Metrics
 from .page import PIXELATED, data_url, image_url, page
-from .pictures import Pictures
 from .plots import charts
 from .summary import Cost, Headline
 from .table import Row, table
@@ -37,7 +37,7 @@ class Report:
     summary: Sequence[Headline] = ()
     rows: Sequence[Row] = ()
     protocol: str = ""
-    pictures: Pictures = field(default_factory=Pictures)
+    images: Images = field(default_factory=Images)
     samples: Sequence[tuple[int, bytes]] = ()
     metrics: Sequence[Metrics] = ()
     cost: Cost | None = None
@@ -53,7 +53,7 @@ def render(report: Report) -> str:
 
     Every text is escaped; nothing is loaded from anywhere.
     """
-    prompts = list(enumerate(report.pictures.prompts))
+    prompts = list(enumerate(report.images.prompts))
     recipe = yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True) if report.recipe else ""
     return page(
         "report.html.j2",

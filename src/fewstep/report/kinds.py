@@ -103,8 +103,8 @@ class _Shown(TypedDict):
     trajectories: dict[str, list[float]]
 
 
-class PicturesHeader(_Shown, total=False):
-    """The metadata of `pictures.safetensors`.
+class ImagesHeader(_Shown, total=False):
+    """The metadata of `images.safetensors`.
 
     Older files have no `grid`.
     """

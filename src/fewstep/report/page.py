@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from .pictures import png, to_pil
+from .images import png, to_pil
 from .video import FPS
 
 PIXELATED = 160  # images up to this many pixels are enlarged pixel by pixel, larger images smoothly

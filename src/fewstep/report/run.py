@@ -12,12 +12,12 @@ from ..student.folder import holds_student, read_card
 from ..typed import typed
 from .grids import require_png
 from .html import Report, render
+from .images import Images, load_images
 from .kinds import About, BestPreview, Evaluation, Shape
 from .live import read_metrics
-from .pictures import Pictures, load_pictures
 from .summary import Cost, headlines
 
-PICTURES = "pictures.safetensors"
+IMAGES = "images.safetensors"
 REPORT = "report.html"
 SHAPE = "trajectories.json"  # the shape of the trajectories, see `report.trajectories`
 BEST, BEST_FILE = "best", "preview.json"  # the student of the best preview, and which preview
@@ -31,7 +31,7 @@ def render_run(run: Path) -> Path:
 
     Reads run.json (`title`, `recipe`, `versions`, `hardware`, `command`, `next`, all optional),
     metrics.jsonl, final/eval.json, final/fewstep.json, best/preview.json, trajectories.json, samples/*.png
-    and pictures.safetensors. Returns the report's path.
+    and images.safetensors. Returns the report's path.
 
     Raises ValueError where the folder is no run or a file is damaged.
     """
@@ -55,7 +55,7 @@ def read_run(run: Path) -> Report:
     rows = evaluation.get("rows", [])
     seconds = [m["seconds"] for m in metrics if "seconds" in m]
     cost = Cost(seconds[-1], metrics[-1]["iteration"], about.get("hardware", "")) if seconds else None
-    pictures = load_pictures(run / PICTURES) if (run / PICTURES).exists() else Pictures()
+    images = load_images(run / IMAGES) if (run / IMAGES).exists() else Images()
     go_on = [("Go on where it stopped", about["command"])] if "command" in about else []
     return Report(
         title=about.get("title", run.resolve().name),
@@ -63,7 +63,7 @@ def read_run(run: Path) -> Report:
         summary=headlines(rows, cost),
         rows=rows,
         protocol=evaluation.get("protocol", ""),
-        pictures=pictures,
+        images=images,
         samples=[(int(p.stem.rpartition("_")[2]), _grid(p)) for p in _spread(_grids(run / "samples"))],
         metrics=metrics,
         cost=cost,
@@ -72,7 +72,7 @@ def read_run(run: Path) -> Report:
         recipe=about.get("recipe", {}),
         next_commands=[(what, line) for what, line in about["next"]]
         if "next" in about
-        else next_commands(run, pictures.prompts)
+        else next_commands(run, images.prompts)
         if (run / "final").is_dir()
         else go_on,
         versions={**about.get("versions", {}), **evaluation.get("versions", {})},

@@ -13,17 +13,17 @@ from ..atomic import replacing
 FPS = 8  # CogVideoX's own
 
 
-def strip(pictures: Tensor, frames: int = 5) -> Tensor:
+def strip(images: Tensor, frames: int = 5) -> Tensor:
     """Return videos as strips of frames, and images as they are.
 
     Videos `[..., F, 3, H, W]` of five or more dimensions become images `[..., 3, H, n W]` of up to `frames`
     frames, evenly spaced. Images are `[B, 3, H, W]`.
     """
-    if pictures.ndim < 5:
-        return pictures
-    count = pictures.shape[-4]
+    if images.ndim < 5:
+        return images
+    count = images.shape[-4]
     chosen = torch.linspace(0, count - 1, min(frames, count)).round().long()
-    return torch.cat(pictures.index_select(-4, chosen.to(pictures.device)).unbind(-4), -1)
+    return torch.cat(images.index_select(-4, chosen.to(images.device)).unbind(-4), -1)
 
 
 def write_mp4(path: Path, video: Tensor, fps: int = FPS) -> Path:

@@ -14,7 +14,7 @@ from ..atomic import read_hashed, write_tensors
 from ..evaluation.plan import digest, seed_of
 from ..evaluation.speed import timed
 from ..reading import reading
-from ..report.pictures import to_uint8
+from ..report.images import to_uint8
 
 BATCH = 4  # images that are sampled at once
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]

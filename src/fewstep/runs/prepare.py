@@ -23,7 +23,7 @@ from ..config_fields import COUNT, check_fields
 from ..core import timegrid
 from ..data.images import ImageData, encode_images_of
 from ..data.prompts import Embeddings, embed
-from ..data.teacher_images import TEACHER_PICTURES, TEACHER_STEPS, teacher_images
+from ..data.teacher_images import TEACHER_IMAGES, TEACHER_STEPS, teacher_images
 from ..data.trajectories import (
     OF_STUDENT,
     TRAJECTORIES,
@@ -56,7 +56,7 @@ class ImageSource:
     """
 
     source: str
-    count: Annotated[int, COUNT] = TEACHER_PICTURES
+    count: Annotated[int, COUNT] = TEACHER_IMAGES
     steps: Annotated[int, COUNT] = TEACHER_STEPS
     seed: int | None = None  # the training's by default
 

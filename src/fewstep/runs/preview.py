@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backbones.base import Backbone, guided, nfe_per_step
 from ..backbones.base import rows as rows_of
-from ..backbones.generate import device_of, in_parts, pictures, trajectory
+from ..backbones.generate import device_of, in_parts, sample_images, trajectory
 from ..core import timegrid
 from ..core.guidance import Guidance
 from ..core.solvers import Denoise, State, total_nfe
@@ -24,7 +24,7 @@ from ..evaluation.motion import motion
 from ..methods.distribution_matching import DistributionMatching, draw
 from ..methods.method import Method, student_of
 from ..report.grids import write_grid
-from ..report.pictures import Pictures, StepGrid, Trajectory
+from ..report.images import Images, StepGrid, Trajectory
 from ..report.video import strip
 from ..report.words import plural
 from ..roles.roles import Roles
@@ -119,7 +119,7 @@ class Preview:
             lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch
         )
 
-    def _told(self, roles: Roles, method: Method, count: int) -> Denoise:
+    def _conditioned(self, roles: Roles, method: Method, count: int) -> Denoise:
         """Return the student of this step count, evaluated in parts.
 
         A part is as large as the training's batch.
@@ -194,9 +194,11 @@ class Preview:
 
     def _student(self, roles: Roles, method: Method, steps: int) -> list[State]:
         times = method.times(self.teacher.schedule, steps)
-        return trajectory(self.teacher, self._told(roles, method, steps), self.seeds, times, method.solver, roles.head)
+        return trajectory(
+            self.teacher, self._conditioned(roles, method, steps), self.seeds, times, method.solver, roles.head
+        )
 
-    def compare(self, roles: Roles, method: Method) -> Pictures:
+    def compare(self, roles: Roles, method: Method) -> Images:
         """Sample the images and the trajectories of the report.
 
         The rows are the guided teacher; then, for every step count, the teacher at the student's cost and
@@ -227,7 +229,7 @@ class Preview:
                 if steps == max(method.counts):
                     clean = [strip(teacher.decode(s.x0[:shown]), 1) for s in states[1:] if s.x0 is not None]
                     paths[name] = Trajectory(times[:-1].tolist(), torch.stack(clean, 1))
-        return Pictures(
+        return Images(
             self.prompts,
             rows,
             paths,
@@ -243,23 +245,28 @@ class Preview:
         """
         counts = sorted(method.counts)
 
-        def sampled(told: int, taken: int) -> Tensor:
-            times = method.times(self.teacher.schedule, taken)
+        def sampled(condition: int, steps: int) -> Tensor:
+            times = method.times(self.teacher.schedule, steps)
             return strip(
-                pictures(
-                    self.teacher, self._told(roles, method, told), self.seeds[:shown], times, method.solver, roles.head
+                sample_images(
+                    self.teacher,
+                    self._conditioned(roles, method, condition),
+                    self.seeds[:shown],
+                    times,
+                    method.solver,
+                    roles.head,
                 ),
                 1,
             )
 
-        images = torch.stack([torch.stack([sampled(told, taken) for taken in counts], 1) for told in counts], 1)
+        images = torch.stack([torch.stack([sampled(value, steps) for steps in counts], 1) for value in counts], 1)
         return StepGrid(counts, counts, images)
 
 
 def labelled(who: str, step: str, steps: int, cost: int | None = None) -> str:
     """Return a label such as `student, 4 steps (3 evaluations)`.
 
-    The labels are those of `report.pictures.Pictures`.
+    The labels are those of `report.images.Images`.
     """
     name = f"{who}, {plural(steps, step)}"
     return name if cost is None else f"{name} ({plural(cost, 'evaluation')})"

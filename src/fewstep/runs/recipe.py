@@ -28,7 +28,7 @@ from pydantic import (
 
 from ..backbones.generate import require_seed
 from ..core.guidance import Guidance
-from ..data.teacher_images import TEACHER_PICTURES, TEACHER_STEPS
+from ..data.teacher_images import TEACHER_IMAGES, TEACHER_STEPS
 from ..heads.head import KINDS, require_steps
 from ..methods.method import Method, require_initial_student
 from ..methods.presets import METHODS, PRESETS, require_roles
@@ -178,7 +178,7 @@ class DataConfig(Strict):
     """Folder of captioned images or webdataset shards. For a distillation also `teacher` (images that the guided
     teacher samples) or `trajectories` (see `TrajectoryConfig`)."""
 
-    count: int = Field(default=TEACHER_PICTURES, ge=1)
+    count: int = Field(default=TEACHER_IMAGES, ge=1)
     """Number of images of source `teacher`, or of trajectories."""
 
     steps: int = Field(default=TEACHER_STEPS, ge=1)

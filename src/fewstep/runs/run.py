@@ -18,8 +18,8 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..methods.metrics import filled, metric_names
-from ..report.pictures import save_pictures
-from ..report.run import PICTURES as PICTURES_FILE
+from ..report.images import save_images
+from ..report.run import IMAGES as IMAGES_FILE
 from ..report.run import render_run
 from ..roles.roles import Roles
 from ..student.folder import holds_student, read_card
@@ -32,7 +32,7 @@ from .metrics_log import MetricsLog
 from .preview import Drawing, Preview
 from .record import hardware, versions
 from .step import Step
-from .watch import PICTURES, DistillationWarning, Watch, Watcher, affordable
+from .watch import IMAGES, DistillationWarning, Watch, Watcher, affordable
 
 FINAL = "final"
 
@@ -120,7 +120,7 @@ def _preview(run: Run, watch: Watch | None) -> Preview | None:
     """
     if watch is None or not isinstance(run.teacher, DiffusersBackbone):
         return None
-    count = affordable(watch, run.method, run.data.null, run.config, PICTURES, PICTURES)
+    count = affordable(watch, run.method, run.data.null, run.config, IMAGES, IMAGES)
     if not count:
         return None
     of = torch.arange(count) % run.data.count
@@ -181,7 +181,7 @@ def _finish(run: Run, folder: Path, step: Step, preview: Preview | None) -> None
         step.save(final)
         if preview is not None:
             with run.roles.averaged():
-                save_pictures(folder / PICTURES_FILE, preview.compare(run.roles, run.method))
+                save_images(folder / IMAGES_FILE, preview.compare(run.roles, run.method))
     render_run(folder)
 
 

@@ -30,7 +30,7 @@ from .preview import Preview
 SHARE = 0.25  # of the training's NFE that watching may cost
 CALLS = 7  # NFE per sample of an iteration, about: TDM with four steps
 LEAST, MOST = 32, 512  # states that are compared
-PICTURES = 8  # images that are compared
+IMAGES = 8  # images that are compared
 TOLERANCE = 0.35  # relative difference of the spread
 SEEN = 0.01  # the least gap that counts, in the units of states
 LIMITS = {"_loss": 5.0, "gap": 3.0}  # growth of losses and of gaps that gives a warning

@@ -217,7 +217,7 @@ class Student:
                 self.adapter.switch(True)
             if self.condition is not None:
                 self.condition.active = step_condition.nearest(
-                    self.vectors, self.value if self.only or not condition else condition
+                    self.vectors, self.value if self.only is not None or condition is None else condition
                 )
             try:
                 return inner(x, t)
@@ -261,7 +261,7 @@ class Student:
     ) -> list[State]:
         """Return all states from these seeds, without gradient."""
         require_steps_of(self.head, steps)
-        value = guidance if self.card.guidance_scales else condition or steps
+        value = guidance if self.card.guidance_scales else steps if condition is None else condition
         return trajectory(
             self.backbone, self.denoise(cond, value), seeds, self.times(steps), solver or self.solver(steps), self.head
         )
@@ -273,7 +273,7 @@ class Student:
         """
         card, conditioned = self.card, bool(self.vectors)
         scales = card.guidance_scales
-        baked = replace(card.guidance, scale=guidance or scales[0]) if scales else card.guidance
+        baked = replace(card.guidance, scale=scales[0] if guidance is None else guidance) if scales else card.guidance
         name = card.name.replace("-".join(map(str, sorted(card.steps))) + "step", f"{steps}step")
         name += f"-guidance{baked.scale:g}" if scales else ""
         key = str(steps)

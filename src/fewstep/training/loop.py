@@ -227,7 +227,7 @@ def distill(
                 f"""{
                     "needs images"
                     if method.needs.images
-                    else "is trained from prompts alone, which pictures need method.gan above 0 to change"
+                    else "is trained from prompts alone, which images need method.gan above 0 to change"
                 }; """
             )
             + (
@@ -279,9 +279,9 @@ def distill(
             stream = rank * config.accumulate + part
             rng = seeded(config.seed, i, "draw", stream, device)
             cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
-            pictures = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
+            images = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
             walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
-            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, pictures, rng, walk, steps))
+            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, images, rng, walk, steps))
         mixed = config.precision == "bf16"
         # No autocast cache for sharded weights: cached casts would be whole, and might belong to an earlier block
         # in the same memory.

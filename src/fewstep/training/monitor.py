@@ -51,7 +51,7 @@ class ImageStats:
     motions: tuple[float, ...]
 
 
-def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None = None) -> ImageStats:
+def look(images: Tensor, states: Tensor | None = None, motions: Tensor | None = None) -> ImageStats:
     """Return the statistics of previews.
 
     The previews are images [P, 3, H, W] or clips [P, F, 3, H, W] in [0, 1], with the `states` [P, ...] that
@@ -59,7 +59,7 @@ def look(pictures: Tensor, states: Tensor | None = None, motions: Tensor | None 
     different prompts, per pixel, which falls when modes are lost. Spread and motion are 0 without the
     argument.
     """
-    x = pictures.detach().float().cpu()
+    x = images.detach().float().cpu()
     flat = x.flatten(1)
     variety = torch.pdist(flat).mean() / flat.shape[1] ** 0.5 if len(x) > 1 else torch.zeros(())
     one_colour = (x.movedim(-3, 1).flatten(2).std(2, correction=0) <= UNSEEN).all(1)

@@ -67,7 +67,7 @@ def settings_of(
         "begin": _digest(roles.average),
         "prompts": {"count": data.count, "hash": _hash("\0".join(data.prompts).encode())},
         "conditions": {} if backbone.encoders else probe(data.cond),
-        "pictures": None if real is None else real.key,
+        "images": None if real is None else real.key,
         "trajectories": None if paths is None else paths.key,
     }, default=str))  # fmt: skip
 

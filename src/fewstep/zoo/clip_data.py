@@ -69,8 +69,8 @@ def read_frames(webp: bytes, size: int) -> Tensor:
 
     uint8 [n, 3, S, S].
     """
-    with opened(webp, "a clip of the package", "data.package") as picture:
-        frames = np.stack([on_white(frame, size) for frame in ImageSequence.Iterator(picture)])
+    with opened(webp, "a clip of the package", "data.package") as image:
+        frames = np.stack([on_white(frame, size) for frame in ImageSequence.Iterator(image)])
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 

@@ -143,17 +143,17 @@ def load_style(archive: Path, emoji: list[Emoji], style: str) -> tuple[list[Emoj
 
 
 def _read(png: bytes) -> np.ndarray:
-    with opened(png, "a image of the package", "data.package") as picture:
-        return on_white(picture, 64)
+    with opened(png, "an image of the package", "data.package") as image:
+        return on_white(image, 64)
 
 
-def on_white(picture: Image.Image, size: int) -> np.ndarray:
+def on_white(image: Image.Image, size: int) -> np.ndarray:
     """Return an image as bytes [size, size, 3], transparency on white."""
-    picture = picture.convert("RGBA")
-    if picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
-    background = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return np.asarray(Image.alpha_composite(background, picture).convert("RGB"))
+    image = image.convert("RGBA")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return np.asarray(Image.alpha_composite(background, image).convert("RGB"))
 
 
 def placed(images: Tensor, mirrors: Tensor, least: float, rng: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ SMALL, DENSE = 2**28, 200  # bytes that are always unpacked; above, the largest 
 CURE = "install Debian's dataset-fashion-mnist, or set data=PATH to a folder of images or an npz"
 
 
-class Pictures(NamedTuple):
+class LabelledImages(NamedTuple):
     """Images with labels and class names.
 
     `images` [n, C, H, W] are bytes, `labels` [n]. `classes` is empty for unconditional data.
@@ -39,7 +39,7 @@ class Pictures(NamedTuple):
     classes: tuple[str, ...]
 
 
-def read_pixel_data(source: str) -> Pictures:
+def read_pixel_data(source: str) -> LabelledImages:
     """Read square images of one size from IDX, npz or folders.
 
     The source is a folder of gzipped IDX files (Fashion-MNIST), an npz, or a folder with one folder per
@@ -66,7 +66,7 @@ def read_pixel_data(source: str) -> Pictures:
     return found
 
 
-def _idx(folder: Path) -> Pictures:
+def _idx(folder: Path) -> LabelledImages:
     images, labels = load_idx(folder / IDX), load_idx(folder / IDX_LABELS)
     if images.ndim != 3 or 0 in images.shape or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -75,7 +75,7 @@ def _idx(folder: Path) -> Pictures:
         )
     numbers, names = labels_of(labels.numpy(), len(images), f"data: {printable(folder / IDX_LABELS)}")
     known = tuple(numbers[:10].tolist()) == FASHION_BEGINS and len(names) == len(FASHION)
-    return Pictures(images[:, None], numbers, FASHION if known else names)
+    return LabelledImages(images[:, None], numbers, FASHION if known else names)
 
 
 def load_idx(path: Path) -> Tensor:
@@ -111,7 +111,7 @@ def _require_dense(size: int, packed: int, where: str) -> None:
         )
 
 
-def _npz(path: Path) -> Pictures:
+def _npz(path: Path) -> LabelledImages:
     where = f"data: {printable(path)}"
     require_regular(path, "data", "pass an npz")
     with reading(where, "pass another file", "cannot be read as npz"), zipfile.ZipFile(path) as archive:
@@ -139,9 +139,9 @@ def _npz(path: Path) -> Pictures:
     if of is None:
         if "classes" in parts:
             raise ValueError(f"{where} has classes and no labels; add labels [{len(images)}], or leave classes out")
-        return Pictures(images, torch.zeros(len(images), dtype=torch.long), ())
+        return LabelledImages(images, torch.zeros(len(images), dtype=torch.long), ())
     labels, classes = labels_of(parts[of], len(images), f"{where}: {of}", parts.get("classes"))
-    return Pictures(images, labels, classes)
+    return LabelledImages(images, labels, classes)
 
 
 def _files(data: np.ndarray, offset: np.ndarray, where: str) -> Iterable[tuple[str, bytes]]:
@@ -162,7 +162,7 @@ def _files(data: np.ndarray, offset: np.ndarray, where: str) -> Iterable[tuple[s
     return ((f"image {i}", data[a:b].tobytes()) for i, (a, b) in enumerate(pairwise(bounds)))
 
 
-def _folder(path: Path) -> Pictures:
+def _folder(path: Path) -> LabelledImages:
     files = list(files_in(path, KINDS, "data"))
     if not files:
         raise ValueError(
@@ -185,7 +185,7 @@ def _folder(path: Path) -> Pictures:
         )
     names = class_names(classes, len(classes), f"data: {printable(path)}") if classes != [""] else ()
     images = _stack(((name, file.read_bytes()) for name, file in files), f"data: {printable(path)}")
-    return Pictures(images, torch.tensor([classes.index(c) for c in of]), names)
+    return LabelledImages(images, torch.tensor([classes.index(c) for c in of]), names)
 
 
 def _stack(files: Iterable[tuple[str, bytes]], where: str) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..atomic import write_bytes
 from ..reading import reading, require_regular
 from ..typed import typed
-from .kinds import PicturesHeader
+from .kinds import ImagesHeader
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class StepGrid:
     """Images of a student of several step counts.
 
     `images` `[P, T, S, 3, H, W]` in [0, 1] are those of the first P prompts, conditioned on each of T step
-    counts (`told`) and sampled in each of S step counts (`taken`), as in TDM fig. 10.
+    counts (`conditions`) and sampled in each of S step counts (`steps`), as in TDM fig. 10.
     """
 
-    told: Sequence[int]
-    taken: Sequence[int]
+    conditions: Sequence[int]
+    steps: Sequence[int]
     images: Tensor
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """The images and trajectories of a run, by label.
 
     `rows`: label -> `[P, 3, H, W]` in [0, 1], column p sampled for `prompts[p]`. `trajectories`: label ->
@@ -76,9 +76,9 @@ class Pictures:
                     f"images: trajectory {label!r} is {list(shape)}, allowed is {allowed}: one estimate for each time"
                 )
         if (g := self.grid) is not None and (
-            g.images.ndim != 6 or g.images.shape[1:4] != (len(g.told), len(g.taken), 3)
+            g.images.ndim != 6 or g.images.shape[1:4] != (len(g.conditions), len(g.steps), 3)
         ):
-            allowed = f"[P, {len(g.told)}, {len(g.taken)}, 3, H, W]: one image for each count told and taken"
+            allowed = f"[P, {len(g.conditions)}, {len(g.steps)}, 3, H, W]: one image for each condition and step count"
             raise ValueError(f"images: the grid is {list(g.images.shape)}, allowed is {allowed}")
 
 
@@ -95,49 +95,49 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy(), "RGB")
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     """Encode an image as PNG, lossless.
 
     The texts that the image's `info` holds are written, too.
     """
     buffer, words = io.BytesIO(), PngInfo()
-    for key, text in picture.info.items():
+    for key, text in image.info.items():
         if isinstance(key, str) and isinstance(text, str):
             words.add_text(key, text)
-    picture.save(buffer, "PNG", pnginfo=words)
+    image.save(buffer, "PNG", pnginfo=words)
     return buffer.getvalue()
 
 
-def save_pictures(path: Path, pictures: Pictures) -> Path:
+def save_images(path: Path, images: Images) -> Path:
     """Write images as uint8 tensors to a safetensors file.
 
     The tensors are `row/LABEL`, `trajectory/LABEL` and `grid`. Prompts, order of labels and times stand in
     the metadata.
     """
-    tensors = {f"row/{label}": to_uint8(images).contiguous() for label, images in pictures.rows.items()}
-    tensors |= {f"trajectory/{label}": to_uint8(t.estimates).contiguous() for label, t in pictures.trajectories.items()}
-    grid = pictures.grid
+    tensors = {f"row/{label}": to_uint8(row).contiguous() for label, row in images.rows.items()}
+    tensors |= {f"trajectory/{label}": to_uint8(t.estimates).contiguous() for label, t in images.trajectories.items()}
+    grid = images.grid
     if grid is not None:
         tensors["grid"] = to_uint8(grid.images).contiguous()
     about = {
-        "grid": None if grid is None else [list(grid.told), list(grid.taken)],
-        "prompts": list(pictures.prompts),
-        "rows": list(pictures.rows),
-        "trajectories": {label: list(t.times) for label, t in pictures.trajectories.items()},
+        "grid": None if grid is None else [list(grid.conditions), list(grid.steps)],
+        "prompts": list(images.prompts),
+        "rows": list(images.rows),
+        "trajectories": {label: list(t.times) for label, t in images.trajectories.items()},
     }
-    return write_bytes(path, save(tensors, metadata={"pictures": json.dumps(about, ensure_ascii=False)}))
+    return write_bytes(path, save(tensors, metadata={"images": json.dumps(about, ensure_ascii=False)}))
 
 
-def load_pictures(path: Path) -> Pictures:
-    """Read the images that `save_pictures` wrote.
+def load_images(path: Path) -> Images:
+    """Read the images that `save_images` wrote.
 
-    The 8-bit values come back exactly. Raises ValueError where the file was not written by `save_pictures`.
+    The 8-bit values come back exactly. Raises ValueError where the file was not written by `save_images`.
     """
     with reading(
-        f"images {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_pictures"
+        f"images {path}:", "delete it and run `fewstep evaluate` again", "damaged, or not written by save_images"
     ):
         with safe_open(require_regular(path), framework="pt") as file:
-            about = typed(PicturesHeader, json.loads((file.metadata() or {})["pictures"]))
+            about = typed(ImagesHeader, json.loads((file.metadata() or {})["images"]))
             rows = {label: _pixels(file.get_tensor(f"row/{label}")) for label in about["rows"]}
             trajectories = {
                 label: Trajectory(tuple(times), _pixels(file.get_tensor(f"trajectory/{label}")))
@@ -149,7 +149,7 @@ def load_pictures(path: Path) -> Pictures:
                 if counts is None
                 else StepGrid(tuple(counts[0]), tuple(counts[1]), _pixels(file.get_tensor("grid")))
             )
-        return Pictures(tuple(about["prompts"]), rows, trajectories, grid)
+        return Images(tuple(about["prompts"]), rows, trajectories, grid)
 
 
 def _pixels(values: Tensor) -> Tensor:

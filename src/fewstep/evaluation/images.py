@@ -30,7 +30,7 @@ from .reference import VARIANCE
 
 
 @dataclass(frozen=True)
-class PictureProtocol:
+class ImageProtocol:
     """A protocol with `count` images per row, of all classes in turn.
 
     The images are compared with as many images of the teacher and as many real images, in `components`
@@ -48,26 +48,26 @@ class PictureProtocol:
 
 
 SEEDS = 32  # images of a prompt whose pairwise distances are computed
-PICTURES = (
-    PictureProtocol("pictures-quick", 128),
-    PictureProtocol("pictures", 512),
-    PictureProtocol("pictures-full", 5000),
+IMAGES = (
+    ImageProtocol("images-quick", 128),
+    ImageProtocol("images", 512),
+    ImageProtocol("images-full", 5000),
 )
 FEWEST, MOST = 8, 50_000  # images of a row
 
 
-def pictures_named(name: str) -> PictureProtocol | None:
-    """Return the protocol `pictures-N`, or None for another name.
+def images_named(name: str) -> ImageProtocol | None:
+    """Return the protocol `images-N`, or None for another name.
 
     For teachers that are too large for the other protocols. There are 3/8 as many components as images, but
     at most as many as the other protocols have. Raises ValueError for an N out of range.
     """
-    if not (match := re.fullmatch(r"pictures-(\d+)", name, re.ASCII)):
+    if not (match := re.fullmatch(r"images-(\d+)", name, re.ASCII)):
         return None
     count = int(match[1][:9])
     if not FEWEST <= count <= MOST or match[1] != str(count):
-        raise ValueError(f"protocol: got {name}; choose pictures-N of N from {FEWEST} to {MOST}")
-    return PictureProtocol(name, count, min(48, 3 * count // 8))
+        raise ValueError(f"protocol: got {name}; choose images-N of N from {FEWEST} to {MOST}")
+    return ImageProtocol(name, count, min(48, 3 * count // 8))
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,17 @@ ALWAYS = (
 )
 
 
-def asked(protocol: PictureProtocol, names: Sequence[str]) -> SamplePlan:
+def asked(protocol: ImageProtocol, names: Sequence[str]) -> SamplePlan:
     """Return the plan of a protocol: classes or prompts in turn.
 
     Without classes the empty prompt is used. A small protocol is the beginning of a large protocol.
     """
     names = tuple(names) or ("",)
-    pictures = [(names[i % len(names)], i // len(names)) for i in range(protocol.count)]
-    return SamplePlan(tuple(name for name, _ in pictures), tuple(seed_of(*picture) for picture in pictures))
+    images = [(names[i % len(names)], i // len(names)) for i in range(protocol.count)]
+    return SamplePlan(tuple(name for name, _ in images), tuple(seed_of(*image) for image in images))
 
 
-def chosen(protocol: PictureProtocol, prompts: Sequence[str]) -> tuple[str, ...]:
+def chosen(protocol: ImageProtocol, prompts: Sequence[str]) -> tuple[str, ...]:
     """Choose half as many prompts as images, by hash.
 
     Each prompt is then sampled at least twice, which shows whether seeds still matter.
@@ -150,9 +150,9 @@ def spread(own: Tensor, prompts: Sequence[str]) -> float | None:
     return None if count < 2 else float(diversity(own[torch.tensor([rows[:count] for rows in of.values()])]).mean())
 
 
-def evaluate_pictures(
+def evaluate_images(
     rows: Sequence[Row],
-    protocol: PictureProtocol,
+    protocol: ImageProtocol,
     classes: Sequence[str],
     real: Tensor | None = None,
     cache: Path | None = None,
@@ -231,10 +231,10 @@ def evaluate_pictures(
     }
 
 
-def shuffled(pictures: Tensor) -> Tensor:
+def shuffled(images: Tensor) -> Tensor:
     """Return images in a fixed order that mixes classes.
 
     Bytes [N, C, H, W] become colour images [N, 3, H, W] in [0, 1].
     """
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    return pictures[order].expand(-1, 3, -1, -1).float() / 255
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order].expand(-1, 3, -1, -1).float() / 255
