@@ -112,7 +112,7 @@ class Browser:
         pointer = {"type": "pointer", "id": "finger", "parameters": {"pointerType": "touch"}, "actions": actions}
         self._send("POST", "actions", {"actions": [pointer]})
 
-    def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
         """Wait until a condition holds."""
         end = time.monotonic() + seconds
         while not condition():

@@ -23,7 +23,7 @@ def row(name: str, **numbers: Any) -> dict[str, Any]:
 def compared(**other: Any) -> Comparison:
     rng = torch.Generator().manual_seed(0)
     images = [torch.rand(3, 3, 16, 16, generator=rng) for _ in NAMES]
-    rows = [row(NAMES[0], to_teacher=0.25), row(NAMES[1], to_teacher=0.5), row(NAMES[2])]
+    rows = [row(NAMES[0], to_teacher=0.25), row(NAMES[1], to_teacher=0.5), row(NAMES[2], seconds_per_image=0.125)]
     return Comparison(
         ("red cat", HOSTILE, ""), rows, images, [(NAMES[0], NAMES[1], 0.125)], ("Said <b>first</b>.",), **other
     )
