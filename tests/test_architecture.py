@@ -62,6 +62,7 @@ HOME = {  # of third-party packages, the only folders that import them
     "peft": "roles",
     "accelerate": "training processes",
     "bitsandbytes": "training",
+    "trackio": "training",
     "datasets": "data",
     "matplotlib": "report",
     "av": "report",

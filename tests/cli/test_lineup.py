@@ -19,6 +19,8 @@ from fewstep.report.images import to_uint8
 from fewstep.runs import lineup
 from fewstep.study.key import read_key
 
+from .. import pipelines
+from . import families
 from .common import error_of
 from .common import fewstep as command
 
@@ -165,3 +167,16 @@ def test_students_of_other_teachers_are_told(
     values = json.loads(Path("comparison/comparison.json").read_text())
     assert [m["role"] for m in values["models"]] == ["student", "student", "teacher"]
     assert "different bases" in Path("comparison/comparison.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_student_of_clips_is_compared_and_voted_on_as_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_lineup, "TEACHER_STEPS", 2)
+    assert command(monkeypatch, "distill", families.recipe(pipelines.save("cogvideox", tmp_path / "video"))) == 0
+    assert command(monkeypatch, "compare", "runs/tiny", "runs/tiny@1", "--prompts", "2") == 0
+    values = json.loads(Path("comparison/comparison.json").read_text())
+    assert len(values["models"]) == 3 and all(m["motion"] > 0 for m in values["models"])
+    assert Path("comparison/comparison.html").read_text().count('<script type="text/plain">data:image/webp') == 6
+    assert command(monkeypatch, "study", "runs/tiny", "--prompts", "2") == 0
+    assert Path("study/study.html").read_text().count('<script type="text/plain">data:image/webp') == 4

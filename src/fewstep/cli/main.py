@@ -66,6 +66,12 @@ def distill(
         str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")
     ] = None,
     fuse_lora: Fuse = None,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log-to", metavar="NAME", help="Also log to tensorboard, wandb, trackio or mlflow. May be repeated."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -77,7 +83,13 @@ def distill(
     from .distill import run_distill
 
     run_distill(
-        recipe, set_ or [], out, dry_run, fuse_lora or [], _given({"teacher": teacher, "prompts.source": prompts})
+        recipe,
+        set_ or [],
+        out,
+        dry_run,
+        fuse_lora or [],
+        _given({"teacher": teacher, "prompts.source": prompts}),
+        log_to or [],
     )
 
 
