@@ -19,7 +19,7 @@ from ..report.grids import write_grid
 from ..report.video import strip
 from ..runs.lineup import Drawn
 from ..training.monitor import look
-from .lineup import KEPT, Lineup, bases_of, draw_lineup, sources_of, stacked
+from .lineup import KEPT, Lineup, bases_of, draw_lineup, sources_of, stacked, wished_prompts
 from .preflight import require_output
 from .progress import console
 
@@ -42,11 +42,12 @@ def run_compare(
         raise ValueError("RUN: name two students or more, or one beside its teacher")
     if odd := next((p for p in asked if not p.strip()), None):
         raise ValueError(f"--prompt: got {odd!r}, an empty prompt; name one, e.g. -p rocket")
+    wished = list(asked) or wished_prompts(prompts)
     bases = [base] if base is not None else bases_of(sources)
     notes = [] if len(bases) == 1 else [f"These students have different bases: {', '.join(bases)}."]
     for note in notes:
         console.print(f"note: {note}")
-    lineup = draw_lineup(sources, list(asked) or prompts, teacher, base, out / KEPT)
+    lineup = draw_lineup(sources, wished, teacher, base, out / KEPT)
     images = stacked(lineup)
     compared = measured(lineup, images, notes)
     write_json(out / VALUES, values_of(lineup, compared))

@@ -25,6 +25,7 @@ from ..student.card import StudentCard, card_nfe
 from ..student.folder import read_card, require_folder
 from ..student.student import Student
 from .evaluate import TEACHER_STEPS, own_prompts
+from .options import in_options
 from .progress import meter
 from .sample import open_student
 
@@ -97,30 +98,40 @@ def bases_of(sources: Sequence[Source]) -> list[str]:
     return sorted(f"{name} ({weights})" if twice else name for name, weights in found)
 
 
-def asked_prompts(source: Source, teacher: Backbone, prompts: str | Sequence[str]) -> list[str]:
-    """Return what the models of a lineup sample, in turn and in this order.
+def wished_prompts(option: str) -> int | list[str]:
+    """Return what `--prompts` asks for: a number, or the prompts of a file.
 
-    `prompts` is a number, of the prompts of the source's run; a file; or the prompts themselves. A number of
-    images of a model without prompts, or with few classes, repeats those. Raises ValueError.
+    Raises ValueError.
     """
-    if not isinstance(prompts, str):
-        return list(prompts)
-    if not prompts.isdecimal():
-        found = find_prompts(expanded(prompts))[0]
-        if len(found) > MOST_PROMPTS:
-            raise ValueError(
-                f"--prompts: {prompts} has {len(found)}, allowed are up to {MOST_PROMPTS}; write a shorter one"
-            )
-        return found
-    if not 1 <= (count := int(prompts[:9])) <= MOST_PROMPTS:
-        raise ValueError(f"--prompts: got {prompts}, allowed are 1 to {MOST_PROMPTS}, or a prompt file")
+    if option.isdecimal():
+        if not 1 <= (count := int(option[:9])) <= MOST_PROMPTS:
+            raise ValueError(f"--prompts: got {option}, allowed are 1 to {MOST_PROMPTS}, or a prompt file")
+        return count
+    with in_options({"prompts": "--prompts"}):
+        found = find_prompts(expanded(option))[0]
+    if len(found) > MOST_PROMPTS:
+        raise ValueError(
+            f"--prompts: {visible(option, lines=False)} has {len(found)}, allowed are up to {MOST_PROMPTS}; "
+            "write a shorter one"
+        )
+    return found
+
+
+def asked_prompts(source: Source, teacher: Backbone, wished: int | Sequence[str]) -> list[str]:
+    """Return what the models of a lineup sample, in this order.
+
+    A number is that of the prompts of the source's run. A number of images of a model without prompts, or
+    with few classes, repeats those. Raises ValueError.
+    """
+    if not isinstance(wished, int):
+        return list(wished)
     if not teacher.encode([""]):
         own = [""]
     elif isinstance(teacher, PixelModel):
         own = list(teacher.labels)
     else:
         own = sorted(set(own_prompts(teacher, source.run)), key=digest)
-    return [own[i % len(own)] for i in range(count)]
+    return [own[i % len(own)] for i in range(wished)]
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class Lineup:
 
 
 def draw_lineup(
-    sources: Sequence[Source], prompts: str | Sequence[str], teacher: bool, base: str | None, cache: Path
+    sources: Sequence[Source], wished: int | Sequence[str], teacher: bool, base: str | None, cache: Path
 ) -> Lineup:
     """Sample with every student, and with their teacher, one model after the other.
 
@@ -152,7 +163,7 @@ def draw_lineup(
         student = open_student(source.folder, loaded.get(kind, base))
         check_steps(student, source.steps, "RUN")
         own = loaded[kind] = student.backbone if student.base is None else student.base
-        shots = shots if shots.prompts else _shots(source, own, prompts)
+        shots = shots if shots.prompts else _shots(source, own, wished)
         weights = fingerprint(own.module)
         known = digest([asdict(card), weights])
         entry = Entry(name, "student", kind[0], source.steps, 1.0, card_nfe(card, source.steps), known)
@@ -169,8 +180,8 @@ def draw_lineup(
     return Lineup(shots, (*students, *teachers.values()))
 
 
-def _shots(source: Source, teacher: Backbone, prompts: str | Sequence[str]) -> Shots:
-    asked = asked_prompts(source, teacher, prompts)
+def _shots(source: Source, teacher: Backbone, wished: int | Sequence[str]) -> Shots:
+    asked = asked_prompts(source, teacher, wished)
     teacher.encode(sorted(set(asked)))  # classes that there are not are named before anything is sampled
     return shots_of(list(dict.fromkeys(asked)), len(asked))
 

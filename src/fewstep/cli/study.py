@@ -11,7 +11,7 @@ from ..backbones.load import quiet
 from ..names import quoted, visible
 from ..study.key import KEY, Key, make_key, read_key, write_key
 from ..study.page import study_page
-from .lineup import KEPT, Lineup, bases_of, draw_lineup, names_of, sources_of, stacked
+from .lineup import KEPT, Lineup, bases_of, draw_lineup, names_of, sources_of, stacked, wished_prompts
 from .preflight import require_output
 from .progress import console
 
@@ -37,9 +37,10 @@ def run_study(given: Sequence[str], prompts: str, teacher: bool, base: str | Non
             f"RUN: these students have different teachers ({', '.join(bases)}); pass --no-teacher to compare them with "
             "each other alone, or students of one teacher"
         )
+    wished = wished_prompts(prompts)
     if (out / KEY).exists() and list(read_key(out).models[: len(sources)]) != names_of(sources):
         raise ValueError(another_study(out))
-    lineup = draw_lineup(sources, prompts, teacher, base, out / KEPT)
+    lineup = draw_lineup(sources, wished, teacher, base, out / KEPT)
     key = key_for(lineup, out)
     images = _of_one_size(lineup)
     write_key(out, key)
