@@ -70,9 +70,9 @@ def measured(lineup: Lineup, images: Sequence[Tensor], notes: Sequence[str]) -> 
     network = feature_network()
     seen = [features(network, _frames(x)) for x in images]
     drawn = lineup.drawn
-    teachers = {d.entry.base: i for i, d in reversed(list(enumerate(drawn))) if d.entry.role == "teacher"}
+    teachers = {d.entry.identity: i for i, d in enumerate(drawn) if d.entry.role == "teacher"}
     rows = [
-        _row(d, x, own, None if (t := teachers.get(d.entry.base)) in (None, i) else (drawn[t], seen[t]))
+        _row(d, x, own, None if (t := teachers.get(d.entry.teacher)) is None or t == i else (drawn[t], seen[t]))
         for i, (d, x, own) in enumerate(zip(drawn, images, seen, strict=True))
     ]
     students = [i for i, d in enumerate(drawn) if d.entry.role == "student"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone, nfe_per_step
-from ..backbones.load import fingerprint
+from ..backbones.load import fingerprint, source_of
 from ..backbones.unconditional import PixelModel
 from ..core.guidance import Guidance
 from ..core.solvers import total_nfe
@@ -165,19 +165,23 @@ def draw_lineup(
         own = loaded[kind] = student.backbone if student.base is None else student.base
         shots = shots if shots.prompts else _shots(source, own, wished)
         weights = fingerprint(own.module)
-        known = digest([asdict(card), weights])
-        entry = Entry(name, "student", kind[0], source.steps, 1.0, card_nfe(card, source.steps), known)
+        known, theirs = digest([asdict(card), weights]), digest([weights, asdict(card.guidance), card.size])
+        entry = Entry(name, "student", kind[0], source.steps, 1.0, card_nfe(card, source.steps), known, theirs)
         students.append(_drawn(entry, student, Guidance(), shots, cache))
-        theirs = digest([weights, asdict(card.guidance), card.size])
         if teacher and theirs not in teachers:
             null = own.encode([""])
             scale = card.guidance if null else Guidance()
-            each = nfe_per_step(null, scale)
-            label = f"teacher {kind[0]}, {plural(TEACHER_STEPS, 'guided step' if each > 1 else 'step')}"
-            cost = total_nfe(TEACHER_STEPS, each)
-            entry = Entry(label, "teacher", kind[0], TEACHER_STEPS, scale.scale, cost, theirs)
+            cost = total_nfe(TEACHER_STEPS, nfe_per_step(null, scale))
+            label = teacher_name(kind[0], scale)
+            entry = Entry(label, "teacher", kind[0], TEACHER_STEPS, scale.scale, cost, theirs, theirs)
             teachers[theirs] = _drawn(entry, own, scale, shots, cache)
     return Lineup(shots, (*students, *teachers.values()))
+
+
+def teacher_name(base: str, guidance: Guidance) -> str:
+    """Return what a teacher is called, as `teacher emoji, 50 steps, guidance 4.5`."""
+    told = f", guidance {guidance.scale:g}" if guidance.active else ""
+    return f"teacher {' + '.join(source_of(base).names)}, {plural(TEACHER_STEPS, 'step')}{told}"
 
 
 def _shots(source: Source, teacher: Backbone, wished: int | Sequence[str]) -> Shots:

@@ -32,8 +32,8 @@ class Shots:
 class Entry:
     """One model of a lineup.
 
-    `identity` tells the model from every other, and from what it was before it was trained further. The
-    `nfe` are those of one image.
+    `identity` tells the model from every other, and from what it was before it was trained further; `teacher`
+    is its teacher's. The `nfe` are those of one image.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Entry:
     guidance: float
     nfe: int
     identity: str
+    teacher: str
 
 
 @dataclass(frozen=True)
