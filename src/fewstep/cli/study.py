@@ -9,6 +9,7 @@ from torch import Tensor
 from ..atomic import write_text
 from ..backbones.load import quiet
 from ..names import quoted, visible
+from ..report.words import plural, size
 from ..study.key import KEY, Key, make_key, read_key, write_key
 from ..study.page import study_page
 from .lineup import KEPT, Lineup, bases_of, draw_lineup, names_of, sources_of, stacked, wished_prompts
@@ -45,9 +46,9 @@ def run_study(given: Sequence[str], prompts: str, teacher: bool, base: str | Non
     images = _of_one_size(lineup)
     write_key(out, key)
     page = write_text(out / PAGE, study_page(key, lambda item, model: images[model][item]))
-    console.print(f"{page.resolve()}")
+    console.print(str(page.resolve()))
     console.print(
-        f"{len(key.pairs)} pairs, {len(key.questions)} question{'s' if len(key.questions) > 1 else ''} each; "
+        f"{size(page.stat().st_size)}, {len(key.pairs)} pairs, {plural(len(key.questions), 'question')} each; "
         f"the page works offline. Send {PAGE} alone: {KEY} and {KEPT}/ say whose images they are"
     )
     console.print(f"count the answers: {quoted('fewstep', 'study', '--count')} answers-*.json{_where(out)}")
