@@ -5,6 +5,7 @@ What has been sampled is kept on disk, so an interrupted lineup continues where 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def _batches(entry: Entry, draw: Draw, shots: Shots, cache: Path) -> Iterator[tu
     for start in range(0, len(shots.prompts), BATCH):
         path, rows = kept_at(cache, entry, shots, start), slice(start, start + BATCH)
         if not path.exists():
-            found, each = timed(lambda rows=rows: draw(shots.prompts[rows], shots.seeds[rows]))  # type: ignore[misc]
+            found, each = timed(partial(draw, shots.prompts[rows], shots.seeds[rows]))
             if found.ndim not in (4, 5) or found.shape[-3] != 3:
                 raise ValueError(
                     f"{entry.name}: it samples states {list(found.shape[1:])}, allowed are images and clips"

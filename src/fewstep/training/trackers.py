@@ -6,6 +6,7 @@ The trackers are accelerate's. A tracker that fails is left out, and the run goe
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,7 @@ class Trackers:
         self.run, self.say, self.open = run, say, dict[str, Any]()
         ids = read_ids(run / IDS) if start else {}
         for name in names:
-            known = ids.get(name, "")
-            self._try(name, lambda name=name, known=known: self._begin(name, title, config, start, known, ids))  # type: ignore[misc]
+            self._try(name, partial(self._begin, name, title, config, start, ids.get(name, ""), ids))
         if names:
             write_json(run / IDS, ids)
 
@@ -77,9 +77,9 @@ class Trackers:
         image = self.run / "samples" / f"step_{iteration:06d}.png"
         for name in list(self.open):
             if found:
-                self._try(name, lambda name=name: self.open[name].log(found, step=iteration))  # type: ignore[misc]
+                self._try(name, partial(self.open[name].log, found, step=iteration))
             if PREVIEW in values and name in self.open and image.is_file():
-                self._try(name, lambda name=name: send(name, self.open[name], image, iteration))  # type: ignore[misc]
+                self._try(name, partial(send, name, self.open[name], image, iteration))
 
     def finish(self) -> None:
         """Close all trackers."""
