@@ -19,7 +19,7 @@ FILES = frozenset(
 )  # leaves, for everyone who may touch files
 BELOW_METHODS = FILES | {"transfer", "core", "objectives", "backbones", "roles", "heads"}
 BELOW_DATA = BELOW_METHODS | {"methods", "processes"}
-BELOW_RUNS = BELOW_DATA | {"student", "data", "training", "evaluation", "report", "zoo"}
+BELOW_RUNS = BELOW_DATA | {"student", "data", "training", "evaluation", "report", "study", "zoo"}
 
 # What each folder or module directly under src/fewstep may import, besides itself.
 # `fewstep` is the package's own __init__.
@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "training": BELOW_DATA | {"data"},
     "evaluation": FILES | {"core", "backbones"},
     "report": FILES | {"core", "backbones", "heads", "evaluation", "student"},
+    "study": FILES | {"report"},
     "zoo": FILES | {"core", "backbones", "data", "training"},
     "checks": frozenset({"core", "backbones", "roles"}),
     "runs": BELOW_RUNS,
@@ -62,6 +63,7 @@ HOME = {  # of third-party packages, the only folders that import them
     "peft": "roles",
     "accelerate": "training processes",
     "bitsandbytes": "training",
+    "trackio": "training",
     "datasets": "data",
     "matplotlib": "report",
     "av": "report",

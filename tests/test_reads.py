@@ -73,7 +73,7 @@ ALLOWED = {
     "backbones.files.save_pipeline": OURS,
     "backbones.miniature.load_tokenizer": OURS,
     "backbones.miniature_video.load_tokenizer": OURS,
-    "report.html.render": OURS,
+    "report.page._source": OURS,
     "data.trajectories._require_own": OURS,
     "processes.require_same": OURS,
     "zoo.clip_data.load_clips": OURS,

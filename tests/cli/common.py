@@ -22,7 +22,19 @@ RECIPE: dict[str, Any] = {
     "train": {"iterations": 5, "batch": 4, "lr": 1.0e-3, "fake_lr": 1.0e-2, "checkpoint_every": 2},
     "preview": {"every": 5, "prompts": ["red cat", "blue dog"], "teacher_steps": 3},
 }
-COMMANDS = ("distill", "plan", "sample", "evaluate", "export", "inspect", "report", "doctor", "train-teacher")
+COMMANDS = (
+    "distill",
+    "plan",
+    "sample",
+    "evaluate",
+    "compare",
+    "study",
+    "export",
+    "inspect",
+    "report",
+    "doctor",
+    "train-teacher",
+)
 
 
 def written(teacher: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

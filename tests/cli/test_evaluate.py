@@ -208,7 +208,7 @@ def test_a_text_to_image_student_is_measured_by_its_own_prompts(
     Path("prompts.txt").unlink()
     capsys.readouterr()
     assert command(monkeypatch, "evaluate", "runs/tiny") == 2
-    assert "or pass --prompts FILE to evaluate" in error_of(capsys)
+    assert "or pass --prompts FILE" in error_of(capsys)
 
 
 @pytest.mark.usefixtures("uncounted")

@@ -23,7 +23,7 @@ from fewstep.cli.distill import training
 from fewstep.cli.preflight import held
 from fewstep.cli.progress import console
 from fewstep.core.guidance import Guidance
-from fewstep.data.prompts import embed
+from fewstep.data.prompts import Split, embed
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs.metrics_log import MetricsLog
@@ -73,11 +73,16 @@ def run_once(run: Path) -> None:
         log, preview = MetricsLog(run / "metrics.jsonl", 0 if found is None else found[1]["step"]), Shown(run)
 
         def resumed(step: Step) -> None:
-            module.complete(recipe, step, preview, log, tiny.WORDS)
+            module.complete(recipe, step, preview, log, Split(tuple(tiny.WORDS), ()))
 
         roles, data = make_roles(backbone, RolesConfig(rank=2)), embed(backbone, tiny.WORDS, run / "embeddings", "tiny")
         training(
-            recipe, roles, distill(roles, METHOD, data, recipe.train, run, resumed=resumed), preview, log, tiny.WORDS
+            recipe,
+            roles,
+            distill(roles, METHOD, data, recipe.train, run, resumed=resumed),
+            preview,
+            log,
+            Split(tuple(tiny.WORDS), ()),
         )
 
 

@@ -108,7 +108,7 @@ def test_two_processes_are_one_run_and_one_that_takes_both_batches(
     assert "student  runs/tiny/final" in first[1] and second[1] == ""
     records = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in records if "fake_loss" in r] == [1, 2, 3, 4]
-    assert json.loads(Path("runs/tiny/final/fewstep.json").read_text())["hardware"] == "2 x 1 CPU threads"
+    assert json.loads(Path("runs/tiny/final/fewstep.json").read_text())["hardware"] == "2 x 1 CPU thread"
     (alone,) = ended(start(path, 1, "--out", "runs/alone", "--set", "train.accumulate=2"))
     assert alone[0] == 0, alone[2]
     one, two = weights("runs/alone"), weights("runs/tiny")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.evaluation import environments
 from fewstep.evaluation.environments import ENVIRONMENTS, PLACE, EnvironmentScorer, environment_scorer, install
 
 # The mean of red and the length of the prompt, in place of a model; it prints, as packages do.
@@ -56,14 +55,14 @@ def test_an_environment_is_made_by_one_command(tmp_path: Path, monkeypatch: pyte
         python.touch()
         return subprocess.CompletedProcess(command, 0, "hpsv3==1.0.0\n", "")
 
-    monkeypatch.setattr(environments.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert install("hpsv3") == tmp_path / "hpsv3"
     assert called[0][1:3] == ["-m", "venv"] and "hpsv3==1.0.0" in called[1]
     assert len(environment_scorer("hpsv3").weights["environments/hpsv3/packages.txt"]) == 64
     with pytest.raises(ValueError, match=r"^--install: got nothing; choose one of imagereward, hpsv3, vqascore$"):
         install("nothing")
     failed = subprocess.CompletedProcess([], 1, "", "a\nno network")
-    monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ValueError, match=r"^--install hpsv3: .* venv failed \(no network\); look at the network$"):
         install("hpsv3")
 

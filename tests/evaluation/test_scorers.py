@@ -34,7 +34,7 @@ from fewstep.evaluation.scorers import (
     from_open_clip,
     pil_images,
 )
-from fewstep.evaluation.weights import PLACE
+from fewstep.evaluation.weights import PLACE, Weights
 
 PROMPTS = ["red cat", "blue dog", "red dog red"]
 SIZE, WIDTH = 32, 16
@@ -299,7 +299,7 @@ def test_weights_in_their_place_are_read_and_hashed(
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files = ("config.json", "model.safetensors", *(p.name for p in folder.glob("tokenizer*")))
-    monkeypatch.setattr(scorers, "CLIP_L", scorers.Weights("openai/clip-vit-large-patch14", files))
+    monkeypatch.setattr(scorers, "CLIP_L", Weights("openai/clip-vit-large-patch14", files))
     scorer = scorers.SCORERS["clip_score"]()
     expected = ClipScorer("clip_score", clip, tokenizer, scorers._clip_score).score(images(), PROMPTS)
     assert (scorer.score(images(), PROMPTS) - expected).abs().max() <= 1e-5

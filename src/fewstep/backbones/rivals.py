@@ -186,7 +186,7 @@ def draw_rival(
     seeds.
     """
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    options: dict[str, Any] = dict(rival.call) | family_of_pipeline(pipe).call_options(pipe)
+    options: dict[str, Any] = dict(rival.call) | dict(family_of_pipeline(pipe).call_options(pipe))
     options |= {"timesteps": list(rival.times)} if rival.times else {"num_inference_steps": rival.steps}
     options |= {"height": size, "width": size} if size else {}
     if rival.kind == "lora":

@@ -79,7 +79,7 @@ def stalled(run: Path, recipe: DistillRecipe) -> bool:
     patience, metrics = recipe.preview.patience, read_metrics(run / "metrics.jsonl")
     if patience is None:
         return False
-    quality = next((m["quality"] for m in reversed(metrics) if m.get("quality")), {})
+    quality: Mapping[str, Any] = next((m["quality"] for m in reversed(metrics) if m.get("quality")), {})
     iterations, values = series(metrics, measured_by(recipe, quality))
     past = [(v, i) for i, v in zip(iterations, values, strict=True) if i == 0 or i > recipe.method.warmup]
     return bool(past) and sum(i > min(past)[1] for _, i in past) >= patience

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
 from ..training.precision import fix_workspace
 from ..training.state import checkpoints, latest_checkpoint
+from ..training.trackers import Trackers, require_trackers
 from .before import look_before, look_in_dry_run
 from .best import Best, measured_by, stalled
 from .evaluate import EVALUATION, check_measures, measure_step, split_prompts
@@ -65,13 +66,15 @@ def run_distill(
     dry_run: bool,
     styles: list[str],
     given: Mapping[str, str] = MappingProxyType({}),
+    log_to: Sequence[str] = (),
 ) -> None:
     """Train, preview, export, evaluate and write the report.
 
     Every part is skipped where the result is there already. `styles` are LoRAs fused into the teacher.
-    `given` are settings that have command-line options of their own.
+    `given` are settings that have command-line options of their own. `log_to` names trackers.
     """
     quiet()
+    require_trackers(log_to)
     recipe = read_recipe(source, overrides, DistillRecipe, given)
     recipe = recipe.model_copy(update={"teacher": fused(recipe.teacher, styles)})
     check_measures(recipe)
@@ -88,10 +91,10 @@ def run_distill(
         {"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
     )
     with held(run):
-        run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())])
+        run_stages(recipe, run, source, [*overrides, *(f"{key}={text}" for key, text in given.items())], log_to)
 
 
-def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[str]) -> None:
+def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[str], log_to: Sequence[str] = ()) -> None:
     """Train the stages of a recipe in a locked folder.
 
     The folder `run` belongs to this run alone. A finished warm start is not trained again.
@@ -114,10 +117,10 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
         done = finished(run / WARM_START, stage)
         barrier()
         if not done:
-            run_stage(stage, teacher, base_hash, split, run / WARM_START, source, overrides, run)
+            run_stage(stage, teacher, base_hash, split, run / WARM_START, source, overrides, run, log_to)
             barrier()
             teacher = teacher_of(recipe, run)[0] if sharded(stage) else teacher
-    run_stage(stages[-1], teacher, base_hash, split, run, source, overrides, run)
+    run_stage(stages[-1], teacher, base_hash, split, run, source, overrides, run, log_to)
 
 
 def teacher_of(recipe: DistillRecipe, run: Path) -> tuple[Backbone, str]:
@@ -193,6 +196,7 @@ def run_stage(
     source: str,
     overrides: list[str],
     place: Path,
+    log_to: Sequence[str] = (),
 ) -> None:
     """Train one stage and write all files of a run.
 
@@ -225,7 +229,9 @@ def run_stage(
     found = latest_checkpoint(run)
     barrier()  # no process writes before all have looked
     start = 0 if found is None else int(found[1]["step"])
-    log = MetricsLog(run / "metrics.jsonl" if first else None, start)
+    title = run.resolve().name if run == place else f"{place.resolve().name}, warm start"
+    trackers = Trackers(log_to if first else (), run, title, recorded(recipe), start, say)
+    log = MetricsLog(run / "metrics.jsonl" if first else None, start, trackers.log)
     if start:
         console.print(f"resuming {run} at iteration {start} of {recipe.train.iterations}")
     else:
@@ -246,7 +252,10 @@ def run_stage(
             complete(recipe, step, preview, log, split, keep)
 
         steps = distill(roles, recipe.method, data, recipe.train, run, ready.images, paths, resumed)
-        stopped = training(recipe, roles, steps, preview, log, split, keep)
+        try:
+            stopped = training(recipe, roles, steps, preview, log, split, keep)
+        finally:
+            trackers.finish()
     if stopped:
         console.print(f"stopped after iteration {log.iteration}; the same command resumes:\n  {command_line()}")
         sys.exit(130)
@@ -261,6 +270,11 @@ def run_stage(
         write_json(run / SHAPE, shape | {"errors": errors_along(recipe.method, roles, paths)})
     assert preview is not None
     finish(recipe, roles, preview, run, base_hash, log.iteration, log.seconds, split)
+
+
+def say(line: str) -> None:
+    """Print one line."""
+    console.print(line, markup=False)
 
 
 def spec_of(recipe: DistillRecipe, prompts: list[str]) -> RunSpec:

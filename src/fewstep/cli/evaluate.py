@@ -194,8 +194,14 @@ def asked_of(
         )
     if given is not None:
         return Asked(chosen(rules, given), "passed")
-    if split is not None:
-        return _asked_of_run(split, rules)
+    return _asked_of_run(own_split(teacher, run) if split is None else split, rules)
+
+
+def own_split(teacher: Backbone, run: Path) -> Split:
+    """Return the prompts of a run, trained with and kept out.
+
+    Raises ValueError where there is no run, and where its prompts are not there any more.
+    """
     recipe = recipe_of(run)
     named = recipe.get("teacher")
     if not isinstance(named, str):
@@ -207,7 +213,7 @@ def asked_of(
         found = prompts_from(str(told.get("source", "bundled")), told.get("column"), named)
     except ValueError as error:
         raise ValueError(f"{error}; or pass --prompts FILE to evaluate") from error
-    return _asked_of_run(split_prompts(teacher, found, told.get("held_out", 0.0)), rules)
+    return split_prompts(teacher, found, told.get("held_out", 0.0))
 
 
 def _asked_of_run(split: Split, rules: "ImageProtocol") -> Asked:

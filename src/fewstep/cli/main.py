@@ -66,6 +66,12 @@ def distill(
         str | None, typer.Option(help="Prompt file (.txt, .jsonl, .csv, .tsv) or hub data set id.")
     ] = None,
     fuse_lora: Fuse = None,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log-to", metavar="NAME", help="Also log to tensorboard, wandb, trackio or mlflow. May be repeated."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -77,7 +83,13 @@ def distill(
     from .distill import run_distill
 
     run_distill(
-        recipe, set_ or [], out, dry_run, fuse_lora or [], _given({"teacher": teacher, "prompts.source": prompts})
+        recipe,
+        set_ or [],
+        out,
+        dry_run,
+        fuse_lora or [],
+        _given({"teacher": teacher, "prompts.source": prompts}),
+        log_to or [],
     )
 
 
@@ -236,6 +248,73 @@ def evaluate(
 def _listed(text: str) -> tuple[str, ...]:
     """Split a list with commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+Students = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RUN", help="Student folders (a run or its final/); RUN@STEPS for another step count."),
+]
+WithTeacher = Annotated[
+    bool, typer.Option("--teacher/--no-teacher", help="Also sample the teacher, in 50 guided steps.")
+]
+Base = Annotated[str | None, typer.Option(help="Base model to load all students on, if not the one they name.")]
+
+
+@app.command()
+def compare(
+    students: Students = None,
+    prompt: Annotated[list[str] | None, typer.Option("-p", "--prompt", help="Prompt. May be repeated.")] = None,
+    prompts: Annotated[
+        str, typer.Option(metavar="N|FILE", help="How many of the first run's own prompts, or a prompt file.")
+    ] = "6",
+    teacher: WithTeacher = True,
+    base: Base = None,
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="DIR", help="Folder to write to.")] = Path(
+        "comparison"
+    ),
+) -> None:
+    """Show students side by side, from the same prompts and noise.
+
+    Writes a page with a slider, a contact sheet and a table. The same command again resumes.
+    """
+    from .compare import run_compare
+
+    run_compare(students or [], prompt or [], prompts, teacher, base and expanded(base), out)
+
+
+@app.command()
+def study(
+    students: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Student folders (a run or its final/); RUN@STEPS for another step count. With --count, answers.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(metavar="N|FILE", help="How many of the first run's own prompts, or a prompt file.")
+    ] = "20",
+    teacher: WithTeacher = True,
+    base: Base = None,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count the ANSWERS that the page saved, with the key in --out.")
+    ] = False,
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="DIR", help="Folder of the study.")] = Path(
+        "study"
+    ),
+) -> None:
+    """Let people vote on images without knowing whose they are.
+
+    Writes a page of blind pairs, and its key; with --count, counts the answers. The same command again resumes.
+    """
+    if count:
+        from .count import run_count
+
+        run_count(students or [], out)
+    else:
+        from .study import run_study
+
+        run_study(students or [], prompts, teacher, base and expanded(base), out)
 
 
 @app.command()

@@ -44,7 +44,7 @@ def open_model(source: str, base: str | None = None) -> Backbone | Student:
     return load_teacher(source, device=default_device())
 
 
-def open_student(folder: Path, base: str | None = None, dtype: torch.dtype | None = None) -> Student:
+def open_student(folder: Path, base: str | Backbone | None = None, dtype: torch.dtype | None = None) -> Student:
     """Open a student on its base, or on another base.
 
     Prints a note where the base has other weights than the base that the student was trained on.

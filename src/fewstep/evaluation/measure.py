@@ -104,7 +104,8 @@ class FeatureExtractor:
         self.network, self.space, self.colours, self.extra = feature_network(), space, colours, extra
         deep = 0 if extra.deep is None else extra.deep.features(torch.zeros(1, 3, 8, 8)).shape[1]
         widths = (space.width, BINS**3 if colours else 0, len(LOOKS), len(extra.scorers), deep)
-        self.nothing = Measured(*(torch.empty(0, width) for width in widths), torch.empty(0), torch.empty(0))
+        embeddings, histograms, looks, scores, features = (torch.empty(0, width) for width in widths)
+        self.nothing = Measured(embeddings, histograms, looks, scores, features, torch.empty(0), torch.empty(0))
 
     def draw(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], row: str) -> Measured:
         """Sample and measure one batch.

@@ -3,20 +3,17 @@
 The page has images, numbers, curves, cost, and what to do next.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
-from torch import Tensor
 
 from .furthest import furthest
 from .grids import read_grid
-from .images import Images, png, to_pil
+from .images import Images
 from .live import Metrics
+from .page import PIXELATED, data_url, image_url, page
 from .plots import charts
 from .summary import Cost, Headline
 from .table import Row, drift, table
@@ -24,7 +21,6 @@ from .words import duration
 
 COLUMNS = 8  # prompts next to each other on a wide page
 SHOWN_WARNINGS = 3  # the others unfold below
-PIXELATED = 160  # images up to this many pixels are enlarged pixel by pixel, larger images smoothly
 
 
 @dataclass(frozen=True)
@@ -63,34 +59,23 @@ def render(report: Report) -> str:
 
     Every text is escaped; nothing is loaded from anywhere.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
     prompts = list(enumerate(report.images.prompts))
-    return template.render(
-        report=report,
-        table=table(report.rows),
-        drift=drift(report.rows),
-        furthest=furthest(report.images),
-        charts=charts(report.metrics, report.rows, report.trajectories),
-        samples=[(iteration, read_grid(data), data) for iteration, data in report.samples],
-        blocks=[prompts[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS)],
-        recipe=yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True) if report.recipe else "",
-        source=source,
-        data_url=data_url,
-        pixelated=PIXELATED,
-        shown_warnings=SHOWN_WARNINGS,
-        duration=duration,
+    recipe = yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True) if report.recipe else ""
+    return page(
+        "report.html.j2",
+        {
+            "report": report,
+            "table": table(report.rows),
+            "drift": drift(report.rows),
+            "furthest": furthest(report.images),
+            "charts": charts(report.metrics, report.rows, report.trajectories),
+            "samples": [(iteration, read_grid(data), data) for iteration, data in report.samples],
+            "blocks": [prompts[i : i + COLUMNS] for i in range(0, len(prompts), COLUMNS)],
+            "recipe": recipe,
+            "image_url": image_url,
+            "data_url": data_url,
+            "pixelated": PIXELATED,
+            "shown_warnings": SHOWN_WARNINGS,
+            "duration": duration,
+        },
     )
-
-
-def source(image: Tensor) -> str:
-    """Return an image as a `data:` address with its exact pixels.
-
-    The image is `[3, H, W]` in [0, 1].
-    """
-    return data_url(png(to_pil(image)))
-
-
-def data_url(data: bytes) -> str:
-    """Return PNG bytes as a `data:` address."""
-    return "data:image/png;base64," + base64.b64encode(data).decode()

@@ -151,6 +151,8 @@ def next_commands(run: Path, prompts: Sequence[str]) -> list[tuple[str, str]]:
     return [
         ("Sample a prompt of your own, next to the teacher", f"fewstep sample {student}{asked} --compare"),
         ("Measure it under the full protocol", f"fewstep evaluate {student}"),
+        ("Compare it with its teacher, image by image", f"fewstep compare {student}"),
+        ("Let people vote without knowing which is which", f"fewstep study {student}"),
         (
             "Write it for diffusers and ComfyUI; each file is loaded again and compared",
             f"fewstep export {student} {out}",

@@ -63,12 +63,13 @@ class Table:
     cells: tuple[tuple[Cell, ...], ...]
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> Table:
     """Return the rows as a table, in their own order.
 
     A value that is missing or not finite is shown as a dash and is never the best.
     """
-    return _table(rows, COLUMNS)
+    filled = tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
+    return Table(filled, tuple(tuple(_cell(c, row, rows) for c in filled) for row in rows))
 
 
 def drift(rows: Sequence[Row]) -> Table:
@@ -77,12 +78,7 @@ def drift(rows: Sequence[Row]) -> Table:
     Without cells where nothing was compared.
     """
     measured = any(finite(row.get(c.key)) for row in rows for c in DRIFT)
-    return _table(rows, (*NAMED, *DRIFT)) if measured else Table((), ())
-
-
-def _table(rows: Sequence[Row], known: Sequence[Column]) -> Table:
-    columns = tuple(c for c in known if any(row.get(c.key) is not None for row in rows))
-    return Table(columns, tuple(tuple(_cell(c, row, rows) for c in columns) for row in rows))
+    return table(rows, (*NAMED, *DRIFT)) if measured else Table((), ())
 
 
 def _cell(column: Column, row: Row, rows: Sequence[Row]) -> Cell:

@@ -1,6 +1,7 @@
 """The log that a run writes, iteration by iteration."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ from ..atomic import append_text, write_text
 from ..reading import reading, text_in
 from ..training.loop import Step
 
+Listen = Callable[[int, dict[str, Any]], None]  # (iteration, what a line says)
+
 
 class MetricsLog:
     """`metrics.jsonl`: JSON lines about each iteration.
 
-    On resuming, lines after the checkpoint are dropped. Without a path nothing is written.
+    On resuming, lines after the checkpoint are dropped. Without a path nothing is written. `listen` is called
+    with every new line.
     """
 
-    def __init__(self, path: Path | None, start: int) -> None:
-        self.path, self.iteration, self.seconds = path, start, 0.0
+    def __init__(self, path: Path | None, start: int, listen: Listen = lambda iteration, values: None) -> None:
+        self.path, self.iteration, self.seconds, self.listen = path, start, 0.0, listen
         self.known: dict[str, Any] = {}  # what the lines of iteration `start` say
         if path is None:
             return
@@ -33,6 +37,7 @@ class MetricsLog:
         if self.path is None:
             return
         append_text(self.path, json.dumps({"iteration": iteration, **values}) + "\n")
+        self.listen(iteration, values)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

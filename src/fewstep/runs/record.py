@@ -7,6 +7,7 @@ import torch
 
 from .. import __version__
 from ..processes import this_process
+from ..report.words import plural
 
 
 def versions() -> dict[str, str]:
@@ -18,6 +19,6 @@ def versions() -> dict[str, str]:
 
 def hardware() -> str:
     """Return the device's name as a person would say it."""
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else plural(torch.get_num_threads(), "CPU thread")
     count = this_process().num_processes
     return name if count == 1 else f"{count} x {name}"

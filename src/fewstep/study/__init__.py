@@ -1,0 +1,1 @@
+"""Blind votes of people: pairs of images, answers and their count."""
