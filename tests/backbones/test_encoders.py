@@ -11,6 +11,7 @@ from fewstep.backbones import encoders as module
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.encoders import deferred, encoding_on, is_deferred, weight_bytes
 from fewstep.backbones.load import fingerprint, load_teacher
+from fewstep.backbones.parts import load_part
 
 from .. import pipelines
 
@@ -92,8 +93,12 @@ def test_an_encoder_is_loaded_at_its_first_call(tmp_path: Path, monkeypatch: pyt
     folder = pipelines.save("sdxl", tmp_path / "sdxl")
     plain = load_teacher(folder)
     calls: list[str] = []
-    load_part = module.load_part
-    monkeypatch.setattr(module, "load_part", lambda *a: (calls.append(a[2]), load_part(*a))[1])
+
+    def load(kind: type[nn.Module], folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
+        calls.append(name)
+        return load_part(kind, folder, name, dtype)
+
+    monkeypatch.setattr(module, "load_part", load)
     later = load_teacher(
         folder, defer=lambda k, f, n, d: deferred(k, f, n, d) if n.startswith("text_encoder") else None
     )

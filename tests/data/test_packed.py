@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_conditions_come_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, 
     assert torch.equal(found[:], whole) and torch.equal(found[2:6], whole[2:6])
     of = torch.tensor([6, 0, 6, 3])
     assert torch.equal(found[of], whole[of]) and torch.equal(found.take(of)[1:3], whole[of][1:3])
-    assert torch.equal(found[-1], whole[-1]) and all(map(torch.equal, found, whole))
+    assert torch.equal(found[-1], whole[-1]) and all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
 
 
 def test_minus_zero_is_no_padding() -> None:
@@ -49,7 +50,7 @@ class Padded:
     def __init__(self) -> None:
         self.encoded: list[str] = []
 
-    def __call__(self, prompts: list[str]) -> Cond:
+    def __call__(self, prompts: Sequence[str]) -> Cond:
         self.encoded += prompts
         text = torch.zeros(len(prompts), 64, 8)
         for i, prompt in enumerate(prompts):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.backbones.base import guided, rows
+from fewstep.backbones.base import guided
 from fewstep.backbones.generate import trajectory
 from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
@@ -27,12 +27,14 @@ def test_they_are_the_guided_teachers_and_drawn_once(tmp_path: Path) -> None:
     assert len(drawn) == 7
     counts = [int((drawn.embeddings.cond["text"][:] == c).flatten(1).all(1).sum()) for c in data.cond["text"]]
     assert sorted(counts) == [2, 2, 3]  # evenly
-    cond = rows(drawn.embeddings.cond, slice(4, 5))
+    cond = drawn.embeddings.at(slice(4, 5), torch.device("cpu"))
     denoise = guided(backbone, backbone.module, cond, data.null, plain)
     alone = trajectory(backbone, denoise, [9], timegrid.uniform(backbone.schedule, 3))[-1].x
     torch.testing.assert_close(drawn.x0[4:5], alone, atol=1e-5, rtol=1e-4)
     projected = teacher_images(backbone, data, 2, 3, apg, tmp_path, seed=5)
-    denoise = guided(backbone, backbone.module, rows(projected.embeddings.cond, slice(1, 2)), data.null, apg)
+    denoise = guided(
+        backbone, backbone.module, projected.embeddings.at(slice(1, 2), torch.device("cpu")), data.null, apg
+    )
     torch.testing.assert_close(
         projected.x0[1:2],
         trajectory(backbone, denoise, [6], timegrid.uniform(backbone.schedule, 3))[-1].x,

@@ -233,7 +233,7 @@ def test_saving_holds_nothing_beside_what_is_there(lora: bool, tmp_path: Path, m
 @pytest.fixture
 def two() -> Iterator[DeviceMesh]:
     """This process as the first of two, whose messages go nowhere."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # type: ignore[no-untyped-call]
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield init_device_mesh("cpu", (2,))
     distributed.destroy_process_group()
 

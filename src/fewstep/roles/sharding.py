@@ -66,7 +66,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor, or the tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
