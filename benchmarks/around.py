@@ -5,7 +5,7 @@
     python benchmarks/around.py FOLDER                  # writes benchmarks/around.md and .json
 
 `fewstep plan` runs in a process of its own, whose CPU seconds count: other processes share the machine. A cache is
-written for 64 prompts of PixArt's shape, of whose 120 tokens 100 are padding, and its bytes are scaled to 100,000
+written for 256 prompts of PixArt's shape, of whose 120 tokens 100 are padding, and its bytes are scaled to 100,000
 prompts. A checkpoint of 256 MiB is saved by the writer, with the seconds that the training waits, and directly, in
 turn; the least of several counts.
 """
@@ -43,7 +43,7 @@ from records import (
 )
 
 RECIPES = ("sd15-tdm4-lora", "sd15-tdm4", "sdxl-tdm4-lora", "pixart-tdm4-lora", "cogvideox-tdm4-lora")
-SCALED, PROMPTS, TOKENS = 100_000, 64, 20
+SCALED, PROMPTS, TOKENS = 100_000, 256, 20
 GB, GIB = 1e9, 2**30
 
 

@@ -250,6 +250,9 @@ def load_teacher(
         raise damaged(checkpoint or place, error) from error
     for lora, strength in given.loras:
         fuse(pipe, lora, strength)
+    later_on = any(p.is_meta for n in networks(pipe) for p in n.parameters())
+    if not later_on:
+        pipe.to(device)
     backbone = at_size(replace(backbone, source=str(source)), size)
     if any(p.is_meta for n in networks(pipe) for p in n.parameters()):
         return backbone

@@ -4,7 +4,7 @@ Padding is most of what an encoder returns. A row of zeros at the end of a promp
 comes back when the condition is read: bit for bit the same tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +37,9 @@ class Packed:
         for row, at, begin, length in zip(found, *places, strict=True):
             row[:length] = self.parts[at][begin : begin + length]
         return found.reshape(len(found), *self.shape)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
 
     @property
     def dtype(self) -> torch.dtype:
