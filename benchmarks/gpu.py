@@ -138,11 +138,11 @@ def trained(
 ) -> Facts:
     """Return one row: iterations of a family's training beside their bare calls, by role, in seconds and in memory."""
     torch.manual_seed(0)
-    device, repeats = place.device, 1 if place.tiny else MEASURED
+    device, (warm_up, repeats) = place.device, (1, 1) if place.tiny else (WARM_UP, MEASURED)
     fresh(device)
     backbone = built(name, place)
     roles = make_roles(backbone, RolesConfig(rank=4 if place.tiny else 32, checkpointing=checkpointing))
-    config = place.config(WARM_UP + repeats + 1, batch or backbones.FAMILIES[name].batch)
+    config = place.config(warm_up + repeats + 1, batch or backbones.FAMILIES[name].batch)
     config = replace(config, compile=compile, deterministic=deterministic)
     data = backbones.embeddings(name, backbone, place.dtype, 8)
     cond, null = data.draw(config.batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
@@ -161,15 +161,15 @@ def trained(
     began = backbones.clock(device)
     with mock.patch.object(timegrid, "draw_segments", drawn):
         steps = distill(roles, METHOD, data, config)
-        for i in range(WARM_UP + repeats):
+        for i in range(warm_up + repeats):
             start = backbones.clock(device)
             next(steps)
             middle = backbones.clock(device)
-            if i == WARM_UP - 1:
+            if i == warm_up - 1:
                 ready, (peak, reserved) = middle - began, peak_of(device)
-            if i >= WARM_UP:
+            if i >= warm_up:
                 found["seconds"].append(middle - start)
-            if i >= WARM_UP - 1:  # the first is not counted: kernels are tried
+            if i >= warm_up - 1:  # the first is not counted: kernels are tried
                 same_calls()
                 found["bare"].append(backbones.clock(device) - middle)
         with waits(device) as waited:
