@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from _pytest.mark.structures import ParameterSet
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -490,7 +489,7 @@ def backbone(family: str, dtype: torch.dtype = torch.float32) -> Backbone:
     return at_size(around(frozen(FAMILIES[family](), dtype), "tiny"), SIZES.get(family))
 
 
-def cases(long: Sequence[str] = LONG) -> list[ParameterSet | str]:
+def cases(long: Sequence[str] = LONG) -> list[Any]:
     """All families as parameters of a test, those that take `long` behind a mark."""
     return [pytest.param(f, marks=pytest.mark.slow) if f in long else f for f in FAMILIES]
 

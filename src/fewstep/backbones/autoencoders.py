@@ -1,4 +1,7 @@
-"""Image autoencoders of all families: latents of images, images of latents, and the latents' scale."""
+"""Image autoencoders of all families.
+
+Latents of images, images of latents, and the scale of latents.
+"""
 
 from typing import Any
 

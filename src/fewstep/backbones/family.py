@@ -23,11 +23,11 @@ class ComfyParts:
     kind: str  # what the node CLIPLoader calls the encoder
     vae: str  # file of the autoencoder
     latent_takes_vae: bool = False
+    fps: int = 0  # of videos; 0 for images
     second_encoder: str = ""  # file of a second text encoder
     # Node that sets the shift of time; empty where the model's own will do, and noise levels are always given.
     shift: str = "ModelSamplingSD3"
     told: bool = False  # whether the network is told the guidance scale
-    fps: int = 0  # of videos; 0 for images
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""What transformers for rectified flow have in common: sizes, shifts of times, patches and their places.
+"""What transformers for rectified flow have in common.
 
+Sizes, shifts of times, patches and their places.
 The pipelines of these families tell their scheduler K sigmas and, by the picture's size, a shift of time.
 """
 
@@ -25,9 +26,9 @@ TEXT = 512  # tokens of a prompt, as the pipelines cut it
 
 
 def pack(x: Tensor, patch: int = 2) -> Tensor:
-    """Return states [B, C, h, w] as tokens [B, h w / patch^2, patch^2 C].
+    """Return states as tokens.
 
-    A token is a patch of `patch` x `patch` positions.
+    States [B, C, h, w], tokens [B, h w / patch^2, patch^2 C]. A token is a patch of `patch` x `patch` positions.
     """
     return pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
 
@@ -49,9 +50,9 @@ def places(height: int, width: int, axes: int, device: torch.device) -> Tensor:
 
 
 def lengths(mask: Tensor) -> list[int]:
-    """Return the number of tokens of each text that a mask [B, L] keeps.
+    """Count the tokens of each text that a mask keeps.
 
-    All of them where only shapes are computed, with fake (meta) tensors.
+    The mask is [B, L]. All of them where only shapes are computed, with fake (meta) tensors.
     """
     if isinstance(mask, FakeTensor):
         return [mask.shape[1]] * len(mask)
@@ -129,11 +130,14 @@ class FlowTransformer(Sized):
         return mu if config.time_shift_type == "linear" else math.exp(mu)
 
     def stock_shift(self, steps: int) -> float:
-        """Return the shift that the pipeline tells its own scheduler for so many steps at this size."""
+        """Return the shift that the pipeline tells its own scheduler.
+
+        For so many steps, at this size.
+        """
         return self.shift
 
     def stock_sigmas(self, times: Sequence[float]) -> list[float]:
-        """Return what the pipeline with its own scheduler has to be told to visit the `times`.
+        """Return the sigmas that lead the pipeline's own scheduler to `times`.
 
         `times` are without clean data. The scheduler must not stretch them: where it has a `shift_terminal`,
         that has to be null.

@@ -1,4 +1,7 @@
-"""FLUX.1: packed latents, CLIP's pooled text, T5 text, and for dev an embedded guidance scale."""
+"""FLUX.1: packed latents, CLIP's pooled text, T5 text.
+
+dev is told its guidance scale.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

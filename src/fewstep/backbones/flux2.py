@@ -1,6 +1,6 @@
-"""FLUX.2: a transformer on patches of normalised latents, with text of three layers of a language model.
+"""FLUX.2: patches of normalised latents, text of a language model.
 
-klein is guided by two halves. dev is told its guidance scale.
+The text is that of three layers. klein is guided by two halves. dev is told its guidance scale.
 """
 
 import math
@@ -147,7 +147,10 @@ def original_names(network: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def klein_parts(pipe: Flux2KleinPipeline) -> ComfyParts:
-    """Return the files of klein in ComfyUI. The 9B model has the larger text encoder."""
+    """Return the files of klein in ComfyUI.
+
+    The 9B model has the larger text encoder.
+    """
     large = pipe.text_encoder.config.hidden_size > QWEN_4B
     encoder = "qwen_3_8b_fp8mixed.safetensors" if large else "qwen_3_4b.safetensors"
     return ComfyParts("EmptyFlux2LatentImage", encoder, "flux2", "flux2-vae.safetensors", shift="")

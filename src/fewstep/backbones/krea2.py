@@ -1,4 +1,7 @@
-"""Krea 2: one stream of packed latents and masked text of several layers of a language model."""
+"""Krea 2: one stream of packed latents and masked text.
+
+The text is that of several layers of a language model.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

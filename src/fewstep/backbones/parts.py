@@ -168,7 +168,7 @@ class SizeConditioned(ABC):
 
 @dataclass(frozen=True)
 class Sized(Latent):
-    """A latent backbone that samples at other sizes than the one it was made for, too."""
+    """A latent backbone of any size."""
 
     size: int = 0  # height and width of the states; 0: the size that the network was made for
 
@@ -484,7 +484,7 @@ def _last_layers(network: nn.Module) -> list[nn.Module]:
 
 
 def _inside(network: nn.Module | None, path: Sequence[str]) -> nn.Module | None:
-    """Return the module at a path inside a network; None where there is none."""
+    """Return the module at a path inside a network, or None."""
     for name in path:
         network = None if network is None else dict(network.named_children()).get(name)
     return network

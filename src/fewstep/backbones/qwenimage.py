@@ -1,6 +1,6 @@
-"""Qwen-Image: packed latents of a video autoencoder, masked text of a language model.
+"""Qwen-Image: packed latents and masked text of a language model.
 
-Guidance keeps the norm of every token.
+The autoencoder is one for videos. Guidance keeps the norm of every token.
 """
 
 from collections.abc import Sequence

@@ -363,7 +363,7 @@ def _sd3(pipe: DiffusionPipeline) -> None:
 
 
 def require_flow(pipe: DiffusionPipeline) -> None:
-    """Check that a pipeline's scheduler is one of flow matching whose times are shifted.
+    """Check that a pipeline's scheduler is one of flow matching.
 
     Raises UnfitError otherwise.
     """
@@ -386,9 +386,9 @@ def require_flow(pipe: DiffusionPipeline) -> None:
 
 
 def require_channels(pipe: DiffusionPipeline, latent: int, patch: int = 2) -> None:
-    """Check that a transformer takes its autoencoder's latents in patches of `patch` x `patch`.
+    """Check that a transformer takes its autoencoder's latents.
 
-    Raises UnfitError otherwise.
+    In patches of `patch` x `patch`. Raises UnfitError otherwise.
     """
     wanted = latent * patch**2
     what = f"its autoencoder's latents have {latent} channels" + f", patches of them {wanted}" * (patch > 1)

@@ -1,6 +1,6 @@
-"""Z-Image: one stream of latents and text, time counted from noise to data.
+"""Z-Image: one stream of latents and text.
 
-The network predicts data minus noise, and takes lists of images and texts.
+Time is counted from noise to data. The network predicts data minus noise, and takes lists of images and texts.
 """
 
 from collections.abc import Sequence

@@ -110,9 +110,9 @@ def folded_lora(
 
 
 def direction(backbone: Backbone, network: nn.Module, times: Tensor) -> Tensor:
-    """Return the smallest u with `u . h(t) = 1` at each of the `times [N]`.
+    """Return the smallest direction u with `u . h(t) = 1`.
 
-    h(t) is the input of the time layer. Float64, on the CPU.
+    At each of the `times [N]`. h(t) is the input of the time layer. Float64, on the CPU.
     """
     seen: list[Tensor] = []
     handle = time_layer(network, backbone.time_layer).register_forward_pre_hook(

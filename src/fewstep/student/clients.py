@@ -45,9 +45,9 @@ def write_client_file(
                 write_tensors(folder / own, native(tensors, names), own_header(card))
             return pair_files(card)[0]
         name = f"{card.name}-lora.safetensors"
-        original = dict(info.family.original_names(network))
-        if renamed(state, original):
-            write_tensors(folder / name, native(state, original), own_header(card))
+        names = dict(info.family.original_names(network))
+        if renamed(state, names):
+            write_tensors(folder / name, native(state, names), own_header(card))
         else:
             shutil.copyfile(lora, folder / name)
         return name
