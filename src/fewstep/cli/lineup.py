@@ -152,8 +152,8 @@ def draw_lineup(
 ) -> Lineup:
     """Sample with every student and with their teacher.
 
-    One model after the other.     The weights of a base are loaded once. Students of several bases have a teacher each. Shows progress in
-    NFE; what is kept in `cache` is not sampled again.
+    One model after the other. The weights of a base are loaded once. Students of several bases have a
+    teacher each. Shows progress; what is kept in `cache` is not sampled again.
     """
     students, teachers, shots = list[Drawn](), dict[str, Drawn](), Shots((), ())
     loaded: dict[tuple[str, int, str], Backbone] = {}
@@ -209,8 +209,8 @@ def _drawn(entry: Entry, model: Backbone | Student, guidance: Guidance, shots: S
 def stacked(lineup: Lineup) -> list[Tensor]:
     """Return the images of every model in one size.
 
-    The size is the largest, the values are in [0, 1]. Images `[N, 3, H, W]` or clips `[N, F, 3, H, W]`. Raises ValueError where some are images and others
-    clips.
+    The size is the largest, the values are in [0, 1]. Images `[N, 3, H, W]` or clips `[N, F, 3, H, W]`.
+    Raises ValueError where some are images and others clips.
     """
     found = [d.unit for d in lineup.drawn]
     if len({(x.ndim, x.shape[1] if x.ndim == 5 else 0) for x in found}) > 1:

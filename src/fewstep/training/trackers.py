@@ -1,6 +1,7 @@
 """Trackers that show a run's numbers and previews.
 
-TensorBoard, Weights & Biases, Trackio and MLflow. The trackers are accelerate's. A tracker that fails is left out, and the run goes on.
+TensorBoard, Weights & Biases, Trackio and MLflow. The trackers are accelerate's. A tracker that fails is left
+out, and the run goes on.
 """
 
 import math
