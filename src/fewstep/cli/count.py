@@ -17,9 +17,10 @@ RESULT, TABLES = "result.json", "result.md"
 
 
 def run_count(given: Sequence[str], out: Path) -> None:
-    """Count answers with the key of their study, and write the result beside the key.
+    """Count answers and write the result.
 
-    Raises ValueError for files that hold no answers, or those of another study.
+    The key is that of the study's folder, and the result goes beside it. Raises ValueError for files that
+    hold no answers, or those of another study.
     """
     if not given:
         raise ValueError("--count: got no answers; name the files that the page saved, e.g. answers-*.json")

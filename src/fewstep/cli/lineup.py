@@ -36,7 +36,7 @@ MOST_MODELS, MOST_PROMPTS = 8, 200
 
 @dataclass(frozen=True)
 class Source:
-    """A student of a lineup: its folder, its card and a step count."""
+    """A student of a lineup with one step count."""
 
     folder: Path
     card: StudentCard
@@ -100,9 +100,9 @@ def bases_of(sources: Sequence[Source]) -> list[str]:
 
 
 def wished_prompts(option: str) -> int | list[str]:
-    """Return what `--prompts` asks for: a number, or the prompts of a file.
+    """Return what `--prompts` asks for.
 
-    Raises ValueError.
+    A number, or the prompts of a file. Raises ValueError.
     """
     if option.isdecimal():
         if not 1 <= (count := int(option[:9])) <= MOST_PROMPTS:
@@ -153,10 +153,10 @@ class Lineup:
 def draw_lineup(
     sources: Sequence[Source], wished: int | Sequence[str], teacher: bool, base: str | None, cache: Path
 ) -> Lineup:
-    """Sample with every student, and with their teacher, one model after the other.
+    """Sample with every student and with their teacher.
 
-    The weights of a base are loaded once. Students of several bases have a teacher each. Shows progress in
-    NFE; what is kept in `cache` is not sampled again.
+    One model after the other. The weights of a base are loaded once. Students of several bases have a
+    teacher each. Shows progress; what is kept in `cache` is not sampled again.
     """
     students, teachers, shots = list[Drawn](), dict[str, Drawn](), Shots((), ())
     loaded: dict[tuple[str, Size, str], Backbone] = {}
@@ -182,7 +182,10 @@ def draw_lineup(
 
 
 def teacher_name(base: str, guidance: Guidance) -> str:
-    """Return what a teacher is called, as `teacher emoji, 50 steps, guidance 4.5`."""
+    """Return what a teacher is called.
+
+    `teacher emoji, 50 steps, guidance 4.5`.
+    """
     told = f", guidance {guidance.scale:g}" if guidance.active else ""
     return f"teacher {' + '.join(source_of(base).names)}, {plural(TEACHER_STEPS, 'step')}{told}"
 
@@ -207,10 +210,10 @@ def _drawn(entry: Entry, model: Backbone | Student, guidance: Guidance, shots: S
 
 
 def stacked(lineup: Lineup) -> list[Tensor]:
-    """Return the images of every model in [0, 1], all of the largest size.
+    """Return the images of every model in one size.
 
-    Images `[N, 3, H, W]` or clips `[N, F, 3, H, W]`. Raises ValueError where some are images and others
-    clips.
+    The size is the largest, the values are in [0, 1]. Images `[N, 3, H, W]` or clips `[N, F, 3, H, W]`.
+    Raises ValueError where some are images and others clips.
     """
     found = [d.unit for d in lineup.drawn]
     if len({(x.ndim, x.shape[1] if x.ndim == 5 else 0) for x in found}) > 1:

@@ -1,4 +1,7 @@
-"""Models side by side on the same prompts and noise: a table, and a page to wipe between two images."""
+"""Models side by side on the same prompts and noise.
+
+A table, and a page with a slider between two images.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +54,10 @@ class Comparison:
 
 
 def comparison_page(compared: Comparison) -> str:
-    """Render the page: a slider between any two models, all images of a prompt, and the table."""
+    """Render the page of a comparison.
+
+    A slider between any two models, all images of a prompt, and the table.
+    """
     names = [str(row["model"]) for row in compared.rows]
     height, width = compared.images[0].shape[-2:]
     last = len(names) - 1

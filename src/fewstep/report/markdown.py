@@ -6,7 +6,10 @@ from ..names import visible
 
 
 def cell(text: str) -> str:
-    """Return a text for a cell of a table, in which nothing is read as markup."""
+    """Return a text for a cell of a table.
+
+    Nothing in it is read as markup.
+    """
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in visible(text, lines=False))
 
 

@@ -90,10 +90,11 @@ def missing(cache: Path, entry: Entry, shots: Shots) -> int:
 
 
 def drawn(entry: Entry, draw: Draw, shots: Shots, cache: Path, tell: Callable[[int], None]) -> Drawn:
-    """Sample what is not kept yet, and return all images of one model.
+    """Return all images of one model.
 
-    `tell` is called with the number of images of every batch. Raises ReadError for a kept file that is
-    damaged, and ValueError for a model that samples neither images nor clips.
+    What is not kept yet is sampled. `tell` is called with the number of images of every batch. Raises
+    ReadError for a kept file that is damaged, and ValueError for a model that samples neither images nor
+    clips.
     """
     parts, seconds = [], []
     for images, each in _batches(entry, draw, shots, cache):

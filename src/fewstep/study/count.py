@@ -1,4 +1,7 @@
-"""The count of a study: win rates, per prompt and per rater, and agreement."""
+"""The count of a study.
+
+Win rates, per prompt and per rater, and agreement.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -151,7 +154,7 @@ def as_json(result: Count) -> dict[str, Any]:
 
 
 def summary(result: Count) -> list[str]:
-    """Return the win rates, the raters and their agreement as lines of Markdown."""
+    """Return win rates, raters and agreement as lines of Markdown."""
     key, lines = result.key, list[str]()
     for question in result.questions.values():
         answered, asked = sum(m.tally.votes for m in question.matches), len(key.pairs) * len(result.raters)

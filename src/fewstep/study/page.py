@@ -1,4 +1,7 @@
-"""The page of a study, without anything that says whose the images are."""
+"""The page of a study.
+
+Nothing in it says whose the images are.
+"""
 
 from collections.abc import Callable
 

@@ -1,6 +1,7 @@
-"""Trackers that show a run's numbers and previews: TensorBoard, Weights & Biases, Trackio, MLflow.
+"""Trackers that show a run's numbers and previews.
 
-The trackers are accelerate's. A tracker that fails is left out, and the run goes on.
+TensorBoard, Weights & Biases, Trackio and MLflow. The trackers are accelerate's. A tracker that fails is left
+out, and the run goes on.
 """
 
 import math
@@ -72,7 +73,7 @@ class Trackers:
             tracker.store_init_configuration(plain(config))
 
     def log(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """Send the numbers of an iteration, and its preview where there is one."""
+        """Send the numbers and the preview of an iteration."""
         found = numbers(values)
         image = self.run / "samples" / f"step_{iteration:06d}.png"
         for name in list(self.open):
@@ -87,7 +88,10 @@ class Trackers:
             self._try(name, self.open[name].finish)
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
-        """Call a tracker, which is left out from then on where it fails."""
+        """Call a tracker.
+
+        A tracker that fails is left out from then on.
+        """
         try:
             work()
         except Exception as error:  # noqa: BLE001  # of any kind: no run ends because of a tracker
