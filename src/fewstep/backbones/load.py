@@ -254,9 +254,8 @@ def load_teacher(
     if not later_on:
         pipe.to(device)
     backbone = at_size(replace(backbone, source=str(source)), size)
-    if any(p.is_meta for n in networks(pipe) for p in n.parameters()):
+    if later_on:
         return backbone
-    pipe.to(device)
     try:
         require_runs(backbone)
     except UnfitError as error:
