@@ -79,6 +79,9 @@ def run_distill(
     if dry_run:
         print_dry_run(recipe, run)
         return
+    recipe.train.on(this_process().num_processes)
+    if recipe.warm_start is not None:
+        recipe.warm_start.train.on(this_process().num_processes, "warm_start.train")
     require_same(
         {"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
     )

@@ -191,6 +191,7 @@ def prepare(
     Raises ValueError for a training that cannot end well.
     """
     method = spec.method
+    spec.train.on(this_process().num_processes)  # refuse before the first encoding
     require_exportable(teacher, method)
     place_encoders(teacher, device_of(teacher.module))
     identity, cache = identity_of(teacher, spec.prompts), None if place is None else place / EMBEDDINGS

@@ -78,6 +78,10 @@ class TrainConfig:
     accumulate: Annotated[int, Range(1, MOST_BATCH)] = 1
     """Batches of an iteration, one after the other: the memory of one, the update of all."""
 
+    global_batch: Annotated[int, Range(1)] | None = None
+    """Samples of an iteration over all processes: train.accumulate follows from their number, and the training is the
+    same in any number of them; by default batch times accumulate times processes."""
+
     ema: Annotated[float, Range(0, 1, below=True)] = 0.98
     """Decay of the student's average; 0 is off."""
 
@@ -121,12 +125,36 @@ class TrainConfig:
                 "train.compile: got true with train.shard=true, which has not been made to work; "
                 "set one of them to false"
             )
+        if self.global_batch is not None and self.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate: got {self.accumulate} with train.global_batch={self.global_batch}, from which it "
+                "follows; set one of them alone"
+            )
         for option in ("decay", "lr_warmup"):
             if (got := getattr(self, option)) > self.iterations:
                 raise ValueError(
                     f"train.{option}: got {got}, allowed are whole numbers from 0 (off) to train.iterations "
                     f"({self.iterations})"
                 )
+
+    def on(self, processes: int, option: str = "train") -> "TrainConfig":
+        """Return the settings in so many processes.
+
+        `accumulate` follows from `global_batch`, which is then None. Raises ValueError for a `global_batch` that
+        the processes cannot share in equal batches.
+        """
+        if self.global_batch is None:
+            return self
+        count, rest = divmod(self.global_batch, self.batch * processes)
+        if rest:
+            share, uneven = divmod(self.global_batch, processes)
+            batch = max(k for k in range(1, min(self.batch, share or 1) + 1) if share % k == 0)
+            raise ValueError(
+                f"{option}.global_batch: got {self.global_batch}, allowed are multiples of {option}.batch={self.batch} "
+                f"times the number of processes, {processes}; "
+                + ("start a number of processes that divides it" if uneven else f"set {option}.batch={batch}")
+            )
+        return replace(self, accumulate=count, global_batch=None)
 
     def rates(self, share: bool) -> tuple[float, float]:
         """Return the learning rates of student and fake score."""
@@ -218,6 +246,7 @@ def distill(
     loss or gradient (the last checkpoint stays).
     """
     accelerator = Accelerator()
+    config = config.on(accelerator.num_processes)
     device, rank = device_of(roles.backbone.module), accelerator.process_index
     require_trajectories(method, paths is not None)
     if method.needs.images != (real is not None):
@@ -254,7 +283,7 @@ def distill(
     if several:
         require_same({"iterations": config.iterations, **settings})
     found = None if run is None else latest_checkpoint(run)
-    start = _resume(roles, optimizers, run, found, settings, batches, accelerator.num_processes)
+    start = _resume(roles, optimizers, run, found, settings, batches, config.batch)
     if several:
         require_same({"checkpoint": start})
     if found is not None:
@@ -509,7 +538,7 @@ def _resume(
     found: Found | None,
     settings: Mapping[str, Any],
     batches: int,
-    processes: int,
+    batch: int,
 ) -> int:
     """Restore the checkpoint that was found, and return the iteration.
 
@@ -520,8 +549,8 @@ def _resume(
     groups, state = found
     if (before := state.get("batches", batches)) != batches:
         raise ValueError(
-            f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; "
-            f"in {processes} process{'es' if processes > 1 else ''} set it to {before / processes:g}"
+            f"train.global_batch: run {run} takes {before} batches of {batch} an iteration, here it is {batches}; "
+            f"set it to {before * batch}, which is the same in any number of processes, and leave train.accumulate out"
         )
     require_unchanged(state.get("settings"), settings, str(run))
     place, names = (
