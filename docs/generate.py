@@ -328,8 +328,12 @@ def video() -> str:
 
 
 def cost() -> str:
-    """An iteration of the loop next to its bare network calls."""
-    return table(("roles", "time, bare calls = 1"), [(r["roles"], f"{r['ratio']:.2f}") for r in stored("step_cost")])
+    """An iteration of the loop next to its bare network calls, of the newest commit that was measured."""
+    newest = {r["roles"]: r for r in stored("step_cost") if "ratio" in r}
+    return table(
+        ("roles", "CPU time, bare calls = 1", "numbers a GPU is asked for", "copies a GPU is waited for"),
+        [(roles, f"{r['ratio']:.2f}", r["reads"], r["copies"]) for roles, r in newest.items()],
+    )
 
 
 # Settings.

@@ -42,6 +42,19 @@ def _check_local(host: object) -> None:
         pytest.fail(f"a test wants the network: {name}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rehearse", action="store_true", help="run the tests marked gpu on a CPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none."""
+    if torch.cuda.is_available() or config.getoption("--rehearse"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Replace the two ways out of this process: connecting, and looking up a name."""
     patch = pytest.MonkeyPatch()

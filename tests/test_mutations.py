@@ -89,8 +89,8 @@ MUTATIONS = {
     ),
     "TrajP's coordinates zero": Mutation(
         "src/fewstep/heads/head.py",
-        "return (curve.at(1 - self.schedule.fraction(t)) / curve.size.to(t.device)).float()",
-        "return 0 * (curve.at(1 - self.schedule.fraction(t)) / curve.size.to(t.device)).float()",
+        "return (curve.at(1 - self.schedule.fraction(t)) / self.curve_size.to(t.device)).float()",
+        "return 0 * (curve.at(1 - self.schedule.fraction(t)) / self.curve_size.to(t.device)).float()",
         "tests/heads/test_head.py",
     ),
     "sharded ranks one call short": Mutation(

@@ -52,6 +52,7 @@ from .student.pipeline import load
 from .student.student import Origin, Student, base_of, size_of
 from .training.lock import held_in_python
 from .training.loop import TrainConfig, require_updates
+from .training.precision import fix_workspace
 from .training.state import checkpoints
 from .words import in_python, python_words, told_in_python
 
@@ -126,6 +127,7 @@ def distill(
     Raises ValueError before anything is trained.
     """
     _require_kinds(teacher, method, train, roles, trajectories, watch)
+    fix_workspace(train.deterministic)
     folder = None if out is None else require_path(out, "out")
     networks = RolesConfig(lora=ROLES.get(method.name, {}).get("lora", True) is not False) if roles is None else roles
     if roles is None and networks.lora:

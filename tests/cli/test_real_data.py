@@ -59,7 +59,9 @@ def test_a_fine_tuned_teacher_is_a_teacher(
 
 
 @pytest.mark.slow
-def test_an_adversarial_run_stops_and_resumes(recipe: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adversarial_run_stops_and_resumes_bit_for_bit(
+    recipe: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gan = ("--set", "method.gan=0.1", "--set", f"data.source={images}", "--set", "train.checkpoint_every=2")
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/straight") == 0
     assert command(monkeypatch, "distill", recipe, *gan, "--out", "runs/parts", "--set", "train.iterations=3") == 0

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,11 +77,11 @@ def test_a_file_gives_the_student_that_its_folder_gives(
     )
     update, asked = loop._update, list[bool]()
 
-    def interrupt(*arguments: object) -> torch.Tensor:
-        if arguments[-1] == 1 and not asked:
+    def interrupt(*arguments: Any) -> torch.Tensor:
+        if arguments[-1].iteration == 1 and not asked:
             asked.append(True)
             os.kill(os.getpid(), signal.SIGINT)
-        return update(*arguments)  # type: ignore[arg-type]
+        return update(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_update", interrupt)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fewstep.core.schedule import EDM, VP, Flow, Schedule, diffuse, expand, transition
 
@@ -102,3 +103,16 @@ def test_expand_multiplies_per_sample() -> None:
     x = torch.ones(2, 3, 4, 4)
     assert expand(torch.tensor([1.0, 2.0], dtype=torch.float64), x).shape == (2, 1, 1, 1)
     assert expand(torch.tensor([1.0, 2.0], dtype=torch.float64), x).dtype == x.dtype
+
+
+def test_a_table_is_copied_to_a_device_once_and_never_from_a_fake_one() -> None:
+    schedule = VP(TABLE.alpha_bar)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(schedule.alpha(torch.zeros(3, dtype=torch.float64)), FakeTensor)
+    assert not schedule._levels
+    there = torch.zeros(3, dtype=torch.float64, device="meta")
+    schedule.alpha(there)
+    kept = schedule._levels[there.device]
+    schedule.sigma(there)
+    assert schedule._levels[there.device] is kept
+    assert "_levels" not in repr(schedule)

@@ -1,6 +1,5 @@
 """Heads: nothing at first, the same state always, and each with its own idea of what a correction may be."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,8 +24,10 @@ CURVE = Curve(
 SHAPE = (2, 4, 4)
 
 
-def head_of(kind: str, schedule: Schedule, moved: bool = True, shape: tuple[int, ...] = SHAPE) -> Head:
-    facts = Facts(CURVE, torch.full(shape, 0.3), 0.7, (timegrid.uniform(schedule, 4), timegrid.uniform(schedule, 2)))
+def head_of(
+    kind: str, schedule: Schedule, moved: bool = True, shape: tuple[int, ...] = SHAPE, curve: Curve = CURVE
+) -> Head:
+    facts = Facts(curve, torch.full(shape, 0.3), 0.7, (timegrid.uniform(schedule, 4), timegrid.uniform(schedule, 2)))
     head = make_head(kind, schedule, facts)
     if moved:
         with torch.no_grad():
@@ -157,8 +158,8 @@ def test_a_head_sees_where_its_step_is_on_the_curve() -> None:
     """With another curve, all else equal, the correction is another one."""
     schedule, x = tiny.TABLE, noise(tiny.TABLE)
     t, t_next = torch.full((3,), 749.0).double(), torch.full((3,), 499.0).double()
-    head, other = head_of("span", schedule), head_of("span", schedule)
-    other.facts = replace(other.facts, curve=Curve(CURVE.weights.flip(0), CURVE.shape.flip(0), CURVE.r2))
+    head = head_of("span", schedule)
+    other = head_of("span", schedule, curve=Curve(CURVE.weights.flip(0), CURVE.shape.flip(0), CURVE.r2))
     assert (head.place(t) - other.place(t)).abs().max() > 0.1
     apart = (
         head(denoise(schedule, x, t), t, t_next, SolverHistory(x)).x0

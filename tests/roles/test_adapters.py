@@ -1,7 +1,10 @@
 """LoRA on chosen layers, a switch that changes nothing else, and files that either fit or say so."""
 
+import copy
+
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fewstep.roles import adapters
@@ -234,3 +237,72 @@ def test_a_rank_fits_its_network() -> None:
 
     wide, narrow = nn.Sequential(nn.Linear(1024, 1024)), nn.Sequential(nn.Linear(16, 16))
     assert (adapters.fitting_rank(wide, ["0"]), adapters.fitting_rank(narrow, ["0"])) == (32, 4)
+
+
+class Deep(nn.Module):
+    """A network of so many layers that carry adapters."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("depth", [3, 300])
+def test_a_switch_costs_the_same_for_any_network(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Deep(depth).requires_grad_(False)
+    for i, name in enumerate(("student", "fake")):
+        adapters.add_adapter(module, name, 2, 2, [f"layers.{n}" for n in range(depth)], seed=i)
+        randomise(module, name, i)
+    layers, x, written = adapters.adapter_layers(module), torch.randn(2, 4), list[str]()
+
+    def outputs() -> dict[str | None, Tensor]:
+        found: dict[str | None, Tensor] = {}
+        for name in ("student", None, "fake", "student"):
+            adapters.switch(layers, name)
+            found[name] = module(x)
+        return found
+
+    asked = type(layers[0].lora_A)
+    looked, contains = list[str](), asked.__contains__
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "__setattr__", lambda self, name, value: written.append(name))
+        patched.setattr(asked, "__contains__", lambda self, name: looked.append(name) or contains(self, name))
+        for name in ("student", None, "fake", "student", None):
+            adapters.switch(layers, name)
+    assert not written and len(looked) <= 3
+    shared = outputs()
+    for name, value in shared.items():  # each layer told by itself, as PEFT keeps it
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [name] if name else ["student"], name is None
+        assert torch.equal(value, module(x))
+
+
+def test_an_adapter_that_comes_later_is_switched_by_those_who_came_before() -> None:
+    module = Deep(3).requires_grad_(False)
+    adapters.add_adapter(module, "student", 2, 2, ["layers.1"], seed=0)
+    randomise(module, "student", 0)
+    before, x = adapters.adapter_layers(module), torch.randn(2, 4)
+    adapters.switch(before, None)
+    plain = module(x)
+    adapters.switch(before, "student")
+    own = module(x)
+    adapters.add_adapter(module, "student_2", 2, 2, ["layers.0", "layers.1"], seed=1)
+    randomise(module, "student_2", 1)
+    after = adapters.adapter_layers(module)
+    adapters.switch(after, "student_2")
+    other = module(x)
+    adapters.switch(before, "student")
+    assert torch.equal(module(x), own)
+    adapters.switch(after, "student_2")
+    assert torch.equal(module(x), other)
+    adapters.switch(before, None)
+    assert torch.equal(module(x), plain)
+    apart = copy.deepcopy(module)
+    adapters.switch([m for m in apart.modules() if isinstance(m, LoraLayer)], "student")
+    assert torch.equal(apart(x), own)
+    assert torch.equal(module(x), plain)

@@ -13,11 +13,12 @@ from fewstep.cli.distill import drawing_of
 from fewstep.core.guidance import Guidance
 from fewstep.core.solvers import State
 from fewstep.data.prompts import embed
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.methods.method import Method
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.runs import preview
-from fewstep.runs.preview import Preview, labelled
+from fewstep.runs.preview import Drawing, Preview, labelled
 from fewstep.runs.recipe import DistillRecipe
 from fewstep.training.monitor import drift
 
@@ -153,3 +154,21 @@ def test_clips_are_judged_by_their_motion() -> None:
     assert images.shape == (2, 3, 8, 5 * 8) and teacher.motion == pytest.approx(float(moving.diff(dim=1).abs().mean()))
     still = shown._looked(moving[:, :1].expand_as(moving))[1]
     assert any("2 of 2 clips stand still" in line for line in drift(still, teacher))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_networks_compute_in_the_training_s_precision_and_the_decoder_as_ever(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {"network": set(), "decoder": set()}
+    teacher = tiny.stable_diffusion()
+    roles = make_roles(teacher, RolesConfig(rank=2))
+    teacher.module.register_forward_pre_hook(lambda *_: seen["network"].add(torch.is_autocast_enabled("cpu")))
+    teacher.pipe.vae.decoder.register_forward_pre_hook(lambda *_: seen["decoder"].add(torch.is_autocast_enabled("cpu")))
+    method = DistributionMatching(steps=2)
+    drawing = Drawing(method, 2, teacher_steps=2, precision=precision)  # type: ignore[arg-type]
+    shown = Preview(drawing, teacher, embed(teacher, tiny.WORDS, None, "x"), None)
+    shown.show(roles, 1, method)
+    shown.compare(roles, method)
+    assert seen == {"network": {precision == "bf16"}, "decoder": {False}}
+    assert {layer.cast_input_dtype_enabled for layer in roles.layers} <= {True}

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.data.prompts import embed
+from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.compiling import Compiled
-from fewstep.training.loop import TrainConfig
+from fewstep.training.loop import TrainConfig, distill
 
+from .. import pipelines, tiny
 from .common import CONFIG, METHOD, metrics, parts, run
 
 COMPILED = replace(CONFIG, compile=True)
@@ -92,3 +95,43 @@ def test_compiled_for_real_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     for p, q in zip(resumed.trained["student"].values(), straight.trained["student"].values(), strict=True):
         assert torch.equal(p, q)
     assert METHOD.warmup < 4
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (lambda: tiny.pipeline().unet, {"ResnetBlock2D", "BasicTransformerBlock"}),
+        (lambda: pipelines.pixart().transformer, {"BasicTransformerBlock"}),
+        (lambda: pipelines.sd3().transformer, {"JointTransformerBlock"}),
+        (lambda: tiny.Net(), set()),
+    ],
+)
+def test_the_innermost_blocks_that_are_repeated_are_compiled(
+    network: Callable[[], nn.Module], expected: set[str]
+) -> None:
+    whole = network()
+    compiled = Compiled([whole, whole], torch.device("cpu"))
+    assert {type(part).__name__ for part in compiled.parts} == (expected or {type(whole).__name__})
+    inner = {id(m) for part in compiled.parts for m in part.modules() if m is not part}
+    assert not inner & {id(part) for part in compiled.parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_network_of_compiled_blocks_is_the_same_training(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = partial(torch.compile, backend="aot_eager")
+    found = []
+    for config in (replace(CONFIG, iterations=4), replace(COMPILED, iterations=4)):
+        backbone = tiny.stable_diffusion()
+        roles = make_roles(backbone, RolesConfig(rank=2, checkpointing=checkpointing))
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "compile", lambda call, dynamic: traced(call, dynamic=dynamic))
+            steps = list(distill(roles, METHOD, embed(backbone, tiny.WORDS, None, "tiny"), config))
+        found.append((roles, metrics(steps)))
+    (plain, expected), (compiled, got) = found
+    for (_, a), (_, b) in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    for name, p in compiled.trained["student"].items():
+        torch.testing.assert_close(p, plain.trained["student"][name], rtol=1e-3, atol=1e-5)

@@ -37,7 +37,7 @@ def test_it_learns_and_leaves_a_plain_network(tmp_path: Path, share: bool) -> No
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_stopped_and_resumed_it_is_the_same_teacher(tmp_path: Path, share: bool) -> None:
+def test_stopped_and_resumed_it_is_the_same_teacher_bit_for_bit(tmp_path: Path, share: bool) -> None:
     straight, resumed = tiny.denoiser(), tiny.denoiser()
     how = RolesConfig(lora=share, rank=4)
     list(finetune(straight, data(straight), how, CONFIG, tmp_path / "straight"))

@@ -283,7 +283,7 @@ def test_resumed_is_straight_bit_for_bit(tmp_path: Path, share: bool, stop: int)
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_process_goes_on_from_its_last_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     """No farewell: the generator is never closed, as when the process dies, and iteration 4 is done again."""
     _, straight = run()
     roles, data = parts()

@@ -6,6 +6,7 @@ Prediction types, autoencoders, layers for a discriminator, loading.
 import inspect
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -396,8 +397,32 @@ def set_checkpointing(network: nn.Module, run: Callable[..., Any] | None) -> Non
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """Return the blocks in which a network's weights are sharded.
 
-    Inner blocks first. Blocks are the modules that diffusers keeps together, or else the elements of the
-    outermost module lists. Raises ValueError where there are none.
+    Inner blocks first; see `_blocks`. Raises ValueError where there are none.
+    """
+    if not (found := _blocks(network)):
+        raise ValueError(
+            f"train.shard: a {type(network).__name__} has no blocks (the elements of an nn.ModuleList) "
+            "to spread; set it to false"
+        )
+    return found[::-1]
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the innermost blocks of the classes that a network repeats.
+
+    Blocks of one class are compiled once. Empty where no class occurs twice.
+    """
+    found = _blocks(network)
+    known = {id(b) for b in found}
+    innermost = [b for b in found if not any(id(part) in known for part in b.modules() if part is not b)]
+    counts = Counter(type(b) for b in innermost)
+    return [b for b in innermost if counts[type(b)] > 1]
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that diffusers keeps together, outer blocks first.
+
+    Otherwise the elements of the outermost module lists.
     """
     kinds = (network._no_split_modules or ()) if isinstance(network, ModelMixin) else ()
     found = [m for m in network.modules() if type(m).__name__ in kinds and m is not network]
@@ -405,12 +430,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
         lists = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.ModuleList)]
         outer = [m for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
         found = [block for m in outer for block in m if next(block.parameters(), None) is not None]
-    if not found:
-        raise ValueError(
-            f"train.shard: a {type(network).__name__} has no blocks (the elements of an nn.ModuleList) "
-            "to spread; set it to false"
-        )
-    return found[::-1]
+    return found
 
 
 def unet_features(unet: nn.Module) -> tuple[str, ...]:

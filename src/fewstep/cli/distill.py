@@ -40,6 +40,7 @@ from ..training.loop import Step, default_device, distill, require_trajectories,
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
+from ..training.precision import fix_workspace
 from ..training.state import checkpoints, latest_checkpoint
 from .before import look_before, look_in_dry_run
 from .best import Best, measured_by
@@ -73,6 +74,7 @@ def run_distill(
     check_measures(recipe)
     run = out or Path("runs") / recipe.name
     require(place_checks(run), "--out")
+    fix_workspace(any(part.train.deterministic for part in (recipe, recipe.warm_start) if part is not None))
     note_shadowed(recipe.teacher)
     if recipe.warm_start is not None and recipe.init_from is not None:
         raise ValueError("init_from: the recipe has a warm_start, whose student is continued; leave one of the two out")
@@ -283,7 +285,13 @@ Keep = Callable[[Best, float], list[str]]  # (a preview's quality, seconds so fa
 
 def drawing_of(recipe: DistillRecipe) -> Drawing:
     """Return what the previews of a recipe's run sample."""
-    return Drawing(recipe.method, recipe.train.batch, recipe.preview.teacher_steps, recipe.preview.seed)
+    return Drawing(
+        recipe.method,
+        recipe.train.batch,
+        recipe.preview.teacher_steps,
+        recipe.preview.seed,
+        recipe.train.precision,
+    )
 
 
 def training(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .prediction import Split
 from .schedule import Schedule
-from .solvers import DDIM, Correction, Denoise, Solver, SolverHistory, SolverStep, step
+from .solvers import DDIM, Correction, Denoise, Solver, SolverHistory, SolverStep, at_time, step
 
 DenoiseRows = Callable[[slice], Denoise]  # rows of the batch -> denoiser under their conditions
 
@@ -24,29 +24,35 @@ def segment_starts(
     solver: Solver = DDIM,
     correct: Correction | None = None,
     calls: int = 0,
+    first: DenoiseRows | None = None,
 ) -> tuple[Tensor, SolverHistory]:
     """Return the states at the noisy end of each sample's segment.
 
     Returns `x_{t_{m+1}}` [B, ...] and the samples' history, both without gradient. Multistep solvers and
     corrections need the history for the next step.
 
-    x [B, ...] at times[0]; segments [B], sorted ascending; segment 0 starts from noise. Only samples with
+    x [B, ...] at times[0]; segments [B], sorted ascending; segment 0 starts from noise. Times and segments are
+    on the CPU, because segments decide how many samples a step has. Only samples with
     steps left are evaluated, so a batch spread evenly over K segments costs `(K - 1)/2` network calls per
     sample, not `K - 1`. With `calls`, one-sample dummy calls pad the rollout to a fixed number of forward
-    passes, as FSDP requires.
+    passes, as FSDP requires. `first` denoises at pure noise, if another does.
     """
+
+    def denoiser(k: int) -> DenoiseRows:
+        return denoise_rows if k or first is None else first
+
     x, noise = x.clone(), x / schedule.start_std
     steps = [_no_step(schedule, x) for _ in range(solver.memory if correct is None else len(times) - 2)]
     with torch.no_grad():
         for k in range(int(segments.max())):
             rows = slice(int((segments <= k).sum()), None)
-            t, t_next = (s.to(x.device).expand(len(x[rows])) for s in (times[k], times[k + 1]))
-            pred, history = denoise_rows(rows)(x[rows].clone(), t), _rows(SolverHistory(noise, steps), rows)
+            t, t_next = (at_time(s, x[rows]) for s in (times[k], times[k + 1]))
+            pred, history = denoiser(k)(rows)(x[rows].clone(), t), _rows(SolverHistory(noise, steps), rows)
             x[rows], done = step(solver, schedule, pred, t, t_next, history, correct)
             for older, newer in zip(steps[::-1], [*history.steps[-2::-1], done] if steps else [], strict=True):
                 _put(older, rows, newer)
         for k in range(int(segments.max()), calls):
-            denoise_rows(slice(0, 1))(x[:1], times[k].to(x.device).expand(1))
+            denoiser(k)(slice(0, 1))(x[:1], at_time(times[k], x[:1]))
     return x, SolverHistory(noise, steps)
 
 

@@ -3,11 +3,12 @@
 All times and coefficients are float64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config_fields import POSITIVE, Range, check_fields
 
@@ -129,6 +130,10 @@ class VP:
     """
 
     alpha_bar: Tensor
+    # alpha and sigma [T + 1] from clean data on, by device: a copy to a GPU at every use would stall it.
+    _levels: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         try:
@@ -165,15 +170,20 @@ class VP:
     def start_std(self) -> float:
         return 1.0
 
-    def _alpha_bar(self, t: Tensor) -> Tensor:
-        table = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar.double().cpu()]).to(t.device)
-        return table[(t + 1).round().long()]
+    def _level(self, which: int, t: Tensor) -> Tensor:
+        held = self._levels.get(t.device)
+        if held is None:
+            table = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar.double().cpu()])
+            held = (table.sqrt().to(t.device), (1 - table).sqrt().to(t.device))
+            if not isinstance(held[0], FakeTensor):  # fake tensors end with their mode
+                self._levels[t.device] = held
+        return held[which][(t + 1).round().long()]
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._alpha_bar(t).sqrt()
+        return self._level(0, t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (1 - self._alpha_bar(t)).sqrt()
+        return self._level(1, t)
 
     def at(self, u: Tensor) -> Tensor:
         return len(self.alpha_bar) * u.double() - 1

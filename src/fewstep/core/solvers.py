@@ -151,11 +151,21 @@ def ipndm(
         return pred
     steps = steps[:3]
     seen = torch.stack([s.t > t for s in steps]).sum(0)
-    table = torch.tensor(ADAMS_BASHFORTH, dtype=torch.float64, device=t.device)[seen]
     noises = [pred.eps, *(s.pred.eps for s in steps)]
-    change = sum((expand(table[:, i], e) * e for i, e in enumerate(noises)), start=-pred.eps)
-    ratio = torch.where(seen > 0, schedule.sigma(t) / schedule.alpha(t), torch.zeros_like(table[:, 0]))
+    change = sum((expand(_adams_bashforth(seen, i), e) * e for i, e in enumerate(noises)), start=-pred.eps)
+    ratio = torch.where(seen > 0, schedule.sigma(t) / schedule.alpha(t), 0.0)
     return Split(pred.x0 - expand(ratio, change) * change, pred.eps + change)
+
+
+def _adams_bashforth(seen: Tensor, i: int) -> Tensor:
+    """Return the coefficient of the i-th newest eps for every sample's number of past steps.
+
+    `seen` [B]; returns [B], float64. A table would have to be copied to the device at every step.
+    """
+    found = torch.full(seen.shape, ADAMS_BASHFORTH[0][i], dtype=torch.float64, device=seen.device)
+    for n, row in enumerate(ADAMS_BASHFORTH[1:], 1):
+        found = found.masked_fill(seen == n, row[i])
+    return found
 
 
 def renoise(
@@ -237,6 +247,14 @@ def step(
     return ddim_step(schedule, used, t_next), SolverStep(t, pred, used)
 
 
+def at_time(t: Tensor, x: Tensor) -> Tensor:
+    """Return one time of the host for every sample of x.
+
+    `[] -> [B]`, on the device of x. The device is told the number: it neither waits for a copy nor is waited for.
+    """
+    return torch.full((len(x),), float(t), dtype=t.dtype, device=x.device)
+
+
 def sample(
     denoise: Denoise,
     schedule: Schedule,
@@ -247,14 +265,14 @@ def sample(
 ) -> Iterator[State]:
     """Yield the K + 1 states of a trajectory.
 
-    The solver integrates down `times [K + 1]` from `x [B, ...]`, with one network call per step.
+    The solver integrates down `times [K + 1]`, on the CPU, from `x [B, ...]`, with one network call per step.
     """
-    t = times[0].to(x.device).expand(len(x))
+    t = at_time(times[0], x)
     history = SolverHistory(x / schedule.start_std)
     keep = solver.memory if correct is None else len(times)
     yield State(t, x, None)
-    for t_next in times[1:]:
-        t_next = t_next.to(x.device).expand(len(x))
+    for end in times[1:]:
+        t_next = at_time(end, x)
         x, done = step(solver, schedule, denoise(x, t), t, t_next, history, correct)
         history, t = SolverHistory(history.noise, (done, *history.steps)[:keep]), t_next
         yield State(t, x, done.pred.x0 if correct is None else done.used.x0)
@@ -281,20 +299,25 @@ def total_nfe(steps: int, per_step: int = 1, analytic: bool = False) -> int:
     return per_step * (steps - analytic)
 
 
-def with_analytic_first_step(denoise: Denoise, schedule: Schedule, always: bool = False) -> Denoise:
+def with_analytic_first_step(
+    denoise: Denoise, schedule: Schedule, always: bool = False, noisy: Tensor | None = None
+) -> Denoise:
     """Return `denoise` with an analytic first step.
 
     At pure noise the `analytic_direction` replaces the network's prediction, and the network is not called.
     If only part of the batch is at t_max, the network is called for the whole batch, and the prediction is
     used for the other samples. `always` forces the call, which sharded networks need.
+
+    `noisy` says on the CPU which samples are at t_max, for a caller who knows: a device need not be asked.
     """
 
     def first(x: Tensor, t: Tensor) -> Split:
         free = t >= schedule.t_max
-        if not bool(free.any()):
+        known = free if noisy is None else noisy
+        if not bool(known.any()):
             return denoise(x, t)
         own = analytic_direction(schedule, x, t)
-        if bool(free.all()) and not always:
+        if bool(known.all()) and not always:
             return own
         return Split(*(torch.where(expand(free, x) > 0, a, b) for a, b in zip(own, denoise(x, t), strict=True)))
 
@@ -308,11 +331,11 @@ def heun(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> Iter
     into clean data, costs one. The step from noise without signal, where these coordinates do not exist, also
     costs one: that step follows the prediction at the noisy end, which does not lower the order.
     """
-    t = times[0].to(x.device).expand(len(x))
+    t = at_time(times[0], x)
     yield State(t, x, None)
     for start, end in pairwise(times):
         halved = float(schedule.alpha(start[None])) > SIGNAL and bool(end > times[-1])
-        t_next = end.to(x.device).expand(len(x))
+        t_next = at_time(end, x)
         pred = denoise(x, t)
         x_next = ddim_step(schedule, pred, t_next)
         x0 = pred.x0

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..atomic import SHA256, read_hashed, write_rows
-from ..backbones.base import Backbone
+from ..backbones.base import Backbone, rows
 from ..methods.method import RealBatch
+from ..transfer import all_sent, sent
 from .captioned import OPTION, Captioned, read_images
 from .image_files import in_colour, opened, squared
 from .prompts import Embeddings, Kept, embed, ignore
@@ -45,8 +46,8 @@ class ImageData:
 
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> RealBatch:
         """Draw a random batch, each image with the image's own caption."""
-        rows = torch.randint(len(self), (batch,), generator=rng)
-        return RealBatch(self.x0[rows].to(device), {k: v[rows].to(device) for k, v in self.embeddings.cond.items()})
+        drawn = torch.randint(len(self), (batch,), generator=rng)
+        return RealBatch(sent(self.x0[drawn], device), all_sent(rows(self.embeddings.cond, drawn), device))
 
 
 def encode_images_of(

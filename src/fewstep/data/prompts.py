@@ -16,6 +16,7 @@ from torch import Tensor
 from ..atomic import SHA256, read_hashed, write_rows
 from ..backbones.base import Backbone, Cond, rows
 from ..backbones.modules import dtype_of
+from ..transfer import all_sent
 from .texts import COLUMNS, Found, json_lines, lines, printable, read_text, table, text_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -133,8 +134,8 @@ class Embeddings:
 
     def draw(self, batch: int, rng: torch.Generator, device: torch.device) -> Cond:
         """Draw the conditions of `batch` random prompts."""
-        rows = torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu()
-        return {k: v[rows].to(device) for k, v in self.cond.items()}
+        drawn = torch.randint(self.count, (batch,), generator=rng, device=rng.device).cpu()
+        return all_sent(rows(self.cond, drawn), device)
 
     def take(self, of: Tensor, key: str) -> "Embeddings":
         """Return the conditions of the prompts with indices `of [N]`.

@@ -29,6 +29,7 @@ from ..methods.method import TrajectoryBatch
 from ..names import require_path
 from ..processes import barrier, this_process
 from ..reading import read_json, reading, reason, require_regular
+from ..transfer import all_sent, sent
 from ..typed import typed
 from ..words import speaks_python
 from .prompts import Embeddings
@@ -197,9 +198,7 @@ class Trajectories:
         """Draw a random batch, each trajectory with its own condition."""
         picked = torch.randint(len(self.states), (batch,), generator=rng)
         return TrajectoryBatch(
-            self.states[picked].to(device),
-            self.times,
-            {k: v[picked].to(device) for k, v in self.embeddings.cond.items()},
+            sent(self.states[picked], device), self.times, all_sent(rows(self.embeddings.cond, picked), device)
         )
 
 

@@ -11,7 +11,7 @@ weights on these.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -83,11 +83,16 @@ class Head(nn.Module, ABC):
     """
 
     centre: Tensor
+    curve_weights: Tensor  # the curve on the head's device; files have it from the facts
+    curve_shape: Tensor
+    curve_size: Tensor
 
     def __init__(self, schedule: Schedule, facts: Facts) -> None:
         super().__init__()
         self.schedule, self.facts = schedule, facts
         self.register_buffer("centre", facts.centre.float())
+        for name in ("weights", "shape", "size"):
+            self.register_buffer(f"curve_{name}", getattr(facts.curve, name), persistent=False)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -124,8 +129,8 @@ class Head(nn.Module, ABC):
 
         Each coordinate is divided by the coordinate's largest value.
         """
-        curve = self.facts.curve
-        return (curve.at(1 - self.schedule.fraction(t)) / curve.size.to(t.device)).float()
+        curve = replace(self.facts.curve, weights=self.curve_weights, shape=self.curve_shape)
+        return (curve.at(1 - self.schedule.fraction(t)) / self.curve_size.to(t.device)).float()
 
     def places(self, t: Tensor, t_next: Tensor) -> Tensor:
         """Return the curve's coordinates at both ends of a step, [B, 6]."""
@@ -172,11 +177,9 @@ class SpanHead(Head):
         values, there, lengths, times = tokens
         unit = values.flatten(2).float() / (self.facts.spread * values[0, 0].numel() ** 0.5)
         cosines = nn.functional.pad(torch.einsum("bnd,bmd->bnm", unit, unit[:, :3]), (0, max(0, 3 - unit.shape[1])))
-        kind = (
-            nn.functional.one_hot(torch.arange(values.shape[1], device=t.device).clamp(max=2), 3)
-            .float()
-            .expand(len(t), -1, -1)
-        )
+        # Centred x0, starting noise, or an earlier estimate. `one_hot` would ask some devices for the largest class.
+        place = torch.arange(values.shape[1], device=t.device).clamp(max=2)[:, None]
+        kind = (place == torch.arange(3, device=t.device)).float().expand(len(t), -1, -1)
         step = self.places(t, t_next)[:, None].expand(-1, values.shape[1], -1)
         visited = torch.stack([self.place(s) for s in times], 1)
         h = self.each(torch.cat([torch.log(lengths + SMALL)[..., None], cosines, kind, step, visited], 2).detach())

@@ -20,6 +20,7 @@ from ..core.schedule import diffuse
 from ..core.solvers import SOLVERS, ddim_step
 from ..objectives.regression import REGRESSION_LOSSES, consistency_function
 from ..roles.roles import Roles
+from ..transfer import sent
 from ..words import speaks_python
 from .method import MOST_STEPS, Loss, Method, Needs, TrainBatch
 from .names import require_name
@@ -96,8 +97,8 @@ def consistency_loss(method: ConsistencyDistillation, roles: Roles, batch: Train
     """
     assert batch.images is not None
     schedule, rng, (x_0, cond) = roles.backbone.schedule, batch.rng, batch.images
-    scale = draw_scale(method.condition_values or (method.guidance.scale,), rng)
-    times = timegrid.uniform(schedule, method.solver_steps, method.shift).to(rng.device)
+    scale = draw_scale(method.condition_values or (method.guidance.scale,), batch.host_rng)
+    times = sent(timegrid.uniform(schedule, method.solver_steps, method.shift), rng.device)
     n = torch.randint(method.solver_steps, (batch.batch,), generator=rng, device=rng.device)
     t, s = times[n], times[n + 1]
     x_t = diffuse(schedule, x_0, t, torch.randn(x_0.shape, generator=rng, device=rng.device))

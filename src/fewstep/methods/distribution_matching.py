@@ -32,6 +32,7 @@ from ..objectives.matched_state import MatchedState
 from ..objectives.regression import REGRESSION_LOSSES
 from ..objectives.reverse_kl import SURROGATE_LOSSES
 from ..roles.roles import Role, Roles
+from ..transfer import sent
 from ..words import speaks_python
 from .method import (
     Loss,
@@ -274,7 +275,7 @@ class NoisedSample(NamedTuple):
 
     cond: Cond
     steps: int  # K of this iteration
-    segment: Tensor  # [B] 0 .. K-1, 0 starts from noise
+    segment: Tensor  # [B] 0 .. K-1, ascending, 0 starts from noise; on the CPU
     t: Tensor  # [B] time of x_m: the landing time, or the time of clean data
     tau: Tensor  # [B]
     landed: Tensor  # state where the step ends
@@ -293,15 +294,16 @@ def draw(
     with_gradient: bool,
     steps: int | None = None,
     init_noise: Tensor | None = None,
+    host: torch.Generator | None = None,
 ) -> NoisedSample:
     """Draw a noised sample: roll out, step and diffuse.
 
-    Steps 1 to 3 of algorithm 1. The draw is deterministic given `rng`; `init_noise` [B, ...] replaces the
-    initial noise.
+    Steps 1 to 3 of algorithm 1. The draw is deterministic given `rng` and `host`, which draws what the CPU needs
+    (default: `rng`); `init_noise` [B, ...] replaces the initial noise.
     """
-    schedule, shape = roles.backbone.schedule, roles.backbone.shape
-    steps = steps or draw_count(method.steps, rng)
-    times = method.times(schedule, steps).to(rng.device)
+    schedule, shape, host = roles.backbone.schedule, roles.backbone.shape, host or rng
+    steps = steps or draw_count(method.steps, host)
+    times = method.times(schedule, steps)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=rng, device=rng.device)
@@ -310,17 +312,25 @@ def draw(
     x = noise(torch.empty((batch, *shape))) * schedule.start_std if init_noise is None else init_noise
     # Without a head, an analytic first step has nothing to train.
     untrained = int(method.analytic_first_step and roles.head is None)
-    segment = untrained + timegrid.draw_segments(batch, steps - untrained, rng)
+    segment = untrained + timegrid.draw_segments(batch, steps - untrained, host).cpu()
     student = partial(student_of, method, roles, steps=steps)
+    some, none = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
     calls = steps - 1 if roles.sharded else 0  # as many calls as any process may need
     start, history = segment_starts(
-        lambda r: student(rows(cond, r)), schedule, x, times, segment, solver, roles.head, calls
+        lambda r: student(rows(cond, r), noisy=none),
+        schedule,
+        x,
+        times,
+        segment,
+        solver,
+        roles.head,
+        calls,
+        lambda r: student(rows(cond, r), noisy=some),
     )
-    high, landing = times[segment], times[segment + 1]
+    high, landing = sent(torch.stack([times[segment], times[segment + 1]]), x.device)
     with torch.set_grad_enabled(with_gradient):
-        landed, done = step(
-            solver, schedule, student(cond, always=roles.sharded)(start, high), high, landing, history, roles.head
-        )
+        denoise = student(cond, always=roles.sharded, noisy=segment == 0)
+        landed, done = step(solver, schedule, denoise(start, high), high, landing, history, roles.head)
         clean, x0 = method.match.state == "clean", done.pred.x0 if roles.head is None else done.used.x0
         x_m = x0 if clean else landed
     tau = _draw_tau(method, schedule, landing, high, rng)
@@ -413,8 +423,10 @@ def matching_losses(method: DistributionMatching, roles: Roles, batch: TrainBatc
     schedule, row, rng = roles.backbone.schedule, roles.backbone.row, batch.rng
     warming_up, walk = batch.iteration < method.warmup, batch.trajectories
     cond, init_noise = (batch.cond, None) if walk is None else (walk.cond, walk.states[:, 0])
-    steps = batch.steps or draw_count(method.steps, rng)
-    drawn = partial(draw, method, roles, cond, batch.batch, rng, steps=steps, init_noise=init_noise)
+    steps = batch.steps or draw_count(method.steps, batch.host_rng)
+    drawn = partial(
+        draw, method, roles, cond, batch.batch, rng, steps=steps, init_noise=init_noise, host=batch.host_rng
+    )
     fake = roles.denoise("fake", cond, steps)
     shared = method.fake.share_noised_sample
 
@@ -466,10 +478,9 @@ def regression_loss(method: DistributionMatching, schedule: Schedule, d: NoisedS
     `mean |x - x_teacher|` where the student's steps land; the teacher's trajectories start from the same
     noise.
     """
-    passed = (walk.times.to(d.t)[None] - method.times(schedule, d.steps).to(d.t)[d.segment + 1, None]).abs().argmin(1)
-    return REGRESSION_LOSSES["l1"](
-        d.landed, walk.states[torch.arange(len(passed), device=passed.device), passed]
-    ).mean()
+    passed = (walk.times[None] - method.times(schedule, d.steps)[d.segment + 1, None]).abs().argmin(1)
+    of, passed = sent(torch.stack([torch.arange(len(passed)), passed]), d.landed.device)
+    return REGRESSION_LOSSES["l1"](d.landed, walk.states[of, passed]).mean()
 
 
 def _gaps(method: DistributionMatching, d: NoisedSample, f_fake: Tensor, f_teacher: Tensor) -> dict[str, Tensor]:
@@ -480,5 +491,7 @@ def _gaps(method: DistributionMatching, d: NoisedSample, f_fake: Tensor, f_teach
     """
     gap = (f_fake - f_teacher).detach().square().flatten(1).mean(1)
     count = f"{d.steps}_" if len(method.counts) > 1 else ""
-    of = [(k, (d.segment == k).to(gap)) for k in range(d.steps) if bool((d.segment == k).any())]
-    return {f"gap_{count}{k}": ((gap * here).sum() / here.sum()).sqrt() for k, here in of}
+    drawn = torch.unique(d.segment)
+    here = sent((d.segment == drawn[:, None]).to(gap.dtype), gap.device)
+    means = ((gap * here).sum(1) / here.sum(1)).sqrt()
+    return {f"gap_{count}{k}": mean for k, mean in zip(drawn.tolist(), means, strict=True)}

@@ -32,7 +32,7 @@ class RealBatch(NamedTuple):
 class TrajectoryBatch(NamedTuple):
     """A batch of the teacher's trajectories.
 
-    States [B, J, ...] at times [J], from noise to data, with conditions.
+    States [B, J, ...] at times [J] on the CPU, from noise to data, with conditions.
     """
 
     states: Tensor
@@ -43,7 +43,8 @@ class TrajectoryBatch(NamedTuple):
 class TrainBatch(NamedTuple):
     """Inputs of one training iteration.
 
-    `rng` is on the network's device. `images` and `trajectories` are None unless the method needs them.
+    `rng` is on the network's device; on a CPU it is `host` as well. `images` and `trajectories` are None unless the
+    method needs them.
     """
 
     iteration: int  # from 0
@@ -56,6 +57,15 @@ class TrainBatch(NamedTuple):
     trajectories: TrajectoryBatch | None = None
     # K of this iteration, the same for all batches and processes; None: the method draws K.
     steps: int | None = None
+    host: torch.Generator | None = None  # on the CPU, for numbers that the CPU needs; None: `rng`
+
+    @property
+    def host_rng(self) -> torch.Generator:
+        """Generator of numbers that the CPU needs, e.g. for shapes.
+
+        Drawn on a GPU, such a number would make the CPU wait for all that the GPU has to do before.
+        """
+        return self.rng if self.host is None else self.host
 
 
 class Loss(NamedTuple):
@@ -216,14 +226,17 @@ def student_of(
     steps: int | None = None,
     guidance: float | None = None,
     always: bool = False,
+    noisy: Tensor | None = None,
 ) -> Denoise:
     """Return the student's denoiser as the method samples the student.
 
-    The student is conditioned on a step count or guidance scale (default: the first). `always`: see
+    The student is conditioned on a step count or guidance scale (default: the first). `always`, `noisy`: see
     `core.solvers.with_analytic_first_step`.
     """
     denoise = roles.denoise("student", cond, steps if method.condition_on == "steps" else guidance)
-    return with_analytic_first_step(denoise, roles.backbone.schedule, always) if method.analytic_first_step else denoise
+    if not method.analytic_first_step:
+        return denoise
+    return with_analytic_first_step(denoise, roles.backbone.schedule, always, noisy)
 
 
 def require_analytic_first_step(method: Method) -> None:

@@ -17,6 +17,7 @@ from ..core.solvers import Denoise, ddim_step
 from ..core.weighting import WEIGHTINGS
 from ..objectives.regression import REGRESSION_LOSSES, landing_target
 from ..roles.roles import Roles
+from ..transfer import sent
 from ..words import speaks_python
 from .method import MOST_STEPS, Loss, Method, Needs, TrainBatch
 from .names import require_name
@@ -92,9 +93,9 @@ def progressive_loss(method: ProgressiveDistillation, roles: Roles, batch: Train
     guided = roles.teacher(cond, batch.null, method.guidance)
     before: Denoise = roles.denoise("fake", cond) if stage else guided
     steps = method.counts[0] * 2 ** (method.stages - 1 - stage)
-    fine = timegrid.uniform(schedule, 2 * steps, method.shift).to(rng.device)
-    segment = timegrid.draw_segments(batch.batch, steps, rng)
-    high, middle, low = fine[2 * segment], fine[2 * segment + 1], fine[2 * segment + 2]
+    fine = timegrid.uniform(schedule, 2 * steps, method.shift)
+    segment = timegrid.draw_segments(batch.batch, steps, batch.host_rng).cpu()
+    high, middle, low = sent(torch.stack([fine[2 * segment + i] for i in range(3)]), rng.device)
     x = diffuse(schedule, x_0, high, torch.randn(x_0.shape, generator=rng, device=rng.device))
     with torch.no_grad():
         x_middle = ddim_step(schedule, before(x, high), middle)

@@ -16,7 +16,7 @@ import torch
 
 from ..config_fields import OneOf
 from ..core.prediction import Split
-from ..core.solvers import SOLVERS, SolverHistory, SolverStep, sample, solver_named, step
+from ..core.solvers import SOLVERS, SolverHistory, SolverStep, at_time, sample, solver_named, step
 from ..heads.head import KINDS
 from ..objectives.regression import REGRESSION_LOSSES
 from ..roles.roles import Roles
@@ -78,7 +78,9 @@ class TrajectoryImitation(Method):
 
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         assert batch.trajectories is not None
-        return imitate(self, roles, batch.trajectories, batch.steps or draw_count(self.steps, batch.rng), self.loss)
+        return imitate(
+            self, roles, batch.trajectories, batch.steps or draw_count(self.steps, batch.host_rng), self.loss
+        )
 
 
 def imitate(
@@ -89,11 +91,11 @@ def imitate(
     Each step starts from the student's state, not the teacher's, and has no gradient through earlier steps.
     """
     schedule, solver, (states, known, cond) = roles.backbone.schedule, solver_named(method.solver), walk
-    student = student_of(method, roles, cond, count)
     x = states[:, 0]
     history = SolverHistory(x / schedule.start_std)
     for start, end in pairwise(method.times(schedule, count)):
-        t, t_next = (s.to(x.device).expand(len(x)) for s in (start, end))
+        student = student_of(method, roles, cond, count, noisy=start >= schedule.t_max)
+        t, t_next = at_time(start, x), at_time(end, x)
         landed, done = step(solver, schedule, student(x, t), t, t_next, history, roles.head)
         goal = states[:, int((known - end).abs().argmin())]
         value = REGRESSION_LOSSES[loss](landed, goal).mean()
@@ -109,7 +111,7 @@ def absorb_head(method: Method, roles: Roles, batch: TrainBatch) -> Iterator[Los
     same noise; the teacher is not used. The student's average serves as the student with the head, because
     the average does not move before the method's own first update.
     """
-    schedule, count = roles.backbone.schedule, batch.steps or draw_count(method.steps, batch.rng)
+    schedule, count = roles.backbone.schedule, batch.steps or draw_count(method.steps, batch.host_rng)
     times, shape = method.times(schedule, count), (batch.batch, *roles.backbone.shape)
     x = torch.randn(shape, generator=batch.rng, device=batch.rng.device) * schedule.start_std
     with torch.no_grad(), roles.averaged():

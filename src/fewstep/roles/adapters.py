@@ -3,7 +3,7 @@
 The functions choose the layers that carry adapters and switch adapters without touching `requires_grad`.
 PEFT's own `set_adapter` and `disable_adapters` toggle `requires_grad`, which silently drops the gradient of a
 student whose forward pass came before another role's forward pass. The switch in this module changes only
-which adapter the layers add.
+which adapter the layers add. All layers read one list of names, so a switch costs the same for any network.
 """
 
 import math
@@ -164,9 +164,14 @@ def add_adapter(module: nn.Module, name: str, rank: int, alpha: float, names: Se
 def adapter_layers(module: nn.Module) -> list[LoraLayer]:
     """Return the layers that carry adapters, for `switch`.
 
-    The search is slow, so callers keep the list.
+    The layers add what they added before, and from now on read it in one list that all of them share. The search
+    is slow, so callers keep the layers.
     """
-    return [m for m in module.modules() if isinstance(m, LoraLayer)]
+    layers = [m for m in module.modules() if isinstance(m, LoraLayer)]
+    shared = [] if not layers or layers[0].disable_adapters else list(layers[0].active_adapters)
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = shared, False
+    return layers
 
 
 def remove_adapters(module: nn.Module, stems: Sequence[str]) -> None:
@@ -213,16 +218,14 @@ def unused_name(module: nn.Module, stem: str) -> str:
 def switch(layers: Sequence[LoraLayer], name: str | None) -> None:
     """Make `name` the active adapter; None activates the base network.
 
-    Raises ValueError if the adapter was removed meanwhile.
+    The `layers` are those of `adapter_layers`. Raises ValueError if the adapter was removed meanwhile.
     """
     if name is not None and layers and not any(name in layer.lora_A for layer in layers):
         raise ValueError(
             "student: its network has gone to another run on the same teacher; load the teacher again to keep both"
         )
-    for layer in layers:
-        layer._disable_adapters = name is None
-        if name is not None:
-            layer._active_adapter = [name]
+    for layer in layers[:1]:  # the others read the same list
+        layer._active_adapter[:] = [] if name is None else [name]
 
 
 @contextmanager

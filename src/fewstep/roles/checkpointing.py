@@ -19,7 +19,8 @@ State = TypeVar("State")
 def checkpoint_blocks(network: nn.Module, state: Callable[[], State], restore: Callable[[State], None]) -> None:
     """Make `network` keep only the inputs of blocks.
 
-    `state()` returns the role that the network serves, and `restore` makes the network serve a role again.
+    `state()` returns the role that the network serves, always the same object until another role is served, and
+    `restore` makes the network serve a role again.
     Raises ValueError for a network that is not made of blocks which diffusers can checkpoint.
     """
 
@@ -27,7 +28,7 @@ def checkpoint_blocks(network: nn.Module, state: Callable[[], State], restore: C
         then = state()
 
         def again(*inputs: Any) -> Any:
-            if (now := state()) == then:
+            if (now := state()) is then:
                 return block(*inputs)
             restore(then)
             try:

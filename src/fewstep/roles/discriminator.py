@@ -113,8 +113,9 @@ class Discriminator:
         """Return the logits [B, N] of tokens at tau [B]."""
         schedule = self.backbone.schedule
         angle = torch.atan2(schedule.sigma(tau), schedule.alpha(tau)).float()  # finite at both ends, unlike the log-SNR
-        count = torch.tensor([float(steps == k) for k in self.counts], device=angle.device).expand(len(angle), -1)
-        return self.heads(tokens, torch.cat([torch.stack([torch.cos(2 * angle), torch.sin(4 * angle)], 1), count], 1))
+        level = torch.stack([torch.cos(2 * angle), torch.sin(4 * angle)], 1)
+        count = [torch.full_like(angle, float(steps == k)) for k in self.counts]
+        return self.heads(tokens, torch.cat([level, torch.stack(count, 1)], 1))
 
 
 def make_discriminator(backbone: Backbone, network: nn.Module, counts: Sequence[int], seed: int) -> Discriminator:

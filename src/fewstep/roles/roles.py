@@ -124,8 +124,8 @@ class Roles:
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
-    # The role that the shared network serves, and the condition.
-    active: list[tuple[Role, float | None]] = field(default_factory=lambda: [("teacher", None)])
+    # The role that the shared network serves, and the condition's vector.
+    active: list[tuple[Role, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
 
     def denoise(self, role: Role, cond: Cond, condition: float | None = None) -> Denoise:
         """Return the denoiser of a role, without guidance.
@@ -156,14 +156,21 @@ class Roles:
         activated. Between two calls of a role the network is the teacher, so other users of the backbone find
         the teacher.
         """
-        self.active[0] = (role, condition)
+        vector = None
+        if self.condition_values and role != "teacher":
+            table = self.trained[role][CONDITION]
+            vector = step_condition.vector(self.condition_values, table, condition or self.condition_values[0])
+        self._serve((role, vector))
+
+    def _serve(self, who: tuple[Role, Tensor | None]) -> None:
+        """Make the shared network serve a role again, in the same time for any network."""
+        self.active[0] = who
+        role, vector = who
         adapters.switch(self.layers, None if role == "teacher" else role)
         for attached in self.conditions.values():
             attached.active = None
-        if self.condition_values and role != "teacher":
-            self.conditions[role].active = step_condition.nearest(
-                self.vectors(role), condition or self.condition_values[0]
-            )
+        if vector is not None:
+            self.conditions[role].active = vector
 
     def vectors(self, role: Role = "student") -> dict[float, Tensor]:
         """Return the condition vectors of a role by value.
@@ -216,8 +223,14 @@ class Roles:
 
         `average <- decay average + (1 - decay) student`.
         """
-        for name, p in self.trained["student"].items():
-            self.average[name].lerp_(p.detach().float(), 1 - decay)
+        trained = self.trained["student"]
+        if sharding.by_kind(list(trained.values()))[0]:
+            for name, p in trained.items():
+                self.average[name].lerp_(p.detach().float(), 1 - decay)
+        elif trained:
+            torch._foreach_lerp_(
+                [self.average[name] for name in trained], [p.detach().float() for p in trained.values()], 1 - decay
+            )
 
     def start_from(self, state: Mapping[str, Tensor], vectors: Mapping[float, Tensor] = MappingProxyType({})) -> None:
         """Initialize student and average from another student.
@@ -395,5 +408,5 @@ def make_roles(
     )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():
-        checkpoint_blocks(network, lambda: roles.active[0], lambda who: roles.activate(*who))
+        checkpoint_blocks(network, lambda: roles.active[0], roles._serve)
     return roles

@@ -72,6 +72,11 @@ def vectors(counts: Sequence[float], table: Tensor) -> dict[float, Tensor]:
     return {count: GAIN * row for count, row in zip(counts, table, strict=True)}
 
 
+def vector(counts: Sequence[float], table: Tensor, count: float) -> Tensor:
+    """Return the vector of the trained step count nearest in ratio."""
+    return GAIN * table[counts.index(_nearest(counts, count))]
+
+
 def put(table: Tensor, known: Sequence[Tensor]) -> None:
     """Write vectors into the table, the inverse of `vectors`."""
     with torch.no_grad():
@@ -80,7 +85,11 @@ def put(table: Tensor, known: Sequence[Tensor]) -> None:
 
 def nearest(known: Mapping[float, Tensor], count: float) -> Tensor:
     """Return the vector of the trained step count nearest in ratio."""
-    return known[min(known, key=lambda k: abs(math.log(k / count)))]
+    return known[_nearest(list(known), count)]
+
+
+def _nearest(counts: Sequence[float], count: float) -> float:
+    return min(counts, key=lambda k: abs(math.log(k / count)))
 
 
 def folded_lora(

@@ -5,6 +5,7 @@ Previews are sampled during the training, and once for the report.
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ..backbones.base import rows as rows_of
 from ..backbones.generate import device_of, in_parts, sample_images, trajectory
 from ..core import timegrid
 from ..core.guidance import Guidance
+from ..core.prediction import Split
+from ..core.rollout import DenoiseRows
 from ..core.solvers import Denoise, State, total_nfe
 from ..data.prompts import Embeddings
 from ..evaluation.distances import paired_distance
@@ -30,6 +33,7 @@ from ..report.words import plural
 from ..roles.roles import Roles
 from ..tensors import finite
 from ..training.monitor import MODERATE, ImageStats, drift, look, unfit
+from ..training.precision import Precision, computing
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,14 @@ class Drawing:
     """What a run samples over and over.
 
     The method's student, `batch` images at once, next to a teacher of `teacher_steps` steps. Seeds count up
-    from `seed`.
+    from `seed`. Both networks compute in the training's `precision`.
     """
 
     method: Method
     batch: int
     teacher_steps: int = 50
     seed: int = 0
+    precision: Precision = "no"
 
 
 @dataclass(frozen=True)
@@ -115,16 +120,30 @@ class Preview:
         A part is as large as the training's batch, for which the memory is enough.
         """
         teacher = self.teacher
-        return in_parts(
-            lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance), self.drawing.batch
-        )
+        return self._in_parts(lambda r: guided(teacher, teacher.module, rows_of(self.cond, r), self.null, guidance))
 
     def _conditioned(self, roles: Roles, method: Method, count: int) -> Denoise:
         """Return the student of this step count, evaluated in parts.
 
         A part is as large as the training's batch.
         """
-        return in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), self.drawing.batch)
+        return self._in_parts(lambda r: student_of(method, roles, rows_of(self.cond, r), count), roles)
+
+    def _in_parts(self, denoise_rows: DenoiseRows, roles: Roles | None = None) -> Denoise:
+        """Return a denoiser that evaluates parts in the training's precision."""
+        inner = in_parts(denoise_rows, self.drawing.batch)
+
+        def denoise(x: Tensor, t: Tensor) -> Split:
+            with self._computing(roles):
+                return inner(x, t)
+
+        return denoise
+
+    def _computing(self, roles: Roles | None) -> AbstractContextManager[None]:
+        device = device_of(self.teacher.module)
+        if roles is None:
+            return computing(self.drawing.precision, device)
+        return computing(self.drawing.precision, device, roles.layers, keep_casts=not roles.sharded)
 
     def show(self, roles: Roles, iteration: int, method: Method) -> Shown:
         """Write `samples/step_N.png` and check the images.
@@ -178,7 +197,7 @@ class Preview:
         """
         count, size, device = method.counts[0], self.drawing.batch, device_of(self.teacher.module)
         found: list[list[Tensor]] = []
-        with torch.no_grad():
+        with torch.no_grad(), self._computing(roles):
             for first in range(0, len(self.seeds), size):
                 part = slice(first, min(first + size, len(self.seeds)))
                 cond, rng = rows_of(self.cond, part), torch.Generator(device).manual_seed(self.seeds[first])

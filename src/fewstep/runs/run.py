@@ -129,7 +129,10 @@ def _preview(run: Run, watch: Watch | None) -> Preview | None:
     of = torch.arange(count) % run.data.count
     shown = run.data.take(of, run.data.key)
     return Preview(
-        Drawing(run.method, run.config.batch, watch.teacher_steps, watch.seed), run.roles.backbone, shown, run.folder
+        Drawing(run.method, run.config.batch, watch.teacher_steps, watch.seed, run.config.precision),
+        run.roles.backbone,
+        shown,
+        run.folder,
     )
 
 

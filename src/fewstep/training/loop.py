@@ -4,12 +4,13 @@ The loop is a generator that yields after every iteration. A run resumes from ch
 bit.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +23,14 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Loss, Method, TrainBatch, draw_count
 from ..processes import is_first, mean_of, meet, require_same, this_process
-from ..roles.adapters import assign, keep_input_dtype
+from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
 from ..roles.sharding import by_kind, clip_gradients, shard_like, whole
+from ..transfer import fetched, together
 from ..words import speaks_python
 from .compiling import Compiled
-from .optimizer import OptimizerName, make_optimizer
+from .optimizer import OptimizerName, make_optimizer, step_unless
+from .precision import Precision, computing, lay_out, require_workspace
 from .settings import require_unchanged, settings_of
 from .state import (
     checkpoints,
@@ -39,7 +42,6 @@ from .state import (
     seeded,
 )
 
-Precision = Literal["no", "bf16"]
 Found = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # the tensors and the state of a checkpoint
 
 MOST_BATCH = 65_536
@@ -112,6 +114,10 @@ class TrainConfig:
     compile: bool = False
     """Compile the networks (torch.compile): minutes at the start of every run, for iterations that may be faster on
     a GPU."""
+
+    deterministic: bool = False
+    """Compute with deterministic algorithms alone: slower on a GPU, where a resumed run then equals the uninterrupted
+    one bit for bit. On a CPU it always does."""
 
     def __post_init__(self) -> None:
         check_fields(self, "train")
@@ -237,9 +243,8 @@ def distill(
 
     With `run`, checkpoints are written to this folder, and another call with the same settings resumes from
     the newest checkpoint. Every draw is seeded by (seed, iteration, rank), so the resumed run equals the
-    uninterrupted run: on a CPU of the same machine bit for bit, on a GPU as far as the GPU's kernels are
-    deterministic, which they are not by default. A finished run yields the last step again, without
-    `seconds`.
+    uninterrupted run: bit for bit on a CPU of the same machine, and on a GPU with `config.deterministic`; without
+    it a GPU's rounding differs. A finished run yields the last step again, without `seconds`.
 
     Training runs on the network's device; sharded roles train in all processes together. Raises ValueError if
     the checkpoint belongs to other settings, which the message names, and FloatingPointError at a non-finite
@@ -266,6 +271,7 @@ def distill(
             )
         )
     require_updates(method, config.iterations)
+    require_workspace(config.deterministic, device)
 
     def optimizer_of(role: Role) -> torch.optim.Optimizer:
         return make_optimizer(
@@ -276,6 +282,8 @@ def distill(
             config.weight_decay,
         )
 
+    if config.optimizer == "adamw":  # 8-bit moments share a scale with their neighbours in memory
+        lay_out(roles, config.precision, device)
     optimizers = {role: optimizer_of(role) for role in roles.trained}
     batches = config.accumulate * accelerator.num_processes
     several = accelerator.num_processes > 1
@@ -294,6 +302,21 @@ def distill(
             yield replace(last, seconds=0.0)
             return
     null, reach = data.unconditional(device), Reach()
+
+    def draw(i: int) -> list[TrainBatch]:
+        """Draw the batches of an iteration and send them to the device."""
+        turns, steps = list[TrainBatch](), draw_count(method.steps, seeded(config.seed, i, "count"))
+        for part in range(config.accumulate):
+            stream = rank * config.accumulate + part
+            rng = seeded(config.seed, i, "draw", stream, device)
+            host = rng if rng.device.type == "cpu" else seeded(config.seed, i, "host", stream)
+            cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
+            images = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
+            walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
+            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, images, rng, walk, steps, host))
+        return turns
+
+    following = draw(start)
     compiled = Compiled(roles.networks.values(), device).switched_on if config.compile else nullcontext
     for i in range(start, config.iterations):
         began = time.perf_counter()
@@ -303,35 +326,26 @@ def distill(
         for role, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(role, i, method.warmup, roles.config.lora)
-        turns, steps = list[TrainBatch](), draw_count(method.steps, seeded(config.seed, i, "count"))
-        for part in range(config.accumulate):
-            stream = rank * config.accumulate + part
-            rng = seeded(config.seed, i, "draw", stream, device)
-            cond = data.draw(config.batch, seeded(config.seed, i, "prompts", stream), device)
-            images = None if real is None else real.draw(config.batch, seeded(config.seed, i, "real", stream), device)
-            walk = None if paths is None else paths.draw(config.batch, seeded(config.seed, i, "paths", stream), device)
-            turns.append(TrainBatch(i, config.iterations, config.batch, cond, null, images, rng, walk, steps))
-        mixed = config.precision == "bf16"
-        # No autocast cache for sharded weights: cached casts would be whole, and might belong to an earlier block
-        # in the same memory.
-        with (
-            torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=not roles.sharded),
-            keep_input_dtype(roles.layers if mixed else ()),
-            compiled(),
-        ):
-            try:
-                metrics = _updates(
-                    accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
-                )
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error}{_and_then(run)}") from error
+        turns = following
+        # No kept casts of sharded weights: they would be whole, and might belong to an earlier block in the same
+        # memory.
+        numerics = computing(config.precision, device, roles.layers, not roles.sharded, config.deterministic)
+        with numerics, compiled():
+            measured = _updates(
+                accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
+            )
+        if i + 1 < config.iterations:  # while the device still computes
+            following = draw(i + 1)
+        try:
+            numbers = measured.read()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}{_and_then(run)}") from error
         if i >= method.warmup:
             # A young average decays faster, so that the average never holds the start.
             done = i - method.warmup + 1
             roles.update_average(min(config.ema, done / (done + 9)))
         # All processes contribute sharded weights, and the first process writes.
         writes = accelerator.is_main_process or roles.sharded
-        numbers = {k: float(v) for k, v in metrics.items()}
         state = {"settings": settings, "batches": batches, "metrics": numbers, "seconds": time.perf_counter() - began}
         if run is not None and writes and ((i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations):
             save_run(roles, optimizers, run, i + 1, state)
@@ -383,6 +397,46 @@ class Reach:
                 )
 
 
+class Measured:
+    """The numbers of an iteration (from 0), which the CPU reads from the device once, at the end.
+
+    Losses and norms of gradients have to be finite. From the first that is not, the optimizers' steps are left out,
+    so weights that were good stay good although the CPU learns of it at the end.
+    """
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+        self.checked: list[tuple[Role, str, Tensor]] = []
+        self.metrics: dict[str, Tensor] = {}
+
+    def check(self, value: Tensor, what: str, role: Role) -> None:
+        """Add a number that has to be finite."""
+        self.checked.append((role, what, value.detach()))
+
+    def failed(self) -> Tensor:
+        """Return 1 if a number so far is not finite, else 0.
+
+        On the device, float32.
+        """
+        return (~together([value for _, _, value in self.checked]).isfinite().all()).float()
+
+    def read(self) -> dict[str, float]:
+        """Return the metrics as plain numbers.
+
+        Raises FloatingPointError at the first number that is not finite.
+        """
+        values = fetched([*(value for _, _, value in self.checked), *self.metrics.values()])
+        for (role, what, _), value in zip(self.checked, values, strict=False):
+            if not math.isfinite(value):
+                # The student's own rate breaks the fake score as well: the student's samples are what the score is
+                # trained on.
+                option = "train.lr" if role == "student" else "train.lr or train.fake_lr"
+                raise FloatingPointError(
+                    f"the {role} {what} is {value} at iteration {self.iteration + 1}; lower {option}"
+                )
+        return dict(zip(self.metrics, values[len(self.checked) :], strict=True))
+
+
 def _updates(
     accelerator: Accelerator,
     losses: Sequence[Iterator[Loss]],
@@ -391,21 +445,20 @@ def _updates(
     config: TrainConfig,
     i: int,
     reach: Reach,
-) -> dict[str, Tensor]:
+) -> Measured:
     """Make all updates of one iteration.
 
     Each update uses the mean gradient over the batches in `losses`. Returns what to log, also as means. The
     batches take turns: where a method's updates go together, only one batch at a time holds what gradients
     need.
     """
-    seen: dict[str, list[Tensor]] = {}
-    norms: dict[str, Tensor] = {}
+    measured, seen, norms = Measured(i), dict[str, list[Tensor]](), dict[str, Tensor]()
     moved: list[Role] = []
     while True:
         updated: list[Role] = []
         for batch in losses:
             for loss in batch:
-                _require_finite(loss.value, "loss", loss.role, i)
+                measured.check(loss.value, "loss", loss.role)
                 if loss.role not in updated:
                     updated.append(loss.role)
                 _add_gradients(loss, roles, 1 / len(losses), reach)
@@ -415,10 +468,11 @@ def _updates(
                     break
         if not updated:
             reach.check(roles, moved)
-            return {n: torch.stack(v).mean() for n, v in seen.items()} | norms
+            measured.metrics = {n: v[0] if len(v) == 1 else torch.stack(v).mean() for n, v in seen.items()} | norms
+            return measured
         moved += updated
         for role in updated:
-            norms[f"{role}_grad"] = _update(accelerator, role, roles, optimizers[role], config, i)
+            norms[f"{role}_grad"] = _update(accelerator, role, roles, optimizers[role], config, measured)
 
 
 def _add_gradients(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
@@ -462,9 +516,14 @@ def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float, reach: Reach
 
 
 def _update(
-    accelerator: Accelerator, role: Role, roles: Roles, optimizer: torch.optim.Optimizer, config: TrainConfig, i: int
+    accelerator: Accelerator,
+    role: Role,
+    roles: Roles,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    measured: Measured,
 ) -> Tensor:
-    """Take one optimizer step of one role.
+    """Take one optimizer step of one role, if all numbers so far are finite.
 
     Returns the gradient norm. Gradients that are not yet means over processes are averaged in one flat call.
     """
@@ -479,22 +538,11 @@ def _update(
         if p.grad is not None and p.grad.stride() != p.stride():
             p.grad = torch.empty_like(p).copy_(p.grad)
     norm = clip_gradients(parameters, config.clip)
-    _require_finite(norm, "gradient", role, i)
-    optimizer.step()
+    measured.check(norm, "gradient", role)
+    step_unless(measured.failed(), optimizer)
     torch.clear_autocast_cache()  # cached casts of the old weights
     optimizer.zero_grad(set_to_none=True)  # free the gradients before the next iteration
     return norm
-
-
-def _require_finite(value: Tensor, what: str, role: Role, i: int) -> None:
-    """Check that a value is finite before anything is updated or saved.
-
-    Raises FloatingPointError otherwise.
-    """
-    if not bool(torch.isfinite(value)):
-        # The student's own rate breaks the fake score as well: the student's samples are what the score is trained on.
-        option = "train.lr" if role == "student" else "train.lr or train.fake_lr"
-        raise FloatingPointError(f"the {role} {what} is {value.item()} at iteration {i + 1}; lower {option}")
 
 
 def _and_then(run: Path | None) -> str:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..roles.sharding import by_kind
 
@@ -31,6 +31,32 @@ def require(name: OptimizerName) -> None:
         )
 
 
+class AdamW(torch.optim.AdamW):
+    """AdamW whose step the device itself can leave out, as torch's gradient scaler asks for it.
+
+    Where `found_inf` (float32, one number, on the parameters' device) is 1, a fused step changes nothing.
+    """
+
+    found_inf: Tensor | None = None
+
+
+def step_unless(failed: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take an optimizer's step, unless `failed` is 1.
+
+    `failed` is float32, one number, on the parameters' device. Fused AdamW asks the device. For other optimizers,
+    and weights sharded over processes, the CPU asks and waits.
+    """
+    groups = optimizer.param_groups
+    if isinstance(optimizer, AdamW) and failed.device.type != "cpu" and groups[0]["fused"]:
+        spread, _ = by_kind([p for group in groups for p in group["params"]])
+        if not spread:
+            optimizer.found_inf = failed
+            optimizer.step()
+            return
+    if not bool(failed):
+        optimizer.step()
+
+
 def make_optimizer(
     parameters: Sequence[nn.Parameter], name: OptimizerName, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
@@ -49,9 +75,9 @@ def make_optimizer(
         return eight
     spread, plain = by_kind(list(parameters))
     # Fused AdamW: on a GPU the other kinds hold all updates at once; on a CPU they take 2.5 times as long.
-    fused = parameters[0].is_cuda or (parameters[0].device.type == "cpu" and not spread)
+    fused = parameters[0].device.type != "cpu" or not spread
     groups = [{"params": group} for group in (spread, plain) if group]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    optimizer = AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     for p in parameters:
         step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

@@ -67,7 +67,17 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
             if isinstance(optimizer.state[p].get(key), int):
                 optimizer.state[p][key] = int(own)
             else:
-                optimizer.state[p][key] = own if key == "step" else shard_like(own, p)
+                optimizer.state[p][key] = own if key == "step" else _ordered_as(p, shard_like(own, p))
+
+
+def _ordered_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor in another one's order in memory, which fused AdamW takes for granted.
+
+    A tensor of another shape is returned unchanged.
+    """
+    if tensor.shape != like.shape or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def require_optimizer_tensors(wanted: Collection[str], tensors: Mapping[str, Tensor], place: str) -> None:

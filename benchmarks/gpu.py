@@ -1,0 +1,536 @@
+"""Measure on a GPU what only a GPU shows, stage by stage.
+
+    python benchmarks/gpu.py                          # every stage, the worthiest first; writes gpu.md and .json
+    python benchmarks/gpu.py --only sd15 resume       # these stages alone; the rows of the others are kept
+    python benchmarks/gpu.py --only plan              # needs no GPU: counts the memory that the others compare with
+    python benchmarks/gpu.py --tiny --out /tmp/gpu    # rehearses every stage on a CPU, in a minute
+
+The networks have their true size and random weights, conditions are random tensors of the true shapes, and nothing is
+fetched. TDM in 4 steps with a guided teacher, LoRA of rank 32, bfloat16, checkpointing as in the recipes. `bare` are
+the network calls of an iteration and nothing else, made after it with the segments that it drew; both are the mean of
+several iterations, and `ratio` is iteration over bare. Reads are counted by torch: whatever the CPU waits for in an
+iteration. `peak` is what tensors took, `reserved` what the allocator took from the card, `plan` what was counted
+beforehand on meta tensors. Limits: a ratio of 1.10, 3 reads, and the memory of the card that a recipe is made for.
+
+Stages:
+
+- `tests`: the tests marked `gpu`.
+- `sd15`: Stable Diffusion 1.5 at 512 as its recipe has it, without checkpointing, compiled, without channels_last, and
+  with deterministic algorithms.
+- `sdxl`: SDXL at 1024, with an allocator that gives no more than 24 GiB.
+- `pixart`, `cogvideox`: PixArt-alpha at 1024, CogVideoX-2B with 49 frames of 480x720.
+- `resume`: a training of SD 1.5 is killed and resumed, and compared with one that was not: bit for bit with
+  `train.deterministic`, to rounding without.
+- `teacher`: the training of a teacher like the bundled one, four times as wide.
+
+A stage runs in its own process, so a failed one takes nothing with it, and rows are written as they come. No stage
+takes longer than its limit, all together no longer than `--seconds`. On another machine: a checkout, the packages of
+`pip install -e .[dev]`, and `PYTHONPATH=src`.
+"""
+
+import argparse
+import gc
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import backbones
+import memory
+from fewstep.backbones import miniature
+from fewstep.backbones.base import Backbone
+from fewstep.backbones.load import around
+from fewstep.backbones.meta import default_dtype
+from fewstep.core import timegrid
+from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.training import loop
+from fewstep.training.fit import FitConfig, fit
+from fewstep.training.loop import TrainConfig, distill
+from fewstep.training.precision import FIXED, WORKSPACE, computing
+from fewstep.training.state import checkpoints
+from records import (
+    Facts,
+    Record,
+    about,
+    markdown,
+    new_record,
+    origin,
+    provenance,
+    read_record,
+    versions,
+    wrapped,
+    write_record,
+)
+from step_cost import bare
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+METHOD = DistributionMatching(steps=4, warmup=0)
+CHECKPOINTED, KEPT = "one base, checkpointing", "one base"
+BATCHES = {"sd15": 4, "sdxl": 4, "pixart": 4, "cogvideox": 1}
+CARDS = {"sd15": 10, "sdxl": 24, "pixart": 16, "cogvideox": 40}  # GB of the smallest card that a LoRA is to fit
+MOST_RATIO, MOST_READS = 1.10, 3
+WARM_UP, MEASURED = 2, 5  # iterations
+STOP, END = 2, 4  # iterations: where a training is killed, at the earliest, and its end
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage runs. `tiny` is a rehearsal on a CPU."""
+
+    device: torch.device
+    tiny: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the frozen weights."""
+        return torch.float32 if self.tiny else torch.bfloat16
+
+    def config(self, iterations: int, batch: int) -> TrainConfig:
+        """Return the settings of a training."""
+        batch = min(batch, 2) if self.tiny else batch
+        return TrainConfig(iterations=iterations, batch=batch, lr=1e-6, fake_lr=1e-6, precision="bf16")
+
+
+def built(name: str, place: Place) -> Backbone:
+    """Return a family's backbone, made on the device with random weights."""
+    with torch.device(place.device), default_dtype(place.dtype):
+        pipe = tiny_pipeline(name) if place.tiny else backbones.FAMILIES[name].build(False)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # its table is needed on the CPU
+    for part in (pipe.vae, pipe.unet if "unet" in pipe.components else pipe.transformer):
+        part.requires_grad_(False).eval()
+    return around(pipe, name)
+
+
+def tiny_pipeline(name: str) -> Any:
+    """Return the pipeline of the family with which the tests work."""
+    sys.path.append(str(ROOT))
+    try:
+        from tests import pipelines
+    finally:
+        sys.path.remove(str(ROOT))
+    return pipelines.FAMILIES[{"sd15": "sd"}.get(name, name)]()
+
+
+def trained(
+    stage: str, name: str, case: str, place: Place, checkpointing: bool = True, repeats: int = MEASURED, **train: bool
+) -> Facts:
+    """Return one row: iterations of a family's training beside their bare calls, by role, in seconds and in memory."""
+    torch.manual_seed(0)
+    device, repeats = place.device, 1 if place.tiny else repeats
+    backbone = built(name, place)
+    roles = make_roles(backbone, RolesConfig(rank=4 if place.tiny else 32, checkpointing=checkpointing))
+    config = replace(place.config(WARM_UP + repeats + 1, BATCHES[name]), **train)
+    data = backbones.embeddings(name, backbone, place.dtype, 8)
+    cond, null = data.draw(config.batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
+    segments: list[Tensor] = []
+    draw = timegrid.draw_segments
+
+    def drawn(*arguments: Any) -> Tensor:
+        segments.append(draw(*arguments))
+        return segments[-1]
+
+    def same_calls() -> None:
+        with computing(config.precision, device, roles.layers, deterministic=config.deterministic):
+            bare(roles, METHOD, cond, null, config.batch, segments[-1].cpu())
+
+    found: dict[str, list[float]] = {"seconds": [], "bare": []}
+    began = backbones.clock(device)
+    with mock.patch.object(timegrid, "draw_segments", drawn):
+        steps = distill(roles, METHOD, data, config)
+        for i in range(WARM_UP + repeats):
+            start = backbones.clock(device)
+            next(steps)
+            middle = backbones.clock(device)
+            if i == WARM_UP - 1:
+                ready, (peak, reserved) = middle - began, peak_of(device)
+            if i >= WARM_UP:
+                found["seconds"].append(middle - start)
+            if i >= WARM_UP - 1:  # the first is not counted: kernels are tried
+                same_calls()
+                found["bare"].append(backbones.clock(device) - middle)
+        with waits(device) as waited:
+            next(steps)
+        steps.close()
+    with computing(config.precision, device, roles.layers, deterministic=config.deterministic):
+        split = backbones.by_role(roles, data, config.batch, device, 1 if place.tiny else 2)
+    seconds, calls = (sum(own) / len(own) for own in (found["seconds"], found["bare"][1:]))
+    return {
+        "stage": stage,
+        "case": case,
+        "family": name,
+        "shape": list(backbone.shape),
+        "batch": config.batch,
+        "seconds": seconds,
+        "bare": calls,
+        "ratio": seconds / calls,
+        "first": ready,
+        "roles": split,
+        "reads": len(waited),
+        "read_at": waited,
+        "peak": peak,
+        "reserved": reserved,
+        "arrangement": CHECKPOINTED if checkpointing else KEPT,
+    }
+
+
+def peak_of(device: torch.device) -> tuple[int | None, int | None]:
+    """Return the most bytes that tensors and the allocator took so far, None where no device counts them."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+@contextmanager
+def waits(device: torch.device) -> Iterator[list[str]]:
+    """Yield a list of the places where the CPU waits for the device in the block, filled at its end."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    found += [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+
+
+# Stages: each yields rows.
+
+
+def plans(place: Place) -> Iterator[Facts]:
+    """Count on meta tensors what the other stages will take."""
+    for name, arrangement in [*((name, CHECKPOINTED) for name in BATCHES), ("sd15", KEPT)]:
+        if place.tiny:
+            counted: Facts = {"total": 0, "hardware": memory.COUNTED, "versions": versions()}
+        else:
+            counted = memory.row(name, arrangement, BATCHES[name])
+        own = {key: counted[key] for key in ("total", "hardware", "versions")}
+        yield {"stage": "plan", "case": name, "family": name, "batch": BATCHES[name], "arrangement": arrangement, **own}
+
+
+def marked_tests(place: Place) -> Iterator[Facts]:
+    """Run the tests marked `gpu`; in a rehearsal one of them."""
+    some = ["-k", "not_finite and True", "--rehearse"] if place.tiny else []
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *some, "tests/training"]
+    if place.tiny:
+        command[-1] += "/test_on_gpu.py"
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {WORKSPACE: FIXED[0]}, capture_output=True, text=True)
+    print(done.stdout[-4000:], done.stderr[-2000:], sep="\n", flush=True)
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-300:])}
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+)$", done.stdout, re.MULTILINE)
+    yield {"stage": "tests", "case": "marked gpu", "counts": counts, "failed": failed}
+
+
+def sd15(place: Place) -> Iterator[Facts]:
+    """Train Stable Diffusion 1.5 in the ways that a GPU may do faster or slower."""
+    cases: dict[str, Callable[[str], Facts]] = {
+        "as its recipe": lambda case: trained("sd15", "sd15", case, place),
+        "without checkpointing": lambda case: trained("sd15", "sd15", case, place, checkpointing=False),
+        "compiled": lambda case: trained("sd15", "sd15", case, place, compile=not place.tiny),
+        "without channels_last": lambda case: trained("sd15", "sd15", case, place),
+        "deterministic": lambda case: trained("sd15", "sd15", case, place, deterministic=True),
+    }
+    for case, run in cases.items():
+        fresh(place.device)
+        contiguous = case == "without channels_last"
+        with mock.patch.object(loop, "lay_out") if contiguous else nullcontext():
+            yield run(case)
+
+
+def sdxl(place: Place) -> Iterator[Facts]:
+    """Train SDXL on no more than 24 GiB of the card."""
+    if place.device.type == "cuda":
+        whole = torch.cuda.get_device_properties(place.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / whole), place.device)
+    yield trained("sdxl", "sdxl", "in 24 GiB", place, repeats=4) | {"cap": 24 * GIB}
+
+
+def pixart(place: Place) -> Iterator[Facts]:
+    """Train PixArt-alpha."""
+    yield trained("pixart", "pixart", "as its recipe", place)
+
+
+def cogvideox(place: Place) -> Iterator[Facts]:
+    """Train CogVideoX-2B on clips of true length."""
+    yield trained("cogvideox", "cogvideox", "as its recipe", place, repeats=4)
+
+
+def resume(place: Place) -> Iterator[Facts]:
+    """Kill a training, resume it, and compare it with one that was not killed."""
+    for deterministic in (True,) if place.tiny else (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            straight, killed = Path(folder) / "straight", Path(folder) / "killed"
+            train_to(straight, END, deterministic, place)
+            began = time.perf_counter()
+            kill_after(killed, STOP, deterministic, place)
+            kept = int(checkpoints(killed)[-1].name[-6:])
+            train_to(killed, END, deterministic, place)
+            equal, largest = compared(straight, killed)
+        yield {
+            "stage": "resume",
+            "case": "deterministic" if deterministic else "by default",
+            "family": "sd15",
+            "batch": place.config(1, BATCHES["sd15"]).batch,
+            "killed_after": kept,
+            "equal": equal,
+            "difference": largest,
+            "seconds": time.perf_counter() - began,
+        }
+
+
+def train_to(run: Path, iterations: int, deterministic: bool, place: Place) -> None:
+    """Train SD 1.5 up to an iteration, from the newest checkpoint in `run`."""
+    torch.manual_seed(0)
+    backbone = built("sd15", place)
+    roles = make_roles(backbone, RolesConfig(rank=4 if place.tiny else 32, checkpointing=True))
+    config = replace(place.config(iterations, 4), deterministic=deterministic, checkpoint_every=STOP, lr=1e-4)
+    data = backbones.embeddings("sd15", backbone, place.dtype, 8)
+    for _ in distill(roles, METHOD, data, config, run):
+        pass
+
+
+def kill_after(run: Path, iteration: int, deterministic: bool, place: Place) -> None:
+    """Train in another process, and kill it as soon as it has the checkpoint of an iteration."""
+    options = [*(["--tiny"] if place.tiny else []), *(["--deterministic"] if deterministic else [])]
+    with subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--train", str(run), *options]) as process:
+        while process.poll() is None and not any(int(c.name[-6:]) >= iteration for c in checkpoints(run)):
+            time.sleep(0.01)
+        process.kill()
+    if not checkpoints(run):
+        raise RuntimeError("the training that was to be killed ended without a checkpoint")
+
+
+def compared(one: Path, other: Path) -> tuple[bool, float]:
+    """Return whether two runs' last checkpoints are equal, and the largest difference over the largest weight."""
+    worst, same = 0.0, True
+    for file in sorted(checkpoints(one)[-1].glob("*.safetensors")):
+        a, b = load_file(file), load_file(checkpoints(other)[-1] / file.name)
+        for name, tensor in a.items():
+            gap = (tensor.double() - b[name].double()).abs().max()
+            worst = max(worst, float(gap / tensor.double().abs().max().clamp(min=1e-30)))
+            same = same and torch.equal(tensor, b[name])
+    return same, worst
+
+
+def teacher(place: Place) -> Iterator[Facts]:
+    """Train all weights of a wide teacher on random latents."""
+    torch.manual_seed(0)
+    wide, size, batch, steps = ((16, 32), 8, 4, 4) if place.tiny else ((512, 768), 16, 256, 30)
+    with torch.device(place.device):
+        net = miniature.unet(wide, (False, True), 16, size, 192)
+        average = miniature.unet(wide, (False, True), 16, size, 192).requires_grad_(False)
+        rng = torch.Generator(place.device).manual_seed(0)
+        x = torch.randn(batch, 16, size, size, generator=rng, device=place.device)
+        text = torch.randn(batch, 24, 192, generator=rng, device=place.device)
+        times = torch.randint(1000, (batch,), generator=rng, device=place.device)
+
+    def loss(step: int) -> Tensor:
+        with torch.autocast(place.device.type, torch.bfloat16):
+            found = net(x, times, text)[0]
+        return F.mse_loss(found.float(), x)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = FitConfig(steps=steps, batch=batch, lr=1e-4, checkpoint_every=10**6, bf16=True, optimizer="muon")
+        found = []
+        for _ in fit(net, average, loss, config, Path(folder)):
+            found.append(backbones.clock(place.device))
+            if len(found) == steps - 1:
+                break
+    seconds = min(b - a for a, b in pairwise(found))
+    peak, reserved = peak_of(place.device)
+    yield {
+        "stage": "teacher",
+        "case": f"{parameters(net) / 1e6:.0f}M parameters, Muon",
+        "batch": batch,
+        "seconds": seconds,
+        "images_per_second": batch / seconds,
+        "peak": peak,
+        "reserved": reserved,
+    }
+
+
+def parameters(network: nn.Module) -> int:
+    """Return the number of a network's parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def fresh(device: torch.device) -> None:
+    """Free the device's memory, and count its peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the benchmark, and the seconds that it may take."""
+
+    rows: Callable[[Place], Iterator[Facts]]
+    limit: int
+
+
+STAGES = {
+    "tests": Stage(marked_tests, 150),
+    "sd15": Stage(sd15, 200),
+    "sdxl": Stage(sdxl, 90),
+    "resume": Stage(resume, 120),
+    "pixart": Stage(pixart, 60),
+    "cogvideox": Stage(cogvideox, 120),
+    "teacher": Stage(teacher, 60),
+    "plan": Stage(plans, 3600),
+}
+ON_GPU = [name for name in STAGES if name != "plan"]
+
+
+# The record and its page.
+
+
+def kept(out: Path) -> list[Facts]:
+    """Return the rows so far: those in `out`, or else those of the repository."""
+    found = read_record(out / "gpu.json") or read_record(Path(__file__).with_name("gpu.json"))
+    return [] if found is None else found.rows
+
+
+def keep(rows: Sequence[Facts], out: Path) -> None:
+    """Write the record and its page."""
+    order = ["plan", *ON_GPU]
+    rows = sorted(rows, key=lambda r: order.index(r["stage"]))
+    record = new_record("gpu", "python benchmarks/gpu.py", rows, [0], {})
+    write_record(record, page(record), out)
+
+
+def run_stage(name: str, place: Place, out: Path) -> None:
+    """Run one stage in this process, and write each row as it comes."""
+    rows = [r for r in kept(out) if r["stage"] != name]
+    for own in STAGES[name].rows(place):
+        rows.append(origin() | own)
+        print(own, flush=True)
+        keep(rows, out)
+    fresh(place.device)
+
+
+def run_apart(name: str, out: Path, limit: float) -> None:
+    """Run one stage in a process of its own; if it fails, that becomes its last row."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--only", name, "--out", str(out)]
+    try:
+        done = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
+        said, failed = done.stderr.strip()[-2000:], done.returncode != 0
+    except subprocess.TimeoutExpired:
+        said, failed = f"took longer than {limit:.0f} s", True
+    if failed:
+        print(said, flush=True)
+        keep([*kept(out), origin() | {"stage": name, "case": "failed", "error": said.splitlines()[-1][:300]}], out)
+
+
+def gib(found: int | None) -> str:
+    """Return bytes as GiB."""
+    return "-" if found is None else f"{found / GIB:.2f}"
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    planned = {(r["family"], r["batch"], r["arrangement"]): r["total"] for r in record.rows if r["stage"] == "plan"}
+    timed = [r for r in record.rows if "ratio" in r]
+    lines = []
+    for r in timed:
+        plan = planned.get((r["family"], r["batch"], r["arrangement"]))
+        lines.append([
+            r["family"], "x".join(map(str, r["shape"])), r["batch"], r["case"], f"{r['seconds']:.3f}",
+            f"{r['bare']:.3f}", f"{r['ratio']:.2f}", r["reads"], gib(r["peak"]), gib(plan), gib(r["reserved"]),
+            CARDS[r["family"]], f"{r['first']:.0f}", ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items()),
+        ])  # fmt: skip
+    head = ["family", "state", "batch", "case", "iteration, s", "bare calls, s", f"ratio (at most {MOST_RATIO:.2f})"]
+    head += [f"reads (at most {MOST_READS})", "peak, GiB", "plan, GiB", "reserved, GiB", "card, GB"]
+    head += ["first two iterations, s", "a call of each role, s"]
+    others = [[r["stage"], r["case"], said(r)] for r in record.rows if "ratio" not in r and r["stage"] != "plan"]
+    counted = [[*key, gib(total)] for key, total in planned.items()]
+    here = [r for r in record.rows if r["stage"] != "plan"]
+    measured = (
+        f"""{wrapped(f"{provenance(replace(record, rows=here))}.")}
+
+{markdown(head, lines)}
+
+{markdown(["stage", "case", "result"], others)}"""
+        if here
+        else "No GPU has been measured yet."
+    )
+    return f"""# What a GPU shows
+
+{about(__doc__)}
+
+{measured}
+
+The plan, counted without a GPU:
+
+{markdown(["family", "batch", "arrangement", "GiB"], counted)}
+"""
+
+
+def said(row: Facts) -> str:
+    """Return what a stage without iterations found, in words."""
+    if "error" in row:
+        return f"failed: {row['error']}"
+    if row["stage"] == "tests":
+        return ", ".join([*(f"{n} {kind}" for kind, n in row["counts"].items()), *row["failed"]])
+    if row["stage"] == "resume":
+        equal = "bit for bit" if row["equal"] else f"differs by {row['difference']:.1e} of the largest weight"
+        return f"killed after {row['killed_after']}, resumed to {END}: {equal}"
+    memory_taken = f", {gib(row['peak'])} GiB" if row["peak"] is not None else ""
+    return f"batch {row['batch']}: {row['seconds']:.4f} s, {row['images_per_second']:.0f} samples/s{memory_taken}"
+
+
+def main() -> None:
+    """Run the stages that were asked for, or one training that will be killed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=None, help="default: all but plan")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU with the tests' tiny networks")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the table goes")
+    parser.add_argument("--seconds", type=float, default=780, help="of all stages together")
+    parser.add_argument("--train", type=Path, default=None, help=argparse.SUPPRESS)  # the process that `resume` kills
+    parser.add_argument("--deterministic", action="store_true", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    os.environ.setdefault(WORKSPACE, FIXED[0])  # cuBLAS reads it when it starts
+    place = Place(torch.device("cpu" if a.tiny else "cuda"), a.tiny)
+    names = a.only or (list(STAGES) if a.tiny else ON_GPU)
+    if not a.tiny and names != ["plan"] and not torch.cuda.is_available():
+        parser.error("there is no GPU here; rehearse with --tiny, or count with --only plan")
+    if a.tiny and a.out == parser.get_default("out"):
+        parser.error("--out: a rehearsal does not belong in benchmarks/; choose another folder, e.g. --out /tmp/gpu")
+    if a.train is not None:
+        train_to(a.train, 10**4, a.deterministic, place)
+        return
+    if a.tiny or len(names) == 1:
+        for name in names:
+            run_stage(name, place, a.out)
+        return
+    began = time.monotonic()
+    for name in names:
+        left = a.seconds - (time.monotonic() - began)
+        if left < 20:
+            print(f"{name} and what follows: no time left", flush=True)
+            return
+        run_apart(name, a.out, min(left, STAGES[name].limit))
+
+
+if __name__ == "__main__":
+    main()
