@@ -61,21 +61,20 @@ def _between() -> distributed.ProcessGroup:
     return distributed.new_group(timeout=TRAINING if is_first() else PATIENCE, backend="gloo")
 
 
-def mean_of(tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes.
+def sum_of_all(tensor: Tensor) -> distributed.Work:
+    """Begin to sum a tensor over all processes, in place.
 
-    All processes have to call. Raises ConnectionError with one line if a process has ended.
+    All processes have to call, in the same order. Whoever needs the sum waits for the work that is returned.
     """
-    with distributed_errors():
-        total = tensor.clone()
-        distributed.all_reduce(total, group=_training())
-    return total / this_process().num_processes
+    under_way = distributed.all_reduce(tensor, group=_training(), async_op=True)
+    assert under_way is not None
+    return under_way
 
 
 def any_rank(asked: bool) -> bool:
     """Return whether `asked` is true in any process.
 
-    All processes have to call. Raises ConnectionError as `mean_of` does.
+    All processes have to call. Raises ConnectionError with one line if a process has ended.
     """
     if this_process().num_processes == 1:
         return asked
@@ -155,12 +154,45 @@ def distributed_errors() -> Iterator[None]:
         raise
 
 
-def mesh_of_all() -> DeviceMesh:
-    """Return the mesh of all processes in one row."""
+REPLICATE, SHARD = "replicate", "shard"  # the dimensions of a mesh
+
+
+def require_replicas(replicas: int, option: str = "train") -> None:
+    """Check that the processes can hold so many replicas of sharded weights.
+
+    Raises ValueError otherwise.
+    """
+    count = this_process().num_processes
+    if count > 1 and count % replicas:
+        raise ValueError(
+            f"{option}.replicas: got {replicas}, allowed are divisors of the number of processes, {count}; "
+            f"set it to the number of machines"
+        )
+
+
+@lru_cache(maxsize=1)
+def mesh_of(replicas: int) -> DeviceMesh:
+    """Return the mesh of all processes: in one row, or a row for each replica.
+
+    Neighbours, which are the processes of one machine, stand in one row. All processes have to make the first call
+    together.
+    """
     state = this_process()
-    if state.num_processes == 1:
+    count = state.num_processes
+    if count == 1:
         return init_device_mesh(state.device.type, (1,))
-    return DeviceMesh.from_group(_training(), state.device.type)
+    if replicas == 1:
+        return DeviceMesh.from_group(_training(), state.device.type, mesh_dim_names=(SHARD,))
+    ranks = torch.arange(count).view(replicas, -1)
+    groups = {}
+    for name, lists in ((REPLICATE, ranks.T.tolist()), (SHARD, ranks.tolist())):
+        for members in lists:  # every process makes all groups
+            made = distributed.new_group(members, timeout=TRAINING)
+            if state.process_index in members:
+                groups[name] = made
+    return DeviceMesh.from_group(
+        [groups[REPLICATE], groups[SHARD]], state.device.type, mesh=ranks, mesh_dim_names=(REPLICATE, SHARD)
+    )
 
 
 def barrier() -> None:

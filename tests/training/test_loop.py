@@ -224,7 +224,7 @@ def test_a_global_batch_is_the_same_batches_in_any_number_of_processes(monkeypat
 def test_a_global_batch_that_cannot_be_shared_is_refused(batch: int, processes: int, next_: str) -> None:
     with pytest.raises(ValueError, match=f"^train.global_batch: got 64, .*{next_}$"):
         TrainConfig(iterations=1, batch=batch, global_batch=64).on(processes)
-    with pytest.raises(ValueError, match=r"^train.accumulate: got 2 with train.global_batch=64, .* set one of them"):
+    with pytest.raises(ValueError, match=r"^accumulate: got 2 with global_batch=64, .* set one of them"):
         TrainConfig(iterations=1, batch=batch, global_batch=64, accumulate=2)
 
 

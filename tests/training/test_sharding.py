@@ -154,7 +154,7 @@ from accelerate import debug_launcher
 from safetensors.torch import save_file
 from dataclasses import replace
 from tests.training import test_sharding as t
-from fewstep.processes import mesh_of_all
+from fewstep.processes import mesh_of
 from fewstep.training.loop import distill
 
 def work(folder, name, share):
@@ -162,7 +162,7 @@ def work(folder, name, share):
     method = t.METHODS[name]
     roles = t.roles_of(t.deep(), method, share == "True")
     before = t.bytes_here(roles)
-    roles.shard(mesh_of_all(), torch.device("cpu"))
+    roles.shard(mesh_of(1), torch.device("cpu"))
     t.trained(roles, method, config=replace(t.CONFIG, batch=1))
     found = t.weights(roles)
     sizes = torch.tensor([before, t.bytes_here(roles)])

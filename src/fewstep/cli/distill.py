@@ -21,7 +21,16 @@ from ..core import timegrid
 from ..data.prompts import Embeddings, embed, embedding_bytes
 from ..data.trajectories import Trajectories, TrajectoryConfig
 from ..findings import require
-from ..processes import any_rank, barrier, distributed_errors, is_first, mesh_of_all, require_same, this_process
+from ..processes import (
+    any_rank,
+    barrier,
+    distributed_errors,
+    is_first,
+    mesh_of,
+    require_replicas,
+    require_same,
+    this_process,
+)
 from ..reading import read_json
 from ..report.run import BEST, BEST_FILE, REPORT, SHAPE
 from ..report.words import finite, plural
@@ -40,7 +49,7 @@ from ..training.loop import Step, default_device, distill, require_trajectories,
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
-from ..training.precision import fix_workspace
+from ..training.precision import dtype_of_blocks, fix_workspace
 from ..training.state import checkpoints, latest_checkpoint
 from .before import look_before, look_in_dry_run
 from .best import Best, measured_by
@@ -81,9 +90,10 @@ def run_distill(
     if dry_run:
         print_dry_run(recipe, run)
         return
-    recipe.train.on(this_process().num_processes)
-    if recipe.warm_start is not None:
-        recipe.warm_start.train.on(this_process().num_processes, "warm_start.train")
+    own = {} if recipe.warm_start is None else {"warm_start.train": recipe.warm_start.train}
+    for option, train in {"train": recipe.train, **own}.items():
+        train.on(this_process().num_processes, option)
+        require_replicas(train.replicas, option)
     require_same(
         {"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
     )
@@ -217,7 +227,7 @@ def run_stage(
         # Without the student's errors yet: a run that is stopped has a report, too.
         write_json(run / SHAPE, shape)
     if sharded(recipe):
-        roles.shard(mesh_of_all(), default_device())
+        roles.shard(mesh_of(recipe.train.replicas), default_device(), dtype_of_blocks(recipe.train.precision))
     found = latest_checkpoint(run)
     barrier()  # no process writes before all have looked
     start = 0 if found is None else int(found[1]["step"])

@@ -191,8 +191,17 @@ class Roles:
         """
         return sharding.is_sharded(self.backbone.module)
 
-    def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Shard all networks over the processes of `mesh`.
+    def sum_gradients(self, wanted: bool) -> None:
+        """Set whether backward passes of sharded networks sum gradients over all processes.
+
+        Otherwise each process keeps those of adapters whole, which are small. Those of copies are as large as the
+        network: they are summed within each replica.
+        """
+        for network in {id(n): n for n in self.networks.values()}.values():
+            sharding.sum_gradients(network, wanted, keep_whole=self.config.lora)
+
+    def shard(self, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Shard all networks over the processes of `mesh`, computed in `dtype` or as they are.
 
         This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`.
         Sharding is permanent: to get whole networks, make new roles. The student can be initialized from
@@ -206,7 +215,7 @@ class Roles:
             )
         for network in {id(n): n for n in self.networks.values()}.values():
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
-            sharding.shard(network, mesh, device)
+            sharding.shard(network, mesh, device, dtype)
             after = dict(network.named_parameters())
             for role, own in self.trained.items():
                 self.trained[role] = {n: after[n] if before.get(n) is p else p for n, p in own.items()}

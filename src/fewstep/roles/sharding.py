@@ -10,21 +10,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbones.parts import blocks_of
 
 
-def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Shard a network over the processes of `mesh`.
+
+    A mesh of two dimensions holds a replica of the parts in each row (HSDP). With `dtype` the blocks are fetched and
+    computed in it, while parts and their gradients keep their own precision.
 
     Each process keeps one part on the process's own `device`. The network may be on the CPU before: a GPU
     then never holds more than one part and one block. The parameters of blocks are replaced, under the same
     names. Raises ValueError with one line for a network without blocks.
     """
+    # Autocast casts what a layer takes, and leaves alone what has to stay in single precision, such as times.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for block in blocks_of(network):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     outside = {p for p in network.parameters() if not isinstance(p, DTensor)}
     for tensor in (*outside, *network.buffers()):
         tensor.data = tensor.data.to(device)
@@ -35,6 +40,19 @@ def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
 def is_sharded(network: nn.Module) -> bool:
     """Return whether every call of the network needs all processes."""
     return isinstance(network, FSDPModule)
+
+
+def sum_gradients(network: nn.Module, wanted: bool, keep_whole: bool) -> None:
+    """Set whether backward passes sum gradients over processes, or keep those of several passes.
+
+    `keep_whole` keeps the gradients of whole blocks in every process, without any communication. Otherwise they are
+    still summed within each replica, so that a process keeps its part alone.
+    """
+    if isinstance(network, FSDPModule):
+        if keep_whole:
+            network.set_requires_gradient_sync(wanted)
+        else:
+            network.set_requires_all_reduce(wanted)
 
 
 def fetch_for(output: Tensor, network: nn.Module, layer: str) -> None:

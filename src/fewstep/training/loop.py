@@ -22,13 +22,14 @@ from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Loss, Method, TrainBatch, draw_count
-from ..processes import is_first, mean_of, meet, require_same, this_process
+from ..processes import is_first, meet, require_same, this_process
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
-from ..roles.sharding import by_kind, clip_gradients, shard_like, whole
+from ..roles.sharding import clip_gradients, shard_like, whole
 from ..transfer import fetched, together
 from ..words import speaks_python
 from .compiling import Compiled
+from .gradients import Gradients
 from .optimizer import OptimizerName, make_optimizer, step_unless
 from .precision import Precision, computing, lay_out, require_workspace
 from .settings import require_unchanged, settings_of
@@ -107,6 +108,10 @@ class TrainConfig:
 
     shard: bool = False
     """Share all weights and optimizer states between processes (FSDP2); one process ignores it."""
+
+    replicas: Annotated[int, Range(1)] = 1
+    """With shard, copies of the weights: each is shared by neighbouring processes, those of one machine where it is the
+    number of machines (HSDP)."""
 
     optimizer: OptimizerName = "adamw"
     """adamw8bit keeps its moments in 8 bits: a quarter of their memory, and another result."""
@@ -302,6 +307,7 @@ def distill(
             yield replace(last, seconds=0.0)
             return
     null, reach = data.unconditional(device), Reach()
+    gradients = Gradients(roles, config.accumulate, accelerator.num_processes, method.separate, reach)
 
     def draw(i: int) -> list[TrainBatch]:
         """Draw the batches of an iteration and send them to the device."""
@@ -332,7 +338,7 @@ def distill(
         numerics = computing(config.precision, device, roles.layers, not roles.sharded, config.deterministic)
         with numerics, compiled():
             measured = _updates(
-                accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
+                [method.losses(roles, turn) for turn in turns], gradients, roles, optimizers, config, i, reach
             )
         if i + 1 < config.iterations:  # while the device still computes
             following = draw(i + 1)
@@ -438,8 +444,8 @@ class Measured:
 
 
 def _updates(
-    accelerator: Accelerator,
     losses: Sequence[Iterator[Loss]],
+    gradients: Gradients,
     roles: Roles,
     optimizers: Mapping[Role, torch.optim.Optimizer],
     config: TrainConfig,
@@ -456,12 +462,12 @@ def _updates(
     moved: list[Role] = []
     while True:
         updated: list[Role] = []
-        for batch in losses:
+        for k, batch in enumerate(losses, 1):
             for loss in batch:
                 measured.check(loss.value, "loss", loss.role)
                 if loss.role not in updated:
                     updated.append(loss.role)
-                _add_gradients(loss, roles, 1 / len(losses), reach)
+                gradients.add(loss, last=k == len(losses))
                 for name, value in loss.metrics.items():
                     seen.setdefault(name, []).append(value)
                 if not loss.together:
@@ -472,51 +478,11 @@ def _updates(
             return measured
         moved += updated
         for role in updated:
-            norms[f"{role}_grad"] = _update(accelerator, role, roles, optimizers[role], config, measured)
-
-
-def _add_gradients(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
-    """Add a share of the loss's gradients to the role's parameters.
-
-    Parameters that the loss does not reach get a zero gradient. Raises ValueError if the loss reaches no
-    parameter.
-    """
-    if not loss.value.requires_grad:
-        raise ValueError(
-            f"train: the {loss.role}'s loss reaches none of its {len(roles.trained[loss.role])} trained tensors; "
-            "check that the network computes with gradients, or set train.precision=no"
-        )
-    if roles.sharded:
-        _add_gradients_of_parts(loss, roles, share, reach)
-        return
-    parameters = list(roles.trained[loss.role].values())
-    grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
-    reach.add(loss.role, (n for n, g in zip(roles.trained[loss.role], grads, strict=True) if g is not None))
-    for p, g in zip(parameters, grads, strict=True):
-        own = torch.zeros_like(p) if g is None else g if share == 1 else g * share
-        p.grad = own if p.grad is None else p.grad.add_(own)
-
-
-def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
-    """Add gradients as `_add_gradients` does, for sharded weights.
-
-    Gradients of sharded weights come from a backward pass only, which may also reach other roles; the
-    gradients of other roles are restored.
-    """
-    others = [(p, p.grad) for role, own in roles.trained.items() if role != loss.role for p in own.values()]
-    for p, _ in others:
-        p.grad = None
-    (loss.value if share == 1 else loss.value * share).backward()
-    for p, kept in others:
-        p.grad = kept
-    own = roles.trained[loss.role]
-    reach.add(loss.role, (n for n, p in own.items() if p.grad is not None))
-    for p in own.values():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            norms[f"{role}_grad"] = _update(gradients, role, roles, optimizers[role], config, measured)
 
 
 def _update(
-    accelerator: Accelerator,
+    gradients: Gradients,
     role: Role,
     roles: Roles,
     optimizer: torch.optim.Optimizer,
@@ -525,18 +491,10 @@ def _update(
 ) -> Tensor:
     """Take one optimizer step of one role, if all numbers so far are finite.
 
-    Returns the gradient norm. Gradients that are not yet means over processes are averaged in one flat call.
+    Returns the gradient norm.
     """
     parameters = list(roles.trained[role].values())
-    own = by_kind(parameters)[1]
-    if accelerator.num_processes > 1 and own:
-        flat = mean_of(torch.cat([p.grad.flatten() for p in own if p.grad is not None]))
-        for p, g in zip(own, flat.split([p.numel() for p in own]), strict=True):
-            p.grad = g.view_as(p).to(p.dtype)
-    # torch's fused AdamW silently reads a gradient in the memory order of the parameter.
-    for p in own:
-        if p.grad is not None and p.grad.stride() != p.stride():
-            p.grad = torch.empty_like(p).copy_(p.grad)
+    gradients.finish(role)
     norm = clip_gradients(parameters, config.clip)
     measured.check(norm, "gradient", role)
     step_unless(measured.failed(), optimizer)
