@@ -137,7 +137,12 @@ def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
     the device never holds more than the quantized weights.
     """
     device, rounded = default_device(), recipe.roles.quantize
-    teacher = load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size)
+
+    def load() -> Backbone:
+        return load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size)
+
+    # On its way to the device a base that takes several devices fills a machine's memory once, not once for each.
+    teacher = in_turn(load) if sharded(recipe) else load()
     base_hash = fingerprint(teacher.module)
     quantize(teacher, rounded)
     pipeline_of(teacher).to(device)
@@ -227,7 +232,8 @@ def run_stage(
         # Without the student's errors yet: a run that is stopped has a report, too.
         write_json(run / SHAPE, shape)
     if sharded(recipe):
-        roles.shard(mesh_of(recipe.train.replicas), default_device(), dtype_of_blocks(recipe.train.precision))
+        mesh, dtype = mesh_of(recipe.train.replicas), dtype_of_blocks(recipe.train.precision)
+        roles.shard(mesh, default_device(), dtype, from_first=True)
     found = latest_checkpoint(run)
     barrier()  # no process writes before all have looked
     start = 0 if found is None else int(found[1]["step"])

@@ -124,6 +124,8 @@ class Roles:
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
+    # The copies are meta tensors until they are sharded, when they become copies of the teacher's parts.
+    hollow: bool = False
     # The role that the shared network serves, and the condition's vector.
     active: list[tuple[Role, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
 
@@ -200,10 +202,13 @@ class Roles:
         for network in {id(n): n for n in self.networks.values()}.values():
             sharding.sum_gradients(network, wanted, keep_whole=self.config.lora)
 
-    def shard(self, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def shard(
+        self, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None, from_first: bool = False
+    ) -> None:
         """Shard all networks over the processes of `mesh`, computed in `dtype` or as they are.
 
-        This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`.
+        This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`. With
+        `from_first` the weights are the first process's: the networks of the others may be meta tensors.
         Sharding is permanent: to get whole networks, make new roles. The student can be initialized from
         another student before sharding, not afterwards. Raises ValueError for a quantized base, whose codes
         every process would hold.
@@ -215,7 +220,12 @@ class Roles:
             )
         for network in {id(n): n for n in self.networks.values()}.values():
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
+            weights = sharding.empty(network) if from_first else {}
             sharding.shard(network, mesh, device, dtype)
+            if from_first and self.hollow and network is not self.networks["teacher"]:
+                sharding.copy_parts(network, self.networks["teacher"], device)
+            elif from_first:
+                sharding.receive(network, weights, mesh, device)
             after = dict(network.named_parameters())
             for role, own in self.trained.items():
                 self.trained[role] = {n: after[n] if before.get(n) is p else p for n, p in own.items()}
@@ -225,7 +235,11 @@ class Roles:
             if head is not None:
                 head.to(device)
         for name, p in self.trained["student"].items():
-            self.average[name] = sharding.shard_like(self.average[name], p).to(p.device)
+            self.average[name] = (
+                p.detach().float().clone()  # nothing has been trained yet
+                if from_first
+                else sharding.shard_like(self.average[name], p).to(p.device)
+            )
 
     def update_average(self, decay: float) -> None:
         """Update the student's moving average.
@@ -296,13 +310,17 @@ class Roles:
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
-def copied(network: nn.Module) -> nn.Module:
+def copied(network: nn.Module, hollow: bool = False) -> nn.Module:
     """Return a deep copy of a network, with tied weights tied.
 
-    Tensors are cloned, which also works for fake (meta) tensors.
+    Tensors are cloned, which also works for fake (meta) tensors. A `hollow` copy has meta tensors.
     """
-    memo: dict[int, Any] = {id(b): b.detach().clone() for b in network.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
+
+    def clone(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("meta") if hollow else tensor.detach().clone()
+
+    memo: dict[int, Any] = {id(b): clone(b) for b in network.buffers()}
+    memo |= {id(p): nn.Parameter(clone(p), p.requires_grad) for p in network.parameters()}
     return copy.deepcopy(network, memo)
 
 
@@ -332,6 +350,7 @@ def make_roles(
     head: nn.Module | None = None,
     fake: bool = True,
     head_to_absorb: nn.Module | None = None,
+    hollow: bool = False,
 ) -> Roles:
     """Return a student and a `fake` score that equal the teacher.
 
@@ -344,7 +363,8 @@ def make_roles(
 
     Shared: the backbone's own module gets two adapters without effect, and the base weights stay frozen.
     Adapters of an earlier run on the same backbone are removed, and `config.quantize` quantizes the base
-    weights permanently. Copies: two deep copies of the network.
+    weights permanently. Copies: two deep copies of the network, which with `hollow` have no weights before they are
+    sharded. The backbone may have meta tensors, which are filled then, too.
 
     Raises ValueError if there is nothing to train, or for copies of half-precision weights.
     """
@@ -359,7 +379,7 @@ def make_roles(
         width = step_condition.width(base, backbone.time_layer)
     if not config.lora:
         _require_single(base)
-        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
+        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base, hollow) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {
             r: {n: p for n, p in networks[r].named_parameters() if p.is_floating_point()} for r in made
         }
@@ -381,8 +401,9 @@ def make_roles(
             for p in parameters.values():
                 p.requires_grad_(True)
     conditions: dict[Role, StepCondition] = {}
+    device = next(base.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
     if condition_values:
-        device = next(base.parameters()).device
         for role in made:
             shared = config.lora and bool(conditions)
             conditions[role] = (
@@ -393,10 +414,10 @@ def make_roles(
                 CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device)),
             }
     if head is not None:
-        head.to(next(base.parameters()).device).requires_grad_(True)
+        head.to(device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
     if head_to_absorb is not None:
-        head_to_absorb.to(next(base.parameters()).device).requires_grad_(False)
+        head_to_absorb.to(device).requires_grad_(False)
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
     adapters.switch(layers, None)
     discriminator = make_discriminator(backbone, base, gan_step_counts, seed) if gan_step_counts else None
@@ -414,6 +435,7 @@ def make_roles(
         discriminator,
         head,
         head_to_absorb,
+        hollow and not config.lora,
     )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():

@@ -8,10 +8,10 @@ conditions.
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ..backbones.parts import blocks_of
 
@@ -32,9 +32,59 @@ def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: tor
         fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     outside = {p for p in network.parameters() if not isinstance(p, DTensor)}
     for tensor in (*outside, *network.buffers()):
-        tensor.data = tensor.data.to(device)
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
     # The network itself shards nothing. As the root, it fetches one block while another block computes.
     fully_shard(network, mesh=mesh, ignored_params=outside)
+
+
+def empty(network: nn.Module) -> dict[str, Tensor]:
+    """Replace all weights and buffers of a network by meta tensors, and return them by name.
+
+    Tied weights stay tied, and are returned under one name.
+    """
+    found, hollow = dict[str, Tensor](), dict[int, Tensor]()
+    for path, module in network.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in hollow:
+                    bare = tensor.detach().to("meta")
+                    hollow[id(tensor)] = (
+                        nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+                    )
+                    found[f"{path}.{name}".removeprefix(".")] = tensor.detach()
+                held[name] = hollow[id(tensor)]  # type: ignore[assignment]
+    return found
+
+
+@torch.no_grad()
+def receive(network: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh, device: torch.device) -> None:
+    """Fill a sharded network of meta tensors with the first process's weights.
+
+    One tensor at a time is whole, on `device`, and `weights` loses it then. The weights of the other processes are not
+    read. All processes have to call.
+    """
+    network.to_empty(device=device)
+    whole_everywhere = [Replicate()] * mesh.ndim
+    for name, own in (*network.named_parameters(), *network.named_buffers()):
+        if distributed.get_rank() == 0:
+            tensor = weights.pop(name).to(device)
+        else:
+            tensor = torch.empty(own.shape, dtype=own.dtype, device=device)
+        to = own.placements if isinstance(own, DTensor) else whole_everywhere
+        given = distribute_tensor(tensor, mesh, to, src_data_rank=0)
+        own.copy_(given if isinstance(own, DTensor) else given.to_local())
+
+
+@torch.no_grad()
+def copy_parts(network: nn.Module, of: nn.Module, device: torch.device) -> None:
+    """Fill a sharded network of meta tensors with the parts of another network that is sharded alike."""
+    network.to_empty(device=device)
+    there = dict((*of.named_parameters(), *of.named_buffers()))
+    for name, own in (*network.named_parameters(), *network.named_buffers()):
+        own.copy_(there[name])
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -24,12 +24,13 @@ def roles_for(
     seed: int = 0,
     paths: Trajectories | None = None,
     init_from: Path | None = None,
+    hollow: bool = False,
 ) -> Roles:
     """Return the networks that a method needs.
 
     The student is initialized from the finished student in `init_from`, by default from the teacher. A new
     head is fitted to the trajectories `paths`; without trajectories the head knows nothing of the data,
-    which is enough for a memory plan.
+    which is enough for a memory plan. `hollow`: see `make_roles`.
 
     Raises ValueError for a teacher in float16, and where `init_from` does not fit.
     """
@@ -42,7 +43,7 @@ def roles_for(
     # A head alone sees the times themselves and needs no condition.
     values = method.condition_values if config.rank or not config.lora else ()
     kept, to_absorb = (None, head) if method.init_head == "absorb" else (head, None)
-    roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb)
+    roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, hollow)
     if init_from is not None:
         initialize(roles, init_from)
     return roles

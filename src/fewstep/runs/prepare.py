@@ -35,9 +35,10 @@ from ..data.trajectories import (
     trajectory_bytes,
 )
 from ..methods.method import Method
-from ..processes import distributed_errors, this_process
+from ..processes import distributed_errors, is_first, this_process
 from ..report.words import size
 from ..roles.roles import Roles, RolesConfig
+from ..roles.sharding import empty
 from ..training.loop import TrainConfig
 from ..words import speaks_python
 from .init import roles_for
@@ -206,9 +207,14 @@ def prepare(
             trajectories = generate(
                 teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress
             )
-    if spec.train.shard and this_process().num_processes > 1:
+    sharded = spec.train.shard and this_process().num_processes > 1
+    if sharded and is_first():
         teacher.module.cpu()  # the network and its copies come back to the device in parts
-    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from)
+    elif sharded:
+        for network in (teacher.module, *teacher.encoders):  # the parts come from the first process
+            empty(network)
+    hollow = sharded and spec.init_from is None
+    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, hollow)
     return Prepared(roles, data, images, trajectories)
 
 
