@@ -4,11 +4,12 @@ All processes train; the first process writes and prints.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 PATIENCE = timedelta(hours=24)  # wait between iterations: the first process encodes, samples and measures meanwhile
 TRAINING = timedelta(minutes=10)  # wait within an iteration, where all processes do the same work
 
+Made = TypeVar("Made")
 ENDED = (
     "another process of this run has ended or stands still, see what it said; "
     "the last checkpoint is intact, the same command resumes"
@@ -170,7 +172,7 @@ def require_replicas(replicas: int, option: str = "train") -> None:
         )
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 def mesh_of(replicas: int) -> DeviceMesh:
     """Return the mesh of all processes: in one row, or a row for each replica.
 
@@ -193,6 +195,19 @@ def mesh_of(replicas: int) -> DeviceMesh:
     return DeviceMesh.from_group(
         [groups[REPLICATE], groups[SHARD]], state.device.type, mesh=ranks, mesh_dim_names=(REPLICATE, SHARD)
     )
+
+
+def in_turn(make: Callable[[], Made]) -> Made:
+    """Return what `make` returns, called by one process of a machine after the other.
+
+    All processes have to call.
+    """
+    state, made = this_process(), list[Made]()
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))):
+        if turn == state.local_process_index:
+            made.append(make())
+        barrier()
+    return made[0]
 
 
 def barrier() -> None:

@@ -25,6 +25,7 @@ from ..processes import (
     any_rank,
     barrier,
     distributed_errors,
+    in_turn,
     is_first,
     mesh_of,
     require_replicas,
@@ -109,7 +110,7 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), second_stage(recipe, run / WARM_START)]
     for stage in stages:
         require_optimizer(stage.train.optimizer)
-    teacher, base_hash = teacher_of(recipe)
+    teacher, base_hash = teacher_of(recipe, together=True)
     check_measures(recipe, teacher)
     check_initial(recipe, teacher)
     console.quiet = not is_first()
@@ -126,12 +127,14 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
         if not done:
             run_stage(stage, teacher, base_hash, prompts, run / WARM_START, source, overrides, run)
             barrier()
-            teacher = teacher_of(recipe)[0] if sharded(stage) else teacher
+            teacher = teacher_of(recipe, together=True)[0] if sharded(stage) else teacher
     run_stage(stages[-1], teacher, base_hash, prompts, run, source, overrides, run)
 
 
-def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
+def teacher_of(recipe: DistillRecipe, together: bool = False) -> tuple[Backbone, str]:
     """Load the recipe's teacher and hash the weights.
+
+    `together` says that all processes load it.
 
     The hash is that of the weights before quantization. A quantized teacher is loaded on the CPU, so that
     the device never holds more than the quantized weights.
@@ -142,7 +145,7 @@ def teacher_of(recipe: DistillRecipe) -> tuple[Backbone, str]:
         return load_teacher(recipe.teacher, getattr(torch, recipe.dtype), "cpu" if rounded else device, recipe.size)
 
     # On its way to the device a base that takes several devices fills a machine's memory once, not once for each.
-    teacher = in_turn(load) if sharded(recipe) else load()
+    teacher = in_turn(load) if together and sharded(recipe) else load()
     base_hash = fingerprint(teacher.module)
     quantize(teacher, rounded)
     pipeline_of(teacher).to(device)
