@@ -54,7 +54,7 @@ def _training() -> distributed.ProcessGroup:
 
 
 @lru_cache(maxsize=1)
-def _between() -> distributed.ProcessGroup:
+def between_iterations() -> distributed.ProcessGroup:
     """Return the group of all processes between iterations.
 
     The group communicates on the CPUs. The other processes wait long for the first process, which may sample
@@ -82,16 +82,27 @@ def any_rank(asked: bool) -> bool:
         return asked
     with distributed_errors():
         count = torch.tensor(float(asked))
-        distributed.all_reduce(count, group=_between())
+        distributed.all_reduce(count, group=between_iterations())
     return bool(count > 0)
 
 
 def meet() -> None:
     """Wait between two iterations until every process arrives.
 
-    The wait is as long as `_between` allows.
+    The wait is as long as `between_iterations` allows.
     """
     any_rank(False)
+
+
+def gathered(value: dict[str, str]) -> list[dict[str, str]]:
+    """Return the values of all processes, in their order.
+
+    All processes have to call. Raises ConnectionError with one line if a process has ended.
+    """
+    found: list[dict[str, str]] = [value] * this_process().num_processes
+    with distributed_errors():
+        distributed.all_gather_object(found, value, group=between_iterations())
+    return found
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
@@ -135,9 +146,9 @@ def _from_first(text: str) -> str:
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     with distributed_errors():
         size = torch.tensor(len(data))
-        distributed.broadcast(size, 0, group=_between())
+        distributed.broadcast(size, 0, group=between_iterations())
         told = data if is_first() else torch.empty(int(size), dtype=torch.uint8)
-        distributed.broadcast(told, 0, group=_between())
+        distributed.broadcast(told, 0, group=between_iterations())
     return bytes(told.tolist()).decode()
 
 

@@ -188,7 +188,7 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     A finished stage has the same recipe, a checkpoint and a student of the last iteration, and a report that
     is newer than the student.
     """
-    found, record, report = latest_checkpoint(run), run / "run.json", run / REPORT
+    found, record, report = latest_checkpoint(run, whole=False), run / "run.json", run / REPORT
     final = find_folder(run)
     if found is None or not record.exists() or final is None or not report.exists():
         return False
@@ -237,7 +237,7 @@ def run_stage(
     if sharded(recipe):
         mesh, dtype = mesh_of(recipe.train.replicas), dtype_of_blocks(recipe.train.precision)
         roles.shard(mesh, default_device(), dtype, from_first=True)
-    found = latest_checkpoint(run)
+    found = latest_checkpoint(run, whole=False)
     barrier()  # no process writes before all have looked
     start = 0 if found is None else int(found[1]["step"])
     log = MetricsLog(run / "metrics.jsonl" if first else None, start)

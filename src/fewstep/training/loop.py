@@ -22,7 +22,7 @@ from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Loss, Method, TrainBatch, draw_count
-from ..processes import is_first, meet, require_same, this_process
+from ..processes import any_rank, is_first, meet, require_same, this_process
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
 from ..roles.sharding import clip_gradients, shard_like, whole
@@ -31,9 +31,11 @@ from ..words import speaks_python
 from .compiling import Compiled
 from .gradients import Gradients
 from .optimizer import OptimizerName, make_optimizer, step_unless
+from .parts import load_parts, require_intact
 from .precision import Precision, computing, lay_out, require_workspace
 from .settings import require_unchanged, settings_of
 from .state import (
+    PARTS,
     checkpoints,
     latest_checkpoint,
     load_optimizer_tensors,
@@ -295,7 +297,7 @@ def distill(
     settings = {} if run is None and not several else settings_of(roles, method, data, config, batches, real, paths)
     if several:
         require_same({"iterations": config.iterations, **settings})
-    found = None if run is None else latest_checkpoint(run)
+    found = None if run is None else latest_checkpoint(run, whole=not roles.sharded)
     start = _resume(roles, optimizers, run, found, settings, batches, config.batch)
     if several:
         require_same({"checkpoint": start})
@@ -519,16 +521,45 @@ def save_run(
 ) -> None:
     """Save every trained role, optimizer and average as a checkpoint.
 
-    The checkpoint is atomic. The first process writes; for sharded roles all processes have to call.
+    The checkpoint is atomic. The first process writes; for sharded roles all processes have to call, and each writes
+    its part.
     """
+    groups = _groups(roles, optimizers)
+    if roles.sharded and this_process().num_processes > 1:
+        save_checkpoint(run, iteration, groups, state, in_parts=True)
+        return
+    gathered = {name: whole(tensors) for name, tensors in groups.items()}
+    if is_first():
+        save_checkpoint(run, iteration, gathered, state)
+
+
+def _groups(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer]) -> dict[str, Mapping[str, Tensor]]:
+    """Return the tensors of a checkpoint by group and name, which are those of the run."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
         groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]))
-    first = is_first()
-    gathered = {name: whole(tensors, keep=first) for name, tensors in groups.items()}
-    if first:
-        save_checkpoint(run, iteration, gathered, state)
+    return groups
+
+
+def _load_own_parts(
+    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], folder: Path, hashes: Mapping[str, str]
+) -> None:
+    """Restore what this process holds from a checkpoint in parts.
+
+    Each process checks some of the files. Raises ValueError in every process if a file is damaged.
+    """
+    state, damage = this_process(), ""
+    try:
+        require_intact(folder, hashes, sorted(hashes)[state.process_index :: state.num_processes])
+    except ValueError as error:
+        damage = str(error)
+    if any_rank(bool(damage)):
+        raise ValueError(
+            f"checkpoint {folder} is damaged or incomplete ({damage or 'see what another process says'}); "
+            "delete that folder to go on from an older one"
+        )
+    load_parts(folder, _groups(roles, optimizers))
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -559,6 +590,9 @@ def _resume(
             f"set it to {before * batch}, which is the same in any number of processes, and leave train.accumulate out"
         )
     require_unchanged(state.get("settings"), settings, str(run))
+    if not groups and run is not None:
+        _load_own_parts(roles, optimizers, checkpoints(run)[-1], state[PARTS])
+        return int(state["step"])
     place, names = (
         f"run {run}: the checkpoint of iteration {state['step']}",
         {r: _names(optimizers[r], roles.trained[r]) for r in roles.trained},
