@@ -1,4 +1,4 @@
-"""What a few processes train, next to what one does: run as `python -m tests.training.several COUNT FOLDER`.
+"""What a few processes train, next to what one does: run as `python -m tests.training.several WHAT COUNT FOLDER`.
 
 Every case takes the same four batches an iteration, whatever the number of processes. One start of Python makes all
 cases; the first process writes what is trained, whole, under the name of the case.
@@ -50,7 +50,11 @@ def cases(count: int) -> list[Case]:
     return found
 
 
-def trained(case: Case, config: TrainConfig = CONFIG) -> Roles:
+RESUMED = (Case("unify", True, False), Case("unify", False, True), Case("gan", True, True, 1, True))
+STOPPED = 2  # iterations of those that others go on with
+
+
+def trained(case: Case, config: TrainConfig = CONFIG, run: Path | None = None) -> Roles:
     """Train one case in this process, which may be the only one."""
     method, alone = common.METHODS[case.method], not distributed.is_initialized()
     backbone = common.deep()
@@ -59,7 +63,7 @@ def trained(case: Case, config: TrainConfig = CONFIG) -> Roles:
     roles = roles_of(backbone, method, case)
     if case.shard and not alone:
         roles.shard(mesh_of(case.replicas), torch.device("cpu"), from_first=case.from_first)
-    common.trained(roles, method, config=config)
+    common.trained(roles, method, run, config)
     return roles
 
 
@@ -70,13 +74,35 @@ def roles_of(backbone: common.Backbone, method: Method, case: Case) -> Roles:
     return make_roles(backbone, config, 0, values, against, None, method.needs.fake, hollow=case.from_first)
 
 
-def work(count: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def stopped(case: Case, run: Path) -> None:
+    """Train the first iterations of a case, up to a checkpoint in `run`."""
+    trained(case, replace(CONFIG, iterations=STOPPED, shard=case.shard), run)
+
+
+def straight(count: int, folder: Path) -> None:
+    """Train all cases."""
     for case in cases(count):
-        found = common.weights(trained(case))
-        same_everywhere(found)
-        if distributed.get_rank() == 0:
-            save_file(found, Path(folder) / f"{case.name}.safetensors")
+        keep(trained(case), folder / f"{case.name}.safetensors")
+
+
+def resume(count: int, folder: Path) -> None:
+    """Go on with the runs in `folder/begun`, and begin others in `folder/left`."""
+    for case in RESUMED:
+        own = replace(case, replicas=2) if case.shard and count == 4 else case
+        keep(trained(own, CONFIG, folder / "begun" / case.name), folder / f"{case.name}.safetensors")
+        stopped(own, folder / "left" / case.name)
+
+
+def keep(roles: Roles, path: Path) -> None:
+    found = common.weights(roles)
+    same_everywhere(found)
+    if distributed.get_rank() == 0:
+        save_file(found, path)
+
+
+def work(what: str, count: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    {"straight": straight, "resume": resume}[what](count, Path(folder))
 
 
 def same_everywhere(found: dict[str, Tensor]) -> None:
@@ -88,4 +114,4 @@ def same_everywhere(found: dict[str, Tensor]) -> None:
 
 
 if __name__ == "__main__":
-    debug_launcher(work, args=(int(sys.argv[1]), sys.argv[2]), num_processes=int(sys.argv[1]))
+    debug_launcher(work, args=(sys.argv[1], int(sys.argv[2]), sys.argv[3]), num_processes=int(sys.argv[2]))

@@ -1,6 +1,7 @@
 """Two and four processes train what one trains: each with all weights, sharded, and sharded within two replicas."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,24 +24,54 @@ def alone(method: str, lora: bool) -> dict[str, Tensor]:
     return common.weights(several.trained(several.Case(method, lora, False)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_what_one_does(count: int, tmp_path: Path) -> None:
+def start(what: str, count: int, folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.several", str(count), str(tmp_path)],
+        [sys.executable, "-m", "tests.training.several", what, str(count), str(folder)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def check(case: several.Case, found: dict[str, Tensor]) -> None:
+    expected = alone(case.method, case.lora)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=lambda m: f"{case.name}, {name}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_what_one_does(count: int, tmp_path: Path) -> None:
+    start("straight", count, tmp_path)
     for case in several.cases(count):
-        found = load_file(tmp_path / f"{case.name}.safetensors")
-        expected = alone(case.method, case.lora)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=lambda m: f"{case.name}: {m}")  # noqa: B023
+        check(case, load_file(tmp_path / f"{case.name}.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_any_number_of_processes(tmp_path: Path) -> None:
+    """From one process to four, of which two hold a replica each, to two and to one."""
+    for case in several.RESUMED:
+        several.stopped(case, tmp_path / "4" / "begun" / case.name)
+    for count, after in ((4, 2), (2, 1)):
+        start("resume", count, tmp_path / str(count))
+        for case in several.RESUMED:
+            check(case, load_file(tmp_path / str(count) / f"{case.name}.safetensors"))
+            left = tmp_path / str(count) / "left" / case.name
+            parts = list(left.glob("checkpoint-*/parts/*.safetensors"))
+            assert bool(parts) == case.shard and len({p.name[:11] for p in parts}) in (0, count)
+            shutil.copytree(left, tmp_path / str(after) / "begun" / case.name)
+    for case in several.RESUMED:
+        run = tmp_path / "1" / "begun" / case.name
+        damaged = shutil.copytree(run, tmp_path / "damaged" / case.name)
+        check(case, common.weights(several.trained(case, run=run)))
+        part = next(damaged.glob("checkpoint-*/**/*.safetensors"))
+        part.write_bytes(part.read_bytes()[:-1] + b"?")
+        with pytest.raises(ValueError, match=r"is damaged or incomplete \(.*does not have the SHA-256"):
+            several.trained(case, run=damaged)
 
 
 def test_other_batches_train_something_else() -> None:
