@@ -63,6 +63,15 @@ def between_iterations() -> distributed.ProcessGroup:
     return distributed.new_group(timeout=TRAINING if is_first() else PATIENCE, backend="gloo")
 
 
+@lru_cache(maxsize=1)
+def _starting() -> distributed.ProcessGroup:
+    """Return the group of all processes before the first iteration.
+
+    The group communicates on the CPUs. Every process may load and prepare for as long as it takes.
+    """
+    return distributed.new_group(timeout=PATIENCE, backend="gloo")
+
+
 def sum_of_all(tensor: Tensor) -> distributed.Work:
     """Begin to sum a tensor over all processes, in place.
 
@@ -73,8 +82,8 @@ def sum_of_all(tensor: Tensor) -> distributed.Work:
     return under_way
 
 
-def any_rank(asked: bool) -> bool:
-    """Return whether `asked` is true in any process.
+def any_rank(asked: bool, starting: bool = False) -> bool:
+    """Return whether `asked` is true in any process, between two iterations or before the first.
 
     All processes have to call. Raises ConnectionError with one line if a process has ended.
     """
@@ -82,7 +91,7 @@ def any_rank(asked: bool) -> bool:
         return asked
     with distributed_errors():
         count = torch.tensor(float(asked))
-        distributed.all_reduce(count, group=between_iterations())
+        distributed.all_reduce(count, group=_starting() if starting else between_iterations())
     return bool(count > 0)
 
 
@@ -121,7 +130,7 @@ def require_same(settings: Mapping[str, Any]) -> None:
         if json.dumps(first.get(key), sort_keys=True, default=str)
         != json.dumps(settings.get(key), sort_keys=True, default=str)
     ]
-    if any_rank(bool(odd)):
+    if any_rank(bool(odd), starting=True):
         which = (
             f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here"
             if odd
@@ -146,9 +155,9 @@ def _from_first(text: str) -> str:
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     with distributed_errors():
         size = torch.tensor(len(data))
-        distributed.broadcast(size, 0, group=between_iterations())
+        distributed.broadcast(size, 0, group=_starting())
         told = data if is_first() else torch.empty(int(size), dtype=torch.uint8)
-        distributed.broadcast(told, 0, group=between_iterations())
+        distributed.broadcast(told, 0, group=_starting())
     return bytes(told.tolist()).decode()
 
 

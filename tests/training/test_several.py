@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,9 @@ def check(case: several.Case, found: dict[str, Tensor]) -> None:
     expected = alone(case.method, case.lora)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=lambda m: f"{case.name}, {name}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-6, msg=partial("{}, {}: {}".format, case.name, name)
+        )
 
 
 @pytest.mark.slow

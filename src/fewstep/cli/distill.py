@@ -235,6 +235,7 @@ def run_stage(
         # Without the student's errors yet: a run that is stopped has a report, too.
         write_json(run / SHAPE, shape)
     if sharded(recipe):
+        barrier()  # the first process may have prepared for long
         mesh, dtype = mesh_of(recipe.train.replicas), dtype_of_blocks(recipe.train.precision)
         roles.shard(mesh, default_device(), dtype, from_first=True)
     found = latest_checkpoint(run, whole=False)

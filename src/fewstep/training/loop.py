@@ -554,7 +554,7 @@ def _load_own_parts(
         require_intact(folder, hashes, sorted(hashes)[state.process_index :: state.num_processes])
     except ValueError as error:
         damage = str(error)
-    if any_rank(bool(damage)):
+    if any_rank(bool(damage), starting=True):
         raise ValueError(
             f"checkpoint {folder} is damaged or incomplete ({damage or 'see what another process says'}); "
             "delete that folder to go on from an older one"
