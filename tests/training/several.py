@@ -4,14 +4,18 @@ Every case takes the same four batches an iteration, whatever the number of proc
 cases; the first process writes what is trained, whole, under the name of the case.
 """
 
+import json
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import debug_launcher
 from safetensors.torch import save_file
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.methods.method import Method
 from fewstep.processes import mesh_of
@@ -51,6 +55,7 @@ def cases(count: int) -> list[Case]:
 
 
 RESUMED = (Case("unify", True, False), Case("unify", False, True), Case("gan", True, True, 1, True))
+MEASURED = "small batch"
 STOPPED = 2  # iterations of those that others go on with
 
 
@@ -67,9 +72,9 @@ def trained(case: Case, config: TrainConfig = CONFIG, run: Path | None = None) -
     return roles
 
 
-def roles_of(backbone: common.Backbone, method: Method, case: Case) -> Roles:
+def roles_of(backbone: common.Backbone, method: Method, case: Case, rank: int = 2) -> Roles:
     against = method.counts if method.needs.adversary else ()
-    config = common.RolesConfig(lora=case.lora, rank=2)
+    config = common.RolesConfig(lora=case.lora, rank=rank)
     values = method.condition_values
     return make_roles(backbone, config, 0, values, against, None, method.needs.fake, hollow=case.from_first)
 
@@ -93,6 +98,69 @@ def resume(count: int, folder: Path) -> None:
         stopped(own, folder / "left" / case.name)
 
 
+class Moved(TorchDispatchMode):
+    """Bytes that this process sends, as the collectives say that it calls, in a ring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = {"gather": 0, "scatter": 0, "sum": 0}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        ops = torch.ops.c10d
+        if func is ops._allgather_base_.default:
+            self._add("gather", args[0], args[2], 1)
+        elif func is ops._reduce_scatter_base_.default:
+            self._add("scatter", args[1], args[2], 1)
+        elif func is ops.allreduce_.default:
+            self._add("sum", args[0][0], args[1], 2)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, what: str, tensor: Tensor, group: Any, times: int) -> None:
+        count = distributed.ProcessGroup.unbox(group).size()
+        # Not what says whether numbers are finite, or the norm.
+        self.sent[what] += times * tensor.nbytes * (count - 1) / count if tensor.numel() > 1 else 0
+
+
+class Calls:
+    """The number of calls of some networks."""
+
+    count = 0
+
+    def __call__(self, *_: object) -> None:
+        self.count += 1
+
+
+class Even(common.Deep):
+    """A denoiser whose blocks any two or four processes share in equal parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8, bias=False)) for _ in range(3)
+        )
+
+
+def measure(count: int, folder: Path) -> None:
+    """Count what each way to share the work sends in an iteration, next to its network calls."""
+    method = common.METHODS[MEASURED]
+    for case in cases(count):
+        if case.method != "unify" or case.from_first:
+            continue
+        roles = roles_of(common.deep(Even), method, case, rank=4)
+        if case.shard:
+            roles.shard(mesh_of(case.replicas), torch.device("cpu"), from_first=case.from_first)
+        calls = Calls()
+        for network in {id(n): n for n in roles.networks.values()}.values():
+            network.register_forward_pre_hook(calls)
+        config = replace(CONFIG, iterations=1, global_batch=2 * count)
+        with Moved() as moved:
+            common.trained(roles, method, config=config)
+        if distributed.get_rank() == 0:
+            (folder / f"{case.name}.json").write_text(json.dumps({**moved.sent, "calls": calls.count}))
+
+
 def keep(roles: Roles, path: Path) -> None:
     found = common.weights(roles)
     same_everywhere(found)
@@ -102,7 +170,7 @@ def keep(roles: Roles, path: Path) -> None:
 
 def work(what: str, count: int, folder: str) -> None:
     torch.set_num_threads(1)
-    {"straight": straight, "resume": resume}[what](count, Path(folder))
+    {"straight": straight, "resume": resume, "measure": measure}[what](count, Path(folder))
 
 
 def same_everywhere(found: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Two and four processes train what one trains: each with all weights, sharded, and sharded within two replicas."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from fewstep.backbones.parts import blocks_of
+from fewstep.training.traffic import Mesh, Work, traffic
 
 from ..project import ROOT
 from . import several
@@ -74,6 +78,35 @@ def test_a_run_goes_on_in_any_number_of_processes(tmp_path: Path) -> None:
         part.write_bytes(part.read_bytes()[:-1] + b"?")
         with pytest.raises(ValueError, match=r"is damaged or incomplete \(.*does not have the SHA-256"):
             several.trained(case, run=damaged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_bytes_sent_are_those_of_the_formula(count: int, tmp_path: Path) -> None:
+    start("measure", count, tmp_path)
+    for case in several.cases(count):
+        if not (path := tmp_path / f"{case.name}.json").exists():
+            continue
+        found = json.loads(path.read_text())
+        roles = several.roles_of(
+            common.deep(several.Even), common.METHODS["small batch"], replace(case, from_first=False)
+        )
+        inside = {id(p) for n in roles.networks.values() for b in blocks_of(n) for p in b.parameters()}
+        held = {n: p for n, p in roles.networks["student"].named_parameters() if id(p) in inside}
+        own = [(id(p) in inside, p.nbytes) for ps in roles.trained.values() for p in ps.values()]
+        mesh = Mesh(case.replicas, count // case.replicas) if case.shard else Mesh(count, 1)
+        work = Work(
+            blocks=sum(p.nbytes for p in held.values()),
+            forward=found["calls"],
+            backward=2 * 3,  # two batches; two updates of the fake score and one of the student
+            # The fake score has two updates.
+            gradients=sum(size for inner, size in own if inner) * 3 // 2,
+            sums=1 if case.lora or not case.shard else 2,
+            whole=sum(size for inner, size in own if not inner) * 3 // 2,
+        )
+        expected = traffic(work, mesh)
+        assert found["gather"] + found["scatter"] == pytest.approx(expected.within, rel=1e-9), case.name
+        assert found["sum"] == pytest.approx(expected.across + expected.everywhere, rel=1e-9), case.name
 
 
 def test_other_batches_train_something_else() -> None:

@@ -71,10 +71,10 @@ def mesh() -> Iterator[DeviceMesh]:
     distributed.destroy_process_group()
 
 
-def deep() -> Denoiser:
+def deep(kind: type[Deep] = Deep) -> Denoiser:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Deep().double()  # AdamW makes steps of any noise where there is no gradient
+        network = kind().double()  # AdamW makes steps of any noise where there is no gradient
     layers = ("blocks.0", "blocks.1.0")
     return Denoiser(network, tiny.TABLE, (6,), "v", tiny.Labels(), time_layer="time", feature_layers=layers)
 
