@@ -5,8 +5,8 @@
 No card is used. Weights are those of diffusers' network at true size, on meta tensors. Temporary bytes are counted as
 `fewstep plan` counts them, on networks of 2 and 4 blocks with true width and length, and go on in a straight line to 40
 blocks: with checkpointing each block adds its own input. An iteration is TDM's in 4 steps with batch 1 and
-checkpointing: 4 network calls of the student, 2 of the teacher and 1 of the fake score, 2 backward passes. Every
-forward pass of a block costs its multiplications once, a backward pass three times (the block is computed again).
+checkpointing: 4 network calls of the student, 2 of the teacher in one pass, 1 of the fake score, 2 backward passes. A
+call costs the multiplications of a block once, a backward pass three times (the block is computed again).
 Bytes that a card sends follow `fewstep.training.traffic`, which `tests/training/test_several.py` checks against the
 bytes that small runs hand to the collectives. Seconds assume the rates below: a run whose communication overlaps all
 of its computation takes the longest of the three, one that overlaps nothing their sum.
@@ -35,7 +35,7 @@ from fewstep.training.traffic import Mesh, Work, traffic
 from records import Facts, Record, about, commits, markdown, new_record, torch_of, versions, wrapped, write_record
 
 SHAPE, TOKENS, TEXT, BLOCKS = (16, 21, 90, 160), 21 * 45 * 80, 512, 40  # 81 frames of 1280x720
-STEPS, FORWARD, BACKWARD = 4, 7, 2
+STEPS, CALLS, FORWARD, BACKWARD = 4, 7, 6, 2  # the guided teacher is two calls in one pass
 WITHIN, ACROSS, FLOPS = 450e9, 50e9, 400e12
 RATES = (
     "A card sends 450 GB/s within a machine of 8 (NVLink 4), 50 GB/s to other machines (400 Gb/s InfiniBand a card), "
@@ -147,7 +147,7 @@ def rows_of(name: str, how: Arrangement) -> list[Facts]:
     two, four = work_bytes(2, how), work_bytes(4, how)
     temporary = two + (four - two) // 2 * (BLOCKS - 2)
     roles = make_roles(network(BLOCKS, how.dtype), how.roles)
-    sizes, calls = Sizes(roles), flops(roles.networks["teacher"]) * (FORWARD + 3 * BACKWARD)
+    sizes, calls = Sizes(roles), flops(roles.networks["teacher"]) * (CALLS + 3 * BACKWARD)
     (sharded, whole), (of_blocks, of_whole) = sizes.held(), sizes.gradients()
     largest = max(sum(2 * p.numel() for p in b.parameters()) for b in blocks_of(roles.networks["student"]))
     base = storage_bytes(*roles.networks["teacher"].parameters())
