@@ -200,8 +200,23 @@ and the one that is fetched.
 
 GB that a card sends in an iteration of batch 1, and seconds.
 
-{markdown(["trained", "cards", "replicas x shards", "within a replica", "across replicas", "everywhere", "computing",
-           "within a machine", "between machines", "an iteration"], moved)}
+{
+        markdown(
+            [
+                "trained",
+                "cards",
+                "replicas x shards",
+                "within a replica",
+                "across replicas",
+                "everywhere",
+                "computing",
+                "within a machine",
+                "between machines",
+                "an iteration",
+            ],
+            moved,
+        )
+    }
 """
 
 
