@@ -113,6 +113,23 @@ def test_a_sharded_training_is_the_whole_one(name: str, share: bool, mesh: Devic
         torch.testing.assert_close(found[n], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_blocks_fetched_in_bf16_compute_as_autocast_does(share: bool, mesh: DeviceMesh) -> None:
+    method, config = METHODS["small batch"], replace(CONFIG, precision="bf16", iterations=2)
+    one, two = (roles_of(replace(deep(), module=deep().module.float()), method, share) for _ in range(2))
+    two.shard(mesh, torch.device("cpu"), torch.bfloat16)
+    inside: list[torch.dtype] = []
+    two.networks["student"].get_submodule("blocks.0.0").register_forward_hook(
+        lambda layer, _, out: inside.append(layer.get_parameter("base_layer.bias" if share else "bias").dtype)
+    )
+    for whole_metrics, metrics in zip(
+        trained(one, method, config=config), trained(two, method, config=config), strict=True
+    ):
+        assert metrics == pytest.approx(whole_metrics, rel=0.02)
+    assert set(inside) == {torch.bfloat16}
+    assert {t.dtype for t in weights(two).values()} == {torch.float32}
+
+
 @pytest.mark.slow
 def test_a_family_with_checkpointing_and_its_checkpoint_in_one_process(mesh: DeviceMesh, tmp_path: Path) -> None:
     """What a sharded run has written, another that is not sharded goes on with, and the other way round."""
