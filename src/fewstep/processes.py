@@ -217,6 +217,17 @@ def mesh_of(replicas: int) -> DeviceMesh:
     )
 
 
+@lru_cache
+def context_mesh(count: int) -> DeviceMesh:
+    """Return the mesh whose last dimension is `count` neighbouring processes, which share the tokens of each sample.
+
+    All processes have to make the first call together.
+    """
+    state = this_process()
+    shape = (state.num_processes // count, 1, count)
+    return init_device_mesh(state.device.type, shape, mesh_dim_names=("samples", "ring", "ulysses"))
+
+
 def in_turn(make: Callable[[], Made]) -> Made:
     """Return what `make` returns, called by one process of a machine after the other.
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from accelerate import debug_launcher
+from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep.backbones.base import Denoiser
+from fewstep.core.schedule import Flow
 from fewstep.methods.method import Method
-from fewstep.processes import mesh_of
+from fewstep.processes import context_mesh, mesh_of
 from fewstep.roles.roles import Roles, make_roles
 from fewstep.roles.sharding import empty
 from fewstep.training.loop import TrainConfig
@@ -161,6 +164,46 @@ def measure(count: int, folder: Path) -> None:
             (folder / f"{case.name}.json").write_text(json.dumps({**moved.sent, "calls": calls.count}))
 
 
+class Video(WanTransformer3DModel):
+    """A tiny Wan as a network of one's own."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, t, text, return_dict=False)[0]
+
+
+class Letters:
+    """Four tokens of a prompt's first letters."""
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        ids = torch.tensor([[ord(c) % 32 for c in f"{p:<4}"[:4]] for p in prompts])
+        return {"text": torch.sin(ids[..., None] * torch.arange(1, 9))}
+
+
+VIDEO = replace(CONFIG, iterations=2, batch=2, global_batch=4, shard=True, context=2)
+
+
+def video() -> Roles:
+    """Return student and fake score of a tiny Wan as adapters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Video(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        )  # fmt: skip
+    backbone = Denoiser(network.requires_grad_(False).eval(), Flow(), (4, 2, 8, 8), "flow", Letters())
+    return make_roles(backbone, common.RolesConfig(rank=2, checkpointing=True))
+
+
+def context(count: int, folder: Path) -> None:
+    """Train with samples whose tokens two neighbours share."""
+    roles = video()
+    roles.share_tokens(context_mesh(2), torch.device("cpu"))
+    roles.shard(mesh_of(1), torch.device("cpu"))
+    metrics = common.trained(roles, common.METHODS[MEASURED], config=VIDEO)
+    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(metrics))
+
+
 def keep(roles: Roles, path: Path) -> None:
     found = common.weights(roles)
     same_everywhere(found)
@@ -170,7 +213,7 @@ def keep(roles: Roles, path: Path) -> None:
 
 def work(what: str, count: int, folder: str) -> None:
     torch.set_num_threads(1)
-    {"straight": straight, "resume": resume, "measure": measure}[what](count, Path(folder))
+    {"straight": straight, "resume": resume, "measure": measure, "context": context}[what](count, Path(folder))
 
 
 def same_everywhere(found: dict[str, Tensor]) -> None:

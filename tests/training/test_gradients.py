@@ -97,7 +97,7 @@ def loss_of(made: Roles, scale: float) -> Loss:
 def test_several_processes_add_what_one_adds(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     summed(monkeypatch)
     one, two = roles(), roles()
-    single, shared = Gradients(one, batches, 1, False, Reach()), Gradients(two, batches, 1, False, Reach())
+    single, shared = (Gradients(made, batches, 1, 1, False, Reach()) for made in (one, two))
     shared.processes = 2
     for k in range(batches):
         single.add(loss_of(one, k + 1.0), last=k == batches - 1)
@@ -112,7 +112,7 @@ def test_several_processes_add_what_one_adds(batches: int, monkeypatch: pytest.M
 def test_two_losses_of_one_role_together_are_refused_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     summed(monkeypatch)
     made = roles()
-    shared = Gradients(made, 1, 2, False, Reach())
+    shared = Gradients(made, 1, 2, 2, False, Reach())
     shared.add(loss_of(made, 1.0), last=True)
     with pytest.raises(ValueError, match=r"two losses of the student together.*; yield their sum"):
         shared.add(loss_of(made, 1.0), last=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewstep.backbones.context import share_tokens
 from fewstep.backbones.parts import blocks_of
 from fewstep.training.traffic import Mesh, Work, traffic
 
@@ -106,6 +108,48 @@ def test_the_bytes_sent_are_those_of_the_formula(count: int, tmp_path: Path) -> 
         expected = traffic(work, mesh)
         assert found["gather"] + found["scatter"] == pytest.approx(expected.within, rel=1e-9), case.name
         assert found["sum"] == pytest.approx(expected.across + expected.everywhere, rel=1e-9), case.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_neighbours_that_share_tokens_train_what_one_does(count: int, tmp_path: Path) -> None:
+    start("context", count, tmp_path)
+    one = common.trained(several.video(), common.METHODS[several.MEASURED], config=several.VIDEO)
+    for rank in range(count):
+        for found, expected in zip(json.loads((tmp_path / f"{rank}.json").read_text()), one, strict=True):
+            grads = {k: v for k, v in expected.items() if k.endswith("_grad")}
+            assert {k: found[k] for k in grads} == pytest.approx(grads, rel=1e-4)
+
+
+class Pair:
+    """A mesh of two processes, as far as a network's refusal looks at it."""
+
+    def __getitem__(self, _: str) -> "Pair":
+        return self
+
+    def size(self) -> int:
+        return 2
+
+
+def test_networks_that_diffusers_does_not_share_are_refused() -> None:
+    cog = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=4,
+        text_embed_dim=8, num_layers=1, sample_width=8, sample_height=8, sample_frames=5, max_text_seq_length=8,
+    )  # fmt: skip
+    for network in (cog, nn.Linear(2, 2)):
+        kind = type(network).__name__
+        said = rf"^train.context: got 2, but diffusers [\d.]+ does not share the tokens of a {kind} \(it has no plan"
+        with pytest.raises(ValueError, match=said):
+            share_tokens(network, Pair(), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_processes_that_do_not_come_out_even_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^context: got 2, which needs .* set shard=True"):
+        replace(several.CONFIG, context=2)
+    config = replace(several.CONFIG, context=2, shard=True)
+    with pytest.raises(ValueError, match=r"^train.context: got 2, allowed are divisors of the number of processes, 3"):
+        config.on(3)
+    assert config.on(8).accumulate == 1 and config.on(1).accumulate == 4
 
 
 def test_other_batches_train_something_else() -> None:

@@ -24,6 +24,7 @@ from ..findings import require
 from ..processes import (
     any_rank,
     barrier,
+    context_mesh,
     distributed_errors,
     in_turn,
     is_first,
@@ -236,6 +237,8 @@ def run_stage(
         write_json(run / SHAPE, shape)
     if sharded(recipe):
         barrier()  # the first process may have prepared for long
+        if (context := recipe.train.context) > 1:
+            roles.share_tokens(context_mesh(context), default_device())
         mesh, dtype = mesh_of(recipe.train.replicas), dtype_of_blocks(recipe.train.precision)
         roles.shard(mesh, default_device(), dtype, from_first=True)
     found = latest_checkpoint(run, whole=False)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..backbones.base import Backbone, Cond, denoiser, guided
+from ..backbones.context import share_tokens
 from ..backbones.parts import set_checkpointing
 from ..config_fields import OneOf, Range, check_fields
 from ..core.guidance import Guidance
@@ -201,6 +202,17 @@ class Roles:
         """
         for network in {id(n): n for n in self.networks.values()}.values():
             sharding.sum_gradients(network, wanted, keep_whole=self.config.lora)
+
+    def share_tokens(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Share the tokens of every network call among neighbours, see `backbones.context`.
+
+        Before the networks are sharded. Raises ValueError for networks that cannot, and for a head, which computes
+        whole samples.
+        """
+        if self.head is not None or self.head_to_absorb is not None:
+            raise ValueError("train.context: got several processes with a head, which takes whole samples; set it to 1")
+        for network in {id(n): n for n in self.networks.values()}.values():
+            share_tokens(network, mesh, device)
 
     def shard(
         self, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None, from_first: bool = False

@@ -65,7 +65,7 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
     """
     folder, method, roles, config = run.folder, run.method, run.roles, run.config
     processes = this_process().num_processes
-    batches = config.on(processes).accumulate * processes
+    batches = config.on(processes).accumulate * config.groups(processes)
     settings = settings_of(roles, method, run.data, config, batches, run.real, run.paths)
     done = 0 if folder is None else begun(folder, settings)  # before the teacher is called
     watch = run.watch if done < config.iterations else None

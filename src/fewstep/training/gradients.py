@@ -100,11 +100,13 @@ def _in_order_of(p: Tensor, flat: Tensor) -> Tensor:
 class Gradients:
     """The gradients of the updates of one iteration, in `grad` of the trained parameters.
 
-    `batches` is the number of batches of this process. With `separate` no loss reaches the weights of another role.
+    `batches` is the number of batches of this process. `groups` of the processes have batches of their own; those of
+    one group share tokens and have a part of each gradient. With `separate` no loss reaches another role's weights.
     """
 
-    def __init__(self, roles: Roles, batches: int, processes: int, separate: bool, reach: Reached) -> None:
+    def __init__(self, roles: Roles, batches: int, processes: int, groups: int, separate: bool, reach: Reached) -> None:
         self.roles, self.batches, self.processes, self.separate = roles, batches, processes, separate
+        self.share = processes // groups / batches  # of a batch in a mean over the processes
         self.reach = reach
         self.buckets: dict[Role, Buckets] = {}
 
@@ -163,7 +165,7 @@ class Gradients:
         for p, _ in kept:
             p.grad = None
         self.roles.sum_gradients(last or not self.separate)
-        (loss.value if self.batches == 1 else loss.value * (1 / self.batches)).backward()
+        (loss.value if self.share == 1 else loss.value * self.share).backward()
         for p, grad in kept:
             p.grad = grad
         if last:

@@ -115,6 +115,10 @@ class TrainConfig:
     """With shard, copies of the weights: each is shared by neighbouring processes, those of one machine where it is the
     number of machines (HSDP)."""
 
+    context: Annotated[int, Range(1)] = 1
+    """With shard, neighbouring processes that share the tokens of each sample (context parallelism): a part of the
+    activations in each."""
+
     optimizer: OptimizerName = "adamw"
     """adamw8bit keeps its moments in 8 bits: a quarter of their memory, and another result."""
 
@@ -138,6 +142,11 @@ class TrainConfig:
                 "train.compile: got true with train.shard=true, which has not been made to work; "
                 "set one of them to false"
             )
+        if self.context > 1 and not self.shard:
+            raise ValueError(
+                f"train.context: got {self.context}, which needs processes that make every network call together; "
+                "set train.shard=true"
+            )
         if self.global_batch is not None and self.accumulate != 1:
             raise ValueError(
                 f"train.accumulate: got {self.accumulate} with train.global_batch={self.global_batch}, from which it "
@@ -150,21 +159,34 @@ class TrainConfig:
                     f"({self.iterations})"
                 )
 
+    def groups(self, processes: int, option: str = "train") -> int:
+        """Return how many of so many processes take samples of their own.
+
+        Neighbours that share tokens take the same samples. Raises ValueError where they do not come out even.
+        """
+        if processes > 1 and processes % self.context:
+            raise ValueError(
+                f"{option}.context: got {self.context}, allowed are divisors of the number of processes, {processes}"
+            )
+        return max(1, processes // self.context)
+
     def on(self, processes: int, option: str = "train") -> "TrainConfig":
         """Return the settings in so many processes.
 
         `accumulate` follows from `global_batch`, which is then None. Raises ValueError for a `global_batch` that
         the processes cannot share in equal batches.
         """
+        groups = self.groups(processes, option)
         if self.global_batch is None:
             return self
-        count, rest = divmod(self.global_batch, self.batch * processes)
+        count, rest = divmod(self.global_batch, self.batch * groups)
         if rest:
-            share, uneven = divmod(self.global_batch, processes)
+            share, uneven = divmod(self.global_batch, groups)
+            context = "" if self.context == 1 else f", over {option}.context={self.context}"
             batch = max(k for k in range(1, min(self.batch, share or 1) + 1) if share % k == 0)
             raise ValueError(
                 f"{option}.global_batch: got {self.global_batch}, allowed are multiples of {option}.batch={self.batch} "
-                f"times the number of processes, {processes}; "
+                f"times the number of processes, {processes}{context}; "
                 + ("start a number of processes that divides it" if uneven else f"set {option}.batch={batch}")
             )
         return replace(self, accumulate=count, global_batch=None)
@@ -233,6 +255,18 @@ def require_trajectories(method: Method, given: bool) -> None:
         raise ValueError(f"data.source: method {method.name} {needs} trajectories of the teacher; {cure}")
 
 
+def _require_plain(method: Method, context: int) -> None:
+    """Check that processes may share the tokens of samples: no loss has a gradient through a chain of calls.
+
+    Raises ValueError.
+    """
+    if context > 1 and (method.needs.adversary or not method.separate):
+        which = "method.gan" if method.needs.adversary else "method.match.divergence"
+        raise ValueError(
+            f"train.context: got {context}, but the student's gradient passes a second network ({which}); set it to 1"
+        )
+
+
 def distill(
     roles: Roles,
     method: Method,
@@ -259,7 +293,9 @@ def distill(
     """
     accelerator = Accelerator()
     config = config.on(accelerator.num_processes)
-    device, rank = device_of(roles.backbone.module), accelerator.process_index
+    device, groups = device_of(roles.backbone.module), config.groups(accelerator.num_processes)
+    rank = accelerator.process_index * groups // accelerator.num_processes  # neighbours that share tokens have the same
+    _require_plain(method, accelerator.num_processes // groups)
     require_trajectories(method, paths is not None)
     if method.needs.images != (real is not None):
         raise ValueError(
@@ -292,7 +328,7 @@ def distill(
     if config.optimizer == "adamw":  # 8-bit moments share a scale with their neighbours in memory
         lay_out(roles, config.precision, device)
     optimizers = {role: optimizer_of(role) for role in roles.trained}
-    batches = config.accumulate * accelerator.num_processes
+    batches = config.accumulate * groups
     several = accelerator.num_processes > 1
     settings = {} if run is None and not several else settings_of(roles, method, data, config, batches, real, paths)
     if several:
@@ -309,7 +345,7 @@ def distill(
             yield replace(last, seconds=0.0)
             return
     null, reach = data.unconditional(device), Reach()
-    gradients = Gradients(roles, config.accumulate, accelerator.num_processes, method.separate, reach)
+    gradients = Gradients(roles, config.accumulate, accelerator.num_processes, groups, method.separate, reach)
 
     def draw(i: int) -> list[TrainBatch]:
         """Draw the batches of an iteration and send them to the device."""

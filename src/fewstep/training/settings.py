@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .loop import TrainConfig
 
 DERIVED = ("begin ", "trajectories ")  # hashes that follow from other settings: named only if nothing else differs
-FREE = ("shard", "replicas", "checkpoint_every", "global_batch")  # settings that do not change the result
+FREE = ("shard", "context", "replicas", "checkpoint_every", "global_batch")  # settings that do not change the result
 
 
 def settings_of(
