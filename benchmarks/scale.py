@@ -4,16 +4,16 @@
 
 No card is used. Weights are those of diffusers' network at true size, on meta tensors. Temporary bytes are counted as
 `fewstep plan` counts them, on networks of 2 and 4 blocks with true width and length, and go on in a straight line to 40
-blocks: with checkpointing each block adds its own input. An iteration is TDM's in 4 steps with batch 1 and
-checkpointing: 4 network calls of the student, 2 of the teacher in one pass, 1 of the fake score, 2 backward passes. A
-call costs the multiplications of a block once, a backward pass three times (the block is computed again).
-Bytes that a card sends follow `fewstep.training.traffic`, which `tests/training/test_several.py` checks against the
-bytes that small runs hand to the collectives. Seconds assume the rates below: a run whose communication overlaps all
-of its computation takes the longest of the three, one that overlaps nothing their sum.
+blocks: with checkpointing each block adds its own input. Cards that share the tokens of a sample (`context`) share
+these bytes and the computation. An iteration is TDM's in 4 steps with batch 1 and checkpointing: 4 network calls of the
+student, 2 of the teacher in one pass, 1 of the fake score, 2 backward passes. A call costs the multiplications of a
+block once, a backward pass three times (the block is computed again). Bytes that a card sends follow
+`fewstep.training.traffic`, which `tests/training/test_several.py` checks against the bytes that small runs hand to the
+collectives. Seconds assume the rates below: a run whose communication overlaps all of its computation takes the longest
+of the three, one that overlaps nothing their sum.
 """
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +30,20 @@ from fewstep.data.prompts import Embeddings
 from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.training.loop import TrainConfig
-from fewstep.training.memory import storage_bytes, training_bytes
+from fewstep.training.memory import training_bytes
 from fewstep.training.traffic import Mesh, Work, traffic
 from records import Facts, Record, about, commits, markdown, new_record, torch_of, versions, wrapped, write_record
 
-SHAPE, TOKENS, TEXT, BLOCKS = (16, 21, 90, 160), 21 * 45 * 80, 512, 40  # 81 frames of 1280x720
+SHAPE, TOKENS, TEXT, WIDTH, BLOCKS = (16, 21, 90, 160), 21 * 45 * 80, 512, 5120, 40  # 81 frames of 1280x720
 STEPS, CALLS, FORWARD, BACKWARD = 4, 7, 6, 2  # the guided teacher is two calls in one pass
 WITHIN, ACROSS, FLOPS = 450e9, 50e9, 400e12
 RATES = (
     "A card sends 450 GB/s within a machine of 8 (NVLink 4), 50 GB/s to other machines (400 Gb/s InfiniBand a card), "
     "and multiplies at 400 TFLOP/s in bf16 (40 % of an H100's)"
 )
-MESHES = [Mesh(1, 8), Mesh(8, 8), Mesh(1, 64), Mesh(64, 8), Mesh(8, 64)]
+MESHES = [
+    Mesh(1, 8), Mesh(1, 8, 8), Mesh(8, 8, 8), Mesh(1, 64, 8), Mesh(64, 8, 8), Mesh(8, 64, 8),
+]  # fmt: skip
 
 
 class Network(WanTransformer3DModel):
@@ -137,55 +139,50 @@ def flops(module: nn.Module) -> float:
         matrices = {n: p.numel() for n, p in block.named_parameters() if p.ndim == 2 and "lora" not in n}
         of_text = sum(size for n, size in matrices.items() if "attn2.to_k" in n or "attn2.to_v" in n)
         total += 2 * (sum(matrices.values()) - of_text) * TOKENS + 2 * of_text * TEXT
-        total += 4 * 5120 * TOKENS * (TOKENS + TEXT)
+        total += 4 * WIDTH * TOKENS * (TOKENS + TEXT)
     return total
 
 
 def rows_of(name: str, how: Arrangement) -> list[Facts]:
     """Return a row for each mesh."""
-    began = time.perf_counter()
     two, four = work_bytes(2, how), work_bytes(4, how)
     temporary = two + (four - two) // 2 * (BLOCKS - 2)
     roles = make_roles(network(BLOCKS, how.dtype), how.roles)
     sizes, calls = Sizes(roles), flops(roles.networks["teacher"]) * (CALLS + 3 * BACKWARD)
     (sharded, whole), (of_blocks, of_whole) = sizes.held(), sizes.gradients()
     largest = max(sum(2 * p.numel() for p in b.parameters()) for b in blocks_of(roles.networks["student"]))
-    base = storage_bytes(*roles.networks["teacher"].parameters())
     made = []
     for mesh in MESHES:
-        work = Work(sizes.fetched(), FORWARD, BACKWARD, of_blocks, 1, of_whole)
-        sent = traffic(work, mesh)
-        near = min(mesh.shards, 8)  # cards of a replica in one machine
+        # Queries, keys, values and outputs in bf16; a backward pass computes a block again and sends all of it back.
+        tokens = 4 * TOKENS * WIDTH * 2 * BLOCKS * (CALLS + 2 * BACKWARD) if mesh.context > 1 else 0
+        sent = traffic(Work(sizes.fetched(), FORWARD, BACKWARD, of_blocks, 1, of_whole, tokens), mesh)
         slow = 0.0 if mesh.shards <= 8 else sent.within  # a ring is as fast as its slowest link
         seconds = {
-            "compute": calls / FLOPS,
-            "within": (sent.within - slow) / WITHIN,
+            "compute": calls / FLOPS / mesh.context,
+            "within": (sent.within - slow + sent.tokens) / WITHIN,
             "across": (slow + sent.across + (sent.everywhere if mesh.processes > 8 else 0)) / ACROSS,
         }
+        held, shared = sharded / mesh.shards + whole, temporary / mesh.context
         made.append({
-            "what": name, "cards": mesh.processes, "replicas": mesh.replicas, "shards": mesh.shards, "near": near,
-            "base": base, "held": sharded / mesh.shards + whole, "temporary": temporary, "blocks": 2 * largest,
-            "total": sharded / mesh.shards + whole + temporary + 2 * largest,
-            "sent_within": sent.within, "sent_across": sent.across, "sent_everywhere": sent.everywhere,
-            "flops": calls, "seconds": seconds, "counted_in_s": time.perf_counter() - began, "versions": versions(),
+            "what": name, "cards": mesh.processes, "replicas": mesh.replicas, "shards": mesh.shards,
+            "context": mesh.context, "samples": mesh.processes // mesh.context, "held": held, "temporary": shared,
+            "blocks": 2 * largest, "total": held + shared + 2 * largest, "sent_within": sent.within,
+            "sent_tokens": sent.tokens, "sent_across": sent.across, "sent_everywhere": sent.everywhere,
+            "flops": calls, "seconds": seconds, "versions": versions(),
         })  # fmt: skip
     return made
 
 
 def page(record: Record) -> str:
     """Return the page of a record."""
-    memory = [
-        [r["what"], r["cards"], f"{r['replicas']} x {r['shards']}",
-         *(f"{r[k] / 2**30:.1f}" for k in ("held", "temporary", "blocks", "total"))]
-        for r in record.rows
-    ]  # fmt: skip
-    moved = [
-        [r["what"], r["cards"], f"{r['replicas']} x {r['shards']}",
-         *(f"{r[k] / 1e9:.1f}" for k in ("sent_within", "sent_across", "sent_everywhere")),
-         *(f"{r['seconds'][k]:.1f}" for k in ("compute", "within", "across")),
-         f"{max(r['seconds'].values()):.0f} to {sum(r['seconds'].values()):.0f}"]
-        for r in record.rows
-    ]  # fmt: skip
+    memory, moved = [], []
+    for r in record.rows:
+        which = [r["what"], r["cards"], f"{r['replicas']} x {r['shards']}", r["context"]]
+        memory.append([*which, *(f"{r[k] / 2**30:.1f}" for k in ("held", "temporary", "blocks", "total"))])
+        sent = [f"{r[f'sent_{k}'] / 1e9:.1f}" for k in ("within", "tokens", "across", "everywhere")]
+        times = [f"{r['seconds'][k]:.1f}" for k in ("compute", "within", "across")]
+        both = f"{max(r['seconds'].values()):.0f} to {sum(r['seconds'].values()):.0f}"
+        moved.append([*which, r["samples"], *sent, *times, both])
     where = ", ".join(part for part in (f"`{record.command}`", commits(record), torch_of(record)) if part)
     return f"""# Wan-14B on many cards, on paper
 
@@ -196,9 +193,9 @@ def page(record: Record) -> str:
 GiB on a card. `held`: this card's part of weights, gradients, moments and average. `blocks`: the block that computes
 and the one that is fetched.
 
-{markdown(["trained", "cards", "replicas x shards", "held", "temporary", "blocks", "in all"], memory)}
+{markdown(["trained", "cards", "replicas x shards", "context", "held", "temporary", "blocks", "in all"], memory)}
 
-GB that a card sends in an iteration of batch 1, and seconds.
+GB that a card sends in an iteration of one batch of 1, and seconds. `context` cards share a sample.
 
 {
         markdown(

@@ -167,8 +167,8 @@ def measure(count: int, folder: Path) -> None:
 class Video(WanTransformer3DModel):
     """A tiny Wan as a network of one's own."""
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, t, text, return_dict=False)[0]
+    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, timestep, text, return_dict=False)[0]
 
 
 class Letters:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,20 @@ def test_blocks_fetched_in_bf16_compute_as_autocast_does(share: bool, mesh: Devi
         assert metrics == pytest.approx(whole_metrics, rel=0.02)
     assert set(inside) == {torch.bfloat16}
     assert {t.dtype for t in weights(two).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_sharded_networks_compile(share: bool, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own backend that needs no C++ compiler."""
+    network, function = nn.Module.compile, torch.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: network(self, dynamic=dynamic, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(function, backend="aot_eager"))
+    method, config = METHODS["small batch"], replace(CONFIG, iterations=2)
+    one, two = (roles_of(deep(), method, share) for _ in range(2))
+    two.shard(mesh, torch.device("cpu"))
+    expected = trained(one, method, config=config)
+    found = trained(two, method, config=replace(config, shard=True, compile=True))
+    assert found == [pytest.approx(metrics, rel=1e-5) for metrics in expected]
 
 
 @pytest.mark.slow

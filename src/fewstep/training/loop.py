@@ -137,11 +137,6 @@ class TrainConfig:
             raise ValueError(
                 f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw"
             )
-        if self.shard and self.compile:
-            raise ValueError(
-                "train.compile: got true with train.shard=true, which has not been made to work; "
-                "set one of them to false"
-            )
         if self.context > 1 and not self.shard:
             raise ValueError(
                 f"train.context: got {self.context}, which needs processes that make every network call together; "

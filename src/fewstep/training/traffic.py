@@ -11,11 +11,13 @@ from dataclasses import dataclass
 class Mesh:
     """How processes share a run.
 
-    Each of `replicas` holds all weights, spread over `shards` processes. Without sharding there is one shard.
+    Each of `replicas` holds all weights, spread over `shards` processes. Without sharding there is one shard. `context`
+    neighbours share the tokens of each sample.
     """
 
     replicas: int
     shards: int
+    context: int = 1
 
     @property
     def processes(self) -> int:
@@ -32,6 +34,7 @@ class Work:
     gradients: int  # bytes of all gradients that belong to blocks
     sums: int  # how often an iteration sums these within a replica: once, or for copies once a batch
     whole: int  # bytes of gradients of what every process has whole
+    tokens: int = 0  # bytes of queries, keys, values and outputs of every attention that samples share, in all passes
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,19 @@ class Traffic:
     within: float  # of its replica
     across: float  # of other replicas
     everywhere: float
+    tokens: float = 0.0  # among those that share samples
 
     @property
     def total(self) -> float:
-        return self.within + self.across + self.everywhere
+        return self.within + self.across + self.everywhere + self.tokens
 
 
 def traffic(work: Work, mesh: Mesh) -> Traffic:
     """Return the bytes that one process sends in an iteration.
 
     Blocks are fetched in every pass, their gradients summed within the replica and then, a part in each process, over
-    the replicas. Without sharding, all gradients are summed in all processes.
+    the replicas. Without sharding, all gradients are summed in all processes. Of the tokens of an attention a process
+    has one part, and sends all of it but what stays in its own heads.
     """
     if mesh.shards == 1:
         return Traffic(0.0, 0.0, _sum(work.gradients + work.whole, mesh.processes))
@@ -60,6 +65,7 @@ def traffic(work: Work, mesh: Mesh) -> Traffic:
         _ring(fetched + work.gradients * work.sums, mesh.shards),
         _sum(work.gradients / mesh.shards, mesh.replicas),
         _sum(work.whole, mesh.processes),
+        _ring(work.tokens / mesh.context, mesh.context),
     )
 
 
