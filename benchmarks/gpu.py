@@ -32,6 +32,7 @@ import argparse
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,8 +87,9 @@ CHECKPOINTED, KEPT = "one base, checkpointing", "one base"
 BATCHES = {"sd15": 4, "sdxl": 4, "pixart": 4, "cogvideox": 1}
 CARDS = {"sd15": 10, "sdxl": 24, "pixart": 16, "cogvideox": 40}  # GB of the smallest card that a LoRA is to fit
 MOST_RATIO, MOST_READS = 1.10, 3
+READY = "ready"  # file of a training that waits to be killed
 WARM_UP, MEASURED = 2, 5  # iterations
-STOP, END = 2, 4  # iterations: where a training is killed, at the earliest, and its end
+STOP, END = 2, 4  # iterations: the checkpoint that a killed training leaves, and its end
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def resume(place: Place) -> Iterator[Facts]:
             straight, killed = Path(folder) / "straight", Path(folder) / "killed"
             train_to(straight, END, deterministic, place)
             began = time.perf_counter()
-            kill_after(killed, STOP, deterministic, place)
+            train_and_kill(killed, deterministic, place)
             kept = int(checkpoints(killed)[-1].name[-6:])
             train_to(killed, END, deterministic, place)
             equal, largest = compared(straight, killed)
@@ -297,26 +299,31 @@ def resume(place: Place) -> Iterator[Facts]:
         }
 
 
-def train_to(run: Path, iterations: int, deterministic: bool, place: Place) -> None:
-    """Train SD 1.5 up to an iteration, from the newest checkpoint in `run`."""
+def train_to(run: Path, iterations: int, deterministic: bool, place: Place, wait_at: int | None = None) -> None:
+    """Train SD 1.5 up to an iteration, from the newest checkpoint in `run`.
+
+    After the iteration `wait_at` it stands still, to be killed.
+    """
     torch.manual_seed(0)
     backbone = built("sd15", place)
     roles = make_roles(backbone, RolesConfig(rank=4 if place.tiny else 32, checkpointing=True))
     config = replace(place.config(iterations, 4), deterministic=deterministic, checkpoint_every=STOP, lr=1e-4)
     data = backbones.embeddings("sd15", backbone, place.dtype, 8)
-    for _ in distill(roles, METHOD, data, config, run):
-        pass
+    for step in distill(roles, METHOD, data, config, run):
+        if step.iteration == wait_at:
+            (run / READY).touch()
+            time.sleep(600)
 
 
-def kill_after(run: Path, iteration: int, deterministic: bool, place: Place) -> None:
-    """Train in another process, and kill it as soon as it has the checkpoint of an iteration."""
+def train_and_kill(run: Path, deterministic: bool, place: Place) -> None:
+    """Train in another process, and kill it in the iteration after a checkpoint's."""
     options = [*(["--tiny"] if place.tiny else []), *(["--deterministic"] if deterministic else [])]
     with subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--train", str(run), *options]) as process:
-        while process.poll() is None and not any(int(c.name[-6:]) >= iteration for c in checkpoints(run)):
-            time.sleep(0.01)
+        while process.poll() is None and not (run / READY).exists():
+            time.sleep(0.05)
         process.kill()
-    if not checkpoints(run):
-        raise RuntimeError("the training that was to be killed ended without a checkpoint")
+    if not (run / READY).exists():
+        raise RuntimeError("the training that was to be killed ended by itself")
 
 
 def compared(one: Path, other: Path) -> tuple[bool, float]:
@@ -432,14 +439,16 @@ def run_stage(name: str, place: Place, out: Path) -> None:
 def run_apart(name: str, out: Path, limit: float) -> None:
     """Run one stage in a process of its own; if it fails, that becomes its last row."""
     command = [sys.executable, str(Path(__file__).resolve()), "--only", name, "--out", str(out)]
-    try:
-        done = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
-        said, failed = done.stderr.strip()[-2000:], done.returncode != 0
-    except subprocess.TimeoutExpired:
-        said, failed = f"took longer than {limit:.0f} s", True
-    if failed:
-        print(said, flush=True)
-        keep([*kept(out), origin() | {"stage": name, "case": "failed", "error": said.splitlines()[-1][:300]}], out)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            said = process.communicate(timeout=limit)[1].strip()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that the stage started
+            said = f"took longer than {limit:.0f} s"
+    if process.returncode != 0:
+        print(said[-2000:], flush=True)
+        error = (said.splitlines() or [f"exit code {process.returncode}"])[-1][:300]
+        keep([*kept(out), origin() | {"stage": name, "case": "failed", "error": error}], out)
 
 
 def gib(found: int | None) -> str:
@@ -512,13 +521,13 @@ def main() -> None:
     os.environ.setdefault(WORKSPACE, FIXED[0])  # cuBLAS reads it when it starts
     place = Place(torch.device("cpu" if a.tiny else "cuda"), a.tiny)
     names = a.only or (list(STAGES) if a.tiny else ON_GPU)
+    if a.train is not None:
+        train_to(a.train, END, a.deterministic, place, wait_at=STOP + 1)
+        return
     if not a.tiny and names != ["plan"] and not torch.cuda.is_available():
         parser.error("there is no GPU here; rehearse with --tiny, or count with --only plan")
     if a.tiny and a.out == parser.get_default("out"):
         parser.error("--out: a rehearsal does not belong in benchmarks/; choose another folder, e.g. --out /tmp/gpu")
-    if a.train is not None:
-        train_to(a.train, 10**4, a.deterministic, place)
-        return
     if a.tiny or len(names) == 1:
         for name in names:
             run_stage(name, place, a.out)

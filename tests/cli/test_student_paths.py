@@ -95,7 +95,8 @@ def further(recipe: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [True, False])
 def test_a_second_stage_goes_further_from_the_first_ones_student(
     further: Path, share: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,9 @@ def trajpl(recipe: Path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("how", [{}, {"rank": 0}, pytest.param({"lora": False}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", [{}, *(pytest.param(other, marks=pytest.mark.slow) for other in ({"rank": 0}, {"lora": False}))]
+)
 def test_a_student_with_a_head_is_the_same_everywhere(
     trajpl: Path,
     how: dict[str, object],

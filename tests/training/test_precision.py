@@ -1,15 +1,19 @@
 """What a GPU does faster is on in an iteration alone; weights laid out for it train, resume and are saved as ever."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.data.prompts import embed
+from fewstep.methods.distribution_matching import DistributionMatching
 from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.student.student import Origin, Student
 from fewstep.training import precision
@@ -98,6 +102,33 @@ def test_cublas_gets_its_workspace_before_it_starts_or_the_user_is_told(monkeypa
     os.environ[WORKSPACE] = ":0:0"
     with pytest.raises(ValueError, match=f"{WORKSPACE} is :0:0"):
         require_workspace(True, cuda)
+
+
+class Casts(TorchDispatchMode):
+    """Counter of casts of the parameters in `of`, by their memory."""
+
+    def __init__(self, of: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.counts = {p.data_ptr(): 0 for p in of}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_in_bf16_no_weight_of_full_copies_is_cast_twice_in_an_iteration() -> None:
+    """The frozen teacher's neither, and the student's not at every step of its rollout."""
+    backbone = tiny.stable_diffusion()
+    roles = make_roles(backbone, RolesConfig(lora=False))
+    config = replace(CONFIG, precision="bf16", batch=4)
+    steps = distill(roles, DistributionMatching(steps=4, warmup=0), embed(backbone, tiny.WORDS, None, "tiny"), config)
+    next(steps)
+    with Casts(p for network in roles.networks.values() for p in network.parameters()) as casts:
+        next(steps)
+    assert max(casts.counts.values()) == 1
 
 
 @pytest.mark.parametrize("kind", ["no", "bf16"])

@@ -123,8 +123,8 @@ class TrainConfig:
     """adamw8bit keeps its moments in 8 bits: a quarter of their memory, and another result."""
 
     compile: bool = False
-    """Compile the networks (torch.compile): minutes at the start of every run, for iterations that may be faster on
-    a GPU."""
+    """Compile the blocks that the networks repeat (torch.compile): every run starts more slowly, for iterations that
+    may be faster on a GPU."""
 
     deterministic: bool = False
     """Compute with deterministic algorithms alone: slower on a GPU, where a resumed run then equals the uninterrupted
