@@ -153,9 +153,10 @@ def rows_of(name: str, how: Arrangement) -> list[Facts]:
     largest = max(sum(2 * p.numel() for p in b.parameters()) for b in blocks_of(roles.networks["student"]))
     made = []
     for mesh in MESHES:
+        strays = sizes.fetched() // BLOCKS * (BACKWARD if how.roles.lora else 1)
         # Queries, keys, values and outputs in bf16; a backward pass computes a block again and sends all of it back.
         tokens = 4 * TOKENS * WIDTH * 2 * BLOCKS * (CALLS + 2 * BACKWARD) if mesh.context > 1 else 0
-        sent = traffic(Work(sizes.fetched(), FORWARD, BACKWARD, of_blocks, 1, of_whole, tokens), mesh)
+        sent = traffic(Work(sizes.fetched(), FORWARD, BACKWARD, of_blocks, 1, of_whole, strays, tokens), mesh)
         slow = 0.0 if mesh.shards <= 8 else sent.within  # a ring is as fast as its slowest link
         seconds = {
             "compute": calls / FLOPS / mesh.context,

@@ -4,9 +4,9 @@
 
 Four processes on one CPU make student and fake score as copies of a denoiser of 51 million weights, and shard all
 three. `each reads`: every process has the whole denoiser and copies it before it is sharded. `first reads`: the first
-process has it, the others receive their parts, and the copies begin as copies of parts. Peaks are resident memory
-(VmHWM) above that before the denoiser is made, relative to the denoiser's size. A quarter of three networks and the
-average is 1.00.
+process has it, the others have dropped theirs and receive their parts, and the copies begin as copies of parts. Peaks
+are resident memory (VmHWM) from there on, above that before the denoiser was made, relative to the denoiser's size. A
+quarter of three networks and the average is 1.00.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from fewstep.backbones.base import Denoiser
 from fewstep.core.schedule import Flow
 from fewstep.processes import mesh_of
 from fewstep.roles.roles import RolesConfig, make_roles
+from fewstep.roles.sharding import empty
 from records import Facts, Record, about, markdown, new_record, provenance, wrapped, write_record
 
 COUNT, BLOCKS, WIDTH = 4, 8, 1792
@@ -43,25 +44,24 @@ class Network(nn.Module):
         return x
 
 
-def peak() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    line = next(li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith("VmHWM"))
+def resident(which: str) -> int:
+    """Return the resident memory of this process, in bytes: VmRSS now, VmHWM at its peak."""
+    line = next(li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith(which))
     return int(line.split()[1]) * 1024
 
 
 def start(way: str, folder: str) -> None:
     """Make and shard the roles, and write the peak."""
     torch.set_num_threads(1)
-    mesh = mesh_of(1)
+    mesh, first, before = mesh_of(1), distributed.get_rank() == 0, resident("VmRSS")
+    backbone = Denoiser(Network().requires_grad_(False), Flow(), (WIDTH,), "flow")
+    size = sum(p.nbytes for p in backbone.module.parameters())
+    if way == WAYS[1] and not first:
+        empty(backbone.module)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-    before, first = peak(), distributed.get_rank() == 0
-    with torch.device("cpu" if first or way == WAYS[0] else "meta"):
-        network = Network().requires_grad_(False)
-    backbone = Denoiser(network, Flow(), (WIDTH,), "flow")
     roles = make_roles(backbone, RolesConfig(lora=False), hollow=way == WAYS[1])
     roles.shard(mesh, torch.device("cpu"), from_first=way == WAYS[1])
-    size = sum(p.nbytes for p in roles.networks["teacher"].parameters())
-    found = {"process": distributed.get_rank(), "peak": peak() - before, "denoiser": size}
+    found = {"process": distributed.get_rank(), "peak": resident("VmHWM") - before, "denoiser": size}
     Path(folder, f"{distributed.get_rank()}.json").write_text(json.dumps(found))
 
 

@@ -32,7 +32,8 @@ def share_tokens(network: nn.Module, mesh: DeviceMesh, device: torch.device) -> 
             f"train.context: got {count}, but diffusers {diffusers.__version__} does not share the tokens of a {kind} "
             f"(it has {'no plan of what to split' if plan is None else 'attention of its own'}); set it to 1"
         )
-    heads = network.config.num_attention_heads
+    assert isinstance(network, ModelMixin)
+    heads = int(network.config.num_attention_heads)
     if heads % count:
         raise ValueError(f"train.context: got {count}, allowed are divisors of the {heads} heads of a {kind}")
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=count, mesh=mesh))

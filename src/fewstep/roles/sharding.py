@@ -55,7 +55,7 @@ def empty(network: nn.Module) -> dict[str, Tensor]:
                         nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
                     )
                     found[f"{path}.{name}".removeprefix(".")] = tensor.detach()
-                held[name] = hollow[id(tensor)]  # type: ignore[assignment]
+                held[name] = hollow[id(tensor)]
     return found
 
 

@@ -34,6 +34,7 @@ class Work:
     gradients: int  # bytes of all gradients that belong to blocks
     sums: int  # how often an iteration sums these within a replica: once, or for copies once a batch
     whole: int  # bytes of gradients of what every process has whole
+    strays: int = 0  # bytes of blocks that are fetched in vain
     tokens: int = 0  # bytes of queries, keys, values and outputs of every attention that samples share, in all passes
 
 
@@ -54,13 +55,15 @@ class Traffic:
 def traffic(work: Work, mesh: Mesh) -> Traffic:
     """Return the bytes that one process sends in an iteration.
 
-    Blocks are fetched in every pass, their gradients summed within the replica and then, a part in each process, over
-    the replicas. Without sharding, all gradients are summed in all processes. Of the tokens of an attention a process
-    has one part, and sends all of it but what stays in its own heads.
+    Blocks are fetched in every pass. Torch fetches the next block early: at the end of a backward pass it takes the
+    last block of an earlier call without gradient for the next one, which is a stray. Gradients of blocks are summed
+    within the replica and then, a part in each process, over the replicas. Without sharding, all gradients are summed
+    in all processes. Of the tokens of an attention a process has one part, and sends all of it but what stays in its
+    own heads.
     """
     if mesh.shards == 1:
         return Traffic(0.0, 0.0, _sum(work.gradients + work.whole, mesh.processes))
-    fetched = work.blocks * (work.forward + work.backward)
+    fetched = work.blocks * (work.forward + work.backward) + work.strays
     return Traffic(
         _ring(fetched + work.gradients * work.sums, mesh.shards),
         _sum(work.gradients / mesh.shards, mesh.replicas),
