@@ -174,6 +174,12 @@ def rows_of(name: str, how: Arrangement) -> list[Facts]:
     return made
 
 
+MOVED = [
+    "trained", "cards", "replicas x shards", "context", "samples", "blocks", "tokens", "across replicas", "everywhere",
+    "computing", "within a machine", "between machines", "an iteration",
+]  # fmt: skip
+
+
 def page(record: Record) -> str:
     """Return the page of a record."""
     memory, moved = [], []
@@ -198,23 +204,7 @@ and the one that is fetched.
 
 GB that a card sends in an iteration of one batch of 1, and seconds. `context` cards share a sample.
 
-{
-        markdown(
-            [
-                "trained",
-                "cards",
-                "replicas x shards",
-                "within a replica",
-                "across replicas",
-                "everywhere",
-                "computing",
-                "within a machine",
-                "between machines",
-                "an iteration",
-            ],
-            moved,
-        )
-    }
+{markdown(MOVED, moved)}
 """
 
 
