@@ -146,6 +146,8 @@ def test_networks_that_diffusers_does_not_share_are_refused() -> None:
 
 
 def test_processes_that_do_not_come_out_even_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^replicas: got 2, which are replicas of sharded weights; set shard=True"):
+        replace(several.CONFIG, replicas=2)
     with pytest.raises(ValueError, match=r"^context: got 2, which needs .* set shard=True"):
         replace(several.CONFIG, context=2)
     config = replace(several.CONFIG, context=2, shard=True)

@@ -137,6 +137,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw"
             )
+        if self.replicas > 1 and not self.shard:
+            raise ValueError(
+                f"train.replicas: got {self.replicas}, which are replicas of sharded weights; set train.shard=true, or "
+                "leave it out: without sharding every process has all weights"
+            )
         if self.context > 1 and not self.shard:
             raise ValueError(
                 f"train.context: got {self.context}, which needs processes that make every network call together; "
