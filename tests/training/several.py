@@ -1,6 +1,6 @@
 """What a few processes train, next to what one does: run as `python -m tests.training.several WHAT COUNT FOLDER`.
 
-Every case takes the same four batches an iteration, whatever the number of processes. One start of Python makes all
+Every case takes the same eight batches an iteration, whatever the number of processes. One start of Python makes all
 cases; the first process writes what is trained, whole, under the name of the case.
 """
 
@@ -28,7 +28,7 @@ from fewstep.training.loop import TrainConfig
 
 from . import test_sharding as common
 
-BATCHES = 4
+BATCHES = 8
 CONFIG = replace(common.CONFIG, batch=1, global_batch=BATCHES)
 
 

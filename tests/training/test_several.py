@@ -154,7 +154,7 @@ def test_processes_that_do_not_come_out_even_are_refused() -> None:
     config = replace(several.CONFIG, context=2, shard=True)
     with pytest.raises(ValueError, match=r"^train.context: got 2, allowed are divisors of the number of processes, 3"):
         config.on(3)
-    assert config.on(8).accumulate == 1 and config.on(1).accumulate == 4
+    assert config.on(8).accumulate == 2 and config.on(1).accumulate == 8
 
 
 def test_other_batches_train_something_else() -> None:
