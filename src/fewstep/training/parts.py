@@ -6,6 +6,7 @@ is also what a process copies while it writes.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def load_parts(folder: Path, groups: Groups) -> None:
         raise ValueError(
             f"{folder} does not fit what is trained, at {odd[0]}; delete that folder to go on from an older one"
         )
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself, on purpose
         checkpoint.load(tensors, storage_reader=reader, no_dist=True)
 
 
