@@ -14,6 +14,7 @@ of the three, one that overlaps nothing their sum.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ MESHES = [
 class Network(WanTransformer3DModel):
     """Wan as fewstep calls a network of one's own."""
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return super().forward(x, t, text, return_dict=False)[0]
 
 
@@ -75,19 +76,17 @@ def network(blocks: int, dtype: torch.dtype) -> Denoiser:
             text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=blocks, cross_attn_norm=True,
             qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
         )  # fmt: skip
-    return Denoiser(module.requires_grad_(False).eval(), Flow(), SHAPE, "flow", Text())
+    return Denoiser(module.requires_grad_(False).eval(), Flow(), SHAPE, "flow", texts)
 
 
-class Text:
-    """Texts of 512 tokens."""
-
-    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        return {"text": torch.zeros(len(prompts), TEXT, 4096, dtype=torch.bfloat16)}
+def texts(prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return texts of 512 tokens."""
+    return {"text": torch.zeros(len(prompts), TEXT, 4096, dtype=torch.bfloat16)}
 
 
 def work_bytes(blocks: int, how: Arrangement) -> int:
     """Return the temporary bytes of an iteration in networks of so many blocks."""
-    backbone, method, texts = network(blocks, how.dtype), DistributionMatching(steps=STEPS), Text()
+    backbone, method = network(blocks, how.dtype), DistributionMatching(steps=STEPS)
     data = Embeddings(texts(["", ""]), texts([""]), ["", ""], 0, "")
     config = TrainConfig(iterations=1, batch=1, lr=1e-4, fake_lr=1e-4, precision="bf16")
     times = method.times(backbone.schedule)

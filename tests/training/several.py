@@ -6,7 +6,7 @@ cases; the first process writes what is trained, whole, under the name of the ca
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.backbones.base import Denoiser
+from fewstep.backbones.base import Backbone, Denoiser
 from fewstep.core.schedule import Flow
 from fewstep.methods.method import Method
 from fewstep.processes import context_mesh, mesh_of
-from fewstep.roles.roles import Roles, make_roles
+from fewstep.roles.roles import Roles, RolesConfig, make_roles
 from fewstep.roles.sharding import empty
 from fewstep.training.loop import TrainConfig
 
@@ -75,9 +75,9 @@ def trained(case: Case, config: TrainConfig = CONFIG, run: Path | None = None) -
     return roles
 
 
-def roles_of(backbone: common.Backbone, method: Method, case: Case, rank: int = 2) -> Roles:
+def roles_of(backbone: Backbone, method: Method, case: Case, rank: int = 2) -> Roles:
     against = method.counts if method.needs.adversary else ()
-    config = common.RolesConfig(lora=case.lora, rank=rank)
+    config = RolesConfig(lora=case.lora, rank=rank)
     values = method.condition_values
     return make_roles(backbone, config, 0, values, against, None, method.needs.fake, hollow=case.from_first)
 
@@ -167,16 +167,14 @@ def measure(count: int, folder: Path) -> None:
 class Video(WanTransformer3DModel):
     """A tiny Wan as a network of one's own."""
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         return super().forward(hidden_states, timestep, text, return_dict=False)[0]
 
 
-class Letters:
-    """Four tokens of a prompt's first letters."""
-
-    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        ids = torch.tensor([[ord(c) % 32 for c in f"{p:<4}"[:4]] for p in prompts])
-        return {"text": torch.sin(ids[..., None] * torch.arange(1, 9))}
+def letters(prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return four tokens of a prompt's first letters."""
+    ids = torch.tensor([[ord(c) % 32 for c in f"{p:<4}"[:4]] for p in prompts])
+    return {"text": torch.sin(ids[..., None] * torch.arange(1, 9))}
 
 
 VIDEO = replace(CONFIG, iterations=2, batch=2, global_batch=4, shard=True, context=2)
@@ -191,8 +189,8 @@ def video() -> Roles:
             text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True,
             qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
         )  # fmt: skip
-    backbone = Denoiser(network.requires_grad_(False).eval(), Flow(), (4, 2, 8, 8), "flow", Letters())
-    return make_roles(backbone, common.RolesConfig(rank=2, checkpointing=True))
+    backbone = Denoiser(network.requires_grad_(False).eval(), Flow(), (4, 2, 8, 8), "flow", letters)
+    return make_roles(backbone, RolesConfig(rank=2, checkpointing=True))
 
 
 def context(count: int, folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_sums_begin_while_the_backward_pass_goes_on(monkeypatch: pytest.MonkeyPa
     sums = summed(monkeypatch)
     network, own = layers(6)
     at: list[int] = []
-    network[0].weight.register_hook(lambda _: at.append(len(sums)))  # type: ignore[union-attr]
+    own["0.weight"].register_hook(lambda _: at.append(len(sums)))
     buckets = Buckets(own, size=2 * 64)
     assert [flat.numel() for flat in buckets.flats] == [32, 32, 32]
     network(torch.ones(1, 4)).sum().backward()  # not the last: nothing is sent
@@ -57,7 +57,8 @@ def test_sums_begin_while_the_backward_pass_goes_on(monkeypatch: pytest.MonkeyPa
 
 def test_gradients_are_written_where_they_are_summed() -> None:
     network, own = layers(3)
-    conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(4, 4, 3)
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
     own["conv"] = conv.weight
     buckets = Buckets(own)
     before = {n: p.grad.data_ptr() for n, p in own.items() if p.grad is not None}

@@ -42,7 +42,7 @@ class Buckets:
         self._sums: list[Work] = []
         self._missing: list[set[str]] = []
         self._place: dict[str, int] = {}
-        for names in _split({n: parameters[n] for n in reversed(parameters)}, size):
+        for names in _split(dict(reversed([*parameters.items()])), size):
             some = parameters[names[0]]
             flat = torch.zeros(sum(parameters[n].numel() for n in names), dtype=some.dtype, device=some.device)
             for name, part in zip(names, flat.split([parameters[n].numel() for n in names]), strict=True):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from ..processes import between_iterations, gathered, this_process
@@ -33,7 +34,7 @@ def save_parts(folder: Path, groups: Groups) -> dict[str, str]:
     """
     place, tensors = folder / FOLDER, _flat(groups)
     try:
-        checkpoint.save(
+        save(
             tensors,
             storage_writer=HuggingFaceStorageWriter(str(place), _files(tensors), save_distributed=True),
             process_group=between_iterations(),
@@ -63,7 +64,7 @@ def load_parts(folder: Path, groups: Groups) -> None:
         )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself, on purpose
-        checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
 
 
 def read_parts(folder: Path) -> dict[str, dict[str, Tensor]]:
