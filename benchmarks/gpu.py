@@ -2,23 +2,22 @@
 
     python benchmarks/gpu.py                          # every stage, the worthiest first; writes gpu.md and .json
     python benchmarks/gpu.py --only sd15 resume       # these stages alone; the rows of the others are kept
-    python benchmarks/gpu.py --only plan              # needs no GPU: counts the memory that the others compare with
     python benchmarks/gpu.py --tiny --out /tmp/gpu    # rehearses every stage on a CPU, in a minute
 
 The networks have their true size and random weights, conditions are random tensors of the true shapes, and nothing is
 fetched. TDM in 4 steps with a guided teacher, LoRA of rank 32, bfloat16, checkpointing as in the recipes. `bare` are
 the network calls of an iteration and nothing else, made after it with the segments that it drew; both are the mean of
 several iterations, and `ratio` is iteration over bare. Reads are counted by torch: whatever the CPU waits for in an
-iteration. `peak` is what tensors took, `reserved` what the allocator took from the card, `plan` what was counted
-beforehand on meta tensors. Limits: a ratio of 1.10, 3 reads, and the memory of the card that a recipe is made for.
+iteration. `peak` is what tensors took, `reserved` what the allocator took from the card, `plan` what `memory.json`
+counts without a GPU. Limits: a ratio of 1.10, 3 reads, and the memory of the card that a recipe is made for.
 
 Stages:
 
 - `tests`: the tests marked `gpu`.
 - `sd15`: Stable Diffusion 1.5 at 512 as its recipe has it, without checkpointing, compiled, without channels_last, and
   with deterministic algorithms.
-- `sdxl`: SDXL at 1024, with an allocator that gives no more than 24 GiB.
-- `pixart`, `cogvideox`: PixArt-alpha at 1024, CogVideoX-2B with 49 frames of 480x720.
+- `sdxl`: SDXL at 1024, in the batch of its recipe and in the plan's, with an allocator that gives no more than 24 GiB.
+- `pixart`, `cogvideox`: PixArt-alpha at 1024 in both batches, CogVideoX-2B with 49 frames of 480x720.
 - `resume`: a training of SD 1.5 is killed and resumed, and compared with one that was not: bit for bit with
   `train.deterministic`, to rounding without.
 - `teacher`: the training of a teacher like the bundled one, four times as wide.
@@ -52,7 +51,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import backbones
-import memory
 from fewstep.backbones import miniature
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around
@@ -73,8 +71,7 @@ from records import (
     new_record,
     origin,
     provenance,
-    read_record,
-    versions,
+    stored_rows,
     wrapped,
     write_record,
 )
@@ -84,7 +81,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 METHOD = DistributionMatching(steps=4, warmup=0)
 CHECKPOINTED, KEPT = "one base, checkpointing", "one base"
-BATCHES = {"sd15": 4, "sdxl": 4, "pixart": 4, "cogvideox": 1}
+RECIPES_BATCH = 4  # of SDXL and PixArt
 CARDS = {"sd15": 10, "sdxl": 24, "pixart": 16, "cogvideox": 40}  # GB of the smallest card that a LoRA is to fit
 MOST_RATIO, MOST_READS = 1.10, 3
 READY = "ready"  # file of a training that waits to be killed
@@ -131,14 +128,22 @@ def tiny_pipeline(name: str) -> Any:
 
 
 def trained(
-    stage: str, name: str, case: str, place: Place, checkpointing: bool = True, repeats: int = MEASURED, **train: bool
+    name: str,
+    case: str,
+    place: Place,
+    batch: int | None = None,
+    checkpointing: bool = True,
+    compile: bool = False,
+    deterministic: bool = False,
 ) -> Facts:
     """Return one row: iterations of a family's training beside their bare calls, by role, in seconds and in memory."""
     torch.manual_seed(0)
-    device, repeats = place.device, 1 if place.tiny else repeats
+    device, repeats = place.device, 1 if place.tiny else MEASURED
+    fresh(device)
     backbone = built(name, place)
     roles = make_roles(backbone, RolesConfig(rank=4 if place.tiny else 32, checkpointing=checkpointing))
-    config = replace(place.config(WARM_UP + repeats + 1, BATCHES[name]), **train)
+    config = place.config(WARM_UP + repeats + 1, batch or backbones.FAMILIES[name].batch)
+    config = replace(config, compile=compile, deterministic=deterministic)
     data = backbones.embeddings(name, backbone, place.dtype, 8)
     cond, null = data.draw(config.batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
     segments: list[Tensor] = []
@@ -174,9 +179,8 @@ def trained(
         split = backbones.by_role(roles, data, config.batch, device, 1 if place.tiny else 2)
     seconds, calls = (sum(own) / len(own) for own in (found["seconds"], found["bare"][1:]))
     return {
-        "stage": stage,
+        "stage": name,
         "case": case,
-        "family": name,
         "shape": list(backbone.shape),
         "batch": config.batch,
         "seconds": seconds,
@@ -188,8 +192,15 @@ def trained(
         "read_at": waited,
         "peak": peak,
         "reserved": reserved,
-        "arrangement": CHECKPOINTED if checkpointing else KEPT,
+        "plan": None if place.tiny else planned(name, config.batch, CHECKPOINTED if checkpointing else KEPT),
     }
+
+
+def planned(name: str, batch: int, arrangement: str) -> int | None:
+    """Return the bytes that were counted without a GPU, None for a batch that was not."""
+    rows = stored_rows(Path(__file__).with_name("memory.json"))
+    same = [r for r in rows if (r["family"], r["batch"], r["arrangement"]) == (name, batch, arrangement)]
+    return same[0]["total"] if same else None
 
 
 def peak_of(device: torch.device) -> tuple[int | None, int | None]:
@@ -218,17 +229,6 @@ def waits(device: torch.device) -> Iterator[list[str]]:
 # Stages: each yields rows.
 
 
-def plans(place: Place) -> Iterator[Facts]:
-    """Count on meta tensors what the other stages will take."""
-    for name, arrangement in [*((name, CHECKPOINTED) for name in BATCHES), ("sd15", KEPT)]:
-        if place.tiny:
-            counted: Facts = {"total": 0, "hardware": memory.COUNTED, "versions": versions()}
-        else:
-            counted = memory.row(name, arrangement, BATCHES[name])
-        own = {key: counted[key] for key in ("total", "hardware", "versions")}
-        yield {"stage": "plan", "case": name, "family": name, "batch": BATCHES[name], "arrangement": arrangement, **own}
-
-
 def marked_tests(place: Place) -> Iterator[Facts]:
     """Run the tests marked `gpu`; in a rehearsal one of them."""
     some = ["-k", "not_finite and True", "--rehearse"] if place.tiny else []
@@ -245,14 +245,13 @@ def marked_tests(place: Place) -> Iterator[Facts]:
 def sd15(place: Place) -> Iterator[Facts]:
     """Train Stable Diffusion 1.5 in the ways that a GPU may do faster or slower."""
     cases: dict[str, Callable[[str], Facts]] = {
-        "as its recipe": lambda case: trained("sd15", "sd15", case, place),
-        "without checkpointing": lambda case: trained("sd15", "sd15", case, place, checkpointing=False),
-        "compiled": lambda case: trained("sd15", "sd15", case, place, compile=not place.tiny),
-        "without channels_last": lambda case: trained("sd15", "sd15", case, place),
-        "deterministic": lambda case: trained("sd15", "sd15", case, place, deterministic=True),
+        "as its recipe": lambda case: trained("sd15", case, place),
+        "without checkpointing": lambda case: trained("sd15", case, place, checkpointing=False),
+        "compiled": lambda case: trained("sd15", case, place, compile=not place.tiny),
+        "without channels_last": lambda case: trained("sd15", case, place),
+        "deterministic": lambda case: trained("sd15", case, place, deterministic=True),
     }
     for case, run in cases.items():
-        fresh(place.device)
         contiguous = case == "without channels_last"
         with mock.patch.object(loop, "lay_out") if contiguous else nullcontext():
             yield run(case)
@@ -263,17 +262,24 @@ def sdxl(place: Place) -> Iterator[Facts]:
     if place.device.type == "cuda":
         whole = torch.cuda.get_device_properties(place.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / whole), place.device)
-    yield trained("sdxl", "sdxl", "in 24 GiB", place, repeats=4) | {"cap": 24 * GIB}
+    yield from in_both_batches("sdxl", place)
 
 
 def pixart(place: Place) -> Iterator[Facts]:
     """Train PixArt-alpha."""
-    yield trained("pixart", "pixart", "as its recipe", place)
+    yield from in_both_batches("pixart", place)
+
+
+def in_both_batches(name: str, place: Place) -> Iterator[Facts]:
+    """Train a family in the batch of its recipe, and in that whose memory was counted."""
+    yield trained(name, "as its recipe", place, batch=RECIPES_BATCH)
+    if not place.tiny:
+        yield trained(name, "batch of the plan", place)
 
 
 def cogvideox(place: Place) -> Iterator[Facts]:
     """Train CogVideoX-2B on clips of true length."""
-    yield trained("cogvideox", "cogvideox", "as its recipe", place, repeats=4)
+    yield trained("cogvideox", "as its recipe", place)
 
 
 def resume(place: Place) -> Iterator[Facts]:
@@ -290,8 +296,6 @@ def resume(place: Place) -> Iterator[Facts]:
         yield {
             "stage": "resume",
             "case": "deterministic" if deterministic else "by default",
-            "family": "sd15",
-            "batch": place.config(1, BATCHES["sd15"]).batch,
             "killed_after": kept,
             "equal": equal,
             "difference": largest,
@@ -399,14 +403,12 @@ class Stage:
 STAGES = {
     "tests": Stage(marked_tests, 150),
     "sd15": Stage(sd15, 200),
-    "sdxl": Stage(sdxl, 90),
+    "sdxl": Stage(sdxl, 120),
     "resume": Stage(resume, 120),
-    "pixart": Stage(pixart, 60),
-    "cogvideox": Stage(cogvideox, 120),
+    "pixart": Stage(pixart, 90),
+    "cogvideox": Stage(cogvideox, 150),
     "teacher": Stage(teacher, 60),
-    "plan": Stage(plans, 3600),
 }
-ON_GPU = [name for name in STAGES if name != "plan"]
 
 
 # The record and its page.
@@ -414,13 +416,12 @@ ON_GPU = [name for name in STAGES if name != "plan"]
 
 def kept(out: Path) -> list[Facts]:
     """Return the rows so far: those in `out`, or else those of the repository."""
-    found = read_record(out / "gpu.json") or read_record(Path(__file__).with_name("gpu.json"))
-    return [] if found is None else found.rows
+    return stored_rows(out / "gpu.json") or stored_rows(Path(__file__).with_name("gpu.json"))
 
 
 def keep(rows: Sequence[Facts], out: Path) -> None:
     """Write the record and its page."""
-    order = ["plan", *ON_GPU]
+    order = list(STAGES)
     rows = sorted(rows, key=lambda r: order.index(r["stage"]))
     record = new_record("gpu", "python benchmarks/gpu.py", rows, [0], {})
     write_record(record, page(record), out)
@@ -458,40 +459,27 @@ def gib(found: int | None) -> str:
 
 def page(record: Record) -> str:
     """Return the page of a record."""
-    planned = {(r["family"], r["batch"], r["arrangement"]): r["total"] for r in record.rows if r["stage"] == "plan"}
     timed = [r for r in record.rows if "ratio" in r]
     lines = []
     for r in timed:
-        plan = planned.get((r["family"], r["batch"], r["arrangement"]))
         lines.append([
-            r["family"], "x".join(map(str, r["shape"])), r["batch"], r["case"], f"{r['seconds']:.3f}",
-            f"{r['bare']:.3f}", f"{r['ratio']:.2f}", r["reads"], gib(r["peak"]), gib(plan), gib(r["reserved"]),
-            CARDS[r["family"]], f"{r['first']:.0f}", ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items()),
+            r["stage"], "x".join(map(str, r["shape"])), r["batch"], r["case"], f"{r['seconds']:.3f}",
+            f"{r['bare']:.3f}", f"{r['ratio']:.2f}", r["reads"], gib(r["peak"]), gib(r["plan"]), gib(r["reserved"]),
+            CARDS[r["stage"]], f"{r['first']:.0f}", ", ".join(f"{k} {v:.3f}" for k, v in r["roles"].items()),
         ])  # fmt: skip
     head = ["family", "state", "batch", "case", "iteration, s", "bare calls, s", f"ratio (at most {MOST_RATIO:.2f})"]
     head += [f"reads (at most {MOST_READS})", "peak, GiB", "plan, GiB", "reserved, GiB", "card, GB"]
     head += ["first two iterations, s", "a call of each role, s"]
-    others = [[r["stage"], r["case"], said(r)] for r in record.rows if "ratio" not in r and r["stage"] != "plan"]
-    counted = [[*key, gib(total)] for key, total in planned.items()]
-    here = [r for r in record.rows if r["stage"] != "plan"]
-    measured = (
-        f"""{wrapped(f"{provenance(replace(record, rows=here))}.")}
-
-{markdown(head, lines)}
-
-{markdown(["stage", "case", "result"], others)}"""
-        if here
-        else "No GPU has been measured yet."
-    )
+    others = [[r["stage"], r["case"], said(r)] for r in record.rows if "ratio" not in r]
     return f"""# What a GPU shows
 
 {about(__doc__)}
 
-{measured}
+{wrapped(f"{provenance(record)}.")}
 
-The plan, counted without a GPU:
+{markdown(head, lines)}
 
-{markdown(["family", "batch", "arrangement", "GiB"], counted)}
+{markdown(["stage", "case", "result"], others)}
 """
 
 
@@ -511,7 +499,7 @@ def said(row: Facts) -> str:
 def main() -> None:
     """Run the stages that were asked for, or one training that will be killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=None, help="default: all but plan")
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=None, help="default: all")
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU with the tests' tiny networks")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the table goes")
     parser.add_argument("--seconds", type=float, default=780, help="of all stages together")
@@ -520,12 +508,12 @@ def main() -> None:
     a = parser.parse_args()
     os.environ.setdefault(WORKSPACE, FIXED[0])  # cuBLAS reads it when it starts
     place = Place(torch.device("cpu" if a.tiny else "cuda"), a.tiny)
-    names = a.only or (list(STAGES) if a.tiny else ON_GPU)
+    names = a.only or list(STAGES)
     if a.train is not None:
         train_to(a.train, END, a.deterministic, place, wait_at=STOP + 1)
         return
-    if not a.tiny and names != ["plan"] and not torch.cuda.is_available():
-        parser.error("there is no GPU here; rehearse with --tiny, or count with --only plan")
+    if not a.tiny and not torch.cuda.is_available():
+        parser.error("there is no GPU here; rehearse with --tiny")
     if a.tiny and a.out == parser.get_default("out"):
         parser.error("--out: a rehearsal does not belong in benchmarks/; choose another folder, e.g. --out /tmp/gpu")
     if a.tiny or len(names) == 1:

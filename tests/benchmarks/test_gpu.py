@@ -33,7 +33,7 @@ def test_every_stage_runs_in_a_rehearsal(load: Load, tmp_path: Path, monkeypatch
     assert tests["counts"] == {"passed": 1} and tests["failed"] == []
     assert rows["teacher"][0]["images_per_second"] > 0
     page = (tmp_path / "gpu.md").read_text()
-    assert page == gpu["page"](gpu["read_record"](tmp_path / "gpu.json"))
+    assert page == gpu["page"](load("records")["read_record"](tmp_path / "gpu.json"))
     assert "bit for bit" in page and "without channels_last" in page
 
 
