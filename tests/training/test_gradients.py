@@ -58,7 +58,7 @@ def test_sums_begin_while_the_backward_pass_goes_on(monkeypatch: pytest.MonkeyPa
 def test_gradients_are_written_where_they_are_summed() -> None:
     network, own = layers(3)
     conv = nn.Conv2d(4, 4, 3)
-    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+    conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
     own["conv"] = conv.weight
     buckets = Buckets(own)
     before = {n: p.grad.data_ptr() for n, p in own.items() if p.grad is not None}
