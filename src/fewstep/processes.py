@@ -83,7 +83,9 @@ def sum_of_all(tensor: Tensor) -> distributed.Work:
 
 
 def any_rank(asked: bool, starting: bool = False) -> bool:
-    """Return whether `asked` is true in any process, between two iterations or before the first.
+    """Return whether `asked` is true in any process.
+
+    The processes ask between two iterations, or before the first one (`starting`).
 
     All processes have to call. Raises ConnectionError with one line if a process has ended.
     """
@@ -194,10 +196,10 @@ def require_replicas(replicas: int, option: str = "train") -> None:
 
 @lru_cache
 def mesh_of(replicas: int) -> DeviceMesh:
-    """Return the mesh of all processes: in one row, or a row for each replica.
+    """Return the mesh of all processes, a row for each replica.
 
-    Neighbours, which are the processes of one machine, stand in one row. All processes have to make the first call
-    together.
+    One replica is a mesh of one dimension. Neighbours, which are the processes of one machine, stand in one row. All
+    processes have to make the first call together.
     """
     state = this_process()
     count = state.num_processes
@@ -219,9 +221,9 @@ def mesh_of(replicas: int) -> DeviceMesh:
 
 @lru_cache
 def context_mesh(count: int) -> DeviceMesh:
-    """Return the mesh whose last dimension is `count` neighbouring processes, which share the tokens of each sample.
+    """Return a mesh whose last dimension is `count` neighbours.
 
-    All processes have to make the first call together.
+    They share the tokens of each sample. All processes have to make the first call together.
     """
     state = this_process()
     shape = (state.num_processes // count, 1, count)
@@ -229,9 +231,9 @@ def context_mesh(count: int) -> DeviceMesh:
 
 
 def in_turn(make: Callable[[], Made]) -> Made:
-    """Return what `make` returns, called by one process of a machine after the other.
+    """Call `make` in one process of a machine after another.
 
-    All processes have to call.
+    Returns what it returns in this process. All processes have to call.
     """
     state, made = this_process(), list[Made]()
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))):

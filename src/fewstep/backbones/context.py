@@ -1,9 +1,9 @@
-"""Context parallelism: processes that compute one call together, each a part of the tokens of every sample.
+"""Context parallelism: processes that share the tokens of every sample.
 
-The engine is diffusers': each process sends the heads of its tokens to the others before attention and gets its tokens
-back after it (Ulysses). Outputs are whole in every process. A backward pass gives each process the gradients that flow
-through its own tokens: their sum over the processes is the gradient of the loss. So a loss may depend on one network
-call with gradient, not on a chain of calls.
+They compute one call together, each a part of the tokens. The engine is diffusers': each process sends the heads of its
+tokens to the others before attention and gets its tokens back after it (Ulysses). Outputs are whole in every process. A
+backward pass gives each process the gradients that flow through its own tokens: their sum over the processes is the
+gradient of the loss. So a loss may depend on one network call with gradient, not on a chain of calls.
 """
 
 import diffusers
@@ -18,10 +18,11 @@ AXES = ("ring", "ulysses")  # the dimensions that diffusers wants of a mesh
 
 
 def share_tokens(network: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
-    """Share the tokens of every call among the neighbours in a mesh of `AXES`.
+    """Share the tokens of every call among neighbours.
 
-    All these processes then have to call the network together, with the same inputs. Raises ValueError for a network
-    that diffusers does not share, and for one whose heads cannot be shared evenly.
+    The neighbours are those in the last dimension of a mesh of `AXES`. All of them then have to call the network
+    together, with the same inputs. Raises ValueError for a network that diffusers does not share, and for one whose
+    heads cannot be shared evenly.
     """
     count, kind = mesh[AXES[1]].size(), type(network).__name__
     plan = network._cp_plan if isinstance(network, ModelMixin) else None

@@ -217,8 +217,9 @@ class Roles:
     def shard(
         self, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None, from_first: bool = False
     ) -> None:
-        """Shard all networks over the processes of `mesh`, computed in `dtype` or as they are.
+        """Shard all networks over the processes of `mesh`.
 
+        Blocks are computed in `dtype`, or as they are.
         This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`. With
         `from_first` the weights are the first process's: the networks of the others may be meta tensors.
         Sharding is permanent: to get whole networks, make new roles. The student can be initialized from

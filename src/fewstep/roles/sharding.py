@@ -39,9 +39,9 @@ def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: tor
 
 
 def empty(network: nn.Module) -> dict[str, Tensor]:
-    """Replace all weights and buffers of a network by meta tensors, and return them by name.
+    """Replace the weights and buffers of a network by meta tensors.
 
-    Tied weights stay tied, and are returned under one name.
+    Returns them by name. Tied weights stay tied, and are returned under one name.
     """
     found, hollow = dict[str, Tensor](), dict[int, Tensor]()
     for path, module in network.named_modules():
@@ -80,7 +80,10 @@ def receive(network: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh, de
 
 @torch.no_grad()
 def copy_parts(network: nn.Module, of: nn.Module, device: torch.device) -> None:
-    """Fill a sharded network of meta tensors with the parts of another network that is sharded alike."""
+    """Fill a sharded network of meta tensors from another one.
+
+    The other network is sharded alike: every process copies its own parts.
+    """
     network.to_empty(device=device)
     there = dict((*of.named_parameters(), *of.named_buffers()))
     for name, own in (*network.named_parameters(), *network.named_buffers()):
@@ -93,8 +96,9 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def sum_gradients(network: nn.Module, wanted: bool, keep_whole: bool) -> None:
-    """Set whether backward passes sum gradients over processes, or keep those of several passes.
+    """Set whether backward passes sum gradients over processes.
 
+    Otherwise gradients of several passes add up.
     `keep_whole` keeps the gradients of whole blocks in every process, without any communication. Otherwise they are
     still summed within each replica, so that a process keeps its part alone.
     """

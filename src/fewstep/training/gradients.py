@@ -22,7 +22,7 @@ BUCKET = 25 * 2**20  # bytes, as in torch's DistributedDataParallel
 
 
 class Reached(Protocol):
-    """Whoever wants to know which tensors of a role a loss has reached."""
+    """Whoever notes which tensors a loss has reached."""
 
     def add(self, role: Role, names: Iterable[str]) -> None:
         """Add the names of tensors that have a gradient."""
@@ -79,7 +79,10 @@ class Buckets:
 
 
 def _split(parameters: Mapping[str, nn.Parameter], size: int) -> list[list[str]]:
-    """Split parameters into lists of at most `size` bytes, of one type and device each."""
+    """Split parameters into lists of at most `size` bytes.
+
+    Those of a list have one type and device.
+    """
     lists, room, kind = list[list[str]](), 0, None
     for name, p in parameters.items():
         own = p.numel() * p.element_size()
@@ -92,14 +95,18 @@ def _split(parameters: Mapping[str, nn.Parameter], size: int) -> list[list[str]]
 
 
 def _in_order_of(p: Tensor, flat: Tensor) -> Tensor:
-    """Return a view of `flat` with the shape of `p`, and where possible in its order in memory."""
+    """Return a view of `flat` with the shape of `p`.
+
+    It has the order of `p` in memory, if `p` is dense.
+    """
     ordered = torch.empty_like(p, device="meta").stride()  # that of `p` if it is dense
     return flat.as_strided(p.shape, ordered, flat.storage_offset())
 
 
 class Gradients:
-    """The gradients of the updates of one iteration, in `grad` of the trained parameters.
+    """The gradients of the updates of one iteration.
 
+    They are in `grad` of the trained parameters.
     `batches` is the number of batches of this process. `groups` of the processes have batches of their own; those of
     one group share tokens and have a part of each gradient. With `separate` no loss reaches another role's weights.
     """
@@ -142,7 +149,10 @@ class Gradients:
             p.grad = added if p.grad is None else p.grad.add_(added)
 
     def _add_in_place(self, loss: Loss, last: bool) -> None:
-        """Add gradients into buckets, and begin to sum these over processes in the last batch."""
+        """Add gradients into buckets.
+
+        In the last batch the sums over processes begin.
+        """
         buckets = self.buckets[loss.role]
         if buckets.final:
             raise ValueError(

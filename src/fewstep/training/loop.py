@@ -256,9 +256,9 @@ def require_trajectories(method: Method, given: bool) -> None:
 
 
 def _require_plain(method: Method, context: int) -> None:
-    """Check that processes may share the tokens of samples: no loss has a gradient through a chain of calls.
+    """Check that processes may share the tokens of samples.
 
-    Raises ValueError.
+    They may where no loss has a gradient through a chain of calls. Raises ValueError.
     """
     if context > 1 and (method.needs.adversary or not method.separate):
         which = "method.gan" if method.needs.adversary else "method.match.divergence"
@@ -570,7 +570,7 @@ def save_run(
 
 
 def _groups(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer]) -> dict[str, Mapping[str, Tensor]]:
-    """Return the tensors of a checkpoint by group and name, which are those of the run."""
+    """Return the run's own tensors, as a checkpoint groups them."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}

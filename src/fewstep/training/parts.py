@@ -1,8 +1,8 @@
-"""Checkpoints in parts: each process of a sharded run writes what it has, and reads what it needs.
+"""Checkpoints in parts, one of each process of a sharded run.
 
-torch.distributed.checkpoint plans who writes and reads what, in its safetensors format: no process holds a tensor
-whole, and any number of processes reads what any number wrote. A file holds about `FILE` bytes of one process, which
-is also what a process copies while it writes.
+Each process writes what it has and reads what it needs. torch.distributed.checkpoint plans it, in its safetensors
+format: no process holds a tensor whole, and any number of processes reads what any number wrote. A file holds about
+`FILE` bytes of one process, which is also what a process copies while it writes.
 """
 
 import hashlib

@@ -17,7 +17,10 @@ WORKSPACE, FIXED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # read by cu
 
 
 def dtype_of_blocks(precision: Precision) -> torch.dtype | None:
-    """Return the type in which sharded blocks are fetched and computed; None is their own."""
+    """Return the type in which sharded blocks are computed.
+
+    They are fetched in it, too. None is their own type.
+    """
     return torch.bfloat16 if precision == "bf16" else None
 
 

@@ -1,4 +1,4 @@
-"""Bytes that the processes of a run send each other in an iteration.
+"""Bytes that the processes of a run send in an iteration.
 
 A ring of n processes that gathers, or reduces and scatters, B bytes sends `B (n - 1) / n` from each process; a sum that
 all processes need is both, twice as much.
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one process sends in an iteration, by the processes that receive them."""
+    """Bytes that one process sends in an iteration, by receivers."""
 
     within: float  # of its replica
     across: float  # of other replicas
