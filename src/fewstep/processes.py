@@ -4,11 +4,12 @@ All processes train; the first process writes and prints.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 PATIENCE = timedelta(hours=24)  # wait between iterations: the first process encodes, samples and measures meanwhile
 TRAINING = timedelta(minutes=10)  # wait within an iteration, where all processes do the same work
 
+Made = TypeVar("Made")
 ENDED = (
     "another process of this run has ended or stands still, see what it said; "
     "the last checkpoint is intact, the same command resumes"
@@ -52,7 +54,7 @@ def _training() -> distributed.ProcessGroup:
 
 
 @lru_cache(maxsize=1)
-def _between() -> distributed.ProcessGroup:
+def between_iterations() -> distributed.ProcessGroup:
     """Return the group of all processes between iterations.
 
     The group communicates on the CPUs. The other processes wait long for the first process, which may sample
@@ -61,36 +63,57 @@ def _between() -> distributed.ProcessGroup:
     return distributed.new_group(timeout=TRAINING if is_first() else PATIENCE, backend="gloo")
 
 
-def mean_of(tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes.
+@lru_cache(maxsize=1)
+def _starting() -> distributed.ProcessGroup:
+    """Return the group of all processes before the first iteration.
 
-    All processes have to call. Raises ConnectionError with one line if a process has ended.
+    The group communicates on the CPUs. Every process may load and prepare for as long as it takes.
     """
-    with distributed_errors():
-        total = tensor.clone()
-        distributed.all_reduce(total, group=_training())
-    return total / this_process().num_processes
+    return distributed.new_group(timeout=PATIENCE, backend="gloo")
 
 
-def any_rank(asked: bool) -> bool:
+def sum_of_all(tensor: Tensor) -> distributed.Work:
+    """Begin to sum a tensor over all processes, in place.
+
+    All processes have to call, in the same order. Whoever needs the sum waits for the work that is returned.
+    """
+    under_way = distributed.all_reduce(tensor, group=_training(), async_op=True)
+    assert under_way is not None
+    return under_way
+
+
+def any_rank(asked: bool, starting: bool = False) -> bool:
     """Return whether `asked` is true in any process.
 
-    All processes have to call. Raises ConnectionError as `mean_of` does.
+    The processes ask between two iterations, or before the first one (`starting`).
+
+    All processes have to call. Raises ConnectionError with one line if a process has ended.
     """
     if this_process().num_processes == 1:
         return asked
     with distributed_errors():
         count = torch.tensor(float(asked))
-        distributed.all_reduce(count, group=_between())
+        distributed.all_reduce(count, group=_starting() if starting else between_iterations())
     return bool(count > 0)
 
 
 def meet() -> None:
     """Wait between two iterations until every process arrives.
 
-    The wait is as long as `_between` allows.
+    The wait is as long as `between_iterations` allows.
     """
     any_rank(False)
+
+
+def gathered(value: dict[str, str]) -> list[dict[str, str]]:
+    """Return the values of all processes, in their order.
+
+    All processes have to call. Raises ConnectionError with one line if a process has ended.
+    """
+    found: list[dict[str, str]] = [value] * this_process().num_processes
+    with distributed_errors():
+        distributed.all_gather_object(found, value, group=between_iterations())
+    return found
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
@@ -109,7 +132,7 @@ def require_same(settings: Mapping[str, Any]) -> None:
         if json.dumps(first.get(key), sort_keys=True, default=str)
         != json.dumps(settings.get(key), sort_keys=True, default=str)
     ]
-    if any_rank(bool(odd)):
+    if any_rank(bool(odd), starting=True):
         which = (
             f"{_where(first.get(odd[0]), json.loads(own).get(odd[0]), odd[0])} here"
             if odd
@@ -134,9 +157,9 @@ def _from_first(text: str) -> str:
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     with distributed_errors():
         size = torch.tensor(len(data))
-        distributed.broadcast(size, 0, group=_between())
+        distributed.broadcast(size, 0, group=_starting())
         told = data if is_first() else torch.empty(int(size), dtype=torch.uint8)
-        distributed.broadcast(told, 0, group=_between())
+        distributed.broadcast(told, 0, group=_starting())
     return bytes(told.tolist()).decode()
 
 
@@ -155,12 +178,69 @@ def distributed_errors() -> Iterator[None]:
         raise
 
 
-def mesh_of_all() -> DeviceMesh:
-    """Return the mesh of all processes in one row."""
+REPLICATE, SHARD = "replicate", "shard"  # the dimensions of a mesh
+
+
+def require_replicas(replicas: int, option: str = "train") -> None:
+    """Check that the processes can hold so many replicas of sharded weights.
+
+    Raises ValueError otherwise.
+    """
+    count = this_process().num_processes
+    if count > 1 and count % replicas:
+        raise ValueError(
+            f"{option}.replicas: got {replicas}, allowed are divisors of the number of processes, {count}; "
+            f"set it to the number of machines"
+        )
+
+
+@lru_cache
+def mesh_of(replicas: int) -> DeviceMesh:
+    """Return the mesh of all processes, a row for each replica.
+
+    One replica is a mesh of one dimension. Neighbours, which are the processes of one machine, stand in one row. All
+    processes have to make the first call together.
+    """
     state = this_process()
-    if state.num_processes == 1:
+    count = state.num_processes
+    if count == 1:
         return init_device_mesh(state.device.type, (1,))
-    return DeviceMesh.from_group(_training(), state.device.type)
+    if replicas == 1:
+        return DeviceMesh.from_group(_training(), state.device.type, mesh_dim_names=(SHARD,))
+    ranks = torch.arange(count).view(replicas, -1)
+    groups = {}
+    for name, lists in ((REPLICATE, ranks.T.tolist()), (SHARD, ranks.tolist())):
+        for members in lists:  # every process makes all groups
+            made = distributed.new_group(members, timeout=TRAINING)
+            if state.process_index in members:
+                groups[name] = made
+    return DeviceMesh.from_group(
+        [groups[REPLICATE], groups[SHARD]], state.device.type, mesh=ranks, mesh_dim_names=(REPLICATE, SHARD)
+    )
+
+
+@lru_cache
+def context_mesh(count: int) -> DeviceMesh:
+    """Return a mesh whose last dimension is `count` neighbours.
+
+    They share the tokens of each sample. All processes have to make the first call together.
+    """
+    state = this_process()
+    shape = (state.num_processes // count, 1, count)
+    return init_device_mesh(state.device.type, shape, mesh_dim_names=("samples", "ring", "ulysses"))
+
+
+def in_turn(make: Callable[[], Made]) -> Made:
+    """Call `make` in one process of a machine after another.
+
+    Returns what it returns in this process. All processes have to call.
+    """
+    state, made = this_process(), list[Made]()
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))):
+        if turn == state.local_process_index:
+            made.append(make())
+        barrier()
+    return made[0]
 
 
 def barrier() -> None:

@@ -77,6 +77,9 @@ def test_ways_to_save_come_fastest_first(planned: tuple[Plan, Backbone]) -> None
     ]
     assert both[0][0] == ["roles.checkpointing=true"] and "warm_start.train.batch=1" in both[-1][0]
     assert all(r.train.batch * r.train.accumulate == 32 for _, r in [*parts, *both])
+    own = planned[0].recipe
+    shared = own.model_copy(update={"train": replace(own.train, global_batch=64)})
+    assert [s for s, _ in savings(shared, "")[0]] == [[f"train.batch={32 // k}"] for k in (2, 4, 8)]
 
 
 def counted(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:

@@ -148,12 +148,14 @@ def test_a_killed_sharded_run_goes_on_bit_for_bit_and_in_one_process_with_the_sa
     shutil.copytree("runs/tiny", "runs/one")
     again = ended(start(path, 2, *sharded))
     assert [s for s, _, _ in again] == [0, 0] and f"resuming runs/tiny at iteration {kept} of" in again[0][1]
-    for file in Path("runs/straight/checkpoint-000016").glob("*.safetensors"):
-        expected, found = load_file(file), load_file(f"runs/tiny/checkpoint-000016/{file.name}")
+    written = sorted(Path("runs/straight/checkpoint-000016").rglob("*.safetensors"))
+    assert written
+    for file in written:
+        expected, found = load_file(file), load_file(f"runs/tiny/checkpoint-000016/parts/{file.name}")
         assert all(torch.equal(tensor, found[n]) for n, tensor in expected.items())
     refused = ended(start(path, 1, "--set", "train.batch=1", "--out", "runs/one"))[0]
-    assert refused[0] == 2 and "takes 2 batches an iteration, here it is 1; in 1 process set it to 2" in refused[2]
-    alone = ended(start(path, 1, "--set", "train.batch=1", "--set", "train.accumulate=2", "--out", "runs/one"))[0]
+    assert refused[0] == 2 and "takes 2 batches of 1 an iteration, here it is 1; set it to 2" in refused[2]
+    alone = ended(start(path, 1, "--set", "train.batch=1", "--set", "train.global_batch=2", "--out", "runs/one"))[0]
     assert alone[0] == 0, alone[2]
     logs = [
         [json.loads(r) for r in Path(f"runs/{run}/metrics.jsonl").read_text().splitlines()]

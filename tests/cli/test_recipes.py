@@ -96,7 +96,7 @@ def test_a_recipe_with_all_weights_has_the_papers_settings(name: str) -> None:
     for stage, length in zip(stages(name), iterations, strict=True):
         train, method = stage.train, stage.method
         assert isinstance(method, DistributionMatching)
-        assert (train.batch * train.accumulate, train.lr, train.fake_lr, method.guidance) == (
+        assert (train.global_batch, train.lr, train.fake_lr, method.guidance) == (
             batch,
             lr,
             fake_lr,
@@ -120,7 +120,7 @@ def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> 
         assert TEACHERS[family] in stage.teacher
         assert isinstance(stage.method, DistributionMatching)
         assert stage.method.guidance == Guidance(scale=GUIDANCE[family])
-        assert stage.train.batch * stage.train.accumulate >= 8
+        assert stage.train.batch * stage.train.on(1).accumulate >= 8
         if name.endswith("-lora"):  # one set of rates for all: those of runs with LoRA on the bundled teacher
             assert (stage.train.lr, stage.train.fake_lr) == (5e-5, 2e-4)
             assert "nobody has tried" in recipe_path(name).read_text(encoding="utf-8")

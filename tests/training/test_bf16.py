@@ -19,9 +19,9 @@ from fewstep.methods.method import Loss, Method
 from fewstep.methods.presets import PRESETS, ROLES
 from fewstep.methods.progressive import ProgressiveDistillation
 from fewstep.methods.trajectory_imitation import TrajectoryImitation
-from fewstep.roles.roles import Roles, RolesConfig, make_roles
+from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.runs.init import roles_for
-from fewstep.training import loop
+from fewstep.training.gradients import Gradients
 from fewstep.training.loop import TrainConfig, distill
 
 from .. import tiny
@@ -99,15 +99,15 @@ def test_folding_a_head_away_learns_from_what_the_student_was(no_cache: Callable
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_every_trained_tensor_gets_a_gradient(share: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the rollout, which is without gradient, came first and its casts were kept."""
-    backbone, reached, add = tiny.denoiser(), set[tuple[str, str]](), loop._add_gradients
+    backbone, reached, add = tiny.denoiser(), set[tuple[str, str]](), Gradients.add
 
-    def watched(loss: Loss, roles: Roles, part: float, reach: loop.Reach) -> None:
-        add(loss, roles, part, reach)
+    def watched(gradients: Gradients, loss: Loss, last: bool) -> None:
+        add(gradients, loss, last)
         reached.update(
             (loss.role, n) for n, p in roles.trained[loss.role].items() if p.grad is not None and bool(p.grad.any())
         )
 
-    monkeypatch.setattr(loop, "_add_gradients", watched)
+    monkeypatch.setattr(Gradients, "add", watched)
     roles = make_roles(backbone, RolesConfig(lora=share, rank=4))
     method = DistributionMatching(steps=4, warmup=0)
     config = TrainConfig(iterations=3, batch=8, lr=1e-2, fake_lr=1e-2, precision=precision)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import nn
 from fewstep.data.prompts import embed
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.training.compiling import Compiled
-from fewstep.training.loop import TrainConfig, distill
+from fewstep.training.loop import distill
 
 from .. import pipelines, tiny
 from .common import CONFIG, METHOD, metrics, parts, run
@@ -78,11 +78,6 @@ def test_without_a_compiler_one_line_says_so() -> None:
     assert str(error.value).startswith("train.compile: got true, but torch cannot compile here (")
     assert str(error.value).endswith("); install a C++ compiler (on a GPU: triton), or set it to false")
     assert "\n" not in str(error.value)
-
-
-def test_not_with_spread_weights() -> None:
-    with pytest.raises(ValueError, match=r"^compile: got True with shard=True"):
-        TrainConfig(iterations=1, batch=1, lr=1e-3, fake_lr=1e-3, shard=True, compile=True)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from fewstep.roles.roles import TRAINED, Roles, RolesConfig, make_roles
 from fewstep.training import loop, state
 from fewstep.training.loop import Step, TrainConfig, distill
 from fewstep.training.optimizer import OptimizerName, make_optimizer
-from fewstep.training.settings import require_unchanged
+from fewstep.training.settings import require_unchanged, settings_of
 from fewstep.training.state import checkpoints
 
 from .. import tiny
@@ -193,6 +193,39 @@ def test_every_iteration_batch_and_process_draws_its_own_noise_and_prompts(monke
     # Two processes of two batches each draw what one process of four does.
     together = [[*one, *two] for one, two in zip(*ranks, strict=True)]
     assert draws_of(0, 4, monkeypatch) == together
+
+
+def test_a_global_batch_is_the_same_batches_in_any_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of processes, all of them together draw what one draws, and record the same settings."""
+    shared = replace(CONFIG, global_batch=4 * CONFIG.batch)
+    alone = draws_of(0, 4, monkeypatch)
+    for count in (1, 2, 4):
+        own = shared.on(count)
+        assert (own.accumulate, own.global_batch) == (4 // count, None) and own.on(7) == own
+        ranks = [draws_of(rank, own.accumulate, monkeypatch) for rank in range(count)]
+        assert [[b for part in parts for b in part] for parts in zip(*ranks, strict=True)] == alone
+    roles, data = parts()
+    one, two = (
+        settings_of(roles, METHOD, data, config, 4, None, None)
+        for config in (shared.on(2), replace(CONFIG, accumulate=4))
+    )
+    assert one == two == settings_of(roles, METHOD, data, shared, 4, None, None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "next_"),
+    [
+        (16, 8, "the number of processes, 8; set train.batch=8"),
+        (5, 1, "set train.batch=4"),
+        (1, 48, "start a number of processes that divides it"),
+        (1, 128, "start a number of processes that divides it"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_shared_is_refused(batch: int, processes: int, next_: str) -> None:
+    with pytest.raises(ValueError, match=f"^train.global_batch: got 64, .*{next_}$"):
+        TrainConfig(iterations=1, batch=batch, global_batch=64).on(processes)
+    with pytest.raises(ValueError, match=r"^accumulate: got 2 with global_batch=64, .* set one of them"):
+        TrainConfig(iterations=1, batch=batch, global_batch=64, accumulate=2)
 
 
 def test_both_roles_have_the_settings_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:

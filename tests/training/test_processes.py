@@ -108,6 +108,8 @@ words = [*tiny.WORDS, "one more"] if (rank, what) == (1, "prompts") else tiny.WO
 data = embed(backbone, words, None, "tiny")
 count = {(1, "iterations"): 5, (0, "stop"): 400, (1, "stop"): 400}.get((rank, what), 4)
 config = TrainConfig(iterations=count, batch=4, lr=2e-3 if (rank, what) == (1, "lr") else 1e-3, fake_lr=1e-2)
+if (rank, what) == (1, "late"):
+    time.sleep(7)
 try:
     for step in distill(roles, DistributionMatching(steps=(2, 1), warmup=1), data, config, run):
         if what == "stop" and step.iteration == 3 and rank == int(sys.argv[3]):
@@ -160,6 +162,13 @@ def test_processes_of_other_settings_do_not_train_together(what: str, said: str,
         "start all of them with the same command and files\n"
     )
     assert said in ends[1] and not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_one_that_starts_late_is_waited_for_longer_than_one_within_an_iteration(tmp_path: Path) -> None:
+    both = two("late", tmp_path)
+    said = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0] and all("finished" in text for text in said), said
 
 
 @pytest.mark.slow

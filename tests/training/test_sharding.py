@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,10 @@ def mesh() -> Iterator[DeviceMesh]:
     distributed.destroy_process_group()
 
 
-def deep() -> Denoiser:
+def deep(kind: type[Deep] = Deep) -> Denoiser:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Deep().double()  # AdamW makes steps of any noise where there is no gradient
+        network = kind().double()  # AdamW makes steps of any noise where there is no gradient
     layers = ("blocks.0", "blocks.1.0")
     return Denoiser(network, tiny.TABLE, (6,), "v", tiny.Labels(), time_layer="time", feature_layers=layers)
 
@@ -111,6 +112,37 @@ def test_a_sharded_training_is_the_whole_one(name: str, share: bool, mesh: Devic
     found = weights(two)
     for n, expected in weights(one).items():
         torch.testing.assert_close(found[n], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_blocks_fetched_in_bf16_compute_as_autocast_does(share: bool, mesh: DeviceMesh) -> None:
+    method, config = METHODS["small batch"], replace(CONFIG, precision="bf16", iterations=2)
+    one, two = (roles_of(replace(deep(), module=deep().module.float()), method, share) for _ in range(2))
+    two.shard(mesh, torch.device("cpu"), torch.bfloat16)
+    inside: list[torch.dtype] = []
+    two.networks["student"].get_submodule("blocks.0.0").register_forward_hook(
+        lambda layer, _, out: inside.append(layer.get_parameter("base_layer.bias" if share else "bias").dtype)
+    )
+    for whole_metrics, metrics in zip(
+        trained(one, method, config=config), trained(two, method, config=config), strict=True
+    ):
+        assert metrics == pytest.approx(whole_metrics, rel=0.02)
+    assert set(inside) == {torch.bfloat16}
+    assert {t.dtype for t in weights(two).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_sharded_networks_compile(share: bool, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own backend that needs no C++ compiler."""
+    network, function = nn.Module.compile, torch.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: network(self, dynamic=dynamic, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(function, backend="aot_eager"))
+    method, config = METHODS["small batch"], replace(CONFIG, iterations=2)
+    one, two = (roles_of(deep(), method, share) for _ in range(2))
+    two.shard(mesh, torch.device("cpu"))
+    expected = trained(one, method, config=config)
+    found = trained(two, method, config=replace(config, shard=True, compile=True))
+    assert found == [pytest.approx(metrics, rel=1e-5) for metrics in expected]
 
 
 @pytest.mark.slow
@@ -154,7 +186,7 @@ from accelerate import debug_launcher
 from safetensors.torch import save_file
 from dataclasses import replace
 from tests.training import test_sharding as t
-from fewstep.processes import mesh_of_all
+from fewstep.processes import mesh_of
 from fewstep.training.loop import distill
 
 def work(folder, name, share):
@@ -162,7 +194,7 @@ def work(folder, name, share):
     method = t.METHODS[name]
     roles = t.roles_of(t.deep(), method, share == "True")
     before = t.bytes_here(roles)
-    roles.shard(mesh_of_all(), torch.device("cpu"))
+    roles.shard(mesh_of(1), torch.device("cpu"))
     t.trained(roles, method, config=replace(t.CONFIG, batch=1))
     found = t.weights(roles)
     sizes = torch.tensor([before, t.bytes_here(roles)])

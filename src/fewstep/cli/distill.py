@@ -22,7 +22,18 @@ from ..core import timegrid
 from ..data.prompts import Embeddings, Split, embed, embedding_bytes
 from ..data.trajectories import Trajectories, TrajectoryConfig
 from ..findings import require
-from ..processes import any_rank, barrier, distributed_errors, is_first, mesh_of_all, require_same, this_process
+from ..processes import (
+    any_rank,
+    barrier,
+    context_mesh,
+    distributed_errors,
+    in_turn,
+    is_first,
+    mesh_of,
+    require_replicas,
+    require_same,
+    this_process,
+)
 from ..reading import read_json
 from ..report.run import BEST, BEST_FILE, REPORT, SHAPE
 from ..report.words import finite, plural
@@ -43,7 +54,7 @@ from ..training.loop import Step, default_device, distill, require_trajectories,
 from ..training.memory import storage_bytes
 from ..training.optimizer import OptimizerName, state_bytes
 from ..training.optimizer import require as require_optimizer
-from ..training.precision import fix_workspace
+from ..training.precision import dtype_of_blocks, fix_workspace
 from ..training.state import checkpoints, latest_checkpoint
 from ..training.trackers import Trackers, require_trackers
 from .before import look_before, look_in_dry_run
@@ -87,6 +98,10 @@ def run_distill(
     if dry_run:
         print_dry_run(recipe, run)
         return
+    own = {} if recipe.warm_start is None else {"warm_start.train": recipe.warm_start.train}
+    for option, train in {"train": recipe.train, **own}.items():
+        train.on(this_process().num_processes, option)
+        require_replicas(train.replicas, option)
     require_same(
         {"recipe": recorded(recipe), "versions": {k: v for k, v in versions().items() if k in ("fewstep", "torch")}}
     )
@@ -102,7 +117,7 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), second_stage(recipe, run / WARM_START)]
     for stage in stages:
         require_optimizer(stage.train.optimizer)
-    teacher, base_hash = teacher_of(recipe, run)
+    teacher, base_hash = teacher_of(recipe, run, together=True)
     check_measures(recipe, teacher)
     check_initial(recipe, teacher)
     console.quiet = not is_first()
@@ -119,23 +134,29 @@ def run_stages(recipe: DistillRecipe, run: Path, source: str, overrides: list[st
         if not done:
             run_stage(stage, teacher, base_hash, split, run / WARM_START, source, overrides, run, log_to)
             barrier()
-            teacher = teacher_of(recipe, run)[0] if sharded(stage) else teacher
+            teacher = teacher_of(recipe, run, together=True)[0] if sharded(stage) else teacher
     run_stage(stages[-1], teacher, base_hash, split, run, source, overrides, run, log_to)
 
 
-def teacher_of(recipe: DistillRecipe, run: Path) -> tuple[Backbone, str]:
+def teacher_of(recipe: DistillRecipe, run: Path, together: bool = False) -> tuple[Backbone, str]:
     """Load the recipe's teacher and hash the weights.
 
     The hash is that of the weights before quantization. The encoders stay on the CPU; those that made the
     embeddings of `run` are loaded when they are called. The device never holds more than the quantized weights.
+    `together` says that all processes load the teacher.
     """
-    teacher = load_teacher(
-        recipe.teacher, getattr(torch, recipe.dtype), "cpu", recipe.size, known_encoders(run / EMBEDDINGS)
-    )
-    base_hash = fingerprint(teacher.module)
-    quantize(teacher, recipe.roles.quantize)
-    put(others(teacher), default_device())
-    return teacher, base_hash
+
+    def load() -> tuple[Backbone, str]:
+        teacher = load_teacher(
+            recipe.teacher, getattr(torch, recipe.dtype), "cpu", recipe.size, known_encoders(run / EMBEDDINGS)
+        )
+        base_hash = fingerprint(teacher.module)
+        quantize(teacher, recipe.roles.quantize)
+        put(others(teacher), default_device())
+        return teacher, base_hash
+
+    # On its way to the device a base that takes several devices fills a machine's memory once, not once for each.
+    return in_turn(load) if together and sharded(recipe) else load()
 
 
 def sharded(recipe: DistillRecipe) -> bool:
@@ -174,7 +195,7 @@ def finished(run: Path, recipe: DistillRecipe) -> bool:
     A finished stage has the same recipe, a checkpoint and a student of the last iteration, and a report that
     is newer than the student.
     """
-    found, record, report = latest_checkpoint(run), run / "run.json", run / REPORT
+    found, record, report = latest_checkpoint(run, whole=False), run / "run.json", run / REPORT
     final = find_folder(run)
     if found is None or not record.exists() or final is None or not report.exists():
         return False
@@ -225,8 +246,12 @@ def run_stage(
         # Without the student's errors yet: a run that is stopped has a report, too.
         write_json(run / SHAPE, shape)
     if sharded(recipe):
-        roles.shard(mesh_of_all(), default_device())
-    found = latest_checkpoint(run)
+        barrier()  # the first process may have prepared for long
+        if (context := recipe.train.context) > 1:
+            roles.share_tokens(context_mesh(context), default_device())
+        mesh, dtype = mesh_of(recipe.train.replicas), dtype_of_blocks(recipe.train.precision)
+        roles.shard(mesh, default_device(), dtype, from_first=True)
+    found = latest_checkpoint(run, whole=False)
     barrier()  # no process writes before all have looked
     start = 0 if found is None else int(found[1]["step"])
     title = run.resolve().name if run == place else f"{place.resolve().name}, warm start"

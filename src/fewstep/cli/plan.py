@@ -271,8 +271,14 @@ def savings(recipe: DistillRecipe, prefix: str) -> list[list[tuple[list[str], Di
     few = [k for k in parts if k > 1 and recipe.train.batch // k >= LEAST_BATCH]
 
     def way(k: int, checkpointing: bool) -> tuple[list[str], DistillRecipe]:
-        train = replace(recipe.train, batch=recipe.train.batch // k, accumulate=recipe.train.accumulate * k)
-        sets = [] if k == 1 else [f"{prefix}train.batch={train.batch}", f"{prefix}train.accumulate={train.accumulate}"]
+        follows = recipe.train.global_batch is not None
+        train = replace(
+            recipe.train,
+            batch=recipe.train.batch // k,
+            accumulate=1 if follows else recipe.train.accumulate * k,
+        )
+        sets = [] if k == 1 else [f"{prefix}train.batch={train.batch}"]
+        sets += [] if k == 1 or follows else [f"{prefix}train.accumulate={train.accumulate}"]
         sets += ["roles.checkpointing=true"] if checkpointing and not recipe.roles.checkpointing else []
         return sets, recipe.model_copy(
             update={"train": train, "roles": replace(recipe.roles, checkpointing=checkpointing)}
@@ -311,8 +317,9 @@ def plan_of(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, card
 def show(made: Plan) -> None:
     """Print a plan as a table."""
     recipe, t = made.recipe, made.training
-    how = f"batch {recipe.train.batch}" + (f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else "")
-    where = f", on each of {made.cards} cards" + ", weights shared" * recipe.train.shard if made.cards > 1 else ""
+    train = recipe.train.on(made.cards)
+    how = f"batch {train.batch}" + (f" x {train.accumulate}" if train.accumulate > 1 else "")
+    where = f", on each of {made.cards} cards" + ", weights shared" * train.shard if made.cards > 1 else ""
     table = Table(
         title=(
             f"{recipe.name}: {recipe.teacher}, {recipe.roles.quantize or recipe.dtype}, "

@@ -84,6 +84,10 @@ class ConsistencyDistillation(Method):
         """All guidance scales that the student serves; empty for a single scale."""
         return (self.guidance.scale, *self.guidance_scales) if self.guidance_scales else ()
 
+    @property
+    def separate(self) -> bool:
+        return True
+
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         value = consistency_loss(self, roles, batch)
         yield Loss("student", value, {"student_loss": value.detach()})

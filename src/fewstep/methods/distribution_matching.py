@@ -254,6 +254,10 @@ class DistributionMatching(Method):
     def updated(self) -> tuple[Role, ...]:
         return ("student", "fake", *(("discriminator",) if self.gan.weight else ()))
 
+    @property
+    def separate(self) -> bool:
+        return not DIVERGENCES[self.match.divergence].scores_carry_gradient
+
     def one_step(self) -> "DistributionMatching":
         """Return the one-step method, which needs as much memory.
 

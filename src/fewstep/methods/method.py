@@ -160,6 +160,14 @@ class Method(ABC):
         """The meaning of `condition_values`."""
         return "steps"
 
+    @property
+    def separate(self) -> bool:
+        """Whether no loss has a gradient at the weights of another role.
+
+        Sharded training then communicates gradients once an update, otherwise once a batch.
+        """
+        return False
+
     def times(self, schedule: Schedule, steps: int | None = None) -> Tensor:
         """Return the student's time grid `[K + 1]` for a step count.
 

@@ -62,6 +62,10 @@ class ProgressiveDistillation(Method):
         """
         return Needs(fake=True, images=True, length=True)
 
+    @property
+    def separate(self) -> bool:
+        return True
+
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         value = progressive_loss(self, roles, batch)
         yield Loss("student", value, {"student_loss": value.detach()})

@@ -76,6 +76,10 @@ class TrajectoryImitation(Method):
     def needs(self) -> Needs:
         return Needs(trajectories=True)
 
+    @property
+    def separate(self) -> bool:
+        return True
+
     def losses(self, roles: Roles, batch: TrainBatch) -> Iterator[Loss]:
         assert batch.trajectories is not None
         return imitate(

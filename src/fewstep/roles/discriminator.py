@@ -121,10 +121,10 @@ class Discriminator:
 def make_discriminator(backbone: Backbone, network: nn.Module, counts: Sequence[int], seed: int) -> Discriminator:
     """Return a discriminator with heads that fit the backbone's features.
 
-    The heads are on the backbone's device.
+    The heads are on the backbone's device, those of a backbone of meta tensors on the CPU.
     """
     device = next(network.parameters()).device
-    cond = {k: v[:1] for k, v in backbone.encode([""]).items()}
+    cond = {k: v[:1].to(device) for k, v in backbone.encode([""]).items()}
     with torch.no_grad():
         t = torch.full((1,), backbone.schedule.t_max, dtype=torch.float64, device=device)
         widths = [
@@ -132,5 +132,5 @@ def make_discriminator(backbone: Backbone, network: nn.Module, counts: Sequence[
         ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = Heads(widths, len(counts)).to(device)
+        heads = Heads(widths, len(counts)).to("cpu" if device.type == "meta" else device)
     return Discriminator(backbone, network, heads, tuple(counts))

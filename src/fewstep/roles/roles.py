@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..backbones.base import Backbone, Cond, denoiser, guided, tell
+from ..backbones.context import share_tokens
 from ..backbones.parts import set_checkpointing
 from ..config_fields import OneOf, Range, check_fields
 from ..core.guidance import Guidance
@@ -125,6 +126,8 @@ class Roles:
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
     told: float | None = None  # guidance scale that networks with embedded guidance are told; None: their conditions'
+    # The copies are meta tensors until they are sharded, when they become copies of the teacher's parts.
+    hollow: bool = False
     # The role that the shared network serves, and the condition's vector.
     active: list[tuple[Role, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
     averaging: list[bool] = field(default_factory=list)  # holds something while the student has its averaged weights
@@ -197,10 +200,34 @@ class Roles:
         """
         return sharding.is_sharded(self.backbone.module)
 
-    def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
+    def sum_gradients(self, wanted: bool) -> None:
+        """Set whether backward passes of sharded networks sum gradients over all processes.
+
+        Otherwise each process keeps those of adapters whole, which are small. Those of copies are as large as the
+        network: they are summed within each replica.
+        """
+        for network in {id(n): n for n in self.networks.values()}.values():
+            sharding.sum_gradients(network, wanted, keep_whole=self.config.lora)
+
+    def share_tokens(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Share the tokens of every network call among neighbours, see `backbones.context`.
+
+        Before the networks are sharded. Raises ValueError for networks that cannot, and for a head, which computes
+        whole samples.
+        """
+        if self.head is not None or self.head_to_absorb is not None:
+            raise ValueError("train.context: got several processes with a head, which takes whole samples; set it to 1")
+        for network in {id(n): n for n in self.networks.values()}.values():
+            share_tokens(network, mesh, device)
+
+    def shard(
+        self, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None, from_first: bool = False
+    ) -> None:
         """Shard all networks over the processes of `mesh`.
 
-        This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`.
+        Blocks are computed in `dtype`, or as they are.
+        This process's part, and everything that is not sharded, goes to `device`; see `sharding.shard`. With
+        `from_first` the weights are the first process's: the networks of the others may be meta tensors.
         Sharding is permanent: to get whole networks, make new roles. The student can be initialized from
         another student before sharding, not afterwards. Raises ValueError for a quantized base, whose codes
         every process would hold.
@@ -212,7 +239,12 @@ class Roles:
             )
         for network in {id(n): n for n in self.networks.values()}.values():
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
-            sharding.shard(network, mesh, device)
+            weights = sharding.empty(network) if from_first else {}
+            sharding.shard(network, mesh, device, dtype)
+            if from_first and self.hollow and network is not self.networks["teacher"]:
+                sharding.copy_parts(network, self.networks["teacher"], device)
+            elif from_first:
+                sharding.receive(network, weights, mesh, device)
             after = dict(network.named_parameters())
             for role, own in self.trained.items():
                 self.trained[role] = {n: after[n] if before.get(n) is p else p for n, p in own.items()}
@@ -222,7 +254,11 @@ class Roles:
             if head is not None:
                 head.to(device)
         for name, p in self.trained["student"].items():
-            self.average[name] = sharding.shard_like(self.average[name], p).to(p.device)
+            self.average[name] = (
+                p.detach().float().clone()  # nothing has been trained yet
+                if from_first
+                else sharding.shard_like(self.average[name], p).to(p.device)
+            )
 
     def update_average(self, decay: float) -> None:
         """Update the student's moving average.
@@ -303,13 +339,17 @@ class Roles:
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
-def copied(network: nn.Module) -> nn.Module:
+def copied(network: nn.Module, hollow: bool = False) -> nn.Module:
     """Return a deep copy of a network, with tied weights tied.
 
-    Tensors are cloned, which also works for fake (meta) tensors.
+    Tensors are cloned, which also works for fake (meta) tensors. A `hollow` copy has meta tensors.
     """
-    memo: dict[int, Any] = {id(b): b.detach().clone() for b in network.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
+
+    def clone(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("meta") if hollow else tensor.detach().clone()
+
+    memo: dict[int, Any] = {id(b): clone(b) for b in network.buffers()}
+    memo |= {id(p): nn.Parameter(clone(p), p.requires_grad) for p in network.parameters()}
     return copy.deepcopy(network, memo)
 
 
@@ -339,6 +379,7 @@ def make_roles(
     head: nn.Module | None = None,
     fake: bool = True,
     head_to_absorb: nn.Module | None = None,
+    hollow: bool = False,
 ) -> Roles:
     """Return a student and a `fake` score that equal the teacher.
 
@@ -351,7 +392,8 @@ def make_roles(
 
     Shared: the backbone's own module gets two adapters without effect, and the base weights stay frozen.
     Adapters of an earlier run on the same backbone are removed, and `config.quantize` quantizes the base
-    weights permanently. Copies: two deep copies of the network.
+    weights permanently. Copies: two deep copies of the network, which with `hollow` have no weights before they are
+    sharded. The backbone may have meta tensors, which are filled then, too.
 
     Raises ValueError if there is nothing to train, or for copies of half-precision weights.
     """
@@ -366,7 +408,7 @@ def make_roles(
         width = step_condition.width(base, backbone.time_layer)
     if not config.lora:
         _require_single(base)
-        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base) for r in made}}
+        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base, hollow) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {
             r: {n: p for n, p in networks[r].named_parameters() if p.is_floating_point()} for r in made
         }
@@ -388,8 +430,9 @@ def make_roles(
             for p in parameters.values():
                 p.requires_grad_(True)
     conditions: dict[Role, StepCondition] = {}
+    device = next(base.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
     if condition_values:
-        device = next(base.parameters()).device
         for role in made:
             shared = config.lora and bool(conditions)
             conditions[role] = (
@@ -400,10 +443,10 @@ def make_roles(
                 CONDITION: nn.Parameter(torch.zeros(len(condition_values), width, device=device)),
             }
     if head is not None:
-        head.to(next(base.parameters()).device).requires_grad_(True)
+        head.to(device).requires_grad_(True)
         trained["student"] = {**trained["student"], **{f"{HEAD}{n}": p for n, p in head.named_parameters()}}
     if head_to_absorb is not None:
-        head_to_absorb.to(next(base.parameters()).device).requires_grad_(False)
+        head_to_absorb.to(device).requires_grad_(False)
     average = {n: p.detach().float().clone() for n, p in trained["student"].items()}
     adapters.switch(layers, None)
     discriminator = make_discriminator(backbone, base, gan_step_counts, seed) if gan_step_counts else None
@@ -421,6 +464,7 @@ def make_roles(
         discriminator,
         head,
         head_to_absorb,
+        hollow and not config.lora,
     )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():

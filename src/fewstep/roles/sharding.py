@@ -8,33 +8,105 @@ conditions.
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ..backbones.parts import blocks_of
 
 
-def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Shard a network over the processes of `mesh`.
+
+    A mesh of two dimensions holds a replica of the parts in each row (HSDP). With `dtype` the blocks are fetched and
+    computed in it, while parts and their gradients keep their own precision.
 
     Each process keeps one part on the process's own `device`. The network may be on the CPU before: a GPU
     then never holds more than one part and one block. The parameters of blocks are replaced, under the same
     names. Raises ValueError with one line for a network without blocks.
     """
+    # Autocast casts what a layer takes, and leaves alone what has to stay in single precision, such as times.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for block in blocks_of(network):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     outside = {p for p in network.parameters() if not isinstance(p, DTensor)}
     for tensor in (*outside, *network.buffers()):
-        tensor.data = tensor.data.to(device)
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
     # The network itself shards nothing. As the root, it fetches one block while another block computes.
     fully_shard(network, mesh=mesh, ignored_params=outside)
+
+
+def empty(network: nn.Module) -> dict[str, Tensor]:
+    """Replace the weights and buffers of a network by meta tensors.
+
+    Returns them by name. Tied weights stay tied, and are returned under one name.
+    """
+    found, hollow = dict[str, Tensor](), dict[int, Tensor]()
+    for path, module in network.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in hollow:
+                    bare = tensor.detach().to("meta")
+                    hollow[id(tensor)] = (
+                        nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+                    )
+                    found[f"{path}.{name}".removeprefix(".")] = tensor.detach()
+                held[name] = hollow[id(tensor)]
+    return found
+
+
+@torch.no_grad()
+def receive(network: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh, device: torch.device) -> None:
+    """Fill a sharded network of meta tensors with the first process's weights.
+
+    One tensor at a time is whole, on `device`, and `weights` loses it then. The weights of the other processes are not
+    read. All processes have to call.
+    """
+    network.to_empty(device=device)
+    whole_everywhere = [Replicate()] * mesh.ndim
+    for name, own in (*network.named_parameters(), *network.named_buffers()):
+        if distributed.get_rank() == 0:
+            tensor = weights.pop(name).to(device)
+        else:
+            tensor = torch.empty(own.shape, dtype=own.dtype, device=device)
+        to = own.placements if isinstance(own, DTensor) else whole_everywhere
+        given = distribute_tensor(tensor, mesh, to, src_data_rank=0)
+        own.copy_(given if isinstance(own, DTensor) else given.to_local())
+
+
+@torch.no_grad()
+def copy_parts(network: nn.Module, of: nn.Module, device: torch.device) -> None:
+    """Fill a sharded network of meta tensors from another one.
+
+    The other network is sharded alike: every process copies its own parts.
+    """
+    network.to_empty(device=device)
+    there = dict((*of.named_parameters(), *of.named_buffers()))
+    for name, own in (*network.named_parameters(), *network.named_buffers()):
+        own.copy_(there[name])
 
 
 def is_sharded(network: nn.Module) -> bool:
     """Return whether every call of the network needs all processes."""
     return isinstance(network, FSDPModule)
+
+
+def sum_gradients(network: nn.Module, wanted: bool, keep_whole: bool) -> None:
+    """Set whether backward passes sum gradients over processes.
+
+    Otherwise gradients of several passes add up.
+    `keep_whole` keeps the gradients of whole blocks in every process, without any communication. Otherwise they are
+    still summed within each replica, so that a process keeps its part alone.
+    """
+    if isinstance(network, FSDPModule):
+        if keep_whole:
+            network.set_requires_gradient_sync(wanted)
+        else:
+            network.set_requires_all_reduce(wanted)
 
 
 def fetch_for(output: Tensor, network: nn.Module, layer: str) -> None:

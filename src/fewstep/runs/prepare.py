@@ -39,6 +39,7 @@ from ..methods.method import Method
 from ..processes import distributed_errors, is_first, this_process
 from ..report.words import plural, size
 from ..roles.roles import Roles, RolesConfig
+from ..roles.sharding import empty
 from ..training.loop import TrainConfig
 from ..training.saving import CheckpointSize, checkpoint_size
 from ..words import speaks_python
@@ -204,6 +205,7 @@ def prepare(
     Raises ValueError for a training that cannot end well.
     """
     method = spec.method
+    spec.train.on(this_process().num_processes)  # refuse before the first encoding
     require_exportable(teacher, method)
     cache = None if place is None else place / EMBEDDINGS
     identity = identity_of(teacher, spec.prompts, cache)
@@ -220,9 +222,14 @@ def prepare(
             trajectories = generate(
                 teacher, method, data, spec.trajectories or TrajectoryConfig(), place, identity, progress
             )
-    if spec.train.shard and this_process().num_processes > 1:
+    sharded = spec.train.shard and this_process().num_processes > 1
+    if sharded and is_first():
         teacher.module.cpu()  # the network and its copies come back to the device in parts
-    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, progress.say)
+    elif sharded:
+        for network in (teacher.module, *teacher.encoders):  # the parts come from the first process
+            empty(network)
+    hollow = sharded and spec.init_from is None
+    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, progress.say, hollow)
     if run is not None:
         progress.say(checkpoint_words(checkpoint_size(roles, spec.train)))
     return Prepared(roles, data, images, trajectories)

@@ -18,6 +18,7 @@ from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Method
 from ..methods.metrics import filled, metric_names
+from ..processes import this_process
 from ..report.images import save_images
 from ..report.run import IMAGES as IMAGES_FILE
 from ..report.run import render_run
@@ -63,7 +64,9 @@ def steps_of(run: Run) -> Generator[Step, None, None]:
     report.
     """
     folder, method, roles, config = run.folder, run.method, run.roles, run.config
-    settings = settings_of(roles, method, run.data, config, config.accumulate, run.real, run.paths)
+    processes = this_process().num_processes
+    batches = config.on(processes).accumulate * config.groups(processes)
+    settings = settings_of(roles, method, run.data, config, batches, run.real, run.paths)
     done = 0 if folder is None else begun(folder, settings)  # before the teacher is called
     watch = run.watch if done < config.iterations else None
     names, preview = metric_names(method, roles), _preview(run, watch)

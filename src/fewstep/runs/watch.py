@@ -199,7 +199,7 @@ def affordable(
     """
     if watch.count is not None:
         return watch.count
-    training = config.iterations * config.batch * config.accumulate * CALLS
+    training = config.iterations * (config.global_batch or config.batch * config.accumulate) * CALLS
     count = int(SHARE * training / (watch.teacher_steps * nfe_per_step(cond, method.guidance)))
     return min(most, count) if count >= least else 0
 

@@ -22,23 +22,27 @@ from ..data.images import ImageData
 from ..data.prompts import Embeddings
 from ..data.trajectories import Trajectories
 from ..methods.method import Loss, Method, TrainBatch, draw_count
-from ..processes import is_first, mean_of, meet, require_same, this_process
+from ..processes import any_rank, is_first, meet, require_same, this_process
 from ..roles.adapters import assign
 from ..roles.roles import Role, Roles
-from ..roles.sharding import by_kind, clip_gradients, shard_like, whole
+from ..roles.sharding import clip_gradients, shard_like
 from ..transfer import fetched, together
 from ..words import speaks_python
 from .compiling import Compiled
+from .gradients import Gradients
 from .optimizer import OptimizerName, make_optimizer, step_unless
+from .parts import load_parts, require_intact
 from .precision import Precision, computing, lay_out, require_workspace
 from .saving import CheckpointWriter, checkpoint_writer
 from .settings import require_unchanged, settings_of
 from .state import (
+    PARTS,
     checkpoints,
     latest_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
     require_optimizer_tensors,
+    save_checkpoint,
     seeded,
 )
 
@@ -80,6 +84,10 @@ class TrainConfig:
     accumulate: Annotated[int, Range(1, MOST_BATCH)] = 1
     """Batches of an iteration, one after the other: the memory of one, the update of all."""
 
+    global_batch: Annotated[int, Range(1)] | None = None
+    """Samples of an iteration over all processes: train.accumulate follows from their number, and the training is the
+    same in any number of them; by default batch times accumulate times processes."""
+
     ema: Annotated[float, Range(0, 1, below=True)] = 0.98
     """Decay of the student's average; 0 is off."""
 
@@ -107,6 +115,14 @@ class TrainConfig:
     shard: bool = False
     """Share all weights and optimizer states between processes (FSDP2); one process ignores it."""
 
+    replicas: Annotated[int, Range(1)] = 1
+    """With shard, copies of the weights: each is shared by neighbouring processes, those of one machine where it is the
+    number of machines (HSDP)."""
+
+    context: Annotated[int, Range(1)] = 1
+    """With shard, neighbouring processes that share the tokens of each sample (context parallelism): a part of the
+    activations in each."""
+
     optimizer: OptimizerName = "adamw"
     """adamw8bit keeps its moments in 8 bits: a quarter of their memory, and another result."""
 
@@ -125,10 +141,20 @@ class TrainConfig:
             raise ValueError(
                 f"train.shard: got true, but {self.optimizer} takes whole tensors; set train.optimizer=adamw"
             )
-        if self.shard and self.compile:
+        if self.replicas > 1 and not self.shard:
             raise ValueError(
-                "train.compile: got true with train.shard=true, which has not been made to work; "
-                "set one of them to false"
+                f"train.replicas: got {self.replicas}, which are replicas of sharded weights; set train.shard=true, or "
+                "leave it out: without sharding every process has all weights"
+            )
+        if self.context > 1 and not self.shard:
+            raise ValueError(
+                f"train.context: got {self.context}, which needs processes that make every network call together; "
+                "set train.shard=true"
+            )
+        if self.global_batch is not None and self.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate: got {self.accumulate} with train.global_batch={self.global_batch}, from which it "
+                "follows; set one of them alone"
             )
         for option in ("decay", "lr_warmup"):
             if (got := getattr(self, option)) > self.iterations:
@@ -136,6 +162,38 @@ class TrainConfig:
                     f"train.{option}: got {got}, allowed are whole numbers from 0 (off) to train.iterations "
                     f"({self.iterations})"
                 )
+
+    def groups(self, processes: int, option: str = "train") -> int:
+        """Return how many of so many processes take samples of their own.
+
+        Neighbours that share tokens take the same samples. Raises ValueError where they do not come out even.
+        """
+        if processes > 1 and processes % self.context:
+            raise ValueError(
+                f"{option}.context: got {self.context}, allowed are divisors of the number of processes, {processes}"
+            )
+        return max(1, processes // self.context)
+
+    def on(self, processes: int, option: str = "train") -> "TrainConfig":
+        """Return the settings in so many processes.
+
+        `accumulate` follows from `global_batch`, which is then None. Raises ValueError for a `global_batch` that
+        the processes cannot share in equal batches.
+        """
+        groups = self.groups(processes, option)
+        if self.global_batch is None:
+            return self
+        count, rest = divmod(self.global_batch, self.batch * groups)
+        if rest:
+            share, uneven = divmod(self.global_batch, groups)
+            context = "" if self.context == 1 else f", over {option}.context={self.context}"
+            batch = max(k for k in range(1, min(self.batch, share or 1) + 1) if share % k == 0)
+            raise ValueError(
+                f"{option}.global_batch: got {self.global_batch}, allowed are multiples of {option}.batch={self.batch} "
+                f"times the number of processes, {processes}{context}; "
+                + ("start a number of processes that divides it" if uneven else f"set {option}.batch={batch}")
+            )
+        return replace(self, accumulate=count, global_batch=None)
 
     def rates(self, share: bool) -> tuple[float, float]:
         """Return the learning rates of student and fake score."""
@@ -201,6 +259,18 @@ def require_trajectories(method: Method, given: bool) -> None:
         raise ValueError(f"data.source: method {method.name} {needs} trajectories of the teacher; {cure}")
 
 
+def _require_plain(method: Method, context: int) -> None:
+    """Check that processes may share the tokens of samples.
+
+    They may where no loss has a gradient through a chain of calls. Raises ValueError.
+    """
+    if context > 1 and (method.needs.adversary or not method.separate):
+        which = "method.gan" if method.needs.adversary else "method.match.divergence"
+        raise ValueError(
+            f"train.context: got {context}, but the student's gradient passes a second network ({which}); set it to 1"
+        )
+
+
 def distill(
     roles: Roles,
     method: Method,
@@ -243,7 +313,10 @@ def _iterations(
 ) -> Generator[Step, None, None]:
     """Train as `distill` does, with a writer of checkpoints."""
     accelerator = Accelerator()
-    device, rank = device_of(roles.backbone.module), accelerator.process_index
+    config = config.on(accelerator.num_processes)
+    device, groups = device_of(roles.backbone.module), config.groups(accelerator.num_processes)
+    rank = accelerator.process_index * groups // accelerator.num_processes  # neighbours that share tokens have the same
+    _require_plain(method, accelerator.num_processes // groups)
     require_trajectories(method, paths is not None)
     if method.needs.images != (real is not None):
         raise ValueError(
@@ -276,13 +349,13 @@ def _iterations(
     if config.optimizer == "adamw":  # 8-bit moments share a scale with their neighbours in memory
         lay_out(roles, config.precision, device)
     optimizers = {role: optimizer_of(role) for role in roles.trained}
-    batches = config.accumulate * accelerator.num_processes
+    batches = config.accumulate * groups
     several = accelerator.num_processes > 1
     settings = {} if run is None and not several else settings_of(roles, method, data, config, batches, real, paths)
     if several:
         require_same({"train.iterations": config.iterations, **settings})
-    found = None if run is None else latest_checkpoint(run)
-    start = _resume(roles, optimizers, run, found, settings, batches, accelerator.num_processes)
+    found = None if run is None else latest_checkpoint(run, whole=not roles.sharded)
+    start = _resume(roles, optimizers, run, found, settings, batches, config.batch)
     if several:
         require_same({"checkpoint": start})
     if found is not None:
@@ -293,6 +366,7 @@ def _iterations(
             yield replace(last, seconds=0.0)
             return
     null, reach = data.unconditional(device), Reach()
+    gradients = Gradients(roles, config.accumulate, accelerator.num_processes, groups, method.separate, reach)
 
     def draw(i: int) -> list[TrainBatch]:
         """Draw the batches of an iteration and send them to the device."""
@@ -323,7 +397,7 @@ def _iterations(
         numerics = computing(config.precision, device, roles, config.deterministic)
         with numerics, compiled():
             measured = _updates(
-                accelerator, [method.losses(roles, turn) for turn in turns], roles, optimizers, config, i, reach
+                [method.losses(roles, turn) for turn in turns], gradients, roles, optimizers, config, i, reach
             )
         if i + 1 < config.iterations:  # while the device still computes
             following = draw(i + 1)
@@ -435,8 +509,8 @@ class Measured:
 
 
 def _updates(
-    accelerator: Accelerator,
     losses: Sequence[Iterator[Loss]],
+    gradients: Gradients,
     roles: Roles,
     optimizers: Mapping[Role, torch.optim.Optimizer],
     config: TrainConfig,
@@ -453,12 +527,12 @@ def _updates(
     moved: list[Role] = []
     while True:
         updated: list[Role] = []
-        for batch in losses:
+        for k, batch in enumerate(losses, 1):
             for loss in batch:
                 measured.check(loss.value, "loss", loss.role)
                 if loss.role not in updated:
                     updated.append(loss.role)
-                _add_gradients(loss, roles, 1 / len(losses), reach)
+                gradients.add(loss, last=k == len(losses))
                 for name, value in loss.metrics.items():
                     seen.setdefault(name, []).append(value)
                 if not loss.together:
@@ -469,51 +543,11 @@ def _updates(
             return measured
         moved += updated
         for role in updated:
-            norms[f"{role}_grad"] = _update(accelerator, role, roles, optimizers[role], config, measured)
-
-
-def _add_gradients(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
-    """Add a share of the loss's gradients to the role's parameters.
-
-    Parameters that the loss does not reach get a zero gradient. Raises ValueError if the loss reaches no
-    parameter.
-    """
-    if not loss.value.requires_grad:
-        raise ValueError(
-            f"train: the {loss.role}'s loss reaches none of its {len(roles.trained[loss.role])} trained tensors; "
-            "check that the network computes with gradients, or set train.precision=no"
-        )
-    if roles.sharded:
-        _add_gradients_of_parts(loss, roles, share, reach)
-        return
-    parameters = list(roles.trained[loss.role].values())
-    grads = torch.autograd.grad(loss.value, parameters, allow_unused=True)
-    reach.add(loss.role, (n for n, g in zip(roles.trained[loss.role], grads, strict=True) if g is not None))
-    for p, g in zip(parameters, grads, strict=True):
-        own = torch.zeros_like(p) if g is None else g if share == 1 else g * share
-        p.grad = own if p.grad is None else p.grad.add_(own)
-
-
-def _add_gradients_of_parts(loss: Loss, roles: Roles, share: float, reach: Reach) -> None:
-    """Add gradients as `_add_gradients` does, for sharded weights.
-
-    Gradients of sharded weights come from a backward pass only, which may also reach other roles; the
-    gradients of other roles are restored.
-    """
-    others = [(p, p.grad) for role, own in roles.trained.items() if role != loss.role for p in own.values()]
-    for p, _ in others:
-        p.grad = None
-    (loss.value if share == 1 else loss.value * share).backward()
-    for p, kept in others:
-        p.grad = kept
-    own = roles.trained[loss.role]
-    reach.add(loss.role, (n for n, p in own.items() if p.grad is not None))
-    for p in own.values():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            norms[f"{role}_grad"] = _update(gradients, role, roles, optimizers[role], config, measured)
 
 
 def _update(
-    accelerator: Accelerator,
+    gradients: Gradients,
     role: Role,
     roles: Roles,
     optimizer: torch.optim.Optimizer,
@@ -524,18 +558,10 @@ def _update(
 
     The step is left out where a number so far is not finite.
 
-    Returns the gradient norm. Gradients that are not yet means over processes are averaged in one flat call.
+    Returns the gradient norm.
     """
     parameters = list(roles.trained[role].values())
-    own = by_kind(parameters)[1]
-    if accelerator.num_processes > 1 and own:
-        flat = mean_of(torch.cat([p.grad.flatten() for p in own if p.grad is not None]))
-        for p, g in zip(own, flat.split([p.numel() for p in own]), strict=True):
-            p.grad = g.view_as(p).to(p.dtype)
-    # torch's fused AdamW silently reads a gradient in the memory order of the parameter.
-    for p in own:
-        if p.grad is not None and p.grad.stride() != p.stride():
-            p.grad = torch.empty_like(p).copy_(p.grad)
+    gradients.finish(role)
     norm = clip_gradients(parameters, config.clip)
     measured.check(norm, "gradient", role)
     step_unless(measured.failed(), optimizer)
@@ -564,19 +590,44 @@ def save_run(
 ) -> None:
     """Save every trained role, optimizer and average as a checkpoint.
 
-    The checkpoint is atomic, and tensors go to the CPU one by one. The first process writes; for sharded roles
-    all processes have to call.
+    The checkpoint is atomic. The first process writes, beside the training, and tensors go to the CPU one by one. For
+    sharded roles all processes have to call, each writes its part, and all wait for it.
     """
+    groups = _groups(roles, optimizers)
+    if roles.sharded and this_process().num_processes > 1:
+        writer.wait()
+        save_checkpoint(writer.run, iteration, groups, state, writer.keep, in_parts=True)
+    elif is_first():
+        writer.save(iteration, groups, state)
+
+
+def _groups(roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer]) -> dict[str, Mapping[str, Tensor]]:
+    """Return the run's own tensors, as a checkpoint groups them."""
     groups: dict[str, Mapping[str, Tensor]] = {"average": roles.average}
     for role in roles.trained:
         groups[role] = {n: p.detach() for n, p in roles.trained[role].items()}
         groups[f"optimizer_{role}"] = optimizer_tensors(optimizers[role], _names(optimizers[role], roles.trained[role]))
-    if is_first():
-        writer.save(iteration, groups, state)
-        return
-    for tensors in groups.values():
-        for _ in whole(tensors):  # this process's part of what the first one writes
-            pass
+    return groups
+
+
+def _load_own_parts(
+    roles: Roles, optimizers: Mapping[Role, torch.optim.Optimizer], folder: Path, hashes: Mapping[str, str]
+) -> None:
+    """Restore what this process holds from a checkpoint in parts.
+
+    Each process checks some of the files. Raises ValueError in every process if a file is damaged.
+    """
+    state, damage = this_process(), ""
+    try:
+        require_intact(folder, hashes, sorted(hashes)[state.process_index :: state.num_processes])
+    except ValueError as error:
+        damage = str(error)
+    if any_rank(bool(damage), starting=True):
+        raise ValueError(
+            f"checkpoint {folder} is damaged or incomplete ({damage or 'see what another process says'}); "
+            "delete that folder to go on from an older one"
+        )
+    load_parts(folder, _groups(roles, optimizers))
 
 
 def _names(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -592,7 +643,7 @@ def _resume(
     found: Found | None,
     settings: Mapping[str, Any],
     batches: int,
-    processes: int,
+    batch: int,
 ) -> int:
     """Restore the checkpoint that was found, and return the iteration.
 
@@ -603,10 +654,13 @@ def _resume(
     groups, state = found
     if (before := state.get("batches", batches)) != batches:
         raise ValueError(
-            f"train.accumulate: run {run} takes {before} batches an iteration, here it is {batches}; "
-            f"in {processes} process{'es' if processes > 1 else ''} set it to {before / processes:g}"
+            f"train.global_batch: run {run} takes {before} batches of {batch} an iteration, here it is {batches}; "
+            f"set it to {before * batch}, which is the same in any number of processes, and leave train.accumulate out"
         )
     require_unchanged(state.get("settings"), settings, str(run))
+    if not groups and run is not None:
+        _load_own_parts(roles, optimizers, checkpoints(run)[-1], state[PARTS])
+        return int(state["step"])
     place, names = (
         f"run {run}: the checkpoint of iteration {state['step']}",
         {r: _names(optimizers[r], roles.trained[r]) for r in roles.trained},

@@ -147,6 +147,7 @@ def training_bytes(
     real = ImageData(states, data, "") if method.needs.images else None
     walks = torch.zeros(data.count, len(times), *backbone.shape)
     paths = Trajectories(walks, times, data, walks[:0], times, "") if method.needs.trajectories else None
+    config = config.on(1)
     one = replace(config, iterations=1, decay=0, accumulate=min(config.accumulate, 2), optimizer="adamw")
     # One step needs as much memory as four: the steps without gradient hold less.
     begun = method.one_step()

@@ -18,6 +18,14 @@ Precision = Literal["no", "bf16"]
 WORKSPACE, FIXED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # read by cuBLAS, once, when it starts
 
 
+def dtype_of_blocks(precision: Precision) -> torch.dtype | None:
+    """Return the type in which sharded blocks are computed.
+
+    They are fetched in it, too. None is their own type.
+    """
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 @contextmanager
 def computing(
     precision: Precision,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .loop import TrainConfig
 
 DERIVED = ("begin ", "trajectories ")  # hashes that follow from other settings: named only if nothing else differs
-FREE = ("shard", "checkpoint_every", "keep")  # settings that do not change the result
+FREE = ("shard", "context", "replicas", "checkpoint_every", "keep", "global_batch")  # these do not change the result
 
 
 def settings_of(

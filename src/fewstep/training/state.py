@@ -1,7 +1,8 @@
 """Checkpoints in safetensors and JSON, written atomically.
 
 A checkpoint is a folder `checkpoint-000100/` with one `.safetensors` file per named group of tensors and one
-`state.json`, which holds the hashes of all content. Files are written under a temporary name and then
+`state.json`, which holds the hashes of all content. A sharded run of several processes writes parts instead, see
+`parts.py`. Files are written under a temporary name and then
 renamed. Randomness needs no state: every draw is seeded from (run seed, step, rank, stream), see `seeded`.
 """
 
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from ..atomic import cause_of, cure_of, open_to_others, shapes_of, stream_tensors, sync, sync_all, write_json
 from ..hashes import tensors_hash, values_hash
+from ..processes import is_first, meet
 from ..reading import object_in, reason, require_regular
 from ..roles.sharding import shard_like, whole
+from .parts import read_parts, require_intact, save_parts
 
 PREFIX = "checkpoint-"
 OWN = re.compile(rf"{PREFIX}(\d{{6,}})", re.ASCII)  # our names; copies under other names belong to their owner
+PARTS = "parts"  # in state.json: the SHA-256 of each file of a checkpoint in parts
 SHA256, STATE_SHA256 = "sha256", "state_sha256"  # of each group's tensors, and of the rest of state.json
 
 
@@ -97,21 +101,33 @@ def require_optimizer_tensors(wanted: Collection[str], tensors: Mapping[str, Ten
 
 
 def save_checkpoint(
-    run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
+    run: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int = 2,
+    in_parts: bool = False,
 ) -> Path:
     """Write `run/checkpoint-STEP` atomically, and delete old checkpoints.
 
-    Tensors, sharded ones too, are gathered and written one by one. The newest `keep` checkpoints stay. The
-    checkpoint is on the disk before the folder has the final name.
-    Raises OSError (disk full, no permission) with the half-written folder removed; older checkpoints are
+    Tensors are gathered and written one by one. With `in_parts` all processes have to call, and each writes its part
+    of sharded tensors. The newest `keep` checkpoints stay. The checkpoint is on the disk before the folder has the
+    final name. Raises OSError (disk full, no permission) with the half-written folder removed; older checkpoints are
     untouched.
     """
     final, temporary = run / f"{PREFIX}{step:06d}", run / f".{PREFIX}{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    writes = is_first() or not in_parts
     try:
-        temporary.mkdir(parents=True)
-        hashes = {}
-        for name, tensors in groups.items():
+        if writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        hashes: dict[str, str] = {}
+        if in_parts:
+            meet()  # the folder is there
+            state = {**state, PARTS: save_parts(temporary, groups)}
+        if not writes:
+            return final
+        for name, tensors in ({} if in_parts else groups).items():
             with (temporary / f"{name}.safetensors").open("xb") as file:
                 hashes[name] = stream_tensors(file, shapes_of(tensors), whole(tensors))
         written = {"step": step, "groups": sorted(groups), **state, SHA256: hashes}
@@ -142,8 +158,10 @@ def checkpoints(run: Path) -> list[Path]:
     return [p for n, p in sorted(numbered) if p.name == f"{PREFIX}{n:06d}" and p.is_dir() and not p.is_symlink()]
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load_checkpoint(folder: Path, whole: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return (groups, state) of one checkpoint.
+
+    Of a checkpoint in parts there are no groups unless `whole`, and the parts are not checked.
 
     Raises ValueError that names the missing or damaged file; hashes are checked.
     """
@@ -156,6 +174,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             raise ValueError(f"state.json says step {state['step']!r}")
         if (named := OWN.fullmatch(folder.name)) and int(named[1]) != state["step"]:
             raise ValueError(f"it is of iteration {state['step']}: a copy under another name")
+        if PARTS in state:
+            if not whole:
+                return {}, state
+            require_intact(folder, state[PARTS], state[PARTS])
+            return read_parts(folder), state
         groups = {name: load_file(require_regular(folder / f"{name}.safetensors")) for name in state["groups"]}
         for name, digest in state.get(SHA256, {}).items():
             if tensors_hash(groups[name]) != digest:
@@ -165,8 +188,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     return groups, state
 
 
-def latest_checkpoint(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Return the newest checkpoint, or None.
+def latest_checkpoint(run: Path, whole: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """Return the newest checkpoint as `load_checkpoint`, or None.
 
     A damaged checkpoint raises ValueError and is never skipped silently.
     """
@@ -174,7 +197,7 @@ def latest_checkpoint(run: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
     if not found:
         return None
     try:
-        return load_checkpoint(found[-1])
+        return load_checkpoint(found[-1], whole)
     except ValueError as error:
         older = (
             f"; delete that folder to go on from {found[-2].name}"
