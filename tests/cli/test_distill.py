@@ -68,6 +68,7 @@ def test_a_run_leaves_everything_it_promises(
     assert card["guidance"] == {"scale": 2.0, "tilt": 0.0, "apg_eta": 1.0, "stop": 0.0, "rescale": 0.0}
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_the_straight_run_bit_for_bit(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

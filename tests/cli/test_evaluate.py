@@ -39,6 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.cli.evaluate.TEACHER_STEPS", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_run_is_measured_along_the_way_and_at_its_end(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -50,6 +50,7 @@ def test_fused_weights_are_the_base_plus_so_much_of_the_lora(base: Path, style: 
     assert fused.name == "sd + style"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncounted")
 def test_a_student_of_base_and_style_in_every_file(
     base: Path, style: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

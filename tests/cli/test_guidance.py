@@ -28,6 +28,7 @@ def told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("runs/tiny/final")
 
 
+@pytest.mark.slow
 def test_every_scale_is_another_student(told: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, pipe = fewstep.load_student(told), fewstep.load(teacher, told)
     assert student.card.guidance_scales == tuple(SCALES)

@@ -120,6 +120,7 @@ def test_sdxl_in_one_file(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fewstep(monkeypatch, "export", "one", "kohya", "--format", "kohya") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd"], indirect=True)
 def test_a_style_on_a_file_without_its_autoencoder(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(Path("whole"), method=TDM)

@@ -275,6 +275,7 @@ def test_a_dry_run_walks_nothing(trajpl: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncounted")
 def test_a_recipe_of_two_stages(
     trajpl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
