@@ -55,12 +55,11 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: S
             read_settings(Path(place), named)
             require_weights(family.pipeline, Path(place), named)
         parts = components(family.pipeline, place, named, dtype)
-        absent = {
-            n: None
-            for n in inspect.signature(family.pipeline).parameters
-            if isinstance(index.get(n), list | tuple) and n not in parts
-        }
-        pipe = frozen(family.pipeline(**absent | parts | dict(family.parts)), dtype)
+        told = inspect.signature(family.pipeline).parameters
+        listed = {n: index[n] for n in told if n in index}
+        absent = {n: None for n, value in listed.items() if isinstance(value, list | tuple) and n not in parts}
+        own = {n: value for n, value in listed.items() if not isinstance(value, list | tuple)}
+        pipe = frozen(family.pipeline(**own | absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
         if isinstance(checkpoint, Checkpoint):
             pipe = with_settings(pipe, checkpoint)
