@@ -45,8 +45,8 @@ def write_client_file(
                 write_tensors(folder / own, native(tensors, names), own_header(card))
             return pair_files(card)[0]
         name = f"{card.name}-lora.safetensors"
-        if original := dict(info.family.original_names(network)):
-            write_tensors(folder / name, native(state, original), own_header(card))
+        if names := dict(info.family.original_names(network)):
+            write_tensors(folder / name, native(state, names), own_header(card))
         else:
             shutil.copyfile(lora, folder / name)
         return name
