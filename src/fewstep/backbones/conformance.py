@@ -119,7 +119,7 @@ def distilled_already(pipe: DiffusionPipeline, name: str) -> str:
     """
     called = type(pipe.scheduler).__name__
     signs = [f"its scheduler is of the kind that few-step models have, {called}"] * (called in BY_STEP)
-    config = denoiser_of(pipe).config
+    config: Any = denoiser_of(pipe).config
     if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):
         signs.append("its network takes the guidance scale as an input")
     if pipe.config.get("is_distilled"):

@@ -106,7 +106,7 @@ def read_denoiser(
     kept = {n: t.to(dtype) if single.isdisjoint(n.split(".")) else t.float() for n, t in tensors.items()}
     require_finite(kept, weights)
     network.load_state_dict(kept, assign=True)
-    return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return network.eval().requires_grad_(False)
 
 
 def read(files: Sequence[Path]) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def load_network(folder: Path, like: nn.Module) -> nn.Module:
             _loaded(place, folder, part)
             for place, part in zip(network_places(folder, like), experts_of(like), strict=True)
         ]
-        return Experts(parts[0], parts[1], like.boundary).requires_grad_(False).eval()  # type: ignore[arg-type]
+        return Experts(parts[0], parts[1], like.boundary).requires_grad_(False).eval()
     return _loaded(network_places(folder, like)[0], folder, like)
 
 
