@@ -94,6 +94,9 @@ def test_the_process_is_that_of_the_multistep_solver(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", pipelines.VARIANTS)
 def test_other_sizes_keep_the_protocol(folders: dict[str, Path], kind: str) -> None:
+    hollow = meta_teacher(folders[kind])
+    assert hollow.fps == (24 if kind == "wan-5b" else 16)  # type: ignore[attr-defined]
+    assert type(hollow.module) is type(load_teacher(folders[kind]).module)
     check_backbone(load_teacher(folders[kind]), PROMPTS)
 
 

@@ -55,16 +55,11 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: S
             read_settings(Path(place), named)
             require_weights(family, Path(place), named)
         parts = components(family, place, named, dtype)
-        absent = {
-            n: None
-            for n in inspect.signature(family.pipeline).parameters
-            if isinstance(index.get(n), list | tuple)
-            and n not in parts
-            and all(e is None or isinstance(e, str) for e in index[n])  # [library, class]; others are settings
-        }
         told = inspect.signature(family.pipeline).parameters
-        settings = {n: v for n, v in index.items() if n in told and n not in {*named, *absent, *family.parts}}
-        pipe = frozen(family.pipeline(**settings | absent | parts | dict(family.parts)), dtype)
+        listed = {n: index[n] for n in told if n in index and n not in family.parts}
+        absent = {n: None for n, value in listed.items() if is_part(value) and n not in parts}
+        own = {n: value for n, value in listed.items() if not is_part(value)}
+        pipe = frozen(family.pipeline(**own | absent | parts | dict(family.parts)), dtype)
         pipe.register_to_config(_name_or_path=str(place))
         if isinstance(checkpoint, Checkpoint):
             pipe = with_settings(pipe, checkpoint)
@@ -80,6 +75,14 @@ def meta_teacher(source: str | Path, dtype: torch.dtype = torch.float32, size: S
     except UnfitError as error:
         raise damaged(checkpoint or place, error) from error
     return backbone
+
+
+def is_part(entry: object) -> bool:
+    """Return whether an entry of an index is a part.
+
+    A part is [library, class]; all else are settings.
+    """
+    return isinstance(entry, list | tuple) and all(e is None or isinstance(e, str) for e in entry)
 
 
 def components(family: Family, place: str | Path, named: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -209,8 +209,9 @@ def _of_network(backbone: DiffusersBackbone, file: Path) -> Iterator[Change]:
     index = int(pair and bool(second_of_pair(file.name)))
     own = experts_of(network)[index]
     state = _plain(own)
-    config = own.config
-    other = read_denoiser(type(own), [file], config, dtype_of(own)).state_dict()  # type: ignore[arg-type]
+    kind: Any = type(own)
+    config: Any = own.config
+    other = read_denoiser(kind, [file], config, dtype_of(own)).state_dict()
     for name, weight in state.items():
         change = other.pop(name).to(weight.device).float() - weight.float()
         layer = name.removesuffix(".weight") if weight.ndim > 1 else name
