@@ -35,9 +35,9 @@ HERE = ("/src/fewstep/", "/diffusers/", "/peft/")
 
 
 class OnCard(Tensor):
-    """A tensor on the card. `inner` holds the values, on the CPU."""
+    """A tensor on the card. `held` are the values, on the CPU."""
 
-    inner: Tensor  # type: ignore[assignment]  # torch has a function of this name
+    held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnCard":
@@ -49,14 +49,14 @@ class OnCard(Tensor):
             dtype=inner.dtype,
             device=CARD,
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"OnCard({self.inner!r})"
+        return f"OnCard({self.held!r})"
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's own has no types
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return computed(func, args, dict(kwargs or {}))
@@ -81,14 +81,14 @@ def computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         kwargs = kwargs | {"device": torch.device("cpu")}
     if "pin_memory" in kwargs:
         kwargs = kwargs | {"pin_memory": False}
-    inner_args, inner_kwargs = tree_map_only(OnCard, lambda t: t.inner, (args, kwargs))
+    inner_args, inner_kwargs = tree_map_only(OnCard, lambda t: t.held, (args, kwargs))
     out = func(*inner_args, **inner_kwargs)
     if lands == CARD:
-        known = {id(t.inner): t for t in to_card}  # in-place operations return their argument
+        known = {id(t.held): t for t in to_card}  # in-place operations return their argument
         if func is aten._to_copy.default and not to_card and out is args[0]:
             out = out.clone()
         return tree_map_only(Tensor, lambda t: known.get(id(t)) if id(t) in known else OnCard(t), out)
-    if to_card and isinstance(out, Tensor) and any(out is t.inner for t in to_card):
+    if to_card and isinstance(out, Tensor) and any(out is t.held for t in to_card):
         return out.clone()
     return out
 
@@ -111,8 +111,8 @@ class Stalls(TorchDispatchMode):
         return self.reads.total() + self.copies.total()
 
     def clear(self) -> None:
-        for count in (self.reads, self.copies, self.sent):
-            count.clear()
+        for counter in (self.reads, self.copies, self.sent):
+            counter.clear()
         self.kernels = 0
 
     def __torch_dispatch__(
@@ -194,9 +194,10 @@ def counted() -> Iterator[Stalls]:
     Torch refuses generators and autocast on the device whose name the card takes; within the block
     they are there.
     """
-    from fewstep.training import loop, state
+    from fewstep.training import loop
+    from fewstep.training.state import seeded
 
-    seeded, tensor = state.seeded, torch.tensor
+    tensor = torch.tensor
 
     def on_card(seed: int, step: int, stream: str, rank: int = 0, device: Any = "cpu") -> torch.Generator:
         made = seeded(seed, step, stream, rank)

@@ -277,16 +277,21 @@ def test_a_switch_costs_the_same_for_any_network(depth: int, monkeypatch: pytest
         return bool(contains(self, name))
 
     looked, contains = list[str](), asked.__contains__
+
+    def contained(self: nn.ModuleDict, name: str) -> bool:
+        looked.append(name)
+        return contains(self, name)
+
     with monkeypatch.context() as patched:
         patched.setattr(nn.Module, "__setattr__", lambda self, name, value: written.append(name))
-        patched.setattr(asked, "__contains__", seen)
-        for each in ("student", None, "fake", "student", None):
-            adapters.switch(layers, each)
+        patched.setattr(asked, "__contains__", contained)
+        for switched in ("student", None, "fake", "student", None):
+            adapters.switch(layers, switched)
     assert not written and len(looked) <= 3
     shared = outputs()
-    for own, value in shared.items():  # each layer told by itself, as PEFT keeps it
+    for adapter, value in shared.items():  # each layer told by itself, as PEFT keeps it
         for layer in layers:
-            layer._active_adapter, layer._disable_adapters = [own] if own else ["student"], own is None
+            layer._active_adapter, layer._disable_adapters = [adapter] if adapter else ["student"], adapter is None
         assert torch.equal(value, module(x))
 
 

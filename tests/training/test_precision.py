@@ -176,7 +176,7 @@ def test_weights_laid_out_channels_last_train_resume_bit_for_bit_and_are_saved_a
     resumed, rest = trained(share, tmp_path / "stopped", channels_last)
     assert metrics(rest) == metrics(steps)[3:]
     assert all(torch.equal(t, roles.average[n]) for n, t in resumed.average.items())
-    assert all(torch.equal(t, roles.trained["student"][n]) for n, t in resumed.trained["student"].items())
+    assert all(torch.equal(p, roles.trained["student"][n]) for n, p in resumed.trained["student"].items())
     written = []
     for order in (torch.channels_last, torch.contiguous_format):
         for network in roles.networks.values():

@@ -100,7 +100,7 @@ def test_a_card_leaves_its_updates_out_from_the_first_number_that_is_not_finite(
     with card.counted():
         roles, steps = training(card, TDM, share=False, config=replace(CONFIG, iterations=9))
         next(steps)
-        before = {r: {n: p.inner.clone() for n, p in roles.trained[r].items()} for r in TRAINED}  # type: ignore[attr-defined]
+        before = {r: {n: p.held.clone() for n, p in roles.trained[r].items()} for r in TRAINED}  # type: ignore[attr-defined]
         if what == "loss":
             roles.networks["fake"].register_forward_hook(lambda _, __, output: output * float("nan"))
         else:
@@ -109,7 +109,7 @@ def test_a_card_leaves_its_updates_out_from_the_first_number_that_is_not_finite(
             FloatingPointError, match=rf"^the fake {what} is (nan|inf) at iteration 2; lower train.lr or"
         ):
             next(steps)
-        assert all(torch.equal(p.inner, before[r][n]) for r in TRAINED for n, p in roles.trained[r].items())  # type: ignore[arg-type]
+        assert all(torch.equal(p.held, before[r][n]) for r in TRAINED for n, p in roles.trained[r].items())  # type: ignore[attr-defined]
 
 
 def test_an_update_before_the_number_that_is_not_finite_is_made(card: ModuleType) -> None:
@@ -117,12 +117,12 @@ def test_an_update_before_the_number_that_is_not_finite_is_made(card: ModuleType
     with card.counted():
         roles, steps = training(card, TDM, share=False, config=replace(CONFIG, iterations=9))
         next(steps)
-        before = {r: {n: p.inner.clone() for n, p in roles.trained[r].items()} for r in TRAINED}  # type: ignore[attr-defined]
+        before = {r: {n: p.held.clone() for n, p in roles.trained[r].items()} for r in TRAINED}  # type: ignore[attr-defined]
         next(iter(roles.trained["student"].values())).register_hook(lambda g: g * float("inf"))
         with pytest.raises(FloatingPointError, match=r"^the student gradient is "):
             next(steps)
         moved = {
-            r: any(not torch.equal(p.inner, before[r][n]) for n, p in roles.trained[r].items())  # type: ignore[arg-type]
+            r: any(not torch.equal(p.held, before[r][n]) for n, p in roles.trained[r].items())  # type: ignore[attr-defined]
             for r in TRAINED
         }
         assert moved == {"student": False, "fake": True}
@@ -190,6 +190,6 @@ def test_a_training_on_the_card_is_that_on_the_cpu(card: ModuleType, monkeypatch
     with card.counted():
         roles, steps = training(card, method, True)
         found = list(steps)
-        weights = {n: p.inner.clone() for n, p in roles.trained["student"].items()}  # type: ignore[attr-defined]
+        weights = {n: p.held.clone() for n, p in roles.trained["student"].items()}  # type: ignore[attr-defined]
     assert [dict(s.metrics) for s in found] == [dict(s.metrics) for s in plain]
     assert all(torch.equal(p, weights[n]) for n, p in plain[-1].roles.trained["student"].items())

@@ -63,7 +63,7 @@ def lay_out(roles: Roles, precision: Precision, device: torch.device) -> None:
 def channels_last(roles: Roles) -> None:
     """Lay the weights of all convolutions, and the average, out channels last."""
     for network in {id(n): n for n in roles.networks.values()}.values():
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch leaves it out of its types
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, p in roles.trained["student"].items():
         roles.average[name] = torch.empty_like(p, dtype=roles.average[name].dtype).copy_(roles.average[name])
 
