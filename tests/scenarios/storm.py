@@ -52,7 +52,7 @@ PHASES = {  # of a command, in the order in which it enters them, and the functi
     "embedding": ["fewstep.runs.prepare.embed"],
     "trajectories": ["fewstep.runs.prepare.generate"],
     "training": ["fewstep.cli.distill.training"],
-    "checkpoint": ["fewstep.training.loop.save_checkpoint"],
+    "checkpoint": ["fewstep.training.saving.save_checkpoint"],
     "preview": ["fewstep.cli.distill.judge"],
     "export": ["fewstep.student.student.write_parts"],
     "evaluation": ["fewstep.cli.finish.evaluate_student"],
