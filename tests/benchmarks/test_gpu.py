@@ -13,6 +13,7 @@ from ..project import ROOT
 Load = Callable[[str], dict[str, Any]]
 
 
+@pytest.mark.slow
 def test_every_stage_runs_in_a_rehearsal(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = load("gpu")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
