@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..names import expanded
 from ..notices import mute_others
 from .faults import FaultError, logged_in
@@ -50,8 +51,18 @@ Set = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Plain().print(f"fewstep {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Turn a pretrained diffusion model into a generator that needs 1 to 4 steps, from prompts alone."""
     mute_others()
 
