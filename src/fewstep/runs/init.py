@@ -54,7 +54,9 @@ def roles_for(
             f"method.guidance_scales: got {list(values)}, but {teacher.name} is told its guidance scale; "
             "leave it out, and train for one scale"
         )
-    roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, on_meta=on_meta)
+    roles = make_roles(
+        teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, on_meta=on_meta
+    )
     roles = replace(roles, embedded_guidance=method.guidance.scale)
     if init_from is not None and is_foreign(init_from):
         say(foreign.initialize(roles, init_from))
