@@ -4,7 +4,7 @@
     python benchmarks/arena.py --only teacher tune seeds counts settings    # some stages; --until S: stop after S s
 
 The teacher draws ten kinds of clothing (Fashion-MNIST in half of its size, 14x14), of which none determines an image,
-with a perceptron of 2.9 million weights, so that a minute of a core holds a training. Methods train all weights, from
+with a perceptron of 0.9 million weights, so that seconds of a core hold a training. Methods train all weights, from
 real images where they need images, for equal CPU seconds on one core: iterations follow from a method's pace, measured
 over a dozen iterations. Each method has the best of its learning rates, the fake score's being ten times the
 student's. FD is the Frechet distance of 2,000 images to the 10,000 test images in 64 features of a classifier that
@@ -76,12 +76,11 @@ class Racer:
     rates: tuple[float, ...] = MATCHING
     counts: tuple[int, ...] = COUNTS
     images: str = ""  # real, teacher
-    solver: str = ""  # of sampling, where not the method's
 
 
-def tdm(label: str, images: str = "", solver: str = "", **method: Any) -> Racer:
+def tdm(label: str, images: str = "", **method: Any) -> Racer:
     """Return TDM with other settings, which is raced in 4 steps at TDM's rate."""
-    return Racer(label, {"name": "tdm", **method}, rates=(), counts=(4,), images=images, solver=solver)
+    return Racer(f"TDM, {label}", {"name": "tdm", **method}, rates=(), counts=(4,), images=images)
 
 
 RACERS: dict[str, Racer] = {
@@ -95,9 +94,18 @@ RACERS: dict[str, Racer] = {
     "sid": Racer("SiD", {"name": "sid"}),
     "diff-instruct": Racer("Diff-Instruct", {"name": "diff-instruct"}),
 }
-OTHERS: dict[str, Racer] = {
+OTHERS: dict[str, Racer] = {  # settings of rivals, the likeliest first
+    "sample-dpmpp": tdm("sampled with DPM-Solver++", sample_solver="dpmpp"),
     "gan-real": tdm("adversarial term, real images", "real", gan={"weight": 1.0, "r1": 0.01}),
     "gan-teacher": tdm("adversarial term, the teacher's images", "teacher", gan={"weight": 1.0, "r1": 0.01}),
+    "guidance-own": tdm("guidance as its own term, tau in the segment", match={"guidance_tau": "own"}),
+    "guidance-above": tdm("guidance as its own term, tau above the landing time", match={"guidance_tau": "above"}),
+    "random-times": tdm("times drawn at random", random_times=True),
+    "pull": tdm("fake score pulled to the student, 0.03", fake={"pull": 0.03}),
+    "ladder": tdm("ladder of 16, 8, 4 steps", ladder=[16, 8]),
+    "transition": tdm("fake score on the transition noise", fake={"target": "transition"}),
+    "l2": tdm("l2 with DMD's normaliser", loss="l2"),
+    "train-renoise": tdm("re-noising", solver="renoise"),
 }
 WARMUP = 40  # updates of the fake score before the student moves
 
@@ -167,7 +175,7 @@ def race(arena: Arena, cell: Cell, paces: dict[str, float]) -> Facts:
     *_, roles = training(arena, racer, method, cell, iterations)
     seconds = CLOCK() - began
     with roles.averaged(), torch.no_grad():
-        found = {count: measured(arena, racer, method, roles, count, cell) for count in method.counts}
+        found = {count: measured(arena, method, roles, count, cell) for count in method.counts}
     return {
         "stage": "race",
         "key": cell.key,
@@ -182,15 +190,15 @@ def race(arena: Arena, cell: Cell, paces: dict[str, float]) -> Facts:
     }
 
 
-def measured(arena: Arena, racer: Racer, method: Method, roles: Roles, count: int, cell: Cell) -> dict[str, float]:
+def measured(arena: Arena, method: Method, roles: Roles, count: int, cell: Cell) -> dict[str, float]:
     """Measure a student in a step count."""
-    times, solver = method.times(arena.teacher.schedule, count), racer.solver or method.solver
+    times = method.times(arena.teacher.schedule, count)
 
     def call(cond: Cond) -> Denoise:
         return student_of(method, roles, cond, count)
 
     title = f"{cell.key}-{count}"
-    return arena_measure(arena, call, times, solver, cell.seed, title if cell.seed == 0 else "")
+    return arena_measure(arena, call, times, method.sampler, cell.seed, title if cell.seed == 0 else "")
 
 
 def arena_measure(

@@ -34,13 +34,13 @@ from fewstep.zoo.pixel_teacher import draw_times
 from trajpl_teachers import Classes
 
 SIZE, COUNT, UNIT, NEAREST = 14, 2000, 100.0, 3  # UNIT: the total variance of real features
-FIT = FitConfig(steps=8000, batch=128, lr=1e-3, warmup=200, decay=4000, ema=0.998, checkpoint_every=1000)
+FIT = FitConfig(steps=5000, batch=128, lr=2e-3, warmup=200, decay=3000, ema=0.998, checkpoint_every=500)
 
 
 class Painter(nn.Module):
     """A residual perceptron on images of 14x14, told the time and the class (one more: none)."""
 
-    def __init__(self, width: int = 384, blocks: int = 4) -> None:
+    def __init__(self, width: int = 256, blocks: int = 3) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, 2, 24) * math.pi / 2, persistent=False)
         self.time, self.label = nn.Linear(48, width), nn.Embedding(len(FASHION) + 1, width)
