@@ -61,7 +61,7 @@ from records import (
     write_record,
 )
 
-SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 64
+SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
 STAGES = ("teacher", "tune", "seeds", "counts", "settings")
 Settings = dict[str, Any]
 MATCHING, IMITATION = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
@@ -227,9 +227,9 @@ def show(images: Tensor, file: Path) -> None:
 
 
 def teacher_states(arena: Arena) -> ImageData:
-    """Return 4,000 images of the teacher in 25 guided steps, made once."""
+    """Return 2,000 images of the teacher in 16 guided steps, made once."""
     guidance = Guidance(scale=GUIDANCE)
-    return teacher_images(arena.teacher, arena.data, 4000, 25, guidance, arena.a.out / "images", chunk=250)
+    return teacher_images(arena.teacher, arena.data, 2000, 16, guidance, arena.a.out / "images", chunk=250)
 
 
 def teacher_rows(arena: Arena, done: Sequence[Facts]) -> Iterator[Facts]:
