@@ -34,7 +34,7 @@ from fewstep.zoo.pixel_teacher import draw_times
 from trajpl_teachers import Classes
 
 SIZE, COUNT, UNIT, NEAREST = 14, 2000, 100.0, 3  # UNIT: the total variance of real features
-FIT = FitConfig(steps=5000, batch=128, lr=2e-3, warmup=200, decay=3000, ema=0.998, checkpoint_every=500)
+FIT = FitConfig(steps=2200, batch=128, lr=2e-3, warmup=200, decay=1200, ema=0.995, checkpoint_every=100)
 
 
 class Painter(nn.Module):
@@ -123,7 +123,7 @@ def states_of(teacher: Backbone, data: Clothes) -> ImageData:
     return ImageData(data.images, known.take(data.labels, "arena"), "arena")
 
 
-def classifier(data: Clothes, file: Path, steps: int = 4000) -> Classes:
+def classifier(data: Clothes, file: Path, steps: int = 1000) -> Classes:
     """Train the classifier once, on shifted and mirrored images; its 64 features make the distances."""
     torch.manual_seed(0)
     net = Classes(len(FASHION))

@@ -76,7 +76,7 @@ def test_guidance_of_one_pulls_nowhere() -> None:
 
 
 def test_guidance_apart_is_a_term_of_reverse_kl_alone() -> None:
-    with pytest.raises(ValueError, match=r"method\.match\.guidance_tau: got own with .*fisher"):
+    with pytest.raises(ValueError, match=r"match\.guidance_tau: got own with .*fisher"):
         MatchConfig(divergence="fisher", guidance_tau="own")
 
 
@@ -129,9 +129,9 @@ def test_random_times_are_trained_and_even_ones_sampled() -> None:
     assert starts[0] != starts[1] and all(not s <= set(even.tolist()) for s in starts)
     assert all(float(tiny.TABLE.t_max) in s for s in starts)
     torch.testing.assert_close(even, timegrid.uniform(tiny.TABLE, 4))
-    with pytest.raises(ValueError, match=r"method\.random_times: got true with method\.shift=2"):
+    with pytest.raises(ValueError, match=r"random_times: got .*shift=2"):
         DistributionMatching(random_times=True, shift=2.0)
-    with pytest.raises(ValueError, match=r"method\.random_times: got true with method\.regression_weight=1"):
+    with pytest.raises(ValueError, match=r"random_times: got .*regression_weight=1"):
         DistributionMatching(random_times=True, regression_weight=1.0)
 
 
@@ -141,7 +141,7 @@ def test_a_ladder_is_climbed_down_in_equal_parts() -> None:
     assert method.needs.length and not DistributionMatching().needs.length
     assert {"gap_0", "gap_15"} <= set(method.metrics)
     assert [DistributionMatching(steps=2).count_at(i, 9, rng) for i in (0, 8)] == [2, 2]
-    with pytest.raises(ValueError, match=r"method\.ladder: got \[16\] with method\.steps=\(4, 2\)"):
+    with pytest.raises(ValueError, match=r"ladder: got .16.* with .*steps=.4, 2"):
         DistributionMatching(steps=(4, 2), ladder=(16,))
 
 
@@ -161,7 +161,7 @@ def test_a_sample_solver_is_the_cards_and_not_the_trainings() -> None:
     assert (method.solver, method.sampler) == ("ddim", "dpmpp")
     card = student_card(roles, method, Origin("own", "", 1, 0.0, "tdm"))
     assert card.solver == {"2": "dpmpp"}
-    with pytest.raises(ValueError, match=r"method\.sample_solver=renoise"):
+    with pytest.raises(ValueError, match=r"sample_solver=renoise"):
         DistributionMatching(sample_solver="renoise", analytic_first_step=True)
 
 
@@ -174,5 +174,5 @@ def test_a_run_from_before_a_setting_was_added_resumes() -> None:
     before["method"]["fake"] = {k: v for k, v in before["method"]["fake"].items() if k != "pull"}
     require_unchanged(before, now, "run")
     other = settings_of(roles, DistributionMatching(random_times=True), data, train, 1, None, None)
-    with pytest.raises(ValueError, match=r"method\.random_times false -> true"):
+    with pytest.raises(ValueError, match=r"method\.random_times (f|F)alse -> (t|T)rue"):
         require_unchanged(before, other, "run")
