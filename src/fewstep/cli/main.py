@@ -69,7 +69,9 @@ def about(
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")
+    ],
     set_: Set = None,
     out: Out = None,
     teacher: Teacher = None,
@@ -114,7 +116,9 @@ def _given(options: dict[str, str | None]) -> dict[str, str]:
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")
+    ],
     set_: Set = None,
     teacher: Teacher = None,
     memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,
@@ -396,6 +400,16 @@ def doctor(
     from .doctor import run_doctor
 
     run_doctor(teacher, dtype, size)
+
+
+@app.command()
+def recipes(
+    word: Annotated[str | None, typer.Argument(help="Only recipes whose name or first line has this word.")] = None,
+) -> None:
+    """List the shipped recipes, each with what it trains."""
+    from .recipes import run_recipes
+
+    run_recipes(word)
 
 
 @app.command("train-teacher")
