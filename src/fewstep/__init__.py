@@ -93,3 +93,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     mute_others()
     return getattr(import_module(".api", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return sorted([*__all__, "__version__"])

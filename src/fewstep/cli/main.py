@@ -46,6 +46,9 @@ Teacher = Annotated[
         )
     ),
 ]
+Recipe = Annotated[
+    str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")
 ]
@@ -69,9 +72,7 @@ def about(
 
 @app.command()
 def distill(
-    recipe: Annotated[
-        str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")
-    ],
+    recipe: Recipe,
     set_: Set = None,
     out: Out = None,
     teacher: Teacher = None,
@@ -116,9 +117,7 @@ def _given(options: dict[str, str | None]) -> dict[str, str]:
 
 @app.command()
 def plan(
-    recipe: Annotated[
-        str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")
-    ],
+    recipe: Recipe,
     set_: Set = None,
     teacher: Teacher = None,
     memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,

@@ -139,7 +139,7 @@ def _note_untrained(steps: int, trained: Sequence[int]) -> None:
         warnings.warn(
             f"steps: got {steps}, this student was trained for {', '.join(map(str, trained))}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
