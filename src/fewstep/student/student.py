@@ -156,7 +156,8 @@ class Student:
             raise ValueError(
                 f"student: {folder} was made from {card.base}, "
                 f"a network of one's own ({card.own_network}), which Python code has to bring: "
-                f"fewstep.load_student({str(folder)!r}, base=fewstep.Denoiser(...))"
+                f"fewstep.load_student({str(folder)!r}, base=fewstep.Denoiser(...)); "
+                "fewstep.sample, fewstep.evaluate and fewstep.export_student take the result"
             )
         if isinstance(named, str | Path):
             named = load_teacher(named, dtype or getattr(torch, card.dtype), device)
