@@ -46,9 +46,7 @@ Teacher = Annotated[
         )
     ),
 ]
-Recipe = Annotated[
-    str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")
-]
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")
 ]
