@@ -55,6 +55,7 @@ ALLOWED = {
     "report.live._record": SKIPS,
     "runs.metrics_log._records": SKIPS,
     "cli.inspect._json": SKIPS,
+    "cli.export.in_other_programs": OURS,
     "cli.recipes.run_recipes": OURS,
     "runs.encoder_record.EncoderRecord.read": SKIPS,
     "training.lock._began": SKIPS,

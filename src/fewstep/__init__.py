@@ -18,12 +18,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import (
+        EDM,
         TDM,
+        VP,
         ConsistencyDistillation,
         Denoiser,
         DistillationWarning,
         DistributionMatching,
         FakeScoreConfig,
+        Flow,
         GanConfig,
         Guidance,
         ImageSource,
@@ -51,12 +54,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "EDM",
     "TDM",
+    "VP",
     "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
     "DistributionMatching",
     "FakeScoreConfig",
+    "Flow",
     "GanConfig",
     "Guidance",
     "ImageSource",

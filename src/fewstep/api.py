@@ -21,6 +21,7 @@ from .backbones.own_network import require_network
 from .backbones.parts import DiffusersBackbone
 from .config_fields import shortened, whole_number
 from .core.guidance import Guidance
+from .core.schedule import EDM, VP, Flow
 from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
@@ -291,12 +292,15 @@ def write_report(run: str | Path) -> Path:
 
 
 __all__ = [
+    "EDM",
     "TDM",
+    "VP",
     "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
     "DistributionMatching",
     "FakeScoreConfig",
+    "Flow",
     "GanConfig",
     "Guidance",
     "ImageSource",

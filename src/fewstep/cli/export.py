@@ -69,3 +69,16 @@ def run_export(
         f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: "
         f"largest difference of a pixel {found.difference:.1e}{rounded}"
     )
+    for line in in_other_programs(out):
+        console.print(line, markup=False, highlight=False)
+
+
+def in_other_programs(folder: Path) -> list[str]:
+    """Return what a student's own README says of programs other than diffusers.
+
+    Such a line names the file, the strength, and the sampler with its settings.
+    """
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    _, _, section = text.partition("\n## Other programs\n")
+    return [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("- ")]

@@ -429,6 +429,9 @@ def run() -> None:
     """
     # transformers prints a notice about torchvision when imported, which is of no use to users.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that spin while they wait take the cores from each other: beside another program small operations were
+    # 200 times as slow. Read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     show_all_letters()
     try:
         with interruptible(), logged_in(None):
