@@ -115,7 +115,7 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     assert command(monkeypatch, "distill", recipe, "--prompts", "prompts.csv", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "2 prompts in prompts.csv: 1 empty, 1 repeated" in said
-    assert re.search(r"embeddings of 2 prompts, at most: [\d.]+ KiB, of [\d.]+ [GM]iB that are free", said)
+    assert re.search(r"embeddings of 2 prompts, at most: [\d.]+ KiB, of [\d.]+ [KMG]iB that are free", said)
     (images / "blue_dog.caption").write_text("a dog")
     monkeypatch.setattr("fewstep.cli.progress.WORTH_SAYING", 1)
     gan = (

@@ -163,8 +163,8 @@ def print_ending(
             "faster per image than the teacher"
         )
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
-    for line in in_other_programs(run / "final"):
-        console.print(f"         {line}", markup=False, highlight=False)
+    for line in in_other_programs(run / "final", str(run)):
+        console.print(line, markup=False, highlight=False)
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
 
 
