@@ -1,8 +1,10 @@
 """Folders of configurations without weights, at the true sizes of the models that the recipes name.
 
-    python benchmarks/configurations.py FOLDER    # FOLDER/sd15, sdxl, qwenimage, ...: for `fewstep plan --teacher`
+    python benchmarks/configurations.py FOLDER               # FOLDER/sd15, sdxl, ...: for `fewstep plan --teacher`
+    python benchmarks/configurations.py FOLDER sd15 flux     # these alone
 
-Networks, schedulers and lengths of prompts are those of the published models; tokenizers know a few words.
+Networks, schedulers and lengths of prompts are those of the published models; tokenizers know a few words. Comments
+mark what is not known for sure; none of it changes a size in memory.
 """
 
 import sys
@@ -134,7 +136,8 @@ def language_model(
 
 
 def qwen3(kind: str, width: int, hidden: int) -> Part:
-    return "transformers", kind, {"model_type": "qwen3", **language_model(width, hidden, 36, 32, 8, 151936)}
+    own = language_model(width, hidden, 36, 32, 8, 151936)
+    return "transformers", kind, {"model_type": "qwen3", **own, "tie_word_embeddings": (width, hidden) == QWEN_4B}
 
 
 QWEN_4B, QWEN_8B = (2560, 9728), (4096, 12288)
@@ -162,6 +165,7 @@ QWEN_25_VL = (
             "num_heads": 16,
             "out_hidden_size": 3584,
         },
+        "tie_word_embeddings": False,
         **SEEN,
     },
 )
@@ -182,8 +186,10 @@ QWEN_3_VL = (
             "intermediate_size": 4096,
             "num_heads": 16,
             "out_hidden_size": 2560,
+            "num_position_embeddings": 2304,
             "deepstack_visual_indexes": [5, 11, 17],
         },
+        "tie_word_embeddings": True,
         **SEEN,
     },
 )
@@ -204,6 +210,7 @@ MISTRAL = (
             "patch_size": 14,
         },
         "image_token_index": 10,
+        "tie_word_embeddings": False,
     },
 )
 
@@ -361,7 +368,7 @@ ZIMAGE = {
     "tokenizer": QWEN_TOKENIZER,
     "transformer": ("diffusers", "ZImageTransformer2DModel", {}),
     "vae": sixteen(0.3611, 0.1159),
-    "scheduler": flow(),
+    "scheduler": flow(shift=6.0),  # of the base model, not known for sure; the turbo model's is 3
 }
 KREA2 = {
     "text_encoder": QWEN_3_VL,
@@ -393,16 +400,18 @@ def wan(heads: int, hidden: int, layers: int, networks: int = 1, channels: int =
         "scheduler": (
             "diffusers",
             "UniPCMultistepScheduler",
+            # 3 is for 480p, 5 for 720p and for 2.2-5B: which of them the hub has is not known for sure
             {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
         ),
     }
 
 
-WIDE = {  # Wan 2.2-5B's autoencoder
+WIDE = {  # Wan 2.2-5B's autoencoder; the statistics of its latents are not known here
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
     "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
 }  # fmt: skip
 ABSENT = [None, None]  # a part that the pipeline may lack
+UNDISTILLED = {"is_distilled": False}
 ONE = {"transformer_2": ABSENT, "boundary_ratio": None, "expand_timesteps": False}
 PIPELINES: dict[str, tuple[str, Mapping[str, Part], Mapping[str, Any]]] = {
     "sd15": ("StableDiffusionPipeline", SD15, {"feature_extractor": ABSENT, "safety_checker": ABSENT}),
@@ -412,12 +421,16 @@ PIPELINES: dict[str, tuple[str, Mapping[str, Part], Mapping[str, Any]]] = {
     "sd35m": ("StableDiffusion3Pipeline", sd35(24, 384, 13), {}),
     "sd35l": ("StableDiffusion3Pipeline", sd35(38, 192, 0), {}),
     "flux": ("FluxPipeline", FLUX, {}),
-    "flux2-klein-4b": ("Flux2KleinPipeline", klein(QWEN_4B, 5, 20, 24), {}),
-    "flux2-klein-9b": ("Flux2KleinPipeline", klein(QWEN_8B, 8, 24, 32), {}),
+    "flux2-klein-4b": ("Flux2KleinPipeline", klein(QWEN_4B, 5, 20, 24), UNDISTILLED),
+    "flux2-klein-9b": ("Flux2KleinPipeline", klein(QWEN_8B, 8, 24, 32), UNDISTILLED),
     "flux2-dev": ("Flux2Pipeline", flux2(MISTRAL, MISTRAL_TOKENIZER), {}),
     "qwenimage": ("QwenImagePipeline", QWENIMAGE, {}),
     "zimage": ("ZImagePipeline", ZIMAGE, {}),
-    "krea2": ("Krea2Pipeline", KREA2, {}),
+    "krea2": (
+        "Krea2Pipeline",
+        KREA2,
+        {**UNDISTILLED, "patch_size": 2, "text_encoder_select_layers": list(range(2, 36, 3))},
+    ),
     "wan21": ("WanPipeline", wan(12, 8960, 30), ONE),
     "wan21-14b": ("WanPipeline", wan(40, 13824, 40), ONE),
     "wan22-5b": ("WanPipeline", wan(24, 14336, 30, channels=48, **WIDE), {**ONE, "expand_timesteps": True}),
@@ -464,5 +477,5 @@ def write(name: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for name in PIPELINES:
+    for name in sys.argv[2:] or PIPELINES:
         print(write(name, Path(sys.argv[1])))
