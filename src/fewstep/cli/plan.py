@@ -42,6 +42,14 @@ ROUNDED = {
 LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batches
 
 
+class TooLargeError(ValueError):
+    """A recipe that fits a card with no settings: the smallest of them need `needed` bytes."""
+
+    def __init__(self, text: str, needed: int) -> None:
+        super().__init__(text)
+        self.needed = needed
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of a run, and its bytes on a card."""
@@ -126,7 +134,7 @@ def run_plan(
 ) -> None:
     """Print the plan, and with `memory` the settings that fit.
 
-    Raises ValueError with one line where no settings fit.
+    Raises TooLargeError with one line where no settings fit.
     """
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe, given)
@@ -191,7 +199,7 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     """Return settings of a stage that fit, and the bytes needed.
 
     The settings are the fastest of those with the same result; where there are none, those that round the
-    least. Raises ValueError with one line where no settings fit.
+    least. Raises TooLargeError with one line where no settings fit.
     """
     if made.least <= usable:
         return [], made.least
@@ -205,9 +213,10 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     if found is not None:
         return found, needed
     bf16 = "; --set dtype=bfloat16 halves the base's weights" if made.recipe.dtype == "float32" else ""
-    raise ValueError(
+    raise TooLargeError(
         f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch, "
-        f"checkpointing and all that rounds, {size(usable)} are usable{bf16}"
+        f"checkpointing and all that rounds, {size(usable)} are usable{bf16}",
+        needed,
     )
 
 
