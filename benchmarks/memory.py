@@ -30,9 +30,9 @@ from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import at_size
 from fewstep.backbones.meta import meta_teacher
 from fewstep.backbones.sizes import Size
-from fewstep.cli.plan import Plan, TooLargeError, fit, plans_of, usable_bytes
-from fewstep.data.prompts import Embeddings
+from fewstep.cli.plan import Plan, TooLargeError, fit, longest_texts, plans_of, usable_bytes
 from fewstep.methods.distribution_matching import DistributionMatching
+from fewstep.roles.quantized import weight_count
 from fewstep.roles.roles import RolesConfig, make_roles
 from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.training.loop import TrainConfig
@@ -97,7 +97,7 @@ def row(name: str, arrangement: str, batch: int) -> Facts:
     began, method = time.perf_counter(), DistributionMatching(steps=4)
     with tempfile.TemporaryDirectory() as folder:
         backbone = at_size(meta_teacher(write(name, Path(folder)), dtype), SIZES.get(name))
-    data = Embeddings(backbone.encode([""] * 2), backbone.encode([""]), [""] * 2, 0, "")
+    data = longest_texts(backbone)
     config = TrainConfig(iterations=1, batch=batch, lr=1e-4, fake_lr=1e-4, precision="bf16", optimizer=optimizer)
     counted = training_bytes(
         backbone, lambda: make_roles(backbone, roles), method, method.times(backbone.schedule), config, data
@@ -157,17 +157,12 @@ def card_rows(name: str, cards: list[tuple[str, int]]) -> Iterator[Facts]:
                 "fits": needed <= usable,
                 "batch": made.recipe.train.batch,
                 "quantize": made.recipe.roles.quantize,
-                "parameters": parameters(backbone),
+                "parameters": weight_count(backbone.module),
                 "on_cpu": [phase.name for phase in made.around.encoders if phase.bytes > usable],
                 "counted_in_s": time.perf_counter() - began,
                 "hardware": COUNTED,
                 "versions": versions(),
             }
-
-
-def parameters(backbone: Backbone) -> int:
-    """Return the number of the denoiser's own parameters."""
-    return sum(p.numel() for p in backbone.module.parameters())
 
 
 def page(record: Record) -> str:

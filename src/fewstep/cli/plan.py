@@ -39,6 +39,7 @@ ROUNDED = {
     "train.optimizer": "Adam's moments are kept in 8 bits",
     "roles.quantize": "the base's weights are quantized, the teacher's too",
 }
+LONGEST = "word " * 1024  # longer than any network's text: Z-Image and language models take as many tokens as there are
 LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batches
 
 
@@ -304,7 +305,7 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
     assert isinstance(sized, DiffusersBackbone)
     encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
-    alone = calls_alone(lambda: sized.encode([""] * CHUNK), list(encoders.values())) if encoders else []
+    alone = calls_alone(lambda: sized.encode([LONGEST] * CHUNK), list(encoders.values())) if encoders else []
     return Surroundings(
         tuple(Phase(f"encoding prompts: {n} alone", b) for n, b in zip(encoders, alone, strict=True)),
         sum(module_bytes(n) for n in idle),
@@ -315,12 +316,19 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
 def plan_of(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
     """Return the plan of one training."""
     sized, method = at_size(teacher, recipe.size), recipe.method
-    data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
+    data = longest_texts(sized)
     times = trajectory_times(method, sized)
     counted = training_bytes(
         sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards
     )
     return Plan(recipe, around, counted, cards)
+
+
+def longest_texts(backbone: Backbone) -> Embeddings:
+    """Return two prompts of as many tokens as the networks take."""
+    assert isinstance(backbone, DiffusersBackbone)
+    text = LONGEST if backbone.encoders else ""
+    return Embeddings(backbone.encode([text] * 2), backbone.encode([text]), [text] * 2, 0, "")
 
 
 def show(made: Plan) -> None:
