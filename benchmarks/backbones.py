@@ -50,6 +50,7 @@ from torch import Tensor
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around, at_size
 from fewstep.backbones.sizes import Size
+from fewstep.core import timegrid
 from fewstep.core.guidance import Guidance
 from fewstep.data.prompts import Embeddings
 from fewstep.methods.distribution_matching import DistributionMatching
@@ -259,7 +260,7 @@ def by_role(roles: Roles, data: Embeddings, batch: int, device: torch.device, re
     backbone = roles.backbone
     cond, null = data.draw(batch, torch.Generator().manual_seed(0), device), data.unconditional(device)
     x = torch.randn(batch, *backbone.shape, device=device)
-    t = torch.full((batch,), 499.0, dtype=torch.float64, device=device)
+    t = timegrid.uniform(backbone.schedule, 2)[1].to(device).expand(batch)
 
     def trained(role: Any) -> list[Tensor | None]:
         value = roles.denoise(role, cond)(x, t).x0.sum()
