@@ -41,7 +41,7 @@ def page(place: Place) -> gr.Blocks:
             own_runs.chosen, [*fields, *own_new.boxes, tabs], **private,
         )  # fmt: skip
         own_new.started.change(
-            lambda run: [gr.update(choices=runs.listed(place), value=run or None), gr.Tabs(selected="runs" if run else "new")],
+            lambda run: [gr.update(choices=runs.listed(place), value=run), gr.Tabs(selected="runs")],
             own_new.started, [own_runs.chosen, tabs], **private,
         )  # fmt: skip
     return blocks

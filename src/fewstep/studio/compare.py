@@ -75,7 +75,9 @@ def options(students: Sequence[str], prompts: str, teacher: bool, out: Path, rep
 
 def studies(folder: Path) -> list[tuple[str, str]]:
     """Return (name, folder) of every study, the newest first."""
-    found = sorted((p.parent for p in (folder / STUDIES).glob(f"*/{KEY}")), key=lambda p: p.stat().st_mtime, reverse=True)
+    found = sorted(
+        (p.parent for p in (folder / STUDIES).glob(f"*/{KEY}")), key=lambda p: p.stat().st_mtime, reverse=True
+    )
     return [(p.name, str(p)) for p in found]
 
 
@@ -147,7 +149,9 @@ def build(place: Place, tab: gr.Tab) -> None:
         )  # fmt: skip
     with gr.Row():
         teacher = gr.Checkbox(True, label="And their teacher", info="In 50 guided steps.", min_width=200)
-        name = gr.Textbox("", label="Name", info="Of the folder; the time of day if empty.", min_width=200, elem_id="compare-name")
+        name = gr.Textbox(
+            "", label="Name", info="Of the folder; the time of day if empty.", min_width=200, elem_id="compare-name"
+        )
     with gr.Row():
         side = gr.Button("Compare", variant="primary", elem_id="compare-go", min_width=140)
         blind = gr.Button("Make a blind vote", elem_id="study-go", min_width=140)

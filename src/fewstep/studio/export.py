@@ -89,8 +89,8 @@ def build(place: Place, tab: gr.Tab) -> None:
     output = gr.HTML(elem_id="export-output")
     files = gr.HTML(elem_id="export-files")
     code = gr.Code(
-        label="Use it from Python", language="python", interactive=False, visible=False, lines=3, show_line_numbers=False,
-        wrap_lines=True, elem_id="snippet",
+        label="Use it from Python", language="python", interactive=False, visible=False, lines=3,
+        show_line_numbers=False, wrap_lines=True, elem_id="snippet",
     )  # fmt: skip
 
     def choose(own: str | None, wished: str) -> list[Any]:

@@ -129,7 +129,9 @@ def build(place: Place) -> NewTab:
         pasted = gr.Textbox(label="Paste prompts, one a line", lines=4, max_lines=12, elem_id="pasted")
         with gr.Row():
             source = gr.Textbox(label="Or a file or a hub data set", info=".txt, .jsonl, .csv, .tsv, or owner/name.")
-            upload = gr.File(label="Or drop a file", file_types=[".txt", ".jsonl", ".csv", ".tsv"], type="filepath", height=110)
+            upload = gr.File(
+                label="Or drop a file", file_types=[".txt", ".jsonl", ".csv", ".tsv"], type="filepath", height=110
+            )
         look = gr.Button("Look at the prompts", size="sm", elem_id="look-prompts")
         prompt_facts = gr.HTML(elem_id="about-prompts")
     with gr.Accordion("Settings", open=True):
@@ -139,9 +141,12 @@ def build(place: Place) -> NewTab:
                 for key in MAIN[start : start + 3]:
                     boxes.append(
                         gr.Textbox(
-                            first[key], label=key, info=known[key].text if key in known else "", min_width=200,
+                            first[key],
+                            label=key,
+                            info=known[key].text if key in known else "",
+                            min_width=200,
                             elem_id=f"set-{key.replace('.', '-')}",
-                        )  # fmt: skip
+                        )
                     )
         with gr.Row():
             setting = gr.Dropdown(list(known), label="Any other setting", value=None, min_width=240)
@@ -255,7 +260,9 @@ def build(place: Place) -> NewTab:
         for one in stream(command):
             sets = fitting(one.said) if one.code == 0 else []
             new = [s for s in sets if s not in command]
-            told = words.note(verdict(one.said, one.code, card), "bad" if one.code else "") if one.code is not None else ""
+            told = (
+                words.note(verdict(one.said, one.code, card), "bad" if one.code else "") if one.code is not None else ""
+            )
             yield [told + words.lines(one.said), gr.update(visible=bool(new)), new]
 
     def take_fitting(sets: list[str], lines: str) -> str:
@@ -264,7 +271,14 @@ def build(place: Place) -> NewTab:
         return "\n".join([*(x for x in lines.splitlines() if x.strip() and x.partition("=")[0] not in keys), *sets])
 
     def rehearse(
-        recipe_: str, teacher_: str | None, name_: str, own: str, other: str, dropped: str | None, lines: str, *texts: str
+        recipe_: str,
+        teacher_: str | None,
+        name_: str,
+        own: str,
+        other: str,
+        dropped: str | None,
+        lines: str,
+        *texts: str,
     ) -> Iterator[list[Any]]:
         """Run everything but the training."""
         try:
@@ -277,7 +291,14 @@ def build(place: Place) -> NewTab:
             yield [words.note(done, "bad" if one.error else ""), words.lines(one.said)]
 
     def begin(
-        recipe_: str, teacher_: str | None, name_: str, own: str, other: str, dropped: str | None, lines: str, *texts: str
+        recipe_: str,
+        teacher_: str | None,
+        name_: str,
+        own: str,
+        other: str,
+        dropped: str | None,
+        lines: str,
+        *texts: str,
     ) -> list[Any]:
         """Start the training, or let it wait."""
         try:

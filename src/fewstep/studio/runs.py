@@ -2,14 +2,13 @@
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from ..reading import reading, text_in
 from ..report.live import read_metrics
@@ -40,7 +39,6 @@ from .queue import Job
 EVERY, SLOW = 2.0, 4.0  # seconds between two looks: at states, at curves and images
 NONE = "No run yet. Start one in the tab New, or with `fewstep distill` in a terminal: it appears here by itself."
 CHOOSE = "Choose a run from the list."
-SKIP = object()  # an output that stays as it is
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,11 @@ def listed(place: Place) -> list[tuple[str, str]]:
         for run in find_runs(place.folder)
         if str(run) not in waiting
     ]
+
+
+def recorded(run: Path) -> Mapping[str, Any]:
+    """Return `run.json` of a run, or of its warm start while that trains."""
+    return record_of(run) or record_of(stage_of(run))
 
 
 def memory_of(facts: Facts) -> str:
@@ -96,16 +99,17 @@ def _on_card(pid: int) -> str:
 
 def status(run: Path, folder: Path) -> str:
     """Return a run's state, progress, cost and facts as HTML."""
-    facts, record = facts_of(run), record_of(run) or record_of(stage_of(run))
+    facts, record = facts_of(run), recorded(run)
     state, left, recipe = state_of(facts), left_of(facts), record.get("recipe") or {}
     method = recipe.get("method") or {}
+    steps = method.get("steps", "")
     pairs: list[tuple[str, object]] = [
         ("Time left", "" if left is None else duration(left)),
         ("Training so far", duration(facts.seconds) if facts.seconds else ""),
         ("Seconds an iteration", f"{facts.pace:.3g}" if facts.pace else ""),
         ("Teacher", recipe.get("teacher", "")),
         ("Method", method.get("name", "")),
-        ("Steps", ", ".join(map(str, method["steps"])) if isinstance(method.get("steps"), list) else method.get("steps", "")),
+        ("Steps", ", ".join(map(str, steps)) if isinstance(steps, list) else steps),
         ("Hardware", record.get("hardware", "")),
         ("Memory", memory_of(facts)),
         ("Process", f"{facts.held.pid} on {facts.held.host}" if facts.held is not None and facts.alive else ""),
@@ -163,7 +167,12 @@ def build(place: Place) -> RunsTab:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             chosen = gr.Radio(
-                listed(place), label="Runs", elem_classes="fs-runs", elem_id="runs", info="Those under the folder above."
+                first := listed(place),
+                value=first[0][1] if first else None,
+                label="Runs",
+                elem_classes="fs-runs",
+                elem_id="runs",
+                info="Those under the folder above.",
             )
             queue = gr.HTML(words.note(NONE), elem_id="queue")
             with gr.Accordion("Queue", open=False, visible=bool(place.line.jobs())) as waiting:
@@ -172,10 +181,14 @@ def build(place: Place) -> RunsTab:
         with gr.Column(scale=3, min_width=300):
             about = gr.HTML(words.note(CHOOSE), elem_id="about")
             with gr.Row():
-                halt = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=110)
-                go_on = gr.Button("Resume", variant="primary", interactive=False, elem_id="resume", min_width=110)
-                duplicate = gr.Button("Duplicate with changes", interactive=False, elem_id="duplicate", min_width=180)
-                report = gr.Button("Report", interactive=False, elem_id="report", min_width=110)
+                halt = gr.Button("Stop", size="md", variant="stop", interactive=False, elem_id="stop", min_width=110)
+                go_on = gr.Button(
+                    "Resume", size="md", variant="primary", interactive=False, elem_id="resume", min_width=110
+                )
+                duplicate = gr.Button(
+                    "Duplicate with changes", size="md", interactive=False, elem_id="duplicate", min_width=180
+                )
+                report = gr.Button("Report", size="md", interactive=False, elem_id="report", min_width=110)
             done = gr.HTML(elem_id="done")
             with gr.Tabs():
                 with gr.Tab("Images"):
@@ -214,7 +227,8 @@ def build(place: Place) -> RunsTab:
         own = Path(run) if run in known else None
         there = own is not None and own.is_dir()
         alive = own is not None and there and facts_of(own).alive
-        can_resume = own is not None and there and not alive and "command" in (record_of(own) or record_of(stage_of(own)))
+        whole = own is None or not there or state_of(facts_of(own)).word == "finished"
+        can_resume = not whole and not alive and own is not None and bool(recorded(own).get("command"))
         told = words.note(place.line.said, "warn") if place.line.said else "" if choices else words.note(NONE)
         waiting_now = own is not None and any(job.run == run for job in jobs)
         if own is None:
@@ -226,8 +240,8 @@ def build(place: Place) -> RunsTab:
             said = words.lines(
                 log_of(own), "The studio did not start this run; what it prints is in the terminal that did."
             )
-        line = "" if own is None else str((record_of(own) or record_of(stage_of(own))).get("command", ""))
-        new = [choices, told, waits, details, alive, can_resume, own is not None, said, line]
+        line = "" if own is None else str(recorded(own).get("command", ""))
+        new = [choices, told, waits, details, alive, can_resume, there, said, line]
         if new == old:
             return [gr.skip()] * 11 + [gr.skip()]
         fresh = _changed(old, new)
@@ -239,8 +253,8 @@ def build(place: Place) -> RunsTab:
             fresh[3],
             gr.update(interactive=alive),
             gr.update(interactive=can_resume),
-            gr.update(interactive=can_resume or alive),
-            gr.update(interactive=can_resume or alive),
+            gr.update(interactive=there),
+            gr.update(interactive=there),
             fresh[7],
             fresh[8],
         ]
@@ -306,7 +320,7 @@ def build(place: Place) -> RunsTab:
         """Go on with the run, or let it wait."""
         own = Path(run)
         try:
-            argv = resumed(str((record_of(own) or record_of(stage_of(own))).get("command", "")), own)
+            argv = resumed(str(recorded(own).get("command", "")), own)
             other = place.line.put(Job(run, tuple(argv)))
         except (ValueError, OSError) as error:
             return words.note(error, "bad")
@@ -341,6 +355,3 @@ def build(place: Place) -> RunsTab:
     report.click(write_report, chosen, [done, page], concurrency_id=PLOTS, api_visibility="private")
     take.click(leave_queue, out, None, api_visibility="private")
     return RunsTab(chosen, duplicate)
-
-
-Pair = tuple[Image.Image, Image.Image]

@@ -142,9 +142,9 @@ def steps_grid(student: Student, asked: Settings) -> Image.Image:
     scale = asked.guidance if student.card.guidance_scales and asked.guidance is not None else 1.0
 
     def one(condition: int, steps: int) -> Tensor:
-        return strip(
-            sample(student, [prompt], [asked.seed], steps=steps, guidance=scale, condition=condition or None)
-        )[0]
+        return strip(sample(student, [prompt], [asked.seed], steps=steps, guidance=scale, condition=condition or None))[
+            0
+        ]
 
     images = torch.stack([torch.stack([one(condition, steps) for steps in counts]) for condition in told])
     rows = [f"told {plural(n, 'step')}" if n else "student" for n in told]
@@ -196,22 +196,31 @@ def build(place: Place, tab: gr.Tab) -> None:
             )  # fmt: skip
             facts = gr.HTML(words.note(EMPTY), elem_id="about-student")
             prompt = gr.Dropdown(
-                [], value="", label="Prompt", allow_custom_value=True, elem_id="prompt", info="Or the class of a class model."
+                [],
+                value="",
+                label="Prompt",
+                allow_custom_value=True,
+                elem_id="prompt",
+                info="Or the class of a class model.",
             )
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed")
-                count = gr.Number(1, label="Images", precision=0, minimum=1, maximum=MOST, min_width=90, elem_id="count")
+                count = gr.Number(
+                    1, label="Images", precision=0, minimum=1, maximum=MOST, min_width=90, elem_id="count"
+                )
             steps = gr.Slider(1, 8, 4, step=1, label="Steps", elem_id="steps")
             with gr.Row():
                 solver = gr.Dropdown([OWN, *SOLVERS], value=OWN, label="Solver", min_width=140)
-                guidance = gr.Dropdown([], label="Guidance", visible=False, min_width=120, info="It was trained for these.")
+                guidance = gr.Dropdown(
+                    [], label="Guidance", visible=False, min_width=120, info="It was trained for these."
+                )
             beside = gr.Checkbox(True, label="Sample the teacher too", info=f"In {TEACHER_STEPS} guided steps.")
             with gr.Row():
                 go = gr.Button("Sample", variant="primary", elem_id="go", min_width=120)
                 grid = gr.Button("Steps grid", elem_id="steps-grid", min_width=120)
             dropped = gr.File(
-                label="Drop a picture of the studio to take its settings", file_types=[".png"], type="filepath", height=110,
-                elem_id="dropped",
+                label="Drop a picture of the studio to take its settings", file_types=[".png"], type="filepath",
+                height=110, elem_id="dropped",
             )  # fmt: skip
         with gr.Column(scale=2, min_width=300):
             said = gr.HTML(elem_id="sample-said")
@@ -223,18 +232,22 @@ def build(place: Place, tab: gr.Tab) -> None:
                 label="Images", format="png", columns=4, object_fit="contain", height="auto", visible=False,
                 elem_id="gallery", interactive=False,
             )  # fmt: skip
-            figure = gr.Image(label="Steps grid", format="png", type="pil", interactive=False, visible=False, elem_id="grid")
+            figure = gr.Image(
+                label="Steps grid", format="png", type="pil", interactive=False, visible=False, elem_id="grid"
+            )
             times = gr.HTML(elem_id="times")
             download = gr.DownloadButton("Download with its settings", visible=False, elem_id="download")
 
-    def choose(folder: str | None) -> list[Any]:
+    def choose(folder: str | None, known: str) -> list[Any]:
         """Show what the chosen student is and serves."""
+        if folder and folder == known:
+            return [gr.skip()] * 5
         if not folder:
-            return [words.note(EMPTY if not student_names(place.folder) else "Choose a student."), *[gr.skip()] * 3]
+            return [words.note(EMPTY if not student_names(place.folder) else "Choose a student."), *[gr.skip()] * 3, ""]
         try:
             card = read_card(Path(folder))
         except (ValueError, OSError) as error:
-            return [words.note(error, "bad"), *[gr.skip()] * 3]
+            return [words.note(error, "bad"), *[gr.skip()] * 3, ""]
         prompts, most = own_prompts(Path(folder)), max(card.steps)
         scales = [f"{w:g}" for w in card.guidance_scales]
         served = f"It was trained for {', '.join(map(str, card.steps))}."
@@ -243,6 +256,7 @@ def build(place: Place, tab: gr.Tab) -> None:
             gr.update(choices=prompts, value=prompts[0] if prompts else ""),
             gr.update(minimum=1, maximum=max(most, 2), value=card.steps[0], info=served),
             gr.update(choices=scales, value=scales[0] if scales else None, visible=bool(scales)),
+            folder,
         ]
 
     def listed(folder: str | None) -> Any:
@@ -263,7 +277,12 @@ def build(place: Place, tab: gr.Tab) -> None:
             yield [words.note("The student samples."), *nothing, "", gr.update(visible=False)]
             drawn = [by_student(model, asked)]
             if with_teacher:
-                yield [words.note("The teacher samples."), *nothing, words.table(HEADS, [drawn[0].row]), gr.update(visible=False)]
+                yield [
+                    words.note("The teacher samples."),
+                    *nothing,
+                    words.table(HEADS, [drawn[0].row]),
+                    gr.update(visible=False),
+                ]
                 drawn.insert(0, by_teacher(model, asked))
         except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
             yield [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
@@ -279,7 +298,9 @@ def build(place: Place, tab: gr.Tab) -> None:
             f"It was trained for {', '.join(map(str, card.steps))} steps, not for {asked.steps}.", "warn"
         )  # fmt: skip
         told += words.note(base_note, "warn") if base_note else ""
-        images = [(enlarged(to_pil(x)), f"{d.name}, seed {asked.seed + i}") for d in drawn for i, x in enumerate(d.images)]
+        images = [
+            (enlarged(to_pil(x)), f"{d.name}, seed {asked.seed + i}") for d in drawn for i, x in enumerate(d.images)
+        ]
         pair = (images[0][0], images[asked.count][0]) if len(drawn) > 1 else None
         alone = len(drawn) > 1 and asked.count == 1
         return [
@@ -303,32 +324,45 @@ def build(place: Place, tab: gr.Tab) -> None:
             return
         file = write_bytes(place.downloads / f"fewstep-{asked.seed}-grid.png", with_settings(made, asked))
         told = "Rows: the step count that it is told. Columns: the one it is sampled in."
-        yield [words.note(told), *nothing[:2], gr.update(value=made, visible=True), "", gr.update(value=str(file), visible=True)]
+        yield [
+            words.note(told),
+            *nothing[:2],
+            gr.update(value=made, visible=True),
+            "",
+            gr.update(value=str(file), visible=True),
+        ]
 
     def take(path: str | None) -> list[Any]:
         """Set the fields as a picture tells."""
         if path is None:
-            return [gr.skip()] * 8
+            return [gr.skip()] * 10
         try:
             told = settings_in(Path(path))
+            there = Path(told.student).is_dir()
+            about_it = choose(told.student, "") if there else [gr.skip()] * 5
         except (ValueError, OSError) as error:
-            return [words.note(error, "bad"), *[gr.skip()] * 7]
-        there = Path(told.student).is_dir()
-        note = words.note("The settings are those of the picture." if there else
-                          f"Its student {told.student} is not here; the other settings are taken.", "" if there else "warn")  # fmt: skip
-        scale = None if told.guidance is None else f"{told.guidance:g}"
-        own = told.student if there else gr.skip()
-        return [note, own, told.prompt, told.seed, told.count, told.steps, told.solver or OWN, scale]
+            return [words.note(error, "bad"), *[gr.skip()] * 9]
+        lacking = f"Its student {told.student} is not here; the other settings are taken."
+        note = words.note("The settings are those of the picture.") if there else words.note(lacking, "warn")
+        scale = gr.skip() if told.guidance is None else f"{told.guidance:g}"
+        own = gr.update(choices=student_names(place.folder), value=told.student) if there else gr.skip()
+        fields_ = [own, told.prompt, told.seed, told.count, told.steps, told.solver or OWN, scale]
+        return [note, about_it[0], *fields_, about_it[4]]
 
     fields = [student, prompt, seed, count, steps, solver, guidance]
     out = [said, slider, gallery, figure, times, download]
     private: dict[str, Any] = {"api_visibility": "private"}
     network: dict[str, Any] = {**private, "concurrency_id": NETWORK, "concurrency_limit": 1}
-    tab.select(listed, student, student, show_progress="hidden", **private)
-    student.change(choose, student, [facts, prompt, steps, guidance], show_progress="hidden", **private)
+    shown_for = gr.State("")  # the student whose prompts and steps the fields show
+    chosen: dict[str, Any] = {
+        "fn": choose, "inputs": [student, shown_for], "outputs": [facts, prompt, steps, guidance, shown_for],
+        "show_progress": "hidden", **private,
+    }  # fmt: skip
+    tab.select(listed, student, student, show_progress="hidden", **private).then(**chosen)
+    student.input(**chosen)
     go.click(draw, [*fields, beside], out, **network)
     grid.click(draw_steps, [*fields, beside], out, **network)
-    dropped.upload(take, dropped, [said, *fields], **private)
+    dropped.upload(take, dropped, [said, facts, *fields, shown_for], **private)
 
 
 HEADS = ("Model", "Network calls", "An image took")

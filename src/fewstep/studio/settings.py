@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def fitting(said: str) -> list[str]:
     """
     command = next((line.strip() for line in said.splitlines() if line.startswith("  fewstep distill ")), "")
     words = shlex.split(command)
-    return [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
+    return [value for option, value in pairwise(words) if option == "--set"]
 
 
 def verdict(said: str, code: int | None, memory: str) -> str:

@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 
 from ..names import visible
+from ..reading import reason
 
 
 def text(value: object) -> str:
@@ -13,7 +14,8 @@ def text(value: object) -> str:
 
 def note(said: object, kind: str = "") -> str:
     """Return a sentence in a box: plain, `warn` or `bad`."""
-    return f'<p class="fs-note {kind}" role="status">{text(said)}</p>'
+    told = reason(said) if isinstance(said, OSError) else said
+    return f'<p class="fs-note {kind}" role="status">{text(told)}</p>'
 
 
 def lines(said: str, empty: str = "") -> str:
