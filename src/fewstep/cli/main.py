@@ -390,7 +390,7 @@ def doctor(
 @app.command()
 def studio(
     folder: Annotated[
-        Path, typer.Argument(parser=_path, metavar="[FOLDER]", help="Folder of the runs, also of those to come.")
+        Path, typer.Argument(parser=_path, metavar="FOLDER", help="Folder of the runs, also of those to come.")
     ] = Path("runs"),
     host: Annotated[
         str, typer.Option(help="Address to listen at. One beyond this machine needs a password.")
