@@ -25,7 +25,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.browser import Browser, browsing
+from tests.browser import Browser, browsing  # noqa: E402
 
 DESK, PHONE = (1280, 900), (390, 844)
 TABS = ("Runs", "New", "Sample", "Compare and vote", "Export")

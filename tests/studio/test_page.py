@@ -26,7 +26,10 @@ pytestmark = [
 ]
 CLASS = "<img src=x onerror=alert(1)> **cat**"  # a class, and so a prompt, with HTML and Markdown in it
 ITERATIONS = 600
-BUTTON = "return [...document.querySelectorAll('button[role=tab]')].filter(e => e.textContent.trim() === arguments[0] && e.checkVisibility({visibilityProperty: true}))[0]"  # noqa: E501
+TAB = (
+    "[...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
+    "e.textContent.trim() === arguments[0])[0]"
+)
 
 
 def recipe(folder: Path) -> Path:
@@ -77,8 +80,8 @@ class Walker:
         self.browser = browser
 
     def tab(self, name: str) -> None:
-        self.browser.until(lambda: self.browser.run(BUTTON, name) is not None)
-        self.browser.run(f"({BUTTON.removeprefix('return ')}).click()", name)
+        self.browser.until(lambda: bool(self.browser.run(f"return !!({TAB})", name)))
+        self.browser.run(f"{TAB}.click()", name)
 
     def text(self, selector: str) -> str:
         found = self.browser.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
@@ -110,7 +113,8 @@ class Walker:
 
     def has(self, selector: str, seconds: float = 240) -> None:
         """Wait until something is on the page."""
-        self.browser.until(lambda: bool(self.browser.run("return !!document.querySelector(arguments[0])", selector)), seconds)
+        there = "return !!document.querySelector(arguments[0])"
+        self.browser.until(lambda: bool(self.browser.run(there, selector)), seconds)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +137,7 @@ def test_a_whole_distillation(walker: Walker, folder: Path) -> None:
     begin(walker, folder)
     watch(walker)
     stop_and_resume(walker)
-    sample(walker, folder)
+    sample(walker)
     vote(walker, runs)
     export(walker, runs)
     assert walker.browser.run("return document.querySelectorAll('img[src=x]').length") == 0
@@ -185,7 +189,7 @@ def stop_and_resume(walker: Walker) -> None:
     walker.reads("#done", "report.html")
 
 
-def sample(walker: Walker, folder: Path) -> None:
+def sample(walker: Walker) -> None:
     """Sample beside the teacher, and take the settings of a picture."""
     walker.tab("Sample")
     walker.reads("#about-student", "2 steps, 1 step")
@@ -193,12 +197,9 @@ def sample(walker: Walker, folder: Path) -> None:
     walker.press("#go")
     walker.reads("#times", "teacher, 50 steps")
     walker.has("#sample-wipe img")
-    place = "return document.querySelector('#download a, a#download')?.href ?? ''"
-    walker.browser.until(lambda: bool(walker.browser.run(place)))
-    picture = folder / "picture.png"
-    picture.write_bytes(bytes(walker.browser.run(
-        "const r = new XMLHttpRequest(); r.open('GET', arguments[0], false); r.overrideMimeType('text/plain; charset=x-user-defined');"
-        " r.send(); return [...r.responseText].map(c => c.charCodeAt(0) & 255)", walker.browser.run(place))))  # fmt: skip
+    walker.press("#download")
+    walker.browser.until(lambda: bool(list(walker.browser.downloads.glob("*.png"))))
+    (picture,) = walker.browser.downloads.glob("*.png")
     told = settings_in(picture)
     assert (told.prompt, told.seed, told.steps) == (CLASS, 5, 2)
     with Image.open(picture) as found:
@@ -221,15 +222,13 @@ def vote(walker: Walker, runs: Path) -> None:
     walker.has("#vote iframe")
     walker.press("#count-votes")
     walker.reads("#counted", "no vote yet")
-    inside = "const d = document.querySelector('#vote iframe').contentDocument, w = document.querySelector('#vote iframe').contentWindow;"
+    inside = "const w = document.querySelector('#vote iframe').contentWindow, d = w.document;"
     walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return !!d?.querySelector('form button')")))
     walker.browser.run(f"{inside} d.querySelector('form button').click()")
-    for pair in range(2):
-        for question in range(2):
-            walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return w.eval('performance.now() >= deaf')")))
-            walker.browser.run(f"{inside} d.querySelector('.choices.now button').click()")
-            time.sleep(0.5)
-            assert (pair, question) >= (0, 0)
+    for _ in range(2 * 2):  # two pairs, two questions
+        walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return w.eval('performance.now() >= deaf')")))
+        walker.browser.run(f"{inside} d.querySelector('.choices.now button').click()")
+        time.sleep(0.5)
     walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return !d.getElementById('done').hidden")))
     walker.press("#count-votes")
     walker.reads("#counted", "Win rate of A")

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fewstep.report.grids import write_grid
+from fewstep.report.images import png
 from fewstep.runs.recipe import DistillRecipe, read_recipe
 from fewstep.studio import words
 from fewstep.studio.commands import Output, resumed, run_apart, stop, stream, without_out
@@ -32,7 +33,17 @@ from fewstep.studio.folders import (
 from fewstep.studio.pictures import Settings, previews, settings_in, strips, student_rows, wipe, with_settings
 from fewstep.studio.pictures import grid_of as preview_of
 from fewstep.studio.queue import Job, Line, added, read_jobs, removed
-from fewstep.studio.settings import MAIN, Order, changes, fitting, main_settings, order_of, recipes, settings_of, verdict
+from fewstep.studio.settings import (
+    MAIN,
+    Order,
+    changes,
+    fitting,
+    main_settings,
+    order_of,
+    recipes,
+    settings_of,
+    verdict,
+)
 from fewstep.training.lock import Holder, holder_in, holder_of, lives, this_holder
 
 BAD = "<img src=x onerror=alert(1)> **bold** `code`"
@@ -63,9 +74,7 @@ def test_every_state_has_its_word(facts: Facts, word: str) -> None:
 
 
 def test_a_run_is_told_in_two_lines() -> None:
-    assert summary("mine\x1b", TRAINED) == (
-        "mine\\x1b\ntraining · 40 % of 100 · 2 min left · 1 min 20 s of training"
-    )
+    assert summary("mine\x1b", TRAINED) == ("mine\\x1b\ntraining · 40 % of 100 · 2 min left · 1 min 20 s of training")
     assert left_of(replace(TRAINED, alive=False)) is None
 
 
@@ -88,9 +97,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     child.wait()
 
 
-def test_facts_come_from_the_folder_while_it_trains_and_after(
-    tmp_path: Path, sleeper: subprocess.Popen[bytes]
-) -> None:
+def test_facts_come_from_the_folder_while_it_trains_and_after(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     run = tmp_path / "group" / "one"
     record(run)
     log(run, *({"iteration": i, "seconds": 2.0 * i, "student_loss": 1.0} for i in range(1, 5)))
@@ -215,8 +222,6 @@ def test_a_picture_without_settings_says_so(told: str | None, tmp_path: Path) ->
     picture = Image.new("RGB", (8, 8))
     if told is not None:
         picture.info["fewstep.sample"] = told
-        from fewstep.report.images import png
-
         (tmp_path / "a.png").write_bytes(png(picture))
     else:
         picture.save(tmp_path / "a.png")
@@ -249,15 +254,13 @@ def test_a_preview_is_taken_apart(tmp_path: Path) -> None:
 def test_a_command_goes_on_in_its_own_folder() -> None:
     run = Path("/runs/a b")
     plain = resumed("fewstep distill demo --set 'method.steps=[4, 2]' --out elsewhere --log-to wandb", run)
-    assert plain[1:] == [
-        "-m", "fewstep.cli.main", "distill", "demo", "--set", "method.steps=[4, 2]", "--log-to", "wandb", "--out", "/runs/a b",
-    ]  # fmt: skip
+    assert plain[1:3] == ["-m", "fewstep.cli.main"]
+    assert plain[3:] == ["distill", "demo", "--set", "method.steps=[4, 2]", "--log-to", "wandb", "--out", "/runs/a b"]
     several = resumed("torchrun --nproc_per_node 2 -m fewstep.cli.main distill demo --out=x", run)
-    assert several[1:] == [
-        "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fewstep.cli.main", "distill", "demo", "--out", "/runs/a b",
-    ]  # fmt: skip
+    assert several[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert several[5:] == ["-m", "fewstep.cli.main", "distill", "demo", "--out", "/runs/a b"]
     for odd in ("", "python train.py", "fewstep sample x", "fewstep distill 'x", "torchrun x.py distill"):
-        with pytest.raises(ValueError, match="command in run.json"):
+        with pytest.raises(ValueError, match=r"command in run\.json"):
             resumed(odd, run)
     assert without_out(["distill", "--out", "--out", "x"]) == ["distill", "x"]
 
@@ -366,9 +369,9 @@ def test_an_order_becomes_a_command_that_a_terminal_takes(tmp_path: Path) -> Non
     assert order.distill(dry=True) == [*order.distill(), "--dry-run"]
     assert order.plan("24GiB") == ["plan", "demo", *sets, "--memory", "24GiB"]
     assert Order("demo", tmp_path).plan("") == ["plan", "demo"]
-    with pytest.raises(ValueError, match="name: got '../x'"):
+    with pytest.raises(ValueError, match=r"name: got '\.\./x'"):
         order_of(tmp_path, "../x", "demo", "", "", {}, "")
-    with pytest.raises(ValueError, match="train.bacth"):
+    with pytest.raises(ValueError, match=r"train\.bacth"):
         order_of(tmp_path, "x", "demo", "", "", {}, "train.bacth=1")
     assert "demo" in recipes()
     assert "emoji-teacher" not in recipes()

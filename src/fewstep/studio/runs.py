@@ -39,6 +39,8 @@ from .queue import Job
 EVERY, SLOW = 2.0, 4.0  # seconds between two looks: at states, at curves and images
 NONE = "No run yet. Start one in the tab New, or with `fewstep distill` in a terminal: it appears here by itself."
 CHOOSE = "Choose a run from the list."
+Seen = tuple[str, int, str]  # what a page shows of a run: its folder, the number of previews, `stamp`
+NOTHING: Seen = ("", 0, "")
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,11 @@ def shown_wipe(run: str, at: int, prompt: int | None, row: str | None) -> tuple[
     return wipe(grid, prompt or 0, row or ""), strips(grid)
 
 
+def _list(choices: list[tuple[str, str]], run: str | None, known: bool) -> Any:
+    """Return the list of runs; what is chosen is left to the page, unless it has vanished."""
+    return gr.update(choices=choices) if known or not run else gr.update(choices=choices, value=None)
+
+
 def _changed(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
     """Return the new outputs, those skipped that the page has already."""
     return [gr.skip() if i < len(old) and old[i] == value else value for i, value in enumerate(new)]
@@ -217,7 +224,7 @@ def build(place: Place) -> RunsTab:
                 with gr.Tab("Report"):
                     page = gr.HTML(words.note("Press Report to write it from what the run holds by now."))
     fast, slow = gr.Timer(EVERY), gr.Timer(SLOW)
-    before, seen = gr.State([]), gr.State("")
+    before, seen = gr.State([]), gr.State(NOTHING)
 
     def look(run: str | None, old: list[Any]) -> list[Any]:
         """Look at all runs and at the chosen one."""
@@ -246,7 +253,7 @@ def build(place: Place) -> RunsTab:
             return [gr.skip()] * 11 + [gr.skip()]
         fresh = _changed(old, new)
         outputs = [
-            fresh[0] if fresh[0] is not new[0] else gr.update(choices=choices, value=run if own else None),
+            fresh[0] if fresh[0] is not new[0] else _list(choices, run, own is not None),
             fresh[1],
             gr.update(visible=bool(waits)),
             fresh[2] if fresh[2] is not new[2] else gr.update(choices=waits, value=waits[0][1] if waits else None),
@@ -262,41 +269,39 @@ def build(place: Place) -> RunsTab:
 
     looked = [chosen, queue, waiting, out, about, halt, go_on, duplicate, report, log, command, before]
 
-    def look_slowly(run: str | None, old: str, now: float, asked: int | None, beside: str | None) -> list[Any]:
+    def look_slowly(run: str | None, old: Seen, now: float, asked: int | None, beside: str | None) -> list[Any]:
         """Look at curves and previews of the chosen run."""
         if not run or not Path(run).is_dir():
             none = words.note(CHOOSE)
-            return [none, none, gr.skip(), gr.skip(), gr.skip(), "", None, words.note("No preview yet."), ""]
-        part = stage_of(Path(run))
-        new = f"{run} {stamp(Path(run))}"
-        if new == old:
+            return [none, none, gr.skip(), gr.skip(), gr.skip(), "", None, words.note("No preview yet."), NOTHING]
+        found, marks = previews(stage_of(Path(run))), stamp(Path(run))
+        if old == (run, len(found), marks):
             return [gr.skip()] * 9
         try:
-            made, said = drawn(Path(run), new)
+            made, said = drawn(Path(run), marks)
         except ValueError as error:
             made, said = words.note(error, "bad"), words.note(error, "bad")
-        found, before_now = previews(part), old.startswith(f"{run} ")
-        grid = grid_of(found[-1][1]) if found else None
-        if not found or grid is None:
-            return [made, said, gr.skip(), gr.skip(), gr.skip(), "", *shown_wipe(run, 1, None, None), new]
-        at_end = not before_now or int(now) >= counted.get(run, 0)
-        counted[run] = len(found)
+        before = old[1] if old[0] == run else 0  # previews of this run that the page has seen
+        new, grid = (run, len(found), marks), grid_of(found[-1][1]) if found else None
+        if grid is None:
+            return [made, said, gr.skip(), gr.skip(), gr.skip(), "", *shown_wipe(run, 1, None, None), (run, 0, marks)]
+        at_end, own_rows = not before or int(now) >= before, student_rows(grid)
         place_of = len(found) if at_end else int(now)
-        own_rows = student_rows(grid)
-        beside = beside if before_now and beside in own_rows else (own_rows[0] if own_rows else None)
-        asked = asked if before_now and asked is not None and asked < len(grid.prompts) else 0
+        if not before:
+            asked, beside = 0, own_rows[0] if own_rows else None
+        turned = {"maximum": max(len(found), 2), "interactive": len(found) > 1} | (
+            {"value": place_of} if at_end else {}
+        )
         return [
             made,
             said,
-            gr.update(maximum=max(len(found), 2), value=place_of, interactive=len(found) > 1),
-            gr.update(choices=list(prompts_of(grid)), value=asked),
-            gr.update(choices=own_rows, value=beside),
+            gr.update(**turned),
+            gr.skip() if before else gr.update(choices=list(prompts_of(grid)), value=asked),
+            gr.skip() if before else gr.update(choices=own_rows, value=beside),
             which(run, place_of),
             *shown_wipe(run, place_of, asked, beside),
             new,
         ]
-
-    counted: dict[str, int] = {}  # previews of a run when a page last looked
 
     def which(run: str | None, at: float) -> str:
         found = previews(stage_of(Path(run))) if run else []
