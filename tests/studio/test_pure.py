@@ -362,9 +362,9 @@ def test_what_differs_from_the_recipe_is_set() -> None:
 
 
 def test_an_order_becomes_a_command_that_a_terminal_takes(tmp_path: Path) -> None:
-    asked = main_settings("demo") | {"train.iterations": "4", "train.decay": "0"}
+    asked = main_settings("demo") | {"train.iterations": "90", "train.decay": "0"}
     order = order_of(tmp_path, "mine", "demo", "emoji", "p.txt", asked, "train.ema=0.9")
-    sets = ["--set", "train.iterations=4", "--set", "train.decay=0", "--set", "train.ema=0.9", "--teacher", "emoji"]
+    sets = ["--set", "train.iterations=90", "--set", "train.decay=0", "--set", "train.ema=0.9", "--teacher", "emoji"]
     assert order.distill() == ["distill", "demo", *sets, "--prompts", "p.txt", "--out", str(tmp_path / "mine")]
     assert order.distill(dry=True) == [*order.distill(), "--dry-run"]
     assert order.plan("24GiB") == ["plan", "demo", *sets, "--memory", "24GiB"]

@@ -1,4 +1,6 @@
-"""Child processes: every action of the studio is a command that a terminal takes, too."""
+"""Child processes of the studio.
+
+Every action of the studio is a command that a terminal takes, too."""
 
 import os
 import shlex
@@ -21,7 +23,9 @@ MOST = 60_000  # characters of output that are shown
 
 @dataclass(frozen=True)
 class Output:
-    """What a command has printed by now, and its exit code once it has ended."""
+    """What a command has printed by now.
+
+    `code` is its exit code, None while it runs."""
 
     said: str
     code: int | None = None
@@ -50,7 +54,7 @@ def _environment() -> dict[str, str]:
 
 
 def stream(arguments: Sequence[str]) -> Iterator[Output]:
-    """Run a command to its end, and yield what it has printed by then."""
+    """Run a command, and yield what it has printed so far."""
     said = f"$ {shown(arguments)}\n"
     yield Output(said)
     with subprocess.Popen(
@@ -86,7 +90,9 @@ def run_apart(argv: Sequence[str], run: Path) -> None:
 
 
 def stop(run: Path) -> str:
-    """Ask the process that trains a run to save and end; say what was done.
+    """Ask the process of a run to save and end.
+
+    Returns what was done.
 
     Raises ValueError where there is no such process on this machine.
     """

@@ -1,4 +1,4 @@
-"""The tab of comparisons: students side by side, and blind votes that are counted."""
+"""The tab of comparisons and blind votes."""
 
 import json
 import time
@@ -49,7 +49,10 @@ def candidates(folder: Path) -> list[tuple[str, str]]:
 
 
 def named(folder: Path, asked: str, kind: str) -> Path:
-    """Return the folder of a comparison or a study; a name of the time where none is given."""
+    """Return the folder of a comparison or a study.
+
+    It is named after the time where no name is given.
+    """
     return folder / kind / made_name(asked.strip() or time.strftime("%Y-%m-%d-%H%M%S"))
 
 
@@ -91,7 +94,7 @@ def own_page(path: Path) -> str:
 
 
 def counted(result: Count) -> str:
-    """Return the count of a study as HTML, as `fewstep study --count` prints it."""
+    """Return the count of a study as HTML."""
     parts = []
     for question in result.questions.values():
         rows = [

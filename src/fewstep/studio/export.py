@@ -54,7 +54,10 @@ def files_in(out: Path) -> list[tuple[str, str]]:
 
 
 def snippet(out: Path, card: StudentCard) -> str:
-    """Return Python that samples from exported files: that of the folder's own page."""
+    """Return Python code that samples from exported files.
+
+    The code is that of the folder's own page.
+    """
     try:
         with reading(out / "README.md", "export it again"):
             found = BLOCK.search(text_in(out / "README.md"))

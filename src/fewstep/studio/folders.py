@@ -46,7 +46,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run: a word, and a sentence that explains the word."""
+    """The state of a run.
+
+    A word, and a sentence that explains the word.
+    """
 
     word: str
     said: str
@@ -84,7 +87,7 @@ def left_of(facts: Facts) -> float | None:
 
 
 def summary(name: str, facts: Facts) -> str:
-    """Return a run in two lines of text: its name, then state and progress."""
+    """Return name, state and progress of a run in two lines."""
     state, left = state_of(facts), left_of(facts)
     parts = [state.word]
     if facts.asked:
@@ -109,7 +112,10 @@ def _is_run(place: Path, names: frozenset[str]) -> bool:
 
 
 def _walk(folder: Path, deep: int) -> Iterator[tuple[Path, frozenset[str]]]:
-    """Yield folders with the names in them; what is inside a run or a student is passed over."""
+    """Yield folders with the names in them.
+
+    What is inside a run or a student is passed over.
+    """
     try:
         with os.scandir(folder) as entries:
             here = list(entries)
@@ -117,7 +123,7 @@ def _walk(folder: Path, deep: int) -> Iterator[tuple[Path, frozenset[str]]]:
         return
     names = frozenset(entry.name for entry in here)
     yield folder, names
-    if deep and not names & set(MARKS) and not holds_student(folder):
+    if deep and not names & {*MARKS, WARM} and not holds_student(folder):
         for entry in sorted(here, key=lambda e: e.name):
             if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                 yield from _walk(folder / entry.name, deep - 1)
@@ -128,7 +134,10 @@ def _begun(run: Path) -> float:
 
 
 def _stamp(path: Path) -> tuple[float, int]:
-    """Return when a file was changed, and its size; zeros where there is none."""
+    """Return when a file was changed, and its size.
+
+    Zeros where there is no file.
+    """
     try:
         found = path.stat()
     except OSError:
@@ -153,7 +162,10 @@ def record_of(run: Path) -> Mapping[str, Any]:
 
 
 def stage_of(run: Path) -> Path:
-    """Return the folder of the stage that trains: the run, or its warm start."""
+    """Return the folder of the stage that trains.
+
+    The run, or its warm start.
+    """
     warm = run / WARM
     return warm if (warm / RECORD).is_file() and not (run / RECORD).is_file() else run
 
@@ -221,7 +233,7 @@ def started(run: Path) -> Holder | None:
 
 
 def error_of(run: Path) -> str:
-    """Return the line with which a run ended, where it ended with an error.
+    """Return the error with which a run ended, empty for none.
 
     An error that is older than what the run has logged since is none any more.
     """
@@ -236,7 +248,10 @@ def error_of(run: Path) -> str:
 
 
 def find_students(folder: Path) -> list[Path]:
-    """Return the students under a folder: of runs the last and the best, and exported ones."""
+    """Return the students under a folder.
+
+    Of runs the last and the best, and exported ones.
+    """
     found = []
     for place, _ in _walk(folder, DEEP):
         found += [p for p in (place, place / FINAL, place / BEST) if holds_student(p)]
@@ -244,7 +259,7 @@ def find_students(folder: Path) -> list[Path]:
 
 
 def student_names(folder: Path) -> list[tuple[str, str]]:
-    """Return (what a student is called, its folder) for a list to choose from."""
+    """Return (name, folder) of every student under a folder."""
     found = []
     for place in find_students(folder):
         try:
@@ -257,7 +272,7 @@ def student_names(folder: Path) -> list[tuple[str, str]]:
 
 
 def shown_name(place: Path, folder: Path) -> str:
-    """Return a path as it reads below the studio's folder, `final` left out."""
+    """Return a path below the studio's folder, without `final`."""
     own = place.relative_to(folder) if place.is_relative_to(folder) else place
     own = own.parent if own.name == FINAL else own
     return visible(str(own), lines=False)

@@ -14,7 +14,10 @@ MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 
 
 def css() -> str:
-    """Return the style sheet: the report's colours in light and dark, then the studio's own rules."""
+    """Return the style sheet.
+
+    The report's colours in light and dark, then the studio's own rules.
+    """
     sheet, own = (files(place).joinpath("style.css").read_text(encoding="utf-8") for place in (REPORT, __package__))
     light, dark = ROOT.findall(sheet)[:2]
     return (

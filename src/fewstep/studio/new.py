@@ -49,7 +49,10 @@ class NewTab:
 
 
 def card_memory() -> str:
-    """Return the memory of this machine's card, or its free memory without one."""
+    """Return the memory of this machine's card.
+
+    The machine's own free memory where there is no card.
+    """
     device = default_device()
     if device.type == "cuda":
         return f"{torch.cuda.get_device_properties(device).total_memory // 2**30}GiB"
@@ -57,7 +60,10 @@ def card_memory() -> str:
 
 
 def free_name(folder: Path, wished: str) -> str:
-    """Return a name of which there is no run yet: `mine`, `mine-2`, ..."""
+    """Return a name of which there is no run yet.
+
+    `mine`, `mine-2`, ...
+    """
     plain = made_name(wished)
     tries = (plain if n == 1 else f"{plain}-{n}" for n in range(1, 10_000))
     return next(name for name in tries if not (folder / name).exists())
@@ -97,7 +103,7 @@ def about_prompts(source: str, teacher: str) -> list[str]:
 
 
 def taken(record: Any) -> tuple[str, str, str, list[str]]:
-    """Return (recipe, teacher, prompts, settings) of a run, to be changed and trained again."""
+    """Return (recipe, teacher, prompts, settings) of a run."""
     given = [str(item) for item in record.get("overrides") or []]
     named = {item.partition("=")[0]: item.partition("=")[2] for item in given}
     own = [item for item in given if item.partition("=")[0] not in ("teacher", "prompts.source")]
@@ -199,7 +205,10 @@ def build(place: Place) -> NewTab:
         return "\n".join([*kept, f"{key}={text.strip()}"] if key and text.strip() else kept)
 
     def prompts_file(own: str, other: str, dropped: str | None, keep: Path | None) -> str:
-        """Return the file or data set of the prompts; pasted ones are written to a file beside the runs."""
+        """Return the file or data set of the prompts.
+
+        Pasted and dropped ones are written to a file first.
+        """
         base = place.downloads / "prompts" if keep is None else keep.with_name(f"{keep.name}-prompts")
         if own.strip():
             return str(write_text(base.with_name(f"{base.name}.txt"), own.strip() + "\n").resolve())

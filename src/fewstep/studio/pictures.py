@@ -1,4 +1,4 @@
-"""Sampled pictures that carry their settings in the PNG, and previews taken apart."""
+"""Pictures that hold their settings, and previews taken apart."""
 
 import io
 import json
@@ -66,7 +66,10 @@ def previews(run: Path) -> list[tuple[int, Path]]:
 
 
 def grid_of(path: Path) -> Grid | None:
-    """Read a preview; None where it is no grid, or is being written."""
+    """Read a preview.
+
+    None where the file is no grid, or is being written.
+    """
     try:
         with reading(path, "wait for the next"):
             return read_grid(path.read_bytes())
@@ -75,7 +78,10 @@ def grid_of(path: Path) -> Grid | None:
 
 
 def strips(grid: Grid) -> str:
-    """Return a preview as HTML: a row for each model, an image for each prompt."""
+    """Return a preview as HTML.
+
+    A row for each model, an image for each prompt.
+    """
     pixels = max(grid.width, grid.height) <= PIXELS
     return "".join(
         strip(label, [image(data_url(tile), prompt, pixels) for tile, prompt in zip(row, grid.prompts, strict=True)])

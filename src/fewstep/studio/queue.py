@@ -34,7 +34,10 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def added(jobs: Sequence[Job], job: Job) -> list[Job]:
-    """Return the queue with a run at its end; a run that waits already is replaced."""
+    """Return the queue with a run at its end.
+
+    A run that waits already is replaced.
+    """
     return [*(j for j in jobs if j.run != job.run), job]
 
 
@@ -44,7 +47,7 @@ def removed(jobs: Sequence[Job], run: str) -> list[Job]:
 
 
 class Line:
-    """The queue of a folder, looked at as long as the studio is open."""
+    """The queue of a folder while the studio is open."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock, self.closed = folder, threading.Lock(), threading.Event()
@@ -59,7 +62,10 @@ class Line:
         return next((run for run in find_runs(self.folder) if facts_of(run).alive), None)
 
     def put(self, job: Job) -> Path | None:
-        """Start a run, or let it wait for the run that is returned."""
+        """Start a run, or let it wait.
+
+        Returns the run that it waits for.
+        """
         with self.lock:
             if (other := self.busy()) is None and not self.jobs():
                 run_apart(job.argv, Path(job.run))

@@ -1,4 +1,7 @@
-"""The tab of runs: every run under the folder, and one of them opened."""
+"""The tab of runs.
+
+Every run under the folder, and one of them opened.
+"""
 
 import shutil
 import subprocess
@@ -52,7 +55,7 @@ class RunsTab:
 
 
 def listed(place: Place) -> list[tuple[str, str]]:
-    """Return (two lines of text, folder) of every run, those that wait first."""
+    """Return (text, folder) of every run, waiting ones first."""
     waiting = [job.run for job in place.line.jobs()]
     rows = [(f"{shown_name(Path(run), place.folder)}\nwaiting · number {i + 1}", run) for i, run in enumerate(waiting)]
     return rows + [
@@ -63,12 +66,15 @@ def listed(place: Place) -> list[tuple[str, str]]:
 
 
 def recorded(run: Path) -> Mapping[str, Any]:
-    """Return `run.json` of a run, or of its warm start while that trains."""
+    """Return `run.json` of a run or of its warm start."""
     return record_of(run) or record_of(stage_of(run))
 
 
 def memory_of(facts: Facts) -> str:
-    """Return what the process of a run takes in memory; empty where nobody knows."""
+    """Return what the process of a run takes in memory.
+
+    Empty where nobody knows.
+    """
     if facts.held is None or not facts.alive:
         return ""
     found = []
@@ -128,9 +134,9 @@ def status(run: Path, folder: Path) -> str:
 
 @lru_cache(maxsize=4)
 def drawn(run: Path, seen: str) -> tuple[str, str]:
-    """Return (curves, warnings) of a run as HTML; `seen` says which state of its folder.
+    """Return (curves, warnings) of a run as HTML.
 
-    Raises ReadError for a damaged log.
+    `seen` says which state of its folder. Raises ReadError for a damaged log.
     """
     metrics = read_metrics(stage_of(run) / METRICS)
     made = "".join(
@@ -159,7 +165,10 @@ def shown_wipe(run: str, at: int, prompt: int | None, row: str | None) -> tuple[
 
 
 def _list(choices: list[tuple[str, str]], run: str | None, known: bool) -> Any:
-    """Return the list of runs; what is chosen is left to the page, unless it has vanished."""
+    """Return the list of runs.
+
+    What is chosen is left to the page, unless it has vanished.
+    """
     return gr.update(choices=choices) if known or not run else gr.update(choices=choices, value=None)
 
 

@@ -1,4 +1,7 @@
-"""The tab of samples: a student beside its teacher, from the same noise."""
+"""The tab of samples.
+
+A student beside its teacher, from the same noise.
+"""
 
 import threading
 import time
@@ -50,7 +53,7 @@ class Models:
     key: tuple[str, int]
     student: Student | None
 
-    def open(self, folder: Path) -> tuple[Student, str]:
+    def read(self, folder: Path) -> tuple[Student, str]:
         """Return a student, and a note where its base has other weights.
 
         Raises ValueError with one line.
@@ -66,7 +69,10 @@ class Models:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images [N, 3, H, W] of one model, clips as strips of frames, and what they took."""
+    """Images of one model, and what they took.
+
+    `images` [N, 3, H, W]; clips are strips of frames. `seconds` are those of an image.
+    """
 
     name: str
     images: Tensor
@@ -80,7 +86,9 @@ class Drawn:
 
 
 def prompt_for(backbone: Backbone, prompt: str) -> str:
-    """Return the prompt that a model takes; the empty one where it takes none.
+    """Return the prompt that a model takes.
+
+    The empty one where it takes none.
 
     Raises ValueError for an empty prompt of a model that takes prompts.
     """
@@ -113,7 +121,7 @@ def by_student(student: Student, asked: Settings) -> Drawn:
 
 
 def by_teacher(student: Student, asked: Settings) -> Drawn:
-    """Sample with the teacher of a student, guided as in its training, from the same noise."""
+    """Sample with a student's teacher, guided as in its training."""
     backbone, guidance = student.backbone, student.card.guidance
     prompts, seeds = [prompt_for(backbone, asked.prompt)] * asked.count, _seeds(asked)
     null = backbone.encode([""])
@@ -273,7 +281,7 @@ def build(place: Place, tab: gr.Tab) -> None:
             *own, with_teacher = fields
             asked = settings_for(*own)
             yield [words.note("The student is loaded."), *nothing, "", gr.update(visible=False)]
-            model, base_note = models.open(Path(asked.student))
+            model, base_note = models.read(Path(asked.student))
             yield [words.note("The student samples."), *nothing, "", gr.update(visible=False)]
             drawn = [by_student(model, asked)]
             if with_teacher:
@@ -317,7 +325,7 @@ def build(place: Place, tab: gr.Tab) -> None:
         try:
             asked = settings_for(*fields[:-1])
             yield [words.note("The grid is sampled."), *nothing, "", gr.update(visible=False)]
-            model, _ = models.open(Path(asked.student))
+            model, _ = models.read(Path(asked.student))
             made = steps_grid(model, asked)
         except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
             yield [words.note(error, "bad"), *nothing, "", gr.update(visible=False)]
@@ -369,6 +377,6 @@ HEADS = ("Model", "Network calls", "An image took")
 
 
 def _sheet(drawn: list[Drawn], asked: Settings) -> Image.Image:
-    """Draw all images, a row for each model and a column for each seed."""
+    """Draw all images, a row for each model."""
     images = torch.stack([d.images for d in drawn])
     return draw_grid(images, [d.name for d in drawn], [f"seed {s}: {asked.prompt}" for s in _seeds(asked)])

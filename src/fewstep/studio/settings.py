@@ -1,4 +1,4 @@
-"""A recipe's settings as a list, each with its text, and the command of a training."""
+"""A recipe's settings with their texts, and training commands."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +109,7 @@ def _kind(path: Path) -> str:
 
 
 def about_recipe(source: str) -> list[str]:
-    """Return the lines at a recipe's head: what it is and what it costs.
+    """Return the lines at a recipe's head.
 
     Raises ValueError where there is no such recipe.
     """
@@ -145,9 +145,9 @@ def changes(base: Mapping[str, str], asked: Mapping[str, str], more: str) -> lis
 def order_of(
     folder: Path, name: str, recipe: str, teacher: str, prompts: str, asked: Mapping[str, str], more: str
 ) -> Order:
-    """Return what is asked for, with whole paths, so that it can be resumed from anywhere.
+    """Return what is asked for.
 
-    Raises ValueError for a name that no folder may have, and for settings that the recipe does not take.
+    Paths are whole, so that the training can be resumed from anywhere. Raises ValueError for a name that no folder may have, and for settings that the recipe does not take.
     """
     if fault := fault_of(name):
         raise ValueError(f"name: got {name!r}, which {fault}; choose another")
