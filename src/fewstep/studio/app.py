@@ -50,7 +50,8 @@ def page(place: Place) -> gr.Blocks:
 def serve(folder: Path, host: str, port: int | None, password: str | None, browser: bool) -> tuple[gr.Blocks, str]:
     """Start the server, and return the page and its address.
 
-    The server runs in threads of its own. The queue is looked at until the process ends. Raises OSError where the port is taken.
+    The server runs in threads of its own. The queue is looked at until the process ends. Raises OSError where the
+    port is taken.
     """
     place = Place(folder, Line(folder))
     blocks = page(place)

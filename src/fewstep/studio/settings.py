@@ -147,7 +147,8 @@ def order_of(
 ) -> Order:
     """Return what is asked for.
 
-    Paths are whole, so that the training can be resumed from anywhere. Raises ValueError for a name that no folder may have, and for settings that the recipe does not take.
+    Paths are whole, so that the training can be resumed from anywhere. Raises ValueError for a name that no folder
+    may have, and for settings that the recipe does not take.
     """
     if fault := fault_of(name):
         raise ValueError(f"name: got {name!r}, which {fault}; choose another")
