@@ -59,7 +59,7 @@ def start(way: str, folder: str) -> None:
     if way == WAYS[1] and not first:
         empty(backbone.module)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-    roles = make_roles(backbone, RolesConfig(lora=False), hollow=way == WAYS[1])
+    roles = make_roles(backbone, RolesConfig(lora=False), on_meta=way == WAYS[1])
     roles.shard(mesh, torch.device("cpu"), from_first=way == WAYS[1])
     found = {"process": distributed.get_rank(), "peak": resident("VmHWM") - before, "denoiser": size}
     Path(folder, f"{distributed.get_rank()}.json").write_text(json.dumps(found))

@@ -24,7 +24,6 @@ class Base:
     """A base of the paper: its recipe, its rivals and its protocol."""
 
     recipe: str
-    teacher: str | None = None  # the recipe's
     against: tuple[str, ...] = ()
     protocol: str = "hpsv2"
     metrics: tuple[str, ...] = ("hpsv21", "aesthetic", "clip_score")
@@ -34,7 +33,7 @@ BASES = {
     "sd15": Base("sd15-tdm4-lora", against=("lcm-lora", "hyper-sd", "tcd")),
     "sdxl": Base("sdxl-tdm4-lora", against=("lcm-lora", "hyper-sd", "tcd", "sdxl-lightning", "dmd2", "sdxl-turbo")),
     "pixart": Base("pixart-tdm4-lora"),
-    "sd35": Base("pixart-tdm4-lora", "stabilityai/stable-diffusion-3.5-medium"),
+    "sd35": Base("sd35m-tdm4-lora"),
     "cogvideox": Base("cogvideox-tdm4-lora", protocol="vbench", metrics=()),
 }
 LEADING = ("model", "steps", "guidance", "nfe")
@@ -98,8 +97,7 @@ def main() -> None:
     base, run = BASES[name], Path(a.student) if a.student else a.run or Path("runs") / f"table-{name}"
     if a.student is None:
         given = {"prompts.source": a.prompts or "prompts.txt"}
-        teacher = a.teacher or base.teacher
-        run_distill(base.recipe, a.set, run, False, [], given | ({"teacher": teacher} if teacher else {}))
+        run_distill(base.recipe, a.set, run, False, [], given | ({"teacher": a.teacher} if a.teacher else {}))
 
     def listed(text: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
         return usual if text is None else tuple(word for word in text.split(",") if word)

@@ -36,7 +36,7 @@ def ask(method: str, address: str, value: dict[str, Any] | None = None) -> Any:
     data = None if value is None else json.dumps(value).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=300) as answer:  # noqa: S310
             return json.load(answer)["value"]
     except urllib.error.HTTPError as error:
         raise AssertionError(json.load(error)["value"]["message"].partition("\n")[0]) from error

@@ -116,8 +116,8 @@ def test_sources_that_are_no_teacher(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         load_teacher(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="is a FluxPipeline, supported are StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AuraFlowPipeline"}')
+    with pytest.raises(ValueError, match="is a AuraFlowPipeline, supported are StableDiffusionPipeline"):
         load_teacher(tmp_path)
     (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
     with pytest.raises(ValueError, match="text_encoder/ is missing; download it again"):

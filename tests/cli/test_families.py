@@ -57,7 +57,7 @@ def measured(run: Path, *more: str) -> None:
     assert "<h2>Drift</h2>" in page and "Distance to the teacher" in page and "% of the images" in page
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "pixart"])
+@pytest.mark.parametrize("family", ["sd3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sdxl", "pixart"))])
 def test_a_student_of_any_family_is_measured_by_the_default_command(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

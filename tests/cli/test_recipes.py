@@ -49,6 +49,10 @@ HUB = {
 }
 
 
+FROM_HUB = [n for n in recipe_names() if kind_of(n) == "distill" and any(w in recipe_path(n).read_text() for w in HUB)]
+QUICK = ("sd15-tdm4-lora", "sdxl-tdm4", "flux-tdm4-lora", "wan21-tdm4-lora")  # the others are dry-run among the slow
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
     assert recipe_path(name).read_text().startswith("# ")
@@ -127,7 +131,14 @@ def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> 
 
 
 @pytest.mark.parametrize("counted", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [n for n in recipe_names() if kind_of(n) == "distill"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in FROM_HUB and n not in QUICK else ())
+        for n in recipe_names()
+        if kind_of(n) == "distill"
+    ],
+)
 def test_a_distillation_recipe_passes_its_dry_run(
     name: str,
     counted: bool,
@@ -155,6 +166,7 @@ def test_a_distillation_recipe_passes_its_dry_run(
         instead += ["--set", "size=null"] * family.startswith("wan")  # larger than the stand-in has positions for
         if family in pipelines.SIZES:
             instead += ["--set", f"size={pipelines.SIZES[family]}"]
+        instead += ["--set", "roles.quantize=null"]  # no layer of the stand-in is wide enough
         Path("prompts.txt").write_text("a red fox\nthe sea\n")
     before = sorted(tmp_path.rglob("*"))
     assert fewstep(monkeypatch, "distill", name, "--dry-run", *instead) == 0

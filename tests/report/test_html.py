@@ -405,6 +405,7 @@ def test_a_run_folder_becomes_the_same_report_again(run: Path) -> None:
     page = parsed((run / "report.html").read_text(encoding="utf-8"))
     assert {s["id"] for s in page.all("section")} == {
         "images",
+        "furthest",
         "steps",
         "counts",
         "quality",

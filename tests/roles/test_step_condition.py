@@ -139,7 +139,13 @@ def test_folded_into_the_time_layer_it_is_the_student_of_that_count(bias: bool) 
         with folded(roles.backbone, network, roles.vectors()[2], times):
             alone = copy.deepcopy(network)
         torch.testing.assert_close(roles.denoise("student", cond, 2)(x, t).x0, wanted, rtol=0, atol=0)
-        own = Roles(roles.backbone, {**roles.networks, "student": alone}, roles.trained, (), roles.config)
+        own = Roles(
+            backbone=roles.backbone,
+            networks={**roles.networks, "student": alone},
+            trained=roles.trained,
+            layers=(),
+            config=roles.config,
+        )
         torch.testing.assert_close(own.denoise("student", cond)(x, t).x0, wanted, rtol=1e-5, atol=1e-5)
         unfold(roles.backbone, alone, roles.vectors()[2], times)
         for name, weight in network.get_submodule(layer).named_parameters():

@@ -79,7 +79,7 @@ def roles_of(backbone: Backbone, method: Method, case: Case, rank: int = 2) -> R
     against = method.counts if method.needs.adversary else ()
     config = RolesConfig(lora=case.lora, rank=rank)
     values = method.condition_values
-    return make_roles(backbone, config, 0, values, against, None, method.needs.fake, hollow=case.from_first)
+    return make_roles(backbone, config, 0, values, against, None, method.needs.fake, on_meta=case.from_first)
 
 
 def stopped(case: Case, run: Path) -> None:

@@ -18,7 +18,7 @@ from fewstep.training.optimizer import make_optimizer, require, state_bytes
 from fewstep.training.state import checkpoints
 
 from .. import tiny
-from .common import CONFIG, METHOD, tensors
+from .common import CONFIG, METHOD, tensors, wait_for
 
 EIGHT = replace(CONFIG, optimizer="adamw8bit")
 
@@ -104,6 +104,7 @@ def test_it_resumes_bit_for_bit_from_tensors_alone(tmp_path: Path) -> None:
     killed = distill(parts()[0], METHOD, data, config, tmp_path / "killed")
     for _ in range(4):
         next(killed)
+    wait_for(tmp_path / "killed" / "checkpoint-000004")
     kept = tensors(checkpoints(tmp_path / "killed")[-1])
     types = {
         name.rpartition(".")[2]: tensor.dtype

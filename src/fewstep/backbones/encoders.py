@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..reading import reading
 from .base import Backbone
 from .parts import DiffusersBackbone, default_dtype, load_part, networks
 
@@ -32,7 +33,8 @@ def deferred(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> nn.Modul
 
     def fill(*_: object) -> None:
         handle.remove()
-        loaded = load_part(kind, folder, name, dtype)
+        with reading(f"teacher: {folder / name}", "save the pipeline again"):
+            loaded = load_part(kind, folder, name, dtype)
         network._parameters, network._buffers = loaded._parameters, loaded._buffers
         network._modules = loaded._modules
         network.__class__ = kind

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ..reading import reading
 from .families import family_of_pipeline
 from .few_step import with_network
 from .generate import device_of, noise_of
@@ -162,7 +163,8 @@ def rival_pipeline(base: DiffusionPipeline, rival: Rival, folder: Path) -> Diffu
     base stays as it is.
     """
     if rival.kind == "pipeline":
-        found = DiffusionPipeline.from_pretrained(folder, torch_dtype=base.dtype).to(base.device)
+        with reading(f"--against: {folder}", "fetch it again"):
+            found = DiffusionPipeline.from_pretrained(folder, torch_dtype=base.dtype).to(base.device)
         if rival.scheduler is not None:
             found.scheduler = rival.scheduler.from_config(found.scheduler.config, **rival.options)
         found.set_progress_bar_config(disable=True)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..names import expanded
 from ..notices import mute_others
 from .faults import FaultError, logged_in
@@ -45,20 +46,31 @@ Teacher = Annotated[
         )
     ),
 ]
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Plain().print(f"fewstep {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Turn a pretrained diffusion model into a generator that needs 1 to 4 steps, from prompts alone."""
     mute_others()
 
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Recipe,
     set_: Set = None,
     out: Out = None,
     teacher: Teacher = None,
@@ -103,7 +115,7 @@ def _given(options: dict[str, str | None]) -> dict[str, str]:
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Recipe,
     set_: Set = None,
     teacher: Teacher = None,
     memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,
@@ -409,6 +421,16 @@ def studio(
     run_studio(folder, host, port, password, browser)
 
 
+@app.command()
+def recipes(
+    word: Annotated[str | None, typer.Argument(help="Only recipes whose name or first line has this word.")] = None,
+) -> None:
+    """List the shipped recipes, each with what it trains."""
+    from .recipes import run_recipes
+
+    run_recipes(word)
+
+
 @app.command("train-teacher")
 def train_teacher(
     recipe: Annotated[str, typer.Argument(help="A shipped teacher recipe's name, or a YAML file.")],
@@ -429,6 +451,9 @@ def run() -> None:
     """
     # transformers prints a notice about torchvision when imported, which is of no use to users.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that spin while they wait take the cores from each other: beside another program small operations were
+    # 200 times as slow. Read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     show_all_letters()
     try:
         with interruptible(), logged_in(None):

@@ -4,7 +4,6 @@ Their packages pin old versions of others.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..hashes import sha256_of
+from ..reading import reading
 from .scorers import pil_images
 
 PLACE = "FEWSTEP_ENVIRONMENTS"  # environment variable: a folder of virtual environments
@@ -142,7 +143,8 @@ class EnvironmentScorer:
             asked = {"images": [str(p) for p in paths], "prompts": list(prompts), "answer": str(answer)}
             request.write_text(json.dumps(asked), encoding="utf-8")
             self._ask(str(request))
-            return torch.tensor(json.loads(answer.read_text(encoding="utf-8")), dtype=torch.float32)
+            with reading(f"--metrics {self.key}: its answer", f"run: fewstep evaluate --install {self.key}"):
+                return torch.tensor(json.loads(answer.read_text(encoding="utf-8")), dtype=torch.float32)
 
     def _ask(self, request: str) -> None:
         if self.process is None:
@@ -186,5 +188,5 @@ def environment_scorer(key: str) -> EnvironmentScorer:
             f"--metrics {key}: it needs an environment of its own, for its old versions; "
             f"run: fewstep evaluate --install {key}"
         )
-    digest = hashlib.sha256(packages.read_bytes()).hexdigest()
+    digest = sha256_of(packages)
     return EnvironmentScorer(key, python, ENVIRONMENTS[key].code, {f"environments/{key}/{PACKAGES}": digest})

@@ -106,7 +106,7 @@ def large_rank(network: nn.Module, config: RolesConfig) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Roles:
     """The networks of one run.
 
@@ -125,9 +125,10 @@ class Roles:
     discriminator: Discriminator | None = None
     head: nn.Module | None = None  # a `core.solvers.Correction` that is trained as part of the student
     head_to_absorb: nn.Module | None = None  # a head that the student starts with and learns to do without
-    told: float | None = None  # guidance scale that networks with embedded guidance are told; None: their conditions'
+    # Guidance scale that networks with embedded guidance are given; None: the one in their conditions.
+    embedded_guidance: float | None = None
     # The copies are meta tensors until they are sharded, when they become copies of the teacher's parts.
-    hollow: bool = False
+    on_meta: bool = False
     # The role that the shared network serves, and the condition's vector.
     active: list[tuple[Role, Tensor | None]] = field(default_factory=lambda: [("teacher", None)])
     averaging: list[bool] = field(default_factory=list)  # holds something while the student has its averaged weights
@@ -138,7 +139,8 @@ class Roles:
         A role with `condition_values` is conditioned on the step count or guidance scale `condition`
         (default: the first value).
         """
-        own = cond if self.told is None else tell(cond, self.told)
+        scale = self.embedded_guidance
+        own = cond if scale is None else tell(cond, scale)
         return self._as(role, denoiser(self.backbone, self.networks[role], own), condition)
 
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
@@ -241,7 +243,7 @@ class Roles:
             before = {n: p for n, p in network.named_parameters() if p.requires_grad}
             weights = sharding.empty(network) if from_first else {}
             sharding.shard(network, mesh, device, dtype)
-            if from_first and self.hollow and network is not self.networks["teacher"]:
+            if from_first and self.on_meta and network is not self.networks["teacher"]:
                 sharding.copy_parts(network, self.networks["teacher"], device)
             elif from_first:
                 sharding.receive(network, weights, mesh, device)
@@ -339,14 +341,14 @@ class Roles:
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
-def copied(network: nn.Module, hollow: bool = False) -> nn.Module:
+def copied(network: nn.Module, on_meta: bool = False) -> nn.Module:
     """Return a deep copy of a network, with tied weights tied.
 
-    Tensors are cloned, which also works for fake (meta) tensors. A `hollow` copy has meta tensors.
+    Tensors are cloned, which also works for fake (meta) tensors. A `on_meta` copy has meta tensors.
     """
 
     def clone(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("meta") if hollow else tensor.detach().clone()
+        return tensor.detach().to("meta") if on_meta else tensor.detach().clone()
 
     memo: dict[int, Any] = {id(b): clone(b) for b in network.buffers()}
     memo |= {id(p): nn.Parameter(clone(p), p.requires_grad) for p in network.parameters()}
@@ -379,7 +381,7 @@ def make_roles(
     head: nn.Module | None = None,
     fake: bool = True,
     head_to_absorb: nn.Module | None = None,
-    hollow: bool = False,
+    on_meta: bool = False,
 ) -> Roles:
     """Return a student and a `fake` score that equal the teacher.
 
@@ -392,7 +394,7 @@ def make_roles(
 
     Shared: the backbone's own module gets two adapters without effect, and the base weights stay frozen.
     Adapters of an earlier run on the same backbone are removed, and `config.quantize` quantizes the base
-    weights permanently. Copies: two deep copies of the network, which with `hollow` have no weights before they are
+    weights permanently. Copies: two deep copies of the network, which with `on_meta` have no weights before they are
     sharded. The backbone may have meta tensors, which are filled then, too.
 
     Raises ValueError if there is nothing to train, or for copies of half-precision weights.
@@ -408,7 +410,7 @@ def make_roles(
         width = step_condition.width(base, backbone.time_layer)
     if not config.lora:
         _require_single(base)
-        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base, hollow) for r in made}}
+        networks: dict[Role, nn.Module] = {"teacher": base, **{r: copied(base, on_meta) for r in made}}
         trained: dict[Role, Mapping[str, nn.Parameter]] = {
             r: {n: p for n, p in networks[r].named_parameters() if p.is_floating_point()} for r in made
         }
@@ -453,18 +455,18 @@ def make_roles(
     if discriminator is not None:
         trained["discriminator"] = dict(discriminator.heads.named_parameters())
     roles = Roles(
-        backbone,
-        networks,
-        trained,
-        layers,
-        config,
-        average,
-        condition_values,
-        conditions,
-        discriminator,
-        head,
-        head_to_absorb,
-        hollow and not config.lora,
+        backbone=backbone,
+        networks=networks,
+        trained=trained,
+        layers=layers,
+        config=config,
+        average=average,
+        condition_values=condition_values,
+        conditions=conditions,
+        discriminator=discriminator,
+        head=head,
+        head_to_absorb=head_to_absorb,
+        on_meta=on_meta and not config.lora,
     )
     roles.activate("teacher")
     for network in {id(n): n for n in networks.values()}.values() if config.checkpointing else ():

@@ -55,8 +55,7 @@ def require_initial(source: str | Path) -> Path:
 
     Raises ValueError if there is neither.
     """
-    place = Path(source).expanduser()
-    if not is_foreign(place):
+    if not isinstance(source, str | Path) or not is_foreign(place := Path(source).expanduser()):
         return require_folder(source, "init_from")
     if not place.is_file():
         raise ValueError(f"init_from: there is no {source}; pass a run, its final/ folder or a {SUFFIX} file")

@@ -29,14 +29,14 @@ def roles_for(
     paths: Trajectories | None = None,
     init_from: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
-    hollow: bool = False,
+    on_meta: bool = False,
 ) -> Roles:
     """Return the networks that a method needs.
 
     The student is initialized from the finished student in `init_from`, or from a file of other people, of which `say`
     is told what is kept; by default from the teacher. A new
     head is fitted to the trajectories `paths`; without trajectories the head knows nothing of the data,
-    which is enough for a memory plan. `hollow`: see `make_roles`.
+    which is enough for a memory plan. `on_meta`: see `make_roles`.
 
     Raises ValueError for a teacher in float16, and where `init_from` does not fit.
     """
@@ -54,8 +54,10 @@ def roles_for(
             f"method.guidance_scales: got {list(values)}, but {teacher.name} is told its guidance scale; "
             "leave it out, and train for one scale"
         )
-    roles = make_roles(teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, hollow)
-    roles = replace(roles, told=method.guidance.scale)
+    roles = make_roles(
+        teacher, config, seed, values, gan_step_counts, kept, method.needs.fake, to_absorb, on_meta=on_meta
+    )
+    roles = replace(roles, embedded_guidance=method.guidance.scale)
     if init_from is not None and is_foreign(init_from):
         say(foreign.initialize(roles, init_from))
     elif init_from is not None:

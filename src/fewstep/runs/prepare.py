@@ -228,8 +228,8 @@ def prepare(
     elif sharded:
         for network in (teacher.module, *teacher.encoders):  # the parts come from the first process
             empty(network)
-    hollow = sharded and spec.init_from is None
-    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, progress.say, hollow)
+    on_meta = sharded and spec.init_from is None
+    roles = roles_for(teacher, method, spec.roles, spec.train.seed, trajectories, spec.init_from, progress.say, on_meta)
     if run is not None:
         progress.say(checkpoint_words(checkpoint_size(roles, spec.train)))
     return Prepared(roles, data, images, trajectories)

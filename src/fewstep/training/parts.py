@@ -5,7 +5,6 @@ format: no process holds a tensor whole, and any number of processes reads what 
 `FILE` bytes of one process, which is also what a process copies while it writes.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from ..hashes import sha256_of
 from ..processes import between_iterations, gathered, this_process
 
 FOLDER = "parts"  # of a checkpoint
@@ -45,7 +45,7 @@ def save_parts(folder: Path, groups: Groups) -> dict[str, str]:
         reason.errno = getattr(first, "errno", None)
         raise reason from error
     own = place.glob(f"shard-{this_process().process_index + 1:05d}-*.safetensors")
-    return {name: sha for found in gathered({p.name: _sha(p) for p in own}) for name, sha in found.items()}
+    return {name: sha for found in gathered({p.name: sha256_of(p) for p in own}) for name, sha in found.items()}
 
 
 def load_parts(folder: Path, groups: Groups) -> None:
@@ -87,7 +87,7 @@ def require_intact(folder: Path, hashes: Mapping[str, str], names: Iterable[str]
     Raises ValueError that names the first one that has not.
     """
     for name in names:
-        if not (folder / FOLDER / name).is_file() or _sha(folder / FOLDER / name) != hashes[name]:
+        if not (folder / FOLDER / name).is_file() or sha256_of(folder / FOLDER / name) != hashes[name]:
             raise ValueError(f"{FOLDER}/{name} does not have the SHA-256 that state.json says")
 
 
@@ -113,8 +113,3 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
             number, room = number + 1, FILE
         place[name], room = number, room - own
     return place
-
-
-def _sha(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

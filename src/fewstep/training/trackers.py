@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..atomic import write_json
+from ..data.image_files import in_colour, opened
 from ..reading import read_json, reading, reason
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
@@ -118,8 +118,8 @@ def send(name: str, tracker: Any, path: Path, iteration: int) -> None:
     if name == "mlflow":
         tracker.log_artifact(str(path), "samples")
         return
-    with reading(path, "delete it"), Image.open(path) as file:
-        image = file.convert("RGB")
+    with reading(path, "delete it"), opened(path.read_bytes(), path.name, "preview") as held:
+        image = in_colour(held)
     if name == "tensorboard":
         tracker.log_images({PREVIEW: np.asarray(image)[None]}, step=iteration, dataformats="NHWC")
     elif name == "wandb":
