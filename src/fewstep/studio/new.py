@@ -16,9 +16,8 @@ from ..backbones.meta import meta_teacher
 from ..backbones.reading import readings
 from ..data.prompt_lengths import said_of_prompts
 from ..data.prompts import find_prompts
-from ..names import made_name
+from ..names import fault_of, made_name
 from ..runs.recipe import DistillRecipe, read_recipe
-from ..training.loop import default_device
 from ..training.saving import free_memory
 from . import words
 from .commands import program, shown, stream
@@ -53,9 +52,8 @@ def card_memory() -> str:
 
     The machine's own free memory where there is no card.
     """
-    device = default_device()
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_properties(device).total_memory // 2**30}GiB"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_properties(0).total_memory // 2**30}GiB"
     return f"{free_memory() // 2**30}GiB"
 
 
@@ -311,6 +309,8 @@ def build(place: Place) -> NewTab:
     ) -> list[Any]:
         """Start the training, or let it wait."""
         try:
+            if fault := fault_of(name_.strip()):
+                raise ValueError(f"name: got {name_!r}, which {fault}; choose another")
             if (folder / name_.strip()).exists() or any(j.run == str(folder / name_) for j in place.line.jobs()):
                 raise ValueError(f"name: {name_} is there already; resume it in the tab Runs, or choose another name")
             folder.mkdir(parents=True, exist_ok=True)

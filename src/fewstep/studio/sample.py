@@ -66,6 +66,13 @@ class Models:
                 self.student, self.key = Student.read(folder, base, default_device()), key
             return self.student, self.student.base_note()
 
+    def drop(self) -> None:
+        """Forget the student, so that a training has its memory."""
+        with self.lock:
+            self.student, self.key = None, ("", 0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -226,6 +233,7 @@ def build(place: Place, tab: gr.Tab) -> None:
             with gr.Row():
                 go = gr.Button("Sample", variant="primary", elem_id="go", min_width=120)
                 grid = gr.Button("Steps grid", elem_id="steps-grid", min_width=120)
+                free = gr.Button("Free its memory", elem_id="free", min_width=120)
             dropped = gr.File(
                 label="Drop a picture of the studio to take its settings", file_types=[".png"], type="filepath",
                 height=110, elem_id="dropped",
@@ -340,6 +348,11 @@ def build(place: Place, tab: gr.Tab) -> None:
             gr.update(value=str(file), visible=True),
         ]
 
+    def forget() -> str:
+        """Forget the student that is loaded."""
+        models.drop()
+        return words.note("Nothing is loaded any more; the next sample loads it again.")
+
     def take(path: str | None) -> list[Any]:
         """Set the fields as a picture tells."""
         if path is None:
@@ -369,6 +382,7 @@ def build(place: Place, tab: gr.Tab) -> None:
     tab.select(listed, student, student, show_progress="hidden", **private).then(**chosen)
     student.input(**chosen)
     go.click(draw, [*fields, beside], out, **network)
+    free.click(forget, None, said, **network)
     grid.click(draw_steps, [*fields, beside], out, **network)
     dropped.upload(take, dropped, [said, facts, *fields, shown_for], **private)
 
