@@ -550,7 +550,7 @@ def tree() -> str:
     """Every package and what it holds, in the order of its imports."""
     order = (
         "core", "objectives", "backbones", "roles", "heads", "methods", "student", "data", "training", "evaluation",
-        "report", "study", "runs", "cli", "zoo",
+        "report", "study", "runs", "studio", "cli", "zoo",
     )  # fmt: skip
     package = ROOT / "src" / "fewstep"
     found = {p.parent.name for p in package.glob("*/__init__.py")}

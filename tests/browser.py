@@ -68,7 +68,15 @@ class Browser:
         )
 
     def open(self, page: Path) -> None:
-        self._send("POST", "url", {"url": page.resolve().as_uri()})
+        self.visit(page.resolve().as_uri())
+
+    def visit(self, address: str) -> None:
+        self._send("POST", "url", {"url": address})
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Give a file to an `<input type=file>`, which need not be in sight."""
+        found = self.run("return document.querySelector(arguments[0])", selector)
+        self._send("POST", f"element/{found[ELEMENT]}/value", {"text": str(path.resolve())})
 
     def run(self, code: str, *arguments: Any) -> Any:
         """What JavaScript returns."""

@@ -281,3 +281,12 @@ def test_the_help_pages_are_up_to_date() -> None:
     if os.environ.get("FEWSTEP_WRITE_HELP"):
         page.write_text(expected)
     assert page.read_text() == expected
+
+
+def test_a_setting_of_a_block_follows_a_number_in_the_blocks_place() -> None:
+    """`guidance: 4.5` is the scale, beside which others are set."""
+    assert read_recipe("demo", ["method.guidance.scale=3"], DistillRecipe).method.guidance.scale == 3
+    tilted = read_recipe("demo", ["method.guidance.tilt=0.5"], DistillRecipe).method.guidance
+    assert (tilted.scale, tilted.tilt) == (4.5, 0.5)
+    with pytest.raises(ValueError, match="leads into a plain value"):
+        read_recipe("demo", ["method.steps.first=3"], DistillRecipe)

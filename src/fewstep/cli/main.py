@@ -400,6 +400,28 @@ def doctor(
 
 
 @app.command()
+def studio(
+    folder: Annotated[
+        Path, typer.Argument(parser=_path, metavar="FOLDER", help="Folder of the runs, also of those to come.")
+    ] = Path("runs"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. One beyond this machine needs a password.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen at; a free one from 7860 on by default.")
+    ] = None,
+    password: Annotated[
+        str | None, typer.Option(envvar="FEWSTEP_STUDIO_PASSWORD", help="Ask for this password.")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Open a web page that starts, shows and uses runs."""
+    from .studio import run_studio
+
+    run_studio(folder, host, port, password, browser)
+
+
+@app.command()
 def recipes(
     word: Annotated[str | None, typer.Argument(help="Only recipes whose name or first line has this word.")] = None,
 ) -> None:
