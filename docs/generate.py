@@ -525,18 +525,30 @@ def public_students() -> str:
         made += [f"{k}={v}" for k, v in {**rival.options, **rival.call}.items()]
         return ", ".join(made) or "its own"
 
+    kinds = {"network": "all weights", "pipeline": "a whole pipeline"}
     return table(
-        ("name", "base", "repository", "steps", "times", "guidance", "strength", "scheduler and options"),
+        (
+            "name",
+            "base",
+            "repository",
+            "steps",
+            "times",
+            "guidance",
+            "strength",
+            "scheduler and options",
+            "settings from",
+        ),
         [
             (
                 f"`{r.name}`",
-                r.base.removesuffix("Pipeline"),
+                r.base.removesuffix("Pipeline") + (f" ({r.of})" if r.of else ""),
                 r.repo,
                 r.steps,
                 ", ".join(map(str, r.times)) or "the scheduler's",
                 f"{r.guidance:g}",
-                f"{r.strength:g}" if r.kind == "lora" else "a whole pipeline",
-                f"not run: {r.missing}" if r.missing else settings(r),
+                kinds.get(r.kind, f"{r.strength:g}"),
+                (f"not run: {r.missing}" if r.missing else settings(r)) + (f"; {r.size} pixels" if r.size else ""),
+                f"<{r.source}>" + (f"; not checked: {r.unchecked}" if r.unchecked else ""),
             )
             for r in RIVALS
         ],

@@ -12,6 +12,7 @@ from .alignment import COLLAPSED, top
 from .distances import frechet_distance, kernel_distance, moments
 from .looks import column
 from .metric import Measurement, Metric
+from .scorer import DIMENSIONS
 
 LEAST = 1e-4  # of a teacher's appearance, below which nothing is compared with it
 
@@ -78,6 +79,10 @@ def _fid(m: Measurement) -> float | None:
 
 def _kid(m: Measurement) -> float | None:
     return None if m.deep is None or m.deep_real is None else kernel_distance(m.deep_real, m.deep)
+
+
+def _lpips(m: Measurement) -> float | None:
+    return None if m.perceptual is None else float(m.perceptual.double().mean())
 
 
 def _score(key: str, heading: str, digits: int, needs: str) -> Metric:
@@ -199,8 +204,15 @@ METRICS: dict[str, Metric] = {
         _score("imagereward", "ImageReward", 3, "ImageReward, in an environment of its own"),
         _score("aesthetic", "Aesthetic score", 2, "LAION's predictor, version 2"),
         _score("vqascore", "VQAScore", 3, "VQAScore, in an environment of its own"),
+        *(
+            _score(
+                f"vbench_{name}", f"VBench, {name.replace('_', ' ')}", 3, "videos, VBench in an environment of its own"
+            )
+            for name in DIMENSIONS
+        ),
         Metric("diversity", "Diversity", lambda m: m.diversity, 2, shown=False, printed=False, curve=True),
         Metric("diversity_ratio", "Diversity, teacher = 1", _diversity_ratio, 2, curve=True, needs="a teacher"),
+        Metric("lpips", "LPIPS between seeds", _lpips, 3, needs="LPIPS's AlexNet"),
         Metric("variety_ratio", "Variety of prompts, teacher = 1", _variety_ratio, 2, needs="a teacher and prompts"),
         Metric("collapsed", "Collapsed", _collapsed, shown=False, printed=False, needs="a teacher"),
         _drift("brightness_ratio", "Brightness", _ratio("brightness")),
@@ -222,7 +234,7 @@ def values(measurement: Measurement, metrics: Sequence[Metric] = ()) -> dict[str
 
 
 # Metrics that are in eval.json only where they were asked for.
-OTHERS = tuple(m for m in METRICS.values() if m.key in ("fid", "kid") or m.each not in (None, _apart))
+OTHERS = tuple(m for m in METRICS.values() if m.key in ("fid", "kid", "lpips") or m.each not in (None, _apart))
 # What drawn prompts change: time and memory are not numbers of prompts. The slow ones take seconds for each draw.
 SLOW = tuple(METRICS[key] for key in ("kid_real", "fid", "kid"))
 DRAWN = tuple(m for m in METRICS.values() if m.kind != "cost" and m not in SLOW and m.key != "collapsed")
