@@ -10,7 +10,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -299,7 +299,17 @@ def trajpl_emoji() -> str:
 
 
 def trajpl_pixel() -> str:
-    """How much of what DDIM adds in two steps a student takes away, in percent."""
+    """What TrajP-L and its parts take away of DDIM's excess in two steps."""
+    return _taken({"trajp-l": "TrajP-L", "lora": "LoRA alone", "head": "head alone"})
+
+
+def trajpl_matched() -> str:
+    """What another method takes away of it, which is not TrajP-L."""
+    return _taken({"two-matched": "LoRA for two steps alone, then TDM with a regression term"})
+
+
+def _taken(known: Mapping[str, str]) -> str:
+    """Return how much of what DDIM adds in two steps students take away, in percent."""
     floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
 
     def taken(key: str, what: str) -> str:
@@ -307,12 +317,6 @@ def trajpl_pixel() -> str:
         values = [100 * (start - x) / (start - floors[what]) for x in _measured("pixel", key, what, 2)]
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
-    known = {
-        "trajp-l": "TrajP-L",
-        "lora": "LoRA alone",
-        "head": "head alone",
-        "two-matched": "LoRA for two steps, then TDM with a regression term",
-    }
     return table(
         ("method", "classifier's features", "EfficientNet-lite0's features"),
         [(name, taken(key, "fd_classes"), taken(key, "fd")) for key, name in known.items()],
@@ -585,6 +589,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "trajpl-network": trajpl_network,
     "trajpl-emoji": trajpl_emoji,
     "trajpl-pixel": trajpl_pixel,
+    "trajpl-matched": trajpl_matched,
     "video": video,
     "cost": cost,
     "families": families,
