@@ -186,8 +186,10 @@ def measured(
         seen.add(address(t))
         return t.detach()
 
-    _, first, left = ledger.above(lambda: tree_map(kind_of, forward(*args, **kwargs)))
+    # The hooks also keep these calls from the checkpointing around them.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        _, first, left = ledger.above(lambda: tree_map(kind_of, forward(*args, **kwargs)))
+        seen.clear()
         found, later, remains = ledger.above(lambda: forward(*args, **kwargs))
     outputs, out_spec = tree_flatten(found)
     made = [t for t in outputs if isinstance(t, Tensor)]
