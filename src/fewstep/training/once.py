@@ -35,6 +35,11 @@ class Kind:
     dtype: torch.dtype
     graded: bool
 
+    @staticmethod
+    def of(t: Tensor) -> "Kind":
+        """Return a tensor's kind."""
+        return Kind(t.shape, t.stride(), t.dtype, t.requires_grad)
+
     def made(self, like: Tensor) -> Tensor:
         """Return a tensor of this kind, without numbers."""
         return like.new_empty_strided(self.shape, self.stride, dtype=self.dtype)
@@ -42,9 +47,7 @@ class Kind:
 
 def kind_of(value: object) -> object:
     """Return a tensor's kind, and all else unchanged."""
-    if not isinstance(value, Tensor):
-        return value
-    return Kind(value.shape, value.stride(), value.dtype, value.requires_grad)
+    return Kind.of(value) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Cost:
     are those at the peak of the backward pass, beyond what is there before with the gradients of the outputs.
     """
 
-    outputs: tuple[object, ...]
+    outputs: tuple[Kind, ...]
+    places: tuple[int, ...]  # of the outputs in what the block returns; -1 for None
     spec: TreeSpec
     first: int
     later: int
@@ -65,6 +69,10 @@ class Cost:
     keeps: tuple[bool, ...] = ()
     backward: int = 0
     gradients: tuple[object, ...] = ()  # kinds, of inputs and trained weights; None where there is none
+
+    def returned(self, outputs: Sequence[Tensor]) -> Any:
+        """Return the outputs as the block returns them."""
+        return tree_unflatten([None if place < 0 else outputs[place] for place in self.places], self.spec)
 
 
 class Casts:
@@ -130,12 +138,12 @@ class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ledger: MemoryTracker, cost: Cost, like: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
         """Return outputs, and keep what the block keeps."""
-        outputs = tuple(kind.made(like) if isinstance(kind, Kind) else None for kind in cost.outputs)
+        outputs = tuple(kind.made(like) for kind in cost.outputs)
         pairs = zip(cost.keeps, (*tensors[: len(cost.keeps) - len(outputs)], *outputs), strict=True)
         kept = like.new_empty(cost.kept, dtype=torch.uint8)
-        ctx.save_for_backward(kept, *(t for keep, t in pairs if keep and t is not None))
+        ctx.save_for_backward(kept, *(t for keep, t in pairs if keep))
         kinds = zip(cost.outputs, outputs, strict=True)
-        ctx.mark_non_differentiable(*(t for k, t in kinds if isinstance(k, Kind) and not k.graded))
+        ctx.mark_non_differentiable(*(t for kind, t in kinds if not kind.graded))
         ctx.ledger, ctx.cost, ctx.like = ledger, cost, like
         return outputs
 
@@ -191,25 +199,26 @@ def measured(
         _, first, left = ledger.above(lambda: tree_map(kind_of, forward(*args, **kwargs)))
         seen.clear()
         found, later, remains = ledger.above(lambda: forward(*args, **kwargs))
-    outputs, out_spec = tree_flatten(found)
-    made = [t for t in outputs if isinstance(t, Tensor)]
-    if not all(isinstance(t, Tensor | None) for t in outputs) or any(address(t) in known for t in made):
-        return None
-    kinds = tuple(map(kind_of, outputs))
-    if not graded:
-        return Cost(kinds, out_spec, first, later, left)
-    keeps = tuple(isinstance(t, Tensor) and address(t) in seen for t in (*given, *outputs))
-    own_bytes = remains - storage_bytes(*made)
+    told, out_spec = tree_flatten(found)
+    made = list({id(t): t for t in told if isinstance(t, Tensor)}.values())
+    apart = len({address(t) for t in made} - known) == len(made)
     ends = [t for t in made if t.requires_grad]
+    if not apart or not all(isinstance(t, Tensor | None) for t in told) or (graded and not ends):
+        return None
+    places = tuple(-1 if t is None else next(i for i, own in enumerate(made) if own is t) for t in told)
+    kinds = tuple(Kind.of(t) for t in made)
+    if not graded:
+        return Cost(kinds, places, out_spec, first, later, left)
+    keeps = tuple(address(t) in seen for t in (*given, *made))
+    kept, incoming = remains - storage_bytes(*made), storage_bytes(*ends)
     end = End.apply(*ends)
-    incoming = storage_bytes(*ends)
-    del found, outputs, made, ends
+    del found, told, made, ends
     wanted = [t for t in given if t.requires_grad] + list(own)
     seed = torch.ones_like(end)
     gradients, backward, _ = ledger.above(lambda: torch.autograd.grad(end, wanted, seed, allow_unused=True))
     rest = iter(gradients)
-    each = tuple(kind_of(next(rest)) if t.requires_grad else None for t in [*given, *own])
-    return Cost(kinds, out_spec, first, later, left, own_bytes, keeps, backward - incoming, each)
+    each = tuple(kind_of(next(rest)) if t.requires_grad else None for t in (*given, *own))
+    return Cost(kinds, places, out_spec, first, later, left, kept, keeps, backward - incoming, each)
 
 
 def address(t: Tensor) -> int:
@@ -319,10 +328,8 @@ class Calls:
         if first:
             casts.made[name] = like.new_empty(cost.casts, dtype=torch.uint8) if cost.casts else None
         if graded:
-            outputs = Once.apply(ledger, cost, like, *tensors, *own)
-        else:
-            outputs = tuple(kind.made(like) if isinstance(kind, Kind) else None for kind in cost.outputs)
-        return tree_unflatten(outputs, cost.spec)
+            return cost.returned(Once.apply(ledger, cost, like, *tensors, *own))
+        return cost.returned([kind.made(like) for kind in cost.outputs])
 
     def _trained(self, block: nn.Module, role: object) -> list[nn.Parameter]:
         """Return the weights of a block that a role trains."""
