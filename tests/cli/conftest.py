@@ -54,4 +54,4 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs without the seconds that counting memory takes; tests of `fewstep plan` and of the count have them."""
-    monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_: Training(6, 5, 4, 3, 2, 1))
+    monkeypatch.setattr("fewstep.cli.plan.training_bytes", lambda *_, **__: Training(6, 5, 4, 3, 2, 1))
