@@ -14,7 +14,9 @@ GIB = 2**30
 ENCODER = Phase("encoding prompts: text_encoder alone", 50 * GIB)
 
 
-def rows(load: Load, monkeypatch: pytest.MonkeyPatch, cards: list[tuple[str, int]]) -> list[dict[str, Any]]:
+def rows(
+    load: Load, monkeypatch: pytest.MonkeyPatch, cards: list[tuple[str, int]], name: str = "qwenimage"
+) -> list[dict[str, Any]]:
     """Return the rows of a recipe that takes 30 GiB rounded, 100 whole, and 40 sharded; below 20 GiB nothing fits."""
     memory = load("memory")
 
@@ -33,7 +35,7 @@ def rows(load: Load, monkeypatch: pytest.MonkeyPatch, cards: list[tuple[str, int
     monkeypatch.setitem(made.__globals__, "plans_of", plans_of)
     monkeypatch.setitem(made.__globals__, "fit", fit)
     monkeypatch.setitem(made.__globals__, "write", lambda name, folder: folder)
-    return list(made("qwenimage", cards))
+    return list(made(name, cards))
 
 
 def test_a_card_has_the_settings_that_fit(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +50,8 @@ def test_eight_cards_share_a_base_that_is_too_large_for_one(load: Load, monkeypa
     (row,) = rows(load, monkeypatch, [("80GiB", 8)])
     assert row["sets"] == ["roles.quantize=null", "train.shard=true"]
     assert (row["fits"], row["needed"], row["cards"]) == (True, 40 * GIB, 8)
+
+
+def test_eight_cards_share_the_batch_of_a_recipe(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = rows(load, monkeypatch, [("80GiB", 8)], "sd15")
+    assert row["sets"] == ["train.batch=8", "train.shard=true"]  # 64 samples over all cards
