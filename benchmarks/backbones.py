@@ -46,6 +46,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.load import around, at_size
@@ -86,6 +87,18 @@ def vae() -> AutoencoderKL:
     )
 
 
+def clip(width: int, projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Return a text encoder that never runs; only its width counts."""
+    few = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    config = CLIPTextConfig(hidden_size=width, projection_dim=width, **few)
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+
+
+def t5(width: int = 4096) -> T5EncoderModel:
+    """Return a text encoder that never runs; only its width counts."""
+    return T5EncoderModel(T5Config(d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=8))
+
+
 def sd15(small: bool) -> StableDiffusionPipeline:
     """Return Stable Diffusion 1.5 with random weights."""
     few: dict[str, Any] = {
@@ -95,7 +108,7 @@ def sd15(small: bool) -> StableDiffusionPipeline:
     }
     unet = UNet2DConditionModel(sample_size=16 if small else 64, cross_attention_dim=768, **(few if small else {}))
     return StableDiffusionPipeline(
-        vae(), None, None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False
+        vae(), clip(768), None, unet, DDIMScheduler(**TABLE), None, None, requires_safety_checker=False
     )
 
 
@@ -125,7 +138,8 @@ def sdxl(small: bool) -> StableDiffusionXLPipeline:
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
     unet = UNet2DConditionModel(**both, **(few if small else true))
-    return StableDiffusionXLPipeline(vae(), None, None, None, None, unet, DDIMScheduler(**TABLE), add_watermarker=False)
+    texts = clip(768), clip(1280, projected=True), None, None
+    return StableDiffusionXLPipeline(vae(), *texts, unet, DDIMScheduler(**TABLE), add_watermarker=False)
 
 
 def pixart(small: bool) -> PixArtAlphaPipeline:
@@ -141,7 +155,7 @@ def pixart(small: bool) -> PixArtAlphaPipeline:
     few: dict[str, Any] = {"sample_size": 16, "num_layers": 4}
     true: dict[str, Any] = {"sample_size": 128, "num_layers": 28, "use_additional_conditions": True}
     transformer = PixArtTransformer2DModel(**both, **(few if small else true))
-    return PixArtAlphaPipeline(None, None, vae(), transformer, DDIMScheduler(**TABLE))
+    return PixArtAlphaPipeline(None, t5(), vae(), transformer, DDIMScheduler(**TABLE))
 
 
 def cogvideox(small: bool) -> CogVideoXPipeline:
@@ -158,7 +172,7 @@ def cogvideox(small: bool) -> CogVideoXPipeline:
     scheduler = CogVideoXDDIMScheduler(
         **TABLE, prediction_type="v_prediction", snr_shift_scale=3.0, rescale_betas_zero_snr=True, clip_sample=False
     )
-    return CogVideoXPipeline(None, None, codec, transformer, scheduler)
+    return CogVideoXPipeline(None, t5(), codec, transformer, scheduler)
 
 
 def flux2(small: bool) -> Flux2KleinPipeline:
@@ -180,7 +194,7 @@ def wan(small: bool) -> WanPipeline:
     transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=2 if small else 30)
     codec = AutoencoderKLWan(base_dim=8, num_res_blocks=1)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(None, None, codec, scheduler, transformer)
+    return WanPipeline(None, t5(), codec, scheduler, transformer)
 
 
 def sdxl_cond(pipe: Any) -> Mapping[str, tuple[int, ...]]:

@@ -88,7 +88,6 @@ SIZES: dict[str, Size] = {  # where it is not what the settings of the networks 
     "wan22-5b": "832x480x81",
 }
 CARDS = (("16GiB", 1), ("24GiB", 1), ("80GiB", 1), ("80GiB", 8))  # a card's memory, and their number
-WHOLE = ["roles.quantize=null", "train.shard=false"], ["roles.quantize=null", "train.shard=true"]  # on 8 cards
 
 
 def row(name: str, arrangement: str, batch: int) -> Facts:
@@ -119,7 +118,9 @@ def row(name: str, arrangement: str, batch: int) -> Facts:
 def card_rows(name: str, cards: list[tuple[str, int]]) -> Iterator[Facts]:
     """Yield what a family's LoRA recipe needs on each of these cards, in bytes, with the settings that fit."""
     recipe, size = f"{name}-tdm4-lora", SIZES.get(name)
-    sized = [] if size is None or size == read_recipe(recipe, [], DistillRecipe).size else [f"size={size}"]
+    shipped = read_recipe(recipe, [], DistillRecipe)
+    sized = [] if size is None or size == shipped.size else [f"size={size}"]
+    batch, whole = shipped.train.batch, shipped.train.global_batch or 0
     with tempfile.TemporaryDirectory() as folder:
         teacher = str(write(name, Path(folder)))
         plans: dict[str, tuple[Backbone, Plan]] = {}
@@ -142,8 +143,10 @@ def card_rows(name: str, cards: list[tuple[str, int]]) -> Iterator[Facts]:
                 except TooLargeError as error:
                     needed = error.needed
             else:
-                for sets in WHOLE:
-                    backbone, made = planned(sets, count)
+                own = ["roles.quantize=null"] if shipped.roles.quantize else []
+                own += [f"train.batch={whole // count}"] if 0 < whole < batch * count else []
+                for way in ([], ["train.shard=true"]):
+                    backbone, made = planned(sets := [*own, *way], count)
                     needed = made.least
                     if needed <= usable:
                         break

@@ -344,26 +344,27 @@ def cost() -> str:
 
 # Families, and the cards that they fit.
 
-CLIP_T5, QWEN_4B, COMFYUI = "2 CLIP, T5", "Qwen 3 4B", "diffusers, ComfyUI"
+CLIP_T5, QWEN_4B = "2 CLIP, T5", "Qwen 3 4B"
+COMFYUI, ORIGINAL = "diffusers, ComfyUI", "diffusers, ComfyUI (original names)"
 TWO, TOLD = "2 NFE", "1 NFE, told its guidance"
-MODELS = {  # name in memory.json: model, pipeline, a teacher's step, text encoders, programs that load a student's LoRA
-    "sd15": ("Stable Diffusion 1, 2", "StableDiffusionPipeline", TWO, "CLIP", "all, by kohya's names"),
-    "sdxl": ("Stable Diffusion XL", "StableDiffusionXLPipeline", TWO, "2 CLIP", "all, by kohya's names"),
-    "pixart": ("PixArt-alpha, -Sigma", "PixArtAlphaPipeline, PixArtSigmaPipeline", TWO, "T5", "PEFT"),
-    "sd35m": ("Stable Diffusion 3, 3.5-M", "StableDiffusion3Pipeline", TWO, CLIP_T5, COMFYUI),
-    "sd35l": ("Stable Diffusion 3.5-L", "StableDiffusion3Pipeline", TWO, CLIP_T5, COMFYUI),
-    "flux2-klein-4b": ("FLUX.2-klein-base 4B", "Flux2KleinPipeline", TWO, QWEN_4B, COMFYUI),
-    "flux2-klein-9b": ("FLUX.2-klein-base 9B", "Flux2KleinPipeline", TWO, "Qwen 3 8B", COMFYUI),
-    "flux2-dev": ("FLUX.2-dev", "Flux2Pipeline", TOLD, "Mistral 3 24B", COMFYUI),
-    "flux": ("FLUX.1-dev", "FluxPipeline", TOLD, "CLIP, T5", COMFYUI),
-    "qwenimage": ("Qwen-Image", "QwenImagePipeline", f"{TWO}, norms kept", "Qwen 2.5 VL 7B", COMFYUI),
-    "zimage": ("Z-Image", "ZImagePipeline", TWO, QWEN_4B, COMFYUI),
-    "krea2": ("Krea 2", "Krea2Pipeline", TWO, "Qwen 3 VL 4B", "diffusers"),
-    "cogvideox": ("CogVideoX", "CogVideoXPipeline", TWO, "T5", "diffusers"),
-    "wan21": ("Wan 2.1-1.3B", "WanPipeline", TWO, "UMT5", COMFYUI),
-    "wan21-14b": ("Wan 2.1-14B", "WanPipeline", TWO, "UMT5", COMFYUI),
-    "wan22-5b": ("Wan 2.2-5B", "WanPipeline", TWO, "UMT5", COMFYUI),
-    "wan22-a14b": ("Wan 2.2-A14B, two networks", "WanPipeline", TWO, "UMT5", COMFYUI),
+MODELS = {  # name in memory.json: model, pipeline, network, a teacher's step, text encoders, a LoRA's programs
+    "sd15": ("Stable Diffusion 1, 2", "StableDiffusionPipeline", "0.9 B", TWO, "CLIP", "all, by kohya's names"),
+    "sdxl": ("Stable Diffusion XL", "StableDiffusionXLPipeline", "2.6 B", TWO, "2 CLIP", "all, by kohya's names"),
+    "pixart": ("PixArt-alpha, -Sigma", "PixArtAlphaPipeline, PixArtSigmaPipeline", "0.6 B", TWO, "T5", "PEFT"),
+    "sd35m": ("Stable Diffusion 3, 3.5-M", "StableDiffusion3Pipeline", "2.0, 2.5 B", TWO, CLIP_T5, COMFYUI),
+    "sd35l": ("Stable Diffusion 3.5-L", "StableDiffusion3Pipeline", "8.1 B", TWO, CLIP_T5, COMFYUI),
+    "flux2-klein-4b": ("FLUX.2-klein-base 4B", "Flux2KleinPipeline", "3.9 B", TWO, QWEN_4B, ORIGINAL),
+    "flux2-klein-9b": ("FLUX.2-klein-base 9B", "Flux2KleinPipeline", "9.1 B", TWO, "Qwen 3 8B", ORIGINAL),
+    "flux2-dev": ("FLUX.2-dev", "Flux2Pipeline", "32.2 B", TOLD, "Mistral 3 24B", ORIGINAL),
+    "flux": ("FLUX.1-dev", "FluxPipeline", "11.9 B", TOLD, "CLIP, T5", COMFYUI),
+    "qwenimage": ("Qwen-Image", "QwenImagePipeline", "20.4 B", f"{TWO}, norms kept", "Qwen 2.5 VL 7B", COMFYUI),
+    "zimage": ("Z-Image", "ZImagePipeline", "6.2 B", TWO, QWEN_4B, COMFYUI),
+    "krea2": ("Krea 2", "Krea2Pipeline", "12.8 B", TWO, "Qwen 3 VL 4B", "diffusers"),
+    "cogvideox": ("CogVideoX", "CogVideoXPipeline", "1.7, 5.6 B", TWO, "T5", "diffusers"),
+    "wan21": ("Wan 2.1-1.3B", "WanPipeline", "1.4 B", TWO, "UMT5", ORIGINAL),
+    "wan21-14b": ("Wan 2.1-14B", "WanPipeline", "14.3 B", TWO, "UMT5", ORIGINAL),
+    "wan22-5b": ("Wan 2.2-5B", "WanPipeline", "5.0 B", TWO, "UMT5", ORIGINAL),
+    "wan22-a14b": ("Wan 2.2-A14B, two networks", "WanPipeline", "2 x 14.3 B", TWO, "UMT5", ORIGINAL),
 }
 
 
@@ -397,7 +398,6 @@ def families() -> str:
             (
                 model,
                 ", ".join(f"`{p}`" for p in pipeline.split(", ")),
-                f"{found[name, '24GiB', 1]['parameters'] / 1e9:.1f} B" if (name, "24GiB", 1) in found else "",
                 *rest,
                 needs(found.get((name, "24GiB", 1)), short),
                 needs(found.get((name, "80GiB", 8)), short),

@@ -12,10 +12,11 @@ import torch
 from rich.table import Table
 
 from ..backbones.base import Backbone
+from ..backbones.encoders import at_once
 from ..backbones.load import at_size, quiet
 from ..backbones.meta import meta_teacher
 from ..backbones.parts import DiffusersBackbone, networks
-from ..data.prompts import CHUNK, Embeddings
+from ..data.prompts import Embeddings
 from ..names import quoted
 from ..reading import reason
 from ..report.words import plural, size
@@ -312,7 +313,8 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
     assert isinstance(sized, DiffusersBackbone)
     encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
-    alone = calls_alone(lambda: sized.encode([LONGEST] * CHUNK), list(encoders.values())) if encoders else []
+    texts = [LONGEST] * at_once(sized.encoders)
+    alone = calls_alone(lambda: sized.encode(texts), list(encoders.values())) if encoders else []
     return Surroundings(
         tuple(Phase(f"encoding prompts: {n} alone", b) for n, b in zip(encoders, alone, strict=True)),
         sum(module_bytes(n) for n in idle),
