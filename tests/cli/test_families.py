@@ -137,8 +137,9 @@ def test_imitation_then_matching(family: str, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("pixart", {"size": 32}, "size: got 32, video makes images of one size"),
+        ("cogvideox", {"size": 32}, "size: got 32, video makes images of one size"),
         ("sdxl", {"size": 33}, "size: got 33, allowed for video are multiples of 4"),
+        ("sd3", {"size": 400}, "size: got 400, allowed for video are multiples of 4 up to 384"),
         (
             "sd3",
             {"method": {"steps": 2, "solver": "dpmpp", "warmup": 0}},
