@@ -88,7 +88,12 @@ def test_videos_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)]
+    ("family", "dtype"),
+    [
+        ("sd", "float32"),
+        pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("sd3", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
