@@ -88,7 +88,12 @@ def test_videos_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("sd", "float32"), pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow)]
+    ("family", "dtype"),
+    [
+        ("sd", "float32"),
+        pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("sd3", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's way: a smaller size first, then its own; the card and the pipeline know a size that is not the base's."""
@@ -137,8 +142,9 @@ def test_imitation_then_matching(family: str, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("pixart", {"size": 32}, "size: got 32, video makes images of one size"),
+        ("cogvideox", {"size": 32}, "size: got 32, video makes images of one size"),
         ("sdxl", {"size": 33}, "size: got 33, allowed for video are multiples of 4"),
+        ("sd3", {"size": 400}, "size: got 400, allowed for video are multiples of 4 up to 384"),
         (
             "sd3",
             {"method": {"steps": 2, "solver": "dpmpp", "warmup": 0}},
