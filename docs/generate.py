@@ -10,7 +10,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -299,7 +299,17 @@ def trajpl_emoji() -> str:
 
 
 def trajpl_pixel() -> str:
-    """How much of what DDIM adds in two steps a student takes away, in percent."""
+    """What TrajP-L and its parts take away of DDIM's excess in two steps."""
+    return _taken({"trajp-l": "TrajP-L", "lora": "LoRA alone", "head": "head alone"})
+
+
+def trajpl_matched() -> str:
+    """What another method takes away of it, which is not TrajP-L."""
+    return _taken({"two-matched": "LoRA for two steps alone, then TDM with a regression term"})
+
+
+def _taken(known: Mapping[str, str]) -> str:
+    """Return how much of what DDIM adds in two steps students take away, in percent."""
     floors = next(r["teacher"] for r in stored("trajpl") if r["part"] == "pixel")
 
     def taken(key: str, what: str) -> str:
@@ -307,12 +317,6 @@ def trajpl_pixel() -> str:
         values = [100 * (start - x) / (start - floors[what]) for x in _measured("pixel", key, what, 2)]
         return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
-    known = {
-        "trajp-l": "TrajP-L",
-        "lora": "LoRA alone",
-        "head": "head alone",
-        "two-matched": "LoRA for two steps, then TDM with a regression term",
-    }
     return table(
         ("method", "classifier's features", "EfficientNet-lite0's features"),
         [(name, taken(key, "fd_classes"), taken(key, "fd")) for key, name in known.items()],
@@ -335,6 +339,85 @@ def cost() -> str:
     return table(
         ("roles", "CPU time, bare calls = 1", "numbers a GPU is asked for", "copies a GPU is waited for"),
         [(roles, f"{r['ratio']:.2f}", r["reads"], r["copies"]) for roles, r in newest.items()],
+    )
+
+
+# Families, and the cards that they fit.
+
+CLIP_T5, QWEN_4B, COMFYUI = "2 CLIP, T5", "Qwen 3 4B", "diffusers, ComfyUI"
+TWO, TOLD = "2 NFE", "1 NFE, told its guidance"
+MODELS = {  # name in memory.json: model, pipeline, a teacher's step, text encoders, programs that load a student's LoRA
+    "sd15": ("Stable Diffusion 1, 2", "StableDiffusionPipeline", TWO, "CLIP", "all, by kohya's names"),
+    "sdxl": ("Stable Diffusion XL", "StableDiffusionXLPipeline", TWO, "2 CLIP", "all, by kohya's names"),
+    "pixart": ("PixArt-alpha, -Sigma", "PixArtAlphaPipeline, PixArtSigmaPipeline", TWO, "T5", "PEFT"),
+    "sd35m": ("Stable Diffusion 3, 3.5-M", "StableDiffusion3Pipeline", TWO, CLIP_T5, COMFYUI),
+    "sd35l": ("Stable Diffusion 3.5-L", "StableDiffusion3Pipeline", TWO, CLIP_T5, COMFYUI),
+    "flux2-klein-4b": ("FLUX.2-klein-base 4B", "Flux2KleinPipeline", TWO, QWEN_4B, COMFYUI),
+    "flux2-klein-9b": ("FLUX.2-klein-base 9B", "Flux2KleinPipeline", TWO, "Qwen 3 8B", COMFYUI),
+    "flux2-dev": ("FLUX.2-dev", "Flux2Pipeline", TOLD, "Mistral 3 24B", COMFYUI),
+    "flux": ("FLUX.1-dev", "FluxPipeline", TOLD, "CLIP, T5", COMFYUI),
+    "qwenimage": ("Qwen-Image", "QwenImagePipeline", f"{TWO}, norms kept", "Qwen 2.5 VL 7B", COMFYUI),
+    "zimage": ("Z-Image", "ZImagePipeline", TWO, QWEN_4B, COMFYUI),
+    "krea2": ("Krea 2", "Krea2Pipeline", TWO, "Qwen 3 VL 4B", "diffusers"),
+    "cogvideox": ("CogVideoX", "CogVideoXPipeline", TWO, "T5", "diffusers"),
+    "wan21": ("Wan 2.1-1.3B", "WanPipeline", TWO, "UMT5", COMFYUI),
+    "wan21-14b": ("Wan 2.1-14B", "WanPipeline", TWO, "UMT5", COMFYUI),
+    "wan22-5b": ("Wan 2.2-5B", "WanPipeline", TWO, "UMT5", COMFYUI),
+    "wan22-a14b": ("Wan 2.2-A14B, two networks", "WanPipeline", TWO, "UMT5", COMFYUI),
+}
+
+
+def planned() -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Return what the plan finds for each LoRA recipe, by family, card and number of cards."""
+    return {(r["family"], r["memory"], r["cards"]): r for r in stored("memory") if "memory" in r}
+
+
+def needs(row: dict[str, Any] | None, words: Callable[[Sequence[str]], str]) -> str:
+    """Say what a recipe needs on a card."""
+    if row is None:
+        return "not counted"
+    gib = f"{row['needed'] / 2**30:.1f} GiB"
+    return f"{gib}, {words(row['sets'])}" if row["fits"] else f"does not fit, needs {gib}"
+
+
+def families() -> str:
+    """Every model, and its LoRA's memory on one card of 24 GB and on 8 of 80 GB."""
+
+    def short(sets: Sequence[str]) -> str:
+        values = dict(s.split("=") for s in sets)
+        said = [values.get("roles.quantize", ""), values.get("train.optimizer", "")]
+        said += [f"batch {values['train.batch']}"] if "train.batch" in values else []
+        said += ["sharded"] if values.get("train.shard") == "true" else []
+        return ", ".join(s for s in said if s not in ("", "null")) or "as it is"
+
+    found = planned()
+    return table(
+        ("model", "pipeline", "network", "a teacher's step", "text", "student's LoRA for", "24 GB", "8 x 80 GB"),
+        [
+            (
+                model,
+                ", ".join(f"`{p}`" for p in pipeline.split(", ")),
+                f"{found[name, '24GiB', 1]['parameters'] / 1e9:.1f} B" if (name, "24GiB", 1) in found else "",
+                *rest,
+                needs(found.get((name, "24GiB", 1)), short),
+                needs(found.get((name, "80GiB", 8)), short),
+            )
+            for name, (model, pipeline, *rest) in MODELS.items()
+        ],
+    )
+
+
+def cards() -> str:
+    """The overrides that the plan prints for every LoRA recipe."""
+
+    def full(sets: Sequence[str]) -> str:
+        return "<br>".join(f"`{s}`" for s in sets) or "as it is"
+
+    found = planned()
+    sizes = ("16GiB", "24GiB", "80GiB")
+    return table(
+        ("recipe", *(s.replace("GiB", " GB") for s in sizes)),
+        [(f"`{name}-tdm4-lora`", *(needs(found.get((name, size, 1)), full) for size in sizes)) for name in MODELS],
     )
 
 
@@ -483,7 +566,7 @@ def tree() -> str:
     """Every package and what it holds, in the order of its imports."""
     order = (
         "core", "objectives", "backbones", "roles", "heads", "methods", "student", "data", "training", "evaluation",
-        "report", "study", "runs", "cli", "zoo",
+        "report", "study", "runs", "studio", "cli", "zoo",
     )  # fmt: skip
     package = ROOT / "src" / "fewstep"
     found = {p.parent.name for p in package.glob("*/__init__.py")}
@@ -506,8 +589,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "trajpl-network": trajpl_network,
     "trajpl-emoji": trajpl_emoji,
     "trajpl-pixel": trajpl_pixel,
+    "trajpl-matched": trajpl_matched,
     "video": video,
     "cost": cost,
+    "families": families,
+    "cards": cards,
     "recipe-settings": recipe_settings,
     "presets": presets,
     "metrics": metrics,

@@ -36,7 +36,7 @@ def ask(method: str, address: str, value: dict[str, Any] | None = None) -> Any:
     data = None if value is None else json.dumps(value).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=300) as answer:  # noqa: S310
             return json.load(answer)["value"]
     except urllib.error.HTTPError as error:
         raise AssertionError(json.load(error)["value"]["message"].partition("\n")[0]) from error
@@ -68,7 +68,15 @@ class Browser:
         )
 
     def open(self, page: Path) -> None:
-        self._send("POST", "url", {"url": page.resolve().as_uri()})
+        self.visit(page.resolve().as_uri())
+
+    def visit(self, address: str) -> None:
+        self._send("POST", "url", {"url": address})
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Give a file to an `<input type=file>`, which need not be in sight."""
+        found = self.run("return document.querySelector(arguments[0])", selector)
+        self._send("POST", f"element/{found[ELEMENT]}/value", {"text": str(path.resolve())})
 
     def run(self, code: str, *arguments: Any) -> Any:
         """What JavaScript returns."""

@@ -57,7 +57,7 @@ def measured(run: Path, *more: str) -> None:
     assert "<h2>Drift</h2>" in page and "Distance to the teacher" in page and "% of the images" in page
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "pixart"])
+@pytest.mark.parametrize("family", ["sd3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sdxl", "pixart"))])
 def test_a_student_of_any_family_is_measured_by_the_default_command(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +106,32 @@ def test_stages_of_two_sizes(family: str, dtype: str, tmp_path: Path, monkeypatc
     assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
     assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0
     assert "height=64, width=64" in Path("runs/tiny/final/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f == "flux2" else pytest.mark.slow) for f in (*pipelines.FAMILIES, "wan-a14b")],
+)
+def test_imitation_then_matching(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe of two stages on one set of trajectories: run, continued after its end, sampled and exported."""
+    folder = pipelines.save(family, tmp_path / family)
+    shared = {"method": {"name": "trajp-l", "steps": 2, "head": "none", "guidance": 2.0}}
+    shared |= {"data": {"source": "trajectories", "count": 4, "steps": 2, "guidance": 2.0, "solver": "ddim"}}
+    train = {"iterations": 1, "batch": 2, "lr": 1e-2, "fake_lr": 1e-2, "checkpoint_every": 1}
+    changes: dict[str, object] = {
+        "warm_start": {**shared, "train": train},
+        "data": shared["data"],
+        "method": {"steps": 2, "warmup": 0, "guidance": 2.0, "regression_weight": 2.0},
+    }
+    if family in pipelines.SIZES:
+        changes["size"] = pipelines.SIZES[family]
+    for iterations in (1, 2):
+        path = recipe(folder, **changes, train=train | {"iterations": iterations})
+        assert fewstep(monkeypatch, "distill", path) == 0
+    first, last = (read_card(Path("runs/tiny") / part) for part in ("warm_start/final", "final"))
+    assert (first.method, last.method, last.iterations) == ("trajp-l", "trajp-l-tdm", 2)
+    assert fewstep(monkeypatch, "sample", "runs/tiny", "-p", "red cat", "--out", "x.png") == 0
+    assert fewstep(monkeypatch, "export", "runs/tiny", "merged", "--format", "merged") == 0
 
 
 @pytest.mark.parametrize(

@@ -247,3 +247,10 @@ def test_cards_share_weights_or_exchange_gradients(planned: tuple[Plan, Backbone
     one, eight, shared = on(1), on(8), on(8, shard=True)
     assert replace(eight, exchange=0) == one and eight.exchange == 3 * one.trained // 2
     assert shared.held < one.held and shared.gathered > 0 and shared.exchange == 0
+
+
+@pytest.mark.parametrize("family", ["zimage", "sd"])
+def test_texts_count_at_their_longest(family: str) -> None:
+    hollow = pipelines.backbone(family)
+    masks = [v for k, v in plan.longest_texts(hollow).cond.items() if k == "mask"]
+    assert all(bool(mask.all()) for mask in masks) and len(masks) == (family == "zimage")

@@ -39,7 +39,16 @@ ROUNDED = {
     "train.optimizer": "Adam's moments are kept in 8 bits",
     "roles.quantize": "the base's weights are quantized, the teacher's too",
 }
+LONGEST = "word " * 1024  # longer than any network's text: Z-Image and language models take as many tokens as there are
 LEAST_BATCH = 4  # below this batch, checkpointing is faster than smaller batches
+
+
+class TooLargeError(ValueError):
+    """A recipe that fits a card with no settings: the smallest of them need `needed` bytes."""
+
+    def __init__(self, text: str, needed: int) -> None:
+        super().__init__(text)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def run_plan(
 ) -> None:
     """Print the plan, and with `memory` the settings that fit.
 
-    Raises ValueError with one line where no settings fit.
+    Raises TooLargeError with one line where no settings fit.
     """
     quiet()
     recipe = read_recipe(source, overrides, DistillRecipe, given)
@@ -191,7 +200,7 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     """Return settings of a stage that fit, and the bytes needed.
 
     The settings are the fastest of those with the same result; where there are none, those that round the
-    least. Raises ValueError with one line where no settings fit.
+    least. Raises TooLargeError with one line where no settings fit.
     """
     if made.least <= usable:
         return [], made.least
@@ -205,9 +214,10 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     if found is not None:
         return found, needed
     bf16 = "; --set dtype=bfloat16 halves the base's weights" if made.recipe.dtype == "float32" else ""
-    raise ValueError(
+    raise TooLargeError(
         f"--memory: {made.recipe.name} needs {size(needed)} with the smallest batch, "
-        f"checkpointing and all that rounds, {size(usable)} are usable{bf16}"
+        f"checkpointing and all that rounds, {size(usable)} are usable{bf16}",
+        needed,
     )
 
 
@@ -295,7 +305,7 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
     assert isinstance(sized, DiffusersBackbone)
     encoders = {n: m for n, m in sized.pipe.components.items() if any(m is e for e in sized.encoders)}
     idle = [n for n in networks(sized.pipe) if n is not sized.module and n not in sized.encoders]
-    alone = calls_alone(lambda: sized.encode([""] * CHUNK), list(encoders.values())) if encoders else []
+    alone = calls_alone(lambda: sized.encode([LONGEST] * CHUNK), list(encoders.values())) if encoders else []
     return Surroundings(
         tuple(Phase(f"encoding prompts: {n} alone", b) for n, b in zip(encoders, alone, strict=True)),
         sum(module_bytes(n) for n in idle),
@@ -306,12 +316,19 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
 def plan_of(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
     """Return the plan of one training."""
     sized, method = at_size(teacher, recipe.size), recipe.method
-    data = Embeddings(sized.encode([""] * 2), sized.encode([""]), [""] * 2, 0, "")
+    data = longest_texts(sized)
     times = trajectory_times(method, sized)
     counted = training_bytes(
         sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards
     )
     return Plan(recipe, around, counted, cards)
+
+
+def longest_texts(backbone: Backbone) -> Embeddings:
+    """Return two prompts of as many tokens as the networks take."""
+    assert isinstance(backbone, DiffusersBackbone)
+    text = LONGEST if backbone.encoders else ""
+    return Embeddings(backbone.encode([text] * 2), backbone.encode([text]), [text] * 2, 0, "")
 
 
 def show(made: Plan) -> None:
