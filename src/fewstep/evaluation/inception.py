@@ -75,9 +75,9 @@ def torch_resize(images: Tensor, size: int = SIZE) -> Tensor:
 
 
 def load_inception(metric: str) -> Inception:
-    """Load the network that FID is defined by, with the resizing of the metric.
+    """Load the network that FID is defined by.
 
-    Raises ValueError in one line where the file is not there.
+    It resizes images as the metric says. Raises ValueError in one line where the file is not there.
     """
     file = place() / "inception" / FILE
     if not file.is_file():

@@ -37,7 +37,10 @@ class Scorer(Protocol):
     def clips(self) -> bool: ...
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scores [B] of images [B, 3, H, W], or of clips [B, F, 3, H, W]."""
+        """Return the scores [B] of images.
+
+        [B, 3, H, W], or of clips [B, F, 3, H, W].
+        """
 
     def close(self) -> None:
         """Give back what the scorer holds beyond memory."""
@@ -54,7 +57,10 @@ class DeepFeatures(Protocol):
 
 
 class PairDistance(Protocol):
-    """A distance of two images, in which the seeds of a prompt are compared."""
+    """A distance of two images.
+
+    In it the seeds of a prompt are compared.
+    """
 
     @property
     def key(self) -> str: ...
