@@ -28,6 +28,7 @@ from tests.student.card import CARD
 from .common import error_of
 from .common import fewstep as command
 
+pytestmark = pytest.mark.usefixtures("few_draws")
 SMALL = EmojiProtocol("small", names=6, repeated=2, seeds=2, toned=2, held_out=2, reference=protocols.REFERENCE)
 
 

@@ -17,7 +17,7 @@ from .. import pipelines
 from .common import error_of, fewstep
 from .families import recipe
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere", "few_draws")
 
 
 def test_videos_are_shown_as_strips_and_written_as_mp4(

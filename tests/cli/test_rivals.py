@@ -24,6 +24,8 @@ from .. import pipelines
 from .common import error_of
 from .common import fewstep as command
 
+pytestmark = pytest.mark.usefixtures("few_draws")
+
 
 def placed(final: Path, repo: str, name: str, weights: Path) -> Path:
     """The student's LoRA under a public student's name, where weights are looked for."""

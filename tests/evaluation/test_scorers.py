@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from fewstep.backbones import miniature
+from fewstep.cli.extra import extra_of
 from fewstep.evaluation import scorers
 from fewstep.evaluation.distances import frechet_distance, kernel_distance, kernel_reference, moments
-from fewstep.evaluation.inception import Inception, clean_resize, load_inception, read_statistics
+from fewstep.evaluation.inception import Inception, clean_resize, load_inception, read_statistics, torch_resize
 from fewstep.evaluation.scorer import Extra, require_extra
 from fewstep.evaluation.scorers import (
     AestheticHead,
@@ -291,6 +292,22 @@ def test_the_resize_is_clean_fids() -> None:
         assert (theirs - own).abs().max() <= 1e-5 * 255
 
 
+def test_the_other_resize_is_torch_fidelitys() -> None:
+    theirs = need("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
+    for shape in ((40, 48), (299, 299), (512, 300)):
+        seen = images(*shape)
+        expected = theirs((seen * 255).round(), size=(299, 299), align_corners=False)
+        assert (torch_resize(seen) - expected).abs().max() <= 1e-5 * 255, shape
+
+
+def test_the_other_resize_is_its_formula() -> None:
+    """Each pixel lies at i in / out; where the sizes are equal nothing changes."""
+    x = torch.arange(4.0)[None, None, None] / 255 * 60
+    assert torch_resize(x.expand(1, 3, 2, 4), 8)[0, 0, 0].tolist() == pytest.approx([0, 30, 60, 90, 120, 150, 180, 180])
+    same = images(16, 16)
+    assert torch.equal(torch_resize(same, 16), (same * 255).round())
+
+
 class Rough(nn.Module):
     """Features of 24 numbers: means over a grid, in Inception's place."""
 
@@ -301,7 +318,7 @@ class Rough(nn.Module):
 def test_fid_and_kid_are_those_of_the_reference_packages() -> None:
     rng = torch.Generator().manual_seed(0)
     a, b = torch.rand((60, 3, 16, 16), generator=rng), torch.rand((60, 3, 16, 16), generator=rng) ** 1.2
-    network = Inception(Rough())
+    network = Inception(Rough(), clean_resize)
     x, y = network.features(a), network.features(b)
     assert x.shape == (60, 24)
     fid = frechet_distance(moments(x), moments(y))
@@ -332,6 +349,12 @@ def test_fid_of_few_images_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^--metrics fid: there is nothing to compare with; pass --real FOLDER or"):
         require_extra(extra, "parti", 3264, False)
     require_extra(extra, "parti", 3264, True)
+    with pytest.raises(
+        ValueError, match=r"^--metrics fid_torch: protocol own has 512 images, FID takes at least 2,000"
+    ):
+        require_extra(Extra(fid_torch=True), "own", 512, True)
+    with pytest.raises(ValueError, match=r"^--metrics: got fid_torch with fid or kid, whose images are resized other"):
+        extra_of(["kid", "fid_torch"], None)
 
 
 @pytest.mark.parametrize("name", list(scorers.SCORERS))

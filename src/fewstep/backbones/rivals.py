@@ -98,7 +98,7 @@ def _hyper(name: str, base: str, file: str, kind: Literal["lora", "network"] = "
 
 
 def _qwen(name: str, repo: str, file: str, of: str) -> Rival:
-    how = {"options": SHIFT_3, "guidance": 1.0, "call": {"true_cfg_scale": 1.0}, "of": of}
+    how: dict[str, Any] = {"options": SHIFT_3, "guidance": 1.0, "call": {"true_cfg_scale": 1.0}, "of": of}
     return Rival(name, QWEN, repo, QWEN_LIGHT, (file,), FlowMatchEulerDiscreteScheduler, **how)
 
 

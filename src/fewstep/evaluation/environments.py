@@ -177,9 +177,9 @@ def python_of(folder: str) -> Path:
 
 
 def install(key: str) -> Path:
-    """Make the environment of a score, or a file of weights, and return where it is.
+    """Make the environment of a score, or a file of weights.
 
-    Raises ValueError in one line where it cannot be made.
+    Returns where it is. Raises ValueError in one line where it cannot be made.
     """
     known = {**{e.folder: e for e in ENVIRONMENTS.values()}, **CONVERSIONS}
     if key not in known:

@@ -141,6 +141,7 @@ class Drawn:
     deep: Tensor | None = None
     deep_real: KernelReference | None = None
     deep_moments: Moments | None = None
+    torch_moments: Moments | None = None
     perceptual: Tensor | None = None
     gallery: KernelReference | None = None
     ranks: Tensor | None = None
@@ -265,7 +266,7 @@ def evaluate_images(
     others_own = None if others is None else moments(space(others[:count].double()) * unit)
     deep_real = None if real is None or extra.deep is None else gauge.deep_of(shuffled(real)[:count])
     goal_moments = extra.reference
-    if goal_moments is None and extra.fid and deep_real is not None:
+    if goal_moments is None and (extra.fid or extra.fid_torch) and deep_real is not None:
         goal_moments = moments(deep_real)
     kernel = kernel_reference(deep_real) if extra.kid and deep_real is not None else None
     keys = [scorer.key for scorer in extra.scorers]
@@ -304,6 +305,7 @@ def evaluate_images(
                 deep=None if extra.deep is None else measured[i].deep[index],
                 deep_real=kernel,
                 deep_moments=goal_moments if extra.fid else None,
+                torch_moments=goal_moments if extra.fid_torch else None,
                 perceptual=seen if seen is None or chosen is None else seen[chosen],
             )
 

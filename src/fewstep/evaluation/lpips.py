@@ -1,7 +1,8 @@
-"""LPIPS, a distance of two images as people see it, and the diversity of seeds in it.
+"""LPIPS, a distance of images as people see it.
 
 `sum_l mean_hw sum_c w_lc (f_lhwc(a) - f_lhwc(b))^2`: AlexNet's features f after each of five convolutions, of length 1
-at every place, with trained weights w (Zhang et al., arXiv:1801.03924, eq. 1; version 0.1 of the package `lpips`).
+at every place, with trained weights w (Zhang et al., arXiv:1801.03924, eq. 1; version 0.1 of the package `lpips`). The
+seeds of a prompt are compared in it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,10 @@ class Lpips:
     weights: Mapping[str, str] = field(default_factory=dict)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the distances [B] of images a, b [B, 3, H, W] in [0, 1]."""
+        """Return the distances [B] of two batches of images.
+
+        a, b [B, 3, H, W] in [0, 1].
+        """
         with torch.inference_mode():
             total = torch.zeros(len(a))
             for layer, (x, y) in enumerate(zip(self._features(a), self._features(b), strict=True)):
@@ -44,7 +48,10 @@ class Lpips:
             return total
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Return the features [B, C, H, W] of each layer, of length 1 at every place."""
+        """Return the features of each layer.
+
+        [B, C, H, W], of length 1 at every place.
+        """
         shift, scale = (torch.tensor(v)[:, None, None] for v in (SHIFT, SCALE))
         x, found = (2 * images.float() - 1 - shift) / scale, []
         for i, name in enumerate(LAYERS):
@@ -76,7 +83,10 @@ def load_lpips() -> Lpips:
 
 
 def pictures(images: Tensor) -> Tensor:
-    """Return small copies [B, 3 * 64 * 64] of images, or of the middle frames of clips."""
+    """Return small copies of images.
+
+    [B, 3 * 64 * 64], of clips those of the middle frames.
+    """
     stills = images if images.ndim == 4 else images[:, images.shape[1] // 2]
     small = F.interpolate(stills.float(), (SIDE, SIDE), mode="bicubic", antialias=True)
     return small.clamp(0, 1).flatten(1)

@@ -107,6 +107,10 @@ class Measurement(Protocol):
         """The moments of such features, that FID compares with."""
 
     @property
+    def torch_moments(self) -> Moments | None:
+        """The same of images that were resized as torch-fidelity does."""
+
+    @property
     def perceptual(self) -> Tensor | None:
         """Mean LPIPS between two seeds of each prompt [P]."""
 

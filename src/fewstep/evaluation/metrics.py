@@ -77,6 +77,10 @@ def _fid(m: Measurement) -> float | None:
     return None if m.deep is None or m.deep_moments is None else frechet_distance(m.deep_moments, moments(m.deep))
 
 
+def _fid_torch(m: Measurement) -> float | None:
+    return None if m.deep is None or m.torch_moments is None else frechet_distance(m.torch_moments, moments(m.deep))
+
+
 def _kid(m: Measurement) -> float | None:
     return None if m.deep is None or m.deep_real is None else kernel_distance(m.deep_real, m.deep)
 
@@ -196,6 +200,14 @@ METRICS: dict[str, Metric] = {
             each=_apart,
         ),
         Metric("fid", "FID", _fid, 2, "low", needs="Inception, and real images or a reference"),
+        Metric(
+            "fid_torch",
+            "FID, resized as by torch-fidelity",
+            _fid_torch,
+            2,
+            "low",
+            needs="Inception, and real images or a reference",
+        ),
         Metric("kid", "KID, Inception", _kid, 4, "low", needs="Inception and real images"),
         _score("clip_score", "CLIP score", 2, "CLIP ViT-L/14"),
         _score("hpsv21", "HPSv2.1", 2, "HPSv2.1"),
@@ -234,7 +246,9 @@ def values(measurement: Measurement, metrics: Sequence[Metric] = ()) -> dict[str
 
 
 # Metrics that are in eval.json only where they were asked for.
-OTHERS = tuple(m for m in METRICS.values() if m.key in ("fid", "kid", "lpips") or m.each not in (None, _apart))
+OTHERS = tuple(
+    m for m in METRICS.values() if m.key in ("fid", "fid_torch", "kid", "lpips") or m.each not in (None, _apart)
+)
 # What drawn prompts change: time and memory are not numbers of prompts. The slow ones take seconds for each draw.
-SLOW = tuple(METRICS[key] for key in ("kid_real", "fid", "kid"))
+SLOW = tuple(METRICS[key] for key in ("kid_real", "fid", "fid_torch", "kid"))
 DRAWN = tuple(m for m in METRICS.values() if m.kind != "cost" and m not in SLOW and m.key != "collapsed")

@@ -44,6 +44,7 @@ class Row:
     deep: Tensor | None = None
     deep_real: KernelReference | None = None
     deep_moments: Moments | None = None
+    torch_moments: Moments | None = None
     perceptual: Tensor | None = None
 
 
