@@ -26,6 +26,7 @@ KEYS = {
     "Enter": "\ue007",
     "Tab": "\ue004",
     "Backspace": "\ue003",
+    "Control": "\ue009",
     "Escape": "\ue00c",
     "PageDown": "\ue00f",
 }
@@ -106,6 +107,13 @@ class Browser:
     def press(self, *keys: str) -> None:
         """Keys, one after the other, to whatever has the focus."""
         actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
+        self._send("POST", "actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+
+    def chord(self, *keys: str) -> None:
+        """Keys held together, to whatever has the focus."""
+        held = [KEYS.get(key, key) for key in keys]
+        actions = [{"type": "keyDown", "value": key} for key in held]
+        actions += [{"type": "keyUp", "value": key} for key in reversed(held)]
         self._send("POST", "actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     def tap(self, x: float, y: float, to: tuple[float, float] | None = None) -> None:

@@ -99,10 +99,10 @@ class Walker:
     def fill(self, block: str, text: str, *keys: str) -> None:
         """A text in the place of what a field holds."""
         field = f"{block} :is(input, textarea):not([type=file], [type=range])"
-        self.browser.run("const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center'});"
-                         " e.focus(); e.select()", field)  # fmt: skip
-        self.browser.type(field, text)
-        self.browser.press(*keys)
+        self.browser.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", field)
+        self.browser.click(field)
+        self.browser.chord("Control", "a")
+        self.browser.press("Backspace", *text, *keys)
 
     def reads(self, selector: str, word: str, seconds: float = 240) -> None:
         """Wait until a part of the page says something."""
@@ -152,11 +152,11 @@ def begin(walker: Walker, folder: Path) -> None:
     walker.reads("#about-recipe", "says nothing of itself")
     value = "return document.querySelector('#set-train-iterations input, #set-train-iterations textarea').value"
     walker.browser.until(lambda: walker.browser.run(value) == str(ITERATIONS))
-    walker.fill("#name", "walk:b")
+    walker.fill("#name", "walk:b", "Tab")
     walker.press("#start")
     walker.reads("#said", "choose another")  # no folder may be called so
-    walker.fill("#name", "walk")
-    walker.fill("#more", "train.ema=0.9")
+    walker.fill("#name", "walk", "Tab")
+    walker.fill("#more", "train.ema=0.9", "Tab")
     walker.press("#start")
     walker.reads("#about", "walk", 60)
 
@@ -193,7 +193,7 @@ def sample(walker: Walker) -> None:
     """Sample beside the teacher, and take the settings of a picture."""
     walker.tab("Sample")
     walker.reads("#about-student", "2 steps, 1 step")
-    walker.fill("#seed", "5")
+    walker.fill("#seed", "5", "Tab")
     walker.press("#go")
     walker.reads("#times", "teacher, 50 steps")
     walker.has("#sample-wipe img")
@@ -204,7 +204,7 @@ def sample(walker: Walker) -> None:
     assert (told.prompt, told.seed, told.steps) == (CLASS, 5, 2)
     with Image.open(picture) as found:
         assert found.size == (8, 8)
-    walker.fill("#seed", "9")
+    walker.fill("#seed", "9", "Tab")
     walker.browser.upload("#dropped input[type=file]", picture)
     seed = "return document.querySelector('#seed input').value"
     walker.browser.until(lambda: walker.browser.run(seed) == "5")
@@ -216,8 +216,8 @@ def vote(walker: Walker, runs: Path) -> None:
     """Vote blind, and count."""
     walker.tab("Compare and vote")
     walker.fill("#students", "walk, 2", "Enter")
-    walker.fill("#compare-prompts", "2")
-    walker.fill("#compare-name", "blind")
+    walker.fill("#compare-prompts", "2", "Tab")
+    walker.fill("#compare-name", "blind", "Tab")
     walker.press("#study-go")
     walker.has("#vote iframe")
     walker.press("#count-votes")

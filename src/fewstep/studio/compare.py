@@ -168,7 +168,7 @@ def build(place: Place, tab: gr.Tab) -> None:
         counting = gr.Button("Count the votes", elem_id="count-votes", min_width=140)
     told = gr.HTML(elem_id="counted")
     vote = gr.HTML(words.note("Choose students and make a blind vote, or choose one that is there."), elem_id="vote")
-    answers = gr.Textbox(visible=False)
+    answers = gr.Textbox("", visible=False)
 
     def put_side_by_side(chosen: list[str], asked: str, with_teacher: bool, called: str) -> Iterator[list[Any]]:
         """Run `fewstep compare` and show its page."""

@@ -130,9 +130,11 @@ def build(place: Place) -> NewTab:
                 examine = gr.Button("Check it (loads it)", size="sm")
     with gr.Accordion("Prompts", open=False):
         gr.HTML(words.note("Without any the recipe's own are taken. Pasted prompts count over a file."))
-        pasted = gr.Textbox(label="Paste prompts, one a line", lines=4, max_lines=12, elem_id="pasted")
+        pasted = gr.Textbox("", label="Paste prompts, one a line", lines=4, max_lines=12, elem_id="pasted")
         with gr.Row():
-            source = gr.Textbox(label="Or a file or a hub data set", info=".txt, .jsonl, .csv, .tsv, or owner/name.")
+            source = gr.Textbox(
+                "", label="Or a file or a hub data set", info=".txt, .jsonl, .csv, .tsv, or owner/name."
+            )
             upload = gr.File(
                 label="Or drop a file", file_types=[".txt", ".jsonl", ".csv", ".tsv"], type="filepath", height=110
             )
@@ -154,11 +156,11 @@ def build(place: Place) -> NewTab:
                     )
         with gr.Row():
             setting = gr.Dropdown(list(known), label="Any other setting", value=None, min_width=240)
-            value = gr.Textbox(label="Its value", min_width=160)
+            value = gr.Textbox("", label="Its value", min_width=160)
             add = gr.Button("Set it", size="sm", min_width=90)
         setting_facts = gr.HTML(elem_id="about-setting")
         more = gr.Textbox(
-            label="More settings, one a line", lines=2, max_lines=16, placeholder="train.ema=0.99", elem_id="more",
+            "", label="More settings, one a line", lines=2, max_lines=16, placeholder="train.ema=0.99", elem_id="more",
             info="As --set takes them. They count over the fields above.",
         )  # fmt: skip
     with gr.Accordion("Memory", open=False):

@@ -70,6 +70,8 @@ class Order:
 
 def written(value: Any) -> str:
     """Return a setting as YAML on one line."""
+    if isinstance(value, str):
+        return value  # `--set` takes the texts of settings literally
     plain = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(plain, default_flow_style=True, width=WIDE, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("...").strip()
