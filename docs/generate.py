@@ -227,6 +227,31 @@ def race() -> str:
     )
 
 
+def arena() -> str:
+    """FD of the teacher and of all students that trained for as long, the nearest in 4 steps first."""
+    record = json.loads((ROOT / "benchmarks" / "arena.json").read_text(encoding="utf-8"))
+    rate, label, rows = record["common"]["rate"], record["common"]["label"], record["rows"]
+    drawn = [r for r in rows if r["stage"] == "teacher" and r["solver"] == "ddim" and r["guidance"] != 1]
+
+    def fd(found: Sequence[Mapping[str, float]]) -> str:
+        values = [m["fd"] for m in found]
+        return (f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")) if values else "-"
+
+    def own(key: str, count: int) -> list[dict[str, float]]:
+        mine = [r for r in rows if r["stage"] == "race" and (r["key"], r["rate"]) == (key, rate[key])]
+        return [r["measured"][str(count)] for r in mine if str(count) in r["measured"] and r["count"] in (0, count)]
+
+    of_teacher = {k: fd([r["measured"] for r in drawn if r["steps"] == k]) for k in (50, 4, 2, 1)}
+    raced = sorted((key for key in label if own(key, 4)), key=lambda key: mean(m["fd"] for m in own(key, 4)))
+    return table(
+        ("model", "4 steps", "2 steps", "1 step", "seeds in 4 steps"),
+        [
+            (f"teacher, guided (50 steps: {of_teacher[50]})", *(of_teacher[k] for k in (4, 2, 1)), ""),
+            *((label[key], *(fd(own(key, k)) for k in (4, 2, 1)), len(own(key, 4))) for key in raced),
+        ],
+    )
+
+
 def transfer() -> str:
     """LoRA of the bundled teacher in fine-tunes that they have never seen."""
     rows = stored("finetunes")
@@ -585,6 +610,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "rivals": rivals,
     "race": race,
+    "arena": arena,
     "transfer": transfer,
     "trajpl-network": trajpl_network,
     "trajpl-emoji": trajpl_emoji,

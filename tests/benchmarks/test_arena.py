@@ -21,8 +21,8 @@ def row(key: str, rate: float, seed: int, fd: float, count: int = 4) -> dict[str
 def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> None:
     arena = load("arena")
     rows = [
-        row("tdm", 1e-5, 0, 5.0), row("tdm", 3e-5, 0, 3.0), row("tdm", 3e-5, 1, 5.0),
-        row("lcm", 3e-4, 0, 2.0), row("gan-real", 3e-5, 0, 9.0),
+        row("tdm", 3e-5, 0, 5.0), row("tdm", 1e-4, 0, 3.0), row("tdm", 1e-4, 1, 5.0),
+        row("lcm", 3e-4, 0, 2.0), row("gan-real", 1e-4, 0, 9.0),
     ]  # fmt: skip
     record = sys.modules["records"].new_record("arena", "made up", rows, (0, 1), {"seconds": 12.0})
     text = arena["page"](record)
@@ -30,8 +30,8 @@ def test_each_method_is_shown_at_its_best_rate_the_nearest_first(load: Load) -> 
     lines = [[cell.strip() for cell in line.split("|")[1:5]] for line in four.splitlines() if line.startswith("| ")]
     assert lines[2:] == [
         ["LCM", "0.0003", "10", "2.00"],
-        ["TDM", "3e-05", "10", "4.00 ± 1.41"],
-        ["TDM, adversarial term, real images", "3e-05", "10", "9.00"],
+        ["TDM", "0.0001", "10", "4.00 ± 1.41"],
+        ["TDM, adversarial term, real images", "0.0001", "10", "9.00"],
     ]
     assert "| TDM | 5.00 | 3.00 | - |" in text
 

@@ -181,11 +181,14 @@ class Method(ABC):
         return timegrid.uniform(schedule, steps or self.counts[0], self.shift)
 
     def count_at(self, iteration: int, iterations: int, rng: torch.Generator) -> int:
-        """Return the step count K of an iteration, from 0, of so many."""
+        """Return the step count K of an iteration.
+
+        Iterations count from 0 to `iterations`.
+        """
         return draw_count(self.steps, rng)
 
     def after(self, roles: Roles, iteration: int) -> None:  # noqa: B027 - most methods do nothing
-        """Change the roles once all updates of an iteration, from 0, are made."""
+        """Change the roles after all updates of an iteration."""
 
     def one_step(self) -> "Method":
         """Return a faster method that needs as much memory.
