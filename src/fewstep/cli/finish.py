@@ -29,6 +29,7 @@ from ..student.folder import copy_student
 from ..student.student import Origin, Student
 from .best import Best, keep_best, missed
 from .evaluate import EVALUATION, evaluate_student
+from .export import in_other_programs
 from .progress import console
 
 
@@ -162,6 +163,8 @@ def print_ending(
             "faster per image than the teacher"
         )
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
+    for line in in_other_programs(run / "final", str(run)):
+        console.print(line, markup=False, highlight=False)
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
 
 

@@ -489,8 +489,9 @@ def discriminator_loss(method: DistributionMatching, roles: Roles, d: NoisedSamp
     assert roles.discriminator is not None
     discriminator, gan_loss = roles.discriminator, GAN_LOSSES[method.gan.loss]
     with torch.no_grad():
-        real_tokens = discriminator.tokens(diffuse(roles.backbone.schedule, real.x0, d.tau, d.e), d.tau, real.cond)
-        fake_tokens = discriminator.tokens(d.x_tau, d.tau, d.cond)
+        x_real = diffuse(roles.backbone.schedule, real.x0, d.tau, d.e)
+        real_tokens = discriminator.tokens(x_real, d.tau, roles.told(real.cond))
+        fake_tokens = discriminator.tokens(d.x_tau, d.tau, roles.told(d.cond))
     real_tokens = [f.requires_grad_(method.gan.r1 > 0) for f in real_tokens]
     logits = discriminator.logits(real_tokens, d.tau, d.steps)
     value = gan_loss.real(logits) + gan_loss.fake(discriminator.logits(fake_tokens, d.tau, d.steps))
@@ -507,7 +508,8 @@ def adversarial_loss(method: DistributionMatching, roles: Roles, d: NoisedSample
     """
     assert roles.discriminator is not None
     discriminator = roles.discriminator
-    logits = discriminator.logits(discriminator.tokens(d.x_tau, d.tau, d.cond), d.tau, d.steps)
+    tokens = discriminator.tokens(d.x_tau, d.tau, roles.told(d.cond))
+    logits = discriminator.logits(tokens, d.tau, d.steps)
     return GAN_LOSSES[method.gan.loss].student(logits).mean()
 
 

@@ -139,9 +139,11 @@ class Roles:
         A role with `condition_values` is conditioned on the step count or guidance scale `condition`
         (default: the first value).
         """
-        scale = self.embedded_guidance
-        own = cond if scale is None else tell(cond, scale)
-        return self._as(role, denoiser(self.backbone, self.networks[role], own), condition)
+        return self._as(role, denoiser(self.backbone, self.networks[role], self.told(cond)), condition)
+
+    def told(self, cond: Cond) -> Cond:
+        """Return conditions with the run's guidance scale, for networks that are told one."""
+        return cond if self.embedded_guidance is None else tell(cond, self.embedded_guidance)
 
     def teacher(self, cond: Cond, null: Cond, guidance: Guidance) -> Denoise:
         """Return the frozen teacher under guidance."""

@@ -160,7 +160,7 @@ class TrainConfig:
             if (got := getattr(self, option)) > self.iterations:
                 raise ValueError(
                     f"train.{option}: got {got}, allowed are whole numbers from 0 (off) to train.iterations "
-                    f"({self.iterations})"
+                    f"({self.iterations}); set train.{option}=0, or train.iterations to {got} or more"
                 )
 
     def groups(self, processes: int, option: str = "train") -> int:
