@@ -238,7 +238,7 @@ def arena() -> str:
         return (f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")) if values else "-"
 
     def own(key: str, count: int) -> list[dict[str, float]]:
-        mine = [r for r in rows if r["stage"] == "race" and (r["key"], r["rate"]) == (key, rate[key])]
+        mine = [r for r in rows if r["stage"] == "race" and (r["key"], r["rate"]) == (key, rate.get(key))]
         return [r["measured"][str(count)] for r in mine if str(count) in r["measured"] and r["count"] in (0, count)]
 
     of_teacher = {k: fd([r["measured"] for r in drawn if r["steps"] == k]) for k in (50, 4, 2, 1)}
