@@ -1,7 +1,7 @@
 """Race few-step methods on a teacher on which they part.
 
     python benchmarks/arena.py --data FOLDER      # makes what is missing; writes benchmarks/arena.md and .json
-    python benchmarks/arena.py --only teacher tune seeds counts settings    # some stages; --until S: stop after S s
+    python benchmarks/arena.py --only teacher tune seeds    # some stages; --until S: stop after S s
 
 The teacher draws ten kinds of clothing (Fashion-MNIST in half of its size, 14x14), of which none determines an image,
 with a perceptron of 0.9 million weights, so that seconds of a core hold a training. Methods train all weights, from
@@ -62,7 +62,7 @@ from records import (
 )
 
 SEEDS, COUNTS, GUIDANCE, BATCH = (0, 1, 2), (4, 2, 1), 1.5, 32
-STAGES = ("teacher", "tune", "seeds", "counts", "settings")
+STAGES = ("teacher", "tune", "seeds", "other-rates", "settings", "counts")
 Settings = dict[str, Any]
 MATCHING, IMITATION = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
 
@@ -261,9 +261,9 @@ def guided_teacher(teacher: Backbone, cond: Cond, null: Cond, scale: float) -> D
 
 def cells(stage: str, rows: Sequence[Facts]) -> Iterator[Cell]:
     """Return the trainings of a stage, the most telling first; later stages need the best rates of `tune`."""
-    if stage == "tune":
-        for k in range(3):
-            yield from (Cell(key, first(r), r.rates[(1, 2, 0)[k]], 0) for key, r in RACERS.items())
+    if stage in ("tune", "other-rates"):
+        for k in (1,) if stage == "tune" else (2, 0):
+            yield from (Cell(key, first(r), r.rates[k], 0) for key, r in RACERS.items())
     if stage == "seeds":
         yield from (Cell(key, first(r), best_rate(key, rows), s) for s in SEEDS[1:] for key, r in RACERS.items())
     if stage == "counts":
@@ -407,6 +407,11 @@ def main() -> None:
         raise SystemExit(f"{a.to / 'arena.json'} is of {common['seconds']:g} seconds: give --to another folder")
     if (arena := make(a, ends)) is None:
         return
+    if {"tune", "seeds"} & {*a.only}:  # all in one go, so that other processes slow them alike
+        for key, racer in RACERS.items():
+            method, name = method_of(racer, first(racer)), f"{key}-{first(racer)}"
+            if name not in common["pace"]:
+                common["pace"][name] = pace(arena, racer, method, Cell(key, first(racer), racer.rates[0], 0))
     for stage in a.only:
         todo = teacher_rows(arena, rows) if stage == "teacher" else raced(arena, stage, rows, common["pace"])
         for row in todo:
