@@ -106,7 +106,17 @@ FAMILY = {
 }
 
 
-@pytest.mark.parametrize("rival", [r for r in RIVALS if not r.missing], ids=lambda r: f"{r.name}-{FAMILY[r.base]}")
+FAST = {"lcm-lora-sd", "sdxl-lightning-sdxl", "sdxl-turbo-sdxl", "tdm-sd3", "tdm-cogvideox"}  # one of each kind
+
+
+def named(rival: Rival) -> str:
+    return f"{rival.name}-{FAMILY[rival.base]}"
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [pytest.param(r, id=named(r), marks=() if named(r) in FAST else pytest.mark.slow) for r in RIVALS if not r.missing],
+)
 def test_every_rival_samples_from_files_of_its_kind(rival: Rival, tmp_path: Path) -> None:
     """On a tiny pipeline of its base: its weights change the images, the base keeps its own, one noise one image."""
     family = FAMILY[rival.base]
