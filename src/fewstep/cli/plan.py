@@ -5,7 +5,7 @@ With `--memory`, the plan finds settings that make a recipe fit a card: first th
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -24,7 +24,9 @@ from ..roles.quantized import KINDS, Kind, layers_of, quantize
 from ..runs.init import roles_for
 from ..runs.recipe import DistillRecipe, first_stage, read_recipe
 from ..runs.trajectory_sources import trajectory_times
-from ..training.memory import Training, calls_alone, module_bytes, peak_bytes, training_bytes
+from ..training.ledger import module_bytes
+from ..training.memory import Training, calls_alone, peak_bytes, training_bytes
+from ..training.once import Costs
 from ..training.optimizer import OPTIMIZERS, OptimizerName
 from .preflight import note_shadowed
 from .progress import console
@@ -81,6 +83,7 @@ class Plan:
     around: Surroundings
     training: Training
     cards: int = 1
+    costs: Costs = field(default_factory=Costs, compare=False)  # for further plans of the same teacher
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -177,8 +180,9 @@ def plans_of(recipe: DistillRecipe, cards: int = 1) -> tuple[Backbone, list[Plan
     """
     teacher = meta_of(recipe)
     stages = [recipe] if recipe.warm_start is None else [first_stage(recipe), recipe]
+    costs = Costs()
     try:
-        return teacher, [plan_of(stage, teacher, around_training(stage, teacher), cards) for stage in stages]
+        return teacher, [plan_of(stage, teacher, around_training(stage, teacher), cards, costs) for stage in stages]
     # These come from networks that do not fit their configuration.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
@@ -206,9 +210,12 @@ def fit(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[list[s
     if made.least <= usable:
         return [], made.least
     found, needed = fastest(made, teacher, usable, prefix)
+    known = {made.recipe.roles.quantize: (teacher, made.costs)}
     for sets, recipe in roundings(made.recipe, teacher, prefix) if found is None else ():
-        hollow = meta_of(recipe)
-        rounded = plan_of(recipe, hollow, around_training(recipe, hollow), made.cards)
+        if (base := recipe.roles.quantize) not in known:
+            known[base] = meta_of(recipe), Costs()
+        hollow, costs = known[base]
+        rounded = plan_of(recipe, hollow, made.around, made.cards, costs)
         ways, needed = ([], rounded.least) if rounded.least <= usable else fastest(rounded, hollow, usable, prefix)
         if ways is not None:
             return [*sets, *ways], needed
@@ -235,7 +242,7 @@ def fastest(made: Plan, teacher: Backbone, usable: int, prefix: str) -> tuple[li
         while ways and first <= last:
             middle = last if fitting is None else (first + last) // 2
             sets, recipe = ways[middle]
-            needed = plan_of(recipe, teacher, made.around, made.cards).least
+            needed = plan_of(recipe, teacher, made.around, made.cards, made.costs).least
             if needed <= usable:
                 fitting, last = (sets, needed), middle - 1
             elif fitting is None:
@@ -315,15 +322,20 @@ def around_training(recipe: DistillRecipe, teacher: Backbone) -> Surroundings:
     )
 
 
-def plan_of(recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1) -> Plan:
-    """Return the plan of one training."""
+def plan_of(
+    recipe: DistillRecipe, teacher: Backbone, around: Surroundings, cards: int = 1, costs: Costs | None = None
+) -> Plan:
+    """Return the plan of one training.
+
+    `costs` are those of earlier plans of the same teacher.
+    """
     sized, method = at_size(teacher, recipe.size), recipe.method
     data = longest_texts(sized)
-    times = trajectory_times(method, sized)
+    times, known = trajectory_times(method, sized), Costs() if costs is None else costs
     counted = training_bytes(
-        sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards
+        sized, lambda: roles_for(sized, method, recipe.roles), method, times, recipe.train, data, cards, known=known
     )
-    return Plan(recipe, around, counted, cards)
+    return Plan(recipe, around, counted, cards, known)
 
 
 def longest_texts(backbone: Backbone) -> Embeddings:
