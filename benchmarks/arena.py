@@ -201,9 +201,7 @@ def measured(arena: Arena, method: Method, roles: Roles, count: int, cell: Cell)
     return arena_measure(arena, call, times, method.sampler, cell.seed, title if cell.seed == 0 else "")
 
 
-def arena_measure(
-    arena: Arena, call: Any, times: Tensor, solver: str, seed: int, title: str = ""
-) -> dict[str, float]:
+def arena_measure(arena: Arena, call: Any, times: Tensor, solver: str, seed: int, title: str = "") -> dict[str, float]:
     """Measure what a denoiser draws; the first images go to `title`.png."""
 
     def draw(noise: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
