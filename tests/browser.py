@@ -26,6 +26,7 @@ KEYS = {
     "Enter": "\ue007",
     "Tab": "\ue004",
     "Backspace": "\ue003",
+    "Control": "\ue009",
     "Escape": "\ue00c",
     "PageDown": "\ue00f",
 }
@@ -36,7 +37,7 @@ def ask(method: str, address: str, value: dict[str, Any] | None = None) -> Any:
     data = None if value is None else json.dumps(value).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=300) as answer:  # noqa: S310
             return json.load(answer)["value"]
     except urllib.error.HTTPError as error:
         raise AssertionError(json.load(error)["value"]["message"].partition("\n")[0]) from error
@@ -68,7 +69,15 @@ class Browser:
         )
 
     def open(self, page: Path) -> None:
-        self._send("POST", "url", {"url": page.resolve().as_uri()})
+        self.visit(page.resolve().as_uri())
+
+    def visit(self, address: str) -> None:
+        self._send("POST", "url", {"url": address})
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Give a file to an `<input type=file>`, which need not be in sight."""
+        found = self.run("return document.querySelector(arguments[0])", selector)
+        self._send("POST", f"element/{found[ELEMENT]}/value", {"text": str(path.resolve())})
 
     def run(self, code: str, *arguments: Any) -> Any:
         """What JavaScript returns."""
@@ -98,6 +107,13 @@ class Browser:
     def press(self, *keys: str) -> None:
         """Keys, one after the other, to whatever has the focus."""
         actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
+        self._send("POST", "actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+
+    def chord(self, *keys: str) -> None:
+        """Keys held together, to whatever has the focus."""
+        held = [KEYS.get(key, key) for key in keys]
+        actions = [{"type": "keyDown", "value": key} for key in held]
+        actions += [{"type": "keyUp", "value": key} for key in reversed(held)]
         self._send("POST", "actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     def tap(self, x: float, y: float, to: tuple[float, float] | None = None) -> None:

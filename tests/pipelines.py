@@ -464,7 +464,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
 # Families whose pipelines make images of 1024 pixels by default, with the size that tests take.
 # Families whose tests take long, one of each kind aside: for tests of shapes and images, and for those that train.
 LONG = ("flux2-dev", "krea2")
-LONG_TRAINED = (*LONG, "flux2", "qwenimage", "zimage")
+LONG_TRAINED = (*LONG, "sdxl", "sd3", "flux", "flux2", "qwenimage", "zimage")
 SIZES = dict.fromkeys(["flux2", "flux2-dev", "qwenimage", "zimage", "flux", "krea2"], 16)
 
 

@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "api": BELOW_RUNS | {"runs"},
     "fewstep": frozenset({"api", "notices"}),
     "notices": frozenset(),
-    "cli": BELOW_RUNS | {"runs", "api", "fewstep", "notices"},
+    "studio": BELOW_RUNS | {"runs", "recipes_path"},
+    "cli": BELOW_RUNS | {"runs", "api", "fewstep", "notices", "studio"},
     "__main__": frozenset({"cli"}),
 }
 
@@ -70,6 +71,7 @@ HOME = {  # of third-party packages, the only folders that import them
     "jinja2": "report",
     "typer": "cli",
     "rich": "cli",
+    "gradio": "studio cli",  # the command says what to install where it is missing
 }
 FILE_MODULES = frozenset({"glob", "io", "os", "pathlib", "shutil", "subprocess", "tempfile"})
 HEAVY = ("accelerate", "diffusers", "matplotlib", "numpy", "peft", "torch", "transformers")

@@ -32,7 +32,9 @@ def test_a_task_is_one_file_and_one_row(name: str) -> None:
     assert steps.count("file") + steps.count("before") == 1
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if i < 2 else pytest.mark.slow) for i, name in enumerate(SECTIONS)]
+)
 def test_a_task_done_to_the_letter_works(name: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")

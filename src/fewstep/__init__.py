@@ -18,12 +18,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import (
+        EDM,
         TDM,
+        VP,
         ConsistencyDistillation,
         Denoiser,
         DistillationWarning,
         DistributionMatching,
         FakeScoreConfig,
+        Flow,
         GanConfig,
         Guidance,
         ImageSource,
@@ -51,12 +54,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "EDM",
     "TDM",
+    "VP",
     "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
     "DistributionMatching",
     "FakeScoreConfig",
+    "Flow",
     "GanConfig",
     "Guidance",
     "ImageSource",
@@ -93,3 +99,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     mute_others()
     return getattr(import_module(".api", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion and help."""
+    return sorted([*__all__, "__version__"])

@@ -21,6 +21,7 @@ from .backbones.own_network import require_network
 from .backbones.parts import DiffusersBackbone
 from .config_fields import shortened, whole_number
 from .core.guidance import Guidance
+from .core.schedule import EDM, VP, Flow
 from .data.trajectories import TrajectoryConfig
 from .evaluation.process import ProcessCheck, check_process
 from .findings import require
@@ -42,6 +43,7 @@ from .runs.init import inherited_head
 from .runs.measure import evaluate, real_states
 from .runs.place import place_checks, writing_check
 from .runs.prepare import ImageSource, Lines, RunSpec, prepare, require_exportable
+from .runs.record import hardware
 from .runs.rehearsal import disk_check, student_check, trial_of
 from .runs.run import Run, steps_of
 from .runs.sampling import backbone_of, check_steps, require_prompts
@@ -198,7 +200,16 @@ def _distilled(
         if note and is_first():
             Lines().say(f"teacher: {teacher.name} {note}")
         own, base_hash = apart(teacher), fingerprint(teacher.module)
-        origin = Origin(base_of(teacher), base_hash, 0, 0.0, spec.method.name, data=spec.data, size=size_of(teacher))
+        origin = Origin(
+            base=base_of(teacher),
+            base_hash=base_hash,
+            iterations=0,
+            seconds=0.0,
+            called=spec.method.name,
+            hardware=hardware(),
+            data=spec.data,
+            size=size_of(teacher),
+        )
         if folder is not None and not checkpoints(folder):
             trial = trial_of(teacher, spec.method, spec.roles, spec.train, origin)
             require([writing_check(folder), disk_check(trial.disk, folder)], "out")
@@ -281,12 +292,15 @@ def write_report(run: str | Path) -> Path:
 
 
 __all__ = [
+    "EDM",
     "TDM",
+    "VP",
     "ConsistencyDistillation",
     "Denoiser",
     "DistillationWarning",
     "DistributionMatching",
     "FakeScoreConfig",
+    "Flow",
     "GanConfig",
     "Guidance",
     "ImageSource",

@@ -28,7 +28,11 @@ SMALL = [
 
 @pytest.mark.parametrize(
     ("base", "family"),
-    [("sd15", "sd"), ("cogvideox", "cogvideox"), pytest.param("sd35", "sd3", marks=pytest.mark.slow)],
+    [
+        ("sd15", "sd"),
+        pytest.param("cogvideox", "cogvideox", marks=pytest.mark.slow),
+        pytest.param("sd35", "sd3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_table_is_one_command(
     base: str, family: str, load: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

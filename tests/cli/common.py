@@ -33,6 +33,7 @@ COMMANDS = (
     "inspect",
     "report",
     "doctor",
+    "studio",
     "train-teacher",
 )
 

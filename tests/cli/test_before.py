@@ -94,7 +94,7 @@ def test_a_disk_that_is_too_small_is_refused(
     full = shutil.disk_usage(".")._replace(free=100)
     monkeypatch.setattr("fewstep.runs.rehearsal.shutil.disk_usage", lambda path: full)
     assert fewstep(monkeypatch, "distill", recipe, *FEW) == 2
-    assert "MiB for what a run keeps, 0.0 MiB are free; free some space, or choose another folder" in error_of(capsys)
+    assert "for what a run keeps, 0.1 KiB are free; free some space, or choose another folder" in error_of(capsys)
     assert not list(Path("runs").rglob("*.safetensors"))
 
 

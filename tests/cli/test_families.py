@@ -17,7 +17,7 @@ from .. import pipelines
 from .common import error_of, fewstep
 from .families import recipe
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere", "few_draws")
 
 
 def test_videos_are_shown_as_strips_and_written_as_mp4(
@@ -57,7 +57,7 @@ def measured(run: Path, *more: str) -> None:
     assert "<h2>Drift</h2>" in page and "Distance to the teacher" in page and "% of the images" in page
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "pixart"])
+@pytest.mark.parametrize("family", ["sd3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sdxl", "pixart"))])
 def test_a_student_of_any_family_is_measured_by_the_default_command(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -100,13 +101,15 @@ def in_a_child(work: Callable[[], None]) -> int:
 
 def dying_at(event: int, counted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill this process before its n-th step of writing: a line, a file's or folder's new name, a folder's end."""
+    counting = Lock()
 
     def before(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
-            with counted.open("ab") as file:
-                file.write(b".")
-            if counted.stat().st_size == event:
-                os.kill(os.getpid(), signal.SIGKILL)
+            with counting:  # a checkpoint is written by a thread of its own
+                with counted.open("ab") as file:
+                    file.write(b".")
+                if counted.stat().st_size == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 
         return wrapped

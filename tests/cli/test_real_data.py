@@ -115,7 +115,7 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     assert command(monkeypatch, "distill", recipe, "--prompts", "prompts.csv", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "2 prompts in prompts.csv: 1 empty, 1 repeated" in said
-    assert re.search(r"embeddings of 2 prompts, at most: 0\.0 MiB, of [\d.]+ [GM]iB that are free", said)
+    assert re.search(r"embeddings of 2 prompts, at most: [\d.]+ KiB, of [\d.]+ [KMG]iB that are free", said)
     (images / "blue_dog.caption").write_text("a dog")
     monkeypatch.setattr("fewstep.cli.progress.WORTH_SAYING", 1)
     gan = (
@@ -131,7 +131,7 @@ def test_what_is_found_and_what_it_takes_is_said_first(
     assert command(monkeypatch, "distill", recipe, *gan) == 0
     said = capsys.readouterr().out
     assert f"2 images in {images}: 1 captions of .caption, 1 by name, 0 empty" in said
-    assert len(re.findall(r"writing runs/tiny/embeddings/\S+: 0\.0 MiB, of", said)) == 3
+    assert len(re.findall(r"writing runs/tiny/embeddings/\S+: [\d.]+ KiB, of", said)) == 3
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     assert command(monkeypatch, "distill", recipe, "--out", "runs/full") == 2
     assert re.search(

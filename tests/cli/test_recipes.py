@@ -49,6 +49,10 @@ HUB = {
 }
 
 
+FROM_HUB = [n for n in recipe_names() if kind_of(n) == "distill" and any(w in recipe_path(n).read_text() for w in HUB)]
+QUICK = ("sd15-tdm4-lora", "sdxl-tdm4", "flux-tdm4-lora", "wan21-tdm4-lora")  # the others are dry-run among the slow
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_has_a_header_and_holds_no_mistake(name: str) -> None:
     assert recipe_path(name).read_text().startswith("# ")
@@ -127,7 +131,14 @@ def test_a_recipe_of_a_family_has_the_papers_teacher_and_guidance(name: str) -> 
 
 
 @pytest.mark.parametrize("counted", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [n for n in recipe_names() if kind_of(n) == "distill"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in FROM_HUB and n not in QUICK else ())
+        for n in recipe_names()
+        if kind_of(n) == "distill"
+    ],
+)
 def test_a_distillation_recipe_passes_its_dry_run(
     name: str,
     counted: bool,
@@ -270,3 +281,12 @@ def test_the_help_pages_are_up_to_date() -> None:
     if os.environ.get("FEWSTEP_WRITE_HELP"):
         page.write_text(expected)
     assert page.read_text() == expected
+
+
+def test_a_setting_of_a_block_follows_a_number_in_the_blocks_place() -> None:
+    """`guidance: 4.5` is the scale, beside which others are set."""
+    assert read_recipe("demo", ["method.guidance.scale=3"], DistillRecipe).method.guidance.scale == 3
+    tilted = read_recipe("demo", ["method.guidance.tilt=0.5"], DistillRecipe).method.guidance
+    assert (tilted.scale, tilted.tilt) == (4.5, 0.5)
+    with pytest.raises(ValueError, match="leads into a plain value"):
+        read_recipe("demo", ["method.steps.first=3"], DistillRecipe)

@@ -113,6 +113,7 @@ def test_a_file_gives_the_student_that_its_folder_gives(
 
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+@pytest.mark.slow
 def test_sdxl_in_one_file(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(Path("whole"), method=TDM)
     assert fewstep(monkeypatch, "distill", path, "--teacher", base, "--out", "one") == 0

@@ -25,7 +25,7 @@ from .common import as_tensor, error_of
 from .common import fewstep as command
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_model_cards_snippet_draws_what_sample_draws(
     recipe: Path, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +165,7 @@ def test_a_run_may_begin_as_a_finished_student(
         assert expected in error_of(capsys)
 
 
+@pytest.mark.slow
 def test_a_stochastic_student_is_the_same_in_diffusers(
     recipe: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,7 @@ def test_a_student_with_a_head_is_the_same_everywhere(
     said = capsys.readouterr().out
     assert f"calls    {costs}; the teacher takes 6 in 3" in said
     assert re.search(
-        r"generating 40 trajectories of the teacher \(16 NFE each, 640 in total\); [\d.]+ [MGi]+B; "
+        r"generating 40 trajectories of the teacher \(16 NFE each, 640 in total\); [\d.]+ [KMGi]+B; "
         r"existing ones in runs/tiny/trajectories are reused",
         said,
     )

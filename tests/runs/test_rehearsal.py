@@ -74,7 +74,7 @@ def test_a_student_that_draws_otherwise_than_its_files_is_seen(tmp_path: Path, m
     assert not check.holds and "do not hold all" in check.cure
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_bytes_are_those_that_a_run_leaves(share: bool, tmp_path: Path) -> None:
     """Counted against the files: a checkpoint, and the student's weights."""
     teacher, config = tiny.stable_diffusion(), TrainConfig(iterations=2, batch=2, lr=1e-4, fake_lr=1e-4)

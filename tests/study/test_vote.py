@@ -95,6 +95,7 @@ def wanted(key: Key, voters: list[Voter]) -> dict[tuple[str, str, str], list[tup
     return found
 
 
+@pytest.mark.slow
 def test_a_study_is_voted_through_by_keys_and_counted_to_the_digit(
     browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

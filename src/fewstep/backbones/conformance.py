@@ -25,6 +25,7 @@ from ..tensors import finite
 from .base import LEAST_SHARE, Backbone, Denoiser, guided
 from .few_step import drawn, with_network
 from .generate import device_of, sample_images
+from .half_on_cpu import half_types, slow_half
 from .parts import PREDICTIONS, DiffusersBackbone, Sized, denoiser_of
 from .schedulers import student_scheduler
 from .trial import small_shape
@@ -82,6 +83,9 @@ def facts(backbone: Backbone) -> list[Check]:
         Check("schedule", f"{_schedule(schedule)}, {terminal}"),
         Check("states", f"{list(backbone.shape)}{shown}"),
     ]
+    if device_of(module).type == "cpu":
+        slow = (slow_half(dtype, "set dtype to float32") for dtype in half_types(module))
+        found += [Check("speed", said) for said in slow if said]
     if isinstance(backbone, DiffusersBackbone):
         found += _of_pipeline(backbone.pipe, backbone.source or backbone.name)
     return found

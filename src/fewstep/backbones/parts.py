@@ -623,11 +623,16 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
     Blocks of one class are compiled once. Empty where no class occurs twice.
     """
-    found = _blocks(network)
-    known = {id(b) for b in found}
-    innermost = [b for b in found if not any(id(part) in known for part in b.modules() if part is not b)]
+    innermost = innermost_blocks(network)
     counts = Counter(type(b) for b in innermost)
     return [b for b in innermost if counts[type(b)] > 1]
+
+
+def innermost_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network that have no blocks inside."""
+    found = _blocks(network)
+    known = {id(b) for b in found}
+    return [b for b in found if not any(id(part) in known for part in b.modules() if part is not b)]
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

@@ -8,9 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from ..atomic import temporary_beside
 from ..backbones.base import Backbone
 from ..backbones.conformance import conformance
+from ..backbones.generate import device_of
+from ..backbones.half_on_cpu import slow_half
 from ..backbones.load import hub_id, pipeline_of
 from ..backbones.parts import networks
 from ..data.prompts import embedding_bytes
@@ -21,7 +25,7 @@ from ..runs.place import place_checks, unwritable, writing_check
 from ..runs.recipe import DistillRecipe, FinetuneRecipe
 from ..runs.rehearsal import Trial, disk_check, student_check, trial_of
 from ..runs.trajectory_sources import trajectory_times
-from ..training.memory import module_bytes
+from ..training.ledger import module_bytes
 from ..training.saving import free_memory
 from .finish import origin_of
 from .preflight import in_first
@@ -47,6 +51,10 @@ def look_before(
         disk = sum(trial.disk for trial in trials) + _data_bytes(stages, teacher, prompts)
         room = [*place_checks(run), writing_check(place), disk_check(disk, place)]
         found = conformance(teacher, prompts[0])
+        mixed = any(stage.train.precision == "bf16" for stage in stages)
+        if mixed and device_of(teacher.module).type == "cpu":
+            said = slow_half(torch.bfloat16, "set train.precision=no")
+            found += [Check("speed", said)] if said else []
         if all(check.holds for check in (*room, *found)):
             found += [student_check(trial, place / "trial") for trial in trials]
         console.print("before the training:")

@@ -26,6 +26,7 @@ CORE = (
 OPTIONAL = {
     "datasets": "pip install datasets   # prompts from a hub data set",
     "bitsandbytes": "pip install 'fewstep[train8bit]'",
+    "gradio": "pip install 'fewstep[studio]'   # fewstep studio",
 }
 
 

@@ -69,3 +69,18 @@ def run_export(
         f"{out.resolve()}\n{plural(count, 'step')}, loaded again and compared: "
         f"largest difference of a pixel {found.difference:.1e}{rounded}"
     )
+    for line in in_other_programs(out, source):
+        console.print(line, markup=False, highlight=False)
+
+
+def in_other_programs(folder: Path, student: str) -> list[str]:
+    """Return what a student's own README says of programs other than diffusers.
+
+    Such a line names the file, the strength, and the sampler with its settings. `student` is what the user calls
+    the student.
+    """
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    _, _, section = text.partition("\n## Other programs\n")
+    section = section.replace(f"fewstep export {folder.name} OUT", f"fewstep export {student} NEW_FOLDER")
+    return [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("- ")]

@@ -29,6 +29,7 @@ from ..student.folder import copy_student
 from ..student.student import Origin, Student
 from .best import Best, keep_best, missed
 from .evaluate import EVALUATION, evaluate_student
+from .export import in_other_programs
 from .progress import console
 
 
@@ -135,7 +136,7 @@ def errors_along(method: Method, roles: Roles, paths: Trajectories, count: int =
             times = method.times(teacher.schedule, steps)
             own = {
                 f"DDIM, {steps}": (guided(teacher, teacher.module, cond, null, method.guidance), DDIM, None),
-                f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.solver), roles.head),
+                f"student, {steps}": (student_of(method, roles, cond, steps), solver_named(method.sampler), roles.head),
             }
             for name, (denoise, solver, correct) in own.items():
                 states = [
@@ -162,6 +163,8 @@ def print_ending(
             "faster per image than the teacher"
         )
     console.print(f"cost     {seconds / 60:.1f} minutes of training on {hardware()}")
+    for line in in_other_programs(run / "final", str(run)):
+        console.print(line, markup=False, highlight=False)
     console.print(f"\ntry      {commands[0][1]}\nyours    {commands[-1][1]}")
 
 

@@ -46,6 +46,7 @@ Teacher = Annotated[
         )
     ),
 ]
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name (`fewstep recipes` lists them), or a YAML file.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set train.lr=1e-5. May be repeated.")
 ]
@@ -69,7 +70,7 @@ def about(
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Recipe,
     set_: Set = None,
     out: Out = None,
     teacher: Teacher = None,
@@ -114,7 +115,7 @@ def _given(options: dict[str, str | None]) -> dict[str, str]:
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Recipe,
     set_: Set = None,
     teacher: Teacher = None,
     memory: Annotated[str | None, typer.Option(help="Find settings that fit this much, e.g. 24GiB.")] = None,
@@ -225,7 +226,7 @@ def evaluate(
         typer.Option(
             help=(
                 "More metrics, with commas between: clip_score, pickscore, hpsv21, aesthetic, imagereward, hpsv3, "
-                "vqascore, fid, kid. A line says what each needs."
+                "vqascore, vbench, fid, fid_torch, kid, lpips. A line says what each needs."
             )
         ),
     ] = "",
@@ -238,7 +239,7 @@ def evaluate(
         typer.Option(help="Other students to run beside it, with commas between: names of public ones, or folders."),
     ] = "",
     install: Annotated[
-        str | None, typer.Option(help="Make the environment of one metric: imagereward, hpsv3 or vqascore.")
+        str | None, typer.Option(help="Make what a metric needs: imagereward, hpsv3, vqascore, vbench or lpips.")
     ] = None,
 ) -> None:
     """Measure a student beside its teacher and write eval.json."""
@@ -398,6 +399,38 @@ def doctor(
     run_doctor(teacher, dtype, size)
 
 
+@app.command()
+def studio(
+    folder: Annotated[
+        Path, typer.Argument(parser=_path, metavar="FOLDER", help="Folder of the runs, also of those to come.")
+    ] = Path("runs"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. One beyond this machine needs a password.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen at; a free one from 7860 on by default.")
+    ] = None,
+    password: Annotated[
+        str | None, typer.Option(envvar="FEWSTEP_STUDIO_PASSWORD", help="Ask for this password.")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Open a web page that starts, shows and uses runs."""
+    from .studio import run_studio
+
+    run_studio(folder, host, port, password, browser)
+
+
+@app.command()
+def recipes(
+    word: Annotated[str | None, typer.Argument(help="Only recipes whose name or first line has this word.")] = None,
+) -> None:
+    """List the shipped recipes, each with what it trains."""
+    from .recipes import run_recipes
+
+    run_recipes(word)
+
+
 @app.command("train-teacher")
 def train_teacher(
     recipe: Annotated[str, typer.Argument(help="A shipped teacher recipe's name, or a YAML file.")],
@@ -418,6 +451,9 @@ def run() -> None:
     """
     # transformers prints a notice about torchvision when imported, which is of no use to users.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that spin while they wait take the cores from each other: beside another program small operations were
+    # 200 times as slow. Read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     show_all_letters()
     try:
         with interruptible(), logged_in(None):

@@ -135,6 +135,10 @@ class VP:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __repr__(self) -> str:
+        """Name the table by its length; a thousand numbers help nobody."""
+        return f"VP({len(self.alpha_bar)} times, alpha_bar {self.alpha_bar[0]:.4g} to {self.alpha_bar[-1]:.4g})"
+
     def __post_init__(self) -> None:
         try:
             table = torch.as_tensor(self.alpha_bar)  # also from numpy arrays and lists

@@ -38,5 +38,7 @@ def plural(count: float, noun: str) -> str:
 
 
 def size(count: int) -> str:
-    """Format bytes in GiB, or in MiB below 1 GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    """Format bytes in GiB, MiB or KiB."""
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -311,6 +311,16 @@ class Roles:
         fake = self.trained["fake"]
         adapters.assign(fake, dict(zip(fake, self.average.values(), strict=True)))
 
+    @torch.no_grad()
+    def pull_fake(self, share: float) -> None:
+        """Move the fake score's weights to the student's by a share.
+
+        `psi <- (1 - share) psi + share theta`; of LoRAs each factor, and without the student's head.
+        """
+        student = self.trained["student"].values()  # in the order of the fake score's, the head last
+        for own, other in zip(self.trained["fake"].values(), student, strict=False):
+            own.lerp_(other, share)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Use the student's averaged weights within the block.

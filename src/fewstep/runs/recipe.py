@@ -155,6 +155,9 @@ def _merged(known: dict[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+NUMBERS = {"guidance": "scale", "gan": "weight"}  # the setting of a block that a number in the block's place is
+
+
 def _number_as(setting: str, value: Any) -> Any:
     """Turn a number in a block's place into the main setting."""
     return {setting: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -171,7 +174,7 @@ def _with_preset(value: Any) -> Any:
     if name not in PRESETS:
         raise ValueError(f"method.name: got {name!r}, allowed are {', '.join(PRESETS)}")
     given = dict(value)
-    for block, number in (("guidance", "scale"), ("gan", "weight")):
+    for block, number in NUMBERS.items():
         if block in given:
             given[block] = _number_as(number, given[block])
     return _merged(asdict(PRESETS[name]), given)
@@ -605,6 +608,7 @@ def _put(value: dict[str, Any], key: str, what: Any) -> None:
     for parent in parents:
         if isinstance(place, dict):
             below = place.get(parent, {})
+            below = _number_as(NUMBERS[parent], below) if parent in NUMBERS else below
             place[parent] = dict(below) if isinstance(below, dict) else below
         place = place[parent] if isinstance(place, dict) else None
     if not isinstance(place, dict):

@@ -30,7 +30,8 @@ def require_prompts(prompts: Sequence[str]) -> list[str]:
     try:
         found = [] if isinstance(prompts, bytes | Mapping) else list(prompts)
     except TypeError as error:
-        raise ValueError(f"prompts: got {shortened(prompts)}, allowed is a list of texts") from error
+        hint = f'; pass [""] * {prompts} for so many samples without prompts' if isinstance(prompts, int) else ""
+        raise ValueError(f"prompts: got {shortened(prompts)}, allowed is a list of texts{hint}") from error
     if not found:
         raise ValueError('prompts: got none; pass at least one, [""] for a network without conditions')
     if odd := [p for p in found if not isinstance(p, str)]:
@@ -124,7 +125,7 @@ def sample_trajectory(
         times = model.method.times(backbone.schedule, count)
         with model.roles.averaged():
             denoise = student_of(model.method, model.roles, cond, condition or count, scale)
-            return trajectory(backbone, denoise, seeds, times, solver or model.method.solver, model.roles.head)
+            return trajectory(backbone, denoise, seeds, times, solver or model.method.sampler, model.roles.head)
     if isinstance(model, Student):
         _note_untrained(count := steps or model.card.steps[0], model.card.steps)
         return model.sample_trajectory(cond, seeds, count, scale, solver, condition)
@@ -139,7 +140,7 @@ def _note_untrained(steps: int, trained: Sequence[int]) -> None:
         warnings.warn(
             f"steps: got {steps}, this student was trained for {', '.join(map(str, trained))}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -31,6 +31,11 @@ class Step(loop.Step):
     warnings: tuple[str, ...] = ()
     seconds_left: float = 0.0  # until the last iteration, at the present speed
 
+    def __repr__(self) -> str:
+        """Say where the training is, without its networks."""
+        known = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items() if v == v)
+        return f"Step({self.iteration}: {known}; {self.seconds:.3g} s, {self.seconds_left:.0f} s left)"
+
     def student(self) -> Student:
         """Return the student on the run's own modules.
 

@@ -151,14 +151,14 @@ class StateWatch:
                 if ratio < 1
                 else "lower train.lr or method.guidance"
             )
-            found.append(f"DRIFT: the spread of its states is {ratio:.2f} of the teacher's; {cure}")
+            found.append(f"DRIFT: the spread of the student's samples is {ratio:.2f} of the teacher's; {cure}")
         own_shares = shares(own, self.centres)
         farther = (own_shares - self.expected).abs() > 1.2 * (self.begun_shares - self.expected).abs()
         compared = own_shares if last else torch.where(farther, own_shares, self.expected)
         if (places := shifted(compared, self.expected, self.count)) is not None:
             found.append(
-                f"MODES: {100 * places[0]:.0f} % of its states lie where the teacher "
-                f"has {100 * places[1]:.0f} %; lower train.lr or train more slowly"
+                f"MODES: {100 * places[0]:.0f} % of the student's samples lie in a region that holds "
+                f"{100 * places[1]:.0f} % of the teacher's; lower train.lr"
             )
         told = f"{distance:.3g}, {self.begun:.3g} at its beginning"
         if not distance <= 1.2 * self.begun + self.noise:
@@ -185,7 +185,7 @@ class StateWatch:
         with roles.averaged():
             denoise = in_parts(lambda r: student_of(self.method, roles, rows(self.cond, r), count), self.batch)
             times = self.method.times(roles.backbone.schedule, count)
-            states = trajectory(roles.backbone, denoise, self.seeds, times, self.method.solver, roles.head)
+            states = trajectory(roles.backbone, denoise, self.seeds, times, self.method.sampler, roles.head)
         return states[-1].x.float().cpu()
 
 

@@ -31,7 +31,7 @@ from ..roles.adapters import Adapter, attach_adapter, merge, plain_state
 from ..roles.roles import Roles, copied
 from ..roles.step_condition import StepCondition
 from .base import process_of, require_own
-from .card import StudentCard, first_times
+from .card import StudentCard, card_nfe, first_times
 from .folder import Parts, holds_student, read_card, read_parts, require_folder, write_parts
 
 
@@ -80,7 +80,7 @@ def student_card(roles: Roles, method: Method, origin: Origin) -> StudentCard:
         base_hash=origin.base_hash,
         steps=counts,
         timesteps={str(k): method.times(backbone.schedule, k).tolist() for k in counts},
-        solver={str(k): method.solver for k in counts},
+        solver={str(k): method.sampler for k in counts},
         weights=weights,
         head="" if roles.head is None else kind_of(roles.head),
         analytic_first_step=method.analytic_first_step,
@@ -122,6 +122,13 @@ class Student:
     # The one condition value that the student is written for; None: the card's first, with all vectors.
     only: float | None = None
 
+    def __repr__(self) -> str:
+        """Say what a person wants to know: method, base, steps and NFE."""
+        card = self.card
+        served = ", ".join(f"{k} steps ({card_nfe(card, k)} NFE)" for k in card.steps)
+        weights = f"LoRA of rank {card.rank}" if card.weights == "lora" else f"weights: {card.weights}"
+        return f"Student({card.name}: {card.method} of {card.base}, {served}, {weights})"
+
     @staticmethod
     def read(
         source: str | Path,
@@ -149,7 +156,8 @@ class Student:
             raise ValueError(
                 f"student: {folder} was made from {card.base}, "
                 f"a network of one's own ({card.own_network}), which Python code has to bring: "
-                f"fewstep.load_student({str(folder)!r}, base=fewstep.Denoiser(...))"
+                f"fewstep.load_student({str(folder)!r}, base=fewstep.Denoiser(...)); "
+                "fewstep.sample, fewstep.evaluate and fewstep.export_student take the result"
             )
         if isinstance(named, str | Path):
             named = load_teacher(named, dtype or getattr(torch, card.dtype), device)

@@ -38,9 +38,31 @@ class Holder:
 
 def this_holder() -> Holder:
     """Return this process as a lock's holder."""
-    return Holder(
-        os.getpid(), socket.gethostname(), _began(os.getpid()), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    )
+    return holder_of(os.getpid())
+
+
+def holder_of(pid: int) -> Holder:
+    """Return a process of this machine as a lock's holder."""
+    return Holder(pid, socket.gethostname(), _began(pid), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
+def holder_in(folder: Path) -> tuple[Holder | None, bool]:
+    """Return who holds a folder, and whether that process lives.
+
+    Takes no lock, so that a run that begins meanwhile is not refused. A holder that this machine knows nothing
+    about lives until it has been silent for long. (None, False) where nobody holds the folder.
+    """
+    path = folder / LOCK
+    try:
+        text, silence = path.read_bytes(), time.time() - path.stat().st_mtime
+    except OSError:
+        return None, False
+    try:
+        holder = Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return None, silence <= SILENT  # it is just being written
+    alive = lives(holder)
+    return holder, silence <= SILENT if alive is None else alive
 
 
 def _began(pid: int) -> str:
@@ -51,7 +73,9 @@ def _began(pid: int) -> str:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {stat.rpartition(')')[2].split()[19]}"
+        fields = stat.rpartition(")")[2].split()
+        # A process that has ended and that nobody has waited for is no holder.
+        return "" if fields[0] in "ZX" else f"{boot} {os.readlink('/proc/self/ns/pid')} {fields[19]}"
     except (OSError, IndexError):
         return ""
 

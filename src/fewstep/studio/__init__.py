@@ -1,0 +1,3 @@
+"""The studio, a web page that starts, shows and uses runs.
+
+Every action is a command that a terminal takes, too."""

@@ -1,0 +1,119 @@
+"""Pictures that hold their settings, and previews taken apart."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..reading import json_of, reading
+from ..report.grids import Grid, read_grid
+from ..report.images import png
+from ..report.page import data_url
+from ..typed import typed
+from .words import image, note, strip
+
+KEY = "fewstep.sample"
+STEP = "step_*.png"
+PIXELS = 160  # smaller images are enlarged pixel by pixel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a picture was sampled.
+
+    `guidance` is None where it is baked in; `solver` is empty for the student's own.
+    """
+
+    student: str
+    prompt: str
+    seed: int
+    count: int
+    steps: int
+    solver: str
+    guidance: float | None
+    version: str
+
+
+def with_settings(picture: Image.Image, settings: Settings) -> bytes:
+    """Return a picture as PNG that holds its settings."""
+    own = picture.copy()
+    own.info[KEY] = json.dumps(asdict(settings))
+    return png(own)
+
+
+def settings_in(path: Path) -> Settings:
+    """Read the settings of a picture that the studio has made.
+
+    Raises ValueError for any other picture.
+    """
+    with reading(path.name, "drop a PNG that the studio has made", "is no such picture"):
+        with Image.open(path, formats=("PNG",)) as found:
+            found.load()
+            told = found.info.get(KEY)
+        if told is None:
+            raise ValueError("it holds no settings of fewstep")
+        settings: Settings = typed(Settings, json_of(told))
+        return settings
+
+
+def previews(run: Path) -> list[tuple[int, Path]]:
+    """Return (iteration, file) of a run's previews, in order."""
+    found = [(p.stem.rpartition("_")[2], p) for p in (run / "samples").glob(STEP)]
+    return sorted((int(n), p) for n, p in found if n.isdecimal())
+
+
+def grid_of(path: Path) -> Grid | None:
+    """Read a preview.
+
+    None where the file is no grid, or is being written.
+    """
+    try:
+        with reading(path, "wait for the next"):
+            return read_grid(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def strips(grid: Grid) -> str:
+    """Return a preview as HTML.
+
+    A row for each model, an image for each prompt.
+    """
+    pixels = max(grid.width, grid.height) <= PIXELS
+    return "".join(
+        strip(label, [image(data_url(tile), prompt, pixels) for tile, prompt in zip(row, grid.prompts, strict=True)])
+        for label, row in zip(grid.labels, grid.tiles, strict=True)
+    ) or note("The preview holds no images.")
+
+
+def wipe(grid: Grid, prompt: int, row: str) -> tuple[Image.Image, Image.Image] | None:
+    """Return (teacher, student) of one prompt, large enough to look at.
+
+    The teacher is the first row; `row` names the student's. None where there is no student.
+    """
+    rows = student_rows(grid)
+    if not rows:
+        return None
+    at = grid.labels.index(row if row in rows else rows[0])
+    column = min(max(prompt, 0), len(grid.prompts) - 1)
+    first, second = (enlarged(Image.open(io.BytesIO(grid.tiles[r][column]))) for r in (0, at))
+    return first, second
+
+
+def student_rows(grid: Grid) -> list[str]:
+    """Return the labels of the rows that a teacher is compared with."""
+    return [label for label in grid.labels[1:] if not label.startswith("teacher")]
+
+
+def enlarged(picture: Image.Image, least: int = 384) -> Image.Image:
+    """Return a small picture enlarged by a whole factor, pixel by pixel."""
+    factor = max(1, least // max(picture.size))
+    return picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def prompts_of(grid: Grid) -> Sequence[tuple[str, int]]:
+    """Return (prompt, its place) for a list to choose from."""
+    return [(f"{i + 1}. {prompt}", i) for i, prompt in enumerate(grid.prompts)]

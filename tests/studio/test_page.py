@@ -1,0 +1,267 @@
+"""A whole small distillation in a browser: start, watch, stop, resume, sample, vote, export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from fewstep.backbones import miniature
+from fewstep.backbones.unconditional import save_pixel_model
+from fewstep.studio.pictures import settings_in
+from tests import tiny
+from tests.browser import DESK, PHONE, Browser, browsing
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio: pip install 'fewstep[studio]'"),
+]
+CLASS = "<img src=x onerror=alert(1)> **cat**"  # a class, and so a prompt, with HTML and Markdown in it
+ITERATIONS = 600
+TAB = (
+    "[...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
+    "e.textContent.trim() === arguments[0])[0]"
+)
+
+
+def recipe(folder: Path) -> Path:
+    """A recipe that trains a tiny pixel teacher of random weights for a while."""
+    teacher = folder / "pixels"
+    save_pixel_model(teacher, tiny.pixels((CLASS, "sea lion")).pipe.unet, miniature.scheduler(), (CLASS, "sea lion"))
+    (teacher / "prompts.txt").write_text(f"{CLASS}\nsea lion\n")
+    value = {
+        "kind": "distill",
+        "name": "walk",
+        "teacher": str(teacher),
+        "method": {"name": "tdm-unify", "steps": [2, 1], "guidance": 1.5, "warmup": 1},
+        "roles": {"rank": 2},
+        "train": {"iterations": ITERATIONS, "batch": 2, "lr": 1.0e-4, "fake_lr": 1.0e-3, "checkpoint_every": 20},
+        "preview": {"every": 100, "teacher_steps": 3, "prompts": [CLASS, "sea lion"]},
+    }
+    path = folder / "walk.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def serving(folder: Path, *options: str) -> Iterator[str]:
+    """A studio of a folder, and its address."""
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "fewstep.cli.main", "studio", str(folder / "runs"), "--no-browser", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=environment,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        said = []
+        for line in server.stdout:
+            said.append(line)
+            if line.startswith("http://127.0.0.1:"):
+                break
+        else:
+            raise AssertionError("".join(said))
+        yield line.strip()
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+class Walker:
+    """A person at the page."""
+
+    def __init__(self, browser: Browser) -> None:
+        self.browser = browser
+
+    def tab(self, name: str) -> None:
+        self.browser.until(lambda: bool(self.browser.run(f"return !!({TAB})", name)))
+        self.browser.run(f"{TAB}.click()", name)
+
+    def text(self, selector: str) -> str:
+        found = self.browser.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+        return str(found)
+
+    def press(self, selector: str) -> None:
+        """A click, once the button may be pressed."""
+        self.browser.until(
+            lambda: bool(self.browser.run("return document.querySelector(arguments[0])?.disabled === false", selector)),
+            120,
+        )
+        self.browser.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
+        self.browser.click(selector)
+
+    def fill(self, block: str, text: str, *keys: str) -> None:
+        """A text in the place of what a field holds."""
+        field = f"{block} :is(input, textarea):not([type=file], [type=range])"
+        self.browser.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", field)
+        self.browser.click(field)
+        self.browser.chord("Control", "a")
+        self.browser.press("Backspace", *text, *keys)
+
+    def reads(self, selector: str, word: str, seconds: float = 240) -> None:
+        """Wait until a part of the page says something."""
+        try:
+            self.browser.until(lambda: word in self.text(selector), seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{selector} reads {self.text(selector)!r}, not {word!r}") from error
+
+    def has(self, selector: str, seconds: float = 240) -> None:
+        """Wait until something is on the page."""
+        there = "return !!document.querySelector(arguments[0])"
+        self.browser.until(lambda: bool(self.browser.run(there, selector)), seconds)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("studio")
+
+
+@pytest.fixture(scope="module")
+def walker(folder: Path) -> Iterator[Walker]:
+    (folder / "browser").mkdir()
+    with browsing(folder / "browser") as browser:
+        for address in serving(folder):
+            browser.show(*DESK)
+            browser.visit(address)
+            yield Walker(browser)
+
+
+def test_a_whole_distillation(walker: Walker, folder: Path) -> None:
+    runs = folder / "runs"
+    begin(walker, folder)
+    watch(walker)
+    stop_and_resume(walker)
+    sample(walker)
+    vote(walker, runs)
+    export(walker, runs)
+    assert walker.browser.run("return document.querySelectorAll('img[src=x]').length") == 0
+    narrow_and_dark(walker)
+
+
+def begin(walker: Walker, folder: Path) -> None:
+    """Look at a recipe of one's own, and start it."""
+    walker.reads("#queue", "No run yet")
+    walker.tab("New")
+    walker.fill("#recipe", str(recipe(folder)), "Enter")
+    walker.reads("#about-recipe", "says nothing of itself")
+    value = "return document.querySelector('#set-train-iterations input, #set-train-iterations textarea').value"
+    walker.browser.until(lambda: walker.browser.run(value) == str(ITERATIONS))
+    walker.fill("#name", "walk:b", "Tab")
+    walker.press("#start")
+    walker.reads("#said", "choose another")  # no folder may be called so
+    walker.fill("#name", "walk", "Tab")
+    walker.fill("#more", "train.ema=0.9", "Tab")
+    walker.press("#start")
+    walker.reads("#about", "walk", 60)
+
+
+def watch(walker: Walker) -> None:
+    """See it train without a reload."""
+    for word in ("training", f"of {ITERATIONS}"):
+        walker.reads("#about", word)
+    walker.has("#strips img")
+    walker.reads("#strips", "**cat**")
+    assert "<img src=x onerror=alert(1)> **cat**" in walker.text("#strips")
+    walker.reads("#when", "iteration")
+    walker.tab("Curves")
+    walker.has("#curves svg")
+    walker.tab("Log")
+    walker.reads("#log", "before the training")
+
+
+def stop_and_resume(walker: Walker) -> None:
+    """Stop it, and go on to its end."""
+    walker.press("#stop")
+    walker.reads("#done", "checkpoint")
+    walker.reads("#about", "Stopped at")
+    walker.press("#resume")
+    walker.reads("#done", "last checkpoint")
+    walker.reads("#about", "training")
+    walker.reads("#about", "finished", 400)
+    walker.reads("#log", "resuming")
+    walker.press("#report")
+    walker.reads("#done", "report.html")
+
+
+def sample(walker: Walker) -> None:
+    """Sample beside the teacher, and take the settings of a picture."""
+    walker.tab("Sample")
+    walker.reads("#about-student", "2 steps, 1 step")
+    walker.fill("#seed", "5", "Tab")
+    walker.press("#go")
+    walker.reads("#times", "teacher, 50 steps")
+    walker.has("#sample-wipe img")
+    walker.press("#download")
+    walker.browser.until(lambda: bool(list(walker.browser.downloads.glob("*.png"))))
+    (picture,) = walker.browser.downloads.glob("*.png")
+    told = settings_in(picture)
+    assert (told.prompt, told.seed, told.steps) == (CLASS, 5, 2)
+    with Image.open(picture) as found:
+        assert found.size == (8, 8)
+    walker.fill("#seed", "9", "Tab")
+    walker.browser.upload("#dropped input[type=file]", picture)
+    seed = "return document.querySelector('#seed input').value"
+    walker.browser.until(lambda: walker.browser.run(seed) == "5")
+    walker.press("#steps-grid")
+    walker.has("#grid img")
+
+
+def vote(walker: Walker, runs: Path) -> None:
+    """Vote blind, and count."""
+    walker.tab("Compare and vote")
+    walker.fill("#students", "walk, 2", "Enter")
+    walker.fill("#compare-prompts", "2", "Tab")
+    walker.fill("#compare-name", "blind", "Tab")
+    walker.press("#study-go")
+    walker.has("#vote iframe")
+    walker.press("#count-votes")
+    walker.reads("#counted", "no vote yet")
+    inside = "const w = document.querySelector('#vote iframe').contentWindow, d = w.document;"
+    walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return !!d?.querySelector('form button')")))
+    walker.browser.run(f"{inside} d.querySelector('form button').click()")
+    for _ in range(2 * 2):  # two pairs, two questions
+        walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return w.eval('performance.now() >= deaf')")))
+        walker.browser.run(f"{inside} d.querySelector('.choices.now button').click()")
+        time.sleep(0.5)
+    walker.browser.until(lambda: bool(walker.browser.run(f"{inside} return !d.getElementById('done').hidden")))
+    walker.press("#count-votes")
+    walker.reads("#counted", "Win rate of A")
+    assert "Which image is better?" in walker.text("#counted")
+    (answers,) = (runs / "studies" / "blind").glob("answers-*.json")
+    assert len(json.loads(answers.read_text())["answers"]) == 2
+
+
+def export(walker: Walker, runs: Path) -> None:
+    """Write the student, checked, and see how to use it."""
+    walker.tab("Export")
+    walker.has("#export-student")
+    out = str(runs / "exports" / "walk-student")
+    value = "return document.querySelector('#export-folder input, #export-folder textarea').value"
+    walker.browser.until(lambda: walker.browser.run(value) == out)
+    walker.press("#export-go")
+    walker.reads("#export-said", "largest difference of a pixel")
+    walker.reads("#export-files", "fewstep.json")
+    walker.reads("#snippet", "import")
+    assert (Path(out) / "fewstep.json").is_file()
+
+
+def narrow_and_dark(walker: Walker) -> None:
+    """No tab is wider than a phone, and every one is reached by keyboard."""
+    for size, dark in ((PHONE, True), (DESK, False)):
+        walker.browser.show(*size, dark=dark)
+        for name in ("Runs", "New", "Sample", "Compare and vote", "Export"):
+            walker.tab(name) if size == DESK else None
+            assert walker.browser.overflow <= 0, (name, size)
+    walker.browser.run("document.querySelector('#tabs button[role=tab]').focus()")
+    walker.browser.press("Enter")
+    seen = set()
+    for _ in range(30):
+        walker.browser.press("Tab")
+        seen.add(walker.browser.run("const e = document.activeElement; return e.id || e.closest('[id]')?.id || ''"))
+    assert {"report", "duplicate"} & seen, seen
