@@ -65,12 +65,11 @@ def built(family: str, folder: Path, tiny: bool) -> Path:
     return place
 
 
-def network(kind: Any, config: Any) -> torch.nn.Module:
+def network(kind: Any, config: Any) -> Any:
     """Return a network of its configuration; T5 with one layer."""
     if issubclass(kind, transformers.PreTrainedModel):
         few = {"num_layers": 1} if config["model_type"] in ("t5", "umt5") else {}
-        made: torch.nn.Module = kind(kind.config_class(**{**config, **few}))
-        return made
+        return kind(kind.config_class(**{**config, **few}))
     return kind.from_config(dict(config))
 
 
@@ -147,7 +146,7 @@ def row(family: str, size: int | None, tiny: bool, work: Path) -> Facts:
     killed_peak, killed_after = watched(command, log, kill_at=run)
     at = checkpoints(run)[-1].name
     peak, resumed_in = watched(command, log)
-    files = {
+    files: dict[str, int | None] = {
         "pipeline": bytes_of(teacher),
         "checkpoint": bytes_of(checkpoints(run)[-1]),
         "student": bytes_of(run / "final"),
