@@ -66,12 +66,11 @@ def built(family: str, folder: Path, tiny: bool) -> Path:
     return place
 
 
-def network(kind: Any, config: Any) -> torch.nn.Module:
+def network(kind: Any, config: Any) -> Any:
     """Return a network of its configuration; T5 with one layer."""
     if issubclass(kind, transformers.PreTrainedModel):
         few = {"num_layers": 1} if config["model_type"] in ("t5", "umt5") else {}
-        made: torch.nn.Module = kind(kind.config_class(**{**config, **few}))
-        return made
+        return kind(kind.config_class(**{**config, **few}))
     return kind.from_config(dict(config))
 
 

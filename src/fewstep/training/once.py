@@ -263,10 +263,10 @@ class Calls:
             like = next(network.parameters())
             short = self.short and isinstance(like, FakeTensor)
             casts = Casts(ledger, like) if short else None
-            for block in innermost_blocks(network) if casts is not None else ():
-                assert casts is not None
-                block.forward = partial(self._block, ledger, casts, block, block.forward)
-                put.append(block)
+            if casts is not None:
+                for block in innermost_blocks(network):
+                    block.forward = partial(self._block, ledger, casts, block, block.forward)
+                    put.append(block)
             network.forward = partial(self._network, ledger, casts, network, network.forward)
             put.append(network)
         try:
