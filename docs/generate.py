@@ -238,7 +238,7 @@ def arena() -> str:
         return (f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")) if values else "-"
 
     def own(key: str, count: int) -> list[dict[str, float]]:
-        mine = [r for r in rows if r["stage"] == "race" and (r["key"], r["rate"]) == (key, rate[key])]
+        mine = [r for r in rows if r["stage"] == "race" and (r["key"], r["rate"]) == (key, rate.get(key))]
         return [r["measured"][str(count)] for r in mine if str(count) in r["measured"] and r["count"] in (0, count)]
 
     of_teacher = {k: fd([r["measured"] for r in drawn if r["steps"] == k]) for k in (50, 4, 2, 1)}
@@ -304,6 +304,26 @@ def trajpl_network() -> str:
         ("method", "2 calls", "4 calls", "6 calls"),
         [(name, *(end(keys, n) for n in (2, 4, 6))) for name, keys in known.items()],
     )
+
+
+def shape() -> str:
+    """Distance to the exact teacher's result without training, in percent, from the shape that trajectories share."""
+    known = ("DDIM", "iPNDM", "DPM-Solver++(2M)", "50 trajectories, all moments", "500 trajectories, 6 coordinates",
+             "500 trajectories, 3 coordinates")  # fmt: skip
+
+    def end(method: str, calls: int) -> str:
+        return f"{100 * mean(r['error'][str(calls)] for r in stored('shape') if r['method'] == method):.1f}"
+
+    def trained(key: str, calls: int) -> str:
+        return f"{100 * mean(_measured('exact', key, 'error', calls)):.1f}"
+
+    calls = (1, 2, 3, 4, 5, 6)
+    lines = [(method, *(end(method, k) for k in calls)) for method in known]
+    lines += [
+        (label, *(trained(key, k) for k in calls))
+        for key, label in (("pas", "trained: weights per step (PAS)"), ("head", "trained: span head"))
+    ]
+    return table(("method", *(f"{k} call{'s' if k > 1 else ''}" for k in calls)), lines)
 
 
 def trajpl_emoji() -> str:
@@ -613,6 +633,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "arena": arena,
     "transfer": transfer,
     "trajpl-network": trajpl_network,
+    "shape": shape,
     "trajpl-emoji": trajpl_emoji,
     "trajpl-pixel": trajpl_pixel,
     "trajpl-matched": trajpl_matched,
