@@ -164,12 +164,15 @@ def shown_wipe(run: str, at: int, prompt: int | None, row: str | None) -> tuple[
     return wipe(grid, prompt or 0, row or ""), strips(grid)
 
 
-def _list(choices: list[tuple[str, str]], run: str | None, known: bool) -> Any:
+def _list(choices: list[tuple[str, str]], run: str | None, before: list[tuple[str, str]]) -> Any:
     """Return the list of runs.
 
-    What is chosen is left to the page, unless it has vanished.
+    What is chosen is left to the page where the runs are the same; a page forgets it where there are others.
     """
-    return gr.update(choices=choices) if known or not run else gr.update(choices=choices, value=None)
+    values = [value for _, value in choices]
+    if values == [value for _, value in before]:
+        return gr.update(choices=choices)
+    return gr.update(choices=choices, value=run if run in values else None)
 
 
 def _changed(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
@@ -262,7 +265,7 @@ def build(place: Place) -> RunsTab:
             return [gr.skip()] * 11 + [gr.skip()]
         fresh = _changed(old, new)
         outputs = [
-            fresh[0] if fresh[0] is not new[0] else _list(choices, run, own is not None),
+            fresh[0] if fresh[0] is not new[0] else _list(choices, run, old[0] if old else []),
             fresh[1],
             gr.update(visible=bool(waits)),
             fresh[2] if fresh[2] is not new[2] else gr.update(choices=waits, value=waits[0][1] if waits else None),
