@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.browser import Browser, browsing  # noqa: E402
 
-DESK, PHONE = (1280, 900), (390, 844)
+DESK, PHONE = (1280, 1400), (390, 844)
 TABS = ("Runs", "New", "Sample", "Compare and vote", "Export")
 TAB = (
     "[...document.querySelectorAll('button[role=tab]')].filter(e => e.checkVisibility({visibilityProperty: true}) && "
